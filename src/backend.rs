@@ -1,0 +1,235 @@
+//! The ports: what the gateway needs of the outside, as traits.
+//!
+//! A trait stands only where the fleet ([`aws`]) and the single machine ([`embedded`]) differ. The traits are
+//! object-safe and small; `boot` chooses the backend, nobody else knows which one runs.
+
+#[cfg(feature = "aws")]
+pub mod aws;
+pub mod embedded;
+
+use crate::model::{Counters, Execution, Function, FunctionId, Job, JobId, NodeId, UnixMs};
+use async_trait::async_trait;
+use bytes::Bytes;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Most jobs in one [`JobQueue::send_batch`]: what SQS takes in one call.
+pub const BATCH_JOBS_MAX: usize = 10;
+/// Most rows in one [`ExecutionStore::put`]: what DynamoDB takes in one call.
+pub const ROWS_MAX: usize = 25;
+/// Most ids in one [`Results::stored`].
+pub const STORED_MAX: usize = 64;
+
+/// Why a backend did not do what was asked. The text is for the log, never for a client.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    /// The queue, table or bucket does not exist.
+    #[error("{0}")]
+    Missing(String),
+    /// The credentials or the password do not allow it.
+    #[error("{0}")]
+    Denied(String),
+    /// The request itself is at fault; the same request will fail again.
+    #[error("{0}")]
+    Invalid(String),
+    /// No answer, a broken connection, throttling, a fault on the other side: may pass. Whether the
+    /// request took effect is not known.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+impl BackendError {
+    /// Whether the same call may succeed later.
+    pub fn is_transient(&self) -> bool {
+        matches!(self, Self::Unavailable(_))
+    }
+}
+
+/// Why a job is not (known to be) on the queue.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SendError {
+    /// The queue refused this job and would refuse it again.
+    #[error("the queue refused the job: {0}")]
+    Refused(String),
+    /// The job is certainly not on the queue; a later try may succeed.
+    #[error("the queue did not take the job: {0}")]
+    NotSent(String),
+    /// No answer came: the job may be on the queue or not.
+    #[error("the queue did not answer: {0}")]
+    Unknown(String),
+}
+
+/// What a queue is like; read once, at start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueTraits {
+    /// Largest message, and largest batch, in bytes.
+    pub message_bytes_max: usize,
+    /// How long a message is kept, and so how long a job may wait.
+    pub retention: Duration,
+    /// Order is kept within a function: at most one batch with a function's jobs may be in flight.
+    pub fifo: bool,
+}
+
+/// The task queue.
+#[async_trait]
+pub trait JobQueue: Send + Sync {
+    /// One result per job, in order. At most [`BATCH_JOBS_MAX`] jobs, within `message_bytes_max` in all.
+    async fn send_batch(&self, jobs: &[Job]) -> Vec<Result<(), SendError>>;
+
+    fn traits(&self) -> QueueTraits;
+
+    /// Jobs waiting on the queue, roughly. Also the queue's health check.
+    async fn depth(&self) -> Result<u64, BackendError>;
+}
+
+/// What [`Results::next`] tells.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ResultEvent {
+    /// A worker published this result for one of the node's jobs.
+    Published { id: JobId, payload: Bytes },
+    /// Something was published under the node's prefix that is no job id.
+    Malformed,
+    /// The subscription stands (again): whatever was published before this may have been missed.
+    Subscribed,
+}
+
+/// Where workers leave their results.
+#[async_trait]
+pub trait Results: Send + Sync {
+    /// The next event for this node. Reconnects by itself and never ends; one caller at a time.
+    async fn next(&self) -> ResultEvent;
+
+    /// The stored result of each job, in order; at most [`STORED_MAX`] ids.
+    async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError>;
+
+    /// The result stored under an id that is not of our kind (an old controller's job).
+    async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError>;
+
+    /// Waits for the result of another node's job. Dropping the future ends the subscription.
+    async fn wait_for(&self, id: JobId) -> Result<Bytes, BackendError>;
+
+    /// Health check.
+    async fn ping(&self) -> Result<(), BackendError>;
+}
+
+/// What the journal keeps of one job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalEntry {
+    pub id: JobId,
+    pub function: FunctionId,
+    pub deadline: UnixMs,
+}
+
+/// The durable set of a node's jobs in flight. A job enters before it is sent, and leaves when its row is
+/// written or its send has definitely failed.
+#[async_trait]
+pub trait Journal: Send + Sync {
+    async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError>;
+
+    async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError>;
+
+    /// Whether the node that the id names holds the job.
+    async fn contains(&self, id: JobId) -> Result<bool, BackendError>;
+
+    /// All that `node` holds: what a restarted node goes on with.
+    async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError>;
+}
+
+/// The function metadata.
+#[async_trait]
+pub trait FunctionStore: Send + Sync {
+    /// A consistent read.
+    async fn get(&self, id: &FunctionId) -> Result<Option<Function>, BackendError>;
+
+    /// Adds to the sums of a function, if it (still) exists.
+    async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError>;
+
+    /// Health check: the table exists and may be read.
+    async fn probe(&self) -> Result<(), BackendError>;
+}
+
+/// Which rows of a function's log to list.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LogQuery {
+    pub function: FunctionId,
+    /// Most rows of a page.
+    pub limit: usize,
+    /// Earliest acceptance time, inclusive.
+    pub start: Option<UnixMs>,
+    /// Latest acceptance time, exclusive.
+    pub end: Option<UnixMs>,
+    pub status: Option<String>,
+    /// Range key of the last row of the page before.
+    pub after: Option<String>,
+}
+
+/// One page of a log, newest first.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LogPage {
+    pub rows: Vec<Execution>,
+    /// Range key to go on after; `None`: this was the last page.
+    pub next: Option<String>,
+}
+
+/// The execution log.
+#[async_trait]
+pub trait ExecutionStore: Send + Sync {
+    /// One result per row, in order; at most [`ROWS_MAX`] rows, no key twice. Writing a row again changes nothing.
+    async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>>;
+
+    /// Live rows only.
+    async fn list(&self, query: &LogQuery) -> Result<LogPage, BackendError>;
+
+    /// The live row of a request, also if an old controller wrote it.
+    async fn get(&self, function: &FunctionId, request_id: &str) -> Result<Option<Execution>, BackendError>;
+
+    /// Health check: the table exists and may be read.
+    async fn probe(&self) -> Result<(), BackendError>;
+}
+
+/// A rate limit: `rate` requests each `period`, with up to `burst` at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Quota {
+    pub rate: u32,
+    pub period: Duration,
+    pub burst: u32,
+}
+
+/// What a limiter says of one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    pub allowed: bool,
+    /// Requests that would be let through at once after this one.
+    pub remaining: u32,
+    /// Until one request would be let through; zero if allowed.
+    pub retry_after: Duration,
+}
+
+/// The count behind the rate limits, shared by all nodes.
+#[async_trait]
+pub trait LimitStore: Send + Sync {
+    /// Takes one request from each bucket, unless one of them is empty: then from none. One decision per bucket.
+    async fn take(&self, buckets: &[(String, Quota)]) -> Result<Vec<Decision>, BackendError>;
+}
+
+/// Everything a backend gives, for `boot` to hand on piece by piece.
+#[derive(Clone)]
+pub struct Backend {
+    pub queue: Arc<dyn JobQueue>,
+    pub results: Arc<dyn Results>,
+    pub journal: Arc<dyn Journal>,
+    pub functions: Arc<dyn FunctionStore>,
+    pub executions: Arc<dyn ExecutionStore>,
+    /// `None`: limits are counted in this process.
+    pub limits: Option<Arc<dyn LimitStore>>,
+}
+
+/// What keeps a backend from starting.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StartProblem {
+    /// Which part: `the queue`, `Redis`, `the log table InfraExecutionLogs`.
+    pub what: String,
+    pub error: BackendError,
+    /// What an operator can do about it, as an imperative sentence.
+    pub mend: String,
+}

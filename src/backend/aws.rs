@@ -1,0 +1,1 @@
+//! The fleet backend: SQS, DynamoDB, S3 and Redis.

@@ -1,0 +1,1 @@
+//! The single-machine backend: SQLite, and a local worker.

@@ -1,0 +1,130 @@
+//! A function as the metadata table knows it, and the sums kept beside it.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// The name a function is stored and called by: 1–128 of `[A-Za-z0-9._-]`, the first a letter or digit.
+///
+/// Cheap to clone: it is copied into the in-flight table, the log row and the metrics of every run.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FunctionId(Arc<str>);
+
+impl FunctionId {
+    /// Longest id, in characters (all of them ASCII).
+    pub const LEN_MAX: usize = 128;
+
+    /// `None` if `raw` is not a function id.
+    pub fn parse(raw: &str) -> Option<Self> {
+        let bytes = raw.as_bytes();
+        let (first, _) = bytes.split_first()?;
+        let fits = bytes.len() <= Self::LEN_MAX
+            && first.is_ascii_alphanumeric()
+            && bytes.iter().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(b));
+        fits.then(|| Self(raw.into()))
+    }
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for FunctionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for FunctionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}
+
+/// One item of the function table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Function {
+    pub id: FunctionId,
+    pub name: String,
+    pub description: String,
+    /// `python`, `nodejs`, `cpp` or `go`; older items may hold anything, and it is passed on as it is.
+    pub runtime: String,
+    pub memory_mb: u64,
+    /// Where the code lies in the bucket (or the local store).
+    pub s3_key: String,
+    /// File name the code was uploaded under.
+    pub original_name: String,
+    /// RFC 3339, as stored.
+    pub uploaded_at: String,
+    /// RFC 3339, as stored; empty if the function was never changed.
+    pub updated_at: String,
+    /// A JSON object, as text, ready to be copied into a message. Always valid JSON of one object.
+    pub env_vars: String,
+    /// Grows by one with every change; 0 on items the old controller wrote.
+    pub version: u64,
+    pub counters: Counters,
+}
+
+impl Function {
+    pub const RUNTIME_DEFAULT: &'static str = "python";
+    pub const MEMORY_MB_DEFAULT: u64 = 128;
+
+    /// `text` if it is a JSON object, else `{}`: an old item may hold anything in `envVars`.
+    pub fn env_vars_or_empty(text: &str) -> String {
+        let object: Result<&serde_json::value::RawValue, _> = serde_json::from_str(text);
+        match object {
+            Ok(raw) if raw.get().starts_with('{') => raw.get().to_owned(),
+            _ => "{}".to_owned(),
+        }
+    }
+}
+
+/// What the runs of one function add up to. Durations are in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counters {
+    pub invocations: u64,
+    pub total_duration_ms: f64,
+    /// Runs whose worker reported the handler's own time.
+    pub handler_invocations: u64,
+    pub total_handler_duration_ms: f64,
+}
+
+impl std::ops::AddAssign for Counters {
+    fn add_assign(&mut self, other: Self) {
+        self.invocations += other.invocations;
+        self.total_duration_ms += other.total_duration_ms;
+        self.handler_invocations += other.handler_invocations;
+        self.total_handler_duration_ms += other.total_handler_duration_ms;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn function_ids() {
+        let long = "a".repeat(128);
+        for good in ["a", "0", "func-123", "A.b_c-d", long.as_str()] {
+            assert_eq!(FunctionId::parse(good).expect(good).as_str(), good);
+        }
+        let too_long = "a".repeat(129);
+        for bad in ["", "-a", ".a", "..", "a/b", "a b", "ä", "a\0", "config#a", too_long.as_str()] {
+            assert_eq!(FunctionId::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn env_vars_are_always_an_object() {
+        for (stored, used) in [
+            ("{\"A\":\"1\"}", "{\"A\":\"1\"}"),
+            (" {} ", "{}"),
+            ("", "{}"),
+            ("[1]", "{}"),
+            ("{", "{}"),
+            ("null", "{}"),
+        ] {
+            assert_eq!(Function::env_vars_or_empty(stored), used, "{stored:?}");
+        }
+    }
+}

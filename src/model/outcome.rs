@@ -1,0 +1,144 @@
+//! What a worker published: kept byte for byte, read leniently.
+//!
+//! A broken worker may publish anything at all, so no member is trusted to be there or to be of its type. Typed
+//! `serde` structs were rejected: one member of another type, or one that stands twice, would hide all the others.
+
+use super::Text;
+use bytes::Bytes;
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use std::fmt;
+
+/// The result of one run, as it was published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome(Bytes);
+
+impl Outcome {
+    pub fn new(published: Bytes) -> Self {
+        Self(published)
+    }
+
+    /// The bytes as the worker published them.
+    pub fn published(&self) -> &Bytes {
+        &self.0
+    }
+
+    /// What the client gets: the published bytes if they are JSON, else `{"raw": …}` around them.
+    pub fn body(&self) -> Bytes {
+        // IgnoredAny walks without recursion, so nesting has no limit here.
+        if serde_json::from_slice::<IgnoredAny>(&self.0).is_ok() {
+            return self.0.clone();
+        }
+        let raw = String::from_utf8_lossy(&self.0);
+        Bytes::from(serde_json::json!({ "raw": raw }).to_string())
+    }
+
+    /// The members that a row and the metrics are made of; all absent if it is no object.
+    pub fn fields(&self) -> ResultFields {
+        serde_json::from_slice(&self.0).unwrap_or_default()
+    }
+}
+
+/// The members of a result that the gateway reads. `None`: missing, null or of another type.
+#[derive(Debug, Default, PartialEq)]
+pub struct ResultFields {
+    pub status: Option<String>,
+    pub exit_code: Option<i64>,
+    pub stdout: Option<String>,
+    pub stderr: Option<String>,
+    pub duration_ms: Option<f64>,
+    pub handler_duration_ms: Option<f64>,
+    pub peak_memory_bytes: Option<f64>,
+}
+
+impl<'de> Deserialize<'de> for ResultFields {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct FieldsVisitor;
+        impl<'de> Visitor<'de> for FieldsVisitor {
+            type Value = ResultFields;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ResultFields, A::Error> {
+                let mut fields = ResultFields::default();
+                while let Some(Text(key)) = map.next_key()? {
+                    let value: &'de RawValue = map.next_value()?;
+                    fields.take(&key, value);
+                }
+                Ok(fields)
+            }
+        }
+        d.deserialize_map(FieldsVisitor)
+    }
+}
+
+impl ResultFields {
+    fn take(&mut self, key: &str, value: &RawValue) {
+        match key {
+            "status" => self.status = read(value).filter(|s: &String| !s.is_empty()),
+            "exitCode" => self.exit_code = read(value),
+            "stdout" => self.stdout = read(value),
+            "stderr" => self.stderr = read(value),
+            "durationMs" | "duration_ms" => self.duration_ms = duration(value).or(self.duration_ms),
+            "handlerDurationMs" | "handler_duration_ms" => {
+                self.handler_duration_ms = duration(value).or(self.handler_duration_ms);
+            }
+            "peakMemoryBytes" | "peak_memory_bytes" => {
+                self.peak_memory_bytes = duration(value).or(self.peak_memory_bytes);
+            }
+            _ => {}
+        }
+    }
+}
+
+fn read<'a, T: Deserialize<'a>>(value: &'a RawValue) -> Option<T> {
+    serde_json::from_str(value.get()).ok()
+}
+
+/// A finite number that is not negative: anything else would spoil sums and histograms.
+fn duration(value: &RawValue) -> Option<f64> {
+    read(value).filter(|ms: &f64| ms.is_finite() && *ms >= 0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outcome(published: impl Into<Vec<u8>>) -> Outcome {
+        Outcome::new(Bytes::from(published.into()))
+    }
+
+    #[test]
+    fn json_passes_byte_for_byte() {
+        let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+        for json in ["{ \"a\":1 , \"a\":2}", "null", "[]", " 1e999 ", "\"\\ud800\"", deep.as_str()] {
+            assert_eq!(outcome(json).body(), json.as_bytes(), "{}", &json[..json.len().min(20)]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_json_is_wrapped() {
+        assert_eq!(outcome("").body(), r#"{"raw":""}"#);
+        assert_eq!(outcome("oh \"no\"").body(), r#"{"raw":"oh \"no\""}"#);
+        assert_eq!(outcome(b"\xff\x00".to_vec()).body(), "{\"raw\":\"\u{fffd}\\u0000\"}");
+        assert_eq!(outcome("{} {}").body(), r#"{"raw":"{} {}"}"#);
+    }
+
+    #[test]
+    fn members_are_read_one_by_one() {
+        let fields = outcome(r#"{"status":7,"exitCode":0,"exitCode":3,"stdout":"o","durationMs":null,"duration_ms":2,"handlerDurationMs":-1,"peakMemoryBytes":1e400}"#).fields();
+        let expected = ResultFields {
+            exit_code: Some(3),
+            stdout: Some("o".into()),
+            duration_ms: Some(2.0),
+            ..Default::default()
+        };
+        assert_eq!(fields, expected);
+        for not_an_object in ["", "[]", "1", "x", "{"] {
+            assert_eq!(outcome(not_an_object).fields(), ResultFields::default(), "{not_an_object}");
+        }
+    }
+}

@@ -1,1 +1,28 @@
+//! The tests from outside: real processes, real sockets, the contract and nothing of the code.
+//!
+//! What both backends must do is said once and run over both (see [`over_both`]).
 
+/// Makes of each `async fn name(setup: Setup)` the tests `name::dev` and `name::serve`.
+#[cfg(test)]
+macro_rules! over_both {
+    ($($name:ident),+ $(,)?) => { $(
+        mod $name {
+            use crate::harness::{Setup, platform::Backend};
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn dev() {
+                super::$name(Setup::new(Backend::Dev)).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn serve() {
+                super::$name(Setup::new(Backend::Serve)).await;
+            }
+        }
+    )+ };
+}
+
+#[cfg(test)]
+mod harness;
+#[cfg(test)]
+mod self_check;

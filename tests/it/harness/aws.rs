@@ -1,0 +1,260 @@
+//! The AWS emulator, one for the whole test run, and one test's own queue, tables and bucket in it.
+
+use super::http::{Answer, Conn, Message, Request};
+use super::process::{Process, Scratch, start_on_free_port};
+use super::wait::{SOON, eventually};
+use serde_json::{Value, json};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+pub const REGION: &str = "us-east-1";
+/// The emulator accepts any; the tests look for these in the logs.
+pub const SECRET_ACCESS_KEY: &str = "emulated-secret-0d1b7c55";
+
+/// A Python of the tests' own, with what `requirements.txt` names.
+pub fn venv(program: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv-test/bin").join(program);
+    assert!(path.exists(), "{} is missing: run `make test`, which makes the test venv", path.display());
+    path
+}
+
+struct Emulator {
+    addr: SocketAddr,
+    _process: Process,
+    _dir: Scratch,
+}
+
+/// Started by the first test that needs it. It ends with this process (see [`super::process`]): a static is
+/// never dropped.
+fn emulator() -> &'static Emulator {
+    static EMULATOR: OnceLock<Emulator> = OnceLock::new();
+    EMULATOR.get_or_init(|| {
+        let dir = Scratch::new("ministack");
+        let start = |port: u16| {
+            let mut env = super::path_env();
+            let home = dir.path().display().to_string();
+            for (name, value) in [
+                ("GATEWAY_PORT", port.to_string()),
+                ("BIND_HOST", "127.0.0.1".to_owned()),
+                ("LOG_LEVEL", "WARNING".to_owned()),
+                ("SERVICES", "sqs,dynamodb,s3".to_owned()),
+                ("HOME", home.clone()),
+                ("TMPDIR", home.clone()),
+                // There is no Docker to look for.
+                ("DOCKER_HOST", "unix:///nonexistent".to_owned()),
+            ] {
+                env.push((name.to_owned(), value));
+            }
+            Process::start("ministack", &venv("ministack"), &[], &env, dir.path())
+        };
+        let is_up = |port| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
+        let (process, port) = start_on_free_port("ministack", start, is_up);
+        Emulator { addr: ([127, 0, 0, 1], port).into(), _process: process, _dir: dir }
+    })
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Service {
+    Sqs,
+    DynamoDb,
+}
+
+impl Service {
+    fn target_prefix(self) -> &'static str {
+        match self {
+            Self::Sqs => "AmazonSQS",
+            Self::DynamoDb => "DynamoDB_20120810",
+        }
+    }
+
+    fn signing_name(self) -> &'static str {
+        match self {
+            Self::Sqs => "sqs",
+            Self::DynamoDb => "dynamodb",
+        }
+    }
+}
+
+/// One test's own queue, tables and bucket.
+pub struct Cloud {
+    addr: SocketAddr,
+    pub queue_url: String,
+    pub functions_table: String,
+    pub logs_table: String,
+    pub bucket: String,
+}
+
+impl Cloud {
+    /// `queue_attributes` beside the defaults; a queue is FIFO if they say so.
+    pub async fn start(queue_attributes: &[(&str, &str)]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        // The emulator starts in blocking code; other tests' tasks must go on meanwhile.
+        let addr = tokio::task::block_in_place(emulator).addr;
+        let mut cloud = Self {
+            addr,
+            queue_url: String::new(),
+            functions_table: format!("InfraFunctions-{n}"),
+            logs_table: format!("InfraExecutionLogs-{n}"),
+            bucket: format!("infra-code-{n}"),
+        };
+        let mut attributes = json!({ "MessageRetentionPeriod": "3600" });
+        for (name, value) in queue_attributes {
+            attributes[name] = Value::from(*value);
+        }
+        let suffix = if attributes["FifoQueue"] == "true" { ".fifo" } else { "" };
+        let queue = json!({ "QueueName": format!("infra-tasks-{n}{suffix}"), "Attributes": attributes });
+        let made = cloud.call(Service::Sqs, "CreateQueue", &queue).await;
+        cloud.queue_url = made["QueueUrl"].as_str().expect("a queue has a URL").to_owned();
+        cloud.create_table(&cloud.functions_table, &["functionId"]).await;
+        cloud.create_table(&cloud.logs_table, &["functionId", "timestamp"]).await;
+        let bucket = Request::new(addr, "PUT", &format!("/{}", cloud.bucket));
+        bucket
+            .header("authorization", &credential("s3"))
+            .header("content-length", "0")
+            .send()
+            .await
+            .expect(200);
+        cloud
+    }
+
+    async fn create_table(&self, name: &str, key: &[&str]) {
+        let schema = key.iter().zip(["HASH", "RANGE"]);
+        let schema: Vec<_> = schema.map(|(n, k)| json!({ "AttributeName": n, "KeyType": k })).collect();
+        let types: Vec<_> = key.iter().map(|n| json!({ "AttributeName": n, "AttributeType": "S" })).collect();
+        let table = json!({
+            "TableName": name, "KeySchema": schema, "AttributeDefinitions": types,
+            "BillingMode": "PAY_PER_REQUEST",
+        });
+        self.call(Service::DynamoDb, "CreateTable", &table).await;
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// One AWS operation, which must succeed.
+    pub async fn call(&self, service: Service, operation: &str, input: &Value) -> Value {
+        let answer = self.request(service, operation, input).send().await;
+        assert_eq!(answer.status, 200, "{operation} {input}: {}", answer.text());
+        answer.json()
+    }
+
+    pub fn request(&self, service: Service, operation: &str, input: &Value) -> Request {
+        Request::new(self.addr, "POST", "/")
+            .header("authorization", &credential(service.signing_name()))
+            .header("x-amz-target", &format!("{}.{operation}", service.target_prefix()))
+            .body("application/x-amz-json-1.0", input.to_string())
+    }
+
+    /// An item of the function table as the old controller writes it.
+    pub async fn put_function(&self, id: &str) {
+        let item = json!({
+            "functionId": { "S": id }, "name": { "S": format!("the {id}") }, "description": { "S": "a test" },
+            "s3Key": { "S": format!("functions/{id}.zip") }, "originalName": { "S": "code.zip" },
+            "runtime": { "S": "python" }, "memoryMb": { "N": "256" },
+            "uploadedAt": { "S": "2026-01-02T03:04:05.678Z" }, "envVars": { "S": r#"{"GREETING":"hi"}"# },
+        });
+        self.put_item(&self.functions_table, item).await;
+    }
+
+    pub async fn put_item(&self, table: &str, item: Value) {
+        self.call(Service::DynamoDb, "PutItem", &json!({ "TableName": table, "Item": item })).await;
+    }
+
+    pub async fn function_item(&self, id: &str) -> Value {
+        let get = json!({
+            "TableName": self.functions_table, "Key": { "functionId": { "S": id } }, "ConsistentRead": true,
+        });
+        self.call(Service::DynamoDb, "GetItem", &get).await["Item"].take()
+    }
+
+    /// All rows of a function's log, oldest first, as DynamoDB holds them.
+    pub async fn log_rows(&self, function: &str) -> Vec<Value> {
+        let mut rows = Vec::new();
+        let mut start = Value::Null;
+        loop {
+            let mut query = json!({
+                "TableName": self.logs_table, "ConsistentRead": true, "KeyConditionExpression": "functionId = :f",
+                "ExpressionAttributeValues": { ":f": { "S": function } },
+            });
+            if !start.is_null() {
+                query["ExclusiveStartKey"] = start;
+            }
+            let mut page = self.call(Service::DynamoDb, "Query", &query).await;
+            rows.extend(page["Items"].as_array().into_iter().flatten().cloned());
+            start = page["LastEvaluatedKey"].take();
+            if start.is_null() {
+                return rows;
+            }
+        }
+    }
+
+    /// [`Self::log_rows`] once there are `count`.
+    pub async fn wait_for_rows(&self, function: &str, count: usize) -> Vec<Value> {
+        let rows = || async {
+            let rows = self.log_rows(function).await;
+            if rows.len() == count { Ok(rows) } else { Err(format!("{} rows", rows.len())) }
+        };
+        eventually(&format!("{count} rows of {function}"), SOON, rows).await
+    }
+
+    /// Takes one message from the queue, as a worker does, and deletes it: (attributes, body).
+    pub async fn receive(&self) -> (Value, String) {
+        let ask = json!({
+            "QueueUrl": self.queue_url, "MaxNumberOfMessages": 1, "WaitTimeSeconds": 1, "AttributeNames": ["All"],
+        });
+        let receive = || async {
+            let mut answer = self.call(Service::Sqs, "ReceiveMessage", &ask).await;
+            match answer["Messages"][0].take() {
+                Value::Null => Err("the queue is empty".to_owned()),
+                message => Ok(message),
+            }
+        };
+        let mut message = eventually("a message on the queue", SOON, receive).await;
+        let delete = json!({ "QueueUrl": self.queue_url, "ReceiptHandle": message["ReceiptHandle"] });
+        self.call(Service::Sqs, "DeleteMessage", &delete).await;
+        (message["Attributes"].take(), message["Body"].as_str().unwrap_or_default().to_owned())
+    }
+
+    /// What makes the gateway use this cloud at `endpoint` (the emulator itself, or a proxy in front of it).
+    pub fn env(&self, endpoint: SocketAddr) -> Vec<(String, String)> {
+        let mut env = credentials_env();
+        for (name, value) in [
+            ("AWS_ENDPOINT_URL", format!("http://{endpoint}")),
+            ("TABLE_NAME", self.functions_table.clone()),
+            ("LOGS_TABLE_NAME", self.logs_table.clone()),
+            ("SQS_URL", self.queue_url.clone()),
+            ("BUCKET_NAME", self.bucket.clone()),
+        ] {
+            env.push((name.to_owned(), value));
+        }
+        env
+    }
+}
+
+pub fn credentials_env() -> Vec<(String, String)> {
+    let pairs = [
+        ("AWS_REGION", REGION),
+        ("AWS_ACCESS_KEY_ID", "emulated"),
+        ("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY),
+        // Nobody may ask the network of the machine for credentials.
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+    ];
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+}
+
+/// The emulator checks no signature, but finds the service in it.
+fn credential(service: &str) -> String {
+    let scope = format!("emulated/20260101/{REGION}/{service}/aws4_request");
+    format!("AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0")
+}
+
+/// Sends a request on to `addr` and reads the answer: what the proxy in front of the emulator does.
+pub async fn forward(addr: SocketAddr, request: &Message) -> std::io::Result<Answer> {
+    let mut conn = Conn::open(addr).await?;
+    conn.write(&request.to_bytes()).await?;
+    conn.answer(request.start.starts_with("HEAD ")).await
+}

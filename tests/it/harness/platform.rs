@@ -1,0 +1,202 @@
+//! A whole platform for one test, over either backend, so that one test can say what both must do.
+
+use super::aws::{Cloud, SECRET_ACCESS_KEY};
+use super::gateway::{Conf, Gateway};
+use super::process::Scratch;
+use super::proxy::{Policy, Proxy};
+use super::redis::Redis;
+use super::worker::Worker;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The function both backends know: `dev` seeds it, and for `serve` the harness puts it into the table.
+/// It prints its input back, whatever else it prints.
+pub const HELLO: &str = "hello";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    Dev,
+    Serve,
+}
+
+/// What a test wants of its platform. The default has everything and no odd conditions.
+pub struct Setup {
+    pub backend: Backend,
+    conf: Option<Conf>,
+    env: Vec<(String, String)>,
+    queue_attributes: Vec<(&'static str, &'static str)>,
+    redis_password: Option<&'static str>,
+    policy: Policy,
+    worker: bool,
+}
+
+impl Setup {
+    pub fn new(backend: Backend) -> Self {
+        Self {
+            backend,
+            conf: None,
+            env: Vec::new(),
+            queue_attributes: Vec::new(),
+            redis_password: None,
+            policy: Policy::PassAll,
+            worker: true,
+        }
+    }
+
+    pub fn serve() -> Self {
+        Self::new(Backend::Serve)
+    }
+
+    pub fn dev() -> Self {
+        Self::new(Backend::Dev)
+    }
+
+    /// `serve` only.
+    pub fn conf(mut self, conf: Conf) -> Self {
+        self.conf = Some(conf);
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub fn queue_attribute(mut self, name: &'static str, value: &'static str) -> Self {
+        self.queue_attributes.push((name, value));
+        self
+    }
+
+    pub fn redis_password(mut self, password: &'static str) -> Self {
+        self.redis_password = Some(password);
+        self
+    }
+
+    /// Puts a proxy between the gateway and AWS.
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// No worker: the test plays it.
+    pub fn no_worker(mut self) -> Self {
+        self.worker = false;
+        self
+    }
+
+    pub async fn start(self) -> Platform {
+        match self.backend {
+            Backend::Dev => self.start_dev().await,
+            Backend::Serve => self.start_serve().await,
+        }
+    }
+
+    async fn start_dev(self) -> Platform {
+        let dir = Scratch::new("data");
+        let key = new_key();
+        let mut env = self.env;
+        env.push(("INFRA_API_KEY".into(), key.clone()));
+        let data = dir.path().join("data");
+        let args = ["dev", "--port", "0", "--data-dir", data.to_str().expect("the path is UTF-8")];
+        let gateway = Gateway::start(&args, &env, &key, &[]).await;
+        Platform { gateway, fleet: None, _dir: dir }
+    }
+
+    async fn start_serve(self) -> Platform {
+        let dir = Scratch::new("platform");
+        let redis = tokio::task::block_in_place(|| Redis::start(self.redis_password));
+        let cloud = Cloud::start(&self.queue_attributes).await;
+        cloud.put_function(HELLO).await;
+        let worker = self.worker.then(|| Worker::start(&cloud, &redis));
+        let proxy = match self.policy {
+            Policy::PassAll => None,
+            policy => Some(Proxy::start(&cloud, policy).await),
+        };
+        let conf = self.conf.map(|conf| {
+            let conf_dir = dir.path().join("conf");
+            conf.write(&conf_dir);
+            conf_dir.to_str().expect("the path is UTF-8").to_owned()
+        });
+        let fleet = Fleet { cloud, redis, worker, proxy, conf, env: self.env };
+        let gateway = fleet.start_gateway().await;
+        if let Some(worker) = &fleet.worker {
+            tokio::task::block_in_place(|| worker.wait_ready());
+        }
+        Platform { gateway, fleet: Some(fleet), _dir: dir }
+    }
+}
+
+/// What a gateway in `serve` mode works with.
+pub struct Fleet {
+    pub cloud: Cloud,
+    pub redis: Redis,
+    pub worker: Option<Worker>,
+    pub proxy: Option<Proxy>,
+    conf: Option<String>,
+    env: Vec<(String, String)>,
+}
+
+impl Fleet {
+    /// One more gateway over the same queue, tables and Redis.
+    pub async fn start_gateway(&self) -> Gateway {
+        let key = new_key();
+        let mut args = vec!["serve"];
+        if let Some(conf) = &self.conf {
+            args.extend(["--conf", conf]);
+        }
+        let mut secrets = vec![SECRET_ACCESS_KEY];
+        secrets.extend(self.redis.password());
+        Gateway::start(&args, &self.gateway_env(&key), &key, &secrets).await
+    }
+
+    /// Everything that `serve` requires, and what the test added.
+    pub fn gateway_env(&self, key: &str) -> Vec<(String, String)> {
+        let endpoint = self.proxy.as_ref().map_or(self.cloud.addr(), Proxy::addr);
+        let mut env = self.cloud.env(endpoint);
+        env.push(("PORT".into(), "0".into()));
+        env.push(("REDIS_URL".into(), self.redis.url()));
+        env.push(("INFRA_API_KEY".into(), key.to_owned()));
+        env.extend_from_slice(&self.env);
+        env
+    }
+}
+
+pub struct Platform {
+    pub gateway: Gateway,
+    fleet: Option<Fleet>,
+    _dir: Scratch,
+}
+
+impl Platform {
+    /// The parts outside the gateway. `serve` only.
+    pub fn fleet(&self) -> &Fleet {
+        self.fleet.as_ref().expect("a platform over AWS")
+    }
+
+    pub fn fleet_mut(&mut self) -> &mut Fleet {
+        self.fleet.as_mut().expect("a platform over AWS")
+    }
+
+    /// Asserts a clean end of every part.
+    pub async fn finish(self) {
+        self.gateway.finish().await;
+        end(self.fleet);
+    }
+
+    /// [`Self::finish`] for a test that leaves jobs behind on purpose.
+    pub async fn stop(self) {
+        self.gateway.stop().await;
+        end(self.fleet);
+    }
+}
+
+fn end(fleet: Option<Fleet>) {
+    if let Some(worker) = fleet.and_then(|fleet| fleet.worker) {
+        tokio::task::block_in_place(|| worker.stop());
+    }
+}
+
+/// A key that no other gateway has, and that nothing else contains.
+pub fn new_key() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("test-key-{}-{:04}-7f3c2b", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}

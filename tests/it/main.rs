@@ -23,6 +23,28 @@ macro_rules! over_both {
 }
 
 #[cfg(test)]
+mod functions;
+#[cfg(test)]
 mod harness;
 #[cfg(test)]
+mod limits;
+#[cfg(test)]
+mod load;
+#[cfg(test)]
+mod observe;
+#[cfg(test)]
+mod protocol;
+#[cfg(test)]
+mod results;
+#[cfg(test)]
+mod run;
+#[cfg(test)]
 mod self_check;
+#[cfg(test)]
+mod shutdown;
+#[cfg(test)]
+mod start;
+#[cfg(test)]
+mod status;
+#[cfg(test)]
+mod tidy;

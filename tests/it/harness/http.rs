@@ -272,6 +272,10 @@ impl Request {
         self.body("application/json", value.to_string())
     }
 
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
     /// The same request to another server, for a proxy.
     pub fn to(mut self, addr: SocketAddr) -> Self {
         self.addr = addr;

@@ -1,0 +1,259 @@
+//! Functions and their logs, and the rows behind them.
+
+use crate::harness::http::Answer;
+use crate::harness::job::IdParts;
+use crate::harness::platform::{Backend, HELLO};
+use crate::harness::{Gateway, SOON, Setup, eventually};
+use serde_json::{Value, json};
+
+over_both!(a_function, a_log);
+
+async fn a_function(setup: Setup) {
+    let is_dev = setup.backend == Backend::Dev;
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    for target in ["/functions/hello", "/api/functions/hello"] {
+        let answer = gateway.get(target).await.expect(200);
+        let etag = answer.need("etag").to_owned();
+        assert!(etag.trim_start_matches("W/").starts_with('"') && etag.ends_with('"'), "{etag}");
+        let function = answer.json();
+        assert_eq!(function["id"], HELLO);
+        assert_eq!(function["runtime"], "python");
+        for text in ["name", "description", "s3Key", "uploadedAt"] {
+            assert!(function[text].is_string(), "{text}: {function}");
+        }
+        for number in ["memoryMb", "version"] {
+            assert!(function[number].is_u64(), "{number}: {function}");
+        }
+        if !is_dev {
+            assert_eq!(function["name"], "the hello");
+            assert_eq!(function["memoryMb"], 256);
+            assert_eq!(function["uploadedAt"], "2026-01-02T03:04:05.678Z");
+        }
+        assert_eq!(gateway.get(target).await.need("etag"), etag, "unchanged");
+    }
+    for unknown in ["no-such-function", "Hello", "a%20b", &"a".repeat(129)] {
+        for target in [format!("/functions/{unknown}"), format!("/functions/{unknown}/logs/x")] {
+            let answer = gateway.get(&target).await;
+            assert!([400, 404].contains(&answer.status), "{target}: {}", answer.status);
+            let status = answer.status;
+            answer.expect_problem(status);
+        }
+    }
+    gateway.get("/functions/no-such-function").await.expect_problem(404);
+    platform.finish().await;
+}
+
+/// A page of the log; `query` starts with `?` or is empty.
+async fn page(gateway: &Gateway, query: &str) -> (Vec<Value>, Option<String>) {
+    let answer = gateway.get(&format!("/functions/{HELLO}/logs{query}")).await.expect(200);
+    let rows = answer.json().as_array().unwrap_or_else(|| panic!("an array: {}", answer.text())).clone();
+    (rows, next_link(&answer))
+}
+
+/// The target of `Link: <…>; rel="next"`.
+fn next_link(answer: &Answer) -> Option<String> {
+    let link = answer.header("link")?;
+    assert!(link.contains(r#"rel="next""#), "{link}");
+    let target = link.split_once('<')?.1.split_once('>')?.0;
+    Some(target.find("/functions/").map_or(target, |at| &target[at..]).to_owned())
+}
+
+fn ids(rows: &[Value]) -> Vec<&str> {
+    rows.iter().map(|row| row["requestId"].as_str().expect("an id")).collect()
+}
+
+async fn a_log(setup: Setup) {
+    const COUNT: usize = 5;
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    assert_eq!(page(gateway, "").await, (vec![], None));
+    let mut newest_first = Vec::new();
+    for n in 0..COUNT {
+        let input = json!({ "text": "x".repeat(500), "end": format!("end-of-{n}") });
+        let result = gateway.run(HELLO, &input).send().await.expect(200).json();
+        newest_first.insert(0, result["requestId"].as_str().expect("an id").to_owned());
+    }
+    let rows = eventually("five rows", SOON, || async {
+        let (rows, _) = page(gateway, "").await;
+        if rows.len() == COUNT { Ok(rows) } else { Err(format!("{} rows", rows.len())) }
+    })
+    .await;
+    assert_eq!(ids(&rows), newest_first);
+    for row in &rows {
+        let id = row["requestId"].as_str().expect("an id");
+        assert_eq!(row["timestamp"], *IdParts::of(id).timestamp());
+        assert_eq!(row["status"], "SUCCESS");
+        assert!(row["id"].is_string() && row["duration"].is_number() && row["memory"].is_number(), "{row}");
+        assert!(row.get("handlerDurationMs").is_some_and(|ms| ms.is_number() || ms.is_null()), "{row}");
+        let message = row["message"].as_str().expect("a message");
+        assert!((200..=210).contains(&message.chars().count()), "cut at 200 characters: {message}");
+    }
+
+    // The detail has the whole message.
+    for (n, id) in newest_first.iter().rev().enumerate() {
+        for prefix in ["", "/api"] {
+            let detail = gateway.get(&format!("{prefix}/functions/{HELLO}/logs/{id}")).await.expect(200).json();
+            let message = detail["message"].as_str().expect("a message");
+            assert!(message.contains(&format!("end-of-{n}")) && message.len() > 500, "{message}");
+            assert_eq!(detail["requestId"], *id);
+            assert_eq!(detail["status"], "SUCCESS");
+        }
+    }
+    for unknown in ["67e55044-10b1-426f-9247-bb680e5fe0c8", "00000000-0000-8000-8000-000000000000", "x"] {
+        gateway.get(&format!("/functions/{HELLO}/logs/{unknown}")).await.expect_problem(404);
+    }
+
+    check_pages(gateway, &newest_first).await;
+    check_bounds(gateway, &rows, &newest_first).await;
+    platform.finish().await;
+}
+
+async fn check_pages(gateway: &Gateway, newest_first: &[String]) {
+    let mut seen = Vec::new();
+    let mut target = format!("/functions/{HELLO}/logs?limit=2");
+    for expected in [2, 2, 1] {
+        let answer = gateway.get(&target).await.expect(200);
+        let rows = answer.json();
+        let rows = rows.as_array().expect("an array");
+        assert_eq!(rows.len(), expected);
+        seen.extend(ids(rows).into_iter().map(ToOwned::to_owned));
+        match next_link(&answer) {
+            Some(next) => target = next,
+            None => assert_eq!(seen.len(), newest_first.len(), "no next page"),
+        }
+    }
+    assert_eq!(seen, newest_first);
+    assert_eq!(page(gateway, "?limit=1000").await.0.len(), newest_first.len());
+    for bad in ["limit=0", "limit=1001", "limit=-1", "limit=abc", "limit=", "cursor=forged", "startTime=yesterday"] {
+        gateway.get(&format!("/functions/{HELLO}/logs?{bad}")).await.expect_problem(400);
+    }
+}
+
+async fn check_bounds(gateway: &Gateway, rows: &[Value], newest_first: &[String]) {
+    let middle = rows[2]["timestamp"].as_str().expect("a time");
+    let cases = [
+        (format!("?startTime={middle}"), &newest_first[..3]),
+        (format!("?endTime={middle}"), &newest_first[3..]),
+        (format!("?startTime={middle}&endTime={middle}"), &[][..]),
+        // The same instant by another clock.
+        (format!("?startTime={}%2B00:00", middle.trim_end_matches('Z')), &newest_first[..3]),
+        ("?startTime=2020-01-01T00:00:00Z".to_owned(), newest_first),
+        ("?endTime=2020-01-01T01:00:00%2B01:00".to_owned(), &[][..]),
+        ("?status=SUCCESS".to_owned(), newest_first),
+        ("?status=FAILED".to_owned(), &[][..]),
+        (format!("?status=SUCCESS&startTime={middle}&limit=2"), &newest_first[..2]),
+    ];
+    for (query, expected) in cases {
+        let (found, _) = page(gateway, &query).await;
+        assert_eq!(ids(&found), expected, "{query}");
+    }
+}
+
+fn text<'a>(row: &'a Value, name: &str) -> &'a str {
+    row[name]["S"].as_str().unwrap_or_else(|| panic!("{name} in {row}"))
+}
+
+fn number(row: &Value, name: &str) -> f64 {
+    let number = row[name]["N"].as_str().and_then(|n| n.parse().ok());
+    number.unwrap_or_else(|| panic!("{name} in {row}"))
+}
+
+/// Key, mapping, expiry and cut of the rows, and what the counters add up to.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_and_counters() {
+    let platform = Setup::serve().start().await;
+    let gateway = &platform.gateway;
+    let cloud = &platform.fleet().cloud;
+    // (input, expected status, a part of the message)
+    let long = json!({ "behave": "stdout", "text": "ä€😀", "times": 100_000 });
+    let cases = [
+        (json!({ "token": "plain" }), "SUCCESS", "plain"),
+        (json!({ "behave": "fail", "token": "broken" }), "FAILED", "broken"),
+        (json!({ "behave": "no_status" }), "ERROR", "no_status"),
+        (json!({ "behave": "literal", "base64": "bm90IGpzb24=" }), "ERROR", ""),
+        // {"exitCode":0,"stdout":"o","stderr":"","duration_ms":11,"handler_duration_ms":2,"peak_memory_bytes":1572864}
+        (
+            json!({ "behave": "literal", "base64": "eyJleGl0Q29kZSI6MCwic3Rkb3V0IjoibyIsInN0ZGVyciI6IiIsImR1cmF0aW9uX21zIjoxMSwiaGFuZGxlcl9kdXJhdGlvbl9tcyI6MiwicGVha19tZW1vcnlfYnl0ZXMiOjE1NzI4NjR9" }),
+            "SUCCESS",
+            "o",
+        ),
+        (long, "SUCCESS", "ä€😀ä€😀"),
+    ];
+    let mut jobs = Vec::new();
+    for (input, status, message) in &cases {
+        jobs.push((gateway.run_async(HELLO, input).await, *status, *message));
+    }
+    let rows = cloud.wait_for_rows(HELLO, cases.len()).await;
+    let mut duration = 0.0;
+    let mut handler = (0, 0.0);
+    for (id, status, message) in &jobs {
+        let row = rows.iter().find(|row| text(row, "requestId") == id).unwrap_or_else(|| panic!("no row of {id}"));
+        let parts = IdParts::of(id);
+        assert_eq!(text(row, "timestamp"), parts.row_key());
+        assert_eq!((text(row, "functionId"), text(row, "status")), (HELLO, *status), "{id}");
+        assert!(text(row, "message").contains(message), "{row}");
+        assert!(text(row, "message").len() < 400 * 1024, "bytes, not characters");
+        let month = 30.0 * 86_400.0;
+        #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit a float")]
+        let accepted_s = (parts.accepted_ms / 1000) as f64;
+        let kept = number(row, "expiresAt") - accepted_s;
+        assert!((month - 60.0..=month + 600.0).contains(&kept), "{kept}");
+        duration += number(row, "duration");
+        if row.get("handlerDurationMs").is_some() {
+            handler = (handler.0 + 1, handler.1 + number(row, "handlerDurationMs"));
+        }
+    }
+    let last = rows.iter().find(|row| text(row, "requestId") == jobs[5].0).expect("checked above");
+    assert!(text(last, "message").contains("cut"), "a note of the cut");
+    let snake = rows.iter().find(|row| text(row, "requestId") == jobs[4].0).expect("checked above");
+    let numbers = ["duration", "handlerDurationMs", "memoryMb"].map(|name| number(snake, name));
+    assert_eq!(numbers, [11.0, 2.0, 2.0], "1.5 MiB are 2 when rounded");
+
+    eventually("the counters", SOON, || async {
+        let item = cloud.function_item(HELLO).await;
+        let expected = [
+            ("invocations", 6.0),
+            ("totalDuration", duration),
+            ("handlerInvocations", f64::from(handler.0)),
+            ("totalHandlerDuration", handler.1),
+        ];
+        let is_equal = |(name, sum): &(&str, f64)| item[*name].is_object() && number(&item, name) == *sum;
+        if expected.iter().all(is_equal) { Ok(()) } else { Err(format!("{item}, not {expected:?}")) }
+    })
+    .await;
+    platform.finish().await;
+}
+
+/// Rows that the old controller wrote are listed and found; expired ones are not shown.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_of_the_old_controller() {
+    let platform = Setup::serve().start().await;
+    let gateway = &platform.gateway;
+    let cloud = &platform.fleet().cloud;
+    let row = |timestamp: &str, id: &str, expires: Option<&str>| {
+        let mut row = json!({
+            "functionId": { "S": HELLO }, "timestamp": { "S": timestamp }, "requestId": { "S": id },
+            "status": { "S": "SUCCESS" }, "duration": { "N": "12" }, "memoryMb": { "N": "64" },
+            "message": { "S": "an old row" },
+        });
+        if let Some(expires) = expires {
+            row["expiresAt"] = json!({ "N": expires });
+        }
+        row
+    };
+    let old = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+    let expired = "9b2c1f7e-0c8e-4f7a-8f6e-1d2c3b4a5968";
+    cloud.put_item(&cloud.logs_table, row("2026-01-02T03:04:05.678Z", old, None)).await;
+    cloud.put_item(&cloud.logs_table, row("2026-01-02T03:04:05.679Z", expired, Some("1767323046"))).await;
+    let new = gateway.run_async(HELLO, &json!(1)).await;
+    cloud.wait_for_rows(HELLO, 3).await;
+    let (rows, _) = page(gateway, "").await;
+    assert_eq!(ids(&rows), [new.as_str(), old]);
+    assert_eq!(rows[1]["timestamp"], "2026-01-02T03:04:05.678Z");
+    assert_eq!((&rows[1]["duration"], &rows[1]["memory"]), (&json!(12), &json!(64)));
+    let detail = gateway.get(&format!("/functions/{HELLO}/logs/{old}")).await.expect(200).json();
+    assert_eq!(detail["message"], "an old row");
+    gateway.get(&format!("/functions/{HELLO}/logs/{expired}")).await.expect_problem(404);
+    platform.finish().await;
+}

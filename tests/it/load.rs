@@ -1,0 +1,62 @@
+//! Many at once.
+
+use crate::harness::job::IdParts;
+use crate::harness::platform::{Backend, HELLO};
+use crate::harness::{SOON, Setup, eventually, join_all, spawn};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+const RUNS: usize = 500;
+
+over_both!(five_hundred_at_once);
+
+/// Every client gets its own result, and one function leaves one row for each run.
+async fn five_hundred_at_once(setup: Setup) {
+    let is_dev = setup.backend == Backend::Dev;
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let clients = (0..RUNS).map(|n| {
+        let token = format!("client-{n}-end");
+        let run = gateway.run(HELLO, &json!({ "token": token }));
+        spawn(async move {
+            let result = run.send().await.expect(200).json();
+            let printed = result["stdout"].as_str().unwrap_or_default();
+            assert!(printed.contains(&token), "{token} got {result}");
+            result["requestId"].as_str().expect("an id").to_owned()
+        })
+    });
+    let clients = clients.collect();
+    let ids = join_all("500 runs", Duration::from_secs(120), clients).await;
+    let distinct: BTreeSet<&String> = ids.iter().collect();
+    assert_eq!(distinct.len(), RUNS);
+
+    let rows = eventually("500 rows", SOON, || async {
+        let rows = gateway.get(&format!("/functions/{HELLO}/logs?limit=1000")).await.expect(200).json();
+        let rows = rows.as_array().expect("an array").clone();
+        if rows.len() == RUNS { Ok(rows) } else { Err(format!("{} rows", rows.len())) }
+    })
+    .await;
+    let logged: BTreeSet<&str> = rows.iter().filter_map(|row| row["requestId"].as_str()).collect();
+    assert!(distinct.iter().all(|id| logged.contains(id.as_str())), "each run has its row");
+    for n in 0..RUNS {
+        let token = format!("client-{n}-end");
+        let is_its = |row: &&Value| row["message"].as_str().is_some_and(|message| message.contains(&token));
+        assert_eq!(rows.iter().filter(is_its).count(), 1, "one row of {token}");
+    }
+    let invocations = format!(r#"function_invocations_total{{functionId="{HELLO}",status="SUCCESS"}}"#);
+    gateway.wait_for_metric(&invocations, 500.0).await;
+    if !is_dev {
+        let cloud = &platform.fleet().cloud;
+        let keys: BTreeSet<String> = ids.iter().map(|id| IdParts::of(id).row_key()).collect();
+        let rows = cloud.wait_for_rows(HELLO, RUNS).await;
+        let stored = rows.iter().map(|row| row["timestamp"]["S"].as_str().unwrap_or_default().to_owned());
+        assert_eq!(stored.collect::<BTreeSet<_>>(), keys);
+        eventually("the counters", SOON, || async {
+            let item = cloud.function_item(HELLO).await;
+            if item["invocations"]["N"] == "500" { Ok(()) } else { Err(item.to_string()) }
+        })
+        .await;
+    }
+    platform.finish().await;
+}

@@ -1,0 +1,158 @@
+//! What operators and the BFF look at: health, metrics, log lines.
+
+use crate::harness::platform::{Backend, HELLO};
+use crate::harness::process::Stream;
+use crate::harness::{Gateway, SOON, Setup, eventually};
+use serde_json::{Value, json};
+
+over_both!(health, metrics, log_lines);
+
+async fn health(setup: Setup) {
+    let is_dev = setup.backend == Backend::Dev;
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    for target in ["/health", "/api/health"] {
+        let health = gateway.anonymous("GET", target).send().await.expect(200).json();
+        assert_eq!(health["status"], "OK", "{health}");
+        assert_eq!(health["version"], env!("CARGO_PKG_VERSION"));
+        let checks = health["checks"].as_object().expect("the checks");
+        // Redis, the queue and two tables; one file holds them all in `dev`.
+        assert!(checks.len() >= if is_dev { 1 } else { 3 }, "{health}");
+        assert!(health["checks"].to_string().contains("depth"), "the queue with its depth: {health}");
+    }
+    for target in ["/livez", "/readyz"] {
+        gateway.anonymous("GET", target).send().await.expect(200);
+    }
+    platform.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn health_without_redis() {
+    let mut platform = Setup::serve().no_worker().start().await;
+    platform.fleet_mut().redis.kill();
+    let gateway = &platform.gateway;
+    let sick = || async {
+        let answer = gateway.anonymous("GET", "/health").send().await;
+        if answer.status == 503 { Ok(answer.json()) } else { Err(answer.text()) }
+    };
+    let health = eventually("/health without Redis", SOON, sick).await;
+    assert!(["DEGRADED", "ERROR"].contains(&health["status"].as_str().unwrap_or_default()), "{health}");
+    let address = platform.fleet().redis.addr().to_string();
+    assert!(!health.to_string().contains(&address), "a backend's own error text stays inside: {health}");
+    gateway.anonymous("GET", "/livez").send().await.expect(200);
+
+    tokio::task::block_in_place(|| platform.fleet_mut().redis.restart());
+    let gateway = &platform.gateway;
+    let well = || async {
+        let answer = gateway.anonymous("GET", "/health").send().await;
+        if answer.status == 200 { Ok(()) } else { Err(answer.text()) }
+    };
+    eventually("/health with Redis again", SOON, well).await;
+    platform.finish().await;
+}
+
+async fn metrics(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    for prefix in ["", "/api"] {
+        let body = json!({ "functionId": HELLO, "inputData": 1 });
+        gateway.request("POST", &format!("{prefix}/run")).json(&body).send().await.expect(200);
+        gateway.get(&format!("{prefix}/functions/hello")).await.expect(200);
+        gateway.get(&format!("{prefix}/no/such/{prefix}/route")).await.expect(404);
+        gateway.get(&format!("{prefix}/status/{}", "0".repeat(36))).await;
+    }
+    gateway.idle().await;
+    let labels = format!(r#"{{functionId="{HELLO}",status="SUCCESS"}}"#);
+    gateway.wait_for_metric(&format!("function_invocations_total{labels}"), 2.0).await;
+    gateway.wait_for_metric(&format!("function_duration_seconds_count{labels}"), 2.0).await;
+    for (method, route, status, count) in
+        [("POST", "/run", 200, 2.0), ("GET", "/functions/:id", 200, 2.0), ("GET", "/status/:jobId", 404, 2.0)]
+    {
+        let labels = format!(r#"{{method="{method}",route="{route}",status_code="{status}"}}"#);
+        let series = format!("http_request_duration_seconds_count{labels}");
+        if route == "/status/:jobId" && gateway.metric(&series).await.is_none() {
+            // 36 zeros are no id: that may as well be a 400.
+            let series = series.replace("404", "400");
+            gateway.wait_for_metric(&series, count).await;
+            continue;
+        }
+        gateway.wait_for_metric(&series, count).await;
+    }
+
+    let answer = gateway.anonymous("GET", "/metrics").send().await.expect(200);
+    assert!(answer.need("content-type").starts_with("text/plain"), "{answer:?}");
+    let text = answer.text();
+    for line in text.lines().filter(|line| line.starts_with("http_request_duration_seconds_bucket")) {
+        assert!(!line.contains("/api") && !line.contains("no/such"), "routes are patterns: {line}");
+    }
+    let bounds: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with(r#"http_request_duration_seconds_bucket{method="POST",route="/run""#))
+        .filter_map(|line| line.split_once(r#"le=""#)?.1.split('"').next())
+        .collect();
+    assert_eq!((bounds.first(), bounds.last()), (Some(&"0.0005"), Some(&"+Inf")), "{bounds:?}");
+    assert_eq!(bounds.get(bounds.len() - 2), Some(&"300"), "{bounds:?}");
+    for name in ["function_duration_seconds", "function_handler_duration_seconds", "http_request_duration_seconds"] {
+        assert!(text.contains(&format!("# TYPE {name} histogram")), "{name}");
+    }
+    assert!(text.contains("# TYPE function_invocations_total counter"));
+    platform.finish().await;
+}
+
+/// The first line of the log that says `msg`, when it is written.
+async fn line(gateway: &Gateway, msg: &str, request_id: Option<&str>) -> Value {
+    eventually(msg, SOON, || async {
+        let is_it = |line: &Value| {
+            line["msg"] == *msg && request_id.is_none_or(|id| line["requestId"] == *id)
+        };
+        gateway.log().into_iter().find(is_it).ok_or_else(|| gateway.output().tail(20))
+    })
+    .await
+}
+
+async fn log_lines(setup: Setup) {
+    let is_dev = setup.backend == Backend::Dev;
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let sync = gateway.run(HELLO, &json!({ "private": "body-of-a-client" })).send().await.expect(200).json();
+    let sync = sync["requestId"].as_str().expect("an id");
+    let job = gateway.run_async(HELLO, &json!(1)).await;
+    for (id, mode) in [(sync, "SYNC"), (&job, "ASYNC")] {
+        let run = line(gateway, "Run Request", Some(id)).await;
+        assert_eq!((&run["functionId"], &run["mode"]), (&json!(HELLO), &json!(mode)), "{run}");
+        let done = line(gateway, "Execution Success", Some(id)).await;
+        assert!(done["duration"].is_number(), "{done}");
+    }
+    if !is_dev {
+        line(gateway, "Global Redis Connected Successfully", None).await;
+    }
+    let started = format!("Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
+    assert_eq!(line(gateway, &started, None).await["port"], gateway.addr().port());
+    for line in gateway.output().lines(Stream::Out).iter().filter(|line| line.starts_with('{')) {
+        let second = line.strip_prefix(r#"{"level":"#).and_then(|rest| rest.split_once(','));
+        assert!(second.is_some_and(|(_, rest)| rest.starts_with(r#""msg":"#)), "level and msg first: {line}");
+    }
+    assert!(!gateway.output().contains("body-of-a-client"), "bodies are not logged");
+    platform.finish().await;
+}
+
+/// Neither the key, nor the password of Redis, nor that of AWS; every test asserts this of its own log, so
+/// here is only what provokes them most.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secrets_stay_out_of_the_log() {
+    let setup = Setup::serve().redis_password("redis-secret-5be1").env("RUST_LOG", "debug");
+    let mut platform = setup.no_worker().start().await;
+    let gateway = &platform.gateway;
+    gateway.run_async(HELLO, &json!(1)).await;
+    gateway.anonymous("GET", "/functions/hello").header("x-api-key", "almost").send().await.expect(401);
+    let in_query = format!("/nope?x-api-key={}", gateway.key());
+    gateway.get(&in_query).await.expect(404);
+    platform.fleet_mut().redis.kill();
+    let gateway = &platform.gateway;
+    let sick = || async {
+        let answer = gateway.anonymous("GET", "/health").send().await;
+        if answer.status == 503 { Ok(()) } else { Err(answer.text()) }
+    };
+    eventually("/health without Redis", SOON, sick).await;
+    platform.stop().await;
+}

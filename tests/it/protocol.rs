@@ -1,0 +1,185 @@
+//! HTTP itself: routes, methods, heads, request ids, and what happens on one connection.
+
+use crate::harness::http::{Conn, Request};
+use crate::harness::platform::HELLO;
+use crate::harness::{SOON, Setup, within};
+use serde_json::{Value, json};
+
+over_both!(routes_and_methods, request_ids, one_connection, expect_continue);
+
+async fn routes_and_methods(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    for unknown in ["/nope", "/run/more", "/status", "/functions/hello/nope", "/apirun", "/api/api/run", "/RUN"] {
+        for target in [unknown.to_owned(), format!("/api{unknown}")] {
+            let answer = gateway.get(&target).await;
+            // `/status` without an id may be read as "no job id".
+            if unknown == "/status" && answer.status == 400 {
+                continue;
+            }
+            answer.expect_problem(404);
+        }
+    }
+    for (method, target, allowed) in [
+        ("GET", "/run", "POST"),
+        ("PATCH", "/run", "POST"),
+        ("POST", "/status/x", "GET"),
+        ("DELETE", "/health", "GET"),
+        ("POST", "/livez", "GET"),
+        ("POST", "/readyz", "GET"),
+        ("POST", "/metrics", "GET"),
+        ("POST", "/", "GET"),
+        ("PATCH", "/functions/hello", "GET"),
+        ("PUT", "/functions/hello/logs", "GET"),
+        ("DELETE", "/functions/hello/logs/x", "GET"),
+    ] {
+        for prefix in ["", "/api"] {
+            if prefix == "/api" && target == "/" {
+                continue;
+            }
+            let answer = gateway.request(method, &format!("{prefix}{target}")).send().await.expect_problem(405);
+            let allow: Vec<&str> = answer.need("allow").split(',').map(str::trim).collect();
+            assert!(allow.contains(&allowed), "{method} {target}: {allow:?}");
+            assert!(!allow.contains(&method), "{method} {target}: {allow:?}");
+            assert_eq!(allow.contains(&"GET"), allow.contains(&"HEAD"), "HEAD works where GET does: {allow:?}");
+        }
+    }
+    for target in ["/", "/health", "/livez", "/readyz", "/metrics", "/functions/hello", "/functions/hello/logs"] {
+        let head = gateway.request("HEAD", target).send().await.expect(200);
+        assert!(head.body().is_empty());
+        let get = gateway.get(target).await.expect(200);
+        assert_eq!(head.header("content-type"), get.header("content-type"), "{target}");
+        head.need("content-length");
+    }
+    gateway.request("HEAD", "/functions/no-such-function").send().await.expect(404);
+
+    let root = gateway.get("/").await.expect(200).json();
+    assert!(root["version"].is_string(), "{root}");
+    assert!(root.to_string().contains("/run"), "the endpoints: {root}");
+    platform.finish().await;
+}
+
+async fn request_ids(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let longest = "r".repeat(128);
+    for target in ["/livez", "/nope", "/functions/hello", "/run"] {
+        for given in ["a", "client-id-1", "!~/?\"<>", &longest] {
+            let answer = gateway.request("GET", target).header("x-request-id", given).send().await;
+            assert_eq!(answer.need("x-request-id"), given, "{target}");
+        }
+        let too_long = "r".repeat(129);
+        let mut ours = Vec::new();
+        for bad in [None, Some(""), Some("two words"), Some("tab\there"), Some("schlüssel"), Some(&too_long)] {
+            let mut request = gateway.request("GET", target);
+            if let Some(bad) = bad {
+                request = request.header("X-Request-Id", bad);
+            }
+            let id = request.send().await.need("x-request-id").to_owned();
+            assert_ne!(Some(id.as_str()), bad, "{target}");
+            assert!((1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()), "{id}");
+            ours.push(id);
+        }
+        ours.sort();
+        ours.dedup();
+        assert_eq!(ours.len(), 6, "each request has its own: {ours:?}");
+    }
+    // A job's id is ours, whatever the client calls its request.
+    let run = gateway.run(HELLO, &json!(1)).header("x-request-id", "mine").send().await.expect(200);
+    assert_eq!(run.need("x-request-id"), "mine");
+    assert_ne!(run.json()["requestId"], "mine");
+    platform.finish().await;
+}
+
+async fn one_connection(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+
+    // Kept alive over good answers and refusals alike.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    let wrong_type = gateway.request("POST", "/run").body("text/plain", "x");
+    let bad_body = gateway.request("POST", "/run").body("application/json", "{");
+    let head = gateway.request("HEAD", "/livez");
+    for (request, status) in [
+        (&gateway.anonymous("GET", "/livez"), 200),
+        (&gateway.request("GET", "/nope"), 404),
+        (&bad_body, 400),
+        (&wrong_type, 415),
+        (&gateway.request("GET", "/run"), 405),
+        (&head, 200),
+        (&gateway.run(HELLO, &json!(1)), 200),
+        (&gateway.anonymous("GET", "/functions/hello"), 401),
+        (&gateway.anonymous("GET", "/livez"), 200),
+    ] {
+        conn.write(&request.to_bytes()).await.expect("the connection is kept");
+        let is_head = std::ptr::eq(request, &raw const head);
+        let answer = conn.answer(is_head).await.expect("an answer on the same connection");
+        answer.expect(status);
+    }
+
+    // Ten at once, answered in their order.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    let tokens: Vec<String> = (0..10).map(|n| format!("pipelined-{n}-end")).collect();
+    let runs = tokens.iter().map(|token| gateway.run(HELLO, &json!({ "token": token })));
+    let bytes: Vec<u8> = runs.flat_map(|run| run.to_bytes()).collect();
+    conn.write(&bytes).await.expect("the gateway reads");
+    for token in &tokens {
+        let result = conn.answer(false).await.expect("an answer each").expect(200).json();
+        assert!(result["stdout"].as_str().is_some_and(|printed| printed.contains(token)), "{token}: {result}");
+    }
+    // Of mixed kinds, told apart by their ids.
+    let requests: Vec<(u16, Request)> = vec![
+        (200, gateway.anonymous("GET", "/livez")),
+        (404, gateway.request("GET", "/nope")),
+        (202, gateway.run(HELLO, &json!(1)).header("x-async", "true")),
+        (401, gateway.anonymous("GET", "/functions/hello")),
+        (200, gateway.request("GET", "/functions/hello")),
+        (400, gateway.request("POST", "/run").body("application/json", "[")),
+        (405, gateway.request("GET", "/run")),
+        (200, gateway.anonymous("GET", "/readyz")),
+        (404, gateway.run("no-such-function", &json!(1))),
+        (200, gateway.anonymous("GET", "/health")),
+    ];
+    let with_id = |(n, (_, request)): (usize, &(u16, Request))| {
+        request.clone().header("x-request-id", &format!("mixed-{n}")).to_bytes()
+    };
+    let bytes: Vec<u8> = requests.iter().enumerate().flat_map(with_id).collect();
+    conn.write(&bytes).await.expect("the gateway reads");
+    for (n, (status, _)) in requests.iter().enumerate() {
+        let answer = conn.answer(false).await.expect("an answer each").expect(*status);
+        assert_eq!(answer.need("x-request-id"), format!("mixed-{n}"));
+    }
+
+    // `Connection: close` is honoured.
+    let last = gateway.anonymous("GET", "/livez").header("connection", "close");
+    conn.write(&last.to_bytes()).await.expect("the gateway reads");
+    conn.answer(false).await.expect("an answer").expect(200);
+    assert!(within("the end of the connection", SOON, conn.is_closed()).await);
+    platform.finish().await;
+}
+
+async fn expect_continue(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let body = json!({ "functionId": HELLO, "inputData": "patient" }).to_string();
+    let announce = |request: Request| {
+        let request = request.header("content-type", "application/json").header("expect", "100-continue");
+        request.header("content-length", &body.len().to_string()).to_bytes()
+    };
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    // Twice: the interim answer must not break the connection.
+    for _ in 0..2 {
+        conn.write(&announce(gateway.request("POST", "/run"))).await.expect("the gateway reads");
+        let interim = within("100 Continue", SOON, conn.any_answer(false)).await.expect("an answer");
+        assert_eq!(interim.status, 100);
+        conn.write(body.as_bytes()).await.expect("the gateway reads");
+        let result: Value = conn.any_answer(false).await.expect("an answer").expect(200).json();
+        assert!(result["stdout"].as_str().is_some_and(|printed| printed.contains("patient")), "{result}");
+    }
+    // Who may not run is told so before it sends anything.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    conn.write(&announce(gateway.anonymous("POST", "/run"))).await.expect("the gateway reads");
+    let refused = within("the refusal", SOON, conn.any_answer(false)).await.expect("an answer");
+    refused.expect_problem(401);
+    platform.finish().await;
+}

@@ -1,0 +1,180 @@
+//! `GET /status/:jobId`, and runs that outlast their client's patience.
+
+use crate::harness::gateway::is_pending;
+use crate::harness::http::Conn;
+use crate::harness::job::IdParts;
+use crate::harness::platform::HELLO;
+use crate::harness::{SOON, Setup, eventually, spawn, within};
+use serde_json::json;
+use std::time::{Duration, Instant};
+
+over_both!(unknown_jobs);
+
+async fn unknown_jobs(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    // An id of this node that never was, one of another node, one of the old controller.
+    let ours = gateway.run_async(HELLO, &json!(1)).await;
+    gateway.result_of(&ours).await;
+    let never = format!("{}{}", &ours[..24], if ours.ends_with('0') { "000000000001" } else { "000000000000" });
+    for id in [&never, "00000000-0000-8000-8000-000000000000", "67e55044-10b1-426f-9247-bb680e5fe0c8"] {
+        for target in [format!("/status/{id}"), format!("/api/status/{id}")] {
+            gateway.get(&target).await.expect_problem(404);
+        }
+    }
+    gateway.get("/status/").await.expect_problem(400);
+    for id in ["garbage", "..%2f..", "%00", &"x".repeat(300)] {
+        let answer = gateway.get(&format!("/status/{id}")).await;
+        assert!([400, 404].contains(&answer.status), "{id}: {}", answer.status);
+    }
+    platform.finish().await;
+}
+
+/// What a worker would say of the job whose message it took.
+fn result_for(id: &str) -> String {
+    format!(r#"{{"requestId":"{id}","status":"SUCCESS","exitCode":0,"stdout":"by hand","durationMs":1}}"#)
+}
+
+/// The id in the next message of the queue.
+async fn take_job(platform: &crate::harness::Platform) -> String {
+    let (_, body) = platform.fleet().cloud.receive().await;
+    let message: serde_json::Value = serde_json::from_str(&body).expect("JSON");
+    message["requestId"].as_str().expect("an id").to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pending_then_the_result() {
+    let platform = Setup::serve().no_worker().start().await;
+    let gateway = &platform.gateway;
+    let id = gateway.run_async(HELLO, &json!(1)).await;
+    assert_eq!(take_job(&platform).await, id);
+    for target in [format!("/status/{id}"), format!("/api/status/{id}")] {
+        let now = gateway.get(&target).await.expect(200);
+        assert!(is_pending(&now), "{}", now.text());
+    }
+    // A long poll that ends with nothing says the same, and not before its time.
+    for ask in [gateway.request("GET", &format!("/status/{id}")).header("prefer", "wait=1"), {
+        gateway.request("GET", &format!("/status/{id}?wait=1"))
+    }] {
+        let begun = Instant::now();
+        let still = ask.send().await.expect(200);
+        assert!(is_pending(&still), "{}", still.text());
+        assert!(begun.elapsed() >= Duration::from_millis(900), "{:?}", begun.elapsed());
+    }
+    let long_poll = {
+        let ask = gateway.request("GET", &format!("/status/{id}?wait=60"));
+        spawn(async move { ask.send().await })
+    };
+    let result = result_for(&id);
+    let redis = &platform.fleet().redis;
+    // As the contract orders it: published a moment before it is stored.
+    redis.publish(&format!("result:{id}"), result.as_bytes()).await;
+    redis.store_result(&id, result.as_bytes()).await;
+    let answer = within("the long poll", SOON, long_poll).await.expect("no panic").expect(200);
+    assert_eq!(answer.text(), result);
+    assert_eq!(gateway.get(&format!("/status/{id}")).await.expect(200).text(), result);
+    platform.fleet().cloud.wait_for_rows(HELLO, 1).await;
+    platform.finish().await;
+}
+
+/// A result that was published but never stored is the client's all the same, for a while.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn published_is_enough() {
+    let platform = Setup::serve().start().await;
+    let gateway = &platform.gateway;
+    let id = gateway.run_async(HELLO, &json!({ "behave": "publish_only" })).await;
+    assert_eq!(gateway.result_of(&id).await.json()["requestId"], *id);
+    platform.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn results_of_the_old_controller_are_found() {
+    let platform = Setup::serve().no_worker().start().await;
+    let id = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+    let result = r#"{"requestId": "67e55044-10b1-426f-9247-bb680e5fe0c8", "stdout":"old"}"#;
+    platform.fleet().redis.store_result(id, result.as_bytes()).await;
+    assert_eq!(platform.gateway.get(&format!("/status/{id}")).await.expect(200).text(), result);
+    platform.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_nodes_job() {
+    let platform = Setup::serve().no_worker().start().await;
+    let other = platform.fleet().start_gateway().await;
+    let id = platform.gateway.run_async(HELLO, &json!(1)).await;
+    assert_eq!(take_job(&platform).await, id);
+    let now = other.get(&format!("/status/{id}")).await.expect(200);
+    assert!(is_pending(&now), "{}", now.text());
+    let long_poll = {
+        let ask = other.request("GET", &format!("/status/{id}?wait=60"));
+        spawn(async move { ask.send().await })
+    };
+    let redis = &platform.fleet().redis;
+    // The other node subscribes to this one job: two hear of it.
+    let channel = format!("result:{id}");
+    eventually("the other node's subscription", SOON, || async {
+        let count = redis.command(&[b"PUBSUB", b"NUMSUB", channel.as_bytes()]).await;
+        if format!("{count:?}").contains("Integer(1)") { Ok(()) } else { Err(format!("{count:?}")) }
+    })
+    .await;
+    let result = result_for(&id);
+    redis.publish(&channel, result.as_bytes()).await;
+    redis.store_result(&id, result.as_bytes()).await;
+    let answer = within("the long poll", SOON, long_poll).await.expect("no panic").expect(200);
+    assert_eq!(answer.text(), result);
+
+    let theirs = other.run_async(HELLO, &json!(2)).await;
+    assert_ne!(IdParts::of(&theirs).node, IdParts::of(&id).node, "two nodes, two names");
+    assert_eq!(take_job(&platform).await, theirs);
+    let result = result_for(&theirs);
+    redis.publish(&format!("result:{theirs}"), result.as_bytes()).await;
+    redis.store_result(&theirs, result.as_bytes()).await;
+    assert_eq!(platform.gateway.result_of(&theirs).await.text(), result);
+    // One row each, whoever was asked.
+    platform.fleet().cloud.wait_for_rows(HELLO, 2).await;
+    other.finish().await;
+    platform.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_that_outlasts_its_wait_goes_on() {
+    let platform = Setup::serve().start().await;
+    let gateway = &platform.gateway;
+    let run = gateway.run(HELLO, &json!({ "behave": "sleep", "ms": 3000, "token": "late" }));
+    let answer = run.header("prefer", "wait=1").send().await.expect(202);
+    let timeout = answer.json();
+    assert_eq!(timeout["status"], "TIMEOUT");
+    assert!(timeout["message"].is_string(), "{timeout}");
+    let id = timeout["jobId"].as_str().expect("an id");
+    assert_eq!(answer.need("location"), format!("/status/{id}"));
+    let result = gateway.result_of(id).await.json();
+    assert!(result["stdout"].as_str().is_some_and(|printed| printed.contains("late")), "{result}");
+    let rows = platform.fleet().cloud.wait_for_rows(HELLO, 1).await;
+    assert_eq!(rows[0]["status"]["S"], "SUCCESS", "the client's patience is not the job's end");
+    platform.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_leaves_no_waiter() {
+    let platform = Setup::serve().no_worker().start().await;
+    let gateway = &platform.gateway;
+    let mut conns = Vec::new();
+    for _ in 0..5 {
+        let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+        conn.write(&gateway.run(HELLO, &json!(1)).to_bytes()).await.expect("the gateway reads");
+        conns.push(conn);
+    }
+    gateway.wait_for_metric("infra_waiters", 5.0).await;
+    drop(conns);
+    gateway.wait_for_metric("infra_waiters", 0.0).await;
+    // The jobs go on without their clients.
+    gateway.wait_for_metric("infra_jobs_in_flight", 5.0).await;
+    for _ in 0..5 {
+        let id = take_job(&platform).await;
+        let result = result_for(&id);
+        platform.fleet().redis.publish(&format!("result:{id}"), result.as_bytes()).await;
+        platform.fleet().redis.store_result(&id, result.as_bytes()).await;
+    }
+    platform.fleet().cloud.wait_for_rows(HELLO, 5).await;
+    platform.finish().await;
+}

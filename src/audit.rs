@@ -90,7 +90,7 @@ pub struct Flusher {
     counters: HashMap<FunctionId, Counters>,
 }
 
-/// A handle and its loop. The loop ends when all handles are gone and everything is written.
+/// A handle and its loop.
 pub fn new(
     conf: &MemoryConf,
     executions: Arc<dyn ExecutionStore>,
@@ -110,7 +110,10 @@ pub fn new(
 }
 
 impl Flusher {
-    pub async fn run(mut self, ledger: Arc<dyn Ledger>) {
+    /// Runs until `stop` resolves, and then until every row that was taken is written.
+    pub async fn run(mut self, ledger: Arc<dyn Ledger>, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
+        let mut stopping = false;
         let mut writes = FuturesUnordered::new();
         let mut batch = Vec::with_capacity(ROWS_MAX);
         let mut oldest = Instant::now();
@@ -131,6 +134,10 @@ impl Flusher {
                     counters_at = Instant::now() + COUNTERS_PERIOD;
                     self.write_counters().await;
                     ledger.rows_written(&[]).await;
+                }
+                () = &mut stop, if !stopping => {
+                    stopping = true;
+                    self.receiver.close();
                 }
             }
             let due = batch.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;

@@ -19,7 +19,7 @@ use crate::audit::{Audit, Ledger};
 use crate::backend::{Backend, BackendError, Journal, ResultEvent, Results, STORED_MAX};
 use crate::config::Conf;
 use crate::metrics::Metrics;
-use crate::model::{Execution, Job, JobId, NodeId, Outcome, now_ms};
+use crate::model::{Execution, Job, JobId, NodeId, Outcome, Status, now_ms};
 use async_trait::async_trait;
 use batcher::{BatchLoop, Batcher};
 use bytes::Bytes;
@@ -59,8 +59,7 @@ struct Settler {
     leaving: Mutex<Vec<JobId>>,
 }
 
-/// The loops of the dispatcher. `boot` runs each; `batches` ends when the last [`Dispatcher`] is gone, the
-/// other two never end by themselves.
+/// The loops of the dispatcher. `boot` runs each; `batches` ends when told to, the other two never do.
 pub struct DispatchLoops {
     pub batches: BatchLoop,
     pub pump: Pump,
@@ -235,7 +234,7 @@ impl Settler {
             Settled::UnknownJob => "unknown_job",
             Settled::First(function) => {
                 let row = Execution::of(id, function, outcome);
-                tracing::info!(requestId = %id, functionId = %row.function, duration = row.duration_ms, status = %row.status, "Execution Success");
+                log_execution(&row);
                 self.record(id, row)
             }
         };
@@ -259,6 +258,26 @@ impl Settler {
             let kind = self.record(id, Execution::lost(id, function));
             self.metrics.results.with_label_values(&[if kind == "settled" { "lost" } else { kind }]).inc();
         }
+    }
+}
+
+fn log_execution(row: &Execution) {
+    let (request, function, status) = (row.request_id.as_str(), row.function.as_str(), row.status.as_str());
+    if status == Status::SUCCESS {
+        tracing::info!(
+            requestId = request,
+            functionId = function,
+            duration = row.duration_ms,
+            "Execution Success"
+        );
+    } else {
+        tracing::info!(
+            requestId = request,
+            functionId = function,
+            duration = row.duration_ms,
+            status,
+            "Execution Failed"
+        );
     }
 }
 

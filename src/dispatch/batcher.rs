@@ -99,7 +99,7 @@ struct BatchSender {
     metrics: Arc<Metrics>,
 }
 
-/// A handle and its loop; the loop ends when all handles are gone and everything is sent.
+/// A handle and its loop.
 pub fn new(
     conf: BatchConf,
     queue: Arc<dyn JobQueue>,
@@ -123,7 +123,10 @@ pub fn new(
 }
 
 impl BatchLoop {
-    pub async fn run(mut self) {
+    /// Runs until `stop` resolves, and then until everything that was taken is sent or given up.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
+        let mut stopping = false;
         let mut sends = FuturesUnordered::new();
         let mut arrived = Vec::with_capacity(BATCH_JOBS_MAX);
         let mut open = true;
@@ -145,6 +148,10 @@ impl BatchLoop {
                     self.waiting.extend(arrived.drain(..).map(|pending| Waiting { since, pending }));
                 }
                 () = sleep_until(timer), if timer.is_some() => {}
+                () = &mut stop, if !stopping => {
+                    stopping = true;
+                    self.receiver.close();
+                }
             }
         }
         self.publish_gauges(0);
@@ -442,7 +449,7 @@ mod tests {
         let journal = Arc::new(journal);
         let (batcher, batch_loop) =
             new(conf, Arc::clone(&queue) as _, Arc::clone(&journal) as _, Arc::clone(&in_flight), metrics);
-        (House { batcher, queue, journal, in_flight }, batch_loop.run())
+        (House { batcher, queue, journal, in_flight }, batch_loop.run(std::future::pending()))
     }
 
     impl House {

@@ -9,7 +9,7 @@ use crate::config::MemoryConf;
 use crate::metrics::Metrics;
 use crate::model::{Counters, Execution, FunctionId, JobId};
 use async_trait::async_trait;
-use futures_util::stream::{self, FuturesUnordered, StreamExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -162,24 +162,31 @@ impl Flusher {
 
     /// Writes the sums; those that fail stay for the next time.
     async fn write_counters(&mut self) {
-        let sums: Vec<_> = self.counters.drain().collect();
-        let functions = &self.functions;
-        let updates = sums.into_iter().map(|(function, sums)| async move {
-            let result = functions.add_counters(&function, sums).await;
-            (function, sums, result)
-        });
-        let mut updates = stream::iter(updates).buffer_unordered(UPDATES_MAX);
+        let mut sums = std::mem::take(&mut self.counters).into_iter();
+        let mut updates = FuturesUnordered::new();
         let mut failed = Vec::new();
-        while let Some((function, sums, result)) = updates.next().await {
-            if let Err(e) = result {
-                tracing::warn!(functionId = %function, error = %e, "Counters Not Written");
-                failed.push((function, sums));
+        loop {
+            let free = UPDATES_MAX - updates.len();
+            updates
+                .extend(sums.by_ref().take(free).map(|(function, sums)| self.add_counters(function, sums)));
+            match updates.next().await {
+                None => break,
+                Some(left) => failed.extend(left),
             }
         }
         drop(updates);
         for (function, sums) in failed {
             *self.counters.entry(function).or_default() += sums;
         }
+    }
+}
+
+impl Flusher {
+    /// The sums back if they could not be written.
+    async fn add_counters(&self, function: FunctionId, sums: Counters) -> Option<(FunctionId, Counters)> {
+        let e = self.functions.add_counters(&function, sums).await.err()?;
+        tracing::warn!(functionId = %function, error = %e, "Counters Not Written");
+        Some((function, sums))
     }
 }
 

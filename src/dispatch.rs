@@ -23,7 +23,7 @@ use crate::model::{Execution, Job, JobId, NodeId, Outcome, Status, now_ms};
 use async_trait::async_trait;
 use batcher::{BatchLoop, Batcher};
 use bytes::Bytes;
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use in_flight::{InFlight, Settled};
 use lookups::Schedule;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -347,22 +347,30 @@ impl Settler {
     }
 
     async fn look_up(&self, ids: &[JobId]) {
-        let calls =
-            ids.chunks(STORED_MAX).map(|chunk| async move { (chunk, self.results.stored(chunk).await) });
-        let mut calls = stream::iter(calls).buffer_unordered(LOOKUP_CALLS_MAX);
-        while let Some((chunk, found)) = calls.next().await {
-            match found {
-                Ok(found) => {
-                    for (id, payload) in chunk.iter().zip(found) {
-                        let Some(payload) = payload else { continue };
-                        self.metrics.results_looked_up.inc();
-                        self.settle(*id, &Outcome::new(payload));
-                        self.in_flight.forget_settled(*id);
-                    }
-                }
-                // The pump's subscription tells the operator that Redis is away; once is enough.
-                Err(e) => tracing::debug!(error = %e, "Results Not Looked Up"),
+        let mut chunks = ids.chunks(STORED_MAX);
+        let mut calls = FuturesUnordered::new();
+        loop {
+            calls.extend(
+                chunks.by_ref().take(LOOKUP_CALLS_MAX - calls.len()).map(|chunk| self.look_up_chunk(chunk)),
+            );
+            if calls.next().await.is_none() {
+                return;
             }
+        }
+    }
+
+    async fn look_up_chunk(&self, ids: &[JobId]) {
+        match self.results.stored(ids).await {
+            Ok(found) => {
+                for (id, payload) in ids.iter().zip(found) {
+                    let Some(payload) = payload else { continue };
+                    self.metrics.results_looked_up.inc();
+                    self.settle(*id, &Outcome::new(payload));
+                    self.in_flight.forget_settled(*id);
+                }
+            }
+            // The subscriber tells the operator that Redis is away; once is enough.
+            Err(e) => tracing::debug!(error = %e, "Results Not Looked Up"),
         }
     }
 

@@ -3,6 +3,7 @@
 //! The modules, in reading order, each using only those below it:
 //!
 //! * [`lifecycle`] — the phases from start to exit
+//! * [`boot`] — wires everything, the only place that chooses a backend
 //! * [`gateway`] — the Pingora side: the filters around the API
 //! * [`api`] — the route table, the handlers, and errors as clients see them
 //! * [`functions`] — functions by id, cached
@@ -17,6 +18,7 @@
 pub mod api;
 pub mod audit;
 pub mod backend;
+pub mod boot;
 pub mod config;
 pub mod dispatch;
 pub mod functions;

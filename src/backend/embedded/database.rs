@@ -29,7 +29,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most prepared statements a connection keeps; more than there are statements in this backend.
 const STATEMENTS_MAX: usize = 64;
 /// What `PRAGMA user_version` says of a file this program can read.
-const SCHEMA_VERSION: i64 = 1;
+pub(super) const SCHEMA_VERSION: i64 = 1;
 
 const DATABASE_FILE: &str = "infra.sqlite";
 const LOCK_FILE: &str = "lock";
@@ -95,10 +95,12 @@ struct Readers {
 }
 
 impl Database {
-    /// Locks `dir`, opens or makes the file in it, and starts the writer thread: SQLite connections are bound to
-    /// no runtime, and a file that is open without its writer could be read but never repaired.
-    pub(super) fn open(dir: &Path) -> Result<Self, OpenError> {
-        std::fs::create_dir_all(dir)?;
+    /// Locks `dir`, opens or makes the file in it, lets `first` work on it, and starts the writer thread. The thread
+    /// is started here and not by a loop of boot's: it must outlive the runtime, to commit what the last tasks wrote.
+    pub(super) fn open<T>(
+        dir: &Path,
+        first: impl FnOnce(&Connection) -> Result<T, BackendError>,
+    ) -> Result<(Self, T), OpenError> {
         let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK_FILE))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
             nix::errno::Errno::EWOULDBLOCK => OpenError::Locked,
@@ -110,11 +112,12 @@ impl Database {
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         migrate(&mut connection)?;
+        let made = first(&connection).map_err(OpenError::Failed)?;
 
         let (inbox, outbox) = sync_channel(WRITES_MAX);
         let writer = Writer::new(connection, outbox);
         let writer = std::thread::Builder::new().name("sqlite-writer".into()).spawn(move || writer.run())?;
-        Ok(Self(Arc::new(Shared {
+        let database = Self(Arc::new(Shared {
             inbox: Some(inbox),
             room: Arc::new(Semaphore::new(WRITES_MAX)),
             writer: Some(writer),
@@ -124,7 +127,8 @@ impl Database {
                 idle: Mutex::new(Vec::new()),
             }),
             _lock: lock,
-        })))
+        }));
+        Ok((database, made))
     }
 
     /// Runs `op` in the next transaction and returns after its commit. `records` is how many rows it writes, for
@@ -217,7 +221,7 @@ fn migrate(connection: &mut Connection) -> Result<(), OpenError> {
 }
 
 /// Our error for SQLite's. Its text names tables and codes, never values.
-fn failed(e: &rusqlite::Error) -> BackendError {
+pub(super) fn failed(e: &rusqlite::Error) -> BackendError {
     let text = format!("SQLite: {e}");
     match e.sqlite_error_code() {
         Some(rusqlite::ErrorCode::TooBig | rusqlite::ErrorCode::NotADatabase) => BackendError::Invalid(text),
@@ -237,4 +241,92 @@ pub(super) fn integer(value: u64) -> i64 {
 /// The inverse of [`integer`]: no column of ours holds a negative number.
 pub(super) fn unsigned(value: i64) -> u64 {
     u64::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::embedded::scratch::{Scratch, in_time};
+    use std::sync::mpsc::channel;
+
+    fn mark(
+        name: &'static str,
+    ) -> impl FnOnce(&Connection) -> rusqlite::Result<&'static str> + Send + 'static {
+        move |c| c.execute("INSERT INTO meta (name, value) VALUES (?1, 0)", [name]).map(|_| name)
+    }
+
+    async fn marks(database: &Database) -> Vec<String> {
+        let read = database.read(|c| {
+            let mut select = c.prepare("SELECT name FROM meta ORDER BY name")?;
+            select.query_map([], |row| row.get(0))?.collect()
+        });
+        read.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_commit_gives_each_caller_its_own_result() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        // While the first write holds the writer up, the others gather for one transaction.
+        let (go, gate) = channel();
+        let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
+        let half_done = database.write(1, |c| {
+            mark("half")(c)?;
+            mark("half")(c)
+        });
+        let writes =
+            async { tokio::join!(database.write(1, mark("a")), half_done, database.write(1, mark("b"))) };
+        let release = async { go.send(()).unwrap() };
+        let (held, (a, half_done, b), ()) = in_time(async { tokio::join!(held, writes, release) }).await;
+        assert!(held.is_ok());
+        assert_eq!((a.unwrap(), b.unwrap()), ("a", "b"));
+        assert!(matches!(half_done, Err(WriteError::NotApplied(_))));
+        assert_eq!(marks(&database).await, ["a", "b"]);
+    }
+
+    #[tokio::test]
+    async fn a_rollback_of_the_whole_fails_the_whole() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        let (go, gate) = channel();
+        let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
+        // What SQLite does by itself on a full disk.
+        let fatal = database.write(1, |c| c.execute_batch("ROLLBACK"));
+        let writes =
+            async { tokio::join!(database.write(1, mark("a")), fatal, database.write(1, mark("b"))) };
+        let release = async { go.send(()).unwrap() };
+        let (_, (a, fatal, b), ()) = in_time(async { tokio::join!(held, writes, release) }).await;
+        assert!(a.is_err() && fatal.is_err() && b.is_err());
+        assert!(marks(&database).await.is_empty());
+        assert!(database.write(1, mark("c")).await.is_ok(), "the writer lives on");
+    }
+
+    #[tokio::test]
+    async fn the_last_handle_flushes_and_frees() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        let (go, gate) = channel();
+        let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
+        let asked = database.write(1, mark("asked"));
+        // Hand both over, and leave before either is done.
+        let abandoned = tokio::time::timeout(Duration::from_millis(50), async { tokio::join!(held, asked) });
+        assert!(abandoned.await.is_err());
+        go.send(()).unwrap();
+        drop(database);
+        assert_eq!(marks(&scratch.database()).await, ["asked"]);
+    }
+
+    #[tokio::test]
+    async fn many_callers_at_once_are_all_served() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        let sql = "INSERT INTO meta (name, value) VALUES (?1, ?1)";
+        let writes = (0..2 * WRITES_MAX).map(|n| {
+            database.write(1, move |c| c.prepare_cached(sql)?.execute([integer(n as u64)]).map(|_| n))
+        });
+        let done = in_time(futures_util::future::join_all(writes)).await;
+        let mine: Vec<usize> = done.into_iter().map(Result::unwrap).collect();
+        assert_eq!(mine, (0..2 * WRITES_MAX).collect::<Vec<_>>());
+        assert_eq!(marks(&database).await.len(), 2 * WRITES_MAX);
+    }
 }

@@ -89,11 +89,8 @@ mod tests {
         drop(journal);
 
         let journal = Inflight(scratch.database());
-        let entry = |job: &Job| JournalEntry {
-            id: job.id,
-            function: job.function.clone(),
-            deadline: job.deadline,
-        };
+        let entry =
+            |job: &Job| JournalEntry { id: job.id, function: job.function.clone(), deadline: job.deadline };
         let expected: Vec<_> = [0, 2, 3, 4].map(|n: usize| entry(&ours[n])).into();
         assert_eq!(journal.entries(NodeId(7)).await.unwrap(), expected);
         assert_eq!(journal.entries(NodeId(6)).await.unwrap(), [entry(&others[0])]);

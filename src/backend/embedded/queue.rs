@@ -54,9 +54,9 @@ impl Queue {
 
     /// Takes a job off the queue without a result.
     pub(super) async fn remove(&self, seq: i64) -> Result<(), BackendError> {
-        let write = self.database.write(1, move |c| {
-            c.prepare_cached("DELETE FROM jobs WHERE seq = ?1")?.execute([seq]).map(drop)
-        });
+        let write = self
+            .database
+            .write(1, move |c| c.prepare_cached("DELETE FROM jobs WHERE seq = ?1")?.execute([seq]).map(drop));
         Ok(write.await?)
     }
 }
@@ -84,7 +84,12 @@ impl JobQueue for Queue {
             )?;
             for job in &sent {
                 let deadline = integer(job.deadline);
-                insert.execute(params![job.id.as_bytes(), job.function.as_str(), deadline, &job.message[..]])?;
+                insert.execute(params![
+                    job.id.as_bytes(),
+                    job.function.as_str(),
+                    deadline,
+                    &job.message[..]
+                ])?;
             }
             Ok(())
         });

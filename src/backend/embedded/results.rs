@@ -3,7 +3,7 @@
 //! The fleet's workers publish first and store then; here the store comes first, because both are ours and an
 //! announcement of what may yet be lost helps nobody.
 
-use super::database::{Database, WriteError, integer};
+use super::database::{Database, integer};
 use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
 use crate::model::{JobId, UnixMs, now_ms};
 use async_trait::async_trait;
@@ -46,12 +46,14 @@ impl LocalResults {
 
     /// Stores the result of job number `seq`, takes the job off the queue in the same transaction, and tells those
     /// who wait. A second run of the same job replaces the first one's result.
-    pub(super) async fn finish(&self, seq: i64, id: JobId, payload: Bytes) -> Result<(), WriteError> {
+    pub(super) async fn finish(&self, seq: i64, id: JobId, payload: Bytes) -> Result<(), BackendError> {
         let stored = payload.clone();
         let expires_at = integer(now_ms() + KEPT_MS);
         let write = self.database.write(2, move |c| {
-            c.prepare_cached("INSERT OR REPLACE INTO results (id, payload, expires_at_ms) VALUES (?1, ?2, ?3)")?
-                .execute(params![id.as_bytes(), &stored[..], expires_at])?;
+            c.prepare_cached(
+                "INSERT OR REPLACE INTO results (id, payload, expires_at_ms) VALUES (?1, ?2, ?3)",
+            )?
+            .execute(params![id.as_bytes(), &stored[..], expires_at])?;
             c.prepare_cached("DELETE FROM jobs WHERE seq = ?1")?.execute([seq]).map(drop)
         });
         write.await?;

@@ -3,7 +3,6 @@
 //! It happens once in the life of a directory. The file remembers it, so a function that its user deleted stays
 //! deleted.
 
-use super::database::Database;
 use super::store::put_function;
 use crate::backend::BackendError;
 use crate::model::{Counters, Function, FunctionId, now_ms, rfc3339_ms};

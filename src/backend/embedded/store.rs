@@ -1,9 +1,7 @@
 //! The function metadata and the execution log, as two tables.
 
 use super::database::{Database, integer, unsigned};
-use crate::backend::{
-    BackendError, ExecutionStore, FunctionStore, LogPage, LogQuery, ROWS_MAX,
-};
+use crate::backend::{BackendError, ExecutionStore, FunctionStore, LogPage, LogQuery, ROWS_MAX};
 use crate::model::{
     Counters, Execution, Function, FunctionId, JobId, RowKey, Status, UnixMs, now_ms, rfc3339_ms,
 };
@@ -248,7 +246,8 @@ mod tests {
     }
 
     fn row(at: UnixMs, random: u64, status: &str) -> Execution {
-        let result = serde_json::json!({ "status": status, "stdout": random.to_string(), "durationMs": 1.25 });
+        let result =
+            serde_json::json!({ "status": status, "stdout": random.to_string(), "durationMs": 1.25 });
         let outcome = Outcome::new(Bytes::from(result.to_string()));
         Execution::of(JobId::new(NodeId(1), at, random), f(), &outcome)
     }
@@ -391,7 +390,8 @@ mod tests {
         // A writer prunes as soon as it has started, and goes on while there is more.
         let database = scratch.database();
         let count = async || {
-            let read = database.read(|c| c.query_row("SELECT count(*) FROM executions", [], |r| r.get(0)));
+            let sql = "SELECT count(*) FROM executions";
+            let read = database.read(move |c| c.query_row(sql, [], |row| row.get::<_, i64>(0)));
             read.await.unwrap()
         };
         in_time(async {

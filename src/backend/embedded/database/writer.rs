@@ -105,7 +105,8 @@ impl Writer {
         drop(first.room);
         while records < RECORDS_MAX {
             // What is there already is taken in any case; only for the missing company does the batch wait.
-            let patience = if batch.len() < company { until - Instant::now().min(until) } else { Duration::ZERO };
+            let patience =
+                if batch.len() < company { until - Instant::now().min(until) } else { Duration::ZERO };
             let Ok(next) = self.inbox.recv_timeout(patience) else { break };
             records += next.write.records();
             batch.push(next.write);
@@ -140,10 +141,7 @@ impl Writer {
     /// Deletes some expired rows. Readers never see them, so only space is at stake.
     fn prune(&mut self) {
         let now = now_ms();
-        let tables = [
-            ("executions", "expires_at_s", now / 1000),
-            ("results", "expires_at_ms", now),
-        ];
+        let tables = [("executions", "expires_at_s", now / 1000), ("results", "expires_at_ms", now)];
         let mut more = false;
         for (table, expiry, now) in tables {
             let sql = format!(

@@ -1,7 +1,6 @@
 //! The writer thread: takes what waits, commits it as one transaction, tells each caller its own result.
 
 use super::{WriteError, failed, integer};
-use crate::backend::BackendError;
 use crate::model::now_ms;
 use rusqlite::{Connection, TransactionBehavior};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -127,12 +126,8 @@ impl Writer {
             } else {
                 savepoint.rollback().and_then(|()| savepoint.commit())
             };
-            // A full disk and the like make SQLite roll back the whole transaction. What came after would then
-            // be committed one by one, and what came before would be reported as done.
-            if tx.is_autocommit() {
-                let text = "SQLite rolled the transaction back".into();
-                return Err(WriteError::NotApplied(BackendError::Unavailable(text)));
-            }
+            // A full disk and the like make SQLite roll back the whole transaction. The savepoint is gone then and
+            // cannot be closed; to go on would commit what follows one by one, outside of any transaction.
             closed.map_err(not_applied)?;
         }
         tx.commit().map_err(|e| WriteError::Unknown(failed(&e)))

@@ -6,6 +6,7 @@
 
 mod dev;
 mod node;
+#[cfg(feature = "aws")]
 mod serve;
 mod signals;
 #[cfg(feature = "aws")]

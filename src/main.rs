@@ -1,9 +1,7 @@
 //! `infra-controller`: arguments and exit codes.
 
 use clap::{Parser, Subcommand};
-use infra_controller::boot::{self, Exit};
-use infra_controller::config::dotenv;
-use infra_controller::log;
+use infra_controller::{boot, log};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -59,7 +57,7 @@ fn main() -> ExitCode {
         && let Err(e) = read_dotenv()
     {
         eprintln!("infra-controller: ./.env cannot be read: {e}");
-        return ExitCode::from(Exit::Config.code());
+        return ExitCode::from(boot::Exit::Config.code());
     }
     let exit = match args.command {
         Command::Dev { port, data_dir, listen, conf } => {
@@ -85,7 +83,7 @@ fn read_dotenv() -> std::io::Result<()> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(e),
     };
-    for (name, value) in dotenv::parse(&text) {
+    for (name, value) in infra_controller::config::dotenv::parse(&text) {
         if std::env::var_os(&name).is_none() && !value.contains('\0') {
             #[expect(unsafe_code, reason = "no other thread runs yet that could read the environment")]
             // SAFETY: `main` has started no thread.

@@ -49,7 +49,7 @@ async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
     Ok(Connected {
         node: opened.node,
         backend: opened.backend,
-        bucket: "local".to_owned(),
+        bucket: embedded::BUCKET.to_owned(),
         extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
         _lock: None,
     })

@@ -1,7 +1,5 @@
 //! `serve` and `check`: the fleet backend.
 
-#![cfg(feature = "aws")]
-
 use super::state_dir::StateDir;
 use super::{Connected, Exit, Plan, explain, node, refuse};
 use crate::backend::aws;

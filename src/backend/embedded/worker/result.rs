@@ -68,7 +68,8 @@ impl RunResult {
             status: if ended.exit_code == 0 { "SUCCESS" } else { "FAILED" },
             exit_code: Some(ended.exit_code),
             stdout: ended.stdout,
-            duration_ms: Some(ended.duration.as_secs_f64() * 1000.0),
+            // Whole microseconds: more digits would only be noise.
+            duration_ms: Some(ended.duration.as_micros() as f64 / 1000.0),
             peak_memory_bytes: ended.peak_memory_bytes,
             ..Self::failed(job, Some(memory_mb), ended.stderr)
         }

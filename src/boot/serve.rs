@@ -83,7 +83,7 @@ async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<St
         logs_table: env.logs_table,
         queue_url: env.queue_url,
         bucket: env.bucket,
-        redis_url: env.redis_url,
+        redis_url: aws::RedisUrl::new(env.redis_url.reveal().to_owned()),
         sqs_endpoint: env.sqs_endpoint,
         dynamodb_endpoint: env.dynamodb_endpoint,
         s3_endpoint: env.s3_endpoint,

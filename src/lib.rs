@@ -2,8 +2,28 @@
 //!
 //! The modules, in reading order, each using only those below it:
 //!
+//! * [`lifecycle`] — the phases from start to exit
+//! * [`boot`] — wires everything, the only place that chooses a backend
+//! * [`gateway`] — the Pingora side: the filters around the API
+//! * [`api`] — the route table, the handlers, and errors as clients see them
+//! * [`functions`] — functions by id, cached
+//! * [`dispatch`] — submit, wait, settle: the way of a job
+//! * [`audit`] — execution rows and counters, written in the background
+//! * [`metrics`] — every metric, in one struct
+//! * [`log`] — log lines
+//! * [`config`] — one parse of environment and `conf/`
 //! * [`backend`] — the ports to the outside, and the two backends behind them
 //! * [`model`] — the nouns: jobs, functions, outcomes, executions
 
+pub mod api;
+pub mod audit;
 pub mod backend;
+pub mod boot;
+pub mod config;
+pub mod dispatch;
+pub mod functions;
+pub mod gateway;
+pub mod lifecycle;
+pub mod log;
+pub mod metrics;
 pub mod model;

@@ -1,1 +1,55 @@
-//! The fleet backend: SQS, DynamoDB, S3 and Redis.
+//! The fleet backend: SQS, DynamoDB, S3 and Redis. Nothing outside this module names a type of theirs.
+//!
+//! In reading order:
+//!
+//! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
+//! * [`error`] — what an AWS failure means, by its code
+//! * [`sqs`], [`functions`], [`executions`] (over [`item`]), [`s3`] — the AWS ports
+//! * [`redis`] — the command connection; [`results`], [`journal`], [`limits`] — the Redis ports
+//! * [`start`] — the checks before the first request
+
+mod client;
+mod error;
+mod executions;
+mod functions;
+mod item;
+mod journal;
+mod limits;
+mod redis;
+mod results;
+mod s3;
+mod sqs;
+mod start;
+
+pub use redis::RedisUrl;
+pub use start::connect;
+
+use super::Backend;
+use crate::model::NodeId;
+use std::time::Duration;
+
+/// Where the fleet's parts are (CONTRACT §1), and who asks.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub region: String,
+    pub functions_table: String,
+    pub logs_table: String,
+    pub queue_url: String,
+    pub bucket: String,
+    pub redis_url: RedisUrl,
+    /// The old `SQS_ENDPOINT`; used where the SDK's own configuration names no endpoint. So are its two siblings.
+    pub sqs_endpoint: Option<String>,
+    pub dynamodb_endpoint: Option<String>,
+    pub s3_endpoint: Option<String>,
+    pub node: NodeId,
+    /// How long all the checks together may take; they run side by side.
+    pub start_deadline: Duration,
+}
+
+/// A backend whose every part has answered.
+#[derive(Clone)]
+pub struct Connected {
+    pub backend: Backend,
+    /// What is amiss but keeps nobody from starting; for the log.
+    pub warnings: Vec<String>,
+}

@@ -1,0 +1,198 @@
+//! Errors as `application/problem+json` (RFC 9457): the one place where they get a status, a code and words.
+//!
+//! `code` is stable and for machines; `detail` is for people and never holds a key, a body or a backend's text.
+
+use super::Reply;
+use crate::backend::BackendError;
+use crate::dispatch::SubmitError;
+use bytes::Bytes;
+use http::StatusCode;
+use http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
+use serde_json::json;
+
+/// Room for what a request's body has beside the queue message made of it, in bytes.
+pub const BODY_BYTES_SLACK: usize = 16 * 1024;
+
+/// Seconds a client should wait before it tries again what failed for a passing reason.
+const RETRY_AFTER_S: u64 = 1;
+
+/// Everything that can go wrong for a client.
+#[derive(Debug)]
+pub enum ApiError {
+    NoSuchRoute,
+    MethodNotAllowed {
+        allow: String,
+    },
+    Unauthorized,
+    Forbidden,
+    /// `headers` are those of the limit; `retry_after_s` is at least 1.
+    RateLimited {
+        retry_after_s: u64,
+        headers: Vec<(HeaderName, HeaderValue)>,
+    },
+    /// The limiter cannot count, and is configured to refuse then.
+    LimiterAway,
+    BodyTooLarge {
+        bytes_max: usize,
+    },
+    BodyTimeout,
+    /// The body ended early or its framing is broken.
+    BodyBroken,
+    NotJson,
+    Invalid(String),
+    NoSuchFunction,
+    NoSuchJob,
+    NoSuchLog,
+    Submit(SubmitError),
+    /// A backend did not answer; the cause was logged where it was met.
+    BackendAway,
+    NotReady,
+}
+
+impl ApiError {
+    pub fn invalid(detail: impl Into<String>) -> Self {
+        Self::Invalid(detail.into())
+    }
+
+    /// Logs the cause, which must not go out, and makes it an answer.
+    pub fn backend(what: &'static str, error: &BackendError) -> Self {
+        tracing::warn!(what, error = %error, "Backend Failed");
+        Self::BackendAway
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::NoSuchRoute | Self::NoSuchFunction | Self::NoSuchJob | Self::NoSuchLog => {
+                StatusCode::NOT_FOUND
+            }
+            Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Forbidden => StatusCode::FORBIDDEN,
+            Self::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyBroken | Self::Invalid(_) | Self::Submit(SubmitError::Refused) => {
+                StatusCode::BAD_REQUEST
+            }
+            Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Submit(_) | Self::BackendAway | Self::LimiterAway | Self::NotReady => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+        }
+    }
+
+    /// Stable, for machines; also the label of the refusals in the metrics.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NoSuchRoute => "no_such_route",
+            Self::MethodNotAllowed { .. } => "method_not_allowed",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::RateLimited { .. } => "rate_limited",
+            Self::LimiterAway => "limiter_unavailable",
+            Self::BodyTooLarge { .. } => "body_too_large",
+            Self::BodyTimeout => "body_timeout",
+            Self::BodyBroken => "body_broken",
+            Self::NotJson => "unsupported_media_type",
+            Self::Invalid(_) => "invalid_request",
+            Self::NoSuchFunction => "no_such_function",
+            Self::NoSuchJob => "no_such_job",
+            Self::NoSuchLog => "no_such_log",
+            Self::Submit(SubmitError::Overloaded) => "overloaded",
+            Self::Submit(SubmitError::Refused) => "refused_by_queue",
+            Self::Submit(SubmitError::Unavailable) => "queue_unavailable",
+            Self::Submit(SubmitError::Unknown) => "queue_timeout",
+            Self::Submit(SubmitError::Stopping) | Self::NotReady => "not_ready",
+            Self::BackendAway => "backend_unavailable",
+        }
+    }
+
+    fn detail(&self) -> String {
+        match self {
+            Self::Invalid(detail) => return detail.clone(),
+            Self::BodyTooLarge { bytes_max } => {
+                return format!("The request is too large: at most {bytes_max} bytes fit.");
+            }
+            Self::MethodNotAllowed { allow } => return format!("This path answers to {allow}."),
+            Self::NoSuchRoute => "There is nothing at this path.",
+            Self::Unauthorized => "The header x-api-key is missing or names no valid key.",
+            Self::Forbidden => "The key does not allow this.",
+            Self::RateLimited { .. } => "Too many requests. Please wait as long as Retry-After says.",
+            Self::LimiterAway => "Requests cannot be counted at the moment, so none are let through.",
+            Self::BodyTimeout => "The body did not arrive in time.",
+            Self::BodyBroken => "The body ended early or could not be read.",
+            Self::NotJson => "The body must be JSON, with Content-Type: application/json.",
+            Self::NoSuchFunction => "Function not found",
+            Self::NoSuchJob => "There is no such job, or its result has expired.",
+            Self::NoSuchLog => "There is no such execution, or its record has expired.",
+            Self::Submit(SubmitError::Overloaded) => "Too many jobs are waiting. Please try again soon.",
+            Self::Submit(SubmitError::Refused) => "The queue refused the job because of its content.",
+            Self::Submit(SubmitError::Unavailable) => "The job could not be queued. Please try again soon.",
+            Self::Submit(SubmitError::Unknown) => {
+                "The queue did not confirm the job in time. It may still run; a second try may run it twice."
+            }
+            Self::Submit(SubmitError::Stopping) | Self::NotReady => "This server is not taking requests.",
+            Self::BackendAway => "A part of the platform does not answer. Please try again soon.",
+        }
+        .to_owned()
+    }
+
+    /// The answer to the request `request_id`.
+    pub fn into_reply(self, request_id: &str) -> Reply {
+        let (status, code, detail) = (self.status(), self.code(), self.detail());
+        let body = json!({
+            "type": format!("urn:infra-controller:problem:{code}"),
+            "title": status.canonical_reason().unwrap_or("Error"),
+            "status": status.as_u16(),
+            "detail": detail,
+            "requestId": request_id,
+            "code": code,
+            "error": detail,
+        });
+        let mut reply = Reply {
+            status,
+            content_type: "application/problem+json",
+            headers: Vec::new(),
+            body: Bytes::from(body.to_string()),
+        };
+        match self {
+            Self::RateLimited { retry_after_s, headers } => {
+                reply.headers = headers;
+                reply.headers.push((RETRY_AFTER, retry_after_s.into()));
+            }
+            Self::MethodNotAllowed { allow } => {
+                reply.headers.extend(HeaderValue::from_str(&allow).ok().map(|value| (ALLOW, value)));
+            }
+            _ if status == StatusCode::SERVICE_UNAVAILABLE => {
+                reply.headers.push((RETRY_AFTER, RETRY_AFTER_S.into()))
+            }
+            _ => {}
+        }
+        reply
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_problem_has_all_members() {
+        let reply = ApiError::NoSuchFunction.into_reply("r-1");
+        let body: serde_json::Value = serde_json::from_slice(&reply.body).unwrap();
+        let expected = json!({
+            "type": "urn:infra-controller:problem:no_such_function", "title": "Not Found", "status": 404,
+            "detail": "Function not found", "requestId": "r-1", "code": "no_such_function", "error": "Function not found",
+        });
+        assert_eq!((reply.status, body), (StatusCode::NOT_FOUND, expected));
+    }
+
+    #[test]
+    fn what_may_pass_says_when_to_try_again() {
+        let limited = ApiError::RateLimited { retry_after_s: 7, headers: Vec::new() }.into_reply("");
+        assert_eq!(limited.headers, [(RETRY_AFTER, HeaderValue::from(7))]);
+        for error in [ApiError::BackendAway, ApiError::NotReady, ApiError::Submit(SubmitError::Overloaded)] {
+            assert_eq!(error.into_reply("").headers, [(RETRY_AFTER, HeaderValue::from(1))]);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! `POST /run`: the way every run of every function takes.
+
+use super::prefer::Prefer;
+use super::{ApiError, Call, Reply};
+use crate::backend::QueueTraits;
+use crate::config::WaitsConf;
+use crate::dispatch::{Dispatcher, SubmitError, Submitted};
+use crate::functions::Functions;
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::model::{Function, Job, JobDraft, JobId, Outcome, RunRequest};
+use http::StatusCode;
+use http::header::{HeaderName, HeaderValue, LOCATION};
+use std::time::Duration;
+use tokio::time::Instant;
+
+const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
+
+pub struct Run {
+    dispatcher: Dispatcher,
+    functions: Functions,
+    lifecycle: Lifecycle,
+    bucket: String,
+    message_bytes_max: usize,
+    /// From acceptance until a result is no longer expected.
+    job_deadline: Duration,
+    wait_default: Duration,
+    wait_max: Duration,
+}
+
+impl Run {
+    pub fn new(
+        waits: &WaitsConf,
+        queue: QueueTraits,
+        dispatcher: Dispatcher,
+        functions: Functions,
+        lifecycle: Lifecycle,
+        bucket: String,
+    ) -> Self {
+        Self {
+            dispatcher,
+            functions,
+            lifecycle,
+            bucket,
+            message_bytes_max: queue.message_bytes_max,
+            job_deadline: waits.job_deadline_s.map_or(queue.retention, Duration::from_secs),
+            wait_default: Duration::from_secs(waits.sync_default_s),
+            wait_max: Duration::from_secs(waits.sync_max_s),
+        }
+    }
+
+    pub async fn post(&self, call: &Call) -> Result<Reply, ApiError> {
+        if !is_json(call.headers.content_type.as_ref()) {
+            return Err(ApiError::NotJson);
+        }
+        let request = RunRequest::parse(&call.body).map_err(|e| ApiError::invalid(e.to_string()))?;
+        let function = self.functions.get(&request.function).await;
+        let function = function.map_err(|e| ApiError::backend("the function table", &e))?;
+        let function = function.ok_or(ApiError::NoSuchFunction)?;
+        let job = self.job(&function, &request, call)?;
+
+        let prefer = Prefer::of(&call.headers.prefer);
+        let asynchronous = prefer.respond_async || is_true(call.headers.x_async.as_ref());
+        let mode = if asynchronous { "ASYNC" } else { "SYNC" };
+        tracing::info!(requestId = %job.id, functionId = %job.function, mode, "Run Request");
+        if asynchronous { self.accept(job, prefer).await } else { self.answer(job, prefer).await }
+    }
+
+    fn job(&self, function: &Function, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
+        let id = self.dispatcher.new_id();
+        let deadline = id.accepted_at() + u64::try_from(self.job_deadline.as_millis()).unwrap_or(u64::MAX);
+        let traceparent =
+            call.headers.traceparent.as_ref().and_then(|v| v.to_str().ok()).filter(|t| is_traceparent(t));
+        let job = JobDraft { id, function, deadline, bucket: &self.bucket, request, traceparent }.build();
+        let fits = job.message.len() <= self.message_bytes_max;
+        fits.then_some(job).ok_or(ApiError::BodyTooLarge { bytes_max: self.message_bytes_max })
+    }
+
+    async fn accept(&self, job: Job, prefer: Prefer) -> Result<Reply, ApiError> {
+        let id = job.id;
+        // The 202 leaves only after the queue has confirmed the message.
+        self.dispatcher.submit(job).await.map_err(ApiError::Submit)?;
+        let reply = later(id, format!("{{\"status\":\"ACCEPTED\",\"jobId\":\"{id}\"}}"));
+        let applied = HeaderValue::from_static("respond-async");
+        Ok(if prefer.respond_async { reply.with(PREFERENCE_APPLIED, applied) } else { reply })
+    }
+
+    async fn answer(&self, job: Job, prefer: Prefer) -> Result<Reply, ApiError> {
+        let id = job.id;
+        let wait = prefer.wait_s.map_or(self.wait_default, Duration::from_secs).min(self.wait_max);
+        let give_up = Instant::now() + wait;
+        let mut submitted = self.dispatcher.submit_waiting(job).map_err(ApiError::Submit)?;
+        if let Some(outcome) = confirmed_or_done(&mut submitted).await? {
+            return Ok(Reply::json(StatusCode::OK, outcome.body()));
+        }
+        tokio::select! {
+            biased;
+            outcome = submitted.waiter.outcome() => match outcome {
+                Some(outcome) => Ok(Reply::json(StatusCode::OK, outcome.body())),
+                None => Err(ApiError::Submit(SubmitError::Unavailable)),
+            },
+            () = tokio::time::sleep_until(give_up) => Ok(still_running(id)),
+            () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id)),
+        }
+    }
+}
+
+/// Waits for the queue's confirmation. A result that comes first is as good: then the queue has the job.
+async fn confirmed_or_done(submitted: &mut Submitted) -> Result<Option<Outcome>, ApiError> {
+    let sent = tokio::select! {
+        biased;
+        Some(outcome) = submitted.waiter.outcome() => return Ok(Some(outcome)),
+        sent = &mut submitted.sent => sent,
+    };
+    match sent.unwrap_or(Err(SubmitError::Stopping)) {
+        Ok(()) => Ok(None),
+        Err(e) => Err(ApiError::Submit(e)),
+    }
+}
+
+fn still_running(id: JobId) -> Reply {
+    let message = "The job is still running. Ask for its result at /status/ and its id.";
+    later(id, format!("{{\"status\":\"TIMEOUT\",\"jobId\":\"{id}\",\"message\":\"{message}\"}}"))
+}
+
+/// 202 with the place of the result.
+fn later(id: JobId, body: String) -> Reply {
+    let reply = Reply::json(StatusCode::ACCEPTED, body);
+    match HeaderValue::try_from(format!("/status/{id}")) {
+        Ok(location) => reply.with(LOCATION, location),
+        Err(_) => reply, // an id is always visible ASCII
+    }
+}
+
+/// A missing `Content-Type` is taken as JSON, as the body says clearly enough whether it is.
+fn is_json(content_type: Option<&HeaderValue>) -> bool {
+    let Some(value) = content_type else { return true };
+    let essence = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default().trim();
+    let essence = essence.to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+fn is_true(value: Option<&HeaderValue>) -> bool {
+    value.is_some_and(|v| v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"true"))
+}
+
+/// W3C Trace Context, version 00: `00-<32 hex>-<16 hex>-<2 hex>`, neither id all zeros.
+fn is_traceparent(text: &str) -> bool {
+    let hex = |part: &str, len: usize| {
+        part.len() == len && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    let parts: Vec<&str> = text.split('-').collect();
+    let [version, trace, span, flags] = parts[..] else { return false };
+    let some = |part: &str| part.bytes().any(|b| b != b'0');
+    version == "00" && hex(trace, 32) && hex(span, 16) && hex(flags, 2) && some(trace) && some(span)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_types() {
+        assert!(is_json(None));
+        for (value, json) in [
+            ("application/json", true),
+            ("Application/JSON; charset=utf-8", true),
+            ("application/cloudevents+json", true),
+            ("text/plain", false),
+            ("application/x-www-form-urlencoded", false),
+            ("application/jsonp", false),
+            ("", false),
+        ] {
+            assert_eq!(is_json(Some(&HeaderValue::from_static(value))), json, "{value}");
+        }
+    }
+
+    #[test]
+    fn traceparents() {
+        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        assert!(is_traceparent(good));
+        for bad in [
+            "",
+            "00",
+            &good.to_uppercase(),
+            &good.replace("00-0a", "ff-0a"),
+            &format!("{good}-x"),
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+        ] {
+            assert!(!is_traceparent(bad), "{bad}");
+        }
+    }
+}

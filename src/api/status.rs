@@ -1,0 +1,73 @@
+//! `GET /status/:jobId`: the result of a job, or that it still runs; with a long poll.
+
+use super::prefer::Prefer;
+use super::{ApiError, Call, Reply};
+use crate::config::WaitsConf;
+use crate::dispatch::{Dispatcher, JobState};
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::model::JobId;
+use http::StatusCode;
+use std::time::Duration;
+use uuid::Uuid;
+
+pub struct Status {
+    dispatcher: Dispatcher,
+    lifecycle: Lifecycle,
+    wait_max: Duration,
+}
+
+impl Status {
+    pub fn new(waits: &WaitsConf, dispatcher: Dispatcher, lifecycle: Lifecycle) -> Self {
+        Self { dispatcher, lifecycle, wait_max: Duration::from_secs(waits.status_max_s) }
+    }
+
+    pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
+        let wait = self.wait(call)?;
+        let raw = call.params.first().map_or("", String::as_str);
+        let Some(id) = JobId::parse(raw) else { return self.foreign(raw).await };
+        let state = self.dispatcher.state(id).await.map_err(|e| ApiError::backend("the result store", &e))?;
+        let pending = match state {
+            JobState::Done(outcome) => return Ok(Reply::json(StatusCode::OK, outcome.body())),
+            JobState::Unknown => return Err(ApiError::NoSuchJob),
+            JobState::Pending(pending) => pending,
+        };
+        let (Some(mut pending), false) = (pending, wait.is_zero()) else { return Ok(still_pending()) };
+        tokio::select! {
+            biased;
+            outcome = pending.outcome() => {
+                Ok(outcome.map_or_else(still_pending, |outcome| Reply::json(StatusCode::OK, outcome.body())))
+            }
+            () = tokio::time::sleep(wait) => Ok(still_pending()),
+            () = self.lifecycle.reached(Phase::Closing) => Ok(still_pending()),
+        }
+    }
+
+    /// A job that an old controller accepted: only its stored result can be known.
+    async fn foreign(&self, raw: &str) -> Result<Reply, ApiError> {
+        if Uuid::try_parse(raw).is_err() {
+            return Err(ApiError::NoSuchJob);
+        }
+        let found = self.dispatcher.foreign_result(raw).await;
+        let found = found.map_err(|e| ApiError::backend("the result store", &e))?;
+        found.map(|outcome| Reply::json(StatusCode::OK, outcome.body())).ok_or(ApiError::NoSuchJob)
+    }
+
+    /// `?wait=` goes before `Prefer: wait=`.
+    fn wait(&self, call: &Call) -> Result<Duration, ApiError> {
+        let query = call.query.as_deref().unwrap_or_default();
+        let asked =
+            query.split('&').filter_map(|pair| pair.split_once('=')).find(|(name, _)| *name == "wait");
+        let seconds = match asked {
+            Some((_, value)) => {
+                let seconds = value.parse();
+                seconds.map_err(|_| ApiError::invalid("`wait` must be a whole number of seconds"))?
+            }
+            None => Prefer::of(&call.headers.prefer).wait_s.unwrap_or(0),
+        };
+        Ok(Duration::from_secs(seconds).min(self.wait_max))
+    }
+}
+
+fn still_pending() -> Reply {
+    Reply::json(StatusCode::OK, r#"{"status":"pending","message":"The job has not finished yet."}"#)
+}

@@ -1,0 +1,139 @@
+//! `/`, `/health`, `/livez`, `/readyz` and `/metrics`.
+
+use super::{ApiError, Reply, routes};
+use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, JobQueue, Results};
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::Metrics;
+use http::StatusCode;
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Longest a single check may take.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a report is shown again before the backends are asked anew: anyone may ask, without a key.
+const REPORT_KEPT: Duration = Duration::from_secs(1);
+
+pub struct System {
+    health: Health,
+    lifecycle: Lifecycle,
+    metrics: Arc<Metrics>,
+}
+
+impl System {
+    pub fn new(health: Health, lifecycle: Lifecycle, metrics: Arc<Metrics>) -> Self {
+        Self { health, lifecycle, metrics }
+    }
+
+    pub async fn health(&self) -> Reply {
+        let report = self.health.report().await;
+        Reply::value(report.status, &report.body)
+    }
+
+    pub fn livez(&self) -> Reply {
+        Reply::json(StatusCode::OK, r#"{"status":"OK"}"#)
+    }
+
+    pub fn readyz(&self) -> Result<Reply, ApiError> {
+        let ready = self.lifecycle.phase() == Phase::Ready;
+        ready.then(|| Reply::json(StatusCode::OK, r#"{"status":"READY"}"#)).ok_or(ApiError::NotReady)
+    }
+
+    pub fn metrics(&self) -> Reply {
+        let requests = i64::try_from(self.lifecycle.requests_in_flight()).unwrap_or(i64::MAX);
+        self.metrics.requests_in_flight.set(requests);
+        let mut reply = Reply::json(StatusCode::OK, self.metrics.text());
+        reply.content_type = prometheus::TEXT_FORMAT;
+        reply
+    }
+}
+
+pub fn index() -> Reply {
+    let endpoints: Vec<String> = routes::all().map(|r| format!("{} {}", r.method, r.pattern)).collect();
+    let body = json!({ "service": "infra-controller", "version": VERSION, "endpoints": endpoints });
+    Reply::value(StatusCode::OK, &body)
+}
+
+/// Asks every backend how it is; at most once in [`REPORT_KEPT`], whoever asks.
+pub struct Health {
+    queue: Arc<dyn JobQueue>,
+    results: Arc<dyn Results>,
+    functions: Arc<dyn FunctionStore>,
+    executions: Arc<dyn ExecutionStore>,
+    metrics: Arc<Metrics>,
+    last: Mutex<Option<(Instant, Report)>>,
+}
+
+#[derive(Clone)]
+struct Report {
+    status: StatusCode,
+    body: Value,
+}
+
+impl Health {
+    pub fn new(backend: &Backend, metrics: Arc<Metrics>) -> Self {
+        Self {
+            queue: Arc::clone(&backend.queue),
+            results: Arc::clone(&backend.results),
+            functions: Arc::clone(&backend.functions),
+            executions: Arc::clone(&backend.executions),
+            metrics,
+            last: Mutex::const_new(None),
+        }
+    }
+
+    async fn report(&self) -> Report {
+        // Held while asking: those who come meanwhile share the answer.
+        let mut last = self.last.lock().await;
+        if let Some((at, report)) = last.as_ref()
+            && at.elapsed() < REPORT_KEPT
+        {
+            return report.clone();
+        }
+        let report = self.ask().await;
+        *last = Some((Instant::now(), report.clone()));
+        report
+    }
+
+    async fn ask(&self) -> Report {
+        let (queue, results, functions, executions) = tokio::join!(
+            timed(self.queue.depth()),
+            timed(self.results.ping()),
+            timed(self.functions.probe()),
+            timed(self.executions.probe()),
+        );
+        let depth = queue.as_ref().ok().copied();
+        let mut checks = Map::new();
+        let mut check = |name: &str, result: Result<(), BackendError>| {
+            let healthy = result.is_ok();
+            self.metrics.health.with_label_values(&[name]).set(healthy.into());
+            if let Err(e) = result {
+                tracing::warn!(check = name, error = %e, "Health Check Failed");
+            }
+            checks.insert(name.to_owned(), json!({ "status": if healthy { "OK" } else { "ERROR" } }));
+            healthy
+        };
+        // Without queue or results nothing runs; without the tables cached functions run on, and rows wait.
+        let vital = [check("queue", queue.map(|_| ())), check("redis", results)];
+        let useful = [check("functionsTable", functions), check("logsTable", executions)];
+        if let (Some(depth), Some(Value::Object(queue))) = (depth, checks.get_mut("queue")) {
+            queue.insert("depth".to_owned(), json!(depth));
+        }
+        let (status, word) = if vital.contains(&false) {
+            (StatusCode::SERVICE_UNAVAILABLE, "ERROR")
+        } else if useful.contains(&false) {
+            (StatusCode::OK, "DEGRADED")
+        } else {
+            (StatusCode::OK, "OK")
+        };
+        Report { status, body: json!({ "status": word, "version": VERSION, "checks": checks }) }
+    }
+}
+
+async fn timed<T>(check: impl Future<Output = Result<T, BackendError>>) -> Result<T, BackendError> {
+    let timeout = BackendError::Unavailable(format!("no answer within {CHECK_TIMEOUT:?}"));
+    tokio::time::timeout(CHECK_TIMEOUT, check).await.unwrap_or(Err(timeout))
+}

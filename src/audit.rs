@@ -1,0 +1,246 @@
+//! Execution rows and counters, written in the background.
+//!
+//! A bounded queue in front: [`Audit::record`] never waits. When it is full the caller keeps the job in flight
+//! and comes again, so a slow log table costs memory up to the bound and nothing else. Behind it one loop writes
+//! rows 25 at a time and adds the counters of each function up, written about once a second.
+
+use crate::backend::{BackendError, ExecutionStore, FunctionStore, ROWS_MAX};
+use crate::config::MemoryConf;
+use crate::metrics::Metrics;
+use crate::model::{Counters, Execution, FunctionId, JobId};
+use async_trait::async_trait;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+/// How long a row waits for company.
+const ROWS_LINGER: Duration = Duration::from_millis(50);
+/// Row writes in flight at a time.
+const WRITES_MAX: usize = 4;
+/// How often the counters are written.
+const COUNTERS_PERIOD: Duration = Duration::from_secs(1);
+/// Counter updates in flight at a time.
+const UPDATES_MAX: usize = 8;
+/// Pause before rows that failed are written again: doubles from the first to the last.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+const RETRY_LAST: Duration = Duration::from_secs(5);
+
+/// The queue is full: the log table does not keep up.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// Who is told that rows are written.
+#[async_trait]
+pub trait Ledger: Send + Sync {
+    async fn rows_written(&self, ids: &[JobId]);
+}
+
+/// Takes rows. Cheap to clone.
+#[derive(Clone)]
+pub struct Audit {
+    sender: mpsc::Sender<Record>,
+    bytes: Arc<AtomicUsize>,
+    bytes_max: usize,
+    metrics: Arc<Metrics>,
+}
+
+struct Record {
+    id: JobId,
+    row: Execution,
+}
+
+impl Record {
+    /// Memory the row takes, roughly.
+    fn bytes(&self) -> usize {
+        self.row.message.len() + 512
+    }
+}
+
+impl Audit {
+    /// Queues a row, and counts the execution.
+    pub fn record(&self, id: JobId, row: Execution) -> Result<(), Full> {
+        let record = Record { id, row };
+        let bytes = record.bytes();
+        if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            return Err(Full);
+        }
+        let permit = self.sender.try_reserve().map_err(|_| {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            Full
+        })?;
+        self.metrics.observe_execution(&record.row);
+        self.metrics.audit_waiting_rows.inc();
+        permit.send(record);
+        Ok(())
+    }
+}
+
+/// The loop behind [`Audit`].
+pub struct Flusher {
+    receiver: mpsc::Receiver<Record>,
+    bytes: Arc<AtomicUsize>,
+    executions: Arc<dyn ExecutionStore>,
+    functions: Arc<dyn FunctionStore>,
+    metrics: Arc<Metrics>,
+    counters: HashMap<FunctionId, Counters>,
+}
+
+/// A handle and its loop.
+pub fn new(
+    conf: &MemoryConf,
+    executions: Arc<dyn ExecutionStore>,
+    functions: Arc<dyn FunctionStore>,
+    metrics: Arc<Metrics>,
+) -> (Audit, Flusher) {
+    let (sender, receiver) = mpsc::channel(conf.audit_rows_max);
+    let bytes = Arc::new(AtomicUsize::new(0));
+    let audit = Audit {
+        sender,
+        bytes: Arc::clone(&bytes),
+        bytes_max: conf.audit_bytes_max,
+        metrics: Arc::clone(&metrics),
+    };
+    let flusher = Flusher { receiver, bytes, executions, functions, metrics, counters: HashMap::new() };
+    (audit, flusher)
+}
+
+impl Flusher {
+    /// Runs until `stop` resolves, and then until every row that was taken is written.
+    pub async fn run(mut self, ledger: Arc<dyn Ledger>, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
+        let mut stopping = false;
+        let mut writes = FuturesUnordered::new();
+        let mut batch = Vec::with_capacity(ROWS_MAX);
+        let mut oldest = Instant::now();
+        let mut counters_at = Instant::now() + COUNTERS_PERIOD;
+        let mut open = true;
+        while open || !batch.is_empty() || !writes.is_empty() {
+            let room = ROWS_MAX - batch.len();
+            tokio::select! {
+                Some(written) = writes.next() => self.after_write(written, ledger.as_ref()).await,
+                n = self.receiver.recv_many(&mut batch, room), if open && room > 0 => {
+                    open = n > 0;
+                    if batch.len() == n {
+                        oldest = Instant::now();
+                    }
+                }
+                () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !batch.is_empty() && writes.len() < WRITES_MAX => {}
+                () = tokio::time::sleep_until(counters_at) => {
+                    counters_at = Instant::now() + COUNTERS_PERIOD;
+                    self.write_counters().await;
+                    ledger.rows_written(&[]).await;
+                }
+                () = &mut stop, if !stopping => {
+                    stopping = true;
+                    self.receiver.close();
+                }
+            }
+            let due = batch.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
+            if due && !batch.is_empty() && writes.len() < WRITES_MAX {
+                let records = std::mem::replace(&mut batch, Vec::with_capacity(ROWS_MAX));
+                writes.push(write(Arc::clone(&self.executions), Arc::clone(&self.metrics), records));
+            }
+        }
+        self.write_counters().await;
+    }
+
+    async fn after_write(&mut self, written: Vec<Record>, ledger: &dyn Ledger) {
+        let mut ids = Vec::with_capacity(written.len());
+        for record in &written {
+            self.bytes.fetch_sub(record.bytes(), Ordering::Relaxed);
+            self.metrics.audit_waiting_rows.dec();
+            *self.counters.entry(record.row.function.clone()).or_default() += counted(&record.row);
+            ids.push(record.id);
+        }
+        ledger.rows_written(&ids).await;
+    }
+
+    /// Writes the sums; those that fail stay for the next time.
+    async fn write_counters(&mut self) {
+        let mut sums = std::mem::take(&mut self.counters).into_iter();
+        let mut updates = FuturesUnordered::new();
+        let mut failed = Vec::new();
+        loop {
+            let free = UPDATES_MAX - updates.len();
+            updates
+                .extend(sums.by_ref().take(free).map(|(function, sums)| self.add_counters(function, sums)));
+            match updates.next().await {
+                None => break,
+                Some(left) => failed.extend(left),
+            }
+        }
+        drop(updates);
+        for (function, sums) in failed {
+            *self.counters.entry(function).or_default() += sums;
+        }
+    }
+}
+
+impl Flusher {
+    /// The sums back if they could not be written.
+    async fn add_counters(&self, function: FunctionId, sums: Counters) -> Option<(FunctionId, Counters)> {
+        let e = self.functions.add_counters(&function, sums).await.err()?;
+        tracing::warn!(functionId = %function, error = %e, "Counters Not Written");
+        Some((function, sums))
+    }
+}
+
+fn counted(row: &Execution) -> Counters {
+    Counters {
+        invocations: 1,
+        total_duration_ms: row.duration_ms,
+        handler_invocations: u64::from(row.handler_duration_ms.is_some()),
+        total_handler_duration_ms: row.handler_duration_ms.unwrap_or(0.0),
+    }
+}
+
+/// Writes a batch until every row is in the table, or refused for good; gives the records back.
+async fn write(store: Arc<dyn ExecutionStore>, metrics: Arc<Metrics>, records: Vec<Record>) -> Vec<Record> {
+    let mut pause = RETRY_FIRST;
+    let mut done = Vec::with_capacity(records.len());
+    let mut left = records;
+    loop {
+        let (now, later) = without_repeats(left);
+        let rows: Vec<Execution> = now.iter().map(|record| record.row.clone()).collect();
+        let results = store.put(&rows).await;
+        left = later;
+        let mut failure = None;
+        for (record, result) in now.into_iter().zip(results) {
+            match result {
+                Ok(()) => {
+                    metrics.audit_rows.inc();
+                    done.push(record);
+                }
+                Err(BackendError::Invalid(e)) => {
+                    metrics.audit_rows_refused.inc();
+                    tracing::error!(requestId = %record.id, functionId = %record.row.function, error = e, "Row Refused");
+                    done.push(record);
+                }
+                Err(e) => {
+                    failure = Some(e);
+                    left.push(record);
+                }
+            }
+        }
+        if left.is_empty() {
+            return done;
+        }
+        if let Some(e) = failure {
+            metrics.audit_retries.inc_by(left.len() as u64);
+            tracing::warn!(rows = left.len(), error = %e, "Rows Not Written");
+            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+            pause = (pause * 2).min(RETRY_LAST);
+        }
+    }
+}
+
+/// Splits off records whose row stands in the batch already: a table takes a key once in a call.
+fn without_repeats(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
+    let mut seen = HashSet::new();
+    records.into_iter().partition(|record| seen.insert(record.id))
+}

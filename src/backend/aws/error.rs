@@ -1,0 +1,215 @@
+//! What an AWS failure means: by its code and HTTP status, never by its text.
+
+use crate::backend::BackendError;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
+use aws_smithy_runtime_api::client::result::SdkError;
+use aws_smithy_types::error::metadata::ProvideErrorMetadata;
+use std::error::Error;
+
+const MISSING: &[&str] = &[
+    "AWS.SimpleQueueService.NonExistentQueue",
+    "NoSuchBucket",
+    "NoSuchKey",
+    "QueueDoesNotExist",
+    "ResourceNotFoundException",
+];
+
+/// What a policy, rather than a credential, refuses. Only here is the text shown: it names the missing action.
+const NOT_ALLOWED: &[&str] = &["AccessDenied", "AccessDeniedException"];
+
+const DENIED: &[&str] = &[
+    "AuthFailure",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "IncompleteSignature",
+    "IncompleteSignatureException",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "InvalidSecurity",
+    "InvalidSignatureException",
+    "InvalidToken",
+    "KMS.AccessDeniedException",
+    "KmsAccessDenied",
+    "MissingAuthenticationToken",
+    "MissingAuthenticationTokenException",
+    "NotAuthorized",
+    "OptInRequired",
+    "RequestExpired",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+];
+
+const THROTTLED: &[&str] = &[
+    "KMS.ThrottlingException",
+    "KmsThrottled",
+    "LimitExceededException",
+    "PriorRequestNotComplete",
+    "ProvisionedThroughputExceededException",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "SlowDown",
+    "ThrottledException",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+    "TransactionInProgressException",
+];
+
+/// The class of a failure. The text holds the code, never keys or bodies.
+pub(super) fn class<E>(error: &SdkError<E, HttpResponse>) -> BackendError
+where
+    E: ProvideErrorMetadata + Error + 'static,
+{
+    match error {
+        SdkError::ServiceError(answer) => {
+            let status = answer.raw().status().as_u16();
+            by_code(answer.err().code(), status, answer.err().message())
+        }
+        SdkError::TimeoutError(_) => BackendError::Unavailable("no answer in time".into()),
+        SdkError::ResponseError(_) => BackendError::Unavailable("the answer could not be read".into()),
+        SdkError::DispatchFailure(_) | SdkError::ConstructionFailure(_) => {
+            if let Some(credentials) = find_source::<CredentialsError>(error) {
+                return credentials_class(credentials);
+            }
+            match find_source::<std::io::Error>(error) {
+                Some(io) => BackendError::Unavailable(format!("no connection: {}", io.kind())),
+                None if matches!(error, SdkError::ConstructionFailure(_)) => {
+                    BackendError::Invalid("the request could not be built".into())
+                }
+                None => BackendError::Unavailable("no connection".into()),
+            }
+        }
+        _ => BackendError::Unavailable("a failure of an unknown kind".into()),
+    }
+}
+
+fn by_code(code: Option<&str>, status: u16, message: Option<&str>) -> BackendError {
+    let code = code.unwrap_or("no error code");
+    let text = format!("{code} (HTTP {status})");
+    if MISSING.contains(&code) {
+        return BackendError::Missing(text);
+    }
+    if NOT_ALLOWED.contains(&code) {
+        return BackendError::Denied(message.map_or(text, |m| format!("{code}: {m}")));
+    }
+    // Other texts stay hidden: a signature mismatch quotes the request with its session token.
+    if DENIED.contains(&code) {
+        return BackendError::Denied(text);
+    }
+    if THROTTLED.contains(&code) || matches!(status, 408 | 429 | 500..) {
+        return BackendError::Unavailable(text);
+    }
+    match status {
+        401 | 403 => BackendError::Denied(text),
+        _ => BackendError::Invalid(text),
+    }
+}
+
+/// The class of a failure of the credential chain, which never holds the credentials.
+pub(super) fn credentials_class(error: &CredentialsError) -> BackendError {
+    match error {
+        CredentialsError::CredentialsNotLoaded(_) => {
+            BackendError::Missing("the credential chain of AWS found no credentials".into())
+        }
+        CredentialsError::InvalidConfiguration(_) => {
+            BackendError::Invalid("the configuration of the AWS credentials is not valid".into())
+        }
+        CredentialsError::ProviderTimedOut(_) => {
+            BackendError::Unavailable("the provider of the AWS credentials did not answer".into())
+        }
+        _ => BackendError::Unavailable("the provider of the AWS credentials failed".into()),
+    }
+}
+
+/// Whether the request certainly took no effect: refused by an answer, or never on the wire.
+pub(super) fn took_no_effect<E>(error: &SdkError<E, HttpResponse>) -> bool
+where
+    E: ProvideErrorMetadata + Error + 'static,
+{
+    match error {
+        SdkError::ConstructionFailure(_) => true,
+        SdkError::ServiceError(answer) => {
+            let code = answer.err().code().unwrap_or_default();
+            // A 500 may come after the work was done; a throttle or a 503 comes instead of it.
+            answer.raw().status().as_u16() < 500
+                || answer.raw().status().as_u16() == 503
+                || THROTTLED.contains(&code)
+        }
+        SdkError::DispatchFailure(_) => {
+            find_source::<hyper_util::client::legacy::Error>(error).is_some_and(|e| e.is_connect())
+                || find_source::<CredentialsError>(error).is_some()
+        }
+        _ => false,
+    }
+}
+
+fn find_source<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
+    let mut chain = std::iter::successors(Some(error), |error| {
+        let error: &'a (dyn Error + 'static) = *error;
+        error.source()
+    });
+    chain.find_map(|error| error.downcast_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aws_sdk_sqs::error::ErrorMetadata;
+    use aws_sdk_sqs::operation::send_message_batch::SendMessageBatchError;
+    use aws_smithy_runtime_api::client::result::ConnectorError;
+    use aws_smithy_types::body::SdkBody;
+
+    type Failure = SdkError<SendMessageBatchError, HttpResponse>;
+
+    fn answer(code: &str, status: u16) -> Failure {
+        let metadata = ErrorMetadata::builder().code(code).message("the message").build();
+        let raw = HttpResponse::new(status.try_into().unwrap(), SdkBody::empty());
+        SdkError::service_error(SendMessageBatchError::generic(metadata), raw)
+    }
+
+    #[test]
+    fn codes_have_classes() {
+        use BackendError::*;
+        let denied = "AccessDeniedException: the message";
+        for (code, status, expected, no_effect) in [
+            ("QueueDoesNotExist", 400, Missing("QueueDoesNotExist (HTTP 400)".into()), true),
+            ("AccessDeniedException", 400, Denied(denied.into()), true),
+            ("SignatureDoesNotMatch", 403, Denied("SignatureDoesNotMatch (HTTP 403)".into()), true),
+            ("SomethingNew", 403, Denied("SomethingNew (HTTP 403)".into()), true),
+            ("ValidationException", 400, Invalid("ValidationException (HTTP 400)".into()), true),
+            ("ThrottlingException", 400, Unavailable("ThrottlingException (HTTP 400)".into()), true),
+            ("Slow", 429, Unavailable("Slow (HTTP 429)".into()), true),
+            ("InternalFailure", 500, Unavailable("InternalFailure (HTTP 500)".into()), false),
+            ("ServiceUnavailable", 503, Unavailable("ServiceUnavailable (HTTP 503)".into()), true),
+        ] {
+            let failure = answer(code, status);
+            assert_eq!(class(&failure), expected);
+            assert_eq!(took_no_effect(&failure), no_effect, "{code}");
+        }
+    }
+
+    #[test]
+    fn silence_is_not_refusal() {
+        let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        let chain = CredentialsError::not_loaded("none");
+        for (failure, expected, no_effect) in [
+            (Failure::timeout_error("slow"), "no answer in time", false),
+            (
+                Failure::dispatch_failure(ConnectorError::io(reset.into())),
+                "no connection: connection reset",
+                false,
+            ),
+            (
+                Failure::dispatch_failure(ConnectorError::other(chain.into(), None)),
+                "the credential chain of AWS found no credentials",
+                true,
+            ),
+        ] {
+            assert_eq!(class(&failure).to_string(), expected);
+            assert_eq!(took_no_effect(&failure), no_effect, "{expected}");
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! The checks before the first request: all side by side, each with an error of its own, within one deadline.
+
+use super::executions::ExecutionTable;
+use super::functions::FunctionTable;
+use super::journal::RedisJournal;
+use super::limits::RedisLimits;
+use super::redis::{self, Commands};
+use super::results::RedisResults;
+use super::sqs::SqsQueue;
+use super::{Connected, Settings, client, error, s3};
+use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, StartProblem};
+use aws_config::SdkConfig;
+use aws_credential_types::provider::ProvideCredentials;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// Between two tries of a part that does not answer; it may be starting as well.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Connects to everything and checks that it is there. All problems are reported, not only the first.
+///
+/// # Errors
+/// One problem for each part that is missing, refuses us or does not answer by the deadline. If there are no
+/// credentials, the parts behind AWS are not asked.
+pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>> {
+    let deadline = Instant::now() + settings.start_deadline;
+    match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
+        (Ok(aws), Ok(redis)) => {
+            let commands = Arc::new(Commands::new(redis.clone()));
+            let backend = Backend {
+                queue: Arc::new(aws.queue),
+                results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), settings.node)),
+                journal: Arc::new(RedisJournal::new(Arc::clone(&commands), settings.node)),
+                functions: Arc::new(aws.functions),
+                executions: Arc::new(aws.executions),
+                limits: Some(Arc::new(RedisLimits::new(commands))),
+            };
+            Ok(Connected { backend, warnings: aws.warnings })
+        }
+        (aws, redis) => {
+            let mut problems = aws.err().unwrap_or_default();
+            problems.extend(redis.err());
+            Err(problems)
+        }
+    }
+}
+
+struct Aws {
+    queue: SqsQueue,
+    functions: FunctionTable,
+    executions: ExecutionTable,
+    warnings: Vec<String>,
+}
+
+async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<StartProblem>> {
+    let config = client::sdk_config(&settings.region).await;
+    check_credentials(&config, deadline).await.map_err(|problem| vec![problem])?;
+
+    let sqs = client::sqs(&config, settings);
+    let dynamodb = client::dynamodb(&config, settings);
+    let s3 = client::s3(&config, settings);
+    let functions = FunctionTable::new(dynamodb.clone(), &settings.functions_table);
+    let executions = ExecutionTable::new(dynamodb, &settings.logs_table);
+    let (queue, functions_found, executions_found, bucket) = tokio::join!(
+        within(deadline, || SqsQueue::open(sqs.clone(), &settings.queue_url)),
+        within(deadline, || functions.probe()),
+        within(deadline, || executions.probe()),
+        // Once: a bucket that does not answer is only a warning.
+        timeout_at(deadline, s3::probe(&s3, &settings.bucket)),
+    );
+    let mut problems = Vec::new();
+    let queue = queue.map_err(|error| problems.push(queue_problem(settings, error))).ok();
+    for (found, what, table, keys) in [
+        (functions_found, "the function table", &settings.functions_table, "hash key functionId (S)"),
+        (
+            executions_found,
+            "the log table",
+            &settings.logs_table,
+            "hash key functionId (S) and range key timestamp (S)",
+        ),
+    ] {
+        problems.extend(found.err().map(|error| table_problem(what, table, keys, error)));
+    }
+    match queue {
+        Some(queue) if problems.is_empty() => {
+            Ok(Aws { queue, functions, executions, warnings: bucket_warning(settings, bucket) })
+        }
+        _ => Err(problems),
+    }
+}
+
+async fn check_credentials(config: &SdkConfig, deadline: Instant) -> Result<(), StartProblem> {
+    let found = match config.credentials_provider() {
+        None => Err(BackendError::Missing("the credential chain of AWS is empty".into())),
+        Some(provider) => {
+            within(deadline, || async {
+                provider.provide_credentials().await.map(drop).map_err(|e| error::credentials_class(&e))
+            })
+            .await
+        }
+    };
+    found.map_err(|error| {
+        let mend = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine or container a role.";
+        problem("the AWS credentials", error, mend)
+    })
+}
+
+async fn connect_redis(settings: &Settings, deadline: Instant) -> Result<::redis::Client, StartProblem> {
+    let checked = match redis::client(&settings.redis_url) {
+        Ok(client) => {
+            let commands = Commands::new(client.clone());
+            within(deadline, || commands.ping()).await.map(|()| client)
+        }
+        Err(error) => Err(error),
+    };
+    checked.map_err(|error| {
+        let mend = match &error {
+            BackendError::Denied(_) => "Put the right user and password into REDIS_URL.",
+            BackendError::Invalid(_) => {
+                "Write REDIS_URL as redis://[user:password@]host[:port][/db], or rediss:// for TLS."
+            }
+            _ => "Start Redis, or correct REDIS_URL or REDIS_HOST and REDIS_PORT.",
+        };
+        problem(&format!("Redis at {}", settings.redis_url), error, mend)
+    })
+}
+
+/// Tries until `check` succeeds, fails for good, or the deadline comes.
+async fn within<T, F>(deadline: Instant, mut check: impl FnMut() -> F) -> Result<T, BackendError>
+where
+    F: Future<Output = Result<T, BackendError>>,
+{
+    let mut last = BackendError::Unavailable("no answer before the start-up deadline".into());
+    loop {
+        match timeout_at(deadline, check()).await {
+            Ok(Err(error)) if error.is_transient() => last = error,
+            Ok(done) => return done,
+            Err(_) => return Err(last),
+        }
+        if Instant::now() + PAUSE >= deadline {
+            return Err(last);
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+fn queue_problem(settings: &Settings, error: BackendError) -> StartProblem {
+    let mend = match &error {
+        BackendError::Missing(_) => "Create the queue, or correct SQS_URL and AWS_REGION.",
+        BackendError::Denied(_) => {
+            "Allow sqs:GetQueueAttributes and sqs:SendMessage on the queue, and check the credentials."
+        }
+        BackendError::Invalid(_) => "Correct SQS_URL: it is the whole URL of the queue.",
+        BackendError::Unavailable(_) => {
+            "Check the network, AWS_REGION and AWS_ENDPOINT_URL_SQS (or SQS_ENDPOINT)."
+        }
+    };
+    problem(&format!("the queue {}", settings.queue_url), error, mend)
+}
+
+fn table_problem(what: &str, table: &str, keys: &str, error: BackendError) -> StartProblem {
+    let mend = match &error {
+        BackendError::Missing(_) => {
+            format!("Create the table with {keys}, or correct TABLE_NAME, LOGS_TABLE_NAME and AWS_REGION.")
+        }
+        BackendError::Denied(_) => {
+            "Allow dynamodb:GetItem, PutItem, UpdateItem and Query on the table, and check the credentials."
+                .to_owned()
+        }
+        BackendError::Invalid(_) => format!("Use a table with {keys}."),
+        BackendError::Unavailable(_) => {
+            "Check the network, AWS_REGION and AWS_ENDPOINT_URL_DYNAMODB (or DYNAMODB_ENDPOINT).".to_owned()
+        }
+    };
+    problem(&format!("{what} {table}"), error, &mend)
+}
+
+fn bucket_warning(
+    settings: &Settings,
+    probed: Result<Result<(), BackendError>, tokio::time::error::Elapsed>,
+) -> Vec<String> {
+    let text = match probed {
+        Ok(Ok(())) => return Vec::new(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no answer before the start-up deadline".to_owned(),
+    };
+    vec![format!("the bucket {} does not answer as it should: {text}", settings.bucket)]
+}
+
+fn problem(what: &str, error: BackendError, mend: &str) -> StartProblem {
+    StartProblem { what: what.to_owned(), error, mend: mend.to_owned() }
+}

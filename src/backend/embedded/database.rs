@@ -1,0 +1,332 @@
+//! One SQLite file: a writer thread that commits in groups, and a few connections that read.
+//!
+//! A commit waits for the disk, so the rate of commits is bounded and the rate of records is not: whatever waits
+//! while one commit is under way goes into the next. A fixed linger was rejected, since it adds its own length to
+//! every lone call; instead the writer waits for as many writes as the last commit had, and 2 ms at the most.
+//!
+//! Each write stands in its own savepoint, so one that fails takes no other with it.
+
+mod writer;
+
+use crate::backend::BackendError;
+use nix::fcntl::{Flock, FlockArg};
+use rusqlite::{Connection, OpenFlags};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use writer::{Pending, Queued, Writer};
+
+/// Most writes that wait for the writer. When so many wait, the next caller waits too (asynchronously).
+const WRITES_MAX: usize = 4_096;
+/// Most reads at once, and most connections that read. Further readers wait.
+const READS_MAX: usize = 4;
+/// How long SQLite waits for a lock. Only a checkpoint or an outside tool can hold one.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Most prepared statements a connection keeps; more than there are statements in this backend.
+const STATEMENTS_MAX: usize = 64;
+/// What `PRAGMA user_version` says of a file this program can read.
+pub(super) const SCHEMA_VERSION: i64 = 1;
+
+const DATABASE_FILE: &str = "infra.sqlite";
+const LOCK_FILE: &str = "lock";
+
+/// Why a directory could not be opened.
+#[derive(Debug)]
+pub(super) enum OpenError {
+    /// Another process works in it.
+    Locked,
+    /// The file was written by a later version of this program, with this schema.
+    Newer(i64),
+    Failed(BackendError),
+}
+
+impl From<rusqlite::Error> for OpenError {
+    fn from(e: rusqlite::Error) -> Self {
+        Self::Failed(failed(&e))
+    }
+}
+
+impl From<std::io::Error> for OpenError {
+    fn from(e: std::io::Error) -> Self {
+        Self::Failed(BackendError::Invalid(e.to_string()))
+    }
+}
+
+/// Why a write is not (known to be) durable.
+#[derive(Clone, Debug)]
+pub(super) enum WriteError {
+    /// Nothing of it will ever be seen.
+    NotApplied(BackendError),
+    /// The commit itself failed, or was not heard of.
+    Unknown(BackendError),
+}
+
+impl From<WriteError> for BackendError {
+    fn from(e: WriteError) -> Self {
+        match e {
+            WriteError::NotApplied(e) | WriteError::Unknown(e) => e,
+        }
+    }
+}
+
+/// A handle; clones share one file, one writer and one lock. Dropping the last one commits what waits, ends the
+/// writer thread and then frees the directory.
+#[derive(Clone)]
+pub(super) struct Database(Arc<Shared>);
+
+struct Shared {
+    /// `None` only while it is being dropped.
+    inbox: Option<SyncSender<Queued>>,
+    room: Arc<Semaphore>,
+    writer: Option<JoinHandle<()>>,
+    readers: Arc<Readers>,
+    /// The last field, so that it is freed last.
+    _lock: Flock<File>,
+}
+
+struct Readers {
+    path: PathBuf,
+    turns: Arc<Semaphore>,
+    idle: Mutex<Vec<Connection>>,
+}
+
+impl Database {
+    /// Locks `dir`, opens or makes the file in it, lets `first` work on it, and starts the writer thread. The thread
+    /// is started here and not by a loop of boot's: it must outlive the runtime, to commit what the last tasks wrote.
+    pub(super) fn open<T>(
+        dir: &Path,
+        first: impl FnOnce(&Connection) -> Result<T, BackendError>,
+    ) -> Result<(Self, T), OpenError> {
+        let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK_FILE))?;
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+            nix::errno::Errno::EWOULDBLOCK => OpenError::Locked,
+            e => OpenError::Failed(BackendError::Invalid(e.to_string())),
+        })?;
+        let path = dir.join(DATABASE_FILE);
+        let mut connection = Connection::open(&path)?;
+        prepare(&connection)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        migrate(&mut connection)?;
+        let made = first(&connection).map_err(OpenError::Failed)?;
+
+        let (inbox, outbox) = sync_channel(WRITES_MAX);
+        let writer = Writer::new(connection, outbox);
+        let writer = std::thread::Builder::new().name("sqlite-writer".into()).spawn(move || writer.run())?;
+        let database = Self(Arc::new(Shared {
+            inbox: Some(inbox),
+            room: Arc::new(Semaphore::new(WRITES_MAX)),
+            writer: Some(writer),
+            readers: Arc::new(Readers {
+                path,
+                turns: Arc::new(Semaphore::new(READS_MAX)),
+                idle: Mutex::new(Vec::new()),
+            }),
+            _lock: lock,
+        }));
+        Ok((database, made))
+    }
+
+    /// Runs `op` in the next transaction and returns after its commit. `records` is how many rows it writes, for
+    /// the size of a transaction. Once it has been handed over it is done even if this future is dropped.
+    pub(super) async fn write<T: Send + 'static>(
+        &self,
+        records: usize,
+        op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, WriteError> {
+        let room = self.0.room.clone().acquire_owned().await.map_err(|_| stopped())?;
+        let (reply, outcome) = oneshot::channel();
+        let write = Pending::new(op, records, reply);
+        let inbox = self.0.inbox.as_ref().ok_or_else(stopped)?;
+        // It never blocks: there are as many places as there are permits.
+        inbox.send(Queued { write: Box::new(write), room }).map_err(|_| stopped())?;
+        let lost = || WriteError::Unknown(BackendError::Unavailable("the writer broke off".into()));
+        outcome.await.map_err(|_| lost())?
+    }
+
+    /// Runs `op` on a connection of its own, off the asynchronous threads. It sees every write that has returned.
+    pub(super) async fn read<T: Send + 'static>(
+        &self,
+        op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, BackendError> {
+        let readers = self.0.readers.clone();
+        let turn = readers.turns.clone().acquire_owned().await;
+        let turn = turn.map_err(|_| BackendError::Unavailable("the readers have stopped".into()))?;
+        // The turn goes along: if this future is dropped, the thread still has the connection.
+        let read = tokio::task::spawn_blocking(move || readers.run(turn, op));
+        match read.await {
+            Ok(outcome) => outcome.map_err(|e| failed(&e)),
+            Err(_) => Err(BackendError::Unavailable("a read broke off".into())),
+        }
+    }
+}
+
+impl Drop for Shared {
+    /// Blocks for the length of the last commits: who drops the last handle wants them done.
+    fn drop(&mut self) {
+        drop(self.inbox.take());
+        if let Some(writer) = self.writer.take()
+            && writer.join().is_err()
+        {
+            tracing::error!("the database writer panicked");
+        }
+    }
+}
+
+impl Readers {
+    fn run<T>(
+        &self,
+        _turn: OwnedSemaphorePermit,
+        op: impl FnOnce(&Connection) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let connection = idle.map_or_else(|| self.connect(), Ok)?;
+        let outcome = op(&connection);
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+        outcome
+    }
+
+    fn connect(&self) -> rusqlite::Result<Connection> {
+        // Not read-only: a reader of a WAL file takes part in its locks.
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&self.path, flags)?;
+        prepare(&connection)?;
+        connection.pragma_update(None, "query_only", true)?;
+        Ok(connection)
+    }
+}
+
+fn prepare(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS_MAX);
+    Ok(())
+}
+
+fn migrate(connection: &mut Connection) -> Result<(), OpenError> {
+    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    match found {
+        SCHEMA_VERSION => Ok(()),
+        0 => {
+            let tx = connection.transaction()?;
+            tx.execute_batch(include_str!("schema.sql"))?;
+            tx.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+            Ok(tx.commit()?)
+        }
+        newer => Err(OpenError::Newer(newer)),
+    }
+}
+
+/// Our error for SQLite's. Its text names tables and codes, never values.
+pub(super) fn failed(e: &rusqlite::Error) -> BackendError {
+    let text = format!("SQLite: {e}");
+    match e.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::TooBig | rusqlite::ErrorCode::NotADatabase) => BackendError::Invalid(text),
+        _ => BackendError::Unavailable(text),
+    }
+}
+
+fn stopped() -> WriteError {
+    WriteError::NotApplied(BackendError::Unavailable("the writer has stopped".into()))
+}
+
+/// SQLite's integers are signed; what is larger is kept as the largest.
+pub(super) fn integer(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+/// The inverse of [`integer`]: no column of ours holds a negative number.
+pub(super) fn unsigned(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::embedded::scratch::{Scratch, in_time};
+    use std::sync::mpsc::channel;
+
+    fn mark(
+        name: &'static str,
+    ) -> impl FnOnce(&Connection) -> rusqlite::Result<&'static str> + Send + 'static {
+        move |c| c.execute("INSERT INTO meta (name, value) VALUES (?1, 0)", [name]).map(|_| name)
+    }
+
+    async fn marks(database: &Database) -> Vec<String> {
+        let read = database.read(|c| {
+            let mut select = c.prepare("SELECT name FROM meta ORDER BY name")?;
+            select.query_map([], |row| row.get(0))?.collect()
+        });
+        read.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn one_commit_gives_each_caller_its_own_result() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        // While the first write holds the writer up, the others gather for one transaction.
+        let (go, gate) = channel();
+        let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
+        let half_done = database.write(1, |c| {
+            mark("half")(c)?;
+            mark("half")(c)
+        });
+        let writes =
+            async { tokio::join!(database.write(1, mark("a")), half_done, database.write(1, mark("b"))) };
+        let release = async { go.send(()).unwrap() };
+        let (held, (a, half_done, b), ()) = in_time(async { tokio::join!(held, writes, release) }).await;
+        assert!(held.is_ok());
+        assert_eq!((a.unwrap(), b.unwrap()), ("a", "b"));
+        assert!(matches!(half_done, Err(WriteError::NotApplied(_))));
+        assert_eq!(marks(&database).await, ["a", "b"]);
+    }
+
+    #[tokio::test]
+    async fn a_rollback_of_the_whole_fails_the_whole() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        let (go, gate) = channel();
+        let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
+        // What SQLite does by itself on a full disk.
+        let fatal = database.write(1, |c| c.execute_batch("ROLLBACK"));
+        let writes =
+            async { tokio::join!(database.write(1, mark("a")), fatal, database.write(1, mark("b"))) };
+        let release = async { go.send(()).unwrap() };
+        let (_, (a, fatal, b), ()) = in_time(async { tokio::join!(held, writes, release) }).await;
+        assert!(a.is_err() && fatal.is_err() && b.is_err());
+        assert!(marks(&database).await.is_empty());
+        assert!(database.write(1, mark("c")).await.is_ok(), "the writer lives on");
+    }
+
+    #[tokio::test]
+    async fn the_last_handle_flushes_and_frees() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        let (go, gate) = channel();
+        let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
+        let asked = database.write(1, mark("asked"));
+        // Hand both over, and leave before either is done.
+        let abandoned = tokio::time::timeout(Duration::from_millis(50), async { tokio::join!(held, asked) });
+        assert!(abandoned.await.is_err());
+        go.send(()).unwrap();
+        drop(database);
+        assert_eq!(marks(&scratch.database()).await, ["asked"]);
+    }
+
+    #[tokio::test]
+    async fn many_callers_at_once_are_all_served() {
+        let scratch = Scratch::new();
+        let database = scratch.database();
+        let sql = "INSERT INTO meta (name, value) VALUES (?1, ?1)";
+        let writes = (0..2 * WRITES_MAX).map(|n| {
+            database.write(1, move |c| c.prepare_cached(sql)?.execute([integer(n as u64)]).map(|_| n))
+        });
+        let done = in_time(futures_util::future::join_all(writes)).await;
+        let mine: Vec<usize> = done.into_iter().map(Result::unwrap).collect();
+        assert_eq!(mine, (0..2 * WRITES_MAX).collect::<Vec<_>>());
+        assert_eq!(marks(&database).await.len(), 2 * WRITES_MAX);
+    }
+}

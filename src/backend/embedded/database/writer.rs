@@ -1,0 +1,154 @@
+//! The writer thread: takes what waits, commits it as one transaction, tells each caller its own result.
+
+use super::{WriteError, failed, integer};
+use crate::model::now_ms;
+use rusqlite::{Connection, TransactionBehavior};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
+
+/// Most records in one transaction; a single write of more still goes as a whole.
+const RECORDS_MAX: usize = 256;
+/// Longest wait for the company of the last commit.
+const LINGER_MAX: Duration = Duration::from_micros(2_000);
+/// How often expired rows are looked for.
+const PRUNE_EVERY: Duration = Duration::from_secs(60);
+/// Most expired rows of one table deleted at once, so that no write waits long for it.
+const PRUNED_ROWS_MAX: usize = 256;
+
+/// A write that waits, with its place in the queue.
+pub(super) struct Queued {
+    pub(super) write: Box<dyn Write>,
+    pub(super) room: OwnedSemaphorePermit,
+}
+
+pub(super) trait Write: Send {
+    fn records(&self) -> usize;
+    /// Whether it succeeded; if not, its savepoint is rolled back.
+    fn apply(&mut self, connection: &Connection) -> bool;
+    /// Tells the caller, after the commit.
+    fn reply(self: Box<Self>, commit: Result<(), WriteError>);
+}
+
+pub(super) struct Pending<T, F> {
+    op: Option<F>,
+    records: usize,
+    outcome: Option<rusqlite::Result<T>>,
+    reply: oneshot::Sender<Result<T, WriteError>>,
+}
+
+impl<T, F: FnOnce(&Connection) -> rusqlite::Result<T>> Pending<T, F> {
+    pub(super) fn new(op: F, records: usize, reply: oneshot::Sender<Result<T, WriteError>>) -> Self {
+        Self { op: Some(op), records, outcome: None, reply }
+    }
+}
+
+impl<T: Send, F: FnOnce(&Connection) -> rusqlite::Result<T> + Send> Write for Pending<T, F> {
+    fn records(&self) -> usize {
+        self.records
+    }
+
+    fn apply(&mut self, connection: &Connection) -> bool {
+        self.outcome = self.op.take().map(|op| op(connection));
+        matches!(self.outcome, Some(Ok(_)))
+    }
+
+    fn reply(self: Box<Self>, commit: Result<(), WriteError>) {
+        let outcome = match (self.outcome, commit) {
+            (Some(Err(e)), _) => Err(WriteError::NotApplied(failed(&e))),
+            (_, Err(e)) => Err(e),
+            (Some(Ok(value)), Ok(())) => Ok(value),
+            (None, Ok(())) => unreachable!("a transaction is committed only when every write was applied"),
+        };
+        // A caller that left asked for the write all the same.
+        let _ = self.reply.send(outcome);
+    }
+}
+
+pub(super) struct Writer {
+    connection: Connection,
+    inbox: Receiver<Queued>,
+    prune_at: Instant,
+}
+
+impl Writer {
+    pub(super) fn new(connection: Connection, inbox: Receiver<Queued>) -> Self {
+        Self { connection, inbox, prune_at: Instant::now() }
+    }
+
+    /// Until every sender is gone and what they sent is committed.
+    pub(super) fn run(mut self) {
+        let mut company = 1;
+        loop {
+            let quiet = self.prune_at.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(quiet) {
+                Ok(first) => {
+                    let mut batch = self.gather(first, company);
+                    company = batch.len();
+                    let commit = self.commit(&mut batch);
+                    batch.into_iter().for_each(|write| write.reply(commit.clone()));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if self.prune_at <= Instant::now() {
+                self.prune();
+            }
+        }
+    }
+
+    fn gather(&self, first: Queued, company: usize) -> Vec<Box<dyn Write>> {
+        let until = Instant::now() + LINGER_MAX;
+        let mut records = first.write.records();
+        let mut batch = vec![first.write];
+        drop(first.room);
+        while records < RECORDS_MAX {
+            // What is there already is taken in any case; only for the missing company does the batch wait.
+            let patience =
+                if batch.len() < company { until - Instant::now().min(until) } else { Duration::ZERO };
+            let Ok(next) = self.inbox.recv_timeout(patience) else { break };
+            records += next.write.records();
+            batch.push(next.write);
+            drop(next.room);
+        }
+        batch
+    }
+
+    fn commit(&mut self, batch: &mut [Box<dyn Write>]) -> Result<(), WriteError> {
+        let not_applied = |e: rusqlite::Error| WriteError::NotApplied(failed(&e));
+        let begun = self.connection.transaction_with_behavior(TransactionBehavior::Immediate);
+        let mut tx = begun.map_err(not_applied)?;
+        for write in batch {
+            let mut savepoint = tx.savepoint().map_err(not_applied)?;
+            savepoint.set_drop_behavior(rusqlite::DropBehavior::Ignore);
+            let closed = if write.apply(&savepoint) {
+                savepoint.commit()
+            } else {
+                savepoint.rollback().and_then(|()| savepoint.commit())
+            };
+            // A full disk and the like make SQLite roll back the whole transaction. The savepoint is gone then and
+            // cannot be closed; to go on would commit what follows one by one, outside of any transaction.
+            closed.map_err(not_applied)?;
+        }
+        tx.commit().map_err(|e| WriteError::Unknown(failed(&e)))
+    }
+
+    /// Deletes some expired rows. Readers never see them, so only space is at stake.
+    fn prune(&mut self) {
+        let now = now_ms();
+        let tables = [("executions", "expires_at_s", now / 1000), ("results", "expires_at_ms", now)];
+        let mut more = false;
+        for (table, expiry, now) in tables {
+            let sql = format!(
+                "DELETE FROM {table} WHERE rowid IN
+                 (SELECT rowid FROM {table} WHERE {expiry} <= ?1 LIMIT {PRUNED_ROWS_MAX})"
+            );
+            match self.connection.execute(&sql, [integer(now)]) {
+                Ok(deleted) => more |= deleted == PRUNED_ROWS_MAX,
+                Err(e) => tracing::warn!(table, error = %e, "expired rows could not be deleted"),
+            }
+        }
+        // When there is more, the next ones go after the next commit, or at once if nothing waits.
+        self.prune_at = Instant::now() + if more { Duration::ZERO } else { PRUNE_EVERY };
+    }
+}

@@ -1,0 +1,101 @@
+//! The jobs in flight, as a table. An id begins with its node, so a node's jobs are one range of keys.
+
+use super::database::{Database, integer, unsigned};
+use crate::backend::{BackendError, Journal, JournalEntry};
+use crate::model::{FunctionId, Job, JobId, NodeId};
+use async_trait::async_trait;
+use rusqlite::{OptionalExtension, params};
+
+/// The table `inflight`.
+pub(super) struct Inflight(pub(super) Database);
+
+#[async_trait]
+impl Journal for Inflight {
+    async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
+        let entries: Vec<_> = jobs.iter().map(|job| (job.id, job.function.clone(), job.deadline)).collect();
+        let write = self.0.write(entries.len(), move |c| {
+            let mut insert = c.prepare_cached(
+                "INSERT OR REPLACE INTO inflight (id, function_id, deadline_ms) VALUES (?1, ?2, ?3)",
+            )?;
+            for (id, function, deadline) in &entries {
+                insert.execute(params![id.as_bytes(), function.as_str(), integer(*deadline)])?;
+            }
+            Ok(())
+        });
+        Ok(write.await?)
+    }
+
+    async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
+        let ids = ids.to_vec();
+        let write = self.0.write(ids.len(), move |c| {
+            let mut delete = c.prepare_cached("DELETE FROM inflight WHERE id = ?1")?;
+            for id in &ids {
+                delete.execute([id.as_bytes()])?;
+            }
+            Ok(())
+        });
+        Ok(write.await?)
+    }
+
+    async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
+        let read = self.0.read(move |c| {
+            let mut select = c.prepare_cached("SELECT 1 FROM inflight WHERE id = ?1")?;
+            select.query_row([id.as_bytes()], |_| Ok(())).optional()
+        });
+        Ok(read.await?.is_some())
+    }
+
+    async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
+        let (first, last) = (key(node, 0), key(node, u8::MAX));
+        let read = self.0.read(move |c| {
+            let mut select = c.prepare_cached(
+                "SELECT id, function_id, deadline_ms FROM inflight WHERE id BETWEEN ?1 AND ?2",
+            )?;
+            let rows = select.query_map([first, last], |row| {
+                let function: String = row.get(1)?;
+                Ok((JobId::from_bytes(row.get(0)?), function, unsigned(row.get(2)?)))
+            })?;
+            rows.collect::<rusqlite::Result<Vec<_>>>()
+        });
+        let entries = read.await?.into_iter().map(|(id, function, deadline)| {
+            // Only valid ids are ever entered.
+            FunctionId::parse(&function).map(|function| JournalEntry { id, function, deadline })
+        });
+        Ok(entries.flatten().collect())
+    }
+}
+
+/// The bytes of an id of `node` whose other bytes are all `rest`.
+fn key(node: NodeId, rest: u8) -> [u8; 16] {
+    let mut key = [rest; 16];
+    key[..4].copy_from_slice(&node.0.to_be_bytes());
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::embedded::scratch::{Scratch, job, job_of};
+
+    #[tokio::test]
+    async fn the_journal_survives_and_knows_its_nodes() {
+        let scratch = Scratch::new();
+        let ours: Vec<Job> = (0..5).map(|n| job_of(NodeId(7), n, "{}")).collect();
+        let others = [job_of(NodeId(6), u64::MAX, "{}"), job_of(NodeId(8), 0, "{}")];
+        let journal = Inflight(scratch.database());
+        journal.enter(&ours).await.unwrap();
+        journal.enter(&others).await.unwrap();
+        journal.leave(&[ours[1].id, job(99, "{}").id]).await.unwrap();
+        drop(journal);
+
+        let journal = Inflight(scratch.database());
+        let entry =
+            |job: &Job| JournalEntry { id: job.id, function: job.function.clone(), deadline: job.deadline };
+        let expected: Vec<_> = [0, 2, 3, 4].map(|n: usize| entry(&ours[n])).into();
+        assert_eq!(journal.entries(NodeId(7)).await.unwrap(), expected);
+        assert_eq!(journal.entries(NodeId(6)).await.unwrap(), [entry(&others[0])]);
+        assert_eq!(journal.entries(NodeId(9)).await.unwrap(), []);
+        assert_eq!(journal.contains(ours[0].id).await, Ok(true));
+        assert_eq!(journal.contains(ours[1].id).await, Ok(false));
+    }
+}

@@ -1,0 +1,157 @@
+//! The task queue as a table: jobs enter in order, and leave with their result in one transaction.
+//!
+//! Which jobs have been taken is known to the worker alone, in memory: after a crash every job that is still in
+//! the table is run (again), which is what at-least-once asks for, and no lease has to be written or to expire.
+
+use super::database::{Database, WriteError, integer, unsigned};
+use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
+use crate::model::{Job, JobId, UnixMs};
+use async_trait::async_trait;
+use bytes::Bytes;
+use rusqlite::{Row, params};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Notify;
+
+/// As SQS, so that a function which works here works there.
+const MESSAGE_BYTES_MAX: usize = 1 << 20;
+const RETENTION: Duration = Duration::from_secs(4 * 24 * 3600);
+
+/// The table `jobs`, as the gateway and the worker see it.
+#[derive(Clone)]
+pub(super) struct Queue {
+    database: Database,
+    /// Wakes the worker.
+    pub(super) arrived: Arc<Notify>,
+}
+
+/// A job on the queue.
+pub(super) struct Queued {
+    /// Its number in order of arrival.
+    pub(super) seq: i64,
+    pub(super) id: JobId,
+    pub(super) function: String,
+    pub(super) deadline: UnixMs,
+    pub(super) message: Bytes,
+}
+
+impl Queue {
+    pub(super) fn new(database: Database) -> Self {
+        Self { database, arrived: Arc::new(Notify::new()) }
+    }
+
+    /// The next jobs after number `seq`, in order of arrival, at most `limit`.
+    pub(super) async fn after(&self, seq: i64, limit: usize) -> Result<Vec<Queued>, BackendError> {
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let read = self.database.read(move |c| {
+            let mut select = c.prepare_cached(
+                "SELECT seq, id, function_id, deadline_ms, message FROM jobs WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+            )?;
+            select.query_map([seq, limit], queued)?.collect()
+        });
+        read.await
+    }
+
+    /// Takes a job off the queue without a result.
+    pub(super) async fn remove(&self, seq: i64) -> Result<(), BackendError> {
+        let write = self
+            .database
+            .write(1, move |c| c.prepare_cached("DELETE FROM jobs WHERE seq = ?1")?.execute([seq]).map(drop));
+        Ok(write.await?)
+    }
+}
+
+fn queued(row: &Row<'_>) -> rusqlite::Result<Queued> {
+    Ok(Queued {
+        seq: row.get(0)?,
+        id: JobId::from_bytes(row.get(1)?),
+        function: row.get(2)?,
+        deadline: unsigned(row.get(3)?),
+        message: Bytes::from(row.get::<_, Vec<u8>>(4)?),
+    })
+}
+
+#[async_trait]
+impl JobQueue for Queue {
+    async fn send_batch(&self, jobs: &[Job]) -> Vec<Result<(), SendError>> {
+        debug_assert!(jobs.len() <= BATCH_JOBS_MAX);
+        let fits = |job: &&Job| job.message.len() <= MESSAGE_BYTES_MAX;
+        let sent: Vec<Job> = jobs.iter().filter(fits).cloned().collect();
+        let write = self.database.write(sent.len(), move |c| {
+            // A job that is sent again after an unclear answer is still one job.
+            let mut insert = c.prepare_cached(
+                "INSERT OR IGNORE INTO jobs (id, function_id, deadline_ms, message) VALUES (?1, ?2, ?3, ?4)",
+            )?;
+            for job in &sent {
+                let deadline = integer(job.deadline);
+                insert.execute(params![
+                    job.id.as_bytes(),
+                    job.function.as_str(),
+                    deadline,
+                    &job.message[..]
+                ])?;
+            }
+            Ok(())
+        });
+        let sent = write.await.map_err(|e| match e {
+            WriteError::NotApplied(e) => SendError::NotSent(e.to_string()),
+            WriteError::Unknown(e) => SendError::Unknown(e.to_string()),
+        });
+        self.arrived.notify_one();
+        let too_large = || SendError::Refused(format!("the message is over {MESSAGE_BYTES_MAX} bytes"));
+        jobs.iter().map(|job| if fits(&job) { sent.clone() } else { Err(too_large()) }).collect()
+    }
+
+    fn traits(&self) -> QueueTraits {
+        QueueTraits { message_bytes_max: MESSAGE_BYTES_MAX, retention: RETENTION, fifo: false }
+    }
+
+    /// Jobs without a result: those that run are among them.
+    async fn depth(&self) -> Result<u64, BackendError> {
+        let read = self.database.read(|c| {
+            // SQLite counts in the index of the ids, which holds no messages.
+            c.prepare_cached("SELECT count(*) FROM jobs")?.query_row([], |row| row.get(0))
+        });
+        read.await.map(unsigned)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::embedded::scratch::{Scratch, job};
+
+    #[tokio::test]
+    async fn jobs_survive_a_restart_in_order() {
+        let scratch = Scratch::new();
+        let jobs: Vec<Job> = (0..10).map(|n| job(n, "{}")).collect();
+        let queue = Queue::new(scratch.database());
+        assert!(queue.send_batch(&jobs).await.iter().all(Result::is_ok));
+        assert!(queue.send_batch(&jobs[3..4]).await[0].is_ok(), "sent again");
+        drop(queue);
+
+        let queue = Queue::new(scratch.database());
+        assert_eq!(queue.depth().await, Ok(10));
+        let first = queue.after(0, 4).await.unwrap();
+        let rest = queue.after(first[3].seq, 100).await.unwrap();
+        let ids: Vec<JobId> = first.iter().chain(&rest).map(|q| q.id).collect();
+        assert_eq!(ids, jobs.iter().map(|j| j.id).collect::<Vec<_>>());
+        assert_eq!((&rest[5].message, rest[5].deadline), (&jobs[9].message, jobs[9].deadline));
+
+        queue.remove(rest[5].seq).await.unwrap();
+        assert!(queue.send_batch(&[job(77, "{}")]).await[0].is_ok());
+        let last = queue.after(rest[4].seq, 1).await.unwrap();
+        assert!(last[0].seq > rest[5].seq, "no number is given twice");
+    }
+
+    #[tokio::test]
+    async fn a_message_that_is_too_large_fails_alone() {
+        let scratch = Scratch::new();
+        let queue = Queue::new(scratch.database());
+        let large = "x".repeat(MESSAGE_BYTES_MAX + 1);
+        let sent = queue.send_batch(&[job(1, "{}"), job(2, &large), job(3, &large[1..])]).await;
+        assert_eq!(sent.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, true]);
+        assert!(matches!(sent[1], Err(SendError::Refused(_))));
+        assert_eq!(queue.depth().await, Ok(2));
+    }
+}

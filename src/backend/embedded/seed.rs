@@ -1,0 +1,103 @@
+//! What a fresh directory holds: two functions to call, so that the first command is followed by a first run.
+//!
+//! It happens once in the life of a directory. The file remembers it, so a function that its user deleted stays
+//! deleted.
+
+use super::store::put_function;
+use crate::backend::BackendError;
+use crate::model::{Counters, Function, FunctionId, now_ms, rfc3339_ms};
+use rusqlite::{Connection, OptionalExtension};
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+use zip::ZipWriter;
+use zip::write::SimpleFileOptions;
+
+struct Example {
+    id: &'static str,
+    description: &'static str,
+    runtime: &'static str,
+    entry: &'static str,
+    source: &'static str,
+}
+
+const HELLO: Example = Example {
+    id: "hello",
+    description: "Greets whoever the input names (python)",
+    runtime: "python",
+    entry: "main.py",
+    source: include_str!("seed/hello/main.py"),
+};
+
+const HELLO_NODE: Example = Example {
+    id: "hello-node",
+    description: "Greets whoever the input names (nodejs)",
+    runtime: "nodejs",
+    entry: "index.js",
+    source: include_str!("seed/hello-node/index.js"),
+};
+
+/// Puts the examples into a directory that never had them. Without `node` there is no example for it.
+pub(super) fn plant(connection: &Connection, code_dir: &Path, has_node: bool) -> Result<(), BackendError> {
+    let sqlite = |e: rusqlite::Error| BackendError::Unavailable(format!("the examples: {e}"));
+    let mark = connection.query_row("SELECT value FROM meta WHERE name = 'seeded'", [], |_| Ok(()));
+    if mark.optional().map_err(sqlite)?.is_some() {
+        return Ok(());
+    }
+    let examples = if has_node { &[HELLO, HELLO_NODE][..] } else { &[HELLO] };
+    // The code first: a row without code would be a function that cannot run.
+    for example in examples {
+        write_code(example, code_dir)
+            .map_err(|e| BackendError::Invalid(format!("the example {}: {e}", example.id)))?;
+    }
+    let plant_rows = || {
+        let tx = connection.unchecked_transaction()?;
+        for example in examples {
+            if let Some(function) = example.function() {
+                put_function(&tx, &function)?;
+            }
+        }
+        tx.execute("INSERT INTO meta (name, value) VALUES ('seeded', 1)", [])?;
+        tx.commit()
+    };
+    plant_rows().map_err(sqlite)
+}
+
+impl Example {
+    fn s3_key(&self) -> String {
+        format!("functions/{}/code.zip", self.id)
+    }
+
+    fn function(&self) -> Option<Function> {
+        Some(Function {
+            id: FunctionId::parse(self.id)?,
+            name: self.id.to_owned(),
+            description: self.description.to_owned(),
+            runtime: self.runtime.to_owned(),
+            memory_mb: Function::MEMORY_MB_DEFAULT,
+            s3_key: self.s3_key(),
+            original_name: "code.zip".to_owned(),
+            uploaded_at: rfc3339_ms(now_ms()),
+            updated_at: String::new(),
+            env_vars: "{}".to_owned(),
+            version: 1,
+            counters: Counters::default(),
+        })
+    }
+}
+
+fn write_code(example: &Example, code_dir: &Path) -> io::Result<()> {
+    let path = code_dir.join(example.s3_key());
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    let mut zip = ZipWriter::new(File::create(&path)?);
+    zip.start_file(example.entry, SimpleFileOptions::default())?;
+    zip.write_all(example.source.as_bytes())?;
+    zip.finish()?.sync_all()
+}
+
+#[cfg(test)]
+pub(super) fn hello() -> Function {
+    HELLO.function().unwrap()
+}

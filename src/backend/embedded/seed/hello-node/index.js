@@ -1,0 +1,11 @@
+// Greets whoever the payload names. The smallest complete function: read the payload, print one line of JSON.
+"use strict";
+
+const fs = require("node:fs");
+
+// A payload too large for the environment comes as a file.
+const file = process.env.PAYLOAD_FILE;
+const input = JSON.parse(file ? fs.readFileSync(file, "utf8") : (process.env.PAYLOAD ?? "{}"));
+const named = typeof input === "object" && input !== null && typeof input.name === "string";
+const name = named ? input.name : "world";
+console.log(JSON.stringify({ message: `Hello, ${name}!`, input }));

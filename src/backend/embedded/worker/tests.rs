@@ -1,0 +1,383 @@
+//! Real children of real interpreters, from a queue on a real disk.
+
+use super::*;
+use crate::backend::embedded::scratch::{Scratch, in_time, job_of, zipped};
+use crate::backend::embedded::{Embedded, open};
+use crate::backend::{Backend, ResultEvent};
+use crate::model::{Job, JobId, NodeId};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+/// A directory with its worker at work.
+struct Floor {
+    node: NodeId,
+    backend: Backend,
+    stop: watch::Sender<bool>,
+    worker: JoinHandle<()>,
+}
+
+impl Floor {
+    fn start(scratch: &Scratch) -> Self {
+        let Embedded { node, backend, worker } = open(scratch.path()).unwrap();
+        let (stop, stopped) = watch::channel(false);
+        Self { node, backend, stop, worker: tokio::spawn(worker.run(stopped)) }
+    }
+
+    /// Ends the worker and frees the directory.
+    async fn stop(self) {
+        self.stop.send(true).unwrap();
+        in_time(self.worker).await.unwrap();
+    }
+
+    async fn send(&self, message: &Value) -> JobId {
+        let job = job_of(self.node, rand::random(), &message.to_string());
+        self.send_job(&job).await;
+        job.id
+    }
+
+    async fn send_job(&self, job: &Job) {
+        assert_eq!(self.backend.queue.send_batch(std::slice::from_ref(job)).await, [Ok(())]);
+    }
+
+    async fn result(&self, id: JobId) -> Value {
+        let payload = in_time(self.backend.results.wait_for(id)).await.unwrap();
+        serde_json::from_slice(&payload).unwrap()
+    }
+
+    async fn call(&self, message: &Value) -> Value {
+        let id = self.send(message).await;
+        self.result(id).await
+    }
+}
+
+fn message() -> Value {
+    json!({
+        "runtime": "python", "memoryMb": 128, "s3Key": "f.zip", "timeoutMs": 20_000, "input": {},
+        "modelId": "llama3:8b", "envVars": {},
+    })
+}
+
+fn with(changes: Value) -> Value {
+    let mut message = message();
+    message.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    message
+}
+
+/// Puts a function's code where the message above looks for it.
+fn install(scratch: &Scratch, entry: &str, source: &str) {
+    let code = scratch.path().join("code");
+    fs::create_dir_all(&code).unwrap();
+    fs::write(code.join("f.zip"), zipped(&[(entry, source)])).unwrap();
+}
+
+/// One run of a python source, in a directory and a process of its own.
+async fn python(source: &str, changes: Value) -> Value {
+    let scratch = Scratch::new();
+    install(&scratch, "main.py", source);
+    let floor = Floor::start(&scratch);
+    let result = floor.call(&with(changes)).await;
+    floor.stop().await;
+    assert_eq!(fs::read_dir(scratch.path().join("runs")).unwrap().count(), 0, "a run left its directory");
+    result
+}
+
+fn stderr(result: &Value) -> &str {
+    result["stderr"].as_str().unwrap()
+}
+
+async fn until(what: impl Fn() -> bool) {
+    in_time(async {
+        while !what() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_examples_run_with_small_and_large_inputs() {
+    let scratch = Scratch::new();
+    let floor = Floor::start(&scratch);
+    let mut examples = vec![("hello", "python")];
+    if on_path("node").is_some() {
+        examples.push(("hello-node", "nodejs"));
+    }
+    let large = json!({ "name": "Ada", "pad": "x".repeat(300_000) });
+    for (example, runtime) in examples {
+        for (input, name) in [
+            (json!({ "name": "Grüße" }), "Grüße"),
+            (json!({ "name": 5 }), "world"),
+            (json!(null), "world"),
+            (json!([0, false, ""]), "world"),
+            (large.clone(), "Ada"),
+        ] {
+            let s3_key = format!("functions/{example}/code.zip");
+            let message = with(json!({ "runtime": runtime, "s3Key": s3_key, "input": input }));
+            let result = floor.call(&message).await;
+            assert_eq!(result["status"], "SUCCESS", "{example}: {}", stderr(&result));
+            let said: Value = serde_json::from_str(result["stdout"].as_str().unwrap()).unwrap();
+            assert_eq!(said, json!({ "message": format!("Hello, {name}!"), "input": input }));
+        }
+    }
+    floor.stop().await;
+}
+
+#[tokio::test]
+async fn a_result_has_the_members_of_the_contract() {
+    let scratch = Scratch::new();
+    install(&scratch, "main.py", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)");
+    let floor = Floor::start(&scratch);
+    assert_eq!(in_time(floor.backend.results.next()).await, ResultEvent::Subscribed);
+    let id = floor.send(&message()).await;
+    let ResultEvent::Published { id: published, payload } = in_time(floor.backend.results.next()).await
+    else {
+        panic!("no publication");
+    };
+    assert_eq!(published, id);
+    let result: Value = serde_json::from_slice(&payload).unwrap();
+    let mut members: Vec<_> = result.as_object().unwrap().keys().map(String::as_str).collect();
+    members.sort_unstable();
+    let mut expected: Vec<_> = "requestId, functionId, workerId, status, exitCode, stdout, stderr, durationMs, \
+        handlerDurationMs, peakMemoryBytes, allocatedMemoryMb, optimizationTip, estimatedSavings, \
+        recommendedMemoryMb, cpuUsage, networkRx, networkTx, diskRead, diskWrite, outputFiles, llm_token_count"
+        .split(", ")
+        .collect();
+    expected.sort_unstable();
+    assert_eq!(members, expected);
+    assert_eq!(result["requestId"], id.to_string());
+    assert_eq!((&result["functionId"], &result["workerId"]), (&json!("f"), &json!("local")));
+    assert_eq!((&result["status"], &result["exitCode"]), (&json!("FAILED"), &json!(3)));
+    assert_eq!((&result["stdout"], &result["stderr"]), (&json!("out\n"), &json!("err\n")));
+    assert_eq!(result["allocatedMemoryMb"], 128);
+    assert!(result["durationMs"].as_f64().unwrap() > 0.0);
+    assert_eq!(floor.backend.queue.depth().await, Ok(0));
+    floor.stop().await;
+}
+
+#[tokio::test]
+async fn the_environment_is_empty_but_for_what_was_asked() {
+    let source = "import os, json; print(json.dumps(dict(os.environ)))";
+    let env_vars = json!({
+        "MINE": "ä=1", "NUMBER": 5, "NONE": null, "PAYLOAD_FILE": "theirs", "REQUEST_ID": "theirs",
+    });
+    let result = python(source, json!({ "envVars": env_vars, "modelId": "m", "input": [1] })).await;
+    assert_eq!(result["status"], "SUCCESS", "{}", stderr(&result));
+    let env: Value = serde_json::from_str(result["stdout"].as_str().unwrap()).unwrap();
+    // The test's own environment is full of what a run must not see: cargo's variables, to begin with.
+    assert!(std::env::var_os("CARGO_PKG_NAME").is_some());
+    let mut names: Vec<_> = env.as_object().unwrap().keys().map(String::as_str).collect();
+    // Python puts it there itself when it finds no locale.
+    names.retain(|name| *name != "LC_CTYPE");
+    names.sort_unstable();
+    let expected =
+        ["FUNCTION_ID", "HOME", "MINE", "MODEL_ID", "NUMBER", "PATH", "PAYLOAD", "REQUEST_ID", "TMPDIR"];
+    assert_eq!(names, expected);
+    assert_eq!((&env["MINE"], &env["NUMBER"]), (&json!("ä=1"), &json!("5")));
+    assert_eq!((&env["PAYLOAD"], &env["MODEL_ID"]), (&json!("[1]"), &json!("m")));
+    assert_eq!(env["REQUEST_ID"], result["requestId"]);
+}
+
+#[tokio::test]
+async fn the_time_limit_kills_children_and_grandchildren() {
+    let scratch = Scratch::new();
+    let pid_file = scratch.path().join("pid");
+    let source = "import os, subprocess, time
+child = subprocess.Popen(['sleep', '600'])
+open(os.environ['PID_FILE'], 'w').write(str(child.pid))
+print('begun', flush=True)
+time.sleep(600)";
+    install(&scratch, "main.py", source);
+    let floor = Floor::start(&scratch);
+    let result = floor.call(&with(json!({ "timeoutMs": 1_500, "envVars": { "PID_FILE": pid_file } }))).await;
+    assert_eq!((&result["status"], &result["exitCode"]), (&json!("FAILED"), &json!(124)));
+    assert_eq!(result["stdout"], "begun\n");
+    assert!(stderr(&result).contains("time limit of 1500 ms"), "{result}");
+    assert!(result["durationMs"].as_f64().unwrap() >= 1_500.0);
+    let grandchild = fs::read_to_string(&pid_file).unwrap();
+    until(|| !is_alive(&grandchild)).await;
+    floor.stop().await;
+}
+
+/// A zombie is dead: who reaps it is not ours to say.
+fn is_alive(pid: &str) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+#[tokio::test]
+async fn what_a_run_leaves_behind_neither_holds_it_up_nor_lives_on() {
+    let source = "import subprocess
+print(subprocess.Popen(['sleep', '600']).pid)";
+    let result = python(source, json!({})).await;
+    assert_eq!(result["status"], "SUCCESS");
+    assert!(result["durationMs"].as_f64().unwrap() < 15_000.0);
+    let pid = result["stdout"].as_str().unwrap().trim().to_owned();
+    until(|| !is_alive(&pid)).await;
+}
+
+#[tokio::test]
+async fn memory_is_limited_and_measured() {
+    let greedy = python("x = bytearray(1 << 30); print('got it')", json!({})).await;
+    assert_eq!(greedy["status"], "FAILED");
+    assert!(stderr(&greedy).contains("MemoryError"), "{greedy}");
+
+    let source = "import time; x = bytearray(200 << 20); time.sleep(0.6)";
+    let modest = python(source, json!({ "memoryMb": 512 })).await;
+    assert_eq!(modest["status"], "SUCCESS", "{modest}");
+    let peak = modest["peakMemoryBytes"].as_u64().unwrap();
+    assert!((200 << 20..600 << 20).contains(&peak), "{peak}");
+}
+
+#[tokio::test]
+async fn output_is_cut_and_the_run_goes_on() {
+    let source = "import sys
+sys.stdout.write('\u{e4}' * 5_000_000)
+sys.stderr.write('e' * 10)
+sys.exit(7)";
+    let result = python(source, json!({})).await;
+    assert_eq!(result["exitCode"], 7, "{}", stderr(&result));
+    let stdout = result["stdout"].as_str().unwrap();
+    assert!(stdout.ends_with("ää\n[cut: the whole output has 10000000 bytes]"));
+    assert!(stdout.len() < (1 << 20) + 100);
+    assert_eq!(stderr(&result), "eeeeeeeeee");
+}
+
+#[tokio::test]
+async fn what_cannot_run_fails_with_a_reason() {
+    let scratch = Scratch::new();
+    install(&scratch, "other.py", "");
+    fs::write(scratch.path().join("code/bad.zip"), "no zip").unwrap();
+    fs::write(scratch.path().join("code/evil.zip"), zipped(&[("../evil", "")])).unwrap();
+    let floor = Floor::start(&scratch);
+    for (changes, reason) in [
+        (json!({ "runtime": "cpp" }), "runs python and nodejs, not cpp"),
+        (json!({ "s3Key": "absent.zip" }), "cannot be opened"),
+        (json!({ "s3Key": "bad.zip" }), "not a good zip"),
+        (json!({ "s3Key": "evil.zip" }), "leads out"),
+        (json!({ "s3Key": "../lock" }), "leads out"),
+        (json!({ "s3Key": 5 }), "cannot be read"),
+        (json!({ "envVars": { "": "x" } }), "envVars"),
+        (json!({ "envVars": { "X": "x".repeat(200_000) } }), "could not be started"),
+        (json!({}), "main.py"),
+    ] {
+        let result = floor.call(&with(changes.clone())).await;
+        assert_eq!(result["status"], "FAILED", "{changes}");
+        assert!(stderr(&result).contains(reason), "{changes}: {result}");
+    }
+    floor.stop().await;
+}
+
+#[tokio::test]
+async fn without_an_interpreter_a_run_fails() {
+    let scratch = Scratch::new();
+    let database = scratch.database();
+    let queue = Queue::new(database.clone());
+    let mut worker =
+        Worker::new(queue, LocalResults::new(database), scratch.path().into(), scratch.path().into());
+    worker.runner.node = None;
+    let text = with(json!({ "runtime": "nodejs" })).to_string();
+    let refused = worker.runner.interpreter(&Message::parse(text.as_bytes()).unwrap());
+    assert!(refused.unwrap_err().contains("no node on the PATH"));
+}
+
+/// Sleeps the first time, and ends at once the second.
+const SLOW_ONCE: &str = "import os, pathlib, time
+marker = pathlib.Path(os.environ['MARKER'])
+if marker.exists():
+    print('second run')
+else:
+    marker.write_text(str(os.getpid()))
+    time.sleep(600)";
+
+#[tokio::test]
+async fn an_unfinished_job_runs_again_after_a_restart() {
+    let scratch = Scratch::new();
+    let marker = scratch.path().join("marker");
+    install(&scratch, "main.py", SLOW_ONCE);
+    let floor = Floor::start(&scratch);
+    let id = floor.send(&with(json!({ "timeoutMs": 600_000, "envVars": { "MARKER": marker } }))).await;
+    let mut late = job_of(floor.node, 1, &message().to_string());
+    late.deadline = now_ms();
+    let first_run = written(&marker).await;
+    floor.stop().await;
+    until(|| !is_alive(&first_run)).await;
+
+    let floor = Floor::start(&scratch);
+    let result = floor.result(id).await;
+    assert_eq!(result["stdout"], "second run\n", "{result}");
+
+    // Past its deadline nobody waits for it.
+    floor.send_job(&late).await;
+    in_time(async {
+        while floor.backend.queue.depth().await.unwrap() > 0 {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(floor.backend.results.stored(&[late.id]).await, Ok(vec![None]));
+    floor.stop().await;
+}
+
+#[tokio::test]
+async fn jobs_run_side_by_side_up_to_the_limit() {
+    let scratch = Scratch::new();
+    install(&scratch, "main.py", "print('done')");
+    let floor = Floor::start(&scratch);
+    let mut ids = Vec::new();
+    for _ in 0..12 {
+        ids.push(floor.send(&message()).await);
+    }
+    for id in ids {
+        assert_eq!(floor.result(id).await["stdout"], "done\n");
+    }
+    assert_eq!(floor.backend.queue.depth().await, Ok(0));
+    floor.stop().await;
+}
+
+async fn written(path: &Path) -> String {
+    let read = || fs::read_to_string(path).unwrap_or_default();
+    until(|| !read().is_empty()).await;
+    read()
+}
+
+const VICTIM_DIR: &str = "INFRA_TEST_VICTIM_DIR";
+
+#[tokio::test]
+async fn a_gateway_killed_outright_loses_no_job_and_leaves_no_run() {
+    // The test starts itself once more as the process that is killed.
+    if let Some(dir) = std::env::var_os(VICTIM_DIR) {
+        return be_the_victim(Path::new(&dir)).await;
+    }
+    let scratch = Scratch::new();
+    install(&scratch, "main.py", SLOW_ONCE);
+    let this_module = module_path!().split_once("::").unwrap().1;
+    let this_test = format!("{this_module}::a_gateway_killed_outright_loses_no_job_and_leaves_no_run");
+    let mut victim = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &this_test])
+        .env(VICTIM_DIR, scratch.path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let first_run = written(&scratch.path().join("marker")).await;
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    until(|| !is_alive(&first_run)).await;
+
+    let floor = Floor::start(&scratch);
+    assert_eq!(in_time(floor.backend.results.next()).await, ResultEvent::Subscribed);
+    let ResultEvent::Published { id, .. } = in_time(floor.backend.results.next()).await else {
+        panic!("no publication");
+    };
+    assert_eq!(id.node(), floor.node);
+    assert_eq!(floor.result(id).await["stdout"], "second run\n");
+    floor.stop().await;
+}
+
+async fn be_the_victim(dir: &Path) {
+    let Embedded { node, backend, worker } = open(dir).unwrap();
+    let env_vars = json!({ "MARKER": dir.join("marker") });
+    let job = job_of(node, 1, &with(json!({ "timeoutMs": 600_000, "envVars": env_vars })).to_string());
+    assert_eq!(backend.queue.send_batch(&[job]).await, [Ok(())]);
+    let (_stop, stopped) = watch::channel(false);
+    in_time(worker.run(stopped)).await;
+}

@@ -1,0 +1,94 @@
+//! Wires everything; the only place that chooses a backend.
+//!
+//! A process is one Pingora server with one service, [`node::Node`]. Its runtime hosts the clients of Redis and
+//! AWS as well as the listener: a hop to another runtime would cost about 10 µs a request. The service connects
+//! first and listens then, so a process that cannot work never binds its port.
+
+mod dev;
+mod node;
+#[cfg(feature = "aws")]
+mod serve;
+mod signals;
+#[cfg(feature = "aws")]
+mod state_dir;
+
+pub use dev::{DevArgs, dev};
+#[cfg(feature = "aws")]
+pub use serve::{ServeArgs, check, serve};
+
+use crate::backend::{Backend, StartProblem};
+use crate::config::{Conf, ConfigError, Secret};
+use crate::model::NodeId;
+use std::future::Future;
+use std::pin::Pin;
+use tokio::sync::watch;
+
+/// How a process ends; the numbers are those of `sysexits.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Stopped as asked.
+    Ok,
+    /// A part of the program failed that must not.
+    Internal,
+    /// A backend did not answer (EX_UNAVAILABLE).
+    Unavailable,
+    /// Something is missing, malformed, does not exist or is refused (EX_CONFIG).
+    Config,
+}
+
+impl Exit {
+    pub fn code(self) -> u8 {
+        match self {
+            Self::Ok => 0,
+            Self::Internal => 70,
+            Self::Unavailable => 69,
+            Self::Config => 78,
+        }
+    }
+}
+
+/// A loop that a backend brings along; it ends some time after the watch turns true.
+type BackendLoop = Box<dyn FnOnce(watch::Receiver<bool>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+/// A backend that is connected, and who we are in it.
+struct Connected {
+    node: NodeId,
+    backend: Backend,
+    bucket: String,
+    extra_loop: Option<BackendLoop>,
+    /// Held as long as the process runs.
+    _lock: Option<Box<dyn Send>>,
+}
+
+/// Connects; fails with every problem there is.
+type Connect = Box<
+    dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<Connected, Vec<StartProblem>>> + Send>> + Send + Sync,
+>;
+
+/// Everything a node needs to start.
+struct Plan {
+    conf: Conf,
+    port: u16,
+    api_key: Secret,
+    connect: Connect,
+    /// Printed for the person at the terminal once the port is bound; `{port}` stands for it.
+    banner: Option<String>,
+}
+
+/// Says what is wrong with the configuration.
+fn refuse(error: &ConfigError) -> Exit {
+    eprintln!("infra-controller: the configuration is not complete");
+    for problem in &error.0 {
+        eprintln!("  {problem}");
+    }
+    Exit::Config
+}
+
+/// Says what keeps the process from starting. What an operator must mend goes before what may pass.
+fn explain(problems: &[StartProblem]) -> Exit {
+    eprintln!("infra-controller: cannot start");
+    for problem in problems {
+        eprintln!("  {}: {}. {}", problem.what, problem.error, problem.mend);
+    }
+    if problems.iter().all(|p| p.error.is_transient()) { Exit::Unavailable } else { Exit::Config }
+}

@@ -1,0 +1,78 @@
+//! `dev`: the whole platform on one machine, with nothing else installed.
+
+use super::{Connected, Exit, Plan, node, refuse};
+use crate::backend::{StartProblem, embedded};
+use crate::config::{Conf, Secret};
+use std::fs;
+use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+const KEY_FILE: &str = "api-key";
+
+/// What `dev` is told on the command line.
+pub struct DevArgs {
+    pub port: u16,
+    pub data_dir: PathBuf,
+    /// `None`: the loopback address, since `dev` runs what is uploaded.
+    pub listen: Option<IpAddr>,
+    pub conf: Option<PathBuf>,
+}
+
+pub fn dev(args: DevArgs) -> Exit {
+    let conf = match args.conf.as_deref().map_or_else(Conf::shipped, Conf::load) {
+        Ok(conf) => conf,
+        Err(e) => return refuse(&e),
+    };
+    let mut conf = conf;
+    conf.listen.address = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let (api_key, shown) = match api_key(&args.data_dir) {
+        Ok(key) => key,
+        Err(e) => {
+            eprintln!("infra-controller: the data directory {} cannot be used: {e}", args.data_dir.display());
+            return Exit::Config;
+        }
+    };
+    let banner = format!(
+        "\nInfra Controller is ready: http://{}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
+        std::net::SocketAddr::new(conf.listen.address, 0).to_string().replace(":0", ":{port}"),
+        args.data_dir.display(),
+    );
+    let connect = Box::new(move || Box::pin(open(args.data_dir)) as _);
+    node::run(Plan { conf, port: args.port, api_key, connect, banner: Some(banner) })
+}
+
+async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
+    let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
+    let worker = opened.worker;
+    Ok(Connected {
+        node: opened.node,
+        backend: opened.backend,
+        bucket: embedded::BUCKET.to_owned(),
+        extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
+        _lock: None,
+    })
+}
+
+/// The key from the environment, else the one of the data directory, made at the first start. With it, what to
+/// tell the person at the terminal.
+fn api_key(dir: &Path) -> io::Result<(Secret, String)> {
+    if let Some(key) = std::env::var("INFRA_API_KEY").ok().filter(|key| !key.is_empty()) {
+        return Ok((Secret::new(key), "from INFRA_API_KEY".to_owned()));
+    }
+    fs::create_dir_all(dir)?;
+    let path = dir.join(KEY_FILE);
+    let key = match fs::read_to_string(&path) {
+        Ok(key) => key.trim().to_owned(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let key = format!("{:032x}", rand::random::<u128>());
+            let mut file = fs::File::options().create_new(true).write(true).mode(0o600).open(&path)?;
+            file.write_all(key.as_bytes())?;
+            key
+        }
+        Err(e) => return Err(e),
+    };
+    let shown = format!("{key} (in {})", path.display());
+    Ok((Secret::new(key), shown))
+}

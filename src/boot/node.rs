@@ -1,0 +1,344 @@
+//! One running node: connect, listen, serve, drain.
+//!
+//! Pingora's own way to stop sleeps through a fixed grace period and then drops its tasks. Here the node drains
+//! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
+
+use super::signals::Signals;
+use super::{Connected, Exit, Plan, explain};
+use crate::api::Api;
+use crate::audit::{self, Flusher, Ledger};
+use crate::config::Conf;
+use crate::dispatch::{self, DispatchLoops};
+use crate::functions::Functions;
+use crate::gateway::{ApiKeys, Gateway, RateLimiter};
+use crate::lifecycle::{Lifecycle, Phase};
+use crate::metrics::Metrics;
+use async_trait::async_trait;
+use pingora::listeners::ListenerConfig;
+use pingora::prelude::http_proxy_service;
+use pingora::protocols::l4::stream::L4BufferSettings;
+use pingora::server::configuration::ServerConf;
+use pingora::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora::services::Service;
+use std::net::SocketAddr;
+use std::os::fd::IntoRawFd;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+
+/// Pending connections the kernel holds while the accept loop is busy.
+const BACKLOG: u32 = 4096;
+/// An idle connection takes 35 KB with these buffers, 89 KB with Pingora's own.
+const READ_BUFFER_BYTES: usize = 8192;
+const WRITE_BUFFER_BYTES: usize = 4096;
+/// After the drain time: for those who waited until then to be answered, and for rows to be written.
+const CLOSING_MAX: Duration = Duration::from_secs(5);
+const FLUSH_MAX: Duration = Duration::from_secs(10);
+
+/// Runs a node until it is told to stop.
+pub fn run(plan: Plan) -> Exit {
+    let threads = match plan.conf.listen.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        n => n,
+    };
+    let conf = ServerConf {
+        daemon: false, // Pingora would fork after boot, and lose every thread
+        threads,
+        work_stealing: true,
+        grace_period_seconds: Some(0),
+        graceful_shutdown_timeout_seconds: Some(0),
+        ..ServerConf::default()
+    };
+    let mut server = Server::new_with_opt_and_conf(None, conf);
+    let (done, is_done) = watch::channel(None);
+    let server_conf = Arc::clone(&server.configuration);
+    server.add_service(Node { plan: Some(plan), server_conf, done });
+    server.run(RunArgs { shutdown_signal: Box::new(Done(is_done.clone())) });
+    let exit = *is_done.borrow();
+    exit.unwrap_or(Exit::Internal)
+}
+
+/// Tells Pingora to return once the node is done.
+struct Done(watch::Receiver<Option<Exit>>);
+
+#[async_trait]
+impl ShutdownSignalWatch for Done {
+    async fn recv(&self) -> ShutdownSignal {
+        // A sender that is gone means that the service panicked: there is nothing to wait for either.
+        let _ = self.0.clone().wait_for(Option::is_some).await;
+        ShutdownSignal::FastShutdown
+    }
+}
+
+struct Node {
+    plan: Option<Plan>,
+    server_conf: Arc<ServerConf>,
+    done: watch::Sender<Option<Exit>>,
+}
+
+#[async_trait]
+impl Service for Node {
+    async fn start_service(&mut self, _: Option<ListenFds>, _: ShutdownWatch, _: usize) {
+        let exit = match self.plan.take() {
+            Some(plan) => self.live(plan).await,
+            None => Exit::Internal,
+        };
+        self.done.send_replace(Some(exit));
+    }
+
+    fn name(&self) -> &str {
+        "node"
+    }
+}
+
+impl Node {
+    async fn live(&self, plan: Plan) -> Exit {
+        let mut signals = match Signals::listen() {
+            Ok(signals) => signals,
+            Err(e) => {
+                eprintln!("infra-controller: cannot listen for signals: {e}");
+                return Exit::Internal;
+            }
+        };
+        let connected = tokio::select! {
+            connected = (plan.connect)() => connected,
+            _ = signals.next() => return Exit::Ok,
+        };
+        let connected = match connected {
+            Ok(connected) => connected,
+            Err(problems) => return explain(&problems),
+        };
+        let Connected { node: id, backend, bucket, extra_loop, _lock } = connected;
+
+        let lifecycle = Lifecycle::default();
+        let built = match Built::new(&plan.conf, id, &backend, &plan.api_key, bucket, &lifecycle) {
+            Ok(built) => built,
+            Err(e) => {
+                eprintln!("infra-controller: {e}");
+                return Exit::Internal;
+            }
+        };
+        match built.dispatcher.restore().await {
+            Ok(0) => {}
+            Ok(jobs) => tracing::info!(jobs, "Unfinished Jobs Restored"),
+            Err(e) => {
+                eprintln!("infra-controller: the unfinished jobs of this node cannot be read: {e}");
+                return if e.is_transient() { Exit::Unavailable } else { Exit::Config };
+            }
+        }
+        let address = SocketAddr::new(plan.conf.listen.address, plan.port);
+        let (fds, bound) = match bind(address) {
+            Ok(bound) => bound,
+            Err(e) => {
+                eprintln!(
+                    "infra-controller: cannot listen on {address}: {e}. Free the port, or set another one."
+                );
+                return Exit::Config;
+            }
+        };
+
+        let (stop, stopped) = watch::channel(false);
+        let mut loops = Loops::start(built.loops, built.flusher, extra_loop, &stopped);
+        let listener = self.listen(built.gateway, bound, fds, stopped);
+        lifecycle.enter(Phase::Ready);
+        tracing::info!(port = bound.port(), node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
+        if let Some(banner) = plan.banner {
+            eprintln!("{}", banner.replace("{port}", &bound.port().to_string()));
+        }
+
+        let exit = tokio::select! {
+            signal = signals.next() => {
+                tracing::info!(signal, "Stopping");
+                Exit::Ok
+            }
+            () = loops.any_ended() => Exit::Internal,
+        };
+        loops.exit_on_second(signals);
+        Self::drain(&plan.conf, &lifecycle, loops, &stop, listener).await;
+        tracing::info!("Stopped");
+        exit
+    }
+
+    /// The listener on a socket that is bound already.
+    fn listen(
+        &self,
+        gateway: Gateway,
+        bound: SocketAddr,
+        fds: ListenFds,
+        stopped: watch::Receiver<bool>,
+    ) -> JoinHandle<()> {
+        let mut service = http_proxy_service(&self.server_conf, gateway);
+        let buffers = L4BufferSettings::new(READ_BUFFER_BYTES, WRITE_BUFFER_BYTES);
+        service.add_listener(ListenerConfig::tcp(bound.to_string()).l4_buffer(buffers));
+        spawn(async move { service.start_service(Some(fds), stopped, 1).await })
+    }
+
+    /// In order: say that we are leaving; close the listeners; let runs in flight finish; answer those who still
+    /// wait; send what was accepted; write the rows.
+    async fn drain(
+        conf: &Conf,
+        lifecycle: &Lifecycle,
+        mut loops: Loops,
+        stop: &watch::Sender<bool>,
+        listener: JoinHandle<()>,
+    ) {
+        lifecycle.enter(Phase::Draining);
+        tokio::time::sleep(Duration::from_millis(conf.shutdown.lame_duck_ms)).await;
+        stop.send_replace(true);
+        // Ends the accept loops and closes idle connections; those with a request live on.
+        let _ = listener.await;
+        let drain = Duration::from_secs(conf.shutdown.drain_timeout_s);
+        if tokio::time::timeout(drain, lifecycle.idle()).await.is_err() {
+            tracing::warn!(requests = lifecycle.requests_in_flight(), "Drain Time Over");
+        }
+        lifecycle.enter(Phase::Closing);
+        let _ = tokio::time::timeout(CLOSING_MAX, lifecycle.idle()).await;
+        loops.stop().await;
+    }
+}
+
+/// Everything that is built before anything runs.
+struct Built {
+    gateway: Gateway,
+    dispatcher: dispatch::Dispatcher,
+    loops: DispatchLoops,
+    flusher: Flusher,
+}
+
+impl Built {
+    fn new(
+        conf: &Conf,
+        node: crate::model::NodeId,
+        backend: &crate::backend::Backend,
+        api_key: &crate::config::Secret,
+        bucket: String,
+        lifecycle: &Lifecycle,
+    ) -> anyhow::Result<Self> {
+        let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
+        let (audit, flusher) = audit::new(
+            &conf.memory,
+            Arc::clone(&backend.executions),
+            Arc::clone(&backend.functions),
+            Arc::clone(&metrics),
+        );
+        let (dispatcher, loops) = dispatch::new(node, conf, backend, audit, Arc::clone(&metrics));
+        let functions = Functions::new(&conf.cache, Arc::clone(&backend.functions));
+        let api = Api::new(
+            conf,
+            backend,
+            dispatcher.clone(),
+            functions,
+            lifecycle.clone(),
+            Arc::clone(&metrics),
+            bucket,
+        );
+        let limiter = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
+        let gateway =
+            Gateway::new(api, ApiKeys::new(api_key), limiter, lifecycle.clone(), metrics, conf.http.clone());
+        Ok(Self { gateway, dispatcher, loops, flusher })
+    }
+}
+
+/// The background loops.
+struct Loops {
+    /// Never end by themselves.
+    endless: JoinSet<()>,
+    batches: Option<JoinHandle<()>>,
+    flusher: Option<JoinHandle<()>>,
+    stop_batches: watch::Sender<bool>,
+    stop_flusher: watch::Sender<bool>,
+    extra: Option<JoinHandle<()>>,
+}
+
+impl Loops {
+    fn start(
+        loops: DispatchLoops,
+        flusher: Flusher,
+        extra: Option<super::BackendLoop>,
+        stopped: &watch::Receiver<bool>,
+    ) -> Self {
+        let (stop_batches, batches_stopped) = watch::channel(false);
+        let (stop_flusher, flusher_stopped) = watch::channel(false);
+        let mut endless = JoinSet::new();
+        endless.spawn(loops.pump.run());
+        endless.spawn(loops.lookups.run());
+        let ledger: Arc<dyn Ledger> = loops.ledger;
+        Self {
+            endless,
+            batches: Some(spawn(loops.batches.run(turned(batches_stopped)))),
+            flusher: Some(spawn(flusher.run(ledger, turned(flusher_stopped)))),
+            stop_batches,
+            stop_flusher,
+            extra: extra.map(|run| spawn(run(stopped.clone()))),
+        }
+    }
+
+    /// Resolves when a loop ends that should not: it has panicked.
+    async fn any_ended(&mut self) {
+        tokio::select! {
+            _ = self.endless.join_next() => {}
+            _ = ended(&mut self.batches) => {}
+            _ = ended(&mut self.flusher) => {}
+        }
+        tracing::error!("A Background Loop Ended");
+    }
+
+    /// From now on a signal ends the process at once.
+    fn exit_on_second(&mut self, mut signals: Signals) {
+        self.endless.spawn(async move {
+            let signal = signals.next().await;
+            eprintln!("infra-controller: second signal, exiting at once");
+            std::process::exit(128 + signal);
+        });
+    }
+
+    async fn stop(&mut self) {
+        self.stop_batches.send_replace(true);
+        if let Some(batches) = self.batches.take() {
+            // A send is given up after its deadline, so this ends.
+            let _ = batches.await;
+        }
+        self.stop_flusher.send_replace(true);
+        if let Some(flusher) = self.flusher.take()
+            && tokio::time::timeout(FLUSH_MAX, flusher).await.is_err()
+        {
+            // Their jobs stay in the journal: the next start finds the results again.
+            tracing::error!("Rows Not Written In Time");
+        }
+        if let Some(extra) = self.extra.take() {
+            let _ = extra.await;
+        }
+        self.endless.shutdown().await;
+    }
+}
+
+async fn ended(handle: &mut Option<JoinHandle<()>>) {
+    match handle {
+        Some(handle) => drop(handle.await),
+        None => std::future::pending().await,
+    }
+}
+
+async fn turned(mut watch: watch::Receiver<bool>) {
+    // A sender that is gone means that the node is gone.
+    let _ = watch.wait_for(|stop| *stop).await;
+}
+
+/// Binds before anything is served, so that a taken port is an error message and not a panic in Pingora.
+fn bind(address: SocketAddr) -> std::io::Result<(ListenFds, SocketAddr)> {
+    let socket =
+        if address.is_ipv4() { tokio::net::TcpSocket::new_v4() } else { tokio::net::TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    let listener = socket.listen(BACKLOG)?.into_std()?;
+    let bound = listener.local_addr()?;
+    let mut fds = Fds::new();
+    fds.add(bound.to_string(), listener.into_raw_fd());
+    Ok((Arc::new(parking_lot::Mutex::new(fds)), bound))
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one place where the loops of a node are started")]
+fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+    tokio::spawn(task)
+}

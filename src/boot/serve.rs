@@ -1,0 +1,105 @@
+//! `serve` and `check`: the fleet backend.
+
+use super::state_dir::StateDir;
+use super::{Connected, Exit, Plan, explain, node, refuse};
+use crate::backend::aws;
+use crate::backend::{BackendError, StartProblem};
+use crate::config::{Conf, ConfigError, Env, Identity};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What `serve` and `check` are told on the command line.
+pub struct ServeArgs {
+    pub conf: Option<PathBuf>,
+}
+
+/// Runs a node of the fleet.
+pub fn serve(args: &ServeArgs) -> Exit {
+    match configuration(args) {
+        Ok((env, conf)) => {
+            let (port, api_key) = (env.port, env.api_key.clone());
+            let start = Duration::from_secs(conf.start.deadline_s);
+            let connect = Box::new(move || Box::pin(connect(env, start)) as _);
+            node::run(Plan { conf, port, api_key, connect, banner: None })
+        }
+        Err(e) => refuse(&e),
+    }
+}
+
+/// Runs the checks of `serve` and says how they went.
+pub fn check(args: &ServeArgs) -> Exit {
+    let (env, conf) = match configuration(args) {
+        Ok(found) => found,
+        Err(e) => return refuse(&e),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            eprintln!("infra-controller: no runtime: {e}");
+            return Exit::Internal;
+        }
+    };
+    match runtime.block_on(connect(env, Duration::from_secs(conf.start.deadline_s))) {
+        Ok(_) => {
+            println!("configuration, credentials, queue, tables and Redis are in order");
+            Exit::Ok
+        }
+        Err(problems) => explain(&problems),
+    }
+}
+
+/// Environment and `conf/`, with the problems of both.
+fn configuration(args: &ServeArgs) -> Result<(Env, Conf), ConfigError> {
+    let env = Env::from_process();
+    let conf = args.conf.as_deref().map_or_else(Conf::shipped, Conf::load);
+    let (env, mut conf) = match (env, conf) {
+        (Ok(env), Ok(conf)) => (env, conf),
+        (Err(e), Ok(_)) | (Ok(_), Err(e)) => return Err(e),
+        (Err(ConfigError(mut one)), Err(ConfigError(two))) => {
+            one.extend(two);
+            return Err(ConfigError(one));
+        }
+    };
+    if let Some(a_minute) = env.rate_limit {
+        for limit in conf.limits.iter_mut().filter(|limit| limit.identity == Identity::Key) {
+            (limit.rate, limit.burst, limit.period_s) = (a_minute, a_minute, 60);
+        }
+    }
+    Ok((env, conf))
+}
+
+async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<StartProblem>> {
+    let state = StateDir::take(&env.state_dir).map_err(|e| {
+        vec![StartProblem {
+            what: format!("the state directory {}", env.state_dir.display()),
+            error: BackendError::Invalid(e.to_string()),
+            mend: "Make it writable, or set STATE_DIR.".to_owned(),
+        }]
+    })?;
+    let bucket = env.bucket.clone();
+    let settings = aws::Settings {
+        region: env.region,
+        functions_table: env.functions_table,
+        logs_table: env.logs_table,
+        queue_url: env.queue_url,
+        bucket: env.bucket,
+        redis_url: aws::RedisUrl::new(env.redis_url.reveal().to_owned()),
+        sqs_endpoint: env.sqs_endpoint,
+        dynamodb_endpoint: env.dynamodb_endpoint,
+        s3_endpoint: env.s3_endpoint,
+        node: state.node,
+        start_deadline,
+    };
+    let connected = aws::connect(settings).await?;
+    for warning in &connected.warnings {
+        tracing::warn!(warning, "Start Warning");
+    }
+    tracing::info!("Global Redis Connected Successfully");
+    Ok(Connected {
+        node: state.node,
+        backend: connected.backend,
+        bucket,
+        extra_loop: None,
+        _lock: Some(Box::new(state)),
+    })
+}

@@ -1,0 +1,19 @@
+//! One parse of the environment and of `conf/`.
+//!
+//! Everything is read here and nowhere else; what leaves this module is typed and valid. Every problem is
+//! collected, so that an operator mends them in one round.
+
+mod conf;
+pub mod dotenv;
+mod env;
+
+pub use conf::{
+    BatchConf, CacheConf, Conf, HttpConf, Identity, LimitConf, ListenConf, MemoryConf, MetricsConf,
+    OnRedisLoss, ShutdownConf, StartConf, WaitsConf,
+};
+pub use env::{Env, Secret};
+
+/// What is wrong with the configuration, one line a problem. `serve` and `check` exit with 78 on it.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct ConfigError(pub Vec<String>);

@@ -1,0 +1,109 @@
+//! `./.env`, read the way the old controller's reader read it.
+//!
+//! The usual crate was rejected: it expands `$NAME` inside values and refuses unquoted blanks, so a password
+//! that worked for years would change or stop the start. The rules kept here: `NAME=value` or `NAME: value`, an
+//! optional `export`, single, double or back quotes (a quoted value may run over lines), `\n` and `\r` expanded
+//! in double quotes only, `#` starts a comment outside quotes, other lines are ignored, the last of a name wins.
+
+use std::collections::HashMap;
+
+/// The variables of `text`.
+pub fn parse(text: &str) -> HashMap<String, String> {
+    let mut vars = HashMap::new();
+    let mut rest = text;
+    while !rest.is_empty() {
+        let Some((name, value)) = assignment(rest) else {
+            rest = after_line(rest);
+            continue;
+        };
+        let (value, after) = quoted(value).unwrap_or_else(|| (bare(value), value));
+        vars.insert(name.to_owned(), value);
+        rest = after_line(after);
+    }
+    vars
+}
+
+/// What comes after the first line of `text`.
+fn after_line(text: &str) -> &str {
+    text.split_once('\n').map_or("", |(_, after)| after)
+}
+
+fn first_line(text: &str) -> &str {
+    text.split('\n').next().unwrap_or_default()
+}
+
+/// If the first line of `text` assigns: the name, and all of the text from the value on.
+fn assignment(text: &str) -> Option<(&str, &str)> {
+    let blank = [' ', '\t', '\r'];
+    let line = text.trim_start_matches(blank);
+    let line = line
+        .strip_prefix("export")
+        .filter(|l| l.starts_with(blank))
+        .unwrap_or(line)
+        .trim_start_matches(blank);
+    let is_name = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    let name_len = line.find(|c| !is_name(c)).filter(|&len| len > 0)?;
+    let (name, after) = line.split_at(name_len);
+    let value = match after.trim_start_matches([' ', '\t']).strip_prefix('=') {
+        Some(value) => value,
+        None => after.strip_prefix(':').filter(|v| v.starts_with(blank))?,
+    };
+    Some((name, value.trim_start_matches(blank)))
+}
+
+/// The value if it stands in quotes that close with nothing but a comment behind them, and what follows.
+fn quoted(value: &str) -> Option<(String, &str)> {
+    let quote = value.chars().next().filter(|c| "'\"`".contains(*c))?;
+    let mut escaped = false;
+    let end = value[1..].find(|c| {
+        let closes = c == quote && !escaped;
+        escaped = c == '\\' && !escaped;
+        closes
+    })?;
+    let (inner, after) = (&value[1..=end], &value[end + 2..]);
+    let behind = first_line(after).trim();
+    if !behind.is_empty() && !behind.starts_with('#') {
+        return None;
+    }
+    let inner = if quote == '"' { inner.replace("\\n", "\n").replace("\\r", "\r") } else { inner.to_owned() };
+    Some((inner, after))
+}
+
+fn bare(value: &str) -> String {
+    first_line(value).split('#').next().unwrap_or_default().trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines() {
+        for (text, name, value) in [
+            ("A=b", "A", "b"),
+            ("  export A = b c  # note\n", "A", "b c"),
+            ("A: b", "A", "b"),
+            ("A=", "A", ""),
+            ("A=pa$$word${X}", "A", "pa$$word${X}"),
+            ("A='x # y' # z", "A", "x # y"),
+            ("A=\"x\\ny\"", "A", "x\ny"),
+            ("A='x\\ny'", "A", "x\\ny"),
+            ("A=`it's \"so\"`", "A", "it's \"so\""),
+            ("A=\"one\ntwo\"\nB=c", "A", "one\ntwo"),
+            ("A=\"one\ntwo\"\nB=c", "B", "c"),
+            ("A=\"open\nB=c", "A", "\"open"),
+            ("A=\"open\nB=c", "B", "c"),
+            ("A=\"x\"y", "A", "\"x\"y"),
+            ("A=1\nA=2", "A", "2"),
+            ("# A=0\n\njunk\n= x\nA=1\r\nB=2\r\n", "A", "1"),
+            ("# A=0\n\njunk\n= x\nA=1\r\nB=2\r\n", "B", "2"),
+            ("A=https://h/p?q=1&r", "A", "https://h/p?q=1&r"),
+            ("A=\u{fc}'\"", "A", "\u{fc}'\""),
+        ] {
+            assert_eq!(parse(text).get(name).map(String::as_str), Some(value), "{text:?}");
+        }
+        for text in ["", "\n", "=", "A", "A b", ": x", "A:b", "export", "#A=1"] {
+            assert!(parse(text).is_empty(), "{text:?}: {:?}", parse(text));
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! The environment of `serve`: the old controller's `.env`, unchanged.
+
+use super::ConfigError;
+use std::collections::HashMap;
+use std::fmt;
+use std::path::PathBuf;
+
+/// A value that must not reach a log, a metric or an error.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub fn new(value: String) -> Self {
+        Self(value)
+    }
+
+    /// The value itself; the name makes each use stand out in review.
+    pub fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// What `serve` needs of the environment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Env {
+    /// 0: any free port.
+    pub port: u16,
+    pub region: String,
+    pub functions_table: String,
+    pub logs_table: String,
+    pub queue_url: String,
+    pub redis_url: Secret,
+    pub api_key: Secret,
+    pub bucket: String,
+    /// Overrides the default limit of `conf/`: requests a minute per API key.
+    pub rate_limit: Option<u32>,
+    pub state_dir: PathBuf,
+    /// The old names; used where the SDK's own `AWS_ENDPOINT_URL_*` is unset.
+    pub sqs_endpoint: Option<String>,
+    pub dynamodb_endpoint: Option<String>,
+    pub s3_endpoint: Option<String>,
+}
+
+/// Port of `serve` and `dev` when none is named.
+pub const PORT_DEFAULT: u16 = 8080;
+
+impl Env {
+    /// Reads the process environment.
+    pub fn from_process() -> Result<Self, ConfigError> {
+        // Values that are not Unicode cannot be valid here; they read as unset only if nothing needs them.
+        Self::parse(
+            &std::env::vars_os()
+                .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
+                .collect(),
+        )
+    }
+
+    /// All problems at once; the first line names every missing variable.
+    pub fn parse(vars: &HashMap<String, String>) -> Result<Self, ConfigError> {
+        let mut reader = Reader { vars, missing: Vec::new(), problems: Vec::new() };
+        let env = Self {
+            port: reader.parsed("PORT").unwrap_or(PORT_DEFAULT),
+            region: reader.required("AWS_REGION"),
+            functions_table: reader.required("TABLE_NAME"),
+            logs_table: reader.required("LOGS_TABLE_NAME"),
+            queue_url: reader.url("SQS_URL"),
+            redis_url: reader.redis(),
+            api_key: reader.api_key(),
+            bucket: reader.required("BUCKET_NAME"),
+            rate_limit: reader.rate_limit(),
+            state_dir: reader.optional("STATE_DIR").unwrap_or_else(|| "./state".into()).into(),
+            sqs_endpoint: reader.optional("SQS_ENDPOINT"),
+            dynamodb_endpoint: reader.optional("DYNAMODB_ENDPOINT"),
+            s3_endpoint: reader.optional("S3_ENDPOINT"),
+        };
+        let Reader { missing, mut problems, .. } = reader;
+        if !missing.is_empty() {
+            problems.insert(0, format!("missing environment variables: {}", missing.join(", ")));
+        }
+        if problems.is_empty() { Ok(env) } else { Err(ConfigError(problems)) }
+    }
+}
+
+struct Reader<'a> {
+    vars: &'a HashMap<String, String>,
+    missing: Vec<&'static str>,
+    problems: Vec<String>,
+}
+
+impl Reader<'_> {
+    /// An empty variable is an unset one, as in the old controller.
+    fn optional(&self, name: &str) -> Option<String> {
+        self.vars.get(name).map(|v| v.trim()).filter(|v| !v.is_empty()).map(str::to_owned)
+    }
+
+    fn required(&mut self, name: &'static str) -> String {
+        self.optional(name).unwrap_or_else(|| {
+            self.missing.push(name);
+            String::new()
+        })
+    }
+
+    fn parsed<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
+        let text = self.optional(name)?;
+        let value = text.parse().ok();
+        if value.is_none() {
+            self.problems.push(format!("{name} is {text:?}, which is not a number in range"));
+        }
+        value
+    }
+
+    fn url(&mut self, name: &'static str) -> String {
+        let url = self.required(name);
+        if !url.is_empty() && !url.starts_with("http://") && !url.starts_with("https://") {
+            self.problems.push(format!("{name} is not a URL: it must start with http:// or https://"));
+        }
+        url
+    }
+
+    fn redis(&mut self) -> Secret {
+        if let Some(url) = self.optional("REDIS_URL") {
+            if !url.starts_with("redis://") && !url.starts_with("rediss://") {
+                self.problems.push("REDIS_URL must start with redis:// or rediss://".to_owned());
+            }
+            return Secret::new(url);
+        }
+        let port: u16 = self.parsed("REDIS_PORT").unwrap_or(6379);
+        let Some(host) = self.optional("REDIS_HOST") else {
+            self.missing.push("REDIS_HOST (or REDIS_URL)");
+            return Secret::new(String::new());
+        };
+        // A bare IPv6 address needs brackets in a URL.
+        let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
+        Secret::new(format!("redis://{host}:{port}"))
+    }
+
+    fn api_key(&mut self) -> Secret {
+        let key = self.required("INFRA_API_KEY");
+        if !key.bytes().all(|b| (0x21..=0x7e).contains(&b)) {
+            self.problems
+                .push("INFRA_API_KEY must be visible ASCII: it is compared with a header field".to_owned());
+        }
+        Secret::new(key)
+    }
+
+    fn rate_limit(&mut self) -> Option<u32> {
+        let rate = self.parsed("RATE_LIMIT")?;
+        if rate == 0 {
+            self.problems.push("RATE_LIMIT is 0, which would refuse every request".to_owned());
+        }
+        Some(rate)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: &[(&str, &str)] = &[
+        ("AWS_REGION", "eu-west-1"),
+        ("TABLE_NAME", "InfraFunctions"),
+        ("LOGS_TABLE_NAME", "InfraExecutionLogs"),
+        ("SQS_URL", "https://sqs.eu-west-1.amazonaws.com/1/q"),
+        ("REDIS_HOST", "cache"),
+        ("INFRA_API_KEY", "key"),
+        ("BUCKET_NAME", "code"),
+    ];
+
+    fn parse(changes: &[(&str, &str)]) -> Result<Env, ConfigError> {
+        let vars = OLD.iter().chain(changes).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Env::parse(&vars)
+    }
+
+    #[test]
+    fn the_old_environment_works() {
+        let env = parse(&[]).unwrap();
+        assert_eq!((env.port, env.redis_url.reveal()), (8080, "redis://cache:6379"));
+        assert_eq!(env.state_dir, PathBuf::from("./state"));
+        let env = parse(&[("REDIS_URL", "rediss://u:p@h:1"), ("PORT", "0"), ("RATE_LIMIT", "5")]).unwrap();
+        assert_eq!((env.redis_url.reveal(), env.port, env.rate_limit), ("rediss://u:p@h:1", 0, Some(5)));
+        assert_eq!(parse(&[("REDIS_HOST", "::1")]).unwrap().redis_url.reveal(), "redis://[::1]:6379");
+    }
+
+    #[test]
+    fn all_missing_names_stand_in_one_line() {
+        let error = Env::parse(&HashMap::new()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "missing environment variables: AWS_REGION, TABLE_NAME, LOGS_TABLE_NAME, SQS_URL, \
+             REDIS_HOST (or REDIS_URL), INFRA_API_KEY, BUCKET_NAME"
+        );
+    }
+
+    #[test]
+    fn malformed_values_are_told_without_secrets() {
+        for (name, value) in [
+            ("PORT", "http"),
+            ("PORT", "70000"),
+            ("RATE_LIMIT", "-1"),
+            ("RATE_LIMIT", "0"),
+            ("SQS_URL", "queue"),
+            ("REDIS_URL", "http://hunter2@h"),
+            ("REDIS_PORT", "x"),
+            ("INFRA_API_KEY", "hunter2 ü"),
+        ] {
+            let error = parse(&[(name, value)]).expect_err(name).to_string();
+            assert!(error.contains(name), "{error}");
+            assert!(!error.contains("hunter2"), "{error}");
+        }
+        assert_eq!(format!("{:?}", Secret::new("hunter2".into())), "(secret)");
+    }
+}

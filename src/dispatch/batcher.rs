@@ -1,0 +1,590 @@
+//! Group commit for the queue: jobs that arrive together are sent together.
+//!
+//! A fixed linger was rejected: it adds its own length to every call of an idle server. Instead a job goes out
+//! at once while few sends are in flight; under load the batches fill while sends are under way. In numbers (all
+//! of them in `conf/limits.toml`): at once below `sends_eager` sends in flight; else when a batch is full, up to
+//! `sends_max`; else at the next completion, or `linger_ms` after the oldest job came.
+//!
+//! One loop owns the state. Before a batch goes to the queue its jobs enter the journal; a job whose send has
+//! definitely failed leaves it again. The loop, not the caller, cleans up: a caller may be gone by then.
+
+use super::in_flight::InFlight;
+use crate::backend::{BATCH_JOBS_MAX, JobQueue, Journal, SendError};
+use crate::config::BatchConf;
+use crate::metrics::Metrics;
+use crate::model::{FunctionId, Job, JobId};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+/// First pause before a failed job is sent again; doubles up to [`RETRY_MAX`], each with jitter.
+const RETRY_FIRST: Duration = Duration::from_millis(25);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+
+/// A batch counts as full at this share of the queue's limit, in percent: the next job would seldom fit.
+const FULL_PERCENT: usize = 88;
+
+/// Why a job was not (known to be) enqueued.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    #[error("too many jobs wait to be sent")]
+    Overloaded,
+    #[error("the queue refused the job")]
+    Refused,
+    #[error("the queue is not available")]
+    Unavailable,
+    /// The job may run all the same.
+    #[error("the queue did not answer in time")]
+    Unknown,
+    #[error("the server is stopping")]
+    Stopping,
+}
+
+/// Hands jobs to the loop.
+#[derive(Clone)]
+pub struct Batcher {
+    sender: mpsc::Sender<Pending>,
+    send_deadline: Duration,
+}
+
+struct Pending {
+    job: Job,
+    done: oneshot::Sender<Result<(), SubmitError>>,
+    give_up: Instant,
+    attempts: u32,
+    /// Some attempt may have put the job on the queue.
+    maybe_sent: bool,
+}
+
+impl Batcher {
+    /// Queues a job to be sent. The receiver hears what became of it; dropping the receiver changes nothing.
+    pub fn send(&self, job: Job) -> Result<oneshot::Receiver<Result<(), SubmitError>>, SubmitError> {
+        let (done, result) = oneshot::channel();
+        let give_up = Instant::now() + self.send_deadline;
+        let pending = Pending { job, done, give_up, attempts: 0, maybe_sent: false };
+        self.sender.try_send(pending).map_err(|e| match e {
+            mpsc::error::TrySendError::Full(_) => SubmitError::Overloaded,
+            mpsc::error::TrySendError::Closed(_) => SubmitError::Stopping,
+        })?;
+        Ok(result)
+    }
+}
+
+/// The loop behind [`Batcher`].
+pub struct BatchLoop {
+    conf: BatchConf,
+    receiver: mpsc::Receiver<Pending>,
+    sender: Arc<BatchSender>,
+    waiting: VecDeque<Waiting>,
+    delayed: Vec<(Instant, Pending)>,
+    /// FIFO queues only: functions with a batch in flight, or with a job that waits to be sent again.
+    busy: HashSet<FunctionId>,
+    /// A send has just completed: what waits may go.
+    completed: bool,
+}
+
+struct Waiting {
+    since: Instant,
+    pending: Pending,
+}
+
+/// What one send needs.
+struct BatchSender {
+    queue: Arc<dyn JobQueue>,
+    journal: Arc<dyn Journal>,
+    in_flight: Arc<InFlight>,
+    metrics: Arc<Metrics>,
+}
+
+/// A handle and its loop.
+pub fn new(
+    conf: BatchConf,
+    queue: Arc<dyn JobQueue>,
+    journal: Arc<dyn Journal>,
+    in_flight: Arc<InFlight>,
+    metrics: Arc<Metrics>,
+) -> (Batcher, BatchLoop) {
+    let (sender, receiver) = mpsc::channel(conf.queue_jobs_max);
+    let handle = Batcher { sender, send_deadline: Duration::from_millis(conf.send_deadline_ms) };
+    let sender = Arc::new(BatchSender { queue, journal, in_flight, metrics });
+    let batch_loop = BatchLoop {
+        conf,
+        receiver,
+        sender,
+        waiting: VecDeque::new(),
+        delayed: Vec::new(),
+        busy: HashSet::new(),
+        completed: false,
+    };
+    (handle, batch_loop)
+}
+
+impl BatchLoop {
+    /// Runs until `stop` resolves, and then until everything that was taken is sent or given up.
+    pub async fn run(mut self, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
+        let mut stopping = false;
+        let mut sends = FuturesUnordered::new();
+        let mut arrived = Vec::with_capacity(BATCH_JOBS_MAX);
+        let mut open = true;
+        while open || !self.waiting.is_empty() || !self.delayed.is_empty() || !sends.is_empty() {
+            self.wake_delayed();
+            while let Some(batch) = self.next_batch(sends.len()) {
+                sends.push(Arc::clone(&self.sender).send(batch));
+            }
+            self.publish_gauges(sends.len());
+            let timer = self.next_timer(sends.len());
+            // Backpressure: while a full queue's worth waits here, the channel fills and callers hear of it.
+            let room = self.waiting.len() + self.delayed.len() < self.conf.queue_jobs_max;
+            tokio::select! {
+                biased;
+                Some(tried) = sends.next() => self.after_send(tried),
+                n = self.receiver.recv_many(&mut arrived, BATCH_JOBS_MAX), if open && room => {
+                    open = n > 0;
+                    let since = Instant::now();
+                    self.waiting.extend(arrived.drain(..).map(|pending| Waiting { since, pending }));
+                }
+                () = sleep_until(timer), if timer.is_some() => {}
+                () = &mut stop, if !stopping => {
+                    stopping = true;
+                    self.receiver.close();
+                }
+            }
+        }
+        self.publish_gauges(0);
+    }
+
+    fn publish_gauges(&self, sends: usize) {
+        let metrics = &self.sender.metrics;
+        metrics.queue_waiting.set((self.waiting.len() + self.delayed.len()) as i64);
+        metrics.sends_in_flight.set(sends as i64);
+    }
+
+    /// When the loop must look again though nothing happened.
+    fn next_timer(&self, sends: usize) -> Option<Instant> {
+        let oldest =
+            self.waiting.front().filter(|_| sends < self.conf.sends_max).map(|w| w.since + self.linger());
+        // With a FIFO queue the oldest may be blocked by its function; a timer in the past would spin.
+        let oldest = oldest.filter(|at| *at > Instant::now());
+        self.delayed.iter().map(|(at, _)| *at).chain(oldest).min()
+    }
+
+    fn linger(&self) -> Duration {
+        Duration::from_millis(self.conf.linger_ms)
+    }
+
+    /// Puts jobs whose pause is over to the front: retries go first.
+    fn wake_delayed(&mut self) {
+        let now = Instant::now();
+        let due: Vec<_> = self.delayed.extract_if(.., |(at, _)| *at <= now).collect();
+        for (_, pending) in due.into_iter().rev() {
+            self.busy.remove(&pending.job.function);
+            self.waiting.push_front(Waiting { since: now, pending });
+        }
+    }
+
+    /// The next batch, if one may go now.
+    fn next_batch(&mut self, sends: usize) -> Option<Vec<Pending>> {
+        let oldest = self.waiting.front()?;
+        let lingered = oldest.since.elapsed() >= self.linger();
+        let eager = sends < self.conf.sends_eager || self.completed || lingered;
+        if sends >= self.conf.sends_max || !(eager || self.batch_is_full()) {
+            return None;
+        }
+        self.completed = false;
+        let batch = self.take_batch();
+        (!batch.is_empty()).then_some(batch)
+    }
+
+    fn batch_is_full(&self) -> bool {
+        let bytes: usize =
+            self.waiting.iter().take(BATCH_JOBS_MAX).map(|w| w.pending.job.message.len()).sum();
+        self.waiting.len() >= BATCH_JOBS_MAX || bytes >= self.bytes_max() / 100 * FULL_PERCENT
+    }
+
+    fn bytes_max(&self) -> usize {
+        self.sender.queue.traits().message_bytes_max
+    }
+
+    /// Takes from the front what fits into one call. On a FIFO queue, jobs of a busy function stay, in order.
+    fn take_batch(&mut self) -> Vec<Pending> {
+        let fifo = self.sender.queue.traits().fifo;
+        let mut batch: Vec<Pending> = Vec::with_capacity(BATCH_JOBS_MAX);
+        let (mut bytes, mut at) = (0, 0);
+        while batch.len() < BATCH_JOBS_MAX && at < self.waiting.len() {
+            let job = &self.waiting[at].pending.job;
+            if fifo && self.busy.contains(&job.function) {
+                at += 1;
+                continue;
+            }
+            bytes += job.message.len();
+            if bytes > self.bytes_max() && !batch.is_empty() {
+                break;
+            }
+            batch.extend(self.waiting.remove(at).map(|w| w.pending));
+        }
+        if fifo {
+            self.busy.extend(batch.iter().map(|pending| pending.job.function.clone()));
+        }
+        batch
+    }
+
+    /// Frees the functions of a batch, and sets up the retries among them.
+    fn after_send(&mut self, tried: Tried) {
+        self.completed = true;
+        for function in &tried.functions {
+            self.busy.remove(function);
+        }
+        let fifo = self.sender.queue.traits().fifo;
+        // One pause for all of them: jobs of one function keep their order.
+        let attempts = tried.again.iter().map(|pending| pending.attempts).max().unwrap_or_default();
+        let at = Instant::now() + retry_pause(attempts);
+        for pending in tried.again {
+            if fifo {
+                self.busy.insert(pending.job.function.clone());
+            }
+            self.delayed.push((at, pending));
+        }
+    }
+}
+
+/// What is left of a batch after it was sent.
+struct Tried {
+    functions: Vec<FunctionId>,
+    again: Vec<Pending>,
+}
+
+impl BatchSender {
+    async fn send(self: Arc<Self>, batch: Vec<Pending>) -> Tried {
+        let jobs: Vec<Job> = batch.iter().map(|pending| pending.job.clone()).collect();
+        self.metrics.batch_jobs.observe(jobs.len() as f64);
+        let started = Instant::now();
+        let results = match self.journal.enter(&jobs).await {
+            Ok(()) => self.queue.send_batch(&jobs).await,
+            Err(e) => vec![Err(SendError::NotSent(format!("journal: {e}"))); jobs.len()],
+        };
+        self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
+        let mut tried =
+            Tried { functions: jobs.iter().map(|job| job.function.clone()).collect(), again: Vec::new() };
+        let mut failed = Vec::new();
+        for (pending, result) in batch.into_iter().zip(results) {
+            match self.after_try(pending, result) {
+                After::Sent => {}
+                After::Again(pending) => tried.again.push(pending),
+                After::Failed(id) => failed.push(id),
+            }
+        }
+        self.drop_failed(&failed).await;
+        tried
+    }
+
+    fn after_try(&self, mut pending: Pending, result: Result<(), SendError>) -> After {
+        pending.attempts += 1;
+        let error = match result {
+            Ok(()) => {
+                self.metrics.sends.with_label_values(&["sent"]).inc();
+                let _ = pending.done.send(Ok(())); // the caller may be gone
+                return After::Sent;
+            }
+            Err(e) => e,
+        };
+        pending.maybe_sent |= matches!(error, SendError::Unknown(_));
+        let refused = matches!(error, SendError::Refused(_));
+        let in_time = Instant::now() + retry_pause(pending.attempts) < pending.give_up;
+        if !refused && in_time {
+            self.metrics.sends.with_label_values(&["retried"]).inc();
+            return After::Again(pending);
+        }
+        let (outcome, told) = match (refused, pending.maybe_sent) {
+            (_, true) => ("unknown", SubmitError::Unknown),
+            (true, false) => ("refused", SubmitError::Refused),
+            (false, false) => ("not_sent", SubmitError::Unavailable),
+        };
+        self.metrics.sends.with_label_values(&[outcome]).inc();
+        tracing::warn!(requestId = %pending.job.id, functionId = %pending.job.function, attempts = pending.attempts, error = %error, "Send Failed");
+        let _ = pending.done.send(Err(told));
+        // A job that may be on the queue stays in flight: its result, or its deadline, will end it.
+        if pending.maybe_sent { After::Sent } else { After::Failed(pending.job.id) }
+    }
+
+    async fn drop_failed(&self, failed: &[JobId]) {
+        if failed.is_empty() {
+            return;
+        }
+        for id in failed {
+            self.in_flight.remove(*id);
+        }
+        if let Err(e) = self.journal.leave(failed).await {
+            tracing::warn!(jobs = failed.len(), error = %e, "Journal Not Cleared");
+        }
+    }
+}
+
+enum After {
+    Sent,
+    Again(Pending),
+    Failed(JobId),
+}
+
+/// Exponential, with full jitter on the upper half.
+fn retry_pause(attempts: u32) -> Duration {
+    let pause = RETRY_FIRST.saturating_mul(1 << attempts.saturating_sub(1).min(10)).min(RETRY_MAX);
+    pause.mul_f64(rand::random_range(0.5..1.0))
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{BackendError, JournalEntry, QueueTraits};
+    use crate::model::NodeId;
+    use async_trait::async_trait;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Takes 8 ms a batch, and answers by a script: one entry a batch, `Ok` when it is used up.
+    struct ScriptedQueue {
+        fifo: bool,
+        script: Mutex<VecDeque<Result<(), SendError>>>,
+        batches: Mutex<Vec<Vec<(String, u64)>>>,
+        in_flight: AtomicUsize,
+        in_flight_most: AtomicUsize,
+    }
+
+    impl ScriptedQueue {
+        fn new(fifo: bool, script: &[Result<(), SendError>]) -> Arc<Self> {
+            Arc::new(Self {
+                fifo,
+                script: Mutex::new(script.iter().cloned().collect()),
+                batches: Mutex::default(),
+                in_flight: AtomicUsize::new(0),
+                in_flight_most: AtomicUsize::new(0),
+            })
+        }
+
+        fn sizes(&self) -> Vec<usize> {
+            self.batches.lock().unwrap().iter().map(Vec::len).collect()
+        }
+    }
+
+    #[async_trait]
+    impl JobQueue for ScriptedQueue {
+        async fn send_batch(&self, jobs: &[Job]) -> Vec<Result<(), SendError>> {
+            let seen = jobs.iter().map(|job| (job.function.to_string(), job.deadline)).collect();
+            self.batches.lock().unwrap().push(seen);
+            let now = self.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+            self.in_flight_most.fetch_max(now, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(8)).await;
+            self.in_flight.fetch_sub(1, Ordering::SeqCst);
+            let result = self.script.lock().unwrap().pop_front().unwrap_or(Ok(()));
+            vec![result; jobs.len()]
+        }
+
+        fn traits(&self) -> QueueTraits {
+            QueueTraits { message_bytes_max: 1000, retention: Duration::from_secs(60), fifo: self.fifo }
+        }
+
+        async fn depth(&self) -> Result<u64, BackendError> {
+            Ok(0)
+        }
+    }
+
+    #[derive(Default)]
+    struct SetJournal {
+        held: Mutex<HashSet<JobId>>,
+        broken: bool,
+    }
+
+    #[async_trait]
+    impl Journal for SetJournal {
+        async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
+            if self.broken {
+                return Err(BackendError::Unavailable("broken".into()));
+            }
+            self.held.lock().unwrap().extend(jobs.iter().map(|job| job.id));
+            Ok(())
+        }
+
+        async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
+            self.held.lock().unwrap().retain(|id| !ids.contains(id));
+            Ok(())
+        }
+
+        async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
+            Ok(self.held.lock().unwrap().contains(&id))
+        }
+
+        async fn entries(&self, _: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
+            Ok(Vec::new())
+        }
+    }
+
+    struct House {
+        batcher: Batcher,
+        queue: Arc<ScriptedQueue>,
+        journal: Arc<SetJournal>,
+        in_flight: Arc<InFlight>,
+    }
+
+    /// Starts the loop; it ends by itself once the handle is gone.
+    fn house(queue: Arc<ScriptedQueue>, journal: SetJournal) -> (House, impl Future<Output = ()>) {
+        let conf = BatchConf {
+            linger_ms: 10,
+            sends_eager: 2,
+            sends_max: 4,
+            queue_jobs_max: 100,
+            send_deadline_ms: 2000,
+        };
+        let metrics = Arc::new(Metrics::new(1).unwrap());
+        let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
+        let journal = Arc::new(journal);
+        let (batcher, batch_loop) =
+            new(conf, Arc::clone(&queue) as _, Arc::clone(&journal) as _, Arc::clone(&in_flight), metrics);
+        (House { batcher, queue, journal, in_flight }, batch_loop.run(std::future::pending()))
+    }
+
+    impl House {
+        fn send(&self, n: u64, function: &str, bytes: usize) -> oneshot::Receiver<Result<(), SubmitError>> {
+            let function = FunctionId::parse(function).unwrap();
+            let job = Job {
+                id: JobId::new(NodeId(1), 1, n),
+                function,
+                deadline: n,
+                message: vec![b' '; bytes].into(),
+            };
+            self.in_flight.enter(&job).unwrap();
+            self.batcher.send(job).unwrap()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_batcher_adds_no_wait_and_a_busy_one_fills_batches() {
+        let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+        let started = Instant::now();
+        let work = async {
+            assert_eq!(house.send(0, "f", 1).await.unwrap(), Ok(()));
+            assert_eq!(started.elapsed(), Duration::from_millis(8), "the queue's own time and nothing more");
+            let results: Vec<_> = (1..=40).map(|n| house.send(n, "f", 1)).collect();
+            for result in results {
+                assert_eq!(result.await.unwrap(), Ok(()));
+            }
+            assert_eq!(house.queue.sizes(), [1, 10, 10, 10, 10]);
+            assert_eq!(house.queue.in_flight_most.load(Ordering::SeqCst), 4);
+            assert_eq!(
+                house.journal.held.lock().unwrap().len(),
+                41,
+                "jobs stay until their rows are written"
+            );
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_batch_keeps_to_the_size_limit() {
+        let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+        let work = async {
+            let results: Vec<_> = (0..5).map(|n| house.send(n, "f", 400)).collect();
+            for result in results {
+                assert_eq!(result.await.unwrap(), Ok(()));
+            }
+            assert_eq!(house.queue.sizes(), [2, 2, 1]);
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_reach_their_callers_and_leave_no_trace() {
+        let not_sent = Err(SendError::NotSent("x".into()));
+        for (script, told, kept) in [
+            (vec![not_sent.clone(), not_sent.clone()], Ok(()), true),
+            (vec![Err(SendError::Refused("x".into()))], Err(SubmitError::Refused), false),
+            (vec![not_sent.clone(); 100], Err(SubmitError::Unavailable), false),
+            (vec![Err(SendError::Unknown("x".into())); 100], Err(SubmitError::Unknown), true),
+            (
+                [vec![Err(SendError::Unknown("x".into()))], vec![not_sent; 100]].concat(),
+                Err(SubmitError::Unknown),
+                true,
+            ),
+        ] {
+            let (house, run) = house(ScriptedQueue::new(false, &script), SetJournal::default());
+            let work = async {
+                let id = JobId::new(NodeId(1), 1, 7);
+                assert_eq!(house.send(7, "f", 1).await.unwrap(), told);
+                assert_eq!(house.in_flight.awaited(id).is_some(), kept, "{told:?}");
+                tokio::task::yield_now().await; // the caller hears before the journal does
+                assert_eq!(house.journal.contains(id).await.unwrap(), kept, "{told:?}");
+                drop(house);
+            };
+            tokio::join!(run, work);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nothing_is_sent_that_is_not_in_the_journal() {
+        let journal = SetJournal { broken: true, ..Default::default() };
+        let (house, run) = house(ScriptedQueue::new(false, &[]), journal);
+        let work = async {
+            assert_eq!(house.send(1, "f", 1).await.unwrap(), Err(SubmitError::Unavailable));
+            assert!(house.queue.sizes().is_empty());
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fifo_queue_keeps_the_order_of_each_function() {
+        let script = [Err(SendError::NotSent("x".into())), Ok(()), Err(SendError::NotSent("x".into()))];
+        let (house, run) = house(ScriptedQueue::new(true, &script), SetJournal::default());
+        let work = async {
+            let results: Vec<_> =
+                (0..60).map(|n| house.send(n, ["a", "b", "c"][n as usize % 3], 1)).collect();
+            for result in results {
+                assert_eq!(result.await.unwrap(), Ok(()));
+            }
+            let batches = house.queue.batches.lock().unwrap().clone();
+            for function in ["a", "b", "c"] {
+                let mut sent: Vec<u64> =
+                    batches.iter().flatten().filter(|j| j.0 == function).map(|j| j.1).collect();
+                sent.dedup(); // a batch that failed as a whole came twice
+                let mut once = sent.clone();
+                once.sort_unstable();
+                once.dedup();
+                assert!(sent.windows(2).all(|w| w[0] < w[1] || once.contains(&w[1])), "{function}: {sent:?}");
+                assert_eq!(once.len(), 20);
+                assert_eq!(sent.last(), once.last());
+            }
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_queue_answers_at_once() {
+        let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+        for n in 0..100 {
+            drop(house.send(n, "f", 1));
+        }
+        let job = Job {
+            id: JobId::new(NodeId(1), 1, 200),
+            function: FunctionId::parse("f").unwrap(),
+            deadline: 0,
+            message: "{}".into(),
+        };
+        assert_eq!(house.batcher.send(job).err(), Some(SubmitError::Overloaded));
+        let sent = Arc::clone(&house.queue);
+        drop(house);
+        run.await;
+        assert_eq!(sent.sizes().iter().sum::<usize>(), 100, "what was taken is sent though nobody waits");
+    }
+}

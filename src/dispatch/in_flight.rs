@@ -1,0 +1,386 @@
+//! The table of accepted jobs, and of those who wait for them.
+//!
+//! Every accepted job stays here until its row is written. A waiter is registered *before* the job is sent: a
+//! fast worker may publish before the send returns. Its guard frees the oneshot on drop (answered, timed out,
+//! client gone); the job stays.
+//!
+//! DashMap guards are taken and dropped within one statement or block and never held over an await.
+
+use crate::backend::JournalEntry;
+use crate::metrics::Metrics;
+use crate::model::{FunctionId, Job, JobId, Outcome, UnixMs};
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry as MapEntry;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+/// Most clients that may wait for one job; one more is told to poll.
+pub const WAITERS_PER_JOB_MAX: usize = 16;
+
+/// How long a settled result is kept for `/status`: the worker stores its own copy a moment after publishing.
+const SETTLED_KEPT: Duration = Duration::from_secs(60);
+
+/// The table has no room for another job.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// One accepted job. 64 bytes with its key, as a queue may hold a million.
+struct Entry {
+    function: FunctionId,
+    deadline: UnixMs,
+    waiters: Vec<oneshot::Sender<Outcome>>,
+    /// A result was taken; its row is on the way.
+    settled: bool,
+}
+
+/// What [`InFlight::join`] found.
+pub enum Joined {
+    /// The result is known.
+    Settled(Outcome),
+    /// The job runs; the waiter hears of its result.
+    Pending(Waiter),
+    /// The job runs, but too many wait for it already.
+    Crowded,
+    /// No such job on this node.
+    Unknown,
+}
+
+/// What [`InFlight::settle`] did.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// First result of the job: a row is due.
+    First(FunctionId),
+    /// A result was taken before.
+    Repeated,
+    /// The job is not of this node, or its row is written already.
+    UnknownJob,
+}
+
+pub struct InFlight {
+    jobs: DashMap<JobId, Entry>,
+    len: AtomicUsize,
+    jobs_max: usize,
+    recent: Recent,
+    metrics: Arc<Metrics>,
+}
+
+impl InFlight {
+    pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
+        let recent =
+            Recent { outcomes: DashMap::new(), order: Mutex::default(), bytes_max: settled_bytes_max };
+        Self { jobs: DashMap::new(), len: AtomicUsize::new(0), jobs_max, recent, metrics }
+    }
+
+    /// Enters a job nobody waits for.
+    pub fn enter(&self, job: &Job) -> Result<(), Full> {
+        self.insert(job.id, &job.function, job.deadline, Vec::new())
+    }
+
+    /// Enters a job together with one who waits for it.
+    pub fn enter_waiting(self: &Arc<Self>, job: &Job) -> Result<Waiter, Full> {
+        let (sender, receiver) = oneshot::channel();
+        self.insert(job.id, &job.function, job.deadline, vec![sender])?;
+        Ok(self.waiter(job.id, receiver))
+    }
+
+    /// Enters a job of an earlier life of this node. There is always room: it was accepted before.
+    pub fn restore(&self, entry: &JournalEntry) {
+        self.len.fetch_add(1, Ordering::Relaxed);
+        self.put(entry.id, &entry.function, entry.deadline, Vec::new());
+    }
+
+    fn insert(
+        &self,
+        id: JobId,
+        function: &FunctionId,
+        deadline: UnixMs,
+        waiters: Vec<oneshot::Sender<Outcome>>,
+    ) -> Result<(), Full> {
+        if self.len.fetch_add(1, Ordering::Relaxed) >= self.jobs_max {
+            self.len.fetch_sub(1, Ordering::Relaxed);
+            return Err(Full);
+        }
+        self.put(id, function, deadline, waiters);
+        Ok(())
+    }
+
+    fn put(
+        &self,
+        id: JobId,
+        function: &FunctionId,
+        deadline: UnixMs,
+        waiters: Vec<oneshot::Sender<Outcome>>,
+    ) {
+        let entry = Entry { function: function.clone(), deadline, waiters, settled: false };
+        if self.jobs.insert(id, entry).is_some() {
+            self.len.fetch_sub(1, Ordering::Relaxed); // the same job again: it was counted before
+        }
+        self.metrics.jobs_in_flight.set(self.len());
+    }
+
+    /// Waits for a job that was entered before.
+    pub fn join(self: &Arc<Self>, id: JobId) -> Joined {
+        // Settled results first: a job that settles between the two looks is then found by the second.
+        if let Some(outcome) = self.recent.get(id) {
+            return Joined::Settled(outcome);
+        }
+        let receiver = match self.jobs.get_mut(&id) {
+            None => return self.recent.get(id).map_or(Joined::Unknown, Joined::Settled),
+            Some(entry) if entry.waiters.len() >= WAITERS_PER_JOB_MAX => return Joined::Crowded,
+            Some(mut entry) => {
+                let (sender, receiver) = oneshot::channel();
+                entry.waiters.push(sender);
+                receiver
+            }
+        };
+        match self.recent.get(id) {
+            Some(outcome) => Joined::Settled(outcome),
+            None => Joined::Pending(self.waiter(id, receiver)),
+        }
+    }
+
+    fn waiter(self: &Arc<Self>, id: JobId, receiver: oneshot::Receiver<Outcome>) -> Waiter {
+        self.metrics.waiters.inc();
+        Waiter { id, receiver, table: Arc::clone(self) }
+    }
+
+    /// Takes a result: answers those who wait, and says whether a row is due.
+    pub fn settle(&self, id: JobId, outcome: &Outcome) -> Settled {
+        let (function, waiters) = match self.jobs.get_mut(&id) {
+            None => return Settled::UnknownJob,
+            Some(entry) if entry.settled => return Settled::Repeated,
+            Some(mut entry) => {
+                // Kept before anyone is told, so that a `/status` right after an answer finds it.
+                self.recent.keep(id, outcome);
+                entry.settled = true;
+                (entry.function.clone(), std::mem::take(&mut entry.waiters))
+            }
+        };
+        for waiter in waiters {
+            // A receiver that is gone is a client that is gone.
+            let _ = waiter.send(outcome.clone());
+        }
+        Settled::First(function)
+    }
+
+    /// Undoes the taking of a result whose row found no room: a later look-up takes it again.
+    pub fn unsettle(&self, id: JobId) {
+        if let Some(mut entry) = self.jobs.get_mut(&id) {
+            entry.settled = false;
+        }
+    }
+
+    /// Removes a job whose row is written, or that is certainly not on the queue.
+    pub fn remove(&self, id: JobId) {
+        if self.jobs.remove(&id).is_some() {
+            self.len.fetch_sub(1, Ordering::Relaxed);
+            self.metrics.jobs_in_flight.set(self.len());
+        }
+    }
+
+    /// If the job waits for a result: its deadline and whether somebody waits for it.
+    pub fn awaited(&self, id: JobId) -> Option<Awaited> {
+        let entry = self.jobs.get(&id).filter(|entry| !entry.settled)?;
+        Some(Awaited { deadline: entry.deadline, waited_for: !entry.waiters.is_empty() })
+    }
+
+    /// The jobs that wait for a result.
+    pub fn unsettled(&self) -> Vec<JobId> {
+        self.jobs.iter().filter(|entry| !entry.settled).map(|entry| *entry.key()).collect()
+    }
+
+    /// Forgets settled results that are old enough; called from time to time.
+    pub fn forget_old(&self) {
+        self.recent.prune(Instant::now());
+    }
+
+    /// Forgets a settled result that the worker's own store has.
+    pub fn forget_settled(&self, id: JobId) {
+        self.recent.outcomes.remove(&id);
+    }
+
+    /// `DashMap::len` locks every shard; the counter beside it does not.
+    fn len(&self) -> i64 {
+        i64::try_from(self.len.load(Ordering::Relaxed)).unwrap_or(i64::MAX)
+    }
+
+    fn leave(&self, id: JobId) {
+        if let MapEntry::Occupied(mut entry) = self.jobs.entry(id) {
+            entry.get_mut().waiters.retain(|waiter| !waiter.is_closed());
+        }
+    }
+}
+
+/// See [`InFlight::awaited`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Awaited {
+    pub deadline: UnixMs,
+    pub waited_for: bool,
+}
+
+/// One who waits for a result. Dropping it frees its place.
+pub struct Waiter {
+    id: JobId,
+    receiver: oneshot::Receiver<Outcome>,
+    table: Arc<InFlight>,
+}
+
+impl Waiter {
+    /// The result. `None` if the job was given up (it never reached the queue). May be called again after
+    /// having been cancelled.
+    pub async fn outcome(&mut self) -> Option<Outcome> {
+        (&mut self.receiver).await.ok()
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.receiver.close();
+        self.table.leave(self.id);
+        self.table.metrics.waiters.dec();
+    }
+}
+
+/// Settled results, for `/status` in the moment before the worker has stored its copy. Bounded in time and in
+/// bytes: when full, the oldest go first, and `/status` says pending until the stored copy is there.
+struct Recent {
+    outcomes: DashMap<JobId, Outcome>,
+    order: Mutex<Order>,
+    bytes_max: usize,
+}
+
+#[derive(Default)]
+struct Order {
+    queue: VecDeque<(Instant, JobId, usize)>,
+    bytes: usize,
+}
+
+impl Recent {
+    fn get(&self, id: JobId) -> Option<Outcome> {
+        self.outcomes.get(&id).map(|outcome| outcome.clone())
+    }
+
+    fn keep(&self, id: JobId, outcome: &Outcome) {
+        let bytes = outcome.published().len();
+        if bytes > self.bytes_max {
+            return;
+        }
+        self.outcomes.insert(id, outcome.clone());
+        let mut order = self.order();
+        order.queue.push_back((Instant::now(), id, bytes));
+        order.bytes += bytes;
+        while order.bytes > self.bytes_max {
+            self.drop_oldest(&mut order);
+        }
+    }
+
+    fn prune(&self, now: Instant) {
+        let mut order = self.order();
+        while order.queue.front().is_some_and(|(kept, _, _)| now.duration_since(*kept) >= SETTLED_KEPT) {
+            self.drop_oldest(&mut order);
+        }
+    }
+
+    fn drop_oldest(&self, order: &mut Order) {
+        if let Some((_, id, bytes)) = order.queue.pop_front() {
+            order.bytes -= bytes;
+            self.outcomes.remove(&id);
+        }
+    }
+
+    fn order(&self) -> std::sync::MutexGuard<'_, Order> {
+        // Nothing panics while the lock is held; if something did, the queue would still be whole.
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::NodeId;
+
+    fn table(jobs_max: usize, settled_bytes_max: usize) -> Arc<InFlight> {
+        Arc::new(InFlight::new(jobs_max, settled_bytes_max, Arc::new(Metrics::new(10).unwrap())))
+    }
+
+    fn job(n: u64) -> Job {
+        let id = JobId::new(NodeId(1), 1000, n);
+        Job { id, function: FunctionId::parse("f").unwrap(), deadline: 2000, message: "{}".into() }
+    }
+
+    fn outcome(text: &str) -> Outcome {
+        Outcome::new(text.to_owned().into())
+    }
+
+    #[tokio::test]
+    async fn a_waiter_hears_the_first_result() {
+        let table = table(10, 1000);
+        let mut waiter = table.enter_waiting(&job(1)).unwrap();
+        assert_eq!(table.settle(job(1).id, &outcome("a")), Settled::First(job(1).function));
+        assert_eq!(table.settle(job(1).id, &outcome("b")), Settled::Repeated);
+        assert_eq!(table.settle(job(2).id, &outcome("b")), Settled::UnknownJob);
+        assert_eq!(waiter.outcome().await, Some(outcome("a")));
+        let Joined::Settled(again) = table.join(job(1).id) else { panic!("settled") };
+        assert_eq!(again, outcome("a"));
+    }
+
+    #[tokio::test]
+    async fn a_dropped_waiter_leaves_the_job() {
+        let table = table(10, 1000);
+        drop(table.enter_waiting(&job(1)).unwrap());
+        assert_eq!(table.awaited(job(1).id), Some(Awaited { deadline: 2000, waited_for: false }));
+        assert_eq!(table.metrics.waiters.get(), 0);
+        let Joined::Pending(mut late) = table.join(job(1).id) else { panic!("pending") };
+        table.settle(job(1).id, &outcome("a"));
+        assert_eq!(late.outcome().await, Some(outcome("a")));
+    }
+
+    #[tokio::test]
+    async fn a_job_given_up_wakes_its_waiter() {
+        let table = table(10, 1000);
+        let mut waiter = table.enter_waiting(&job(1)).unwrap();
+        table.remove(job(1).id);
+        assert_eq!(waiter.outcome().await, None);
+        assert!(matches!(table.join(job(1).id), Joined::Unknown));
+        assert_eq!(table.metrics.jobs_in_flight.get(), 0);
+    }
+
+    #[test]
+    fn the_table_is_bounded() {
+        let table = table(2, 1000);
+        table.enter(&job(1)).unwrap();
+        table.enter(&job(2)).unwrap();
+        assert_eq!(table.enter(&job(3)), Err(Full));
+        table.remove(job(1).id);
+        table.enter(&job(3)).unwrap();
+    }
+
+    #[test]
+    fn waiters_of_one_job_are_bounded() {
+        let table = table(2, 1000);
+        table.enter(&job(1)).unwrap();
+        let joined: Vec<_> = (0..WAITERS_PER_JOB_MAX).map(|_| table.join(job(1).id)).collect();
+        assert!(matches!(table.join(job(1).id), Joined::Crowded));
+        drop(joined);
+        assert!(matches!(table.join(job(1).id), Joined::Pending(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn settled_results_are_bounded_in_bytes_and_time() {
+        let table = table(10, 10);
+        for n in 1..=3 {
+            table.enter(&job(n)).unwrap();
+            table.settle(job(n).id, &outcome("12345"));
+            table.remove(job(n).id);
+        }
+        assert!(matches!(table.join(job(1).id), Joined::Unknown), "the oldest made room");
+        assert!(matches!(table.join(job(2).id), Joined::Settled(_)));
+        tokio::time::advance(SETTLED_KEPT).await;
+        table.forget_old();
+        assert!(matches!(table.join(job(3).id), Joined::Unknown));
+    }
+}

@@ -1,0 +1,205 @@
+//! The Pingora side: request id → route → API key → rate limit → capped body → `api` → response.
+//!
+//! All routes are local so far, so everything happens in `request_filter`, which costs no more than a bare HTTP
+//! app would. Errors are written as ordinary responses: Pingora's own `respond_error` always closes the connection.
+
+mod api_key;
+mod body;
+mod rate_limit;
+mod request_id;
+
+pub use api_key::ApiKeys;
+pub use rate_limit::RateLimiter;
+
+use crate::api::{Api, ApiError, Call, CallHeaders, Found, Reply, Route, find};
+use crate::config::HttpConf;
+use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
+use crate::metrics::Metrics;
+use async_trait::async_trait;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::{Method, StatusCode, Version};
+use pingora::http::ResponseHeader;
+use pingora::prelude::{HttpPeer, ProxyHttp, Session};
+use rate_limit::LimitHeaders;
+use request_id::RequestId;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// The metric label of a path that is no route.
+const NO_ROUTE: &str = "(none)";
+/// The metric label of a request whose client left before the answer.
+const CLIENT_GONE: u16 = 499;
+
+/// The server's application.
+pub struct Gateway {
+    api: Api,
+    keys: ApiKeys,
+    limiter: RateLimiter,
+    lifecycle: Lifecycle,
+    metrics: Arc<Metrics>,
+    http: HttpConf,
+}
+
+/// One request.
+pub struct Ctx {
+    started: Instant,
+    route: &'static str,
+    status: u16,
+    _counted: RequestGuard,
+}
+
+impl Gateway {
+    pub fn new(
+        api: Api,
+        keys: ApiKeys,
+        limiter: RateLimiter,
+        lifecycle: Lifecycle,
+        metrics: Arc<Metrics>,
+        http: HttpConf,
+    ) -> Self {
+        Self { api, keys, limiter, lifecycle, metrics, http }
+    }
+
+    /// The filters in order, then the handler. `None`: the client has left.
+    async fn answer(&self, session: &mut Session, ctx: &mut Ctx) -> Option<Result<Reply, ApiError>> {
+        let mut limits = LimitHeaders::default();
+        let call = match self.admit(session, ctx, &mut limits).await {
+            Ok(admitted) => admitted,
+            Err(e) => return Some(Err(e)),
+        };
+        let (route, call) = call;
+        let reply = tokio::select! {
+            biased;
+            reply = self.api.call(route.endpoint, &call) => reply,
+            // Reading on is how a client that leaves is noticed.
+            _ = session.downstream_session.read_body_or_idle(true) => return None,
+        };
+        Some(reply.map(|mut reply| {
+            reply.headers.extend(limits.into_fields());
+            reply
+        }))
+    }
+
+    async fn admit(
+        &self,
+        session: &mut Session,
+        ctx: &mut Ctx,
+        limits: &mut LimitHeaders,
+    ) -> Result<(&'static Route, Call), ApiError> {
+        let header = session.req_header();
+        let (route, params) = match find(&header.method, header.uri.path()) {
+            Found::Route(route, params) => (route, params),
+            Found::OtherMethod { pattern, allow } => {
+                ctx.route = pattern;
+                return Err(ApiError::MethodNotAllowed { allow });
+            }
+            Found::Nothing => return Err(ApiError::NoSuchRoute),
+        };
+        ctx.route = route.pattern;
+        if let Some(scope) = route.scope {
+            let key = self.keys.check(header.headers.get("x-api-key"), scope)?;
+            let client = session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
+            *limits = self.limiter.check(route.pattern, &key, client).await?;
+        }
+        let header = session.req_header();
+        let mut call = Call {
+            params,
+            query: header.uri.query().map(str::to_owned),
+            headers: CallHeaders::of(&header.headers),
+            body: bytes::Bytes::new(),
+        };
+        if route.takes_body {
+            let timeout = Duration::from_secs(self.http.body_timeout_s);
+            call.body = body::read(session, self.api.body_bytes_max(), timeout).await?;
+            // Answering `Expect` resets it.
+            self.keep_alive(session);
+        }
+        Ok((route, call))
+    }
+
+    /// Must be set on every request: Pingora starts each with an endless keepalive.
+    fn keep_alive(&self, session: &mut Session) {
+        let stopping = self.lifecycle.phase() >= Phase::Draining;
+        let header = session.req_header();
+        // HTTP/1.0 keeps a connection only if asked to.
+        let old = header.version == Version::HTTP_10
+            && !header
+                .headers
+                .get("connection")
+                .is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"keep-alive"));
+        session.set_keepalive((!stopping && !old).then_some(self.http.keepalive_s));
+    }
+
+    async fn write(&self, session: &mut Session, reply: Reply, id: &RequestId) -> pingora::Result<()> {
+        let mut header = ResponseHeader::build(reply.status, Some(reply.headers.len() + 6))?;
+        header.insert_header("x-request-id", id.as_str())?;
+        for (name, value) in reply.headers {
+            header.append_header(name, value)?;
+        }
+        let bodyless = reply.status == StatusCode::NOT_MODIFIED;
+        if !bodyless {
+            header.insert_header(CONTENT_TYPE, HeaderValue::from_static(reply.content_type))?;
+            header.insert_header(CONTENT_LENGTH, reply.body.len())?;
+        }
+        let no_body = bodyless || reply.body.is_empty() || session.req_header().method == Method::HEAD;
+        session.write_response_header(Box::new(header), no_body).await?;
+        if !no_body {
+            session.write_response_body(Some(reply.body), true).await?;
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl ProxyHttp for Gateway {
+    type CTX = Ctx;
+
+    fn new_ctx(&self) -> Ctx {
+        Ctx {
+            started: Instant::now(),
+            route: NO_ROUTE,
+            status: CLIENT_GONE,
+            _counted: self.lifecycle.request(),
+        }
+    }
+
+    async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
+        session.set_pipelining_enabled(true);
+        session.set_close_on_response_before_downstream_finish(false);
+        session.set_total_drain_timeout(Some(Duration::from_millis(self.http.drain_body_timeout_ms)));
+        self.keep_alive(session);
+        let id = RequestId::of(session.req_header().headers.get("x-request-id"));
+        let Some(answer) = self.answer(session, ctx).await else {
+            session.set_keepalive(None);
+            return Ok(true);
+        };
+        let reply = answer.unwrap_or_else(|error| {
+            self.metrics.refused.with_label_values(&[error.code()]).inc();
+            if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
+                // What follows on this connection cannot be told from the rest of the body.
+                session.set_keepalive(None);
+            }
+            error.into_reply(id.as_str())
+        });
+        ctx.status = reply.status.as_u16();
+        if self.write(session, reply, &id).await.is_err() {
+            // The client has left in the middle; nothing more can be said to it.
+            ctx.status = CLIENT_GONE;
+            session.set_keepalive(None);
+        }
+        Ok(true)
+    }
+
+    /// No upstreams are configured yet, and `request_filter` answers everything.
+    async fn upstream_peer(&self, _: &mut Session, _: &mut Ctx) -> pingora::Result<Box<HttpPeer>> {
+        pingora::Error::e_explain(pingora::ErrorType::HTTPStatus(502), "no upstream")
+    }
+
+    async fn logging(&self, session: &mut Session, _: Option<&pingora::Error>, ctx: &mut Ctx) {
+        // Any method name may be sent; only those we serve become a label.
+        let method = session.req_header().method.as_str();
+        let known = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
+        let method = if known.contains(&method) { method } else { "other" };
+        self.metrics.observe_http(method, ctx.route, ctx.status, ctx.started.elapsed());
+    }
+}

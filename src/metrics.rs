@@ -1,0 +1,271 @@
+//! Every metric, in one struct. The names of CONTRACT §7 are fixed; ours begin with `infra_`.
+
+use crate::model::{Execution, FunctionId, Status};
+use dashmap::DashSet;
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
+};
+use std::time::Duration;
+
+/// Seconds; from a refusal (0.5 ms) to the longest wait of a synchronous run.
+const HTTP_BUCKETS: &[f64] = &[
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+    300.0,
+];
+/// Seconds; from a handler that does nothing to the execution time limit.
+const FUNCTION_BUCKETS: &[f64] =
+    &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+const BATCH_BUCKETS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0];
+const SEND_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
+
+/// The label of functions beyond the bound, and of statuses nobody knows.
+const OTHER: &str = "other";
+
+/// All metrics of the process.
+pub struct Metrics {
+    registry: Registry,
+    functions: FunctionLabels,
+    http: HistogramVec,
+    function_duration: HistogramVec,
+    function_handler_duration: HistogramVec,
+    function_invocations: IntCounterVec,
+    /// Requests being answered.
+    pub requests_in_flight: IntGauge,
+    /// Synchronous runs and long polls that wait for a result.
+    pub waiters: IntGauge,
+    /// Accepted jobs whose row is not written yet.
+    pub jobs_in_flight: IntGauge,
+    /// Jobs waiting to be sent.
+    pub queue_waiting: IntGauge,
+    pub sends_in_flight: IntGauge,
+    pub batch_jobs: Histogram,
+    pub send_seconds: Histogram,
+    /// By `outcome`: `sent`, `retried`, `refused`, `not_sent`, `unknown`.
+    pub sends: IntCounterVec,
+    /// By `kind`: `settled`, `repeated`, `unknown_job`, `malformed`, `deferred`.
+    pub results: IntCounterVec,
+    /// Jobs whose result was found by a look-up, not by publication.
+    pub results_looked_up: IntCounter,
+    /// By `decision`: `allowed`, `limited`, and by `source`: `shared`, `local`, `closed`.
+    pub limiter: IntCounterVec,
+    /// By `reason`: the code of the problem.
+    pub refused: IntCounterVec,
+    pub audit_waiting_rows: IntGauge,
+    pub audit_rows: IntCounter,
+    /// Writes that failed and are tried again.
+    pub audit_retries: IntCounter,
+    /// Rows that the table will never take.
+    pub audit_rows_refused: IntCounter,
+    /// By `check`: 1 healthy, 0 not, as of the last look.
+    pub health: IntGaugeVec,
+    pub log_lines_dropped: IntGauge,
+}
+
+impl Metrics {
+    /// At most `function_labels_max` function ids get series of their own.
+    pub fn new(function_labels_max: usize) -> Result<Self, prometheus::Error> {
+        let r = Registry::new();
+        let metrics = Self {
+            functions: FunctionLabels { known: DashSet::new(), max: function_labels_max },
+            http: histogram_vec(
+                &r,
+                "http_request_duration_seconds",
+                "Time to answer a request",
+                HTTP_BUCKETS,
+                &["method", "route", "status_code"],
+            )?,
+            function_duration: histogram_vec(
+                &r,
+                "function_duration_seconds",
+                "Execution time that workers reported",
+                FUNCTION_BUCKETS,
+                &["functionId", "status"],
+            )?,
+            function_handler_duration: histogram_vec(
+                &r,
+                "function_handler_duration_seconds",
+                "Handler time that workers reported",
+                FUNCTION_BUCKETS,
+                &["functionId", "status"],
+            )?,
+            function_invocations: counters(
+                &r,
+                "function_invocations_total",
+                "Finished executions",
+                &["functionId", "status"],
+            )?,
+            requests_in_flight: gauge(&r, "infra_requests_in_flight", "Requests being answered")?,
+            waiters: gauge(&r, "infra_waiters", "Clients that wait for a result")?,
+            jobs_in_flight: gauge(&r, "infra_jobs_in_flight", "Accepted jobs without a row")?,
+            queue_waiting: gauge(&r, "infra_queue_waiting_jobs", "Jobs waiting to be sent")?,
+            sends_in_flight: gauge(&r, "infra_queue_sends_in_flight", "Batches being sent")?,
+            batch_jobs: histogram(&r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
+            send_seconds: histogram(&r, "infra_queue_send_seconds", "Time to send a batch", SEND_BUCKETS)?,
+            sends: counters(
+                &r,
+                "infra_queue_jobs_total",
+                "Jobs handed to the queue, by outcome",
+                &["outcome"],
+            )?,
+            results: counters(&r, "infra_results_total", "Results heard, by what became of them", &["kind"])?,
+            results_looked_up: counter(&r, "infra_results_looked_up_total", "Results found by a look-up")?,
+            limiter: counters(
+                &r,
+                "infra_limiter_decisions_total",
+                "Rate limit decisions",
+                &["decision", "source"],
+            )?,
+            refused: counters(&r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
+            audit_waiting_rows: gauge(&r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
+            audit_rows: counter(&r, "infra_audit_rows_total", "Rows written to the log table")?,
+            audit_retries: counter(
+                &r,
+                "infra_audit_retries_total",
+                "Row writes that failed and are tried again",
+            )?,
+            audit_rows_refused: counter(
+                &r,
+                "infra_audit_rows_refused_total",
+                "Rows the log table refused for good",
+            )?,
+            health: gauges(&r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
+            log_lines_dropped: gauge(
+                &r,
+                "infra_log_lines_dropped",
+                "Log lines dropped because nobody read them",
+            )?,
+            registry: r,
+        };
+        #[cfg(target_os = "linux")]
+        metrics.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        Ok(metrics)
+    }
+
+    /// The Prometheus text format.
+    pub fn text(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        // Encoding to memory fails only on a metric without a name; `new` registered them all.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        text
+    }
+
+    pub fn observe_http(&self, method: &str, route: &str, status: u16, took: Duration) {
+        let status = status.to_string();
+        self.http.with_label_values(&[method, route, &status]).observe(took.as_secs_f64());
+    }
+
+    /// Counts a finished execution.
+    pub fn observe_execution(&self, row: &Execution) {
+        let known = matches!(
+            row.status.as_str(),
+            Status::SUCCESS | "FAILED" | Status::ERROR | "TIMEOUT" | Status::LOST
+        );
+        let status = if known { row.status.as_str() } else { OTHER };
+        let function = self.functions.label(&row.function);
+        let labels = &[function, status];
+        self.function_invocations.with_label_values(labels).inc();
+        self.function_duration.with_label_values(labels).observe(row.duration_ms / 1000.0);
+        if let Some(ms) = row.handler_duration_ms {
+            self.function_handler_duration.with_label_values(labels).observe(ms / 1000.0);
+        }
+    }
+}
+
+/// The function ids that have series of their own. First come, first served: a scanner cannot push out a
+/// function that runs, because only executed functions get here.
+struct FunctionLabels {
+    known: DashSet<FunctionId>,
+    max: usize,
+}
+
+impl FunctionLabels {
+    fn label<'a>(&self, id: &'a FunctionId) -> &'a str {
+        if self.known.contains(id) || (self.known.len() < self.max && self.known.insert(id.clone())) {
+            id.as_str()
+        } else {
+            OTHER
+        }
+    }
+}
+
+fn histogram_vec(
+    r: &Registry,
+    name: &str,
+    help: &str,
+    buckets: &[f64],
+    labels: &[&str],
+) -> Result<HistogramVec, prometheus::Error> {
+    let metric = HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels)?;
+    r.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn histogram(r: &Registry, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
+    let metric = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?;
+    r.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counters(
+    r: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> Result<IntCounterVec, prometheus::Error> {
+    let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+    r.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn counter(r: &Registry, name: &str, help: &str) -> Result<IntCounter, prometheus::Error> {
+    let metric = IntCounter::new(name, help)?;
+    r.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn gauges(r: &Registry, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
+    let metric = IntGaugeVec::new(Opts::new(name, help), labels)?;
+    r.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+fn gauge(r: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    let metric = IntGauge::new(name, help)?;
+    r.register(Box::new(metric.clone()))?;
+    Ok(metric)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{JobId, NodeId, Outcome};
+
+    #[test]
+    fn fixed_names_and_labels() {
+        let metrics = Metrics::new(1).unwrap();
+        let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":5,"handlerDurationMs":2}"#.into());
+        for (n, function) in ["f-1", "f-2", "f-1"].into_iter().enumerate() {
+            let id = JobId::new(NodeId(0), 0, n as u64);
+            metrics.observe_execution(&Execution::of(id, FunctionId::parse(function).unwrap(), &outcome));
+        }
+        let odd = Outcome::new(r#"{"status":"☠"}"#.into());
+        metrics.observe_execution(&Execution::of(
+            JobId::new(NodeId(0), 0, 9),
+            FunctionId::parse("f-1").unwrap(),
+            &odd,
+        ));
+        metrics.observe_http("POST", "/run", 202, Duration::from_millis(1));
+        let text = String::from_utf8(metrics.text()).unwrap();
+        for line in [
+            "function_invocations_total{functionId=\"f-1\",status=\"SUCCESS\"} 2",
+            "function_invocations_total{functionId=\"other\",status=\"SUCCESS\"} 1",
+            "function_invocations_total{functionId=\"f-1\",status=\"other\"} 1",
+            "function_duration_seconds_sum{functionId=\"f-1\",status=\"SUCCESS\"} 0.01",
+            "function_handler_duration_seconds_count{functionId=\"f-1\",status=\"SUCCESS\"} 2",
+            "http_request_duration_seconds_count{method=\"POST\",route=\"/run\",status_code=\"202\"} 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+    }
+}

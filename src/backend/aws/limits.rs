@@ -2,6 +2,7 @@
 //!
 //! One call for several keys means that the buckets of a request must share a slot in a Redis Cluster, which this
 //! design does not draw; a call for each bucket would need a second one to give back what the others refuse.
+//! A call that runs twice, because the connection broke, takes twice: too strict by one, never too lax.
 
 use super::redis::Commands;
 use crate::backend::{BackendError, Decision, LimitStore, Quota};

@@ -74,6 +74,7 @@ pub(super) fn class(error: &RedisError) -> BackendError {
         // The text of an I/O error is the system's own.
         ErrorKind::Io => BackendError::Unavailable(error.to_string()),
         ErrorKind::InvalidClientConfig => BackendError::Invalid("the Redis URL cannot be read".into()),
+        ErrorKind::Parse => BackendError::Unavailable("the answer is not in the protocol of Redis".into()),
         ErrorKind::UnexpectedReturnType => BackendError::Invalid("Redis answered with another type".into()),
         _ if matches!(code, "ERR" | "WRONGTYPE" | "CROSSSLOT") => {
             BackendError::Invalid(format!("Redis answered {code}"))
@@ -114,24 +115,32 @@ impl Commands {
         self.run(async |mut connection| command.query_async(&mut connection).await).await
     }
 
-    /// Runs `command` on the connection. After [`BackendError::Unavailable`] it may have run or not.
+    /// Runs `command` on the connection, and once more on a new one if the connection broke: Redis may have been
+    /// restarted since the last command. So commands here must bear to run twice. After
+    /// [`BackendError::Unavailable`] it may have run or not.
     pub(super) async fn run<T, F>(
         &self,
-        command: impl FnOnce(MultiplexedConnection) -> F + Send,
+        command: impl Fn(MultiplexedConnection) -> F + Send + Sync,
     ) -> Result<T, BackendError>
     where
         F: Future<Output = Result<T, RedisError>> + Send,
     {
         let in_time = timeout(COMMAND_DEADLINE, async {
-            let (connection, number) = self.connection().await?;
-            match command(connection).await {
-                Ok(answer) => Ok(answer),
-                Err(error) => {
-                    if error.is_io_error() || error.is_unrecoverable_error() {
-                        self.drop_connection(number);
-                    }
-                    Err(class(&error))
+            let mut again = true;
+            loop {
+                let (connection, number) = self.connection().await?;
+                let error = match command(connection).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(error) => error,
+                };
+                // READONLY: a failover made this server a replica; the name now leads to another one.
+                if error.is_io_error() || error.is_unrecoverable_error() || error.code() == Some("READONLY") {
+                    self.drop_connection(number);
                 }
+                if !(again && error.is_connection_dropped()) {
+                    return Err(class(&error));
+                }
+                again = false;
             }
         });
         in_time.await.unwrap_or_else(|_| {

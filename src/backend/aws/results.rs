@@ -5,6 +5,8 @@
 //! Those channels are kept as a set of wishes ([`Watches`]) that `next` carries out, so a waiter may come and
 //! go at any time, also while Redis is away, and dropping it leaves nothing behind.
 //!
+//! The crate reads ahead without a bound, so whoever calls `next` must not pause: it hands results on and comes back.
+//!
 //! A subscriber that only listens does not notice that its peer is gone, so it asks with a PING each second.
 
 use super::redis::{COMMAND_DEADLINE, CONNECT_DEADLINE, Commands, class};
@@ -19,7 +21,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Interval, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
 
 const CHANNEL_PREFIX: &str = "result:";
 /// Most jobs of other nodes waited for at once. Full: [`BackendError::Unavailable`].
@@ -73,7 +75,7 @@ impl RedisResults {
         if !channels.is_empty() {
             within(timeout(COMMAND_DEADLINE, sink.subscribe(channels)).await)?;
         }
-        let mut ping = interval(PING_EVERY);
+        let mut ping = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
         ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Ok(Subscription { sink, stream, ping, changes: Vec::new() })
     }
@@ -186,11 +188,12 @@ impl Results for RedisResults {
             match heard {
                 Heard::Published(payload) => return Ok(payload),
                 // Read only after the subscription stands: what was stored before is found, what comes later is heard.
-                Heard::Subscribed => {
-                    if let Some(Some(payload)) = self.stored(&[id]).await?.pop() {
-                        return Ok(payload);
-                    }
-                }
+                Heard::Subscribed => match self.stored(&[id]).await.map(|mut values| values.pop()) {
+                    Ok(Some(Some(payload))) => return Ok(payload),
+                    // While Redis is away there is no news; when it is back there is a new look.
+                    Ok(_) | Err(BackendError::Unavailable(_)) => {}
+                    Err(error) => return Err(error),
+                },
                 Heard::Nothing => {}
             }
             // Ends with the next look or the next news; the sender lives as long as we are registered.

@@ -8,6 +8,7 @@ use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendEr
 use crate::model::Job;
 use async_trait::async_trait;
 use aws_sdk_sqs::Client;
+use aws_sdk_sqs::error::ProvideErrorMetadata;
 use aws_sdk_sqs::operation::send_message_batch::SendMessageBatchOutput;
 use aws_sdk_sqs::types::{QueueAttributeName, SendMessageBatchRequestEntry};
 use std::collections::HashMap;
@@ -19,6 +20,15 @@ const MESSAGE_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_BYTES_DEFAULT: usize = 256 << 10;
 /// How long a queue keeps a message that does not say: 4 days, the default of SQS.
 const RETENTION_DEFAULT: Duration = Duration::from_secs(4 * 24 * 3600);
+
+/// Refusals of a whole batch that one of its jobs has brought about. All others are the queue's state or ours.
+const JOB_AT_FAULT: &[&str] = &[
+    "AWS.SimpleQueueService.BatchRequestTooLong",
+    "BatchRequestTooLong",
+    "InvalidMessageContents",
+    "InvalidParameterValue",
+    "MissingParameter",
+];
 
 pub(super) struct SqsQueue {
     client: Client,
@@ -61,23 +71,19 @@ impl SqsQueue {
             .map_err(|_| SendError::Refused("the entry could not be built".into()))
     }
 
-    async fn send(&self, jobs: &[Job]) -> Vec<Result<(), SendError>> {
-        let entries: Result<Vec<_>, _> = jobs.iter().enumerate().map(|(i, job)| self.entry(i, job)).collect();
-        let entries = match entries {
-            Ok(entries) => entries,
-            Err(error) => return vec![Err(error); jobs.len()],
-        };
+    /// One call: what became of each job, or why none of them is known to be on the queue.
+    async fn send(&self, jobs: &[Job]) -> Result<Vec<Result<(), SendError>>, SendError> {
+        let entries = jobs.iter().enumerate().map(|(i, job)| self.entry(i, job)).collect::<Result<_, _>>()?;
         let call = self.client.send_message_batch().queue_url(&self.url).set_entries(Some(entries));
         match call.send().await {
-            Ok(output) => per_job(&output, jobs.len()),
+            Ok(output) => Ok(per_job(&output, jobs.len())),
             Err(error) => {
-                let problem = class(&error);
-                let error = match &problem {
-                    BackendError::Invalid(text) => SendError::Refused(text.clone()),
-                    other if took_no_effect(&error) => SendError::NotSent(other.to_string()),
-                    other => SendError::Unknown(other.to_string()),
-                };
-                vec![Err(error); jobs.len()]
+                let text = class(&error).to_string();
+                Err(match error.code() {
+                    Some(code) if JOB_AT_FAULT.contains(&code) => SendError::Refused(text),
+                    _ if took_no_effect(&error) => SendError::NotSent(text),
+                    _ => SendError::Unknown(text),
+                })
             }
         }
     }
@@ -90,17 +96,19 @@ impl JobQueue for SqsQueue {
         if jobs.is_empty() {
             return Vec::new();
         }
-        let sent = self.send(jobs).await;
-        let refused_whole = sent.iter().all(|r| matches!(r, Err(SendError::Refused(_))));
-        if jobs.len() == 1 || !refused_whole {
-            return sent;
+        match self.send(jobs).await {
+            Ok(results) => results,
+            // One bad job has the whole batch refused. Alone each gets its own answer; in turn, for the order.
+            Err(SendError::Refused(_)) if jobs.len() > 1 => {
+                let mut results = Vec::with_capacity(jobs.len());
+                for job in jobs {
+                    let alone = self.send(std::slice::from_ref(job)).await;
+                    results.extend(alone.unwrap_or_else(|error| vec![Err(error)]));
+                }
+                results
+            }
+            Err(error) => vec![Err(error); jobs.len()],
         }
-        // One bad job has a whole batch refused. Alone each gets its own answer; in turn, for the order.
-        let mut alone = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            alone.extend(self.send(std::slice::from_ref(job)).await);
-        }
-        alone
     }
 
     fn traits(&self) -> QueueTraits {

@@ -11,6 +11,7 @@ use super::{Connected, Settings, client, error, s3};
 use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, StartProblem};
 use aws_config::SdkConfig;
 use aws_credential_types::provider::ProvideCredentials;
+use aws_credential_types::provider::error::CredentialsError;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -94,12 +95,16 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
 async fn check_credentials(config: &SdkConfig, deadline: Instant) -> Result<(), StartProblem> {
     let found = match config.credentials_provider() {
         None => Err(BackendError::Missing("the credential chain of AWS is empty".into())),
-        Some(provider) => {
-            within(deadline, || async {
-                provider.provide_credentials().await.map(drop).map_err(|e| error::credentials_class(&e))
-            })
-            .await
-        }
+        // Once: the providers in the chain have retries of their own.
+        Some(provider) => match timeout_at(deadline, provider.provide_credentials()).await {
+            Ok(Ok(_)) => Ok(()),
+            // A role that may not be assumed, a session that ran out: waiting mends neither.
+            Ok(Err(CredentialsError::ProviderError(_))) => {
+                Err(BackendError::Denied("a provider in the credential chain of AWS was refused".into()))
+            }
+            Ok(Err(error)) => Err(error::credentials_class(&error)),
+            Err(_) => Err(no_answer()),
+        },
     };
     found.map_err(|error| {
         let mend = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine or container a role.";
@@ -132,7 +137,7 @@ async fn within<T, F>(deadline: Instant, mut check: impl FnMut() -> F) -> Result
 where
     F: Future<Output = Result<T, BackendError>>,
 {
-    let mut last = BackendError::Unavailable("no answer before the start-up deadline".into());
+    let mut last = no_answer();
     loop {
         match timeout_at(deadline, check()).await {
             Ok(Err(error)) if error.is_transient() => last = error,
@@ -144,6 +149,10 @@ where
         }
         sleep(PAUSE).await;
     }
+}
+
+fn no_answer() -> BackendError {
+    BackendError::Unavailable("no answer before the start-up deadline".into())
 }
 
 fn queue_problem(settings: &Settings, error: BackendError) -> StartProblem {
@@ -184,7 +193,7 @@ fn bucket_warning(
     let text = match probed {
         Ok(Ok(())) => return Vec::new(),
         Ok(Err(error)) => error.to_string(),
-        Err(_) => "no answer before the start-up deadline".to_owned(),
+        Err(_) => no_answer().to_string(),
     };
     vec![format!("the bucket {} does not answer as it should: {text}", settings.bucket)]
 }

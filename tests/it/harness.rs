@@ -15,7 +15,7 @@ pub mod redis;
 pub mod wait;
 pub mod worker;
 
-pub use gateway::{Conf, Gateway};
+pub use gateway::Gateway;
 pub use platform::{Platform, Setup};
 pub use wait::{SOON, eventually, join_all, spawn, within};
 

@@ -10,7 +10,9 @@ over_both!(routes_and_methods, request_ids, one_connection, expect_continue);
 async fn routes_and_methods(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
-    for unknown in ["/nope", "/run/more", "/status", "/functions/hello/nope", "/apirun", "/api/api/run", "/RUN"] {
+    for unknown in
+        ["/nope", "/run/more", "/status", "/functions/hello/nope", "/apirun", "/api/api/run", "/RUN"]
+    {
         for target in [unknown.to_owned(), format!("/api{unknown}")] {
             let answer = gateway.get(&target).await;
             // `/status` without an id may be read as "no job id".
@@ -37,14 +39,21 @@ async fn routes_and_methods(setup: Setup) {
             if prefix == "/api" && target == "/" {
                 continue;
             }
-            let answer = gateway.request(method, &format!("{prefix}{target}")).send().await.expect_problem(405);
+            let answer =
+                gateway.request(method, &format!("{prefix}{target}")).send().await.expect_problem(405);
             let allow: Vec<&str> = answer.need("allow").split(',').map(str::trim).collect();
             assert!(allow.contains(&allowed), "{method} {target}: {allow:?}");
             assert!(!allow.contains(&method), "{method} {target}: {allow:?}");
-            assert_eq!(allow.contains(&"GET"), allow.contains(&"HEAD"), "HEAD works where GET does: {allow:?}");
+            assert_eq!(
+                allow.contains(&"GET"),
+                allow.contains(&"HEAD"),
+                "HEAD works where GET does: {allow:?}"
+            );
         }
     }
-    for target in ["/", "/health", "/livez", "/readyz", "/metrics", "/functions/hello", "/functions/hello/logs"] {
+    for target in
+        ["/", "/health", "/livez", "/readyz", "/metrics", "/functions/hello", "/functions/hello/logs"]
+    {
         let head = gateway.request("HEAD", target).send().await.expect(200);
         assert!(head.body().is_empty());
         let get = gateway.get(target).await.expect(200);
@@ -70,7 +79,8 @@ async fn request_ids(setup: Setup) {
         }
         let too_long = "r".repeat(129);
         let mut ours = Vec::new();
-        for bad in [None, Some(""), Some("two words"), Some("tab\there"), Some("schlüssel"), Some(&too_long)] {
+        for bad in [None, Some(""), Some("two words"), Some("tab\there"), Some("schlüssel"), Some(&too_long)]
+        {
             let mut request = gateway.request("GET", target);
             if let Some(bad) = bad {
                 request = request.header("X-Request-Id", bad);
@@ -125,7 +135,10 @@ async fn one_connection(setup: Setup) {
     conn.write(&bytes).await.expect("the gateway reads");
     for token in &tokens {
         let result = conn.answer(false).await.expect("an answer each").expect(200).json();
-        assert!(result["stdout"].as_str().is_some_and(|printed| printed.contains(token)), "{token}: {result}");
+        assert!(
+            result["stdout"].as_str().is_some_and(|printed| printed.contains(token)),
+            "{token}: {result}"
+        );
     }
     // Of mixed kinds, told apart by their ids.
     let requests: Vec<(u16, Request)> = vec![

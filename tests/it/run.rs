@@ -32,7 +32,9 @@ async fn synchronous_and_asynchronous(setup: Setup) {
         let result = assert_printed(&answer, &token);
         nodes.push(IdParts::of(result["requestId"].as_str().expect("an id")).node);
 
-        for (header, value) in [("x-async", "true"), ("prefer", "respond-async"), ("Prefer", "foo, respond-async")] {
+        for (header, value) in
+            [("x-async", "true"), ("prefer", "respond-async"), ("Prefer", "foo, respond-async")]
+        {
             let token = format!("async-token-{}{}", value.len(), prefix.len());
             let body = json!({ "functionId": HELLO, "inputData": { "token": token } });
             let accepted = run(&body).header(header, value).send().await.expect(202);
@@ -42,7 +44,10 @@ async fn synchronous_and_asynchronous(setup: Setup) {
             nodes.push(IdParts::of(&id).node);
             // At once it is pending, or already there.
             let now = gateway.get(&format!("{prefix}/status/{id}")).await.expect(200).json();
-            assert!(now["status"] == "pending" && now["message"].is_string() || now["stdout"].is_string(), "{now}");
+            assert!(
+                now["status"] == "pending" && now["message"].is_string() || now["stdout"].is_string(),
+                "{now}"
+            );
             let result = assert_printed(&gateway.result_of(&id).await, &token);
             assert_eq!(result["requestId"], *id);
             // It stays to be asked for again.
@@ -56,7 +61,8 @@ async fn synchronous_and_asynchronous(setup: Setup) {
 async fn bodies_refused(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
-    let nested = |n: usize| format!(r#"{{"functionId":"hello","inputData":{}{}}}"#, "[".repeat(n), "]".repeat(n));
+    let nested =
+        |n: usize| format!(r#"{{"functionId":"hello","inputData":{}{}}}"#, "[".repeat(n), "]".repeat(n));
     let long_id = format!(r#"{{"functionId":"{}"}}"#, "a".repeat(129));
     let cases: [(u16, &[u8]); 29] = [
         (400, b""),
@@ -187,11 +193,18 @@ async fn keys(setup: Setup) {
     let key = gateway.key();
     let shorter = &key[..key.len() - 1];
     let longer = format!("{key}x");
-    let routes = [("POST", "/run"), ("GET", "/status/x"), ("GET", "/functions/hello"), ("GET", "/functions/hello/logs")];
+    let routes = [
+        ("POST", "/run"),
+        ("GET", "/status/x"),
+        ("GET", "/functions/hello"),
+        ("GET", "/functions/hello/logs"),
+    ];
     for (method, route) in routes {
         for prefix in ["", "/api"] {
             let target = format!("{prefix}{route}");
-            for wrong in [None, Some(""), Some("wrong"), Some(shorter), Some(&longer), Some(&key.to_uppercase())] {
+            for wrong in
+                [None, Some(""), Some("wrong"), Some(shorter), Some(&longer), Some(&key.to_uppercase())]
+            {
                 let mut request = gateway.anonymous(method, &target);
                 if let Some(wrong) = wrong {
                     request = request.header("x-api-key", wrong);
@@ -225,7 +238,8 @@ async fn message_of(platform: &Platform, body: &str) -> (Value, String) {
 async fn the_message_is_what_workers_read() {
     let platform = Setup::serve().no_worker().start().await;
     let cloud = &platform.fleet().cloud;
-    let (_, body) = message_of(&platform, r#"{"functionId":"hello","inputData":{"a":1},"modelId":"m"}"#).await;
+    let (_, body) =
+        message_of(&platform, r#"{"functionId":"hello","inputData":{"a":1},"modelId":"m"}"#).await;
     let message: Value = serde_json::from_str(&body).expect("JSON");
     let id = IdParts::of(message["requestId"].as_str().expect("an id"));
     assert_eq!(message["acceptedAt"], *id.timestamp());
@@ -279,11 +293,13 @@ async fn input_passes_byte_for_byte() {
         "[ 1.0,\t2 ]",
         r#""\u0041\/\ud83d\ude00é😀""#,
     ] {
-        let (_, body) = message_of(&platform, &format!(r#"{{"functionId":"hello","inputData": {input} }}"#)).await;
+        let (_, body) =
+            message_of(&platform, &format!(r#"{{"functionId":"hello","inputData": {input} }}"#)).await;
         assert!(body.contains(&format!(r#""input":{input},"#)), "{input} in {body}");
     }
     // SQS refuses these two characters, so they travel as escapes.
-    let (_, body) = message_of(&platform, "{\"functionId\":\"hello\",\"inputData\":\"a\u{FFFE}b\u{FFFF}\"}").await;
+    let (_, body) =
+        message_of(&platform, "{\"functionId\":\"hello\",\"inputData\":\"a\u{FFFE}b\u{FFFF}\"}").await;
     assert!(body.contains(r#""input":"a\uFFFEb\uFFFF","#), "{body}");
     platform.stop().await;
 }

@@ -16,7 +16,11 @@ const RUNS: usize = 50;
 over_both!(fifty_waiting_runs_are_answered);
 
 /// Starts synchronous runs; returns when the gateway has accepted all of them.
-async fn waiting_runs(gateway: &Gateway, count: usize, input: impl Fn(usize) -> Value) -> Vec<JoinHandle<Answer>> {
+async fn waiting_runs(
+    gateway: &Gateway,
+    count: usize,
+    input: impl Fn(usize) -> Value,
+) -> Vec<JoinHandle<Answer>> {
     let client = |n| {
         let run = gateway.run(HELLO, &input(n));
         spawn(async move { run.send().await })
@@ -37,7 +41,7 @@ async fn fifty_waiting_runs_are_answered(setup: Setup) {
     let input = |n: usize| json!({ "behave": "sleep", "ms": 2000, "token": format!("waiting-{n}-end") });
     let clients = waiting_runs(gateway, RUNS, input).await;
     gateway.signal(Signal::SIGTERM);
-    let answers = join_all("50 runs", Duration::from_secs(30), clients).await;
+    let answers = join_all("50 runs", Duration::from_secs(60), clients).await;
     for (n, answer) in answers.into_iter().enumerate() {
         let result = answer.expect(200).json();
         let printed = result["stdout"].as_str().unwrap_or_default();
@@ -56,7 +60,8 @@ async fn fifty_waiting_runs_are_answered(setup: Setup) {
 /// Who still waits when the drain time ends gets the id of the job, which goes on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn runs_past_the_drain_time_get_their_job_id() {
-    let conf = Conf { server: "[shutdown]\ndrain_timeout_s = 1\nlame_duck_ms = 0\n".into(), ..Conf::default() };
+    let conf =
+        Conf { server: "[shutdown]\ndrain_timeout_s = 1\nlame_duck_ms = 0\n".into(), ..Conf::default() };
     let platform = Setup::serve().conf(conf).no_worker().start().await;
     let gateway = &platform.gateway;
     let clients = waiting_runs(gateway, 5, |n| json!(n)).await;
@@ -84,7 +89,8 @@ async fn runs_past_the_drain_time_get_their_job_id() {
 /// First `/readyz` says so, to the load balancer; then the listener closes; then the run is answered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_lame_duck_says_that_it_is_not_ready() {
-    let conf = Conf { server: "[shutdown]\ndrain_timeout_s = 30\nlame_duck_ms = 3000\n".into(), ..Conf::default() };
+    let conf =
+        Conf { server: "[shutdown]\ndrain_timeout_s = 30\nlame_duck_ms = 3000\n".into(), ..Conf::default() };
     let platform = Setup::serve().conf(conf).start().await;
     let gateway = &platform.gateway;
     let input = |_| json!({ "behave": "sleep", "ms": 5000, "token": "patient" });
@@ -178,7 +184,8 @@ async fn dev_prints_its_key() {
     assert_eq!(on, ["0100007F"], "127.0.0.1 and nothing else");
 
     let is_part = |c: char| c.is_ascii_alphanumeric() || "_-".contains(c);
-    let printed = [Stream::Out, Stream::Err].map(|stream| gateway.output().lines(stream).join("\n")).join("\n");
+    let printed =
+        [Stream::Out, Stream::Err].map(|stream| gateway.output().lines(stream).join("\n")).join("\n");
     let words: BTreeSet<&str> = printed.split(|c| !is_part(c)).filter(|word| word.len() >= 16).collect();
     let mut keys = Vec::new();
     for word in &words {

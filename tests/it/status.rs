@@ -16,7 +16,8 @@ async fn unknown_jobs(setup: Setup) {
     // An id of this node that never was, one of another node, one of the old controller.
     let ours = gateway.run_async(HELLO, &json!(1)).await;
     gateway.result_of(&ours).await;
-    let never = format!("{}{}", &ours[..24], if ours.ends_with('0') { "000000000001" } else { "000000000000" });
+    let never =
+        format!("{}{}", &ours[..24], if ours.ends_with('0') { "000000000001" } else { "000000000000" });
     for id in [&never, "00000000-0000-8000-8000-000000000000", "67e55044-10b1-426f-9247-bb680e5fe0c8"] {
         for target in [format!("/status/{id}"), format!("/api/status/{id}")] {
             gateway.get(&target).await.expect_problem(404);

@@ -116,10 +116,6 @@ impl Gateway {
         self.addr
     }
 
-    pub fn pid(&self) -> i32 {
-        self.process.pid()
-    }
-
     pub fn key(&self) -> &str {
         &self.key
     }

@@ -46,10 +46,6 @@ impl Setup {
         Self::new(Backend::Serve)
     }
 
-    pub fn dev() -> Self {
-        Self::new(Backend::Dev)
-    }
-
     /// `serve` only.
     pub fn conf(mut self, conf: Conf) -> Self {
         self.conf = Some(conf);
@@ -116,7 +112,7 @@ impl Setup {
             conf.write(&conf_dir);
             conf_dir.to_str().expect("the path is UTF-8").to_owned()
         });
-        let fleet = Fleet { cloud, redis, worker, proxy, conf, env: self.env };
+        let fleet = Fleet { cloud, redis, worker, proxy, conf, env: self.env, key: new_key() };
         let gateway = fleet.start_gateway().await;
         if let Some(worker) = &fleet.worker {
             tokio::task::block_in_place(|| worker.wait_ready());
@@ -133,28 +129,29 @@ pub struct Fleet {
     pub proxy: Option<Proxy>,
     conf: Option<String>,
     env: Vec<(String, String)>,
+    /// One for all gateways, as a fleet has it.
+    key: String,
 }
 
 impl Fleet {
     /// One more gateway over the same queue, tables and Redis.
     pub async fn start_gateway(&self) -> Gateway {
-        let key = new_key();
         let mut args = vec!["serve"];
         if let Some(conf) = &self.conf {
             args.extend(["--conf", conf]);
         }
         let mut secrets = vec![SECRET_ACCESS_KEY];
         secrets.extend(self.redis.password());
-        Gateway::start(&args, &self.gateway_env(&key), &key, &secrets).await
+        Gateway::start(&args, &self.gateway_env(), &self.key, &secrets).await
     }
 
     /// Everything that `serve` requires, and what the test added.
-    pub fn gateway_env(&self, key: &str) -> Vec<(String, String)> {
+    fn gateway_env(&self) -> Vec<(String, String)> {
         let endpoint = self.proxy.as_ref().map_or(self.cloud.addr(), Proxy::addr);
         let mut env = self.cloud.env(endpoint);
         env.push(("PORT".into(), "0".into()));
         env.push(("REDIS_URL".into(), self.redis.url()));
-        env.push(("INFRA_API_KEY".into(), key.to_owned()));
+        env.push(("INFRA_API_KEY".into(), self.key.clone()));
         env.extend_from_slice(&self.env);
         env
     }

@@ -18,8 +18,9 @@ use tracing_subscriber::registry::LookupSpan;
 /// Most lines that wait for the writer.
 const LINES_MAX: usize = 65_536;
 
-/// What is logged unless `RUST_LOG` says otherwise. Pingora reports every broken client as an error.
-const FILTER_DEFAULT: &str = "warn,infra_controller=info,pingora=off,pingora_core=off,pingora_proxy=off";
+/// What is logged unless `RUST_LOG` says otherwise. Pingora reports every broken client as an error, and the warnings
+/// of the credential chain hold whole responses of the metadata service.
+const FILTER_DEFAULT: &str = "warn,infra_controller=info,aws_config=error,pingora=off,pingora_core=off,pingora_proxy=off";
 
 /// Writes what is left when dropped; counts the lines that were dropped.
 pub struct LogGuard {

@@ -244,3 +244,126 @@ fn without_repeats(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
     let mut seen = HashSet::new();
     records.into_iter().partition(|record| seen.insert(record.id))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{LogPage, LogQuery};
+    use crate::model::{Function, NodeId, Outcome, RowKey};
+    use std::sync::Mutex;
+
+    /// Tables in memory that fail as told: one entry a call, fine when it is used up.
+    #[derive(Default)]
+    struct Tables {
+        failures: Mutex<Vec<BackendError>>,
+        rows: Mutex<HashMap<RowKey, Execution>>,
+        puts: Mutex<Vec<usize>>,
+        sums: Mutex<HashMap<FunctionId, Counters>>,
+        left: Mutex<Vec<JobId>>,
+    }
+
+    #[async_trait]
+    impl ExecutionStore for Tables {
+        async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
+            self.puts.lock().unwrap().push(rows.len());
+            if let Some(error) = self.failures.lock().unwrap().pop() {
+                return vec![Err(error); rows.len()];
+            }
+            self.rows.lock().unwrap().extend(rows.iter().map(|row| (row.key.clone(), row.clone())));
+            vec![Ok(()); rows.len()]
+        }
+
+        async fn list(&self, _: &LogQuery) -> Result<LogPage, BackendError> {
+            Ok(LogPage::default())
+        }
+
+        async fn get(&self, _: &FunctionId, _: &str) -> Result<Option<Execution>, BackendError> {
+            Ok(None)
+        }
+
+        async fn probe(&self) -> Result<(), BackendError> {
+            Ok(())
+        }
+    }
+
+    #[async_trait]
+    impl FunctionStore for Tables {
+        async fn get(&self, _: &FunctionId) -> Result<Option<Function>, BackendError> {
+            Ok(None)
+        }
+
+        async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
+            *self.sums.lock().unwrap().entry(id.clone()).or_default() += sums;
+            Ok(())
+        }
+
+        async fn probe(&self) -> Result<(), BackendError> {
+            Ok(())
+        }
+    }
+
+    #[async_trait]
+    impl Ledger for Tables {
+        async fn rows_written(&self, ids: &[JobId]) {
+            self.left.lock().unwrap().extend_from_slice(ids);
+        }
+    }
+
+    fn audit(tables: &Arc<Tables>, rows_max: usize, bytes_max: usize) -> (Audit, Flusher) {
+        let mut conf = crate::config::Conf::shipped().unwrap().memory;
+        (conf.audit_rows_max, conf.audit_bytes_max) = (rows_max, bytes_max);
+        let metrics = Arc::new(Metrics::new(10).unwrap());
+        new(&conf, Arc::clone(tables) as _, Arc::clone(tables) as _, metrics)
+    }
+
+    fn record(audit: &Audit, n: u64) -> Result<(), Full> {
+        let id = JobId::new(NodeId(1), 1, n);
+        let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3,"handlerDurationMs":2}"#.into());
+        audit.record(id, Execution::of(id, FunctionId::parse("f").unwrap(), &outcome))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_row_is_written_and_counted_once_whatever_fails_on_the_way() {
+        let tables = Arc::new(Tables::default());
+        let unavailable = BackendError::Unavailable("x".into());
+        *tables.failures.lock().unwrap() = vec![unavailable; 5];
+        let (audit, flusher) = audit(&tables, 1000, 1 << 20);
+        for n in 0..60 {
+            record(&audit, n).unwrap();
+        }
+        flusher.run(Arc::clone(&tables) as _, async {}).await;
+        assert_eq!(tables.rows.lock().unwrap().len(), 60);
+        assert_eq!(tables.left.lock().unwrap().len(), 60);
+        let puts = tables.puts.lock().unwrap().clone();
+        assert_eq!(puts.iter().max(), Some(&ROWS_MAX), "{puts:?}");
+        let sums = Counters {
+            invocations: 60,
+            total_duration_ms: 180.0,
+            handler_invocations: 60,
+            total_handler_duration_ms: 120.0,
+        };
+        assert_eq!(tables.sums.lock().unwrap().get(&FunctionId::parse("f").unwrap()), Some(&sums));
+        assert_eq!(audit.metrics.audit_waiting_rows.get(), 0);
+        assert_eq!(audit.bytes.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_row_that_is_refused_for_good_holds_nothing_up() {
+        let tables = Arc::new(Tables::default());
+        *tables.failures.lock().unwrap() = vec![BackendError::Invalid("x".into())];
+        let (audit, flusher) = audit(&tables, 10, 1 << 20);
+        record(&audit, 1).unwrap();
+        flusher.run(Arc::clone(&tables) as _, async {}).await;
+        assert_eq!((tables.rows.lock().unwrap().len(), tables.left.lock().unwrap().len()), (0, 1));
+        assert_eq!(audit.metrics.audit_rows_refused.get(), 1);
+    }
+
+    #[tokio::test]
+    async fn the_queue_is_bounded_in_rows_and_bytes() {
+        let tables = Arc::new(Tables::default());
+        let (audit, _flusher) = self::audit(&tables, 2, 1 << 20);
+        assert_eq!([record(&audit, 1), record(&audit, 2), record(&audit, 3)], [Ok(()), Ok(()), Err(Full)]);
+        let (audit, _flusher) = self::audit(&tables, 10, 1000);
+        assert_eq!([record(&audit, 1), record(&audit, 2)], [Ok(()), Err(Full)]);
+    }
+}

@@ -11,31 +11,26 @@
 mod batcher;
 mod in_flight;
 mod lookups;
+mod settler;
 
 pub use batcher::SubmitError;
-pub use in_flight::{Joined, Waiter};
+pub use in_flight::Waiter;
+pub use settler::{Lookups, Pump};
 
 use crate::audit::{Audit, Ledger};
-use crate::backend::{Backend, BackendError, Journal, ResultEvent, Results, STORED_MAX};
+use crate::backend::{Backend, BackendError};
 use crate::config::Conf;
 use crate::metrics::Metrics;
-use crate::model::{Execution, Job, JobId, NodeId, Outcome, Status, now_ms};
-use async_trait::async_trait;
+use crate::model::{Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
-use bytes::Bytes;
-use futures_util::stream::{FuturesUnordered, StreamExt};
-use in_flight::{InFlight, Settled};
-use lookups::Schedule;
-use std::sync::{Arc, Mutex, PoisonError};
+use in_flight::{InFlight, Joined};
+use settler::Settler;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// Calls for stored results in flight at a time.
-const LOOKUP_CALLS_MAX: usize = 4;
-/// How often due look-ups are collected.
-const LOOKUP_TICK: Duration = Duration::from_millis(100);
-/// Most look-ups of one tick: paces the storm after a resubscribe to about 20,000 keys a second.
-const LOOKUPS_PER_TICK: usize = 2048;
+/// How often a long poll looks for the stored result of its job.
+const POLLED_EVERY: Duration = Duration::from_secs(1);
 
 /// The handle that requests use.
 #[derive(Clone)]
@@ -45,18 +40,6 @@ struct Inner {
     node: NodeId,
     batcher: Batcher,
     settler: Arc<Settler>,
-}
-
-/// What settling a result needs; shared by the pump, the look-ups and `/status`.
-struct Settler {
-    in_flight: Arc<InFlight>,
-    schedule: Schedule,
-    results: Arc<dyn Results>,
-    journal: Arc<dyn Journal>,
-    audit: Audit,
-    metrics: Arc<Metrics>,
-    /// Ids whose rows are written but which the journal still holds, because it did not answer.
-    leaving: Mutex<Vec<JobId>>,
 }
 
 /// The loops of the dispatcher. `boot` runs each; `batches` ends when told to, the other two never do.
@@ -88,19 +71,11 @@ pub fn new(
         Arc::clone(&in_flight),
         Arc::clone(&metrics),
     );
-    let settler = Arc::new(Settler {
-        in_flight,
-        schedule: Schedule::default(),
-        results: Arc::clone(&backend.results),
-        journal: Arc::clone(&backend.journal),
-        audit,
-        metrics,
-        leaving: Mutex::default(),
-    });
+    let settler = Arc::new(Settler::new(in_flight, backend, audit, metrics));
     let loops = DispatchLoops {
         batches,
-        pump: Pump(Arc::clone(&settler)),
-        lookups: Lookups(Arc::clone(&settler)),
+        pump: Pump::new(Arc::clone(&settler)),
+        lookups: Lookups::new(Arc::clone(&settler)),
         ledger: Arc::clone(&settler) as Arc<dyn Ledger>,
     };
     (Dispatcher(Arc::new(Inner { node, batcher, settler })), loops)
@@ -122,25 +97,31 @@ pub enum JobState {
 }
 
 /// A place to wait in.
-pub enum PendingJob {
-    /// A job of this node.
-    Own(Waiter),
-    /// A job of another node.
-    Foreign { results: Arc<dyn Results>, id: JobId },
+pub struct PendingJob {
+    id: JobId,
+    settler: Arc<Settler>,
+    /// `None`: a job of another node.
+    own: Option<Waiter>,
 }
 
 impl PendingJob {
     /// The result; `None` if it cannot be waited for any longer.
     pub async fn outcome(&mut self) -> Option<Outcome> {
-        match self {
-            Self::Own(waiter) => waiter.outcome().await,
-            Self::Foreign { results, id } => match results.wait_for(*id).await {
-                Ok(payload) => Some(Outcome::new(payload)),
-                Err(e) => {
-                    tracing::warn!(requestId = %id, error = %e, "Foreign Job Not Waited For");
-                    None
-                }
-            },
+        let Some(waiter) = &mut self.own else {
+            let heard = self.settler.results.wait_for(self.id).await;
+            let heard = heard.inspect_err(
+                |e| tracing::warn!(requestId = %self.id, error = %e, "Foreign Job Not Waited For"),
+            );
+            return heard.ok().map(Outcome::new);
+        };
+        loop {
+            tokio::select! {
+                biased;
+                outcome = waiter.outcome() => return outcome,
+                () = tokio::time::sleep(POLLED_EVERY) => {}
+            }
+            // The job may be so old that its next planned look-up is a minute away.
+            self.settler.look_up(&[self.id]).await;
         }
     }
 }
@@ -190,15 +171,14 @@ impl Dispatcher {
             settler.in_flight.forget_settled(id);
             return Ok(JobState::Done(outcome));
         }
+        let pending = |own| JobState::Pending(Some(PendingJob { id, settler: Arc::clone(settler), own }));
         match joined {
-            Joined::Pending(waiter) => return Ok(JobState::Pending(Some(PendingJob::Own(waiter)))),
+            Joined::Pending(waiter) => return Ok(pending(Some(waiter))),
             Joined::Crowded => return Ok(JobState::Pending(None)),
             Joined::Settled(_) | Joined::Unknown => {}
         }
         if settler.journal.contains(id).await? {
-            // A job of this node that is in the journal but not in the table has just been settled or restored.
-            let results = Arc::clone(&settler.results);
-            return Ok(JobState::Pending(Some(PendingJob::Foreign { results, id })));
+            return Ok(pending(None));
         }
         // The job may have ended between the two looks.
         let stored = settler.stored(id).await?;
@@ -222,165 +202,156 @@ impl Dispatcher {
     }
 }
 
-impl Settler {
-    async fn stored(&self, id: JobId) -> Result<Option<Bytes>, BackendError> {
-        Ok(self.results.stored(&[id]).await?.pop().flatten())
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit;
+    use crate::backend::embedded;
+    use crate::backend::{JournalEntry, LogQuery};
+    use crate::model::{FunctionId, UnixMs};
+    use tokio::task::JoinSet;
+
+    /// A dispatcher over the embedded backend, with its loops running. The worker does not run: the tests
+    /// publish or store what they want to be found.
+    struct House {
+        dispatcher: Dispatcher,
+        backend: Backend,
+        node: NodeId,
+        _loops: JoinSet<()>,
+        _dir: tempfile::TempDir,
     }
 
-    /// Takes a result from wherever it came: answers those who wait, and hands the row to the audit.
-    fn settle(&self, id: JobId, outcome: &Outcome) {
-        let kind = match self.in_flight.settle(id, outcome) {
-            Settled::Repeated => "repeated",
-            Settled::UnknownJob => "unknown_job",
-            Settled::First(function) => {
-                let row = Execution::of(id, function, outcome);
-                log_execution(&row);
-                self.record(id, row)
+    impl House {
+        async fn start(change: impl FnOnce(&mut Conf)) -> Self {
+            Self::start_after(change, &[]).await
+        }
+
+        /// `before`: jobs that an earlier life of the node left in the journal.
+        async fn start_after(change: impl FnOnce(&mut Conf), before: &[(u64, UnixMs)]) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let embedded::Embedded { node, backend, .. } = embedded::open(dir.path()).unwrap();
+            let mut conf = Conf::shipped().unwrap();
+            change(&mut conf);
+            let metrics = Arc::new(Metrics::new(10).unwrap());
+            let (audit, flusher) = audit::new(
+                &conf.memory,
+                Arc::clone(&backend.executions),
+                Arc::clone(&backend.functions),
+                Arc::clone(&metrics),
+            );
+            let (dispatcher, loops) = new(node, &conf, &backend, audit, metrics);
+            let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();
+            backend.journal.enter(&left).await.unwrap();
+            assert_eq!(dispatcher.restore().await, Ok(before.len()));
+            let mut running = JoinSet::new();
+            running.spawn(loops.batches.run(std::future::pending()));
+            running.spawn(loops.pump.run());
+            running.spawn(loops.lookups.run());
+            running.spawn(flusher.run(loops.ledger, std::future::pending()));
+            Self { dispatcher, backend, node, _loops: running, _dir: dir }
+        }
+
+        async fn row_status(&self, id: JobId) -> String {
+            let function = FunctionId::parse("hello").unwrap();
+            eventually(async || {
+                let row = self.backend.executions.get(&function, &id.to_string()).await.unwrap()?;
+                Some(row.status.to_string())
+            })
+            .await
+        }
+
+        async fn is_forgotten(&self, id: JobId) {
+            eventually(async || (!self.backend.journal.contains(id).await.unwrap()).then_some(())).await;
+        }
+    }
+
+    async fn eventually<T>(look: impl AsyncFn() -> Option<T>) -> T {
+        let found = async {
+            loop {
+                if let Some(found) = look().await {
+                    return found;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        self.metrics.results.with_label_values(&[kind]).inc();
+        tokio::time::timeout(Duration::from_secs(10), found).await.expect("in time")
     }
 
-    fn record(&self, id: JobId, row: Execution) -> &'static str {
-        if self.audit.record(id, row).is_ok() {
-            return "settled";
+    fn job(node: NodeId, n: u64, deadline: UnixMs) -> Job {
+        let id = JobId::new(node, now_ms(), n);
+        Job { id, function: FunctionId::parse("hello").unwrap(), deadline, message: "{}".into() }
+    }
+
+    fn outcome(text: &str) -> Outcome {
+        Outcome::new(text.to_owned().into())
+    }
+
+    const LATER: UnixMs = 4_000_000_000_000;
+
+    #[tokio::test]
+    async fn a_result_answers_the_waiter_and_becomes_one_row() {
+        let house = House::start(|_| {}).await;
+        let job = job(house.node, 1, LATER);
+        let id = job.id;
+        let mut submitted = house.dispatcher.submit_waiting(job).unwrap();
+        submitted.sent.await.unwrap().unwrap();
+        for published in [r#"{"status":"SUCCESS"}"#, r#"{"status":"FAILED"}"#] {
+            house.dispatcher.0.settler.settle(id, &outcome(published));
         }
-        // Full means that the log table does not keep up. The stored result outlives the jam: look again later.
-        self.in_flight.unsettle(id);
-        "deferred"
+        assert_eq!(submitted.waiter.outcome().await, Some(outcome(r#"{"status":"SUCCESS"}"#)));
+        assert_eq!(house.row_status(id).await, "SUCCESS");
+        house.is_forgotten(id).await;
+        let function = FunctionId::parse("hello").unwrap();
+        let query = LogQuery { function, limit: 10, start: None, end: None, status: None, after: None };
+        assert_eq!(house.backend.executions.list(&query).await.unwrap().rows.len(), 1);
+        assert!(matches!(house.dispatcher.state(id).await, Ok(JobState::Done(_))), "kept for /status");
     }
 
-    /// Ends a job whose deadline has passed without a result.
-    fn give_up(&self, id: JobId) {
-        let lost = Outcome::new(Bytes::from_static(b"{\"status\":\"LOST\"}"));
-        if let Settled::First(function) = self.in_flight.settle(id, &lost) {
-            tracing::warn!(requestId = %id, functionId = %function, "Job Lost");
-            let kind = self.record(id, Execution::lost(id, function));
-            self.metrics.results.with_label_values(&[if kind == "settled" { "lost" } else { kind }]).inc();
-        }
+    #[tokio::test]
+    async fn a_job_past_its_deadline_ends_as_lost() {
+        let house = House::start(|_| {}).await;
+        let job = job(house.node, 1, now_ms());
+        let id = job.id;
+        house.dispatcher.submit(job).await.unwrap();
+        assert_eq!(house.row_status(id).await, "LOST");
+        house.is_forgotten(id).await;
     }
-}
 
-fn log_execution(row: &Execution) {
-    let (request, function, status) = (row.request_id.as_str(), row.function.as_str(), row.status.as_str());
-    if status == Status::SUCCESS {
-        tracing::info!(
-            requestId = request,
-            functionId = function,
-            duration = row.duration_ms,
-            "Execution Success"
+    #[tokio::test]
+    async fn a_restarted_node_goes_on_with_its_jobs() {
+        let house = House::start_after(|_| {}, &[(1, LATER), (2, 1)]).await;
+        let entries: Vec<JournalEntry> = house.backend.journal.entries(house.node).await.unwrap();
+        let due = entries.iter().find(|entry| entry.deadline == 1).unwrap().id;
+        let open = entries.iter().find(|entry| entry.deadline == LATER).unwrap().id;
+        assert_eq!(house.row_status(due).await, "LOST");
+        assert!(matches!(house.dispatcher.state(open).await, Ok(JobState::Pending(Some(_)))));
+        house.dispatcher.0.settler.settle(open, &outcome(r#"{"exitCode":0}"#));
+        assert_eq!(house.row_status(open).await, "SUCCESS");
+    }
+
+    #[tokio::test]
+    async fn a_row_without_room_is_taken_up_again_later() {
+        let house = House::start(|conf| conf.memory.audit_bytes_max = 1).await;
+        let job = job(house.node, 1, LATER);
+        let id = job.id;
+        let mut submitted = house.dispatcher.submit_waiting(job).unwrap();
+        submitted.sent.await.unwrap().unwrap();
+        let settler = &house.dispatcher.0.settler;
+        settler.settle(id, &outcome("{}"));
+        assert_eq!(
+            submitted.waiter.outcome().await,
+            Some(outcome("{}")),
+            "the client does not wait for the row"
         );
-    } else {
-        tracing::info!(
-            requestId = request,
-            functionId = function,
-            duration = row.duration_ms,
-            status,
-            "Execution Failed"
-        );
-    }
-}
-
-#[async_trait]
-impl Ledger for Settler {
-    async fn rows_written(&self, ids: &[JobId]) {
-        for id in ids {
-            self.in_flight.remove(*id);
-        }
-        let mut leaving = std::mem::take(&mut *self.leaving.lock().unwrap_or_else(PoisonError::into_inner));
-        leaving.extend_from_slice(ids);
-        if leaving.is_empty() {
-            return;
-        }
-        if let Err(e) = self.journal.leave(&leaving).await {
-            tracing::warn!(jobs = leaving.len(), error = %e, "Journal Not Cleared");
-            self.leaving.lock().unwrap_or_else(PoisonError::into_inner).append(&mut leaving);
-        }
-    }
-}
-
-/// Hears the results of this node's jobs.
-pub struct Pump(Arc<Settler>);
-
-impl Pump {
-    pub async fn run(self) {
-        let settler = self.0;
-        loop {
-            match settler.results.next().await {
-                ResultEvent::Published { id, payload } => settler.settle(id, &Outcome::new(payload)),
-                ResultEvent::Malformed => settler.metrics.results.with_label_values(&["malformed"]).inc(),
-                ResultEvent::Subscribed => settler.look_up_all().await,
-            }
-        }
-    }
-}
-
-/// Finds results whose publication was missed.
-pub struct Lookups(Arc<Settler>);
-
-impl Lookups {
-    pub async fn run(self) {
-        let settler = self.0;
-        let mut tick = tokio::time::interval(LOOKUP_TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tick.tick().await;
-            settler.in_flight.forget_old();
-            let due = settler.schedule.take_due(LOOKUPS_PER_TICK);
-            let awaited: Vec<_> =
-                due.iter().filter(|due| settler.in_flight.awaited(due.id).is_some()).collect();
-            let ids: Vec<JobId> = awaited.iter().map(|due| due.id).collect();
-            settler.look_up(&ids).await;
-            for due in awaited {
-                settler.plan_next(due.id, due.stage);
-            }
-        }
-    }
-}
-
-impl Settler {
-    /// Looks all jobs in flight up: publications may have been missed.
-    async fn look_up_all(&self) {
-        for ids in self.in_flight.unsettled().chunks(LOOKUPS_PER_TICK) {
-            self.look_up(ids).await;
-        }
+        assert!(settler.in_flight.awaited(id).is_some(), "but the job is not forgotten");
+        assert_eq!(settler.metrics.results.with_label_values(&["deferred"]).get(), 1);
     }
 
-    async fn look_up(&self, ids: &[JobId]) {
-        let mut chunks = ids.chunks(STORED_MAX);
-        let mut calls = FuturesUnordered::new();
-        loop {
-            calls.extend(
-                chunks.by_ref().take(LOOKUP_CALLS_MAX - calls.len()).map(|chunk| self.look_up_chunk(chunk)),
-            );
-            if calls.next().await.is_none() {
-                return;
-            }
-        }
-    }
-
-    async fn look_up_chunk(&self, ids: &[JobId]) {
-        match self.results.stored(ids).await {
-            Ok(found) => {
-                for (id, payload) in ids.iter().zip(found) {
-                    let Some(payload) = payload else { continue };
-                    self.metrics.results_looked_up.inc();
-                    self.settle(*id, &Outcome::new(payload));
-                    self.in_flight.forget_settled(*id);
-                }
-            }
-            // The subscriber tells the operator that Redis is away; once is enough.
-            Err(e) => tracing::debug!(error = %e, "Results Not Looked Up"),
-        }
-    }
-
-    fn plan_next(&self, id: JobId, stage: usize) {
-        let Some(awaited) = self.in_flight.awaited(id) else { return };
-        if awaited.deadline < now_ms() {
-            self.give_up(id);
-        } else {
-            let next = if awaited.waited_for { lookups::FIRST } else { stage + 1 };
-            self.schedule.plan(id, next);
-        }
+    #[tokio::test]
+    async fn no_more_jobs_than_there_is_room_for() {
+        let house = House::start(|conf| conf.memory.jobs_in_flight_max = 1).await;
+        house.dispatcher.submit(job(house.node, 1, LATER)).await.unwrap();
+        assert_eq!(house.dispatcher.submit(job(house.node, 2, LATER)).await, Err(SubmitError::Overloaded));
+        assert!(matches!(house.dispatcher.state(job(house.node, 3, LATER).id).await, Ok(JobState::Unknown)));
     }
 }

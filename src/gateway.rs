@@ -96,8 +96,8 @@ impl Gateway {
             Found::Nothing => return Err(ApiError::NoSuchRoute),
         };
         ctx.route = route.pattern;
-        if let Some(scope) = route.scope {
-            let key = self.keys.check(header.headers.get("x-api-key"), scope)?;
+        if route.scope.is_some() {
+            let key = self.keys.check(header.headers.get("x-api-key"))?;
             let client = session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
             *limits = self.limiter.check(route.pattern, &key, client).await?;
         }

@@ -7,6 +7,7 @@
 use serde_json::{Value, json};
 use std::fmt::{self, Write};
 use std::io;
+use std::sync::OnceLock;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
@@ -18,27 +19,31 @@ use tracing_subscriber::registry::LookupSpan;
 /// Most lines that wait for the writer.
 const LINES_MAX: usize = 65_536;
 
-/// What is logged unless `RUST_LOG` says otherwise. Pingora reports every broken client as an error.
-const FILTER_DEFAULT: &str = "warn,infra_controller=info,pingora=off,pingora_core=off,pingora_proxy=off";
+/// What is logged unless `RUST_LOG` says otherwise. Pingora reports every broken client as an error, and the warnings
+/// of the credential chain hold whole responses of the metadata service.
+const FILTER_DEFAULT: &str =
+    "warn,infra_controller=info,aws_config=error,pingora=off,pingora_core=off,pingora_proxy=off";
 
-/// Writes what is left when dropped; counts the lines that were dropped.
-pub struct LogGuard {
-    _flushes: WorkerGuard,
-    pub dropped: ErrorCounter,
+/// Lines dropped so far; the subscriber is one for the process, and so is its counter.
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// How many lines were dropped because nobody read them.
+pub fn lines_dropped() -> usize {
+    DROPPED.get().map_or(0, ErrorCounter::dropped_lines)
 }
 
-/// Starts logging to standard output. Call once.
-pub fn start() -> LogGuard {
+/// Starts logging to standard output. Call once; dropping the guard writes what is left.
+pub fn start() -> WorkerGuard {
     let (writer, guard) =
         NonBlockingBuilder::default().buffered_lines_limit(LINES_MAX).lossy(true).finish(io::stdout());
-    let dropped = writer.error_counter();
+    DROPPED.get_or_init(|| writer.error_counter());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER_DEFAULT));
     let started =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).event_format(Line).try_init();
     if let Err(e) = started {
         eprintln!("logging was started twice: {e}");
     }
-    LogGuard { _flushes: guard, dropped }
+    guard
 }
 
 struct Line;

@@ -24,7 +24,6 @@ pub enum ApiError {
         allow: String,
     },
     Unauthorized,
-    Forbidden,
     /// `headers` are those of the limit; `retry_after_s` is at least 1.
     RateLimited {
         retry_after_s: u64,
@@ -67,7 +66,6 @@ impl ApiError {
             }
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::Forbidden => StatusCode::FORBIDDEN,
             Self::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -87,7 +85,6 @@ impl ApiError {
             Self::NoSuchRoute => "no_such_route",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::Unauthorized => "unauthorized",
-            Self::Forbidden => "forbidden",
             Self::RateLimited { .. } => "rate_limited",
             Self::LimiterAway => "limiter_unavailable",
             Self::BodyTooLarge { .. } => "body_too_large",
@@ -116,7 +113,6 @@ impl ApiError {
             Self::MethodNotAllowed { allow } => return format!("This path answers to {allow}."),
             Self::NoSuchRoute => "There is nothing at this path.",
             Self::Unauthorized => "The header x-api-key is missing or names no valid key.",
-            Self::Forbidden => "The key does not allow this.",
             Self::RateLimited { .. } => "Too many requests. Please wait as long as Retry-After says.",
             Self::LimiterAway => "Requests cannot be counted at the moment, so none are let through.",
             Self::BodyTimeout => "The body did not arrive in time.",

@@ -19,7 +19,7 @@ pub enum Endpoint {
     Metrics,
 }
 
-/// What a key must be allowed to do.
+/// What a key must be allowed to do. So far there is one key, and it may do everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     Run,

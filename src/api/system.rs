@@ -3,6 +3,7 @@
 use super::{ApiError, Reply, routes};
 use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, JobQueue, Results};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::log;
 use crate::metrics::Metrics;
 use http::StatusCode;
 use serde_json::{Map, Value, json};
@@ -45,6 +46,7 @@ impl System {
     pub fn metrics(&self) -> Reply {
         let requests = i64::try_from(self.lifecycle.requests_in_flight()).unwrap_or(i64::MAX);
         self.metrics.requests_in_flight.set(requests);
+        self.metrics.log_lines_dropped.set(i64::try_from(log::lines_dropped()).unwrap_or(i64::MAX));
         let mut reply = Reply::json(StatusCode::OK, self.metrics.text());
         reply.content_type = prometheus::TEXT_FORMAT;
         reply

@@ -1,6 +1,6 @@
 //! The API key: checked before any body is read.
 
-use crate::api::{ApiError, Scope};
+use crate::api::ApiError;
 use crate::config::Secret;
 use http::HeaderValue;
 use sha2::{Digest, Sha256};
@@ -28,7 +28,7 @@ impl ApiKeys {
     }
 
     /// Compares hashes in constant time, so that neither content nor length of the key shows in the time taken.
-    pub fn check(&self, presented: Option<&HeaderValue>, _scope: Scope) -> Result<Caller, ApiError> {
+    pub fn check(&self, presented: Option<&HeaderValue>) -> Result<Caller, ApiError> {
         let presented = presented.ok_or(ApiError::Unauthorized)?;
         let hash: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
         let known = bool::from(hash.ct_eq(&self.master_sha256));
@@ -43,13 +43,10 @@ mod tests {
     #[test]
     fn only_the_key_opens() {
         let keys = ApiKeys::new(&Secret::new("k-123".into()));
-        assert!(keys.check(Some(&HeaderValue::from_static("k-123")), Scope::Run).is_ok());
+        assert!(keys.check(Some(&HeaderValue::from_static("k-123"))).is_ok());
         for wrong in ["", "k-12", "k-1234", "K-123", " k-123"] {
-            assert!(
-                keys.check(Some(&HeaderValue::from_str(wrong).unwrap()), Scope::Run).is_err(),
-                "{wrong:?}"
-            );
+            assert!(keys.check(Some(&HeaderValue::from_str(wrong).unwrap())).is_err(), "{wrong:?}");
         }
-        assert!(keys.check(None, Scope::Run).is_err());
+        assert!(keys.check(None).is_err());
     }
 }

@@ -19,10 +19,9 @@ use tracing_subscriber::registry::LookupSpan;
 /// Most lines that wait for the writer.
 const LINES_MAX: usize = 65_536;
 
-/// What is logged unless `RUST_LOG` says otherwise. Pingora reports every broken client as an error, and the warnings
-/// of the credential chain hold whole responses of the metadata service.
-const FILTER_DEFAULT: &str =
-    "warn,infra_controller=info,aws_config=error,pingora=off,pingora_core=off,pingora_proxy=off";
+/// What is logged unless `RUST_LOG` says otherwise. Libraries warn of what we handle and report ourselves, some of
+/// them with whole responses; Pingora calls every client that leaves an error.
+const FILTER_DEFAULT: &str = "error,infra_controller=info,pingora=off,pingora_core=off,pingora_proxy=off";
 
 /// Lines dropped so far; the subscriber is one for the process, and so is its counter.
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();

@@ -25,11 +25,8 @@ const OTHER: &str = "other";
 /// All metrics of the process.
 pub struct Metrics {
     registry: Registry,
-    functions: FunctionLabels,
+    functions: FunctionMetrics,
     http: HistogramVec,
-    function_duration: HistogramVec,
-    function_handler_duration: HistogramVec,
-    function_invocations: IntCounterVec,
     /// Requests being answered.
     pub requests_in_flight: IntGauge,
     /// Synchronous runs and long polls that wait for a result.
@@ -43,13 +40,13 @@ pub struct Metrics {
     pub send_seconds: Histogram,
     /// By `outcome`: `sent`, `retried`, `refused`, `not_sent`, `unknown`.
     pub sends: IntCounterVec,
-    /// By `kind`: `settled`, `repeated`, `unknown_job`, `malformed`, `deferred`.
+    /// By `kind`: `settled`, `repeated`, `unknown_job`, `malformed`, `deferred`, `lost`.
     pub results: IntCounterVec,
     /// Jobs whose result was found by a look-up, not by publication.
     pub results_looked_up: IntCounter,
     /// By `decision`: `allowed`, `limited`, and by `source`: `shared`, `local`, `closed`.
     pub limiter: IntCounterVec,
-    /// By `reason`: the code of the problem.
+    /// By `code`: that of the problem.
     pub refused: IntCounterVec,
     pub audit_waiting_rows: IntGauge,
     pub audit_rows: IntCounter,
@@ -65,77 +62,45 @@ pub struct Metrics {
 impl Metrics {
     /// At most `function_labels_max` function ids get series of their own.
     pub fn new(function_labels_max: usize) -> Result<Self, prometheus::Error> {
-        let r = Registry::new();
+        let registry = Registry::new();
+        let r = &registry;
+        let http_labels = &["method", "route", "status_code"];
+        let http = ("http_request_duration_seconds", "Time to answer a request");
         let metrics = Self {
-            functions: FunctionLabels { known: DashSet::new(), max: function_labels_max },
-            http: histogram_vec(
-                &r,
-                "http_request_duration_seconds",
-                "Time to answer a request",
-                HTTP_BUCKETS,
-                &["method", "route", "status_code"],
-            )?,
-            function_duration: histogram_vec(
-                &r,
-                "function_duration_seconds",
-                "Execution time that workers reported",
-                FUNCTION_BUCKETS,
-                &["functionId", "status"],
-            )?,
-            function_handler_duration: histogram_vec(
-                &r,
-                "function_handler_duration_seconds",
-                "Handler time that workers reported",
-                FUNCTION_BUCKETS,
-                &["functionId", "status"],
-            )?,
-            function_invocations: counters(
-                &r,
-                "function_invocations_total",
-                "Finished executions",
-                &["functionId", "status"],
-            )?,
-            requests_in_flight: gauge(&r, "infra_requests_in_flight", "Requests being answered")?,
-            waiters: gauge(&r, "infra_waiters", "Clients that wait for a result")?,
-            jobs_in_flight: gauge(&r, "infra_jobs_in_flight", "Accepted jobs without a row")?,
-            queue_waiting: gauge(&r, "infra_queue_waiting_jobs", "Jobs waiting to be sent")?,
-            sends_in_flight: gauge(&r, "infra_queue_sends_in_flight", "Batches being sent")?,
-            batch_jobs: histogram(&r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
-            send_seconds: histogram(&r, "infra_queue_send_seconds", "Time to send a batch", SEND_BUCKETS)?,
-            sends: counters(
-                &r,
-                "infra_queue_jobs_total",
-                "Jobs handed to the queue, by outcome",
-                &["outcome"],
-            )?,
-            results: counters(&r, "infra_results_total", "Results heard, by what became of them", &["kind"])?,
-            results_looked_up: counter(&r, "infra_results_looked_up_total", "Results found by a look-up")?,
+            functions: FunctionMetrics::new(r, function_labels_max)?,
+            http: histogram_vec(r, http.0, http.1, HTTP_BUCKETS, http_labels)?,
+            requests_in_flight: gauge(r, "infra_requests_in_flight", "Requests being answered")?,
+            waiters: gauge(r, "infra_waiters", "Clients that wait for a result")?,
+            jobs_in_flight: gauge(r, "infra_jobs_in_flight", "Accepted jobs without a row")?,
+            queue_waiting: gauge(r, "infra_queue_waiting_jobs", "Jobs waiting to be sent")?,
+            sends_in_flight: gauge(r, "infra_queue_sends_in_flight", "Batches being sent")?,
+            batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
+            send_seconds: histogram(r, "infra_queue_send_seconds", "Time to send a batch", SEND_BUCKETS)?,
+            sends: counters(r, "infra_queue_jobs_total", "Jobs handed to the queue", &["outcome"])?,
+            results: counters(r, "infra_results_total", "Results, by what became of them", &["kind"])?,
+            results_looked_up: counter(r, "infra_results_looked_up_total", "Results found by a look-up")?,
             limiter: counters(
-                &r,
+                r,
                 "infra_limiter_decisions_total",
                 "Rate limit decisions",
                 &["decision", "source"],
             )?,
-            refused: counters(&r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
-            audit_waiting_rows: gauge(&r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
-            audit_rows: counter(&r, "infra_audit_rows_total", "Rows written to the log table")?,
+            refused: counters(r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
+            audit_waiting_rows: gauge(r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
+            audit_rows: counter(r, "infra_audit_rows_total", "Rows written to the log table")?,
             audit_retries: counter(
-                &r,
+                r,
                 "infra_audit_retries_total",
                 "Row writes that failed and are tried again",
             )?,
             audit_rows_refused: counter(
-                &r,
+                r,
                 "infra_audit_rows_refused_total",
-                "Rows the log table refused for good",
+                "Rows the table refused for good",
             )?,
-            health: gauges(&r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
-            log_lines_dropped: gauge(
-                &r,
-                "infra_log_lines_dropped",
-                "Log lines dropped because nobody read them",
-            )?,
-            registry: r,
+            health: gauges(r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
+            log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines dropped: nobody read them")?,
+            registry,
         };
         #[cfg(target_os = "linux")]
         metrics.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
@@ -157,17 +122,42 @@ impl Metrics {
 
     /// Counts a finished execution.
     pub fn observe_execution(&self, row: &Execution) {
+        self.functions.observe(row);
+    }
+}
+
+/// The metrics of executions; the BFF reads them by regular expression.
+struct FunctionMetrics {
+    duration: HistogramVec,
+    handler_duration: HistogramVec,
+    invocations: IntCounterVec,
+    labels: FunctionLabels,
+}
+
+impl FunctionMetrics {
+    fn new(r: &Registry, labels_max: usize) -> Result<Self, prometheus::Error> {
+        let labels = &["functionId", "status"];
+        let whole = ("function_duration_seconds", "Execution time that workers reported");
+        let handler = ("function_handler_duration_seconds", "Handler time that workers reported");
+        Ok(Self {
+            duration: histogram_vec(r, whole.0, whole.1, FUNCTION_BUCKETS, labels)?,
+            handler_duration: histogram_vec(r, handler.0, handler.1, FUNCTION_BUCKETS, labels)?,
+            invocations: counters(r, "function_invocations_total", "Finished executions", labels)?,
+            labels: FunctionLabels { known: DashSet::new(), max: labels_max },
+        })
+    }
+
+    fn observe(&self, row: &Execution) {
         let known = matches!(
             row.status.as_str(),
             Status::SUCCESS | "FAILED" | Status::ERROR | "TIMEOUT" | Status::LOST
         );
         let status = if known { row.status.as_str() } else { OTHER };
-        let function = self.functions.label(&row.function);
-        let labels = &[function, status];
-        self.function_invocations.with_label_values(labels).inc();
-        self.function_duration.with_label_values(labels).observe(row.duration_ms / 1000.0);
+        let labels = &[self.labels.of(&row.function), status];
+        self.invocations.with_label_values(labels).inc();
+        self.duration.with_label_values(labels).observe(row.duration_ms / 1000.0);
         if let Some(ms) = row.handler_duration_ms {
-            self.function_handler_duration.with_label_values(labels).observe(ms / 1000.0);
+            self.handler_duration.with_label_values(labels).observe(ms / 1000.0);
         }
     }
 }
@@ -180,7 +170,7 @@ struct FunctionLabels {
 }
 
 impl FunctionLabels {
-    fn label<'a>(&self, id: &'a FunctionId) -> &'a str {
+    fn of<'a>(&self, id: &'a FunctionId) -> &'a str {
         if self.known.contains(id) || (self.known.len() < self.max && self.known.insert(id.clone())) {
             id.as_str()
         } else {

@@ -139,7 +139,7 @@ impl Node {
         };
 
         let (stop, stopped) = watch::channel(false);
-        let mut loops = Loops::start(built.loops, built.flusher, extra_loop, &stopped);
+        let mut loops = Loops::start(built.loops, built.flusher, extra_loop);
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
         tracing::info!(port = bound.port(), node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
@@ -248,16 +248,13 @@ struct Loops {
     flusher: Option<JoinHandle<()>>,
     stop_batches: watch::Sender<bool>,
     stop_flusher: watch::Sender<bool>,
+    stop_extra: watch::Sender<bool>,
     extra: Option<JoinHandle<()>>,
 }
 
 impl Loops {
-    fn start(
-        loops: DispatchLoops,
-        flusher: Flusher,
-        extra: Option<super::BackendLoop>,
-        stopped: &watch::Receiver<bool>,
-    ) -> Self {
+    fn start(loops: DispatchLoops, flusher: Flusher, extra: Option<super::BackendLoop>) -> Self {
+        let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
@@ -270,7 +267,8 @@ impl Loops {
             flusher: Some(spawn(flusher.run(ledger, turned(flusher_stopped)))),
             stop_batches,
             stop_flusher,
-            extra: extra.map(|run| spawn(run(stopped.clone()))),
+            stop_extra,
+            extra: extra.map(|run| spawn(run(extra_stopped))),
         }
     }
 
@@ -294,6 +292,11 @@ impl Loops {
     }
 
     async fn stop(&mut self) {
+        // A local worker first: it has worked on through the drain, and its last results are to be written.
+        self.stop_extra.send_replace(true);
+        if let Some(extra) = self.extra.take() {
+            let _ = extra.await;
+        }
         self.stop_batches.send_replace(true);
         if let Some(batches) = self.batches.take() {
             // A send is given up after its deadline, so this ends.
@@ -305,9 +308,6 @@ impl Loops {
         {
             // Their jobs stay in the journal: the next start finds the results again.
             tracing::error!("Rows Not Written In Time");
-        }
-        if let Some(extra) = self.extra.take() {
-            let _ = extra.await;
         }
         self.endless.shutdown().await;
     }

@@ -158,7 +158,7 @@ pub struct CacheConf {
 impl Conf {
     /// The shipped `conf/`.
     pub fn shipped() -> Result<Self, ConfigError> {
-        Self::from_texts(("conf/server.toml", ""), ("conf/limits.toml", ""))
+        Self::from_texts(("conf/server.toml", None), ("conf/limits.toml", None))
     }
 
     /// Reads `server.toml` and `limits.toml` of `dir`; a file that is not there is the shipped one.
@@ -169,19 +169,17 @@ impl Conf {
         let read = |name: &str| {
             let path = dir.join(name);
             match std::fs::read_to_string(&path) {
-                Ok(text) => Ok((path.display().to_string(), text)),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-                    Ok((path.display().to_string(), String::new()))
-                }
+                Ok(text) => Ok((path.display().to_string(), Some(text))),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok((path.display().to_string(), None)),
                 Err(e) => Err(ConfigError(vec![format!("{}: cannot be read: {e}", path.display())])),
             }
         };
         let (server, limits) = (read("server.toml")?, read("limits.toml")?);
-        Self::from_texts((&server.0, &server.1), (&limits.0, &limits.1))
+        Self::from_texts((&server.0, server.1.as_deref()), (&limits.0, limits.1.as_deref()))
     }
 
-    /// Each file as (name for messages, text).
-    fn from_texts(server: (&str, &str), limits: (&str, &str)) -> Result<Self, ConfigError> {
+    /// Each file as (name for messages, text if there is a file).
+    fn from_texts(server: (&str, Option<&str>), limits: (&str, Option<&str>)) -> Result<Self, ConfigError> {
         let mut problems = Vec::new();
         let server = collect(&mut problems, merged::<ServerFile>(SERVER_SHIPPED, server));
         let limits = collect(&mut problems, merged::<LimitsFile>(LIMITS_SHIPPED, limits));
@@ -239,11 +237,12 @@ fn collect<T>(problems: &mut Vec<String>, read: Result<T, String>) -> Option<T> 
     read.map_err(|problem| problems.push(problem)).ok()
 }
 
-/// The operator's file over the shipped one, table by table. `[[limit]]` is taken whole: a list cannot be merged.
-fn merged<T: DeserializeOwned>(shipped: &str, (name, text): (&str, &str)) -> Result<T, String> {
+/// The operator's file over the shipped one, table by table. `[[limit]]` is taken whole: a list cannot be merged,
+/// so a file without limits has none.
+fn merged<T: DeserializeOwned>(shipped: &str, (name, text): (&str, Option<&str>)) -> Result<T, String> {
     let mut all: Table = shipped.parse().map_err(|e| format!("shipped configuration: {e}"))?;
-    let own: Table = text.parse().map_err(|e: toml::de::Error| format!("{name}: {e}"))?;
-    if !own.is_empty() {
+    let own: Table = text.unwrap_or_default().parse().map_err(|e: toml::de::Error| format!("{name}: {e}"))?;
+    if text.is_some() {
         all.remove("limit");
     }
     for (key, value) in own {
@@ -262,7 +261,7 @@ mod tests {
     use super::*;
 
     fn load(server: &str, limits: &str) -> Result<Conf, ConfigError> {
-        Conf::from_texts(("server.toml", server), ("limits.toml", limits))
+        Conf::from_texts(("server.toml", Some(server)), ("limits.toml", Some(limits)))
     }
 
     #[test]

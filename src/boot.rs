@@ -1,6 +1,6 @@
 //! Wires everything; the only place that chooses a backend.
 //!
-//! A process is one Pingora server with one service, [`node::Node`]. Its runtime hosts the clients of Redis and
+//! A process is one Pingora server with one service (see [`node`]). Its runtime hosts the clients of Redis and
 //! AWS as well as the listener: a hop to another runtime would cost about 10 µs a request. The service connects
 //! first and listens then, so a process that cannot work never binds its port.
 

@@ -160,7 +160,7 @@ impl ApiError {
                 reply.headers.extend(HeaderValue::from_str(&allow).ok().map(|value| (ALLOW, value)));
             }
             _ if status == StatusCode::SERVICE_UNAVAILABLE => {
-                reply.headers.push((RETRY_AFTER, RETRY_AFTER_S.into()))
+                reply.headers.push((RETRY_AFTER, RETRY_AFTER_S.into()));
             }
             _ => {}
         }

@@ -221,8 +221,7 @@ fn functions(text: &str) -> Vec<(usize, String, usize)> {
                 || (line.starts_with(indent) && line.ends_with(';') && !line[indent.len()..].starts_with(' '))
         };
         let is_one_line = line.ends_with('}') || line.ends_with(';');
-        let length =
-            if is_one_line { 1 } else { lines[n..].iter().position(|l| is_end(&l)).map_or(1, |l| l + 1) };
+        let length = if is_one_line { 1 } else { lines[n..].iter().position(is_end).map_or(1, |l| l + 1) };
         found.push((n + 1, name.to_owned(), length));
     }
     found

@@ -139,7 +139,8 @@ where
                 || THROTTLED.contains(&code)
         }
         SdkError::DispatchFailure(_) => {
-            find_source::<hyper_util::client::legacy::Error>(error).is_some_and(|e| e.is_connect())
+            find_source::<hyper_util::client::legacy::Error>(error)
+                .is_some_and(hyper_util::client::legacy::Error::is_connect)
                 || find_source::<CredentialsError>(error).is_some()
         }
         _ => false,

@@ -247,7 +247,7 @@ pub(super) fn unsigned(value: i64) -> u64 {
 mod tests {
     use super::*;
     use crate::backend::embedded::scratch::{Scratch, in_time};
-    use std::sync::mpsc::channel;
+    use std::sync::mpsc::sync_channel;
 
     fn mark(
         name: &'static str,
@@ -268,7 +268,7 @@ mod tests {
         let scratch = Scratch::new();
         let database = scratch.database();
         // While the first write holds the writer up, the others gather for one transaction.
-        let (go, gate) = channel();
+        let (go, gate) = sync_channel(1);
         let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
         let half_done = database.write(1, |c| {
             mark("half")(c)?;
@@ -288,7 +288,7 @@ mod tests {
     async fn a_rollback_of_the_whole_fails_the_whole() {
         let scratch = Scratch::new();
         let database = scratch.database();
-        let (go, gate) = channel();
+        let (go, gate) = sync_channel(1);
         let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
         // What SQLite does by itself on a full disk.
         let fatal = database.write(1, |c| c.execute_batch("ROLLBACK"));
@@ -305,7 +305,7 @@ mod tests {
     async fn the_last_handle_flushes_and_frees() {
         let scratch = Scratch::new();
         let database = scratch.database();
-        let (go, gate) = channel();
+        let (go, gate) = sync_channel(1);
         let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
         let asked = database.write(1, mark("asked"));
         // Hand both over, and leave before either is done.

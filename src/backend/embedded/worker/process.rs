@@ -132,7 +132,10 @@ fn command(program: &Program) -> Command {
     let address_space_max = program.address_space_max;
     // SAFETY: `confine` runs between fork and exec, where only async-signal-safe calls are allowed: it makes
     // system calls and nothing else, and neither allocates nor locks.
-    unsafe { command.pre_exec(move || confine(parent, address_space_max)) };
+    #[expect(unsafe_code, reason = "limits must be set between fork and exec")]
+    unsafe {
+        command.pre_exec(move || confine(parent, address_space_max))
+    };
     command
 }
 
@@ -199,6 +202,7 @@ impl Group {
     }
 }
 
+#[expect(unsafe_code, reason = "no safe wrapper of wait4 tells the memory that was used")]
 fn wait4(pid: Pid) -> io::Result<(ExitStatus, libc::rusage)> {
     let mut status = 0;
     // SAFETY: `rusage` is a C struct of integers, for which zeros are a value.

@@ -17,6 +17,7 @@ struct Floor {
 }
 
 impl Floor {
+    #[expect(clippy::disallowed_methods, reason = "the test stands in for boot")]
     fn start(scratch: &Scratch) -> Self {
         let Embedded { node, backend, worker } = open(scratch.path()).unwrap();
         let (stop, stopped) = watch::channel(false);

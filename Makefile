@@ -1,0 +1,27 @@
+# Two commands do everything on a machine that has only a Rust toolchain (and make): `make run`, `make test`.
+
+PORT ?= 8080
+
+.PHONY: help run test setup-build setup-test
+
+help:
+	@echo 'make run          build and start `infra-controller dev` on port $(PORT) (PORT=… for another)'
+	@echo 'make test         all checks and tests, as CI runs them'
+	@echo 'make setup-build  only install what the build needs'
+	@echo 'make setup-test   only install what the tests need'
+
+run: setup-build
+	cargo run --release --locked -- dev --port $(PORT)
+
+test: setup-build setup-test
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo check --locked --no-default-features
+	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
+	cargo test --locked
+
+setup-build:
+	@scripts/setup.sh build
+
+setup-test:
+	@scripts/setup.sh test

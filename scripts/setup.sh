@@ -1,0 +1,75 @@
+#!/bin/sh
+# Installs what this project needs and this machine lacks, and says so. Does nothing, fast, where all is there.
+#
+#   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
+#   scripts/setup.sh test    redis-server, and a Python venv with the AWS emulator
+set -eu
+cd "$(dirname "$0")/.."
+
+VENV=.venv-test
+REQUIREMENTS=tests/it/requirements.txt
+
+say() {
+    printf 'setup: %s\n' "$*" >&2
+}
+
+has() {
+    command -v "$1" >/dev/null 2>&1
+}
+
+# install PACKAGE... - by apt, as root or through sudo; elsewhere it names what to install and fails.
+install() {
+    if ! has apt-get; then
+        say "this is no Debian or Ubuntu. Please install what these packages hold, then try again: $*"
+        exit 1
+    fi
+    as_root=
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! has sudo; then
+            say "neither root nor sudo here. Please have these packages installed, then try again: $*"
+            exit 1
+        fi
+        as_root=sudo
+    fi
+    say "installing by apt: $*"
+    export DEBIAN_FRONTEND=noninteractive
+    $as_root apt-get update -q
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
+}
+
+setup_build() {
+    missing=
+    has cmake || missing="$missing cmake"
+    has cc && has make || missing="$missing build-essential"
+    # shellcheck disable=SC2086 # a list of words
+    [ -z "$missing" ] || install $missing
+}
+
+setup_test() {
+    missing=
+    has redis-server || missing="$missing redis-server"
+    has setpriv || missing="$missing util-linux"
+    # Debian splits these modules off; other Pythons (pyenv) have them.
+    has python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3 python3-venv"
+    # shellcheck disable=SC2086 # a list of words
+    [ -z "$missing" ] || install $missing
+
+    # The copy of the requirements says what the venv holds: it is written last.
+    if cmp -s "$REQUIREMENTS" "$VENV/requirements.txt" && "$VENV/bin/python" -c 'import boto3, redis' 2>/dev/null; then
+        return
+    fi
+    say "making $VENV with $(grep -c == "$REQUIREMENTS") packages of $REQUIREMENTS and what they need"
+    rm -rf "$VENV"
+    python3 -m venv "$VENV"
+    "$VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check -r "$REQUIREMENTS"
+    cp "$REQUIREMENTS" "$VENV/requirements.txt"
+}
+
+case "${1:-}" in
+    build) setup_build ;;
+    test) setup_test ;;
+    *)
+        say "usage: $0 build|test"
+        exit 2
+        ;;
+esac

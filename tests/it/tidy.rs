@@ -24,7 +24,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
         ],
     ),
     ("gateway", &["api", "lifecycle", "config", "metrics", "backend"]),
-    ("api", &["dispatch", "functions", "lifecycle", "config", "metrics", "backend", "model"]),
+    ("api", &["dispatch", "functions", "lifecycle", "config", "metrics", "log", "backend", "model"]),
     ("dispatch", &["audit", "config", "metrics", "backend", "model"]),
     ("functions", &["config", "backend", "model"]),
     ("audit", &["config", "metrics", "backend", "model"]),
@@ -88,6 +88,11 @@ fn code(text: &str) -> impl Iterator<Item = (usize, &str)> {
         .filter(|(_, line)| !line.trim_start().starts_with("//"))
 }
 
+/// Without the unit tests at the end of a file: they may use the embedded backend rather than a mock.
+fn shipped(text: &str) -> &str {
+    text.split("#[cfg(test)]\nmod tests {").next().unwrap_or(text)
+}
+
 /// `src/api/run.rs` and `src/api.rs` belong to `api`.
 fn layer_of(file: &str) -> &str {
     let path = file.strip_prefix("src/").unwrap_or(file);
@@ -149,7 +154,7 @@ fn arrows<'a>(file: &str, text: &'a str) -> Vec<&'a str> {
 fn arrows_only_go_down() {
     let mut wrong = Vec::new();
     for (file, text) in sources("src") {
-        let without_comments: String = code(&text).map(|(_, line)| format!("{line}\n")).collect();
+        let without_comments: String = code(shipped(&text)).map(|(_, line)| format!("{line}\n")).collect();
         let layer = layer_of(&file);
         let Some((_, allowed)) = ARROWS.iter().find(|(from, _)| *from == layer) else {
             wrong.push(format!("{file}: `{layer}` has no place in the table of layers"));
@@ -185,7 +190,7 @@ fn walls_hold() {
             }
             let names = |line: &str| line.match_indices(word).any(|(at, _)| !line[..at].ends_with(is_name));
             wrong.extend(
-                code(&text)
+                code(shipped(&text))
                     .filter(|(_, line)| names(line))
                     .map(|(n, line)| format!("{file}:{n}: {} ({why})", line.trim())),
             );

@@ -2,11 +2,12 @@
 
 PORT ?= 8080
 
-.PHONY: help run test setup-build setup-test
+.PHONY: help run test measure setup-build setup-test
 
 help:
 	@echo 'make run          build and start `infra-controller dev` on port $(PORT) (PORT=… for another)'
 	@echo 'make test         all checks and tests, as CI runs them'
+	@echo 'make measure      requests/s and CPU a request of one node, on this machine'
 	@echo 'make setup-build  only install what the build needs'
 	@echo 'make setup-test   only install what the tests need'
 
@@ -19,6 +20,11 @@ test: setup-build setup-test
 	cargo check --locked --no-default-features
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
 	cargo test --locked
+
+measure: setup-build setup-test
+	@scripts/setup.sh measure
+	cargo build --release --locked
+	.venv-test/bin/python loadtest/measure.py
 
 setup-build:
 	@scripts/setup.sh build

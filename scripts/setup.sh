@@ -3,6 +3,7 @@
 #
 #   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
 #   scripts/setup.sh test    redis-server, and a Python venv with the AWS emulator
+#   scripts/setup.sh measure wrk, which makes load
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -68,8 +69,9 @@ setup_test() {
 case "${1:-}" in
     build) setup_build ;;
     test) setup_test ;;
+    measure) has wrk || install wrk ;;
     *)
-        say "usage: $0 build|test"
+        say "usage: $0 build|test|measure"
         exit 2
         ;;
 esac

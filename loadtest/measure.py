@@ -76,7 +76,7 @@ def wrk(port, pid, script):
     requests = int(re.search(r"(\d+) requests in", out)[1])
     failed = sum(int(n) for n in re.findall(r"Non-2xx or 3xx responses: (\d+)", out))
     failed += sum(int(n) for n in re.findall(r"(?:read|write|timeout) (\d+)", out))
-    percentile = lambda p: re.search(rf"{p}%\s+(\S+)", out)[1]
+    percentile = lambda p: re.search(rf"^\s+{p}%\s+(\S+)", out, re.M)[1]
     return requests / SECONDS, used / requests * 1e6, percentile(50), percentile(99), failed
 
 

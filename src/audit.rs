@@ -8,7 +8,6 @@ use crate::backend::{BackendError, ExecutionStore, FunctionStore, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
 use crate::model::{Counters, Execution, FunctionId, JobId};
-use async_trait::async_trait;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -33,10 +32,9 @@ const RETRY_LAST: Duration = Duration::from_secs(5);
 #[derive(Debug, PartialEq, Eq)]
 pub struct Full;
 
-/// Who is told that rows are written.
-#[async_trait]
+/// Who is told that rows are written. Must not wait: rows of other jobs stand behind.
 pub trait Ledger: Send + Sync {
-    async fn rows_written(&self, ids: &[JobId]);
+    fn rows_written(&self, ids: &[JobId]);
 }
 
 /// Takes rows. Cheap to clone.
@@ -122,7 +120,7 @@ impl Flusher {
         while open || !batch.is_empty() || !writes.is_empty() {
             let room = ROWS_MAX - batch.len();
             tokio::select! {
-                Some(written) = writes.next() => self.after_write(written, ledger.as_ref()).await,
+                Some(written) = writes.next() => self.after_write(written, ledger.as_ref()),
                 n = self.receiver.recv_many(&mut batch, room), if open && room > 0 => {
                     open = n > 0;
                     if batch.len() == n {
@@ -133,7 +131,6 @@ impl Flusher {
                 () = tokio::time::sleep_until(counters_at) => {
                     counters_at = Instant::now() + COUNTERS_PERIOD;
                     self.write_counters().await;
-                    ledger.rows_written(&[]).await;
                 }
                 () = &mut stop, if !stopping => {
                     stopping = true;
@@ -149,15 +146,15 @@ impl Flusher {
         self.write_counters().await;
     }
 
-    async fn after_write(&mut self, written: Vec<Record>, ledger: &dyn Ledger) {
+    fn after_write(&mut self, written: Vec<Record>, ledger: &dyn Ledger) {
         let mut ids = Vec::with_capacity(written.len());
-        for record in &written {
+        for record in written {
             self.bytes.fetch_sub(record.bytes(), Ordering::Relaxed);
             self.metrics.audit_waiting_rows.dec();
             *self.counters.entry(record.row.function.clone()).or_default() += counted(&record.row);
             ids.push(record.id);
         }
-        ledger.rows_written(&ids).await;
+        ledger.rows_written(&ids);
     }
 
     /// Writes the sums; those that fail stay for the next time.
@@ -250,6 +247,7 @@ mod tests {
     use super::*;
     use crate::backend::{LogPage, LogQuery};
     use crate::model::{Function, NodeId, Outcome, RowKey};
+    use async_trait::async_trait;
     use std::sync::Mutex;
 
     /// Tables in memory that fail as told: one entry a call, fine when it is used up.
@@ -302,9 +300,8 @@ mod tests {
         }
     }
 
-    #[async_trait]
     impl Ledger for Tables {
-        async fn rows_written(&self, ids: &[JobId]) {
+        fn rows_written(&self, ids: &[JobId]) {
             self.left.lock().unwrap().extend_from_slice(ids);
         }
     }

@@ -167,8 +167,10 @@ impl Dispatcher {
         }
         if let Some(payload) = settler.stored(id).await? {
             let outcome = Outcome::new(payload);
-            settler.settle(id, &outcome);
-            settler.in_flight.forget_settled(id);
+            if !matches!(joined, Joined::Unknown) {
+                settler.settle(id, &outcome);
+                settler.in_flight.forget_settled(id);
+            }
             return Ok(JobState::Done(outcome));
         }
         let pending = |own| JobState::Pending(Some(PendingJob { id, settler: Arc::clone(settler), own }));
@@ -188,6 +190,11 @@ impl Dispatcher {
     /// The stored result of a job whose id is not of our kind.
     pub async fn foreign_result(&self, request_id: &str) -> Result<Option<Outcome>, BackendError> {
         Ok(self.0.settler.results.stored_foreign(request_id).await?.map(Outcome::new))
+    }
+
+    /// Takes the jobs whose rows are written out of the journal; the look-ups do so from time to time. For the end.
+    pub async fn clear_journal(&self) {
+        self.0.settler.clear_journal().await;
     }
 
     /// Goes on with the jobs that an earlier life of this node left unfinished. Call before the loops start.

@@ -8,7 +8,7 @@ use super::{Connected, Exit, Plan, explain};
 use crate::api::Api;
 use crate::audit::{self, Flusher, Ledger};
 use crate::config::Conf;
-use crate::dispatch::{self, DispatchLoops};
+use crate::dispatch::{self, DispatchLoops, Dispatcher};
 use crate::functions::Functions;
 use crate::gateway::{ApiKeys, Gateway, RateLimiter};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -139,7 +139,7 @@ impl Node {
         };
 
         let (stop, stopped) = watch::channel(false);
-        let mut loops = Loops::start(built.loops, built.flusher, extra_loop);
+        let mut loops = Loops::start(built.dispatcher, built.loops, built.flusher, extra_loop);
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
         tracing::info!(port = bound.port(), node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
@@ -201,7 +201,7 @@ impl Node {
 /// Everything that is built before anything runs.
 struct Built {
     gateway: Gateway,
-    dispatcher: dispatch::Dispatcher,
+    dispatcher: Dispatcher,
     loops: DispatchLoops,
     flusher: Flusher,
 }
@@ -242,6 +242,7 @@ impl Built {
 
 /// The background loops.
 struct Loops {
+    dispatcher: Dispatcher,
     /// Never end by themselves.
     endless: JoinSet<()>,
     batches: Option<JoinHandle<()>>,
@@ -253,7 +254,12 @@ struct Loops {
 }
 
 impl Loops {
-    fn start(loops: DispatchLoops, flusher: Flusher, extra: Option<super::BackendLoop>) -> Self {
+    fn start(
+        dispatcher: Dispatcher,
+        loops: DispatchLoops,
+        flusher: Flusher,
+        extra: Option<super::BackendLoop>,
+    ) -> Self {
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
@@ -262,6 +268,7 @@ impl Loops {
         endless.spawn(loops.lookups.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {
+            dispatcher,
             endless,
             batches: Some(spawn(loops.batches.run(turned(batches_stopped)))),
             flusher: Some(spawn(flusher.run(ledger, turned(flusher_stopped)))),
@@ -310,6 +317,7 @@ impl Loops {
             tracing::error!("Rows Not Written In Time");
         }
         self.endless.shutdown().await;
+        self.dispatcher.clear_journal().await;
     }
 }
 

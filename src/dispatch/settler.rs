@@ -6,14 +6,16 @@ use crate::audit::{Audit, Ledger};
 use crate::backend::{Backend, BackendError, Journal, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Outcome, Status, now_ms};
-use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Calls for stored results in flight at a time.
 const LOOKUP_CALLS_MAX: usize = 4;
+/// Most jobs that leave the journal in one call.
+const JOURNAL_LEAVES_MAX: usize = 1024;
 /// How often due look-ups are collected.
 const LOOKUP_TICK: Duration = Duration::from_millis(100);
 /// Most look-ups of one tick: paces the storm after a resubscribe to about 20,000 keys a second.
@@ -27,7 +29,9 @@ pub struct Settler {
     pub journal: Arc<dyn Journal>,
     audit: Audit,
     pub metrics: Arc<Metrics>,
-    /// Ids whose rows are written but which the journal still holds, because it did not answer.
+    /// The subscription stands again: every job in flight is to be looked up.
+    resubscribed: AtomicBool,
+    /// Jobs whose rows are written but which the journal still holds.
     leaving: Mutex<Vec<JobId>>,
 }
 
@@ -40,6 +44,7 @@ impl Settler {
             journal: Arc::clone(&backend.journal),
             audit,
             metrics,
+            resubscribed: AtomicBool::new(false),
             leaving: Mutex::default(),
         }
     }
@@ -102,25 +107,16 @@ fn log_execution(row: &Execution) {
     }
 }
 
-#[async_trait]
 impl Ledger for Settler {
-    async fn rows_written(&self, ids: &[JobId]) {
+    fn rows_written(&self, ids: &[JobId]) {
         for id in ids {
             self.in_flight.remove(*id);
         }
-        let mut leaving = std::mem::take(&mut *self.leaving.lock().unwrap_or_else(PoisonError::into_inner));
-        leaving.extend_from_slice(ids);
-        if leaving.is_empty() {
-            return;
-        }
-        if let Err(e) = self.journal.leave(&leaving).await {
-            tracing::warn!(jobs = leaving.len(), error = %e, "Journal Not Cleared");
-            self.leaving.lock().unwrap_or_else(PoisonError::into_inner).append(&mut leaving);
-        }
+        self.leaving().extend_from_slice(ids);
     }
 }
 
-/// Hears the results of this node's jobs.
+/// Hears the results of this node's jobs. Never pauses: what is published meanwhile would pile up in memory.
 pub struct Pump(Arc<Settler>);
 
 impl Pump {
@@ -134,13 +130,13 @@ impl Pump {
             match settler.results.next().await {
                 ResultEvent::Published { id, payload } => settler.settle(id, &Outcome::new(payload)),
                 ResultEvent::Malformed => settler.metrics.results.with_label_values(&["malformed"]).inc(),
-                ResultEvent::Subscribed => settler.look_up_all().await,
+                ResultEvent::Subscribed => settler.resubscribed.store(true, Ordering::Release),
             }
         }
     }
 }
 
-/// Finds results whose publication was missed.
+/// Finds results whose publication was missed, and clears the journal of jobs whose rows are written.
 pub struct Lookups(Arc<Settler>);
 
 impl Lookups {
@@ -152,55 +148,83 @@ impl Lookups {
         let settler = self.0;
         let mut tick = tokio::time::interval(LOOKUP_TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // All that were in flight at the last (re)subscribe and are not looked up since.
+        let mut missed: Vec<JobId> = Vec::new();
         loop {
             tick.tick().await;
             settler.in_flight.forget_old();
-            let due = settler.schedule.take_due(LOOKUPS_PER_TICK);
-            let awaited: Vec<_> =
-                due.iter().filter(|due| settler.in_flight.awaited(due.id).is_some()).collect();
-            let ids: Vec<JobId> = awaited.iter().map(|due| due.id).collect();
-            settler.look_up(&ids).await;
-            for due in awaited {
-                settler.plan_next(due.id, due.stage);
+            settler.clear_journal().await;
+            if settler.resubscribed.swap(false, Ordering::AcqRel) {
+                missed = settler.in_flight.unsettled();
             }
+            let now = missed.split_off(missed.len().saturating_sub(LOOKUPS_PER_TICK));
+            if !settler.look_up(&now).await {
+                missed.extend(now);
+            }
+            settler.look_up_due().await;
         }
     }
 }
 
 impl Settler {
-    /// Looks all jobs in flight up: publications may have been missed.
-    async fn look_up_all(&self) {
-        for ids in self.in_flight.unsettled().chunks(LOOKUPS_PER_TICK) {
-            self.look_up(ids).await;
+    /// The planned look-ups.
+    async fn look_up_due(&self) {
+        let mut awaited = self.schedule.take_due(LOOKUPS_PER_TICK);
+        awaited.retain(|due| self.in_flight.awaited(due.id).is_some());
+        let ids: Vec<JobId> = awaited.iter().map(|due| due.id).collect();
+        // One that failed is looked up at its next turn, or when the subscription stands again.
+        self.look_up(&ids).await;
+        for due in awaited {
+            self.plan_next(due.id, due.stage);
         }
     }
 
-    pub async fn look_up(&self, ids: &[JobId]) {
+    /// Whether every call was answered.
+    pub async fn look_up(&self, ids: &[JobId]) -> bool {
         let mut chunks = ids.chunks(STORED_MAX);
         let mut calls = FuturesUnordered::new();
+        let mut answered = true;
         loop {
-            calls.extend(
-                chunks.by_ref().take(LOOKUP_CALLS_MAX - calls.len()).map(|chunk| self.look_up_chunk(chunk)),
-            );
-            if calls.next().await.is_none() {
-                return;
+            let free = LOOKUP_CALLS_MAX - calls.len();
+            calls.extend(chunks.by_ref().take(free).map(|chunk| self.look_up_chunk(chunk)));
+            match calls.next().await {
+                Some(ok) => answered &= ok,
+                None => return answered,
             }
         }
     }
 
-    async fn look_up_chunk(&self, ids: &[JobId]) {
-        match self.results.stored(ids).await {
-            Ok(found) => {
-                for (id, payload) in ids.iter().zip(found) {
-                    let Some(payload) = payload else { continue };
-                    self.metrics.results_looked_up.inc();
-                    self.settle(*id, &Outcome::new(payload));
-                    self.in_flight.forget_settled(*id);
-                }
+    async fn look_up_chunk(&self, ids: &[JobId]) -> bool {
+        let found = match self.results.stored(ids).await {
+            Ok(found) => found,
+            Err(e) => {
+                // The subscriber tells the operator that Redis is away; once is enough.
+                tracing::debug!(error = %e, "Results Not Looked Up");
+                return false;
             }
-            // The subscriber tells the operator that Redis is away; once is enough.
-            Err(e) => tracing::debug!(error = %e, "Results Not Looked Up"),
+        };
+        for (id, payload) in ids.iter().zip(found) {
+            let Some(payload) = payload else { continue };
+            self.metrics.results_looked_up.inc();
+            self.settle(*id, &Outcome::new(payload));
+            self.in_flight.forget_settled(*id);
         }
+        true
+    }
+
+    /// Takes the jobs whose rows are written out of the journal. What it does not take stays for the next time.
+    pub async fn clear_journal(&self) {
+        let leaving = std::mem::take(&mut *self.leaving());
+        for ids in leaving.chunks(JOURNAL_LEAVES_MAX) {
+            if let Err(e) = self.journal.leave(ids).await {
+                tracing::debug!(jobs = ids.len(), error = %e, "Journal Not Cleared");
+                self.leaving().extend_from_slice(ids);
+            }
+        }
+    }
+
+    fn leaving(&self) -> MutexGuard<'_, Vec<JobId>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn plan_next(&self, id: JobId, stage: usize) {

@@ -13,7 +13,7 @@ mod status;
 mod system;
 
 pub use problem::{ApiError, BODY_BYTES_SLACK};
-pub use routes::{Endpoint, Found, Route, Scope, find};
+pub use routes::{Endpoint, Found, Route, Scope, find, patterns};
 pub use system::Health;
 
 use crate::backend::{Backend, QueueTraits};

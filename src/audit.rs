@@ -116,8 +116,10 @@ impl Flusher {
         let mut batch = Vec::with_capacity(ROWS_MAX);
         let mut oldest = Instant::now();
         let mut counters_at = Instant::now() + COUNTERS_PERIOD;
+        // At most one: a table that does not answer must not hold the rows up.
+        let mut sums = FuturesUnordered::new();
         let mut open = true;
-        while open || !batch.is_empty() || !writes.is_empty() {
+        while open || !batch.is_empty() || !writes.is_empty() || !sums.is_empty() {
             let room = ROWS_MAX - batch.len();
             tokio::select! {
                 Some(written) = writes.next() => self.after_write(written, ledger.as_ref()),
@@ -128,9 +130,10 @@ impl Flusher {
                     }
                 }
                 () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !batch.is_empty() && writes.len() < WRITES_MAX => {}
-                () = tokio::time::sleep_until(counters_at) => {
+                Some(left) = sums.next() => self.add_back(left),
+                () = tokio::time::sleep_until(counters_at), if sums.is_empty() => {
                     counters_at = Instant::now() + COUNTERS_PERIOD;
-                    self.write_counters().await;
+                    sums.push(write_counters(Arc::clone(&self.functions), std::mem::take(&mut self.counters)));
                 }
                 () = &mut stop, if !stopping => {
                     stopping = true;
@@ -143,7 +146,10 @@ impl Flusher {
                 writes.push(write(Arc::clone(&self.executions), Arc::clone(&self.metrics), records));
             }
         }
-        self.write_counters().await;
+        let left = write_counters(self.functions, self.counters).await;
+        if !left.is_empty() {
+            tracing::error!(functions = left.len(), "Counters Lost");
+        }
     }
 
     fn after_write(&mut self, written: Vec<Record>, ledger: &dyn Ledger) {
@@ -157,34 +163,42 @@ impl Flusher {
         ledger.rows_written(&ids);
     }
 
-    /// Writes the sums; those that fail stay for the next time.
-    async fn write_counters(&mut self) {
-        let mut sums = std::mem::take(&mut self.counters).into_iter();
-        let mut updates = FuturesUnordered::new();
-        let mut failed = Vec::new();
-        loop {
-            let free = UPDATES_MAX - updates.len();
-            updates
-                .extend(sums.by_ref().take(free).map(|(function, sums)| self.add_counters(function, sums)));
-            match updates.next().await {
-                None => break,
-                Some(left) => failed.extend(left),
-            }
-        }
-        drop(updates);
-        for (function, sums) in failed {
+    /// Sums that could not be written, for the next time.
+    fn add_back(&mut self, left: Vec<(FunctionId, Counters)>) {
+        for (function, sums) in left {
             *self.counters.entry(function).or_default() += sums;
         }
     }
 }
 
-impl Flusher {
-    /// The sums back if they could not be written.
-    async fn add_counters(&self, function: FunctionId, sums: Counters) -> Option<(FunctionId, Counters)> {
-        let e = self.functions.add_counters(&function, sums).await.err()?;
-        tracing::warn!(functionId = %function, error = %e, "Counters Not Written");
-        Some((function, sums))
+/// Writes the sums; gives those back that could not be written.
+async fn write_counters(
+    store: Arc<dyn FunctionStore>,
+    sums: HashMap<FunctionId, Counters>,
+) -> Vec<(FunctionId, Counters)> {
+    let mut sums = sums.into_iter();
+    let mut updates = FuturesUnordered::new();
+    let mut left = Vec::new();
+    loop {
+        let free = UPDATES_MAX - updates.len();
+        updates
+            .extend(sums.by_ref().take(free).map(|(function, sums)| add_counters(&*store, function, sums)));
+        match updates.next().await {
+            None => return left,
+            Some(failed) => left.extend(failed),
+        }
     }
+}
+
+/// The sums back if they could not be written.
+async fn add_counters(
+    store: &dyn FunctionStore,
+    function: FunctionId,
+    sums: Counters,
+) -> Option<(FunctionId, Counters)> {
+    let e = store.add_counters(&function, sums).await.err()?;
+    tracing::warn!(functionId = %function, error = %e, "Counters Not Written");
+    Some((function, sums))
 }
 
 fn counted(row: &Execution) -> Counters {

@@ -16,6 +16,7 @@ pub use dev::{DevArgs, dev};
 #[cfg(feature = "aws")]
 pub use serve::{ServeArgs, check, serve};
 
+use crate::api;
 use crate::backend::{Backend, StartProblem};
 use crate::config::{Conf, ConfigError, Secret};
 use crate::model::NodeId;
@@ -57,7 +58,15 @@ struct Connected {
     bucket: String,
     extra_loop: Option<BackendLoop>,
     /// Held as long as the process runs.
-    _lock: Option<Box<dyn Send>>,
+    claim: Option<Box<dyn Claim>>,
+    /// What is amiss but keeps nobody from starting.
+    warnings: Vec<String>,
+}
+
+/// A place that a node takes, and gives back if the start fails.
+trait Claim: Send + Sync {
+    /// The start succeeded.
+    fn keep(&mut self);
 }
 
 /// Connects; fails with every problem there is.
@@ -75,9 +84,22 @@ struct Plan {
     banner: Option<String>,
 }
 
+/// Limits on routes that are none would silently be off.
+fn check_routes(conf: &Conf) -> Result<(), ConfigError> {
+    // `/upload` is limited by the shipped configuration, and has been by the old controller.
+    let is_route = |route: &str| route == "/upload" || api::patterns().any(|pattern| pattern == route);
+    let mut problems = Vec::new();
+    for limit in &conf.limits {
+        for route in limit.routes.iter().filter(|route| !is_route(route)) {
+            problems.push(format!("conf: limit {}: there is no route {route:?}", limit.name));
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
+}
+
 /// Says what is wrong with the configuration.
 fn refuse(error: &ConfigError) -> Exit {
-    eprintln!("infra-controller: the configuration is not complete");
+    eprintln!("infra-controller: the configuration cannot be used");
     for problem in &error.0 {
         eprintln!("  {problem}");
     }

@@ -10,6 +10,7 @@
 
 mod batcher;
 mod in_flight;
+mod journal;
 mod lookups;
 mod settler;
 
@@ -24,6 +25,7 @@ use crate::metrics::Metrics;
 use crate::model::{Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
 use in_flight::{InFlight, Joined};
+use journal::NodeJournal;
 use settler::Settler;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,14 +66,15 @@ pub fn new(
         conf.memory.settled_bytes_max,
         Arc::clone(&metrics),
     ));
+    let journal = Arc::new(NodeJournal::new(Arc::clone(&backend.journal)));
     let (batcher, batches) = batcher::new(
         conf.batch.clone(),
         Arc::clone(&backend.queue),
-        Arc::clone(&backend.journal),
+        Arc::clone(&journal),
         Arc::clone(&in_flight),
         Arc::clone(&metrics),
     );
-    let settler = Arc::new(Settler::new(in_flight, backend, audit, metrics));
+    let settler = Arc::new(Settler::new(in_flight, journal, Arc::clone(&backend.results), audit, metrics));
     let loops = DispatchLoops {
         batches,
         pump: Pump::new(Arc::clone(&settler)),
@@ -165,7 +168,12 @@ impl Dispatcher {
         if let Joined::Settled(outcome) = joined {
             return Ok(JobState::Done(outcome));
         }
-        if let Some(payload) = settler.stored(id).await? {
+        let stored = match settler.stored(id).await {
+            // It is known to run, whatever the store says when it is back; the waiter will hear.
+            Err(_) if matches!(joined, Joined::Pending(_) | Joined::Crowded) => None,
+            stored => stored?,
+        };
+        if let Some(payload) = stored {
             let outcome = Outcome::new(payload);
             if !matches!(joined, Joined::Unknown) {
                 settler.settle(id, &outcome);
@@ -194,7 +202,7 @@ impl Dispatcher {
 
     /// Takes the jobs whose rows are written out of the journal; the look-ups do so from time to time. For the end.
     pub async fn clear_journal(&self) {
-        self.0.settler.clear_journal().await;
+        self.0.settler.journal.clear().await;
     }
 
     /// Goes on with the jobs that an earlier life of this node left unfinished. Call before the loops start.
@@ -214,8 +222,11 @@ mod tests {
     use super::*;
     use crate::audit;
     use crate::backend::embedded;
-    use crate::backend::{JournalEntry, LogQuery};
+    use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results};
     use crate::model::{FunctionId, UnixMs};
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use std::sync::atomic::{AtomicBool, Ordering};
     use tokio::task::JoinSet;
 
     /// A dispatcher over the embedded backend, with its loops running. The worker does not run: the tests
@@ -230,15 +241,28 @@ mod tests {
 
     impl House {
         async fn start(change: impl FnOnce(&mut Conf)) -> Self {
-            Self::start_after(change, &[]).await
+            Self::start_all(change, |_| {}, &[]).await
+        }
+
+        async fn start_with(change: impl FnOnce(&mut Backend)) -> Self {
+            Self::start_all(|_| {}, change, &[]).await
         }
 
         /// `before`: jobs that an earlier life of the node left in the journal.
-        async fn start_after(change: impl FnOnce(&mut Conf), before: &[(u64, UnixMs)]) -> Self {
+        async fn start_after(before: &[(u64, UnixMs)]) -> Self {
+            Self::start_all(|_| {}, |_| {}, before).await
+        }
+
+        async fn start_all(
+            change_conf: impl FnOnce(&mut Conf),
+            change_backend: impl FnOnce(&mut Backend),
+            before: &[(u64, UnixMs)],
+        ) -> Self {
             let dir = tempfile::tempdir().unwrap();
-            let embedded::Embedded { node, backend, .. } = embedded::open(dir.path()).unwrap();
+            let embedded::Embedded { node, mut backend, .. } = embedded::open(dir.path()).unwrap();
             let mut conf = Conf::shipped().unwrap();
-            change(&mut conf);
+            change_conf(&mut conf);
+            change_backend(&mut backend);
             let metrics = Arc::new(Metrics::new(10).unwrap());
             let (audit, flusher) = audit::new(
                 &conf.memory,
@@ -324,9 +348,63 @@ mod tests {
         house.is_forgotten(id).await;
     }
 
+    /// Results that cannot be asked for while `away`.
+    struct Flaky {
+        inner: Arc<dyn Results>,
+        away: AtomicBool,
+    }
+
+    #[async_trait]
+    impl Results for Flaky {
+        async fn next(&self) -> ResultEvent {
+            self.inner.next().await
+        }
+
+        async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError> {
+            if self.away.load(Ordering::Relaxed) {
+                return Err(BackendError::Unavailable("away".into()));
+            }
+            self.inner.stored(ids).await
+        }
+
+        async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError> {
+            self.inner.stored_foreign(request_id).await
+        }
+
+        async fn wait_for(&self, id: JobId) -> Result<Bytes, BackendError> {
+            self.inner.wait_for(id).await
+        }
+
+        async fn ping(&self) -> Result<(), BackendError> {
+            self.inner.ping().await
+        }
+    }
+
+    #[tokio::test]
+    async fn no_job_is_lost_because_its_result_could_not_be_asked_for() {
+        let flaky = Arc::new(std::sync::OnceLock::new());
+        let house = House::start_with(|backend| {
+            let flaky = flaky.get_or_init(|| {
+                Arc::new(Flaky { inner: Arc::clone(&backend.results), away: AtomicBool::new(true) })
+            });
+            backend.results = Arc::clone(flaky) as _;
+        })
+        .await;
+        let job = job(house.node, 1, now_ms());
+        let id = job.id;
+        house.dispatcher.submit(job).await.unwrap();
+        let state = house.dispatcher.state(id).await;
+        assert!(matches!(state, Ok(JobState::Pending(_))), "what this node holds is known without the store");
+        // Two look-ups go by that cannot be answered.
+        tokio::time::sleep(Duration::from_millis(2300)).await;
+        assert!(house.dispatcher.0.settler.in_flight.awaited(id).is_some());
+        flaky.get().unwrap().away.store(false, Ordering::Relaxed);
+        assert_eq!(house.row_status(id).await, "LOST");
+    }
+
     #[tokio::test]
     async fn a_restarted_node_goes_on_with_its_jobs() {
-        let house = House::start_after(|_| {}, &[(1, LATER), (2, 1)]).await;
+        let house = House::start_after(&[(1, LATER), (2, 1)]).await;
         let entries: Vec<JournalEntry> = house.backend.journal.entries(house.node).await.unwrap();
         let due = entries.iter().find(|entry| entry.deadline == 1).unwrap().id;
         let open = entries.iter().find(|entry| entry.deadline == LATER).unwrap().id;

@@ -122,11 +122,11 @@ impl Gateway {
         let stopping = self.lifecycle.phase() >= Phase::Draining;
         let header = session.req_header();
         // HTTP/1.0 keeps a connection only if asked to.
+        let asks = |field: &HeaderValue| {
+            field.as_bytes().split(|b| *b == b',').any(|t| t.trim_ascii().eq_ignore_ascii_case(b"keep-alive"))
+        };
         let old = header.version == Version::HTTP_10
-            && !header
-                .headers
-                .get("connection")
-                .is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"keep-alive"));
+            && !header.headers.get_all(http::header::CONNECTION).iter().any(asks);
         session.set_keepalive((!stopping && !old).then_some(self.http.keepalive_s));
     }
 
@@ -173,6 +173,8 @@ impl ProxyHttp for Gateway {
             session.set_keepalive(None);
             return Ok(true);
         };
+        // Once more: a drain may have begun while the handler ran.
+        self.keep_alive(session);
         let reply = answer.unwrap_or_else(|error| {
             self.metrics.refused.with_label_values(&[error.code()]).inc();
             if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {

@@ -78,8 +78,8 @@ fn main() -> ExitCode {
 /// Takes `./.env` into the environment, where the AWS SDK finds it too. What is set already wins.
 #[cfg(feature = "aws")]
 fn read_dotenv() -> std::io::Result<()> {
-    let text = match std::fs::read_to_string(".env") {
-        Ok(text) => text,
+    let text = match std::fs::read(".env") {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(e),
     };

@@ -3,6 +3,7 @@
 //! Everything here is plain data. Values that come from outside are parsed once, at the door, into these
 //! types; behind the door their validity is a precondition that no code checks again.
 
+mod escape;
 mod execution;
 mod function;
 mod job;

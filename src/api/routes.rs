@@ -118,6 +118,11 @@ fn params(pattern: &str, path: &str) -> Option<Vec<String>> {
     given.next().is_none().then_some(params)
 }
 
+/// The patterns that limits may name.
+pub fn patterns() -> impl Iterator<Item = &'static str> {
+    all().map(|route| route.pattern)
+}
+
 /// All rows, for the description of the service.
 pub fn all() -> impl Iterator<Item = &'static Route> {
     TABLE.iter().filter(|route| route.endpoint != Endpoint::StatusWithoutId)

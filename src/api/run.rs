@@ -67,7 +67,8 @@ impl Run {
 
     fn job(&self, function: &Function, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
         let id = self.dispatcher.new_id();
-        let deadline = id.accepted_at() + u64::try_from(self.job_deadline.as_millis()).unwrap_or(u64::MAX);
+        let deadline =
+            id.accepted_at().saturating_add(u64::try_from(self.job_deadline.as_millis()).unwrap_or(u64::MAX));
         let traceparent =
             call.headers.traceparent.as_ref().and_then(|v| v.to_str().ok()).filter(|t| is_traceparent(t));
         let job = JobDraft { id, function, deadline, bucket: &self.bucket, request, traceparent }.build();

@@ -1,8 +1,8 @@
 //! `dev`: the whole platform on one machine, with nothing else installed.
 
-use super::{Connected, Exit, Plan, node, refuse};
+use super::{Connected, Exit, Plan, check_routes, node, refuse};
 use crate::backend::{StartProblem, embedded};
-use crate::config::{Conf, Secret};
+use crate::config::{Conf, ConfigError, Secret, api_key_problem};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
@@ -21,11 +21,11 @@ pub struct DevArgs {
 }
 
 pub fn dev(args: DevArgs) -> Exit {
-    let conf = match args.conf.as_deref().map_or_else(Conf::shipped, Conf::load) {
+    let conf = args.conf.as_deref().map_or_else(Conf::shipped, Conf::load);
+    let mut conf = match conf.and_then(|conf| check_routes(&conf).map(|()| conf)) {
         Ok(conf) => conf,
         Err(e) => return refuse(&e),
     };
-    let mut conf = conf;
     conf.listen.address = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let (api_key, shown) = match api_key(&args.data_dir) {
         Ok(key) => key,
@@ -34,6 +34,9 @@ pub fn dev(args: DevArgs) -> Exit {
             return Exit::Config;
         }
     };
+    if let Some(problem) = api_key_problem(api_key.reveal()) {
+        return refuse(&ConfigError(vec![problem.to_owned()]));
+    }
     let banner = format!(
         "\nInfra Controller is ready: http://{}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
         std::net::SocketAddr::new(conf.listen.address, 0).to_string().replace(":0", ":{port}"),
@@ -51,7 +54,8 @@ async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
         backend: opened.backend,
         bucket: embedded::BUCKET.to_owned(),
         extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
-        _lock: None,
+        claim: None,
+        warnings: Vec::new(),
     })
 }
 
@@ -61,18 +65,43 @@ fn api_key(dir: &Path) -> io::Result<(Secret, String)> {
     if let Some(key) = std::env::var("INFRA_API_KEY").ok().filter(|key| !key.is_empty()) {
         return Ok((Secret::new(key), "from INFRA_API_KEY".to_owned()));
     }
+    kept_key(dir)
+}
+
+fn kept_key(dir: &Path) -> io::Result<(Secret, String)> {
     fs::create_dir_all(dir)?;
     let path = dir.join(KEY_FILE);
-    let key = match fs::read_to_string(&path) {
+    let kept = match fs::read_to_string(&path) {
         Ok(key) => key.trim().to_owned(),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let key = format!("{:032x}", rand::random::<u128>());
-            let mut file = fs::File::options().create_new(true).write(true).mode(0o600).open(&path)?;
-            file.write_all(key.as_bytes())?;
-            key
-        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
         Err(e) => return Err(e),
     };
+    let key = if kept.is_empty() { make_key(&path)? } else { kept };
     let shown = format!("{key} (in {})", path.display());
     Ok((Secret::new(key), shown))
+}
+
+/// Writes a new key beside the file and moves it there: a file that was cut short would be an empty key.
+fn make_key(path: &Path) -> io::Result<String> {
+    let key = format!("{:032x}", rand::random::<u128>());
+    let draft = path.with_extension("new");
+    let mut file = fs::File::options().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+    file.write_all(key.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(draft, path)?;
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_made_once_and_never_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(KEY_FILE), "\n").unwrap();
+        let (first, _) = kept_key(dir.path()).unwrap();
+        assert_eq!(first.reveal().len(), 32);
+        assert_eq!(kept_key(dir.path()).unwrap().0, first);
+    }
 }

@@ -109,7 +109,10 @@ impl Node {
             Ok(connected) => connected,
             Err(problems) => return explain(&problems),
         };
-        let Connected { node: id, backend, bucket, extra_loop, _lock } = connected;
+        let Connected { node: id, backend, bucket, extra_loop, mut claim, warnings } = connected;
+        for warning in warnings {
+            tracing::warn!(warning, "Start Warning");
+        }
 
         let lifecycle = Lifecycle::default();
         let built = match Built::new(&plan.conf, id, &backend, &plan.api_key, bucket, &lifecycle) {
@@ -142,6 +145,9 @@ impl Node {
         let mut loops = Loops::start(built.dispatcher, built.loops, built.flusher, extra_loop);
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
+        if let Some(claim) = &mut claim {
+            claim.keep();
+        }
         tracing::info!(port = bound.port(), node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
         if let Some(banner) = plan.banner {
             eprintln!("{}", banner.replace("{port}", &bound.port().to_string()));

@@ -1,10 +1,11 @@
 //! `serve` and `check`: the fleet backend.
 
 use super::state_dir::StateDir;
-use super::{Connected, Exit, Plan, explain, node, refuse};
+use super::{Connected, Exit, Plan, check_routes, explain, node, refuse};
 use crate::backend::aws;
 use crate::backend::{BackendError, StartProblem};
 use crate::config::{Conf, ConfigError, Env, Identity};
+use crate::model::NodeId;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -39,8 +40,17 @@ pub fn check(args: &ServeArgs) -> Exit {
             return Exit::Internal;
         }
     };
-    match runtime.block_on(connect(env, Duration::from_secs(conf.start.deadline_s))) {
-        Ok(_) => {
+    if let Err(e) = StateDir::probe(&env.state_dir) {
+        return explain(&[state_problem(&env, &e)]);
+    }
+    // Nothing is read or left under this id.
+    let checked =
+        runtime.block_on(aws::connect(settings(&env, NodeId(0), Duration::from_secs(conf.start.deadline_s))));
+    match checked {
+        Ok(connected) => {
+            for warning in connected.warnings {
+                println!("warning: {warning}");
+            }
             println!("configuration, credentials, queue, tables and Redis are in order");
             Exit::Ok
         }
@@ -65,41 +75,44 @@ fn configuration(args: &ServeArgs) -> Result<(Env, Conf), ConfigError> {
             (limit.rate, limit.burst, limit.period_s) = (a_minute, a_minute, 60);
         }
     }
+    check_routes(&conf)?;
     Ok((env, conf))
 }
 
 async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<StartProblem>> {
-    let state = StateDir::take(&env.state_dir).map_err(|e| {
-        vec![StartProblem {
-            what: format!("the state directory {}", env.state_dir.display()),
-            error: BackendError::Invalid(e.to_string()),
-            mend: "Make it writable, or set STATE_DIR.".to_owned(),
-        }]
-    })?;
-    let bucket = env.bucket.clone();
-    let settings = aws::Settings {
-        region: env.region,
-        functions_table: env.functions_table,
-        logs_table: env.logs_table,
-        queue_url: env.queue_url,
-        bucket: env.bucket,
-        redis_url: aws::RedisUrl::new(env.redis_url.reveal().to_owned()),
-        sqs_endpoint: env.sqs_endpoint,
-        dynamodb_endpoint: env.dynamodb_endpoint,
-        s3_endpoint: env.s3_endpoint,
-        node: state.node,
-        start_deadline,
-    };
-    let connected = aws::connect(settings).await?;
-    for warning in &connected.warnings {
-        tracing::warn!(warning, "Start Warning");
-    }
+    let state = StateDir::take(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
+    let connected = aws::connect(settings(&env, state.node, start_deadline)).await?;
     tracing::info!("Global Redis Connected Successfully");
     Ok(Connected {
         node: state.node,
         backend: connected.backend,
-        bucket,
+        bucket: env.bucket,
         extra_loop: None,
-        _lock: Some(Box::new(state)),
+        claim: Some(Box::new(state)),
+        warnings: connected.warnings,
     })
+}
+
+fn settings(env: &Env, node: NodeId, start_deadline: Duration) -> aws::Settings {
+    aws::Settings {
+        region: env.region.clone(),
+        functions_table: env.functions_table.clone(),
+        logs_table: env.logs_table.clone(),
+        queue_url: env.queue_url.clone(),
+        bucket: env.bucket.clone(),
+        redis_url: aws::RedisUrl::new(env.redis_url.reveal()),
+        sqs_endpoint: env.sqs_endpoint.clone(),
+        dynamodb_endpoint: env.dynamodb_endpoint.clone(),
+        s3_endpoint: env.s3_endpoint.clone(),
+        node,
+        start_deadline,
+    }
+}
+
+fn state_problem(env: &Env, error: &std::io::Error) -> StartProblem {
+    StartProblem {
+        what: format!("the state directory {}", env.state_dir.display()),
+        error: BackendError::Invalid(error.to_string()),
+        mend: "Make it writable, or set STATE_DIR.".to_owned(),
+    }
 }

@@ -47,6 +47,12 @@ pub struct Env {
     pub s3_endpoint: Option<String>,
 }
 
+/// Why a key cannot be one: it is compared with a header field.
+pub fn api_key_problem(key: &str) -> Option<&'static str> {
+    let fits = !key.is_empty() && key.bytes().all(|b| (0x21..=0x7e).contains(&b));
+    (!fits).then_some("the API key must be visible ASCII without blanks: it is compared with a header field")
+}
+
 /// Port of `serve` and `dev` when none is named.
 pub const PORT_DEFAULT: u16 = 8080;
 
@@ -75,10 +81,16 @@ impl Env {
             bucket: reader.required("BUCKET_NAME"),
             rate_limit: reader.rate_limit(),
             state_dir: reader.optional("STATE_DIR").unwrap_or_else(|| "./state".into()).into(),
-            sqs_endpoint: reader.optional("SQS_ENDPOINT"),
-            dynamodb_endpoint: reader.optional("DYNAMODB_ENDPOINT"),
-            s3_endpoint: reader.optional("S3_ENDPOINT"),
+            sqs_endpoint: reader.endpoint("SQS_ENDPOINT"),
+            dynamodb_endpoint: reader.endpoint("DYNAMODB_ENDPOINT"),
+            s3_endpoint: reader.endpoint("S3_ENDPOINT"),
         };
+        // The SDK reads these itself, but would only fail to connect when one is malformed.
+        for name in
+            ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL_S3"]
+        {
+            reader.endpoint(name);
+        }
         let Reader { missing, mut problems, .. } = reader;
         if !missing.is_empty() {
             problems.insert(0, format!("missing environment variables: {}", missing.join(", ")));
@@ -116,11 +128,16 @@ impl Reader<'_> {
     }
 
     fn url(&mut self, name: &'static str) -> String {
-        let url = self.required(name);
-        if !url.is_empty() && !url.starts_with("http://") && !url.starts_with("https://") {
+        self.required(name);
+        self.endpoint(name).unwrap_or_default()
+    }
+
+    fn endpoint(&mut self, name: &'static str) -> Option<String> {
+        let url = self.optional(name)?;
+        if !url.starts_with("http://") && !url.starts_with("https://") {
             self.problems.push(format!("{name} is not a URL: it must start with http:// or https://"));
         }
-        url
+        Some(url)
     }
 
     fn redis(&mut self) -> Secret {
@@ -142,9 +159,8 @@ impl Reader<'_> {
 
     fn api_key(&mut self) -> Secret {
         let key = self.required("INFRA_API_KEY");
-        if !key.bytes().all(|b| (0x21..=0x7e).contains(&b)) {
-            self.problems
-                .push("INFRA_API_KEY must be visible ASCII: it is compared with a header field".to_owned());
+        if let Some(problem) = api_key_problem(&key).filter(|_| !key.is_empty()) {
+            self.problems.push(format!("INFRA_API_KEY: {problem}"));
         }
         Secret::new(key)
     }
@@ -205,6 +221,8 @@ mod tests {
             ("RATE_LIMIT", "-1"),
             ("RATE_LIMIT", "0"),
             ("SQS_URL", "queue"),
+            ("AWS_ENDPOINT_URL", "localhost:4566"),
+            ("SQS_ENDPOINT", "localhost"),
             ("REDIS_URL", "http://hunter2@h"),
             ("REDIS_PORT", "x"),
             ("INFRA_API_KEY", "hunter2 ü"),

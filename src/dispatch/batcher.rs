@@ -9,10 +9,11 @@
 //! definitely failed leaves it again. The loop, not the caller, cleans up: a caller may be gone by then.
 
 use super::in_flight::InFlight;
-use crate::backend::{BATCH_JOBS_MAX, JobQueue, Journal, SendError};
+use super::journal::NodeJournal;
+use crate::backend::{BATCH_JOBS_MAX, JobQueue, SendError};
 use crate::config::BatchConf;
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job, JobId};
+use crate::model::{FunctionId, Job};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -94,7 +95,7 @@ struct Waiting {
 /// What one send needs.
 struct BatchSender {
     queue: Arc<dyn JobQueue>,
-    journal: Arc<dyn Journal>,
+    journal: Arc<NodeJournal>,
     in_flight: Arc<InFlight>,
     metrics: Arc<Metrics>,
 }
@@ -103,7 +104,7 @@ struct BatchSender {
 pub fn new(
     conf: BatchConf,
     queue: Arc<dyn JobQueue>,
-    journal: Arc<dyn Journal>,
+    journal: Arc<NodeJournal>,
     in_flight: Arc<InFlight>,
     metrics: Arc<Metrics>,
 ) -> (Batcher, BatchLoop) {
@@ -259,6 +260,14 @@ struct Tried {
 
 impl BatchSender {
     async fn send(self: Arc<Self>, batch: Vec<Pending>) -> Tried {
+        let functions = batch.iter().map(|pending| pending.job.function.clone()).collect();
+        let mut tried = Tried { functions, again: Vec::new() };
+        // The result of a job that is sent again may have come meanwhile: an answer was late, not the send.
+        let (batch, ended): (Vec<_>, Vec<_>) = batch.into_iter().partition(|p| self.is_awaited(p));
+        ended.into_iter().for_each(|pending| self.sent(pending));
+        if batch.is_empty() {
+            return tried;
+        }
         let jobs: Vec<Job> = batch.iter().map(|pending| pending.job.clone()).collect();
         self.metrics.batch_jobs.observe(jobs.len() as f64);
         let started = Instant::now();
@@ -267,29 +276,40 @@ impl BatchSender {
             Err(e) => vec![Err(SendError::NotSent(format!("journal: {e}"))); jobs.len()],
         };
         self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
-        let mut tried =
-            Tried { functions: jobs.iter().map(|job| job.function.clone()).collect(), again: Vec::new() };
-        let mut failed = Vec::new();
         for (pending, result) in batch.into_iter().zip(results) {
+            let id = pending.job.id;
             match self.after_try(pending, result) {
-                After::Sent => {}
                 After::Again(pending) => tried.again.push(pending),
-                After::Failed(id) => failed.push(id),
+                After::Failed => {
+                    self.in_flight.remove(id);
+                    self.journal.leave(&[id]);
+                }
+                // Ended while it entered again: it has left before and must leave once more.
+                After::Sent if !self.in_flight.contains(id) => self.journal.leave(&[id]),
+                After::Sent => {}
             }
         }
-        self.drop_failed(&failed).await;
         tried
+    }
+
+    fn is_awaited(&self, pending: &Pending) -> bool {
+        self.in_flight.awaited(pending.job.id).is_some()
+    }
+
+    fn sent(&self, pending: Pending) {
+        self.metrics.sends.with_label_values(&["sent"]).inc();
+        let _ = pending.done.send(Ok(())); // the caller may be gone
     }
 
     fn after_try(&self, mut pending: Pending, result: Result<(), SendError>) -> After {
         pending.attempts += 1;
         let error = match result {
-            Ok(()) => {
-                self.metrics.sends.with_label_values(&["sent"]).inc();
-                let _ = pending.done.send(Ok(())); // the caller may be gone
+            // A result proves that the queue had the job, whatever it answered.
+            Err(e) if self.is_awaited(&pending) => e,
+            _ => {
+                self.sent(pending);
                 return After::Sent;
             }
-            Err(e) => e,
         };
         pending.maybe_sent |= matches!(error, SendError::Unknown(_));
         let refused = matches!(error, SendError::Refused(_));
@@ -307,26 +327,16 @@ impl BatchSender {
         tracing::warn!(requestId = %pending.job.id, functionId = %pending.job.function, attempts = pending.attempts, error = %error, "Send Failed");
         let _ = pending.done.send(Err(told));
         // A job that may be on the queue stays in flight: its result, or its deadline, will end it.
-        if pending.maybe_sent { After::Sent } else { After::Failed(pending.job.id) }
-    }
-
-    async fn drop_failed(&self, failed: &[JobId]) {
-        if failed.is_empty() {
-            return;
-        }
-        for id in failed {
-            self.in_flight.remove(*id);
-        }
-        if let Err(e) = self.journal.leave(failed).await {
-            tracing::warn!(jobs = failed.len(), error = %e, "Journal Not Cleared");
-        }
+        if pending.maybe_sent { After::Sent } else { After::Failed }
     }
 }
 
 enum After {
+    /// On the queue, or maybe.
     Sent,
     Again(Pending),
-    Failed(JobId),
+    /// Certainly not on the queue.
+    Failed,
 }
 
 /// Exponential, with full jitter on the upper half.
@@ -345,8 +355,8 @@ async fn sleep_until(at: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{BackendError, JournalEntry, QueueTraits};
-    use crate::model::NodeId;
+    use crate::backend::{BackendError, Journal, JournalEntry, QueueTraits};
+    use crate::model::{JobId, NodeId};
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -432,6 +442,7 @@ mod tests {
         batcher: Batcher,
         queue: Arc<ScriptedQueue>,
         journal: Arc<SetJournal>,
+        leaves: Arc<NodeJournal>,
         in_flight: Arc<InFlight>,
     }
 
@@ -447,9 +458,10 @@ mod tests {
         let metrics = Arc::new(Metrics::new(1).unwrap());
         let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
         let journal = Arc::new(journal);
+        let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _));
         let (batcher, batch_loop) =
-            new(conf, Arc::clone(&queue) as _, Arc::clone(&journal) as _, Arc::clone(&in_flight), metrics);
-        (House { batcher, queue, journal, in_flight }, batch_loop.run(std::future::pending()))
+            new(conf, Arc::clone(&queue) as _, Arc::clone(&leaves), Arc::clone(&in_flight), metrics);
+        (House { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
     }
 
     impl House {
@@ -523,7 +535,32 @@ mod tests {
                 assert_eq!(house.send(7, "f", 1).await.unwrap(), told);
                 assert_eq!(house.in_flight.awaited(id).is_some(), kept, "{told:?}");
                 tokio::task::yield_now().await; // the caller hears before the journal does
+                house.leaves.clear().await;
                 assert_eq!(house.journal.contains(id).await.unwrap(), kept, "{told:?}");
+                drop(house);
+            };
+            tokio::join!(run, work);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_that_ended_is_neither_sent_again_nor_kept_in_the_journal() {
+        let late = Err(SendError::Unknown("no answer in time".into()));
+        // The row may be written before the retry, or while the late answer is awaited.
+        for ends_after_ms in [4, 12] {
+            let (house, run) =
+                house(ScriptedQueue::new(false, &[late.clone(), late.clone()]), SetJournal::default());
+            let work = async {
+                let id = JobId::new(NodeId(1), 1, 7);
+                let mut sent = house.send(7, "f", 1);
+                tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
+                house.in_flight.remove(id);
+                house.leaves.leave(&[id]);
+                house.leaves.clear().await;
+                assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
+                house.leaves.clear().await;
+                assert!(!house.journal.contains(id).await.unwrap());
+                assert_eq!(house.queue.sizes(), [1]);
                 drop(house);
             };
             tokio::join!(run, work);

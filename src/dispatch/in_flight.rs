@@ -188,6 +188,11 @@ impl InFlight {
         Some(Awaited { deadline: entry.deadline, waited_for: !entry.waiters.is_empty() })
     }
 
+    /// Whether the row of the job is still to be written.
+    pub fn contains(&self, id: JobId) -> bool {
+        self.jobs.contains_key(&id)
+    }
+
     /// The jobs that wait for a result.
     pub fn unsettled(&self) -> Vec<JobId> {
         self.jobs.iter().filter(|entry| !entry.settled).map(|entry| *entry.key()).collect()

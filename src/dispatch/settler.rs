@@ -1,21 +1,21 @@
 //! Results on their way back: heard by the pump, found by look-ups, settled once, handed to the audit.
 
 use super::in_flight::{InFlight, Settled};
+use super::journal::NodeJournal;
 use super::lookups::{self, Schedule};
 use crate::audit::{Audit, Ledger};
-use crate::backend::{Backend, BackendError, Journal, ResultEvent, Results, STORED_MAX};
+use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Outcome, Status, now_ms};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Calls for stored results in flight at a time.
 const LOOKUP_CALLS_MAX: usize = 4;
-/// Most jobs that leave the journal in one call.
-const JOURNAL_LEAVES_MAX: usize = 1024;
 /// How often due look-ups are collected.
 const LOOKUP_TICK: Duration = Duration::from_millis(100);
 /// Most look-ups of one tick: paces the storm after a resubscribe to about 20,000 keys a second.
@@ -26,26 +26,29 @@ pub struct Settler {
     pub in_flight: Arc<InFlight>,
     pub schedule: Schedule,
     pub results: Arc<dyn Results>,
-    pub journal: Arc<dyn Journal>,
+    pub journal: Arc<NodeJournal>,
     audit: Audit,
     pub metrics: Arc<Metrics>,
     /// The subscription stands again: every job in flight is to be looked up.
     resubscribed: AtomicBool,
-    /// Jobs whose rows are written but which the journal still holds.
-    leaving: Mutex<Vec<JobId>>,
 }
 
 impl Settler {
-    pub fn new(in_flight: Arc<InFlight>, backend: &Backend, audit: Audit, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        in_flight: Arc<InFlight>,
+        journal: Arc<NodeJournal>,
+        results: Arc<dyn Results>,
+        audit: Audit,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         Self {
             in_flight,
             schedule: Schedule::default(),
-            results: Arc::clone(&backend.results),
-            journal: Arc::clone(&backend.journal),
+            results,
+            journal,
             audit,
             metrics,
             resubscribed: AtomicBool::new(false),
-            leaving: Mutex::default(),
         }
     }
 
@@ -76,7 +79,7 @@ impl Settler {
         "deferred"
     }
 
-    /// Ends a job whose deadline has passed without a result.
+    /// Ends a job whose deadline has passed without a result. It stays planned in case its row finds no room.
     fn give_up(&self, id: JobId) {
         let lost = Outcome::new(Bytes::from_static(b"{\"status\":\"LOST\"}"));
         if let Settled::First(function) = self.in_flight.settle(id, &lost) {
@@ -84,6 +87,7 @@ impl Settler {
             let kind = self.record(id, Execution::lost(id, function));
             self.metrics.results.with_label_values(&[if kind == "settled" { "lost" } else { kind }]).inc();
         }
+        self.schedule.plan(id, lookups::FIRST);
     }
 }
 
@@ -112,7 +116,7 @@ impl Ledger for Settler {
         for id in ids {
             self.in_flight.remove(*id);
         }
-        self.leaving().extend_from_slice(ids);
+        self.journal.leave(ids);
     }
 }
 
@@ -153,14 +157,12 @@ impl Lookups {
         loop {
             tick.tick().await;
             settler.in_flight.forget_old();
-            settler.clear_journal().await;
+            settler.journal.clear().await;
             if settler.resubscribed.swap(false, Ordering::AcqRel) {
                 missed = settler.in_flight.unsettled();
             }
             let now = missed.split_off(missed.len().saturating_sub(LOOKUPS_PER_TICK));
-            if !settler.look_up(&now).await {
-                missed.extend(now);
-            }
+            missed.extend(settler.look_up(&now).await);
             settler.look_up_due().await;
         }
     }
@@ -169,71 +171,55 @@ impl Lookups {
 impl Settler {
     /// The planned look-ups.
     async fn look_up_due(&self) {
-        let mut awaited = self.schedule.take_due(LOOKUPS_PER_TICK);
-        awaited.retain(|due| self.in_flight.awaited(due.id).is_some());
-        let ids: Vec<JobId> = awaited.iter().map(|due| due.id).collect();
-        // One that failed is looked up at its next turn, or when the subscription stands again.
-        self.look_up(&ids).await;
-        for due in awaited {
-            self.plan_next(due.id, due.stage);
+        let mut due = self.schedule.take_due(LOOKUPS_PER_TICK);
+        // A settled job stays planned until its row is written: it may yet find no room for the row.
+        due.retain(|due| self.in_flight.contains(due.id));
+        let ids: Vec<JobId> = due.iter().map(|due| due.id).collect();
+        let failed: HashSet<JobId> = self.look_up(&ids).await.into_iter().collect();
+        for due in due {
+            match self.in_flight.awaited(due.id) {
+                // Only a look-up that was answered tells that there is no result.
+                Some(awaited) if awaited.deadline < now_ms() && !failed.contains(&due.id) => {
+                    self.give_up(due.id)
+                }
+                Some(awaited) if awaited.waited_for => self.schedule.plan(due.id, lookups::FIRST),
+                _ => self.schedule.plan(due.id, due.stage + 1),
+            }
         }
     }
 
-    /// Whether every call was answered.
-    pub async fn look_up(&self, ids: &[JobId]) -> bool {
+    /// The jobs that could not be looked up.
+    pub async fn look_up(&self, ids: &[JobId]) -> Vec<JobId> {
         let mut chunks = ids.chunks(STORED_MAX);
         let mut calls = FuturesUnordered::new();
-        let mut answered = true;
+        let mut failed = Vec::new();
         loop {
             let free = LOOKUP_CALLS_MAX - calls.len();
             calls.extend(chunks.by_ref().take(free).map(|chunk| self.look_up_chunk(chunk)));
             match calls.next().await {
-                Some(ok) => answered &= ok,
-                None => return answered,
+                Some(Ok(())) => {}
+                Some(Err(chunk)) => failed.extend_from_slice(chunk),
+                None => return failed,
             }
         }
     }
 
-    async fn look_up_chunk(&self, ids: &[JobId]) -> bool {
-        let found = match self.results.stored(ids).await {
-            Ok(found) => found,
-            Err(e) => {
-                // The subscriber tells the operator that Redis is away; once is enough.
-                tracing::debug!(error = %e, "Results Not Looked Up");
-                return false;
-            }
-        };
+    /// The chunk back if the call was not answered.
+    async fn look_up_chunk<'a>(&self, ids: &'a [JobId]) -> Result<(), &'a [JobId]> {
+        let found = self.results.stored(ids).await.map_err(|e| {
+            // The subscriber tells the operator that Redis is away; once is enough.
+            tracing::debug!(error = %e, "Results Not Looked Up");
+            ids
+        })?;
         for (id, payload) in ids.iter().zip(found) {
             let Some(payload) = payload else { continue };
-            self.metrics.results_looked_up.inc();
-            self.settle(*id, &Outcome::new(payload));
+            // A row that is already on its way needs no second look.
+            if self.in_flight.awaited(*id).is_some() {
+                self.metrics.results_looked_up.inc();
+                self.settle(*id, &Outcome::new(payload));
+            }
             self.in_flight.forget_settled(*id);
         }
-        true
-    }
-
-    /// Takes the jobs whose rows are written out of the journal. What it does not take stays for the next time.
-    pub async fn clear_journal(&self) {
-        let leaving = std::mem::take(&mut *self.leaving());
-        for ids in leaving.chunks(JOURNAL_LEAVES_MAX) {
-            if let Err(e) = self.journal.leave(ids).await {
-                tracing::debug!(jobs = ids.len(), error = %e, "Journal Not Cleared");
-                self.leaving().extend_from_slice(ids);
-            }
-        }
-    }
-
-    fn leaving(&self) -> MutexGuard<'_, Vec<JobId>> {
-        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn plan_next(&self, id: JobId, stage: usize) {
-        let Some(awaited) = self.in_flight.awaited(id) else { return };
-        if awaited.deadline < now_ms() {
-            self.give_up(id);
-        } else {
-            let next = if awaited.waited_for { lookups::FIRST } else { stage + 1 };
-            self.schedule.plan(id, next);
-        }
+        Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! A job: its id, the request it came from, and the message the workers read.
 
+use super::escape::Escape;
 use super::{Function, FunctionId, Text, UnixMs, rfc3339_ms};
 use bytes::Bytes;
 use serde::Deserialize;
@@ -314,7 +315,10 @@ fn check_input(json: &str) -> Result<(), &'static str> {
     let mut i = 0;
     while i < bytes.len() {
         match (in_string, bytes[i]) {
-            (true, b'\\') => i += escape_len(&bytes[i..])? - 1,
+            (true, b'\\') => match Escape::at(&bytes[i..]) {
+                Escape::Whole(len) => i += len - 1,
+                Escape::Half => return Err("holds an escape of half a surrogate pair"),
+            },
             (_, b'"') => in_string = !in_string,
             (false, b'{' | b'[') => {
                 depth += 1;
@@ -328,26 +332,6 @@ fn check_input(json: &str) -> Result<(), &'static str> {
         i += 1;
     }
     Ok(())
-}
-
-/// Length in bytes of the escape `bytes` starts with; a surrogate pair counts as one.
-fn escape_len(bytes: &[u8]) -> Result<usize, &'static str> {
-    const LONE: &str = "holds an escape of half a surrogate pair";
-    match hex_escape(bytes) {
-        None => Ok(2),
-        Some(0xD800..=0xDBFF) => match bytes.get(6..).and_then(hex_escape) {
-            Some(0xDC00..=0xDFFF) => Ok(12),
-            _ => Err(LONE),
-        },
-        Some(0xDC00..=0xDFFF) => Err(LONE),
-        Some(_) => Ok(6),
-    }
-}
-
-/// The value of a `\uXXXX` that `bytes` starts with.
-fn hex_escape(bytes: &[u8]) -> Option<u32> {
-    let digits = bytes.strip_prefix(b"\\u")?.get(..4)?;
-    u32::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()
 }
 
 #[cfg(test)]

@@ -4,11 +4,17 @@
 //! `serde` structs were rejected: one member of another type, or one that stands twice, would hide all the others.
 
 use super::Text;
+use super::escape::Escape;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 use std::fmt;
+
+/// Longest duration that is believed, in milliseconds: some months.
+const DURATION_MS_MAX: f64 = 1e10;
+/// Largest memory that is believed, in bytes: 2^50.
+const MEMORY_BYTES_MAX: f64 = (1_u64 << 50) as f64;
 
 /// The result of one run, as it was published.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,16 +84,21 @@ impl<'de> Deserialize<'de> for ResultFields {
 impl ResultFields {
     fn take(&mut self, key: &str, value: &RawValue) {
         match key {
-            "status" => self.status = read(value).filter(|s: &String| !s.is_empty()),
-            "exitCode" => self.exit_code = read(value),
-            "stdout" => self.stdout = read(value),
-            "stderr" => self.stderr = read(value),
-            "durationMs" | "duration_ms" => self.duration_ms = duration(value).or(self.duration_ms),
+            "status" => self.status = text(value).filter(|s| !s.is_empty()),
+            // Some write whole numbers as 0.0.
+            "exitCode" => {
+                self.exit_code = read(value).filter(|code: &f64| code.fract() == 0.0).map(|code| code as i64)
+            }
+            "stdout" => self.stdout = text(value),
+            "stderr" => self.stderr = text(value),
+            "durationMs" | "duration_ms" => {
+                self.duration_ms = number(value, DURATION_MS_MAX).or(self.duration_ms)
+            }
             "handlerDurationMs" | "handler_duration_ms" => {
-                self.handler_duration_ms = duration(value).or(self.handler_duration_ms);
+                self.handler_duration_ms = number(value, DURATION_MS_MAX).or(self.handler_duration_ms);
             }
             "peakMemoryBytes" | "peak_memory_bytes" => {
-                self.peak_memory_bytes = duration(value).or(self.peak_memory_bytes);
+                self.peak_memory_bytes = number(value, MEMORY_BYTES_MAX).or(self.peak_memory_bytes);
             }
             _ => {}
         }
@@ -98,9 +109,39 @@ fn read<'a, T: Deserialize<'a>>(value: &'a RawValue) -> Option<T> {
     serde_json::from_str(value.get()).ok()
 }
 
-/// A finite number that is not negative: anything else would spoil sums and histograms.
-fn duration(value: &RawValue) -> Option<f64> {
-    read(value).filter(|ms: &f64| ms.is_finite() && *ms >= 0.0)
+/// A string. Half a surrogate pair, which Python makes of bytes that are no UTF-8, becomes U+FFFD: the rest of a
+/// message is worth keeping.
+fn text(value: &RawValue) -> Option<String> {
+    read(value).or_else(|| read_str(&without_halves(value.get())))
+}
+
+fn read_str(json: &str) -> Option<String> {
+    serde_json::from_str(json).ok()
+}
+
+fn without_halves(json: &str) -> String {
+    let mut out = String::with_capacity(json.len());
+    let mut rest = json;
+    while let Some(at) = rest.find('\\') {
+        out.push_str(&rest[..at]);
+        let len = match Escape::at(&rest.as_bytes()[at..]) {
+            Escape::Whole(len) => {
+                out.push_str(&rest[at..at + len]);
+                len
+            }
+            Escape::Half => {
+                out.push('\u{FFFD}');
+                Escape::HALF_LEN
+            }
+        };
+        rest = &rest[at + len..];
+    }
+    out + rest
+}
+
+/// A number from 0 to `max`: anything else would spoil sums and histograms for good.
+fn number(value: &RawValue, max: f64) -> Option<f64> {
+    read(value).filter(|n: &f64| (0.0..=max).contains(n))
 }
 
 #[cfg(test)]
@@ -137,6 +178,9 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(fields, expected);
+        let odd = outcome(r#"{"exitCode":0.0,"durationMs":1e300,"peakMemoryBytes":1e30,"stdout":"\ud800 x\\\ud83d\ude00\udc00"}"#).fields();
+        assert_eq!((odd.exit_code, odd.duration_ms, odd.peak_memory_bytes), (Some(0), None, None));
+        assert_eq!(odd.stdout.as_deref(), Some("\u{FFFD} x\\\u{1F600}\u{FFFD}"));
         for not_an_object in ["", "[]", "1", "x", "{"] {
             assert_eq!(outcome(not_an_object).fields(), ResultFields::default(), "{not_an_object}");
         }

@@ -6,6 +6,8 @@ use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 use crate::model::{Execution, FunctionId, JobId, RowKey, Status, now_ms, parse_rfc3339_ms, rfc3339_ms};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::error::SdkError;
+use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use aws_sdk_dynamodb::types::{AttributeValue, PutRequest, WriteRequest};
 use futures_util::StreamExt;
@@ -39,8 +41,19 @@ impl ExecutionTable {
     }
 
     async fn put_one(&self, row: &Execution) -> Result<(), BackendError> {
-        let call = self.client.put_item().table_name(&self.table).set_item(Some(to_item(row)));
-        call.send().await.map(drop).map_err(|e| class(&e))
+        let mut call = self.client.put_item().table_name(&self.table).set_item(Some(to_item(row)));
+        if is_lost(row) {
+            call = call.condition_expression("attribute_not_exists(functionId)");
+        }
+        match call.send().await {
+            Ok(_) => Ok(()),
+            Err(SdkError::ServiceError(answer))
+                if matches!(answer.err(), PutItemError::ConditionalCheckFailedException(_)) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(class(&error)),
+        }
     }
 
     async fn put_one_by_one(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
@@ -105,7 +118,8 @@ impl ExecutionStore for ExecutionTable {
         if rows.is_empty() {
             return Vec::new();
         }
-        if self.one_by_one.load(Ordering::Relaxed) {
+        // A batch knows no conditions, and LOST must not take the place of a result.
+        if self.one_by_one.load(Ordering::Relaxed) || rows.iter().any(is_lost) {
             return self.put_one_by_one(rows).await;
         }
         match self.put_batch(rows).await {
@@ -179,6 +193,11 @@ impl ExecutionStore for ExecutionTable {
     async fn probe(&self) -> Result<(), BackendError> {
         item::probe(&self.client, &self.table, &["functionId", "timestamp"]).await
     }
+}
+
+/// Nobody knows how the job ended, so what somebody knew before stays.
+fn is_lost(row: &Execution) -> bool {
+    row.status.as_str() == Status::LOST
 }
 
 /// A row's hash and range key.

@@ -6,6 +6,8 @@ use crate::backend::{BackendError, FunctionStore};
 use crate::model::{Counters, Function, FunctionId};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::config::Config;
+use aws_sdk_dynamodb::config::retry::RetryConfig;
 use aws_sdk_dynamodb::error::SdkError;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 
@@ -48,7 +50,9 @@ impl FunctionStore for FunctionTable {
             .expression_attribute_values(":d", float(sums.total_duration_ms))
             .expression_attribute_values(":h", whole(sums.handler_invocations))
             .expression_attribute_values(":t", float(sums.total_handler_duration_ms));
-        match call.send().await {
+        // Not idempotent: a second try by the SDK after a late answer would add the sums twice.
+        let once = Config::builder().retry_config(RetryConfig::disabled());
+        match call.customize().config_override(once).send().await {
             Ok(_) => Ok(()),
             Err(SdkError::ServiceError(answer))
                 if matches!(answer.err(), UpdateItemError::ConditionalCheckFailedException(_)) =>

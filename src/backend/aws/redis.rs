@@ -10,6 +10,7 @@ use redis::aio::MultiplexedConnection;
 use redis::io::tcp::{TcpSettings, socket2::TcpKeepalive};
 use redis::{AsyncConnectionConfig, Client, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisError};
 use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
@@ -125,10 +126,13 @@ impl Commands {
     where
         F: Future<Output = Result<T, RedisError>> + Send,
     {
+        // The connection the command runs on: a late time-out must not drop its successor.
+        let used = AtomicU64::new(0);
         let in_time = timeout(COMMAND_DEADLINE, async {
             let mut again = true;
             loop {
                 let (connection, number) = self.connection().await?;
+                used.store(number, Ordering::Relaxed);
                 let error = match command(connection).await {
                     Ok(answer) => return Ok(answer),
                     Err(error) => error,
@@ -145,8 +149,7 @@ impl Commands {
         });
         in_time.await.unwrap_or_else(|_| {
             // A connection that says nothing may be dead without knowing; the next command makes a new one.
-            let number = self.state().number;
-            self.drop_connection(number);
+            self.drop_connection(used.load(Ordering::Relaxed));
             Err(BackendError::Unavailable("Redis did not answer in time".into()))
         })
     }

@@ -4,7 +4,7 @@
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
 use super::signals::Signals;
-use super::{Connected, Exit, Plan, explain};
+use super::{Connect, Connected, Exit, Plan, explain};
 use crate::api::Api;
 use crate::audit::{self, Flusher, Ledger};
 use crate::config::Conf;
@@ -101,18 +101,11 @@ impl Node {
                 return Exit::Internal;
             }
         };
-        let connected = tokio::select! {
-            connected = (plan.connect)() => connected,
-            _ = signals.next() => return Exit::Ok,
-        };
-        let connected = match connected {
+        let connected = match connect(plan.connect, &mut signals).await {
             Ok(connected) => connected,
-            Err(problems) => return explain(&problems),
+            Err(exit) => return exit,
         };
-        let Connected { node: id, backend, bucket, extra_loop, mut claim, warnings } = connected;
-        for warning in warnings {
-            tracing::warn!(warning, "Start Warning");
-        }
+        let Connected { node: id, backend, bucket, extra_loop, mut claim, .. } = connected;
 
         let lifecycle = Lifecycle::default();
         let built = match Built::new(&plan.conf, id, &backend, &plan.api_key, bucket, &lifecycle) {
@@ -202,6 +195,18 @@ impl Node {
         let _ = tokio::time::timeout(CLOSING_MAX, lifecycle.idle()).await;
         loops.stop().await;
     }
+}
+
+/// Connects, unless a signal comes first.
+async fn connect(connect: Connect, signals: &mut Signals) -> Result<Connected, Exit> {
+    let connected = tokio::select! {
+        connected = connect() => connected.map_err(|problems| explain(&problems))?,
+        _ = signals.next() => return Err(Exit::Ok),
+    };
+    for warning in &connected.warnings {
+        tracing::warn!(warning, "Start Warning");
+    }
+    Ok(connected)
 }
 
 /// Everything that is built before anything runs.

@@ -180,7 +180,7 @@ impl Settler {
             match self.in_flight.awaited(due.id) {
                 // Only a look-up that was answered tells that there is no result.
                 Some(awaited) if awaited.deadline < now_ms() && !failed.contains(&due.id) => {
-                    self.give_up(due.id)
+                    self.give_up(due.id);
                 }
                 Some(awaited) if awaited.waited_for => self.schedule.plan(due.id, lookups::FIRST),
                 _ => self.schedule.plan(due.id, due.stage + 1),

@@ -87,12 +87,12 @@ impl ResultFields {
             "status" => self.status = text(value).filter(|s| !s.is_empty()),
             // Some write whole numbers as 0.0.
             "exitCode" => {
-                self.exit_code = read(value).filter(|code: &f64| code.fract() == 0.0).map(|code| code as i64)
+                self.exit_code = read(value).filter(|code: &f64| code.fract() == 0.0).map(|code| code as i64);
             }
             "stdout" => self.stdout = text(value),
             "stderr" => self.stderr = text(value),
             "durationMs" | "duration_ms" => {
-                self.duration_ms = number(value, DURATION_MS_MAX).or(self.duration_ms)
+                self.duration_ms = number(value, DURATION_MS_MAX).or(self.duration_ms);
             }
             "handlerDurationMs" | "handler_duration_ms" => {
                 self.handler_duration_ms = number(value, DURATION_MS_MAX).or(self.handler_duration_ms);

@@ -120,6 +120,12 @@ async fn published_before_send_has_returned() {
         if item["invocations"]["N"] == "1" { Ok(()) } else { Err(item.to_string()) }
     })
     .await;
+    let id = result["requestId"].as_str().expect("an id");
+    eventually("an empty journal", SOON, || async {
+        let left = platform.fleet().redis.journaled(id).await;
+        if left == 0 { Ok(()) } else { Err(format!("{left} left")) }
+    })
+    .await;
     platform.finish().await;
 }
 

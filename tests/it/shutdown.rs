@@ -1,8 +1,8 @@
 //! The end of a gateway: on a signal, with work in hand, and by force.
 
-use crate::harness::gateway::{Conf, start_process};
+use crate::harness::gateway::{Conf, run_to_end, start_process};
 use crate::harness::http::Answer;
-use crate::harness::platform::{Backend, HELLO, new_key};
+use crate::harness::platform::{Backend, Fleet, HELLO, new_key};
 use crate::harness::process::{Scratch, Stream};
 use crate::harness::{Gateway, Platform, SOON, Setup, eventually, join_all, spawn};
 use nix::sys::signal::Signal;
@@ -43,7 +43,9 @@ async fn fifty_waiting_runs_are_answered(setup: Setup) {
     gateway.signal(Signal::SIGTERM);
     let answers = join_all("50 runs", Duration::from_secs(60), clients).await;
     for (n, answer) in answers.into_iter().enumerate() {
-        let result = answer.expect(200).json();
+        let answer = answer.expect(200);
+        assert_eq!(answer.need("connection"), "close", "nobody may come again");
+        let result = answer.json();
         let printed = result["stdout"].as_str().unwrap_or_default();
         assert!(printed.contains(&format!("waiting-{n}-end")), "{result}");
     }
@@ -171,6 +173,44 @@ async fn dev_killed_and_started_again() {
         assert_eq!(row["status"], "SUCCESS", "{row}");
     }
     gateway.finish().await;
+}
+
+/// A node that is killed goes on with its jobs when it is started again on its `STATE_DIR`, whatever `check` did there
+/// in between.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn serve_killed_and_started_again() {
+    const JOBS: usize = 20;
+    let state = Scratch::new("state");
+    let state_dir = state.path().to_str().expect("the path is UTF-8");
+    let platform = Setup::serve().no_worker().env("STATE_DIR", state_dir).start().await;
+    let mut ids = Vec::new();
+    for n in 0..JOBS {
+        ids.push(platform.gateway.run_async(HELLO, &json!(n)).await);
+    }
+    assert_eq!(platform.fleet().redis.journaled(&ids[0]).await, JOBS as i64);
+    let check = |env: &[(String, String)]| {
+        let dir = Scratch::new("check");
+        let run = tokio::task::block_in_place(|| run_to_end(&["check"], env, dir.path(), SOON, || {}));
+        assert_eq!(run.code, Some(0), "{}", run.output);
+    };
+    check(&platform.fleet().gateway_env());
+    let meanwhile = async |fleet: &Fleet| {
+        check(&fleet.gateway_env());
+        for id in &ids {
+            let result = format!(r#"{{"requestId":"{id}","status":"SUCCESS","stdout":"meanwhile"}}"#);
+            fleet.redis.store_result(id, result.as_bytes()).await;
+        }
+    };
+    let platform = platform.kill_and_restart(meanwhile).await;
+    let rows = platform.fleet().cloud.wait_for_rows(HELLO, JOBS).await;
+    assert!(rows.iter().all(|row| row["status"]["S"] == "SUCCESS"), "{rows:?}");
+    platform.gateway.idle().await;
+    eventually("an empty journal", SOON, || async {
+        let left = platform.fleet().redis.journaled(&ids[0]).await;
+        if left == 0 { Ok(()) } else { Err(format!("{left} left")) }
+    })
+    .await;
+    platform.finish().await;
 }
 
 /// Without a key in the environment `dev` makes one and prints it. It listens on this machine only.

@@ -146,7 +146,7 @@ impl Fleet {
     }
 
     /// Everything that `serve` requires, and what the test added.
-    fn gateway_env(&self) -> Vec<(String, String)> {
+    pub fn gateway_env(&self) -> Vec<(String, String)> {
         let endpoint = self.proxy.as_ref().map_or(self.cloud.addr(), Proxy::addr);
         let mut env = self.cloud.env(endpoint);
         env.push(("PORT".into(), "0".into()));
@@ -171,6 +171,16 @@ impl Platform {
 
     pub fn fleet_mut(&mut self) -> &mut Fleet {
         self.fleet.as_mut().expect("a platform over AWS")
+    }
+
+    /// Ends the gateway outright, lets something happen meanwhile, and starts it again.
+    pub async fn kill_and_restart(self, meanwhile: impl AsyncFnOnce(&Fleet)) -> Self {
+        let Self { gateway, fleet, _dir } = self;
+        gateway.kill();
+        let fleet = fleet.expect("a platform over AWS");
+        meanwhile(&fleet).await;
+        let gateway = fleet.start_gateway().await;
+        Self { gateway, fleet: Some(fleet), _dir }
     }
 
     /// Asserts a clean end of every part.

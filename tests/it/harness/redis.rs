@@ -76,6 +76,15 @@ impl Redis {
     }
 
     /// What a worker does with a result, first half.
+    /// How many jobs the journal of a job's node holds.
+    pub async fn journaled(&self, job_id: &str) -> i64 {
+        let key = format!("inflight:{{{}}}", &job_id[..8]);
+        match self.command(&[b"HLEN", key.as_bytes()]).await {
+            Reply::Integer(count) => count,
+            other => panic!("HLEN answers {other:?}"),
+        }
+    }
+
     pub async fn store_result(&self, request_id: &str, result: &[u8]) {
         let key = format!("job:{request_id}");
         let reply = self.command(&[b"SETEX", key.as_bytes(), b"3600", result]).await;

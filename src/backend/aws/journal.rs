@@ -74,7 +74,7 @@ impl Journal for RedisJournal {
             }
         }
         if odd > 0 {
-            tracing::warn!(%node, entries = odd, "the journal holds entries that are not ours; they are left alone");
+            tracing::warn!(%node, entries = odd, "Foreign Journal Entries Left Alone");
         }
         Ok(entries.into_values().collect())
     }

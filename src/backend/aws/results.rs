@@ -89,7 +89,7 @@ impl RedisResults {
         match self.subscribe().await {
             Ok(subscription) => {
                 if subscriber.failures > 0 {
-                    tracing::info!(failures = subscriber.failures, "results are heard again");
+                    tracing::info!(failures = subscriber.failures, "Results Heard Again");
                 }
                 *subscriber = Subscriber { subscription: Some(subscription), failures: 0 };
                 self.watches.tell_all_subscribed();
@@ -98,7 +98,7 @@ impl RedisResults {
             Err(error) => {
                 self.watches.stop();
                 if subscriber.failures == 0 {
-                    tracing::warn!(%error, "results cannot be heard; trying on");
+                    tracing::warn!(%error, "Results Not Heard");
                 }
                 subscriber.failures = subscriber.failures.saturating_add(1);
                 None
@@ -154,7 +154,7 @@ impl Results for RedisResults {
                 Ok(Some(event)) => return event,
                 Ok(None) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "the subscription to results ended; subscribing again");
+                    tracing::warn!(%error, "Subscription Ended");
                     subscriber.subscription = None;
                     self.watches.stop();
                 }

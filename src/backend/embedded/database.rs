@@ -172,7 +172,7 @@ impl Drop for Shared {
         if let Some(writer) = self.writer.take()
             && writer.join().is_err()
         {
-            tracing::error!("the database writer panicked");
+            tracing::error!("Database Writer Panicked");
         }
     }
 }

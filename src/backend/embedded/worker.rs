@@ -84,7 +84,7 @@ impl Worker {
                 _ = stop.wait_for(|stop| *stop) => break,
                 Some(ended) = runs.join_next() => if let Err(e) = ended {
                     // Its job stays on the queue, and is tried again at the next start.
-                    tracing::error!(error = %e, "a run broke off");
+                    tracing::error!(error = %e, "Run Broke Off");
                 },
                 () = runner.queue.arrived.notified(), if free => {}
                 () = tokio::time::sleep(LOOK_EVERY), if free => {}
@@ -98,7 +98,7 @@ impl Worker {
 impl Runner {
     async fn take(&self, last: i64, limit: usize) -> Vec<Queued> {
         self.queue.after(last, limit).await.unwrap_or_else(|e| {
-            tracing::warn!(error = %e, "the queue could not be read");
+            tracing::warn!(error = %e, "Queue Not Read");
             Vec::new()
         })
     }
@@ -106,7 +106,7 @@ impl Runner {
     /// Runs a job and takes it off the queue. Tries until that is written: in this process no one else will.
     async fn settle(self: Arc<Self>, job: Queued) {
         if job.deadline <= now_ms() {
-            tracing::warn!(job = %job.id, function = job.function, "dropped a job past its deadline");
+            tracing::warn!(job = %job.id, function = job.function, "Job Past Its Deadline Dropped");
             until_written(|| self.queue.remove(job.seq)).await;
             return;
         }
@@ -188,7 +188,7 @@ async fn until_written<F: Future<Output = Result<(), BackendError>>>(write: impl
     let mut told = false;
     while let Err(e) = write().await {
         if !std::mem::replace(&mut told, true) {
-            tracing::warn!(error = %e, "the end of a job could not be written; trying again");
+            tracing::warn!(error = %e, "End Of Job Not Written");
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }

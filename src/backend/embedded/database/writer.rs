@@ -145,7 +145,7 @@ impl Writer {
             );
             match self.connection.execute(&sql, [integer(now)]) {
                 Ok(deleted) => more |= deleted == PRUNED_ROWS_MAX,
-                Err(e) => tracing::warn!(table, error = %e, "expired rows could not be deleted"),
+                Err(e) => tracing::warn!(table, error = %e, "Expired Rows Not Deleted"),
             }
         }
         // When there is more, the next ones go after the next commit, or at once if nothing waits.

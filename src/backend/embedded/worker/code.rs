@@ -45,7 +45,7 @@ impl Drop for RunDir {
     fn drop(&mut self) {
         // What is left, a later start sweeps away.
         if let Err(e) = fs::remove_dir_all(&self.0) {
-            tracing::warn!(error = %e, "the directory of a run could not be deleted");
+            tracing::warn!(error = %e, "Run Directory Not Deleted");
         }
     }
 }

@@ -226,7 +226,7 @@ mod tests {
     use crate::model::{FunctionId, UnixMs};
     use async_trait::async_trait;
     use bytes::Bytes;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use tokio::task::JoinSet;
 
     /// A dispatcher over the embedded backend, with its loops running. The worker does not run: the tests
@@ -352,6 +352,7 @@ mod tests {
     struct Flaky {
         inner: Arc<dyn Results>,
         away: AtomicBool,
+        refused: AtomicUsize,
     }
 
     #[async_trait]
@@ -362,6 +363,7 @@ mod tests {
 
         async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError> {
             if self.away.load(Ordering::Relaxed) {
+                self.refused.fetch_add(1, Ordering::Relaxed);
                 return Err(BackendError::Unavailable("away".into()));
             }
             self.inner.stored(ids).await
@@ -385,7 +387,8 @@ mod tests {
         let flaky = Arc::new(std::sync::OnceLock::new());
         let house = House::start_with(|backend| {
             let flaky = flaky.get_or_init(|| {
-                Arc::new(Flaky { inner: Arc::clone(&backend.results), away: AtomicBool::new(true) })
+                let (away, refused) = (AtomicBool::new(true), AtomicUsize::new(0));
+                Arc::new(Flaky { inner: Arc::clone(&backend.results), away, refused })
             });
             backend.results = Arc::clone(flaky) as _;
         })
@@ -395,10 +398,12 @@ mod tests {
         house.dispatcher.submit(job).await.unwrap();
         let state = house.dispatcher.state(id).await;
         assert!(matches!(state, Ok(JobState::Pending(_))), "what this node holds is known without the store");
-        // Two look-ups go by that cannot be answered.
-        tokio::time::sleep(Duration::from_millis(2300)).await;
+        let flaky = flaky.get().unwrap();
+        let before = flaky.refused.load(Ordering::Relaxed);
+        // The second look-up is planned only if the first, unanswered, has not ended the job.
+        eventually(async || (flaky.refused.load(Ordering::Relaxed) >= before + 2).then_some(())).await;
         assert!(house.dispatcher.0.settler.in_flight.awaited(id).is_some());
-        flaky.get().unwrap().away.store(false, Ordering::Relaxed);
+        flaky.away.store(false, Ordering::Relaxed);
         assert_eq!(house.row_status(id).await, "LOST");
     }
 

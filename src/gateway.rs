@@ -63,11 +63,10 @@ impl Gateway {
     /// The filters in order, then the handler. `None`: the client has left.
     async fn answer(&self, session: &mut Session, ctx: &mut Ctx) -> Option<Result<Reply, ApiError>> {
         let mut limits = LimitHeaders::default();
-        let call = match self.admit(session, ctx, &mut limits).await {
+        let (route, call) = match self.admit(session, ctx, &mut limits).await {
             Ok(admitted) => admitted,
             Err(e) => return Some(Err(e)),
         };
-        let (route, call) = call;
         let reply = tokio::select! {
             biased;
             reply = self.api.call(route.endpoint, &call) => reply,
@@ -111,13 +110,12 @@ impl Gateway {
         if route.takes_body {
             let timeout = Duration::from_secs(self.http.body_timeout_s);
             call.body = body::read(session, self.api.body_bytes_max(), timeout).await?;
-            // Answering `Expect` resets it.
-            self.keep_alive(session);
         }
         Ok((route, call))
     }
 
-    /// Must be set on every request: Pingora starts each with an endless keepalive.
+    /// Must be set on every request, as Pingora starts each with an endless keepalive; and just before the answer, as
+    /// answering `Expect` resets it and a drain may begin while the handler runs.
     fn keep_alive(&self, session: &mut Session) {
         let stopping = self.lifecycle.phase() >= Phase::Draining;
         let header = session.req_header();
@@ -167,13 +165,11 @@ impl ProxyHttp for Gateway {
         session.set_pipelining_enabled(true);
         session.set_close_on_response_before_downstream_finish(false);
         session.set_total_drain_timeout(Some(Duration::from_millis(self.http.drain_body_timeout_ms)));
-        self.keep_alive(session);
         let id = RequestId::of(session.req_header().headers.get("x-request-id"));
         let Some(answer) = self.answer(session, ctx).await else {
             session.set_keepalive(None);
             return Ok(true);
         };
-        // Once more: a drain may have begun while the handler ran.
         self.keep_alive(session);
         let reply = answer.unwrap_or_else(|error| {
             self.metrics.refused.with_label_values(&[error.code()]).inc();

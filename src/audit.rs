@@ -7,7 +7,7 @@
 use crate::backend::{BackendError, ExecutionStore, FunctionStore, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
-use crate::model::{Counters, Execution, FunctionId, JobId};
+use crate::model::{Counters, Execution, FunctionId, JobId, Recommendation, Status};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -49,19 +49,26 @@ pub struct Audit {
 struct Record {
     id: JobId,
     row: Execution,
+    recommendation: Option<Recommendation>,
 }
 
 impl Record {
     /// Memory the row takes, roughly.
     fn bytes(&self) -> usize {
-        self.row.message.len() + 512
+        let tip = self.recommendation.as_ref().and_then(|r| r.tip.as_ref()).map_or(0, String::len);
+        self.row.message.len() + tip + 512
     }
 }
 
 impl Audit {
-    /// Queues a row, and counts the execution.
-    pub fn record(&self, id: JobId, row: Execution) -> Result<(), Full> {
-        let record = Record { id, row };
+    /// Queues a row with what the execution recommends, and counts it.
+    pub fn record(
+        &self,
+        id: JobId,
+        row: Execution,
+        recommendation: Option<Recommendation>,
+    ) -> Result<(), Full> {
+        let record = Record { id, row, recommendation };
         let bytes = record.bytes();
         if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -85,7 +92,29 @@ pub struct Flusher {
     executions: Arc<dyn ExecutionStore>,
     functions: Arc<dyn FunctionStore>,
     metrics: Arc<Metrics>,
-    counters: HashMap<FunctionId, Counters>,
+    notes: Notes,
+}
+
+/// What is to be written to the functions themselves.
+#[derive(Default)]
+struct Notes(HashMap<FunctionId, Note>);
+
+#[derive(Default)]
+struct Note {
+    sums: Counters,
+    /// The newest.
+    recommendation: Option<Recommendation>,
+}
+
+impl Notes {
+    fn add(&mut self, function: FunctionId, note: Note) {
+        let noted = self.0.entry(function).or_default();
+        noted.sums += note.sums;
+        let newest = |r: &Option<Recommendation>| r.as_ref().map(|r| r.at);
+        if newest(&note.recommendation) >= newest(&noted.recommendation) {
+            noted.recommendation = note.recommendation;
+        }
+    }
 }
 
 /// A handle and its loop.
@@ -103,7 +132,7 @@ pub fn new(
         bytes_max: conf.audit_bytes_max,
         metrics: Arc::clone(&metrics),
     };
-    let flusher = Flusher { receiver, bytes, executions, functions, metrics, counters: HashMap::new() };
+    let flusher = Flusher { receiver, bytes, executions, functions, metrics, notes: Notes::default() };
     (audit, flusher)
 }
 
@@ -133,7 +162,7 @@ impl Flusher {
                 Some(left) = sums.next() => self.add_back(left),
                 () = tokio::time::sleep_until(counters_at), if sums.is_empty() => {
                     counters_at = Instant::now() + COUNTERS_PERIOD;
-                    sums.push(write_counters(Arc::clone(&self.functions), std::mem::take(&mut self.counters)));
+                    sums.push(write_notes(Arc::clone(&self.functions), std::mem::take(&mut self.notes)));
                 }
                 () = &mut stop, if !stopping => {
                     stopping = true;
@@ -146,7 +175,7 @@ impl Flusher {
                 writes.push(write(Arc::clone(&self.executions), Arc::clone(&self.metrics), records));
             }
         }
-        let left = write_counters(self.functions, self.counters).await;
+        let left = write_notes(self.functions, self.notes).await;
         if !left.is_empty() {
             tracing::error!(functions = left.len(), "Counters Lost");
         }
@@ -157,32 +186,29 @@ impl Flusher {
         for record in written {
             self.bytes.fetch_sub(record.bytes(), Ordering::Relaxed);
             self.metrics.audit_waiting_rows.dec();
-            *self.counters.entry(record.row.function.clone()).or_default() += counted(&record.row);
             ids.push(record.id);
+            let note = Note { sums: counted(&record.row), recommendation: record.recommendation };
+            self.notes.add(record.row.function, note);
         }
         ledger.rows_written(&ids);
     }
 
-    /// Sums that could not be written, for the next time.
-    fn add_back(&mut self, left: Vec<(FunctionId, Counters)>) {
-        for (function, sums) in left {
-            *self.counters.entry(function).or_default() += sums;
+    /// What could not be written, for the next time.
+    fn add_back(&mut self, left: Vec<(FunctionId, Note)>) {
+        for (function, note) in left {
+            self.notes.add(function, note);
         }
     }
 }
 
-/// Writes the sums; gives those back that could not be written.
-async fn write_counters(
-    store: Arc<dyn FunctionStore>,
-    sums: HashMap<FunctionId, Counters>,
-) -> Vec<(FunctionId, Counters)> {
-    let mut sums = sums.into_iter();
+/// Writes the notes; gives those back that could not be written.
+async fn write_notes(store: Arc<dyn FunctionStore>, notes: Notes) -> Vec<(FunctionId, Note)> {
+    let mut notes = notes.0.into_iter();
     let mut updates = FuturesUnordered::new();
     let mut left = Vec::new();
     loop {
         let free = UPDATES_MAX - updates.len();
-        updates
-            .extend(sums.by_ref().take(free).map(|(function, sums)| add_counters(&*store, function, sums)));
+        updates.extend(notes.by_ref().take(free).map(|(function, note)| write_note(&*store, function, note)));
         match updates.next().await {
             None => return left,
             Some(failed) => left.extend(failed),
@@ -190,20 +216,32 @@ async fn write_counters(
     }
 }
 
-/// The sums back if they could not be written.
-async fn add_counters(
+/// What could not be written of a note.
+async fn write_note(
     store: &dyn FunctionStore,
     function: FunctionId,
-    sums: Counters,
-) -> Option<(FunctionId, Counters)> {
-    let e = store.add_counters(&function, sums).await.err()?;
-    tracing::warn!(functionId = %function, error = %e, "Counters Not Written");
-    Some((function, sums))
+    mut note: Note,
+) -> Option<(FunctionId, Note)> {
+    if note.sums != Counters::default() {
+        match store.add_counters(&function, note.sums).await {
+            Ok(()) => note.sums = Counters::default(),
+            Err(e) => tracing::warn!(functionId = %function, error = %e, "Counters Not Written"),
+        }
+    }
+    if let Some(recommendation) = &note.recommendation {
+        match store.recommend(&function, recommendation).await {
+            Ok(()) => note.recommendation = None,
+            Err(e) => tracing::warn!(functionId = %function, error = %e, "Recommendation Not Written"),
+        }
+    }
+    let is_left = note.sums != Counters::default() || note.recommendation.is_some();
+    is_left.then_some((function, note))
 }
 
 fn counted(row: &Execution) -> Counters {
     Counters {
         invocations: 1,
+        errors: u64::from(row.status.as_str() != Status::SUCCESS),
         total_duration_ms: row.duration_ms,
         handler_invocations: u64::from(row.handler_duration_ms.is_some()),
         total_handler_duration_ms: row.handler_duration_ms.unwrap_or(0.0),
@@ -259,7 +297,7 @@ fn without_repeats(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{LogPage, LogQuery};
+    use crate::backend::{FunctionPage, FunctionWrite, LogPage, LogQuery, Written};
     use crate::model::{Function, NodeId, Outcome, RowKey};
     use async_trait::async_trait;
     use std::sync::Mutex;
@@ -272,6 +310,8 @@ mod tests {
         puts: Mutex<Vec<usize>>,
         sums: Mutex<HashMap<FunctionId, Counters>>,
         left: Mutex<Vec<JobId>>,
+        failed_recommendations: Mutex<Vec<BackendError>>,
+        recommended: Mutex<Vec<(FunctionId, Recommendation)>>,
     }
 
     #[async_trait]
@@ -304,6 +344,22 @@ mod tests {
             Ok(None)
         }
 
+        async fn list(&self, _: usize, _: Option<&str>) -> Result<FunctionPage, BackendError> {
+            Ok(FunctionPage::default())
+        }
+
+        async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
+            Ok(Written::Conflict)
+        }
+
+        async fn recommend(&self, id: &FunctionId, r: &Recommendation) -> Result<(), BackendError> {
+            if let Some(error) = self.failed_recommendations.lock().unwrap().pop() {
+                return Err(error);
+            }
+            self.recommended.lock().unwrap().push((id.clone(), r.clone()));
+            Ok(())
+        }
+
         async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
             *self.sums.lock().unwrap().entry(id.clone()).or_default() += sums;
             Ok(())
@@ -330,7 +386,9 @@ mod tests {
     fn record(audit: &Audit, n: u64) -> Result<(), Full> {
         let id = JobId::new(NodeId(1), 1, n);
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3,"handlerDurationMs":2}"#.into());
-        audit.record(id, Execution::of(id, FunctionId::parse("f").unwrap(), &outcome))
+        let fields = outcome.fields();
+        let row = Execution::of(id, FunctionId::parse("f").unwrap(), &fields);
+        audit.record(id, row, Recommendation::of(id, &fields))
     }
 
     #[tokio::test(start_paused = true)]
@@ -349,6 +407,7 @@ mod tests {
         assert_eq!(puts.iter().max(), Some(&ROWS_MAX), "{puts:?}");
         let sums = Counters {
             invocations: 60,
+            errors: 0,
             total_duration_ms: 180.0,
             handler_invocations: 60,
             total_handler_duration_ms: 120.0,
@@ -367,6 +426,27 @@ mod tests {
         flusher.run(Arc::clone(&tables) as _, async {}).await;
         assert_eq!((tables.rows.lock().unwrap().len(), tables.left.lock().unwrap().len()), (0, 1));
         assert_eq!(audit.metrics.audit_rows_refused.get(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_newest_recommendation_is_kept_and_written_again_after_a_failure() {
+        let tables = Arc::new(Tables::default());
+        *tables.failed_recommendations.lock().unwrap() = vec![BackendError::Unavailable("x".into())];
+        let (audit, flusher) = audit(&tables, 10, 1 << 20);
+        let f = FunctionId::parse("f").unwrap();
+        for (at, mb) in [(1, Some(128)), (3, Some(256)), (2, Some(512)), (4, None)] {
+            let id = JobId::new(NodeId(1), at, at);
+            let result = mb.map_or("{}".to_owned(), |mb| format!("{{\"recommendedMemoryMb\":{mb}}}"));
+            let fields = Outcome::new(result.into()).fields();
+            let row = Execution::of(id, f.clone(), &fields);
+            audit.record(id, row, Recommendation::of(id, &fields)).unwrap();
+        }
+        let later = tokio::time::sleep(3 * COUNTERS_PERIOD);
+        flusher.run(Arc::clone(&tables) as _, later).await;
+        let recommended = tables.recommended.lock().unwrap().clone();
+        let [(id, r)] = &recommended[..] else { panic!("{recommended:?}") };
+        assert_eq!((id, r.memory_mb, r.at), (&f, Some(256), 3));
+        assert_eq!(tables.sums.lock().unwrap()[&f].errors, 4, "a result without a status is an error");
     }
 
     #[tokio::test]

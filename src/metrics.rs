@@ -237,13 +237,17 @@ mod tests {
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":5,"handlerDurationMs":2}"#.into());
         for (n, function) in ["f-1", "f-2", "f-1"].into_iter().enumerate() {
             let id = JobId::new(NodeId(0), 0, n as u64);
-            metrics.observe_execution(&Execution::of(id, FunctionId::parse(function).unwrap(), &outcome));
+            metrics.observe_execution(&Execution::of(
+                id,
+                FunctionId::parse(function).unwrap(),
+                &outcome.fields(),
+            ));
         }
         let odd = Outcome::new(r#"{"status":"☠"}"#.into());
         metrics.observe_execution(&Execution::of(
             JobId::new(NodeId(0), 0, 9),
             FunctionId::parse("f-1").unwrap(),
-            &odd,
+            &odd.fields(),
         ));
         metrics.observe_http("POST", "/run", 202, Duration::from_millis(1));
         let text = String::from_utf8(metrics.text()).unwrap();

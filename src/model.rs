@@ -3,16 +3,23 @@
 //! Everything here is plain data. Values that come from outside are parsed once, at the door, into these
 //! types; behind the door their validity is a precondition that no code checks again.
 
+pub mod archive;
+mod change;
 mod escape;
 mod execution;
 mod function;
 mod job;
 mod outcome;
+mod recommendation;
+mod runtime;
 
+pub use change::{ConfigAction, ConfigRecord, RetiredCode};
 pub use execution::{Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowKey, Status};
 pub use function::{Counters, Function, FunctionId};
 pub use job::{Job, JobDraft, JobId, NodeId, RunRequest, RunRequestError, TIMEOUT_MS_DEFAULT};
 pub use outcome::{Outcome, ResultFields};
+pub use recommendation::Recommendation;
+pub use runtime::Runtime;
 
 use serde::Deserialize;
 use std::borrow::Cow;

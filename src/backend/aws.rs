@@ -5,7 +5,8 @@
 //! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
 //! * [`error`] — what an AWS failure means, by its code
 //! * [`sqs`], [`functions`], [`executions`] (over [`item`]), [`s3`] — the AWS ports
-//! * [`redis`] — the command connection; [`results`], [`journal`], [`limits`] — the Redis ports
+//! * [`redis`] — the command connection; [`results`], [`journal`], [`limits`], [`workers`] — the Redis
+//!   ports
 //! * [`start`] — the checks before the first request
 
 mod client;
@@ -20,6 +21,7 @@ mod results;
 mod s3;
 mod sqs;
 mod start;
+mod workers;
 
 pub use redis::RedisUrl;
 pub use start::connect;

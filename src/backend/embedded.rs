@@ -12,6 +12,7 @@
 //! * `runs/` — private directories of the runs under way
 //! * `lock` — held by the one process that works here
 
+mod code_store;
 mod database;
 mod journal;
 mod queue;
@@ -21,11 +22,13 @@ mod scratch;
 mod seed;
 mod store;
 mod worker;
+mod workers;
 
 pub use worker::Worker;
 
 use super::{Backend, BackendError, StartProblem};
 use crate::model::NodeId;
+use code_store::LocalCode;
 use database::{Database, OpenError};
 use journal::Inflight;
 use queue::Queue;
@@ -35,6 +38,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use store::{Executions, Functions};
+use workers::LocalWorkers;
 
 /// What jobs name as their bucket. The code lies in the directory, so it stands for nothing.
 pub const BUCKET: &str = "local";
@@ -92,12 +96,16 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
 
     let queue = Queue::new(database.clone());
     let results = LocalResults::new(database.clone());
+    let functions = Arc::new(Functions(database.clone()));
     let backend = Backend {
         queue: Arc::new(queue.clone()),
         results: results.clone(),
         journal: Arc::new(Inflight(database.clone())),
-        functions: Arc::new(Functions(database.clone())),
+        functions: functions.clone(),
         executions: Arc::new(Executions(database)),
+        code: Arc::new(LocalCode(code_dir.clone())),
+        code_list: functions,
+        workers: Arc::new(LocalWorkers::default()),
         limits: None,
     };
     Ok(Embedded { node, backend, worker: Worker::new(queue, results, code_dir, runs_dir) })

@@ -6,7 +6,7 @@ use super::lookups::{self, Schedule};
 use crate::audit::{Audit, Ledger};
 use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, Outcome, Status, now_ms};
+use crate::model::{Execution, JobId, Outcome, Recommendation, Status, now_ms};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::HashSet;
@@ -62,16 +62,17 @@ impl Settler {
             Settled::Repeated => "repeated",
             Settled::UnknownJob => "unknown_job",
             Settled::First(function) => {
-                let row = Execution::of(id, function, outcome);
+                let fields = outcome.fields();
+                let row = Execution::of(id, function, &fields);
                 log_execution(&row);
-                self.record(id, row)
+                self.record(id, row, Recommendation::of(id, &fields))
             }
         };
         self.metrics.results.with_label_values(&[kind]).inc();
     }
 
-    fn record(&self, id: JobId, row: Execution) -> &'static str {
-        if self.audit.record(id, row).is_ok() {
+    fn record(&self, id: JobId, row: Execution, recommendation: Option<Recommendation>) -> &'static str {
+        if self.audit.record(id, row, recommendation).is_ok() {
             return "settled";
         }
         // Full means that the log table does not keep up. The stored result outlives the jam: look again later.
@@ -84,7 +85,7 @@ impl Settler {
         let lost = Outcome::new(Bytes::from_static(b"{\"status\":\"LOST\"}"));
         if let Settled::First(function) = self.in_flight.settle(id, &lost) {
             tracing::warn!(requestId = %id, functionId = %function, "Job Lost");
-            let kind = self.record(id, Execution::lost(id, function));
+            let kind = self.record(id, Execution::lost(id, function), None);
             self.metrics.results.with_label_values(&[if kind == "settled" { "lost" } else { kind }]).inc();
         }
         self.schedule.plan(id, lookups::FIRST);

@@ -1,6 +1,6 @@
 //! One row of the execution log, and the fixed mapping from a worker's result to it.
 
-use super::{FunctionId, JobId, Outcome, UnixMs, now_ms, rfc3339_ms};
+use super::{FunctionId, JobId, ResultFields, UnixMs, now_ms, rfc3339_ms};
 use std::fmt;
 
 /// How long a row is kept, in seconds: 30 days.
@@ -91,9 +91,8 @@ pub struct Execution {
 }
 
 impl Execution {
-    /// The row of a job that ended with `outcome` (CONTRACT: "from result to row").
-    pub fn of(id: JobId, function: FunctionId, outcome: &Outcome) -> Self {
-        let fields = outcome.fields();
+    /// The row of a job that ended with a result of these fields.
+    pub fn of(id: JobId, function: FunctionId, fields: &ResultFields) -> Self {
         let message = match (&fields.stderr, &fields.stdout) {
             (Some(stderr), _) if !stderr.is_empty() => stderr.clone(),
             (_, Some(stdout)) => stdout.clone(),
@@ -155,7 +154,7 @@ fn cut_with_note(message: String) -> String {
 }
 
 /// The longest prefix of at most `bytes_max` bytes that ends on a character boundary.
-fn cut(text: &str, bytes_max: usize) -> &str {
+pub(super) fn cut(text: &str, bytes_max: usize) -> &str {
     if text.len() <= bytes_max {
         return text;
     }
@@ -169,7 +168,7 @@ fn cut(text: &str, bytes_max: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::NodeId;
+    use crate::model::{NodeId, Outcome};
     use bytes::Bytes;
 
     fn id() -> JobId {
@@ -178,7 +177,7 @@ mod tests {
 
     fn row(result: &str) -> Execution {
         let outcome = Outcome::new(Bytes::from(result.to_owned()));
-        Execution::of(id(), FunctionId::parse("f").unwrap(), &outcome)
+        Execution::of(id(), FunctionId::parse("f").unwrap(), &outcome.fields())
     }
 
     #[test]

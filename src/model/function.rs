@@ -1,6 +1,9 @@
 //! A function as the metadata table knows it, and the sums kept beside it.
 
+use super::Recommendation;
+use sha2::{Digest, Sha256};
 use std::fmt;
+use std::fmt::Write;
 use std::sync::Arc;
 
 /// The name a function is stored and called by: 1–128 of `[A-Za-z0-9._-]`, the first a letter or digit.
@@ -63,11 +66,32 @@ pub struct Function {
     /// Grows by one with every change; 0 on items the old controller wrote.
     pub version: u64,
     pub counters: Counters,
+    /// The newest advice of a worker about the function's size.
+    pub recommendation: Option<Recommendation>,
 }
 
 impl Function {
     pub const RUNTIME_DEFAULT: &'static str = "python";
     pub const MEMORY_MB_DEFAULT: u64 = 128;
+
+    /// The entity tag of the function as clients see it: another one after every change of what they see.
+    ///
+    /// The version alone would not do: the old controller changes functions without counting it up.
+    pub fn tag(&self) -> String {
+        let mut hash = Sha256::new();
+        for part in
+            [&self.name, &self.description, &self.runtime, &self.s3_key, &self.uploaded_at, &self.updated_at]
+        {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part);
+        }
+        hash.update(self.memory_mb.to_be_bytes());
+        let mut tag = format!("\"{}-", self.version);
+        for byte in &hash.finalize()[..6] {
+            let _ = write!(tag, "{byte:02x}");
+        }
+        tag + "\""
+    }
 
     /// `text` if it is a JSON object, else `{}`: an old item may hold anything in `envVars`.
     pub fn env_vars_or_empty(text: &str) -> String {
@@ -83,6 +107,8 @@ impl Function {
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counters {
     pub invocations: u64,
+    /// Those that did not end in SUCCESS; counted since this controller is in charge.
+    pub errors: u64,
     pub total_duration_ms: f64,
     /// Runs whose worker reported the handler's own time.
     pub handler_invocations: u64,
@@ -92,9 +118,32 @@ pub struct Counters {
 impl std::ops::AddAssign for Counters {
     fn add_assign(&mut self, other: Self) {
         self.invocations += other.invocations;
+        self.errors += other.errors;
         self.total_duration_ms += other.total_duration_ms;
         self.handler_invocations += other.handler_invocations;
         self.total_handler_duration_ms += other.total_handler_duration_ms;
+    }
+}
+
+#[cfg(test)]
+impl Function {
+    /// Some function, for tests.
+    pub fn sample(id: &str) -> Self {
+        Self {
+            id: FunctionId::parse(id).expect("a test names functions well"),
+            name: format!("the {id}"),
+            description: "a test".to_owned(),
+            runtime: "python".to_owned(),
+            memory_mb: 256,
+            s3_key: format!("functions/{id}/a.zip"),
+            original_name: "code.zip".to_owned(),
+            uploaded_at: "2026-01-02T03:04:05.678Z".to_owned(),
+            updated_at: String::new(),
+            env_vars: "{}".to_owned(),
+            version: 1,
+            counters: Counters::default(),
+            recommendation: None,
+        }
     }
 }
 
@@ -111,6 +160,23 @@ mod tests {
         let too_long = "a".repeat(129);
         for bad in ["", "-a", ".a", "..", "a/b", "a b", "ä", "a\0", "config#a", too_long.as_str()] {
             assert_eq!(FunctionId::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_tag_changes_with_what_is_seen_and_with_nothing_else() {
+        let f = Function::sample("f");
+        let tag = f.tag();
+        assert!(tag.starts_with("\"1-") && tag.ends_with('"') && tag.len() == 16, "{tag}");
+        let counted = Function { counters: Counters { invocations: 1, ..f.counters }, ..f.clone() };
+        assert_eq!(counted.tag(), tag);
+        for changed in [
+            Function { memory_mb: 512, ..f.clone() },
+            Function { description: String::new(), ..f.clone() },
+            Function { version: 2, ..f.clone() },
+            Function { updated_at: "x".into(), ..f.clone() },
+        ] {
+            assert_ne!(changed.tag(), tag, "{changed:?}");
         }
     }
 

@@ -15,6 +15,10 @@ use std::fmt;
 const DURATION_MS_MAX: f64 = 1e10;
 /// Largest memory that is believed, in bytes: 2^50.
 const MEMORY_BYTES_MAX: f64 = (1_u64 << 50) as f64;
+/// Largest recommendation that is believed, in MiB.
+const MEMORY_MB_MAX: f64 = 1e6;
+/// Longest text kept of a member that is a string or a number, in bytes of JSON.
+const SCALAR_BYTES_MAX: usize = 256;
 
 /// The result of one run, as it was published.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +60,10 @@ pub struct ResultFields {
     pub duration_ms: Option<f64>,
     pub handler_duration_ms: Option<f64>,
     pub peak_memory_bytes: Option<f64>,
+    pub recommended_memory_mb: Option<f64>,
+    pub optimization_tip: Option<String>,
+    /// A JSON string or number, as text.
+    pub estimated_savings: Option<String>,
 }
 
 impl<'de> Deserialize<'de> for ResultFields {
@@ -100,9 +108,19 @@ impl ResultFields {
             "peakMemoryBytes" | "peak_memory_bytes" => {
                 self.peak_memory_bytes = number(value, MEMORY_BYTES_MAX).or(self.peak_memory_bytes);
             }
+            "recommendedMemoryMb" => self.recommended_memory_mb = number(value, MEMORY_MB_MAX),
+            "optimizationTip" => self.optimization_tip = text(value),
+            "estimatedSavings" => self.estimated_savings = scalar(value),
             _ => {}
         }
     }
+}
+
+/// A string or a finite number, as JSON text of bounded length.
+fn scalar(value: &RawValue) -> Option<String> {
+    let is_number = || read(value).is_some_and(|n: f64| n.is_finite());
+    let fits = value.get().len() <= SCALAR_BYTES_MAX && (read::<String>(value).is_some() || is_number());
+    fits.then(|| value.get().to_owned())
 }
 
 fn read<'a, T: Deserialize<'a>>(value: &'a RawValue) -> Option<T> {

@@ -337,10 +337,10 @@ mod tests {
             r#"{"status":"SUCCESS","stdout":"o","durationMs":1.5,"handlerDurationMs":1,"peakMemoryBytes":1048576}"#
                 .into(),
         );
-        for row in [Execution::of(id, function(), &outcome), Execution::lost(id, function())] {
+        for row in [Execution::of(id, function(), &outcome.fields()), Execution::lost(id, function())] {
             assert_eq!(from_item(&function(), to_item(&row)), row);
         }
-        let item = to_item(&Execution::of(id, function(), &outcome));
+        let item = to_item(&Execution::of(id, function(), &outcome.fields()));
         assert_eq!(item["duration"], AttributeValue::N("1.5".into()));
         assert_eq!(item["memoryMb"], AttributeValue::N("1".into()));
         assert_eq!(key_of(&item), ("f".to_owned(), RowKey::of(id).as_str().to_owned()));

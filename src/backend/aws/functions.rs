@@ -2,8 +2,8 @@
 
 use super::error::class;
 use super::item::{self, Item, float, text, whole};
-use crate::backend::{BackendError, FunctionStore};
-use crate::model::{Counters, Function, FunctionId};
+use crate::backend::{BackendError, CodeList, FunctionPage, FunctionStore, FunctionWrite, Written};
+use crate::model::{Counters, Function, FunctionId, Recommendation, RetiredCode, UnixMs};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::config::Config;
@@ -14,11 +14,13 @@ use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 pub(super) struct FunctionTable {
     client: Client,
     table: String,
+    /// Records of changes and the code list stand in the log table, under hash keys that are no function ids.
+    logs_table: String,
 }
 
 impl FunctionTable {
-    pub(super) fn new(client: Client, table: &str) -> Self {
-        Self { client, table: table.to_owned() }
+    pub(super) fn new(client: Client, table: &str, logs_table: &str) -> Self {
+        Self { client, table: table.to_owned(), logs_table: logs_table.to_owned() }
     }
 }
 
@@ -63,8 +65,35 @@ impl FunctionStore for FunctionTable {
         }
     }
 
+    async fn list(&self, _limit: usize, _after: Option<&str>) -> Result<FunctionPage, BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
+    async fn write(&self, _write: &FunctionWrite) -> Result<Written, BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
+    async fn recommend(&self, _id: &FunctionId, _r: &Recommendation) -> Result<(), BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
     async fn probe(&self) -> Result<(), BackendError> {
         item::probe(&self.client, &self.table, &["functionId"]).await
+    }
+}
+
+#[async_trait]
+impl CodeList for FunctionTable {
+    async fn add(&self, _code: &RetiredCode) -> Result<(), BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
+    async fn due(&self, _now: UnixMs, _limit: usize) -> Result<Vec<RetiredCode>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    async fn remove(&self, _code: &RetiredCode) -> Result<(), BackendError> {
+        Err(BackendError::Invalid("stub".into()))
     }
 }
 
@@ -87,10 +116,12 @@ fn function(id: FunctionId, item: &Item) -> Function {
         version: item.whole("version").unwrap_or(0),
         counters: Counters {
             invocations: item.whole("invocations").unwrap_or(0),
+            errors: 0,
             total_duration_ms: item.float("totalDuration").unwrap_or(0.0),
             handler_invocations: item.whole("handlerInvocations").unwrap_or(0),
             total_handler_duration_ms: item.float("totalHandlerDuration").unwrap_or(0.0),
         },
+        recommendation: None,
         id,
     }
 }

@@ -6,7 +6,9 @@ use super::journal::RedisJournal;
 use super::limits::RedisLimits;
 use super::redis::{self, Commands};
 use super::results::RedisResults;
+use super::s3::CodeBucket;
 use super::sqs::SqsQueue;
+use super::workers::RedisWorkers;
 use super::{Connected, Settings, client, error, s3};
 use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, StartProblem};
 use aws_config::SdkConfig;
@@ -30,12 +32,16 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
     match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
         (Ok(aws), Ok(redis)) => {
             let commands = Arc::new(Commands::new(redis.clone()));
+            let functions = Arc::new(aws.functions);
             let backend = Backend {
                 queue: Arc::new(aws.queue),
                 results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), settings.node)),
                 journal: Arc::new(RedisJournal::new(Arc::clone(&commands), settings.node)),
-                functions: Arc::new(aws.functions),
+                functions: functions.clone(),
                 executions: Arc::new(aws.executions),
+                code: Arc::new(aws.code),
+                code_list: functions,
+                workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
                 limits: Some(Arc::new(RedisLimits::new(commands))),
             };
             Ok(Connected { backend, warnings: aws.warnings })
@@ -52,6 +58,7 @@ struct Aws {
     queue: SqsQueue,
     functions: FunctionTable,
     executions: ExecutionTable,
+    code: CodeBucket,
     warnings: Vec<String>,
 }
 
@@ -62,7 +69,7 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     let sqs = client::sqs(&config, settings);
     let dynamodb = client::dynamodb(&config, settings);
     let s3 = client::s3(&config, settings);
-    let functions = FunctionTable::new(dynamodb.clone(), &settings.functions_table);
+    let functions = FunctionTable::new(dynamodb.clone(), &settings.functions_table, &settings.logs_table);
     let executions = ExecutionTable::new(dynamodb, &settings.logs_table);
     let (queue, functions_found, executions_found, bucket) = tokio::join!(
         within(deadline, || SqsQueue::open(sqs.clone(), &settings.queue_url)),
@@ -86,7 +93,8 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     }
     match queue {
         Some(queue) if problems.is_empty() => {
-            Ok(Aws { queue, functions, executions, warnings: bucket_warning(settings, bucket) })
+            let warnings = bucket_warning(settings, bucket);
+            Ok(Aws { queue, functions, executions, code: CodeBucket::new(s3, &settings.bucket), warnings })
         }
         _ => Err(problems),
     }

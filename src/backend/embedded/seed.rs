@@ -82,6 +82,7 @@ impl Example {
             env_vars: "{}".to_owned(),
             version: 1,
             counters: Counters::default(),
+            recommendation: None,
         })
     }
 }

@@ -1,9 +1,13 @@
 //! The function metadata and the execution log, as two tables.
 
 use super::database::{Database, integer, unsigned};
-use crate::backend::{BackendError, ExecutionStore, FunctionStore, LogPage, LogQuery, ROWS_MAX};
+use crate::backend::{
+    BackendError, CodeList, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite, LogPage, LogQuery,
+    ROWS_MAX, Written,
+};
 use crate::model::{
-    Counters, Execution, Function, FunctionId, JobId, RowKey, Status, UnixMs, now_ms, rfc3339_ms,
+    Counters, Execution, Function, FunctionId, JobId, Recommendation, RetiredCode, RowKey, Status, UnixMs,
+    now_ms, rfc3339_ms,
 };
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -57,10 +61,12 @@ fn function(id: FunctionId, row: &Row<'_>) -> rusqlite::Result<Function> {
         version: unsigned(row.get("version")?),
         counters: Counters {
             invocations: unsigned(row.get("invocations")?),
+            errors: 0,
             total_duration_ms: row.get("total_duration_ms")?,
             handler_invocations: unsigned(row.get("handler_invocations")?),
             total_handler_duration_ms: row.get("total_handler_duration_ms")?,
         },
+        recommendation: None,
     })
 }
 
@@ -93,8 +99,35 @@ impl FunctionStore for Functions {
         Ok(write.await?)
     }
 
+    async fn list(&self, _limit: usize, _after: Option<&str>) -> Result<FunctionPage, BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
+    async fn write(&self, _write: &FunctionWrite) -> Result<Written, BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
+    async fn recommend(&self, _id: &FunctionId, _r: &Recommendation) -> Result<(), BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
     async fn probe(&self) -> Result<(), BackendError> {
         probe(&self.0, "SELECT 1 FROM functions LIMIT 1").await
+    }
+}
+
+#[async_trait]
+impl CodeList for Functions {
+    async fn add(&self, _code: &RetiredCode) -> Result<(), BackendError> {
+        Err(BackendError::Invalid("stub".into()))
+    }
+
+    async fn due(&self, _now: UnixMs, _limit: usize) -> Result<Vec<RetiredCode>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    async fn remove(&self, _code: &RetiredCode) -> Result<(), BackendError> {
+        Err(BackendError::Invalid("stub".into()))
     }
 }
 
@@ -249,7 +282,7 @@ mod tests {
         let result =
             serde_json::json!({ "status": status, "stdout": random.to_string(), "durationMs": 1.25 });
         let outcome = Outcome::new(Bytes::from(result.to_string()));
-        Execution::of(JobId::new(NodeId(1), at, random), f(), &outcome)
+        Execution::of(JobId::new(NodeId(1), at, random), f(), &outcome.fields())
     }
 
     fn old_row(key: &str, request_id: &str) -> Execution {
@@ -412,6 +445,7 @@ mod tests {
         let functions = Functions(database);
         let sums = Counters {
             invocations: 2,
+            errors: 1,
             total_duration_ms: 0.5,
             handler_invocations: 1,
             total_handler_duration_ms: 0.25,

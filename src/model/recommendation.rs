@@ -1,0 +1,64 @@
+//! What a worker advises about a function's size, kept with the function.
+
+use super::{JobId, ResultFields, UnixMs};
+
+/// The advice of one execution. The newest one that holds any is kept.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Recommendation {
+    pub memory_mb: Option<u64>,
+    pub tip: Option<String>,
+    /// A JSON string or number, as text, as the worker gave it.
+    pub savings: Option<String>,
+    /// The execution it comes from.
+    pub request_id: String,
+    /// When that execution was accepted.
+    pub at: UnixMs,
+}
+
+impl Recommendation {
+    /// Longest tip kept, in bytes.
+    pub const TIP_BYTES_MAX: usize = 1024;
+
+    /// `None` if the result advises nothing.
+    pub fn of(id: JobId, fields: &ResultFields) -> Option<Self> {
+        // A float to integer cast saturates.
+        let memory_mb = fields.recommended_memory_mb.map(|mb| mb.round() as u64).filter(|mb| *mb > 0);
+        let tip = fields.optimization_tip.as_deref().filter(|tip| !tip.is_empty());
+        let tip = tip.map(|tip| super::execution::cut(tip, Self::TIP_BYTES_MAX).to_owned());
+        let savings = fields.estimated_savings.clone();
+        let advises = memory_mb.is_some() || tip.is_some() || savings.is_some();
+        advises.then(|| Self { memory_mb, tip, savings, request_id: id.to_string(), at: id.accepted_at() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{NodeId, Outcome};
+
+    fn of(result: &str) -> Option<Recommendation> {
+        let fields = Outcome::new(result.to_owned().into()).fields();
+        Recommendation::of(JobId::new(NodeId(1), 7, 9), &fields)
+    }
+
+    #[test]
+    fn advice_is_read_leniently() {
+        let full =
+            of(r#"{"recommendedMemoryMb":256.4,"optimizationTip":"less","estimatedSavings":"30%"}"#).unwrap();
+        assert_eq!((full.memory_mb, full.tip.as_deref()), (Some(256), Some("less")));
+        assert_eq!((full.savings.as_deref(), full.at), (Some("\"30%\""), 7));
+        let number = of(r#"{"estimatedSavings": 12.5 ,"recommendedMemoryMb":"x"}"#).unwrap();
+        assert_eq!((number.memory_mb, number.savings.as_deref()), (None, Some("12.5")));
+        for none in [
+            "{}",
+            "x",
+            r#"{"recommendedMemoryMb":null,"optimizationTip":"","estimatedSavings":null}"#,
+            r#"{"recommendedMemoryMb":-1,"optimizationTip":[],"estimatedSavings":{}}"#,
+            r#"{"recommendedMemoryMb":1e300}"#,
+        ] {
+            assert_eq!(of(none), None, "{none}");
+        }
+        let long = of(&format!("{{\"optimizationTip\":\"{}\"}}", "ä".repeat(1000))).unwrap();
+        assert_eq!(long.tip.map(|tip| tip.len()), Some(1024));
+    }
+}

@@ -1,0 +1,64 @@
+//! The languages functions are written in, and what each asks of its code and its memory.
+
+use std::ops::RangeInclusive;
+
+/// A language that workers run. Older items of the table may name others; those are passed on as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runtime {
+    Python,
+    Nodejs,
+    Cpp,
+    Go,
+}
+
+impl Runtime {
+    pub const ALL: [Self; 4] = [Self::Python, Self::Nodejs, Self::Cpp, Self::Go];
+
+    pub fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|runtime| runtime.name() == name)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Python => "python",
+            Self::Nodejs => "nodejs",
+            Self::Cpp => "cpp",
+            Self::Go => "go",
+        }
+    }
+
+    /// Files a run starts with; one of them stands at the top of the code.
+    pub fn entry_files(self) -> &'static [&'static str] {
+        match self {
+            Self::Python => &["main.py"],
+            Self::Nodejs => &["index.js"],
+            Self::Cpp => &["main", "main.cpp"],
+            Self::Go => &["main", "main.go"],
+        }
+    }
+
+    /// What a function may be given, in MiB. A runtime nobody knows gets what all of them may have.
+    pub fn memory_mb_bounds(name: &str) -> RangeInclusive<u64> {
+        match Self::parse(name) {
+            Some(Self::Python) => 128..=10_240,
+            Some(Self::Nodejs | Self::Cpp | Self::Go) | None => 128..=1_024,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_bounds() {
+        for runtime in Runtime::ALL {
+            assert_eq!(Runtime::parse(runtime.name()), Some(runtime));
+        }
+        for other in ["", "Python", "ruby"] {
+            assert_eq!(Runtime::parse(other), None);
+            assert_eq!(Runtime::memory_mb_bounds(other), 128..=1024);
+        }
+        assert_eq!(Runtime::memory_mb_bounds("python"), 128..=10_240);
+    }
+}

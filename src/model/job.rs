@@ -383,6 +383,7 @@ mod tests {
             env_vars: r#"{"A":"1"}"#.into(),
             version: 7,
             counters: Counters::default(),
+            recommendation: None,
         }
     }
 

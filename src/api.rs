@@ -3,28 +3,40 @@
 //! Every handler has one shape: parse → call → reply. Nothing here knows the server: `gateway` turns a request
 //! into a [`Call`] and a [`Reply`] into a response.
 
+mod auto_tuner;
+mod cursor;
+mod form;
 mod functions;
 mod logs;
+mod models;
+mod openapi;
+mod precondition;
 mod prefer;
 mod problem;
+mod query;
 mod routes;
 mod run;
 mod status;
 mod system;
+mod workers;
 
+pub use models::ModelCatalogue;
 pub use problem::{ApiError, BODY_BYTES_SLACK};
-pub use routes::{Endpoint, Found, Route, Scope, find, patterns};
+pub use routes::{Endpoint, Found, Route, Scope, Takes, find, patterns};
 pub use system::Health;
 
+use crate::audit::Tail;
 use crate::backend::{Backend, QueueTraits};
-use crate::config::Conf;
+use crate::config::{Conf, Secret};
 use crate::dispatch::Dispatcher;
-use crate::functions::Functions;
+use crate::functions::{Editor, Functions};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Metrics;
+use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, StatusCode, Uri};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What a handler reads of a request.
@@ -32,10 +44,19 @@ use std::sync::Arc;
 pub struct Call {
     /// The parts of the path that the route's pattern names, decoded, in order.
     pub params: Vec<String>,
-    /// Undecoded.
-    pub query: Option<String>,
+    pub uri: Uri,
     pub headers: CallHeaders,
+    /// Empty on routes that read it piece by piece, or not at all.
     pub body: Bytes,
+    /// The name of the API key, which stands for it; empty on routes that ask for none.
+    pub key_name: Arc<str>,
+}
+
+/// A body that is read piece by piece; whoever gives it has bounded its length and its time.
+#[async_trait]
+pub trait BodyStream: Send {
+    /// `None`: it has ended.
+    async fn next(&mut self) -> Result<Option<Bytes>, ApiError>;
 }
 
 /// The header fields that handlers read; a few shared values instead of a copy of the map.
@@ -45,19 +66,47 @@ pub struct CallHeaders {
     pub x_async: Option<HeaderValue>,
     pub content_type: Option<HeaderValue>,
     pub traceparent: Option<HeaderValue>,
-    pub if_none_match: Option<HeaderValue>,
+    pub if_match: Vec<HeaderValue>,
+    pub if_none_match: Vec<HeaderValue>,
+    pub x_runtime: Option<HeaderValue>,
+    pub x_memory_mb: Option<HeaderValue>,
+    pub x_function_name: Option<HeaderValue>,
 }
 
 impl CallHeaders {
     pub fn of(map: &HeaderMap) -> Self {
+        let all = |name: &str| map.get_all(name).iter().cloned().collect();
+        let one = |name: &str| map.get(name).cloned();
         Self {
-            prefer: map.get_all("prefer").iter().cloned().collect(),
-            x_async: map.get("x-async").cloned(),
-            content_type: map.get(http::header::CONTENT_TYPE).cloned(),
-            traceparent: map.get("traceparent").cloned(),
-            if_none_match: map.get(http::header::IF_NONE_MATCH).cloned(),
+            prefer: all("prefer"),
+            x_async: one("x-async"),
+            content_type: one("content-type"),
+            traceparent: one("traceparent"),
+            if_match: all("if-match"),
+            if_none_match: all("if-none-match"),
+            x_runtime: one("x-runtime"),
+            x_memory_mb: one("x-memory-mb"),
+            x_function_name: one("x-function-name"),
         }
     }
+
+    /// Whether the body is said to be JSON. A missing `Content-Type` is taken as JSON, as the body says clearly
+    /// enough whether it is.
+    pub fn is_json(&self) -> bool {
+        let Some(value) = &self.content_type else { return true };
+        let essence = essence(value);
+        essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+    }
+
+    pub fn is_form(&self) -> bool {
+        self.content_type.as_ref().is_some_and(|value| essence(value) == "multipart/form-data")
+    }
+}
+
+/// A media type without its parameters, in small letters.
+fn essence(value: &HeaderValue) -> String {
+    let essence = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default();
+    essence.trim().to_ascii_lowercase()
 }
 
 /// An answer.
@@ -88,62 +137,144 @@ impl Reply {
     }
 }
 
-/// All handlers. Cheap to share: each holds only what it uses.
+/// What the handlers are made of.
+pub struct Parts<'a> {
+    pub conf: &'a Conf,
+    pub backend: &'a Backend,
+    pub dispatcher: Dispatcher,
+    pub functions: Functions,
+    pub editor: Editor,
+    pub tail: Tail,
+    pub models: ModelCatalogue,
+    pub lifecycle: Lifecycle,
+    pub metrics: Arc<Metrics>,
+    /// What jobs name as the place of their code.
+    pub bucket: String,
+    /// Where uploads lie until they are checked and stored.
+    pub spool_dir: PathBuf,
+    /// What cursors are signed with is derived from it.
+    pub api_key: &'a Secret,
+}
+
+/// All handlers; each holds only what it uses.
 pub struct Api {
     run: run::Run,
     status: status::Status,
     functions: functions::FunctionRoutes,
+    auto_tuner: auto_tuner::AutoTuner,
     logs: logs::Logs,
+    models: ModelCatalogue,
+    workers: workers::Workers,
     system: system::System,
     queue: QueueTraits,
 }
 
 impl Api {
-    pub fn new(
-        conf: &Conf,
-        backend: &Backend,
-        dispatcher: Dispatcher,
-        functions: Functions,
-        lifecycle: Lifecycle,
-        metrics: Arc<Metrics>,
-        bucket: String,
-    ) -> Self {
+    pub fn new(parts: Parts<'_>) -> Self {
+        let Parts { conf, backend, dispatcher, lifecycle, metrics, .. } = parts;
         let queue = backend.queue.traits();
+        let cursors = cursor::Cursors::new(parts.api_key);
+        let run = run::Run::new(
+            &conf.waits,
+            queue,
+            dispatcher.clone(),
+            parts.functions,
+            lifecycle.clone(),
+            parts.bucket,
+        );
         Self {
-            run: run::Run::new(
-                &conf.waits,
-                queue,
-                dispatcher.clone(),
-                functions.clone(),
-                lifecycle.clone(),
-                bucket,
-            ),
+            run,
             status: status::Status::new(&conf.waits, dispatcher, lifecycle.clone()),
-            functions: functions::FunctionRoutes::new(functions),
-            logs: logs::Logs::new(Arc::clone(&backend.executions)),
+            functions: functions::FunctionRoutes::new(
+                Arc::clone(&backend.functions),
+                parts.editor.clone(),
+                cursors.clone(),
+                parts.spool_dir,
+            ),
+            auto_tuner: auto_tuner::AutoTuner::new(Arc::clone(&backend.functions), parts.editor),
+            logs: logs::Logs::new(Arc::clone(&backend.executions), parts.tail, cursors),
+            models: parts.models,
+            workers: workers::Workers::new(Arc::clone(&backend.workers)),
             system: system::System::new(Health::new(backend, Arc::clone(&metrics)), lifecycle, metrics),
             queue,
         }
     }
 
-    /// Largest body that any route takes, in bytes.
-    pub fn body_bytes_max(&self) -> usize {
-        self.queue.message_bytes_max + BODY_BYTES_SLACK
+    /// Largest body that a route takes, in bytes.
+    pub fn body_bytes_max(&self, endpoint: Endpoint) -> usize {
+        match endpoint {
+            Endpoint::Upload | Endpoint::ChangeFunction => form::BODY_BYTES_MAX,
+            Endpoint::Heartbeat => workers::BODY_BYTES_MAX,
+            _ => self.queue.message_bytes_max + BODY_BYTES_SLACK,
+        }
     }
 
+    /// Answers a request whose body, if its route takes one, is read.
     pub async fn call(&self, endpoint: Endpoint, call: &Call) -> Result<Reply, ApiError> {
         match endpoint {
             Endpoint::Index => Ok(system::index()),
             Endpoint::Run => self.run.post(call).await,
             Endpoint::Status => self.status.get(call).await,
             Endpoint::StatusWithoutId => Err(ApiError::invalid("the path names no job id: /status/<jobId>")),
+            Endpoint::Functions => self.functions.list(call).await,
             Endpoint::Function => self.functions.get(call).await,
+            Endpoint::DeleteFunction => self.functions.delete(call).await,
+            Endpoint::FunctionMetrics => self.functions.metrics(call).await,
+            Endpoint::AutoTuner => self.auto_tuner.get(call).await,
+            Endpoint::ApplyAutoTuner => self.auto_tuner.apply(call).await,
             Endpoint::Logs => self.logs.list(call).await,
             Endpoint::Log => self.logs.get(call).await,
+            Endpoint::NodeLogs => Ok(self.logs.of_node()),
+            Endpoint::Models => Ok(self.models.get().await),
+            Endpoint::Heartbeat => self.workers.heartbeat(call).await,
+            Endpoint::Workers => self.workers.list().await,
+            Endpoint::SystemStatus => self.workers.system_status().await,
+            Endpoint::OpenApi => Ok(openapi::document()),
             Endpoint::Health => Ok(self.system.health().await),
             Endpoint::Livez => Ok(self.system.livez()),
             Endpoint::Readyz => self.system.readyz(),
             Endpoint::Metrics => Ok(self.system.metrics()),
+            // Their bodies are streams.
+            Endpoint::Upload | Endpoint::ChangeFunction => Err(ApiError::BodyBroken),
+        }
+    }
+
+    /// Answers a request whose handler reads the body itself.
+    pub async fn call_streaming(
+        &self,
+        endpoint: Endpoint,
+        call: &Call,
+        body: &mut dyn BodyStream,
+    ) -> Result<Reply, ApiError> {
+        match endpoint {
+            Endpoint::Upload => self.functions.upload(call, body).await,
+            Endpoint::ChangeFunction => self.functions.change(call, body).await,
+            _ => self.call(endpoint, call).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_types() {
+        let of = |value| CallHeaders { content_type: value, ..CallHeaders::default() };
+        assert!(of(None).is_json() && !of(None).is_form());
+        for (value, json, form) in [
+            ("application/json", true, false),
+            ("Application/JSON; charset=utf-8", true, false),
+            ("application/cloudevents+json", true, false),
+            ("text/plain", false, false),
+            ("application/x-www-form-urlencoded", false, false),
+            ("application/jsonp", false, false),
+            ("multipart/form-data; boundary=x", false, true),
+            ("multipart/mixed; boundary=x", false, false),
+            ("", false, false),
+        ] {
+            let headers = of(Some(HeaderValue::from_static(value)));
+            assert_eq!((headers.is_json(), headers.is_form()), (json, form), "{value}");
         }
     }
 }

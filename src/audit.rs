@@ -4,6 +4,10 @@
 //! and comes again, so a slow log table costs memory up to the bound and nothing else. Behind it one loop writes
 //! rows 25 at a time and adds the counters of each function up, written about once a second.
 
+mod tail;
+
+pub use tail::{Tail, TailEntry};
+
 use crate::backend::{BackendError, ExecutionStore, FunctionStore, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
@@ -44,6 +48,7 @@ pub struct Audit {
     bytes: Arc<AtomicUsize>,
     bytes_max: usize,
     metrics: Arc<Metrics>,
+    tail: Tail,
 }
 
 struct Record {
@@ -79,9 +84,17 @@ impl Audit {
             Full
         })?;
         self.metrics.observe_execution(&record.row);
+        self.tail.push(&record.row);
         self.metrics.audit_waiting_rows.inc();
         permit.send(record);
         Ok(())
+    }
+}
+
+impl Audit {
+    /// The last executions.
+    pub fn tail(&self) -> Tail {
+        self.tail.clone()
     }
 }
 
@@ -131,6 +144,7 @@ pub fn new(
         bytes: Arc::clone(&bytes),
         bytes_max: conf.audit_bytes_max,
         metrics: Arc::clone(&metrics),
+        tail: Tail::default(),
     };
     let flusher = Flusher { receiver, bytes, executions, functions, metrics, notes: Notes::default() };
     (audit, flusher)

@@ -18,9 +18,10 @@ pub use serve::{ServeArgs, check, serve};
 
 use crate::api;
 use crate::backend::{Backend, StartProblem};
-use crate::config::{Conf, ConfigError, Secret};
+use crate::config::{AiNode, Conf, ConfigError, Secret};
 use crate::model::NodeId;
 use std::future::Future;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use tokio::sync::watch;
 
@@ -56,6 +57,8 @@ struct Connected {
     node: NodeId,
     backend: Backend,
     bucket: String,
+    /// An empty directory for uploads on their way.
+    spool_dir: PathBuf,
     extra_loop: Option<BackendLoop>,
     /// Held as long as the process runs.
     claim: Option<Box<dyn Claim>>,
@@ -76,18 +79,34 @@ type Connect = Box<
 
 /// Everything a node needs to start.
 struct Plan {
+    settings: Settings,
+    connect: Connect,
+}
+
+/// What a node is told.
+struct Settings {
     conf: Conf,
     port: u16,
     api_key: Secret,
-    connect: Connect,
+    /// Where the model catalogue is.
+    ai_node: Option<AiNode>,
     /// Printed for the person at the terminal once the port is bound; `{port}` stands for it.
     banner: Option<String>,
 }
 
+/// The directory `spool` in `dir`, without what a killed process left there.
+fn spool_dir(dir: &Path) -> std::io::Result<PathBuf> {
+    let path = dir.join("spool");
+    match std::fs::remove_dir_all(&path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
+        _ => std::fs::create_dir_all(&path)?,
+    }
+    Ok(path)
+}
+
 /// Limits on routes that are none would silently be off.
 fn check_routes(conf: &Conf) -> Result<(), ConfigError> {
-    // `/upload` is limited by the shipped configuration, and has been by the old controller.
-    let is_route = |route: &str| route == "/upload" || api::patterns().any(|pattern| pattern == route);
+    let is_route = |route: &str| api::patterns().any(|pattern| pattern == route);
     let mut problems = Vec::new();
     for limit in &conf.limits {
         for route in limit.routes.iter().filter(|route| !is_route(route)) {

@@ -11,7 +11,7 @@ pub use conf::{
     BatchConf, CacheConf, Conf, HttpConf, Identity, LimitConf, ListenConf, MemoryConf, MetricsConf,
     OnRedisLoss, ShutdownConf, StartConf, WaitsConf,
 };
-pub use env::{Env, Secret, api_key_problem};
+pub use env::{AiNode, Env, Secret, api_key_problem};
 
 /// What is wrong with the configuration, one line a problem. `serve` and `check` exit with 78 on it.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

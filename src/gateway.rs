@@ -11,7 +11,7 @@ mod request_id;
 pub use api_key::ApiKeys;
 pub use rate_limit::RateLimiter;
 
-use crate::api::{Api, ApiError, Call, CallHeaders, Found, Reply, Route, find};
+use crate::api::{Api, ApiError, Call, CallHeaders, Found, Reply, Route, Takes, find};
 use crate::config::HttpConf;
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::metrics::Metrics;
@@ -67,16 +67,31 @@ impl Gateway {
             Ok(admitted) => admitted,
             Err(e) => return Some(Err(e)),
         };
-        let reply = tokio::select! {
-            biased;
-            reply = self.api.call(route.endpoint, &call) => reply,
-            // Reading on is how a client that leaves is noticed.
-            _ = session.downstream_session.read_body_or_idle(true) => return None,
+        let reply = match route.takes {
+            Takes::Stream => self.call_streaming(session, route, &call).await,
+            Takes::Nothing | Takes::Whole => tokio::select! {
+                biased;
+                reply = self.api.call(route.endpoint, &call) => reply,
+                // Reading on is how a client that leaves is noticed.
+                _ = session.downstream_session.read_body_or_idle(true) => return None,
+            },
         };
         Some(reply.map(|mut reply| {
             reply.headers.extend(limits.into_fields());
             reply
         }))
+    }
+
+    async fn call_streaming(
+        &self,
+        session: &mut Session,
+        route: &Route,
+        call: &Call,
+    ) -> Result<Reply, ApiError> {
+        let bytes_max = self.api.body_bytes_max(route.endpoint);
+        let timeout = Duration::from_secs(self.http.upload_timeout_s);
+        let mut body = body::Streamed::open(session, bytes_max, timeout)?;
+        self.api.call_streaming(route.endpoint, call, &mut body).await
     }
 
     async fn admit(
@@ -95,21 +110,24 @@ impl Gateway {
             Found::Nothing => return Err(ApiError::NoSuchRoute),
         };
         ctx.route = route.pattern;
+        let mut key_name = Arc::default();
         if route.scope.is_some() {
             let key = self.keys.check(header.headers.get("x-api-key"))?;
+            key_name = Arc::clone(&key.key_name);
             let client = session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
             *limits = self.limiter.check(route.pattern, &key, client).await?;
         }
         let header = session.req_header();
         let mut call = Call {
             params,
-            query: header.uri.query().map(str::to_owned),
+            uri: header.uri.clone(),
             headers: CallHeaders::of(&header.headers),
             body: bytes::Bytes::new(),
+            key_name,
         };
-        if route.takes_body {
+        if route.takes == Takes::Whole {
             let timeout = Duration::from_secs(self.http.body_timeout_s);
-            call.body = body::read(session, self.api.body_bytes_max(), timeout).await?;
+            call.body = body::read(session, self.api.body_bytes_max(route.endpoint), timeout).await?;
         }
         Ok((route, call))
     }

@@ -55,6 +55,7 @@ pub struct Metrics {
     /// Rows that the table will never take.
     pub audit_rows_refused: IntCounter,
     /// By `check`: 1 healthy, 0 not, as of the last look.
+    pub code_deleted: IntCounter,
     pub health: IntGaugeVec,
     pub log_lines_dropped: IntGauge,
 }
@@ -98,6 +99,7 @@ impl Metrics {
                 "infra_audit_rows_refused_total",
                 "Rows the table refused for good",
             )?,
+            code_deleted: counter(r, "infra_code_deleted_total", "Code archives swept away")?,
             health: gauges(r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
             log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines dropped: nobody read them")?,
             registry,

@@ -1,11 +1,13 @@
-//! `/functions/:id/logs` and `/functions/:id/logs/:requestId`.
+//! `/functions/:id/logs`, `/functions/:id/logs/:requestId` and `/logs`.
 
-use super::functions::function_id;
+use super::cursor::Cursors;
+use super::functions::{function_id, with_next};
+use super::query::Query;
 use super::{ApiError, Call, Reply};
+use crate::audit::{Tail, TailEntry};
 use crate::backend::{ExecutionStore, LogQuery};
-use crate::model::{Execution, FunctionId, parse_rfc3339_ms, rfc3339_ms};
+use crate::model::{Execution, Status, parse_rfc3339_ms, rfc3339_ms};
 use http::StatusCode;
-use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
@@ -15,20 +17,32 @@ const LIMIT_MAX: usize = 1000;
 /// A list shows this many characters of each message.
 const MESSAGE_CHARS: usize = 200;
 
+/// Longest status that is asked for, in bytes; none that is kept is longer.
+const STATUS_BYTES_MAX: usize = 64;
+
 pub struct Logs {
     executions: Arc<dyn ExecutionStore>,
+    tail: Tail,
+    cursors: Cursors,
 }
 
 impl Logs {
-    pub fn new(executions: Arc<dyn ExecutionStore>) -> Self {
-        Self { executions }
+    pub fn new(executions: Arc<dyn ExecutionStore>, tail: Tail, cursors: Cursors) -> Self {
+        Self { executions, tail, cursors }
     }
 
     pub async fn list(&self, call: &Call) -> Result<Reply, ApiError> {
-        let query = parse_query(function_id(call)?, call.query.as_deref().unwrap_or_default())?;
-        let page = self.executions.list(&query).await.map_err(|e| ApiError::backend("the log table", &e))?;
+        let query = Query::read(&call.uri, &["limit", "startTime", "endTime", "status", "cursor"])?;
+        let wanted = self.wanted(call, &query)?;
+        let page = self.executions.list(&wanted).await.map_err(|e| ApiError::backend("the log table", &e))?;
         let rows: Vec<Value> = page.rows.iter().map(|row| shown(row, cut(&row.message))).collect();
-        Ok(Reply::value(StatusCode::OK, &Value::Array(rows)))
+        let reply = Reply::value(StatusCode::OK, &Value::Array(rows));
+        let Some(place) = page.next else { return Ok(reply) };
+        let cursor = self.cursors.seal(&context(&wanted).each_ref().map(String::as_str), &place);
+        let mut next: Vec<_> =
+            ["limit", "startTime", "endTime", "status"].map(|name| (name, query.get(name))).into();
+        next.push(("cursor", Some(&cursor)));
+        Ok(with_next(reply, call, &next))
     }
 
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
@@ -38,35 +52,60 @@ impl Logs {
         let row = row.map_err(|e| ApiError::backend("the log table", &e))?.ok_or(ApiError::NoSuchLog)?;
         Ok(Reply::value(StatusCode::OK, &shown(&row, &row.message)))
     }
-}
 
-fn parse_query(function: FunctionId, query: &str) -> Result<LogQuery, ApiError> {
-    let mut parsed =
-        LogQuery { function, limit: LIMIT_DEFAULT, start: None, end: None, status: None, after: None };
-    for pair in query.split('&') {
-        let (name, raw) = pair.split_once('=').unwrap_or((pair, ""));
-        let plus_is_blank = raw.replace('+', " ");
-        let decoded = percent_decode_str(&plus_is_blank).decode_utf8();
-        let value = decoded.map_err(|_| ApiError::invalid("the query is not UTF-8"))?;
-        match name {
-            "limit" => {
-                let limit = value.parse().ok().filter(|n| (1..=LIMIT_MAX).contains(n));
-                parsed.limit =
-                    limit.ok_or_else(|| ApiError::invalid("`limit` must be a number from 1 to 1000"))?;
-            }
-            "startTime" => parsed.start = Some(time("startTime", &value)?),
-            "endTime" => parsed.end = Some(time("endTime", &value)?),
-            "status" => parsed.status = Some(value.into_owned()),
-            _ => {}
-        }
+    /// The last executions of this node.
+    pub fn of_node(&self) -> Reply {
+        let entries = self.tail.entries().iter().map(tail_entry).collect();
+        Reply::value(StatusCode::OK, &Value::Array(entries))
     }
-    Ok(parsed)
+
+    fn wanted(&self, call: &Call, query: &Query<'_>) -> Result<LogQuery, ApiError> {
+        let time = |name: &str| query.get(name).map(|value| time(name, value)).transpose();
+        let status = query.get("status").map(str::to_owned);
+        if status.as_ref().is_some_and(|status| status.is_empty() || status.len() > STATUS_BYTES_MAX) {
+            return Err(ApiError::invalid(format!("`status` must have 1 to {STATUS_BYTES_MAX} bytes")));
+        }
+        let mut wanted = LogQuery {
+            function: function_id(call)?,
+            limit: query.limit(LIMIT_DEFAULT, LIMIT_MAX)?,
+            start: time("startTime")?,
+            end: time("endTime")?,
+            status,
+            after: None,
+        };
+        if let Some(cursor) = query.get("cursor") {
+            let context = context(&wanted);
+            wanted.after = Some(self.cursors.open(&context.each_ref().map(String::as_str), cursor)?);
+        }
+        Ok(wanted)
+    }
 }
 
-/// A `+` of an offset that was not encoded has become a blank; it is meant all the same.
+/// What a cursor is bound to: the function and the filter. The page's length may change on the way.
+fn context(query: &LogQuery) -> [String; 5] {
+    let time = |at: Option<u64>| at.map_or_else(String::new, |at| at.to_string());
+    let status = query.status.clone().unwrap_or_default();
+    ["logs".to_owned(), query.function.to_string(), time(query.start), time(query.end), status]
+}
+
 fn time(name: &str, value: &str) -> Result<u64, ApiError> {
-    parse_rfc3339_ms(&value.replace(' ', "+")).ok_or_else(|| {
+    parse_rfc3339_ms(value).ok_or_else(|| {
         ApiError::invalid(format!("`{name}` must be an RFC 3339 time, such as 2026-11-22T00:00:00Z"))
+    })
+}
+
+fn tail_entry(entry: &TailEntry) -> Value {
+    let is_success = entry.status.as_str() == Status::SUCCESS;
+    let (level, msg) = if is_success { ("info", "Execution Success") } else { ("error", "Execution Failed") };
+    json!({
+        "id": entry.request_id,
+        "level": level,
+        "timestamp": rfc3339_ms(entry.at),
+        "msg": msg,
+        "functionId": entry.function.as_str(),
+        "requestId": entry.request_id,
+        "duration": number(entry.duration_ms),
+        "status": entry.status.as_str(),
     })
 }
 
@@ -99,27 +138,6 @@ fn number(value: f64) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn query(text: &str) -> Result<LogQuery, ApiError> {
-        parse_query(FunctionId::parse("f").unwrap(), text)
-    }
-
-    #[test]
-    fn queries() {
-        assert_eq!(query("").unwrap().limit, 100);
-        let all = query(
-            "limit=7&startTime=2026-11-22T01:00:00%2B01:00&endTime=2026-11-22T00:00:01.5Z&status=SUCCESS&x=y",
-        )
-        .unwrap();
-        assert_eq!((all.limit, all.start, all.end), (7, Some(1_795_305_600_000), Some(1_795_305_601_500)));
-        assert_eq!(all.status.as_deref(), Some("SUCCESS"));
-        assert_eq!(query("startTime=2026-11-22T01:00:00+01:00").unwrap().start, all.start);
-        for bad in
-            ["limit=0", "limit=1001", "limit=x", "limit", "startTime=yesterday", "endTime=", "status=%ff"]
-        {
-            assert!(query(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn messages_are_cut_in_characters() {

@@ -38,8 +38,22 @@ pub enum ApiError {
     /// The body ended early or its framing is broken.
     BodyBroken,
     NotJson,
+    NotAForm,
+    NotJsonNorForm,
     Invalid(String),
+    /// A cursor that was not made for this list and filter, or not by us.
+    BadCursor,
+    /// What is uploaded is no good code; says why.
+    BadArchive(String),
     NoSuchFunction,
+    /// The function is not (or no longer) as `If-Match` or `If-None-Match` wants it.
+    PreconditionFailed,
+    /// The auto-tuner has nothing to apply.
+    NoRecommendation,
+    /// Others changed the function again and again meanwhile.
+    Contended,
+    TooManyUploads,
+    TooManyWorkers,
     NoSuchJob,
     NoSuchLog,
     Submit(SubmitError),
@@ -69,13 +83,21 @@ impl ApiError {
             Self::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::BodyBroken | Self::Invalid(_) | Self::Submit(SubmitError::Refused) => {
-                StatusCode::BAD_REQUEST
-            }
-            Self::NotJson => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Submit(_) | Self::BackendAway | Self::LimiterAway | Self::NotReady => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::BodyBroken
+            | Self::Invalid(_)
+            | Self::BadCursor
+            | Self::BadArchive(_)
+            | Self::Submit(SubmitError::Refused) => StatusCode::BAD_REQUEST,
+            Self::NotJson | Self::NotAForm | Self::NotJsonNorForm => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
+            Self::NoRecommendation => StatusCode::CONFLICT,
+            Self::Submit(_)
+            | Self::BackendAway
+            | Self::LimiterAway
+            | Self::NotReady
+            | Self::Contended
+            | Self::TooManyUploads
+            | Self::TooManyWorkers => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 
@@ -90,7 +112,13 @@ impl ApiError {
             Self::BodyTooLarge { .. } => "body_too_large",
             Self::BodyTimeout => "body_timeout",
             Self::BodyBroken => "body_broken",
-            Self::NotJson => "unsupported_media_type",
+            Self::NotJson | Self::NotAForm | Self::NotJsonNorForm => "unsupported_media_type",
+            Self::BadCursor => "bad_cursor",
+            Self::BadArchive(_) => "bad_archive",
+            Self::PreconditionFailed => "precondition_failed",
+            Self::NoRecommendation => "no_recommendation",
+            Self::Contended => "contended",
+            Self::TooManyUploads | Self::TooManyWorkers => "overloaded",
             Self::Invalid(_) => "invalid_request",
             Self::NoSuchFunction => "no_such_function",
             Self::NoSuchJob => "no_such_job",
@@ -106,7 +134,7 @@ impl ApiError {
 
     fn detail(&self) -> String {
         match self {
-            Self::Invalid(detail) => return detail.clone(),
+            Self::Invalid(detail) | Self::BadArchive(detail) => return detail.clone(),
             Self::BodyTooLarge { bytes_max } => {
                 return format!("The request is too large: at most {bytes_max} bytes fit.");
             }
@@ -118,6 +146,16 @@ impl ApiError {
             Self::BodyTimeout => "The body did not arrive in time.",
             Self::BodyBroken => "The body ended early or could not be read.",
             Self::NotJson => "The body must be JSON, with Content-Type: application/json.",
+            Self::NotAForm => "The body must be a form, with Content-Type: multipart/form-data.",
+            Self::NotJsonNorForm => "The body must be JSON or a form (multipart/form-data).",
+            Self::BadCursor => {
+                "The cursor does not belong to this list and filter. Please begin without one."
+            }
+            Self::PreconditionFailed => "The function is not as the request wants it. Please read it again.",
+            Self::NoRecommendation => "There is no recommendation for this function yet.",
+            Self::Contended => "The function was changed by others meanwhile. Please try again.",
+            Self::TooManyUploads => "Too many uploads are under way. Please try again soon.",
+            Self::TooManyWorkers => "Too many workers report already.",
             Self::NoSuchFunction => "Function not found",
             Self::NoSuchJob => "There is no such job, or its result has expired.",
             Self::NoSuchLog => "There is no such execution, or its record has expired.",

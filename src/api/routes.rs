@@ -10,9 +10,22 @@ pub enum Endpoint {
     Run,
     Status,
     StatusWithoutId,
+    Upload,
+    Functions,
     Function,
+    ChangeFunction,
+    DeleteFunction,
     Logs,
     Log,
+    FunctionMetrics,
+    AutoTuner,
+    ApplyAutoTuner,
+    Models,
+    NodeLogs,
+    Heartbeat,
+    Workers,
+    SystemStatus,
+    OpenApi,
     Health,
     Livez,
     Readyz,
@@ -24,6 +37,18 @@ pub enum Endpoint {
 pub enum Scope {
     Run,
     Read,
+    Write,
+    Worker,
+}
+
+/// What becomes of a request's body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Takes {
+    Nothing,
+    /// The handler gets it whole.
+    Whole,
+    /// The handler reads it piece by piece.
+    Stream,
 }
 
 /// One row of the table.
@@ -35,32 +60,85 @@ pub struct Route {
     pub endpoint: Endpoint,
     /// `None`: no key is asked for.
     pub scope: Option<Scope>,
-    /// Whether the handler reads a body.
-    pub takes_body: bool,
+    pub takes: Takes,
+    /// The statuses that are this route's own; see [`Route::statuses`].
+    answers: &'static [u16],
 }
 
-const fn get(pattern: &'static str, endpoint: Endpoint, scope: Option<Scope>) -> Route {
-    Route { pattern, method: Method::GET, endpoint, scope, takes_body: false }
+impl Route {
+    /// Every status the route may answer with: its own, and those of the filters before it.
+    pub fn statuses(&self) -> impl Iterator<Item = u16> {
+        let of_key = if self.scope.is_some() { &[401, 429, 503][..] } else { &[] };
+        let of_body = if self.takes == Takes::Nothing { &[][..] } else { &[400, 408, 413] };
+        self.answers.iter().chain(of_key).chain(of_body).copied()
+    }
+}
+
+const fn get(
+    pattern: &'static str,
+    endpoint: Endpoint,
+    scope: Option<Scope>,
+    answers: &'static [u16],
+) -> Route {
+    Route { pattern, method: Method::GET, endpoint, scope, takes: Takes::Nothing, answers }
+}
+
+const fn post(
+    pattern: &'static str,
+    endpoint: Endpoint,
+    scope: Scope,
+    takes: Takes,
+    answers: &'static [u16],
+) -> Route {
+    Route { pattern, method: Method::POST, endpoint, scope: Some(scope), takes, answers }
 }
 
 static TABLE: &[Route] = &[
+    post("/run", Endpoint::Run, Scope::Run, Takes::Whole, &[200, 202, 404, 415]),
+    get("/status/:jobId", Endpoint::Status, Some(Scope::Run), &[200, 400, 404]),
+    get("/status", Endpoint::StatusWithoutId, Some(Scope::Run), &[400]),
+    post("/upload", Endpoint::Upload, Scope::Write, Takes::Stream, &[200, 415]),
+    get("/functions", Endpoint::Functions, Some(Scope::Read), &[200, 400]),
+    get("/functions/:id", Endpoint::Function, Some(Scope::Read), &[200, 304, 404]),
     Route {
-        pattern: "/run",
-        method: Method::POST,
-        endpoint: Endpoint::Run,
-        scope: Some(Scope::Run),
-        takes_body: true,
+        pattern: "/functions/:id",
+        method: Method::PUT,
+        endpoint: Endpoint::ChangeFunction,
+        scope: Some(Scope::Write),
+        takes: Takes::Stream,
+        answers: &[200, 404, 412, 415],
     },
-    get("/status/:jobId", Endpoint::Status, Some(Scope::Run)),
-    get("/status", Endpoint::StatusWithoutId, Some(Scope::Run)),
-    get("/functions/:id", Endpoint::Function, Some(Scope::Read)),
-    get("/functions/:id/logs", Endpoint::Logs, Some(Scope::Read)),
-    get("/functions/:id/logs/:requestId", Endpoint::Log, Some(Scope::Read)),
-    get("/health", Endpoint::Health, None),
-    get("/livez", Endpoint::Livez, None),
-    get("/readyz", Endpoint::Readyz, None),
-    get("/metrics", Endpoint::Metrics, None),
-    get("/", Endpoint::Index, None),
+    Route {
+        pattern: "/functions/:id",
+        method: Method::DELETE,
+        endpoint: Endpoint::DeleteFunction,
+        scope: Some(Scope::Write),
+        takes: Takes::Nothing,
+        answers: &[200, 404, 412],
+    },
+    get("/functions/:id/logs", Endpoint::Logs, Some(Scope::Read), &[200, 400, 404]),
+    get("/functions/:id/logs/:requestId", Endpoint::Log, Some(Scope::Read), &[200, 404]),
+    get("/functions/:id/metrics", Endpoint::FunctionMetrics, Some(Scope::Read), &[200, 404]),
+    get("/functions/:id/auto-tuner", Endpoint::AutoTuner, Some(Scope::Read), &[200, 404]),
+    post(
+        "/functions/:id/auto-tuner/apply",
+        Endpoint::ApplyAutoTuner,
+        Scope::Write,
+        Takes::Nothing,
+        &[200, 404, 409, 412],
+    ),
+    get("/models", Endpoint::Models, Some(Scope::Read), &[200]),
+    get("/logs", Endpoint::NodeLogs, Some(Scope::Read), &[200]),
+    post("/worker/heartbeat", Endpoint::Heartbeat, Scope::Worker, Takes::Whole, &[200, 415]),
+    get("/workers", Endpoint::Workers, Some(Scope::Read), &[200]),
+    get("/worker/status", Endpoint::Workers, Some(Scope::Read), &[200]),
+    get("/system/status", Endpoint::SystemStatus, Some(Scope::Read), &[200]),
+    get("/openapi.json", Endpoint::OpenApi, None, &[200]),
+    get("/health", Endpoint::Health, None, &[200, 503]),
+    get("/livez", Endpoint::Livez, None, &[200]),
+    get("/readyz", Endpoint::Readyz, None, &[200, 503]),
+    get("/metrics", Endpoint::Metrics, None, &[200]),
+    get("/", Endpoint::Index, None, &[200]),
 ];
 
 /// What a path and method lead to.
@@ -168,7 +246,7 @@ mod tests {
         }
         for (method, path, allowed) in [
             (Method::GET, "/run", "POST"),
-            (Method::DELETE, "/functions/a", "GET, HEAD"),
+            (Method::PATCH, "/functions/a", "GET, HEAD, PUT, DELETE"),
             (Method::OPTIONS, "/", "GET, HEAD"),
         ] {
             let Found::OtherMethod { allow, .. } = find(&method, path) else { panic!("{path}") };

@@ -54,7 +54,7 @@ impl Status {
 
     /// `?wait=` goes before `Prefer: wait=`.
     fn wait(&self, call: &Call) -> Result<Duration, ApiError> {
-        let query = call.query.as_deref().unwrap_or_default();
+        let query = call.uri.query().unwrap_or_default();
         let asked =
             query.split('&').filter_map(|pair| pair.split_once('=')).find(|(name, _)| *name == "wait");
         let seconds = match asked {

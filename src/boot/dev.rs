@@ -1,8 +1,8 @@
 //! `dev`: the whole platform on one machine, with nothing else installed.
 
-use super::{Connected, Exit, Plan, check_routes, node, refuse};
-use crate::backend::{StartProblem, embedded};
-use crate::config::{Conf, ConfigError, Secret, api_key_problem};
+use super::{Connected, Exit, Plan, Settings, check_routes, node, refuse};
+use crate::backend::{BackendError, StartProblem, embedded};
+use crate::config::{AiNode, Conf, ConfigError, Secret, api_key_problem};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
@@ -37,22 +37,35 @@ pub fn dev(args: DevArgs) -> Exit {
     if let Some(problem) = api_key_problem(api_key.reveal()) {
         return refuse(&ConfigError(vec![problem.to_owned()]));
     }
+    let ai_node = match AiNode::from_process() {
+        Ok(ai_node) => ai_node,
+        Err(problem) => return refuse(&problem),
+    };
     let banner = format!(
         "\nInfra Controller is ready: http://{}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
         std::net::SocketAddr::new(conf.listen.address, 0).to_string().replace(":0", ":{port}"),
         args.data_dir.display(),
     );
     let connect = Box::new(move || Box::pin(open(args.data_dir)) as _);
-    node::run(Plan { conf, port: args.port, api_key, connect, banner: Some(banner) })
+    let settings = Settings { conf, port: args.port, api_key, ai_node, banner: Some(banner) };
+    node::run(Plan { settings, connect })
 }
 
 async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
     let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
+    let spool_dir = super::spool_dir(&dir).map_err(|e| {
+        vec![StartProblem {
+            what: format!("the data directory {}", dir.display()),
+            error: BackendError::Invalid(e.to_string()),
+            mend: "See that this user may write in it.".to_owned(),
+        }]
+    })?;
     let worker = opened.worker;
     Ok(Connected {
         node: opened.node,
         backend: opened.backend,
         bucket: embedded::BUCKET.to_owned(),
+        spool_dir,
         extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
         claim: None,
         warnings: Vec::new(),

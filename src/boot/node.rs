@@ -4,12 +4,13 @@
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
 use super::signals::Signals;
-use super::{Connect, Connected, Exit, Plan, explain};
-use crate::api::Api;
+use super::{Connect, Connected, Exit, Plan, Settings, explain};
+use crate::api::{self, Api, ModelCatalogue};
 use crate::audit::{self, Flusher, Ledger};
+use crate::backend::Backend;
 use crate::config::Conf;
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
-use crate::functions::Functions;
+use crate::functions::{Editor, Functions, Sweeper};
 use crate::gateway::{ApiKeys, Gateway, RateLimiter};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
@@ -22,6 +23,7 @@ use pingora::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownS
 use pingora::services::Service;
 use std::net::SocketAddr;
 use std::os::fd::IntoRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -38,7 +40,7 @@ const FLUSH_MAX: Duration = Duration::from_secs(10);
 
 /// Runs a node until it is told to stop.
 pub fn run(plan: Plan) -> Exit {
-    let threads = match plan.conf.listen.threads {
+    let threads = match plan.settings.conf.listen.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n,
     };
@@ -94,6 +96,7 @@ impl Service for Node {
 
 impl Node {
     async fn live(&self, plan: Plan) -> Exit {
+        let Plan { settings, connect: connect_backend } = plan;
         let mut signals = match Signals::listen() {
             Ok(signals) => signals,
             Err(e) => {
@@ -101,14 +104,14 @@ impl Node {
                 return Exit::Internal;
             }
         };
-        let connected = match connect(plan.connect, &mut signals).await {
+        let connected = match connect(connect_backend, &mut signals).await {
             Ok(connected) => connected,
             Err(exit) => return exit,
         };
-        let Connected { node: id, backend, bucket, extra_loop, mut claim, .. } = connected;
+        let Connected { node: id, backend, bucket, spool_dir, extra_loop, mut claim, .. } = connected;
 
         let lifecycle = Lifecycle::default();
-        let built = match Built::new(&plan.conf, id, &backend, &plan.api_key, bucket, &lifecycle) {
+        let built = match Built::new(&settings, id, &backend, bucket, spool_dir, &lifecycle) {
             Ok(built) => built,
             Err(e) => {
                 eprintln!("infra-controller: {e}");
@@ -123,7 +126,7 @@ impl Node {
                 return if e.is_transient() { Exit::Unavailable } else { Exit::Config };
             }
         }
-        let address = SocketAddr::new(plan.conf.listen.address, plan.port);
+        let address = SocketAddr::new(settings.conf.listen.address, settings.port);
         let (fds, bound) = match bind(address) {
             Ok(bound) => bound,
             Err(e) => {
@@ -135,14 +138,14 @@ impl Node {
         };
 
         let (stop, stopped) = watch::channel(false);
-        let mut loops = Loops::start(built.dispatcher, built.loops, built.flusher, extra_loop);
+        let mut loops = Loops::start(built.dispatcher, built.loops, built.sweeper, built.flusher, extra_loop);
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
         if let Some(claim) = &mut claim {
             claim.keep();
         }
         tracing::info!(port = bound.port(), node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
-        if let Some(banner) = plan.banner {
+        if let Some(banner) = settings.banner {
             eprintln!("{}", banner.replace("{port}", &bound.port().to_string()));
         }
 
@@ -154,7 +157,7 @@ impl Node {
             () = loops.any_ended() => Exit::Internal,
         };
         loops.exit_on_second(signals);
-        Self::drain(&plan.conf, &lifecycle, loops, &stop, listener).await;
+        Self::drain(&settings.conf, &lifecycle, loops, &stop, listener).await;
         tracing::info!("Stopped");
         exit
     }
@@ -214,18 +217,20 @@ struct Built {
     gateway: Gateway,
     dispatcher: Dispatcher,
     loops: DispatchLoops,
+    sweeper: Sweeper,
     flusher: Flusher,
 }
 
 impl Built {
     fn new(
-        conf: &Conf,
+        settings: &Settings,
         node: crate::model::NodeId,
-        backend: &crate::backend::Backend,
-        api_key: &crate::config::Secret,
+        backend: &Backend,
         bucket: String,
+        spool_dir: PathBuf,
         lifecycle: &Lifecycle,
     ) -> anyhow::Result<Self> {
+        let conf = &settings.conf;
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
         let (audit, flusher) = audit::new(
             &conf.memory,
@@ -233,21 +238,29 @@ impl Built {
             Arc::clone(&backend.functions),
             Arc::clone(&metrics),
         );
+        let tail = audit.tail();
         let (dispatcher, loops) = dispatch::new(node, conf, backend, audit, Arc::clone(&metrics));
         let functions = Functions::new(&conf.cache, Arc::clone(&backend.functions));
-        let api = Api::new(
+        let editor = Editor::new(backend, functions.clone());
+        let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
+        let api = Api::new(api::Parts {
             conf,
             backend,
-            dispatcher.clone(),
+            dispatcher: dispatcher.clone(),
             functions,
-            lifecycle.clone(),
-            Arc::clone(&metrics),
+            editor,
+            tail,
+            models: ModelCatalogue::new(settings.ai_node.as_ref()),
+            lifecycle: lifecycle.clone(),
+            metrics: Arc::clone(&metrics),
             bucket,
-        );
+            spool_dir,
+            api_key: &settings.api_key,
+        });
         let limiter = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
-        let gateway =
-            Gateway::new(api, ApiKeys::new(api_key), limiter, lifecycle.clone(), metrics, conf.http.clone());
-        Ok(Self { gateway, dispatcher, loops, flusher })
+        let keys = ApiKeys::new(&settings.api_key);
+        let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
+        Ok(Self { gateway, dispatcher, loops, sweeper, flusher })
     }
 }
 
@@ -268,6 +281,7 @@ impl Loops {
     fn start(
         dispatcher: Dispatcher,
         loops: DispatchLoops,
+        sweeper: Sweeper,
         flusher: Flusher,
         extra: Option<super::BackendLoop>,
     ) -> Self {
@@ -277,6 +291,7 @@ impl Loops {
         let mut endless = JoinSet::new();
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
+        endless.spawn(sweeper.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {
             dispatcher,

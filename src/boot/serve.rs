@@ -1,7 +1,7 @@
 //! `serve` and `check`: the fleet backend.
 
 use super::state_dir::StateDir;
-use super::{Connected, Exit, Plan, check_routes, explain, node, refuse};
+use super::{Connected, Exit, Plan, Settings, check_routes, explain, node, refuse};
 use crate::backend::aws;
 use crate::backend::{BackendError, StartProblem};
 use crate::config::{Conf, ConfigError, Env, Identity};
@@ -18,10 +18,11 @@ pub struct ServeArgs {
 pub fn serve(args: &ServeArgs) -> Exit {
     match configuration(args) {
         Ok((env, conf)) => {
-            let (port, api_key) = (env.port, env.api_key.clone());
+            let (port, api_key, ai_node) = (env.port, env.api_key.clone(), env.ai_node.clone());
             let start = Duration::from_secs(conf.start.deadline_s);
             let connect = Box::new(move || Box::pin(connect(env, start)) as _);
-            node::run(Plan { conf, port, api_key, connect, banner: None })
+            let settings = Settings { conf, port, api_key, ai_node, banner: None };
+            node::run(Plan { settings, connect })
         }
         Err(e) => refuse(&e),
     }
@@ -81,12 +82,14 @@ fn configuration(args: &ServeArgs) -> Result<(Env, Conf), ConfigError> {
 
 async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<StartProblem>> {
     let state = StateDir::take(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
+    let spool_dir = super::spool_dir(state.path()).map_err(|e| vec![state_problem(&env, &e)])?;
     let connected = aws::connect(settings(&env, state.node, start_deadline)).await?;
     tracing::info!("Global Redis Connected Successfully");
     Ok(Connected {
         node: state.node,
         backend: connected.backend,
         bucket: env.bucket,
+        spool_dir,
         extra_loop: None,
         claim: Some(Box::new(state)),
         warnings: connected.warnings,

@@ -52,6 +52,11 @@ impl StateDir {
         }
     }
 
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
     /// Whether a node could have a place under `root`; leaves nothing behind.
     pub fn probe(root: &Path) -> io::Result<()> {
         fs::create_dir_all(root)?;

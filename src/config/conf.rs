@@ -62,6 +62,7 @@ pub struct ListenConf {
 pub struct HttpConf {
     pub keepalive_s: u64,
     pub body_timeout_s: u64,
+    pub upload_timeout_s: u64,
     pub drain_body_timeout_ms: u64,
 }
 
@@ -208,6 +209,7 @@ impl Conf {
             }
         };
         at_least_one("http.body_timeout_s", self.http.body_timeout_s);
+        at_least_one("http.upload_timeout_s", self.http.upload_timeout_s);
         at_least_one("start.deadline_s", self.start.deadline_s);
         at_least_one("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64);
         at_least_one("memory.audit_rows_max", self.memory.audit_rows_max as u64);

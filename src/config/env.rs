@@ -4,6 +4,7 @@ use super::ConfigError;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// A value that must not reach a log, a metric or an error.
 #[derive(Clone, PartialEq, Eq)]
@@ -45,6 +46,29 @@ pub struct Env {
     pub sqs_endpoint: Option<String>,
     pub dynamodb_endpoint: Option<String>,
     pub s3_endpoint: Option<String>,
+    pub ai_node: Option<AiNode>,
+}
+
+/// The node whose models are the catalogue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AiNode {
+    /// Without a slash at the end. It may hold a password.
+    pub url: Secret,
+    pub timeout: Duration,
+}
+
+impl AiNode {
+    const TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+
+    /// Reads the process environment, for a node that needs nothing else of it.
+    pub fn from_process() -> Result<Option<Self>, ConfigError> {
+        let names = ["AI_NODE_URL", "AI_NODE_TIMEOUT"];
+        let vars =
+            names.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect();
+        let mut reader = Reader { vars: &vars, missing: Vec::new(), problems: Vec::new() };
+        let ai_node = reader.ai_node();
+        if reader.problems.is_empty() { Ok(ai_node) } else { Err(ConfigError(reader.problems)) }
+    }
 }
 
 /// Why a key cannot be one: it is compared with a header field.
@@ -84,6 +108,7 @@ impl Env {
             sqs_endpoint: reader.endpoint("SQS_ENDPOINT"),
             dynamodb_endpoint: reader.endpoint("DYNAMODB_ENDPOINT"),
             s3_endpoint: reader.endpoint("S3_ENDPOINT"),
+            ai_node: reader.ai_node(),
         };
         // The SDK reads these itself, but would only fail to connect when one is malformed.
         for name in
@@ -138,6 +163,15 @@ impl Reader<'_> {
             self.problems.push(format!("{name} is not a URL: it must start with http:// or https://"));
         }
         Some(url)
+    }
+
+    fn ai_node(&mut self) -> Option<AiNode> {
+        let timeout_ms: Option<u64> = self.parsed("AI_NODE_TIMEOUT");
+        let url = self.endpoint("AI_NODE_URL")?;
+        Some(AiNode {
+            url: Secret::new(url.trim_end_matches('/').to_owned()),
+            timeout: timeout_ms.map_or(AiNode::TIMEOUT_DEFAULT, Duration::from_millis),
+        })
     }
 
     fn redis(&mut self) -> Secret {
@@ -225,6 +259,8 @@ mod tests {
             ("SQS_ENDPOINT", "localhost"),
             ("REDIS_URL", "http://hunter2@h"),
             ("REDIS_PORT", "x"),
+            ("AI_NODE_URL", "hunter2"),
+            ("AI_NODE_TIMEOUT", "5s"),
             ("INFRA_API_KEY", "hunter2 ü"),
         ] {
             let error = parse(&[(name, value)]).expect_err(name).to_string();

@@ -1,47 +1,68 @@
 //! The request body: capped, and within one deadline.
 
-use crate::api::ApiError;
+use crate::api::{ApiError, BodyStream};
+use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_LENGTH, EXPECT};
 use pingora::prelude::Session;
 use std::time::Duration;
+use tokio::time::Instant;
 
-/// Reads the whole body. A declared length that is too large is refused before anything is read.
+/// Reads the whole body.
 pub async fn read(session: &mut Session, bytes_max: usize, timeout: Duration) -> Result<Bytes, ApiError> {
-    let header = session.req_header();
-    let declared = header.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-    if declared.is_some_and(|length| length > bytes_max as u64) {
-        return Err(ApiError::BodyTooLarge { bytes_max });
-    }
-    let expects =
-        header.headers.get(EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"));
-    if expects && !session.is_body_empty() {
-        // Only now, after every filter has let the request through, is the body asked for.
-        session.write_continue_response().await.map_err(|_| ApiError::BodyBroken)?;
-    }
-    // Pingora's own timeout is per read; a body sent byte by byte would never meet it.
-    tokio::time::timeout(timeout, read_all(session, bytes_max)).await.unwrap_or(Err(ApiError::BodyTimeout))
-}
-
-async fn read_all(session: &mut Session, bytes_max: usize) -> Result<Bytes, ApiError> {
-    let Some(first) = chunk(session).await? else { return Ok(Bytes::new()) };
-    if first.len() > bytes_max {
-        return Err(ApiError::BodyTooLarge { bytes_max });
-    }
+    let mut body = Streamed::open(session, bytes_max, timeout)?;
+    let Some(first) = body.next().await? else { return Ok(Bytes::new()) };
     // Most bodies come in one piece, which is then not copied.
-    let Some(second) = chunk(session).await? else { return Ok(first) };
-    let mut body = BytesMut::from(first);
+    let Some(second) = body.next().await? else { return Ok(first) };
+    let mut whole = BytesMut::from(first);
     let mut next = Some(second);
     while let Some(bytes) = next {
-        if body.len() + bytes.len() > bytes_max {
-            return Err(ApiError::BodyTooLarge { bytes_max });
-        }
-        body.extend_from_slice(&bytes);
-        next = chunk(session).await?;
+        whole.extend_from_slice(&bytes);
+        next = body.next().await?;
     }
-    Ok(body.freeze())
+    Ok(whole.freeze())
 }
 
-async fn chunk(session: &mut Session) -> Result<Option<Bytes>, ApiError> {
-    session.downstream_session.read_request_body().await.map_err(|_| ApiError::BodyBroken)
+/// The body as it comes.
+pub struct Streamed<'a> {
+    session: &'a mut Session,
+    bytes_max: usize,
+    bytes: usize,
+    deadline: Instant,
+    /// The client waits to be told that its body is wanted.
+    is_awaited: bool,
+}
+
+impl<'a> Streamed<'a> {
+    /// A declared length that is too large is refused before anything is read.
+    pub fn open(session: &'a mut Session, bytes_max: usize, timeout: Duration) -> Result<Self, ApiError> {
+        let headers = &session.req_header().headers;
+        let declared = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+        if declared.is_some_and(|length| length > bytes_max as u64) {
+            return Err(ApiError::BodyTooLarge { bytes_max });
+        }
+        let expects = headers.get(EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+        let is_awaited = expects && !session.is_body_empty();
+        Ok(Self { session, bytes_max, bytes: 0, deadline: Instant::now() + timeout, is_awaited })
+    }
+
+    async fn read(&mut self) -> Result<Option<Bytes>, ApiError> {
+        if std::mem::take(&mut self.is_awaited) {
+            // Only now, after every filter has let the request through, is the body asked for.
+            self.session.write_continue_response().await.map_err(|_| ApiError::BodyBroken)?;
+        }
+        let read = self.session.downstream_session.read_request_body().await;
+        let Some(bytes) = read.map_err(|_| ApiError::BodyBroken)? else { return Ok(None) };
+        self.bytes += bytes.len();
+        let fits = self.bytes <= self.bytes_max;
+        fits.then_some(Some(bytes)).ok_or(ApiError::BodyTooLarge { bytes_max: self.bytes_max })
+    }
+}
+
+#[async_trait]
+impl BodyStream for Streamed<'_> {
+    async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        // Pingora's own timeout is per read; a body sent byte by byte would never meet it.
+        tokio::time::timeout_at(self.deadline, self.read()).await.unwrap_or(Err(ApiError::BodyTimeout))
+    }
 }

@@ -1,0 +1,81 @@
+//! `/functions/:id/auto-tuner`: what workers recommend, and applying it.
+
+use super::functions::{changed, function_id, read, tagged};
+use super::{ApiError, Call, Reply, precondition};
+use crate::backend::FunctionStore;
+use crate::functions::{Change, Editor};
+use crate::model::{ConfigAction, Function, Recommendation, Runtime, rfc3339_ms};
+use http::StatusCode;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+pub struct AutoTuner {
+    store: Arc<dyn FunctionStore>,
+    editor: Editor,
+}
+
+impl AutoTuner {
+    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor) -> Self {
+        Self { store, editor }
+    }
+
+    pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
+        let f = read(&*self.store, &function_id(call)?).await?;
+        let r = f.recommendation.as_ref();
+        let savings = r.and_then(|r| serde_json::from_str::<Value>(r.savings.as_deref()?).ok());
+        let body = json!({
+            "functionId": f.id.as_str(),
+            "memoryMb": f.memory_mb,
+            "recommendedMemoryMb": r.and_then(|r| r.memory_mb),
+            "optimizationTip": r.and_then(|r| r.tip.as_deref()),
+            "estimatedSavings": savings,
+            "requestId": r.map(|r| &r.request_id),
+            "recommendedAt": r.map(|r| rfc3339_ms(r.at)),
+        });
+        Ok(tagged(Reply::value(StatusCode::OK, &body), &f))
+    }
+
+    pub async fn apply(&self, call: &Call) -> Result<Reply, ApiError> {
+        let id = function_id(call)?;
+        let f = read(&*self.store, &id).await?;
+        precondition::check(&call.headers, &f.tag())?;
+        if recommended(&f)? == f.memory_mb {
+            // Nothing to change: asked twice, it is done once.
+            return Ok(changed(&f));
+        }
+        let decide = |f: &Function| {
+            precondition::check(&call.headers, &f.tag())?;
+            Ok(Change { memory_mb: Some(recommended(f)?), ..Change::default() })
+        };
+        let done = self.editor.change(&call.key_name, &id, ConfigAction::Apply, decide).await;
+        Ok(changed(&done.map_err(ApiError::from)?))
+    }
+}
+
+/// The recommended memory, within the bounds of the runtime.
+fn recommended(f: &Function) -> Result<u64, ApiError> {
+    let memory_mb = f.recommendation.as_ref().and_then(|r: &Recommendation| r.memory_mb);
+    let bounds = Runtime::memory_mb_bounds(&f.runtime);
+    memory_mb.map(|mb| mb.clamp(*bounds.start(), *bounds.end())).ok_or(ApiError::NoRecommendation)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recommendation_is_clamped() {
+        for (runtime, given, applied) in
+            [("python", 1, 128), ("python", 99_999, 10_240), ("go", 2_000, 1_024), ("go", 512, 512)]
+        {
+            let recommendation = Recommendation { memory_mb: Some(given), ..Recommendation::default() };
+            let f = Function {
+                runtime: runtime.into(),
+                recommendation: Some(recommendation),
+                ..Function::sample("f")
+            };
+            assert_eq!(recommended(&f).unwrap(), applied, "{runtime} {given}");
+        }
+        assert!(recommended(&Function::sample("f")).is_err());
+    }
+}

@@ -1,0 +1,101 @@
+//! Cursors of lists: opaque to clients, and good only for the list and filter they were given for.
+//!
+//! A cursor is the place to go on from and an HMAC-SHA256 over that and its context, under a key derived from the
+//! master key, so every node of a fleet reads the cursors of all others, and nobody makes one.
+
+use super::ApiError;
+use crate::config::Secret;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
+
+type HmacSha256 = Hmac<Sha256>;
+
+/// What the derived key is for, so that it is of use for nothing else.
+const PURPOSE: &[u8] = b"infra-controller/cursor/1";
+/// Bytes of the tag that are kept: 128 bits, which nobody guesses.
+const TAG_BYTES: usize = 16;
+/// Longest cursor that is looked at, in characters.
+const LEN_MAX: usize = 2048;
+
+/// Makes and reads cursors.
+#[derive(Clone)]
+pub struct Cursors {
+    /// With the derived key in it, and nothing else yet.
+    mac: HmacSha256,
+}
+
+impl Cursors {
+    pub fn new(api_key: &Secret) -> Self {
+        let derived = keyed(api_key.reveal().as_bytes()).chain_update(PURPOSE).finalize().into_bytes();
+        Self { mac: keyed(&derived) }
+    }
+
+    /// The cursor that goes on after `place` in the list that `context` names.
+    pub fn seal(&self, context: &[&str], place: &str) -> String {
+        let mut bytes = self.tag(context, place).to_vec();
+        bytes.extend_from_slice(place.as_bytes());
+        URL_SAFE_NO_PAD.encode(bytes)
+    }
+
+    /// The place in a cursor that was made for this very context.
+    pub fn open(&self, context: &[&str], cursor: &str) -> Result<String, ApiError> {
+        self.try_open(context, cursor).ok_or(ApiError::BadCursor)
+    }
+
+    fn try_open(&self, context: &[&str], cursor: &str) -> Option<String> {
+        let bytes = URL_SAFE_NO_PAD.decode(Some(cursor).filter(|c| c.len() <= LEN_MAX)?).ok()?;
+        let (tag, place) = bytes.split_at_checked(TAG_BYTES)?;
+        let place = std::str::from_utf8(place).ok()?;
+        bool::from(subtle::ConstantTimeEq::ct_eq(tag, &self.tag(context, place)[..]))
+            .then(|| place.to_owned())
+    }
+
+    fn tag(&self, context: &[&str], place: &str) -> [u8; TAG_BYTES] {
+        let mut mac = self.mac.clone();
+        for part in context.iter().chain(&[place]) {
+            // With their lengths, so that no two contexts read the same.
+            mac.update(&(part.len() as u64).to_be_bytes());
+            mac.update(part.as_bytes());
+        }
+        let full = mac.finalize().into_bytes();
+        std::array::from_fn(|i| full[i])
+    }
+}
+
+fn keyed(key: &[u8]) -> HmacSha256 {
+    // HMAC takes keys of any length.
+    HmacSha256::new_from_slice(key).expect("HMAC takes keys of any length")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cursor_is_good_for_its_list_only() {
+        let cursors = Cursors::new(&Secret::new("k".into()));
+        let cursor = cursors.seal(&["logs", "f", ""], "place");
+        assert_eq!(cursors.open(&["logs", "f", ""], &cursor).unwrap(), "place");
+        for context in [&["logs", "g", ""][..], &["logs", "f", "x"], &["logs", "f"], &["logsf", "", ""]] {
+            assert!(cursors.open(context, &cursor).is_err(), "{context:?}");
+        }
+        let other = Cursors::new(&Secret::new("K".into()));
+        assert!(other.open(&["logs", "f", ""], &cursor).is_err(), "another key");
+    }
+
+    #[test]
+    fn a_bent_cursor_is_refused() {
+        let cursors = Cursors::new(&Secret::new("k".into()));
+        let cursor = cursors.seal(&["x"], "place");
+        for at in 0..cursor.len() {
+            let mut bent = cursor.clone().into_bytes();
+            bent[at] = if bent[at] == b'A' { b'B' } else { b'A' };
+            assert!(cursors.open(&["x"], std::str::from_utf8(&bent).unwrap()).is_err(), "{at}");
+        }
+        for bad in ["", "A", &cursor[1..], &format!("{cursor}A"), &format!("{cursor}="), &"A".repeat(5000)] {
+            assert!(cursors.open(&["x"], bad).is_err(), "{bad}");
+        }
+    }
+}

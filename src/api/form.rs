@@ -1,0 +1,228 @@
+//! Forms (`multipart/form-data`, RFC 7578) with one file in them, read as they come in.
+//!
+//! The file goes to the disk piece by piece, never into memory as a whole: it is checked there before it is stored.
+
+use super::{ApiError, BodyStream, Call};
+use bytes::Bytes;
+use futures_util::stream;
+use http::header::CONTENT_TYPE;
+use multer::{Field, Multipart};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use tempfile::NamedTempFile;
+use tokio::io::AsyncWriteExt;
+
+/// Largest file, in bytes.
+const FILE_BYTES_MAX: usize = 50 << 20;
+/// Longest text field, in bytes.
+const FIELD_BYTES_MAX: usize = 64 << 10;
+/// Most parts of a form.
+const PARTS_MAX: usize = 32;
+/// Longest form: the file, and room for some fields and what stands between the parts.
+pub const BODY_BYTES_MAX: usize = FILE_BYTES_MAX + (256 << 10);
+/// Longest file name that is kept, in characters.
+const FILE_NAME_CHARS_MAX: usize = 255;
+
+/// A form that was read.
+#[derive(Default)]
+pub struct Form {
+    fields: HashMap<String, String>,
+    pub file: Option<Upload>,
+}
+
+/// An uploaded file; gone when dropped.
+pub struct Upload {
+    file: NamedTempFile,
+    /// As its user called it, without the directories some clients send along; may be empty.
+    pub name: String,
+}
+
+impl Upload {
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+}
+
+impl Form {
+    /// Reads the form; the file `file` goes into `spool_dir`.
+    pub async fn read(call: &Call, body: &mut dyn BodyStream, spool_dir: &Path) -> Result<Self, ApiError> {
+        let content_type = call.headers.content_type.as_ref().and_then(|value| value.to_str().ok());
+        let boundary = multer::parse_boundary(content_type.unwrap_or_default());
+        let boundary =
+            boundary.map_err(|_| ApiError::invalid(format!("the {CONTENT_TYPE} names no boundary")))?;
+        // What the body fails with is an answer of its own, and must come out of multer whole.
+        let failure = Mutex::new(None);
+        let pieces = stream::unfold((body, &failure), async |(body, failure)| match body.next().await {
+            Ok(piece) => piece.map(|bytes| (Ok(bytes), (body, failure))),
+            Err(e) => {
+                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+                Some((Err::<Bytes, _>(std::io::Error::other("the body failed")), (body, failure)))
+            }
+        });
+        let read = Self::read_parts(Multipart::new(Box::pin(pieces), boundary), spool_dir).await;
+        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(of_body) => Err(of_body),
+            None => read,
+        }
+    }
+
+    async fn read_parts(mut parts: Multipart<'_>, spool_dir: &Path) -> Result<Self, ApiError> {
+        let mut form = Self::default();
+        let mut count = 0;
+        while let Some(part) = parts.next_field().await.map_err(|e| broken(&e))? {
+            count += 1;
+            if count > PARTS_MAX {
+                return Err(ApiError::invalid(format!("the form has more than {PARTS_MAX} parts")));
+            }
+            let name = part.name().map(str::to_owned);
+            let name = name.ok_or_else(|| ApiError::invalid("a part of the form has no name"))?;
+            if name == "file" {
+                if form.file.is_some() {
+                    return Err(twice("file"));
+                }
+                form.file = Some(spool(part, spool_dir).await?);
+            } else if form.fields.contains_key(&name) {
+                return Err(twice(&name));
+            } else {
+                let value = text(part, &name).await?;
+                form.fields.insert(name, value);
+            }
+        }
+        Ok(form)
+    }
+
+    /// Takes a text field out.
+    pub fn take(&mut self, name: &str) -> Option<String> {
+        self.fields.remove(name)
+    }
+
+    /// A field that nobody has taken.
+    pub fn any_left(&self) -> Option<&str> {
+        self.fields.keys().map(String::as_str).min()
+    }
+}
+
+async fn spool(mut part: Field<'_>, dir: &Path) -> Result<Upload, ApiError> {
+    let name = part.file_name().unwrap_or_default();
+    let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
+    let name = name.chars().filter(|c| !c.is_control()).take(FILE_NAME_CHARS_MAX).collect();
+    let file = NamedTempFile::new_in(PathBuf::from(dir)).map_err(|e| no_room(&e))?;
+    let mut out = tokio::fs::File::from_std(file.reopen().map_err(|e| no_room(&e))?);
+    let mut bytes = 0;
+    while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
+        bytes += piece.len();
+        if bytes > FILE_BYTES_MAX {
+            return Err(ApiError::BodyTooLarge { bytes_max: FILE_BYTES_MAX });
+        }
+        out.write_all(&piece).await.map_err(|e| no_room(&e))?;
+    }
+    out.flush().await.map_err(|e| no_room(&e))?;
+    Ok(Upload { file, name })
+}
+
+async fn text(mut part: Field<'_>, name: &str) -> Result<String, ApiError> {
+    let mut bytes = Vec::new();
+    while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
+        if bytes.len() + piece.len() > FIELD_BYTES_MAX {
+            return Err(ApiError::invalid(format!("`{name}` is longer than {FIELD_BYTES_MAX} bytes")));
+        }
+        bytes.extend_from_slice(&piece);
+    }
+    String::from_utf8(bytes).map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))
+}
+
+fn twice(name: &str) -> ApiError {
+    ApiError::invalid(format!("the form holds `{name}` twice"))
+}
+
+fn broken(_: &multer::Error) -> ApiError {
+    ApiError::invalid("the form is broken: its parts and the boundary do not fit")
+}
+
+fn no_room(error: &std::io::Error) -> ApiError {
+    tracing::error!(error = %error, "Upload Not Spooled");
+    ApiError::BackendAway
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use async_trait::async_trait;
+    use http::HeaderValue;
+
+    /// A body in pieces; an error ends it.
+    struct Pieces(Vec<Result<Bytes, ApiError>>);
+
+    #[async_trait]
+    impl BodyStream for Pieces {
+        async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+            if self.0.is_empty() { Ok(None) } else { self.0.remove(0).map(Some) }
+        }
+    }
+
+    fn call() -> Call {
+        let mut call = Call::default();
+        call.headers.content_type = Some(HeaderValue::from_static("multipart/form-data; boundary=X"));
+        call
+    }
+
+    async fn read(body: &[u8], piece: usize) -> Result<Form, ApiError> {
+        let dir = tempfile::tempdir().unwrap();
+        let pieces = body.chunks(piece).map(|c| Ok(Bytes::copy_from_slice(c))).collect();
+        let form = Form::read(&call(), &mut Pieces(pieces), dir.path()).await;
+        if let Ok(Form { file: Some(upload), .. }) = &form {
+            assert_eq!(std::fs::read(upload.path()).unwrap(), b"a\r\nzip");
+        }
+        form
+    }
+
+    fn part(disposition: &str, value: &str) -> String {
+        format!("--X\r\nContent-Disposition: form-data; {disposition}\r\n\r\n{value}\r\n")
+    }
+
+    #[tokio::test]
+    async fn a_form_in_pieces_of_any_size() {
+        let body = part("name=\"description\"", "ä")
+            + &part("name=\"file\"; filename=\"C:\\\\dir\\\\x.zip\"", "a\r\nzip")
+            + &part("name=\"envVars\"", "{}")
+            + "--X--\r\n";
+        for piece in [1, 7, 1000] {
+            let mut form = read(body.as_bytes(), piece).await.unwrap();
+            assert_eq!(form.take("description").as_deref(), Some("ä"));
+            assert_eq!(form.any_left(), Some("envVars"));
+            assert_eq!(form.file.as_ref().map(|f| f.name.as_str()), Some("x.zip"));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_wrong_with_a_form() {
+        let file = part("name=\"file\"; filename=\"x\"", "a\r\nzip");
+        let long = part("name=\"a\"", &"x".repeat(FIELD_BYTES_MAX + 1));
+        for (bad, told) in [
+            (file.clone() + &file + "--X--\r\n", "`file` twice"),
+            (part("name=\"a\"", "1") + &part("name=\"a\"", "1") + "--X--\r\n", "`a` twice"),
+            (file.clone(), "broken"),
+            ("no form".to_owned(), "broken"),
+            (String::new(), "broken"),
+            (part("nom=\"a\"", "1") + "--X--\r\n", "no name"),
+            (long + "--X--\r\n", "longer than"),
+            (part("name=\"a\"", "1").repeat(PARTS_MAX + 1) + "--X--\r\n", "twice"),
+        ] {
+            match read(bad.as_bytes(), 4096).await {
+                Err(ApiError::Invalid(detail)) => assert!(detail.contains(told), "{told}: {detail}"),
+                other => panic!("{told}: {:?}", other.err()),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_body_fails_with_comes_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let head = Bytes::from(part("name=\"file\"; filename=\"x\"", "")[..60].to_owned());
+        let mut body = Pieces(vec![Ok(head), Err(ApiError::BodyTimeout)]);
+        let failed = Form::read(&call(), &mut body, dir.path()).await.err();
+        assert!(matches!(failed, Some(ApiError::BodyTimeout)), "{failed:?}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+    }
+}

@@ -1,0 +1,68 @@
+//! `If-Match` and `If-None-Match` (RFC 9110, section 13).
+
+use super::{ApiError, CallHeaders};
+use http::header::HeaderValue;
+
+/// Whether the tag that a client has is still that of the function: what a GET answers with 304 for.
+pub fn is_unchanged(headers: &CallHeaders, tag: &str) -> bool {
+    // Compared weakly.
+    tags(&headers.if_none_match).any(|given| given == "*" || given.trim_start_matches("W/") == tag)
+}
+
+/// Whether a change may go ahead on a function with this tag.
+pub fn check(headers: &CallHeaders, tag: &str) -> Result<(), ApiError> {
+    // Compared strongly: a weak tag never matches.
+    let matches =
+        headers.if_match.is_empty() || tags(&headers.if_match).any(|given| given == "*" || given == tag);
+    let fits = matches && !is_unchanged(headers, tag);
+    fits.then_some(()).ok_or(ApiError::PreconditionFailed)
+}
+
+/// Our tags hold no comma, so a comma always stands between two.
+fn tags(fields: &[HeaderValue]) -> impl Iterator<Item = &str> {
+    fields.iter().filter_map(|field| field.to_str().ok()).flat_map(|field| field.split(',')).map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(if_match: &[&'static str], if_none_match: &[&'static str]) -> CallHeaders {
+        let values = |fields: &[&'static str]| fields.iter().map(|f| HeaderValue::from_static(f)).collect();
+        CallHeaders {
+            if_match: values(if_match),
+            if_none_match: values(if_none_match),
+            ..CallHeaders::default()
+        }
+    }
+
+    #[test]
+    fn conditions() {
+        let tag = "\"3-abc\"";
+        for (if_match, goes) in [
+            (&[][..], true),
+            (&["\"3-abc\""], true),
+            (&["*"], true),
+            (&["\"1\", \"3-abc\""], true),
+            (&["\"1\"", "\"3-abc\""], true),
+            (&["W/\"3-abc\""], false),
+            (&["\"3\""], false),
+            (&["3-abc"], false),
+            (&[""], false),
+        ] {
+            assert_eq!(check(&headers(if_match, &[]), tag).is_ok(), goes, "{if_match:?}");
+        }
+        for (if_none_match, unchanged) in [
+            (&[][..], false),
+            (&["\"3-abc\""], true),
+            (&["W/\"3-abc\""], true),
+            (&["\"1\",W/\"3-abc\""], true),
+            (&["*"], true),
+            (&["\"1\""], false),
+        ] {
+            let headers = headers(&[], if_none_match);
+            assert_eq!(is_unchanged(&headers, tag), unchanged, "{if_none_match:?}");
+            assert_eq!(check(&headers, tag).is_ok(), !unchanged, "{if_none_match:?}");
+        }
+    }
+}

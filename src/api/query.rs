@@ -1,0 +1,65 @@
+//! The query of a URL, read strictly: what is given twice or cannot be decoded is an error, what nobody knows is
+//! passed over.
+
+use super::ApiError;
+use http::Uri;
+use percent_encoding::percent_decode_str;
+use std::borrow::Cow;
+
+/// The first value of each wanted name, decoded.
+pub struct Query<'a>(Vec<(&'a str, Cow<'a, str>)>);
+
+impl<'a> Query<'a> {
+    /// Reads the parameters `names` of the query.
+    pub fn read(uri: &'a Uri, names: &[&str]) -> Result<Self, ApiError> {
+        let mut found: Vec<(&str, Cow<'_, str>)> = Vec::new();
+        for pair in uri.query().unwrap_or_default().split('&') {
+            let (name, raw) = pair.split_once('=').unwrap_or((pair, ""));
+            if !names.contains(&name) {
+                continue;
+            }
+            if found.iter().any(|(known, _)| *known == name) {
+                return Err(ApiError::invalid(format!("`{name}` stands twice in the query")));
+            }
+            let value = percent_decode_str(raw).decode_utf8();
+            found.push((name, value.map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))?));
+        }
+        Ok(Self(found))
+    }
+
+    pub fn get(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(known, _)| *known == name).map(|(_, value)| &**value)
+    }
+
+    /// A whole number from 1 to `max`.
+    pub fn limit(&self, default: usize, max: usize) -> Result<usize, ApiError> {
+        let Some(text) = self.get("limit") else { return Ok(default) };
+        let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        let limit = text.parse().ok().filter(|n| is_number && (1..=max).contains(n));
+        limit.ok_or_else(|| ApiError::invalid(format!("`limit` must be a number from 1 to {max}")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries() {
+        let uri: Uri = "/x?limit=7&status=A%20B+C&other=%ff&flag".parse().unwrap();
+        let query = Query::read(&uri, &["limit", "status", "flag"]).unwrap();
+        assert_eq!(
+            (query.get("status"), query.get("flag"), query.get("other")),
+            (Some("A B+C"), Some(""), None)
+        );
+        assert_eq!(query.limit(1, 10).unwrap(), 7);
+        assert_eq!(Query::read(&"/x".parse().unwrap(), &["limit"]).unwrap().limit(3, 10).unwrap(), 3);
+        for bad in ["/x?limit=%ff", "/x?limit=1&limit=1"] {
+            assert!(Query::read(&bad.parse().unwrap(), &["limit"]).is_err(), "{bad}");
+        }
+        for bad in ["0", "11", "-1", "+1", "", "x", "1.0"] {
+            let uri: Uri = format!("/x?limit={bad}").parse().unwrap();
+            assert!(Query::read(&uri, &["limit"]).unwrap().limit(1, 10).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! Changes to functions.
+//!
+//! Every change is one conditional write of the backend, together with its record and with what it means for the
+//! code, so no failure at any step leaves one without the others. Around it stands what a table cannot hold:
+//!
+//! * New code is on the code list before it is stored, and leaves it with the write that points to it. If that write
+//!   never comes, the sweep deletes it.
+//! * Old code goes on the list with the write that no longer points to it, and is deleted when the queue has
+//!   forgotten every job that names it.
+
+use super::Functions;
+use crate::backend::{Backend, BackendError, CodeList, CodeStore, FunctionStore, FunctionWrite, Written};
+use crate::model::{
+    ConfigAction, ConfigRecord, Counters, Function, FunctionId, RetiredCode, Runtime, UnixMs, now_ms,
+    rfc3339_ms,
+};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// How long new code may wait for the write that points to it.
+const ADOPTION_MAX: Duration = Duration::from_secs(3600);
+/// How long code outlives the retention of the last job that names it: jobs that a worker took at the last moment,
+/// caches of other nodes, clocks that differ.
+const RETIREMENT_SLACK: Duration = Duration::from_secs(3600);
+/// Tries of a change that others keep getting ahead of.
+const TRIES_MAX: usize = 5;
+/// Tries of a write that is not answered; writing it again changes nothing more.
+const WRITE_TRIES_MAX: usize = 3;
+
+/// Creates, changes and deletes functions. Cheap to clone.
+#[derive(Clone)]
+pub struct Editor {
+    store: Arc<dyn FunctionStore>,
+    code: Arc<dyn CodeStore>,
+    list: Arc<dyn CodeList>,
+    cache: Functions,
+    /// How long the queue keeps a job.
+    retention: Duration,
+}
+
+/// Code that was uploaded and checked.
+pub struct NewCode<'a> {
+    pub file: &'a Path,
+    /// What its user called it.
+    pub original_name: String,
+}
+
+/// A function to be.
+pub struct NewFunction<'a> {
+    pub name: String,
+    pub description: String,
+    pub runtime: Runtime,
+    pub memory_mb: u64,
+    /// A JSON object.
+    pub env_vars: String,
+    pub code: NewCode<'a>,
+}
+
+/// What to change; `None` stays as it is.
+#[derive(Default)]
+pub struct Change<'a> {
+    pub description: Option<String>,
+    pub memory_mb: Option<u64>,
+    pub code: Option<NewCode<'a>>,
+}
+
+/// Why a function was not changed; `E` is what the caller's own check says.
+#[derive(Debug)]
+pub enum EditError<E> {
+    NoSuchFunction,
+    Refused(E),
+    /// Others changed it again and again meanwhile.
+    Contended,
+    /// The part that failed, and how.
+    Backend(&'static str, BackendError),
+}
+
+impl Editor {
+    pub fn new(backend: &Backend, cache: Functions) -> Self {
+        Self {
+            store: Arc::clone(&backend.functions),
+            code: Arc::clone(&backend.code),
+            list: Arc::clone(&backend.code_list),
+            cache,
+            retention: backend.queue.traits().retention,
+        }
+    }
+
+    pub async fn create<E>(&self, by: &str, new: NewFunction<'_>) -> Result<Function, EditError<E>> {
+        let id = Uuid::new_v4().to_string();
+        let id = FunctionId::parse(&id).ok_or(EditError::Contended)?; // a UUID is always an id
+        let code = self.store_code(&id, &new.code).await?;
+        let now = now_ms();
+        let function = Function {
+            id,
+            name: new.name,
+            description: new.description,
+            runtime: new.runtime.name().to_owned(),
+            memory_mb: new.memory_mb,
+            s3_key: code.s3_key.clone(),
+            original_name: new.code.original_name,
+            uploaded_at: rfc3339_ms(now),
+            updated_at: String::new(),
+            env_vars: new.env_vars,
+            version: 1,
+            counters: Counters::default(),
+            recommendation: None,
+        };
+        let write = self.write(ConfigAction::Create, by, now, None, Some(&function), Some(code)).await?;
+        (write == Written::Done).then_some(function).ok_or(EditError::Contended)
+    }
+
+    /// Changes a function as `decide` says, which sees it as it is and may refuse.
+    pub async fn change<'a, E>(
+        &self,
+        by: &str,
+        id: &FunctionId,
+        action: ConfigAction,
+        decide: impl Fn(&Function) -> Result<Change<'a>, E> + Send + Sync,
+    ) -> Result<Function, EditError<E>> {
+        let mut stored: Option<RetiredCode> = None;
+        for _ in 0..TRIES_MAX {
+            let before = self.read(id).await?;
+            let change = decide(&before).map_err(EditError::Refused)?;
+            let now = now_ms();
+            let mut after =
+                Function { updated_at: rfc3339_ms(now), version: before.version + 1, ..before.clone() };
+            if let Some(description) = change.description {
+                after.description = description;
+            }
+            if let Some(memory_mb) = change.memory_mb {
+                after.memory_mb = memory_mb;
+            }
+            if let Some(code) = &change.code {
+                // Once, however often others get ahead.
+                let code_stored = match &stored {
+                    Some(stored) => stored,
+                    None => stored.insert(self.store_code(id, code).await?),
+                };
+                after.s3_key.clone_from(&code_stored.s3_key);
+                after.original_name.clone_from(&code.original_name);
+            }
+            let adopt = stored.clone();
+            if self.write(action, by, now, Some(&before), Some(&after), adopt).await? == Written::Done {
+                return Ok(after);
+            }
+        }
+        Err(EditError::Contended)
+    }
+
+    /// Deletes a function unless `check` refuses. Jobs that are queued already still run.
+    pub async fn delete<E>(
+        &self,
+        by: &str,
+        id: &FunctionId,
+        check: impl Fn(&Function) -> Result<(), E> + Send + Sync,
+    ) -> Result<(), EditError<E>> {
+        for _ in 0..TRIES_MAX {
+            let before = self.read(id).await?;
+            check(&before).map_err(EditError::Refused)?;
+            if self.write(ConfigAction::Delete, by, now_ms(), Some(&before), None, None).await?
+                == Written::Done
+            {
+                return Ok(());
+            }
+        }
+        Err(EditError::Contended)
+    }
+
+    /// As the table has it now: a change must not begin from what the cache still believes.
+    async fn read<E>(&self, id: &FunctionId) -> Result<Function, EditError<E>> {
+        let found = self.store.get(id).await.map_err(|e| EditError::Backend("the function table", e))?;
+        found.ok_or(EditError::NoSuchFunction)
+    }
+
+    async fn store_code<E>(&self, id: &FunctionId, code: &NewCode<'_>) -> Result<RetiredCode, EditError<E>> {
+        // A key of its own for each upload: queued jobs name the one they were queued with.
+        let s3_key = format!("functions/{id}/{}.zip", Uuid::new_v4());
+        let entry = RetiredCode { s3_key, function: id.clone(), due: later(now_ms(), ADOPTION_MAX) };
+        // On the list first: whatever happens from here on, the code is swept away or pointed to.
+        self.list.add(&entry).await.map_err(|e| EditError::Backend("the code list", e))?;
+        self.code.put(&entry.s3_key, code.file).await.map_err(|e| EditError::Backend("the code store", e))?;
+        Ok(entry)
+    }
+
+    async fn write<E>(
+        &self,
+        action: ConfigAction,
+        by: &str,
+        now: UnixMs,
+        before: Option<&Function>,
+        after: Option<&Function>,
+        adopt: Option<RetiredCode>,
+    ) -> Result<Written, EditError<E>> {
+        let Some(record) = ConfigRecord::new(action, by, now, before, after) else {
+            return Ok(Written::Conflict); // neither before nor after: nothing to write
+        };
+        // Too late: the sweep may be about to delete the code.
+        if adopt.as_ref().is_some_and(|code| code.due < later(now, ADOPTION_MAX / 2)) {
+            return Err(EditError::Contended);
+        }
+        let id = record.function.clone();
+        let is_left =
+            |f: &&Function| after.is_none_or(|after| after.s3_key != f.s3_key) && !f.s3_key.is_empty();
+        let retire = before.filter(is_left).map(|f| RetiredCode {
+            s3_key: f.s3_key.clone(),
+            function: f.id.clone(),
+            due: later(now, self.retention + RETIREMENT_SLACK),
+        });
+        let write = FunctionWrite { before: before.cloned(), after: after.cloned(), record, retire, adopt };
+        let written = self.write_for_sure(&write).await;
+        // Also after a failure: it may have been written all the same.
+        self.cache.forget(&id).await;
+        written.map_err(|e| EditError::Backend("the function table", e))
+    }
+
+    /// An answer that does not come says nothing, so the write is sent again; it takes effect only once.
+    async fn write_for_sure(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
+        let mut tried = 1;
+        loop {
+            match self.store.write(write).await {
+                Err(e) if e.is_transient() && tried < WRITE_TRIES_MAX => tried += 1,
+                done => return done,
+            }
+        }
+    }
+}
+
+fn later(at: UnixMs, by: Duration) -> UnixMs {
+    at.saturating_add(u64::try_from(by.as_millis()).unwrap_or(u64::MAX))
+}

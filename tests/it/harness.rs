@@ -12,6 +12,7 @@ pub mod platform;
 pub mod process;
 pub mod proxy;
 pub mod redis;
+pub mod upload;
 pub mod wait;
 pub mod worker;
 

@@ -23,6 +23,8 @@ macro_rules! over_both {
 }
 
 #[cfg(test)]
+mod changes;
+#[cfg(test)]
 mod functions;
 #[cfg(test)]
 mod harness;

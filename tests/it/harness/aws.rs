@@ -201,6 +201,17 @@ impl Cloud {
         eventually(&format!("{count} rows of {function}"), SOON, rows).await
     }
 
+    /// The keys in the bucket that begin with `prefix`, in order.
+    pub async fn objects(&self, prefix: &str) -> Vec<String> {
+        let list = Request::new(self.addr, "GET", &format!("/{}?list-type=2&prefix={prefix}", self.bucket));
+        let answer = list.header("authorization", &credential("s3")).send().await.expect(200).text();
+        let keys = answer.split("<Key>").skip(1);
+        let mut keys: Vec<String> =
+            keys.filter_map(|rest| rest.split("</Key>").next()).map(str::to_owned).collect();
+        keys.sort();
+        keys
+    }
+
     /// Takes one message from the queue, as a worker does, and deletes it: (attributes, body).
     pub async fn receive(&self) -> (Value, String) {
         let ask = json!({

@@ -1,6 +1,12 @@
 //! Job ids and row keys, computed here anew from the contract (sections 5 and 6): the tests must not ask the
 //! code under test what is right.
 
+/// The present, in Unix milliseconds.
+pub fn now_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("it is past 1970");
+    u64::try_from(since.as_millis()).expect("milliseconds fit")
+}
+
 /// The parts of an RFC 9562 UUID, version 8, as the contract fills it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdParts {

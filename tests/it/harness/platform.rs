@@ -169,6 +169,10 @@ impl Platform {
         self.fleet.as_ref().expect("a platform over AWS")
     }
 
+    pub fn is_serve(&self) -> bool {
+        self.fleet.is_some()
+    }
+
     pub fn fleet_mut(&mut self) -> &mut Fleet {
         self.fleet.as_mut().expect("a platform over AWS")
     }

@@ -22,6 +22,7 @@ impl Worker {
         let mut env = super::path_env();
         env.extend(credentials_env());
         env.push(("AWS_ENDPOINT_URL_SQS".into(), format!("http://{}", cloud.addr())));
+        env.push(("AWS_ENDPOINT_URL_S3".into(), format!("http://{}", cloud.addr())));
         env.push(("SQS_URL".into(), cloud.queue_url.clone()));
         env.push(("REDIS_URL".into(), redis.url()));
         env.push(("PYTHONDONTWRITEBYTECODE".into(), "1".into()));

@@ -10,6 +10,7 @@ result:<requestId>, SETEX job:<requestId> 3600, delete the message. What a job d
     {"behave": "literal", "base64": "…"}      the result is exactly these bytes
     {"behave": "huge", "bytes": 5000000}      a result of about that size
     {"behave": "no_status"}                   a result without status and exit code
+    {"behave": "code"}                        stdout is the source of the job's code (main.py), fetched from the bucket
     {"behave": "publish_twice"}               the same result twice, as a second run of the message gives
     {"behave": "store_only"}                  stored, never published
     {"behave": "publish_only"}                published, never stored
@@ -19,12 +20,14 @@ By hand: the environment is the controller's (SQS_URL, REDIS_HOST and REDIS_PORT
 """
 
 import base64
+import io
 import json
 import os
 import signal
 import sys
 import threading
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import boto3
@@ -48,6 +51,15 @@ def connect_sqs():
     endpoint = os.environ.get("AWS_ENDPOINT_URL_SQS") or os.environ.get("SQS_ENDPOINT")
     config = Config(max_pool_connections=RUNS_MAX + POLLERS, retries={"max_attempts": 2})
     return boto3.client("sqs", region_name=os.environ["AWS_REGION"], endpoint_url=endpoint, config=config)
+
+
+def source_of(job):
+    """The source of a job's code, as a worker that runs it would fetch it."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("S3_ENDPOINT")
+    path_style = Config(s3={"addressing_style": "path"})
+    s3 = boto3.client("s3", region_name=os.environ["AWS_REGION"], endpoint_url=endpoint, config=path_style)
+    code = s3.get_object(Bucket=job["s3Bucket"], Key=job["s3Key"])["Body"].read()
+    return zipfile.ZipFile(io.BytesIO(code)).read("main.py").decode()
 
 
 def result_of(job, started):
@@ -91,6 +103,8 @@ def run(job):
     result = result_of(job, started)
     if behave == "fail":
         result.update(status="FAILED", exitCode=1, stdout="", stderr=result["stdout"])
+    elif behave == "code":
+        result["stdout"] = source_of(job)
     elif behave == "stdout":
         result["stdout"] = given["text"] * given.get("times", 1)
     elif behave == "huge":

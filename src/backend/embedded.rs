@@ -176,10 +176,10 @@ mod tests {
         drop(open(scratch.path()).unwrap());
         let file = scratch.path().join("infra.sqlite");
         let connection = Connection::open(&file).unwrap();
-        connection.pragma_update(None, "user_version", 2).unwrap();
+        connection.pragma_update(None, "user_version", 3).unwrap();
         drop(connection);
         let newer = open(scratch.path()).err().unwrap();
-        assert!(newer.error.to_string().contains("schema 2, this one knows 1"), "{newer:?}");
+        assert!(newer.error.to_string().contains("schema 3, this one knows 2"), "{newer:?}");
 
         std::fs::write(&file, "x".repeat(8192)).unwrap();
         let garbage = open(scratch.path()).err().unwrap();

@@ -37,7 +37,7 @@ use rusqlite::{Connection, OptionalExtension};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use store::{Executions, Functions};
+use store::{Executions, Functions, RetiredCodes};
 use workers::LocalWorkers;
 
 /// What jobs name as their bucket. The code lies in the directory, so it stands for nothing.
@@ -96,15 +96,14 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
 
     let queue = Queue::new(database.clone());
     let results = LocalResults::new(database.clone());
-    let functions = Arc::new(Functions(database.clone()));
     let backend = Backend {
         queue: Arc::new(queue.clone()),
         results: results.clone(),
         journal: Arc::new(Inflight(database.clone())),
-        functions: functions.clone(),
-        executions: Arc::new(Executions(database)),
+        functions: Arc::new(Functions(database.clone())),
+        executions: Arc::new(Executions(database.clone())),
         code: Arc::new(LocalCode(code_dir.clone())),
-        code_list: functions,
+        code_list: Arc::new(RetiredCodes(database)),
         workers: Arc::new(LocalWorkers::default()),
         limits: None,
     };

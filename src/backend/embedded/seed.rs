@@ -97,8 +97,3 @@ fn write_code(example: &Example, code_dir: &Path) -> io::Result<()> {
     zip.write_all(example.source.as_bytes())?;
     zip.finish()?.sync_all()
 }
-
-#[cfg(test)]
-pub(super) fn hello() -> Function {
-    HELLO.function().unwrap()
-}

@@ -102,7 +102,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
         journal: Arc::new(Inflight(database.clone())),
         functions: Arc::new(Functions(database.clone())),
         executions: Arc::new(Executions(database.clone())),
-        code: Arc::new(LocalCode(code_dir.clone())),
+        code: Arc::new(LocalCode::new(code_dir.clone())),
         code_list: Arc::new(RetiredCodes(database)),
         workers: Arc::new(LocalWorkers::default()),
         limits: None,

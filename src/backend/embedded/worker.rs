@@ -9,6 +9,7 @@ mod message;
 mod process;
 mod result;
 
+use super::code_store;
 use super::queue::{Queue, Queued};
 use super::results::LocalResults;
 use crate::backend::BackendError;
@@ -166,7 +167,7 @@ impl Runner {
 
     /// Unpacks the code, and writes the input beside it if it goes by a file.
     async fn lay_out(&self, job: &Queued, message: &Message<'_>) -> Result<RunDir, String> {
-        let zip = code::locate(&self.code_dir, &message.s3_key)
+        let zip = code_store::locate(&self.code_dir, &message.s3_key)
             .ok_or("the key of the function's code leads out of the store")?;
         let path = self.runs_dir.join(job.id.to_string());
         let input = message.input_by_file().then(|| message.input.get().to_owned());

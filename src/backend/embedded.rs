@@ -7,8 +7,8 @@
 //!
 //! What lies in the directory:
 //!
-//! * `infra.sqlite` — every table (see `schema.sql`)
-//! * `code/<s3Key>` — the zips of the functions
+//! * `infra.sqlite` — every table (see `schema.sql` and the steps beside it)
+//! * `code/<s3Key>` — the zips of the functions; `….part` is one that is being copied in
 //! * `runs/` — private directories of the runs under way
 //! * `lock` — held by the one process that works here
 
@@ -38,7 +38,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use store::{Executions, Functions, RetiredCodes};
-use workers::LocalWorkers;
+use workers::{Activity, LocalWorkers};
 
 /// What jobs name as their bucket. The code lies in the directory, so it stands for nothing.
 pub const BUCKET: &str = "local";
@@ -96,6 +96,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
 
     let queue = Queue::new(database.clone());
     let results = LocalResults::new(database.clone());
+    let activity = Arc::new(Activity::default());
     let backend = Backend {
         queue: Arc::new(queue.clone()),
         results: results.clone(),
@@ -104,10 +105,10 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
         executions: Arc::new(Executions(database.clone())),
         code: Arc::new(LocalCode::new(code_dir.clone())),
         code_list: Arc::new(RetiredCodes(database)),
-        workers: Arc::new(LocalWorkers::default()),
+        workers: Arc::new(LocalWorkers::new(activity.clone())),
         limits: None,
     };
-    Ok(Embedded { node, backend, worker: Worker::new(queue, results, code_dir, runs_dir) })
+    Ok(Embedded { node, backend, worker: Worker::new(queue, results, activity, code_dir, runs_dir) })
 }
 
 fn node_id(connection: &Connection) -> rusqlite::Result<NodeId> {

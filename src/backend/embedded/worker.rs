@@ -12,6 +12,7 @@ mod result;
 use super::code_store;
 use super::queue::{Queue, Queued};
 use super::results::LocalResults;
+use super::workers::Activity;
 use crate::backend::BackendError;
 use crate::model::now_ms;
 use code::RunDir;
@@ -37,6 +38,7 @@ const INTERPRETER_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// The worker of one directory. [`Worker::run`] is its loop.
 pub struct Worker {
     runner: Runner,
+    activity: Arc<Activity>,
     runs_at_once: usize,
 }
 
@@ -54,13 +56,14 @@ impl Worker {
     pub(super) fn new(
         queue: Queue,
         results: Arc<LocalResults>,
+        activity: Arc<Activity>,
         code_dir: PathBuf,
         runs_dir: PathBuf,
     ) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (python, node) = (on_path("python3"), on_path("node"));
         let runner = Runner { queue, results, code_dir, runs_dir, python, node };
-        Self { runner, runs_at_once: cores.min(RUNS_MAX) }
+        Self { runner, activity, runs_at_once: cores.min(RUNS_MAX) }
     }
 
     /// Runs jobs, one per core at once, until `stop` turns true or its sender is gone. Runs that have not ended by
@@ -70,6 +73,7 @@ impl Worker {
         runner.python = real_path(runner.python.take(), ["-c", "import sys; print(sys.executable)"]).await;
         runner.node = real_path(runner.node.take(), ["-p", "process.execPath"]).await;
         let runner = Arc::new(self.runner);
+        let active = self.activity.begin();
         let mut runs = JoinSet::new();
         let mut last = 0;
         loop {
@@ -80,6 +84,7 @@ impl Worker {
                     runs.spawn(runner.clone().settle(job));
                 }
             }
+            active.show_runs(runs.len());
             let free = self.runs_at_once > runs.len();
             tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => break,

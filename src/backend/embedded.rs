@@ -7,8 +7,8 @@
 //!
 //! What lies in the directory:
 //!
-//! * `infra.sqlite` — every table (see `schema.sql`)
-//! * `code/<s3Key>` — the zips of the functions
+//! * `infra.sqlite` — every table (see `schema.sql` and the steps beside it)
+//! * `code/<s3Key>` — the zips of the functions; `….part` is one that is being copied in
 //! * `runs/` — private directories of the runs under way
 //! * `lock` — held by the one process that works here
 
@@ -37,8 +37,8 @@ use rusqlite::{Connection, OptionalExtension};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use store::{Executions, Functions};
-use workers::LocalWorkers;
+use store::{Executions, Functions, RetiredCodes};
+use workers::{Activity, LocalWorkers};
 
 /// What jobs name as their bucket. The code lies in the directory, so it stands for nothing.
 pub const BUCKET: &str = "local";
@@ -96,19 +96,19 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
 
     let queue = Queue::new(database.clone());
     let results = LocalResults::new(database.clone());
-    let functions = Arc::new(Functions(database.clone()));
+    let activity = Arc::new(Activity::default());
     let backend = Backend {
         queue: Arc::new(queue.clone()),
         results: results.clone(),
         journal: Arc::new(Inflight(database.clone())),
-        functions: functions.clone(),
-        executions: Arc::new(Executions(database)),
-        code: Arc::new(LocalCode(code_dir.clone())),
-        code_list: functions,
-        workers: Arc::new(LocalWorkers::default()),
+        functions: Arc::new(Functions(database.clone())),
+        executions: Arc::new(Executions(database.clone())),
+        code: Arc::new(LocalCode::new(code_dir.clone())),
+        code_list: Arc::new(RetiredCodes(database)),
+        workers: Arc::new(LocalWorkers::new(activity.clone())),
         limits: None,
     };
-    Ok(Embedded { node, backend, worker: Worker::new(queue, results, code_dir, runs_dir) })
+    Ok(Embedded { node, backend, worker: Worker::new(queue, results, activity, code_dir, runs_dir) })
 }
 
 fn node_id(connection: &Connection) -> rusqlite::Result<NodeId> {
@@ -176,10 +176,10 @@ mod tests {
         drop(open(scratch.path()).unwrap());
         let file = scratch.path().join("infra.sqlite");
         let connection = Connection::open(&file).unwrap();
-        connection.pragma_update(None, "user_version", 2).unwrap();
+        connection.pragma_update(None, "user_version", 3).unwrap();
         drop(connection);
         let newer = open(scratch.path()).err().unwrap();
-        assert!(newer.error.to_string().contains("schema 2, this one knows 1"), "{newer:?}");
+        assert!(newer.error.to_string().contains("schema 3, this one knows 2"), "{newer:?}");
 
         std::fs::write(&file, "x".repeat(8192)).unwrap();
         let garbage = open(scratch.path()).err().unwrap();

@@ -28,8 +28,9 @@ const READS_MAX: usize = 4;
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most prepared statements a connection keeps; more than there are statements in this backend.
 const STATEMENTS_MAX: usize = 64;
-/// What `PRAGMA user_version` says of a file this program can read.
-pub(super) const SCHEMA_VERSION: i64 = 1;
+/// The steps from an empty file to today's tables. `PRAGMA user_version` says how many a file has seen.
+const SCHEMA_STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("schema_2.sql")];
+pub(super) const SCHEMA_VERSION: usize = SCHEMA_STEPS.len();
 
 const DATABASE_FILE: &str = "infra.sqlite";
 const LOCK_FILE: &str = "lock";
@@ -208,15 +209,19 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
 
 fn migrate(connection: &mut Connection) -> Result<(), OpenError> {
     let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    match found {
-        SCHEMA_VERSION => Ok(()),
-        0 => {
+    let missing = usize::try_from(found).ok().and_then(|seen| SCHEMA_STEPS.get(seen..));
+    match missing {
+        None => Err(OpenError::Newer(found)),
+        Some([]) => Ok(()),
+        Some(steps) => {
+            // All of them or none: a process that is killed here leaves what the older version can still read.
             let tx = connection.transaction()?;
-            tx.execute_batch(include_str!("schema.sql"))?;
-            tx.pragma_update(None, "user_version", SCHEMA_VERSION)?;
+            for step in steps {
+                tx.execute_batch(step)?;
+            }
+            tx.pragma_update(None, "user_version", integer(SCHEMA_VERSION as u64))?;
             Ok(tx.commit()?)
         }
-        newer => Err(OpenError::Newer(newer)),
     }
 }
 
@@ -246,7 +251,10 @@ pub(super) fn unsigned(value: i64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::FunctionStore;
     use crate::backend::embedded::scratch::{Scratch, in_time};
+    use crate::backend::embedded::store::Functions;
+    use crate::model::{Counters, FunctionId};
     use std::sync::mpsc::sync_channel;
 
     fn mark(
@@ -261,6 +269,57 @@ mod tests {
             select.query_map([], |row| row.get(0))?.collect()
         });
         read.await.unwrap()
+    }
+
+    /// What version 1 of this program left in a directory.
+    fn version_1(scratch: &Scratch) {
+        let file = Connection::open(scratch.path().join(DATABASE_FILE)).unwrap();
+        file.execute_batch(SCHEMA_STEPS[0]).unwrap();
+        file.execute_batch(
+            "PRAGMA user_version = 1;
+             INSERT INTO meta VALUES ('node', 7);
+             INSERT INTO functions VALUES ('f', 'the f', 'd', 'python', 256, 'k', 'o', 'up', '', '{}', 3, 5, 1.5, 4, 0.5);
+             INSERT INTO executions VALUES ('f', 'key', 'r', 1, 'SUCCESS', 1, NULL, 2, 'm', NULL, NULL);
+             INSERT INTO jobs VALUES (9, x'00', 'f', 1, x'01');",
+        )
+        .unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_directory_of_version_1_keeps_what_it_holds() {
+        let scratch = Scratch::new();
+        version_1(&scratch);
+        for _ in 0..2 {
+            let database = scratch.database();
+            let f = Functions(database.clone()).get(&FunctionId::parse("f").unwrap()).await.unwrap().unwrap();
+            assert_eq!((f.name.as_str(), f.memory_mb, f.version), ("the f", 256, 3));
+            let Counters { invocations, errors, total_duration_ms, .. } = f.counters;
+            assert_eq!((invocations, errors, total_duration_ms, f.recommendation), (5, 0, 1.5, None));
+            let counts = database.read(|c| {
+                c.query_row(
+                    "SELECT (SELECT count(*) FROM executions), (SELECT max(seq) FROM jobs),
+                         (SELECT count(*) FROM config_records), (SELECT count(*) FROM retired_code)",
+                    [],
+                    |row| Ok([row.get::<_, i64>(0)?, row.get(1)?, row.get(2)?, row.get(3)?]),
+                )
+            });
+            assert_eq!(counts.await.unwrap(), [1, 9, 0, 0]);
+            assert_eq!(marks(&database).await, ["node"]);
+        }
+    }
+
+    #[test]
+    fn a_migration_that_fails_changes_nothing() {
+        let scratch = Scratch::new();
+        version_1(&scratch);
+        let file = || Connection::open(scratch.path().join(DATABASE_FILE)).unwrap();
+        // In the way of the last table of the step.
+        file().execute_batch("CREATE TABLE retired_code (x)").unwrap();
+        assert!(matches!(Database::open(scratch.path(), |_| Ok(())), Err(OpenError::Failed(_))));
+        let version: i64 = file().pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+        assert_eq!(version, 1);
+        file().execute_batch("DROP TABLE retired_code").unwrap();
+        assert!(Database::open(scratch.path(), |_| Ok(())).is_ok());
     }
 
     #[tokio::test]

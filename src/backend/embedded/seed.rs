@@ -3,6 +3,7 @@
 //! It happens once in the life of a directory. The file remembers it, so a function that its user deleted stays
 //! deleted.
 
+use super::code_store;
 use super::store::put_function;
 use crate::backend::BackendError;
 use crate::model::{Counters, Function, FunctionId, now_ms, rfc3339_ms};
@@ -95,10 +96,6 @@ fn write_code(example: &Example, code_dir: &Path) -> io::Result<()> {
     let mut zip = ZipWriter::new(File::create(&path)?);
     zip.start_file(example.entry, SimpleFileOptions::default())?;
     zip.write_all(example.source.as_bytes())?;
-    zip.finish()?.sync_all()
-}
-
-#[cfg(test)]
-pub(super) fn hello() -> Function {
-    HELLO.function().unwrap()
+    zip.finish()?.sync_all()?;
+    code_store::sync_names(code_dir, &path)
 }

@@ -9,8 +9,10 @@ mod message;
 mod process;
 mod result;
 
+use super::code_store;
 use super::queue::{Queue, Queued};
 use super::results::LocalResults;
+use super::workers::Activity;
 use crate::backend::BackendError;
 use crate::model::now_ms;
 use code::RunDir;
@@ -36,6 +38,7 @@ const INTERPRETER_ANSWER_MAX: Duration = Duration::from_secs(10);
 /// The worker of one directory. [`Worker::run`] is its loop.
 pub struct Worker {
     runner: Runner,
+    activity: Arc<Activity>,
     runs_at_once: usize,
 }
 
@@ -53,13 +56,14 @@ impl Worker {
     pub(super) fn new(
         queue: Queue,
         results: Arc<LocalResults>,
+        activity: Arc<Activity>,
         code_dir: PathBuf,
         runs_dir: PathBuf,
     ) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (python, node) = (on_path("python3"), on_path("node"));
         let runner = Runner { queue, results, code_dir, runs_dir, python, node };
-        Self { runner, runs_at_once: cores.min(RUNS_MAX) }
+        Self { runner, activity, runs_at_once: cores.min(RUNS_MAX) }
     }
 
     /// Runs jobs, one per core at once, until `stop` turns true or its sender is gone. Runs that have not ended by
@@ -69,6 +73,7 @@ impl Worker {
         runner.python = real_path(runner.python.take(), ["-c", "import sys; print(sys.executable)"]).await;
         runner.node = real_path(runner.node.take(), ["-p", "process.execPath"]).await;
         let runner = Arc::new(self.runner);
+        let active = self.activity.begin();
         let mut runs = JoinSet::new();
         let mut last = 0;
         loop {
@@ -79,6 +84,7 @@ impl Worker {
                     runs.spawn(runner.clone().settle(job));
                 }
             }
+            active.show_runs(runs.len());
             let free = self.runs_at_once > runs.len();
             tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => break,
@@ -166,7 +172,7 @@ impl Runner {
 
     /// Unpacks the code, and writes the input beside it if it goes by a file.
     async fn lay_out(&self, job: &Queued, message: &Message<'_>) -> Result<RunDir, String> {
-        let zip = code::locate(&self.code_dir, &message.s3_key)
+        let zip = code_store::locate(&self.code_dir, &message.s3_key)
             .ok_or("the key of the function's code leads out of the store")?;
         let path = self.runs_dir.join(job.id.to_string());
         let input = message.input_by_file().then(|| message.input.get().to_owned());

@@ -1,23 +1,182 @@
-//! The workers that report, in memory: a restart forgets them as time would.
+//! The workers that report, in memory: a restart forgets them as time would. And the one worker that does not
+//! report, because it is a part of this process.
 
-use crate::backend::{BackendError, WorkerRegistry, WorkerSeen};
+use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
+use crate::model::{now_ms, rfc3339_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
+use serde::Serialize;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::time::Instant;
 
-#[derive(Default)]
-pub(super) struct LocalWorkers {}
+pub(super) struct LocalWorkers {
+    /// What each said last, and when.
+    seen: Mutex<HashMap<String, (Bytes, Instant)>>,
+    own: Arc<Activity>,
+}
+
+impl LocalWorkers {
+    /// `own`: what the local worker shows of itself.
+    pub(super) fn new(own: Arc<Activity>) -> Self {
+        Self { seen: Mutex::default(), own }
+    }
+
+    /// Those that are not forgotten.
+    fn known(&self) -> MutexGuard<'_, HashMap<String, (Bytes, Instant)>> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.retain(|_, (_, at)| at.elapsed() < WORKER_FORGOTTEN);
+        seen
+    }
+}
 
 #[async_trait]
 impl WorkerRegistry for LocalWorkers {
-    async fn put(&self, _worker_id: &str, _state: &str) -> Result<bool, BackendError> {
-        Err(BackendError::Invalid("stub".into()))
+    async fn put(&self, worker_id: &str, state: &str) -> Result<bool, BackendError> {
+        let mut known = self.known();
+        if known.len() >= WORKERS_MAX && !known.contains_key(worker_id) {
+            return Ok(false);
+        }
+        known.insert(worker_id.to_owned(), (Bytes::copy_from_slice(state.as_bytes()), Instant::now()));
+        Ok(true)
     }
 
     async fn all(&self) -> Result<Vec<WorkerSeen>, BackendError> {
-        Ok(Vec::new())
+        let known = self.known();
+        let by_id: BTreeMap<_, _> = known.iter().collect();
+        let seen =
+            by_id.into_values().map(|(state, at)| WorkerSeen { state: state.clone(), age: at.elapsed() });
+        Ok(seen.collect())
     }
 
     async fn lone_status(&self) -> Result<Option<Bytes>, BackendError> {
-        Ok(None)
+        Ok(self.own.status())
+    }
+}
+
+/// What the local worker shows of itself while its loop runs.
+#[derive(Default)]
+pub(super) struct Activity {
+    since: Mutex<Option<Instant>>,
+    runs: AtomicUsize,
+}
+
+/// As the lone worker of the fleet puts it into `system:status`.
+#[derive(Serialize)]
+struct LoneStatus {
+    status: &'static str,
+    worker_count: usize,
+    active_jobs: usize,
+    /// Each run has a process of its own, so there are none.
+    pools: BTreeMap<String, usize>,
+    uptime_seconds: u64,
+    timestamp: String,
+}
+
+impl Activity {
+    /// The loop begins; it ends with the guard.
+    pub(super) fn begin(self: &Arc<Self>) -> Active {
+        self.set_since(Some(Instant::now()));
+        Active(self.clone())
+    }
+
+    fn set_since(&self, since: Option<Instant>) {
+        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        self.runs.store(0, Ordering::Relaxed);
+    }
+
+    fn status(&self) -> Option<Bytes> {
+        let since = (*self.since.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let status = LoneStatus {
+            status: "healthy",
+            worker_count: 1,
+            active_jobs: self.runs.load(Ordering::Relaxed),
+            pools: BTreeMap::new(),
+            uptime_seconds: since.elapsed().as_secs(),
+            timestamp: rfc3339_ms(now_ms()),
+        };
+        // Text and numbers always have JSON.
+        serde_json::to_vec(&status).ok().map(Bytes::from)
+    }
+}
+
+/// The worker's loop is running.
+pub(super) struct Active(Arc<Activity>);
+
+impl Active {
+    /// So many runs are under way.
+    pub(super) fn show_runs(&self, runs: usize) {
+        self.0.runs.store(runs, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.set_since(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+    use std::time::Duration;
+    use tokio::time::advance;
+
+    fn seen(state: &'static str, age_s: u64) -> WorkerSeen {
+        WorkerSeen { state: Bytes::from_static(state.as_bytes()), age: Duration::from_secs(age_s) }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn workers_are_known_until_they_are_forgotten() {
+        let workers = LocalWorkers::new(Arc::default());
+        assert_eq!(workers.all().await, Ok(vec![]));
+        assert_eq!(workers.put("b", "1").await, Ok(true));
+        advance(Duration::from_secs(200)).await;
+        assert_eq!(workers.put("a", "2").await, Ok(true));
+        assert_eq!(workers.put("c", "3").await, Ok(true));
+        assert_eq!(workers.all().await.unwrap(), [seen("2", 0), seen("1", 200), seen("3", 0)]);
+        advance(Duration::from_secs(99)).await;
+        assert_eq!(workers.put("c", "4").await, Ok(true));
+        assert_eq!(workers.all().await.unwrap(), [seen("2", 99), seen("1", 299), seen("4", 0)]);
+        advance(Duration::from_secs(1)).await;
+        assert_eq!(workers.all().await.unwrap(), [seen("2", 100), seen("4", 1)]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn there_is_room_for_so_many() {
+        let workers = LocalWorkers::new(Arc::default());
+        for n in 0..WORKERS_MAX {
+            assert_eq!(workers.put(&n.to_string(), "{}").await, Ok(true));
+        }
+        assert_eq!(workers.put("one more", "{}").await, Ok(false));
+        advance(WORKER_FORGOTTEN / 2).await;
+        assert_eq!(workers.put("7", "still there").await, Ok(true));
+        assert_eq!(workers.all().await.unwrap().len(), WORKERS_MAX);
+        advance(WORKER_FORGOTTEN / 2).await;
+        assert_eq!(workers.put("one more", "{}").await, Ok(true));
+        assert_eq!(workers.all().await.unwrap().len(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_own_worker_shows_itself_while_its_loop_runs() {
+        let activity = Arc::new(Activity::default());
+        let workers = LocalWorkers::new(activity.clone());
+        assert_eq!(workers.lone_status().await, Ok(None));
+        let active = activity.begin();
+        active.show_runs(3);
+        advance(Duration::from_millis(2_900)).await;
+        let said = workers.lone_status().await.unwrap().unwrap();
+        let mut status: Value = serde_json::from_slice(&said).unwrap();
+        let at = status.as_object_mut().unwrap().remove("timestamp").unwrap();
+        let at = crate::model::parse_rfc3339_ms(at.as_str().unwrap()).unwrap();
+        assert!(now_ms() - at < 60_000);
+        let expected = json!({
+            "status": "healthy", "worker_count": 1, "active_jobs": 3, "pools": {}, "uptime_seconds": 2,
+        });
+        assert_eq!(status, expected);
+        drop(active);
+        assert_eq!(workers.lone_status().await, Ok(None));
     }
 }

@@ -136,7 +136,11 @@ impl Writer {
     /// Deletes some expired rows. Readers never see them, so only space is at stake.
     fn prune(&mut self) {
         let now = now_ms();
-        let tables = [("executions", "expires_at_s", now / 1000), ("results", "expires_at_ms", now)];
+        let tables = [
+            ("executions", "expires_at_s", now / 1000),
+            ("config_records", "expires_at_s", now / 1000),
+            ("results", "expires_at_ms", now),
+        ];
         let mut more = false;
         for (table, expiry, now) in tables {
             let sql = format!(

@@ -273,8 +273,9 @@ async fn without_an_interpreter_a_run_fails() {
     let scratch = Scratch::new();
     let database = scratch.database();
     let queue = Queue::new(database.clone());
-    let mut worker =
-        Worker::new(queue, LocalResults::new(database), scratch.path().into(), scratch.path().into());
+    let results = LocalResults::new(database);
+    let (code, runs) = (scratch.path().into(), scratch.path().into());
+    let mut worker = Worker::new(queue, results, Arc::default(), code, runs);
     worker.runner.node = None;
     let text = with(json!({ "runtime": "nodejs" })).to_string();
     let refused = worker.runner.interpreter(&Message::parse(text.as_bytes()).unwrap());
@@ -317,6 +318,36 @@ async fn an_unfinished_job_runs_again_after_a_restart() {
     .await;
     assert_eq!(floor.backend.results.stored(&[late.id]).await, Ok(vec![None]));
     floor.stop().await;
+}
+
+#[tokio::test]
+async fn the_worker_shows_its_runs() {
+    let scratch = Scratch::new();
+    let marker = scratch.path().join("marker");
+    install(&scratch, "main.py", SLOW_ONCE);
+    let floor = Floor::start(&scratch);
+    let workers = floor.backend.workers.clone();
+    let active_jobs = async || {
+        let said = workers.lone_status().await.unwrap()?;
+        serde_json::from_slice::<Value>(&said).unwrap()["active_jobs"].as_u64()
+    };
+    let become_active = async |jobs| {
+        in_time(async {
+            while active_jobs().await != Some(jobs) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+    };
+    become_active(0).await;
+    let slow = with(json!({ "timeoutMs": 3_000, "envVars": { "MARKER": marker } }));
+    let id = floor.send(&slow).await;
+    written(&marker).await;
+    assert_eq!(active_jobs().await, Some(1));
+    assert_eq!(floor.result(id).await["exitCode"], 124);
+    become_active(0).await;
+    floor.stop().await;
+    assert_eq!(workers.lone_status().await, Ok(None));
 }
 
 #[tokio::test]

@@ -1,0 +1,514 @@
+//! The functions, and a record of each change: the tables `functions` and `config_records`.
+
+use super::{code_list, probe};
+use crate::backend::embedded::database::{Database, integer, unsigned};
+use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
+use crate::model::{ConfigRecord, Counters, Function, FunctionId, Recommendation};
+use async_trait::async_trait;
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+/// Rows that one [`FunctionWrite`] may touch.
+const WRITE_RECORDS: usize = 4;
+
+/// The table `functions`.
+pub(in crate::backend::embedded) struct Functions(pub(in crate::backend::embedded) Database);
+
+/// Adds a function, without counters and advice. `false`: one of its id is there, and stays as it is.
+pub(in crate::backend::embedded) fn put_function(
+    connection: &Connection,
+    f: &Function,
+) -> rusqlite::Result<bool> {
+    let mut insert = connection.prepare_cached(
+        "INSERT INTO functions (function_id, name, description, runtime, memory_mb, s3_key, original_name,
+             uploaded_at, updated_at, env_vars, version)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+         ON CONFLICT (function_id) DO NOTHING",
+    )?;
+    let added = insert.execute(params![
+        f.id.as_str(),
+        f.name,
+        f.description,
+        f.runtime,
+        integer(f.memory_mb),
+        f.s3_key,
+        f.original_name,
+        f.uploaded_at,
+        f.updated_at,
+        f.env_vars,
+        integer(f.version),
+    ])?;
+    Ok(added == 1)
+}
+
+/// Writes what a change may change, if the function still is as it was read.
+fn update(connection: &Connection, before: &Function, after: &Function) -> rusqlite::Result<bool> {
+    let mut update = connection.prepare_cached(
+        "UPDATE functions SET description = ?4, memory_mb = ?5, s3_key = ?6, original_name = ?7, updated_at = ?8,
+             version = ?9
+         WHERE function_id = ?1 AND version = ?2 AND updated_at = ?3",
+    )?;
+    let updated = update.execute(params![
+        before.id.as_str(),
+        integer(before.version),
+        before.updated_at,
+        after.description,
+        integer(after.memory_mb),
+        after.s3_key,
+        after.original_name,
+        after.updated_at,
+        integer(after.version),
+    ])?;
+    Ok(updated == 1)
+}
+
+/// Deletes a function, if it still is as it was read.
+fn delete(connection: &Connection, before: &Function) -> rusqlite::Result<bool> {
+    let mut delete = connection.prepare_cached(
+        "DELETE FROM functions WHERE function_id = ?1 AND version = ?2 AND updated_at = ?3",
+    )?;
+    let deleted = delete.execute(params![before.id.as_str(), integer(before.version), before.updated_at])?;
+    Ok(deleted == 1)
+}
+
+/// The whole change. It runs in a savepoint, so an error on the way leaves nothing of it.
+fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Written> {
+    // The condition first: when it does not hold, nothing has been written yet.
+    let held = match (&write.before, &write.after) {
+        (None, Some(after)) => put_function(connection, after)?,
+        (Some(before), Some(after)) => update(connection, before, after)?,
+        (Some(before), None) => delete(connection, before)?,
+        // Nothing there and nothing to come: there is no such change.
+        (None, None) => false,
+    };
+    if !held {
+        return Ok(Written::Conflict);
+    }
+    put_record(connection, &write.record)?;
+    if let Some(code) = &write.retire {
+        code_list::add(connection, code)?;
+    }
+    if let Some(code) = &write.adopt {
+        code_list::remove(connection, code)?;
+    }
+    Ok(Written::Done)
+}
+
+fn put_record(connection: &Connection, record: &ConfigRecord) -> rusqlite::Result<()> {
+    let mut insert = connection.prepare_cached(
+        "INSERT OR REPLACE INTO config_records (function_id, key, at_ms, action, changed_by, before, after,
+             expires_at_s)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+    )?;
+    insert.execute(params![
+        record.function.as_str(),
+        record.key,
+        integer(record.at),
+        record.action.as_str(),
+        record.by,
+        record.before,
+        record.after,
+        integer(record.expires_at_s),
+    ])?;
+    Ok(())
+}
+
+fn function(id: FunctionId, row: &Row<'_>) -> rusqlite::Result<Function> {
+    Ok(Function {
+        id,
+        name: row.get("name")?,
+        description: row.get("description")?,
+        runtime: row.get("runtime")?,
+        memory_mb: unsigned(row.get("memory_mb")?),
+        s3_key: row.get("s3_key")?,
+        original_name: row.get("original_name")?,
+        uploaded_at: row.get("uploaded_at")?,
+        updated_at: row.get("updated_at")?,
+        env_vars: row.get("env_vars")?,
+        version: unsigned(row.get("version")?),
+        counters: Counters {
+            invocations: unsigned(row.get("invocations")?),
+            errors: unsigned(row.get("errors")?),
+            total_duration_ms: row.get("total_duration_ms")?,
+            handler_invocations: unsigned(row.get("handler_invocations")?),
+            total_handler_duration_ms: row.get("total_handler_duration_ms")?,
+        },
+        recommendation: recommendation(row)?,
+    })
+}
+
+fn recommendation(row: &Row<'_>) -> rusqlite::Result<Option<Recommendation>> {
+    let Some(at) = row.get::<_, Option<i64>>("recommended_at_ms")? else { return Ok(None) };
+    Ok(Some(Recommendation {
+        memory_mb: row.get::<_, Option<i64>>("recommended_memory_mb")?.map(unsigned),
+        tip: row.get("optimization_tip")?,
+        savings: row.get("estimated_savings")?,
+        request_id: row.get::<_, Option<String>>("recommended_by")?.unwrap_or_default(),
+        at: unsigned(at),
+    }))
+}
+
+#[async_trait]
+impl FunctionStore for Functions {
+    async fn get(&self, id: &FunctionId) -> Result<Option<Function>, BackendError> {
+        let id = id.clone();
+        let read = self.0.read(move |c| {
+            let mut select = c.prepare_cached("SELECT * FROM functions WHERE function_id = ?1")?;
+            select.query_row([id.as_str()], |row| function(id.clone(), row)).optional()
+        });
+        read.await
+    }
+
+    /// By id. It reads one function more than it gives, to know whether there is a next page.
+    async fn list(&self, limit: usize, after: Option<&str>) -> Result<FunctionPage, BackendError> {
+        let limit = limit.max(1);
+        // The empty text stands before every id.
+        let after = after.unwrap_or_default().to_owned();
+        let read = self.0.read(move |c| {
+            let mut select = c.prepare_cached(
+                "SELECT * FROM functions WHERE function_id > ?1 ORDER BY function_id LIMIT ?2",
+            )?;
+            let rows = i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1);
+            let found = select.query_map(params![after, rows], |row| {
+                // Only valid ids are ever entered.
+                let id = FunctionId::parse(row.get_ref("function_id")?.as_str()?);
+                id.map(|id| function(id, row)).transpose()
+            })?;
+            found.filter_map(Result::transpose).collect::<rusqlite::Result<Vec<_>>>()
+        });
+        let mut functions = read.await?;
+        let more = functions.len() > limit;
+        functions.truncate(limit);
+        let next = functions.last().filter(|_| more).map(|f| f.id.as_str().to_owned());
+        Ok(FunctionPage { functions, next })
+    }
+
+    async fn write(&self, change: &FunctionWrite) -> Result<Written, BackendError> {
+        let change = change.clone();
+        Ok(self.0.write(WRITE_RECORDS, move |c| write(c, &change)).await?)
+    }
+
+    async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
+        let id = id.clone();
+        let write = self.0.write(1, move |c| {
+            let mut update = c.prepare_cached(
+                "UPDATE functions SET
+                     invocations = invocations + ?2,
+                     errors = errors + ?3,
+                     total_duration_ms = total_duration_ms + ?4,
+                     handler_invocations = handler_invocations + ?5,
+                     total_handler_duration_ms = total_handler_duration_ms + ?6
+                 WHERE function_id = ?1",
+            )?;
+            update.execute(params![
+                id.as_str(),
+                integer(sums.invocations),
+                integer(sums.errors),
+                sums.total_duration_ms,
+                integer(sums.handler_invocations),
+                sums.total_handler_duration_ms,
+            ])
+        });
+        Ok(write.await.map(drop)?)
+    }
+
+    async fn recommend(&self, id: &FunctionId, advice: &Recommendation) -> Result<(), BackendError> {
+        let (id, advice) = (id.clone(), advice.clone());
+        let write = self.0.write(1, move |c| {
+            // Results do not come in the order of their executions.
+            let mut update = c.prepare_cached(
+                "UPDATE functions SET recommended_memory_mb = ?2, optimization_tip = ?3, estimated_savings = ?4,
+                     recommended_by = ?5, recommended_at_ms = ?6
+                 WHERE function_id = ?1 AND (recommended_at_ms IS NULL OR recommended_at_ms < ?6)",
+            )?;
+            update.execute(params![
+                id.as_str(),
+                advice.memory_mb.map(integer),
+                advice.tip,
+                advice.savings,
+                advice.request_id,
+                integer(advice.at),
+            ])
+        });
+        Ok(write.await.map(drop)?)
+    }
+
+    async fn probe(&self) -> Result<(), BackendError> {
+        probe(&self.0, "SELECT 1 FROM functions LIMIT 1").await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::CodeList;
+    use crate::backend::embedded::scratch::{Scratch, in_time};
+    use crate::backend::embedded::store::RetiredCodes;
+    use crate::model::{ConfigAction, RetiredCode, UnixMs, now_ms};
+
+    const AT: UnixMs = 1_795_305_600_123;
+
+    fn f() -> Function {
+        Function::sample("f")
+    }
+
+    /// The next version of a function, with another size.
+    fn changed(before: &Function, memory_mb: u64) -> Function {
+        let (version, updated_at) = (before.version + 1, format!("change {}", before.version + 1));
+        Function { memory_mb, version, updated_at, ..before.clone() }
+    }
+
+    fn change(before: Option<&Function>, after: Option<&Function>) -> FunctionWrite {
+        let action = match (before, after) {
+            (None, _) => ConfigAction::Create,
+            (_, None) => ConfigAction::Delete,
+            _ => ConfigAction::Update,
+        };
+        FunctionWrite {
+            before: before.cloned(),
+            after: after.cloned(),
+            record: ConfigRecord::new(action, "tester", AT, before, after).unwrap(),
+            retire: None,
+            adopt: None,
+        }
+    }
+
+    fn code(s3_key: &str, due: UnixMs) -> RetiredCode {
+        RetiredCode { s3_key: s3_key.to_owned(), function: f().id, due }
+    }
+
+    async fn with_f(scratch: &Scratch) -> (Functions, RetiredCodes) {
+        let database = scratch.database();
+        let functions = Functions(database.clone());
+        assert_eq!(functions.write(&change(None, Some(&f()))).await, Ok(Written::Done));
+        (functions, RetiredCodes(database))
+    }
+
+    /// Action, author, before and after of each record, in order.
+    async fn records(functions: &Functions) -> Vec<[String; 4]> {
+        let read = functions.0.read(|c| {
+            let mut select =
+                c.prepare("SELECT action, changed_by, before, after FROM config_records ORDER BY key")?;
+            let rows =
+                select.query_map([], |row| Ok([row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?]))?;
+            rows.collect()
+        });
+        read.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_change_is_written_with_all_that_belongs_to_it() {
+        let scratch = Scratch::new();
+        let (functions, list) = with_f(&scratch).await;
+        list.add(&code("new", 50)).await.unwrap();
+        let after = Function {
+            description: "other".into(),
+            s3_key: "new".into(),
+            original_name: "new.zip".into(),
+            ..changed(&f(), 512)
+        };
+        let update = FunctionWrite {
+            retire: Some(code("old", 70)),
+            adopt: Some(code("new", 50)),
+            ..change(Some(&f()), Some(&after))
+        };
+        assert_eq!(functions.write(&update).await, Ok(Written::Done));
+        drop((functions, list));
+
+        let database = scratch.database();
+        let (functions, list) = (Functions(database.clone()), RetiredCodes(database));
+        assert_eq!(functions.get(&f().id).await, Ok(Some(after.clone())));
+        assert_eq!(list.due(u64::MAX, 9).await.unwrap(), [code("old", 70)]);
+        let mut delete = change(Some(&after), None);
+        delete.record =
+            ConfigRecord::new(ConfigAction::Delete, "tester", AT + 1, Some(&after), None).unwrap();
+        assert_eq!(functions.write(&delete).await, Ok(Written::Done));
+        assert_eq!(functions.get(&f().id).await, Ok(None));
+        let records = records(&functions).await;
+        let actions: Vec<_> = records.iter().map(|[action, by, ..]| (action.as_str(), by.as_str())).collect();
+        assert_eq!(actions, [("CREATE", "tester"), ("UPDATE", "tester"), ("DELETE", "tester")]);
+        assert_eq!((records[0][2].as_str(), records[2][3].as_str()), ("null", "null"));
+        assert!(records[1][2].contains("256") && records[1][3].contains("512"), "{records:?}");
+    }
+
+    #[tokio::test]
+    async fn a_change_writes_neither_counters_nor_advice() {
+        let scratch = Scratch::new();
+        let (functions, _) = with_f(&scratch).await;
+        let sums = Counters { invocations: 3, errors: 1, ..Counters::default() };
+        let advice = Recommendation { memory_mb: Some(1), at: 5, ..Recommendation::default() };
+        // Counted and advised after it was read.
+        functions.add_counters(&f().id, sums).await.unwrap();
+        functions.recommend(&f().id, &advice).await.unwrap();
+        let other = Function { name: "x".into(), env_vars: "{\"A\":1}".into(), ..changed(&f(), 512) };
+        assert_eq!(functions.write(&change(Some(&f()), Some(&other))).await, Ok(Written::Done));
+        let expected = Function { counters: sums, recommendation: Some(advice), ..changed(&f(), 512) };
+        assert_eq!(functions.get(&f().id).await, Ok(Some(expected.clone())));
+
+        let mut again = change(Some(&expected), None);
+        assert_eq!(functions.write(&again).await, Ok(Written::Done));
+        again = change(None, Some(&expected));
+        assert_eq!(functions.write(&again).await, Ok(Written::Done));
+        let bare = Function { counters: Counters::default(), recommendation: None, ..expected };
+        assert_eq!(functions.get(&f().id).await, Ok(Some(bare)), "a new function of the name begins at zero");
+    }
+
+    #[tokio::test]
+    async fn of_racing_changes_one_is_done() {
+        let scratch = Scratch::new();
+        let (functions, list) = with_f(&scratch).await;
+        let read = functions.get(&f().id).await.unwrap().unwrap();
+        let race = (0..40).map(|n| {
+            let functions = &functions;
+            let after = changed(&read, 300 + n);
+            // A record and an entry of its own for each, so that a loser's would be seen.
+            let mut write = change(Some(&read), Some(&after).filter(|_| n % 4 != 0));
+            write.record.key.push_str(&n.to_string());
+            write.retire = Some(code(&format!("old{n}"), n));
+            async move { (n, functions.write(&write).await.unwrap()) }
+        });
+        let done = in_time(futures_util::future::join_all(race)).await;
+        let won: Vec<u64> = done.into_iter().filter(|(_, w)| *w == Written::Done).map(|(n, _)| n).collect();
+        let [winner] = won[..] else { panic!("{won:?}") };
+        let left = functions.get(&f().id).await.unwrap().map(|f| f.memory_mb);
+        assert_eq!(left, (winner % 4 != 0).then_some(300 + winner));
+        assert_eq!(list.due(u64::MAX, 99).await.unwrap(), [code(&format!("old{winner}"), winner)]);
+        assert_eq!(records(&functions).await.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn a_conflict_writes_nothing() {
+        let scratch = Scratch::new();
+        let (functions, list) = with_f(&scratch).await;
+        list.add(&code("kept", 50)).await.unwrap();
+        let (now, next) = (changed(&f(), 512), changed(&changed(&f(), 512), 1024));
+        assert_eq!(functions.write(&change(Some(&f()), Some(&now))).await, Ok(Written::Done));
+        let conflict = async |before: Option<&Function>, after: Option<&Function>| {
+            let known = (functions.get(&f().id).await, records(&functions).await);
+            let mut write = change(before, after);
+            write.record.key = "a conflict's".into();
+            write.retire = Some(code("retired", 9));
+            write.adopt = Some(code("kept", 50));
+            assert_eq!(functions.write(&write).await, Ok(Written::Conflict), "{write:?}");
+            assert_eq!((functions.get(&f().id).await, records(&functions).await), known);
+            assert_eq!(list.due(u64::MAX, 9).await.unwrap(), [code("kept", 50)]);
+        };
+        conflict(None, Some(&f())).await;
+        conflict(Some(&f()), Some(&next)).await;
+        conflict(Some(&f()), None).await;
+        // The old controller changes functions without counting the version up, and the other way round.
+        conflict(Some(&Function { updated_at: "earlier".into(), ..now.clone() }), Some(&next)).await;
+        conflict(Some(&Function { version: 7, ..now.clone() }), None).await;
+        assert_eq!(functions.write(&change(Some(&now), None)).await, Ok(Written::Done));
+        conflict(Some(&now), Some(&next)).await;
+        conflict(Some(&now), None).await;
+    }
+
+    #[tokio::test]
+    async fn a_change_that_breaks_off_leaves_nothing() {
+        let scratch = Scratch::new();
+        let (functions, _) = with_f(&scratch).await;
+        functions.0.write(1, |c| c.execute_batch("DROP TABLE retired_code")).await.unwrap();
+        let retire = Some(code("old", 1));
+        let update = FunctionWrite { retire, ..change(Some(&f()), Some(&changed(&f(), 512))) };
+        assert!(functions.write(&update).await.is_err());
+        assert_eq!(functions.get(&f().id).await, Ok(Some(f())));
+        assert_eq!(records(&functions).await.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn pages_hold_every_function_once() {
+        let scratch = Scratch::new();
+        let functions = Functions(scratch.database());
+        assert_eq!(functions.list(5, None).await, Ok(FunctionPage::default()));
+        for id in ["b", "B", "a.2", "a-1", "0", "z"] {
+            assert_eq!(functions.write(&change(None, Some(&Function::sample(id)))).await, Ok(Written::Done));
+        }
+        for limit in 1..=7 {
+            let (mut ids, mut after, mut pages) = (Vec::new(), None, 0);
+            loop {
+                let page = functions.list(limit, after.as_deref()).await.unwrap();
+                ids.extend(page.functions.iter().map(|f| f.id.as_str().to_owned()));
+                pages += 1;
+                match page.next {
+                    Some(next) => after = Some(next),
+                    None => break,
+                }
+            }
+            assert_eq!((ids.join(" ").as_str(), pages), ("0 B a-1 a.2 b z", 6_usize.div_ceil(limit)));
+        }
+        let gone = functions.list(2, Some("b-deleted")).await.unwrap();
+        assert_eq!((gone.functions, gone.next), (vec![Function::sample("z")], None));
+    }
+
+    #[tokio::test]
+    async fn advice_of_an_earlier_execution_is_ignored() {
+        let scratch = Scratch::new();
+        let (functions, _) = with_f(&scratch).await;
+        let advice = |at, tip: Option<&str>| Recommendation {
+            memory_mb: tip.is_none().then_some(192),
+            tip: tip.map(str::to_owned),
+            savings: tip.map(|_| "\"30%\"".to_owned()),
+            request_id: format!("run {at}"),
+            at,
+        };
+        let (first, later) = (advice(AT, Some("less")), advice(AT + 1, None));
+        for (said, kept) in [
+            (&first, &first),
+            (&advice(AT - 1, None), &first),
+            (&later, &later),
+            (&first, &later),
+            (&later, &later),
+        ] {
+            functions.recommend(&f().id, said).await.unwrap();
+            let known = functions.get(&f().id).await.unwrap().unwrap();
+            assert_eq!(known, Function { recommendation: Some(kept.clone()), ..f() });
+        }
+        let nobody = FunctionId::parse("nobody").unwrap();
+        functions.recommend(&nobody, &first).await.unwrap();
+        assert_eq!(functions.get(&nobody).await, Ok(None), "none is made by its advice");
+    }
+
+    #[tokio::test]
+    async fn sums_are_added_to_what_exists() {
+        let scratch = Scratch::new();
+        let (functions, _) = with_f(&scratch).await;
+        let sums = Counters {
+            invocations: 2,
+            errors: 1,
+            total_duration_ms: 0.5,
+            handler_invocations: 1,
+            total_handler_duration_ms: 0.25,
+        };
+        let nobody = FunctionId::parse("nobody").unwrap();
+        for id in [f().id, f().id, nobody.clone()] {
+            functions.add_counters(&id, sums).await.unwrap();
+        }
+        let mut expected = f();
+        expected.counters += sums;
+        expected.counters += sums;
+        drop(functions);
+        let functions = Functions(scratch.database());
+        assert_eq!(functions.get(&f().id).await, Ok(Some(expected)));
+        assert_eq!(functions.get(&nobody).await, Ok(None), "none is made by its sums");
+        assert_eq!(functions.probe().await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn the_writer_deletes_expired_records() {
+        let scratch = Scratch::new();
+        let (functions, _) = with_f(&scratch).await;
+        let mut update = change(Some(&f()), Some(&changed(&f(), 512)));
+        update.record.expires_at_s = now_ms() / 1000 - 1;
+        assert_eq!(functions.write(&update).await, Ok(Written::Done));
+        drop(functions);
+        // A writer prunes as soon as it has started.
+        let functions = Functions(scratch.database());
+        in_time(async {
+            while records(&functions).await.len() != 1 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        assert_eq!(records(&functions).await[0][0], "CREATE");
+    }
+}

@@ -19,6 +19,9 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(25);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// Below the minute or so after which load balancers drop an idle connection without a word.
 const POOL_IDLE: Duration = Duration::from_secs(20);
+/// One try to send a whole file: 50 MB at 1 MB/s.
+const UPLOAD_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// What the three clients share: region, credential chain, HTTP pool, limits.
 pub(super) async fn sdk_config(region: &str) -> SdkConfig {
@@ -44,6 +47,22 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
         .load()
         .await
+}
+
+/// Limits for a request with a large body, in place of those of [`sdk_config`].
+pub(super) fn upload_timeouts() -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .operation_attempt_timeout(UPLOAD_ATTEMPT_TIMEOUT)
+        .operation_timeout(UPLOAD_TIMEOUT)
+        .build()
+}
+
+/// The pause after try number `tried` of what the SDK does not retry. Doubles with each; half of it is random, so
+/// that nodes do not come back in step.
+pub(super) fn backoff(tried: u32) -> Duration {
+    let pause = BACKOFF_FIRST * 2_u32.saturating_pow(tried.saturating_sub(1).min(10));
+    pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.5))
 }
 
 pub(super) fn sqs(config: &SdkConfig, settings: &Settings) -> aws_sdk_sqs::Client {

@@ -41,6 +41,7 @@ const DENIED: &[&str] = &[
     "UnrecognizedClientException",
 ];
 
+/// No, but only for now.
 const THROTTLED: &[&str] = &[
     "KMS.ThrottlingException",
     "KmsThrottled",
@@ -55,6 +56,8 @@ const THROTTLED: &[&str] = &[
     "Throttling",
     "ThrottlingException",
     "TooManyRequestsException",
+    // A transaction holds the item.
+    "TransactionConflictException",
     "TransactionInProgressException",
 ];
 
@@ -182,6 +185,12 @@ mod tests {
             ("SomethingNew", 403, Denied("SomethingNew (HTTP 403)".into()), true),
             ("ValidationException", 400, Invalid("ValidationException (HTTP 400)".into()), true),
             ("ThrottlingException", 400, Unavailable("ThrottlingException (HTTP 400)".into()), true),
+            (
+                "TransactionConflictException",
+                400,
+                Unavailable("TransactionConflictException (HTTP 400)".into()),
+                true,
+            ),
             ("Slow", 429, Unavailable("Slow (HTTP 429)".into()), true),
             ("InternalFailure", 500, Unavailable("InternalFailure (HTTP 500)".into()), false),
             ("ServiceUnavailable", 503, Unavailable("ServiceUnavailable (HTTP 503)".into()), true),

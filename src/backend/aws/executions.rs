@@ -1,5 +1,6 @@
 //! The execution log (CONTRACT §6).
 
+use super::client::backoff;
 use super::error::class;
 use super::item::{self, Item, RawItem, float, text, whole};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
@@ -13,12 +14,11 @@ use aws_sdk_dynamodb::types::{AttributeValue, PutRequest, WriteRequest};
 use futures_util::StreamExt;
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 /// Most pages of a table (1 MB each) that one listing reads. A filter that hides more than that gives a short
 /// page whose `next` goes on where it stopped.
 const LIST_PAGES_MAX: usize = 10;
-/// Items looked at a page when a filter hides some: fewer calls for the same rows.
+/// Items looked at a page once a filter hides some: a dense run of other or expired rows costs few calls.
 const FILTERED_PAGE_ITEMS: usize = 250;
 /// Most pages that the look-up of an old controller's request id reads: about 20 MB of a function's newest rows.
 const FIND_PAGES_MAX: usize = 20;
@@ -26,7 +26,6 @@ const FIND_PAGES_MAX: usize = 20;
 const PUTS_IN_FLIGHT_MAX: usize = 8;
 /// Most tries for what a batch leaves unprocessed.
 const BATCH_TRIES_MAX: u32 = 6;
-const BATCH_BACKOFF_FIRST: Duration = Duration::from_millis(25);
 
 pub(super) struct ExecutionTable {
     client: Client,
@@ -149,15 +148,17 @@ impl ExecutionStore for ExecutionTable {
         let now = now_ms();
         let mut rows: Vec<Execution> = Vec::new();
         let mut after = query.after.as_ref().map(|key| key_item(&query.function, key));
+        let mut is_filtered = query.status.is_some();
         for _ in 0..LIST_PAGES_MAX {
             // One row more than asked for tells whether there is a next page.
             let wanted = query.limit + 1 - rows.len();
-            let items = if query.status.is_some() { wanted.max(FILTERED_PAGE_ITEMS) } else { wanted };
+            let items = if is_filtered { wanted.max(FILTERED_PAGE_ITEMS) } else { wanted };
             let call = range
                 .apply(self.query(&query.function), query.status.as_deref(), now)
                 .limit(i32::try_from(items).unwrap_or(i32::MAX))
                 .set_exclusive_start_key(after);
             let output = call.send().await.map_err(|e| class(&e))?;
+            is_filtered |= output.count() < output.scanned_count();
             rows.extend(
                 output.items.unwrap_or_default().into_iter().map(|raw| from_item(&query.function, raw)),
             );
@@ -224,11 +225,6 @@ fn write_request(item: RawItem) -> Option<WriteRequest> {
     // Fails only without an item.
     let put = PutRequest::builder().set_item(Some(item)).build().ok()?;
     Some(WriteRequest::builder().put_request(put).build())
-}
-
-/// Doubles with each try; half of it is random, so that nodes do not come back in step.
-fn backoff(tried: u32) -> Duration {
-    (BATCH_BACKOFF_FIRST * 2_u32.saturating_pow(tried - 1)).mul_f64(rand::random_range(0.5..1.5))
 }
 
 /// Bounds on the range key: milliseconds without the `Z`.

@@ -52,9 +52,11 @@ impl ConfigRecord {
         after: Option<&Function>,
     ) -> Option<Self> {
         let function = after.or(before)?;
+        // A deletion is a change of its own, and may come in the millisecond of the one before.
+        let version = if after.is_some() { function.version } else { function.version + 1 };
         let mut key = rfc3339_ms(at);
         key.pop(); // the Z
-        key.push_str(&format!("{:025}Z", function.version));
+        key.push_str(&format!("{version:025}Z"));
         Some(Self {
             function: function.id.clone(),
             key,
@@ -101,6 +103,9 @@ mod tests {
         assert_eq!(record.before, "null");
         assert!(record.after.contains("TOKEN") && !record.after.contains("hunter2"), "{}", record.after);
         assert_eq!(record.key, format!("2026-11-22T00:00:00.123{:025}Z", function.version));
+        let deleted =
+            ConfigRecord::new(ConfigAction::Delete, "master", record.at, Some(&function), None).unwrap();
+        assert_ne!(deleted.key, record.key);
         assert_eq!(ConfigRecord::new(ConfigAction::Delete, "master", 0, None, None), None);
     }
 }

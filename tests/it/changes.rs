@@ -1,9 +1,9 @@
 //! Functions that are made, changed, tuned and deleted.
 
 use crate::harness::http::{Answer, Request};
-use crate::harness::platform::{Backend, HELLO};
+use crate::harness::platform::HELLO;
 use crate::harness::upload::{Part, form, printing, zipped};
-use crate::harness::{Gateway, SOON, Setup, eventually, join_all};
+use crate::harness::{Gateway, SOON, Setup, eventually, join_all, spawn};
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -221,9 +221,9 @@ async fn one_of_many_wins(setup: Setup) {
         let changes = (0..COUNT).map(|n| {
             let change = json!({ "memoryMb": 128 + n, "description": format!("{round}-{n}") });
             let request = put(gateway, &id, &change).header("if-match", &tag);
-            async move { request.send().await }
+            spawn(async move { request.send().await })
         });
-        let answers: Vec<Answer> = join_all(changes).await;
+        let answers: Vec<Answer> = join_all("the changes", SOON, changes.collect()).await;
         let winners: Vec<&Answer> = answers.iter().filter(|answer| answer.status == 200).collect();
         let [winner] = winners[..] else { panic!("{} winners", winners.len()) };
         let lost = answers.iter().filter(|answer| answer.status == 412).count();
@@ -235,9 +235,9 @@ async fn one_of_many_wins(setup: Setup) {
     // Without a condition each goes through, one after the other.
     let changes = (0..4).map(|n| {
         let request = put(gateway, &id, &json!({ "description": format!("all-{n}") }));
-        async move { request.send().await.status }
+        spawn(async move { request.send().await.status })
     });
-    let statuses = join_all(changes).await;
+    let statuses = join_all("the changes", SOON, changes.collect()).await;
     assert!(statuses.iter().all(|status| *status == 200), "{statuses:?}");
     assert_eq!(gateway.get(&format!("/functions/{id}")).await.expect(200).json()["version"], 10);
     platform.finish().await;

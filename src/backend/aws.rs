@@ -4,18 +4,22 @@
 //!
 //! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
 //! * [`error`] — what an AWS failure means, by its code
-//! * [`sqs`], [`functions`], [`executions`] (over [`item`]), [`s3`] — the AWS ports
+//! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`] (all over
+//!   [`item`]), [`s3`] — the AWS ports
 //! * [`redis`] — the command connection; [`results`], [`journal`], [`limits`], [`workers`] — the Redis
 //!   ports
 //! * [`start`] — the checks before the first request
 
 mod client;
+mod code_list;
 mod error;
 mod executions;
+mod function_writes;
 mod functions;
 mod item;
 mod journal;
 mod limits;
+mod recommended;
 mod redis;
 mod results;
 mod s3;

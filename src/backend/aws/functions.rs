@@ -1,20 +1,28 @@
 //! The function table (CONTRACT §6).
 
 use super::error::class;
-use super::item::{self, Item, float, text, whole};
-use crate::backend::{BackendError, CodeList, FunctionPage, FunctionStore, FunctionWrite, Written};
-use crate::model::{Counters, Function, FunctionId, Recommendation, RetiredCode, UnixMs};
+use super::item::{self, Item, RawItem, float, text, whole};
+use super::{function_writes, recommended};
+use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
+use crate::model::{Counters, Function, FunctionId, Recommendation};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::config::Config;
 use aws_sdk_dynamodb::config::retry::RetryConfig;
 use aws_sdk_dynamodb::error::SdkError;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
+use aws_sdk_dynamodb::types::AttributeValue;
+
+/// Most pages of the table (1 MB each) that one listing reads; what is no function is skipped. Past that the
+/// listing is short, and its `next` goes on where it stopped.
+const LIST_PAGES_MAX: usize = 10;
+/// Items looked at a page once some were skipped: fewer calls for the same functions.
+const SKIPPED_PAGE_ITEMS: usize = 250;
 
 pub(super) struct FunctionTable {
     client: Client,
     table: String,
-    /// Records of changes and the code list stand in the log table, under hash keys that are no function ids.
+    /// Records of changes and the code list stand there, under hash keys that are no function ids.
     logs_table: String,
 }
 
@@ -44,37 +52,77 @@ impl FunctionStore for FunctionTable {
             .table_name(&self.table)
             .key("functionId", text(id.as_str()))
             .update_expression(
-                "ADD invocations :n, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t",
+                "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t",
             )
             // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
             .condition_expression("attribute_exists(functionId)")
             .expression_attribute_values(":n", whole(sums.invocations))
+            .expression_attribute_values(":e", whole(sums.errors))
             .expression_attribute_values(":d", float(sums.total_duration_ms))
             .expression_attribute_values(":h", whole(sums.handler_invocations))
             .expression_attribute_values(":t", float(sums.total_handler_duration_ms));
         // Not idempotent: a second try by the SDK after a late answer would add the sums twice.
         let once = Config::builder().retry_config(RetryConfig::disabled());
+        // A transaction that holds the function refuses the sums; the caller adds them later.
         match call.customize().config_override(once).send().await {
-            Ok(_) => Ok(()),
-            Err(SdkError::ServiceError(answer))
-                if matches!(answer.err(), UpdateItemError::ConditionalCheckFailedException(_)) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(class(&error)),
+            Err(SdkError::ServiceError(answer)) if is_refused(answer.err()) => Ok(()),
+            done => done.map(drop).map_err(|e| class(&e)),
         }
     }
 
-    async fn list(&self, _limit: usize, _after: Option<&str>) -> Result<FunctionPage, BackendError> {
-        Err(BackendError::Invalid("stub".into()))
+    async fn list(&self, limit: usize, after: Option<&str>) -> Result<FunctionPage, BackendError> {
+        let mut functions: Vec<Function> = Vec::new();
+        let mut after = after.map(key_item);
+        let mut skipped = false;
+        for _ in 0..LIST_PAGES_MAX {
+            // One function more than asked for tells whether there is a next page.
+            let wanted = limit.saturating_add(1) - functions.len();
+            let items = if skipped { wanted.max(SKIPPED_PAGE_ITEMS) } else { wanted };
+            let call = self
+                .client
+                .scan()
+                .table_name(&self.table)
+                .consistent_read(true)
+                .limit(i32::try_from(items).unwrap_or(i32::MAX))
+                .set_exclusive_start_key(after);
+            let output = call.send().await.map_err(|e| class(&e))?;
+            let raws = output.items.unwrap_or_default();
+            let (read, before) = (raws.len(), functions.len());
+            functions.extend(raws.into_iter().filter_map(listed));
+            skipped |= functions.len() - before < read;
+            after = output.last_evaluated_key;
+            if functions.len() > limit || after.is_none() {
+                break;
+            }
+        }
+        let next = if functions.len() > limit {
+            functions.truncate(limit);
+            functions.last().map(|function| function.id.to_string())
+        } else {
+            after.and_then(|key| Item::new(key).text("functionId"))
+        };
+        Ok(FunctionPage { functions, next })
     }
 
-    async fn write(&self, _write: &FunctionWrite) -> Result<Written, BackendError> {
-        Err(BackendError::Invalid("stub".into()))
+    async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
+        function_writes::write(&self.client, &self.table, &self.logs_table, write).await
     }
 
-    async fn recommend(&self, _id: &FunctionId, _r: &Recommendation) -> Result<(), BackendError> {
-        Err(BackendError::Invalid("stub".into()))
+    async fn recommend(&self, id: &FunctionId, advice: &Recommendation) -> Result<(), BackendError> {
+        let mut call = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key_item(id.as_str())))
+            .update_expression(recommended::update_expression(advice))
+            .condition_expression(recommended::CONDITION);
+        for (name, value) in recommended::values(advice) {
+            call = call.expression_attribute_values(format!(":{name}"), value);
+        }
+        match call.send().await {
+            Err(SdkError::ServiceError(answer)) if is_refused(answer.err()) => Ok(()),
+            done => done.map(drop).map_err(|e| class(&e)),
+        }
     }
 
     async fn probe(&self) -> Result<(), BackendError> {
@@ -82,19 +130,20 @@ impl FunctionStore for FunctionTable {
     }
 }
 
-#[async_trait]
-impl CodeList for FunctionTable {
-    async fn add(&self, _code: &RetiredCode) -> Result<(), BackendError> {
-        Err(BackendError::Invalid("stub".into()))
-    }
+/// Whether the condition of an update was not met.
+fn is_refused(error: &UpdateItemError) -> bool {
+    matches!(error, UpdateItemError::ConditionalCheckFailedException(_))
+}
 
-    async fn due(&self, _now: UnixMs, _limit: usize) -> Result<Vec<RetiredCode>, BackendError> {
-        Ok(Vec::new())
-    }
+pub(super) fn key_item(id: &str) -> RawItem {
+    RawItem::from([("functionId".to_owned(), text(id))])
+}
 
-    async fn remove(&self, _code: &RetiredCode) -> Result<(), BackendError> {
-        Err(BackendError::Invalid("stub".into()))
-    }
+/// `None` if the item's key is no function id.
+fn listed(raw: RawItem) -> Option<Function> {
+    let item = Item::new(raw);
+    let id = FunctionId::parse(&item.text("functionId")?)?;
+    Some(function(id, &item))
 }
 
 fn function(id: FunctionId, item: &Item) -> Function {
@@ -116,20 +165,35 @@ fn function(id: FunctionId, item: &Item) -> Function {
         version: item.whole("version").unwrap_or(0),
         counters: Counters {
             invocations: item.whole("invocations").unwrap_or(0),
-            errors: 0,
+            errors: item.whole("errorCount").unwrap_or(0),
             total_duration_ms: item.float("totalDuration").unwrap_or(0.0),
             handler_invocations: item.whole("handlerInvocations").unwrap_or(0),
             total_handler_duration_ms: item.float("totalHandlerDuration").unwrap_or(0.0),
         },
-        recommendation: None,
+        recommendation: recommended::of(item),
         id,
     }
+}
+
+/// What a change of the function writes, as [`function`] reads it; without the key.
+pub(super) fn attributes(f: &Function) -> Vec<(&'static str, AttributeValue)> {
+    vec![
+        ("name", text(f.name.as_str())),
+        ("description", text(f.description.as_str())),
+        ("runtime", text(f.runtime.as_str())),
+        ("memoryMb", whole(f.memory_mb)),
+        ("s3Key", text(f.s3_key.as_str())),
+        ("originalName", text(f.original_name.as_str())),
+        ("uploadedAt", text(f.uploaded_at.as_str())),
+        ("updated_at", text(f.updated_at.as_str())),
+        ("envVars", text(f.env_vars.as_str())),
+        ("version", whole(f.version)),
+    ]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aws_sdk_dynamodb::types::AttributeValue;
     use std::collections::HashMap;
 
     fn read(attributes: &[(&str, AttributeValue)]) -> Function {
@@ -148,6 +212,7 @@ mod tests {
             ("envVars", text(r#"{"A":"1"}"#)),
             ("version", whole(3)),
             ("invocations", whole(5)),
+            ("errorCount", whole(2)),
             ("totalDuration", float(12.5)),
         ]);
         assert_eq!(
@@ -155,7 +220,23 @@ mod tests {
             ("n", "go", 256, "k")
         );
         assert_eq!((f.env_vars.as_str(), f.version), (r#"{"A":"1"}"#, 3));
-        assert_eq!((f.counters.invocations, f.counters.total_duration_ms), (5, 12.5));
+        let sums = f.counters;
+        assert_eq!((sums.invocations, sums.errors, sums.total_duration_ms), (5, 2, 12.5));
+    }
+
+    #[test]
+    fn an_item_with_another_key_is_not_listed() {
+        assert_eq!(listed(key_item("f")).map(|f| f.id.to_string()).as_deref(), Some("f"));
+        for odd in ["", "config#f", "a/b"] {
+            assert_eq!(listed(key_item(odd)), None, "{odd:?}");
+        }
+        assert_eq!(listed(RawItem::new()), None);
+    }
+
+    #[test]
+    fn a_function_survives_the_table() {
+        let f = Function { updated_at: "x".into(), env_vars: r#"{"A":"1"}"#.into(), ..Function::sample("f") };
+        assert_eq!(read(&attributes(&f)), f);
     }
 
     #[test]

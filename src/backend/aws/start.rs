@@ -1,5 +1,6 @@
 //! The checks before the first request: all side by side, each with an error of its own, within one deadline.
 
+use super::code_list::CodeTable;
 use super::executions::ExecutionTable;
 use super::functions::FunctionTable;
 use super::journal::RedisJournal;
@@ -32,15 +33,14 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
     match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
         (Ok(aws), Ok(redis)) => {
             let commands = Arc::new(Commands::new(redis.clone()));
-            let functions = Arc::new(aws.functions);
             let backend = Backend {
                 queue: Arc::new(aws.queue),
                 results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), settings.node)),
                 journal: Arc::new(RedisJournal::new(Arc::clone(&commands), settings.node)),
-                functions: functions.clone(),
+                functions: Arc::new(aws.functions),
                 executions: Arc::new(aws.executions),
                 code: Arc::new(aws.code),
-                code_list: functions,
+                code_list: Arc::new(aws.code_list),
                 workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
                 limits: Some(Arc::new(RedisLimits::new(commands))),
             };
@@ -58,6 +58,7 @@ struct Aws {
     queue: SqsQueue,
     functions: FunctionTable,
     executions: ExecutionTable,
+    code_list: CodeTable,
     code: CodeBucket,
     warnings: Vec<String>,
 }
@@ -70,6 +71,7 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     let dynamodb = client::dynamodb(&config, settings);
     let s3 = client::s3(&config, settings);
     let functions = FunctionTable::new(dynamodb.clone(), &settings.functions_table, &settings.logs_table);
+    let code_list = CodeTable::new(dynamodb.clone(), &settings.logs_table);
     let executions = ExecutionTable::new(dynamodb, &settings.logs_table);
     let (queue, functions_found, executions_found, bucket) = tokio::join!(
         within(deadline, || SqsQueue::open(sqs.clone(), &settings.queue_url)),
@@ -94,7 +96,8 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     match queue {
         Some(queue) if problems.is_empty() => {
             let warnings = bucket_warning(settings, bucket);
-            Ok(Aws { queue, functions, executions, code: CodeBucket::new(s3, &settings.bucket), warnings })
+            let code = CodeBucket::new(s3, &settings.bucket);
+            Ok(Aws { queue, functions, executions, code_list, code, warnings })
         }
         _ => Err(problems),
     }
@@ -183,7 +186,7 @@ fn table_problem(what: &str, table: &str, keys: &str, error: BackendError) -> St
             format!("Create the table with {keys}, or correct TABLE_NAME, LOGS_TABLE_NAME and AWS_REGION.")
         }
         BackendError::Denied(_) => {
-            "Allow dynamodb:GetItem, PutItem, UpdateItem and Query on the table, and check the credentials."
+            "Allow dynamodb:GetItem, PutItem, UpdateItem, DeleteItem, Query and Scan on the table, and check the credentials."
                 .to_owned()
         }
         BackendError::Invalid(_) => format!("Use a table with {keys}."),

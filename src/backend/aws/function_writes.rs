@@ -36,7 +36,7 @@ pub(super) async fn write(
     }
     let items = items(table, logs_table, write)
         .map_err(|_| BackendError::Invalid("the transaction could not be built".into()))?;
-    let token = token(write);
+    let token = token(table, logs_table, write);
     let mut tried = 0;
     loop {
         tried += 1;
@@ -233,8 +233,8 @@ fn record_item(record: &ConfigRecord) -> RawItem {
 }
 
 /// The same for the same write and, since DynamoDB refuses a token that comes with another request, made of all that
-/// goes into one.
-fn token(write: &FunctionWrite) -> String {
+/// goes into one: also of the tables, since all gateways of an account share its tokens.
+fn token(table: &str, logs_table: &str, write: &FunctionWrite) -> String {
     let FunctionWrite { before, after, record, retire, adopt } = write;
     let mut hash = Sha256::new();
     let mut feed = |item: Option<Vec<(String, AttributeValue)>>| {
@@ -249,6 +249,7 @@ fn token(write: &FunctionWrite) -> String {
             }
         }
     };
+    feed(Some(vec![(table.to_owned(), text(logs_table))]));
     for function in [before, after] {
         feed(function.as_ref().map(|function| {
             let key = key_item(function.id.as_str()).into_iter();
@@ -377,8 +378,8 @@ mod tests {
     fn a_token_stands_for_one_write() {
         let before = Function::sample("f");
         let write = change(Some(before.clone()), Some(after(&before)));
-        let token = token(&write);
-        assert_eq!((token.len(), super::token(&write.clone())), (36, token.clone()));
+        let token = |write: &FunctionWrite| super::token("t", "l", write);
+        assert_eq!((token(&write).len(), token(&write.clone())), (36, token(&write)));
         let mut others = vec![
             change(None, write.after.clone()),
             change(Some(before.clone()), None),
@@ -393,14 +394,15 @@ mod tests {
         let mut by_other = write.clone();
         by_other.record.by = "ci".into();
         others.push(by_other);
-        let mut tokens: Vec<_> = others.iter().map(super::token).chain([token]).collect();
+        let mut tokens: Vec<_> = others.iter().map(token).collect();
+        tokens.extend([token(&write), super::token("t2", "l", &write), super::token("t", "l2", &write)]);
         tokens.sort();
         tokens.dedup();
-        assert_eq!(tokens.len(), others.len() + 1);
+        assert_eq!(tokens.len(), others.len() + 3);
         // What changes by itself is not written, and so is no part of it.
         let mut counted = write.clone();
         counted.before.as_mut().unwrap().counters.invocations = 5;
-        assert_eq!(super::token(&counted), super::token(&write));
+        assert_eq!(token(&counted), token(&write));
     }
 
     #[test]

@@ -150,7 +150,8 @@ pub struct FunctionWrite {
     pub record: ConfigRecord,
     /// Code that nothing points to after this; enters the code list.
     pub retire: Option<RetiredCode>,
-    /// Code that is pointed to after this; its entry leaves the code list.
+    /// Code that is pointed to after this; its entry leaves the code list. Without the entry there is a conflict:
+    /// the code may have been swept away.
     pub adopt: Option<RetiredCode>,
 }
 
@@ -158,7 +159,8 @@ pub struct FunctionWrite {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
     Done,
-    /// The function is no longer (or already) there, or was changed since it was read. Nothing was written.
+    /// The function is no longer (or already) there, or was changed since it was read, or its code was swept away.
+    /// Nothing was written.
     Conflict,
 }
 

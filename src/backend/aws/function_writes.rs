@@ -61,7 +61,7 @@ pub(super) async fn write(
 /// Why a transaction was cancelled. Nothing was written.
 #[derive(Debug, PartialEq, Eq)]
 enum Cancellation {
-    /// The function is not as it was read, or the adopted code is due at another time by now.
+    /// The function is not as it was read, or the adopted code is not on the list any more.
     Refused,
     /// Another write holds an item, or there is no capacity just now.
     Busy,
@@ -206,12 +206,12 @@ fn stamp_values(before: &Function) -> Vec<(&'static str, AttributeValue)> {
     values
 }
 
-/// Takes the entry off, unless somebody has put the code down for another time.
+/// Takes the entry off, which must be there as it was put: without it the code may have been swept away.
 fn adoption(logs_table: &str, code: &RetiredCode) -> Result<Delete, BuildError> {
     Delete::builder()
         .table_name(logs_table)
         .set_key(Some(code_list::key_item(&code.s3_key)))
-        .condition_expression("attribute_not_exists(functionId) OR #due = :due")
+        .condition_expression("#due = :due")
         .expression_attribute_names("#due", "due")
         .expression_attribute_values(":due", whole(code.due))
         .build()

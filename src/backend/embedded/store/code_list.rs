@@ -17,6 +17,13 @@ pub(super) fn add(connection: &Connection, code: &RetiredCode) -> rusqlite::Resu
     insert.execute(params![code.s3_key, code.function.as_str(), integer(code.due)]).map(drop)
 }
 
+/// Whether the entry is there, as it was put.
+pub(super) fn contains(connection: &Connection, code: &RetiredCode) -> rusqlite::Result<bool> {
+    let mut select =
+        connection.prepare_cached("SELECT 1 FROM retired_code WHERE s3_key = ?1 AND due_ms = ?2")?;
+    select.exists(params![code.s3_key, integer(code.due)])
+}
+
 /// Takes an entry off, unless it has another due time by now.
 pub(super) fn remove(connection: &Connection, code: &RetiredCode) -> rusqlite::Result<()> {
     let mut delete =

@@ -72,7 +72,13 @@ fn delete(connection: &Connection, before: &Function) -> rusqlite::Result<bool> 
 
 /// The whole change. It runs in a savepoint, so an error on the way leaves nothing of it.
 fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Written> {
-    // The condition first: when it does not hold, nothing has been written yet.
+    // The conditions first: when they do not hold, nothing has been written yet. Without its entry the code may
+    // have been swept away.
+    if let Some(code) = &write.adopt
+        && !code_list::contains(connection, code)?
+    {
+        return Ok(Written::Conflict);
+    }
     let held = match (&write.before, &write.after) {
         (None, Some(after)) => put_function(connection, after)?,
         (Some(before), Some(after)) => update(connection, before, after)?,
@@ -373,6 +379,22 @@ mod tests {
         assert_eq!(left, (winner % 4 != 0).then_some(300 + winner));
         assert_eq!(list.due(u64::MAX, 99).await.unwrap(), [code(&format!("old{winner}"), winner)]);
         assert_eq!(records(&functions).await.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn code_that_was_swept_is_not_adopted() {
+        let scratch = Scratch::new();
+        let (functions, list) = with_f(&scratch).await;
+        list.add(&code("new", 60)).await.unwrap();
+        let after = Function { s3_key: "new".into(), ..changed(&f(), 512) };
+        for due in [50, 60] {
+            let write = FunctionWrite { adopt: Some(code("new", due)), ..change(Some(&f()), Some(&after)) };
+            let expected = if due == 60 { Written::Done } else { Written::Conflict };
+            assert_eq!(functions.write(&write).await, Ok(expected), "{due}");
+        }
+        let again =
+            FunctionWrite { adopt: Some(code("new", 60)), ..change(Some(&after), Some(&changed(&after, 1))) };
+        assert_eq!(functions.write(&again).await, Ok(Written::Conflict));
     }
 
     #[tokio::test]

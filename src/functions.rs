@@ -175,7 +175,8 @@ mod tests {
             store.asked.acquire().await.unwrap().forget();
             store.may_answer.add_permits(1);
         };
-        let (before, ()) = tokio::join!(functions.get(&id), change);
+        let both = async { tokio::join!(functions.get(&id), change) };
+        let (before, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it asks again");
         assert_eq!(before.unwrap().unwrap().memory_mb, 512);
         assert_eq!(functions.get(&id).await.unwrap().unwrap().memory_mb, 512, "from the cache");
         assert_eq!(store.asked.available_permits(), 0);

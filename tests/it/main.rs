@@ -35,6 +35,8 @@ mod load;
 #[cfg(test)]
 mod observe;
 #[cfg(test)]
+mod pages;
+#[cfg(test)]
 mod protocol;
 #[cfg(test)]
 mod results;

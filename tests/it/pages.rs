@@ -1,0 +1,173 @@
+//! Logs page by page.
+
+use crate::changes::next_of;
+use crate::harness::aws::{Cloud, Service};
+use crate::harness::job::{IdParts, now_ms};
+use crate::harness::platform::HELLO;
+use crate::harness::{Gateway, SOON, Setup, eventually};
+use serde_json::{Value, json};
+
+over_both!(cursors, the_last_of_this_node);
+
+/// All rows, by following the links from `target`; the lengths of the pages go into `lengths`.
+async fn walk(gateway: &Gateway, target: &str, lengths: &mut Vec<usize>) -> Vec<Value> {
+    let mut rows = Vec::new();
+    let mut next = Some(target.to_owned());
+    while let Some(target) = next {
+        let page = gateway.get(&target).await.expect(200);
+        let found = page.json().as_array().expect("an array").clone();
+        lengths.push(found.len());
+        rows.extend(found);
+        next = next_of(&page);
+        assert!(lengths.len() < 2_000, "the pages do not end");
+    }
+    rows
+}
+
+fn ids(rows: &[Value]) -> Vec<&str> {
+    rows.iter().map(|row| row["requestId"].as_str().expect("an id")).collect()
+}
+
+async fn cursors(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let other = gateway.upload("other").await;
+    for _ in 0..5 {
+        gateway.run(HELLO, &json!(1)).send().await.expect(200);
+    }
+    gateway.run(&other, &json!(1)).send().await.expect(200);
+    let path = format!("/api/functions/{HELLO}/logs");
+    let all = eventually("five rows", SOON, || async {
+        let rows = gateway.get(&path).await.expect(200).json();
+        let count = rows.as_array().map_or(0, Vec::len);
+        if count == 5 {
+            Ok(rows.as_array().cloned().unwrap_or_default())
+        } else {
+            Err(format!("{count} rows"))
+        }
+    })
+    .await;
+    for (query, pages) in [
+        ("limit=1", 5),
+        ("limit=2", 3),
+        ("limit=5", 1),
+        ("limit=2&status=SUCCESS&startTime=2020-01-01T00:00:00%2B01:00", 3),
+    ] {
+        let mut lengths = Vec::new();
+        assert_eq!(walk(gateway, &format!("{path}?{query}"), &mut lengths).await, all, "{query}");
+        assert_eq!(lengths.len(), pages, "{query}");
+    }
+    // The page may change its length on the way, and nothing else.
+    let first = gateway.get(&format!("{path}?limit=2&status=SUCCESS")).await.expect(200);
+    let next = next_of(&first).expect("a next page");
+    assert!(next.starts_with(&format!("{path}?limit=2&status=SUCCESS&cursor=")), "{next}");
+    let cursor = next.split("cursor=").nth(1).expect("a cursor");
+    let rest =
+        gateway.get(&format!("{path}?limit=100&status=SUCCESS&cursor={cursor}")).await.expect(200).json();
+    assert_eq!(rest.as_array().expect("an array")[..], all[2..]);
+    let mut bent = cursor.to_owned();
+    bent.replace_range(5..6, if &bent[5..6] == "A" { "B" } else { "A" });
+    let foreign = format!("/functions/{other}/logs?status=SUCCESS&cursor={cursor}");
+    for target in [
+        foreign,
+        format!("{path}?cursor={cursor}"),
+        format!("{path}?status=FAILED&cursor={cursor}"),
+        format!("{path}?status=SUCCESS&startTime=2020-01-01T00:00:00Z&cursor={cursor}"),
+        format!("{path}?status=SUCCESS&cursor={bent}"),
+        format!("{path}?status=SUCCESS&cursor={}", &cursor[..10]),
+        format!("{path}?status=SUCCESS&cursor="),
+    ] {
+        let refused = gateway.get(&target).await.expect_problem(400);
+        assert_eq!(refused.json()["code"], "bad_cursor", "{target}");
+    }
+    for bad in
+        ["limit=2&limit=2", "status=", "status=%ff", "startTime=2026-11-22", "endTime=2026-11-22T25:00:00Z"]
+    {
+        gateway.get(&format!("{path}?{bad}")).await.expect_problem(400);
+    }
+    platform.finish().await;
+}
+
+async fn the_last_of_this_node(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let mut newest_first = Vec::new();
+    for _ in 0..3 {
+        let result = gateway.run(HELLO, &json!(1)).send().await.expect(200).json();
+        newest_first.insert(0, result["requestId"].clone());
+    }
+    let entries = gateway.get("/api/logs").await.expect(200).json();
+    let entries = entries.as_array().expect("an array");
+    assert_eq!(entries.iter().map(|entry| entry["requestId"].clone()).collect::<Vec<_>>(), newest_first);
+    let first = &entries[0];
+    let said = (&first["level"], &first["msg"], &first["functionId"], &first["status"]);
+    assert_eq!(said, (&json!("info"), &json!("Execution Success"), &json!(HELLO), &json!("SUCCESS")));
+    assert!(
+        first["duration"].is_number() && first["timestamp"].is_string() && first["id"].is_string(),
+        "{first}"
+    );
+    platform.finish().await;
+}
+
+async fn put_all(cloud: &Cloud, rows: &[Value]) {
+    for rows in rows.chunks(25) {
+        let puts: Vec<Value> = rows.iter().map(|row| json!({ "PutRequest": { "Item": row } })).collect();
+        let batch = json!({ "RequestItems": { &cloud.logs_table: puts } });
+        cloud.call(Service::DynamoDb, "BatchWriteItem", &batch).await;
+    }
+}
+
+/// A thousand rows: ours and the old controller's, many of one millisecond, some written twice, some expired.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_rows_are_listed_once_each() {
+    let platform = Setup::serve().start().await;
+    let cloud = &platform.fleet().cloud;
+    let start_ms = now_ms() - 3_600_000;
+    let (soon, past) = ((now_ms() / 1000 + 3600).to_string(), (now_ms() / 1000 - 60).to_string());
+    let mut live: Vec<(String, String)> = Vec::new();
+    let mut rows = Vec::new();
+    for n in 0..1_000_u64 {
+        // Runs of ten in one millisecond; each seventh row is an old one, which has its millisecond to itself.
+        let parts = IdParts { node: (n % 3) as u32, accepted_ms: start_ms + n / 10 * 10, random: n };
+        let (key, id) = if n % 7 == 3 {
+            let parts = IdParts { accepted_ms: start_ms + n / 10 * 10 + 1 + n % 9, ..parts };
+            (parts.timestamp(), format!("67e55044-10b1-426f-9247-{n:012x}"))
+        } else {
+            (parts.row_key(), format!("job-{n}"))
+        };
+        let is_expired = (200..260).contains(&n) || n % 11 == 5;
+        let mut row = json!({
+            "functionId": { "S": HELLO }, "timestamp": { "S": key }, "requestId": { "S": id },
+            "status": { "S": "SUCCESS" }, "duration": { "N": "12" }, "memoryMb": { "N": "64" },
+            "message": { "S": format!("row {n}") }, "expiresAt": { "N": if is_expired { &past } else { &soon } },
+        });
+        if n % 13 == 0 {
+            row.as_object_mut().expect("an object").remove("expiresAt");
+        }
+        if !is_expired || n % 13 == 0 {
+            live.push((key, id));
+        }
+        rows.push(row);
+    }
+    put_all(cloud, &rows).await;
+    let again: Vec<Value> = rows.iter().step_by(5).cloned().collect();
+    put_all(cloud, &again).await;
+    live.sort();
+    live.dedup_by(|one, two| one.0 == two.0);
+    assert!(live.len() > 800, "{}", live.len());
+
+    let gateway = &platform.gateway;
+    let expected: Vec<&str> = live.iter().rev().map(|(_, id)| id.as_str()).collect();
+    for (query, limit) in [("limit=7", 7), ("limit=7&status=SUCCESS", 7), ("limit=1000", 1000)] {
+        let mut lengths = Vec::new();
+        let found = walk(gateway, &format!("/functions/{HELLO}/logs?{query}"), &mut lengths).await;
+        assert_eq!(ids(&found), expected, "{query}");
+        assert!(lengths.iter().all(|length| *length <= limit), "{lengths:?}");
+        let (_, full) = lengths.split_last().expect("a page");
+        assert!(full.iter().all(|length| *length == limit), "only the last page is short: {lengths:?}");
+    }
+    // Each old row is found by its id.
+    let (_, old) = live.iter().find(|(_, id)| id.starts_with("67e55044")).expect("an old row");
+    gateway.get(&format!("/functions/{HELLO}/logs/{old}")).await.expect(200);
+    platform.finish().await;
+}

@@ -276,6 +276,10 @@ impl Request {
         self.addr
     }
 
+    pub fn method(&self) -> &str {
+        &self.method
+    }
+
     /// The same request to another server, for a proxy.
     pub fn to(mut self, addr: SocketAddr) -> Self {
         self.addr = addr;

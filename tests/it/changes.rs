@@ -133,7 +133,7 @@ async fn strict_changes(setup: Setup) {
         let request = gateway.request("PUT", "/functions/hello").body("application/json", body);
         let refused = request.send().await.expect_problem(400).json();
         let detail = refused["detail"].as_str().unwrap_or_default();
-        assert!(detail.contains(named) && detail.len() < 500, "{:.60} should name {named}: {detail}", body);
+        assert!(detail.contains(named) && detail.len() < 500, "{body:.60} should name {named}: {detail}");
     }
     let huge = format!("{{\"description\":\"{}\"}}", "x".repeat(100_000));
     let huge = gateway.request("PUT", "/functions/hello").body("application/json", huge);

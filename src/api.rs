@@ -9,6 +9,7 @@ mod form;
 mod functions;
 mod logs;
 mod models;
+mod object;
 mod openapi;
 mod precondition;
 mod prefer;
@@ -20,13 +21,13 @@ mod status;
 mod system;
 mod workers;
 
-pub use models::ModelCatalogue;
 pub use problem::{ApiError, BODY_BYTES_SLACK};
 pub use routes::{Endpoint, Found, Route, Scope, Takes, find, patterns};
 pub use system::Health;
 
 use crate::audit::Tail;
 use crate::backend::{Backend, QueueTraits};
+use crate::catalogue::Catalogue;
 use crate::config::{Conf, Secret};
 use crate::dispatch::Dispatcher;
 use crate::functions::{Editor, Functions};
@@ -145,7 +146,7 @@ pub struct Parts<'a> {
     pub functions: Functions,
     pub editor: Editor,
     pub tail: Tail,
-    pub models: ModelCatalogue,
+    pub catalogue: Catalogue,
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
     /// What jobs name as the place of their code.
@@ -163,7 +164,7 @@ pub struct Api {
     functions: functions::FunctionRoutes,
     auto_tuner: auto_tuner::AutoTuner,
     logs: logs::Logs,
-    models: ModelCatalogue,
+    models: models::Models,
     workers: workers::Workers,
     system: system::System,
     queue: QueueTraits,
@@ -193,7 +194,7 @@ impl Api {
             ),
             auto_tuner: auto_tuner::AutoTuner::new(Arc::clone(&backend.functions), parts.editor),
             logs: logs::Logs::new(Arc::clone(&backend.executions), parts.tail, cursors),
-            models: parts.models,
+            models: models::Models::new(parts.catalogue),
             workers: workers::Workers::new(Arc::clone(&backend.workers)),
             system: system::System::new(Health::new(backend, Arc::clone(&metrics)), lifecycle, metrics),
             queue,

@@ -6,7 +6,8 @@
 //! * [`boot`] — wires everything, the only place that chooses a backend
 //! * [`gateway`] — the Pingora side: the filters around the API
 //! * [`api`] — the route table, the handlers, and errors as clients see them
-//! * [`functions`] — functions by id, cached
+//! * [`functions`] — functions: cached, changed, their old code swept
+//! * [`catalogue`] — the models of an AI node
 //! * [`dispatch`] — submit, wait, settle: the way of a job
 //! * [`audit`] — execution rows and counters, written in the background
 //! * [`metrics`] — every metric, in one struct
@@ -19,6 +20,7 @@ pub mod api;
 pub mod audit;
 pub mod backend;
 pub mod boot;
+pub mod catalogue;
 pub mod config;
 pub mod dispatch;
 pub mod functions;

@@ -82,11 +82,11 @@ impl Form {
                     return Err(twice("file"));
                 }
                 form.file = Some(spool(part, spool_dir).await?);
-            } else if form.fields.contains_key(&name) {
-                return Err(twice(&name));
             } else {
                 let value = text(part, &name).await?;
-                form.fields.insert(name, value);
+                if form.fields.insert(name.clone(), value).is_some() {
+                    return Err(twice(&name));
+                }
             }
         }
         Ok(form)

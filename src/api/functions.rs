@@ -3,7 +3,7 @@
 use super::cursor::Cursors;
 use super::form::{Form, Upload};
 use super::query::Query;
-use super::{ApiError, BodyStream, Call, CallHeaders, Reply, precondition};
+use super::{ApiError, BodyStream, Call, CallHeaders, Reply, object, precondition};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, EditError, Editor, NewCode, NewFunction};
 use crate::model::{ConfigAction, Function, FunctionId, Runtime, archive};
@@ -29,9 +29,6 @@ const DESCRIPTION_CHARS_MAX: usize = 4096;
 const ENV_BYTES_MAX: usize = 32 << 10;
 /// Longest JSON body of a change, in bytes.
 const CHANGE_BYTES_MAX: usize = 64 << 10;
-
-/// Longest part of a parser's message that is passed on, in characters: names of members may be long.
-const DETAIL_CHARS_MAX: usize = 200;
 
 /// The context of cursors.
 const LIST: &str = "functions";
@@ -236,20 +233,11 @@ fn given_whole<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<u64>, D:
 
 impl Wanted {
     fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        // A derived struct would take an array as well.
-        if body.trim_ascii_start().first() != Some(&b'{') {
-            return Err(ApiError::invalid("the body must be a JSON object"));
-        }
-        let mut reader = serde_json::Deserializer::from_slice(body);
-        let wanted: Self = serde_path_to_error::deserialize(&mut reader).map_err(|e| {
-            ApiError::invalid(match e.path().to_string().as_str() {
-                "description" => "`description` must be a string".to_owned(),
-                member @ ("memoryMb" | "memory") => format!("`{member}` must be a whole number"),
-                // What the parser says names members and places, and shows no values.
-                _ => e.inner().to_string().chars().take(DETAIL_CHARS_MAX).collect(),
-            })
+        let wanted: Self = object::parse(body, |member| match member {
+            "description" => Some("a string"),
+            "memoryMb" | "memory" => Some("a whole number"),
+            _ => None,
         })?;
-        reader.end().map_err(|e| ApiError::invalid(e.to_string()))?;
         wanted.checked(false)
     }
 

@@ -1,18 +1,34 @@
 //! `/models`: the model catalogue.
 
 use super::Reply;
-use crate::config::AiNode;
+use crate::catalogue::Catalogue;
 use http::StatusCode;
+use serde_json::{Value, json};
 
-/// Stub.
-pub struct ModelCatalogue;
+/// What there always is, by name.
+const FALLBACK: &str = "llama3:8b";
+const WARNING: &str = "The model catalogue cannot be reached at the moment.";
 
-impl ModelCatalogue {
-    pub fn new(_ai_node: Option<&AiNode>) -> Self {
-        Self
+pub struct Models {
+    catalogue: Catalogue,
+}
+
+impl Models {
+    pub fn new(catalogue: Catalogue) -> Self {
+        Self { catalogue }
     }
 
     pub async fn get(&self) -> Reply {
-        Reply::json(StatusCode::OK, "{}")
+        let Some(models) = self.catalogue.models().await else {
+            let fallback = shown(FALLBACK, &json!(0), &json!({}), "fallback");
+            return Reply::value(StatusCode::OK, &json!({ "models": [fallback], "warning": WARNING }));
+        };
+        let models: Vec<Value> =
+            models.iter().map(|m| shown(&m.name, &json!(m.size), &json!(m.details), "available")).collect();
+        Reply::value(StatusCode::OK, &json!({ "models": models }))
     }
+}
+
+fn shown(name: &str, size: &Value, details: &Value, status: &str) -> Value {
+    json!({ "id": name, "name": name, "size": size, "details": details, "status": status })
 }

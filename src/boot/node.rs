@@ -5,9 +5,10 @@
 
 use super::signals::Signals;
 use super::{Connect, Connected, Exit, Plan, Settings, explain};
-use crate::api::{self, Api, ModelCatalogue};
+use crate::api::{self, Api};
 use crate::audit::{self, Flusher, Ledger};
 use crate::backend::Backend;
+use crate::catalogue::Catalogue;
 use crate::config::Conf;
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
 use crate::functions::{Editor, Functions, Sweeper};
@@ -250,7 +251,7 @@ impl Built {
             functions,
             editor,
             tail,
-            models: ModelCatalogue::new(settings.ai_node.as_ref()),
+            catalogue: Catalogue::new(settings.ai_node.as_ref())?,
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             bucket,

@@ -247,7 +247,7 @@ async fn bad_calls(setup: Setup) {
     for (method, target) in [("POST", "/run"), ("POST", "/worker/heartbeat"), ("PUT", "/functions/hello")] {
         for (body, status) in &bodies {
             let answer = gateway.request(method, target).body("application/json", body.clone()).send().await;
-            let told = format!("{target} {:.60}", body);
+            let told = format!("{target} {body:.60}");
             // A smaller cap may refuse as too large what a larger one reads.
             let fits = answer.status == *status || (answer.status == 413 && body.len() > 16_000);
             assert!(fits, "{told}: {} {}", answer.status, answer.text());

@@ -54,3 +54,5 @@ mod start;
 mod status;
 #[cfg(test)]
 mod tidy;
+#[cfg(test)]
+mod workers;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Who may name whom. An arrow that is not here is a new one: think before you add it. The layers, from the top:
 /// main → boot → gateway → api → dispatch, functions → audit → backend → model; beside them what many use.
-const ARROWS: [(&str, &[&str]); 14] = [
+const ARROWS: [(&str, &[&str]); 15] = [
     ("lib", &[]),
     ("main", &["boot", "config", "log"]),
     (
@@ -15,6 +15,7 @@ const ARROWS: [(&str, &[&str]); 14] = [
             "api",
             "dispatch",
             "functions",
+            "catalogue",
             "audit",
             "lifecycle",
             "config",
@@ -24,9 +25,24 @@ const ARROWS: [(&str, &[&str]); 14] = [
         ],
     ),
     ("gateway", &["api", "lifecycle", "config", "metrics", "backend"]),
-    ("api", &["dispatch", "functions", "lifecycle", "config", "metrics", "log", "backend", "model"]),
+    (
+        "api",
+        &[
+            "dispatch",
+            "functions",
+            "catalogue",
+            "audit",
+            "lifecycle",
+            "config",
+            "metrics",
+            "log",
+            "backend",
+            "model",
+        ],
+    ),
     ("dispatch", &["audit", "config", "metrics", "backend", "model"]),
-    ("functions", &["config", "backend", "model"]),
+    ("functions", &["config", "metrics", "backend", "model"]),
+    ("catalogue", &["config"]),
     ("audit", &["config", "metrics", "backend", "model"]),
     ("lifecycle", &[]),
     ("config", &["backend", "model"]),

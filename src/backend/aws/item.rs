@@ -5,7 +5,7 @@ use crate::backend::BackendError;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::AttributeValue;
 use serde_json::{Map, Value};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// As it goes over the wire.
 pub(super) type RawItem = HashMap<String, AttributeValue>;
@@ -92,8 +92,10 @@ fn to_json(value: &AttributeValue) -> Value {
         AttributeValue::N(number) => serde_json::from_str(number).unwrap_or(Value::Null),
         AttributeValue::Bool(flag) => Value::from(*flag),
         AttributeValue::L(list) => Value::Array(list.iter().map(to_json).collect()),
+        // A map has no order; its text must be the same each time.
         AttributeValue::M(map) => {
-            Value::Object(map.iter().map(|(k, v)| (k.clone(), to_json(v))).collect::<Map<_, _>>())
+            let sorted: BTreeMap<_, _> = map.iter().collect();
+            Value::Object(sorted.into_iter().map(|(k, v)| (k.clone(), to_json(v))).collect::<Map<_, _>>())
         }
         _ => Value::Null,
     }

@@ -77,9 +77,13 @@ impl Service {
     }
 }
 
+/// Names another emulator for the tables (`address:port`), where one runs: the tests are to pass on any.
+const OTHER_DYNAMODB: &str = "INFRA_TEST_DYNAMODB";
+
 /// One test's own queue, tables and bucket.
 pub struct Cloud {
     addr: SocketAddr,
+    dynamodb: Option<SocketAddr>,
     pub queue_url: String,
     pub functions_table: String,
     pub logs_table: String,
@@ -93,8 +97,10 @@ impl Cloud {
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
         // The emulator starts in blocking code; other tests' tasks must go on meanwhile.
         let addr = tokio::task::block_in_place(emulator).addr;
+        let other = std::env::var(OTHER_DYNAMODB).ok();
         let mut cloud = Self {
             addr,
+            dynamodb: other.map(|addr| addr.parse().expect("address:port of another DynamoDB")),
             queue_url: String::new(),
             functions_table: format!("InfraFunctions-{n}"),
             logs_table: format!("InfraExecutionLogs-{n}"),
@@ -143,8 +149,13 @@ impl Cloud {
     }
 
     pub fn request(&self, service: Service, operation: &str, input: &Value) -> Request {
-        Request::new(self.addr, "POST", "/")
+        let addr = match service {
+            Service::DynamoDb => self.dynamodb.unwrap_or(self.addr),
+            Service::Sqs => self.addr,
+        };
+        Request::new(addr, "POST", "/")
             .header("authorization", &credential(service.signing_name()))
+            .header("x-amz-date", "20260101T000000Z")
             .header("x-amz-target", &format!("{}.{operation}", service.target_prefix()))
             .body("application/x-amz-json-1.0", input.to_string())
     }
@@ -241,6 +252,9 @@ impl Cloud {
             ("BUCKET_NAME", self.bucket.clone()),
         ] {
             env.push((name.to_owned(), value));
+        }
+        if let Some(addr) = self.dynamodb {
+            env.push(("AWS_ENDPOINT_URL_DYNAMODB".to_owned(), format!("http://{addr}")));
         }
         env
     }

@@ -1,0 +1,31 @@
+//! JSON objects that clients send, read strictly, and refused by the member that is wrong.
+
+use super::ApiError;
+use serde::de::DeserializeOwned;
+
+/// Longest part of a parser's message that is passed on, in characters: names of members may be long.
+const DETAIL_CHARS_MAX: usize = 200;
+
+/// Reads an object. `wanted` says of a member what it must be.
+///
+/// What the refusal says names members and places, and shows no values.
+pub fn parse<T: DeserializeOwned>(
+    body: &[u8],
+    wanted: impl Fn(&str) -> Option<&'static str>,
+) -> Result<T, ApiError> {
+    // A derived struct would take an array as well.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(ApiError::invalid("the body must be a JSON object"));
+    }
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|e| {
+        let path = e.path().to_string();
+        let member = path.split(['.', '[']).next().unwrap_or_default();
+        ApiError::invalid(match wanted(member) {
+            Some(wanted) => format!("`{member}` must be {wanted}"),
+            None => e.inner().to_string().chars().take(DETAIL_CHARS_MAX).collect(),
+        })
+    })?;
+    reader.end().map_err(|e| ApiError::invalid(e.to_string()))?;
+    Ok(value)
+}

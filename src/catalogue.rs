@@ -1,0 +1,134 @@
+//! The models that an AI node (Ollama) has, asked for at most now and then.
+
+use crate::config::AiNode;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_rustls::HttpsConnector;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use rustls::ClientConfig;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+/// How long an answer is used again, and how long it is taken as known that there is none.
+const KEPT: Duration = Duration::from_secs(10);
+const FAILURE_KEPT: Duration = Duration::from_secs(2);
+/// Longest answer that is read, in bytes, and most models of it.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+const MODELS_MAX: usize = 1000;
+
+/// One model.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Model {
+    pub name: String,
+    /// In bytes.
+    #[serde(default)]
+    pub size: u64,
+    #[serde(default)]
+    pub details: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+struct Tags {
+    models: Vec<Model>,
+}
+
+/// Asks the node. One question at a time; those who come meanwhile share the answer.
+pub struct Catalogue {
+    node: Option<Node>,
+    last: Mutex<Option<Asked>>,
+}
+
+/// What came of asking.
+struct Asked {
+    at: Instant,
+    models: Option<Arc<[Model]>>,
+}
+
+struct Node {
+    url: String,
+    timeout: Duration,
+    client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+}
+
+/// Why there is no answer; no part of it names the node, whose address may hold a password.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("the address cannot be used")]
+    Address,
+    #[error("no answer in time")]
+    TimeOut,
+    #[error("no connection")]
+    Connection,
+    #[error("status {0}")]
+    Status(u16),
+    #[error("the answer is too long or breaks off")]
+    Body,
+    #[error("the answer is no list of models")]
+    NoList,
+}
+
+impl Catalogue {
+    /// `None`: there is no node to ask.
+    pub fn new(node: Option<&AiNode>) -> anyhow::Result<Self> {
+        let node = node.map(Node::new).transpose()?;
+        Ok(Self { node, last: Mutex::const_new(None) })
+    }
+
+    /// The models; `None`: the node does not tell.
+    pub async fn models(&self) -> Option<Arc<[Model]>> {
+        let node = self.node.as_ref()?;
+        // Held while asking.
+        let mut last = self.last.lock().await;
+        if let Some(asked) = last.as_ref()
+            && asked.at.elapsed() < if asked.models.is_some() { KEPT } else { FAILURE_KEPT }
+        {
+            return asked.models.clone();
+        }
+        let models = node.ask().await.map(Arc::from);
+        let models = models.inspect_err(|e| tracing::warn!(error = %e, "Model Catalogue Away")).ok();
+        *last = Some(Asked { at: Instant::now(), models: models.clone() });
+        models
+    }
+}
+
+impl Node {
+    fn new(node: &AiNode) -> anyhow::Result<Self> {
+        // Named, since several providers may be linked and rustls would not choose.
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let tls = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+        // A machine may have no certificates at all; an http:// address works there all the same.
+        let roots = rustls_native_certs::load_native_certs().certs;
+        let mut trusted = rustls::RootCertStore::empty();
+        trusted.add_parsable_certificates(roots);
+        let tls = tls.with_root_certificates(trusted).with_no_client_auth();
+        let https = hyper_rustls::HttpsConnectorBuilder::new().with_tls_config(tls);
+        let client =
+            Client::builder(TokioExecutor::new()).build(https.https_or_http().enable_http1().build());
+        Ok(Self { url: format!("{}/api/tags", node.url.reveal()), timeout: node.timeout, client })
+    }
+
+    async fn ask(&self) -> Result<Vec<Model>, Failure> {
+        let asked = tokio::time::timeout(self.timeout, self.fetch()).await;
+        let body = asked.unwrap_or(Err(Failure::TimeOut))?;
+        let mut tags: Tags = serde_json::from_slice(&body).map_err(|_| Failure::NoList)?;
+        tags.models.truncate(MODELS_MAX);
+        Ok(tags.models)
+    }
+
+    async fn fetch(&self) -> Result<Bytes, Failure> {
+        let url = self.url.parse().map_err(|_| Failure::Address)?;
+        let answer = self.client.get(url).await.map_err(|_| Failure::Connection)?;
+        // A redirect is no answer either: nobody else is asked than whom the operator named.
+        if answer.status() != http::StatusCode::OK {
+            return Err(Failure::Status(answer.status().as_u16()));
+        }
+        let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
+        Ok(body.map_err(|_| Failure::Body)?.to_bytes())
+    }
+}

@@ -2,7 +2,7 @@
 # Installs what this project needs and this machine lacks, and says so. Does nothing, fast, where all is there.
 #
 #   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
-#   scripts/setup.sh test    redis-server, and a Python venv with the AWS emulator
+#   scripts/setup.sh test    redis-server, and a Python venv with the AWS emulator and schemathesis
 #   scripts/setup.sh measure wrk, which makes load
 set -eu
 cd "$(dirname "$0")/.."
@@ -56,7 +56,7 @@ setup_test() {
     [ -z "$missing" ] || install $missing
 
     # The copy of the requirements says what the venv holds: it is written last.
-    if cmp -s "$REQUIREMENTS" "$VENV/requirements.txt" && "$VENV/bin/python" -c 'import boto3, redis' 2>/dev/null; then
+    if cmp -s "$REQUIREMENTS" "$VENV/requirements.txt" && "$VENV/bin/python" -c 'import boto3, redis, schemathesis' 2>/dev/null; then
         return
     fi
     say "making $VENV with $(grep -c == "$REQUIREMENTS") packages of $REQUIREMENTS and what they need"

@@ -44,6 +44,8 @@ pub struct Gateway {
 pub struct Ctx {
     started: Instant,
     route: &'static str,
+    /// The row of the table, if the request leads to one.
+    found: Option<&'static Route>,
     status: u16,
     _counted: RequestGuard,
 }
@@ -110,6 +112,7 @@ impl Gateway {
             Found::Nothing => return Err(ApiError::NoSuchRoute),
         };
         ctx.route = route.pattern;
+        ctx.found = Some(route);
         let mut key_name = Arc::default();
         if route.scope.is_some() {
             let key = self.keys.check(header.headers.get("x-api-key"))?;
@@ -174,6 +177,7 @@ impl ProxyHttp for Gateway {
         Ctx {
             started: Instant::now(),
             route: NO_ROUTE,
+            found: None,
             status: CLIENT_GONE,
             _counted: self.lifecycle.request(),
         }
@@ -198,6 +202,13 @@ impl ProxyHttp for Gateway {
             error.into_reply(id.as_str())
         });
         ctx.status = reply.status.as_u16();
+        debug_assert!(
+            ctx.found.is_none_or(|route| route.statuses().any(|status| status == ctx.status)),
+            "{} {} answers {}, which the route table does not say",
+            session.req_header().method,
+            ctx.route,
+            ctx.status,
+        );
         if self.write(session, reply, &id).await.is_err() {
             // The client has left in the middle; nothing more can be said to it.
             ctx.status = CLIENT_GONE;

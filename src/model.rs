@@ -46,10 +46,11 @@ pub fn rfc3339_ms(at: UnixMs) -> String {
         .unwrap_or_else(|| "9999-12-31T23:59:59.999Z".to_owned())
 }
 
-/// Reads an RFC 3339 time in any offset, down to the millisecond.
+/// Reads an RFC 3339 time in any offset, down to the millisecond. What was before 1970 becomes its first moment:
+/// as a bound it means the same, since nothing here is older.
 pub fn parse_rfc3339_ms(text: &str) -> Option<UnixMs> {
     let at = OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok()?;
-    u64::try_from(at.unix_timestamp_nanos().div_euclid(1_000_000)).ok()
+    Some(u64::try_from(at.unix_timestamp_nanos().div_euclid(1_000_000)).unwrap_or(0))
 }
 
 /// A JSON string that borrows where it can: `Cow` alone always copies under serde.

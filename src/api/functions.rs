@@ -230,16 +230,25 @@ impl From<EditError<ApiError>> for ApiError {
 struct Wanted {
     #[serde(default, deserialize_with = "given")]
     description: Option<String>,
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "given_whole")]
     memory_mb: Option<u64>,
     /// The same by its old name.
-    #[serde(default, deserialize_with = "given")]
+    #[serde(default, deserialize_with = "given_whole")]
     memory: Option<u64>,
 }
 
 /// `null` is no value: to leave a member as it is, it is left out.
 fn given<'de, T: Deserialize<'de>, D: serde::Deserializer<'de>>(d: D) -> Result<Option<T>, D::Error> {
     T::deserialize(d).map(Some)
+}
+
+/// A whole number, however it is written: to JSON `256.0` is the number `256`.
+fn given_whole<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
+    let number = serde_json::Number::deserialize(d)?;
+    // A whole f64 below 2^53 is exact as an integer.
+    let is_whole = |n: &f64| n.fract() == 0.0 && (0.0..9e15).contains(n);
+    let whole = number.as_u64().or_else(|| number.as_f64().filter(is_whole).map(|n| n as u64));
+    whole.map(Some).ok_or_else(|| serde::de::Error::custom("not a whole number"))
 }
 
 impl Wanted {
@@ -429,6 +438,7 @@ mod tests {
         assert_eq!((both.description.as_deref(), both.memory_mb), (Some(""), Some(512)));
         let escaped = parse(r#"{"m\u0065moryMb":128}"#).unwrap();
         assert_eq!(escaped.memory_mb, Some(128));
+        assert_eq!(parse(r#"{"memory":256.0}"#).unwrap().memory_mb, Some(256));
         let deep = format!("{{\"memoryMb\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
         for (bad, told) in [
             ("", "object"),

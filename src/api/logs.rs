@@ -17,8 +17,8 @@ const LIMIT_MAX: usize = 1000;
 /// A list shows this many characters of each message.
 const MESSAGE_CHARS: usize = 200;
 
-/// Longest status that is asked for, in bytes; none that is kept is longer.
-const STATUS_BYTES_MAX: usize = 64;
+/// Longest status that is asked for, in characters; none that is kept is longer.
+const STATUS_CHARS_MAX: usize = 64;
 
 pub struct Logs {
     executions: Arc<dyn ExecutionStore>,
@@ -62,8 +62,8 @@ impl Logs {
     fn wanted(&self, call: &Call, query: &Query<'_>) -> Result<LogQuery, ApiError> {
         let time = |name: &str| query.get(name).map(|value| time(name, value)).transpose();
         let status = query.get("status").map(str::to_owned);
-        if status.as_ref().is_some_and(|status| status.is_empty() || status.len() > STATUS_BYTES_MAX) {
-            return Err(ApiError::invalid(format!("`status` must have 1 to {STATUS_BYTES_MAX} bytes")));
+        if status.as_ref().is_some_and(|status| !(1..=STATUS_CHARS_MAX).contains(&status.chars().count())) {
+            return Err(ApiError::invalid(format!("`status` must have 1 to {STATUS_CHARS_MAX} characters")));
         }
         let mut wanted = LogQuery {
             function: function_id(call)?,

@@ -207,6 +207,50 @@ impl ApiError {
 }
 
 #[cfg(test)]
+impl ApiError {
+    /// One of each kind, for tests.
+    pub fn each() -> Vec<Self> {
+        std::iter::successors(Some(Self::NoSuchRoute), Self::next).collect()
+    }
+
+    /// The kind after this one. A new kind has no arm, so the compiler asks for its place in the row.
+    fn next(&self) -> Option<Self> {
+        let text = String::new;
+        Some(match self {
+            Self::NoSuchRoute => Self::MethodNotAllowed { allow: text() },
+            Self::MethodNotAllowed { .. } => Self::Unauthorized,
+            Self::Unauthorized => Self::RateLimited { retry_after_s: 1, headers: Vec::new() },
+            Self::RateLimited { .. } => Self::LimiterAway,
+            Self::LimiterAway => Self::BodyTooLarge { bytes_max: 1 },
+            Self::BodyTooLarge { .. } => Self::BodyTimeout,
+            Self::BodyTimeout => Self::BodyBroken,
+            Self::BodyBroken => Self::NotJson,
+            Self::NotJson => Self::NotAForm,
+            Self::NotAForm => Self::NotJsonNorForm,
+            Self::NotJsonNorForm => Self::Invalid(text()),
+            Self::Invalid(_) => Self::BadCursor,
+            Self::BadCursor => Self::BadArchive(text()),
+            Self::BadArchive(_) => Self::NoSuchFunction,
+            Self::NoSuchFunction => Self::PreconditionFailed,
+            Self::PreconditionFailed => Self::NoRecommendation,
+            Self::NoRecommendation => Self::Contended,
+            Self::Contended => Self::TooManyUploads,
+            Self::TooManyUploads => Self::TooManyWorkers,
+            Self::TooManyWorkers => Self::NoSuchJob,
+            Self::NoSuchJob => Self::NoSuchLog,
+            Self::NoSuchLog => Self::Submit(SubmitError::Overloaded),
+            Self::Submit(SubmitError::Overloaded) => Self::Submit(SubmitError::Refused),
+            Self::Submit(SubmitError::Refused) => Self::Submit(SubmitError::Unavailable),
+            Self::Submit(SubmitError::Unavailable) => Self::Submit(SubmitError::Unknown),
+            Self::Submit(SubmitError::Unknown) => Self::Submit(SubmitError::Stopping),
+            Self::Submit(SubmitError::Stopping) => Self::BackendAway,
+            Self::BackendAway => Self::NotReady,
+            Self::NotReady => return None,
+        })
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

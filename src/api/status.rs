@@ -1,6 +1,7 @@
 //! `GET /status/:jobId`: the result of a job, or that it still runs; with a long poll.
 
 use super::prefer::Prefer;
+use super::query::Query;
 use super::{ApiError, Call, Reply};
 use crate::config::WaitsConf;
 use crate::dispatch::{Dispatcher, JobState};
@@ -52,16 +53,14 @@ impl Status {
         found.map(|outcome| Reply::json(StatusCode::OK, outcome.body())).ok_or(ApiError::NoSuchJob)
     }
 
-    /// `?wait=` goes before `Prefer: wait=`.
+    /// `?wait=` goes before `Prefer: wait=`. What is longer than the longest wait is cut to it.
     fn wait(&self, call: &Call) -> Result<Duration, ApiError> {
-        let query = call.uri.query().unwrap_or_default();
-        let asked =
-            query.split('&').filter_map(|pair| pair.split_once('=')).find(|(name, _)| *name == "wait");
-        let seconds = match asked {
-            Some((_, value)) => {
-                let seconds = value.parse();
-                seconds.map_err(|_| ApiError::invalid("`wait` must be a whole number of seconds"))?
+        let query = Query::read(&call.uri, &["wait"])?;
+        let seconds = match query.get("wait") {
+            Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
+                text.parse().unwrap_or(u64::MAX) // more digits than a number has
             }
+            Some(_) => return Err(ApiError::invalid("`wait` must be a whole number of seconds")),
             None => Prefer::of(&call.headers.prefer).wait_s.unwrap_or(0),
         };
         Ok(Duration::from_secs(seconds).min(self.wait_max))

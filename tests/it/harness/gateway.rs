@@ -103,7 +103,7 @@ impl Gateway {
         secrets.push(key.to_owned());
         let gateway = Self { process, addr, key: key.to_owned(), secrets, _dir: dir };
         let ready = || async {
-            match Request::new(addr, "GET", "/readyz").try_send().await {
+            match Request::new(addr, "GET", "/readyz").described().try_send().await {
                 Ok(answer) if answer.status == 200 => Ok(()),
                 other => Err(format!("{other:?}")),
             }
@@ -126,7 +126,7 @@ impl Gateway {
 
     /// A request without the key.
     pub fn anonymous(&self, method: &str, target: &str) -> Request {
-        Request::new(self.addr, method, target)
+        Request::new(self.addr, method, target).described()
     }
 
     pub fn request(&self, method: &str, target: &str) -> Request {

@@ -2,6 +2,7 @@
 //!
 //! The same reader serves the client here and the proxy in front of the AWS emulator.
 
+use super::description;
 use serde_json::Value;
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
@@ -248,13 +249,21 @@ pub struct Request {
     addr: SocketAddr,
     method: String,
     message: Message,
+    /// Whether the answer is held against the description of the interface.
+    is_described: bool,
 }
 
 impl Request {
     pub fn new(addr: SocketAddr, method: &str, target: &str) -> Self {
         let start = format!("{method} {target} HTTP/1.1");
         let message = Message { start, headers: vec![("host".into(), addr.to_string())], body: Vec::new() };
-        Self { addr, method: method.to_owned(), message }
+        Self { addr, method: method.to_owned(), message, is_described: false }
+    }
+
+    /// A request to a gateway: its answer must be one that the description knows.
+    pub fn described(mut self) -> Self {
+        self.is_described = true;
+        self
     }
 
     pub fn header(mut self, name: &str, value: &str) -> Self {
@@ -295,7 +304,12 @@ impl Request {
         let mut conn = Conn::open(self.addr).await?;
         // A server may refuse a body before it has read it all; its answer counts, not our broken pipe.
         let _ = conn.write(&self.to_bytes()).await;
-        conn.answer(self.method == "HEAD").await
+        let answer = conn.answer(self.method == "HEAD").await?;
+        if self.is_described {
+            let target = self.message.start.split(' ').nth(1).unwrap_or_default();
+            description::check(&self.method, target, &answer);
+        }
+        Ok(answer)
     }
 
     pub async fn send(&self) -> Answer {

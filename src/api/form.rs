@@ -9,6 +9,7 @@ use http::header::CONTENT_TYPE;
 use multer::{Field, Multipart};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use tempfile::NamedTempFile;
 use tokio::io::AsyncWriteExt;
@@ -21,6 +22,8 @@ const FIELD_BYTES_MAX: usize = 64 << 10;
 const PARTS_MAX: usize = 32;
 /// Longest form: the file, and room for some fields and what stands between the parts.
 pub const BODY_BYTES_MAX: usize = FILE_BYTES_MAX + (256 << 10);
+/// Most bytes that are given to the parser before it makes something of them.
+const UNPARSED_BYTES_MAX: usize = 256 << 10;
 /// Longest file name that is kept, in characters.
 const FILE_NAME_CHARS_MAX: usize = 255;
 
@@ -58,17 +61,15 @@ impl Form {
         let boundary = multer::parse_boundary(content_type.unwrap_or_default());
         let boundary =
             boundary.map_err(|_| ApiError::invalid(format!("the {CONTENT_TYPE} names no boundary")))?;
-        // What the body fails with is an answer of its own, and must come out of multer whole.
-        let failure = Mutex::new(None);
-        let pieces = stream::unfold((body, &failure), async |(body, failure)| match body.next().await {
-            Ok(piece) => piece.map(|bytes| (Ok(bytes), (body, failure))),
-            Err(e) => {
-                *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
-                Some((Err::<Bytes, _>(std::io::Error::other("the body failed")), (body, failure)))
-            }
+        let feed = Feed::default();
+        let pieces = stream::unfold(body, |body| async {
+            // multer swallows all that is ready before it parses any of it, unless it has to wait.
+            tokio::task::yield_now().await;
+            feed.next(&mut *body).await.map(|piece| (piece, body))
         });
-        let read = Self::read_parts(Multipart::new(Box::pin(pieces), boundary), spool_dir, fields).await;
-        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        let parts = Multipart::new(Box::pin(pieces), boundary);
+        let read = Self::read_parts(parts, &feed, spool_dir, fields).await;
+        match feed.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some(of_body) => Err(of_body),
             None => read,
         }
@@ -76,12 +77,14 @@ impl Form {
 
     async fn read_parts(
         mut parts: Multipart<'_>,
+        feed: &Feed,
         spool_dir: &Path,
         fields: &[&str],
     ) -> Result<Self, ApiError> {
         let mut form = Self::default();
         let mut count = 0;
         while let Some(part) = parts.next_field().await.map_err(|e| broken(&e))? {
+            feed.parsed();
             count += 1;
             if count > PARTS_MAX {
                 return Err(ApiError::invalid(format!("the form has more than {PARTS_MAX} parts")));
@@ -92,11 +95,12 @@ impl Form {
                 if form.file.is_some() {
                     return Err(twice("file"));
                 }
-                form.file = Some(spool(part, spool_dir).await?);
+                form.file = Some(spool(part, feed, spool_dir).await?);
             } else if !fields.contains(&name.as_str()) {
                 form.unknown.get_or_insert(name);
+                skip(part, feed).await?;
             } else {
-                let value = text(part, &name).await?;
+                let value = text(part, feed, &name).await?;
                 if form.fields.insert(name.clone(), value).is_some() {
                     return Err(twice(&name));
                 }
@@ -111,7 +115,38 @@ impl Form {
     }
 }
 
-async fn spool(mut part: Field<'_>, dir: &Path) -> Result<Upload, ApiError> {
+/// Between the body and the parser.
+#[derive(Default)]
+struct Feed {
+    /// What the body failed with is an answer of its own, and must come out of the parser whole.
+    failure: Mutex<Option<ApiError>>,
+    /// Bytes given to the parser since it last made something of them.
+    unparsed: AtomicUsize,
+}
+
+impl Feed {
+    async fn next(&self, body: &mut dyn BodyStream) -> Option<Result<Bytes, std::io::Error>> {
+        let failed = match body.next().await {
+            Ok(Some(piece)) => {
+                // The head of a part that does not end would be kept in memory as long as it goes on.
+                if self.unparsed.fetch_add(piece.len(), Ordering::Relaxed) <= UNPARSED_BYTES_MAX {
+                    return Some(Ok(piece));
+                }
+                ApiError::invalid("the form is broken: the head of a part does not end")
+            }
+            Ok(None) => return None,
+            Err(e) => e,
+        };
+        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
+        Some(Err(std::io::Error::other("the body failed")))
+    }
+
+    fn parsed(&self) {
+        self.unparsed.store(0, Ordering::Relaxed);
+    }
+}
+
+async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, ApiError> {
     let name = part.file_name().unwrap_or_default();
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
     let name = name.chars().filter(|c| !c.is_control()).take(FILE_NAME_CHARS_MAX).collect();
@@ -119,6 +154,7 @@ async fn spool(mut part: Field<'_>, dir: &Path) -> Result<Upload, ApiError> {
     let mut out = tokio::fs::File::from_std(file.reopen().map_err(|e| no_room(&e))?);
     let mut bytes = 0;
     while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
+        feed.parsed();
         bytes += piece.len();
         if bytes > FILE_BYTES_MAX {
             return Err(ApiError::BodyTooLarge { bytes_max: FILE_BYTES_MAX });
@@ -129,15 +165,23 @@ async fn spool(mut part: Field<'_>, dir: &Path) -> Result<Upload, ApiError> {
     Ok(Upload { file, name })
 }
 
-async fn text(mut part: Field<'_>, name: &str) -> Result<String, ApiError> {
+async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, ApiError> {
     let mut bytes = Vec::new();
     while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
+        feed.parsed();
         if bytes.len() + piece.len() > FIELD_BYTES_MAX {
             return Err(ApiError::invalid(format!("`{name}` is longer than {FIELD_BYTES_MAX} bytes")));
         }
         bytes.extend_from_slice(&piece);
     }
     String::from_utf8(bytes).map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))
+}
+
+async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
+    while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
+        feed.parsed();
+    }
+    Ok(())
 }
 
 fn twice(name: &str) -> ApiError {
@@ -194,7 +238,7 @@ mod tests {
         let body = part("name=\"description\"", "ä")
             + &part("name=\"file\"; filename=\"C:\\\\dir\\\\x.zip\"", "a\r\nzip")
             + &part("name=\"other\"", "1")
-            + &part("name=\"other\"", "2")
+            + &part("name=\"other\"", &"2".repeat(100))
             + "--X--\r\n";
         for piece in [1, 7, 1000] {
             let mut form = read(body.as_bytes(), piece).await.unwrap();
@@ -202,6 +246,13 @@ mod tests {
             assert_eq!((form.take("other"), form.unknown.as_deref()), (None, Some("other")));
             assert_eq!(form.file.as_ref().map(|f| f.name.as_str()), Some("x.zip"));
         }
+    }
+
+    #[tokio::test]
+    async fn what_nobody_asks_for_may_be_long() {
+        let body = part("name=\"other\"", &"x".repeat(2 * UNPARSED_BYTES_MAX)) + "--X--\r\n";
+        let form = read(body.as_bytes(), 4096).await.unwrap();
+        assert!(form.fields.is_empty() && form.file.is_none());
     }
 
     #[tokio::test]
@@ -216,6 +267,8 @@ mod tests {
             (String::new(), "broken"),
             (part("nom=\"a\"", "1") + "--X--\r\n", "no name"),
             (long + "--X--\r\n", "longer than"),
+            ("--X\r\n".to_owned() + &"x".repeat(2 * UNPARSED_BYTES_MAX), "does not end"),
+            ("x".repeat(2 * UNPARSED_BYTES_MAX), "does not end"),
             (part("name=\"a\"", "1").repeat(PARTS_MAX + 1) + "--X--\r\n", "twice"),
         ] {
             match read(bad.as_bytes(), 4096).await {

@@ -22,6 +22,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 const LIMIT_MAX: usize = 1000;
 /// Uploads under way at a time, which bounds the disk they take; more are answered 503.
 const UPLOADS_MAX: usize = 8;
+/// Uploads that are unpacked at a time, which bounds the cores they take; more wait.
+const CHECKS_MAX: usize = 2;
 /// Longest name and description, in characters.
 const NAME_CHARS_MAX: usize = 256;
 const DESCRIPTION_CHARS_MAX: usize = 4096;
@@ -39,11 +41,13 @@ pub struct FunctionRoutes {
     cursors: Cursors,
     spool_dir: PathBuf,
     uploads: Semaphore,
+    checks: Semaphore,
 }
 
 impl FunctionRoutes {
     pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, cursors: Cursors, spool_dir: PathBuf) -> Self {
-        Self { store, editor, cursors, spool_dir, uploads: Semaphore::new(UPLOADS_MAX) }
+        let (uploads, checks) = (Semaphore::new(UPLOADS_MAX), Semaphore::new(CHECKS_MAX));
+        Self { store, editor, cursors, spool_dir, uploads, checks }
     }
 
     pub async fn list(&self, call: &Call) -> Result<Reply, ApiError> {
@@ -105,7 +109,7 @@ impl FunctionRoutes {
         let description = checked_description(form.take("description").unwrap_or_default())?;
         let env_vars = checked_env(form.take("envVars"))?;
         let file = form.file.ok_or_else(|| ApiError::invalid("the form holds no `file`"))?;
-        let file = checked_code(file, runtime).await?;
+        let file = self.checked_code(file, runtime).await?;
         let name = name.filter(|name| !name.is_empty()).unwrap_or_else(|| file.name.clone());
         if name.is_empty() || name.chars().count() > NAME_CHARS_MAX {
             return Err(ApiError::invalid(format!(
@@ -155,7 +159,7 @@ impl FunctionRoutes {
                 let runtime = Runtime::parse(&function.runtime);
                 let runtime =
                     runtime.ok_or_else(|| ApiError::invalid("the function's runtime takes no code"))?;
-                Some(checked_code(file, runtime).await?)
+                Some(self.checked_code(file, runtime).await?)
             }
             None => None,
         };
@@ -187,6 +191,22 @@ impl FunctionRoutes {
         let check = |f: &Function| precondition::check(&call.headers, &f.tag());
         self.editor.delete(&call.key_name, &id, check).await.map_err(ApiError::from)?;
         Ok(Reply::value(StatusCode::OK, &json!({ "success": true, "deletedId": id.as_str() })))
+    }
+
+    /// The upload, if it is good code. Unpacks it once, off the asynchronous threads.
+    async fn checked_code(&self, upload: Upload, runtime: Runtime) -> Result<Upload, ApiError> {
+        let _turn = self.checks.acquire().await.map_err(|_| ApiError::BackendAway)?;
+        let checked = tokio::task::spawn_blocking(move || {
+            let file = std::fs::File::open(upload.path());
+            let file = file.map_err(|e| {
+                tracing::error!(error = %e, "Upload Not Read");
+                ApiError::BackendAway
+            })?;
+            let good = archive::check(std::io::BufReader::new(file), runtime);
+            good.map_err(|problem| ApiError::BadArchive(problem.to_string()))?;
+            Ok(upload)
+        });
+        checked.await.unwrap_or(Err(ApiError::BackendAway))
     }
 
     fn upload_slot(&self) -> Result<SemaphorePermit<'_>, ApiError> {
@@ -384,21 +404,6 @@ fn checked_env(text: Option<String>) -> Result<String, ApiError> {
         }
     }
     Ok(Value::Object(map).to_string())
-}
-
-/// The upload, if it is good code. Unpacks it once, off the asynchronous threads.
-async fn checked_code(upload: Upload, runtime: Runtime) -> Result<Upload, ApiError> {
-    let checked = tokio::task::spawn_blocking(move || {
-        let file = std::fs::File::open(upload.path());
-        let file = file.map_err(|e| {
-            tracing::error!(error = %e, "Upload Not Read");
-            ApiError::BackendAway
-        })?;
-        let good = archive::check(std::io::BufReader::new(file), runtime);
-        good.map_err(|problem| ApiError::BadArchive(problem.to_string()))?;
-        Ok(upload)
-    });
-    checked.await.unwrap_or(Err(ApiError::BackendAway))
 }
 
 async fn whole(body: &mut dyn BodyStream, bytes_max: usize) -> Result<BytesMut, ApiError> {

@@ -182,6 +182,15 @@ impl Gateway {
         lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
+    /// The most memory it has taken so far, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid()));
+        let status = status.expect("the gateway runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux tells");
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
+        kib * 1024
+    }
+
     pub fn signal(&self, signal: Signal) {
         self.process.signal(signal);
     }

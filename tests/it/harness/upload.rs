@@ -11,9 +11,18 @@ const BOUNDARY: &str = "a-boundary-of-the-tests";
 
 /// A zip of these files.
 pub fn zipped(files: &[(&str, &[u8])]) -> Vec<u8> {
+    zip_with(SimpleFileOptions::default(), files)
+}
+
+/// The same, not compressed.
+pub fn stored(files: &[(&str, &[u8])]) -> Vec<u8> {
+    zip_with(SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored), files)
+}
+
+fn zip_with(options: SimpleFileOptions, files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for (name, contents) in files {
-        zip.start_file(*name, SimpleFileOptions::default()).expect("a zip in memory");
+        zip.start_file(*name, options).expect("a zip in memory");
         zip.write_all(contents).expect("a zip in memory");
     }
     zip.finish().expect("a zip in memory").into_inner()

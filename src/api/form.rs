@@ -97,8 +97,8 @@ impl Form {
                 }
                 form.file = Some(spool(part, feed, spool_dir).await?);
             } else if !fields.contains(&name.as_str()) {
-                form.unknown.get_or_insert(name);
                 skip(part, feed).await?;
+                form.unknown.get_or_insert(name);
             } else {
                 let value = text(part, feed, &name).await?;
                 if form.fields.insert(name.clone(), value).is_some() {
@@ -165,6 +165,14 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     Ok(Upload { file, name })
 }
 
+/// Reads past a field that nobody wants.
+async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
+    while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
+        feed.parsed();
+    }
+    Ok(())
+}
+
 async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, ApiError> {
     let mut bytes = Vec::new();
     while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
@@ -175,13 +183,6 @@ async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, Ap
         bytes.extend_from_slice(&piece);
     }
     String::from_utf8(bytes).map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))
-}
-
-async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
-    while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
-        feed.parsed();
-    }
-    Ok(())
 }
 
 fn twice(name: &str) -> ApiError {
@@ -238,7 +239,7 @@ mod tests {
         let body = part("name=\"description\"", "ä")
             + &part("name=\"file\"; filename=\"C:\\\\dir\\\\x.zip\"", "a\r\nzip")
             + &part("name=\"other\"", "1")
-            + &part("name=\"other\"", &"2".repeat(100))
+            + &part("name=\"other\"", "2")
             + "--X--\r\n";
         for piece in [1, 7, 1000] {
             let mut form = read(body.as_bytes(), piece).await.unwrap();

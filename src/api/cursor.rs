@@ -9,6 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hmac::{Hmac, KeyInit, Mac};
 use http::header::{HeaderValue, LINK};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC};
 use sha2::Sha256;
 
 type HmacSha256 = Hmac<Sha256>;
@@ -19,6 +20,9 @@ const PURPOSE: &[u8] = b"infra-controller/cursor/1";
 const TAG_BYTES: usize = 16;
 /// Longest cursor that is looked at, in characters.
 const LEN_MAX: usize = 2048;
+
+/// What a value of a query is escaped of: all but the unreserved characters of RFC 3986.
+const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
 /// Makes and reads cursors.
 #[derive(Clone)]
@@ -77,7 +81,7 @@ pub fn with_next(reply: Reply, call: &Call, query: &[(&str, Option<&str>)]) -> R
 }
 
 fn encoded(value: &str) -> impl std::fmt::Display + '_ {
-    percent_encoding::utf8_percent_encode(value, percent_encoding::NON_ALPHANUMERIC)
+    percent_encoding::utf8_percent_encode(value, RESERVED)
 }
 
 fn keyed(key: &[u8]) -> HmacSha256 {

@@ -32,6 +32,8 @@ const FILE_NAME_CHARS_MAX: usize = 255;
 pub struct Form {
     fields: HashMap<String, String>,
     pub file: Option<Upload>,
+    /// The first field that is none of those asked for.
+    pub unknown: Option<String>,
 }
 
 /// An uploaded file; gone when dropped.
@@ -48,8 +50,13 @@ impl Upload {
 }
 
 impl Form {
-    /// Reads the form; the file `file` goes into `spool_dir`.
-    pub async fn read(call: &Call, body: &mut dyn BodyStream, spool_dir: &Path) -> Result<Self, ApiError> {
+    /// Reads the form; the file `file` goes into `spool_dir`. What is neither that nor one of `fields` is passed over.
+    pub async fn read(
+        call: &Call,
+        body: &mut dyn BodyStream,
+        spool_dir: &Path,
+        fields: &[&str],
+    ) -> Result<Self, ApiError> {
         let content_type = call.headers.content_type.as_ref().and_then(|value| value.to_str().ok());
         let boundary = multer::parse_boundary(content_type.unwrap_or_default());
         let boundary =
@@ -60,14 +67,20 @@ impl Form {
             tokio::task::yield_now().await;
             feed.next(&mut *body).await.map(|piece| (piece, body))
         });
-        let read = Self::read_parts(Multipart::new(Box::pin(pieces), boundary), &feed, spool_dir).await;
+        let parts = Multipart::new(Box::pin(pieces), boundary);
+        let read = Self::read_parts(parts, &feed, spool_dir, fields).await;
         match feed.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
             Some(of_body) => Err(of_body),
             None => read,
         }
     }
 
-    async fn read_parts(mut parts: Multipart<'_>, feed: &Feed, spool_dir: &Path) -> Result<Self, ApiError> {
+    async fn read_parts(
+        mut parts: Multipart<'_>,
+        feed: &Feed,
+        spool_dir: &Path,
+        fields: &[&str],
+    ) -> Result<Self, ApiError> {
         let mut form = Self::default();
         let mut count = 0;
         while let Some(part) = parts.next_field().await.map_err(|e| broken(&e))? {
@@ -83,6 +96,9 @@ impl Form {
                     return Err(twice("file"));
                 }
                 form.file = Some(spool(part, feed, spool_dir).await?);
+            } else if !fields.contains(&name.as_str()) {
+                form.unknown.get_or_insert(name);
+                skip(part, feed).await?;
             } else {
                 let value = text(part, feed, &name).await?;
                 if form.fields.insert(name.clone(), value).is_some() {
@@ -96,11 +112,6 @@ impl Form {
     /// Takes a text field out.
     pub fn take(&mut self, name: &str) -> Option<String> {
         self.fields.remove(name)
-    }
-
-    /// A field that nobody has taken.
-    pub fn any_left(&self) -> Option<&str> {
-        self.fields.keys().map(String::as_str).min()
     }
 }
 
@@ -166,6 +177,14 @@ async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, Ap
     String::from_utf8(bytes).map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))
 }
 
+/// Reads a part to its end and keeps none of it.
+async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
+    while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
+        feed.parsed();
+    }
+    Ok(())
+}
+
 fn twice(name: &str) -> ApiError {
     ApiError::invalid(format!("the form holds `{name}` twice"))
 }
@@ -204,7 +223,7 @@ mod tests {
     async fn read(body: &[u8], piece: usize) -> Result<Form, ApiError> {
         let dir = tempfile::tempdir().unwrap();
         let pieces = body.chunks(piece).map(|c| Ok(Bytes::copy_from_slice(c))).collect();
-        let form = Form::read(&call(), &mut Pieces(pieces), dir.path()).await;
+        let form = Form::read(&call(), &mut Pieces(pieces), dir.path(), &["a", "description"]).await;
         if let Ok(Form { file: Some(upload), .. }) = &form {
             assert_eq!(std::fs::read(upload.path()).unwrap(), b"a\r\nzip");
         }
@@ -219,14 +238,24 @@ mod tests {
     async fn a_form_in_pieces_of_any_size() {
         let body = part("name=\"description\"", "ä")
             + &part("name=\"file\"; filename=\"C:\\\\dir\\\\x.zip\"", "a\r\nzip")
-            + &part("name=\"envVars\"", "{}")
+            + &part("name=\"other\"", "1")
+            + &part("name=\"other\"", "2")
             + "--X--\r\n";
         for piece in [1, 7, 1000] {
             let mut form = read(body.as_bytes(), piece).await.unwrap();
             assert_eq!(form.take("description").as_deref(), Some("ä"));
-            assert_eq!(form.any_left(), Some("envVars"));
+            assert_eq!((form.take("other"), form.unknown.as_deref()), (None, Some("other")));
             assert_eq!(form.file.as_ref().map(|f| f.name.as_str()), Some("x.zip"));
         }
+    }
+
+    /// However long: it is parsed, so it is no head without end.
+    #[tokio::test]
+    async fn a_field_that_is_not_asked_for_is_passed_over() {
+        let long = part("name=\"other\"", &"x".repeat(3 * UNPARSED_BYTES_MAX));
+        let body = long + &part("name=\"a\"", "1") + "--X--\r\n";
+        let mut form = read(body.as_bytes(), 4096).await.unwrap();
+        assert_eq!(form.take("a").as_deref(), Some("1"));
     }
 
     #[tokio::test]
@@ -243,7 +272,7 @@ mod tests {
             (long + "--X--\r\n", "longer than"),
             ("--X\r\n".to_owned() + &"x".repeat(2 * UNPARSED_BYTES_MAX), "does not end"),
             ("x".repeat(2 * UNPARSED_BYTES_MAX), "does not end"),
-            (part("name=\"a\"", "1").repeat(PARTS_MAX + 1) + "--X--\r\n", "twice"),
+            (part("name=\"b\"", "1").repeat(PARTS_MAX + 1) + "--X--\r\n", "more than 32 parts"),
         ] {
             match read(bad.as_bytes(), 4096).await {
                 Err(ApiError::Invalid(detail)) => assert!(detail.contains(told), "{told}: {detail}"),
@@ -257,7 +286,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let head = Bytes::from(part("name=\"file\"; filename=\"x\"", "")[..60].to_owned());
         let mut body = Pieces(vec![Ok(head), Err(ApiError::BodyTimeout)]);
-        let failed = Form::read(&call(), &mut body, dir.path()).await.err();
+        let failed = Form::read(&call(), &mut body, dir.path(), &[]).await.err();
         assert!(matches!(failed, Some(ApiError::BodyTimeout)), "{failed:?}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
     }

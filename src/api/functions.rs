@@ -105,7 +105,7 @@ impl FunctionRoutes {
         let name = header_text("x-function-name", call.headers.x_function_name.as_ref())?;
         let _slot = self.upload_slot()?;
         // Fields nobody knows are passed over: clients of the old controller send some.
-        let mut form = Form::read(call, body, &self.spool_dir).await?;
+        let mut form = Form::read(call, body, &self.spool_dir, &["description", "envVars"]).await?;
         let description = checked_description(form.take("description").unwrap_or_default())?;
         let env_vars = checked_env(form.take("envVars"))?;
         let file = form.file.ok_or_else(|| ApiError::invalid("the form holds no `file`"))?;
@@ -126,7 +126,8 @@ impl FunctionRoutes {
         let id = function_id(call)?;
         if call.headers.is_form() {
             let _slot = self.upload_slot()?;
-            let form = Form::read(call, body, &self.spool_dir).await?;
+            let fields = ["description", "memoryMb", "memory"];
+            let form = Form::read(call, body, &self.spool_dir, &fields).await?;
             return self.change_by_form(call, &id, form).await;
         }
         if !call.headers.is_json() {
@@ -147,7 +148,7 @@ impl FunctionRoutes {
             memory_mb: form.take("memoryMb").map(|text| number("memoryMb", text)).transpose()?,
             memory: form.take("memory").map(|text| number("memory", text)).transpose()?,
         };
-        if let Some(name) = form.any_left() {
+        if let Some(name) = &form.unknown {
             return Err(ApiError::invalid(format!("a change has no field `{name}`")));
         }
         let wanted = wanted.checked(form.file.is_some())?;
@@ -242,13 +243,9 @@ fn given<'de, T: Deserialize<'de>, D: serde::Deserializer<'de>>(d: D) -> Result<
     T::deserialize(d).map(Some)
 }
 
-/// A whole number, however it is written: to JSON `256.0` is the number `256`.
 fn given_whole<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
-    let number = serde_json::Number::deserialize(d)?;
-    // A whole f64 below 2^53 is exact as an integer.
-    let is_whole = |n: &f64| n.fract() == 0.0 && (0.0..9e15).contains(n);
-    let whole = number.as_u64().or_else(|| number.as_f64().filter(is_whole).map(|n| n as u64));
-    whole.map(Some).ok_or_else(|| serde::de::Error::custom("not a whole number"))
+    let null = || serde::de::Error::custom("no whole number");
+    object::whole(d)?.map(Some).ok_or_else(null)
 }
 
 impl Wanted {

@@ -1,7 +1,9 @@
 //! JSON objects that clients send, read strictly, and refused by the member that is wrong.
 
 use super::ApiError;
-use serde::de::DeserializeOwned;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, Deserializer, Error};
+use serde_json::Number;
 
 /// Longest part of a parser's message that is passed on, in characters: names of members may be long.
 const DETAIL_CHARS_MAX: usize = 200;
@@ -28,4 +30,13 @@ pub fn parse<T: DeserializeOwned>(
     })?;
     reader.end().map_err(|e| ApiError::invalid(e.to_string()))?;
     Ok(value)
+}
+
+/// A whole number from 0 on, however it is written (to JSON `256.0` is the number `256`), or null.
+pub fn whole<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
+    let Some(number) = Option::<Number>::deserialize(d)? else { return Ok(None) };
+    // A whole f64 below 2^53 is exact as an integer.
+    let is_whole = |n: &f64| n.fract() == 0.0 && (0.0..9e15).contains(n);
+    let whole = number.as_u64().or_else(|| number.as_f64().filter(is_whole).map(|n| n as u64));
+    whole.map(Some).ok_or_else(|| D::Error::custom("no whole number"))
 }

@@ -80,6 +80,7 @@ struct State {
     worker_id: String,
     status: Option<String>,
     pools: Option<Map<String, Value>>,
+    #[serde(default, deserialize_with = "object::whole")]
     active_jobs: Option<u64>,
     uptime_seconds: Option<f64>,
     timestamp: Option<Timestamp>,
@@ -252,6 +253,7 @@ mod tests {
         for good in [
             r#"{"workerId":"w"}"#,
             r#"{"workerId":"w","status":null,"pools":null,"activeJobs":null,"uptimeSeconds":null,"timestamp":null}"#,
+            r#"{"workerId":"w","activeJobs":7.0}"#,
             r#"{"workerId":"w","timestamp":1795305600.5,"activeJobs":1000000,"uptimeSeconds":10000000000}"#,
         ] {
             assert!(State::parse(good.as_bytes()).is_ok(), "{good}");

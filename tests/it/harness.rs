@@ -22,6 +22,6 @@ pub use platform::{Platform, Setup};
 pub use wait::{SOON, eventually, join_all, spawn, within};
 
 /// The only variable a child inherits.
-fn path_env() -> Vec<(String, String)> {
+pub fn path_env() -> Vec<(String, String)> {
     vec![("PATH".to_owned(), std::env::var("PATH").unwrap_or_default())]
 }

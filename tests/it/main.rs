@@ -45,6 +45,8 @@ mod results;
 #[cfg(test)]
 mod run;
 #[cfg(test)]
+mod schema;
+#[cfg(test)]
 mod self_check;
 #[cfg(test)]
 mod shutdown;

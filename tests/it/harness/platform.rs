@@ -46,7 +46,6 @@ impl Setup {
         Self::new(Backend::Serve)
     }
 
-    /// `serve` only.
     pub fn conf(mut self, conf: Conf) -> Self {
         self.conf = Some(conf);
         self
@@ -92,7 +91,11 @@ impl Setup {
         let mut env = self.env;
         env.push(("INFRA_API_KEY".into(), key.clone()));
         let data = dir.path().join("data");
-        let args = ["dev", "--port", "0", "--data-dir", data.to_str().expect("the path is UTF-8")];
+        let mut args = vec!["dev", "--port", "0", "--data-dir", data.to_str().expect("the path is UTF-8")];
+        let conf = self.conf.map(|conf| conf_dir(&conf, &dir));
+        if let Some(conf) = &conf {
+            args.extend(["--conf", conf]);
+        }
         let gateway = Gateway::start(&args, &env, &key, &[]).await;
         Platform { gateway, fleet: None, _dir: dir }
     }
@@ -107,11 +110,7 @@ impl Setup {
             Policy::PassAll => None,
             policy => Some(Proxy::start(&cloud, policy).await),
         };
-        let conf = self.conf.map(|conf| {
-            let conf_dir = dir.path().join("conf");
-            conf.write(&conf_dir);
-            conf_dir.to_str().expect("the path is UTF-8").to_owned()
-        });
+        let conf = self.conf.map(|conf| conf_dir(&conf, &dir));
         let fleet = Fleet { cloud, redis, worker, proxy, conf, env: self.env, key: new_key() };
         let gateway = fleet.start_gateway().await;
         if let Some(worker) = &fleet.worker {
@@ -119,6 +118,13 @@ impl Setup {
         }
         Platform { gateway, fleet: Some(fleet), _dir: dir }
     }
+}
+
+/// Writes a `conf/`, and says where.
+fn conf_dir(conf: &Conf, dir: &Scratch) -> String {
+    let conf_dir = dir.path().join("conf");
+    conf.write(&conf_dir);
+    conf_dir.to_str().expect("the path is UTF-8").to_owned()
 }
 
 /// What a gateway in `serve` mode works with.

@@ -97,8 +97,8 @@ impl Form {
                 }
                 form.file = Some(spool(part, feed, spool_dir).await?);
             } else if !fields.contains(&name.as_str()) {
-                form.unknown.get_or_insert(name);
                 skip(part, feed).await?;
+                form.unknown.get_or_insert(name);
             } else {
                 let value = text(part, feed, &name).await?;
                 if form.fields.insert(name.clone(), value).is_some() {
@@ -165,6 +165,14 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     Ok(Upload { file, name })
 }
 
+/// Reads past a field that nobody wants.
+async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
+    while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
+        feed.parsed();
+    }
+    Ok(())
+}
+
 async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, ApiError> {
     let mut bytes = Vec::new();
     while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
@@ -175,14 +183,6 @@ async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, Ap
         bytes.extend_from_slice(&piece);
     }
     String::from_utf8(bytes).map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))
-}
-
-/// Reads a part to its end and keeps none of it.
-async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
-    while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
-        feed.parsed();
-    }
-    Ok(())
 }
 
 fn twice(name: &str) -> ApiError {

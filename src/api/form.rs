@@ -259,6 +259,13 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_nobody_asks_for_may_be_long() {
+        let body = part("name=\"other\"", &"x".repeat(2 * UNPARSED_BYTES_MAX)) + "--X--\r\n";
+        let form = read(body.as_bytes(), 4096).await.unwrap();
+        assert!(form.fields.is_empty() && form.file.is_none());
+    }
+
+    #[tokio::test]
     async fn what_is_wrong_with_a_form() {
         let file = part("name=\"file\"; filename=\"x\"", "a\r\nzip");
         let long = part("name=\"a\"", &"x".repeat(FIELD_BYTES_MAX + 1));

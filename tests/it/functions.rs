@@ -105,8 +105,16 @@ async fn check_limit(gateway: &Gateway, newest_first: &[String]) {
         let rows = page(gateway, &format!("?limit={limit}")).await;
         assert_eq!(ids(&rows), &newest_first[..count], "limit={limit}");
     }
-    for bad in ["limit=0", "limit=1001", "limit=-1", "limit=abc", "limit=", "startTime=yesterday", "endTime="]
-    {
+    for bad in [
+        "limit=0",
+        "limit=1001",
+        "limit=-1",
+        "limit=abc",
+        "limit=",
+        "startTime=yesterday",
+        "endTime=",
+        &format!("status={}", "a".repeat(65)),
+    ] {
         gateway.get(&format!("/functions/{HELLO}/logs?{bad}")).await.expect_problem(400);
     }
 }
@@ -120,6 +128,9 @@ async fn check_bounds(gateway: &Gateway, rows: &[Value], newest_first: &[String]
         // The same instant by another clock.
         (format!("?startTime={}%2B00:00", middle.trim_end_matches('Z')), &newest_first[..3]),
         ("?startTime=2020-01-01T00:00:00Z".to_owned(), newest_first),
+        ("?startTime=0001-01-01T00:00:00Z&endTime=9999-12-31T23:59:59Z".to_owned(), newest_first),
+        ("?endTime=1969-12-31T23:59:59Z".to_owned(), &[][..]),
+        (format!("?status={}", "%C3%A4".repeat(64)), &[][..]),
         ("?endTime=2020-01-01T01:00:00%2B01:00".to_owned(), &[][..]),
         ("?status=SUCCESS".to_owned(), newest_first),
         ("?status=FAILED".to_owned(), &[][..]),

@@ -123,8 +123,8 @@ async fn one_connection(setup: Setup) {
     ] {
         conn.write(&request.to_bytes()).await.expect("the connection is kept");
         let is_head = std::ptr::eq(request, &raw const head);
-        let answer = conn.answer(is_head).await.expect("an answer on the same connection");
-        answer.expect(status);
+        let answer = conn.answer(is_head).await.expect("an answer on the same connection").expect(status);
+        request.check(&answer);
     }
 
     // Ten at once, answered in their order.
@@ -158,8 +158,9 @@ async fn one_connection(setup: Setup) {
     };
     let bytes: Vec<u8> = requests.iter().enumerate().flat_map(with_id).collect();
     conn.write(&bytes).await.expect("the gateway reads");
-    for (n, (status, _)) in requests.iter().enumerate() {
+    for (n, (status, request)) in requests.iter().enumerate() {
         let answer = conn.answer(false).await.expect("an answer each").expect(*status);
+        request.check(&answer);
         assert_eq!(answer.need("x-request-id"), format!("mixed-{n}"));
     }
 

@@ -24,6 +24,14 @@ async fn unknown_jobs(setup: Setup) {
         }
     }
     gateway.get("/status/").await.expect_problem(400);
+    let status = format!("/status/{ours}");
+    for bad in ["wait=", "wait", "wait=-1", "wait=+1", "wait=1.0", "wait=soon", "wait=1&wait=1", "wait=%ff"] {
+        gateway.get(&format!("{status}?{bad}")).await.expect_problem(400);
+    }
+    // An escape is what it stands for, and nobody waits longer than the longest wait.
+    for good in ["wait=%31", "wait=99999999999999999999999999", "other=1&other=2"] {
+        gateway.get(&format!("{status}?{good}")).await.expect(200);
+    }
     for id in ["garbage", "..%2f..", "%00", &"x".repeat(300)] {
         let answer = gateway.get(&format!("/status/{id}")).await;
         assert!([400, 404].contains(&answer.status), "{id}: {}", answer.status);

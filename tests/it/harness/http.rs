@@ -305,11 +305,17 @@ impl Request {
         // A server may refuse a body before it has read it all; its answer counts, not our broken pipe.
         let _ = conn.write(&self.to_bytes()).await;
         let answer = conn.answer(self.method == "HEAD").await?;
+        self.check(&answer);
+        Ok(answer)
+    }
+
+    /// Holds the answer against the description. Only who writes and reads a connection by hand has to call it.
+    #[track_caller]
+    pub fn check(&self, answer: &Answer) {
         if self.is_described {
             let target = self.message.start.split(' ').nth(1).unwrap_or_default();
-            description::check(&self.method, target, &answer);
+            description::check(&self.method, target, answer);
         }
-        Ok(answer)
     }
 
     pub async fn send(&self) -> Answer {

@@ -4,7 +4,9 @@
 //! into a [`Call`] and a [`Reply`] into a response.
 
 mod auto_tuner;
+mod change;
 mod cursor;
+mod fields;
 mod form;
 mod functions;
 mod logs;
@@ -19,6 +21,7 @@ mod routes;
 mod run;
 mod status;
 mod system;
+mod upload;
 mod workers;
 
 pub use problem::{ApiError, BODY_BYTES_SLACK};
@@ -162,6 +165,8 @@ pub struct Api {
     run: run::Run,
     status: status::Status,
     functions: functions::FunctionRoutes,
+    upload: upload::UploadRoute,
+    change: change::ChangeRoute,
     auto_tuner: auto_tuner::AutoTuner,
     logs: logs::Logs,
     models: models::Models,
@@ -175,6 +180,7 @@ impl Api {
         let Parts { conf, backend, dispatcher, lifecycle, metrics, .. } = parts;
         let queue = backend.queue.traits();
         let cursors = cursor::Cursors::new(parts.api_key);
+        let uploads = Arc::new(upload::Uploads::new(parts.spool_dir));
         let run = run::Run::new(
             &conf.waits,
             queue,
@@ -190,8 +196,9 @@ impl Api {
                 Arc::clone(&backend.functions),
                 parts.editor.clone(),
                 cursors.clone(),
-                parts.spool_dir,
             ),
+            upload: upload::UploadRoute::new(parts.editor.clone(), Arc::clone(&uploads)),
+            change: change::ChangeRoute::new(Arc::clone(&backend.functions), parts.editor.clone(), uploads),
             auto_tuner: auto_tuner::AutoTuner::new(Arc::clone(&backend.functions), parts.editor),
             logs: logs::Logs::new(Arc::clone(&backend.executions), parts.tail, cursors),
             models: models::Models::new(parts.catalogue),
@@ -248,8 +255,8 @@ impl Api {
         body: &mut dyn BodyStream,
     ) -> Result<Reply, ApiError> {
         match endpoint {
-            Endpoint::Upload => self.functions.upload(call, body).await,
-            Endpoint::ChangeFunction => self.functions.change(call, body).await,
+            Endpoint::Upload => self.upload.post(call, body).await,
+            Endpoint::ChangeFunction => self.change.put(call, body).await,
             _ => self.call(endpoint, call).await,
         }
     }

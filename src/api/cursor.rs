@@ -3,11 +3,12 @@
 //! A cursor is the place to go on from and an HMAC-SHA256 over that and its context, under a key derived from the
 //! master key, so every node of a fleet reads the cursors of all others, and nobody makes one.
 
-use super::ApiError;
+use super::{ApiError, Call, Reply};
 use crate::config::Secret;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use hmac::{Hmac, KeyInit, Mac};
+use http::header::{HeaderValue, LINK};
 use sha2::Sha256;
 
 type HmacSha256 = Hmac<Sha256>;
@@ -62,6 +63,21 @@ impl Cursors {
         let full = mac.finalize().into_bytes();
         std::array::from_fn(|i| full[i])
     }
+}
+
+/// A reply with the place of the next page: the request's own path, with this query.
+pub fn with_next(reply: Reply, call: &Call, query: &[(&str, Option<&str>)]) -> Reply {
+    let given = query.iter().filter_map(|(name, value)| Some((name, (*value)?)));
+    let query: Vec<String> = given.map(|(name, value)| format!("{name}={}", encoded(value))).collect();
+    let link = format!("<{}?{}>; rel=\"next\"", call.uri.path(), query.join("&"));
+    match HeaderValue::try_from(link) {
+        Ok(link) => reply.with(LINK, link),
+        Err(_) => reply, // a path and encoded values are always visible ASCII
+    }
+}
+
+fn encoded(value: &str) -> impl std::fmt::Display + '_ {
+    percent_encoding::utf8_percent_encode(value, percent_encoding::NON_ALPHANUMERIC)
 }
 
 fn keyed(key: &[u8]) -> HmacSha256 {

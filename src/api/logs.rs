@@ -1,7 +1,7 @@
 //! `/functions/:id/logs`, `/functions/:id/logs/:requestId` and `/logs`.
 
-use super::cursor::Cursors;
-use super::functions::{function_id, with_next};
+use super::cursor::{Cursors, with_next};
+use super::functions::function_id;
 use super::query::Query;
 use super::{ApiError, Call, Reply};
 use crate::audit::{Tail, TailEntry};

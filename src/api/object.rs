@@ -5,9 +5,6 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde_json::Number;
 
-/// Longest part of a parser's message that is passed on, in characters: names of members may be long.
-const DETAIL_CHARS_MAX: usize = 200;
-
 /// Reads an object. `wanted` says of a member what it must be.
 ///
 /// What the refusal says names members and places, and shows no values.
@@ -25,7 +22,7 @@ pub fn parse<T: DeserializeOwned>(
         let member = path.split(['.', '[']).next().unwrap_or_default();
         ApiError::invalid(match wanted(member) {
             Some(wanted) => format!("`{member}` must be {wanted}"),
-            None => e.inner().to_string().chars().take(DETAIL_CHARS_MAX).collect(),
+            None => e.inner().to_string(),
         })
     })?;
     reader.end().map_err(|e| ApiError::invalid(e.to_string()))?;

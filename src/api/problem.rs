@@ -5,6 +5,7 @@
 use super::Reply;
 use crate::backend::BackendError;
 use crate::dispatch::SubmitError;
+use crate::functions::EditError;
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
@@ -13,6 +14,8 @@ use serde_json::json;
 /// Room for what a request's body has beside the queue message made of it, in bytes.
 pub const BODY_BYTES_SLACK: usize = 16 * 1024;
 
+/// Longest detail, in characters.
+const DETAIL_CHARS_MAX: usize = 300;
 /// Seconds a client should wait before it tries again what failed for a passing reason.
 const RETRY_AFTER_S: u64 = 1;
 
@@ -64,7 +67,12 @@ pub enum ApiError {
 
 impl ApiError {
     pub fn invalid(detail: impl Into<String>) -> Self {
-        Self::Invalid(detail.into())
+        let mut detail = detail.into();
+        // It may name what the client sent, whose names may be long.
+        if let Some((end, _)) = detail.char_indices().nth(DETAIL_CHARS_MAX) {
+            detail.truncate(end);
+        }
+        Self::Invalid(detail)
     }
 
     /// Logs the cause, which must not go out, and makes it an answer.
@@ -203,6 +211,17 @@ impl ApiError {
             _ => {}
         }
         reply
+    }
+}
+
+impl From<EditError<ApiError>> for ApiError {
+    fn from(error: EditError<ApiError>) -> Self {
+        match error {
+            EditError::NoSuchFunction => Self::NoSuchFunction,
+            EditError::Refused(why) => why,
+            EditError::Contended => Self::Contended,
+            EditError::Backend(what, e) => Self::backend(what, &e),
+        }
     }
 }
 

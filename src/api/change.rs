@@ -1,0 +1,200 @@
+//! `PUT /functions/:id`: changes, by JSON or by a form with new code.
+
+use super::form::{Form, Upload};
+use super::functions::{changed, function_id, read};
+use super::upload::Uploads;
+use super::{ApiError, BodyStream, Call, Reply, fields, object, precondition};
+use crate::backend::FunctionStore;
+use crate::functions::{Change, Editor, NewCode};
+use crate::model::{ConfigAction, Function, FunctionId, Runtime};
+use bytes::BytesMut;
+use serde::Deserialize;
+use std::sync::Arc;
+
+/// Longest JSON body of a change, in bytes.
+const CHANGE_BYTES_MAX: usize = 64 << 10;
+
+pub struct ChangeRoute {
+    store: Arc<dyn FunctionStore>,
+    editor: Editor,
+    uploads: Arc<Uploads>,
+}
+
+impl ChangeRoute {
+    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, uploads: Arc<Uploads>) -> Self {
+        Self { store, editor, uploads }
+    }
+
+    pub async fn put(&self, call: &Call, body: &mut dyn BodyStream) -> Result<Reply, ApiError> {
+        let id = function_id(call)?;
+        // Looked at first: nobody should send 50 MB to hear that it is not wanted.
+        precondition::check(&call.headers, &read(&*self.store, &id).await?.tag())?;
+        if call.headers.is_form() {
+            let _slot = self.uploads.slot()?;
+            let form = self.uploads.read(call, body, &["description", "memoryMb", "memory"]).await?;
+            return self.by_form(call, &id, form).await;
+        }
+        if !call.headers.is_json() {
+            return Err(ApiError::NotJsonNorForm);
+        }
+        let wanted = Wanted::parse(&whole(body, CHANGE_BYTES_MAX).await?)?;
+        self.apply(call, &id, &wanted, None).await
+    }
+
+    async fn by_form(&self, call: &Call, id: &FunctionId, mut form: Form) -> Result<Reply, ApiError> {
+        let number = |name: &str, text: String| {
+            let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            let number = text.parse::<u64>().ok().filter(|_| is_number);
+            number.ok_or_else(|| ApiError::invalid(format!("`{name}` must be a whole number")))
+        };
+        let wanted = Wanted {
+            description: form.take("description"),
+            memory_mb: form.take("memoryMb").map(|text| number("memoryMb", text)).transpose()?,
+            memory: form.take("memory").map(|text| number("memory", text)).transpose()?,
+        };
+        if let Some(name) = &form.unknown {
+            return Err(ApiError::invalid(format!("a change has no field `{name}`")));
+        }
+        let wanted = wanted.checked(form.file.is_some())?;
+        let file = match form.file {
+            Some(file) => {
+                let function = read(&*self.store, id).await?;
+                // Old items may name any runtime; what it starts with is then not known.
+                let runtime = Runtime::parse(&function.runtime);
+                let runtime =
+                    runtime.ok_or_else(|| ApiError::invalid("the function's runtime takes no code"))?;
+                Some(self.uploads.checked(file, runtime).await?)
+            }
+            None => None,
+        };
+        self.apply(call, id, &wanted, file.as_ref()).await
+    }
+
+    async fn apply(
+        &self,
+        call: &Call,
+        id: &FunctionId,
+        wanted: &Wanted,
+        file: Option<&Upload>,
+    ) -> Result<Reply, ApiError> {
+        let decide = |f: &Function| {
+            precondition::check(&call.headers, &f.tag())?;
+            if let Some(memory_mb) = wanted.memory_mb {
+                let name = if wanted.memory.is_some() { "memory" } else { "memoryMb" };
+                fields::memory(name, memory_mb, &f.runtime)?;
+            }
+            let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
+            Ok(Change { description: wanted.description.clone(), memory_mb: wanted.memory_mb, code })
+        };
+        let done = self.editor.change(&call.key_name, id, ConfigAction::Update, decide).await;
+        Ok(changed(&done.map_err(ApiError::from)?))
+    }
+}
+
+/// What a PUT asks for.
+#[derive(Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase", expecting = "an object")]
+struct Wanted {
+    #[serde(default, deserialize_with = "given")]
+    description: Option<String>,
+    #[serde(default, deserialize_with = "given_whole")]
+    memory_mb: Option<u64>,
+    /// The same by its old name.
+    #[serde(default, deserialize_with = "given_whole")]
+    memory: Option<u64>,
+}
+
+/// `null` is no value: to leave a member as it is, it is left out.
+fn given<'de, T: Deserialize<'de>, D: serde::Deserializer<'de>>(d: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(d).map(Some)
+}
+
+fn given_whole<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
+    let null = || serde::de::Error::custom("no whole number");
+    object::whole(d)?.map(Some).ok_or_else(null)
+}
+
+impl Wanted {
+    fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        let wanted: Self = object::parse(body, |member| match member {
+            "description" => Some("a string"),
+            "memoryMb" | "memory" => Some("a whole number"),
+            _ => None,
+        })?;
+        wanted.checked(false)
+    }
+
+    /// Brings the two names of the memory together.
+    fn checked(mut self, has_file: bool) -> Result<Self, ApiError> {
+        if self.memory_mb.is_some() && self.memory.is_some() {
+            return Err(ApiError::invalid(
+                "`memory` and `memoryMb` are one member by two names; give one of them",
+            ));
+        }
+        self.memory_mb = self.memory_mb.or(self.memory);
+        if !has_file && self.description.is_none() && self.memory_mb.is_none() {
+            return Err(ApiError::invalid("the change is empty: give `description` or `memoryMb`"));
+        }
+        self.description = self.description.map(fields::description).transpose()?;
+        Ok(self)
+    }
+}
+
+async fn whole(body: &mut dyn BodyStream, bytes_max: usize) -> Result<BytesMut, ApiError> {
+    let mut whole = BytesMut::new();
+    while let Some(piece) = body.next().await? {
+        if whole.len() + piece.len() > bytes_max {
+            return Err(ApiError::BodyTooLarge { bytes_max });
+        }
+        whole.extend_from_slice(&piece);
+    }
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal<T: std::fmt::Debug>(result: Result<T, ApiError>) -> String {
+        match result {
+            Err(ApiError::Invalid(detail)) => detail,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn changes_are_strict() {
+        let parse = |text: &str| Wanted::parse(text.as_bytes());
+        let both = parse(r#" {"description":"","memory":512} "#).unwrap();
+        assert_eq!((both.description.as_deref(), both.memory_mb), (Some(""), Some(512)));
+        let escaped = parse(r#"{"m\u0065moryMb":128}"#).unwrap();
+        assert_eq!(escaped.memory_mb, Some(128));
+        assert_eq!(parse(r#"{"memory":256.0}"#).unwrap().memory_mb, Some(256));
+        let deep = format!("{{\"memoryMb\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
+        for (bad, told) in [
+            ("", "object"),
+            ("[]", "object"),
+            ("null", "object"),
+            ("{", "EOF"),
+            ("{}", "empty"),
+            (r#"{"memoryMb":128}x"#, "trailing"),
+            (r#"{"memoryMb":128,"memoryMb":256}"#, "duplicate field `memoryMb`"),
+            (r#"{"memoryMb":128,"memory":128}"#, "two names"),
+            (r#"{"runtime":"go"}"#, "unknown field `runtime`"),
+            (r#"{"memoryMb":"128"}"#, "`memoryMb`"),
+            (r#"{"memoryMb":128.5}"#, "`memoryMb`"),
+            (r#"{"memoryMb":-128}"#, "`memoryMb`"),
+            (r#"{"memoryMb":1e400}"#, "`memoryMb`"),
+            (r#"{"memoryMb":null}"#, "`memoryMb`"),
+            (r#"{"description":null}"#, "`description`"),
+            (r#"{"description":7}"#, "`description`"),
+            (r#"{"description":"\ud800"}"#, "`description`"),
+            (&deep, "`memoryMb`"),
+        ] {
+            let detail = refusal(parse(bad));
+            assert!(detail.contains(told), "{}: {detail}", &bad[..bad.len().min(40)]);
+        }
+        let long = format!("{{\"description\":\"{}\"}}", "ä".repeat(fields::DESCRIPTION_CHARS_MAX + 1));
+        assert!(refusal(parse(&long)).contains("longer"));
+    }
+}

@@ -1,0 +1,139 @@
+//! What clients may say of a function: each member's form and bounds, and what they are told otherwise.
+
+use super::{ApiError, CallHeaders};
+use crate::model::{Function, Runtime};
+use http::header::HeaderValue;
+use percent_encoding::percent_decode;
+use serde_json::{Map, Value};
+
+/// Longest name and description, in characters.
+const NAME_CHARS_MAX: usize = 256;
+pub const DESCRIPTION_CHARS_MAX: usize = 4096;
+/// Longest JSON of environment variables, in bytes. It travels in each job, which has room for little more.
+const ENV_BYTES_MAX: usize = 32 << 10;
+
+/// Runtime and memory of a new function, from the headers of its upload.
+pub fn sizes(headers: &CallHeaders) -> Result<(Runtime, u64), ApiError> {
+    let runtime = header_text("x-runtime", headers.x_runtime.as_ref())?;
+    let runtime = match runtime.as_deref() {
+        None | Some("") => Runtime::Python,
+        Some(name) => Runtime::parse(name)
+            .ok_or_else(|| ApiError::invalid("`x-runtime` must be python, nodejs, cpp or go"))?,
+    };
+    let memory_mb = header_text("x-memory-mb", headers.x_memory_mb.as_ref())?;
+    let memory_mb = match memory_mb.as_deref() {
+        None | Some("") => Function::MEMORY_MB_DEFAULT,
+        Some(text) => {
+            let is_number = text.bytes().all(|b| b.is_ascii_digit());
+            let number = text.parse().ok().filter(|_| is_number);
+            number.ok_or_else(|| ApiError::invalid("`x-memory-mb` must be a whole number"))?
+        }
+    };
+    memory("x-memory-mb", memory_mb, runtime.name())?;
+    Ok((runtime, memory_mb))
+}
+
+pub fn memory(name: &str, memory_mb: u64, runtime: &str) -> Result<(), ApiError> {
+    let bounds = Runtime::memory_mb_bounds(runtime);
+    let (least, most) = (bounds.start(), bounds.end());
+    let told = || ApiError::invalid(format!("`{name}` must be from {least} to {most} for {runtime}"));
+    bounds.contains(&memory_mb).then_some(()).ok_or_else(told)
+}
+
+/// A header field that is percent-encoded UTF-8.
+pub fn header_text(name: &str, value: Option<&HeaderValue>) -> Result<Option<String>, ApiError> {
+    let Some(value) = value else { return Ok(None) };
+    let text = percent_decode(value.as_bytes()).decode_utf8();
+    let text = text.map_err(|_| ApiError::invalid(format!("`{name}` must be percent-encoded UTF-8")))?;
+    if text.chars().any(char::is_control) {
+        return Err(ApiError::invalid(format!("`{name}` must not hold control characters")));
+    }
+    Ok(Some(text.trim().to_owned()))
+}
+
+pub fn description(text: String) -> Result<String, ApiError> {
+    let fits = text.chars().count() <= DESCRIPTION_CHARS_MAX;
+    let told = || format!("`description` is longer than {DESCRIPTION_CHARS_MAX} characters");
+    fits.then_some(text).ok_or_else(|| ApiError::invalid(told()))
+}
+
+/// The variables as JSON text: names to strings, numbers or truth values.
+pub fn env_vars(text: Option<String>) -> Result<String, ApiError> {
+    let text = text.unwrap_or_default();
+    if text.trim().is_empty() {
+        return Ok("{}".to_owned());
+    }
+    let bad = |why: &str| ApiError::invalid(format!("`envVars` {why}"));
+    if text.len() > ENV_BYTES_MAX {
+        return Err(bad(&format!("is longer than {ENV_BYTES_MAX} bytes")));
+    }
+    let map: Map<String, Value> = serde_json::from_str(&text).map_err(|_| bad("must be a JSON object"))?;
+    for (name, value) in &map {
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return Err(bad("holds a name that no variable can have"));
+        }
+        let fits = match value {
+            Value::String(text) => !text.contains('\0'),
+            Value::Number(_) | Value::Bool(_) => true,
+            _ => false,
+        };
+        if !fits {
+            return Err(bad("must map names to strings, numbers or truth values"));
+        }
+    }
+    Ok(Value::Object(map).to_string())
+}
+
+pub fn name(text: String) -> Result<String, ApiError> {
+    let fits = (1..=NAME_CHARS_MAX).contains(&text.chars().count());
+    let told = || format!("the function's name must have 1 to {NAME_CHARS_MAX} characters");
+    fits.then_some(text).ok_or_else(|| ApiError::invalid(told()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal<T: std::fmt::Debug>(result: Result<T, ApiError>) -> String {
+        match result {
+            Err(ApiError::Invalid(detail)) => detail,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded_by_runtime() {
+        for (mb, runtime, fits) in
+            [(127, "python", false), (128, "go", true), (10_240, "python", true), (1_025, "nodejs", false)]
+        {
+            assert_eq!(memory("memoryMb", mb, runtime).is_ok(), fits, "{mb} {runtime}");
+        }
+        assert!(refusal(memory("memory", 1, "go")).contains("`memory` must be from 128 to 1024 for go"));
+    }
+
+    #[test]
+    fn variables_are_an_object_of_scalars() {
+        for (given, kept) in [
+            (None, "{}"),
+            (Some(" "), "{}"),
+            (Some(r#"{"A":"1","B":2,"C":true}"#), r#"{"A":"1","B":2,"C":true}"#),
+        ] {
+            assert_eq!(env_vars(given.map(str::to_owned)).unwrap(), kept);
+        }
+        for bad in
+            ["[]", "{", r#"{"A":null}"#, r#"{"A":{}}"#, r#"{"":"x"}"#, r#"{"A=B":"x"}"#, r#"{"A":"\u0000"}"#]
+        {
+            assert!(refusal(env_vars(Some(bad.to_owned()))).contains("envVars"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn header_fields_are_percent_encoded() {
+        let text = |value: &'static [u8]| header_text("x", Some(&HeaderValue::from_bytes(value).unwrap()));
+        assert_eq!(text(b" a%20b%C3%A4 ").unwrap().as_deref(), Some("a bä"));
+        assert_eq!(text("ä".as_bytes()).unwrap().as_deref(), Some("ä"));
+        for bad in [&b"%ff"[..], b"\xff", b"a%00b"] {
+            refusal(text(bad));
+        }
+    }
+}

@@ -23,19 +23,26 @@ const ANSWER_BYTES_MAX: usize = 1 << 20;
 const MODELS_MAX: usize = 1000;
 
 /// One model.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Model {
     pub name: String,
     /// In bytes.
-    #[serde(default)]
     pub size: u64,
-    #[serde(default)]
     pub details: Map<String, Value>,
+}
+
+impl Model {
+    /// One without a name is none; the rest may be missing or odd.
+    fn of(said: &Value) -> Option<Self> {
+        let details = said.get("details").and_then(Value::as_object).cloned().unwrap_or_default();
+        let size = said.get("size").and_then(Value::as_u64).unwrap_or(0);
+        Some(Self { name: said.get("name")?.as_str()?.to_owned(), size, details })
+    }
 }
 
 #[derive(Deserialize)]
 struct Tags {
-    models: Vec<Model>,
+    models: Vec<Value>,
 }
 
 /// Asks the node. One question at a time; those who come meanwhile share the answer.
@@ -90,8 +97,16 @@ impl Catalogue {
         {
             return asked.models.clone();
         }
-        let models = node.ask().await.map(Arc::from);
-        let models = models.inspect_err(|e| tracing::warn!(error = %e, "Model Catalogue Away")).ok();
+        let models = match node.ask().await {
+            Ok(models) => Some(Arc::from(models)),
+            Err(e) => {
+                // Once: those who look on ask every few seconds.
+                if last.as_ref().is_none_or(|asked| asked.models.is_some()) {
+                    tracing::warn!(error = %e, "Model Catalogue Away");
+                }
+                None
+            }
+        };
         *last = Some(Asked { at: Instant::now(), models: models.clone() });
         models
     }
@@ -116,9 +131,8 @@ impl Node {
     async fn ask(&self) -> Result<Vec<Model>, Failure> {
         let asked = tokio::time::timeout(self.timeout, self.fetch()).await;
         let body = asked.unwrap_or(Err(Failure::TimeOut))?;
-        let mut tags: Tags = serde_json::from_slice(&body).map_err(|_| Failure::NoList)?;
-        tags.models.truncate(MODELS_MAX);
-        Ok(tags.models)
+        let tags: Tags = serde_json::from_slice(&body).map_err(|_| Failure::NoList)?;
+        Ok(tags.models.iter().filter_map(Model::of).take(MODELS_MAX).collect())
     }
 
     async fn fetch(&self) -> Result<Bytes, Failure> {

@@ -47,6 +47,8 @@ pub struct Ctx {
     /// The row of the table, if the request leads to one.
     found: Option<&'static Route>,
     status: u16,
+    /// No other request can follow on the connection.
+    is_last: bool,
     _counted: RequestGuard,
 }
 
@@ -71,10 +73,14 @@ impl Gateway {
         };
         let reply = match route.takes {
             Takes::Stream => self.call_streaming(session, route, &call).await,
+            Takes::Nothing if !self.discard_body(session).await => {
+                ctx.is_last = true;
+                self.api.call(route.endpoint, &call).await
+            }
             Takes::Nothing | Takes::Whole => tokio::select! {
                 biased;
                 reply = self.api.call(route.endpoint, &call) => reply,
-                // Reading on is how a client that leaves is noticed.
+                // Reading on is how a client that leaves is noticed. The body is done, so this is the next request.
                 _ = session.downstream_session.read_body_or_idle(true) => return None,
             },
         };
@@ -82,6 +88,10 @@ impl Gateway {
             reply.headers.extend(limits.into_fields());
             reply
         }))
+    }
+
+    async fn discard_body(&self, session: &mut Session) -> bool {
+        body::discard(session, Duration::from_millis(self.http.drain_body_timeout_ms)).await
     }
 
     async fn call_streaming(
@@ -179,6 +189,7 @@ impl ProxyHttp for Gateway {
             route: NO_ROUTE,
             found: None,
             status: CLIENT_GONE,
+            is_last: false,
             _counted: self.lifecycle.request(),
         }
     }
@@ -193,6 +204,9 @@ impl ProxyHttp for Gateway {
             return Ok(true);
         };
         self.keep_alive(session);
+        if ctx.is_last {
+            session.set_keepalive(None);
+        }
         let reply = answer.unwrap_or_else(|error| {
             self.metrics.refused.with_label_values(&[error.code()]).inc();
             if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {

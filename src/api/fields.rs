@@ -4,7 +4,11 @@ use super::{ApiError, CallHeaders};
 use crate::model::{Function, Runtime};
 use http::header::HeaderValue;
 use percent_encoding::percent_decode;
-use serde_json::{Map, Value};
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
+use serde_json::Value;
+use serde_json::value::RawValue;
+use std::collections::HashSet;
+use std::fmt;
 
 /// Longest name and description, in characters.
 const NAME_CHARS_MAX: usize = 256;
@@ -67,21 +71,52 @@ pub fn env_vars(text: Option<String>) -> Result<String, ApiError> {
     if text.len() > ENV_BYTES_MAX {
         return Err(bad(&format!("is longer than {ENV_BYTES_MAX} bytes")));
     }
-    let map: Map<String, Value> = serde_json::from_str(&text).map_err(|_| bad("must be a JSON object"))?;
-    for (name, value) in &map {
-        if name.is_empty() || name.contains(['=', '\0']) {
-            return Err(bad("holds a name that no variable can have"));
+    let variables: Variables = serde_json::from_str(&text).map_err(|_| {
+        bad("must be a JSON object that maps names to strings, numbers or truth values, each name once")
+    })?;
+    Ok(variables.0)
+}
+
+/// The text of an object of variables: values byte for byte, since a number may have more digits than a float.
+struct Variables(String);
+
+impl<'de> Deserialize<'de> for Variables {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct VariablesVisitor;
+        impl<'de> Visitor<'de> for VariablesVisitor {
+            type Value = Variables;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of variables")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Variables, A::Error> {
+                let mut seen = HashSet::new();
+                let mut pairs = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
+                    let is_name = !name.is_empty() && !name.contains(['=', '\0']);
+                    if !is_name || !is_scalar(value) {
+                        return Err(A::Error::custom("no variable"));
+                    }
+                    pairs.push(format!("{}:{}", Value::from(name.as_str()), value.get()));
+                    if !seen.insert(name) {
+                        return Err(A::Error::custom("twice"));
+                    }
+                }
+                Ok(Variables(format!("{{{}}}", pairs.join(","))))
+            }
         }
-        let fits = match value {
-            Value::String(text) => !text.contains('\0'),
-            Value::Number(_) | Value::Bool(_) => true,
-            _ => false,
-        };
-        if !fits {
-            return Err(bad("must map names to strings, numbers or truth values"));
-        }
+        d.deserialize_map(VariablesVisitor)
     }
-    Ok(Value::Object(map).to_string())
+}
+
+/// A string, a number or a truth value.
+fn is_scalar(value: &RawValue) -> bool {
+    match value.get().as_bytes().first() {
+        Some(b'"') => serde_json::from_str::<String>(value.get()).is_ok_and(|text| !text.contains('\0')),
+        Some(first) => first.is_ascii_digit() || b"-tf".contains(first),
+        None => false,
+    }
 }
 
 pub fn name(text: String) -> Result<String, ApiError> {
@@ -116,13 +151,23 @@ mod tests {
         for (given, kept) in [
             (None, "{}"),
             (Some(" "), "{}"),
-            (Some(r#"{"A":"1","B":2,"C":true}"#), r#"{"A":"1","B":2,"C":true}"#),
+            (Some(r#"{"B":"1","A":2,"C":true}"#), r#"{"B":"1","A":2,"C":true}"#),
+            (Some(r#" { "A\u0042" : 12345678901234567890123 } "#), r#"{"AB":12345678901234567890123}"#),
         ] {
             assert_eq!(env_vars(given.map(str::to_owned)).unwrap(), kept);
         }
-        for bad in
-            ["[]", "{", r#"{"A":null}"#, r#"{"A":{}}"#, r#"{"":"x"}"#, r#"{"A=B":"x"}"#, r#"{"A":"\u0000"}"#]
-        {
+        for bad in [
+            "[]",
+            "{",
+            r#"{"A":null}"#,
+            r#"{"A":{}}"#,
+            r#"{"":"x"}"#,
+            r#"{"A=B":"x"}"#,
+            r#"{"A":"1","A":"2"}"#,
+            r#"{"A":"1","\u0041":"2"}"#,
+            r#"{"A":"\ud800"}"#,
+            r#"{"A":"\u0000"}"#,
+        ] {
             assert!(refusal(env_vars(Some(bad.to_owned()))).contains("envVars"), "{bad}");
         }
     }

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use tempfile::NamedTempFile;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncWriteExt, BufWriter};
 
 /// Largest file, in bytes.
 const FILE_BYTES_MAX: usize = 50 << 20;
@@ -24,6 +24,8 @@ const PARTS_MAX: usize = 32;
 pub const BODY_BYTES_MAX: usize = FILE_BYTES_MAX + (256 << 10);
 /// Most bytes that are given to the parser before it makes something of them.
 const UNPARSED_BYTES_MAX: usize = 256 << 10;
+/// Bytes of a write to the disk.
+const WRITE_BYTES: usize = 128 << 10;
 /// Longest file name that is kept, in characters.
 const FILE_NAME_CHARS_MAX: usize = 255;
 
@@ -151,7 +153,9 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
     let name = name.chars().filter(|c| !c.is_control()).take(FILE_NAME_CHARS_MAX).collect();
     let file = NamedTempFile::new_in(PathBuf::from(dir)).map_err(|e| no_room(&e))?;
-    let mut out = tokio::fs::File::from_std(file.reopen().map_err(|e| no_room(&e))?);
+    // Each write is a task of its own, and a client may send single bytes.
+    let out = tokio::fs::File::from_std(file.reopen().map_err(|e| no_room(&e))?);
+    let mut out = BufWriter::with_capacity(WRITE_BYTES, out);
     let mut bytes = 0;
     while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
         feed.parsed();

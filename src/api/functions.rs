@@ -1,6 +1,7 @@
 //! `/functions` and `/functions/:id`: list, show and delete functions.
 
 use super::cursor::{Cursors, with_next};
+use super::logs::number;
 use super::query::Query;
 use super::{ApiError, Call, Reply, precondition};
 use crate::backend::FunctionStore;
@@ -124,7 +125,7 @@ fn listed(f: &Function) -> Value {
 }
 
 /// In milliseconds, 0 if there is nothing to average.
-fn average(total_ms: f64, count: u64) -> f64 {
+fn average(total_ms: f64, count: u64) -> Value {
     // A count below 2^53 is exact as a float.
-    if count == 0 { 0.0 } else { total_ms / count as f64 }
+    number(if count == 0 { 0.0 } else { total_ms / count as f64 })
 }

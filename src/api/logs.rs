@@ -130,7 +130,7 @@ fn shown(row: &Execution, message: &str) -> Value {
 }
 
 /// Whole numbers without a fraction, as the old controller showed them.
-fn number(value: f64) -> Value {
+pub fn number(value: f64) -> Value {
     // Every whole f64 below 2^53 is exact as an integer.
     if value.fract() == 0.0 && value.abs() < 9e15 { json!(value as i64) } else { json!(value) }
 }

@@ -14,9 +14,11 @@ use crate::model::{
     ConfigAction, ConfigRecord, Counters, Function, FunctionId, RetiredCode, Runtime, UnixMs, now_ms,
     rfc3339_ms,
 };
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
 /// How long new code may wait for the write that points to it.
@@ -24,8 +26,11 @@ const ADOPTION_MAX: Duration = Duration::from_secs(3600);
 /// How long code outlives the retention of the last job that names it: jobs that a worker took at the last moment,
 /// caches of other nodes, clocks that differ.
 const RETIREMENT_SLACK: Duration = Duration::from_secs(3600);
-/// Tries of a change that others keep getting ahead of.
-const TRIES_MAX: usize = 5;
+/// Tries of a change that other nodes keep getting ahead of, and the pause before the second; it grows with each.
+const TRIES_MAX: u32 = 8;
+const PAUSE: Duration = Duration::from_millis(20);
+/// Places for changes that take turns.
+const TURNS: usize = 64;
 /// Tries of a write that is not answered; writing it again changes nothing more.
 const WRITE_TRIES_MAX: usize = 3;
 
@@ -38,6 +43,7 @@ pub struct Editor {
     cache: Functions,
     /// How long the queue keeps a job.
     retention: Duration,
+    turns: Arc<Turns>,
 }
 
 /// Code that was uploaded and checked.
@@ -85,6 +91,7 @@ impl Editor {
             list: Arc::clone(&backend.code_list),
             cache,
             retention: backend.queue.traits().retention,
+            turns: Arc::new(Turns(std::array::from_fn(|_| Mutex::const_new(())))),
         }
     }
 
@@ -120,28 +127,19 @@ impl Editor {
         action: ConfigAction,
         decide: impl Fn(&Function) -> Result<Change<'a>, E> + Send + Sync,
     ) -> Result<Function, EditError<E>> {
-        let mut stored: Option<RetiredCode> = None;
-        for _ in 0..TRIES_MAX {
+        // Refused before anything is stored; and what takes long is done before the turn is taken.
+        let first = decide(&self.read(id).await?).map_err(EditError::Refused)?;
+        let stored = match &first.code {
+            Some(code) => Some(self.store_code(id, code).await?),
+            None => None,
+        };
+        let _turn = self.turns.of(id).lock().await;
+        for tried in 0..TRIES_MAX {
+            pause_before(tried).await;
             let before = self.read(id).await?;
             let change = decide(&before).map_err(EditError::Refused)?;
             let now = now_ms();
-            let mut after =
-                Function { updated_at: rfc3339_ms(now), version: before.version + 1, ..before.clone() };
-            if let Some(description) = change.description {
-                after.description = description;
-            }
-            if let Some(memory_mb) = change.memory_mb {
-                after.memory_mb = memory_mb;
-            }
-            if let Some(code) = &change.code {
-                // Once, however often others get ahead.
-                let code_stored = match &stored {
-                    Some(stored) => stored,
-                    None => stored.insert(self.store_code(id, code).await?),
-                };
-                after.s3_key.clone_from(&code_stored.s3_key);
-                after.original_name.clone_from(&code.original_name);
-            }
+            let after = changed(&before, change, stored.as_ref(), now);
             let adopt = stored.clone();
             if self.write(action, by, now, Some(&before), Some(&after), adopt).await? == Written::Done {
                 return Ok(after);
@@ -157,7 +155,9 @@ impl Editor {
         id: &FunctionId,
         check: impl Fn(&Function) -> Result<(), E> + Send + Sync,
     ) -> Result<(), EditError<E>> {
-        for _ in 0..TRIES_MAX {
+        let _turn = self.turns.of(id).lock().await;
+        for tried in 0..TRIES_MAX {
+            pause_before(tried).await;
             let before = self.read(id).await?;
             check(&before).map_err(EditError::Refused)?;
             if self.write(ConfigAction::Delete, by, now_ms(), Some(&before), None, None).await?
@@ -225,6 +225,42 @@ impl Editor {
                 done => return done,
             }
         }
+    }
+}
+
+/// The function with a change in it.
+fn changed(before: &Function, change: Change<'_>, stored: Option<&RetiredCode>, now: UnixMs) -> Function {
+    let mut after = Function { updated_at: rfc3339_ms(now), version: before.version + 1, ..before.clone() };
+    if let Some(description) = change.description {
+        after.description = description;
+    }
+    if let Some(memory_mb) = change.memory_mb {
+        after.memory_mb = memory_mb;
+    }
+    if let (Some(code), Some(stored)) = (change.code, stored) {
+        after.s3_key.clone_from(&stored.s3_key);
+        after.original_name = code.original_name;
+    }
+    after
+}
+
+/// Changes of one function on this node take turns, so that they do not get ahead of each other again and again.
+/// Functions share the places; a turn is short.
+struct Turns([Mutex<()>; TURNS]);
+
+impl Turns {
+    fn of(&self, id: &FunctionId) -> &Mutex<()> {
+        let mut hasher = DefaultHasher::new();
+        id.hash(&mut hasher);
+        // The remainder fits any integer.
+        &self.0[(hasher.finish() % TURNS as u64) as usize]
+    }
+}
+
+/// Another node got ahead: longer with each try, and half of it random, so that nodes do not meet again.
+async fn pause_before(tried: u32) {
+    if tried > 0 {
+        tokio::time::sleep((PAUSE * tried).mul_f64(rand::random_range(0.5..1.5))).await;
     }
 }
 

@@ -44,7 +44,10 @@ impl Sweeper {
 
     async fn sweep(&self, now: UnixMs) -> Result<(), BackendError> {
         for entry in self.list.due(now, ENTRIES_MAX).await? {
-            self.sweep_one(&entry).await?;
+            // What cannot be deleted must not keep the rest.
+            if let Err(e) = self.sweep_one(&entry).await {
+                tracing::warn!(functionId = %entry.function, s3Key = entry.s3_key, error = %e, "Old Code Not Deleted");
+            }
         }
         Ok(())
     }
@@ -268,6 +271,19 @@ mod tests {
                 scene.check(&format!("delete, {when}")).await;
             }
         }
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_deleted_keeps_nothing_else() {
+        let scene = Scene::new();
+        let function = scene.create(&scene.backend).await.unwrap();
+        // A key that leads out of the store is refused by it.
+        let bad = RetiredCode { s3_key: "../evil".into(), function: function.id.clone(), due: 0 };
+        scene.backend.code_list.add(&bad).await.unwrap();
+        scene.delete(&scene.backend, &function.id).await.unwrap();
+        scene.sweep(&scene.backend, scene.past_all).await.unwrap();
+        assert!(!scene.stored().contains(&function.s3_key));
+        assert_eq!(scene.backend.code_list.due(u64::MAX, 10).await, Ok(vec![bad]));
     }
 
     #[tokio::test]

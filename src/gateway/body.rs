@@ -23,6 +23,29 @@ pub async fn read(session: &mut Session, bytes_max: usize, timeout: Duration) ->
     Ok(whole.freeze())
 }
 
+/// Longest body that is read past, in bytes, on routes that take none.
+const UNWANTED_BYTES_MAX: usize = 64 << 10;
+
+/// Reads past a body that nobody wants. `false`: it is still on its way, so the connection cannot be used again, and
+/// must not be listened to: Pingora would take the next bytes of the body for those of a request.
+pub async fn discard(session: &mut Session, timeout: Duration) -> bool {
+    if session.is_body_empty() {
+        return true;
+    }
+    match Streamed::open(session, UNWANTED_BYTES_MAX, timeout) {
+        // A client that waits to be told to send it is not told.
+        Ok(body) if body.is_awaited => false,
+        Ok(mut body) => loop {
+            match body.next().await {
+                Ok(Some(_)) => {}
+                Ok(None) => break true,
+                Err(_) => break false,
+            }
+        },
+        Err(_) => false,
+    }
+}
+
 /// The body as it comes.
 pub struct Streamed<'a> {
     session: &'a mut Session,

@@ -4,16 +4,24 @@
 //! Sizes and checksums that a zip states are not believed: it is unpacked once to see.
 
 use super::Runtime;
+use std::cell::Cell;
+use std::collections::HashSet;
 use std::fmt;
-use std::io::{self, Read, Seek};
-use std::path::{Component, Path, PathBuf};
+use std::io::{self, BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use zip::ZipArchive;
 use zip::read::ZipFile;
 
 /// Most bytes the code of a function may have unpacked.
-pub const UNPACKED_BYTES_MAX: u64 = 256 << 20;
+const UNPACKED_BYTES_MAX: u64 = 256 << 20;
 /// Most files and directories in a zip.
-pub const ENTRIES_MAX: usize = 10_000;
+const ENTRIES_MAX: usize = 10_000;
+/// Most bytes that are read of a zip to find its entries: as many as that with long names.
+const LIST_BYTES_MAX: u64 = 4 << 20;
+/// Longest path of an entry, and longest name in it, in bytes: what Linux takes, with room for where it is unpacked.
+const PATH_BYTES_MAX: usize = 2048;
+const NAME_BYTES_MAX: usize = 255;
 
 /// Why an archive is no good, as a sentence for the function's owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,14 +70,13 @@ pub fn walk(
     archive: impl Read + Seek,
     mut each: impl FnMut(&Path, Entry<'_>) -> io::Result<()>,
 ) -> Result<(), ArchiveProblem> {
-    let mut zip = ZipArchive::new(archive).map_err(ArchiveProblem::new)?;
-    if zip.len() > ENTRIES_MAX {
-        return Err(ArchiveProblem::new(format_args!("it has more than {ENTRIES_MAX} entries")));
-    }
+    let mut zip = open(archive)?;
     let mut room = UNPACKED_BYTES_MAX;
+    let mut paths = Paths::default();
     for index in 0..zip.len() {
         let mut entry = zip.by_index(index).map_err(ArchiveProblem::new)?;
         let path = path_inside(&entry)?;
+        paths.add(&path, entry.is_dir())?;
         if entry.is_dir() {
             each(&path, Entry::Directory).map_err(ArchiveProblem::new)?;
             continue;
@@ -80,18 +87,123 @@ pub fn walk(
     Ok(())
 }
 
+/// Opens a zip whose list of entries is of bounded length and names each once.
+///
+/// The reader keeps one entry of a name and all entries in memory, so neither can be seen from its own list.
+fn open<R: Read + Seek>(archive: R) -> Result<ZipArchive<Budgeted<R>>, ArchiveProblem> {
+    let budget = Rc::new(Cell::new(LIST_BYTES_MAX));
+    let reader = Budgeted { from: archive, budget: Rc::clone(&budget) };
+    let zip = ZipArchive::new(reader).map_err(ArchiveProblem::new)?;
+    let (known, start) = (zip.len(), zip.central_directory_start());
+    budget.set(LIST_BYTES_MAX);
+    let mut reader = zip.into_inner();
+    let listed = entries_listed(&mut reader, start).map_err(ArchiveProblem::new)?;
+    if listed > ENTRIES_MAX {
+        return Err(ArchiveProblem::new(format_args!("it has more than {ENTRIES_MAX} entries")));
+    }
+    if listed != known {
+        return Err(ArchiveProblem::new("it holds a name twice"));
+    }
+    budget.set(LIST_BYTES_MAX);
+    let zip = ZipArchive::new(reader).map_err(ArchiveProblem::new)?;
+    budget.set(u64::MAX);
+    Ok(zip)
+}
+
+/// Counts the headers of the central directory (APPNOTE 4.3.12), up to one more than there may be.
+fn entries_listed(reader: &mut (impl Read + Seek), start: u64) -> io::Result<usize> {
+    const SIGNATURE: [u8; 4] = *b"PK\x01\x02";
+    const FIXED_BYTES: usize = 46;
+    let mut reader = BufReader::new(reader);
+    reader.seek(SeekFrom::Start(start))?;
+    for count in 0..=ENTRIES_MAX {
+        let mut header = [0; FIXED_BYTES];
+        reader.read_exact(&mut header[..4])?;
+        if header[..4] != SIGNATURE {
+            return Ok(count);
+        }
+        reader.read_exact(&mut header[4..])?;
+        // Lengths of the name, the extra field and the comment.
+        let lengths = [28, 30, 32].map(|at| i64::from(u16::from_le_bytes([header[at], header[at + 1]])));
+        reader.seek_relative(lengths.iter().sum())?;
+    }
+    Ok(ENTRIES_MAX + 1)
+}
+
 fn path_inside<R: Read>(entry: &ZipFile<'_, R>) -> Result<PathBuf, ArchiveProblem> {
-    // A link could lead a later entry, or the run, out of the directory.
-    if entry.is_symlink() {
-        return Err(ArchiveProblem::new("it holds a link"));
+    // A link could lead a later entry, or the run, out of the directory; a pipe could hold it up for good.
+    let kind = entry.unix_mode().map_or(0, |mode| mode & 0o170_000);
+    if ![0, 0o100_000, 0o040_000].contains(&kind) {
+        return Err(ArchiveProblem::new("it holds a link, or what is neither file nor directory"));
     }
     let name = entry.name().map_err(ArchiveProblem::new)?;
-    let path = Path::new(&*name);
     // A backslash is a name's letter here and a separator where the zip may have been made.
-    let inside = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
-        && !name.contains('\0')
-        && !name.split(['/', '\\']).any(|part| part == "..");
-    inside.then(|| path.to_path_buf()).ok_or_else(|| ArchiveProblem::new("an entry leads out of it"))
+    if name.starts_with(['/', '\\'])
+        || name.contains('\0')
+        || name.split(['/', '\\']).any(|part| part == "..")
+    {
+        return Err(ArchiveProblem::new("an entry leads out of it"));
+    }
+    let mut parts: Vec<&str> = name.split('/').collect();
+    if entry.is_dir() {
+        parts.pop();
+    }
+    parts.retain(|part| *part != ".");
+    let fits = |part: &&str| (1..=NAME_BYTES_MAX).contains(&part.len());
+    if name.ends_with("/.") || name.len() > PATH_BYTES_MAX || !parts.iter().all(fits) {
+        return Err(ArchiveProblem::new("an entry has a name that no file can have"));
+    }
+    Ok(parts.iter().collect())
+}
+
+/// The paths so far: each stands once, and no file is a directory as well.
+#[derive(Default)]
+struct Paths {
+    files: HashSet<PathBuf>,
+    directories: HashSet<PathBuf>,
+}
+
+impl Paths {
+    fn add(&mut self, path: &Path, is_dir: bool) -> Result<(), ArchiveProblem> {
+        let above = path.ancestors().skip(usize::from(!is_dir)).map(Path::to_path_buf);
+        for directory in above {
+            if self.files.contains(&directory) {
+                return Err(ArchiveProblem::new("a file is a directory as well"));
+            }
+            if !self.directories.insert(directory) {
+                break; // and so are all above it
+            }
+        }
+        if is_dir {
+            return Ok(());
+        }
+        if self.directories.contains(path) {
+            return Err(ArchiveProblem::new("a file is a directory as well"));
+        }
+        let is_first = self.files.insert(path.to_path_buf());
+        is_first.then_some(()).ok_or_else(|| ArchiveProblem::new("it holds a name twice"))
+    }
+}
+
+/// Reads at most so much, and fails then: what is read while a zip is opened stays in memory.
+struct Budgeted<R> {
+    from: R,
+    budget: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for Budgeted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.from.read(buffer)?;
+        let left = self.budget.get().checked_sub(read as u64);
+        self.budget.set(left.ok_or_else(|| io::Error::other("its list of entries is too long"))?);
+        Ok(read)
+    }
+}
+
+impl<R: Seek> Seek for Budgeted<R> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.from.seek(to)
+    }
 }
 
 struct Bounded<'a> {
@@ -162,6 +274,55 @@ mod tests {
         zip.add_symlink("out", "/etc", SimpleFileOptions::default()).unwrap();
         let zip = zip.finish().unwrap().into_inner();
         assert!(checked(&zip, Runtime::Python).unwrap_err().contains("link"));
+    }
+
+    /// A zip whose names are replaced, in both its lists, by others of the same length.
+    fn renamed(files: &[(&str, &[u8])], from: &str, to: &str) -> Vec<u8> {
+        let mut zip = zipped(files);
+        let (from, to) = (from.as_bytes(), to.as_bytes());
+        assert_eq!(from.len(), to.len());
+        for at in 0..zip.len() - from.len() {
+            if &zip[at..at + from.len()] == from {
+                zip[at..at + from.len()].copy_from_slice(to);
+            }
+        }
+        zip
+    }
+
+    #[test]
+    fn each_name_stands_once() {
+        let twice = renamed(&[("main.py", b"1"), ("aaaa", b"2"), ("bbbb", b"3")], "bbbb", "aaaa");
+        assert!(checked(&twice, Runtime::Python).unwrap_err().contains("a name twice"));
+        for (name, told) in [
+            ("./main.py", "a name twice"),
+            ("main.py/x", "a directory as well"),
+            ("main.py/.", "no file can have"),
+            ("a//b", "no file can have"),
+            (&"n".repeat(256), "no file can have"),
+        ] {
+            let zip = zipped(&[("main.py", b"1"), (name, b"2")]);
+            let problem = checked(&zip, Runtime::Python).unwrap_err();
+            assert!(problem.contains(told), "{name}: {problem}");
+        }
+        let late = zipped(&[("lib/a", b"1"), ("lib", b"2"), ("main.py", b"3")]);
+        assert!(checked(&late, Runtime::Python).unwrap_err().contains("a directory as well"));
+        assert_eq!(
+            checked(&zipped(&[("./main.py", b"1"), ("lib/a", b"2"), ("lib/b", b"3")]), Runtime::Python),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn the_list_of_entries_is_bounded_before_it_is_in_memory() {
+        let names: Vec<String> = (0..=ENTRIES_MAX).map(|n| format!("{n:06}")).collect();
+        let mut files: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b""[..])).collect();
+        assert!(checked(&zipped(&files), Runtime::Python).unwrap_err().contains("more than 10000"));
+        files.truncate(ENTRIES_MAX - 1);
+        files.push(("main.py", b"1"));
+        assert_eq!(checked(&zipped(&files), Runtime::Python), Ok(()));
+        let long: Vec<String> = (0..60_000).map(|n| format!("{n:060}")).collect();
+        let files: Vec<(&str, &[u8])> = long.iter().map(|name| (name.as_str(), &b""[..])).collect();
+        assert!(checked(&zipped(&files), Runtime::Python).unwrap_err().contains("too long"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use crate::harness::platform::HELLO;
 use crate::harness::{SOON, Setup, within};
 use serde_json::{Value, json};
 
-over_both!(routes_and_methods, request_ids, one_connection, expect_continue);
+over_both!(routes_and_methods, request_ids, one_connection, expect_continue, bodies_nobody_wants);
 
 async fn routes_and_methods(setup: Setup) {
     let platform = setup.start().await;
@@ -195,5 +195,46 @@ async fn expect_continue(setup: Setup) {
     conn.write(&announce(gateway.anonymous("POST", "/run"))).await.expect("the gateway reads");
     let refused = within("the refusal", SOON, conn.any_answer(false)).await.expect("an answer");
     refused.expect_problem(401);
+    platform.finish().await;
+}
+
+/// A body on a route that takes none is read past, or ends the connection; no part of it is ever taken for a request.
+async fn bodies_nobody_wants(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let victim = gateway.upload("x").await;
+    let inner = gateway.request("DELETE", &format!("/functions/{victim}")).to_bytes();
+    let inner = String::from_utf8(inner).expect("a head is ASCII");
+
+    // Late, but in time: the connection goes on.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    for n in 0..20 {
+        let delete = gateway.request("DELETE", "/functions/absent");
+        let (head, body) = if n % 2 == 0 {
+            (delete.header("content-length", &inner.len().to_string()), inner.clone())
+        } else {
+            (
+                delete.header("transfer-encoding", "chunked"),
+                format!("{:x}\r\n{inner}\r\n0\r\n\r\n", inner.len()),
+            )
+        };
+        conn.write(&head.to_bytes()).await.expect("the gateway reads");
+        // The head has arrived when another request, sent later, is answered.
+        gateway.get("/livez").await.expect(200);
+        conn.write(body.as_bytes()).await.expect("the gateway reads");
+        conn.answer(false).await.expect("an answer").expect_problem(404);
+        conn.write(&gateway.anonymous("GET", "/livez").to_bytes()).await.expect("the gateway reads");
+        conn.answer(false).await.expect("an answer").expect(200);
+    }
+
+    // Too late: there is an answer, and the connection ends with it.
+    let head = gateway.request("DELETE", "/functions/absent").header("transfer-encoding", "chunked");
+    conn.write(&head.to_bytes()).await.expect("the gateway reads");
+    let answer = conn.answer(false).await.expect("an answer").expect_problem(404);
+    assert_eq!(answer.need("connection"), "close");
+    let _ = conn.write(format!("{:x}\r\n{inner}\r\n0\r\n\r\n{inner}", inner.len()).as_bytes()).await;
+    assert!(within("the end of the connection", SOON, conn.is_closed()).await);
+
+    gateway.get(&format!("/functions/{victim}")).await.expect(200);
     platform.finish().await;
 }

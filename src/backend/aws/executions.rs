@@ -178,7 +178,9 @@ impl ExecutionStore for ExecutionTable {
 
     async fn get(&self, function: &FunctionId, request_id: &str) -> Result<Option<Execution>, BackendError> {
         let Some(id) = JobId::parse(request_id) else {
-            return self.find(function, request_id).await;
+            // The old controller's ids are UUIDs; a search reads much, and nothing else is worth it.
+            let is_old = uuid::Uuid::try_parse(request_id).is_ok();
+            return if is_old { self.find(function, request_id).await } else { Ok(None) };
         };
         let call = self
             .client

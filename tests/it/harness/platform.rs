@@ -207,7 +207,8 @@ impl Platform {
 }
 
 fn end(fleet: Option<Fleet>) {
-    if let Some(worker) = fleet.and_then(|fleet| fleet.worker) {
+    // The rest outlives the worker: it stores a result, and takes its message off the queue, after it has published.
+    if let Some(worker) = fleet.as_ref().and_then(|fleet| fleet.worker.as_ref()) {
         tokio::task::block_in_place(|| worker.stop());
     }
 }

@@ -62,6 +62,8 @@ async fn cursors(setup: Setup) {
     let next = next_of(&first).expect("a next page");
     assert!(next.starts_with(&format!("{path}?limit=2&status=SUCCESS&cursor=")), "{next}");
     let cursor = next.split("cursor=").nth(1).expect("a cursor");
+    // Without its escapes (links have them): a bent escape would be another fault than a bent cursor.
+    let cursor = &cursor.replace("%2D", "-").replace("%5F", "_");
     let rest =
         gateway.get(&format!("{path}?limit=100&status=SUCCESS&cursor={cursor}")).await.expect(200).json();
     assert_eq!(rest.as_array().expect("an array")[..], all[2..]);

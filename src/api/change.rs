@@ -155,13 +155,6 @@ async fn whole(body: &mut dyn BodyStream, bytes_max: usize) -> Result<BytesMut, 
 mod tests {
     use super::*;
 
-    fn refusal<T: std::fmt::Debug>(result: Result<T, ApiError>) -> String {
-        match result {
-            Err(ApiError::Invalid(detail)) => detail,
-            other => panic!("{other:?}"),
-        }
-    }
-
     #[test]
     fn changes_are_strict() {
         let parse = |text: &str| Wanted::parse(text.as_bytes());
@@ -191,10 +184,10 @@ mod tests {
             (r#"{"description":"\ud800"}"#, "`description`"),
             (&deep, "`memoryMb`"),
         ] {
-            let detail = refusal(parse(bad));
+            let detail = ApiError::refusal(parse(bad));
             assert!(detail.contains(told), "{}: {detail}", &bad[..bad.len().min(40)]);
         }
         let long = format!("{{\"description\":\"{}\"}}", "ä".repeat(fields::DESCRIPTION_CHARS_MAX + 1));
-        assert!(refusal(parse(&long)).contains("longer"));
+        assert!(ApiError::refusal(parse(&long)).contains("longer"));
     }
 }

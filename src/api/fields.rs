@@ -129,13 +129,6 @@ pub fn name(text: String) -> Result<String, ApiError> {
 mod tests {
     use super::*;
 
-    fn refusal<T: std::fmt::Debug>(result: Result<T, ApiError>) -> String {
-        match result {
-            Err(ApiError::Invalid(detail)) => detail,
-            other => panic!("{other:?}"),
-        }
-    }
-
     #[test]
     fn memory_is_bounded_by_runtime() {
         for (mb, runtime, fits) in
@@ -143,7 +136,9 @@ mod tests {
         {
             assert_eq!(memory("memoryMb", mb, runtime).is_ok(), fits, "{mb} {runtime}");
         }
-        assert!(refusal(memory("memory", 1, "go")).contains("`memory` must be from 128 to 1024 for go"));
+        assert!(
+            ApiError::refusal(memory("memory", 1, "go")).contains("`memory` must be from 128 to 1024 for go")
+        );
     }
 
     #[test]
@@ -168,7 +163,7 @@ mod tests {
             r#"{"A":"\ud800"}"#,
             r#"{"A":"\u0000"}"#,
         ] {
-            assert!(refusal(env_vars(Some(bad.to_owned()))).contains("envVars"), "{bad}");
+            assert!(ApiError::refusal(env_vars(Some(bad.to_owned()))).contains("envVars"), "{bad}");
         }
     }
 
@@ -178,7 +173,7 @@ mod tests {
         assert_eq!(text(b" a%20b%C3%A4 ").unwrap().as_deref(), Some("a bä"));
         assert_eq!(text("ä".as_bytes()).unwrap().as_deref(), Some("ä"));
         for bad in [&b"%ff"[..], b"\xff", b"a%00b"] {
-            refusal(text(bad));
+            ApiError::refusal(text(bad));
         }
     }
 }

@@ -214,6 +214,17 @@ impl ApiError {
     }
 }
 
+#[cfg(test)]
+impl ApiError {
+    /// What a client is told that sent something invalid.
+    pub fn refusal<T: std::fmt::Debug>(result: Result<T, Self>) -> String {
+        match result {
+            Err(Self::Invalid(detail)) => detail,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
 impl From<EditError<ApiError>> for ApiError {
     fn from(error: EditError<ApiError>) -> Self {
         match error {

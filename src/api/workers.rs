@@ -236,13 +236,6 @@ fn lone_status(json: &[u8]) -> Option<Value> {
 mod tests {
     use super::*;
 
-    fn refusal(body: &str) -> String {
-        match State::parse(body.as_bytes()) {
-            Err(ApiError::Invalid(detail)) => detail,
-            other => panic!("{body:.60}: {other:?}"),
-        }
-    }
-
     #[test]
     fn heartbeats_are_checked() {
         let full = r#"{"workerId":"w","status":"healthy","pools":{"python":{"warm":2}},"activeJobs":3,"uptimeSeconds":1.5,
@@ -285,7 +278,7 @@ mod tests {
             (&long, "`status`"),
             (&pools, "`pools`"),
         ] {
-            let detail = refusal(bad);
+            let detail = ApiError::refusal(State::parse(bad.as_bytes()));
             assert!(detail.contains(told), "{bad:.60}: {detail}");
         }
     }

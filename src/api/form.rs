@@ -253,6 +253,15 @@ mod tests {
         }
     }
 
+    /// However long: it is parsed, so it is no head without end.
+    #[tokio::test]
+    async fn a_field_that_is_not_asked_for_is_passed_over() {
+        let long = part("name=\"other\"", &"x".repeat(3 * UNPARSED_BYTES_MAX));
+        let body = long + &part("name=\"a\"", "1") + "--X--\r\n";
+        let mut form = read(body.as_bytes(), 4096).await.unwrap();
+        assert_eq!(form.take("a").as_deref(), Some("1"));
+    }
+
     #[tokio::test]
     async fn what_nobody_asks_for_may_be_long() {
         let body = part("name=\"other\"", &"x".repeat(2 * UNPARSED_BYTES_MAX)) + "--X--\r\n";
@@ -274,7 +283,7 @@ mod tests {
             (long + "--X--\r\n", "longer than"),
             ("--X\r\n".to_owned() + &"x".repeat(2 * UNPARSED_BYTES_MAX), "does not end"),
             ("x".repeat(2 * UNPARSED_BYTES_MAX), "does not end"),
-            (part("name=\"a\"", "1").repeat(PARTS_MAX + 1) + "--X--\r\n", "twice"),
+            (part("name=\"b\"", "1").repeat(PARTS_MAX + 1) + "--X--\r\n", "more than 32 parts"),
         ] {
             match read(bad.as_bytes(), 4096).await {
                 Err(ApiError::Invalid(detail)) => assert!(detail.contains(told), "{told}: {detail}"),

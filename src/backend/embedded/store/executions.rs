@@ -258,6 +258,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_thousand_rows_in_pages_of_seven() {
+        let scratch = Scratch::new();
+        let log = Executions(scratch.database());
+        let mut expected = Vec::new();
+        let mut rows = Vec::new();
+        for n in 0..1_000_u64 {
+            // Ten to a millisecond; each seventh is an old one, which has its millisecond to itself.
+            let is_old = n % 7 == 3;
+            let mut one = if is_old {
+                old_row(&rfc3339_ms(AT + n / 10 * 100 + 1 + n % 10), &format!("old-{n}"))
+            } else {
+                row(AT + n / 10 * 100, n, "SUCCESS")
+            };
+            one.message = n.to_string();
+            if (200..260).contains(&n) || n % 11 == 5 {
+                one.expires_at_s = Some(now_ms() / 1000);
+            } else {
+                expected.push((one.key.clone(), one.message.clone()));
+            }
+            rows.push(one);
+        }
+        put(&log, &rows).await;
+        put(&log, &rows.into_iter().step_by(5).collect::<Vec<_>>()).await;
+        expected.sort();
+        let newest_first: Vec<String> = expected.into_iter().rev().map(|(_, message)| message).collect();
+        assert!(newest_first.len() > 800);
+        assert_eq!(walk(&log, LogQuery { limit: 7, ..all() }).await, newest_first);
+    }
+
+    #[tokio::test]
     async fn bounds_hold_for_rows_of_the_old_controller() {
         let scratch = Scratch::new();
         let log = Executions(scratch.database());

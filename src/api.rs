@@ -37,7 +37,7 @@ use crate::functions::{Editor, Functions};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Metrics;
 use async_trait::async_trait;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::header::{HeaderName, HeaderValue};
 use http::{HeaderMap, StatusCode, Uri};
 use std::path::PathBuf;
@@ -61,6 +61,23 @@ pub struct Call {
 pub trait BodyStream: Send {
     /// `None`: it has ended.
     async fn next(&mut self) -> Result<Option<Bytes>, ApiError>;
+}
+
+/// A whole body, of at most `bytes_max` bytes.
+pub async fn whole(body: &mut dyn BodyStream, bytes_max: usize) -> Result<Bytes, ApiError> {
+    let fits = |bytes: usize| (bytes <= bytes_max).then_some(()).ok_or(ApiError::BodyTooLarge { bytes_max });
+    let Some(first) = body.next().await? else { return Ok(Bytes::new()) };
+    fits(first.len())?;
+    // Most bodies come in one piece, which is then not copied.
+    let Some(second) = body.next().await? else { return Ok(first) };
+    let mut whole = BytesMut::from(first);
+    let mut next = Some(second);
+    while let Some(piece) = next {
+        fits(whole.len() + piece.len())?;
+        whole.extend_from_slice(&piece);
+        next = body.next().await?;
+    }
+    Ok(whole.freeze())
 }
 
 /// The header fields that handlers read; a few shared values instead of a copy of the map.

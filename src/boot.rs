@@ -21,7 +21,7 @@ use crate::backend::{Backend, StartProblem};
 use crate::config::{AiNode, Conf, ConfigError, Secret};
 use crate::model::NodeId;
 use std::future::Future;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::Pin;
 use tokio::sync::watch;
 
@@ -94,15 +94,8 @@ struct Settings {
     banner: Option<String>,
 }
 
-/// The directory `spool` in `dir`, without what a killed process left there.
-fn spool_dir(dir: &Path) -> std::io::Result<PathBuf> {
-    let path = dir.join("spool");
-    match std::fs::remove_dir_all(&path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
-        _ => std::fs::create_dir_all(&path)?,
-    }
-    Ok(path)
-}
+/// Where uploads on their way lie, in the directory of a node.
+const SPOOL: &str = "spool";
 
 /// Limits on routes that are none would silently be off.
 fn check_routes(conf: &Conf) -> Result<(), ConfigError> {

@@ -112,7 +112,7 @@ mod tests {
     use super::*;
     use crate::backend::embedded;
     use crate::backend::{FunctionPage, FunctionWrite, Written};
-    use crate::model::{Counters, Recommendation};
+    use crate::model::{ConfigAction, Counters, Recommendation};
     use async_trait::async_trait;
     use std::sync::Mutex;
     use tokio::sync::Semaphore;
@@ -191,7 +191,9 @@ mod tests {
         let functions = Functions::new(&conf, Arc::clone(&opened.backend.functions));
         let id = FunctionId::parse("hello").unwrap();
         assert!(functions.get(&id).await.unwrap().is_some());
-        functions.forget(&id).await;
-        assert!(functions.get(&id).await.unwrap().is_some());
+        let resize = |_: &Function| Ok::<_, ()>(Change { memory_mb: Some(512), ..Change::default() });
+        let editor = Editor::new(&opened.backend, functions.clone());
+        editor.change("tester", &id, ConfigAction::Update, None, resize).await.unwrap();
+        assert!(functions.get(&id).await.unwrap().is_some_and(|f| f.memory_mb == 512));
     }
 }

@@ -7,7 +7,6 @@ use super::{ApiError, BodyStream, Call, Reply, fields, object, precondition};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, Editor, NewCode};
 use crate::model::{ConfigAction, Function, FunctionId, Runtime};
-use bytes::BytesMut;
 use serde::Deserialize;
 use std::sync::Arc;
 
@@ -28,25 +27,22 @@ impl ChangeRoute {
     pub async fn put(&self, call: &Call, body: &mut dyn BodyStream) -> Result<Reply, ApiError> {
         let id = function_id(call)?;
         // Looked at first: nobody should send 50 MB to hear that it is not wanted.
-        precondition::check(&call.headers, &read(&*self.store, &id).await?.tag())?;
+        let function = read(&*self.store, &id).await?;
+        precondition::check(&call.headers, &function.tag())?;
         if call.headers.is_form() {
             let _slot = self.uploads.slot()?;
             let form = self.uploads.read(call, body, &["description", "memoryMb", "memory"]).await?;
-            return self.by_form(call, &id, form).await;
+            return self.by_form(call, &function, form).await;
         }
         if !call.headers.is_json() {
             return Err(ApiError::NotJsonNorForm);
         }
-        let wanted = Wanted::parse(&whole(body, CHANGE_BYTES_MAX).await?)?;
+        let wanted = Wanted::parse(&super::whole(body, CHANGE_BYTES_MAX).await?)?;
         self.apply(call, &id, &wanted, None).await
     }
 
-    async fn by_form(&self, call: &Call, id: &FunctionId, mut form: Form) -> Result<Reply, ApiError> {
-        let number = |name: &str, text: String| {
-            let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-            let number = text.parse::<u64>().ok().filter(|_| is_number);
-            number.ok_or_else(|| ApiError::invalid(format!("`{name}` must be a whole number")))
-        };
+    async fn by_form(&self, call: &Call, function: &Function, mut form: Form) -> Result<Reply, ApiError> {
+        let number = |name: &str, text: String| fields::whole_number(name, &text);
         let wanted = Wanted {
             description: form.take("description"),
             memory_mb: form.take("memoryMb").map(|text| number("memoryMb", text)).transpose()?,
@@ -58,7 +54,6 @@ impl ChangeRoute {
         let wanted = wanted.checked(form.file.is_some())?;
         let file = match form.file {
             Some(file) => {
-                let function = read(&*self.store, id).await?;
                 // Old items may name any runtime; what it starts with is then not known.
                 let runtime = Runtime::parse(&function.runtime);
                 let runtime =
@@ -67,7 +62,7 @@ impl ChangeRoute {
             }
             None => None,
         };
-        self.apply(call, id, &wanted, file.as_ref()).await
+        self.apply(call, &function.id, &wanted, file.as_ref()).await
     }
 
     async fn apply(
@@ -83,10 +78,10 @@ impl ChangeRoute {
                 let name = if wanted.memory.is_some() { "memory" } else { "memoryMb" };
                 fields::memory(name, memory_mb, &f.runtime)?;
             }
-            let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
-            Ok(Change { description: wanted.description.clone(), memory_mb: wanted.memory_mb, code })
+            Ok(Change { description: wanted.description.clone(), memory_mb: wanted.memory_mb })
         };
-        let done = self.editor.change(&call.key_name, id, ConfigAction::Update, decide).await;
+        let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
+        let done = self.editor.change(&call.key_name, id, ConfigAction::Update, code, decide).await;
         Ok(changed(&done.map_err(ApiError::from)?))
     }
 }
@@ -138,17 +133,6 @@ impl Wanted {
         self.description = self.description.map(fields::description).transpose()?;
         Ok(self)
     }
-}
-
-async fn whole(body: &mut dyn BodyStream, bytes_max: usize) -> Result<BytesMut, ApiError> {
-    let mut whole = BytesMut::new();
-    while let Some(piece) = body.next().await? {
-        if whole.len() + piece.len() > bytes_max {
-            return Err(ApiError::BodyTooLarge { bytes_max });
-        }
-        whole.extend_from_slice(&piece);
-    }
-    Ok(whole)
 }
 
 #[cfg(test)]

@@ -27,14 +27,17 @@ pub fn sizes(headers: &CallHeaders) -> Result<(Runtime, u64), ApiError> {
     let memory_mb = header_text("x-memory-mb", headers.x_memory_mb.as_ref())?;
     let memory_mb = match memory_mb.as_deref() {
         None | Some("") => Function::MEMORY_MB_DEFAULT,
-        Some(text) => {
-            let is_number = text.bytes().all(|b| b.is_ascii_digit());
-            let number = text.parse().ok().filter(|_| is_number);
-            number.ok_or_else(|| ApiError::invalid("`x-memory-mb` must be a whole number"))?
-        }
+        Some(text) => whole_number("x-memory-mb", text)?,
     };
     memory("x-memory-mb", memory_mb, runtime.name())?;
     Ok((runtime, memory_mb))
+}
+
+/// Digits and nothing else: no sign, no blank.
+pub fn whole_number(name: &str, text: &str) -> Result<u64, ApiError> {
+    let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let number = text.parse().ok().filter(|_| is_number);
+    number.ok_or_else(|| ApiError::invalid(format!("`{name}` must be a whole number")))
 }
 
 pub fn memory(name: &str, memory_mb: u64, runtime: &str) -> Result<(), ApiError> {

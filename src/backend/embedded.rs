@@ -122,7 +122,7 @@ fn node_id(connection: &Connection) -> rusqlite::Result<NodeId> {
 }
 
 /// The empty directory `path`, without what a killed process left there.
-fn swept(path: PathBuf) -> io::Result<PathBuf> {
+pub fn swept(path: PathBuf) -> io::Result<PathBuf> {
     match std::fs::remove_dir_all(&path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}

@@ -1,6 +1,6 @@
 //! `dev`: the whole platform on one machine, with nothing else installed.
 
-use super::{Connected, Exit, Plan, Settings, check_routes, node, refuse};
+use super::{Connected, Exit, Plan, SPOOL, Settings, check_routes, node, refuse};
 use crate::backend::{BackendError, StartProblem, embedded};
 use crate::config::{AiNode, Conf, ConfigError, Secret, api_key_problem};
 use std::fs;
@@ -53,7 +53,7 @@ pub fn dev(args: DevArgs) -> Exit {
 
 async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
     let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
-    let spool_dir = super::spool_dir(&dir).map_err(|e| {
+    let spool_dir = embedded::swept(dir.join(SPOOL)).map_err(|e| {
         vec![StartProblem {
             what: format!("the data directory {}", dir.display()),
             error: BackendError::Invalid(e.to_string()),

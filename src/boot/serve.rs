@@ -1,9 +1,9 @@
 //! `serve` and `check`: the fleet backend.
 
 use super::state_dir::StateDir;
-use super::{Connected, Exit, Plan, Settings, check_routes, explain, node, refuse};
-use crate::backend::aws;
+use super::{Connected, Exit, Plan, SPOOL, Settings, check_routes, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem};
+use crate::backend::{aws, embedded};
 use crate::config::{Conf, ConfigError, Env, Identity};
 use crate::model::NodeId;
 use std::path::PathBuf;
@@ -82,7 +82,7 @@ fn configuration(args: &ServeArgs) -> Result<(Env, Conf), ConfigError> {
 
 async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<StartProblem>> {
     let state = StateDir::take(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
-    let spool_dir = super::spool_dir(state.path()).map_err(|e| vec![state_problem(&env, &e)])?;
+    let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
     let connected = aws::connect(settings(&env, state.node, start_deadline)).await?;
     tracing::info!("Global Redis Connected Successfully");
     Ok(Connected {

@@ -66,10 +66,9 @@ pub struct NewFunction<'a> {
 
 /// What to change; `None` stays as it is.
 #[derive(Default)]
-pub struct Change<'a> {
+pub struct Change {
     pub description: Option<String>,
     pub memory_mb: Option<u64>,
-    pub code: Option<NewCode<'a>>,
 }
 
 /// Why a function was not changed; `E` is what the caller's own check says.
@@ -119,27 +118,31 @@ impl Editor {
         (write == Written::Done).then_some(function).ok_or(EditError::Contended)
     }
 
-    /// Changes a function as `decide` says, which sees it as it is and may refuse.
-    pub async fn change<'a, E>(
+    /// Changes a function as `decide` says, which sees it as it is and may refuse; with `code` it gets that as well.
+    pub async fn change<E>(
         &self,
         by: &str,
         id: &FunctionId,
         action: ConfigAction,
-        decide: impl Fn(&Function) -> Result<Change<'a>, E> + Send + Sync,
+        code: Option<NewCode<'_>>,
+        decide: impl Fn(&Function) -> Result<Change, E> + Send + Sync,
     ) -> Result<Function, EditError<E>> {
-        // Refused before anything is stored; and what takes long is done before the turn is taken.
-        let first = decide(&self.read(id).await?).map_err(EditError::Refused)?;
-        let stored = match &first.code {
-            Some(code) => Some(self.store_code(id, code).await?),
+        let stored = match &code {
+            Some(code) => {
+                // Refused before anything is stored; and what takes long is done before the turn is taken.
+                decide(&self.read(id).await?).map_err(EditError::Refused)?;
+                Some(self.store_code(id, code).await?)
+            }
             None => None,
         };
+        let new_code = stored.as_ref().zip(code.as_ref());
         let _turn = self.turns.of(id).lock().await;
         for tried in 0..TRIES_MAX {
             pause_before(tried).await;
             let before = self.read(id).await?;
             let change = decide(&before).map_err(EditError::Refused)?;
             let now = now_ms();
-            let after = changed(&before, change, stored.as_ref(), now);
+            let after = changed(&before, change, new_code, now);
             let adopt = stored.clone();
             if self.write(action, by, now, Some(&before), Some(&after), adopt).await? == Written::Done {
                 return Ok(after);
@@ -229,7 +232,12 @@ impl Editor {
 }
 
 /// The function with a change in it.
-fn changed(before: &Function, change: Change<'_>, stored: Option<&RetiredCode>, now: UnixMs) -> Function {
+fn changed(
+    before: &Function,
+    change: Change,
+    code: Option<(&RetiredCode, &NewCode<'_>)>,
+    now: UnixMs,
+) -> Function {
     let mut after = Function { updated_at: rfc3339_ms(now), version: before.version + 1, ..before.clone() };
     if let Some(description) = change.description {
         after.description = description;
@@ -237,9 +245,9 @@ fn changed(before: &Function, change: Change<'_>, stored: Option<&RetiredCode>, 
     if let Some(memory_mb) = change.memory_mb {
         after.memory_mb = memory_mb;
     }
-    if let (Some(code), Some(stored)) = (change.code, stored) {
+    if let Some((stored, code)) = code {
         after.s3_key.clone_from(&stored.s3_key);
-        after.original_name = code.original_name;
+        after.original_name.clone_from(&code.original_name);
     }
     after
 }

@@ -208,11 +208,9 @@ mod tests {
 
         async fn replace(&self, backend: &Backend, id: &FunctionId) -> Result<Function, EditError<()>> {
             let file = self.file();
-            let decide = |_: &Function| {
-                let code = NewCode { file: &file, original_name: "new.zip".into() };
-                Ok(Change { code: Some(code), ..Change::default() })
-            };
-            self.editor(backend).change("tester", id, ConfigAction::Update, decide).await
+            let code = NewCode { file: &file, original_name: "new.zip".into() };
+            let decide = |_: &Function| Ok(Change::default());
+            self.editor(backend).change("tester", id, ConfigAction::Update, Some(code), decide).await
         }
 
         async fn delete(&self, backend: &Backend, id: &FunctionId) -> Result<(), EditError<()>> {

@@ -1,8 +1,8 @@
 //! The request body: capped, and within one deadline.
 
-use crate::api::{ApiError, BodyStream};
+use crate::api::{ApiError, BodyStream, whole};
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, EXPECT};
 use pingora::prelude::Session;
 use std::time::Duration;
@@ -10,17 +10,7 @@ use tokio::time::Instant;
 
 /// Reads the whole body.
 pub async fn read(session: &mut Session, bytes_max: usize, timeout: Duration) -> Result<Bytes, ApiError> {
-    let mut body = Streamed::open(session, bytes_max, timeout)?;
-    let Some(first) = body.next().await? else { return Ok(Bytes::new()) };
-    // Most bodies come in one piece, which is then not copied.
-    let Some(second) = body.next().await? else { return Ok(first) };
-    let mut whole = BytesMut::from(first);
-    let mut next = Some(second);
-    while let Some(bytes) = next {
-        whole.extend_from_slice(&bytes);
-        next = body.next().await?;
-    }
-    Ok(whole.freeze())
+    whole(&mut Streamed::open(session, bytes_max, timeout)?, bytes_max).await
 }
 
 /// Longest body that is read past, in bytes, on routes that take none.

@@ -1,6 +1,6 @@
 //! Changes to a function, and the record each leaves.
 
-use super::{Function, FunctionId, UnixMs, rfc3339_ms};
+use super::{Function, FunctionId, RowKey, UnixMs};
 use serde_json::{Value, json};
 
 /// How long the record of a change is kept, in seconds: 400 days.
@@ -54,12 +54,9 @@ impl ConfigRecord {
         let function = after.or(before)?;
         // A deletion is a change of its own, and may come in the millisecond of the one before.
         let version = if after.is_some() { function.version } else { function.version + 1 };
-        let mut key = rfc3339_ms(at);
-        key.pop(); // the Z
-        key.push_str(&format!("{version:025}Z"));
         Some(Self {
             function: function.id.clone(),
-            key,
+            key: RowKey::at(at, version.into()).as_str().to_owned(),
             at,
             action,
             by: by.to_owned(),

@@ -18,10 +18,20 @@ impl RowKey {
     /// Acceptance time in RFC 3339 with milliseconds, then the other 80 bits of the id as 25 decimal
     /// digits of the fraction, then `Z`.
     pub fn of(id: JobId) -> Self {
-        let mut key = rfc3339_ms(id.accepted_at());
-        key.pop(); // the Z
-        key.push_str(&format!("{:025}Z", id.node_and_random()));
-        Self(key)
+        Self::at(id.accepted_at(), id.node_and_random())
+    }
+
+    /// The key of something else that happened then: `rest` tells it from all others of its millisecond.
+    pub fn at(at: UnixMs, rest: u128) -> Self {
+        Self(format!("{}{rest:025}Z", Self::bound(at)))
+    }
+
+    /// What stands before every key of this millisecond and after every key of the last: milliseconds without the
+    /// `Z`, since `…678Z` would stand after `…6781…`, its own millisecond's longer keys. It equals no key.
+    pub fn bound(at: UnixMs) -> String {
+        let mut text = rfc3339_ms(at);
+        text.pop(); // the Z
+        text
     }
 
     /// A key as it was read from a table; rows of the old controller have plain ISO 8601 times.

@@ -1,8 +1,8 @@
 //! The code list: the range keys `<s3 key>` under the hash key `sweep#code` of the log table, with `ownerId` (S, the
 //! function id) and `due` (N, Unix ms). No TTL attribute: an entry stays until its code is deleted.
 //!
-//! Any key of S3 fits: both may be 1024 bytes long. One hash key holds them all, so that what is due is one query; a few writes per change of code are far from what
-//! one partition takes.
+//! Any key of S3 fits: both may be 1024 bytes long. One hash key holds them all, so that what is due is one query; a
+//! few writes per change of code are far from what one partition takes.
 
 use super::error::class;
 use super::item::{Item, RawItem, text, whole};

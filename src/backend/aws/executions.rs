@@ -240,12 +240,7 @@ struct Range {
 
 impl Range {
     fn of(query: &LogQuery) -> Self {
-        let bound = |at| {
-            let mut text = rfc3339_ms(at);
-            text.pop(); // the Z
-            text
-        };
-        Self { start: query.start.map(bound), end: query.end.map(bound) }
+        Self { start: query.start.map(RowKey::bound), end: query.end.map(RowKey::bound) }
     }
 
     /// DynamoDB refuses a BETWEEN that runs backwards.

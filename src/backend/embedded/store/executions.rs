@@ -3,7 +3,7 @@
 use super::probe;
 use crate::backend::embedded::database::{Database, integer, unsigned};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
-use crate::model::{Execution, FunctionId, JobId, RowKey, Status, UnixMs, now_ms, rfc3339_ms};
+use crate::model::{Execution, FunctionId, JobId, RowKey, Status, UnixMs, now_ms};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -60,14 +60,6 @@ fn execution(function: FunctionId, row: &Row<'_>) -> rusqlite::Result<Execution>
     })
 }
 
-/// What stands before every key of this millisecond and after every key of the last: keys are compared without
-/// their `Z`, since `…678Z` would stand after `…6781…`, its own millisecond's longer keys.
-fn bound(at: UnixMs) -> String {
-    let mut text = rfc3339_ms(at);
-    text.pop();
-    text
-}
-
 #[async_trait]
 impl ExecutionStore for Executions {
     async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
@@ -122,9 +114,9 @@ fn page(connection: &Connection, query: &LogQuery, now: UnixMs) -> rusqlite::Res
              AND (expires_at_s IS NULL OR expires_at_s > ?4) AND status = ?5 ORDER BY key DESC LIMIT ?6"
         }
     };
-    let from = query.start.map(bound).unwrap_or_default();
+    let from = query.start.map(RowKey::bound).unwrap_or_default();
     // The last character of all stands after every key.
-    let end = query.end.map_or_else(|| char::MAX.to_string(), bound);
+    let end = query.end.map_or_else(|| char::MAX.to_string(), RowKey::bound);
     let before = query.after.as_ref().map_or(&end, |after| after.min(&end));
     let limit = i64::try_from(query.limit).unwrap_or(i64::MAX).saturating_add(1);
     let mut select = connection.prepare_cached(sql)?;
@@ -143,7 +135,7 @@ fn page(connection: &Connection, query: &LogQuery, now: UnixMs) -> rusqlite::Res
 mod tests {
     use super::*;
     use crate::backend::embedded::scratch::{Scratch, in_time};
-    use crate::model::{LOG_TTL_S, NodeId, Outcome};
+    use crate::model::{LOG_TTL_S, NodeId, Outcome, rfc3339_ms};
     use bytes::Bytes;
 
     const AT: UnixMs = 1_795_305_600_123;

@@ -1,0 +1,195 @@
+//! Load that wrk cannot make: many functions, many client addresses, a fixed rate, very many waiting connections.
+//!
+//! With `--rate` requests start on a schedule and their time counts from when they were due, so that a server that
+//! stalls cannot hide it by slowing the client down (coordinated omission).
+
+use clap::Parser;
+use std::cell::{Cell, RefCell};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+
+/// An answer that takes longer counts as failed.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+
+#[derive(Clone, Parser)]
+struct Args {
+    #[arg(long)]
+    target: SocketAddr,
+    #[arg(long, default_value_t = 256)]
+    connections: u64,
+    #[arg(long, default_value_t = 10)]
+    seconds: u64,
+    /// Stop after so many requests, if that comes first.
+    #[arg(long, default_value_t = u64::MAX)]
+    requests: u64,
+    #[arg(long)]
+    key: String,
+    /// Ask for 202 instead of waiting for the result.
+    #[arg(long = "async")]
+    is_async: bool,
+    /// Rotate through `fn-0` to `fn-<N-1>`.
+    #[arg(long, default_value_t = 1)]
+    functions: u64,
+    /// Rotate through so many source addresses of 127.0.0.0/8, one for each connection.
+    #[arg(long, default_value_t = 1)]
+    addresses: u64,
+    /// Then connect again, from the next address.
+    #[arg(long, default_value_t = u64::MAX)]
+    requests_per_connection: u64,
+    /// Requests a second in all; without it each connection asks again as soon as it is answered.
+    #[arg(long)]
+    rate: Option<f64>,
+}
+
+struct Load {
+    args: Args,
+    started: Instant,
+    asked: Cell<u64>,
+    connected: Cell<u64>,
+    failed: Cell<u64>,
+    took_us: RefCell<Vec<u32>>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let load = Rc::new(Load {
+        args,
+        started: Instant::now(),
+        asked: Cell::new(0),
+        connected: Cell::new(0),
+        failed: Cell::new(0),
+        took_us: RefCell::default(),
+    });
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let mut connections = JoinSet::new();
+        for _ in 0..load.args.connections {
+            connections.spawn_local(ask_on(Rc::clone(&load)));
+        }
+        while connections.join_next().await.is_some() {}
+    });
+    load.report();
+    Ok(())
+}
+
+/// Asks until the time is over.
+async fn ask_on(load: Rc<Load>) {
+    while !load.is_over() {
+        let Ok(mut connection) = load.connect().await else {
+            load.failed.set(load.failed.get() + 1);
+            continue;
+        };
+        for _ in 0..load.args.requests_per_connection {
+            let Some(due) = load.next().await else { return };
+            match timeout(ANSWER_MAX, load.ask(&mut connection)).await {
+                Ok(Ok(200 | 202)) => {
+                    let took = u32::try_from(due.elapsed().as_micros()).unwrap_or(u32::MAX);
+                    load.took_us.borrow_mut().push(took);
+                }
+                Ok(Ok(_)) => load.failed.set(load.failed.get() + 1),
+                Ok(Err(_)) | Err(_) => {
+                    load.failed.set(load.failed.get() + 1);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+impl Load {
+    fn is_over(&self) -> bool {
+        self.started.elapsed() >= Duration::from_secs(self.args.seconds)
+            || self.asked.get() >= self.args.requests
+    }
+
+    /// When the next request is due, which is now or a moment ago; `None`: no more.
+    async fn next(&self) -> Option<Instant> {
+        if self.is_over() {
+            return None;
+        }
+        let number = self.asked.get();
+        self.asked.set(number + 1);
+        let Some(rate) = self.args.rate else { return Some(Instant::now()) };
+        let due = self.started + Duration::from_secs_f64(number as f64 / rate);
+        sleep_until(due).await;
+        Some(due)
+    }
+
+    async fn connect(&self) -> std::io::Result<TcpStream> {
+        let number = self.connected.get();
+        self.connected.set(number + 1);
+        let socket = TcpSocket::new_v4()?;
+        if self.args.addresses > 1 {
+            let host = u32::try_from(1 + number % self.args.addresses).unwrap_or(1);
+            let address = Ipv4Addr::from_bits(Ipv4Addr::LOCALHOST.to_bits() + host);
+            socket.bind(SocketAddr::from((address, 0)))?;
+        }
+        let connection = socket.connect(self.args.target).await?;
+        connection.set_nodelay(true)?;
+        Ok(connection)
+    }
+
+    /// One request and the status of its answer.
+    async fn ask(&self, connection: &mut TcpStream) -> std::io::Result<u16> {
+        let function = self.asked.get() % self.args.functions;
+        let body = format!(r#"{{"functionId":"fn-{function}","inputData":{{"name":"Ada"}}}}"#);
+        let mode = if self.args.is_async { "x-async: true\r\n" } else { "" };
+        let request = format!(
+            "POST /run HTTP/1.1\r\nhost: gateway\r\nx-api-key: {}\r\ncontent-type: application/json\r\n{mode}content-length: {}\r\n\r\n{body}",
+            self.args.key,
+            body.len()
+        );
+        connection.write_all(request.as_bytes()).await?;
+        let mut answer = Vec::with_capacity(2048);
+        loop {
+            if connection.read_buf(&mut answer).await? == 0 || answer.len() > ANSWER_BYTES_MAX {
+                return Err(std::io::ErrorKind::UnexpectedEof.into());
+            }
+            if let Some((status, length)) = whole(&answer)?
+                && answer.len() >= length
+            {
+                return Ok(status);
+            }
+        }
+    }
+
+    fn report(&self) {
+        let mut took = self.took_us.borrow_mut();
+        took.sort_unstable();
+        let percentile = |p: f64| {
+            let at = ((took.len() as f64 * p) as usize).min(took.len().saturating_sub(1));
+            took.get(at).map_or(0.0, |us| f64::from(*us) / 1000.0)
+        };
+        let seconds = self.started.elapsed().as_secs_f64();
+        let report = serde_json::json!({
+            "requests": took.len(),
+            "failed": self.failed.get(),
+            "connections": self.connected.get(),
+            "seconds": seconds,
+            "rps": took.len() as f64 / seconds,
+            "p50_ms": percentile(0.50),
+            "p99_ms": percentile(0.99),
+            "max_ms": percentile(1.0),
+        });
+        println!("{report}");
+    }
+}
+
+/// Status and whole length of an answer, once its head is there.
+fn whole(answer: &[u8]) -> std::io::Result<Option<(u16, usize)>> {
+    let mut fields = [httparse::EMPTY_HEADER; 32];
+    let mut head = httparse::Response::new(&mut fields);
+    let invalid = |_| std::io::Error::from(std::io::ErrorKind::InvalidData);
+    let httparse::Status::Complete(head_bytes) = head.parse(answer).map_err(invalid)? else {
+        return Ok(None);
+    };
+    let length = head.headers.iter().find(|field| field.name.eq_ignore_ascii_case("content-length"));
+    let length = length.and_then(|field| std::str::from_utf8(field.value).ok()?.parse::<usize>().ok());
+    Ok(Some((head.code.unwrap_or(0), head_bytes + length.unwrap_or(0))))
+}

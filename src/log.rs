@@ -1,122 +1,155 @@
 //! Log lines: one JSON object a line, `level` and `msg` first.
 //!
 //! `tracing-subscriber`'s own JSON format was rejected: it nests the message under `fields`, and the lines of
-//! CONTRACT §8 are read by tools that expect `level` and `msg` at the top. Lines go to a background writer with a
-//! bounded queue: when the reader of our standard output stalls, lines are dropped and counted, never requests.
+//! CONTRACT §8 are read by tools that expect `level` and `msg` at the top. `tracing-appender` was tried and rejected: it
+//! makes one system call a line. Here lines gather in a buffer, and one thread writes what has gathered ([`lines`]).
 
-use serde_json::{Value, json};
+mod lines;
+
+pub use lines::{LinesGuard, lines_dropped};
+
+use crate::model::{Rfc3339Ms, now_ms};
 use std::fmt::{self, Write};
-use std::io;
-use std::sync::OnceLock;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Most lines that wait for the writer.
-const LINES_MAX: usize = 65_536;
-
 /// What is logged unless `RUST_LOG` says otherwise. Libraries warn of what we handle and report ourselves, some of
 /// them with whole responses; Pingora calls every client that leaves an error.
 const FILTER_DEFAULT: &str = "error,infra_controller=info,pingora=off,pingora_core=off,pingora_proxy=off";
 
-/// Lines dropped so far; the subscriber is one for the process, and so is its counter.
-static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
-
-/// How many lines were dropped because nobody read them.
-pub fn lines_dropped() -> usize {
-    DROPPED.get().map_or(0, ErrorCounter::dropped_lines)
-}
-
 /// Starts logging to standard output. Call once; dropping the guard writes what is left.
-pub fn start() -> WorkerGuard {
-    let (writer, guard) =
-        NonBlockingBuilder::default().buffered_lines_limit(LINES_MAX).lossy(true).finish(io::stdout());
-    DROPPED.get_or_init(|| writer.error_counter());
+pub fn start() -> LinesGuard {
+    let guard = lines::start();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER_DEFAULT));
-    let started =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).event_format(Line).try_init();
-    if let Err(e) = started {
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter);
+    if let Err(e) = subscriber.with_writer(|| lines::Line).event_format(Json).try_init() {
         eprintln!("logging was started twice: {e}");
     }
     guard
 }
 
-struct Line;
+struct Json;
 
-impl<S, N> FormatEvent<S, N> for Line
+impl<S, N> FormatEvent<S, N> for Json
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
 {
     fn format_event(&self, _: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
-        let mut fields = Fields::default();
-        event.record(&mut fields);
-        let level = event.metadata().level().as_str().to_ascii_lowercase();
-        let time = crate::model::rfc3339_ms(crate::model::now_ms());
-        write!(out, "{{\"level\":\"{level}\",\"msg\":{},\"time\":\"{time}\"", json!(fields.message))?;
-        writeln!(out, "{}}}", fields.others)
+        let level = match *event.metadata().level() {
+            Level::ERROR => "error",
+            Level::WARN => "warn",
+            Level::INFO => "info",
+            Level::DEBUG => "debug",
+            Level::TRACE => "trace",
+        };
+        out.write_str("{\"level\":\"")?;
+        out.write_str(level)?;
+        // The message may be any of the fields, so they are gone through twice.
+        out.write_str("\",\"msg\":\"")?;
+        let mut message = Fields { out: out.by_ref(), wants_message: true, written: Ok(()) };
+        event.record(&mut message);
+        message.written?;
+        out.write_str("\",\"time\":\"")?;
+        out.write_str(Rfc3339Ms::of(now_ms()).as_str())?;
+        out.write_char('"')?;
+        let mut others = Fields { out: out.by_ref(), wants_message: false, written: Ok(()) };
+        event.record(&mut others);
+        others.written?;
+        out.write_str("}\n")
     }
 }
 
-#[derive(Default)]
-struct Fields {
-    message: String,
-    /// `,"name":value` for each field.
-    others: String,
+/// Writes either the message alone, or `,"name":value` for each other field.
+struct Fields<'a> {
+    out: Writer<'a>,
+    wants_message: bool,
+    written: fmt::Result,
 }
 
-impl Fields {
-    fn push(&mut self, field: &Field, value: &Value) {
+impl Fields<'_> {
+    fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
+        let name = field.name();
         // Fields that the bridge from the `log` crate adds say where, not what.
-        if !field.name().starts_with("log.") {
-            // Writing to a String cannot fail.
-            let _ = write!(self.others, ",\"{}\":{value}", field.name());
+        if self.written.is_err() || (name == "message") != self.wants_message || name.starts_with("log.") {
+            return;
         }
+        self.written = if self.wants_message {
+            value(&mut self.out)
+        } else {
+            write!(self.out, ",\"{name}\":").and_then(|()| value(&mut self.out))
+        };
+    }
+
+    fn write_text(&mut self, field: &Field, text: fmt::Arguments<'_>) {
+        // The quotes of the message stand already.
+        let quote = if self.wants_message { "" } else { "\"" };
+        self.write(field, |out| {
+            out.write_str(quote)?;
+            Escaped(out).write_fmt(text)?;
+            out.write_str(quote)
+        });
     }
 }
 
-impl Visit for Fields {
+impl Visit for Fields<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let text = format!("{value:?}");
-        if field.name() == "message" {
-            self.message = text;
-        } else {
-            self.push(field, &json!(text));
-        }
+        self.write_text(field, format_args!("{value:?}"));
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        if field.name() == "message" {
-            self.message = value.to_owned();
-        } else {
-            self.push(field, &json!(value));
-        }
+        self.write_text(field, format_args!("{value}"));
     }
 
     fn record_u64(&mut self, field: &Field, value: u64) {
-        self.push(field, &json!(value));
+        self.write(field, |out| write!(out, "{value}"));
     }
 
     fn record_i64(&mut self, field: &Field, value: i64) {
-        self.push(field, &json!(value));
+        self.write(field, |out| write!(out, "{value}"));
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        self.push(field, &json!(value));
+        // JSON has no other numbers.
+        self.write(
+            field,
+            |out| if value.is_finite() { write!(out, "{value:?}") } else { out.write_str("null") },
+        );
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
-        self.push(field, &json!(value));
+        self.write(field, |out| write!(out, "{value}"));
+    }
+}
+
+/// What is written to it stands inside a JSON string.
+struct Escaped<'a, 'w>(&'a mut Writer<'w>);
+
+impl Write for Escaped<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut rest = text;
+        while let Some(at) = rest.bytes().position(|b| b < 0x20 || b == b'"' || b == b'\\') {
+            self.0.write_str(&rest[..at])?;
+            match rest.as_bytes()[at] {
+                b'"' => self.0.write_str("\\\"")?,
+                b'\\' => self.0.write_str("\\\\")?,
+                b'\n' => self.0.write_str("\\n")?,
+                control => write!(self.0, "\\u{control:04x}")?,
+            }
+            rest = &rest[at + 1..];
+        }
+        self.0.write_str(rest)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io;
     use std::sync::{Arc, Mutex};
 
     #[derive(Clone, Default)]
@@ -138,18 +171,18 @@ mod tests {
         let sink = Sink::default();
         let writer = sink.clone();
         let subscriber =
-            tracing_subscriber::fmt().with_writer(move || writer.clone()).event_format(Line).finish();
+            tracing_subscriber::fmt().with_writer(move || writer.clone()).event_format(Json).finish();
         tracing::subscriber::with_default(subscriber, || {
-            tracing::info!(requestId = "a\"b", duration = 1.5, n = 3_u64, ok = true, shown = %"x", "Execution Success");
+            let text = "a\"b\\c\n\u{1}\u{e4}";
+            tracing::info!(requestId = text, duration = 1.5, whole = 2.0, n = 3_u64, ok = true, shown = %"x\"", none = f64::NAN, "Execution \"{}\"", 7);
         });
         let line = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
-        assert!(line.starts_with("{\"level\":\"info\",\"msg\":\"Execution Success\",\"time\":\""), "{line}");
         assert!(
-            line.ends_with(
-                ",\"requestId\":\"a\\\"b\",\"duration\":1.5,\"n\":3,\"ok\":true,\"shown\":\"x\"}\n"
-            ),
+            line.starts_with("{\"level\":\"info\",\"msg\":\"Execution \\\"7\\\"\",\"time\":\""),
             "{line}"
         );
-        serde_json::from_str::<Value>(&line).unwrap();
+        let fields = ",\"requestId\":\"a\\\"b\\\\c\\n\\u0001\u{e4}\",\"duration\":1.5,\"whole\":2.0,\"n\":3,\"ok\":true,\"shown\":\"x\\\"\",\"none\":null}\n";
+        assert!(line.ends_with(fields), "{line}");
+        serde_json::from_str::<serde_json::Value>(&line).unwrap();
     }
 }

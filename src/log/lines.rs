@@ -1,0 +1,153 @@
+//! Lines on their way to standard output.
+//!
+//! Who logs only appends to a buffer. One thread writes what has gathered, a moment after the first line of it came: one
+//! system call and one wake-up for many lines. When nobody reads our standard output the thread waits, the buffer fills,
+//! and lines are dropped and counted; requests never wait.
+
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Most bytes that wait for the writer; a line past them is dropped.
+const WAITING_BYTES_MAX: usize = 16 << 20;
+/// How long lines gather before they are written.
+const LINGER: Duration = Duration::from_millis(5);
+
+static LINES: Lines = Lines::new();
+
+struct Lines {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+    dropped: AtomicUsize,
+}
+
+struct Waiting {
+    bytes: Vec<u8>,
+    is_closed: bool,
+}
+
+/// How many lines were dropped because nobody read them.
+pub fn lines_dropped() -> usize {
+    LINES.dropped.load(Ordering::Relaxed)
+}
+
+/// Starts the writer.
+pub(super) fn start() -> LinesGuard {
+    let writer =
+        std::thread::Builder::new().name("log".to_owned()).spawn(|| LINES.write_to(&mut io::stdout()));
+    LinesGuard(writer.ok())
+}
+
+/// Dropping it writes what is left, and ends the writer.
+pub struct LinesGuard(Option<JoinHandle<()>>);
+
+impl Drop for LinesGuard {
+    fn drop(&mut self) {
+        LINES.close();
+        if let Some(writer) = self.0.take() {
+            // A panic in the writer has been printed.
+            let _ = writer.join();
+        }
+    }
+}
+
+/// One line; handed over by a single `write`.
+pub(super) struct Line;
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        LINES.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Lines {
+    const fn new() -> Self {
+        let waiting = Waiting { bytes: Vec::new(), is_closed: false };
+        Self { waiting: Mutex::new(waiting), changed: Condvar::new(), dropped: AtomicUsize::new(0) }
+    }
+
+    fn push(&self, line: &[u8]) {
+        let mut waiting = self.waiting();
+        if waiting.bytes.len() + line.len() > WAITING_BYTES_MAX {
+            drop(waiting);
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        // The writer sleeps only while there is nothing.
+        let is_first = waiting.bytes.is_empty();
+        waiting.bytes.extend_from_slice(line);
+        drop(waiting);
+        if is_first {
+            self.changed.notify_one();
+        }
+    }
+
+    fn close(&self) {
+        self.waiting().is_closed = true;
+        self.changed.notify_one();
+    }
+
+    /// Writes lines as they come, until closed.
+    fn write_to(&self, out: &mut dyn Write) {
+        let mut bytes = Vec::new();
+        while self.gather(&mut bytes) {
+            // A closed standard output is no reason to stop; there is nobody to tell.
+            let _ = out.write_all(&bytes).and_then(|()| out.flush());
+        }
+    }
+
+    /// Waits for lines and swaps them in; `false`: closed and nothing is left.
+    fn gather(&self, bytes: &mut Vec<u8>) -> bool {
+        bytes.clear();
+        let idle = |waiting: &mut Waiting| waiting.bytes.is_empty() && !waiting.is_closed;
+        let waiting = self.changed.wait_while(self.waiting(), idle).unwrap_or_else(PoisonError::into_inner);
+        let open = |waiting: &mut Waiting| !waiting.is_closed;
+        let lingered = self.changed.wait_timeout_while(waiting, LINGER, open);
+        let (mut waiting, _) = lingered.unwrap_or_else(PoisonError::into_inner);
+        std::mem::swap(&mut waiting.bytes, bytes);
+        !bytes.is_empty()
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_come_whole_and_in_order_and_the_last_ones_too() {
+        let lines = Lines::new();
+        let mut out = Vec::new();
+        std::thread::scope(|scope| {
+            scope.spawn(|| lines.write_to(&mut out));
+            for n in 0..1000 {
+                lines.push(format!("{n}\n").as_bytes());
+            }
+            lines.close();
+        });
+        let expected: String = (0..1000).map(|n| format!("{n}\n")).collect();
+        assert_eq!(String::from_utf8(out).unwrap(), expected);
+        assert_eq!(lines.dropped.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn what_nobody_reads_is_dropped_and_counted() {
+        let lines = Lines::new();
+        let line = vec![b'x'; WAITING_BYTES_MAX / 4];
+        for _ in 0..6 {
+            lines.push(&line);
+        }
+        assert_eq!(lines.dropped.load(Ordering::Relaxed), 2);
+        assert_eq!(lines.waiting().bytes.len(), WAITING_BYTES_MAX);
+    }
+}

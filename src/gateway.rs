@@ -16,7 +16,7 @@ use crate::config::HttpConf;
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::metrics::Metrics;
 use async_trait::async_trait;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Version};
 use pingora::http::ResponseHeader;
 use pingora::prelude::{HttpPeer, ProxyHttp, Session};
@@ -24,6 +24,9 @@ use rate_limit::LimitHeaders;
 use request_id::RequestId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The metric label of a path that is no route.
 const NO_ROUTE: &str = "(none)";
@@ -125,7 +128,7 @@ impl Gateway {
         ctx.found = Some(route);
         let mut key_name = Arc::default();
         if route.scope.is_some() {
-            let key = self.keys.check(header.headers.get("x-api-key"))?;
+            let key = self.keys.check(header.headers.get(X_API_KEY))?;
             key_name = Arc::clone(&key.key_name);
             let client = session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
             *limits = self.limiter.check(route.pattern, &key, client).await?;
@@ -159,9 +162,10 @@ impl Gateway {
         session.set_keepalive((!stopping && !old).then_some(self.http.keepalive_s));
     }
 
-    async fn write(&self, session: &mut Session, reply: Reply, id: &RequestId) -> pingora::Result<()> {
-        let mut header = ResponseHeader::build(reply.status, Some(reply.headers.len() + 6))?;
-        header.insert_header("x-request-id", id.as_str())?;
+    async fn write(&self, session: &mut Session, reply: Reply, id: RequestId) -> pingora::Result<()> {
+        // Names go out in small letters, as HTTP/2 wants them; keeping another spelling costs a second map.
+        let mut header = ResponseHeader::build_no_case(reply.status, Some(reply.headers.len() + 6))?;
+        header.insert_header(X_REQUEST_ID, id.into_value())?;
         for (name, value) in reply.headers {
             header.append_header(name, value)?;
         }
@@ -198,7 +202,7 @@ impl ProxyHttp for Gateway {
         session.set_pipelining_enabled(true);
         session.set_close_on_response_before_downstream_finish(false);
         session.set_total_drain_timeout(Some(Duration::from_millis(self.http.drain_body_timeout_ms)));
-        let id = RequestId::of(session.req_header().headers.get("x-request-id"));
+        let id = RequestId::of(session.req_header().headers.get(X_REQUEST_ID));
         let Some(answer) = self.answer(session, ctx).await else {
             session.set_keepalive(None);
             return Ok(true);
@@ -223,7 +227,7 @@ impl ProxyHttp for Gateway {
             ctx.route,
             ctx.status,
         );
-        if self.write(session, reply, &id).await.is_err() {
+        if self.write(session, reply, id).await.is_err() {
             // The client has left in the middle; nothing more can be said to it.
             ctx.status = CLIENT_GONE;
             session.set_keepalive(None);

@@ -9,6 +9,7 @@
 use crate::backend::JournalEntry;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job, JobId, Outcome, UnixMs};
+use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 use std::collections::VecDeque;
@@ -61,7 +62,7 @@ pub enum Settled {
 }
 
 pub struct InFlight {
-    jobs: DashMap<JobId, Entry>,
+    jobs: DashMap<JobId, Entry, RandomState>,
     len: AtomicUsize,
     jobs_max: usize,
     recent: Recent,
@@ -71,8 +72,8 @@ pub struct InFlight {
 impl InFlight {
     pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         let recent =
-            Recent { outcomes: DashMap::new(), order: Mutex::default(), bytes_max: settled_bytes_max };
-        Self { jobs: DashMap::new(), len: AtomicUsize::new(0), jobs_max, recent, metrics }
+            Recent { outcomes: DashMap::default(), order: Mutex::default(), bytes_max: settled_bytes_max };
+        Self { jobs: DashMap::default(), len: AtomicUsize::new(0), jobs_max, recent, metrics }
     }
 
     /// Enters a job nobody waits for.
@@ -253,7 +254,7 @@ impl Drop for Waiter {
 /// Settled results, for `/status` in the moment before the worker has stored its copy. Bounded in time and in
 /// bytes: when full, the oldest go first, and `/status` says pending until the stored copy is there.
 struct Recent {
-    outcomes: DashMap<JobId, Outcome>,
+    outcomes: DashMap<JobId, Outcome, RandomState>,
     order: Mutex<Order>,
     bytes_max: usize,
 }

@@ -1,23 +1,35 @@
 //! `X-Request-Id`: the client's own if it is fit to be shown, else ours.
 
 use http::HeaderValue;
-use uuid::Uuid;
+use uuid::{Builder, Uuid};
 
 const LEN_MAX: usize = 128;
 
-pub struct RequestId(String);
+/// Visible ASCII, ready to go out again.
+pub struct RequestId(HeaderValue);
 
 impl RequestId {
     pub fn of(presented: Option<&HeaderValue>) -> Self {
         let fits = |v: &&HeaderValue| {
             (1..=LEN_MAX).contains(&v.len()) && v.as_bytes().iter().all(|b| (0x21..=0x7e).contains(b))
         };
-        let own = presented.filter(fits).and_then(|v| v.to_str().ok()).map(str::to_owned);
-        Self(own.unwrap_or_else(|| Uuid::new_v4().to_string()))
+        Self(presented.filter(fits).cloned().unwrap_or_else(Self::ours))
+    }
+
+    fn ours() -> HeaderValue {
+        // Not `Uuid::new_v4`: it asks the system for each id, and these ids guard nothing.
+        let id = Builder::from_random_bytes(rand::random()).into_uuid();
+        let mut text = Uuid::encode_buffer();
+        let text = id.as_hyphenated().encode_lower(&mut text);
+        HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static("none")) // it is hex and hyphens
     }
 
     pub fn as_str(&self) -> &str {
-        &self.0
+        self.0.to_str().unwrap_or_default()
+    }
+
+    pub fn into_value(self) -> HeaderValue {
+        self.0
     }
 }
 

@@ -1,13 +1,9 @@
 //! The models that an AI node (Ollama) has, asked for at most now and then.
 
 use crate::config::AiNode;
+use crate::https::{self, HttpsClient};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper_rustls::HttpsConnector;
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use rustls::ClientConfig;
+use http_body_util::{BodyExt, Limited};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::sync::Arc;
@@ -60,7 +56,7 @@ struct Asked {
 struct Node {
     url: String,
     timeout: Duration,
-    client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+    client: HttpsClient,
 }
 
 /// Why there is no answer; no part of it names the node, whose address may hold a password.
@@ -114,17 +110,7 @@ impl Catalogue {
 
 impl Node {
     fn new(node: &AiNode) -> anyhow::Result<Self> {
-        // Named, since several providers may be linked and rustls would not choose.
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-        // A machine may have no certificates at all; an http:// address works there all the same.
-        let roots = rustls_native_certs::load_native_certs().certs;
-        let mut trusted = rustls::RootCertStore::empty();
-        trusted.add_parsable_certificates(roots);
-        let tls = tls.with_root_certificates(trusted).with_no_client_auth();
-        let https = hyper_rustls::HttpsConnectorBuilder::new().with_tls_config(tls);
-        let client =
-            Client::builder(TokioExecutor::new()).build(https.https_or_http().enable_http1().build());
+        let client = https::client(node.timeout)?;
         Ok(Self { url: format!("{}/api/tags", node.url.reveal()), timeout: node.timeout, client })
     }
 

@@ -10,6 +10,7 @@
 //! * [`catalogue`] — the models of an AI node
 //! * [`dispatch`] — submit, wait, settle: the way of a job
 //! * [`audit`] — execution rows and counters, written in the background
+//! * [`https`] — the HTTP client for what needs no SDK
 //! * [`metrics`] — every metric, in one struct
 //! * [`log`] — log lines
 //! * [`config`] — one parse of environment and `conf/`
@@ -25,6 +26,7 @@ pub mod config;
 pub mod dispatch;
 pub mod functions;
 pub mod gateway;
+mod https;
 pub mod lifecycle;
 pub mod log;
 pub mod metrics;

@@ -4,6 +4,7 @@
 //!
 //! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
 //! * [`error`] — what an AWS failure means, by its code
+//! * [`direct`] — the two calls that every run takes part in, without the SDK around them
 //! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`] (all over
 //!   [`item`]), [`s3`] — the AWS ports
 //! * [`redis`] — the command connection; [`results`], [`journal`], [`limits`], [`workers`] — the Redis
@@ -12,6 +13,7 @@
 
 mod client;
 mod code_list;
+mod direct;
 mod error;
 mod executions;
 mod function_writes;

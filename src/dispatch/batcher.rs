@@ -3,7 +3,8 @@
 //! A fixed linger was rejected: it adds its own length to every call of an idle server. Instead a job goes out
 //! at once while few sends are in flight; under load the batches fill while sends are under way. In numbers (all
 //! of them in `conf/limits.toml`): at once below `sends_eager` sends in flight; else when a batch is full, up to
-//! `sends_max`; else at the next completion, or `linger_ms` after the oldest job came.
+//! `sends_max`; else `linger_ms` after the oldest job came. To send what waits at every completion as well was tried:
+//! at 10,000 jobs a second eight sends are in flight, so one completes every millisecond, and batches held seven jobs.
 //!
 //! One loop owns the state. Before a batch goes to the queue its jobs enter the journal; a job whose send has
 //! definitely failed leaves it again. The loop, not the caller, cleans up: a caller may be gone by then.
@@ -83,8 +84,6 @@ pub struct BatchLoop {
     delayed: Vec<(Instant, Pending)>,
     /// FIFO queues only: functions with a batch in flight, or with a job that waits to be sent again.
     busy: HashSet<FunctionId>,
-    /// A send has just completed: what waits may go.
-    completed: bool,
 }
 
 struct Waiting {
@@ -118,7 +117,6 @@ pub fn new(
         waiting: VecDeque::new(),
         delayed: Vec::new(),
         busy: HashSet::new(),
-        completed: false,
     };
     (handle, batch_loop)
 }
@@ -191,11 +189,10 @@ impl BatchLoop {
     fn next_batch(&mut self, sends: usize) -> Option<Vec<Pending>> {
         let oldest = self.waiting.front()?;
         let lingered = oldest.since.elapsed() >= self.linger();
-        let eager = sends < self.conf.sends_eager || self.completed || lingered;
+        let eager = sends < self.conf.sends_eager || lingered;
         if sends >= self.conf.sends_max || !(eager || self.batch_is_full()) {
             return None;
         }
-        self.completed = false;
         let batch = self.take_batch();
         (!batch.is_empty()).then_some(batch)
     }
@@ -235,7 +232,6 @@ impl BatchLoop {
 
     /// Frees the functions of a batch, and sets up the retries among them.
     fn after_send(&mut self, tried: Tried) {
-        self.completed = true;
         for function in &tried.functions {
             self.busy.remove(function);
         }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Who may name whom. An arrow that is not here is a new one: think before you add it. The layers, from the top:
 /// main → boot → gateway → api → dispatch, functions → audit → backend → model; beside them what many use.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
     ("lib", &[]),
     ("main", &["boot", "config", "log"]),
     (
@@ -42,13 +42,14 @@ const ARROWS: [(&str, &[&str]); 15] = [
     ),
     ("dispatch", &["audit", "config", "metrics", "backend", "model"]),
     ("functions", &["config", "metrics", "backend", "model"]),
-    ("catalogue", &["config"]),
+    ("catalogue", &["config", "https"]),
     ("audit", &["config", "metrics", "backend", "model"]),
     ("lifecycle", &[]),
     ("config", &["backend", "model"]),
     ("metrics", &["model"]),
     ("log", &["model"]),
-    ("backend", &["model"]),
+    ("backend", &["https", "model"]),
+    ("https", &[]),
     ("model", &[]),
 ];
 

@@ -1,6 +1,7 @@
 //! The SDK's set-up. The SDK alone waits forever: every limit here is ours.
 
 use super::Settings;
+use crate::https::POOL_IDLE;
 use aws_config::retry::RetryConfig;
 use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
 use aws_config::timeout::TimeoutConfig;
@@ -9,7 +10,7 @@ use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use aws_types::service_config::ServiceConfigKey;
 use std::time::Duration;
 
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
 /// One try of one call.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
 /// One call with all its tries.
@@ -17,8 +18,6 @@ const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
 const ATTEMPTS_MAX: u32 = 3;
 const BACKOFF_FIRST: Duration = Duration::from_millis(25);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// Below the minute or so after which load balancers drop an idle connection without a word.
-const POOL_IDLE: Duration = Duration::from_secs(20);
 /// One try to send a whole file: 50 MB at 1 MB/s.
 const UPLOAD_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
@@ -66,9 +65,7 @@ pub(super) fn backoff(tried: u32) -> Duration {
 }
 
 pub(super) fn sqs(config: &SdkConfig, settings: &Settings) -> aws_sdk_sqs::Client {
-    // No retries by the SDK: after a time-out a second try that is refused would hide that the first one
-    // may have sent the jobs. The batcher retries, and knows which.
-    let builder = aws_sdk_sqs::config::Builder::from(config).retry_config(RetryConfig::disabled());
+    let builder = aws_sdk_sqs::config::Builder::from(config);
     let builder = match old_endpoint(config, "SQS", settings.sqs_endpoint.as_deref()) {
         Some(url) => builder.endpoint_url(url),
         None => builder,

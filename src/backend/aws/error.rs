@@ -89,7 +89,8 @@ where
     }
 }
 
-fn by_code(code: Option<&str>, status: u16, message: Option<&str>) -> BackendError {
+/// The class of an answer that says no.
+pub(super) fn by_code(code: Option<&str>, status: u16, message: Option<&str>) -> BackendError {
     let code = code.unwrap_or("no error code");
     let text = format!("{code} (HTTP {status})");
     if MISSING.contains(&code) {
@@ -102,7 +103,7 @@ fn by_code(code: Option<&str>, status: u16, message: Option<&str>) -> BackendErr
     if DENIED.contains(&code) {
         return BackendError::Denied(text);
     }
-    if THROTTLED.contains(&code) || matches!(status, 408 | 429 | 500..) {
+    if is_throttle(code) || matches!(status, 408 | 429 | 500..) {
         return BackendError::Unavailable(text);
     }
     match status {
@@ -127,27 +128,9 @@ pub(super) fn credentials_class(error: &CredentialsError) -> BackendError {
     }
 }
 
-/// Whether the request certainly took no effect: refused by an answer, or never on the wire.
-pub(super) fn took_no_effect<E>(error: &SdkError<E, HttpResponse>) -> bool
-where
-    E: ProvideErrorMetadata + Error + 'static,
-{
-    match error {
-        SdkError::ConstructionFailure(_) => true,
-        SdkError::ServiceError(answer) => {
-            let code = answer.err().code().unwrap_or_default();
-            // A 500 may come after the work was done; a throttle or a 503 comes instead of it.
-            answer.raw().status().as_u16() < 500
-                || answer.raw().status().as_u16() == 503
-                || THROTTLED.contains(&code)
-        }
-        SdkError::DispatchFailure(_) => {
-            find_source::<hyper_util::client::legacy::Error>(error)
-                .is_some_and(hyper_util::client::legacy::Error::is_connect)
-                || find_source::<CredentialsError>(error).is_some()
-        }
-        _ => false,
-    }
+/// Whether the code says: not now, and nothing was done.
+pub(super) fn is_throttle(code: &str) -> bool {
+    THROTTLED.contains(&code)
 }
 
 fn find_source<'a, T: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a T> {
@@ -178,26 +161,24 @@ mod tests {
     fn codes_have_classes() {
         use BackendError::*;
         let denied = "AccessDeniedException: the message";
-        for (code, status, expected, no_effect) in [
-            ("QueueDoesNotExist", 400, Missing("QueueDoesNotExist (HTTP 400)".into()), true),
-            ("AccessDeniedException", 400, Denied(denied.into()), true),
-            ("SignatureDoesNotMatch", 403, Denied("SignatureDoesNotMatch (HTTP 403)".into()), true),
-            ("SomethingNew", 403, Denied("SomethingNew (HTTP 403)".into()), true),
-            ("ValidationException", 400, Invalid("ValidationException (HTTP 400)".into()), true),
-            ("ThrottlingException", 400, Unavailable("ThrottlingException (HTTP 400)".into()), true),
+        for (code, status, expected) in [
+            ("QueueDoesNotExist", 400, Missing("QueueDoesNotExist (HTTP 400)".into())),
+            ("AccessDeniedException", 400, Denied(denied.into())),
+            ("SignatureDoesNotMatch", 403, Denied("SignatureDoesNotMatch (HTTP 403)".into())),
+            ("SomethingNew", 403, Denied("SomethingNew (HTTP 403)".into())),
+            ("ValidationException", 400, Invalid("ValidationException (HTTP 400)".into())),
+            ("ThrottlingException", 400, Unavailable("ThrottlingException (HTTP 400)".into())),
             (
                 "TransactionConflictException",
                 400,
                 Unavailable("TransactionConflictException (HTTP 400)".into()),
-                true,
             ),
-            ("Slow", 429, Unavailable("Slow (HTTP 429)".into()), true),
-            ("InternalFailure", 500, Unavailable("InternalFailure (HTTP 500)".into()), false),
-            ("ServiceUnavailable", 503, Unavailable("ServiceUnavailable (HTTP 503)".into()), true),
+            ("Slow", 429, Unavailable("Slow (HTTP 429)".into())),
+            ("InternalFailure", 500, Unavailable("InternalFailure (HTTP 500)".into())),
+            ("ServiceUnavailable", 503, Unavailable("ServiceUnavailable (HTTP 503)".into())),
         ] {
             let failure = answer(code, status);
             assert_eq!(class(&failure), expected);
-            assert_eq!(took_no_effect(&failure), no_effect, "{code}");
         }
     }
 
@@ -205,21 +186,15 @@ mod tests {
     fn silence_is_not_refusal() {
         let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
         let chain = CredentialsError::not_loaded("none");
-        for (failure, expected, no_effect) in [
-            (Failure::timeout_error("slow"), "no answer in time", false),
-            (
-                Failure::dispatch_failure(ConnectorError::io(reset.into())),
-                "no connection: connection reset",
-                false,
-            ),
+        for (failure, expected) in [
+            (Failure::timeout_error("slow"), "no answer in time"),
+            (Failure::dispatch_failure(ConnectorError::io(reset.into())), "no connection: connection reset"),
             (
                 Failure::dispatch_failure(ConnectorError::other(chain.into(), None)),
                 "the credential chain of AWS found no credentials",
-                true,
             ),
         ] {
             assert_eq!(class(&failure).to_string(), expected);
-            assert_eq!(took_no_effect(&failure), no_effect, "{expected}");
         }
     }
 }

@@ -1,19 +1,19 @@
 //! The execution log (CONTRACT §6).
 
-use super::client::backoff;
+mod writes;
+
+use super::direct::{CredentialCache, Direct, Seen};
 use super::error::class;
-use super::item::{self, Item, RawItem, float, text, whole};
+use super::item::{self, Item, RawItem, text, whole};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
-use crate::model::{Execution, FunctionId, JobId, RowKey, Status, now_ms, parse_rfc3339_ms, rfc3339_ms};
+use crate::https::HttpsClient;
+use crate::model::{Execution, FunctionId, JobId, RowKey, Status, now_ms, parse_rfc3339_ms};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::error::SdkError;
-use aws_sdk_dynamodb::operation::put_item::PutItemError;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
-use aws_sdk_dynamodb::types::{AttributeValue, PutRequest, WriteRequest};
-use futures_util::StreamExt;
-use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::HashMap;
+use std::sync::Arc;
+use writes::RowWrites;
 
 /// Most pages of a table (1 MB each) that one listing reads. A filter that hides more than that gives a short
 /// page whose `next` goes on where it stopped.
@@ -22,59 +22,27 @@ const LIST_PAGES_MAX: usize = 10;
 const FILTERED_PAGE_ITEMS: usize = 250;
 /// Most pages that the look-up of an old controller's request id reads: about 20 MB of a function's newest rows.
 const FIND_PAGES_MAX: usize = 20;
-/// Rows written one by one at once, where batches are not allowed.
-const PUTS_IN_FLIGHT_MAX: usize = 8;
-/// Most tries for what a batch leaves unprocessed.
-const BATCH_TRIES_MAX: u32 = 6;
+
+const KEY: &[&str] = &["functionId", "timestamp"];
 
 pub(super) struct ExecutionTable {
     client: Client,
     table: String,
-    /// BatchWriteItem was denied: the role is the old, narrow one.
-    one_by_one: AtomicBool,
+    writes: RowWrites,
 }
 
 impl ExecutionTable {
-    pub(super) fn new(client: Client, table: &str) -> Self {
-        Self { client, table: table.to_owned(), one_by_one: AtomicBool::new(false) }
-    }
-
-    async fn put_one(&self, row: &Execution) -> Result<(), BackendError> {
-        let mut call = self.client.put_item().table_name(&self.table).set_item(Some(to_item(row)));
-        if is_lost(row) {
-            call = call.condition_expression("attribute_not_exists(functionId)");
-        }
-        match call.send().await {
-            Ok(_) => Ok(()),
-            Err(SdkError::ServiceError(answer))
-                if matches!(answer.err(), PutItemError::ConditionalCheckFailedException(_)) =>
-            {
-                Ok(())
-            }
-            Err(error) => Err(class(&error)),
-        }
-    }
-
-    async fn put_one_by_one(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
-        let puts: Vec<_> = rows.iter().map(|row| self.put_one(row)).collect();
-        futures_util::stream::iter(puts).buffered(PUTS_IN_FLIGHT_MAX).collect().await
-    }
-
-    /// The keys of the rows still unwritten after the last try.
-    async fn put_batch(&self, rows: &[Execution]) -> Result<HashSet<Key>, BackendError> {
-        let mut left: Vec<_> = rows.iter().filter_map(|row| write_request(to_item(row))).collect();
-        for tried in 0..BATCH_TRIES_MAX {
-            if tried > 0 {
-                tokio::time::sleep(backoff(tried)).await;
-            }
-            let call = self.client.batch_write_item().request_items(&self.table, left);
-            let output = call.send().await.map_err(|e| class(&e))?;
-            left = output.unprocessed_items.and_then(|mut all| all.remove(&self.table)).unwrap_or_default();
-            if left.is_empty() {
-                break;
-            }
-        }
-        Ok(left.iter().filter_map(|write| write.put_request()).map(|put| key_of(put.item())).collect())
+    /// Reads an absent row, and so finds out that the table exists and where it is.
+    pub(super) async fn open(
+        client: Client,
+        https: HttpsClient,
+        credentials: Arc<CredentialCache>,
+        table: &str,
+    ) -> Result<Self, BackendError> {
+        let seen = Seen::default();
+        item::probe(&client, table, KEY, &seen).await?;
+        let writes = RowWrites::new(Direct::new(https, credentials, &seen)?, table);
+        Ok(Self { client, table: table.to_owned(), writes })
     }
 
     fn query(&self, function: &FunctionId) -> QueryFluentBuilder {
@@ -114,30 +82,7 @@ impl ExecutionTable {
 impl ExecutionStore for ExecutionTable {
     async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
         assert!(rows.len() <= ROWS_MAX, "{} rows at once", rows.len());
-        if rows.is_empty() {
-            return Vec::new();
-        }
-        // A batch knows no conditions, and LOST must not take the place of a result.
-        if self.one_by_one.load(Ordering::Relaxed) || rows.iter().any(is_lost) {
-            return self.put_one_by_one(rows).await;
-        }
-        match self.put_batch(rows).await {
-            Ok(left) => rows.iter().map(|row| written(row, &left)).collect(),
-            Err(BackendError::Denied(_)) => {
-                let written = self.put_one_by_one(rows).await;
-                // Only when single rows do pass is it the narrow role, and not the credentials.
-                if written.iter().any(Result::is_ok) && !self.one_by_one.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(
-                        table = %self.table,
-                        "dynamodb:BatchWriteItem is denied, so log rows go one by one; allowing it saves up to 24 of 25 calls"
-                    );
-                }
-                written
-            }
-            // One bad row has the whole batch refused; alone each gets its own answer.
-            Err(BackendError::Invalid(_)) => self.put_one_by_one(rows).await,
-            Err(error) => vec![Err(error); rows.len()],
-        }
+        self.writes.put(rows).await
     }
 
     async fn list(&self, query: &LogQuery) -> Result<LogPage, BackendError> {
@@ -194,39 +139,12 @@ impl ExecutionStore for ExecutionTable {
     }
 
     async fn probe(&self) -> Result<(), BackendError> {
-        item::probe(&self.client, &self.table, &["functionId", "timestamp"]).await
+        item::probe(&self.client, &self.table, KEY, &Seen::default()).await
     }
-}
-
-/// Nobody knows how the job ended, so what somebody knew before stays.
-fn is_lost(row: &Execution) -> bool {
-    row.status.as_str() == Status::LOST
-}
-
-/// A row's hash and range key.
-type Key = (String, String);
-
-fn key_of(item: &RawItem) -> Key {
-    let part =
-        |name| item.get(name).and_then(|value| value.as_s().ok()).map_or_else(String::new, String::clone);
-    (part("functionId"), part("timestamp"))
 }
 
 fn key_item(function: &FunctionId, range: &str) -> RawItem {
     HashMap::from([("functionId".to_owned(), text(function.as_str())), ("timestamp".to_owned(), text(range))])
-}
-
-fn written(row: &Execution, left: &HashSet<Key>) -> Result<(), BackendError> {
-    if left.contains(&(row.function.as_str().to_owned(), row.key.as_str().to_owned())) {
-        return Err(BackendError::Unavailable("DynamoDB left the row unprocessed".into()));
-    }
-    Ok(())
-}
-
-fn write_request(item: RawItem) -> Option<WriteRequest> {
-    // Fails only without an item.
-    let put = PutRequest::builder().set_item(Some(item)).build().ok()?;
-    Some(WriteRequest::builder().put_request(put).build())
 }
 
 /// Bounds on the range key: milliseconds without the `Z`.
@@ -277,26 +195,6 @@ impl Range {
     }
 }
 
-fn to_item(row: &Execution) -> RawItem {
-    let mut item = key_item(&row.function, row.key.as_str());
-    let mut set = |name: &str, value: AttributeValue| item.insert(name.to_owned(), value);
-    set("requestId", text(row.request_id.as_str()));
-    set("status", text(row.status.as_str()));
-    set("duration", float(row.duration_ms));
-    set("memoryMb", whole(row.memory_mb));
-    set("message", text(row.message.as_str()));
-    if let Some(ms) = row.handler_duration_ms {
-        set("handlerDurationMs", float(ms));
-    }
-    if let Some(at) = row.completed_at {
-        set("completedAt", text(rfc3339_ms(at)));
-    }
-    if let Some(at) = row.expires_at_s {
-        set("expiresAt", whole(at));
-    }
-    item
-}
-
 fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
     let item = Item::new(raw);
     let text = |name| item.text(name).unwrap_or_default();
@@ -317,26 +215,10 @@ fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{NodeId, Outcome};
+    use crate::model::{NodeId, rfc3339_ms};
 
     fn function() -> FunctionId {
         FunctionId::parse("f").unwrap()
-    }
-
-    #[test]
-    fn a_row_survives_the_table() {
-        let id = JobId::new(NodeId(7), 1_795_305_600_123, 9);
-        let outcome = Outcome::new(
-            r#"{"status":"SUCCESS","stdout":"o","durationMs":1.5,"handlerDurationMs":1,"peakMemoryBytes":1048576}"#
-                .into(),
-        );
-        for row in [Execution::of(id, function(), &outcome.fields()), Execution::lost(id, function())] {
-            assert_eq!(from_item(&function(), to_item(&row)), row);
-        }
-        let item = to_item(&Execution::of(id, function(), &outcome.fields()));
-        assert_eq!(item["duration"], AttributeValue::N("1.5".into()));
-        assert_eq!(item["memoryMb"], AttributeValue::N("1".into()));
-        assert_eq!(key_of(&item), ("f".to_owned(), RowKey::of(id).as_str().to_owned()));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The function table (CONTRACT §6).
 
+use super::direct::Seen;
 use super::error::class;
 use super::item::{self, Item, RawItem, float, text, whole};
 use super::{function_writes, recommended};
@@ -126,7 +127,7 @@ impl FunctionStore for FunctionTable {
     }
 
     async fn probe(&self) -> Result<(), BackendError> {
-        item::probe(&self.client, &self.table, &["functionId"]).await
+        item::probe(&self.client, &self.table, &["functionId"], &Seen::default()).await
     }
 }
 

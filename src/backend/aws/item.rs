@@ -1,5 +1,6 @@
 //! DynamoDB items: written exactly, read leniently, because old items hold what they hold.
 
+use super::direct::Seen;
 use super::error::class;
 use crate::backend::BackendError;
 use aws_sdk_dynamodb::Client;
@@ -15,9 +16,15 @@ pub(super) type RawItem = HashMap<String, AttributeValue>;
 const ABSENT_KEY: &str = "#probe";
 
 /// Reads an absent key made of the attributes `key`: fails if the table is missing, closed or keyed otherwise.
-pub(super) async fn probe(client: &Client, table: &str, key: &[&str]) -> Result<(), BackendError> {
+pub(super) async fn probe(
+    client: &Client,
+    table: &str,
+    key: &[&str],
+    seen: &Seen,
+) -> Result<(), BackendError> {
     let key: RawItem = key.iter().map(|name| ((*name).to_owned(), text(ABSENT_KEY))).collect();
-    client.get_item().table_name(table).set_key(Some(key)).send().await.map_err(|e| class(&e))?;
+    let call = client.get_item().table_name(table).set_key(Some(key)).customize();
+    call.interceptor(seen.clone()).send().await.map_err(|e| class(&e))?;
     Ok(())
 }
 
@@ -29,19 +36,22 @@ pub(super) fn whole(value: u64) -> AttributeValue {
     AttributeValue::N(value.to_string())
 }
 
-/// A number DynamoDB takes: no NaN, no infinity, at most 38 digits, whole numbers without a fraction.
 pub(super) fn float(value: f64) -> AttributeValue {
+    AttributeValue::N(decimal(value))
+}
+
+/// A number DynamoDB takes: no NaN, no infinity, at most 38 digits, whole numbers without a fraction.
+pub(super) fn decimal(value: f64) -> String {
     /// Past this a double has no fraction and is written with an exponent.
     const PLAIN_MAX: f64 = 1e15;
     /// DynamoDB ends near 1e126 and 1e-130; a sum must have room left.
     const MAX: f64 = 1e100;
     const MIN: f64 = 1e-9;
-    let text = match value {
+    match value {
         v if !v.is_finite() || v.abs() < MIN => "0".to_owned(),
         v if v.abs() < PLAIN_MAX => v.to_string(),
         v => format!("{:e}", v.clamp(-MAX, MAX)),
-    };
-    AttributeValue::N(text)
+    }
 }
 
 /// An item's attributes, of whatever type they are.

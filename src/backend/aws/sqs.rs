@@ -1,19 +1,23 @@
 //! The task queue on SQS.
 //!
-//! The SDK does not retry here (see `client`): one call is one attempt, so each outcome says what is known of
-//! the jobs.
+//! A send is a direct call (see `direct`), and one call is one attempt, so each outcome says what is known of the
+//! jobs.
 
-use super::error::{class, took_no_effect};
+use super::direct::{CallError, CredentialCache, Direct, Seen};
+use super::error::class;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
+use crate::https::HttpsClient;
 use crate::model::Job;
 use async_trait::async_trait;
 use aws_sdk_sqs::Client;
-use aws_sdk_sqs::error::ProvideErrorMetadata;
-use aws_sdk_sqs::operation::send_message_batch::SendMessageBatchOutput;
-use aws_sdk_sqs::types::{QueueAttributeName, SendMessageBatchRequestEntry};
+use aws_sdk_sqs::types::QueueAttributeName;
+use serde::Deserialize;
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
+const SEND: &str = "AmazonSQS.SendMessageBatch";
 /// Largest message SQS takes at all, in bytes.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 /// What a queue takes that does not say, in bytes: the limit before 2025.
@@ -32,61 +36,112 @@ const JOB_AT_FAULT: &[&str] = &[
 
 pub(super) struct SqsQueue {
     client: Client,
+    direct: Direct,
     url: String,
     traits: QueueTraits,
 }
 
 impl SqsQueue {
     /// Reads what the queue is like, and so finds out that it exists.
-    pub(super) async fn open(client: Client, url: &str) -> Result<Self, BackendError> {
-        let attributes = attributes(
-            &client,
-            url,
-            &[
-                QueueAttributeName::MaximumMessageSize,
-                QueueAttributeName::MessageRetentionPeriod,
-                QueueAttributeName::FifoQueue,
-            ],
-        );
+    pub(super) async fn open(
+        client: Client,
+        https: HttpsClient,
+        credentials: Arc<CredentialCache>,
+        url: &str,
+    ) -> Result<Self, BackendError> {
+        let seen = Seen::default();
+        let names = [
+            QueueAttributeName::MaximumMessageSize,
+            QueueAttributeName::MessageRetentionPeriod,
+            QueueAttributeName::FifoQueue,
+        ];
         // A standard queue may answer InvalidAttributeName to FifoQueue; All is always fine.
-        let attributes = match attributes.await {
+        let attributes = match attributes(&client, url, &names, &seen).await {
             Err(BackendError::Invalid(_)) => {
-                self::attributes(&client, url, &[QueueAttributeName::All]).await?
+                self::attributes(&client, url, &[QueueAttributeName::All], &seen).await?
             }
             other => other?,
         };
-        Ok(Self { client, url: url.to_owned(), traits: traits(&attributes, url) })
-    }
-
-    fn entry(&self, index: usize, job: &Job) -> Result<SendMessageBatchRequestEntry, SendError> {
-        let body = std::str::from_utf8(&job.message)
-            .map_err(|_| SendError::Refused("the message is not UTF-8".into()))?;
-        SendMessageBatchRequestEntry::builder()
-            .id(index.to_string())
-            .message_body(body)
-            // On standard queues too: there it shares the queue fairly among functions.
-            .message_group_id(job.function.as_str())
-            .set_message_deduplication_id(self.traits.fifo.then(|| job.id.to_string()))
-            .build()
-            .map_err(|_| SendError::Refused("the entry could not be built".into()))
+        let direct = Direct::new(https, credentials, &seen)?;
+        Ok(Self { client, direct, url: url.to_owned(), traits: traits(&attributes, url) })
     }
 
     /// One call: what became of each job, or why none of them is known to be on the queue.
     async fn send(&self, jobs: &[Job]) -> Result<Vec<Result<(), SendError>>, SendError> {
-        let entries = jobs.iter().enumerate().map(|(i, job)| self.entry(i, job)).collect::<Result<_, _>>()?;
-        let call = self.client.send_message_batch().queue_url(&self.url).set_entries(Some(entries));
-        match call.send().await {
-            Ok(output) => Ok(per_job(&output, jobs.len())),
-            Err(error) => {
-                let text = class(&error).to_string();
-                Err(match error.code() {
-                    Some(code) if JOB_AT_FAULT.contains(&code) => SendError::Refused(text),
-                    _ if took_no_effect(&error) => SendError::NotSent(text),
-                    _ => SendError::Unknown(text),
-                })
-            }
-        }
+        let body = batch(&self.url, self.traits.fifo, jobs)?;
+        let answer = self.direct.call(SEND, body).await.map_err(|error| not_sent(&error))?;
+        let answer: Answer<'_> = serde_json::from_slice(&answer)
+            .map_err(|_| SendError::Unknown("the answer could not be read".into()))?;
+        Ok(per_job(&answer, jobs.len()))
     }
+}
+
+fn not_sent(error: &CallError) -> SendError {
+    let text = error.class().to_string();
+    match error.code() {
+        Some(code) if JOB_AT_FAULT.contains(&code) => SendError::Refused(text),
+        _ if error.took_no_effect() => SendError::NotSent(text),
+        _ => SendError::Unknown(text),
+    }
+}
+
+/// The body of the call: each entry named by its place.
+fn batch(url: &str, fifo: bool, jobs: &[Job]) -> Result<Vec<u8>, SendError> {
+    let bytes: usize = jobs.iter().map(|job| job.message.len() + job.message.len() / 8 + 256).sum();
+    let mut body = Vec::with_capacity(bytes + url.len() + 64);
+    body.extend_from_slice(b"{\"QueueUrl\":");
+    put_text(&mut body, url);
+    body.extend_from_slice(b",\"Entries\":[");
+    for (index, job) in jobs.iter().enumerate() {
+        let message = std::str::from_utf8(&job.message)
+            .map_err(|_| SendError::Refused("the message is not UTF-8".into()))?;
+        body.extend_from_slice(if index == 0 { b"{\"Id\":\"" } else { b",{\"Id\":\"" });
+        body.extend_from_slice(index.to_string().as_bytes());
+        body.extend_from_slice(b"\",\"MessageBody\":");
+        put_text(&mut body, message);
+        // On standard queues too: there it shares the queue fairly among functions.
+        body.extend_from_slice(b",\"MessageGroupId\":");
+        put_text(&mut body, job.function.as_str());
+        if fifo {
+            body.extend_from_slice(b",\"MessageDeduplicationId\":");
+            put_text(&mut body, &job.id.to_string());
+        }
+        body.push(b'}');
+    }
+    body.extend_from_slice(b"]}");
+    Ok(body)
+}
+
+fn put_text(body: &mut Vec<u8>, text: &str) {
+    // Writing a string to memory cannot fail.
+    let _ = serde_json::to_writer(body, text);
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Answer<'a> {
+    #[serde(borrow, default)]
+    successful: Vec<Sent<'a>>,
+    #[serde(borrow, default)]
+    failed: Vec<Failed<'a>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Sent<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Failed<'a> {
+    #[serde(borrow)]
+    id: Cow<'a, str>,
+    #[serde(borrow, default)]
+    code: Cow<'a, str>,
+    #[serde(default)]
+    sender_fault: bool,
 }
 
 #[async_trait]
@@ -117,7 +172,8 @@ impl JobQueue for SqsQueue {
 
     async fn depth(&self) -> Result<u64, BackendError> {
         let name = QueueAttributeName::ApproximateNumberOfMessages;
-        let attributes = attributes(&self.client, &self.url, std::slice::from_ref(&name)).await?;
+        let names = std::slice::from_ref(&name);
+        let attributes = attributes(&self.client, &self.url, names, &Seen::default()).await?;
         Ok(number(&attributes, &name).unwrap_or(0))
     }
 }
@@ -128,9 +184,10 @@ async fn attributes(
     client: &Client,
     url: &str,
     names: &[QueueAttributeName],
+    seen: &Seen,
 ) -> Result<Attributes, BackendError> {
     let call = client.get_queue_attributes().queue_url(url).set_attribute_names(Some(names.to_vec()));
-    let output = call.send().await.map_err(|e| class(&e))?;
+    let output = call.customize().interceptor(seen.clone()).send().await.map_err(|e| class(&e))?;
     Ok(output.attributes.unwrap_or_default())
 }
 
@@ -152,7 +209,7 @@ fn traits(attributes: &Attributes, url: &str) -> QueueTraits {
 }
 
 /// The answer's word on each of `count` jobs; an Id in neither list is in doubt.
-fn per_job(output: &SendMessageBatchOutput, count: usize) -> Vec<Result<(), SendError>> {
+fn per_job(answer: &Answer<'_>, count: usize) -> Vec<Result<(), SendError>> {
     let silent = || Err(SendError::Unknown("the answer does not name the job".into()));
     let mut results: Vec<_> = (0..count).map(|_| silent()).collect();
     let mut set = |id: &str, result| {
@@ -160,13 +217,13 @@ fn per_job(output: &SendMessageBatchOutput, count: usize) -> Vec<Result<(), Send
             *slot = result;
         }
     };
-    for sent in output.successful() {
-        set(sent.id(), Ok(()));
+    for sent in &answer.successful {
+        set(&sent.id, Ok(()));
     }
-    for failed in output.failed() {
-        let code = failed.code().to_owned();
-        let error = if failed.sender_fault() { SendError::Refused(code) } else { SendError::NotSent(code) };
-        set(failed.id(), Err(error));
+    for failed in &answer.failed {
+        let code = failed.code.clone().into_owned();
+        let error = if failed.sender_fault { SendError::Refused(code) } else { SendError::NotSent(code) };
+        set(&failed.id, Err(error));
     }
     results
 }
@@ -174,7 +231,7 @@ fn per_job(output: &SendMessageBatchOutput, count: usize) -> Vec<Result<(), Send
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aws_sdk_sqs::types::{BatchResultErrorEntry, SendMessageBatchResultEntry};
+    use crate::model::{FunctionId, JobId, NodeId};
 
     #[test]
     fn queues_say_what_they_are_like() {
@@ -195,25 +252,43 @@ mod tests {
 
     #[test]
     fn each_job_has_its_own_result() {
-        let failed = |id: &str, sender_fault| {
-            let entry = BatchResultErrorEntry::builder().id(id).code("Code").sender_fault(sender_fault);
-            entry.build().unwrap()
-        };
-        let sent = |id: &str| {
-            let entry = SendMessageBatchResultEntry::builder().id(id).message_id("m").md5_of_message_body("");
-            entry.build().unwrap()
-        };
-        let output = SendMessageBatchOutput::builder()
-            .successful(sent("3"))
-            .successful(sent("77"))
-            .failed(failed("0", true))
-            .failed(failed("1", false))
-            .build()
-            .unwrap();
-        let results = per_job(&output, 4);
+        let answer = r#"{"Successful":[{"Id":"3","MessageId":"m","MD5OfMessageBody":"x"},{"Id":"77"}],
+            "Failed":[{"Id":"0","SenderFault":true,"Code":"Code"},{"Id":"1","Code":"Code","Message":"a \"b\""}]}"#;
+        let results = per_job(&serde_json::from_str(answer).unwrap(), 4);
         assert_eq!(results[0], Err(SendError::Refused("Code".into())));
         assert_eq!(results[1], Err(SendError::NotSent("Code".into())));
         assert!(matches!(results[2], Err(SendError::Unknown(_))));
         assert_eq!(results[3], Ok(()));
+        for short in ["{}", r#"{"Successful":[]}"#] {
+            let results = per_job(&serde_json::from_str(short).unwrap(), 1);
+            assert!(matches!(results[0], Err(SendError::Unknown(_))), "{short}");
+        }
+    }
+
+    #[test]
+    fn a_batch_is_what_sqs_reads() {
+        let job = |n: u64, message: &'static str| Job {
+            id: JobId::new(NodeId(1), 0, n),
+            function: FunctionId::parse("f").unwrap(),
+            deadline: 0,
+            message: message.into(),
+        };
+        let jobs = [job(1, "{\"a\":\"\\n\u{1F600}\"}"), job(2, "{}")];
+        for fifo in [false, true] {
+            let body = batch("http://q/1/t", fifo, &jobs).unwrap();
+            let body: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(body["QueueUrl"], "http://q/1/t");
+            assert_eq!(body["Entries"].as_array().unwrap().len(), 2);
+            for (n, job) in jobs.iter().enumerate() {
+                let entry = &body["Entries"][n];
+                assert_eq!(entry["Id"], n.to_string());
+                assert_eq!(entry["MessageBody"].as_str().unwrap().as_bytes(), job.message);
+                assert_eq!(entry["MessageGroupId"], "f");
+                let deduplication = entry.get("MessageDeduplicationId").and_then(|id| id.as_str());
+                assert_eq!(deduplication.map(str::to_owned), fifo.then(|| job.id.to_string()));
+            }
+        }
+        let broken = Job { message: bytes::Bytes::from_static(b"\xff"), ..job(3, "") };
+        assert!(matches!(batch("q", false, &[broken]), Err(SendError::Refused(_))));
     }
 }

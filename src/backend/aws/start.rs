@@ -1,6 +1,7 @@
 //! The checks before the first request: all side by side, each with an error of its own, within one deadline.
 
 use super::code_list::CodeTable;
+use super::direct::CredentialCache;
 use super::executions::ExecutionTable;
 use super::functions::FunctionTable;
 use super::journal::RedisJournal;
@@ -11,10 +12,11 @@ use super::s3::CodeBucket;
 use super::sqs::SqsQueue;
 use super::workers::RedisWorkers;
 use super::{Connected, Settings, client, error, s3};
-use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, StartProblem};
+use crate::backend::{Backend, BackendError, FunctionStore, StartProblem};
+use crate::https;
 use aws_config::SdkConfig;
-use aws_credential_types::provider::ProvideCredentials;
 use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,36 +67,38 @@ struct Aws {
 
 async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<StartProblem>> {
     let config = client::sdk_config(&settings.region).await;
-    check_credentials(&config, deadline).await.map_err(|problem| vec![problem])?;
+    let provider = check_credentials(&config, deadline).await.map_err(|problem| vec![problem])?;
+    let credentials = Arc::new(CredentialCache::new(provider));
+    let https = || https::client(client::CONNECT_TIMEOUT).map_err(|e| BackendError::Invalid(e.to_string()));
 
     let sqs = client::sqs(&config, settings);
     let dynamodb = client::dynamodb(&config, settings);
     let s3 = client::s3(&config, settings);
     let functions = FunctionTable::new(dynamodb.clone(), &settings.functions_table, &settings.logs_table);
     let code_list = CodeTable::new(dynamodb.clone(), &settings.logs_table);
-    let executions = ExecutionTable::new(dynamodb, &settings.logs_table);
-    let (queue, functions_found, executions_found, bucket) = tokio::join!(
-        within(deadline, || SqsQueue::open(sqs.clone(), &settings.queue_url)),
+    let (queue, functions_found, executions, bucket) = tokio::join!(
+        within(deadline, async || {
+            SqsQueue::open(sqs.clone(), https()?, Arc::clone(&credentials), &settings.queue_url).await
+        }),
         within(deadline, || functions.probe()),
-        within(deadline, || executions.probe()),
+        within(deadline, async || {
+            let table = &settings.logs_table;
+            ExecutionTable::open(dynamodb.clone(), https()?, Arc::clone(&credentials), table).await
+        }),
         // Once: a bucket that does not answer is only a warning.
         timeout_at(deadline, s3::probe(&s3, &settings.bucket)),
     );
     let mut problems = Vec::new();
     let queue = queue.map_err(|error| problems.push(queue_problem(settings, error))).ok();
-    for (found, what, table, keys) in [
-        (functions_found, "the function table", &settings.functions_table, "hash key functionId (S)"),
-        (
-            executions_found,
-            "the log table",
-            &settings.logs_table,
-            "hash key functionId (S) and range key timestamp (S)",
-        ),
-    ] {
-        problems.extend(found.err().map(|error| table_problem(what, table, keys, error)));
-    }
-    match queue {
-        Some(queue) if problems.is_empty() => {
+    let table_amiss = |what, table, keys| move |error| table_problem(what, table, keys, error);
+    let functions_amiss =
+        table_amiss("the function table", &settings.functions_table, "hash key functionId (S)");
+    let keys = "hash key functionId (S) and range key timestamp (S)";
+    let executions_amiss = table_amiss("the log table", &settings.logs_table, keys);
+    problems.extend(functions_found.err().map(functions_amiss));
+    let executions = executions.map_err(|error| problems.push(executions_amiss(error))).ok();
+    match (queue, executions) {
+        (Some(queue), Some(executions)) if problems.is_empty() => {
             let warnings = bucket_warning(settings, bucket);
             let code = CodeBucket::new(s3, &settings.bucket);
             Ok(Aws { queue, functions, executions, code_list, code, warnings })
@@ -103,12 +107,15 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     }
 }
 
-async fn check_credentials(config: &SdkConfig, deadline: Instant) -> Result<(), StartProblem> {
+async fn check_credentials(
+    config: &SdkConfig,
+    deadline: Instant,
+) -> Result<SharedCredentialsProvider, StartProblem> {
     let found = match config.credentials_provider() {
         None => Err(BackendError::Missing("the credential chain of AWS is empty".into())),
         // Once: the providers in the chain have retries of their own.
         Some(provider) => match timeout_at(deadline, provider.provide_credentials()).await {
-            Ok(Ok(_)) => Ok(()),
+            Ok(Ok(_)) => Ok(provider),
             // A role that may not be assumed, a session that ran out: waiting mends neither.
             Ok(Err(CredentialsError::ProviderError(_))) => {
                 Err(BackendError::Denied("a provider in the credential chain of AWS was refused".into()))

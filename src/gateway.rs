@@ -19,6 +19,7 @@ use async_trait::async_trait;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Version};
 use pingora::http::ResponseHeader;
+use pingora::modules::http::HttpModules;
 use pingora::prelude::{HttpPeer, ProxyHttp, Session};
 use rate_limit::LimitHeaders;
 use request_id::RequestId;
@@ -197,6 +198,9 @@ impl ProxyHttp for Gateway {
             _counted: self.lifecycle.request(),
         }
     }
+
+    /// None: Pingora would set up compression for each request, which nobody asked for.
+    fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
         session.set_pipelining_enabled(true);

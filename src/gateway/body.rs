@@ -75,6 +75,9 @@ impl<'a> Streamed<'a> {
 #[async_trait]
 impl BodyStream for Streamed<'_> {
     async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
+        if self.bytes > 0 && self.session.is_body_done() {
+            return Ok(None); // without setting a timer
+        }
         // Pingora's own timeout is per read; a body sent byte by byte would never meet it.
         tokio::time::timeout_at(self.deadline, self.read()).await.unwrap_or(Err(ApiError::BodyTimeout))
     }

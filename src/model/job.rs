@@ -1,7 +1,7 @@
 //! A job: its id, the request it came from, and the message the workers read.
 
 use super::escape::Escape;
-use super::{Function, FunctionId, Text, UnixMs, rfc3339_ms};
+use super::{Function, FunctionId, Rfc3339Ms, Text, UnixMs};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -105,9 +105,14 @@ impl JobId {
     }
 
     /// A W3C `traceparent` that starts a trace at this job.
-    fn traceparent(&self) -> String {
+    fn traceparent(&self) -> [u8; 55] {
         let span = (self.0.as_u128() as u64) | 1; // a span id of zeros is invalid
-        format!("00-{}-{span:016x}-00", self.0.simple())
+        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+        self.0.as_simple().encode_lower(&mut text[3..35]);
+        for (n, digit) in text[36..52].iter_mut().enumerate() {
+            *digit = b"0123456789abcdef"[(span >> (60 - 4 * n)) as usize & 15];
+        }
+        text
     }
 }
 
@@ -141,7 +146,7 @@ pub struct JobDraft<'a> {
     pub deadline: UnixMs,
     pub bucket: &'a str,
     pub request: &'a RunRequest<'a>,
-    /// The client's own `traceparent`, if it sent a valid one.
+    /// The client's own `traceparent`, if it sent a valid one: hex and hyphens.
     pub traceparent: Option<&'a str>,
 }
 
@@ -167,12 +172,16 @@ impl JobDraft<'_> {
         member_str(&mut m, ",\"modelId\":", self.request.model.as_deref().unwrap_or(MODEL_DEFAULT));
         m.extend_from_slice(b",\"envVars\":");
         m.extend_from_slice(f.env_vars.as_bytes());
-        member_str(&mut m, ",\"acceptedAt\":", &rfc3339_ms(self.id.accepted_at()));
-        member_str(&mut m, ",\"deadline\":", &rfc3339_ms(self.deadline));
-        m.extend_from_slice(b",\"configVersion\":");
+        // No character of these needs an escape.
+        m.extend_from_slice(b",\"acceptedAt\":\"");
+        m.extend_from_slice(Rfc3339Ms::of(self.id.accepted_at()).as_str().as_bytes());
+        m.extend_from_slice(b"\",\"deadline\":\"");
+        m.extend_from_slice(Rfc3339Ms::of(self.deadline).as_str().as_bytes());
+        m.extend_from_slice(b"\",\"configVersion\":");
         m.extend_from_slice(f.version.to_string().as_bytes());
-        member_str(&mut m, ",\"traceparent\":", self.traceparent.unwrap_or(&own_trace));
-        m.push(b'}');
+        m.extend_from_slice(b",\"traceparent\":\"");
+        m.extend_from_slice(self.traceparent.map_or(&own_trace[..], str::as_bytes));
+        m.extend_from_slice(b"\"}");
         Job {
             id: self.id,
             function: f.id.clone(),
@@ -193,7 +202,8 @@ fn member_str(out: &mut Vec<u8>, name: &str, value: &str) {
 fn escape_noncharacters(message: Vec<u8>) -> Vec<u8> {
     let is_at = |i: usize| message[i] == 0xEF && message[i + 1] == 0xBF && message[i + 2] >= 0xBE;
     let last = message.len().saturating_sub(2);
-    let Some(first) = (0..last).find(|&i| is_at(i)) else { return message };
+    let first = memchr::memchr_iter(0xEF, &message[..last]).find(|&i| is_at(i));
+    let Some(first) = first else { return message };
     let mut out = message[..first].to_vec();
     let mut i = first;
     while i < message.len() {
@@ -378,7 +388,7 @@ mod tests {
             memory_mb: 256,
             s3_key: "functions/\"x\".zip".into(),
             original_name: "x.zip".into(),
-            uploaded_at: rfc3339_ms(AT),
+            uploaded_at: Rfc3339Ms::of(AT).as_str().to_owned(),
             updated_at: String::new(),
             env_vars: r#"{"A":"1"}"#.into(),
             version: 7,
@@ -405,7 +415,7 @@ mod tests {
     #[test]
     fn the_message_is_what_workers_read() {
         let id = JobId::new(NodeId(1), AT, 2);
-        let trace = id.traceparent();
+        let trace = String::from_utf8(id.traceparent().to_vec()).unwrap();
         let expected = format!(
             r#"{{"requestId":"{id}","functionId":"f.1","runtime":"python","memoryMb":256,"s3Bucket":"b","s3Key":"functions/\"x\".zip","timeoutMs":300000,"input":{{"a": [1, 2]}},"modelId":"llama3:8b","envVars":{{"A":"1"}},"acceptedAt":"2026-11-22T00:00:00.123Z","deadline":"2026-11-22T00:00:01.123Z","configVersion":7,"traceparent":"{trace}"}}"#
         );

@@ -9,14 +9,14 @@
 //! Nothing is tried again here. The batcher and the audit do that, and know what they may.
 
 mod credentials;
+mod signature;
 
 pub(super) use credentials::CredentialCache;
 
 use super::error::{by_code, is_throttle};
 use crate::backend::BackendError;
 use crate::https::HttpsClient;
-use aws_sigv4::http_request::{SignableBody, SignableRequest, SigningSettings, sign};
-use aws_sigv4::sign::v4;
+use crate::model::now_ms;
 use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::interceptors::Intercept;
 use aws_smithy_runtime_api::client::interceptors::context::BeforeTransmitInterceptorContextRef;
@@ -24,18 +24,19 @@ use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::config_bag::ConfigBag;
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
-use http::{Method, Request, StatusCode, Uri};
+use http::{Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use serde::Deserialize;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 /// One call, connecting included.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest answer that is read; those of these calls name what they were sent.
 const ANSWER_BYTES_MAX: usize = 20 << 20;
 
-const CONTENT_TYPE_JSON: HeaderValue = HeaderValue::from_static("application/x-amz-json-1.0");
+const X_AMZ_DATE: HeaderName = HeaderName::from_static("x-amz-date");
+const X_AMZ_SECURITY_TOKEN: HeaderName = HeaderName::from_static("x-amz-security-token");
 const X_AMZ_TARGET: HeaderName = HeaderName::from_static("x-amz-target");
 /// Asks SQS for the error codes that its clients have always known.
 const X_AMZN_QUERY_MODE: HeaderName = HeaderName::from_static("x-amzn-query-mode");
@@ -174,39 +175,28 @@ impl Direct {
     }
 
     async fn signed(&self, target: &'static str, body: Bytes) -> Result<Request<Full<Bytes>>, BackendError> {
-        let identity = self.credentials.get().await?;
+        let credentials = self.credentials.get().await?;
         let invalid = || BackendError::Invalid("the request could not be built".into());
         let host = self.route.uri.authority().ok_or_else(invalid)?.as_str();
-        let scope = v4::SigningParams::builder()
-            .identity(&identity)
-            .region(&self.route.region)
-            .name(&self.route.service)
-            .time(SystemTime::now())
-            .settings(SigningSettings::default())
-            .build()
-            .map_err(|_| invalid())?;
-        let fields =
-            [("content-type", "application/x-amz-json-1.0"), ("host", host), ("x-amz-target", target)];
-        let signable = SignableRequest::new(
-            Method::POST.as_str(),
-            self.route.uri.to_string(),
-            fields.into_iter(),
-            SignableBody::Bytes(&body),
-        );
-        let signed = sign(signable.map_err(|_| invalid())?, &scope.into()).map_err(|_| invalid())?;
-        let (instructions, _) = signed.into_parts();
-        let mut request = Request::builder()
-            .method(Method::POST)
-            .uri(self.route.uri.clone())
-            .header(HOST, host)
-            .header(CONTENT_TYPE, CONTENT_TYPE_JSON)
-            .header(X_AMZ_TARGET, HeaderValue::from_static(target))
-            .header(X_AMZN_QUERY_MODE, HeaderValue::from_static("true"))
-            .header(USER_AGENT, OURS);
-        for (name, value) in instructions.headers() {
-            let mut value = HeaderValue::from_str(value).map_err(|_| invalid())?;
-            value.set_sensitive(true);
-            request = request.header(name, value);
+        let signature = signature::sign(&self.route, &credentials, host, target, &body, now_ms());
+        let secret = |text: &str| -> Result<HeaderValue, BackendError> {
+            let mut value = HeaderValue::from_str(text).map_err(|_| invalid())?;
+            value.set_sensitive(true); // not shown by Debug
+            Ok(value)
+        };
+        let mut request = Request::post(self.route.uri.clone());
+        if let Some(fields) = request.headers_mut() {
+            fields.reserve(9);
+            fields.insert(HOST, HeaderValue::from_str(host).map_err(|_| invalid())?);
+            fields.insert(CONTENT_TYPE, HeaderValue::from_static(signature::CONTENT_TYPE_JSON));
+            fields.insert(X_AMZ_TARGET, HeaderValue::from_static(target));
+            fields.insert(X_AMZN_QUERY_MODE, HeaderValue::from_static("true"));
+            fields.insert(USER_AGENT, OURS);
+            fields.insert(X_AMZ_DATE, secret(&signature.date)?);
+            fields.insert(AUTHORIZATION, secret(&signature.authorization)?);
+            if let Some(token) = credentials.session_token() {
+                fields.insert(X_AMZ_SECURITY_TOKEN, secret(token)?);
+            }
         }
         request.body(Full::new(body)).map_err(|_| invalid())
     }

@@ -2,8 +2,8 @@
 
 use super::super::error::credentials_class;
 use crate::backend::BackendError;
+use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
-use aws_smithy_runtime_api::client::identity::Identity;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -23,7 +23,7 @@ pub(in super::super) struct CredentialCache {
 
 #[derive(Clone)]
 struct Kept {
-    identity: Arc<Identity>,
+    credentials: Arc<Credentials>,
     refresh_at: SystemTime,
 }
 
@@ -33,23 +33,23 @@ impl CredentialCache {
     }
 
     /// Credentials that are still good.
-    pub(super) async fn get(&self) -> Result<Arc<Identity>, BackendError> {
-        if let Some(identity) = self.fresh() {
-            return Ok(identity);
+    pub(super) async fn get(&self) -> Result<Arc<Credentials>, BackendError> {
+        if let Some(credentials) = self.fresh() {
+            return Ok(credentials);
         }
         let _only_one = self.asking.lock().await;
         // Another one may have asked while we waited.
-        if let Some(identity) = self.fresh() {
-            return Ok(identity);
+        if let Some(credentials) = self.fresh() {
+            return Ok(credentials);
         }
         match self.provider.provide_credentials().await {
             Ok(credentials) => {
                 let expiry = credentials.expiry().and_then(|at| at.checked_sub(REFRESH_EARLY));
                 let latest = SystemTime::now() + KEPT_MAX;
                 let refresh_at = expiry.map_or(latest, |at| at.min(latest));
-                let identity = Arc::new(Identity::from(credentials));
-                *self.kept() = Some(Kept { identity: Arc::clone(&identity), refresh_at });
-                Ok(identity)
+                let credentials = Arc::new(credentials);
+                *self.kept() = Some(Kept { credentials: Arc::clone(&credentials), refresh_at });
+                Ok(credentials)
             }
             Err(error) => {
                 tracing::warn!(error = %credentials_class(&error), "Credentials Not Refreshed");
@@ -65,23 +65,23 @@ impl CredentialCache {
         }
     }
 
-    fn fresh(&self) -> Option<Arc<Identity>> {
+    fn fresh(&self) -> Option<Arc<Credentials>> {
         let kept = self.kept();
         kept.as_ref()
             .filter(|kept| SystemTime::now() < kept.refresh_at)
-            .map(|kept| Arc::clone(&kept.identity))
+            .map(|kept| Arc::clone(&kept.credentials))
     }
 
     /// The old ones, while they last.
-    fn use_old(&self) -> Option<Arc<Identity>> {
+    fn use_old(&self) -> Option<Arc<Credentials>> {
         let mut kept = self.kept();
         let old = kept.as_mut()?;
         let now = SystemTime::now();
-        if old.identity.expiration().is_some_and(|at| at <= now) {
+        if old.credentials.expiry().is_some_and(|at| at <= now) {
             return None;
         }
         old.refresh_at = now + PAUSE_AFTER_FAILURE;
-        Some(Arc::clone(&old.identity))
+        Some(Arc::clone(&old.credentials))
     }
 
     fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
@@ -92,7 +92,6 @@ impl CredentialCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use aws_credential_types::Credentials;
     use aws_credential_types::provider::error::CredentialsError;
     use aws_credential_types::provider::future;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -127,8 +126,7 @@ mod tests {
     }
 
     async fn key(cache: &CredentialCache) -> Option<String> {
-        let identity = cache.get().await.ok()?;
-        Some(identity.data::<Credentials>()?.access_key_id().to_owned())
+        Some(cache.get().await.ok()?.access_key_id().to_owned())
     }
 
     #[tokio::test]

@@ -8,8 +8,8 @@ pub mod dotenv;
 mod env;
 
 pub use conf::{
-    BatchConf, CacheConf, Conf, HttpConf, Identity, LimitConf, ListenConf, MemoryConf, MetricsConf,
-    OnRedisLoss, ShutdownConf, StartConf, WaitsConf,
+    BatchConf, CacheConf, Conf, HttpConf, Identity, LimitConf, LimitMode, ListenConf, MemoryConf,
+    MetricsConf, OnRedisLoss, ShutdownConf, StartConf, WaitsConf,
 };
 pub use env::{AiNode, Env, Secret, api_key_problem};
 

@@ -12,8 +12,9 @@ use crate::catalogue::Catalogue;
 use crate::config::Conf;
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
 use crate::functions::{Editor, Functions, Sweeper};
-use crate::gateway::{ApiKeys, Gateway, RateLimiter};
+use crate::gateway::{ApiKeys, Gateway};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::limiter::{Leaser, RateLimiter};
 use crate::metrics::Metrics;
 use async_trait::async_trait;
 use pingora::listeners::ListenerConfig;
@@ -139,7 +140,14 @@ impl Node {
         };
 
         let (stop, stopped) = watch::channel(false);
-        let mut loops = Loops::start(built.dispatcher, built.loops, built.sweeper, built.flusher, extra_loop);
+        let mut loops = Loops::start(
+            built.dispatcher,
+            built.loops,
+            built.leaser,
+            built.sweeper,
+            built.flusher,
+            extra_loop,
+        );
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
         if let Some(claim) = &mut claim {
@@ -218,6 +226,7 @@ struct Built {
     gateway: Gateway,
     dispatcher: Dispatcher,
     loops: DispatchLoops,
+    leaser: Leaser,
     sweeper: Sweeper,
     flusher: Flusher,
 }
@@ -244,6 +253,7 @@ impl Built {
         let functions = Functions::new(&conf.cache, Arc::clone(&backend.functions));
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
+        let (limiter, leaser) = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
         let api = Api::new(api::Parts {
             conf,
             backend,
@@ -252,16 +262,16 @@ impl Built {
             editor,
             tail,
             catalogue: Catalogue::new(settings.ai_node.as_ref())?,
+            limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             bucket,
             spool_dir,
             api_key: &settings.api_key,
         });
-        let limiter = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
         let keys = ApiKeys::new(&settings.api_key);
         let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
-        Ok(Self { gateway, dispatcher, loops, sweeper, flusher })
+        Ok(Self { gateway, dispatcher, loops, leaser, sweeper, flusher })
     }
 }
 
@@ -282,6 +292,7 @@ impl Loops {
     fn start(
         dispatcher: Dispatcher,
         loops: DispatchLoops,
+        leaser: Leaser,
         sweeper: Sweeper,
         flusher: Flusher,
         extra: Option<super::BackendLoop>,
@@ -293,6 +304,7 @@ impl Loops {
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
         endless.spawn(sweeper.run());
+        endless.spawn(leaser.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {
             dispatcher,

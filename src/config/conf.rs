@@ -14,6 +14,9 @@ use toml::Table;
 const SERVER_SHIPPED: &str = include_str!("../../conf/server.toml");
 const LIMITS_SHIPPED: &str = include_str!("../../conf/limits.toml");
 
+/// A full bucket, in the smallest steps that are counted: Lua's numbers are exact up to four times that.
+const LIMIT_STEPS_MAX: u128 = 1 << 51;
+
 /// All of `conf/`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Conf {
@@ -99,6 +102,8 @@ pub struct MetricsConf {
 pub struct LimitConf {
     pub name: String,
     pub identity: Identity,
+    #[serde(default)]
+    pub mode: LimitMode,
     pub routes: Vec<String>,
     pub rate: u32,
     pub period_s: u64,
@@ -118,6 +123,21 @@ impl LimitConf {
 pub enum Identity {
     Key,
     Ip,
+    /// The function that is run.
+    Function,
+    /// All requests together.
+    Global,
+}
+
+/// How nodes count together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LimitMode {
+    /// Each node takes requests in advance.
+    #[default]
+    Leased,
+    /// Redis is asked on every request.
+    Exact,
 }
 
 /// What a limit does while Redis is away.
@@ -224,14 +244,38 @@ impl Conf {
             at_least_one(&format!("limit {}: burst", limit.name), limit.burst.into());
             at_least_one(&format!("limit {}: period_s", limit.name), limit.period_s);
         }
-        for limit in &self.limits {
-            // The name goes into a header field and a Redis key.
-            let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-            if limit.name.is_empty() || limit.name.len() > 64 || !limit.name.bytes().all(plain) {
-                problems.push(format!("conf: limit name {:?} must be 1 to 64 of [A-Za-z0-9._-]", limit.name));
-            }
+        for (n, limit) in self.limits.iter().enumerate() {
+            let is_named_before = self.limits.iter().take(n).any(|other| other.name == limit.name);
+            let not_unique = is_named_before.then_some("the name stands for another limit already");
+            problems.extend(
+                not_unique
+                    .into_iter()
+                    .chain(limit.problems())
+                    .map(|p| format!("conf: limit {}: {p}", limit.name)),
+            );
         }
         problems
+    }
+}
+
+impl LimitConf {
+    fn problems(&self) -> impl Iterator<Item = &'static str> {
+        // The name goes into a header field and a Redis key.
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        let is_named = !self.name.is_empty() && self.name.len() <= 64 && self.name.bytes().all(plain);
+        // Redis counts in steps; see limits.lua.
+        let steps = u128::from(self.quota().drain().1) * u128::from(self.burst);
+        let is_by_function = self.identity == Identity::Function;
+        [
+            (!is_named, "the name must be 1 to 64 of [A-Za-z0-9._-]"),
+            (steps > LIMIT_STEPS_MAX, "burst and period_s are too large together"),
+            (
+                is_by_function && self.routes.iter().any(|route| route != "/run"),
+                "identity \"function\" is for the route \"/run\" alone",
+            ),
+        ]
+        .into_iter()
+        .filter_map(|(is_wrong, problem)| is_wrong.then_some(problem))
     }
 }
 
@@ -286,6 +330,21 @@ mod tests {
         assert_eq!(conf.limits, [], "a limits.toml without limits has none");
     }
 
+    fn limit(name: &str, identity: &str, route: &str, burst: u32) -> String {
+        format!(
+            "[[limit]]\nname = {name:?}\nidentity = {identity:?}\nroutes = [{route:?}]\nrate = 1\nperiod_s = 86400\n\
+             burst = {burst}\non_redis_loss = \"local\"\n"
+        )
+    }
+
+    #[test]
+    fn limits_are_leased_unless_they_say_exact() {
+        let exact = limit("b", "function", "/run", 1) + "mode = \"exact\"\n";
+        let conf = load("", &(limit("a", "global", "/upload", 1) + &exact)).unwrap();
+        let read: Vec<_> = conf.limits.iter().map(|limit| (limit.identity, limit.mode)).collect();
+        assert_eq!(read, [(Identity::Global, LimitMode::Leased), (Identity::Function, LimitMode::Exact)]);
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         for (server, limits, told) in [
@@ -294,6 +353,14 @@ mod tests {
             ("x", "", "server.toml: TOML parse error at line 1"),
             ("", "[batch]\nsends_max = 0", "batch.sends_max must be at least 1"),
             ("", "[[limit]]\nname = \"a\"", "limits.toml: missing field"),
+            ("", &limit("a b", "ip", "/run", 1), "limit a b: the name must be"),
+            ("", &limit("a", "function", "/upload", 1), "limit a: identity \"function\" is for the route"),
+            ("", &limit("a", "ip", "/run", u32::MAX), "limit a: burst and period_s are too large"),
+            (
+                "",
+                &[limit("a", "ip", "/run", 1), limit("a", "key", "/run", 1)].concat(),
+                "limit a: the name stands",
+            ),
         ] {
             let error = load(server, limits).expect_err(told).to_string();
             assert!(error.contains(told), "{error:?} does not say {told:?}");

@@ -25,9 +25,9 @@ const AHEAD: Micros = 200_000;
 pub(super) const IDLE: Micros = 600_000;
 /// After a renewal that gave less than half of what was wanted the next one waits so long.
 const RENEWAL_PAUSE: Micros = 50_000;
-/// A refusal is remembered a little longer than told, so that tokens gather and nodes do not ask for each one: at
-/// least and at most so long.
-const REFUSAL_PAUSE_MIN: Micros = 5_000;
+/// A refusal is remembered a little longer than told, so that nodes do not ask for each token: until so many have
+/// gathered for each of them, and at most so long.
+const GATHERED: u64 = 16;
 const REFUSAL_PAUSE_MAX: Micros = 50_000;
 /// Requests that wait for the answer of one call.
 pub(super) const WAITERS_MAX: usize = 1024;
@@ -92,8 +92,8 @@ impl Pace {
     }
 
     fn pause(&self, nodes: u32) -> Micros {
-        let turn = self.token.saturating_mul(u64::from(nodes.saturating_sub(1)));
-        turn.clamp(REFUSAL_PAUSE_MIN, REFUSAL_PAUSE_MAX).min(self.headroom)
+        let gathered = self.token.saturating_mul(u64::from(nodes) * GATHERED);
+        gathered.min(REFUSAL_PAUSE_MAX).min(self.headroom)
     }
 }
 
@@ -294,6 +294,11 @@ impl<W> Lease<W> {
     /// Of the last call.
     pub fn seq(&self) -> u64 {
         self.seq
+    }
+
+    #[cfg(test)]
+    pub fn is_call_under_way(&self) -> bool {
+        matches!(self.call, Call::Sent(_))
     }
 
     /// Requests that would be let through at once, as far as is known.

@@ -163,6 +163,12 @@ impl Limit {
         self.count.store(self.leases.len(), Ordering::Relaxed);
     }
 
+    /// As if all leases that may be were there.
+    #[cfg(test)]
+    pub fn fill(&self) {
+        self.count.store(LEASES_MAX, Ordering::Relaxed);
+    }
+
     #[cfg(test)]
     pub fn leases(&self) -> usize {
         self.leases.len()

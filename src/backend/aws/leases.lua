@@ -106,6 +106,7 @@ if seq > 0 then
 end
 if gone[1] then redis.call('HDEL', key, unpack(gone)) end
 redis.call('HSET', key, unpack(fields))
-local full_us = at - clock + math.max(debt / rate, ttl)
+-- Until nothing is owed: what is leased begins to drain when the lease ends.
+local full_us = at - clock + ttl + debt / rate
 redis.call('PEXPIRE', key, string.format('%.0f', math.ceil(full_us / 1000) + 1))
 return answer(1, held + extra, taken)

@@ -140,14 +140,8 @@ impl Node {
         };
 
         let (stop, stopped) = watch::channel(false);
-        let mut loops = Loops::start(
-            built.dispatcher,
-            built.loops,
-            built.leaser,
-            built.sweeper,
-            built.flusher,
-            extra_loop,
-        );
+        let mut loops = Loops::start(built.dispatcher, built.loops, built.sweeper, built.flusher, extra_loop);
+        loops.endless.spawn(built.leaser.run());
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
         if let Some(claim) = &mut claim {
@@ -292,7 +286,6 @@ impl Loops {
     fn start(
         dispatcher: Dispatcher,
         loops: DispatchLoops,
-        leaser: Leaser,
         sweeper: Sweeper,
         flusher: Flusher,
         extra: Option<super::BackendLoop>,
@@ -304,7 +297,6 @@ impl Loops {
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
         endless.spawn(sweeper.run());
-        endless.spawn(leaser.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {
             dispatcher,

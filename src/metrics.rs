@@ -56,6 +56,14 @@ pub struct Metrics {
     pub audit_rows_refused: IntCounter,
     /// By `check`: 1 healthy, 0 not, as of the last look.
     pub code_deleted: IntCounter,
+    pub function_cache_hits: IntCounter,
+    pub function_cache_loads: IntCounter,
+    /// Looks at a known function that failed, so that it was used as known.
+    pub function_cache_stale: IntCounter,
+    /// Announcements of changed functions.
+    pub function_changes: IntCounter,
+    /// 1 while such announcements are heard.
+    pub function_changes_heard: IntGauge,
     pub health: IntGaugeVec,
     pub log_lines_dropped: IntGauge,
 }
@@ -99,6 +107,23 @@ impl Metrics {
                 "infra_audit_rows_refused_total",
                 "Rows the table refused for good",
             )?,
+            function_cache_hits: counter(
+                r,
+                "infra_function_cache_hits_total",
+                "Functions found in the cache",
+            )?,
+            function_cache_loads: counter(
+                r,
+                "infra_function_cache_loads_total",
+                "Functions read from the table",
+            )?,
+            function_cache_stale: counter(
+                r,
+                "infra_function_cache_stale_total",
+                "Failed reads of functions that were then used as known",
+            )?,
+            function_changes: counter(r, "infra_function_changes_total", "Changes of functions heard of")?,
+            function_changes_heard: gauge(r, "infra_function_changes_heard", "1 while changes are heard of")?,
             code_deleted: counter(r, "infra_code_deleted_total", "Code archives swept away")?,
             health: gauges(r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
             log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines dropped: nobody read them")?,

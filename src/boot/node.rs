@@ -11,7 +11,7 @@ use crate::backend::Backend;
 use crate::catalogue::Catalogue;
 use crate::config::Conf;
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
-use crate::functions::{Editor, Functions, Sweeper};
+use crate::functions::{self, ChangeLoop, Editor, Sweeper};
 use crate::gateway::{ApiKeys, Gateway, RateLimiter};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
@@ -119,7 +119,7 @@ impl Node {
                 return Exit::Internal;
             }
         };
-        match built.dispatcher.restore().await {
+        match built.background.dispatcher.restore().await {
             Ok(0) => {}
             Ok(jobs) => tracing::info!(jobs, "Unfinished Jobs Restored"),
             Err(e) => {
@@ -139,7 +139,7 @@ impl Node {
         };
 
         let (stop, stopped) = watch::channel(false);
-        let mut loops = Loops::start(built.dispatcher, built.loops, built.sweeper, built.flusher, extra_loop);
+        let mut loops = Loops::start(built.background, extra_loop);
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
         if let Some(claim) = &mut claim {
@@ -216,8 +216,14 @@ async fn connect(connect: Connect, signals: &mut Signals) -> Result<Connected, E
 /// Everything that is built before anything runs.
 struct Built {
     gateway: Gateway,
+    background: Background,
+}
+
+/// What runs beside the listener.
+struct Background {
     dispatcher: Dispatcher,
     loops: DispatchLoops,
+    changes: ChangeLoop,
     sweeper: Sweeper,
     flusher: Flusher,
 }
@@ -241,7 +247,7 @@ impl Built {
         );
         let tail = audit.tail();
         let (dispatcher, loops) = dispatch::new(node, conf, backend, audit, Arc::clone(&metrics));
-        let functions = Functions::new(&conf.cache, Arc::clone(&backend.functions));
+        let (functions, changes) = functions::new(&conf.cache, backend, &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let api = Api::new(api::Parts {
@@ -261,7 +267,8 @@ impl Built {
         let limiter = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
         let keys = ApiKeys::new(&settings.api_key);
         let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
-        Ok(Self { gateway, dispatcher, loops, sweeper, flusher })
+        let background = Background { dispatcher, loops, changes, sweeper, flusher };
+        Ok(Self { gateway, background })
     }
 }
 
@@ -279,19 +286,15 @@ struct Loops {
 }
 
 impl Loops {
-    fn start(
-        dispatcher: Dispatcher,
-        loops: DispatchLoops,
-        sweeper: Sweeper,
-        flusher: Flusher,
-        extra: Option<super::BackendLoop>,
-    ) -> Self {
+    fn start(background: Background, extra: Option<super::BackendLoop>) -> Self {
+        let Background { dispatcher, loops, changes, sweeper, flusher } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
+        endless.spawn(changes.run());
         endless.spawn(sweeper.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {

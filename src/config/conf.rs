@@ -154,6 +154,7 @@ pub struct BatchConf {
 pub struct CacheConf {
     pub functions_max: u64,
     pub function_ttl_ms: u64,
+    pub function_backstop_s: u64,
 }
 
 impl Conf {
@@ -219,6 +220,7 @@ impl Conf {
         at_least_one("batch.queue_jobs_max", self.batch.queue_jobs_max as u64);
         at_least_one("batch.send_deadline_ms", self.batch.send_deadline_ms);
         at_least_one("cache.functions_max", self.cache.functions_max);
+        at_least_one("cache.function_backstop_s", self.cache.function_backstop_s);
         for limit in &self.limits {
             at_least_one(&format!("limit {}: rate", limit.name), limit.rate.into());
             at_least_one(&format!("limit {}: burst", limit.name), limit.burst.into());

@@ -27,6 +27,8 @@ mod changes;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
+mod fleet;
+#[cfg(test)]
 mod functions;
 #[cfg(test)]
 mod harness;

@@ -13,7 +13,9 @@ use tokio::task::JoinHandle;
 /// What the proxy does with each operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
+    /// No proxy at all.
     PassAll,
+    PassAndCount,
     /// What the IAM role of the old controller allows, and nothing else.
     OldRole,
     /// `OldRole` without this operation.
@@ -128,7 +130,7 @@ impl Shared {
     fn denies(&self, operation: &str) -> bool {
         let old_role = OLD_ROLE.contains(&operation) || operation.starts_with("s3-object-");
         match self.policy {
-            Policy::PassAll | Policy::HoldSends => false,
+            Policy::PassAll | Policy::PassAndCount | Policy::HoldSends => false,
             Policy::OldRole => !old_role,
             Policy::Deny(denied) => !old_role || operation == denied,
         }

@@ -56,6 +56,11 @@ pub struct Metrics {
     pub audit_rows_refused: IntCounter,
     /// By `check`: 1 healthy, 0 not, as of the last look.
     pub code_deleted: IntCounter,
+    /// New settings that were put in force while the process runs, and those that could not be used.
+    pub conf_applied: IntCounter,
+    pub conf_refused: IntCounter,
+    /// Unix seconds.
+    pub conf_applied_at: IntGauge,
     pub function_cache_hits: IntCounter,
     pub function_cache_loads: IntCounter,
     /// Looks at a known function that failed, so that it was used as known.
@@ -75,6 +80,7 @@ impl Metrics {
         let r = &registry;
         let http_labels = &["method", "route", "status_code"];
         let http = ("http_request_duration_seconds", "Time to answer a request");
+        let reloads = counters(r, "infra_conf_reloads_total", "Settings read again", &["result"])?;
         let metrics = Self {
             functions: FunctionMetrics::new(r, function_labels_max)?,
             http: histogram_vec(r, http.0, http.1, HTTP_BUCKETS, http_labels)?,
@@ -106,6 +112,13 @@ impl Metrics {
                 r,
                 "infra_audit_rows_refused_total",
                 "Rows the table refused for good",
+            )?,
+            conf_applied: reloads.with_label_values(&["applied"]),
+            conf_refused: reloads.with_label_values(&["refused"]),
+            conf_applied_at: gauge(
+                r,
+                "infra_conf_applied_timestamp_seconds",
+                "When the settings in force were put in force",
             )?,
             function_cache_hits: counter(
                 r,

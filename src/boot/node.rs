@@ -3,13 +3,14 @@
 //! Pingora's own way to stop sleeps through a fixed grace period and then drops its tasks. Here the node drains
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
+use super::reload::{Reload, Targets};
 use super::signals::Signals;
 use super::{Connect, Connected, Exit, Plan, Settings, explain};
 use crate::api::{self, Api};
 use crate::audit::{self, Flusher, Ledger};
 use crate::backend::Backend;
 use crate::catalogue::Catalogue;
-use crate::config::Conf;
+use crate::config::{Conf, Live};
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
 use crate::functions::{self, ChangeLoop, Editor, Sweeper};
 use crate::gateway::{ApiKeys, Gateway, RateLimiter};
@@ -224,6 +225,7 @@ struct Background {
     dispatcher: Dispatcher,
     loops: DispatchLoops,
     changes: ChangeLoop,
+    reload: Reload,
     sweeper: Sweeper,
     flusher: Flusher,
 }
@@ -246,12 +248,17 @@ impl Built {
             Arc::clone(&metrics),
         );
         let tail = audit.tail();
-        let (dispatcher, loops) = dispatch::new(node, conf, backend, audit, Arc::clone(&metrics));
+        let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
+        let (dispatcher, loops) =
+            dispatch::new(node, &conf.memory, batch.clone(), backend, audit, Arc::clone(&metrics));
         let (functions, changes) = functions::new(&conf.cache, backend, &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
+        let targets = Targets { waits: waits.clone(), batch, functions: functions.clone() };
+        let loaded = (settings.texts.clone(), conf.clone());
+        let reload = Reload::new(settings.source.clone(), loaded, targets, Arc::clone(&metrics))?;
         let api = Api::new(api::Parts {
-            conf,
+            waits,
             backend,
             dispatcher: dispatcher.clone(),
             functions,
@@ -267,7 +274,7 @@ impl Built {
         let limiter = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
         let keys = ApiKeys::new(&settings.api_key);
         let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
-        let background = Background { dispatcher, loops, changes, sweeper, flusher };
+        let background = Background { dispatcher, loops, changes, reload, sweeper, flusher };
         Ok(Self { gateway, background })
     }
 }
@@ -287,7 +294,7 @@ struct Loops {
 
 impl Loops {
     fn start(background: Background, extra: Option<super::BackendLoop>) -> Self {
-        let Background { dispatcher, loops, changes, sweeper, flusher } = background;
+        let Background { dispatcher, loops, changes, reload, sweeper, flusher } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
@@ -295,6 +302,7 @@ impl Loops {
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
         endless.spawn(changes.run());
+        endless.spawn(reload.run());
         endless.spawn(sweeper.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {

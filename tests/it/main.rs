@@ -43,6 +43,8 @@ mod pages;
 #[cfg(test)]
 mod protocol;
 #[cfg(test)]
+mod reload;
+#[cfg(test)]
 mod results;
 #[cfg(test)]
 mod run;

@@ -35,6 +35,7 @@ use crate::config::{Live, Secret, WaitsConf};
 use crate::dispatch::Dispatcher;
 use crate::functions::{Editor, Functions};
 use crate::lifecycle::Lifecycle;
+use crate::limiter::{Counted, RateLimiter};
 use crate::metrics::Metrics;
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -54,6 +55,8 @@ pub struct Call {
     pub body: Bytes,
     /// The name of the API key, which stands for it; empty on routes that ask for none.
     pub key_name: Arc<str>,
+    /// What the rate limits have said so far.
+    pub counted: Counted,
 }
 
 /// A body that is read piece by piece; whoever gives it has bounded its length and its time.
@@ -185,6 +188,7 @@ pub struct Parts<'a> {
     pub editor: Editor,
     pub tail: Tail,
     pub catalogue: Catalogue,
+    pub limiter: RateLimiter,
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
     /// What jobs name as the place of their code.
@@ -221,6 +225,7 @@ impl Api {
             queue,
             dispatcher.clone(),
             parts.functions,
+            parts.limiter,
             lifecycle.clone(),
             parts.bucket,
         );

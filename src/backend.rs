@@ -293,6 +293,22 @@ pub struct Quota {
     pub burst: u32,
 }
 
+impl Quota {
+    /// What drains from a bucket in a microsecond and what a request costs, in the smallest whole numbers that stand
+    /// in the quota's proportion. A period counts in whole microseconds, and no quota is slower than one request
+    /// in it.
+    pub fn drain(&self) -> (u64, u64) {
+        let rate = u64::from(self.rate.max(1));
+        let period = u64::try_from(self.period.as_micros()).unwrap_or(u64::MAX).max(1);
+        let divisor = gcd(rate, period);
+        (rate / divisor, period / divisor)
+    }
+}
+
+fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
 /// What a limiter says of one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
@@ -303,11 +319,54 @@ pub struct Decision {
     pub retry_after: Duration,
 }
 
+/// A call about a lease: what its holder still has, what it gives back, and what it would like. In tokens; a token
+/// is one request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseCall {
+    pub bucket: String,
+    pub quota: Quota,
+    /// Never used by two processes, nor by one before and after it lost what it knew.
+    pub holder: u64,
+    /// Grows with each call of the holder for the bucket. 0: the call is for `need` alone, and nothing is leased.
+    pub seq: u64,
+    /// Tokens kept from the lease before.
+    pub held: u32,
+    /// Tokens given back.
+    pub back: u32,
+    /// Tokens to be spent at once; as many of them as there are.
+    pub need: u32,
+    /// Tokens to be leased on top of `held`, if there is plenty.
+    pub want: u32,
+    /// How long the lease lasts, from when the call takes effect.
+    pub ttl: Duration,
+}
+
+/// The answer to a [`LeaseCall`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// `false`: a later call of the holder came first, and this one changed nothing.
+    pub applied: bool,
+    /// Tokens leased in all, those still held included.
+    pub amount: u32,
+    /// Tokens of `need` that may be spent.
+    pub taken: u32,
+    /// Tokens the bucket has left.
+    pub left: u32,
+    /// Until the bucket has a token; zero if it has.
+    pub retry_after: Duration,
+    /// Holders with a live lease of the bucket, this one included.
+    pub nodes: u32,
+}
+
 /// The count behind the rate limits, shared by all nodes.
 #[async_trait]
 pub trait LimitStore: Send + Sync {
     /// Takes one request from each bucket, unless one of them is empty: then from none. One decision per bucket.
     async fn take(&self, buckets: &[(String, Quota)]) -> Result<Vec<Decision>, BackendError>;
+
+    /// Reports on a lease and renews it. The buckets of [`Self::take`] are others, also where they have the same name. A
+    /// call that fails may have taken effect.
+    async fn lease(&self, call: &LeaseCall) -> Result<Grant, BackendError>;
 }
 
 /// What is heard of changes to functions.
@@ -356,4 +415,22 @@ pub struct StartProblem {
     pub error: BackendError,
     /// What an operator can do about it, as an imperative sentence.
     pub mend: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotas_are_reduced() {
+        for (rate, period_s, reduced) in [
+            (3000, 60, (1, 20_000)),
+            (7, 1, (7, 1_000_000)),
+            (0, 1, (1, 1_000_000)),
+            (100_000, 86_400, (1, 864_000)),
+        ] {
+            let quota = Quota { rate, period: Duration::from_secs(period_s), burst: 1 };
+            assert_eq!(quota.drain(), reduced);
+        }
+    }
 }

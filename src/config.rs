@@ -10,7 +10,7 @@ mod live;
 mod place;
 
 pub use conf::{
-    BatchConf, CacheConf, Conf, ConfTexts, HttpConf, Identity, LimitConf, ListenConf, MemoryConf,
+    BatchConf, CacheConf, Conf, ConfTexts, HttpConf, Identity, LimitConf, LimitMode, ListenConf, MemoryConf,
     MetricsConf, OnRedisLoss, ShutdownConf, StartConf, WaitsConf,
 };
 pub use env::{AiNode, Env, Secret, api_key_problem};

@@ -5,15 +5,14 @@
 
 mod api_key;
 mod body;
-mod rate_limit;
 mod request_id;
 
 pub use api_key::ApiKeys;
-pub use rate_limit::RateLimiter;
 
 use crate::api::{Api, ApiError, Call, CallHeaders, Found, Reply, Route, Takes, find};
 use crate::config::HttpConf;
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
+use crate::limiter::{Counted, RateLimiter};
 use crate::metrics::Metrics;
 use async_trait::async_trait;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
@@ -21,7 +20,6 @@ use http::{Method, StatusCode, Version};
 use pingora::http::ResponseHeader;
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{HttpPeer, ProxyHttp, Session};
-use rate_limit::LimitHeaders;
 use request_id::RequestId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -68,13 +66,18 @@ impl Gateway {
         Self { api, keys, limiter, lifecycle, metrics, http }
     }
 
-    /// The filters in order, then the handler. `None`: the client has left.
-    async fn answer(&self, session: &mut Session, ctx: &mut Ctx) -> Option<Result<Reply, ApiError>> {
-        let mut limits = LimitHeaders::default();
-        let (route, call) = match self.admit(session, ctx, &mut limits).await {
+    /// The filters in order, then the handler. With the answer, what the limits said. `None`: the client has left.
+    async fn answer(
+        &self,
+        session: &mut Session,
+        ctx: &mut Ctx,
+    ) -> Option<(Result<Reply, ApiError>, Counted)> {
+        let mut counted = Counted::default();
+        let (route, mut call) = match self.admit(session, ctx, &mut counted).await {
             Ok(admitted) => admitted,
-            Err(e) => return Some(Err(e)),
+            Err(e) => return Some((Err(e), counted)),
         };
+        call.counted = counted;
         let reply = match route.takes {
             Takes::Stream => self.call_streaming(session, route, &call).await,
             Takes::Nothing if !self.discard_body(session).await => {
@@ -88,10 +91,7 @@ impl Gateway {
                 _ = session.downstream_session.read_body_or_idle(true) => return None,
             },
         };
-        Some(reply.map(|mut reply| {
-            reply.headers.extend(limits.into_fields());
-            reply
-        }))
+        Some((reply, call.counted))
     }
 
     async fn discard_body(&self, session: &mut Session) -> bool {
@@ -114,7 +114,7 @@ impl Gateway {
         &self,
         session: &mut Session,
         ctx: &mut Ctx,
-        limits: &mut LimitHeaders,
+        counted: &mut Counted,
     ) -> Result<(&'static Route, Call), ApiError> {
         let header = session.req_header();
         let (route, params) = match find(&header.method, header.uri.path()) {
@@ -132,7 +132,7 @@ impl Gateway {
             let key = self.keys.check(header.headers.get(X_API_KEY))?;
             key_name = Arc::clone(&key.key_name);
             let client = session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
-            *limits = self.limiter.check(route.pattern, &key, client).await?;
+            self.limiter.check(route.pattern, &key_name, client, counted).await?;
         }
         let header = session.req_header();
         let mut call = Call {
@@ -141,6 +141,7 @@ impl Gateway {
             headers: CallHeaders::of(&header.headers),
             body: bytes::Bytes::new(),
             key_name,
+            counted: Counted::default(),
         };
         if route.takes == Takes::Whole {
             let timeout = Duration::from_secs(self.http.body_timeout_s);
@@ -207,7 +208,7 @@ impl ProxyHttp for Gateway {
         session.set_close_on_response_before_downstream_finish(false);
         session.set_total_drain_timeout(Some(Duration::from_millis(self.http.drain_body_timeout_ms)));
         let id = RequestId::of(session.req_header().headers.get(X_REQUEST_ID));
-        let Some(answer) = self.answer(session, ctx).await else {
+        let Some((answer, counted)) = self.answer(session, ctx).await else {
             session.set_keepalive(None);
             return Ok(true);
         };
@@ -215,7 +216,7 @@ impl ProxyHttp for Gateway {
         if ctx.is_last {
             session.set_keepalive(None);
         }
-        let reply = answer.unwrap_or_else(|error| {
+        let mut reply = answer.unwrap_or_else(|error| {
             self.metrics.refused.with_label_values(&[error.code()]).inc();
             if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
                 // What follows on this connection cannot be told from the rest of the body.
@@ -223,6 +224,7 @@ impl ProxyHttp for Gateway {
             }
             error.into_reply(id.as_str())
         });
+        counted.add_fields(&mut reply.headers);
         ctx.status = reply.status.as_u16();
         debug_assert!(
             ctx.found.is_none_or(|route| route.statuses().any(|status| status == ctx.status)),

@@ -6,6 +6,7 @@
 //! * [`boot`] — wires everything, the only place that chooses a backend
 //! * [`gateway`] — the Pingora side: the filters around the API
 //! * [`api`] — the route table, the handlers, and errors as clients see them
+//! * [`limiter`] — rate limits, counted by all nodes together
 //! * [`functions`] — functions: cached, changed, their old code swept
 //! * [`catalogue`] — the models of an AI node
 //! * [`dispatch`] — submit, wait, settle: the way of a job
@@ -28,6 +29,7 @@ pub mod functions;
 pub mod gateway;
 mod https;
 pub mod lifecycle;
+pub mod limiter;
 pub mod log;
 pub mod metrics;
 pub mod model;

@@ -44,8 +44,10 @@ pub struct Metrics {
     pub results: IntCounterVec,
     /// Jobs whose result was found by a look-up, not by publication.
     pub results_looked_up: IntCounter,
-    /// By `decision`: `allowed`, `limited`, and by `source`: `shared`, `local`, `closed`.
+    /// By `decision`: `allowed`, `limited`, and by `source`: `lease`, `refusal_memory`, `exact`, `local`, `closed`.
     pub limiter: IntCounterVec,
+    /// Calls to the shared count, by `mode`: `lease`, `exact`.
+    pub limiter_calls: IntCounterVec,
     /// By `code`: that of the problem.
     pub refused: IntCounterVec,
     pub audit_waiting_rows: IntGauge,
@@ -99,6 +101,12 @@ impl Metrics {
                 "infra_limiter_decisions_total",
                 "Rate limit decisions",
                 &["decision", "source"],
+            )?,
+            limiter_calls: counters(
+                r,
+                "infra_limiter_calls_total",
+                "Calls to the count that all nodes share",
+                &["mode"],
             )?,
             refused: counters(r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
             audit_waiting_rows: gauge(r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,

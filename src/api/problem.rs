@@ -6,9 +6,10 @@ use super::Reply;
 use crate::backend::BackendError;
 use crate::dispatch::SubmitError;
 use crate::functions::EditError;
+use crate::limiter::Refusal;
 use bytes::Bytes;
 use http::StatusCode;
-use http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
+use http::header::{ALLOW, HeaderValue, RETRY_AFTER};
 use serde_json::json;
 
 /// Room for what a request's body has beside the queue message made of it, in bytes.
@@ -27,10 +28,9 @@ pub enum ApiError {
         allow: String,
     },
     Unauthorized,
-    /// `headers` are those of the limit; `retry_after_s` is at least 1.
+    /// At least 1.
     RateLimited {
         retry_after_s: u64,
-        headers: Vec<(HeaderName, HeaderValue)>,
     },
     /// The limiter cannot count, and is configured to refuse then.
     LimiterAway,
@@ -198,8 +198,7 @@ impl ApiError {
             body: Bytes::from(body.to_string()),
         };
         match self {
-            Self::RateLimited { retry_after_s, headers } => {
-                reply.headers = headers;
+            Self::RateLimited { retry_after_s } => {
                 reply.headers.push((RETRY_AFTER, retry_after_s.into()));
             }
             Self::MethodNotAllowed { allow } => {
@@ -221,6 +220,15 @@ impl ApiError {
         match result {
             Err(Self::Invalid(detail)) => detail,
             other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl From<Refusal> for ApiError {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Limited { retry_after_s } => Self::RateLimited { retry_after_s },
+            Refusal::Away => Self::LimiterAway,
         }
     }
 }
@@ -249,7 +257,7 @@ impl ApiError {
         Some(match self {
             Self::NoSuchRoute => Self::MethodNotAllowed { allow: text() },
             Self::MethodNotAllowed { .. } => Self::Unauthorized,
-            Self::Unauthorized => Self::RateLimited { retry_after_s: 1, headers: Vec::new() },
+            Self::Unauthorized => Self::RateLimited { retry_after_s: 1 },
             Self::RateLimited { .. } => Self::LimiterAway,
             Self::LimiterAway => Self::BodyTooLarge { bytes_max: 1 },
             Self::BodyTooLarge { .. } => Self::BodyTimeout,
@@ -297,7 +305,7 @@ mod tests {
 
     #[test]
     fn what_may_pass_says_when_to_try_again() {
-        let limited = ApiError::RateLimited { retry_after_s: 7, headers: Vec::new() }.into_reply("");
+        let limited = ApiError::RateLimited { retry_after_s: 7 }.into_reply("");
         assert_eq!(limited.headers, [(RETRY_AFTER, HeaderValue::from(7))]);
         for error in [ApiError::BackendAway, ApiError::NotReady, ApiError::Submit(SubmitError::Overloaded)] {
             assert_eq!(error.into_reply("").headers, [(RETRY_AFTER, HeaderValue::from(1))]);

@@ -7,6 +7,7 @@ use crate::config::{Live, WaitsConf};
 use crate::dispatch::{Dispatcher, SubmitError, Submitted};
 use crate::functions::Functions;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::limiter::RateLimiter;
 use crate::model::{Function, Job, JobDraft, JobId, Outcome, RunRequest};
 use http::StatusCode;
 use http::header::{HeaderName, HeaderValue, LOCATION};
@@ -18,6 +19,7 @@ const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-appli
 pub struct Run {
     dispatcher: Dispatcher,
     functions: Functions,
+    limiter: RateLimiter,
     lifecycle: Lifecycle,
     bucket: String,
     message_bytes_max: usize,
@@ -32,12 +34,14 @@ impl Run {
         queue: QueueTraits,
         dispatcher: Dispatcher,
         functions: Functions,
+        limiter: RateLimiter,
         lifecycle: Lifecycle,
         bucket: String,
     ) -> Self {
         Self {
             dispatcher,
             functions,
+            limiter,
             lifecycle,
             bucket,
             message_bytes_max: queue.message_bytes_max,
@@ -54,6 +58,8 @@ impl Run {
         let function = self.functions.get(&request.function).await;
         let function = function.map_err(|e| ApiError::backend("the function table", &e))?;
         let function = function.ok_or(ApiError::NoSuchFunction)?;
+        // Only functions that exist are counted: names made up by a client take no room.
+        self.limiter.check_function(&function.id, &call.counted).await?;
         let job = self.job(&function, &request, call)?;
 
         let prefer = Prefer::of(&call.headers.prefer);

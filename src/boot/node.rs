@@ -13,8 +13,9 @@ use crate::catalogue::Catalogue;
 use crate::config::{Conf, Live};
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
 use crate::functions::{self, ChangeLoop, Editor, Sweeper};
-use crate::gateway::{ApiKeys, Gateway, RateLimiter};
+use crate::gateway::{ApiKeys, Gateway};
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::limiter::{Leaser, RateLimiter};
 use crate::metrics::Metrics;
 use async_trait::async_trait;
 use pingora::listeners::ListenerConfig;
@@ -226,6 +227,7 @@ struct Background {
     loops: DispatchLoops,
     changes: ChangeLoop,
     reload: Reload,
+    leaser: Leaser,
     sweeper: Sweeper,
     flusher: Flusher,
 }
@@ -254,7 +256,9 @@ impl Built {
         let (functions, changes) = functions::new(&conf.cache, backend, &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
-        let targets = Targets { waits: waits.clone(), batch, functions: functions.clone() };
+        let (limiter, leaser) = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
+        let targets =
+            Targets { waits: waits.clone(), batch, functions: functions.clone(), limiter: limiter.clone() };
         let loaded = (settings.texts.clone(), conf.clone());
         let reload = Reload::new(settings.source.clone(), loaded, targets, Arc::clone(&metrics))?;
         let api = Api::new(api::Parts {
@@ -265,16 +269,16 @@ impl Built {
             editor,
             tail,
             catalogue: Catalogue::new(settings.ai_node.as_ref())?,
+            limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             bucket,
             spool_dir,
             api_key: &settings.api_key,
         });
-        let limiter = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
         let keys = ApiKeys::new(&settings.api_key);
         let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
-        let background = Background { dispatcher, loops, changes, reload, sweeper, flusher };
+        let background = Background { dispatcher, loops, changes, reload, leaser, sweeper, flusher };
         Ok(Self { gateway, background })
     }
 }
@@ -294,7 +298,7 @@ struct Loops {
 
 impl Loops {
     fn start(background: Background, extra: Option<super::BackendLoop>) -> Self {
-        let Background { dispatcher, loops, changes, reload, sweeper, flusher } = background;
+        let Background { dispatcher, loops, changes, reload, leaser, sweeper, flusher } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
@@ -304,6 +308,7 @@ impl Loops {
         endless.spawn(changes.run());
         endless.spawn(reload.run());
         endless.spawn(sweeper.run());
+        endless.spawn(leaser.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {
             dispatcher,

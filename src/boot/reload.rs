@@ -11,6 +11,7 @@
 use crate::api;
 use crate::config::{BatchConf, Conf, ConfTexts, ConfigError, Identity, Live, WaitsConf};
 use crate::functions::Functions;
+use crate::limiter::RateLimiter;
 use crate::metrics::Metrics;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -65,6 +66,7 @@ pub struct Targets {
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
     pub functions: Functions,
+    pub limiter: RateLimiter,
 }
 
 impl Targets {
@@ -72,6 +74,7 @@ impl Targets {
         self.waits.set(conf.waits.clone());
         self.batch.set(conf.batch.clone());
         self.functions.set_conf(&conf.cache);
+        self.limiter.set_conf(&conf.limits);
     }
 }
 

@@ -15,6 +15,9 @@ use toml::Table;
 const SERVER_SHIPPED: &str = include_str!("../../conf/server.toml");
 const LIMITS_SHIPPED: &str = include_str!("../../conf/limits.toml");
 
+/// A full bucket, in the smallest steps that are counted: Lua's numbers are exact up to four times that.
+const LIMIT_STEPS_MAX: u128 = 1 << 51;
+
 /// All of `conf/`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Conf {
@@ -102,6 +105,8 @@ pub struct MetricsConf {
 pub struct LimitConf {
     pub name: String,
     pub identity: Identity,
+    #[serde(default)]
+    pub mode: LimitMode,
     pub routes: Vec<String>,
     pub rate: u32,
     pub period_s: u64,
@@ -121,6 +126,21 @@ impl LimitConf {
 pub enum Identity {
     Key,
     Ip,
+    /// The function that is run.
+    Function,
+    /// All requests together.
+    Global,
+}
+
+/// How nodes count together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LimitMode {
+    /// Each node takes requests in advance.
+    #[default]
+    Leased,
+    /// Redis is asked on every request.
+    Exact,
 }
 
 /// What a limit does while Redis is away.
@@ -317,12 +337,14 @@ impl Conf {
                     .iter()
                     .filter_map(|(name, value)| at_least_one(&format!("limit[{n}].{name}"), *value)),
             );
-            // The name goes into a header field and a Redis key.
-            let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
-            if limit.name.is_empty() || limit.name.len() > 64 || !limit.name.bytes().all(plain) {
-                let problem = format!("{:?} must be 1 to 64 of [A-Za-z0-9._-]", limit.name);
-                problems.push((format!("limit[{n}].name"), problem));
-            }
+            let is_named_before = self.limits.iter().take(n).any(|other| other.name == limit.name);
+            let not_unique = is_named_before.then_some(("name", "stands for another limit already"));
+            problems.extend(
+                not_unique
+                    .into_iter()
+                    .chain(limit.problems())
+                    .map(|(name, problem)| (format!("limit[{n}].{name}"), problem.to_owned())),
+            );
         }
         problems
     }
@@ -330,6 +352,29 @@ impl Conf {
 
 fn at_least_one(path: &str, value: u64) -> Option<(String, String)> {
     (value == 0).then(|| (path.to_owned(), "must be at least 1".to_owned()))
+}
+
+impl LimitConf {
+    /// (key, problem) of each.
+    fn problems(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        // The name goes into a header field and a Redis key.
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        let is_named = !self.name.is_empty() && self.name.len() <= 64 && self.name.bytes().all(plain);
+        // Redis counts in steps; see limits.lua.
+        let steps = u128::from(self.quota().drain().1) * u128::from(self.burst);
+        let is_by_function = self.identity == Identity::Function;
+        [
+            (!is_named, "name", "must be 1 to 64 of [A-Za-z0-9._-]"),
+            (steps > LIMIT_STEPS_MAX, "burst", "is too large together with period_s"),
+            (
+                is_by_function && self.routes.iter().any(|route| route != "/run"),
+                "routes",
+                "may be \"/run\" alone where the identity is \"function\"",
+            ),
+        ]
+        .into_iter()
+        .filter_map(|(is_wrong, key, problem)| is_wrong.then_some((key, problem)))
+    }
 }
 
 fn collect<T>(problems: &mut Vec<String>, read: Result<T, String>) -> Option<T> {
@@ -393,6 +438,21 @@ mod tests {
 
     const LIMIT: &str = "[[limit]]\nname = \"a\"\nidentity = \"key\"\nroutes = [\"/run\"]\nrate = 1\nperiod_s = 1\nburst = 1\non_redis_loss = \"local\"\n";
 
+    fn limit(name: &str, identity: &str, route: &str, burst: u32) -> String {
+        format!(
+            "[[limit]]\nname = {name:?}\nidentity = {identity:?}\nroutes = [{route:?}]\nrate = 1\nperiod_s = 86400\n\
+             burst = {burst}\non_redis_loss = \"local\"\n"
+        )
+    }
+
+    #[test]
+    fn limits_are_leased_unless_they_say_exact() {
+        let exact = limit("b", "function", "/run", 1) + "mode = \"exact\"\n";
+        let conf = load("", &(limit("a", "global", "/upload", 1) + &exact)).unwrap();
+        let read: Vec<_> = conf.limits.iter().map(|limit| (limit.identity, limit.mode)).collect();
+        assert_eq!(read, [(Identity::Global, LimitMode::Leased), (Identity::Function, LimitMode::Exact)]);
+    }
+
     #[test]
     fn what_is_wrong_is_named_with_its_line() {
         let in_second = |from: &str, to: &str| format!("{LIMIT}{}", LIMIT.replace(from, to));
@@ -415,8 +475,20 @@ mod tests {
             ),
             ("", in_second("rate = 1", "rate = 0"), "limits.toml:13: limit[1].rate must be at least 1"),
             ("", in_second("rate = 1\n", ""), "limits.toml:9: limit[1] missing field `rate`"),
-            ("", in_second("\"a\"", "\"a b\""), "limits.toml:10: limit[1].name \"a b\" must be"),
+            ("", in_second("\"a\"", "\"a b\""), "limits.toml:10: limit[1].name must be"),
             ("", in_second("\"key\"", "\"user\""), "limits.toml:11: limit[1].identity unknown variant"),
+            ("", limit("a b", "ip", "/run", 1), "limits.toml:2: limit[0].name must be 1 to 64"),
+            (
+                "",
+                limit("a", "function", "/upload", 1),
+                "limits.toml:4: limit[0].routes may be \"/run\" alone",
+            ),
+            ("", limit("a", "ip", "/run", u32::MAX), "limits.toml:7: limit[0].burst is too large"),
+            (
+                "",
+                [limit("a", "ip", "/run", 1), limit("a", "key", "/run", 1)].concat(),
+                "limits.toml:10: limit[1].name stands for another limit",
+            ),
         ] {
             let error = load(server, &limits).expect_err(told).to_string();
             assert!(error.starts_with(told), "{error:?} is not {told:?}");

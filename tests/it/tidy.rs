@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Who may name whom. An arrow that is not here is a new one: think before you add it. The layers, from the top:
 /// main → boot → gateway → api → dispatch, functions → audit → backend → model; beside them what many use.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("lib", &[]),
     ("main", &["boot", "config", "log"]),
     (
@@ -13,6 +13,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
         &[
             "gateway",
             "api",
+            "limiter",
             "dispatch",
             "functions",
             "catalogue",
@@ -24,10 +25,11 @@ const ARROWS: [(&str, &[&str]); 16] = [
             "model",
         ],
     ),
-    ("gateway", &["api", "lifecycle", "config", "metrics", "backend"]),
+    ("gateway", &["api", "limiter", "lifecycle", "config", "metrics"]),
     (
         "api",
         &[
+            "limiter",
             "dispatch",
             "functions",
             "catalogue",
@@ -40,6 +42,7 @@ const ARROWS: [(&str, &[&str]); 16] = [
             "model",
         ],
     ),
+    ("limiter", &["config", "metrics", "backend", "model"]),
     ("dispatch", &["audit", "config", "metrics", "backend", "model"]),
     ("functions", &["config", "metrics", "backend", "model"]),
     ("catalogue", &["config", "https"]),

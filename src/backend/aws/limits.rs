@@ -1,11 +1,13 @@
-//! Rate limits counted in Redis: GCRA, one script call a request for all its buckets.
+//! Rate limits counted in Redis: GCRA, exact or leased.
 //!
-//! One call for several keys means that the buckets of a request must share a slot in a Redis Cluster, which this
+//! Exact, it is one script call a request for all its buckets. One call for several keys means that the buckets of a request must share a slot in a Redis Cluster, which this
 //! design does not draw; a call for each bucket would need a second one to give back what the others refuse.
 //! A call that runs twice, because the connection broke, takes twice: too strict by one, never too lax.
+//!
+//! Leased, it is one script call now and then for one bucket, and one that runs twice counts once; see `leases.lua`.
 
 use super::redis::Commands;
-use crate::backend::{BackendError, Decision, LimitStore, Quota};
+use crate::backend::{BackendError, Decision, Grant, LeaseCall, LimitStore, Quota};
 use async_trait::async_trait;
 use redis::Script;
 use std::sync::Arc;
@@ -13,12 +15,14 @@ use std::time::Duration;
 
 pub(super) struct RedisLimits {
     commands: Arc<Commands>,
-    script: Script,
+    take: Script,
+    lease: Script,
 }
 
 impl RedisLimits {
     pub(super) fn new(commands: Arc<Commands>) -> Self {
-        Self { commands, script: Script::new(include_str!("limits.lua")) }
+        let take = Script::new(include_str!("limits.lua"));
+        Self { commands, take, lease: Script::new(include_str!("leases.lua")) }
     }
 }
 
@@ -28,9 +32,9 @@ impl LimitStore for RedisLimits {
         if buckets.is_empty() {
             return Ok(Vec::new());
         }
-        let mut call = self.script.prepare_invoke();
+        let mut call = self.take.prepare_invoke();
         for (name, quota) in buckets {
-            let (rate, cost) = drain(quota);
+            let (rate, cost) = quota.drain();
             call.key(format!("limit:{{{name}}}")).arg(rate).arg(cost).arg(quota.burst.max(1));
         }
         let call = &call;
@@ -41,19 +45,32 @@ impl LimitStore for RedisLimits {
         }
         Ok(answer.chunks_exact(3).map(decision).collect())
     }
+
+    async fn lease(&self, call: &LeaseCall) -> Result<Grant, BackendError> {
+        let (rate, cost) = call.quota.drain();
+        let mut script = self.lease.prepare_invoke();
+        // The hash tag is the name as a whole; what follows keeps the two kinds of buckets apart.
+        script.key(format!("limit:{{{}}}:lease", call.bucket)).arg(format!("{:016x}", call.holder));
+        script.arg(call.seq).arg(call.held).arg(call.back).arg(call.need).arg(call.want);
+        script.arg(rate).arg(cost).arg(call.quota.burst.max(1)).arg(micros(call.ttl));
+        let script = &script;
+        let answer: [i64; 6] =
+            self.commands.run(async |mut connection| script.invoke_async(&mut connection).await).await?;
+        let number = |i: usize| answer.get(i).and_then(|n| u64::try_from(*n).ok()).unwrap_or(0);
+        let tokens = |i: usize| u32::try_from(number(i)).unwrap_or(u32::MAX);
+        Ok(Grant {
+            applied: number(0) == 1,
+            amount: tokens(1),
+            taken: tokens(2),
+            left: tokens(3),
+            retry_after: Duration::from_micros(number(4)),
+            nodes: tokens(5),
+        })
+    }
 }
 
-/// What drains in a microsecond and what a request costs, in the smallest whole numbers that stand in the
-/// quota's proportion. A period counts in whole microseconds, and no quota is slower than one request in it.
-fn drain(quota: &Quota) -> (u64, u64) {
-    let rate = u64::from(quota.rate.max(1));
-    let period = u64::try_from(quota.period.as_micros()).unwrap_or(u64::MAX).max(1);
-    let divisor = gcd(rate, period);
-    (rate / divisor, period / divisor)
-}
-
-fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn decision(answer: &[i64]) -> Decision {
@@ -68,19 +85,6 @@ fn decision(answer: &[i64]) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn quotas_are_reduced() {
-        for (rate, period_s, reduced) in [
-            (3000, 60, (1, 20_000)),
-            (7, 1, (7, 1_000_000)),
-            (0, 1, (1, 1_000_000)),
-            (100_000, 86_400, (1, 864_000)),
-        ] {
-            let quota = Quota { rate, period: Duration::from_secs(period_s), burst: 1 };
-            assert_eq!(drain(&quota), reduced);
-        }
-    }
 
     #[test]
     fn answers_become_decisions() {

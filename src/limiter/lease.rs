@@ -1,0 +1,347 @@
+//! One identity's lease on one node: a state machine without clock, lock or connection.
+//!
+//! The shared bucket debits tokens when it leases them; until they expire they are this node's to spend. So a request
+//! that finds a token asks nobody. What the node may believe is kept on the safe side:
+//!
+//! * A lease ends 1 % before it ends in the shared store, counted from before the call was sent.
+//! * What a call gives back is set aside before it is sent; if the call fails it is lost to us, never doubled.
+//! * One call is under way at a time. Its answer grants an amount in all; what was spent meanwhile is taken off.
+//!
+//! Time is microseconds of any clock that never steps back.
+
+use crate::backend::{Grant, Quota};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+pub(super) type Micros = u64;
+
+/// How long the shared store keeps a lease.
+pub(super) const TTL: Micros = 1_000_000;
+/// How long the node spends it: clocks may run apart by 1 %.
+const LIFE: Micros = TTL / 100 * 99;
+/// Leases are taken for the demand of so long.
+const AHEAD: Micros = 200_000;
+/// A lease that was not renewed for so long is given back, unless it is still wanted.
+pub(super) const IDLE: Micros = 600_000;
+/// After a renewal that gave less than half of what was wanted the next one waits so long.
+const RENEWAL_PAUSE: Micros = 50_000;
+/// A refusal is remembered a little longer than told, so that tokens gather and nodes do not ask for each one: at
+/// least and at most so long.
+const REFUSAL_PAUSE_MIN: Micros = 5_000;
+const REFUSAL_PAUSE_MAX: Micros = 50_000;
+/// Requests that wait for the answer of one call.
+pub(super) const WAITERS_MAX: usize = 1024;
+
+/// What a request is told at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Spend {
+    /// `call`: the lease runs low, and [`Lease::begin`] is due. `seq` is for [`Lease::refund`].
+    Allowed { remaining: u32, seq: u64, call: bool },
+    /// Known from an earlier answer.
+    Refused { retry: Micros },
+    /// There is nothing to spend: wait for a call, or do without.
+    Empty,
+}
+
+/// What a request that waited is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Allowed {
+        remaining: u32,
+    },
+    Refused {
+        retry: Micros,
+    },
+    /// The shared store did not answer.
+    Away,
+}
+
+/// The numbers of a call, in tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Ask {
+    pub seq: u64,
+    pub held: u32,
+    pub back: u32,
+    pub need: u32,
+    pub want: u32,
+}
+
+/// What follows from an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Requests still wait: [`Lease::begin`] is due.
+    Call,
+    /// Tokens are left; see to them after [`IDLE`].
+    Watch,
+    Rest,
+}
+
+/// How a limit's refusals are paced.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    token: Micros,
+    /// Half the time in which an empty bucket fills but for one token: tokens that gather longer overflow.
+    headroom: Micros,
+}
+
+impl Pace {
+    pub fn of(quota: &Quota) -> Self {
+        let micros = |d: Duration| Micros::try_from(d.as_micros()).unwrap_or(Micros::MAX);
+        let token = micros(quota.period / quota.rate.max(1));
+        Self { token, headroom: token.saturating_mul(u64::from(quota.burst.saturating_sub(1))) / 2 }
+    }
+
+    fn pause(&self, nodes: u32) -> Micros {
+        let turn = self.token.saturating_mul(u64::from(nodes.saturating_sub(1)));
+        turn.clamp(REFUSAL_PAUSE_MIN, REFUSAL_PAUSE_MAX).min(self.headroom)
+    }
+}
+
+/// `W` waits for an answer.
+#[derive(Debug)]
+pub(super) struct Lease<W> {
+    tokens: u32,
+    expires: Micros,
+    /// Tokens after the last answer.
+    size: u32,
+    /// What the shared bucket had left then.
+    left: u32,
+    /// No call is made for a refused request before `silent_until`; it is told to come back at `retry_at`.
+    silent_until: Micros,
+    retry_at: Micros,
+    renew_from: Micros,
+    demand: Demand,
+    /// Of the last call.
+    seq: u64,
+    call: Call,
+    waiters: VecDeque<W>,
+}
+
+#[derive(Debug)]
+enum Call {
+    None,
+    /// Due.
+    Due,
+    Sent(Sent),
+}
+
+#[derive(Debug)]
+struct Sent {
+    at: Micros,
+    /// Tokens spent since.
+    spent: u32,
+    /// Tokens wished for in all.
+    wished: u32,
+}
+
+impl<W> Default for Lease<W> {
+    fn default() -> Self {
+        Self {
+            tokens: 0,
+            expires: 0,
+            size: 0,
+            left: 0,
+            silent_until: 0,
+            retry_at: 0,
+            renew_from: 0,
+            demand: Demand::default(),
+            seq: 0,
+            call: Call::None,
+            waiters: VecDeque::new(),
+        }
+    }
+}
+
+impl<W> Lease<W> {
+    /// One request.
+    pub fn spend(&mut self, now: Micros) -> Spend {
+        self.demand.count(now);
+        if self.tokens > 0 && now < self.expires {
+            self.tokens -= 1;
+            if let Call::Sent(sent) = &mut self.call {
+                sent.spent += 1;
+            }
+            let call = self.is_low(now);
+            if call {
+                self.call = Call::Due;
+            }
+            return Spend::Allowed { remaining: self.remaining(), seq: self.seq, call };
+        }
+        if now < self.silent_until {
+            return Spend::Refused { retry: self.retry_at.saturating_sub(now) };
+        }
+        Spend::Empty
+    }
+
+    fn is_low(&self, now: Micros) -> bool {
+        matches!(self.call, Call::None)
+            && now >= self.renew_from
+            && (self.tokens <= self.size / 4 || now + AHEAD >= self.expires)
+            && self.demand.ahead() > 0
+    }
+
+    /// A spent token comes back, if it is still ours: after the next call the shared store takes it as spent.
+    pub fn refund(&mut self, seq: u64, now: Micros) {
+        if self.seq == seq && now < self.expires {
+            self.tokens += 1;
+            if let Call::Sent(sent) = &mut self.call {
+                sent.spent = sent.spent.saturating_sub(1);
+            }
+        }
+    }
+
+    /// A request that found nothing waits. `Ok(true)`: [`Self::begin`] is due; `Err`: too many wait already.
+    pub fn wait(&mut self, waiter: W) -> Result<bool, W> {
+        if self.waiters.len() >= WAITERS_MAX {
+            return Err(waiter);
+        }
+        self.waiters.push_back(waiter);
+        Ok(self.probe())
+    }
+
+    /// Has a call made for nobody. `false`: one is under way.
+    pub fn probe(&mut self) -> bool {
+        let idle = matches!(self.call, Call::None);
+        if idle {
+            self.call = Call::Due;
+        }
+        idle
+    }
+
+    /// Whether the lease, not renewed since call `seq`, should be given back: then [`Self::begin`] is due.
+    pub fn is_idle_since(&mut self, seq: u64) -> bool {
+        self.seq == seq && self.tokens > 0 && self.probe()
+    }
+
+    /// The call that is due, to be sent now as number `seq`. `None`: nothing is due, or there is nothing to ask.
+    pub fn begin(&mut self, now: Micros, seq: u64) -> Option<Ask> {
+        if !matches!(self.call, Call::Due) {
+            return None;
+        }
+        self.demand.roll(now);
+        let wished = self.demand.ahead();
+        let held = if now < self.expires { self.tokens.min(wished) } else { 0 };
+        let need = u32::try_from(self.waiters.len()).unwrap_or(u32::MAX);
+        let ask = Ask { seq, held, back: self.tokens - held, need, want: wished - held };
+        if ask.back == 0 && ask.need == 0 && ask.want == 0 && !self.is_unknown() {
+            self.call = Call::None;
+            return None;
+        }
+        self.seq = seq;
+        self.tokens = held;
+        self.call = Call::Sent(Sent { at: now, spent: 0, wished });
+        Some(ask)
+    }
+
+    /// Nothing was ever heard of the bucket.
+    fn is_unknown(&self) -> bool {
+        self.seq == 0
+    }
+
+    /// The answer to the call that was sent; `None`: there is none, and whether the call took effect is not known.
+    /// `tell` says whether the one who waited is still there.
+    pub fn settle(
+        &mut self,
+        now: Micros,
+        grant: Option<&Grant>,
+        pace: &Pace,
+        mut tell: impl FnMut(W, Verdict) -> bool,
+    ) -> Next {
+        let sent = match std::mem::replace(&mut self.call, Call::None) {
+            Call::Sent(sent) => Some(sent),
+            Call::None | Call::Due => None,
+        };
+        let (Some(sent), Some(grant)) = (sent, grant.filter(|grant| grant.applied)) else {
+            for waiter in self.waiters.drain(..) {
+                tell(waiter, Verdict::Away);
+            }
+            return self.next();
+        };
+        self.tokens = grant.amount.saturating_sub(sent.spent);
+        self.size = self.tokens;
+        self.expires = sent.at + LIFE;
+        self.left = grant.left;
+        self.renew_from = if self.tokens < sent.wished / 2 { now + RENEWAL_PAUSE } else { now };
+        let retry = Micros::try_from(grant.retry_after.as_micros()).unwrap_or(Micros::MAX);
+        let mut taken = grant.taken;
+        while let Some(waiter) = self.waiters.pop_front() {
+            let remaining = self.remaining();
+            if taken > 0 {
+                // Where a client has left, the next one gets its token.
+                taken -= u32::from(tell(waiter, Verdict::Allowed { remaining }));
+            } else if self.tokens > 0 && now < self.expires {
+                let remaining = remaining - 1;
+                self.tokens -= u32::from(tell(waiter, Verdict::Allowed { remaining }));
+            } else if grant.left == 0 {
+                tell(waiter, Verdict::Refused { retry });
+            } else {
+                self.waiters.push_front(waiter);
+                self.call = Call::Due;
+                return Next::Call;
+            }
+        }
+        if self.tokens == 0 && grant.left == 0 {
+            self.retry_at = now.saturating_add(retry);
+            self.silent_until = self.retry_at.saturating_add(pace.pause(grant.nodes));
+        }
+        self.next()
+    }
+
+    fn next(&self) -> Next {
+        if self.tokens > 0 { Next::Watch } else { Next::Rest }
+    }
+
+    /// Of the last call.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// Requests that would be let through at once, as far as is known.
+    fn remaining(&self) -> u32 {
+        self.tokens.saturating_add(self.left)
+    }
+
+    /// Nothing would be lost with it.
+    pub fn is_spent(&self, now: Micros) -> bool {
+        matches!(self.call, Call::None)
+            && (self.tokens == 0 || now >= self.expires)
+            && now >= self.silent_until
+            && self.demand.is_over(now)
+    }
+}
+
+/// Requests of this and the last stretch of [`AHEAD`].
+#[derive(Debug, Default)]
+struct Demand {
+    stretch: u64,
+    before: u32,
+    now: u32,
+}
+
+impl Demand {
+    fn count(&mut self, now: Micros) {
+        self.roll(now);
+        self.now = self.now.saturating_add(1);
+    }
+
+    fn roll(&mut self, now: Micros) {
+        let stretch = now / AHEAD;
+        if stretch != self.stretch {
+            self.before = if stretch == self.stretch + 1 { self.now } else { 0 };
+            (self.stretch, self.now) = (stretch, 0);
+        }
+    }
+
+    /// Requests expected in the next stretch. One alone promises no other: what would be leased for it is more
+    /// likely to lie idle.
+    fn ahead(&self) -> u32 {
+        match self.before.max(self.now) {
+            1 => 0,
+            requests => requests,
+        }
+    }
+
+    fn is_over(&self, now: Micros) -> bool {
+        now / AHEAD > self.stretch + 1
+    }
+}

@@ -1,0 +1,102 @@
+//! The loop that asks the shared store for leases, so that a client that leaves ends no call others wait for.
+
+use super::lease::{IDLE, Micros, Next};
+use super::limit::Limit;
+use super::store::Store;
+use super::who::Who;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+
+/// Calls that are due and not begun; what comes on top counts as unanswered.
+pub(super) const DUE_MAX: usize = 16_384;
+/// Calls under way.
+const CALLS_MAX: usize = 1024;
+/// Leases watched, lest they lie idle; those beyond are not given back early, and expire.
+const WATCHED_MAX: usize = 131_072;
+/// How often watched leases are looked at.
+const TICK: Duration = Duration::from_millis(100);
+/// Spent leases are forgotten every so many ticks.
+const SWEEP_TICKS: u32 = 10;
+
+/// A call is due for a lease.
+pub(super) struct Due {
+    pub limit: Arc<Limit>,
+    pub who: Who,
+}
+
+struct Watched {
+    due: Due,
+    seq: u64,
+    from: Micros,
+}
+
+/// The limits whose spent leases are swept; those of an old configuration go with their last user.
+pub(super) type Swept = Arc<Mutex<Vec<Weak<Limit>>>>;
+
+/// Runs as long as the limiter is used.
+pub struct Leaser {
+    pub(super) due: mpsc::Receiver<Due>,
+    pub(super) store: Arc<Store>,
+    pub(super) limits: Swept,
+}
+
+impl Leaser {
+    pub async fn run(mut self) {
+        let mut calls = FuturesUnordered::new();
+        // In the order of time, as all are watched for as long.
+        let mut watched: VecDeque<Watched> = VecDeque::new();
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ticks = 0_u32;
+        loop {
+            tokio::select! {
+                due = self.due.recv(), if calls.len() < CALLS_MAX => match due {
+                    Some(due) => calls.push(call(&self.store, due)),
+                    None => return,
+                },
+                Some(left) = calls.next() => watched.extend(left.filter(|_| watched.len() < WATCHED_MAX)),
+                _ = tick.tick() => {
+                    let now = self.store.now();
+                    while calls.len() < CALLS_MAX
+                        && let Some(first) = watched.pop_front_if(|first| now >= first.from + IDLE)
+                    {
+                        if first.due.limit.is_idle_since(&first.due.who, first.seq) {
+                            calls.push(call(&self.store, first.due));
+                        }
+                    }
+                    ticks += 1;
+                    if ticks >= SWEEP_TICKS {
+                        ticks = 0;
+                        self.sweep(now);
+                    }
+                }
+            }
+        }
+    }
+
+    fn sweep(&self, now: Micros) {
+        let mut limits = self.limits.lock();
+        limits.retain(|limit| limit.upgrade().map(|limit| limit.sweep(now)).is_some());
+    }
+}
+
+/// Makes calls for the lease until nobody waits any more. `Some`: tokens are left.
+async fn call(store: &Store, due: Due) -> Option<Watched> {
+    let Due { limit, who } = &due;
+    while let Some(ask) = limit.begin(who, store.now()) {
+        let grant = store.lease(&ask).await;
+        let (next, seq) = limit.settle(who, store.now(), grant.as_ref());
+        match next {
+            Next::Call => {}
+            Next::Watch => return Some(Watched { seq, from: store.now(), due }),
+            Next::Rest => return None,
+        }
+    }
+    None
+}

@@ -1,0 +1,189 @@
+//! One limit of the configuration, and the leases of its identities on this node.
+
+use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict};
+use super::local::Local;
+use super::who::Who;
+use crate::backend::{Grant, LeaseCall, Quota};
+use crate::config::LimitConf;
+use ahash::RandomState;
+use dashmap::DashMap;
+use http::HeaderValue;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::oneshot;
+
+/// Most identities with a lease, per limit. For those beyond it the shared store is asked on every request.
+pub(super) const LEASES_MAX: usize = 131_072;
+
+/// What a request is told that does not have to wait; or how it waits.
+pub(super) enum Tried {
+    Allowed {
+        remaining: u32,
+        seq: u64,
+        /// A call is due.
+        call: bool,
+    },
+    Refused {
+        retry: Micros,
+    },
+    /// `call`: a call is due.
+    Waiting {
+        verdict: oneshot::Receiver<Verdict>,
+        call: bool,
+    },
+    /// The lease is spent, and the shared store is not to be waited for. `call`: a call is due.
+    Nothing {
+        call: bool,
+    },
+    /// There is no room for a lease.
+    Full,
+    /// Too many wait for this lease already.
+    Crowded,
+}
+
+/// What to do on finding a spent lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OnEmpty {
+    Wait,
+    /// Have a call made, but do not wait for it.
+    Probe,
+    Leave,
+}
+
+pub(super) struct Limit {
+    pub conf: LimitConf,
+    pub quota: Quota,
+    /// For the header fields.
+    pub burst: HeaderValue,
+    pub local: Local,
+    pace: Pace,
+    /// Of this limit in this process: leases of an earlier definition are another holder's.
+    holder: u64,
+    /// Of all leases, so that one that was forgotten and is made anew goes on with greater numbers.
+    seq: AtomicU64,
+    leases: DashMap<Who, Lease<oneshot::Sender<Verdict>>, RandomState>,
+    /// As `leases.len()`, which locks all of them.
+    count: AtomicUsize,
+}
+
+impl Limit {
+    pub fn new(conf: LimitConf) -> Self {
+        let quota = conf.quota();
+        Self {
+            quota,
+            burst: conf.burst.into(),
+            local: Local::new(quota),
+            pace: Pace::of(&quota),
+            holder: rand::random(),
+            seq: AtomicU64::new(1),
+            leases: DashMap::default(),
+            count: AtomicUsize::new(0),
+            conf,
+        }
+    }
+
+    /// One request. Locks a part of the map for the moment, and allocates only where the lease is spent or new.
+    pub fn try_take(&self, who: &Who, now: Micros, on_empty: impl FnOnce() -> OnEmpty) -> Tried {
+        if let Some(mut lease) = self.leases.get_mut(who) {
+            return try_lease(&mut lease, now, on_empty);
+        }
+        // Several may pass at once: the bound is one of memory, and gives way by the number of threads.
+        if self.count.load(Ordering::Relaxed) >= LEASES_MAX {
+            return Tried::Full;
+        }
+        let mut lease = self.leases.entry(who.clone()).or_insert_with(|| {
+            self.count.fetch_add(1, Ordering::Relaxed);
+            Lease::default()
+        });
+        try_lease(&mut lease, now, on_empty)
+    }
+
+    /// Takes back what a request took that another limit refused.
+    pub fn refund(&self, who: &Who, seq: u64, now: Micros) {
+        if let Some(mut lease) = self.leases.get_mut(who) {
+            lease.refund(seq, now);
+        }
+    }
+
+    /// The call that is due for `who`.
+    pub fn begin(&self, who: &Who, now: Micros) -> Option<LeaseCall> {
+        let mut lease = self.leases.get_mut(who)?;
+        // Under the lock: calls of one lease are numbered in their order.
+        let seq = self.seq.fetch_add(1, Ordering::Relaxed);
+        let ask = lease.begin(now, seq)?;
+        drop(lease);
+        Some(self.call(who, &ask))
+    }
+
+    fn call(&self, who: &Who, ask: &Ask) -> LeaseCall {
+        let Ask { seq, held, back, need, want } = *ask;
+        let ttl = Duration::from_micros(TTL);
+        LeaseCall {
+            bucket: self.bucket(who),
+            quota: self.quota,
+            holder: self.holder,
+            seq,
+            held,
+            back,
+            need,
+            want,
+            ttl,
+        }
+    }
+
+    /// A call for one request that has no lease.
+    pub fn call_without_lease(&self, who: &Who) -> LeaseCall {
+        self.call(who, &Ask { seq: 0, held: 0, back: 0, need: 1, want: 0 })
+    }
+
+    pub fn bucket(&self, who: &Who) -> String {
+        format!("{}:{who}", self.conf.name)
+    }
+
+    /// Hands the answer on to those who wait. With it, the number of the call it answers.
+    pub fn settle(&self, who: &Who, now: Micros, grant: Option<&Grant>) -> (Next, u64) {
+        let Some(mut lease) = self.leases.get_mut(who) else { return (Next::Rest, 0) };
+        let next = lease.settle(now, grant, &self.pace, |waiter: oneshot::Sender<_>, verdict| {
+            waiter.send(verdict).is_ok()
+        });
+        (next, lease.seq())
+    }
+
+    /// Whether a lease that was not renewed since call `seq` is to be given back: then a call is due.
+    pub fn is_idle_since(&self, who: &Who, seq: u64) -> bool {
+        self.leases.get_mut(who).is_some_and(|mut lease| lease.is_idle_since(seq))
+    }
+
+    /// Forgets leases that hold nothing.
+    pub fn sweep(&self, now: Micros) {
+        if self.count.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        self.leases.retain(|_, lease| !lease.is_spent(now));
+        self.count.store(self.leases.len(), Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub fn leases(&self) -> usize {
+        self.leases.len()
+    }
+}
+
+fn try_lease(
+    lease: &mut Lease<oneshot::Sender<Verdict>>,
+    now: Micros,
+    on_empty: impl FnOnce() -> OnEmpty,
+) -> Tried {
+    match lease.spend(now) {
+        Spend::Allowed { remaining, seq, call } => Tried::Allowed { remaining, seq, call },
+        Spend::Refused { retry } => Tried::Refused { retry },
+        Spend::Empty => match on_empty() {
+            OnEmpty::Leave => Tried::Nothing { call: false },
+            OnEmpty::Probe => Tried::Nothing { call: lease.probe() },
+            OnEmpty::Wait => {
+                let (waiter, verdict) = oneshot::channel();
+                lease.wait(waiter).map_or(Tried::Crowded, |call| Tried::Waiting { verdict, call })
+            }
+        },
+    }
+}

@@ -1,0 +1,118 @@
+//! Counting in this process: where nothing is shared, and while the shared store is away.
+
+use super::who::Who;
+use crate::backend::{Decision, Quota};
+use governor::clock::{Clock, DefaultClock};
+use governor::middleware::StateInformationMiddleware;
+use governor::state::keyed::DashMapStateStore;
+use parking_lot::Mutex;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Most identities counted in this process, per limit; more share one bucket, so that memory is bounded and
+/// nobody is let through uncounted.
+const IDENTITIES_MAX: usize = 100_000;
+/// Where there are so many, those with a full bucket are forgotten so often: looking for them takes milliseconds.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+
+type Buckets = governor::RateLimiter<Who, DashMapStateStore<Who>, DefaultClock, StateInformationMiddleware>;
+
+/// The buckets of one limit, each with this node's part of it.
+pub(super) struct Local {
+    quota: Quota,
+    buckets: Mutex<Arc<Part>>,
+}
+
+struct Part {
+    nodes: u32,
+    buckets: Buckets,
+    swept: Mutex<Option<Instant>>,
+}
+
+impl Local {
+    pub fn new(quota: Quota) -> Self {
+        Self { quota, buckets: Mutex::new(Arc::new(Part::new(&quota, 1))) }
+    }
+
+    /// One request, where `nodes` share the limit.
+    pub fn take(&self, who: &Who, nodes: u32) -> Decision {
+        let part = {
+            let mut part = self.buckets.lock();
+            if part.nodes != nodes {
+                *part = Arc::new(Part::new(&self.quota, nodes));
+            }
+            Arc::clone(&part)
+        };
+        part.take(who)
+    }
+}
+
+impl Part {
+    fn new(quota: &Quota, nodes: u32) -> Self {
+        let nodes = nodes.max(1);
+        let burst = NonZeroU32::new(quota.burst / nodes).unwrap_or(NonZeroU32::MIN);
+        let interval = (quota.period * nodes / quota.rate.max(1)).max(Duration::from_nanos(1));
+        let quota = governor::Quota::with_period(interval)
+            .unwrap_or_else(|| governor::Quota::per_second(burst))
+            .allow_burst(burst);
+        let buckets = governor::RateLimiter::dashmap(quota).with_middleware::<StateInformationMiddleware>();
+        Self { nodes, buckets, swept: Mutex::new(None) }
+    }
+
+    fn is_sweep_due(&self) -> bool {
+        let mut swept = self.swept.lock();
+        let is_due = swept.is_none_or(|at| at.elapsed() >= SWEEP_EVERY);
+        if is_due {
+            *swept = Some(Instant::now());
+        }
+        is_due
+    }
+
+    fn take(&self, who: &Who) -> Decision {
+        if self.buckets.len() >= IDENTITIES_MAX && self.is_sweep_due() {
+            self.buckets.retain_recent();
+        }
+        let who = if self.buckets.len() >= IDENTITIES_MAX { &Who::Overflow } else { who };
+        match self.buckets.check_key(who) {
+            Ok(state) => Decision {
+                allowed: true,
+                remaining: state.remaining_burst_capacity(),
+                retry_after: Duration::ZERO,
+            },
+            Err(until) => {
+                let retry_after = until.wait_time_from(DefaultClock::default().now());
+                Decision { allowed: false, remaining: 0, retry_after }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_counts_its_part_and_never_less_than_one() {
+        let quota = Quota { rate: 8, period: Duration::from_secs(3600), burst: 8 };
+        for (nodes, allowed) in [(1, 8), (3, 2), (8, 1), (9, 1)] {
+            let local = Local::new(quota);
+            let through = (0..20).filter(|_| local.take(&Who::Global, nodes).allowed).count();
+            assert_eq!(through, allowed, "{nodes} nodes");
+            let refused = local.take(&Who::Global, nodes);
+            let token = 3600 / 8 * nodes;
+            assert!(refused.retry_after > Duration::from_secs(u64::from(token) - 1), "{nodes}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn identities_beyond_the_bound_share_a_bucket() {
+        let local = Local::new(Quota { rate: 1, period: Duration::from_secs(3600), burst: 1 });
+        let who = |n: usize| Who::Ip(u128::try_from(n).unwrap().to_be_bytes());
+        for n in 0..IDENTITIES_MAX {
+            assert!(local.take(&who(n), 1).allowed);
+        }
+        assert!(local.take(&who(IDENTITIES_MAX), 1).allowed, "the first beyond has a bucket still");
+        assert!(!local.take(&who(IDENTITIES_MAX + 1), 1).allowed, "the second finds it used");
+    }
+}

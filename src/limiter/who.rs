@@ -1,0 +1,85 @@
+//! Who is counted: the identities of limits, cheap to copy and to look up.
+
+use crate::config::Identity;
+use crate::model::FunctionId;
+use std::fmt;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+/// Whose requests are counted together.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Who {
+    /// The name of an API key.
+    Key(Arc<str>),
+    /// An address; one of IPv4 as its IPv6 form.
+    Ip([u8; 16]),
+    Function(FunctionId),
+    Global,
+    /// All those for whom there was no room.
+    Overflow,
+}
+
+impl Who {
+    fn ip(ip: IpAddr) -> Self {
+        Self::Ip(match ip {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        })
+    }
+}
+
+/// As it stands in the name of a bucket.
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Key(name) => f.write_str(name),
+            Self::Ip(bytes) => write!(f, "{}", Ipv6Addr::from(*bytes).to_canonical()),
+            Self::Function(id) => f.write_str(id.as_str()),
+            Self::Global => f.write_str("(all)"),
+            Self::Overflow => f.write_str("(overflow)"),
+        }
+    }
+}
+
+/// What is known of a request when limits are counted.
+#[derive(Clone, Copy, Debug)]
+pub enum Subject<'a> {
+    /// Before the body is read.
+    Caller { key_name: &'a Arc<str>, client: Option<IpAddr> },
+    /// After.
+    Function(&'a FunctionId),
+}
+
+impl Subject<'_> {
+    /// `None`: there is nothing to count by.
+    pub(super) fn who(&self, identity: Identity) -> Option<Who> {
+        match (identity, self) {
+            (Identity::Key, Self::Caller { key_name, .. }) => Some(Who::Key(Arc::clone(key_name))),
+            (Identity::Ip, Self::Caller { client, .. }) => client.map(Who::ip),
+            (Identity::Global, Self::Caller { .. }) => Some(Who::Global),
+            (Identity::Function, Self::Function(id)) => Some(Who::Function((*id).clone())),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_is_one_identity() {
+        let name = Arc::from("a");
+        let who = |ip: &str| {
+            let subject = Subject::Caller { key_name: &name, client: Some(ip.parse().unwrap()) };
+            subject.who(Identity::Ip).unwrap()
+        };
+        assert_eq!(who("127.0.0.1"), who("::ffff:127.0.0.1"));
+        assert_ne!(who("127.0.0.1"), who("127.0.0.2"));
+        assert_eq!(
+            (who("127.0.0.1").to_string(), who("::1").to_string()),
+            ("127.0.0.1".into(), "::1".into())
+        );
+        assert_eq!(Subject::Caller { key_name: &name, client: None }.who(Identity::Ip), None);
+    }
+}

@@ -4,7 +4,7 @@ use crate::harness::gateway::Conf;
 use crate::harness::platform::{HELLO, Platform};
 use crate::harness::{Gateway, SOON, Setup, eventually, spawn, within};
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
@@ -42,8 +42,14 @@ async fn counted(gateway: &Gateway, series: &str, expected: u32, deadline: Durat
     .await;
 }
 
-fn logged(gateway: &Gateway, message: &str) -> Vec<Value> {
-    gateway.log().into_iter().filter(|line| line["msg"] == message).collect()
+/// One field of the first such line; lines come a moment after what they tell of.
+async fn logged(gateway: &Gateway, message: &str, field: &str) -> String {
+    eventually(message, SOON, || async {
+        let lines = gateway.log();
+        let line = lines.iter().find(|line| line["msg"] == message);
+        line.and_then(|line| line[field].as_str()).map(str::to_owned).ok_or_else(|| "no line".to_owned())
+    })
+    .await
 }
 
 async fn limit_of(gateway: &Gateway) -> Option<String> {
@@ -66,8 +72,7 @@ async fn a_saved_file_is_in_force_within_a_second() {
     let run = gateway.run(HELLO, &json!(1)).header("prefer", "wait=100");
     let answer = within("the end of the wait", SOON, run.send()).await.expect(202);
     assert_eq!(answer.json()["status"], "TIMEOUT");
-    let lines = logged(gateway, "Configuration Applied");
-    let changes = lines[0]["changes"].as_str().expect("a text");
+    let changes = logged(gateway, "Configuration Applied", "changes").await;
     assert!(
         changes.contains("waits.sync_max_s 290 → 1") && changes.contains("limit.test.rate (none) → 77"),
         "{changes}"
@@ -81,7 +86,7 @@ async fn a_broken_file_is_refused_whole_and_told_once() {
     let gateway = &platform.gateway;
     write(&platform, &format!("{}\n[batch]\nsends_max = 0\n", settings(60)));
     counted(gateway, REFUSED, 1, IN_FORCE).await;
-    let problem = logged(gateway, "Configuration Refused")[0]["problem"].as_str().expect("a text").to_owned();
+    let problem = logged(gateway, "Configuration Refused", "problem").await;
     assert!(problem.ends_with("limits.toml:13: batch.sends_max must be at least 1"), "{problem}");
     assert_eq!(limit_of(gateway).await.as_deref(), Some("50"), "the old settings");
 
@@ -104,8 +109,8 @@ async fn what_is_read_at_start_only_says_so() {
     let platform = start(&settings(50)).await;
     std::fs::write(platform.conf_file("server.toml"), "[http]\nkeepalive_s = 7\n").expect("writable");
     counted(&platform.gateway, APPLIED, 1, IN_FORCE).await;
-    let lines = logged(&platform.gateway, "Restart Needed");
-    assert_eq!(lines[0]["changes"], "http.keepalive_s 60 → 7");
+    let changes = logged(&platform.gateway, "Restart Needed", "changes").await;
+    assert_eq!(changes, "http.keepalive_s 60 → 7");
     platform.stop().await;
 }
 

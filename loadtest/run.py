@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 
+import behaviour
 import cases
 import report
 from cases import ASYNC, BARE_8, BARE_13, BARE_NOW, ORDER, SYNC
@@ -64,6 +65,7 @@ def measure(directory):
         print("half of the peak:", results["half"], flush=True)
         results["waiters"] = cases.waiters(stack, WAITERS)
         print("waiters:", results["waiters"], flush=True)
+        results["k6"] = behaviour.run_all(stack)
         results["growth"] = cases.growth(stack, PAIRS, MANY, SECONDS_EACH)
         print("growth:", results["growth"]["ratio"], flush=True)
         sampler.stopped.set()
@@ -96,6 +98,7 @@ def promises(results):
         (f"{WAITERS:,} runs waiting at once: memory", waiters["peak_mb"], 700, "MB"),
         ("after them: memory above that before", waiters["after_mb"] - waiters["before_mb"], 100, "MB"),
         ("after them: waiters left", waiters["waiters_left"], 0, ""),
+        ("k6 scripts whose thresholds were not kept", sum(not kept for kept in results["k6"].values()), 0, ""),
         (f"CPU with {MANY:,} functions and addresses against one of each", results["growth"]["ratio"], 1.2, "×"),
     ]
 

@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout};
 
 /// How long it is remembered that a function was changed: longer than a load takes.
 const CHANGES_KEPT: Duration = Duration::from_secs(30);
-/// Changes remembered; when so many are fresh, all that is cached is taken as changed.
+/// Changes remembered; while so many are fresh, one more means that anything has changed.
 const CHANGES_MAX: usize = 10_000;
 /// While the table is away a function runs as it was known, for so long after it was last read.
 const STALE_MAX: Duration = Duration::from_secs(3600);
@@ -45,6 +45,7 @@ struct Inner {
 struct Entry {
     /// `Ok(None)`: there is no such function.
     found: Result<Option<Arc<Function>>, BackendError>,
+    /// When the load began: the table may have been read at any time since.
     loaded_at: Instant,
     /// How many changes had been heard of when the load began.
     loaded_after: u64,
@@ -67,7 +68,9 @@ struct Ages {
 struct Changes {
     count: AtomicU64,
     fresh: DashMap<FunctionId, (u64, Instant)>,
-    /// Whatever was loaded before this many changes may have changed as well.
+    /// Whatever was loaded before this many changes may have changed: so much is not known any more.
+    unsure_before: AtomicU64,
+    /// Whatever was loaded before this many changes has changed: there were too many to remember which.
     all_before: AtomicU64,
 }
 
@@ -112,6 +115,8 @@ impl Functions {
             this.metrics.function_cache_hits.inc();
             return entry.found.clone();
         }
+        let asked_after = this.changes.count.load(Ordering::Acquire);
+        let mut again = false;
         loop {
             let load = this.load(id, known.as_ref());
             let entries = this.entries.load_full();
@@ -121,6 +126,12 @@ impl Functions {
             if !this.changes.changed_since(id, entry.loaded_after) {
                 return entry.found;
             }
+            // A load that began after we were asked has seen all that had changed by then. What changes meanwhile is
+            // worth one more look, and no third: with a function that changes all the time there would be no end.
+            if again && entry.loaded_after >= asked_after {
+                return entry.found;
+            }
+            again = true;
         }
     }
 
@@ -130,15 +141,26 @@ impl Functions {
         self.0.feed.announce(id).await;
     }
 
+    /// [`Self::changed`] after a write that was not answered: it may yet take effect, after others have read.
+    pub(super) async fn may_change(&self, id: &FunctionId) {
+        self.0.feed.doubt(id);
+        self.changed(id).await;
+    }
+
     /// Forgets a function that has changed.
     pub(super) async fn forget(&self, id: &FunctionId) {
         self.0.changes.note(id);
         self.0.entries.load_full().invalidate(id).await;
     }
 
+    /// What is known may have changed: all of it is looked at anew.
+    pub(super) fn doubt_all(&self) {
+        self.0.changes.note_all();
+    }
+
     /// From now on changes of other nodes are heard; what was loaded before may have changed unheard.
     pub(super) fn hear(&self) {
-        self.0.changes.note_all();
+        self.doubt_all();
         self.0.ages.heard.store(true, Ordering::Release);
         self.0.metrics.function_changes_heard.set(1);
     }
@@ -171,7 +193,7 @@ impl Inner {
     }
 
     async fn load(&self, id: &FunctionId, known: Option<&Entry>) -> Entry {
-        let loaded_after = self.changes.count.load(Ordering::Acquire);
+        let (loaded_at, loaded_after) = (Instant::now(), self.changes.count.load(Ordering::Acquire));
         // A function that was there is used when the table is away, unless it is known to have changed.
         let known = known.filter(|entry| {
             matches!(entry.found, Ok(Some(_)))
@@ -192,7 +214,7 @@ impl Inner {
             (loaded, _) => {
                 self.metrics.function_cache_loads.inc();
                 let found = loaded.map(|function| function.map(Arc::new));
-                Entry { found, loaded_at: Instant::now(), loaded_after, retry_at: None }
+                Entry { found, loaded_at, loaded_after, retry_at: None }
             }
         }
     }
@@ -214,18 +236,33 @@ impl Changes {
     fn note(&self, id: &FunctionId) {
         let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
         if self.fresh.len() >= CHANGES_MAX {
-            self.fresh.retain(|_, (_, at)| at.elapsed() < CHANGES_KEPT);
+            self.drop_old();
         }
-        if self.fresh.len() < CHANGES_MAX {
-            self.fresh.insert(id.clone(), (number, Instant::now()));
-        } else {
+        if self.fresh.len() >= CHANGES_MAX {
             self.all_before.fetch_max(number, Ordering::AcqRel);
+            return;
         }
+        let mut change = self.fresh.entry(id.clone()).or_insert((number, Instant::now()));
+        // Of two changes at once the later may come here first.
+        if change.0 < number {
+            *change = (number, Instant::now());
+        }
+    }
+
+    fn drop_old(&self) {
+        self.fresh.retain(|_, (number, at)| {
+            let is_fresh = at.elapsed() < CHANGES_KEPT;
+            if !is_fresh {
+                // An entry that was loaded before it may still be there, if nobody has asked for it since.
+                self.unsure_before.fetch_max(*number, Ordering::AcqRel);
+            }
+            is_fresh
+        });
     }
 
     fn note_all(&self) {
         let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
-        self.all_before.fetch_max(number, Ordering::AcqRel);
+        self.unsure_before.fetch_max(number, Ordering::AcqRel);
     }
 
     /// Whether the function is known to have changed since a load that began after so many changes.
@@ -234,16 +271,18 @@ impl Changes {
         if self.count.load(Ordering::Acquire) == loaded_after {
             return false;
         }
-        self.fresh.get(id).is_some_and(|change| loaded_after < change.0)
+        loaded_after < self.all_before.load(Ordering::Acquire)
+            || self.fresh.get(id).is_some_and(|change| loaded_after < change.0)
     }
 
     fn may_have_changed_since(&self, loaded_after: u64) -> bool {
-        loaded_after < self.all_before.load(Ordering::Acquire)
+        loaded_after < self.unsure_before.load(Ordering::Acquire)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::ChangeLoop;
     use super::*;
     use crate::backend::{ChangeEvent, ChangeFeed, FunctionPage, FunctionWrite, Written};
     use crate::model::{Counters, Recommendation};
@@ -282,6 +321,12 @@ mod tests {
 
         fn resize(&self, memory_mb: u64) {
             self.function.lock().unwrap().as_mut().unwrap().memory_mb = memory_mb;
+        }
+
+        async fn was_asked(&self, times: usize) {
+            while self.asked() < times {
+                tokio::task::yield_now().await;
+            }
         }
 
         fn asked(&self) -> usize {
@@ -350,6 +395,12 @@ mod tests {
         functions.get(&id()).await.unwrap().map(|function| function.memory_mb)
     }
 
+    fn note_others(functions: &Functions, count: usize) {
+        for n in 0..count {
+            functions.0.changes.note(&FunctionId::parse(&format!("other-{n}")).unwrap());
+        }
+    }
+
     async fn pass(duration: Duration) {
         tokio::time::advance(duration).await;
     }
@@ -361,9 +412,7 @@ mod tests {
         for round in 1..=2 {
             let all = futures_util::future::join_all((0..1000).map(|_| memory_mb(&functions)));
             let answer = async {
-                while table.asked() < round {
-                    tokio::task::yield_now().await;
-                }
+                table.was_asked(round).await;
                 table.may_answer.add_permits(1);
             };
             let (all, ()) = tokio::join!(all, answer);
@@ -443,19 +492,104 @@ mod tests {
         let table = Table::slow();
         let functions = functions(&table);
         functions.hear();
+        // Both join the load of before, which answers only then; the second one asks after the change.
         let change = async {
-            while table.asked() < 1 {
-                tokio::task::yield_now().await;
-            }
+            table.was_asked(1).await;
             table.resize(512);
             functions.forget(&id()).await;
-            // The load of before answers only now, and then the one of after.
+            let joined = memory_mb(&functions);
             table.may_answer.add_permits(2);
+            joined.await
         };
         let both = async { tokio::join!(memory_mb(&functions), change) };
-        let (before, ()) = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it asks again");
-        assert_eq!(before, Some(512));
+        let both = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it asks again");
+        assert_eq!(both, (Some(512), Some(512)));
         assert_eq!((memory_mb(&functions).await, table.asked()), (Some(512), 2), "from the cache");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_without_end_keep_no_run_waiting() {
+        let table = Table::slow();
+        let functions = functions(&table);
+        functions.hear();
+        let changes = async {
+            for n in 1.. {
+                table.was_asked(n).await;
+                functions.forget(&id()).await;
+                table.may_answer.add_permits(1);
+            }
+        };
+        let found = tokio::select! {
+            biased;
+            found = memory_mb(&functions) => found,
+            () = changes => None,
+            () = tokio::time::sleep(Duration::from_secs(10)) => None,
+        };
+        assert_eq!((found, table.asked()), (Some(128), 2));
+    }
+
+    /// As a caller leaves it that goes away in the middle: nobody has looked at the entry since it was changed.
+    #[tokio::test(start_paused = true)]
+    async fn a_change_too_old_to_remember_is_not_believed_away() {
+        let table = Table::new();
+        let functions = functions(&table);
+        functions.hear();
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        table.resize(256);
+        functions.0.changes.note(&id());
+        pass(CHANGES_KEPT).await;
+        note_others(&functions, CHANGES_MAX);
+        assert!(!functions.0.changes.fresh.contains_key(&id()));
+        assert_eq!(memory_mb(&functions).await, Some(256));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_two_changes_at_once_the_later_counts() {
+        let changes = Changes::default();
+        changes.note(&id());
+        changes.fresh.get_mut(&id()).unwrap().0 = 7; // by another thread, after ours was counted as the second
+        changes.note(&id());
+        assert!(changes.changed_since(&id(), 6));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_write_that_takes_effect_late_is_seen_in_the_end() {
+        for feed in [Feed::new(None), Feed::new(Some(Arc::new(Silent)))] {
+            let table = Table::new();
+            let metrics = Arc::new(Metrics::new(1).unwrap());
+            let conf = crate::config::Conf::shipped().unwrap().cache;
+            let functions =
+                Functions::new(&conf, Arc::clone(&table) as _, feed.clone(), Arc::clone(&metrics));
+            functions.hear();
+            let test = async {
+                functions.may_change(&id()).await;
+                assert_eq!(memory_mb(&functions).await, Some(128));
+                table.resize(256);
+                tokio::time::sleep(Duration::from_secs(9)).await;
+                assert_eq!(memory_mb(&functions).await, Some(128), "read too early");
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                assert_eq!(memory_mb(&functions).await, Some(256));
+            };
+            tokio::select! {
+                () = test => {}
+                () = ChangeLoop::new(feed, functions.clone(), metrics).run() => {}
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_age_counts_from_when_the_table_was_asked() {
+        let table = Table::slow();
+        let functions = functions(&table);
+        let answer = async {
+            table.was_asked(1).await;
+            pass(Duration::from_millis(900)).await;
+            table.may_answer.close();
+        };
+        assert_eq!(tokio::join!(memory_mb(&functions), answer).0, Some(128));
+        table.resize(256);
+        pass(Duration::from_millis(200)).await;
+        assert_eq!(memory_mb(&functions).await, Some(256));
     }
 
     #[tokio::test(start_paused = true)]
@@ -465,11 +599,16 @@ mod tests {
         functions.hear();
         assert_eq!(memory_mb(&functions).await, Some(128));
         table.resize(256);
-        for n in 0..=CHANGES_MAX {
-            functions.forget(&FunctionId::parse(&format!("other-{n}")).unwrap()).await;
-        }
+        note_others(&functions, CHANGES_MAX + 1);
         assert_eq!(memory_mb(&functions).await, Some(256));
         assert_eq!(functions.0.changes.fresh.len(), CHANGES_MAX);
+        // One that finds no place counts as well.
+        table.resize(512);
+        functions.0.changes.note(&id());
+        table.is_away.store(true, Ordering::SeqCst);
+        assert!(functions.get(&id()).await.is_err(), "it may be the one that has changed");
+        table.is_away.store(false, Ordering::SeqCst);
+        assert_eq!(memory_mb(&functions).await, Some(512));
     }
 
     #[tokio::test(start_paused = true)]

@@ -34,6 +34,27 @@ impl RedisChanges {
         subscriber.hear(&self.channel).await?;
         Ok(subscriber)
     }
+
+    /// One try to subscribe, after a pause that grows with each failure.
+    async fn resubscribe(&self, line: &mut Line) -> Option<ChangeEvent> {
+        line.failures.pause().await;
+        match self.subscribe().await {
+            Ok(subscriber) => {
+                if line.failures.end() > 0 {
+                    tracing::info!("Changes Heard Again");
+                }
+                line.subscriber = Some(subscriber);
+                Some(ChangeEvent::Heard)
+            }
+            Err(error) => {
+                // Not only while Redis is away: the password may allow other channels and not this one.
+                if line.failures.add() {
+                    tracing::warn!(%error, "Changes Not Heard");
+                }
+                None
+            }
+        }
+    }
 }
 
 #[async_trait]
@@ -46,19 +67,20 @@ impl ChangeFeed for RedisChanges {
         let mut line = self.line.lock().await;
         loop {
             let Some(subscriber) = &mut line.subscriber else {
-                line.failures.pause().await;
-                // The results' subscription tells the operator that Redis is away.
-                let Ok(subscriber) = self.subscribe().await else {
-                    line.failures.add();
-                    continue;
-                };
-                line.failures.end();
-                line.subscriber = Some(subscriber);
-                return ChangeEvent::Heard;
+                match self.resubscribe(&mut line).await {
+                    Some(event) => return event,
+                    None => continue,
+                }
             };
-            let Ok(message) = subscriber.next().await else {
-                line.subscriber = None;
-                return ChangeEvent::Deaf;
+            let message = match subscriber.next().await {
+                Ok(message) => message,
+                Err(error) => {
+                    tracing::warn!(%error, "Changes Not Heard");
+                    line.subscriber = None;
+                    // So that the failures that follow from it are not told as well.
+                    line.failures.add();
+                    return ChangeEvent::Deaf;
+                }
             };
             match std::str::from_utf8(message.get_payload_bytes()) {
                 Ok(id) if id.len() <= ANNOUNCEMENT_BYTES_MAX => return ChangeEvent::Changed(id.to_owned()),

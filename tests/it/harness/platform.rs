@@ -143,13 +143,19 @@ pub struct Fleet {
 impl Fleet {
     /// One more gateway over the same queue, tables and Redis.
     pub async fn start_gateway(&self) -> Gateway {
+        self.start_gateway_with(&[]).await
+    }
+
+    /// The same with an environment of its own.
+    pub async fn start_gateway_with(&self, env: &[(String, String)]) -> Gateway {
         let mut args = vec!["serve"];
         if let Some(conf) = &self.conf {
             args.extend(["--conf", conf]);
         }
         let mut secrets = vec![SECRET_ACCESS_KEY];
         secrets.extend(self.redis.password());
-        Gateway::start(&args, &self.gateway_env(), &self.key, &secrets).await
+        let env = [self.gateway_env(), env.to_vec()].concat(); // the last of a name wins
+        Gateway::start(&args, &env, &self.key, &secrets).await
     }
 
     /// Everything that `serve` requires, and what the test added.

@@ -11,12 +11,13 @@ COLOURS = {ASYNC: "#1f6f8b", SYNC: "#7a4b94", BARE_NOW: "#b9bec4", BARE_8: "#8d9
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #667; --line: #d8dce0; --back: #fff; --good: #2b7a3d; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa3ab; --line: #3a4147; --back: #15191d; --good: #6cc17e; --bad: #ff8a80; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 860px; margin: 3em auto; padding: 0 1.2em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 980px; margin: 3em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; margin: 0 0 .2em; } h2 { font-size: 1.1em; margin: 2.4em 0 .6em; }
 p.about { color: var(--soft); margin: .2em 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .35em .6em; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+table.wide { font-size: .86em; }
 .kept { color: var(--good); } .missed { color: var(--bad); font-weight: 700; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; } svg .soft { fill: var(--soft); }
 """
@@ -101,10 +102,10 @@ def memory_plot(samples):
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
 
 
-def html_table(header, rows):
+def html_table(header, rows, kind=""):
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return f'<table class="{kind}"><tr>{head}</tr>{body}</table>'
 
 
 def page(about, results, kept, extra):
@@ -121,7 +122,7 @@ def page(about, results, kept, extra):
         ("CPU µs a request, of the server process", dots(runs, "cpu_us", "µs", bounds) + "<p class='about'>Each round is a dot, the bar their median; dashed: the bound.</p>"),
         ("Time to the answer, median", dots(runs, "p50_ms", "ms")),
         ("Time to the answer, 99th percentile", dots(runs, "p99_ms", "ms")),
-        ("All cases, medians of the rounds", html_table(header, rows)),
+        ("All cases, medians of the rounds", html_table(header, rows, "wide")),
         ("Resident memory of the gateway over the whole test", memory_plot(results["memory"])),
     ]
     about_lines = "".join(f'<p class="about">{html.escape(about[key])}</p>' for key in ("machine", "setting", "command"))

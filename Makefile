@@ -2,17 +2,22 @@
 
 PORT ?= 8080
 
+# Rounds of `make loadtest` and seconds of each of their runs; QUICK=1: one short round, to see that all works.
+ROUNDS ?= 5
+SECONDS_EACH ?= 8
+QUICK ?=
+
 # Seconds and seed of `make schema`; a seed shows the same again.
 SECONDS ?= 600
 SEED ?=
 
-.PHONY: help run test schema measure setup-build setup-test
+.PHONY: help run test schema loadtest setup-build setup-test
 
 help:
 	@echo 'make run          build and start `infra-controller dev` on port $(PORT) (PORT=… for another)'
 	@echo 'make test         all checks and tests, as CI runs them'
 	@echo 'make schema       requests of all kinds, made of openapi.json, for SECONDS=$(SECONDS) against each backend (SEED=…)'
-	@echo 'make measure      requests/s and CPU a request of one node, on this machine'
+	@echo 'make loadtest     what a run costs beside bare Pingora, and whether it holds under load (QUICK=1, ROUNDS=…, SECONDS_EACH=…)'
 	@echo 'make setup-build  only install what the build needs'
 	@echo 'make setup-test   only install what the tests need'
 
@@ -30,10 +35,10 @@ schema: setup-build setup-test
 	@seed=$(or $(SEED),$$(date +%s)); echo "SECONDS=$(SECONDS) SEED=$$seed"; \
 	SCHEMA_SECONDS=$(SECONDS) SCHEMA_SEED=$$seed cargo test --locked --test it schema::
 
-measure: setup-build setup-test
-	@scripts/setup.sh measure
-	cargo build --release --locked
-	.venv-test/bin/python loadtest/measure.py
+loadtest: setup-build
+	@scripts/setup.sh load
+	cargo build --release --locked --bin infra-controller --examples
+	$(if $(QUICK),QUICK=1,ROUNDS=$(ROUNDS) SECONDS_EACH=$(SECONDS_EACH)) python3 loadtest/run.py
 
 setup-build:
 	@scripts/setup.sh build

@@ -39,6 +39,9 @@ struct Args {
     /// Rotate through so many source addresses of 127.0.0.0/8, one for each connection.
     #[arg(long, default_value_t = 1)]
     addresses: u64,
+    /// The function and the address to begin with.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
     /// Then connect again, from the next address.
     #[arg(long, default_value_t = u64::MAX)]
     requests_per_connection: u64,
@@ -126,7 +129,7 @@ impl Load {
         self.connected.set(number + 1);
         let socket = TcpSocket::new_v4()?;
         if self.args.addresses > 1 {
-            let host = u32::try_from(1 + number % self.args.addresses).unwrap_or(1);
+            let host = u32::try_from(1 + (self.args.first + number) % self.args.addresses).unwrap_or(1);
             let address = Ipv4Addr::from_bits(Ipv4Addr::LOCALHOST.to_bits() + host);
             socket.bind(SocketAddr::from((address, 0)))?;
         }
@@ -137,7 +140,7 @@ impl Load {
 
     /// One request and the status of its answer.
     async fn ask(&self, connection: &mut TcpStream) -> std::io::Result<u16> {
-        let function = self.asked.get() % self.args.functions;
+        let function = (self.args.first + self.asked.get()) % self.args.functions;
         let body = format!(r#"{{"functionId":"fn-{function}","inputData":{{"name":"Ada"}}}}"#);
         let mode = if self.args.is_async { "x-async: true\r\n" } else { "" };
         let request = format!(

@@ -3,12 +3,14 @@
 #
 #   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
 #   scripts/setup.sh test    redis-server, and a Python venv with the AWS emulator and schemathesis
-#   scripts/setup.sh measure wrk, which makes load
+#   scripts/setup.sh load    redis-server, wrk, and a Python venv with k6
 set -eu
 cd "$(dirname "$0")/.."
 
 VENV=.venv-test
 REQUIREMENTS=tests/it/requirements.txt
+LOAD_VENV=.venv-load
+LOAD_REQUIREMENTS=loadtest/requirements.txt
 
 say() {
     printf 'setup: %s\n' "$*" >&2
@@ -55,23 +57,38 @@ setup_test() {
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || install $missing
 
-    # The copy of the requirements says what the venv holds: it is written last.
-    if cmp -s "$REQUIREMENTS" "$VENV/requirements.txt" && "$VENV/bin/python" -c 'import boto3, redis, schemathesis' 2>/dev/null; then
+    make_venv "$VENV" "$REQUIREMENTS"
+}
+
+# make_venv DIRECTORY REQUIREMENTS
+make_venv() {
+    # The copy of the requirements says what the venv holds: it is written last. A Python that is gone needs a new one.
+    if cmp -s "$2" "$1/requirements.txt" && "$1/bin/python" -c '' 2>/dev/null; then
         return
     fi
-    say "making $VENV with $(grep -c == "$REQUIREMENTS") packages of $REQUIREMENTS and what they need"
-    rm -rf "$VENV"
-    python3 -m venv "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --no-input --disable-pip-version-check -r "$REQUIREMENTS"
-    cp "$REQUIREMENTS" "$VENV/requirements.txt"
+    say "making $1 with $(grep -c == "$2") packages of $2 and what they need"
+    rm -rf "$1"
+    python3 -m venv "$1"
+    "$1/bin/python" -m pip install --quiet --no-input --disable-pip-version-check -r "$2"
+    cp "$2" "$1/requirements.txt"
+}
+
+setup_load() {
+    missing=
+    has redis-server || missing="$missing redis-server"
+    has wrk || missing="$missing wrk"
+    has python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3 python3-venv"
+    # shellcheck disable=SC2086 # a list of words
+    [ -z "$missing" ] || install $missing
+    make_venv "$LOAD_VENV" "$LOAD_REQUIREMENTS"
 }
 
 case "${1:-}" in
     build) setup_build ;;
     test) setup_test ;;
-    measure) has wrk || install wrk ;;
+    load) setup_load ;;
     *)
-        say "usage: $0 build|test|measure"
+        say "usage: $0 build|test|load"
         exit 2
         ;;
 esac

@@ -31,7 +31,7 @@ pub use system::Health;
 use crate::audit::Tail;
 use crate::backend::{Backend, QueueTraits};
 use crate::catalogue::Catalogue;
-use crate::config::{Conf, Secret};
+use crate::config::{Live, Secret, WaitsConf};
 use crate::dispatch::Dispatcher;
 use crate::functions::{Editor, Functions};
 use crate::lifecycle::Lifecycle;
@@ -181,7 +181,7 @@ impl Reply {
 
 /// What the handlers are made of.
 pub struct Parts<'a> {
-    pub conf: &'a Conf,
+    pub waits: Live<WaitsConf>,
     pub backend: &'a Backend,
     pub dispatcher: Dispatcher,
     pub functions: Functions,
@@ -216,12 +216,12 @@ pub struct Api {
 
 impl Api {
     pub fn new(parts: Parts<'_>) -> Self {
-        let Parts { conf, backend, dispatcher, lifecycle, metrics, .. } = parts;
+        let Parts { waits, backend, dispatcher, lifecycle, metrics, .. } = parts;
         let queue = backend.queue.traits();
         let cursors = cursor::Cursors::new(parts.api_key);
         let uploads = Arc::new(upload::Uploads::new(parts.spool_dir));
         let run = run::Run::new(
-            &conf.waits,
+            waits.clone(),
             queue,
             dispatcher.clone(),
             parts.functions,
@@ -231,7 +231,7 @@ impl Api {
         );
         Self {
             run,
-            status: status::Status::new(&conf.waits, dispatcher, lifecycle.clone()),
+            status: status::Status::new(waits, dispatcher, lifecycle.clone()),
             functions: functions::FunctionRoutes::new(
                 Arc::clone(&backend.functions),
                 parts.editor.clone(),

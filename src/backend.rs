@@ -369,6 +369,27 @@ pub trait LimitStore: Send + Sync {
     async fn lease(&self, call: &LeaseCall) -> Result<Grant, BackendError>;
 }
 
+/// What is heard of changes to functions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChangeEvent {
+    /// Announced by some node, this one included.
+    Changed(String),
+    /// From now on every announcement is heard; some of before may not have been.
+    Heard,
+    /// Announcements are not heard any more.
+    Deaf,
+}
+
+/// How nodes tell each other which functions they have changed.
+#[async_trait]
+pub trait ChangeFeed: Send + Sync {
+    /// Tells every node that hears.
+    async fn announce(&self, id: &str) -> Result<(), BackendError>;
+
+    /// The next event. One caller at a time; it must not pause for long.
+    async fn next(&self) -> ChangeEvent;
+}
+
 /// Everything a backend gives, for `boot` to hand on piece by piece.
 #[derive(Clone)]
 pub struct Backend {
@@ -380,6 +401,8 @@ pub struct Backend {
     pub code: Arc<dyn CodeStore>,
     pub code_list: Arc<dyn CodeList>,
     pub workers: Arc<dyn WorkerRegistry>,
+    /// `None`: the process is alone.
+    pub changes: Option<Arc<dyn ChangeFeed>>,
     /// `None`: limits are counted in this process.
     pub limits: Option<Arc<dyn LimitStore>>,
 }

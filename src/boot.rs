@@ -6,6 +6,7 @@
 
 mod dev;
 mod node;
+mod reload;
 #[cfg(feature = "aws")]
 mod serve;
 mod signals;
@@ -16,10 +17,10 @@ pub use dev::{DevArgs, dev};
 #[cfg(feature = "aws")]
 pub use serve::{ServeArgs, check, serve};
 
-use crate::api;
 use crate::backend::{Backend, StartProblem};
-use crate::config::{AiNode, Conf, ConfigError, Secret};
+use crate::config::{AiNode, Conf, ConfTexts, ConfigError, Secret};
 use crate::model::NodeId;
+use reload::ConfSource;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -86,6 +87,9 @@ struct Plan {
 /// What a node is told.
 struct Settings {
     conf: Conf,
+    /// Where `conf` came from, and will come from again.
+    source: ConfSource,
+    texts: ConfTexts,
     port: u16,
     api_key: Secret,
     /// Where the model catalogue is.
@@ -96,18 +100,6 @@ struct Settings {
 
 /// Where uploads on their way lie, in the directory of a node.
 const SPOOL: &str = "spool";
-
-/// Limits on routes that are none would silently be off.
-fn check_routes(conf: &Conf) -> Result<(), ConfigError> {
-    let is_route = |route: &str| api::patterns().any(|pattern| pattern == route);
-    let mut problems = Vec::new();
-    for limit in &conf.limits {
-        for route in limit.routes.iter().filter(|route| !is_route(route)) {
-            problems.push(format!("conf: limit {}: there is no route {route:?}", limit.name));
-        }
-    }
-    if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
-}
 
 /// Says what is wrong with the configuration.
 fn refuse(error: &ConfigError) -> Exit {

@@ -6,14 +6,17 @@
 mod conf;
 pub mod dotenv;
 mod env;
+mod live;
+mod place;
 
 pub use conf::{
-    BatchConf, CacheConf, Conf, HttpConf, Identity, LimitConf, LimitMode, ListenConf, MemoryConf,
+    BatchConf, CacheConf, Conf, ConfTexts, HttpConf, Identity, LimitConf, LimitMode, ListenConf, MemoryConf,
     MetricsConf, OnRedisLoss, ShutdownConf, StartConf, WaitsConf,
 };
 pub use env::{AiNode, Env, Secret, api_key_problem};
+pub use live::Live;
 
 /// What is wrong with the configuration, one line a problem. `serve` and `check` exit with 78 on it.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct ConfigError(pub Vec<String>);

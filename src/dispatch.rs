@@ -20,7 +20,7 @@ pub use settler::{Lookups, Pump};
 
 use crate::audit::{Audit, Ledger};
 use crate::backend::{Backend, BackendError};
-use crate::config::Conf;
+use crate::config::{BatchConf, Live, MemoryConf};
 use crate::metrics::Metrics;
 use crate::model::{Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
@@ -56,19 +56,17 @@ pub struct DispatchLoops {
 /// Builds the dispatcher of `node`.
 pub fn new(
     node: NodeId,
-    conf: &Conf,
+    memory: &MemoryConf,
+    batch: Live<BatchConf>,
     backend: &Backend,
     audit: Audit,
     metrics: Arc<Metrics>,
 ) -> (Dispatcher, DispatchLoops) {
-    let in_flight = Arc::new(InFlight::new(
-        conf.memory.jobs_in_flight_max,
-        conf.memory.settled_bytes_max,
-        Arc::clone(&metrics),
-    ));
+    let in_flight =
+        Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
     let journal = Arc::new(NodeJournal::new(Arc::clone(&backend.journal)));
     let (batcher, batches) = batcher::new(
-        conf.batch.clone(),
+        batch,
         Arc::clone(&backend.queue),
         Arc::clone(&journal),
         Arc::clone(&in_flight),
@@ -223,6 +221,7 @@ mod tests {
     use crate::audit;
     use crate::backend::embedded;
     use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results};
+    use crate::config::Conf;
     use crate::model::{FunctionId, UnixMs};
     use async_trait::async_trait;
     use bytes::Bytes;
@@ -270,7 +269,8 @@ mod tests {
                 Arc::clone(&backend.functions),
                 Arc::clone(&metrics),
             );
-            let (dispatcher, loops) = new(node, &conf, &backend, audit, metrics);
+            let (dispatcher, loops) =
+                new(node, &conf.memory, Live::new(conf.batch), &backend, audit, metrics);
             let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();
             backend.journal.enter(&left).await.unwrap();
             assert_eq!(dispatcher.restore().await, Ok(before.len()));

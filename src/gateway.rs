@@ -9,7 +9,7 @@ mod request_id;
 
 pub use api_key::ApiKeys;
 
-use crate::api::{Api, ApiError, Call, CallHeaders, Found, Reply, Route, Takes, find};
+use crate::api::{Api, ApiError, Call, CallHeaders, Found, Reply, Route, Scope, Takes, find};
 use crate::config::HttpConf;
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::limiter::{Counted, RateLimiter};
@@ -82,6 +82,10 @@ impl Gateway {
             Takes::Stream => self.call_streaming(session, route, &call).await,
             Takes::Nothing if !self.discard_body(session).await => {
                 ctx.is_last = true;
+                self.api.call(route.endpoint, &call).await
+            }
+            // A change that has begun goes to its end, whoever waits for it: it must be announced if it was written.
+            Takes::Nothing | Takes::Whole if route.scope == Some(Scope::Write) => {
                 self.api.call(route.endpoint, &call).await
             }
             Takes::Nothing | Takes::Whole => tokio::select! {

@@ -58,6 +58,19 @@ pub struct Metrics {
     pub audit_rows_refused: IntCounter,
     /// By `check`: 1 healthy, 0 not, as of the last look.
     pub code_deleted: IntCounter,
+    /// New settings that were put in force while the process runs, and those that could not be used.
+    pub conf_applied: IntCounter,
+    pub conf_refused: IntCounter,
+    /// Unix seconds.
+    pub conf_applied_at: IntGauge,
+    pub function_cache_hits: IntCounter,
+    pub function_cache_loads: IntCounter,
+    /// Looks at a known function that failed, so that it was used as known.
+    pub function_cache_stale: IntCounter,
+    /// Announcements of changed functions.
+    pub function_changes: IntCounter,
+    /// 1 while such announcements are heard.
+    pub function_changes_heard: IntGauge,
     pub health: IntGaugeVec,
     pub log_lines_dropped: IntGauge,
 }
@@ -69,6 +82,7 @@ impl Metrics {
         let r = &registry;
         let http_labels = &["method", "route", "status_code"];
         let http = ("http_request_duration_seconds", "Time to answer a request");
+        let reloads = counters(r, "infra_conf_reloads_total", "Settings read again", &["result"])?;
         let metrics = Self {
             functions: FunctionMetrics::new(r, function_labels_max)?,
             http: histogram_vec(r, http.0, http.1, HTTP_BUCKETS, http_labels)?,
@@ -107,6 +121,30 @@ impl Metrics {
                 "infra_audit_rows_refused_total",
                 "Rows the table refused for good",
             )?,
+            conf_applied: reloads.with_label_values(&["applied"]),
+            conf_refused: reloads.with_label_values(&["refused"]),
+            conf_applied_at: gauge(
+                r,
+                "infra_conf_applied_timestamp_seconds",
+                "When the settings in force were put in force",
+            )?,
+            function_cache_hits: counter(
+                r,
+                "infra_function_cache_hits_total",
+                "Functions found in the cache",
+            )?,
+            function_cache_loads: counter(
+                r,
+                "infra_function_cache_loads_total",
+                "Functions read from the table",
+            )?,
+            function_cache_stale: counter(
+                r,
+                "infra_function_cache_stale_total",
+                "Failed reads of functions that were then used as known",
+            )?,
+            function_changes: counter(r, "infra_function_changes_total", "Changes of functions heard of")?,
+            function_changes_heard: gauge(r, "infra_function_changes_heard", "1 while changes are heard of")?,
             code_deleted: counter(r, "infra_code_deleted_total", "Code archives swept away")?,
             health: gauges(r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
             log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines dropped: nobody read them")?,

@@ -3,7 +3,7 @@
 use super::prefer::Prefer;
 use super::{ApiError, Call, Reply};
 use crate::backend::QueueTraits;
-use crate::config::WaitsConf;
+use crate::config::{Live, WaitsConf};
 use crate::dispatch::{Dispatcher, SubmitError, Submitted};
 use crate::functions::Functions;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -23,15 +23,14 @@ pub struct Run {
     lifecycle: Lifecycle,
     bucket: String,
     message_bytes_max: usize,
-    /// From acceptance until a result is no longer expected.
-    job_deadline: Duration,
-    wait_default: Duration,
-    wait_max: Duration,
+    /// How long the queue keeps a message.
+    retention: Duration,
+    waits: Live<WaitsConf>,
 }
 
 impl Run {
     pub fn new(
-        waits: &WaitsConf,
+        waits: Live<WaitsConf>,
         queue: QueueTraits,
         dispatcher: Dispatcher,
         functions: Functions,
@@ -46,9 +45,8 @@ impl Run {
             lifecycle,
             bucket,
             message_bytes_max: queue.message_bytes_max,
-            job_deadline: waits.job_deadline_s.map_or(queue.retention, Duration::from_secs),
-            wait_default: Duration::from_secs(waits.sync_default_s),
-            wait_max: Duration::from_secs(waits.sync_max_s),
+            retention: queue.retention,
+            waits,
         }
     }
 
@@ -73,13 +71,20 @@ impl Run {
 
     fn job(&self, function: &Function, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
         let id = self.dispatcher.new_id();
+        // From acceptance until a result is no longer expected.
+        let deadline = self.waits.get().job_deadline_s.map_or(self.retention, Duration::from_secs);
         let deadline =
-            id.accepted_at().saturating_add(u64::try_from(self.job_deadline.as_millis()).unwrap_or(u64::MAX));
+            id.accepted_at().saturating_add(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
         let traceparent =
             call.headers.traceparent.as_ref().and_then(|v| v.to_str().ok()).filter(|t| is_traceparent(t));
         let job = JobDraft { id, function, deadline, bucket: &self.bucket, request, traceparent }.build();
         let fits = job.message.len() <= self.message_bytes_max;
         fits.then_some(job).ok_or(ApiError::BodyTooLarge { bytes_max: self.message_bytes_max })
+    }
+
+    fn wait(&self, prefer: Prefer) -> Duration {
+        let waits = self.waits.get();
+        Duration::from_secs(prefer.wait_s.unwrap_or(waits.sync_default_s).min(waits.sync_max_s))
     }
 
     async fn accept(&self, job: Job, prefer: Prefer) -> Result<Reply, ApiError> {
@@ -93,8 +98,7 @@ impl Run {
 
     async fn answer(&self, job: Job, prefer: Prefer) -> Result<Reply, ApiError> {
         let id = job.id;
-        let wait = prefer.wait_s.map_or(self.wait_default, Duration::from_secs).min(self.wait_max);
-        let give_up = Instant::now() + wait;
+        let give_up = Instant::now() + self.wait(prefer);
         let mut submitted = self.dispatcher.submit_waiting(job).map_err(ApiError::Submit)?;
         if let Some(outcome) = confirmed_or_done(&mut submitted).await? {
             return Ok(Reply::json(StatusCode::OK, outcome.body()));

@@ -3,7 +3,7 @@
 use super::prefer::Prefer;
 use super::query::Query;
 use super::{ApiError, Call, Reply};
-use crate::config::WaitsConf;
+use crate::config::{Live, WaitsConf};
 use crate::dispatch::{Dispatcher, JobState};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::model::JobId;
@@ -14,12 +14,12 @@ use uuid::Uuid;
 pub struct Status {
     dispatcher: Dispatcher,
     lifecycle: Lifecycle,
-    wait_max: Duration,
+    waits: Live<WaitsConf>,
 }
 
 impl Status {
-    pub fn new(waits: &WaitsConf, dispatcher: Dispatcher, lifecycle: Lifecycle) -> Self {
-        Self { dispatcher, lifecycle, wait_max: Duration::from_secs(waits.status_max_s) }
+    pub fn new(waits: Live<WaitsConf>, dispatcher: Dispatcher, lifecycle: Lifecycle) -> Self {
+        Self { dispatcher, lifecycle, waits }
     }
 
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
@@ -63,7 +63,7 @@ impl Status {
             Some(_) => return Err(ApiError::invalid("`wait` must be a whole number of seconds")),
             None => Prefer::of(&call.headers.prefer).wait_s.unwrap_or(0),
         };
-        Ok(Duration::from_secs(seconds).min(self.wait_max))
+        Ok(Duration::from_secs(seconds).min(Duration::from_secs(self.waits.get().status_max_s)))
     }
 }
 

@@ -7,10 +7,11 @@
 //! * [`direct`] — the two calls that every run takes part in, without the SDK around them
 //! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`] (all over
 //!   [`item`]), [`s3`] — the AWS ports
-//! * [`redis`] — the command connection; [`results`], [`journal`], [`limits`], [`workers`] — the Redis
-//!   ports
+//! * [`redis`] — the command connection, [`subscriber`] — one that listens; [`results`], [`changes`], [`journal`],
+//!   [`limits`], [`workers`] — the Redis ports
 //! * [`start`] — the checks before the first request
 
+mod changes;
 mod client;
 mod code_list;
 mod direct;
@@ -27,6 +28,7 @@ mod results;
 mod s3;
 mod sqs;
 mod start;
+mod subscriber;
 mod workers;
 
 pub use redis::RedisUrl;

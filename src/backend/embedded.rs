@@ -106,6 +106,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
         code: Arc::new(LocalCode::new(code_dir.clone())),
         code_list: Arc::new(RetiredCodes(database)),
         workers: Arc::new(LocalWorkers::new(activity.clone())),
+        changes: None,
         limits: None,
     };
     Ok(Embedded { node, backend, worker: Worker::new(queue, results, activity, code_dir, runs_dir) })

@@ -1,8 +1,8 @@
 //! `dev`: the whole platform on one machine, with nothing else installed.
 
-use super::{Connected, Exit, Plan, SPOOL, Settings, check_routes, node, refuse};
+use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, node, refuse};
 use crate::backend::{BackendError, StartProblem, embedded};
-use crate::config::{AiNode, Conf, ConfigError, Secret, api_key_problem};
+use crate::config::{AiNode, ConfigError, Secret, api_key_problem};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
@@ -21,12 +21,12 @@ pub struct DevArgs {
 }
 
 pub fn dev(args: DevArgs) -> Exit {
-    let conf = args.conf.as_deref().map_or_else(Conf::shipped, Conf::load);
-    let mut conf = match conf.and_then(|conf| check_routes(&conf).map(|()| conf)) {
-        Ok(conf) => conf,
+    let listen = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let source = ConfSource { dir: args.conf, a_minute: None, listen: Some(listen) };
+    let (texts, conf) = match source.load() {
+        Ok(loaded) => loaded,
         Err(e) => return refuse(&e),
     };
-    conf.listen.address = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let (api_key, shown) = match api_key(&args.data_dir) {
         Ok(key) => key,
         Err(e) => {
@@ -47,7 +47,7 @@ pub fn dev(args: DevArgs) -> Exit {
         args.data_dir.display(),
     );
     let connect = Box::new(move || Box::pin(open(args.data_dir)) as _);
-    let settings = Settings { conf, port: args.port, api_key, ai_node, banner: Some(banner) };
+    let settings = Settings { conf, source, texts, port: args.port, api_key, ai_node, banner: Some(banner) };
     node::run(Plan { settings, connect })
 }
 

@@ -3,15 +3,16 @@
 //! Pingora's own way to stop sleeps through a fixed grace period and then drops its tasks. Here the node drains
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
+use super::reload::{Reload, Targets};
 use super::signals::Signals;
 use super::{Connect, Connected, Exit, Plan, Settings, explain};
 use crate::api::{self, Api};
 use crate::audit::{self, Flusher, Ledger};
 use crate::backend::Backend;
 use crate::catalogue::Catalogue;
-use crate::config::Conf;
+use crate::config::{Conf, Live};
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
-use crate::functions::{Editor, Functions, Sweeper};
+use crate::functions::{self, ChangeLoop, Editor, Sweeper};
 use crate::gateway::{ApiKeys, Gateway};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::{Leaser, RateLimiter};
@@ -120,7 +121,7 @@ impl Node {
                 return Exit::Internal;
             }
         };
-        match built.dispatcher.restore().await {
+        match built.background.dispatcher.restore().await {
             Ok(0) => {}
             Ok(jobs) => tracing::info!(jobs, "Unfinished Jobs Restored"),
             Err(e) => {
@@ -140,8 +141,7 @@ impl Node {
         };
 
         let (stop, stopped) = watch::channel(false);
-        let mut loops = Loops::start(built.dispatcher, built.loops, built.sweeper, built.flusher, extra_loop);
-        loops.endless.spawn(built.leaser.run());
+        let mut loops = Loops::start(built.background, extra_loop);
         let listener = self.listen(built.gateway, bound, fds, stopped);
         lifecycle.enter(Phase::Ready);
         if let Some(claim) = &mut claim {
@@ -218,8 +218,15 @@ async fn connect(connect: Connect, signals: &mut Signals) -> Result<Connected, E
 /// Everything that is built before anything runs.
 struct Built {
     gateway: Gateway,
+    background: Background,
+}
+
+/// What runs beside the listener.
+struct Background {
     dispatcher: Dispatcher,
     loops: DispatchLoops,
+    changes: ChangeLoop,
+    reload: Reload,
     leaser: Leaser,
     sweeper: Sweeper,
     flusher: Flusher,
@@ -243,13 +250,19 @@ impl Built {
             Arc::clone(&metrics),
         );
         let tail = audit.tail();
-        let (dispatcher, loops) = dispatch::new(node, conf, backend, audit, Arc::clone(&metrics));
-        let functions = Functions::new(&conf.cache, Arc::clone(&backend.functions));
+        let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
+        let (dispatcher, loops) =
+            dispatch::new(node, &conf.memory, batch.clone(), backend, audit, Arc::clone(&metrics));
+        let (functions, changes) = functions::new(&conf.cache, backend, &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let (limiter, leaser) = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
+        let targets =
+            Targets { waits: waits.clone(), batch, functions: functions.clone(), limiter: limiter.clone() };
+        let loaded = (settings.texts.clone(), conf.clone());
+        let reload = Reload::new(settings.source.clone(), loaded, targets, Arc::clone(&metrics))?;
         let api = Api::new(api::Parts {
-            conf,
+            waits,
             backend,
             dispatcher: dispatcher.clone(),
             functions,
@@ -265,7 +278,8 @@ impl Built {
         });
         let keys = ApiKeys::new(&settings.api_key);
         let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
-        Ok(Self { gateway, dispatcher, loops, leaser, sweeper, flusher })
+        let background = Background { dispatcher, loops, changes, reload, leaser, sweeper, flusher };
+        Ok(Self { gateway, background })
     }
 }
 
@@ -283,20 +297,18 @@ struct Loops {
 }
 
 impl Loops {
-    fn start(
-        dispatcher: Dispatcher,
-        loops: DispatchLoops,
-        sweeper: Sweeper,
-        flusher: Flusher,
-        extra: Option<super::BackendLoop>,
-    ) -> Self {
+    fn start(background: Background, extra: Option<super::BackendLoop>) -> Self {
+        let Background { dispatcher, loops, changes, reload, leaser, sweeper, flusher } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
+        endless.spawn(changes.run());
+        endless.spawn(reload.run());
         endless.spawn(sweeper.run());
+        endless.spawn(leaser.run());
         let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {
             dispatcher,

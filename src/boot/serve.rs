@@ -1,10 +1,10 @@
 //! `serve` and `check`: the fleet backend.
 
 use super::state_dir::StateDir;
-use super::{Connected, Exit, Plan, SPOOL, Settings, check_routes, explain, node, refuse};
+use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem};
 use crate::backend::{aws, embedded};
-use crate::config::{Conf, ConfigError, Env, Identity};
+use crate::config::{Conf, ConfTexts, ConfigError, Env};
 use crate::model::NodeId;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,12 +16,12 @@ pub struct ServeArgs {
 
 /// Runs a node of the fleet.
 pub fn serve(args: &ServeArgs) -> Exit {
-    match configuration(args) {
-        Ok((env, conf)) => {
+    match told(args) {
+        Ok(Told { env, source, texts, conf }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), env.ai_node.clone());
             let start = Duration::from_secs(conf.start.deadline_s);
             let connect = Box::new(move || Box::pin(connect(env, start)) as _);
-            let settings = Settings { conf, port, api_key, ai_node, banner: None };
+            let settings = Settings { conf, source, texts, port, api_key, ai_node, banner: None };
             node::run(Plan { settings, connect })
         }
         Err(e) => refuse(&e),
@@ -30,8 +30,8 @@ pub fn serve(args: &ServeArgs) -> Exit {
 
 /// Runs the checks of `serve` and says how they went.
 pub fn check(args: &ServeArgs) -> Exit {
-    let (env, conf) = match configuration(args) {
-        Ok(found) => found,
+    let Told { env, conf, .. } = match told(args) {
+        Ok(told) => told,
         Err(e) => return refuse(&e),
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -59,25 +59,27 @@ pub fn check(args: &ServeArgs) -> Exit {
     }
 }
 
+/// What `serve` and `check` are told, in the environment and in `conf/`.
+struct Told {
+    env: Env,
+    source: ConfSource,
+    texts: ConfTexts,
+    conf: Conf,
+}
+
 /// Environment and `conf/`, with the problems of both.
-fn configuration(args: &ServeArgs) -> Result<(Env, Conf), ConfigError> {
+fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     let env = Env::from_process();
-    let conf = args.conf.as_deref().map_or_else(Conf::shipped, Conf::load);
-    let (env, mut conf) = match (env, conf) {
-        (Ok(env), Ok(conf)) => (env, conf),
-        (Err(e), Ok(_)) | (Ok(_), Err(e)) => return Err(e),
+    let a_minute = env.as_ref().ok().and_then(|env| env.rate_limit);
+    let source = ConfSource { dir: args.conf.clone(), a_minute, listen: None };
+    match (env, source.load()) {
+        (Ok(env), Ok((texts, conf))) => Ok(Told { env, source, texts, conf }),
+        (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),
         (Err(ConfigError(mut one)), Err(ConfigError(two))) => {
             one.extend(two);
-            return Err(ConfigError(one));
-        }
-    };
-    if let Some(a_minute) = env.rate_limit {
-        for limit in conf.limits.iter_mut().filter(|limit| limit.identity == Identity::Key) {
-            (limit.rate, limit.burst, limit.period_s) = (a_minute, a_minute, 60);
+            Err(ConfigError(one))
         }
     }
-    check_routes(&conf)?;
-    Ok((env, conf))
 }
 
 async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<StartProblem>> {

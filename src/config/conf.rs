@@ -4,9 +4,10 @@
 //! that an operator writes may leave out any key; a key nobody knows is an error, not a typo that waits.
 
 use super::ConfigError;
+use super::place::{line_at, line_of};
 use crate::backend::Quota;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::time::Duration;
 use toml::Table;
@@ -18,7 +19,7 @@ const LIMITS_SHIPPED: &str = include_str!("../../conf/limits.toml");
 const LIMIT_STEPS_MAX: u128 = 1 << 51;
 
 /// All of `conf/`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Conf {
     pub listen: ListenConf,
     pub http: HttpConf,
@@ -26,6 +27,8 @@ pub struct Conf {
     pub shutdown: ShutdownConf,
     pub memory: MemoryConf,
     pub metrics: MetricsConf,
+    /// The four of `limits.toml` may change while the process runs.
+    #[serde(rename = "limit")]
     pub limits: Vec<LimitConf>,
     pub waits: WaitsConf,
     pub batch: BatchConf,
@@ -53,14 +56,14 @@ struct LimitsFile {
     cache: CacheConf,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListenConf {
     pub address: std::net::IpAddr,
     pub threads: usize,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct HttpConf {
     pub keepalive_s: u64,
@@ -69,20 +72,20 @@ pub struct HttpConf {
     pub drain_body_timeout_ms: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct StartConf {
     pub deadline_s: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShutdownConf {
     pub lame_duck_ms: u64,
     pub drain_timeout_s: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryConf {
     pub jobs_in_flight_max: usize,
@@ -91,13 +94,13 @@ pub struct MemoryConf {
     pub settled_bytes_max: usize,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MetricsConf {
     pub function_labels_max: usize,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct LimitConf {
     pub name: String,
@@ -118,7 +121,7 @@ impl LimitConf {
 }
 
 /// Whose requests a limit counts together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Identity {
     Key,
@@ -130,7 +133,7 @@ pub enum Identity {
 }
 
 /// How nodes count together.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LimitMode {
     /// Each node takes requests in advance.
@@ -141,7 +144,7 @@ pub enum LimitMode {
 }
 
 /// What a limit does while Redis is away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnRedisLoss {
     /// Counts in this process.
@@ -150,7 +153,7 @@ pub enum OnRedisLoss {
     Closed,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct WaitsConf {
     pub sync_default_s: u64,
@@ -159,7 +162,7 @@ pub struct WaitsConf {
     pub job_deadline_s: Option<u64>,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct BatchConf {
     pub linger_ms: u64,
@@ -169,41 +172,90 @@ pub struct BatchConf {
     pub send_deadline_ms: u64,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct CacheConf {
     pub functions_max: u64,
     pub function_ttl_ms: u64,
+    pub function_backstop_s: u64,
 }
 
-impl Conf {
-    /// The shipped `conf/`.
-    pub fn shipped() -> Result<Self, ConfigError> {
-        Self::from_texts(("conf/server.toml", None), ("conf/limits.toml", None))
+/// The files of a `conf/` as they stand on the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfTexts {
+    server: ConfText,
+    limits: ConfText,
+}
+
+/// One file; `text` is `None` if it is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ConfText {
+    name: String,
+    text: Option<String>,
+}
+
+impl ConfText {
+    /// A problem with the setting at `path`, with its line if the file names it.
+    fn problem(&self, path: &str, problem: &str) -> String {
+        let line = self.text.as_deref().and_then(|text| line_of(text, path));
+        match line {
+            Some(line) => format!("{}:{line}: {path} {problem}", self.name),
+            None => format!("{}: {path} {problem}", self.name),
+        }
+    }
+}
+
+impl ConfTexts {
+    /// No files.
+    pub fn none() -> Self {
+        let none = |name: &str| ConfText { name: name.to_owned(), text: None };
+        Self { server: none("conf/server.toml"), limits: none("conf/limits.toml") }
     }
 
     /// Reads `server.toml` and `limits.toml` of `dir`; a file that is not there is the shipped one.
-    pub fn load(dir: &Path) -> Result<Self, ConfigError> {
+    pub fn read(dir: &Path) -> Result<Self, ConfigError> {
         if !dir.is_dir() {
             return Err(ConfigError(vec![format!("--conf {}: no such directory", dir.display())]));
         }
         let read = |name: &str| {
             let path = dir.join(name);
+            let name = path.display().to_string();
             match std::fs::read_to_string(&path) {
-                Ok(text) => Ok((path.display().to_string(), Some(text))),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok((path.display().to_string(), None)),
-                Err(e) => Err(ConfigError(vec![format!("{}: cannot be read: {e}", path.display())])),
+                Ok(text) => Ok(ConfText { name, text: Some(text) }),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(ConfText { name, text: None }),
+                Err(e) => Err(ConfigError(vec![format!("{name}: cannot be read: {e}")])),
             }
         };
-        let (server, limits) = (read("server.toml")?, read("limits.toml")?);
-        Self::from_texts((&server.0, server.1.as_deref()), (&limits.0, limits.1.as_deref()))
+        Ok(Self { server: read("server.toml")?, limits: read("limits.toml")? })
     }
 
-    /// Each file as (name for messages, text if there is a file).
-    fn from_texts(server: (&str, Option<&str>), limits: (&str, Option<&str>)) -> Result<Self, ConfigError> {
+    /// Files that were there before and are gone: nobody means to lift all limits by that.
+    pub fn gone_since(&self, before: &Self) -> Vec<String> {
+        let files = [(&before.server, &self.server), (&before.limits, &self.limits)];
+        let gone = files.into_iter().filter(|(before, now)| before.text.is_some() && now.text.is_none());
+        gone.map(|(_, now)| format!("{}: the file is gone", now.name)).collect()
+    }
+}
+
+impl BatchConf {
+    /// Most that `queue_jobs_max` may be: some 2 GB of waiting jobs.
+    pub const QUEUE_JOBS_MAX: usize = 1 << 20;
+}
+
+impl Conf {
+    /// The shipped `conf/`.
+    pub fn shipped() -> Result<Self, ConfigError> {
+        Self::of(&ConfTexts::none())
+    }
+
+    /// The settings that files make.
+    ///
+    /// # Errors
+    /// Every problem, with file, line and reason.
+    pub fn of(texts: &ConfTexts) -> Result<Self, ConfigError> {
         let mut problems = Vec::new();
-        let server = collect(&mut problems, merged::<ServerFile>(SERVER_SHIPPED, server));
-        let limits = collect(&mut problems, merged::<LimitsFile>(LIMITS_SHIPPED, limits));
+        let server = collect(&mut problems, merged::<ServerFile>(SERVER_SHIPPED, &texts.server));
+        let limits = collect(&mut problems, merged::<LimitsFile>(LIMITS_SHIPPED, &texts.limits));
         let (Some(s), Some(l)) = (server, limits) else { return Err(ConfigError(problems)) };
         let conf = Self {
             listen: s.listen,
@@ -217,49 +269,94 @@ impl Conf {
             batch: l.batch,
             cache: l.cache,
         };
-        let problems = conf.problems();
+        let problems: Vec<String> = conf
+            .server_problems()
+            .into_iter()
+            .map(|(path, problem)| texts.server.problem(&path, &problem))
+            .chain(
+                conf.limits_problems()
+                    .into_iter()
+                    .map(|(path, problem)| texts.limits.problem(&path, &problem)),
+            )
+            .collect();
         if problems.is_empty() { Ok(conf) } else { Err(ConfigError(problems)) }
     }
 
-    fn problems(&self) -> Vec<String> {
+    /// Limits on routes that are none would silently be off.
+    pub fn check_routes(
+        &self,
+        texts: &ConfTexts,
+        is_route: impl Fn(&str) -> bool,
+    ) -> Result<(), ConfigError> {
         let mut problems = Vec::new();
-        let mut at_least_one = |name: &str, value: u64| {
-            if value == 0 {
-                problems.push(format!("conf: {name} must be at least 1"));
+        for (n, limit) in self.limits.iter().enumerate() {
+            for route in limit.routes.iter().filter(|route| !is_route(route)) {
+                let problem = format!("(limit {}): there is no route {route:?}", limit.name);
+                problems.push(texts.limits.problem(&format!("limit[{n}].routes"), &problem));
             }
-        };
-        at_least_one("http.body_timeout_s", self.http.body_timeout_s);
-        at_least_one("http.upload_timeout_s", self.http.upload_timeout_s);
-        at_least_one("start.deadline_s", self.start.deadline_s);
-        at_least_one("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64);
-        at_least_one("memory.audit_rows_max", self.memory.audit_rows_max as u64);
-        at_least_one("memory.audit_bytes_max", self.memory.audit_bytes_max as u64);
-        at_least_one("batch.sends_eager", self.batch.sends_eager as u64);
-        at_least_one("batch.sends_max", self.batch.sends_max as u64);
-        at_least_one("batch.queue_jobs_max", self.batch.queue_jobs_max as u64);
-        at_least_one("batch.send_deadline_ms", self.batch.send_deadline_ms);
-        at_least_one("cache.functions_max", self.cache.functions_max);
-        for limit in &self.limits {
-            at_least_one(&format!("limit {}: rate", limit.name), limit.rate.into());
-            at_least_one(&format!("limit {}: burst", limit.name), limit.burst.into());
-            at_least_one(&format!("limit {}: period_s", limit.name), limit.period_s);
+        }
+        if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
+    }
+
+    /// (path, problem) of each.
+    fn server_problems(&self) -> Vec<(String, String)> {
+        [
+            ("http.body_timeout_s", self.http.body_timeout_s),
+            ("http.upload_timeout_s", self.http.upload_timeout_s),
+            ("start.deadline_s", self.start.deadline_s),
+            ("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64),
+            ("memory.audit_rows_max", self.memory.audit_rows_max as u64),
+            ("memory.audit_bytes_max", self.memory.audit_bytes_max as u64),
+        ]
+        .into_iter()
+        .filter_map(|(path, value)| at_least_one(path, value))
+        .collect()
+    }
+
+    fn limits_problems(&self) -> Vec<(String, String)> {
+        let mut problems: Vec<_> = [
+            ("batch.sends_eager", self.batch.sends_eager as u64),
+            ("batch.sends_max", self.batch.sends_max as u64),
+            ("batch.queue_jobs_max", self.batch.queue_jobs_max as u64),
+            ("batch.send_deadline_ms", self.batch.send_deadline_ms),
+            ("cache.functions_max", self.cache.functions_max),
+            ("cache.function_backstop_s", self.cache.function_backstop_s),
+        ]
+        .into_iter()
+        .filter_map(|(path, value)| at_least_one(path, value))
+        .collect();
+        if self.batch.queue_jobs_max > BatchConf::QUEUE_JOBS_MAX {
+            let problem = format!("must be at most {}", BatchConf::QUEUE_JOBS_MAX);
+            problems.push(("batch.queue_jobs_max".to_owned(), problem));
         }
         for (n, limit) in self.limits.iter().enumerate() {
+            let numbers =
+                [("rate", limit.rate.into()), ("burst", limit.burst.into()), ("period_s", limit.period_s)];
+            problems.extend(
+                numbers
+                    .iter()
+                    .filter_map(|(name, value)| at_least_one(&format!("limit[{n}].{name}"), *value)),
+            );
             let is_named_before = self.limits.iter().take(n).any(|other| other.name == limit.name);
-            let not_unique = is_named_before.then_some("the name stands for another limit already");
+            let not_unique = is_named_before.then_some(("name", "stands for another limit already"));
             problems.extend(
                 not_unique
                     .into_iter()
                     .chain(limit.problems())
-                    .map(|p| format!("conf: limit {}: {p}", limit.name)),
+                    .map(|(name, problem)| (format!("limit[{n}].{name}"), problem.to_owned())),
             );
         }
         problems
     }
 }
 
+fn at_least_one(path: &str, value: u64) -> Option<(String, String)> {
+    (value == 0).then(|| (path.to_owned(), "must be at least 1".to_owned()))
+}
+
 impl LimitConf {
-    fn problems(&self) -> impl Iterator<Item = &'static str> {
+    /// (key, problem) of each.
+    fn problems(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         // The name goes into a header field and a Redis key.
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
         let is_named = !self.name.is_empty() && self.name.len() <= 64 && self.name.bytes().all(plain);
@@ -267,15 +364,16 @@ impl LimitConf {
         let steps = u128::from(self.quota().drain().1) * u128::from(self.burst);
         let is_by_function = self.identity == Identity::Function;
         [
-            (!is_named, "the name must be 1 to 64 of [A-Za-z0-9._-]"),
-            (steps > LIMIT_STEPS_MAX, "burst and period_s are too large together"),
+            (!is_named, "name", "must be 1 to 64 of [A-Za-z0-9._-]"),
+            (steps > LIMIT_STEPS_MAX, "burst", "is too large together with period_s"),
             (
                 is_by_function && self.routes.iter().any(|route| route != "/run"),
-                "identity \"function\" is for the route \"/run\" alone",
+                "routes",
+                "may be \"/run\" alone where the identity is \"function\"",
             ),
         ]
         .into_iter()
-        .filter_map(|(is_wrong, problem)| is_wrong.then_some(problem))
+        .filter_map(|(is_wrong, key, problem)| is_wrong.then_some((key, problem)))
     }
 }
 
@@ -285,10 +383,14 @@ fn collect<T>(problems: &mut Vec<String>, read: Result<T, String>) -> Option<T> 
 
 /// The operator's file over the shipped one, table by table. `[[limit]]` is taken whole: a list cannot be merged,
 /// so a file without limits has none.
-fn merged<T: DeserializeOwned>(shipped: &str, (name, text): (&str, Option<&str>)) -> Result<T, String> {
+fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, String> {
     let mut all: Table = shipped.parse().map_err(|e| format!("shipped configuration: {e}"))?;
-    let own: Table = text.unwrap_or_default().parse().map_err(|e: toml::de::Error| format!("{name}: {e}"))?;
-    if text.is_some() {
+    let text = file.text.as_deref().unwrap_or_default();
+    let own: Table = text.parse().map_err(|e: toml::de::Error| {
+        let line = line_at(text, e.span().map_or(0, |span| span.start));
+        format!("{}:{line}: {}", file.name, e.message())
+    })?;
+    if file.text.is_some() {
         all.remove("limit");
     }
     for (key, value) in own {
@@ -299,7 +401,10 @@ fn merged<T: DeserializeOwned>(shipped: &str, (name, text): (&str, Option<&str>)
             }
         }
     }
-    all.try_into().map_err(|e: toml::de::Error| format!("{name}: {}", e.message()))
+    serde_path_to_error::deserialize(all).map_err(|e| {
+        let path = e.path().to_string();
+        file.problem(&path, e.into_inner().message())
+    })
 }
 
 #[cfg(test)]
@@ -307,7 +412,8 @@ mod tests {
     use super::*;
 
     fn load(server: &str, limits: &str) -> Result<Conf, ConfigError> {
-        Conf::from_texts(("server.toml", Some(server)), ("limits.toml", Some(limits)))
+        let file = |name: &str, text: &str| ConfText { name: name.into(), text: Some(text.into()) };
+        Conf::of(&ConfTexts { server: file("server.toml", server), limits: file("limits.toml", limits) })
     }
 
     #[test]
@@ -330,6 +436,8 @@ mod tests {
         assert_eq!(conf.limits, [], "a limits.toml without limits has none");
     }
 
+    const LIMIT: &str = "[[limit]]\nname = \"a\"\nidentity = \"key\"\nroutes = [\"/run\"]\nrate = 1\nperiod_s = 1\nburst = 1\non_redis_loss = \"local\"\n";
+
     fn limit(name: &str, identity: &str, route: &str, burst: u32) -> String {
         format!(
             "[[limit]]\nname = {name:?}\nidentity = {identity:?}\nroutes = [{route:?}]\nrate = 1\nperiod_s = 86400\n\
@@ -346,26 +454,50 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named() {
+    fn what_is_wrong_is_named_with_its_line() {
+        let in_second = |from: &str, to: &str| format!("{LIMIT}{}", LIMIT.replace(from, to));
         for (server, limits, told) in [
-            ("[listen]\nport = 1", "", "server.toml: unknown field `port`"),
-            ("[listen]\naddress = \"x\"", "", "server.toml: "),
-            ("x", "", "server.toml: TOML parse error at line 1"),
-            ("", "[batch]\nsends_max = 0", "batch.sends_max must be at least 1"),
-            ("", "[[limit]]\nname = \"a\"", "limits.toml: missing field"),
-            ("", &limit("a b", "ip", "/run", 1), "limit a b: the name must be"),
-            ("", &limit("a", "function", "/upload", 1), "limit a: identity \"function\" is for the route"),
-            ("", &limit("a", "ip", "/run", u32::MAX), "limit a: burst and period_s are too large"),
+            ("\n[listen]\nport = 1", String::new(), "server.toml:3: listen.port unknown field `port`"),
+            ("[listen]\naddress = \"x\"", String::new(), "server.toml:2: listen.address "),
+            ("\n\nx", String::new(), "server.toml:3: "),
+            ("[nothing]", String::new(), "server.toml:1: nothing unknown field `nothing`"),
+            (
+                "[memory]\naudit_rows_max = 0",
+                String::new(),
+                "server.toml:2: memory.audit_rows_max must be at least 1",
+            ),
+            ("", "[batch]\n\nsends_max = 0".into(), "limits.toml:3: batch.sends_max must be at least 1"),
+            ("", "[batch]\nlinger_ms = \"x\"".into(), "limits.toml:2: batch.linger_ms invalid type"),
             (
                 "",
-                &[limit("a", "ip", "/run", 1), limit("a", "key", "/run", 1)].concat(),
-                "limit a: the name stands",
+                "[batch]\nqueue_jobs_max = 9999999".into(),
+                "limits.toml:2: batch.queue_jobs_max must be at most",
+            ),
+            ("", in_second("rate = 1", "rate = 0"), "limits.toml:13: limit[1].rate must be at least 1"),
+            ("", in_second("rate = 1\n", ""), "limits.toml:9: limit[1] missing field `rate`"),
+            ("", in_second("\"a\"", "\"a b\""), "limits.toml:10: limit[1].name must be"),
+            ("", in_second("\"key\"", "\"user\""), "limits.toml:11: limit[1].identity unknown variant"),
+            ("", limit("a b", "ip", "/run", 1), "limits.toml:2: limit[0].name must be 1 to 64"),
+            (
+                "",
+                limit("a", "function", "/upload", 1),
+                "limits.toml:4: limit[0].routes may be \"/run\" alone",
+            ),
+            ("", limit("a", "ip", "/run", u32::MAX), "limits.toml:7: limit[0].burst is too large"),
+            (
+                "",
+                [limit("a", "ip", "/run", 1), limit("a", "key", "/run", 1)].concat(),
+                "limits.toml:10: limit[1].name stands for another limit",
             ),
         ] {
-            let error = load(server, limits).expect_err(told).to_string();
-            assert!(error.contains(told), "{error:?} does not say {told:?}");
+            let error = load(server, &limits).expect_err(told).to_string();
+            assert!(error.starts_with(told), "{error:?} is not {told:?}");
         }
         let both = load("x", "y").unwrap_err();
         assert_eq!(both.0.len(), 2, "{both}");
+        let limits = ConfText { name: "limits.toml".into(), text: Some(LIMIT.into()) };
+        let texts = ConfTexts { limits, ..ConfTexts::none() };
+        let error = Conf::of(&texts).unwrap().check_routes(&texts, |_| false).unwrap_err();
+        assert_eq!(error.0, ["limits.toml:4: limit[0].routes (limit a): there is no route \"/run\""]);
     }
 }

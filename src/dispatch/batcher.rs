@@ -12,12 +12,13 @@
 use super::in_flight::InFlight;
 use super::journal::NodeJournal;
 use crate::backend::{BATCH_JOBS_MAX, JobQueue, SendError};
-use crate::config::BatchConf;
+use crate::config::{BatchConf, Live};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -49,7 +50,9 @@ pub enum SubmitError {
 #[derive(Clone)]
 pub struct Batcher {
     sender: mpsc::Sender<Pending>,
-    send_deadline: Duration,
+    conf: Live<BatchConf>,
+    /// Jobs that wait to be sent, or to be sent again.
+    waiting: Arc<AtomicUsize>,
 }
 
 struct Pending {
@@ -65,11 +68,20 @@ impl Batcher {
     /// Queues a job to be sent. The receiver hears what became of it; dropping the receiver changes nothing.
     pub fn send(&self, job: Job) -> Result<oneshot::Receiver<Result<(), SubmitError>>, SubmitError> {
         let (done, result) = oneshot::channel();
-        let give_up = Instant::now() + self.send_deadline;
+        let conf = self.conf.get();
+        let give_up = Instant::now() + Duration::from_millis(conf.send_deadline_ms);
         let pending = Pending { job, done, give_up, attempts: 0, maybe_sent: false };
-        self.sender.try_send(pending).map_err(|e| match e {
-            mpsc::error::TrySendError::Full(_) => SubmitError::Overloaded,
-            mpsc::error::TrySendError::Closed(_) => SubmitError::Stopping,
+        // Counted here and not by the channel, whose bound could not change while it is in use.
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= conf.queue_jobs_max {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            return Err(SubmitError::Overloaded);
+        }
+        self.sender.try_send(pending).map_err(|e| {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            match e {
+                mpsc::error::TrySendError::Full(_) => SubmitError::Overloaded,
+                mpsc::error::TrySendError::Closed(_) => SubmitError::Stopping,
+            }
         })?;
         Ok(result)
     }
@@ -77,9 +89,10 @@ impl Batcher {
 
 /// The loop behind [`Batcher`].
 pub struct BatchLoop {
-    conf: BatchConf,
+    conf: Live<BatchConf>,
     receiver: mpsc::Receiver<Pending>,
     sender: Arc<BatchSender>,
+    counted: Arc<AtomicUsize>,
     waiting: VecDeque<Waiting>,
     delayed: Vec<(Instant, Pending)>,
     /// FIFO queues only: functions with a batch in flight, or with a job that waits to be sent again.
@@ -101,19 +114,21 @@ struct BatchSender {
 
 /// A handle and its loop.
 pub fn new(
-    conf: BatchConf,
+    conf: Live<BatchConf>,
     queue: Arc<dyn JobQueue>,
     journal: Arc<NodeJournal>,
     in_flight: Arc<InFlight>,
     metrics: Arc<Metrics>,
 ) -> (Batcher, BatchLoop) {
-    let (sender, receiver) = mpsc::channel(conf.queue_jobs_max);
-    let handle = Batcher { sender, send_deadline: Duration::from_millis(conf.send_deadline_ms) };
+    let (sender, receiver) = mpsc::channel(BatchConf::QUEUE_JOBS_MAX);
+    let counted = Arc::<AtomicUsize>::default();
+    let handle = Batcher { sender, conf: conf.clone(), waiting: Arc::clone(&counted) };
     let sender = Arc::new(BatchSender { queue, journal, in_flight, metrics });
     let batch_loop = BatchLoop {
         conf,
         receiver,
         sender,
+        counted,
         waiting: VecDeque::new(),
         delayed: Vec::new(),
         busy: HashSet::new(),
@@ -136,12 +151,10 @@ impl BatchLoop {
             }
             self.publish_gauges(sends.len());
             let timer = self.next_timer(sends.len());
-            // Backpressure: while a full queue's worth waits here, the channel fills and callers hear of it.
-            let room = self.waiting.len() + self.delayed.len() < self.conf.queue_jobs_max;
             tokio::select! {
                 biased;
                 Some(tried) = sends.next() => self.after_send(tried),
-                n = self.receiver.recv_many(&mut arrived, BATCH_JOBS_MAX), if open && room => {
+                n = self.receiver.recv_many(&mut arrived, BATCH_JOBS_MAX), if open => {
                     open = n > 0;
                     let since = Instant::now();
                     self.waiting.extend(arrived.drain(..).map(|pending| Waiting { since, pending }));
@@ -164,15 +177,18 @@ impl BatchLoop {
 
     /// When the loop must look again though nothing happened.
     fn next_timer(&self, sends: usize) -> Option<Instant> {
-        let oldest =
-            self.waiting.front().filter(|_| sends < self.conf.sends_max).map(|w| w.since + self.linger());
+        let oldest = self
+            .waiting
+            .front()
+            .filter(|_| sends < self.conf.get().sends_max)
+            .map(|w| w.since + self.linger());
         // With a FIFO queue the oldest may be blocked by its function; a timer in the past would spin.
         let oldest = oldest.filter(|at| *at > Instant::now());
         self.delayed.iter().map(|(at, _)| *at).chain(oldest).min()
     }
 
     fn linger(&self) -> Duration {
-        Duration::from_millis(self.conf.linger_ms)
+        Duration::from_millis(self.conf.get().linger_ms)
     }
 
     /// Puts jobs whose pause is over to the front: retries go first.
@@ -188,12 +204,14 @@ impl BatchLoop {
     /// The next batch, if one may go now.
     fn next_batch(&mut self, sends: usize) -> Option<Vec<Pending>> {
         let oldest = self.waiting.front()?;
-        let lingered = oldest.since.elapsed() >= self.linger();
-        let eager = sends < self.conf.sends_eager || lingered;
-        if sends >= self.conf.sends_max || !(eager || self.batch_is_full()) {
+        let conf = self.conf.get();
+        let lingered = oldest.since.elapsed() >= Duration::from_millis(conf.linger_ms);
+        let eager = sends < conf.sends_eager || lingered;
+        if sends >= conf.sends_max || !(eager || self.batch_is_full()) {
             return None;
         }
         let batch = self.take_batch();
+        self.counted.fetch_sub(batch.len(), Ordering::Relaxed);
         (!batch.is_empty()).then_some(batch)
     }
 
@@ -239,6 +257,7 @@ impl BatchLoop {
         // One pause for all of them: jobs of one function keep their order.
         let attempts = tried.again.iter().map(|pending| pending.attempts).max().unwrap_or_default();
         let at = Instant::now() + retry_pause(attempts);
+        self.counted.fetch_add(tried.again.len(), Ordering::Relaxed);
         for pending in tried.again {
             if fifo {
                 self.busy.insert(pending.job.function.clone());
@@ -455,8 +474,13 @@ mod tests {
         let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
         let journal = Arc::new(journal);
         let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _));
-        let (batcher, batch_loop) =
-            new(conf, Arc::clone(&queue) as _, Arc::clone(&leaves), Arc::clone(&in_flight), metrics);
+        let (batcher, batch_loop) = new(
+            Live::new(conf),
+            Arc::clone(&queue) as _,
+            Arc::clone(&leaves),
+            Arc::clone(&in_flight),
+            metrics,
+        );
         (House { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
     }
 

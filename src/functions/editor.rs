@@ -214,8 +214,11 @@ impl Editor {
         });
         let write = FunctionWrite { before: before.cloned(), after: after.cloned(), record, retire, adopt };
         let written = self.write_for_sure(&write).await;
-        // Also after a failure: it may have been written all the same.
-        self.cache.forget(&id).await;
+        // Also after a failure: it may have been written all the same, or may yet be.
+        match &written {
+            Err(error) if error.is_transient() => self.cache.may_change(&id).await,
+            _ => self.cache.changed(&id).await,
+        }
         written.map_err(|e| EditError::Backend("the function table", e))
     }
 

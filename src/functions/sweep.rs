@@ -67,7 +67,7 @@ impl Sweeper {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Change, EditError, Editor, Functions, NewCode, NewFunction};
+    use super::super::{Change, EditError, Editor, NewCode, NewFunction};
     use super::*;
     use crate::backend::{Backend, FunctionPage, FunctionWrite, Written, embedded};
     use crate::model::{ConfigAction, Counters, Function, FunctionId, Recommendation, Runtime};
@@ -190,7 +190,8 @@ mod tests {
 
         fn editor(&self, backend: &Backend) -> Editor {
             let conf = crate::config::Conf::shipped().unwrap().cache;
-            Editor::new(backend, Functions::new(&conf, Arc::clone(&backend.functions)))
+            let metrics = Arc::new(Metrics::new(1).unwrap());
+            Editor::new(backend, super::super::new(&conf, backend, &metrics).0)
         }
 
         async fn create(&self, backend: &Backend) -> Result<Function, EditError<()>> {

@@ -9,6 +9,7 @@ pub mod description;
 pub mod gateway;
 pub mod http;
 pub mod job;
+pub mod link;
 pub mod platform;
 pub mod process;
 pub mod proxy;

@@ -27,6 +27,8 @@ mod changes;
 #[cfg(test)]
 mod contract;
 #[cfg(test)]
+mod fleet;
+#[cfg(test)]
 mod functions;
 #[cfg(test)]
 mod harness;
@@ -40,6 +42,8 @@ mod observe;
 mod pages;
 #[cfg(test)]
 mod protocol;
+#[cfg(test)]
+mod reload;
 #[cfg(test)]
 mod results;
 #[cfg(test)]

@@ -104,7 +104,7 @@ async fn results_of_the_python_worker() {
 /// The message is with the worker, and its result published, before SQS has confirmed the send.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn published_before_send_has_returned() {
-    let platform = Setup::serve().policy(Policy::HoldSends).start().await;
+    let platform = Setup::serve().policy(Policy::Hold("SendMessageBatch")).start().await;
     let proxy = platform.fleet().proxy.as_ref().expect("asked for");
     let run = platform.gateway.run(HELLO, &json!({ "token": "early" }));
     let answer = within("the client's answer", SOON, run.send()).await.expect(200);

@@ -109,7 +109,7 @@ async fn the_proxy_denies_and_holds() {
     assert_eq!((proxy.count("GetItem").passed, proxy.count("DescribeTable").denied), (1, 1));
     drop(proxy);
 
-    let proxy = Proxy::start(&cloud, Policy::HoldSends).await;
+    let proxy = Proxy::start(&cloud, Policy::Hold("SendMessageBatch")).await;
     let entries = json!([{ "Id": "0", "MessageBody": "held" }]);
     let batch = json!({ "QueueUrl": cloud.queue_url, "Entries": entries });
     let mut conn = Conn::open(proxy.addr()).await.expect("the proxy takes connections");

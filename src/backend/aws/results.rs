@@ -6,29 +6,23 @@
 //! go at any time, also while Redis is away, and dropping it leaves nothing behind.
 //!
 //! The crate reads ahead without a bound, so whoever calls `next` must not pause: it hands results on and comes back.
-//!
-//! A subscriber that only listens does not notice that its peer is gone, so it asks with a PING each second.
 
-use super::redis::{COMMAND_DEADLINE, CONNECT_DEADLINE, Commands, class};
+use super::redis::Commands;
+use super::subscriber::{Failures, Subscriber};
 use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
 use crate::model::{JobId, NodeId};
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::StreamExt;
-use redis::aio::{PubSubSink, PubSubStream};
-use redis::{Client, Msg, RedisError, cmd};
+use redis::{Client, Msg, cmd};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
+use tokio::time::timeout;
 
 const CHANNEL_PREFIX: &str = "result:";
 /// Most jobs of other nodes waited for at once. Full: [`BackendError::Unavailable`].
 const WATCHES_MAX: usize = 8_192;
-const PING_EVERY: Duration = Duration::from_secs(1);
-const BACKOFF_FIRST: Duration = Duration::from_millis(50);
-const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// How often a waiter looks at the stored key: a result published before the subscription stood may be
 /// stored only after it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -37,21 +31,18 @@ pub(super) struct RedisResults {
     client: Client,
     commands: Arc<Commands>,
     pattern: String,
-    subscriber: tokio::sync::Mutex<Subscriber>,
+    line: tokio::sync::Mutex<Line>,
     watches: Watches,
 }
 
 #[derive(Default)]
-struct Subscriber {
+struct Line {
     subscription: Option<Subscription>,
-    /// Connections failed in a row.
-    failures: u32,
+    failures: Failures,
 }
 
 struct Subscription {
-    sink: PubSubSink,
-    stream: PubSubStream,
-    ping: Interval,
+    subscriber: Subscriber,
     /// Taken from the watches and not yet carried out; kept here because `next` may be dropped in between.
     changes: Vec<Change>,
 }
@@ -62,45 +53,39 @@ impl RedisResults {
             client,
             commands,
             pattern: format!("{CHANNEL_PREFIX}{node}*"),
-            subscriber: tokio::sync::Mutex::default(),
+            line: tokio::sync::Mutex::default(),
             watches: Watches::default(),
         }
     }
 
     async fn subscribe(&self) -> Result<Subscription, BackendError> {
-        let in_time = timeout(CONNECT_DEADLINE, self.client.get_async_pubsub()).await;
-        let (mut sink, stream) = within(in_time)?.split();
-        within(timeout(COMMAND_DEADLINE, sink.psubscribe(&self.pattern)).await)?;
+        let mut subscriber = Subscriber::connect(&self.client).await?;
+        subscriber.hear_pattern(&self.pattern).await?;
         let channels = self.watches.start();
         if !channels.is_empty() {
-            within(timeout(COMMAND_DEADLINE, sink.subscribe(channels)).await)?;
+            subscriber.hear(channels).await?;
         }
-        let mut ping = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
-        ping.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        Ok(Subscription { sink, stream, ping, changes: Vec::new() })
+        Ok(Subscription { subscriber, changes: Vec::new() })
     }
 
     /// One try to subscribe, after a pause that grows with each failure.
-    async fn resubscribe(&self, subscriber: &mut Subscriber) -> Option<ResultEvent> {
-        if subscriber.failures > 0 {
-            let pause = BACKOFF_FIRST * 2_u32.saturating_pow(subscriber.failures.min(10) - 1);
-            sleep(pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.0))).await;
-        }
+    async fn resubscribe(&self, line: &mut Line) -> Option<ResultEvent> {
+        line.failures.pause().await;
         match self.subscribe().await {
             Ok(subscription) => {
-                if subscriber.failures > 0 {
-                    tracing::info!(failures = subscriber.failures, "Results Heard Again");
+                let failures = line.failures.end();
+                if failures > 0 {
+                    tracing::info!(failures, "Results Heard Again");
                 }
-                *subscriber = Subscriber { subscription: Some(subscription), failures: 0 };
+                line.subscription = Some(subscription);
                 self.watches.tell_all_subscribed();
                 Some(ResultEvent::Subscribed)
             }
             Err(error) => {
                 self.watches.stop();
-                if subscriber.failures == 0 {
+                if line.failures.add() {
                     tracing::warn!(%error, "Results Not Heard");
                 }
-                subscriber.failures = subscriber.failures.saturating_add(1);
                 None
             }
         }
@@ -108,20 +93,16 @@ impl RedisResults {
 
     /// What the standing subscription gives next; an error ends it.
     async fn listen(&self, subscription: &mut Subscription) -> Result<Option<ResultEvent>, BackendError> {
-        let Subscription { sink, stream, ping, changes } = subscription;
+        let Subscription { subscriber, changes } = subscription;
         changes.append(&mut self.watches.take_changes());
         if !changes.is_empty() {
-            apply(sink, changes).await?;
+            apply(subscriber, changes).await?;
             self.watches.tell_subscribed(changes);
             changes.clear();
         }
         tokio::select! {
-            message = stream.next() => match message {
-                Some(message) => Ok(self.heard(&message)),
-                None => Err(BackendError::Unavailable("the connection broke".into())),
-            },
+            message = subscriber.next() => Ok(self.heard(&message?)),
             () = self.watches.changed.notified() => Ok(None),
-            _ = ping.tick() => within(timeout(COMMAND_DEADLINE, sink.ping()).await).map(|()| None),
         }
     }
 
@@ -142,10 +123,10 @@ impl RedisResults {
 #[async_trait]
 impl Results for RedisResults {
     async fn next(&self) -> ResultEvent {
-        let mut subscriber = self.subscriber.lock().await;
+        let mut line = self.line.lock().await;
         loop {
-            let Some(subscription) = &mut subscriber.subscription else {
-                match self.resubscribe(&mut subscriber).await {
+            let Some(subscription) = &mut line.subscription else {
+                match self.resubscribe(&mut line).await {
                     Some(event) => return event,
                     None => continue,
                 }
@@ -155,7 +136,7 @@ impl Results for RedisResults {
                 Ok(None) => {}
                 Err(error) => {
                     tracing::warn!(%error, "Subscription Ended");
-                    subscriber.subscription = None;
+                    line.subscription = None;
                     self.watches.stop();
                 }
             }
@@ -214,23 +195,15 @@ fn channel(id: JobId) -> String {
     format!("{CHANNEL_PREFIX}{id}")
 }
 
-fn within<T>(in_time: Result<Result<T, RedisError>, tokio::time::error::Elapsed>) -> Result<T, BackendError> {
-    match in_time {
-        Ok(answer) => answer.map_err(|e| class(&e)),
-        Err(_) => Err(BackendError::Unavailable("Redis did not answer in time".into())),
-    }
-}
-
 /// Carries out the changes in their order, neighbours of a kind in one command.
-async fn apply(sink: &mut PubSubSink, changes: &[Change]) -> Result<(), BackendError> {
+async fn apply(subscriber: &mut Subscriber, changes: &[Change]) -> Result<(), BackendError> {
     for run in changes.chunk_by(|a, b| a.wanted == b.wanted) {
         let channels: Vec<_> = run.iter().map(|change| channel(change.id)).collect();
-        let in_time = if run[0].wanted {
-            timeout(COMMAND_DEADLINE, sink.subscribe(channels)).await
+        if run[0].wanted {
+            subscriber.hear(channels).await?;
         } else {
-            timeout(COMMAND_DEADLINE, sink.unsubscribe(channels)).await
-        };
-        within(in_time)?;
+            subscriber.stop_hearing(channels).await?;
+        }
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The checks before the first request: all side by side, each with an error of its own, within one deadline.
 
+use super::changes::RedisChanges;
 use super::code_list::CodeTable;
 use super::direct::CredentialCache;
 use super::executions::ExecutionTable;
@@ -35,6 +36,7 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
     match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
         (Ok(aws), Ok(redis)) => {
             let commands = Arc::new(Commands::new(redis.clone()));
+            let changes = RedisChanges::new(redis.clone(), Arc::clone(&commands), &settings.functions_table);
             let backend = Backend {
                 queue: Arc::new(aws.queue),
                 results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), settings.node)),
@@ -44,6 +46,7 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
                 code: Arc::new(aws.code),
                 code_list: Arc::new(aws.code_list),
                 workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
+                changes: Some(Arc::new(changes)),
                 limits: Some(Arc::new(RedisLimits::new(commands))),
             };
             Ok(Connected { backend, warnings: aws.warnings })

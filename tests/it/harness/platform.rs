@@ -6,6 +6,7 @@ use super::process::Scratch;
 use super::proxy::{Policy, Proxy};
 use super::redis::Redis;
 use super::worker::Worker;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The function both backends know: `dev` seeds it, and for `serve` the harness puts it into the table.
@@ -97,7 +98,7 @@ impl Setup {
             args.extend(["--conf", conf]);
         }
         let gateway = Gateway::start(&args, &env, &key, &[]).await;
-        Platform { gateway, fleet: None, _dir: dir }
+        Platform { gateway, fleet: None, dir }
     }
 
     async fn start_serve(self) -> Platform {
@@ -116,7 +117,7 @@ impl Setup {
         if let Some(worker) = &fleet.worker {
             tokio::task::block_in_place(|| worker.wait_ready());
         }
-        Platform { gateway, fleet: Some(fleet), _dir: dir }
+        Platform { gateway, fleet: Some(fleet), dir }
     }
 }
 
@@ -142,13 +143,19 @@ pub struct Fleet {
 impl Fleet {
     /// One more gateway over the same queue, tables and Redis.
     pub async fn start_gateway(&self) -> Gateway {
+        self.start_gateway_with(&[]).await
+    }
+
+    /// The same with an environment of its own.
+    pub async fn start_gateway_with(&self, env: &[(String, String)]) -> Gateway {
         let mut args = vec!["serve"];
         if let Some(conf) = &self.conf {
             args.extend(["--conf", conf]);
         }
         let mut secrets = vec![SECRET_ACCESS_KEY];
         secrets.extend(self.redis.password());
-        Gateway::start(&args, &self.gateway_env(), &self.key, &secrets).await
+        let env = [self.gateway_env(), env.to_vec()].concat(); // the last of a name wins
+        Gateway::start(&args, &env, &self.key, &secrets).await
     }
 
     /// Everything that `serve` requires, and what the test added.
@@ -166,13 +173,18 @@ impl Fleet {
 pub struct Platform {
     pub gateway: Gateway,
     fleet: Option<Fleet>,
-    _dir: Scratch,
+    dir: Scratch,
 }
 
 impl Platform {
     /// The parts outside the gateway. `serve` only.
     pub fn fleet(&self) -> &Fleet {
         self.fleet.as_ref().expect("a platform over AWS")
+    }
+
+    /// A file of the `--conf` directory.
+    pub fn conf_file(&self, name: &str) -> PathBuf {
+        self.dir.path().join("conf").join(name)
     }
 
     pub fn is_serve(&self) -> bool {
@@ -185,12 +197,12 @@ impl Platform {
 
     /// Ends the gateway outright, lets something happen meanwhile, and starts it again.
     pub async fn kill_and_restart(self, meanwhile: impl AsyncFnOnce(&Fleet)) -> Self {
-        let Self { gateway, fleet, _dir } = self;
+        let Self { gateway, fleet, dir } = self;
         gateway.kill();
         let fleet = fleet.expect("a platform over AWS");
         meanwhile(&fleet).await;
         let gateway = fleet.start_gateway().await;
-        Self { gateway, fleet: Some(fleet), _dir }
+        Self { gateway, fleet: Some(fleet), dir }
     }
 
     /// Asserts a clean end of every part.

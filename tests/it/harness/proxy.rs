@@ -13,13 +13,15 @@ use tokio::task::JoinHandle;
 /// What the proxy does with each operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
+    /// No proxy at all.
     PassAll,
+    PassAndCount,
     /// What the IAM role of the old controller allows, and nothing else.
     OldRole,
     /// `OldRole` without this operation.
     Deny(&'static str),
-    /// Passes everything on at once, but keeps back the answers to SendMessageBatch until [`Proxy::release`].
-    HoldSends,
+    /// Passes everything on at once, but keeps back the answers to this operation until [`Proxy::release`].
+    Hold(&'static str),
 }
 
 const OLD_ROLE: [&str; 9] = [
@@ -114,7 +116,7 @@ impl Shared {
             let framing = ["transfer-encoding", "content-length", "connection"];
             message.headers.retain(|(name, _)| !framing.contains(&name.to_ascii_lowercase().as_str()));
             message.headers.push(("content-length".into(), message.body.len().to_string()));
-            if self.policy == Policy::HoldSends && operation == "SendMessageBatch" {
+            if matches!(self.policy, Policy::Hold(held) if held == operation) {
                 self.note(&operation, |count| count.held += 1);
                 // The sender lives as long as self, so this ends only with a release.
                 let _ = self.released.subscribe().wait_for(|released| *released).await;
@@ -128,7 +130,7 @@ impl Shared {
     fn denies(&self, operation: &str) -> bool {
         let old_role = OLD_ROLE.contains(&operation) || operation.starts_with("s3-object-");
         match self.policy {
-            Policy::PassAll | Policy::HoldSends => false,
+            Policy::PassAll | Policy::PassAndCount | Policy::Hold(_) => false,
             Policy::OldRole => !old_role,
             Policy::Deny(denied) => !old_role || operation == denied,
         }

@@ -1,0 +1,47 @@
+// More requests than the limit lets through (LIMIT_RATE a second, LIMIT_BURST at once): what is let through in all is
+// never more than burst + rate × time, and who is refused is told when to come again.
+
+import { check } from 'k6';
+import { Counter } from 'k6/metrics';
+import { setResponseCallback, expectedStatuses } from 'k6/http';
+import { number, run } from './gateway.js';
+
+setResponseCallback(expectedStatuses(202, 429));
+
+const RATE = number('LIMIT_RATE', 50);
+const BURST = number('LIMIT_BURST', 50);
+const SECONDS = number('SECONDS', 8);
+const admitted = new Counter('admitted');
+const refused = new Counter('refused');
+
+export const options = {
+  scenarios: {
+    storm: {
+      executor: 'constant-arrival-rate',
+      rate: Math.max(4 * RATE, 200),
+      timeUnit: '1s',
+      duration: `${SECONDS}s`,
+      preAllocatedVUs: 50,
+    },
+  },
+  thresholds: {
+    checks: ['rate==1'],
+    http_req_failed: ['rate==0'],
+    // A second more than the load lasts: its last request is answered after its end.
+    admitted: [`count<=${BURST + RATE * (SECONDS + 1)}`, `count>=${Math.floor(0.8 * RATE * SECONDS)}`],
+    refused: ['count>0'],
+  },
+};
+
+export default function () {
+  const answer = run(false);
+  if (answer.status === 202) {
+    admitted.add(1);
+  } else {
+    refused.add(1);
+    check(answer, {
+      'says when to come again': (r) => Number(r.headers['Retry-After']) >= 1,
+      'says what the limit is': (r) => Number(r.headers['X-Ratelimit-Limit']) === BURST,
+    });
+  }
+}

@@ -1,0 +1,35 @@
+// A sudden load of many times the usual one (BASE to PEAK a second): requests are accepted or told to come again, none
+// breaks, and afterwards all is as before.
+
+import { check } from 'k6';
+import { setResponseCallback, expectedStatuses } from 'k6/http';
+import { number, run } from './gateway.js';
+
+setResponseCallback(expectedStatuses(202, 503));
+
+const BASE = number('BASE', 50);
+const PEAK = number('PEAK', 800);
+
+function at(rate, startTime, duration) {
+  return { executor: 'constant-arrival-rate', rate, timeUnit: '1s', startTime, duration, preAllocatedVUs: 100 };
+}
+
+export const options = {
+  scenarios: {
+    before: at(BASE, '0s', '3s'),
+    spike: at(PEAK, '3s', '4s'),
+    after: at(BASE, '9s', '3s'),
+  },
+  thresholds: {
+    checks: ['rate==1'],
+    http_req_failed: ['rate==0'],
+    'http_req_duration{scenario:after}': [`p(95)<${number('P95_MS', 200)}`],
+    'checks{scenario:after}': ['rate==1'],
+  },
+};
+
+export default function () {
+  check(run(false), {
+    'accepted, or told when to come again': (r) => r.status === 202 || Number(r.headers['Retry-After']) >= 1,
+  });
+}

@@ -1,0 +1,122 @@
+"""`make loadtest`: what a run costs, beside bare Pingora, and whether it keeps its promises under load.
+
+    ROUNDS=5 SECONDS_EACH=8 python3 loadtest/run.py     (QUICK=1: one short round, to see that all works)
+
+Sends traffic to loopback addresses only, and ends by itself. Writes loadtest/report/: report.html, report.md and all
+numbers in report.json. Exits with 1 if a promise was not kept.
+"""
+
+import datetime
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+
+import behaviour
+import cases
+import report
+from cases import ASYNC, BARE_8, BARE_13, BARE_NOW, ORDER, SYNC
+from stack import ROOT, SQS_MS, Stack, check_tools
+
+QUICK = os.environ.get("QUICK") == "1"
+ROUNDS = int(os.environ.get("ROUNDS", 1 if QUICK else 5))
+SECONDS_EACH = int(os.environ.get("SECONDS_EACH", 2 if QUICK else 8))
+WAITERS = 1_000 if QUICK else 10_000
+MANY = 5_000 if QUICK else 100_000
+PAIRS = 1 if QUICK else 3
+
+
+def machine():
+    cpu = pathlib.Path("/proc/cpuinfo").read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{os.cpu_count()} cores of {cpu}, {platform.machine()}, Linux {platform.release()}",
+        "commit": commit.strip() or "unknown",
+        "command": f"make loadtest ROUNDS={ROUNDS} SECONDS_EACH={SECONDS_EACH}" + (" QUICK=1" if QUICK else ""),
+        "setting": f"{cases.SETTING}; {cases.PINNED}",
+    }
+
+
+def rounds(stack):
+    """All cases in turn, several times: what else the machine does falls on all of them alike."""
+    runs = []
+    for number in range(1, ROUNDS + 1):
+        this = {name: cases.round_case(stack, name, SECONDS_EACH) for name in ORDER}
+        runs.append(this)
+        told = ", ".join(f"{name} {this[name]['cpu_us']:.1f}" for name in ORDER)
+        print(f"round {number} of {ROUNDS}, CPU µs a request: {told}", flush=True)
+    return runs
+
+
+def measure(directory):
+    with Stack(directory) as stack:
+        sampler = cases.MemorySampler(stack.gateway)
+        sampler.start()
+        cases.load(stack.gateway.port, "--connections", 64, seconds=1 if QUICK else 3)  # warm
+        results = {"rounds": rounds(stack)}
+        results["idle"] = cases.one_at_a_time(stack, 50 if QUICK else 200)
+        print("one connection:", results["idle"], flush=True)
+        peak = statistics.median(run[ASYNC]["rps"] for run in results["rounds"])
+        results["half"] = cases.at_rate(stack, peak / 2, SECONDS_EACH)
+        print("half of the peak:", results["half"], flush=True)
+        results["waiters"] = cases.waiters(stack, WAITERS)
+        print("waiters:", results["waiters"], flush=True)
+        results["k6"] = behaviour.run_all(stack)
+        results["growth"] = cases.growth(stack, PAIRS, MANY, SECONDS_EACH)
+        print("growth:", results["growth"]["ratio"], flush=True)
+        sampler.stopped.set()
+        results["memory"] = sampler.samples
+        results["lines_dropped"] = stack.gateway.metric("infra_log_lines_dropped")
+    return results
+
+
+def median_ratio(runs, case, floor):
+    return statistics.median(run[case]["cpu_us"] / run[floor]["cpu_us"] for run in runs)
+
+
+def promises(results):
+    """(what, measured, bound, unit) of each promise; kept if measured is at most the bound."""
+    runs, waiters = results["rounds"], results["waiters"]
+    ours = [run[case] for run in runs for case in (ASYNC, SYNC)]
+    failed = sum(run["failed"] for run in ours) + results["half"]["failed"] + waiters["failed"]
+    failed += sum(pair[kind]["failed"] for pair in results["growth"]["pairs"] for kind in ("one", "many"))
+    unwritten = sum(abs(run["messages"] - run["rows"]) for run in ours)
+    return [
+        ("asynchronous, CPU against bare waiting 8 ms", median_ratio(runs, ASYNC, BARE_8), 2.5, "×"),
+        ("synchronous, CPU against bare waiting 13 ms", median_ratio(runs, SYNC, BARE_13), 3.0, "×"),
+        ("requests that failed", failed, 0, ""),
+        ("accepted jobs without exactly one row", unwritten, 0, ""),
+        ("AWS calls a request", statistics.median(run["aws_calls"] for run in ours), 0.25, ""),
+        ("Redis commands a request", statistics.median(run["redis_commands"] for run in ours), 0.5, ""),
+        ("one idle connection: answer after the queue's confirmation", results["idle"]["after_confirmation_ms"], 1.5, "ms"),
+        ("half of the peak rate: p99", results["half"]["p99_ms"], SQS_MS + 10, "ms"),
+        (f"{WAITERS:,} runs waiting at once: not answered", WAITERS - waiters["requests"], 0, ""),
+        (f"{WAITERS:,} runs waiting at once: memory", waiters["peak_mb"], 700, "MB"),
+        ("after them: memory above that before", waiters["after_mb"] - waiters["before_mb"], 100, "MB"),
+        ("after them: waiters left", waiters["waiters_left"], 0, ""),
+        ("k6 scripts whose thresholds were not kept", sum(not kept for kept in results["k6"].values()), 0, ""),
+        (f"CPU with {MANY:,} functions and addresses against one of each", results["growth"]["ratio"], 1.2, "×"),
+    ]
+
+
+def main():
+    check_tools()
+    about = machine()
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as directory:
+        results = measure(directory)
+    kept = promises(results)
+    extra = {
+        "asynchronous against bare at once": median_ratio(results["rounds"], ASYNC, BARE_NOW),
+        "synchronous against bare at once": median_ratio(results["rounds"], SYNC, BARE_NOW),
+    }
+    report.write(ROOT / "loadtest/report", about, results, kept, extra)
+    if any(measured > bound for _, measured, bound, _ in kept):
+        sys.exit("loadtest: not every promise was kept")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,635 @@
+//! The cache of functions.
+//!
+//! `moka` gives it what one of our own would have to: a bound, and single flight, so that a stampede for one cold
+//! function makes one read. How long an entry is believed is judged here, when it is read, since it depends on whether
+//! the changes of other nodes are heard at that moment.
+
+use super::feed::Feed;
+use crate::backend::{BackendError, FunctionStore};
+use crate::config::CacheConf;
+use crate::metrics::Metrics;
+use crate::model::{Function, FunctionId};
+use arc_swap::ArcSwap;
+use dashmap::DashMap;
+use moka::future::Cache;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::time::{Instant, timeout};
+
+/// How long it is remembered that a function was changed: longer than a load takes.
+const CHANGES_KEPT: Duration = Duration::from_secs(30);
+/// Changes remembered; while so many are fresh, one more means that anything has changed.
+const CHANGES_MAX: usize = 10_000;
+/// While the table is away a function runs as it was known, for so long after it was last read.
+const STALE_MAX: Duration = Duration::from_secs(3600);
+/// How long a run waits for a new look at a function that is known.
+const REFRESH_MAX: Duration = Duration::from_millis(500);
+/// After a look that failed the known function is used so long without another.
+const REFRESH_PAUSE: Duration = Duration::from_secs(1);
+
+/// Looks functions up: a run costs no read of the table in the usual case. Cheap to clone.
+#[derive(Clone)]
+pub struct Functions(Arc<Inner>);
+
+struct Inner {
+    store: Arc<dyn FunctionStore>,
+    feed: Feed,
+    entries: ArcSwap<Cache<FunctionId, Entry>>,
+    ages: Ages,
+    changes: Changes,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Clone)]
+struct Entry {
+    /// `Ok(None)`: there is no such function.
+    found: Result<Option<Arc<Function>>, BackendError>,
+    /// When the load began: the table may have been read at any time since.
+    loaded_at: Instant,
+    /// How many changes had been heard of when the load began.
+    loaded_after: u64,
+    /// A new look failed; until then nobody looks again.
+    retry_at: Option<Instant>,
+}
+
+/// How long entries are believed.
+struct Ages {
+    /// While the changes of other nodes are heard, in milliseconds.
+    backstop_ms: AtomicU64,
+    /// Otherwise, and for functions that are not there.
+    ttl_ms: AtomicU64,
+    /// Whether the changes of other nodes are heard.
+    heard: AtomicBool,
+}
+
+/// What changed a moment ago. A load that began before a change may end after it, and must not be believed then.
+#[derive(Default)]
+struct Changes {
+    count: AtomicU64,
+    fresh: DashMap<FunctionId, (u64, Instant)>,
+    /// Whatever was loaded before this many changes may have changed: so much is not known any more.
+    unsure_before: AtomicU64,
+    /// Whatever was loaded before this many changes has changed: there were too many to remember which.
+    all_before: AtomicU64,
+}
+
+impl Functions {
+    /// Without the changes of other nodes there are none: the process is alone.
+    pub(super) fn new(
+        conf: &CacheConf,
+        store: Arc<dyn FunctionStore>,
+        feed: Feed,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let ages = Ages {
+            backstop_ms: AtomicU64::new(0),
+            ttl_ms: AtomicU64::new(0),
+            heard: AtomicBool::new(feed.is_alone()),
+        };
+        let entries = ArcSwap::from_pointee(entries(conf.functions_max));
+        let functions =
+            Self(Arc::new(Inner { store, feed, entries, ages, changes: Changes::default(), metrics }));
+        functions.set_conf(conf);
+        functions
+    }
+
+    /// New settings; another bound empties the cache.
+    pub fn set_conf(&self, conf: &CacheConf) {
+        let ages = &self.0.ages;
+        ages.ttl_ms.store(conf.function_ttl_ms, Ordering::Relaxed);
+        ages.backstop_ms.store(conf.function_backstop_s.saturating_mul(1000), Ordering::Relaxed);
+        if self.0.entries.load().policy().max_capacity() != Some(conf.functions_max) {
+            self.0.entries.store(Arc::new(entries(conf.functions_max)));
+        }
+    }
+
+    /// The function as of its last change on any node that is heard, or as it was a configured time ago; `None` if there
+    /// is none. While the table is away, as it was last known.
+    pub async fn get(&self, id: &FunctionId) -> Result<Option<Arc<Function>>, BackendError> {
+        let this = &*self.0;
+        let known = this.entries.load().get(id).await;
+        if let Some(entry) = &known
+            && this.is_believed(id, entry)
+        {
+            this.metrics.function_cache_hits.inc();
+            return entry.found.clone();
+        }
+        let asked_after = this.changes.count.load(Ordering::Acquire);
+        let mut again = false;
+        loop {
+            let load = this.load(id, known.as_ref());
+            let entries = this.entries.load_full();
+            let entry =
+                entries.entry_by_ref(id).or_insert_with_if(load, |entry| !this.is_believed(id, entry));
+            let entry = entry.await.into_value();
+            if !this.changes.changed_since(id, entry.loaded_after) {
+                return entry.found;
+            }
+            // A load that began after we were asked has seen all that had changed by then. What changes meanwhile is
+            // worth one more look, and no third: with a function that changes all the time there would be no end.
+            if again && entry.loaded_after >= asked_after {
+                return entry.found;
+            }
+            again = true;
+        }
+    }
+
+    /// Makes every node forget what it knows of a function, after its table entry was changed by this one.
+    pub(super) async fn changed(&self, id: &FunctionId) {
+        self.forget(id).await;
+        self.0.feed.announce(id).await;
+    }
+
+    /// [`Self::changed`] after a write that was not answered: it may yet take effect, after others have read.
+    pub(super) async fn may_change(&self, id: &FunctionId) {
+        self.0.feed.doubt(id);
+        self.changed(id).await;
+    }
+
+    /// Forgets a function that has changed.
+    pub(super) async fn forget(&self, id: &FunctionId) {
+        self.0.changes.note(id);
+        self.0.entries.load_full().invalidate(id).await;
+    }
+
+    /// What is known may have changed: all of it is looked at anew.
+    pub(super) fn doubt_all(&self) {
+        self.0.changes.note_all();
+    }
+
+    /// From now on changes of other nodes are heard; what was loaded before may have changed unheard.
+    pub(super) fn hear(&self) {
+        self.doubt_all();
+        self.0.ages.heard.store(true, Ordering::Release);
+        self.0.metrics.function_changes_heard.set(1);
+    }
+
+    /// Changes of other nodes are not heard any more.
+    pub(super) fn be_deaf(&self) {
+        self.0.ages.heard.store(false, Ordering::Release);
+        self.0.metrics.function_changes_heard.set(0);
+    }
+}
+
+fn entries(functions_max: u64) -> Cache<FunctionId, Entry> {
+    Cache::builder().max_capacity(functions_max).time_to_live(STALE_MAX).build()
+}
+
+impl Inner {
+    fn is_believed(&self, id: &FunctionId, entry: &Entry) -> bool {
+        if self.changes.changed_since(id, entry.loaded_after) {
+            return false;
+        }
+        let now = Instant::now();
+        let is_fresh = match &entry.found {
+            Ok(found) => {
+                !self.changes.may_have_changed_since(entry.loaded_after)
+                    && now.duration_since(entry.loaded_at) < self.ages.of(found.is_some())
+            }
+            Err(_) => false,
+        };
+        is_fresh || entry.retry_at.is_some_and(|at| now < at)
+    }
+
+    async fn load(&self, id: &FunctionId, known: Option<&Entry>) -> Entry {
+        let (loaded_at, loaded_after) = (Instant::now(), self.changes.count.load(Ordering::Acquire));
+        // A function that was there is used when the table is away, unless it is known to have changed.
+        let known = known.filter(|entry| {
+            matches!(entry.found, Ok(Some(_)))
+                && entry.loaded_at.elapsed() < STALE_MAX
+                && !self.changes.changed_since(id, entry.loaded_after)
+        });
+        let asked = self.store.get(id);
+        let loaded = match known {
+            Some(_) => timeout(REFRESH_MAX, asked).await.unwrap_or_else(|_| Err(slow())),
+            None => asked.await,
+        };
+        match (loaded, known) {
+            (Err(error), Some(known)) if error.is_transient() => {
+                self.metrics.function_cache_stale.inc();
+                tracing::debug!(functionId = %id, %error, "Function Used As Known");
+                Entry { retry_at: Some(Instant::now() + REFRESH_PAUSE), ..known.clone() }
+            }
+            (loaded, _) => {
+                self.metrics.function_cache_loads.inc();
+                let found = loaded.map(|function| function.map(Arc::new));
+                Entry { found, loaded_at, loaded_after, retry_at: None }
+            }
+        }
+    }
+}
+
+fn slow() -> BackendError {
+    BackendError::Unavailable("the function table did not answer in time".into())
+}
+
+impl Ages {
+    fn of(&self, is_there: bool) -> Duration {
+        let is_told = is_there && self.heard.load(Ordering::Acquire);
+        let age = if is_told { &self.backstop_ms } else { &self.ttl_ms };
+        Duration::from_millis(age.load(Ordering::Relaxed))
+    }
+}
+
+impl Changes {
+    fn note(&self, id: &FunctionId) {
+        let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
+        if self.fresh.len() >= CHANGES_MAX {
+            self.drop_old();
+        }
+        if self.fresh.len() >= CHANGES_MAX {
+            self.all_before.fetch_max(number, Ordering::AcqRel);
+            return;
+        }
+        let mut change = self.fresh.entry(id.clone()).or_insert((number, Instant::now()));
+        // Of two changes at once the later may come here first.
+        if change.0 < number {
+            *change = (number, Instant::now());
+        }
+    }
+
+    fn drop_old(&self) {
+        self.fresh.retain(|_, (number, at)| {
+            let is_fresh = at.elapsed() < CHANGES_KEPT;
+            if !is_fresh {
+                // An entry that was loaded before it may still be there, if nobody has asked for it since.
+                self.unsure_before.fetch_max(*number, Ordering::AcqRel);
+            }
+            is_fresh
+        });
+    }
+
+    fn note_all(&self) {
+        let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
+        self.unsure_before.fetch_max(number, Ordering::AcqRel);
+    }
+
+    /// Whether the function is known to have changed since a load that began after so many changes.
+    fn changed_since(&self, id: &FunctionId, loaded_after: u64) -> bool {
+        // The usual case: nobody has changed anything.
+        if self.count.load(Ordering::Acquire) == loaded_after {
+            return false;
+        }
+        loaded_after < self.all_before.load(Ordering::Acquire)
+            || self.fresh.get(id).is_some_and(|change| loaded_after < change.0)
+    }
+
+    fn may_have_changed_since(&self, loaded_after: u64) -> bool {
+        loaded_after < self.unsure_before.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ChangeLoop;
+    use super::*;
+    use crate::backend::{ChangeEvent, ChangeFeed, FunctionPage, FunctionWrite, Written};
+    use crate::model::{Counters, Recommendation};
+    use async_trait::async_trait;
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicUsize;
+    use tokio::sync::Semaphore;
+
+    /// A table that answers with what it held when it was asked, once it may.
+    struct Table {
+        function: Mutex<Option<Function>>,
+        is_away: AtomicBool,
+        asked: AtomicUsize,
+        /// Closed: every answer comes at once.
+        may_answer: Semaphore,
+    }
+
+    impl Table {
+        fn new() -> Arc<Self> {
+            let may_answer = Semaphore::new(0);
+            may_answer.close();
+            let function = Function { memory_mb: 128, ..Function::sample("f") };
+            Arc::new(Self {
+                function: Mutex::new(Some(function)),
+                is_away: AtomicBool::new(false),
+                asked: AtomicUsize::new(0),
+                may_answer,
+            })
+        }
+
+        fn slow() -> Arc<Self> {
+            let mut table = Self::new();
+            Arc::get_mut(&mut table).unwrap().may_answer = Semaphore::new(0);
+            table
+        }
+
+        fn resize(&self, memory_mb: u64) {
+            self.function.lock().unwrap().as_mut().unwrap().memory_mb = memory_mb;
+        }
+
+        async fn was_asked(&self, times: usize) {
+            while self.asked() < times {
+                tokio::task::yield_now().await;
+            }
+        }
+
+        fn asked(&self) -> usize {
+            self.asked.load(Ordering::SeqCst)
+        }
+    }
+
+    #[async_trait]
+    impl FunctionStore for Table {
+        async fn get(&self, _: &FunctionId) -> Result<Option<Function>, BackendError> {
+            let function = self.function.lock().unwrap().clone();
+            self.asked.fetch_add(1, Ordering::SeqCst);
+            if let Ok(permit) = self.may_answer.acquire().await {
+                permit.forget();
+            }
+            if self.is_away.load(Ordering::SeqCst) { Err(slow()) } else { Ok(function) }
+        }
+
+        async fn list(&self, _: usize, _: Option<&str>) -> Result<FunctionPage, BackendError> {
+            Ok(FunctionPage::default())
+        }
+
+        async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
+            Ok(Written::Conflict)
+        }
+
+        async fn add_counters(&self, _: &FunctionId, _: Counters) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        async fn probe(&self) -> Result<(), BackendError> {
+            Ok(())
+        }
+    }
+
+    /// Says nothing and takes everything.
+    struct Silent;
+
+    #[async_trait]
+    impl ChangeFeed for Silent {
+        async fn announce(&self, _: &str) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        async fn next(&self) -> ChangeEvent {
+            std::future::pending().await
+        }
+    }
+
+    fn functions(table: &Arc<Table>) -> Functions {
+        let conf = crate::config::Conf::shipped().unwrap().cache;
+        assert_eq!((conf.function_ttl_ms, conf.function_backstop_s), (1000, 300));
+        let feed = Feed::new(Some(Arc::new(Silent)));
+        Functions::new(&conf, Arc::clone(table) as _, feed, Arc::new(Metrics::new(1).unwrap()))
+    }
+
+    fn id() -> FunctionId {
+        FunctionId::parse("f").unwrap()
+    }
+
+    async fn memory_mb(functions: &Functions) -> Option<u64> {
+        functions.get(&id()).await.unwrap().map(|function| function.memory_mb)
+    }
+
+    fn note_others(functions: &Functions, count: usize) {
+        for n in 0..count {
+            functions.0.changes.note(&FunctionId::parse(&format!("other-{n}")).unwrap());
+        }
+    }
+
+    async fn pass(duration: Duration) {
+        tokio::time::advance(duration).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stampede_asks_once_whether_cold_or_stale() {
+        let table = Table::slow();
+        let functions = functions(&table);
+        for round in 1..=2 {
+            let all = futures_util::future::join_all((0..1000).map(|_| memory_mb(&functions)));
+            let answer = async {
+                table.was_asked(round).await;
+                table.may_answer.add_permits(1);
+            };
+            let (all, ()) = tokio::join!(all, answer);
+            assert!(all.iter().all(|found| *found == Some(128)));
+            assert_eq!(table.asked(), round);
+            pass(Duration::from_secs(2)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn entries_live_long_only_while_changes_are_heard() {
+        let table = Table::new();
+        let functions = functions(&table);
+        functions.hear();
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        table.resize(256);
+        pass(Duration::from_secs(299)).await;
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        functions.be_deaf();
+        assert_eq!(memory_mb(&functions).await, Some(256), "too old for one who hears nothing");
+        table.resize(512);
+        pass(Duration::from_millis(999)).await;
+        assert_eq!(memory_mb(&functions).await, Some(256));
+        functions.hear();
+        assert_eq!(memory_mb(&functions).await, Some(512), "it may have changed unheard");
+        table.resize(1024);
+        pass(Duration::from_secs(301)).await;
+        assert_eq!(memory_mb(&functions).await, Some(1024), "the backstop");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_not_there_is_remembered_for_a_moment() {
+        let table = Table::new();
+        let made = table.function.lock().unwrap().take();
+        let functions = functions(&table);
+        functions.hear();
+        for _ in 0..10 {
+            assert_eq!(memory_mb(&functions).await, None);
+        }
+        assert_eq!(table.asked(), 1);
+        *table.function.lock().unwrap() = made;
+        pass(Duration::from_secs(1)).await;
+        assert_eq!(memory_mb(&functions).await, Some(128));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_the_table_is_away_functions_are_used_as_known() {
+        let table = Table::new();
+        let functions = functions(&table);
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        table.is_away.store(true, Ordering::SeqCst);
+        for _ in 0..5 {
+            pass(Duration::from_secs(2)).await;
+            let asked = table.asked();
+            for _ in 0..10 {
+                assert_eq!(memory_mb(&functions).await, Some(128));
+            }
+            assert_eq!(table.asked(), asked + 1, "one look a second");
+        }
+        table.resize(256);
+        table.is_away.store(false, Ordering::SeqCst);
+        pass(Duration::from_secs(1)).await;
+        assert_eq!(memory_mb(&functions).await, Some(256));
+
+        table.is_away.store(true, Ordering::SeqCst);
+        functions.forget(&id()).await;
+        assert!(functions.get(&id()).await.is_err(), "it is known to have changed");
+        table.is_away.store(false, Ordering::SeqCst);
+        assert_eq!(memory_mb(&functions).await, Some(256), "a failure is not remembered");
+        table.is_away.store(true, Ordering::SeqCst);
+        pass(STALE_MAX).await;
+        assert!(functions.get(&id()).await.is_err(), "it is too old");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_load_that_began_before_a_change_is_not_believed_after_it() {
+        let table = Table::slow();
+        let functions = functions(&table);
+        functions.hear();
+        // Both join the load of before, which answers only then; the second one asks after the change.
+        let change = async {
+            table.was_asked(1).await;
+            table.resize(512);
+            functions.forget(&id()).await;
+            let joined = memory_mb(&functions);
+            table.may_answer.add_permits(2);
+            joined.await
+        };
+        let both = async { tokio::join!(memory_mb(&functions), change) };
+        let both = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it asks again");
+        assert_eq!(both, (Some(512), Some(512)));
+        assert_eq!((memory_mb(&functions).await, table.asked()), (Some(512), 2), "from the cache");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_without_end_keep_no_run_waiting() {
+        let table = Table::slow();
+        let functions = functions(&table);
+        functions.hear();
+        let changes = async {
+            for n in 1..=100 {
+                table.was_asked(n).await;
+                functions.forget(&id()).await;
+                table.may_answer.add_permits(1);
+            }
+        };
+        let found = tokio::select! {
+            biased;
+            found = memory_mb(&functions) => found,
+            () = changes => None,
+        };
+        assert_eq!((found, table.asked()), (Some(128), 2));
+    }
+
+    /// As a caller leaves it that goes away in the middle: nobody has looked at the entry since it was changed.
+    #[tokio::test(start_paused = true)]
+    async fn a_change_too_old_to_remember_is_not_believed_away() {
+        let table = Table::new();
+        let functions = functions(&table);
+        functions.hear();
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        table.resize(256);
+        functions.0.changes.note(&id());
+        pass(CHANGES_KEPT).await;
+        note_others(&functions, CHANGES_MAX);
+        assert!(!functions.0.changes.fresh.contains_key(&id()));
+        assert_eq!(memory_mb(&functions).await, Some(256));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_two_changes_at_once_the_later_counts() {
+        let changes = Changes::default();
+        changes.note(&id());
+        changes.fresh.get_mut(&id()).unwrap().0 = 7; // by another thread, after ours was counted as the second
+        changes.note(&id());
+        assert!(changes.changed_since(&id(), 6));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_write_that_takes_effect_late_is_seen_in_the_end() {
+        for feed in [Feed::new(None), Feed::new(Some(Arc::new(Silent)))] {
+            let table = Table::new();
+            let metrics = Arc::new(Metrics::new(1).unwrap());
+            let conf = crate::config::Conf::shipped().unwrap().cache;
+            let functions =
+                Functions::new(&conf, Arc::clone(&table) as _, feed.clone(), Arc::clone(&metrics));
+            functions.hear();
+            let test = async {
+                functions.may_change(&id()).await;
+                assert_eq!(memory_mb(&functions).await, Some(128));
+                table.resize(256);
+                tokio::time::sleep(Duration::from_secs(9)).await;
+                assert_eq!(memory_mb(&functions).await, Some(128), "read too early");
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                assert_eq!(memory_mb(&functions).await, Some(256));
+            };
+            tokio::select! {
+                () = test => {}
+                () = ChangeLoop::new(feed, functions.clone(), metrics).run() => {}
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_age_counts_from_when_the_table_was_asked() {
+        let table = Table::slow();
+        let functions = functions(&table);
+        let answer = async {
+            table.was_asked(1).await;
+            pass(Duration::from_millis(900)).await;
+            table.may_answer.close();
+        };
+        assert_eq!(tokio::join!(memory_mb(&functions), answer).0, Some(128));
+        table.resize(256);
+        pass(Duration::from_millis(200)).await;
+        assert_eq!(memory_mb(&functions).await, Some(256));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn more_changes_than_are_remembered_empty_the_cache() {
+        let table = Table::new();
+        let functions = functions(&table);
+        functions.hear();
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        table.resize(256);
+        note_others(&functions, CHANGES_MAX + 1);
+        assert_eq!(memory_mb(&functions).await, Some(256));
+        assert_eq!(functions.0.changes.fresh.len(), CHANGES_MAX);
+        // One that finds no place counts as well.
+        table.resize(512);
+        functions.0.changes.note(&id());
+        table.is_away.store(true, Ordering::SeqCst);
+        assert!(functions.get(&id()).await.is_err(), "it may be the one that has changed");
+        table.is_away.store(false, Ordering::SeqCst);
+        assert_eq!(memory_mb(&functions).await, Some(512));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn settings_change_while_it_runs() {
+        let table = Table::new();
+        let functions = functions(&table);
+        functions.hear();
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        table.resize(256);
+        let mut conf = crate::config::Conf::shipped().unwrap().cache;
+        conf.function_backstop_s = 10;
+        functions.set_conf(&conf);
+        pass(Duration::from_secs(9)).await;
+        assert_eq!(memory_mb(&functions).await, Some(128));
+        pass(Duration::from_secs(1)).await;
+        assert_eq!(memory_mb(&functions).await, Some(256));
+        conf.functions_max = 7;
+        functions.set_conf(&conf);
+        assert_eq!(
+            (memory_mb(&functions).await, table.asked()),
+            (Some(256), 3),
+            "another bound, another cache"
+        );
+    }
+}

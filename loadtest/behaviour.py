@@ -8,7 +8,13 @@ from stack import KEY, LIMITS, OTHER_CORES, ROOT
 K6 = ROOT / ".venv-load/bin/k6"
 
 LIMIT = {"LIMIT_RATE": "50", "LIMIT_BURST": "50"}
-SMALL_LIMIT = LIMITS.replace("rate = 100000000", "rate = 50").replace("burst = 100000000", "burst = 50").replace("period_s = 60", "period_s = 1")
+# Another name: limits of one name and identity share one count, on all gateways of a Redis.
+SMALL_LIMIT = (
+    LIMITS.replace('"api-key"', '"small"')
+    .replace("rate = 100000000", "rate = 50")
+    .replace("burst = 100000000", "burst = 50")
+    .replace("period_s = 60", "period_s = 1")
+)
 
 # Script and its settings; all end by themselves.
 SCRIPTS = {

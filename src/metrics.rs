@@ -63,16 +63,38 @@ pub struct Metrics {
     pub conf_refused: IntCounter,
     /// Unix seconds.
     pub conf_applied_at: IntGauge,
-    pub function_cache_hits: IntCounter,
-    pub function_cache_loads: IntCounter,
-    /// Looks at a known function that failed, so that it was used as known.
-    pub function_cache_stale: IntCounter,
-    /// Announcements of changed functions.
-    pub function_changes: IntCounter,
-    /// 1 while such announcements are heard.
-    pub function_changes_heard: IntGauge,
+    pub cache: CacheMetrics,
     pub health: IntGaugeVec,
     pub log_lines_dropped: IntGauge,
+}
+
+/// How functions are found.
+pub struct CacheMetrics {
+    pub hits: IntCounter,
+    /// Reads of the table that took the place of what was known.
+    pub loads: IntCounter,
+    /// Looks at a known function that failed, so that it was used as known.
+    pub stale: IntCounter,
+    /// Announcements of changed functions.
+    pub changes: IntCounter,
+    /// 1 while such announcements are heard.
+    pub changes_heard: IntGauge,
+}
+
+impl CacheMetrics {
+    fn new(r: &Registry) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            hits: counter(r, "infra_function_cache_hits_total", "Functions found in the cache")?,
+            loads: counter(r, "infra_function_cache_loads_total", "Functions read from the table")?,
+            stale: counter(
+                r,
+                "infra_function_cache_stale_total",
+                "Failed reads of functions that were then used as known",
+            )?,
+            changes: counter(r, "infra_function_changes_total", "Changes of functions heard of")?,
+            changes_heard: gauge(r, "infra_function_changes_heard", "1 while changes are heard of")?,
+        })
+    }
 }
 
 impl Metrics {
@@ -128,23 +150,7 @@ impl Metrics {
                 "infra_conf_applied_timestamp_seconds",
                 "When the settings in force were put in force",
             )?,
-            function_cache_hits: counter(
-                r,
-                "infra_function_cache_hits_total",
-                "Functions found in the cache",
-            )?,
-            function_cache_loads: counter(
-                r,
-                "infra_function_cache_loads_total",
-                "Functions read from the table",
-            )?,
-            function_cache_stale: counter(
-                r,
-                "infra_function_cache_stale_total",
-                "Failed reads of functions that were then used as known",
-            )?,
-            function_changes: counter(r, "infra_function_changes_total", "Changes of functions heard of")?,
-            function_changes_heard: gauge(r, "infra_function_changes_heard", "1 while changes are heard of")?,
+            cache: CacheMetrics::new(r)?,
             code_deleted: counter(r, "infra_code_deleted_total", "Code archives swept away")?,
             health: gauges(r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
             log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines dropped: nobody read them")?,

@@ -112,7 +112,7 @@ impl Functions {
         if let Some(entry) = &known
             && this.is_believed(id, entry)
         {
-            this.metrics.function_cache_hits.inc();
+            this.metrics.cache.hits.inc();
             return entry.found.clone();
         }
         let asked_after = this.changes.count.load(Ordering::Acquire);
@@ -162,13 +162,13 @@ impl Functions {
     pub(super) fn hear(&self) {
         self.doubt_all();
         self.0.ages.heard.store(true, Ordering::Release);
-        self.0.metrics.function_changes_heard.set(1);
+        self.0.metrics.cache.changes_heard.set(1);
     }
 
     /// Changes of other nodes are not heard any more.
     pub(super) fn be_deaf(&self) {
         self.0.ages.heard.store(false, Ordering::Release);
-        self.0.metrics.function_changes_heard.set(0);
+        self.0.metrics.cache.changes_heard.set(0);
     }
 }
 
@@ -207,12 +207,12 @@ impl Inner {
         };
         match (loaded, known) {
             (Err(error), Some(known)) if error.is_transient() => {
-                self.metrics.function_cache_stale.inc();
+                self.metrics.cache.stale.inc();
                 tracing::debug!(functionId = %id, %error, "Function Used As Known");
                 Entry { retry_at: Some(Instant::now() + REFRESH_PAUSE), ..known.clone() }
             }
             (loaded, _) => {
-                self.metrics.function_cache_loads.inc();
+                self.metrics.cache.loads.inc();
                 let found = loaded.map(|function| function.map(Arc::new));
                 Entry { found, loaded_at, loaded_after, retry_at: None }
             }

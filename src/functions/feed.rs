@@ -156,7 +156,7 @@ impl ChangeLoop {
             ChangeEvent::Heard => self.functions.hear(),
             ChangeEvent::Deaf => self.functions.be_deaf(),
             ChangeEvent::Changed(id) => {
-                self.metrics.function_changes.inc();
+                self.metrics.cache.changes.inc();
                 match FunctionId::parse(&id) {
                     Some(id) => self.functions.forget(&id).await,
                     // Everything, or something only a later program knows.

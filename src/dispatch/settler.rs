@@ -172,9 +172,8 @@ impl Lookups {
 impl Settler {
     /// The planned look-ups.
     async fn look_up_due(&self) {
-        let mut due = self.schedule.take_due(LOOKUPS_PER_TICK);
         // A settled job stays planned until its row is written: it may yet find no room for the row.
-        due.retain(|due| self.in_flight.contains(due.id));
+        let due = self.schedule.take_due(LOOKUPS_PER_TICK, |id| self.in_flight.contains(id));
         let ids: Vec<JobId> = due.iter().map(|due| due.id).collect();
         let failed: HashSet<JobId> = self.look_up(&ids).await.into_iter().collect();
         for due in due {

@@ -8,11 +8,13 @@ mod house;
 use criterion::{Criterion, Throughput};
 use futures_util::future::join_all;
 use house::{House, RESULT};
+use infra_controller::limiter::Counted;
 use infra_controller::log;
 use infra_controller::model::{
     Execution, FunctionId, JobDraft, JobId, NodeId, Outcome, Recommendation, RunRequest, now_ms,
 };
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
@@ -27,6 +29,7 @@ const TOGETHER: usize = 100;
 fn main() {
     let mut criterion = Criterion::default().configure_from_args().without_plots();
     parse_and_build(&mut criterion);
+    limiter_spend(&mut criterion);
     function_cache_hit(&mut criterion);
     asynchronous_run(&mut criterion);
     synchronous_run(&mut criterion);
@@ -62,6 +65,31 @@ fn parse_and_build(criterion: &mut Criterion) {
                 traceparent: None,
             };
             draft.build()
+        });
+    });
+}
+
+/// One request against a leased limit: XX ns.
+fn limiter_spend(criterion: &mut Criterion) {
+    let runtime = runtime();
+    let mut loops = JoinSet::new();
+    let _inside = runtime.enter();
+    let limiter = house::limiter(&mut loops);
+    let key: Arc<str> = "master".into();
+    criterion.bench_function("limiter_spend", |b| {
+        b.iter_custom(|iters| {
+            runtime.block_on(async {
+                let started = Instant::now();
+                for _ in 0..iters {
+                    let mut counted = Counted::default();
+                    limiter
+                        .check(black_box("/run"), &key, None, &mut counted)
+                        .await
+                        .expect("the limit is high");
+                    black_box(counted);
+                }
+                started.elapsed()
+            })
         });
     });
 }

@@ -11,11 +11,12 @@ QUICK ?=
 SECONDS ?= 600
 SEED ?=
 
-.PHONY: help run test schema loadtest setup-build setup-test
+.PHONY: help run test bench schema loadtest setup-build setup-test
 
 help:
 	@echo 'make run          build and start `infra-controller dev` on port $(PORT) (PORT=… for another)'
 	@echo 'make test         all checks and tests, as CI runs them'
+	@echo 'make bench        what a request costs, piece by piece (criterion)'
 	@echo 'make schema       requests of all kinds, made of openapi.json, for SECONDS=$(SECONDS) against each backend (SEED=…)'
 	@echo 'make loadtest     what a run costs beside bare Pingora, and whether it holds under load (QUICK=1, ROUNDS=…, SECONDS_EACH=…)'
 	@echo 'make setup-build  only install what the build needs'
@@ -23,6 +24,9 @@ help:
 
 run: setup-build
 	cargo run --release --locked -- dev --port $(PORT)
+
+bench: setup-build
+	cargo bench --locked --bench request
 
 test: setup-build setup-test
 	cargo fmt --check

@@ -2,8 +2,9 @@
 //!
 //! A bounded queue in front: [`Audit::record`] never waits. When it is full the caller keeps the job in flight
 //! and comes again, so a slow log table costs memory up to the bound and nothing else. Behind it one loop writes
-//! rows 25 at a time and adds the counters of each function up, written about once a second.
+//! rows 25 at a time and adds up what is to be written to the functions themselves ([`sums`]).
 
+mod sums;
 mod tail;
 
 pub use tail::{Tail, TailEntry};
@@ -11,23 +12,23 @@ pub use tail::{Tail, TailEntry};
 use crate::backend::{BackendError, ExecutionStore, FunctionStore, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
-use crate::model::{Counters, Execution, FunctionId, JobId, Recommendation, Status};
+use crate::model::{Execution, FunctionId, JobId, Recommendation};
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use sums::{Note, Notes};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 /// How long a row waits for company.
 const ROWS_LINGER: Duration = Duration::from_millis(50);
-/// Row writes in flight at a time.
-const WRITES_MAX: usize = 4;
-/// How often the counters are written.
-const COUNTERS_PERIOD: Duration = Duration::from_secs(1);
-/// Counter updates in flight at a time.
-const UPDATES_MAX: usize = 8;
+/// Row writes in flight at a time: at 5 ms each, 80,000 rows a second.
+const WRITES_MAX: usize = 16;
+/// How long rows gather before they are taken from the queue: one wake-up for many.
+const ROWS_GATHER: Duration = Duration::from_millis(5);
+/// How long the end may take.
+const END_MAX: Duration = Duration::from_secs(10);
 /// Pause before rows that failed are written again: doubles from the first to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LAST: Duration = Duration::from_secs(5);
@@ -84,8 +85,8 @@ impl Audit {
             Full
         })?;
         self.metrics.observe_execution(&record.row);
-        self.tail.push(&record.row);
-        self.metrics.audit_waiting_rows.inc();
+        self.tail.push(id, &record.row);
+        self.metrics.audit.waiting_rows.inc();
         permit.send(record);
         Ok(())
     }
@@ -108,28 +109,6 @@ pub struct Flusher {
     notes: Notes,
 }
 
-/// What is to be written to the functions themselves.
-#[derive(Default)]
-struct Notes(HashMap<FunctionId, Note>);
-
-#[derive(Default)]
-struct Note {
-    sums: Counters,
-    /// The newest.
-    recommendation: Option<Recommendation>,
-}
-
-impl Notes {
-    fn add(&mut self, function: FunctionId, note: Note) {
-        let noted = self.0.entry(function).or_default();
-        noted.sums += note.sums;
-        let newest = |r: &Option<Recommendation>| r.as_ref().map(|r| r.at);
-        if newest(&note.recommendation) >= newest(&noted.recommendation) {
-            noted.recommendation = note.recommendation;
-        }
-    }
-}
-
 /// A handle and its loop.
 pub fn new(
     conf: &MemoryConf,
@@ -146,183 +125,241 @@ pub fn new(
         metrics: Arc::clone(&metrics),
         tail: Tail::default(),
     };
-    let flusher = Flusher { receiver, bytes, executions, functions, metrics, notes: Notes::default() };
+    let notes = Notes::new(sums::WAITING_MAX, Arc::clone(&metrics));
+    let flusher = Flusher { receiver, bytes, executions, functions, metrics, notes };
     (audit, flusher)
 }
 
-impl Flusher {
-    /// Runs until `stop` resolves, and then until every row that was taken is written.
-    pub async fn run(mut self, ledger: Arc<dyn Ledger>, stop: impl Future<Output = ()>) {
-        tokio::pin!(stop);
-        let mut stopping = false;
-        let mut writes = FuturesUnordered::new();
-        let mut batch = Vec::with_capacity(ROWS_MAX);
-        let mut oldest = Instant::now();
-        let mut counters_at = Instant::now() + COUNTERS_PERIOD;
-        // At most one: a table that does not answer must not hold the rows up.
-        let mut sums = FuturesUnordered::new();
-        let mut open = true;
-        while open || !batch.is_empty() || !writes.is_empty() || !sums.is_empty() {
-            let room = ROWS_MAX - batch.len();
-            tokio::select! {
-                Some(written) = writes.next() => self.after_write(written, ledger.as_ref()),
-                n = self.receiver.recv_many(&mut batch, room), if open && room > 0 => {
-                    open = n > 0;
-                    if batch.len() == n {
-                        oldest = Instant::now();
-                    }
-                }
-                () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !batch.is_empty() && writes.len() < WRITES_MAX => {}
-                Some(left) = sums.next() => self.add_back(left),
-                () = tokio::time::sleep_until(counters_at), if sums.is_empty() => {
-                    counters_at = Instant::now() + COUNTERS_PERIOD;
-                    sums.push(write_notes(Arc::clone(&self.functions), std::mem::take(&mut self.notes)));
-                }
-                () = &mut stop, if !stopping => {
-                    stopping = true;
-                    self.receiver.close();
-                }
-            }
-            let due = batch.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
-            if due && !batch.is_empty() && writes.len() < WRITES_MAX {
-                let records = std::mem::replace(&mut batch, Vec::with_capacity(ROWS_MAX));
-                writes.push(write(Arc::clone(&self.executions), Arc::clone(&self.metrics), records));
-            }
-        }
-        let left = write_notes(self.functions, self.notes).await;
-        if !left.is_empty() {
-            tracing::error!(functions = left.len(), "Counters Lost");
-        }
-    }
-
-    fn after_write(&mut self, written: Vec<Record>, ledger: &dyn Ledger) {
-        let mut ids = Vec::with_capacity(written.len());
-        for record in written {
-            self.bytes.fetch_sub(record.bytes(), Ordering::Relaxed);
-            self.metrics.audit_waiting_rows.dec();
-            ids.push(record.id);
-            let note = Note { sums: counted(&record.row), recommendation: record.recommendation };
-            self.notes.add(record.row.function, note);
-        }
-        ledger.rows_written(&ids);
-    }
-
-    /// What could not be written, for the next time.
-    fn add_back(&mut self, left: Vec<(FunctionId, Note)>) {
-        for (function, note) in left {
-            self.notes.add(function, note);
-        }
-    }
+/// Rows that are written together, each with what it advises.
+#[derive(Default)]
+struct Batch {
+    ids: Vec<JobId>,
+    rows: Vec<Execution>,
+    recommendations: Vec<Option<Recommendation>>,
+    /// As they were counted when they were queued.
+    bytes: usize,
 }
 
-/// Writes the notes; gives those back that could not be written.
-async fn write_notes(store: Arc<dyn FunctionStore>, notes: Notes) -> Vec<(FunctionId, Note)> {
-    let mut notes = notes.0.into_iter();
-    let mut updates = FuturesUnordered::new();
-    let mut left = Vec::new();
-    loop {
-        let free = UPDATES_MAX - updates.len();
-        updates.extend(notes.by_ref().take(free).map(|(function, note)| write_note(&*store, function, note)));
-        match updates.next().await {
-            None => return left,
-            Some(failed) => left.extend(failed),
+impl Batch {
+    fn of(records: impl ExactSizeIterator<Item = Record>) -> Self {
+        let n = records.len();
+        let (ids, rows) = (Vec::with_capacity(n), Vec::with_capacity(n));
+        let mut batch = Self { ids, rows, recommendations: Vec::with_capacity(n), bytes: 0 };
+        for record in records {
+            batch.push(record);
         }
+        batch
     }
-}
 
-/// What could not be written of a note.
-async fn write_note(
-    store: &dyn FunctionStore,
-    function: FunctionId,
-    mut note: Note,
-) -> Option<(FunctionId, Note)> {
-    if note.sums != Counters::default() {
-        match store.add_counters(&function, note.sums).await {
-            Ok(()) => note.sums = Counters::default(),
-            Err(e) => tracing::warn!(functionId = %function, error = %e, "Counters Not Written"),
+    fn push(&mut self, record: Record) {
+        self.bytes += record.bytes();
+        self.ids.push(record.id);
+        self.rows.push(record.row);
+        self.recommendations.push(record.recommendation);
+    }
+
+    fn append(&mut self, mut other: Self) {
+        if self.ids.is_empty() {
+            *self = other;
+            return;
         }
+        self.bytes += other.bytes;
+        self.ids.append(&mut other.ids);
+        self.rows.append(&mut other.rows);
+        self.recommendations.append(&mut other.recommendations);
     }
-    if let Some(recommendation) = &note.recommendation {
-        match store.recommend(&function, recommendation).await {
-            Ok(()) => note.recommendation = None,
-            Err(e) => tracing::warn!(functionId = %function, error = %e, "Recommendation Not Written"),
+
+    fn into_records(self) -> impl Iterator<Item = Record> {
+        let records = self.ids.into_iter().zip(self.rows).zip(self.recommendations);
+        records.map(|((id, row), recommendation)| Record { id, row, recommendation })
+    }
+
+    /// Splits off what stands in the batch before: a table takes a key once in a call.
+    fn split_repeats(self) -> (Self, Self) {
+        let is_repeat = |n: usize| self.ids[..n].contains(&self.ids[n]);
+        if !(0..self.ids.len()).any(is_repeat) {
+            return (self, Self::default());
         }
+        let (mut first, mut repeats) = (Self::default(), Self::default());
+        for record in self.into_records() {
+            if first.ids.contains(&record.id) { repeats.push(record) } else { first.push(record) }
+        }
+        (first, repeats)
     }
-    let is_left = note.sums != Counters::default() || note.recommendation.is_some();
-    is_left.then_some((function, note))
-}
 
-fn counted(row: &Execution) -> Counters {
-    Counters {
-        invocations: 1,
-        errors: u64::from(row.status.as_str() != Status::SUCCESS),
-        total_duration_ms: row.duration_ms,
-        handler_invocations: u64::from(row.handler_duration_ms.is_some()),
-        total_handler_duration_ms: row.handler_duration_ms.unwrap_or(0.0),
-    }
-}
-
-/// Writes a batch until every row is in the table, or refused for good; gives the records back.
-async fn write(store: Arc<dyn ExecutionStore>, metrics: Arc<Metrics>, records: Vec<Record>) -> Vec<Record> {
-    let mut pause = RETRY_FIRST;
-    let mut done = Vec::with_capacity(records.len());
-    let mut left = records;
-    loop {
-        let (now, later) = without_repeats(left);
-        let rows: Vec<Execution> = now.iter().map(|record| record.row.clone()).collect();
-        let results = store.put(&rows).await;
-        left = later;
-        let mut failure = None;
-        for (record, result) in now.into_iter().zip(results) {
+    /// What needs no other try, what does, and why.
+    fn split(
+        self,
+        results: Vec<Result<(), BackendError>>,
+        metrics: &Metrics,
+    ) -> (Self, Self, Option<BackendError>) {
+        if results.iter().all(Result::is_ok) {
+            metrics.audit.rows.inc_by(results.len() as u64);
+            return (self, Self::default(), None);
+        }
+        let (mut done, mut failed, mut failure) = (Self::default(), Self::default(), None);
+        for (record, result) in self.into_records().zip(results) {
             match result {
                 Ok(()) => {
-                    metrics.audit_rows.inc();
+                    metrics.audit.rows.inc();
                     done.push(record);
                 }
                 Err(BackendError::Invalid(e)) => {
-                    metrics.audit_rows_refused.inc();
+                    metrics.audit.rows_refused.inc();
                     tracing::error!(requestId = %record.id, functionId = %record.row.function, error = e, "Row Refused");
                     done.push(record);
                 }
                 Err(e) => {
                     failure = Some(e);
-                    left.push(record);
+                    failed.push(record);
                 }
             }
         }
-        if left.is_empty() {
+        (done, failed, failure)
+    }
+}
+
+impl Flusher {
+    /// Runs until `stop` resolves, and then until every row that was taken is written, but not for ever.
+    pub async fn run(mut self, ledger: Arc<dyn Ledger>, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
+        let mut end = None;
+        let mut writes = FuturesUnordered::new();
+        let mut gathered = Vec::with_capacity(ROWS_MAX);
+        let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
+        // At most one: a table that does not answer must not hold the rows up.
+        let mut rounds = FuturesUnordered::new();
+        let mut round_at = Instant::now() + sums::ROUND;
+        let mut open = true;
+        while open || !gathered.is_empty() || !writes.is_empty() || !rounds.is_empty() {
+            let room = ROWS_MAX - gathered.len();
+            let may_write = writes.len() < WRITES_MAX && !self.notes.are_full();
+            tokio::select! {
+                Some(written) = writes.next() => self.after_write(written, ledger.as_ref()),
+                n = take(&mut self.receiver, &mut gathered, look_at), if open && room > 0 => {
+                    open = n > 0;
+                    if gathered.len() == n {
+                        oldest = Instant::now();
+                    }
+                    if n < room {
+                        look_at = Instant::now() + ROWS_GATHER;
+                    }
+                }
+                () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !gathered.is_empty() && may_write => {}
+                Some(left) = rounds.next() => {
+                    round_at = self.after_round(left, round_at);
+                }
+                () = tokio::time::sleep_until(round_at), if rounds.is_empty() => {
+                    round_at = Instant::now() + sums::ROUND;
+                    rounds.push(self.notes.write_some(Arc::clone(&self.functions)));
+                }
+                () = &mut stop, if end.is_none() => {
+                    end = Some(Instant::now() + END_MAX);
+                    look_at = Instant::now();
+                    self.receiver.close();
+                }
+                () = over(end) => break,
+            }
+            let due = gathered.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
+            if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.notes.are_full() {
+                let batch = Batch::of(gathered.drain(..));
+                writes.push(write(Arc::clone(&self.executions), Arc::clone(&self.metrics), batch));
+            }
+        }
+        self.end(end).await;
+    }
+
+    fn after_write(&mut self, written: Batch, ledger: &dyn Ledger) {
+        self.bytes.fetch_sub(written.bytes, Ordering::Relaxed);
+        self.metrics.audit.waiting_rows.sub(written.ids.len() as i64);
+        for (row, recommendation) in written.rows.into_iter().zip(written.recommendations) {
+            let note = Note::of(&row, recommendation);
+            self.notes.add(row.function, note);
+        }
+        ledger.rows_written(&written.ids);
+    }
+
+    /// When the next round may begin.
+    fn after_round(&mut self, left: Vec<(FunctionId, Note)>, planned: Instant) -> Instant {
+        let is_going_well = left.is_empty();
+        self.notes.put_back(left);
+        if is_going_well && self.notes.are_many() { Instant::now() } else { planned }
+    }
+
+    /// Writes the sums that are left while there is time, and says what is not written.
+    async fn end(mut self, end: Option<Instant>) {
+        let end = end.unwrap_or_else(|| Instant::now() + END_MAX);
+        let _ = tokio::time::timeout_at(end, self.notes.write_all(self.functions)).await;
+        let rows = self.metrics.audit.waiting_rows.get();
+        if rows > 0 {
+            // Their jobs stay in the journal: the next start finds the results again.
+            tracing::error!(rows, "Rows Not Written In Time");
+        }
+        let functions = self.metrics.audit.waiting_functions.get();
+        if functions > 0 {
+            tracing::error!(functions, "Counters Lost");
+        }
+    }
+}
+
+/// Takes what waits, or waits for the first row, but not before `at`.
+async fn take(receiver: &mut mpsc::Receiver<Record>, gathered: &mut Vec<Record>, at: Instant) -> usize {
+    tokio::time::sleep_until(at).await;
+    receiver.recv_many(gathered, ROWS_MAX - gathered.len()).await
+}
+
+async fn over(end: Option<Instant>) {
+    match end {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Writes a batch until every row is in the table, or refused for good; gives the batch back.
+async fn write(store: Arc<dyn ExecutionStore>, metrics: Arc<Metrics>, batch: Batch) -> Batch {
+    let mut pause = RETRY_FIRST;
+    let mut done = Batch::default();
+    let mut left = batch;
+    loop {
+        let (now, later) = left.split_repeats();
+        let results = store.put(&now.rows).await;
+        let (written, failed, failure) = now.split(results, &metrics);
+        done.append(written);
+        left = later;
+        left.append(failed);
+        if left.ids.is_empty() {
             return done;
         }
         if let Some(e) = failure {
-            metrics.audit_retries.inc_by(left.len() as u64);
-            tracing::warn!(rows = left.len(), error = %e, "Rows Not Written");
+            metrics.audit.retries.inc_by(left.ids.len() as u64);
+            tracing::warn!(rows = left.ids.len(), error = %e, "Rows Not Written");
             tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
             pause = (pause * 2).min(RETRY_LAST);
         }
     }
 }
 
-/// Splits off records whose row stands in the batch already: a table takes a key once in a call.
-fn without_repeats(records: Vec<Record>) -> (Vec<Record>, Vec<Record>) {
-    let mut seen = HashSet::new();
-    records.into_iter().partition(|record| seen.insert(record.id))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::{FunctionPage, FunctionWrite, LogPage, LogQuery, Written};
-    use crate::model::{Function, NodeId, Outcome, RowKey};
+    use crate::model::{Counters, Function, NodeId, Outcome};
     use async_trait::async_trait;
+    use std::collections::HashMap;
     use std::sync::Mutex;
+    use std::sync::atomic::AtomicBool;
 
     /// Tables in memory that fail as told: one entry a call, fine when it is used up.
     #[derive(Default)]
     struct Tables {
         failures: Mutex<Vec<BackendError>>,
-        rows: Mutex<HashMap<RowKey, Execution>>,
+        rows: Mutex<HashMap<String, Execution>>,
         puts: Mutex<Vec<usize>>,
         sums: Mutex<HashMap<FunctionId, Counters>>,
+        /// In the order of the updates.
+        updated: Mutex<Vec<(Instant, FunctionId)>>,
+        sums_fail: AtomicBool,
+        sums_hang: AtomicBool,
         left: Mutex<Vec<JobId>>,
         failed_recommendations: Mutex<Vec<BackendError>>,
         recommended: Mutex<Vec<(FunctionId, Recommendation)>>,
@@ -335,7 +372,7 @@ mod tests {
             if let Some(error) = self.failures.lock().unwrap().pop() {
                 return vec![Err(error); rows.len()];
             }
-            self.rows.lock().unwrap().extend(rows.iter().map(|row| (row.key.clone(), row.clone())));
+            self.rows.lock().unwrap().extend(rows.iter().map(|row| (row.id.key().into_owned(), row.clone())));
             vec![Ok(()); rows.len()]
         }
 
@@ -375,6 +412,13 @@ mod tests {
         }
 
         async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
+            if self.sums_hang.load(Ordering::Relaxed) {
+                std::future::pending::<()>().await;
+            }
+            if self.sums_fail.load(Ordering::Relaxed) {
+                return Err(BackendError::Unavailable("x".into()));
+            }
+            self.updated.lock().unwrap().push((Instant::now(), id.clone()));
             *self.sums.lock().unwrap().entry(id.clone()).or_default() += sums;
             Ok(())
         }
@@ -398,10 +442,14 @@ mod tests {
     }
 
     fn record(audit: &Audit, n: u64) -> Result<(), Full> {
+        record_of("f", audit, n)
+    }
+
+    fn record_of(function: &str, audit: &Audit, n: u64) -> Result<(), Full> {
         let id = JobId::new(NodeId(1), 1, n);
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3,"handlerDurationMs":2}"#.into());
         let fields = outcome.fields();
-        let row = Execution::of(id, FunctionId::parse("f").unwrap(), &fields);
+        let row = Execution::of(id, FunctionId::parse(function).unwrap(), &fields);
         audit.record(id, row, Recommendation::of(id, &fields))
     }
 
@@ -427,8 +475,20 @@ mod tests {
             total_handler_duration_ms: 120.0,
         };
         assert_eq!(tables.sums.lock().unwrap().get(&FunctionId::parse("f").unwrap()), Some(&sums));
-        assert_eq!(audit.metrics.audit_waiting_rows.get(), 0);
+        assert_eq!(audit.metrics.audit.waiting_rows.get(), 0);
         assert_eq!(audit.bytes.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_takes_no_key_twice() {
+        let tables = Arc::new(Tables::default());
+        let (audit, flusher) = audit(&tables, 100, 1 << 20);
+        for n in [1, 2, 1, 3, 1] {
+            record(&audit, n).unwrap();
+        }
+        flusher.run(Arc::clone(&tables) as _, async {}).await;
+        assert_eq!(*tables.puts.lock().unwrap(), [3, 1, 1]);
+        assert_eq!(tables.left.lock().unwrap().len(), 5);
     }
 
     #[tokio::test(start_paused = true)]
@@ -439,7 +499,7 @@ mod tests {
         record(&audit, 1).unwrap();
         flusher.run(Arc::clone(&tables) as _, async {}).await;
         assert_eq!((tables.rows.lock().unwrap().len(), tables.left.lock().unwrap().len()), (0, 1));
-        assert_eq!(audit.metrics.audit_rows_refused.get(), 1);
+        assert_eq!(audit.metrics.audit.rows_refused.get(), 1);
     }
 
     #[tokio::test(start_paused = true)]
@@ -451,16 +511,84 @@ mod tests {
         for (at, mb) in [(1, Some(128)), (3, Some(256)), (2, Some(512)), (4, None)] {
             let id = JobId::new(NodeId(1), at, at);
             let result = mb.map_or("{}".to_owned(), |mb| format!("{{\"recommendedMemoryMb\":{mb}}}"));
-            let fields = Outcome::new(result.into()).fields();
-            let row = Execution::of(id, f.clone(), &fields);
-            audit.record(id, row, Recommendation::of(id, &fields)).unwrap();
+            let outcome = Outcome::new(result.into());
+            let row = Execution::of(id, f.clone(), &outcome.fields());
+            audit.record(id, row, Recommendation::of(id, &outcome.fields())).unwrap();
         }
-        let later = tokio::time::sleep(3 * COUNTERS_PERIOD);
+        let later = tokio::time::sleep(3 * sums::ROUND);
         flusher.run(Arc::clone(&tables) as _, later).await;
         let recommended = tables.recommended.lock().unwrap().clone();
         let [(id, r)] = &recommended[..] else { panic!("{recommended:?}") };
         assert_eq!((id, r.memory_mb, r.at), (&f, Some(256), 3));
         assert_eq!(tables.sums.lock().unwrap()[&f].errors, 4, "a result without a status is an error");
+    }
+
+    async fn record_range(audit: &Audit, functions: std::ops::Range<u64>) {
+        for n in functions {
+            record_of(&format!("f{n}"), audit, n).unwrap();
+        }
+        // The rows are written, and the functions wait.
+        tokio::time::sleep(ROWS_LINGER * 2).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_functions_are_written_at_a_pace_and_the_longest_waiting_first() {
+        let tables = Arc::new(Tables::default());
+        let (audit, flusher) = audit(&tables, 10_000, 1 << 30);
+        let load = async {
+            record_range(&audit, 0..300).await;
+            record_range(&audit, 300..600).await;
+            // Those that wait already only add up, and keep their place.
+            record_range(&audit, 0..300).await;
+            tokio::time::sleep(10 * sums::ROUND).await;
+        };
+        let started = Instant::now();
+        flusher.run(Arc::clone(&tables) as _, load).await;
+        let updated = tables.updated.lock().unwrap().clone();
+        assert_eq!(updated.len(), 600, "one update each");
+        let is_early = |id: &FunctionId| id.as_str()[1..].parse::<u64>().unwrap() < 300;
+        assert!(updated[..300].iter().all(|(_, id)| is_early(id)));
+        let in_second = |n: u64| updated.iter().filter(|(at, _)| (*at - started).as_secs() == n).count();
+        assert_eq!([0, 1, 2, 3, 4].map(in_second), [0, 256, 256, 88, 0]);
+        let invocations: u64 = tables.sums.lock().unwrap().values().map(|sums| sums.invocations).sum();
+        assert_eq!(invocations, 900);
+        assert_eq!(audit.metrics.audit.waiting_functions.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn functions_that_wait_are_bounded_and_many_are_written_faster() {
+        let tables = Arc::new(Tables::default());
+        tables.sums_fail.store(true, Ordering::Relaxed);
+        let (audit, mut flusher) = audit(&tables, 10_000, 1 << 30);
+        let max = 600;
+        flusher.notes = Notes::new(max, Arc::clone(&audit.metrics));
+        let load = async {
+            record_range(&audit, 0..2000).await;
+            tokio::time::sleep(5 * sums::ROUND).await;
+            let rows = tables.rows.lock().unwrap().len();
+            assert!((max..max + WRITES_MAX * ROWS_MAX).contains(&rows), "{rows} rows are written");
+            tables.sums_fail.store(false, Ordering::Relaxed);
+            tokio::time::sleep(4 * sums::ROUND).await;
+            let written = tables.sums.lock().unwrap().len();
+            assert!(written > 1500, "{written} functions are written; at the usual pace it is 1,024");
+        };
+        flusher.run(Arc::clone(&tables) as _, load).await;
+        assert_eq!((tables.rows.lock().unwrap().len(), tables.sums.lock().unwrap().len()), (2000, 2000));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_table_that_hangs_does_not_keep_the_end_from_coming() {
+        let tables = Arc::new(Tables::default());
+        tables.sums_hang.store(true, Ordering::Relaxed);
+        let (audit, flusher) = audit(&tables, 10, 1 << 20);
+        record(&audit, 1).unwrap();
+        let started = Instant::now();
+        flusher.run(Arc::clone(&tables) as _, async {}).await;
+        assert_eq!(started.elapsed().as_secs(), END_MAX.as_secs());
+        assert_eq!(
+            (audit.metrics.audit.waiting_rows.get(), audit.metrics.audit.waiting_functions.get()),
+            (0, 1)
+        );
     }
 
     #[tokio::test]

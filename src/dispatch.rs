@@ -174,7 +174,7 @@ impl Dispatcher {
         if let Some(payload) = stored {
             let outcome = Outcome::new(payload);
             if !matches!(joined, Joined::Unknown) {
-                settler.settle(id, &outcome);
+                settler.settle(id, outcome.clone());
                 settler.in_flight.forget_settled(id);
             }
             return Ok(JobState::Done(outcome));
@@ -327,7 +327,7 @@ mod tests {
         let mut submitted = house.dispatcher.submit_waiting(job).unwrap();
         submitted.sent.await.unwrap().unwrap();
         for published in [r#"{"status":"SUCCESS"}"#, r#"{"status":"FAILED"}"#] {
-            house.dispatcher.0.settler.settle(id, &outcome(published));
+            house.dispatcher.0.settler.settle(id, outcome(published));
         }
         assert_eq!(submitted.waiter.outcome().await, Some(outcome(r#"{"status":"SUCCESS"}"#)));
         assert_eq!(house.row_status(id).await, "SUCCESS");
@@ -421,7 +421,7 @@ mod tests {
         let open = entries.iter().find(|entry| entry.deadline == LATER).unwrap().id;
         assert_eq!(house.row_status(due).await, "LOST");
         assert!(matches!(house.dispatcher.state(open).await, Ok(JobState::Pending(Some(_)))));
-        house.dispatcher.0.settler.settle(open, &outcome(r#"{"exitCode":0}"#));
+        house.dispatcher.0.settler.settle(open, outcome(r#"{"exitCode":0}"#));
         assert_eq!(house.row_status(open).await, "SUCCESS");
     }
 
@@ -433,7 +433,7 @@ mod tests {
         let mut submitted = house.dispatcher.submit_waiting(job).unwrap();
         submitted.sent.await.unwrap().unwrap();
         let settler = &house.dispatcher.0.settler;
-        settler.settle(id, &outcome("{}"));
+        settler.settle(id, outcome("{}"));
         assert_eq!(
             submitted.waiter.outcome().await,
             Some(outcome("{}")),

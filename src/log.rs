@@ -32,7 +32,8 @@ pub fn start() -> LinesGuard {
     guard
 }
 
-struct Json;
+/// The format of a line.
+pub struct Json;
 
 impl<S, N> FormatEvent<S, N> for Json
 where

@@ -1,11 +1,15 @@
 //! Every metric, in one struct. The names of CONTRACT §7 are fixed; ours begin with `infra_`.
 
-use crate::model::{Execution, FunctionId, Status};
-use dashmap::DashSet;
+use crate::model::{Execution, FunctionId};
+use ahash::RandomState;
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
 use prometheus::{
     Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
 };
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Seconds; from a refusal (0.5 ms) to the longest wait of a synchronous run.
@@ -38,10 +42,13 @@ pub struct Metrics {
     pub sends_in_flight: IntGauge,
     pub batch_jobs: Histogram,
     pub send_seconds: Histogram,
-    /// By `outcome`: `sent`, `retried`, `refused`, `not_sent`, `unknown`.
+    /// By `outcome`: `sent` ([`Self::jobs_sent`]), `retried`, `refused`, `not_sent`, `unknown`.
     pub sends: IntCounterVec,
-    /// By `kind`: `settled`, `repeated`, `unknown_job`, `malformed`, `deferred`, `lost`.
+    /// What the usual case counts is looked up once, at start.
+    pub jobs_sent: IntCounter,
+    /// By `kind`: `settled` ([`Self::results_settled`]), `repeated`, `unknown_job`, `malformed`, `deferred`, `lost`.
     pub results: IntCounterVec,
+    pub results_settled: IntCounter,
     /// Jobs whose result was found by a look-up, not by publication.
     pub results_looked_up: IntCounter,
     /// By `decision`: `allowed`, `limited`, and by `source`: `lease`, `refusal_memory`, `exact`, `local`, `closed`.
@@ -50,13 +57,7 @@ pub struct Metrics {
     pub limiter_calls: IntCounterVec,
     /// By `code`: that of the problem.
     pub refused: IntCounterVec,
-    pub audit_waiting_rows: IntGauge,
-    pub audit_rows: IntCounter,
-    /// Writes that failed and are tried again.
-    pub audit_retries: IntCounter,
-    /// Rows that the table will never take.
-    pub audit_rows_refused: IntCounter,
-    /// By `check`: 1 healthy, 0 not, as of the last look.
+    pub audit: AuditMetrics,
     pub code_deleted: IntCounter,
     /// New settings that were put in force while the process runs, and those that could not be used.
     pub conf_applied: IntCounter,
@@ -64,6 +65,7 @@ pub struct Metrics {
     /// Unix seconds.
     pub conf_applied_at: IntGauge,
     pub cache: CacheMetrics,
+    /// By `check`: 1 healthy, 0 not, as of the last look.
     pub health: IntGaugeVec,
     pub log_lines_dropped: IntGauge,
 }
@@ -105,6 +107,8 @@ impl Metrics {
         let http_labels = &["method", "route", "status_code"];
         let http = ("http_request_duration_seconds", "Time to answer a request");
         let reloads = counters(r, "infra_conf_reloads_total", "Settings read again", &["result"])?;
+        let sends = counters(r, "infra_queue_jobs_total", "Jobs handed to the queue", &["outcome"])?;
+        let results = counters(r, "infra_results_total", "Results, by what became of them", &["kind"])?;
         let metrics = Self {
             functions: FunctionMetrics::new(r, function_labels_max)?,
             http: histogram_vec(r, http.0, http.1, HTTP_BUCKETS, http_labels)?,
@@ -115,8 +119,10 @@ impl Metrics {
             sends_in_flight: gauge(r, "infra_queue_sends_in_flight", "Batches being sent")?,
             batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
             send_seconds: histogram(r, "infra_queue_send_seconds", "Time to send a batch", SEND_BUCKETS)?,
-            sends: counters(r, "infra_queue_jobs_total", "Jobs handed to the queue", &["outcome"])?,
-            results: counters(r, "infra_results_total", "Results, by what became of them", &["kind"])?,
+            jobs_sent: sends.with_label_values(&["sent"]),
+            sends,
+            results_settled: results.with_label_values(&["settled"]),
+            results,
             results_looked_up: counter(r, "infra_results_looked_up_total", "Results found by a look-up")?,
             limiter: counters(
                 r,
@@ -131,18 +137,7 @@ impl Metrics {
                 &["mode"],
             )?,
             refused: counters(r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
-            audit_waiting_rows: gauge(r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
-            audit_rows: counter(r, "infra_audit_rows_total", "Rows written to the log table")?,
-            audit_retries: counter(
-                r,
-                "infra_audit_retries_total",
-                "Row writes that failed and are tried again",
-            )?,
-            audit_rows_refused: counter(
-                r,
-                "infra_audit_rows_refused_total",
-                "Rows the table refused for good",
-            )?,
+            audit: AuditMetrics::new(r)?,
             conf_applied: reloads.with_label_values(&["applied"]),
             conf_refused: reloads.with_label_values(&["refused"]),
             conf_applied_at: gauge(
@@ -170,8 +165,12 @@ impl Metrics {
     }
 
     pub fn observe_http(&self, method: &str, route: &str, status: u16, took: Duration) {
-        let status = status.to_string();
-        self.http.with_label_values(&[method, route, &status]).observe(took.as_secs_f64());
+        let mut digits = *b"000";
+        for (place, value) in digits.iter_mut().zip([status / 100, status / 10, status]) {
+            *place += (value % 10) as u8;
+        }
+        let status = std::str::from_utf8(&digits).unwrap_or(OTHER);
+        self.http.with_label_values(&[method, route, status]).observe(took.as_secs_f64());
     }
 
     /// Counts a finished execution.
@@ -180,16 +179,59 @@ impl Metrics {
     }
 }
 
+/// The metrics of rows and sums on their way to the tables.
+pub struct AuditMetrics {
+    pub waiting_rows: IntGauge,
+    pub rows: IntCounter,
+    /// Writes that failed and are tried again.
+    pub retries: IntCounter,
+    /// Rows that the table will never take.
+    pub rows_refused: IntCounter,
+    /// Functions whose sums, or whose advice, wait to be written.
+    pub waiting_functions: IntGauge,
+}
+
+impl AuditMetrics {
+    fn new(r: &Registry) -> Result<Self, prometheus::Error> {
+        Ok(Self {
+            waiting_rows: gauge(r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
+            rows: counter(r, "infra_audit_rows_total", "Rows written to the log table")?,
+            retries: counter(r, "infra_audit_retries_total", "Row writes that failed and are tried again")?,
+            rows_refused: counter(r, "infra_audit_rows_refused_total", "Rows the table refused for good")?,
+            waiting_functions: gauge(
+                r,
+                "infra_audit_waiting_functions",
+                "Functions whose sums wait to be written",
+            )?,
+        })
+    }
+}
+
 /// The metrics of executions; the BFF reads them by regular expression.
 struct FunctionMetrics {
     duration: HistogramVec,
     handler_duration: HistogramVec,
     invocations: IntCounterVec,
-    labels: FunctionLabels,
+    /// The function ids that have series of their own, with those of their successes: what nearly every execution counts
+    /// is found by one look-up. First come, first served: a scanner cannot push out a function that runs, because only
+    /// executed functions get here.
+    own: DashMap<FunctionId, Successes, RandomState>,
+    /// `DashMap::len` locks every shard; the counter beside it does not.
+    own_len: AtomicUsize,
+    own_max: usize,
+    /// Of the other functions.
+    other: Successes,
+}
+
+/// The series of one function and the status SUCCESS. Each appears with its first value, not before.
+#[derive(Default)]
+struct Successes {
+    counted: OnceLock<(IntCounter, Histogram)>,
+    handler_duration: OnceLock<Histogram>,
 }
 
 impl FunctionMetrics {
-    fn new(r: &Registry, labels_max: usize) -> Result<Self, prometheus::Error> {
+    fn new(r: &Registry, own_max: usize) -> Result<Self, prometheus::Error> {
         let labels = &["functionId", "status"];
         let whole = ("function_duration_seconds", "Execution time that workers reported");
         let handler = ("function_handler_duration_seconds", "Handler time that workers reported");
@@ -197,38 +239,48 @@ impl FunctionMetrics {
             duration: histogram_vec(r, whole.0, whole.1, FUNCTION_BUCKETS, labels)?,
             handler_duration: histogram_vec(r, handler.0, handler.1, FUNCTION_BUCKETS, labels)?,
             invocations: counters(r, "function_invocations_total", "Finished executions", labels)?,
-            labels: FunctionLabels { known: DashSet::new(), max: labels_max },
+            own: DashMap::default(),
+            own_len: AtomicUsize::new(0),
+            own_max,
+            other: Successes::default(),
         })
     }
 
     fn observe(&self, row: &Execution) {
-        let known = matches!(
-            row.status.as_str(),
-            Status::SUCCESS | "FAILED" | Status::ERROR | "TIMEOUT" | Status::LOST
-        );
-        let status = if known { row.status.as_str() } else { OTHER };
-        let labels = &[self.labels.of(&row.function), status];
-        self.invocations.with_label_values(labels).inc();
-        self.duration.with_label_values(labels).observe(row.duration_ms / 1000.0);
-        if let Some(ms) = row.handler_duration_ms {
-            self.handler_duration.with_label_values(labels).observe(ms / 1000.0);
+        if let Some(own) = self.own.get(&row.function) {
+            return self.add(row, row.function.as_str(), &own);
+        }
+        if self.own_len.load(Ordering::Relaxed) < self.own_max
+            && let Entry::Vacant(place) = self.own.entry(row.function.clone())
+            && self.own_len.fetch_add(1, Ordering::Relaxed) < self.own_max
+        {
+            place.insert(Successes::default());
+        }
+        match self.own.get(&row.function) {
+            Some(own) => self.add(row, row.function.as_str(), &own),
+            None => self.add(row, OTHER, &self.other),
         }
     }
-}
 
-/// The function ids that have series of their own. First come, first served: a scanner cannot push out a
-/// function that runs, because only executed functions get here.
-struct FunctionLabels {
-    known: DashSet<FunctionId>,
-    max: usize,
-}
-
-impl FunctionLabels {
-    fn of<'a>(&self, id: &'a FunctionId) -> &'a str {
-        if self.known.contains(id) || (self.known.len() < self.max && self.known.insert(id.clone())) {
-            id.as_str()
-        } else {
-            OTHER
+    fn add(&self, row: &Execution, function: &str, successes: &Successes) {
+        let (seconds, handler_seconds) =
+            (row.duration_ms / 1000.0, row.handler_duration_ms.map(|ms| ms / 1000.0));
+        let labels = &[function, row.status.known().unwrap_or(OTHER)];
+        if !row.status.is_success() {
+            self.invocations.with_label_values(labels).inc();
+            self.duration.with_label_values(labels).observe(seconds);
+            handler_seconds.inspect(|s| self.handler_duration.with_label_values(labels).observe(*s));
+            return;
+        }
+        let (invocations, duration) = successes.counted.get_or_init(|| {
+            (self.invocations.with_label_values(labels), self.duration.with_label_values(labels))
+        });
+        invocations.inc();
+        duration.observe(seconds);
+        if let Some(seconds) = handler_seconds {
+            let handler =
+                successes.handler_duration.get_or_init(|| self.handler_duration.with_label_values(labels));
+            handler.observe(seconds);
         }
     }
 }
@@ -284,6 +336,23 @@ fn gauge(r: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::E
 mod tests {
     use super::*;
     use crate::model::{JobId, NodeId, Outcome};
+
+    fn row(function: &str, result: &str) -> Execution {
+        let outcome = Outcome::new(result.to_owned().into());
+        let id = JobId::new(NodeId(0), 0, 0);
+        Execution::of(id, FunctionId::parse(function).unwrap(), &outcome.fields())
+    }
+
+    #[test]
+    fn no_series_appears_before_its_first_value() {
+        let metrics = Metrics::new(10).unwrap();
+        let text = || String::from_utf8(metrics.text()).unwrap();
+        metrics.observe_execution(&row("f-1", r#"{"status":"FAILED"}"#));
+        assert!(!text().contains(r#"functionId="f-1",status="SUCCESS""#));
+        metrics.observe_execution(&row("f-1", r#"{"status":"SUCCESS","durationMs":1}"#));
+        assert!(text().contains(r#"function_invocations_total{functionId="f-1",status="SUCCESS"} 1"#));
+        assert!(!text().contains("function_handler_duration_seconds"));
+    }
 
     #[test]
     fn fixed_names_and_labels() {

@@ -14,7 +14,7 @@ mod recommendation;
 mod runtime;
 
 pub use change::{ConfigAction, ConfigRecord, RetiredCode};
-pub use execution::{Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowKey, Status};
+pub use execution::{Ending, Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowId, RowKey, Status};
 pub use function::{Counters, Function, FunctionId};
 pub use job::{Job, JobDraft, JobId, NodeId, RunRequest, RunRequestError, TIMEOUT_MS_DEFAULT};
 pub use outcome::{Outcome, ResultFields};
@@ -49,13 +49,13 @@ impl Rfc3339Ms {
         let seconds = i64::try_from(at / 1000).ok();
         if let Some(t) = seconds.and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok()) {
             let (hour, minute, second) = t.to_hms();
-            digits(&mut text[0..4], t.year().unsigned_abs());
+            digits(&mut text[0..4], t.year().unsigned_abs().into());
             digits(&mut text[5..7], u8::from(t.month()).into());
             digits(&mut text[8..10], t.day().into());
             digits(&mut text[11..13], hour.into());
             digits(&mut text[14..16], minute.into());
             digits(&mut text[17..19], second.into());
-            digits(&mut text[20..23], (at % 1000) as u32);
+            digits(&mut text[20..23], at % 1000);
         }
         Self(text)
     }
@@ -67,7 +67,7 @@ impl Rfc3339Ms {
 }
 
 /// Writes a number with leading zeros.
-fn digits(place: &mut [u8], mut number: u32) {
+fn digits(place: &mut [u8], mut number: u64) {
     for digit in place.iter_mut().rev() {
         *digit = b'0' + (number % 10) as u8;
         number /= 10;

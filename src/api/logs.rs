@@ -6,7 +6,7 @@ use super::query::Query;
 use super::{ApiError, Call, Reply};
 use crate::audit::{Tail, TailEntry};
 use crate::backend::{ExecutionStore, LogQuery};
-use crate::model::{Execution, Status, parse_rfc3339_ms, rfc3339_ms};
+use crate::model::{Execution, parse_rfc3339_ms, rfc3339_ms};
 use http::StatusCode;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -95,15 +95,15 @@ fn time(name: &str, value: &str) -> Result<u64, ApiError> {
 }
 
 fn tail_entry(entry: &TailEntry) -> Value {
-    let is_success = entry.status.as_str() == Status::SUCCESS;
+    let is_success = entry.status.is_success();
     let (level, msg) = if is_success { ("info", "Execution Success") } else { ("error", "Execution Failed") };
     json!({
-        "id": entry.request_id,
+        "id": entry.id.to_string(),
         "level": level,
         "timestamp": rfc3339_ms(entry.at),
         "msg": msg,
         "functionId": entry.function.as_str(),
-        "requestId": entry.request_id,
+        "requestId": entry.id.to_string(),
         "duration": number(entry.duration_ms),
         "status": entry.status.as_str(),
     })
@@ -115,9 +115,9 @@ fn cut(message: &str) -> &str {
 
 fn shown(row: &Execution, message: &str) -> Value {
     let mut shown = Map::new();
-    shown.insert("id".into(), json!(row.request_id));
-    shown.insert("requestId".into(), json!(row.request_id));
-    shown.insert("timestamp".into(), json!(row.key.timestamp()));
+    shown.insert("id".into(), json!(row.id.request_id()));
+    shown.insert("requestId".into(), json!(row.id.request_id()));
+    shown.insert("timestamp".into(), json!(row.id.timestamp()));
     shown.insert("status".into(), json!(row.status.as_str()));
     shown.insert("duration".into(), number(row.duration_ms));
     shown.insert("handlerDurationMs".into(), row.handler_duration_ms.map_or(Value::Null, number));

@@ -1,6 +1,6 @@
 //! The last executions of this node, for people who look on.
 
-use crate::model::{Execution, FunctionId, Status, UnixMs, now_ms};
+use crate::model::{Execution, FunctionId, JobId, Status, UnixMs, now_ms};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,7 +10,7 @@ const ENTRIES_MAX: usize = 100;
 /// One of them, without its message.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TailEntry {
-    pub request_id: String,
+    pub id: JobId,
     pub function: FunctionId,
     pub status: Status,
     pub duration_ms: f64,
@@ -23,9 +23,9 @@ pub struct TailEntry {
 pub struct Tail(Arc<Mutex<VecDeque<TailEntry>>>);
 
 impl Tail {
-    pub(super) fn push(&self, row: &Execution) {
+    pub(super) fn push(&self, id: JobId, row: &Execution) {
         let entry = TailEntry {
-            request_id: row.request_id.clone(),
+            id,
             function: row.function.clone(),
             status: row.status.clone(),
             duration_ms: row.duration_ms,
@@ -47,17 +47,17 @@ impl Tail {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{JobId, NodeId};
+    use crate::model::NodeId;
 
     #[test]
     fn the_last_hundred_newest_first() {
         let tail = Tail::default();
         for n in 0..250 {
-            tail.push(&Execution::lost(JobId::new(NodeId(1), 0, n), FunctionId::parse("f").unwrap()));
+            let id = JobId::new(NodeId(1), 0, n);
+            tail.push(id, &Execution::lost(id, FunctionId::parse("f").unwrap()));
         }
-        let ids: Vec<String> = tail.entries().into_iter().map(|entry| entry.request_id).collect();
-        let expected: Vec<String> =
-            (150..250).rev().map(|n| JobId::new(NodeId(1), 0, n).to_string()).collect();
+        let ids: Vec<JobId> = tail.entries().into_iter().map(|entry| entry.id).collect();
+        let expected: Vec<JobId> = (150..250).rev().map(|n| JobId::new(NodeId(1), 0, n)).collect();
         assert_eq!(ids, expected);
     }
 }

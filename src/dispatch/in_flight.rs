@@ -150,20 +150,25 @@ impl InFlight {
     }
 
     /// Takes a result: answers those who wait, and says whether a row is due.
-    pub fn settle(&self, id: JobId, outcome: &Outcome) -> Settled {
-        let (function, waiters) = match self.jobs.get_mut(&id) {
+    pub fn settle(&self, id: JobId, outcome: Outcome) -> Settled {
+        let (function, told) = match self.jobs.get_mut(&id) {
             None => return Settled::UnknownJob,
             Some(entry) if entry.settled => return Settled::Repeated,
             Some(mut entry) => {
+                let waiters = std::mem::take(&mut entry.waiters);
+                // The first copy of a buffer is an allocation, and mostly nobody waits.
+                let told = (!waiters.is_empty()).then(|| outcome.clone());
                 // Kept before anyone is told, so that a `/status` right after an answer finds it.
                 self.recent.keep(id, outcome);
                 entry.settled = true;
-                (entry.function.clone(), std::mem::take(&mut entry.waiters))
+                (entry.function.clone(), told.map(|outcome| (outcome, waiters)))
             }
         };
-        for waiter in waiters {
-            // A receiver that is gone is a client that is gone.
-            let _ = waiter.send(outcome.clone());
+        if let Some((outcome, waiters)) = told {
+            for waiter in waiters {
+                // A receiver that is gone is a client that is gone.
+                let _ = waiter.send(outcome.clone());
+            }
         }
         Settled::First(function)
     }
@@ -270,12 +275,12 @@ impl Recent {
         self.outcomes.get(&id).map(|outcome| outcome.clone())
     }
 
-    fn keep(&self, id: JobId, outcome: &Outcome) {
+    fn keep(&self, id: JobId, outcome: Outcome) {
         let bytes = outcome.published().len();
         if bytes > self.bytes_max {
             return;
         }
-        self.outcomes.insert(id, outcome.clone());
+        self.outcomes.insert(id, outcome);
         let mut order = self.order();
         order.queue.push_back((Instant::now(), id, bytes));
         order.bytes += bytes;
@@ -326,9 +331,9 @@ mod tests {
     async fn a_waiter_hears_the_first_result() {
         let table = table(10, 1000);
         let mut waiter = table.enter_waiting(&job(1)).unwrap();
-        assert_eq!(table.settle(job(1).id, &outcome("a")), Settled::First(job(1).function));
-        assert_eq!(table.settle(job(1).id, &outcome("b")), Settled::Repeated);
-        assert_eq!(table.settle(job(2).id, &outcome("b")), Settled::UnknownJob);
+        assert_eq!(table.settle(job(1).id, outcome("a")), Settled::First(job(1).function));
+        assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
+        assert_eq!(table.settle(job(2).id, outcome("b")), Settled::UnknownJob);
         assert_eq!(waiter.outcome().await, Some(outcome("a")));
         let Joined::Settled(again) = table.join(job(1).id) else { panic!("settled") };
         assert_eq!(again, outcome("a"));
@@ -341,7 +346,7 @@ mod tests {
         assert_eq!(table.awaited(job(1).id), Some(Awaited { deadline: 2000, waited_for: false }));
         assert_eq!(table.metrics.waiters.get(), 0);
         let Joined::Pending(mut late) = table.join(job(1).id) else { panic!("pending") };
-        table.settle(job(1).id, &outcome("a"));
+        table.settle(job(1).id, outcome("a"));
         assert_eq!(late.outcome().await, Some(outcome("a")));
     }
 
@@ -380,7 +385,7 @@ mod tests {
         let table = table(10, 10);
         for n in 1..=3 {
             table.enter(&job(n)).unwrap();
-            table.settle(job(n).id, &outcome("12345"));
+            table.settle(job(n).id, outcome("12345"));
             table.remove(job(n).id);
         }
         assert!(matches!(table.join(job(1).id), Joined::Unknown), "the oldest made room");

@@ -16,6 +16,9 @@ use tokio::time::Instant;
 const PAUSES_S: [u64; 7] = [1, 1, 2, 4, 8, 16, 28];
 const LAST_PAUSE_S: u64 = 60;
 
+/// Look-ups taken from a queue under one lock.
+const TAKEN_MAX: usize = 256;
+
 /// The stage of a job that was just entered, or that somebody waits for.
 pub const FIRST: usize = 0;
 
@@ -43,17 +46,28 @@ impl Schedule {
         self.queue(stage).push_back(due);
     }
 
-    /// Takes at most `max` look-ups that are due.
-    pub fn take_due(&self, max: usize) -> Vec<Due> {
+    /// Takes at most `max` look-ups that are due and still wanted. Those that are not wanted do not count: nearly every
+    /// job has ended by its first look-up, and they must not pile up behind a `max`.
+    pub fn take_due(&self, max: usize, is_wanted: impl Fn(JobId) -> bool) -> Vec<Due> {
         let now = Instant::now();
-        let mut due = Vec::new();
+        let mut wanted = Vec::new();
         for stage in 0..self.stages.len() {
-            let mut queue = self.queue(stage);
-            while due.len() < max && queue.front().is_some_and(|front| front.at <= now) {
-                due.extend(queue.pop_front());
+            loop {
+                let taken = self.take_some(stage, now, max - wanted.len());
+                if taken.is_empty() {
+                    break;
+                }
+                wanted.extend(taken.into_iter().filter(|due| is_wanted(due.id)));
             }
         }
-        due
+        wanted
+    }
+
+    /// A few at a time: requests that plan their own look-up wait for the queue.
+    fn take_some(&self, stage: usize, now: Instant, max: usize) -> Vec<Due> {
+        let mut queue = self.queue(stage);
+        let due = queue.iter().take(max.min(TAKEN_MAX)).take_while(|due| due.at <= now).count();
+        queue.drain(..due).collect()
     }
 
     fn queue(&self, stage: usize) -> std::sync::MutexGuard<'_, VecDeque<Due>> {
@@ -74,7 +88,7 @@ mod tests {
         let mut ages = Vec::new();
         while ages.len() < 9 {
             tokio::time::advance(Duration::from_millis(500)).await;
-            for due in schedule.take_due(10) {
+            for due in schedule.take_due(10, |_| true) {
                 ages.push(started.elapsed().as_secs());
                 schedule.plan(due.id, due.stage + 1);
             }
@@ -88,9 +102,24 @@ mod tests {
         for n in 0..10 {
             schedule.plan(JobId::new(NodeId(1), 0, n), FIRST);
         }
-        assert!(schedule.take_due(10).is_empty());
+        assert!(schedule.take_due(10, |_| true).is_empty());
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(schedule.take_due(7).len(), 7);
-        assert_eq!(schedule.take_due(7).len(), 3);
+        assert_eq!(schedule.take_due(7, |_| true).len(), 7);
+        assert_eq!(schedule.take_due(7, |_| true).len(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn jobs_that_have_ended_do_not_count() {
+        let schedule = Schedule::default();
+        let id = |n| JobId::new(NodeId(1), 0, n);
+        for n in 0..10 * TAKEN_MAX as u64 {
+            schedule.plan(id(n), FIRST);
+        }
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let open = [id(3), id(5 * TAKEN_MAX as u64), id(9 * TAKEN_MAX as u64)];
+        let due = schedule.take_due(2, |id| open.contains(&id));
+        assert_eq!(due.iter().map(|due| due.id).collect::<Vec<_>>(), open[..2]);
+        let due = schedule.take_due(2, |id| open.contains(&id));
+        assert_eq!(due.iter().map(|due| due.id).collect::<Vec<_>>(), open[2..]);
     }
 }

@@ -6,7 +6,7 @@ use super::lookups::{self, Schedule};
 use crate::audit::{Audit, Ledger};
 use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, Outcome, Recommendation, Status, now_ms};
+use crate::model::{Ending, Execution, JobId, Outcome, Recommendation, now_ms};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::HashSet;
@@ -57,58 +57,55 @@ impl Settler {
     }
 
     /// Takes a result from wherever it came: answers those who wait, and hands the row to the audit.
-    pub fn settle(&self, id: JobId, outcome: &Outcome) {
-        let kind = match self.in_flight.settle(id, outcome) {
-            Settled::Repeated => "repeated",
-            Settled::UnknownJob => "unknown_job",
+    pub fn settle(&self, id: JobId, outcome: Outcome) {
+        // Read before it is handed on: those who wait then need not read it again.
+        let (outcome, (ending, recommendation)) =
+            outcome.into_read(|fields| (Ending::of(fields), Recommendation::of(id, fields)));
+        match self.in_flight.settle(id, outcome) {
+            Settled::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
+            Settled::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
             Settled::First(function) => {
-                let fields = outcome.fields();
-                let row = Execution::of(id, function, &fields);
-                log_execution(&row);
-                self.record(id, row, Recommendation::of(id, &fields))
+                let row = Execution::ended(id, function, ending);
+                log_execution(id, &row);
+                if self.record(id, row, recommendation) {
+                    self.metrics.results_settled.inc();
+                }
             }
-        };
-        self.metrics.results.with_label_values(&[kind]).inc();
+        }
     }
 
-    fn record(&self, id: JobId, row: Execution, recommendation: Option<Recommendation>) -> &'static str {
+    /// `false`: the audit has no room, and the job is to be settled again.
+    fn record(&self, id: JobId, row: Execution, recommendation: Option<Recommendation>) -> bool {
         if self.audit.record(id, row, recommendation).is_ok() {
-            return "settled";
+            return true;
         }
         // Full means that the log table does not keep up. The stored result outlives the jam: look again later.
         self.in_flight.unsettle(id);
-        "deferred"
+        self.metrics.results.with_label_values(&["deferred"]).inc();
+        false
     }
 
     /// Ends a job whose deadline has passed without a result. It stays planned in case its row finds no room.
     fn give_up(&self, id: JobId) {
         let lost = Outcome::new(Bytes::from_static(b"{\"status\":\"LOST\"}"));
-        if let Settled::First(function) = self.in_flight.settle(id, &lost) {
+        if let Settled::First(function) = self.in_flight.settle(id, lost) {
             tracing::warn!(requestId = %id, functionId = %function, "Job Lost");
-            let kind = self.record(id, Execution::lost(id, function), None);
-            self.metrics.results.with_label_values(&[if kind == "settled" { "lost" } else { kind }]).inc();
+            if self.record(id, Execution::lost(id, function), None) {
+                self.metrics.results.with_label_values(&["lost"]).inc();
+            }
         }
         self.schedule.plan(id, lookups::FIRST);
     }
 }
 
-fn log_execution(row: &Execution) {
-    let (request, function, status) = (row.request_id.as_str(), row.function.as_str(), row.status.as_str());
-    if status == Status::SUCCESS {
-        tracing::info!(
-            requestId = request,
-            functionId = function,
-            duration = row.duration_ms,
-            "Execution Success"
-        );
+fn log_execution(id: JobId, row: &Execution) {
+    let mut place = [0; JobId::TEXT_BYTES];
+    let (request, function) = (id.text(&mut place), row.function.as_str());
+    let (duration, status) = (row.duration_ms, row.status.as_str());
+    if row.status.is_success() {
+        tracing::info!(requestId = request, functionId = function, duration, "Execution Success");
     } else {
-        tracing::info!(
-            requestId = request,
-            functionId = function,
-            duration = row.duration_ms,
-            status,
-            "Execution Failed"
-        );
+        tracing::info!(requestId = request, functionId = function, duration, status, "Execution Failed");
     }
 }
 
@@ -133,7 +130,7 @@ impl Pump {
         let settler = self.0;
         loop {
             match settler.results.next().await {
-                ResultEvent::Published { id, payload } => settler.settle(id, &Outcome::new(payload)),
+                ResultEvent::Published { id, payload } => settler.settle(id, Outcome::new(payload)),
                 ResultEvent::Malformed => settler.metrics.results.with_label_values(&["malformed"]).inc(),
                 ResultEvent::Subscribed => settler.resubscribed.store(true, Ordering::Release),
             }
@@ -172,9 +169,8 @@ impl Lookups {
 impl Settler {
     /// The planned look-ups.
     async fn look_up_due(&self) {
-        let mut due = self.schedule.take_due(LOOKUPS_PER_TICK);
         // A settled job stays planned until its row is written: it may yet find no room for the row.
-        due.retain(|due| self.in_flight.contains(due.id));
+        let due = self.schedule.take_due(LOOKUPS_PER_TICK, |id| self.in_flight.contains(id));
         let ids: Vec<JobId> = due.iter().map(|due| due.id).collect();
         let failed: HashSet<JobId> = self.look_up(&ids).await.into_iter().collect();
         for due in due {
@@ -217,7 +213,7 @@ impl Settler {
             // A row that is already on its way needs no second look.
             if self.in_flight.awaited(*id).is_some() {
                 self.metrics.results_looked_up.inc();
-                self.settle(*id, &Outcome::new(payload));
+                self.settle(*id, Outcome::new(payload));
             }
             self.in_flight.forget_settled(*id);
         }

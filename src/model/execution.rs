@@ -1,6 +1,7 @@
 //! One row of the execution log, and the fixed mapping from a worker's result to it.
 
-use super::{FunctionId, JobId, ResultFields, UnixMs, now_ms, rfc3339_ms};
+use super::{FunctionId, JobId, ResultFields, Rfc3339Ms, UnixMs, digits, now_ms, rfc3339_ms};
+use std::borrow::Cow;
 use std::fmt;
 
 /// How long a row is kept, in seconds: 30 days.
@@ -11,19 +12,30 @@ pub const MESSAGE_BYTES_MAX: usize = 380 * 1024;
 
 /// The range key of a row: a function of the request id alone, so that a second write of one execution
 /// replaces the first, and a look-up by request id is one read.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RowKey(String);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowKey([u8; Self::BYTES]);
 
 impl RowKey {
+    const BYTES: usize = 49;
+    /// Where the digits of the rest begin, behind the milliseconds.
+    const REST: usize = 23;
+
     /// Acceptance time in RFC 3339 with milliseconds, then the other 80 bits of the id as 25 decimal
     /// digits of the fraction, then `Z`.
     pub fn of(id: JobId) -> Self {
         Self::at(id.accepted_at(), id.node_and_random())
     }
 
-    /// The key of something else that happened then: `rest` tells it from all others of its millisecond.
+    /// The key of something else that happened then: `rest`, below 10^25, tells it from all others of its millisecond.
     pub fn at(at: UnixMs, rest: u128) -> Self {
-        Self(format!("{}{rest:025}Z", Self::bound(at)))
+        let mut key = [b'Z'; Self::BYTES];
+        key[..Self::REST].copy_from_slice(&Rfc3339Ms::of(at).as_str().as_bytes()[..Self::REST]);
+        // In two halves: dividing 128 bits 25 times would take longer than all the rest of a row.
+        let half = 10_u128.pow(13);
+        let (high, low) = ((rest / half) as u64, (rest % half) as u64);
+        digits(&mut key[Self::REST..Self::REST + 12], high);
+        digits(&mut key[Self::REST + 12..Self::BYTES - 1], low);
+        Self(key)
     }
 
     /// What stands before every key of this millisecond and after every key of the last: milliseconds without the
@@ -34,41 +46,89 @@ impl RowKey {
         text
     }
 
-    /// A key as it was read from a table; rows of the old controller have plain ISO 8601 times.
-    pub fn stored(key: String) -> Self {
-        Self(key)
+    pub fn as_str(&self) -> &str {
+        // Digits and what RFC 3339 puts between them.
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+/// What a row is known by. Both its range key and the request id can be had of either.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RowId {
+    /// A job of ours. The texts are made when they are needed: most rows are only ever written.
+    Job(JobId),
+    /// As the old controller wrote it: a version 4 UUID, or nothing, under a plain ISO 8601 time.
+    Old { key: String, request_id: String },
+}
+
+impl RowId {
+    /// As it was read from a table.
+    pub fn stored(key: String, request_id: String) -> Self {
+        match JobId::parse(&request_id) {
+            Some(id) if RowKey::of(id).as_str() == key => Self::Job(id),
+            _ => Self::Old { key, request_id },
+        }
     }
 
-    pub fn as_str(&self) -> &str {
-        &self.0
+    pub fn key(&self) -> Cow<'_, str> {
+        match self {
+            Self::Job(id) => Cow::Owned(RowKey::of(*id).as_str().to_owned()),
+            Self::Old { key, .. } => Cow::Borrowed(key),
+        }
+    }
+
+    pub fn request_id(&self) -> Cow<'_, str> {
+        match self {
+            Self::Job(id) => Cow::Owned(id.to_string()),
+            Self::Old { request_id, .. } => Cow::Borrowed(request_id),
+        }
     }
 
     /// What readers get: the time cut to milliseconds.
     pub fn timestamp(&self) -> String {
-        match self.0.split_once('.') {
+        let key = self.key();
+        match key.split_once('.') {
             Some((seconds, fraction)) if fraction.len() > 4 && fraction.is_ascii() => {
                 format!("{seconds}.{}Z", &fraction[..3])
             }
-            _ => self.0.clone(),
+            _ => key.into_owned(),
         }
     }
 }
 
 /// How an execution ended. Workers may say anything; what they say is kept as it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status(String);
+pub struct Status(Cow<'static, str>);
 
 impl Status {
     pub const SUCCESS: &'static str = "SUCCESS";
+    pub const FAILED: &'static str = "FAILED";
     pub const ERROR: &'static str = "ERROR";
     /// No result by the deadline, and nobody knows why.
     pub const LOST: &'static str = "LOST";
+    pub const TIMEOUT: &'static str = "TIMEOUT";
+
+    /// What nearly every row says, and what a metric may be labelled with.
+    const KNOWN: [&'static str; 5] = [Self::SUCCESS, Self::FAILED, Self::ERROR, Self::TIMEOUT, Self::LOST];
 
     /// Longest status kept, in bytes: a broken worker must not fill a row or a metric.
     const LEN_MAX: usize = 64;
 
     pub fn new(text: &str) -> Self {
-        Self(cut(text, Self::LEN_MAX).to_owned())
+        let known = Self::KNOWN.into_iter().find(|known| *known == text);
+        Self(known.map_or_else(|| Cow::Owned(cut(text, Self::LEN_MAX).to_owned()), Cow::Borrowed))
+    }
+
+    /// The status, if it is one of those that somebody gave a meaning to.
+    pub fn known(&self) -> Option<&'static str> {
+        match self.0 {
+            Cow::Borrowed(known) => Some(known),
+            Cow::Owned(_) => None,
+        }
+    }
+
+    pub fn is_success(&self) -> bool {
+        self.as_str() == Self::SUCCESS
     }
 
     pub fn as_str(&self) -> &str {
@@ -86,9 +146,7 @@ impl fmt::Display for Status {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Execution {
     pub function: FunctionId,
-    pub key: RowKey,
-    /// Text, not [`JobId`]: rows of the old controller hold version 4 UUIDs, or nothing.
-    pub request_id: String,
+    pub id: RowId,
     pub status: Status,
     pub duration_ms: f64,
     pub handler_duration_ms: Option<f64>,
@@ -100,42 +158,63 @@ pub struct Execution {
     pub expires_at_s: Option<u64>,
 }
 
+/// What a row says of how the run ended; the rest is known before.
+pub struct Ending {
+    status: Status,
+    duration_ms: f64,
+    handler_duration_ms: Option<f64>,
+    memory_mb: u64,
+    message: String,
+}
+
+impl Ending {
+    /// With a result of these fields.
+    pub fn of(fields: &ResultFields<'_>) -> Self {
+        let stderr = fields.stderr.as_deref().filter(|stderr| !stderr.is_empty());
+        let message = stderr.or(fields.stdout.as_deref()).unwrap_or_default();
+        let status = fields.status.as_deref().unwrap_or(match fields.exit_code {
+            Some(0) => Status::SUCCESS,
+            _ => Status::ERROR,
+        });
+        Self {
+            status: Status::new(status),
+            duration_ms: fields.duration_ms.unwrap_or(0.0),
+            handler_duration_ms: fields.handler_duration_ms,
+            memory_mb: memory_mb(fields.peak_memory_bytes.unwrap_or(0.0)),
+            message: cut_with_note(message),
+        }
+    }
+
+    /// Without a result.
+    fn lost() -> Self {
+        let message = "no result arrived before the deadline of the job".to_owned();
+        let status = Status::new(Status::LOST);
+        Self { status, duration_ms: 0.0, handler_duration_ms: None, memory_mb: 0, message }
+    }
+}
+
 impl Execution {
     /// The row of a job that ended with a result of these fields.
-    pub fn of(id: JobId, function: FunctionId, fields: &ResultFields) -> Self {
-        let message = match (&fields.stderr, &fields.stdout) {
-            (Some(stderr), _) if !stderr.is_empty() => stderr.clone(),
-            (_, Some(stdout)) => stdout.clone(),
-            _ => String::new(),
-        };
-        let status = fields.status.as_deref().map_or_else(
-            || Status::new(if fields.exit_code == Some(0) { Status::SUCCESS } else { Status::ERROR }),
-            Status::new,
-        );
-        let mut row = Self::ended(id, function, status, message);
-        row.duration_ms = fields.duration_ms.unwrap_or(0.0);
-        row.handler_duration_ms = fields.handler_duration_ms;
-        row.memory_mb = memory_mb(fields.peak_memory_bytes.unwrap_or(0.0));
-        row
+    pub fn of(id: JobId, function: FunctionId, fields: &ResultFields<'_>) -> Self {
+        Self::ended(id, function, Ending::of(fields))
     }
 
     /// The row of a job whose result never came.
     pub fn lost(id: JobId, function: FunctionId) -> Self {
-        let message = "no result arrived before the deadline of the job".to_owned();
-        Self::ended(id, function, Status::new(Status::LOST), message)
+        Self::ended(id, function, Ending::lost())
     }
 
-    fn ended(id: JobId, function: FunctionId, status: Status, message: String) -> Self {
+    /// The row of a job that ended so, now.
+    pub fn ended(id: JobId, function: FunctionId, ending: Ending) -> Self {
         let now = now_ms();
         Self {
             function,
-            key: RowKey::of(id),
-            request_id: id.to_string(),
-            status,
-            duration_ms: 0.0,
-            handler_duration_ms: None,
-            memory_mb: 0,
-            message: cut_with_note(message),
+            id: RowId::Job(id),
+            status: ending.status,
+            duration_ms: ending.duration_ms,
+            handler_duration_ms: ending.handler_duration_ms,
+            memory_mb: ending.memory_mb,
+            message: ending.message,
             completed_at: Some(now),
             expires_at_s: Some(now / 1000 + LOG_TTL_S),
         }
@@ -153,12 +232,12 @@ fn memory_mb(bytes: f64) -> u64 {
     (bytes / f64::from(1 << 20)).round() as u64
 }
 
-fn cut_with_note(message: String) -> String {
+fn cut_with_note(message: &str) -> String {
     if message.len() <= MESSAGE_BYTES_MAX {
-        return message;
+        return message.to_owned();
     }
     let note = format!("… [cut: the whole message has {} bytes]", message.len());
-    let mut kept = cut(&message, MESSAGE_BYTES_MAX - note.len()).to_owned();
+    let mut kept = cut(message, MESSAGE_BYTES_MAX - note.len()).to_owned();
     kept.push_str(&note);
     kept
 }
@@ -196,9 +275,38 @@ mod tests {
         let rest = (0xdead_beef_u128 << 48) | 0x1234_5678_9abc;
         assert_eq!(key.as_str(), format!("2026-11-22T00:00:00.123{rest:025}Z"));
         assert_eq!(key.as_str().len(), "2026-11-22T00:00:00.1230123456789012345678901234Z".len());
-        assert_eq!(key.timestamp(), "2026-11-22T00:00:00.123Z");
-        assert_eq!(RowKey::stored("2024-01-02T03:04:05.678Z".into()).timestamp(), "2024-01-02T03:04:05.678Z");
-        assert_eq!(RowKey::stored("junk".into()).timestamp(), "junk");
+        let far = RowKey::at(u64::MAX, 10_u128.pow(25) - 1);
+        assert_eq!(far.as_str(), "9999-12-31T23:59:59.9999999999999999999999999999Z");
+    }
+
+    #[test]
+    fn a_row_is_known_by_its_job_or_by_what_was_stored() {
+        let ours = RowId::stored(RowKey::of(id()).as_str().to_owned(), id().to_string());
+        assert_eq!(ours, RowId::Job(id()));
+        assert_eq!(
+            (&*ours.key(), &*ours.request_id()),
+            (RowKey::of(id()).as_str(), id().to_string().as_str())
+        );
+        assert_eq!(ours.timestamp(), "2026-11-22T00:00:00.123Z");
+        for (key, request_id, timestamp) in [
+            ("2024-01-02T03:04:05.678Z", "junk", "2024-01-02T03:04:05.678Z"),
+            // Under a key that is not its own.
+            ("2024-01-02T03:04:05.6781Z", &id().to_string(), "2024-01-02T03:04:05.678Z"),
+            ("junk", "", "junk"),
+        ] {
+            let old = RowId::stored(key.to_owned(), request_id.to_owned());
+            assert_eq!((&*old.key(), &*old.request_id()), (key, request_id));
+            assert_eq!(old.timestamp(), timestamp);
+        }
+    }
+
+    #[test]
+    fn known_statuses_stay_what_they_are_and_others_are_cut() {
+        for known in ["SUCCESS", "FAILED", "ERROR", "TIMEOUT", "LOST"] {
+            assert_eq!((Status::new(known).as_str(), Status::new(known).known()), (known, Some(known)));
+        }
+        let long = Status::new(&"x".repeat(1000));
+        assert_eq!((long.as_str().len(), long.known()), (Status::LEN_MAX, None));
     }
 
     #[test]

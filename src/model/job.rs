@@ -71,6 +71,14 @@ impl JobId {
         (hyphenated && ours).then_some(Self(uuid))
     }
 
+    /// Length of an id as text.
+    pub const TEXT_BYTES: usize = 36;
+
+    /// The id as text, written to a place of the caller's.
+    pub fn text<'a>(&self, place: &'a mut [u8; Self::TEXT_BYTES]) -> &'a str {
+        self.0.as_hyphenated().encode_lower(place)
+    }
+
     /// From the 16 bytes that [`Self::as_bytes`] gave.
     pub fn from_bytes(bytes: [u8; 16]) -> Self {
         Self(Uuid::from_bytes(bytes))
@@ -157,7 +165,7 @@ impl JobDraft<'_> {
         let f = self.function;
         let mut m = Vec::with_capacity(self.request.input.len() + f.env_vars.len() + 512);
         m.extend_from_slice(b"{\"requestId\":\"");
-        m.extend_from_slice(self.id.0.as_hyphenated().encode_lower(&mut Uuid::encode_buffer()).as_bytes());
+        m.extend_from_slice(self.id.text(&mut [0; JobId::TEXT_BYTES]).as_bytes());
         m.extend_from_slice(b"\",\"functionId\":\"");
         m.extend_from_slice(f.id.as_str().as_bytes()); // no character of an id needs an escape
         member_str(&mut m, "\",\"runtime\":", &f.runtime);

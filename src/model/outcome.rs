@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
+use std::borrow::Cow;
 use std::fmt;
 
 /// Longest duration that is believed, in milliseconds: some months.
@@ -21,62 +22,88 @@ const MEMORY_MB_MAX: f64 = 1e6;
 const SCALAR_BYTES_MAX: usize = 256;
 
 /// The result of one run, as it was published.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome(Bytes);
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    published: Bytes,
+    /// It was read before, and is JSON.
+    is_known_json: bool,
+}
+
+impl PartialEq for Outcome {
+    fn eq(&self, other: &Self) -> bool {
+        self.published == other.published
+    }
+}
 
 impl Outcome {
     pub fn new(published: Bytes) -> Self {
-        Self(published)
+        Self { published, is_known_json: false }
     }
 
     /// The bytes as the worker published them.
     pub fn published(&self) -> &Bytes {
-        &self.0
+        &self.published
     }
 
     /// What the client gets: the published bytes if they are JSON, else `{"raw": …}` around them.
     pub fn body(&self) -> Bytes {
         // IgnoredAny walks without recursion, so nesting has no limit here.
-        if serde_json::from_slice::<IgnoredAny>(&self.0).is_ok() {
-            return self.0.clone();
+        if self.is_known_json || serde_json::from_slice::<IgnoredAny>(&self.published).is_ok() {
+            return self.published.clone();
         }
-        let raw = String::from_utf8_lossy(&self.0);
+        let raw = String::from_utf8_lossy(&self.published);
         Bytes::from(serde_json::json!({ "raw": raw }).to_string())
     }
 
     /// The members that a row and the metrics are made of; all absent if it is no object.
-    pub fn fields(&self) -> ResultFields {
-        serde_json::from_slice(&self.0).unwrap_or_default()
+    pub fn fields(&self) -> ResultFields<'_> {
+        self.read().unwrap_or_default()
+    }
+
+    /// The same, and the outcome itself, which need not be read again for the client.
+    pub fn into_read<T>(mut self, take: impl FnOnce(&ResultFields<'_>) -> T) -> (Self, T) {
+        let read = self.read();
+        // Every object that was read is JSON; what was not may be JSON all the same.
+        let is_known_json = read.is_some();
+        let taken = take(&read.unwrap_or_default());
+        self.is_known_json = is_known_json;
+        (self, taken)
+    }
+
+    fn read(&self) -> Option<ResultFields<'_>> {
+        // Looked at once, as a whole, and not at every string in it.
+        let text = std::str::from_utf8(&self.published).ok()?;
+        serde_json::from_str(text).ok()
     }
 }
 
 /// The members of a result that the gateway reads. `None`: missing, null or of another type.
 #[derive(Debug, Default, PartialEq)]
-pub struct ResultFields {
-    pub status: Option<String>,
+pub struct ResultFields<'a> {
+    pub status: Option<Cow<'a, str>>,
     pub exit_code: Option<i64>,
-    pub stdout: Option<String>,
-    pub stderr: Option<String>,
+    pub stdout: Option<Cow<'a, str>>,
+    pub stderr: Option<Cow<'a, str>>,
     pub duration_ms: Option<f64>,
     pub handler_duration_ms: Option<f64>,
     pub peak_memory_bytes: Option<f64>,
     pub recommended_memory_mb: Option<f64>,
-    pub optimization_tip: Option<String>,
+    pub optimization_tip: Option<Cow<'a, str>>,
     /// A JSON string or number, as text.
-    pub estimated_savings: Option<String>,
+    pub estimated_savings: Option<&'a str>,
 }
 
-impl<'de> Deserialize<'de> for ResultFields {
+impl<'de> Deserialize<'de> for ResultFields<'de> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         struct FieldsVisitor;
         impl<'de> Visitor<'de> for FieldsVisitor {
-            type Value = ResultFields;
+            type Value = ResultFields<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ResultFields, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ResultFields<'de>, A::Error> {
                 let mut fields = ResultFields::default();
                 while let Some(Text(key)) = map.next_key()? {
                     let value: &'de RawValue = map.next_value()?;
@@ -89,10 +116,10 @@ impl<'de> Deserialize<'de> for ResultFields {
     }
 }
 
-impl ResultFields {
-    fn take(&mut self, key: &str, value: &RawValue) {
+impl<'a> ResultFields<'a> {
+    fn take(&mut self, key: &str, value: &'a RawValue) {
         match key {
-            "status" => self.status = text(value).filter(|s| !s.is_empty()),
+            "status" => self.status = text(value).filter(|status| !status.is_empty()),
             // Some write whole numbers as 0.0.
             "exitCode" => {
                 self.exit_code = read(value).filter(|code: &f64| code.fract() == 0.0).map(|code| code as i64);
@@ -117,10 +144,13 @@ impl ResultFields {
 }
 
 /// A string or a finite number, as JSON text of bounded length.
-fn scalar(value: &RawValue) -> Option<String> {
+fn scalar(value: &RawValue) -> Option<&str> {
+    if value.get() == "null" {
+        return None;
+    }
     let is_number = || read(value).is_some_and(|n: f64| n.is_finite());
-    let fits = value.get().len() <= SCALAR_BYTES_MAX && (read::<String>(value).is_some() || is_number());
-    fits.then(|| value.get().to_owned())
+    let fits = value.get().len() <= SCALAR_BYTES_MAX && (read::<Text<'_>>(value).is_some() || is_number());
+    fits.then(|| value.get())
 }
 
 fn read<'a, T: Deserialize<'a>>(value: &'a RawValue) -> Option<T> {
@@ -129,12 +159,13 @@ fn read<'a, T: Deserialize<'a>>(value: &'a RawValue) -> Option<T> {
 
 /// A string. Half a surrogate pair, which Python makes of bytes that are no UTF-8, becomes U+FFFD: the rest of a
 /// message is worth keeping.
-fn text(value: &RawValue) -> Option<String> {
-    read(value).or_else(|| read_str(&without_halves(value.get())))
-}
-
-fn read_str(json: &str) -> Option<String> {
-    serde_json::from_str(json).ok()
+fn text(value: &RawValue) -> Option<Cow<'_, str>> {
+    // Most members are null where there is nothing to say, and an error of serde is an allocation.
+    if !value.get().starts_with('"') {
+        return None;
+    }
+    let whole = read(value).map(|Text(text)| text);
+    whole.or_else(|| serde_json::from_str(&without_halves(value.get())).map(Cow::Owned).ok())
 }
 
 fn without_halves(json: &str) -> String {
@@ -159,6 +190,9 @@ fn without_halves(json: &str) -> String {
 
 /// A number from 0 to `max`: anything else would spoil sums and histograms for good.
 fn number(value: &RawValue, max: f64) -> Option<f64> {
+    if !value.get().starts_with(|c: char| c.is_ascii_digit() || c == '-') {
+        return None;
+    }
     read(value).filter(|n: &f64| (0.0..=max).contains(n))
 }
 
@@ -187,8 +221,32 @@ mod tests {
     }
 
     #[test]
+    fn what_was_read_is_not_read_again_and_stays_the_same() {
+        let invalid_key = r#"{"\ud800":1}"#;
+        for (published, is_known) in [
+            ("{}", true),
+            (r#" {"a":[1e999]} "#, true),
+            ("[]", false),
+            (invalid_key, false),
+            ("{", false),
+            ("", false),
+        ] {
+            let (read, status) =
+                outcome(published).into_read(|fields| fields.status.clone().map(Cow::into_owned));
+            assert_eq!((read.is_known_json, status), (is_known, None), "{published}");
+            assert_eq!(read.body(), outcome(published).body());
+        }
+        let (_, status) =
+            outcome(r#"{"status":"S"}"#).into_read(|fields| fields.status.clone().map(Cow::into_owned));
+        assert_eq!(status.as_deref(), Some("S"));
+    }
+
+    #[test]
     fn members_are_read_one_by_one() {
-        let fields = outcome(r#"{"status":7,"exitCode":0,"exitCode":3,"stdout":"o","durationMs":null,"duration_ms":2,"handlerDurationMs":-1,"peakMemoryBytes":1e400}"#).fields();
+        let published = outcome(
+            r#"{"status":7,"exitCode":0,"exitCode":3,"stdout":"o","durationMs":null,"duration_ms":2,"handlerDurationMs":-1,"peakMemoryBytes":1e400}"#,
+        );
+        let fields = published.fields();
         let expected = ResultFields {
             exit_code: Some(3),
             stdout: Some("o".into()),
@@ -196,7 +254,10 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(fields, expected);
-        let odd = outcome(r#"{"exitCode":0.0,"durationMs":1e300,"peakMemoryBytes":1e30,"stdout":"\ud800 x\\\ud83d\ude00\udc00"}"#).fields();
+        let odd = outcome(
+            r#"{"exitCode":0.0,"durationMs":1e300,"peakMemoryBytes":1e30,"stdout":"\ud800 x\\\ud83d\ude00\udc00"}"#,
+        );
+        let odd = odd.fields();
         assert_eq!((odd.exit_code, odd.duration_ms, odd.peak_memory_bytes), (Some(0), None, None));
         assert_eq!(odd.stdout.as_deref(), Some("\u{FFFD} x\\\u{1F600}\u{FFFD}"));
         for not_an_object in ["", "[]", "1", "x", "{"] {

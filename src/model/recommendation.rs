@@ -20,12 +20,12 @@ impl Recommendation {
     pub const TIP_BYTES_MAX: usize = 1024;
 
     /// `None` if the result advises nothing.
-    pub fn of(id: JobId, fields: &ResultFields) -> Option<Self> {
+    pub fn of(id: JobId, fields: &ResultFields<'_>) -> Option<Self> {
         // A float to integer cast saturates.
         let memory_mb = fields.recommended_memory_mb.map(|mb| mb.round() as u64).filter(|mb| *mb > 0);
         let tip = fields.optimization_tip.as_deref().filter(|tip| !tip.is_empty());
         let tip = tip.map(|tip| super::execution::cut(tip, Self::TIP_BYTES_MAX).to_owned());
-        let savings = fields.estimated_savings.clone();
+        let savings = fields.estimated_savings.map(str::to_owned);
         let advises = memory_mb.is_some() || tip.is_some() || savings.is_some();
         advises.then(|| Self { memory_mb, tip, savings, request_id: id.to_string(), at: id.accepted_at() })
     }
@@ -37,8 +37,8 @@ mod tests {
     use crate::model::{NodeId, Outcome};
 
     fn of(result: &str) -> Option<Recommendation> {
-        let fields = Outcome::new(result.to_owned().into()).fields();
-        Recommendation::of(JobId::new(NodeId(1), 7, 9), &fields)
+        let outcome = Outcome::new(result.to_owned().into());
+        Recommendation::of(JobId::new(NodeId(1), 7, 9), &outcome.fields())
     }
 
     #[test]

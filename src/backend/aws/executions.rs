@@ -7,7 +7,7 @@ use super::error::class;
 use super::item::{self, Item, RawItem, text, whole};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 use crate::https::HttpsClient;
-use crate::model::{Execution, FunctionId, JobId, RowKey, Status, now_ms, parse_rfc3339_ms};
+use crate::model::{Execution, FunctionId, JobId, RowId, RowKey, Status, now_ms, parse_rfc3339_ms};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
@@ -114,7 +114,7 @@ impl ExecutionStore for ExecutionTable {
         }
         let next = if rows.len() > query.limit {
             rows.truncate(query.limit);
-            rows.last().map(|row| row.key.as_str().to_owned())
+            rows.last().map(|row| row.id.key().into_owned())
         } else {
             after.and_then(|key| Item::new(key).text("timestamp"))
         };
@@ -135,7 +135,7 @@ impl ExecutionStore for ExecutionTable {
             .consistent_read(true);
         let output = call.send().await.map_err(|e| class(&e))?;
         let row = output.item.map(|raw| from_item(function, raw));
-        Ok(row.filter(|row| row.request_id == request_id && row.is_live(now_ms())))
+        Ok(row.filter(|row| row.id.request_id() == request_id && row.is_live(now_ms())))
     }
 
     async fn probe(&self) -> Result<(), BackendError> {
@@ -200,8 +200,7 @@ fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
     let text = |name| item.text(name).unwrap_or_default();
     Execution {
         function: function.clone(),
-        key: RowKey::stored(text("timestamp")),
-        request_id: text("requestId"),
+        id: RowId::stored(text("timestamp"), text("requestId")),
         status: Status::new(&text("status")),
         duration_ms: item.float("duration").unwrap_or(0.0),
         handler_duration_ms: item.float("handlerDurationMs"),
@@ -227,7 +226,7 @@ mod tests {
         raw.insert("duration".into(), text("12"));
         raw.insert("status".into(), text("FAILED"));
         let row = from_item(&function(), raw);
-        assert_eq!((row.duration_ms, row.status.as_str(), row.request_id.as_str()), (12.0, "FAILED", ""));
+        assert_eq!((row.duration_ms, row.status.as_str(), &*row.id.request_id()), (12.0, "FAILED", ""));
         assert_eq!((row.completed_at, row.expires_at_s, row.handler_duration_ms), (None, None, None));
     }
 

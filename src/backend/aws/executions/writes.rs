@@ -4,7 +4,7 @@ use super::super::client::backoff;
 use super::super::direct::Direct;
 use super::super::item::decimal;
 use crate::backend::BackendError;
-use crate::model::{Execution, Rfc3339Ms, Status};
+use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey, Status};
 use futures_util::StreamExt;
 use serde::Deserialize;
 use std::borrow::Cow;
@@ -111,7 +111,7 @@ fn is_lost(row: &Execution) -> bool {
 type Key = (String, String);
 
 fn key_of(row: &Execution) -> Key {
-    (row.function.as_str().to_owned(), row.key.as_str().to_owned())
+    (row.function.as_str().to_owned(), row.id.key().into_owned())
 }
 
 fn written(row: &Execution, left: &HashSet<Key>) -> Result<(), BackendError> {
@@ -150,8 +150,16 @@ fn put_item(body: &mut Vec<u8>, row: &Execution) {
         put_name(body, name, 'S');
         put_text(body, value);
     };
-    text("timestamp", row.key.as_str());
-    text("requestId", row.request_id.as_str());
+    match &row.id {
+        RowId::Job(id) => {
+            text("timestamp", RowKey::of(*id).as_str());
+            text("requestId", id.text(&mut [0; JobId::TEXT_BYTES]));
+        }
+        RowId::Old { key, request_id } => {
+            text("timestamp", key);
+            text("requestId", request_id);
+        }
+    }
     text("status", row.status.as_str());
     text("message", row.message.as_str());
     if let Some(at) = row.completed_at {
@@ -227,7 +235,7 @@ fn unprocessed(answer: &[u8]) -> Result<HashSet<Key>, BackendError> {
 mod tests {
     use super::super::from_item;
     use super::*;
-    use crate::model::{FunctionId, JobId, NodeId, Outcome, RowKey};
+    use crate::model::{FunctionId, NodeId, Outcome};
     use aws_sdk_dynamodb::types::AttributeValue;
     use serde_json::Value;
 

@@ -3,7 +3,7 @@
 use super::probe;
 use crate::backend::embedded::database::{Database, integer, unsigned};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
-use crate::model::{Execution, FunctionId, JobId, RowKey, Status, UnixMs, now_ms};
+use crate::model::{Execution, FunctionId, JobId, RowId, RowKey, Status, UnixMs, now_ms};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -25,9 +25,9 @@ fn put_execution(connection: &Connection, row: &Execution) -> rusqlite::Result<(
     )?;
     insert.execute(params![
         row.function.as_str(),
-        row.key.as_str(),
-        row.request_id,
-        computed_key(&row.request_id).as_ref() != Some(&row.key),
+        row.id.key(),
+        row.id.request_id(),
+        matches!(row.id, RowId::Old { .. }),
         row.status.as_str(),
         row.duration_ms,
         row.handler_duration_ms,
@@ -48,8 +48,7 @@ fn computed_key(request_id: &str) -> Option<RowKey> {
 fn execution(function: FunctionId, row: &Row<'_>) -> rusqlite::Result<Execution> {
     Ok(Execution {
         function,
-        key: RowKey::stored(row.get("key")?),
-        request_id: row.get("request_id")?,
+        id: RowId::stored(row.get("key")?, row.get("request_id")?),
         status: Status::new(row.get_ref("status")?.as_str()?),
         duration_ms: row.get("duration_ms")?,
         handler_duration_ms: row.get("handler_duration_ms")?,
@@ -127,7 +126,7 @@ fn page(connection: &Connection, query: &LogQuery, now: UnixMs) -> rusqlite::Res
     let mut rows = found.collect::<rusqlite::Result<Vec<_>>>()?;
     let more = rows.len() > query.limit;
     rows.truncate(query.limit);
-    let next = rows.last().filter(|_| more).map(|row| row.key.as_str().to_owned());
+    let next = rows.last().filter(|_| more).map(|row| row.id.key().into_owned());
     Ok(LogPage { rows, next })
 }
 
@@ -153,8 +152,7 @@ mod tests {
 
     fn old_row(key: &str, request_id: &str) -> Execution {
         let mut row = row(AT, 0, "SUCCESS");
-        row.key = RowKey::stored(key.to_owned());
-        row.request_id = request_id.to_owned();
+        row.id = RowId::stored(key.to_owned(), request_id.to_owned());
         row.completed_at = None;
         row.expires_at_s = None;
         row
@@ -199,11 +197,11 @@ mod tests {
         drop(log);
 
         let log = Executions(scratch.database());
-        assert_eq!(log.get(&f(), &first.request_id).await, Ok(Some(first.clone())));
-        assert_eq!(log.get(&f(), &old.request_id).await, Ok(Some(old.clone())));
+        assert_eq!(log.get(&f(), &first.id.request_id()).await, Ok(Some(first.clone())));
+        assert_eq!(log.get(&f(), &old.id.request_id()).await, Ok(Some(old.clone())));
         let unknown = JobId::new(NodeId(1), AT, 9).to_string();
         assert_eq!(log.get(&f(), &unknown).await, Ok(None));
-        assert_eq!(log.get(&FunctionId::parse("g").unwrap(), &old.request_id).await, Ok(None));
+        assert_eq!(log.get(&FunctionId::parse("g").unwrap(), &old.id.request_id()).await, Ok(None));
         assert_eq!(log.list(&all()).await.unwrap().rows, [first, old]);
         assert_eq!(log.probe().await, Ok(()));
     }
@@ -215,7 +213,7 @@ mod tests {
         let (real, lost) = (row(AT, 1, "SUCCESS"), Execution::lost(JobId::new(NodeId(1), AT, 1), f()));
         for (written, kept) in [(&lost, &lost), (&real, &real), (&lost, &real)] {
             put(&log, std::slice::from_ref(written)).await;
-            assert_eq!(log.get(&f(), &real.request_id).await, Ok(Some(kept.clone())));
+            assert_eq!(log.get(&f(), &real.id.request_id()).await, Ok(Some(kept.clone())));
         }
     }
 
@@ -267,7 +265,7 @@ mod tests {
             if (200..260).contains(&n) || n % 11 == 5 {
                 one.expires_at_s = Some(now_ms() / 1000);
             } else {
-                expected.push((one.key.clone(), one.message.clone()));
+                expected.push((one.id.key().into_owned(), one.message.clone()));
             }
             rows.push(one);
         }
@@ -305,7 +303,7 @@ mod tests {
         put(&log, &rows).await;
         assert_eq!(walk(&log, LogQuery { limit: 1, ..all() }).await, names([4, 2, 0]));
         assert_eq!(log.list(&LogQuery { limit: 3, ..all() }).await.unwrap().next, None);
-        assert_eq!(log.get(&f(), &rows[1].request_id).await, Ok(None));
+        assert_eq!(log.get(&f(), &rows[1].id.request_id()).await, Ok(None));
     }
 
     #[tokio::test]

@@ -167,6 +167,11 @@ enum Event {
         node: usize,
         call: usize,
     },
+    Refund {
+        node: usize,
+        holder: u64,
+        seq: u64,
+    },
     Watch {
         node: usize,
         holder: u64,
@@ -310,6 +315,12 @@ impl World {
                     self.send(node);
                 }
             }
+            Event::Refund { node, holder, seq } => {
+                let clock = self.clock(node);
+                if self.nodes[node].holder == holder {
+                    self.nodes[node].lease.refund(seq, clock);
+                }
+            }
             Event::Turn => self.turn(),
         }
     }
@@ -360,7 +371,8 @@ impl World {
             Spend::Allowed { call, seq, .. } => {
                 // Now and then another limit refuses.
                 if self.rng.random_ratio(self.faults.client_gone, 1000) {
-                    self.nodes[node].lease.refund(seq, clock);
+                    let (after, holder) = (self.rng.random_range(0..5000), self.nodes[node].holder);
+                    self.at(after, Event::Refund { node, holder, seq });
                 } else {
                     self.admitted.push(now);
                 }

@@ -213,7 +213,8 @@ impl<W> Lease<W> {
         self.seq == seq && self.tokens > 0 && self.probe()
     }
 
-    /// The call that is due, to be sent now as number `seq`. `None`: nothing is due, or there is nothing to ask.
+    /// The call that is due, to be sent now as number `seq`. One that asks for nothing still renews what is held, and tells
+    /// whether the store is there.
     pub fn begin(&mut self, now: Micros, seq: u64) -> Option<Ask> {
         if !matches!(self.call, Call::Due) {
             return None;
@@ -223,19 +224,10 @@ impl<W> Lease<W> {
         let held = if now < self.expires { self.tokens.min(wished) } else { 0 };
         let need = u32::try_from(self.waiters.len()).unwrap_or(u32::MAX);
         let ask = Ask { seq, held, back: self.tokens - held, need, want: wished - held };
-        if ask.back == 0 && ask.need == 0 && ask.want == 0 && !self.is_unknown() {
-            self.call = Call::None;
-            return None;
-        }
         self.seq = seq;
         self.tokens = held;
         self.call = Call::Sent(Sent { at: now, spent: 0, wished });
         Some(ask)
-    }
-
-    /// Nothing was ever heard of the bucket.
-    fn is_unknown(&self) -> bool {
-        self.seq == 0
     }
 
     /// The answer to the call that was sent; `None`: there is none, and whether the call took effect is not known.
@@ -348,5 +340,102 @@ impl Demand {
 
     fn is_over(&self, now: Micros) -> bool {
         now / AHEAD > self.stretch + 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: Micros = 7_000_000;
+
+    fn grant(amount: u32, taken: u32, left: u32) -> Grant {
+        Grant { applied: true, amount, taken, left, retry_after: Duration::from_millis(300), nodes: 1 }
+    }
+
+    fn pace() -> Pace {
+        Pace::of(&Quota { rate: 10, period: Duration::from_secs(1), burst: 1 })
+    }
+
+    /// A lease of so many tokens, whose call was sent at [`START`] and answered half a second later.
+    fn leased(amount: u32) -> Lease<()> {
+        let mut lease = Lease::default();
+        assert_eq!(lease.wait(()), Ok(true));
+        let ask = Ask { seq: 1, held: 0, back: 0, need: 1, want: 0 };
+        assert_eq!(lease.begin(START, 1), Some(ask));
+        let next = lease.settle(START + TTL / 2, Some(&grant(amount, 1, 9)), &pace(), |(), verdict| {
+            verdict == Verdict::Allowed { remaining: amount + 9 }
+        });
+        assert_eq!(next, Next::Watch);
+        lease
+    }
+
+    fn spendable(lease: &mut Lease<()>, now: Micros) -> usize {
+        std::iter::repeat_with(|| lease.spend(now))
+            .take_while(|said| matches!(said, Spend::Allowed { .. }))
+            .count()
+    }
+
+    #[test]
+    fn it_ends_early_as_counted_from_before_the_call() {
+        for (at, tokens) in [(START + TTL / 100 * 99 - 1, 3), (START + TTL / 100 * 99, 0)] {
+            assert_eq!(spendable(&mut leased(3), at), tokens, "{at}");
+        }
+    }
+
+    #[test]
+    fn what_is_spent_meanwhile_is_no_part_of_the_answer() {
+        let (mut lease, now) = (leased(3), START + TTL / 2);
+        assert_eq!(lease.spend(now), Spend::Allowed { remaining: 11, seq: 1, call: false });
+        lease.demand = Demand { stretch: now / AHEAD, before: 3, now: 0 };
+        assert!(lease.probe());
+        assert_eq!(lease.begin(now, 2), Some(Ask { seq: 2, held: 2, back: 0, need: 0, want: 1 }));
+        lease.spend(now);
+        lease.settle(now, Some(&grant(5, 0, 0)), &pace(), |(), _| true);
+        assert_eq!(spendable(&mut lease, now), 4);
+    }
+
+    #[test]
+    fn what_is_given_back_is_not_spent_whatever_becomes_of_the_call() {
+        let (mut lease, now) = (leased(3), START + TTL / 2);
+        assert!(lease.is_idle_since(1) && !lease.is_idle_since(0));
+        assert_eq!(lease.begin(now, 2), Some(Ask { seq: 2, held: 0, back: 3, need: 0, want: 0 }));
+        assert_eq!(spendable(&mut lease, now), 0);
+        assert_eq!(lease.settle(now, None, &pace(), |(), _| true), Next::Rest);
+        assert_eq!(spendable(&mut lease, now), 0);
+    }
+
+    #[test]
+    fn a_token_comes_back_only_while_the_store_counts_it_as_leased() {
+        let now = START + TTL / 2;
+        let (mut kept, mut called) = (leased(1), leased(1));
+        for lease in [&mut kept, &mut called] {
+            assert_eq!(spendable(lease, now), 1);
+        }
+        kept.refund(1, now);
+        assert_eq!(spendable(&mut kept, now), 1);
+        kept.refund(1, START + TTL);
+        assert_eq!((kept.tokens, called.probe()), (0, true));
+        assert!(called.begin(now, 2).is_some());
+        called.refund(1, now);
+        assert_eq!(spendable(&mut called, now), 0);
+    }
+
+    #[test]
+    fn refusals_are_remembered_and_crowds_are_bounded() {
+        let (mut lease, now) = (Lease::default(), START + TTL);
+        for n in 0..WAITERS_MAX {
+            assert_eq!(lease.wait(()), Ok(n == 0));
+        }
+        assert_eq!(lease.wait(()), Err(()));
+        assert!(lease.begin(now, 2).is_some());
+        let mut refused = 0;
+        lease.settle(now, Some(&grant(0, 1, 0)), &pace(), |(), verdict| {
+            refused += usize::from(verdict == Verdict::Refused { retry: 300_000 });
+            true
+        });
+        assert_eq!(refused, WAITERS_MAX - 1);
+        assert_eq!(lease.spend(now + 100_000), Spend::Refused { retry: 200_000 });
+        assert_eq!(lease.spend(now + 300_000), Spend::Empty);
     }
 }

@@ -13,11 +13,14 @@ import time
 from stack import DYNAMODB_MS, KEY, LIMITS_BY_ADDRESS, OTHER_CORES, RELEASE, SQS_MS, WORKER_MS
 
 BODY = '{"functionId":"fn-0","inputData":{"name":"Ada"}}'
-ASYNC, SYNC = "asynchronous", "synchronous"
+ASYNC, HALF, SYNC = "asynchronous", "asynchronous, half rate", "synchronous"
 BARE_NOW, BARE_8, BARE_13 = "bare, at once", "bare, after 8 ms", "bare, after 13 ms"
 # Connections of each case; the bare ones have those of what they are compared with.
-CONNECTIONS = {ASYNC: 256, SYNC: 512, BARE_NOW: 256, BARE_8: 256, BARE_13: 512}
-ORDER = [BARE_NOW, BARE_8, ASYNC, BARE_13, SYNC]
+CONNECTIONS = {ASYNC: 256, HALF: 256, SYNC: 512, BARE_NOW: 256, BARE_8: 256, BARE_13: 512}
+# Memory counts as given back when it is within this of what it was before.
+AFTER_MB, RELEASED_WITHIN_S = 100, 60
+# Each round runs them in this order: half of the peak is that of the run before.
+ORDER = [BARE_NOW, BARE_8, ASYNC, HALF, BARE_13, SYNC]
 
 
 class MemorySampler(threading.Thread):
@@ -94,12 +97,21 @@ def measured(stack, gateway, make_load):
     }
 
 
-def round_case(stack, name, seconds):
-    """One run of one case of a round."""
-    connections = CONNECTIONS[name]
+def round_of(stack, seconds):
+    """All cases in turn: what else the machine does falls on all of them alike."""
+    runs = {}
+    for name in ORDER:
+        runs[name] = case(stack, name, seconds, runs)
+    return runs
+
+
+def case(stack, name, seconds, before):
+    """One run of one case; `before`: those of this round so far."""
+    connections, gateway = CONNECTIONS[name], stack.gateway
     if name in (ASYNC, SYNC):
-        gateway = stack.gateway
         return measured(stack, gateway, lambda: wrk(stack.directory, gateway.port, connections, seconds, name == ASYNC))
+    if name == HALF:
+        return measured(stack, gateway, lambda: at_rate(stack, before[ASYNC]["rps"] / 2, seconds))
     bare = stack.bare[{BARE_NOW: 0, BARE_8: 8, BARE_13: 13}[name]]
     cpu = bare.cpu_seconds()
     run = wrk(stack.directory, bare.port, connections, seconds, True)
@@ -125,7 +137,8 @@ def one_at_a_time(stack, requests):
 
 def at_rate(stack, rate, seconds):
     """A fixed rate; times count from when a request was due."""
-    return load(stack.gateway.port, "--connections", 256, "--async", "--rate", round(rate), seconds=seconds) | {"rate": rate}
+    connections = CONNECTIONS[HALF]
+    return load(stack.gateway.port, "--connections", connections, "--async", "--rate", round(rate), seconds=seconds)
 
 
 def waiters(stack, connections):
@@ -153,8 +166,12 @@ def waiters(stack, connections):
         watcher.join()
         stack.stand_in.set(worker_ms=WORKER_MS)
     gateway.settle()
-    time.sleep(5)  # the allocator gives pages back a moment later
+    near, ended = before + AFTER_MB, time.monotonic()
+    # Settled results are kept for a while, and the allocator gives memory back with a delay, when it is asked for some.
+    while gateway.memory_mb() > near and time.monotonic() < ended + RELEASED_WITHIN_S:
+        at_rate(stack, 50, 1)
     return run | {
+        "released_after_s": time.monotonic() - ended,
         "waiting_most": max(most, default=0),
         "before_mb": before,
         "peak_mb": gateway.memory_mb("VmHWM"),
@@ -166,7 +183,7 @@ def waiters(stack, connections):
 def growth(stack, pairs, many, seconds):
     """CPU a request with one function and one address, and with many of each, in turn; same turnover of connections."""
     gateway = stack.serve("limits-by-address", LIMITS_BY_ADDRESS)
-    turnover = ["--connections", 256, "--async", "--requests-per-connection", 5]
+    turnover = ["--connections", 256, "--async", "--requests-per-connection", 20]
     several = ["--functions", many, "--addresses", many]
     # Every function and address once: what is measured is the use of many, not the first look at each.
     load(gateway.port, "--connections", 256, "--async", "--requests-per-connection", 1, "--requests", many, *several, seconds=120)

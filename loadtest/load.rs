@@ -52,7 +52,8 @@ struct Args {
 
 struct Load {
     args: Args,
-    started: Instant,
+    /// When the first request was due.
+    started: Cell<Instant>,
     asked: Cell<u64>,
     connected: Cell<u64>,
     failed: Cell<u64>,
@@ -64,51 +65,62 @@ fn main() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let load = Rc::new(Load {
         args,
-        started: Instant::now(),
+        started: Cell::new(Instant::now()),
         asked: Cell::new(0),
         connected: Cell::new(0),
         failed: Cell::new(0),
         took_us: RefCell::default(),
     });
     tokio::task::LocalSet::new().block_on(&runtime, async {
-        let mut connections = JoinSet::new();
+        // All connect before the first one asks: requests that wait for others to connect would be no part of a steady load.
+        let mut connections = Vec::new();
         for _ in 0..load.args.connections {
-            connections.spawn_local(ask_on(Rc::clone(&load)));
+            connections.push(load.connect().await?);
         }
-        while connections.join_next().await.is_some() {}
-    });
-    load.report();
-    Ok(())
+        load.started.set(Instant::now());
+        let mut askers = JoinSet::new();
+        for connection in connections {
+            askers.spawn_local(ask_on(Rc::clone(&load), connection));
+        }
+        while askers.join_next().await.is_some() {}
+        load.report();
+        Ok(())
+    })
 }
 
 /// Asks until the time is over.
-async fn ask_on(load: Rc<Load>) {
-    while !load.is_over() {
-        let Ok(mut connection) = load.connect().await else {
-            load.failed.set(load.failed.get() + 1);
-            continue;
-        };
-        for _ in 0..load.args.requests_per_connection {
-            let Some(due) = load.next().await else { return };
-            match timeout(ANSWER_MAX, load.ask(&mut connection)).await {
-                Ok(Ok(200 | 202)) => {
-                    let took = u32::try_from(due.elapsed().as_micros()).unwrap_or(u32::MAX);
-                    load.took_us.borrow_mut().push(took);
-                }
-                Ok(Ok(_)) => load.failed.set(load.failed.get() + 1),
-                Ok(Err(_)) | Err(_) => {
-                    load.failed.set(load.failed.get() + 1);
-                    break;
-                }
-            }
+async fn ask_on(load: Rc<Load>, mut connection: TcpStream) {
+    while load.ask_in_turn(&mut connection).await.is_some() {
+        match load.connect().await {
+            Ok(next) => connection = next,
+            Err(_) => load.failed.set(load.failed.get() + 1),
         }
     }
 }
 
 impl Load {
     fn is_over(&self) -> bool {
-        self.started.elapsed() >= Duration::from_secs(self.args.seconds)
+        self.started.get().elapsed() >= Duration::from_secs(self.args.seconds)
             || self.asked.get() >= self.args.requests
+    }
+
+    /// Asks what one connection may ask, or until it breaks. `None`: the time is over.
+    async fn ask_in_turn(&self, connection: &mut TcpStream) -> Option<()> {
+        for _ in 0..self.args.requests_per_connection {
+            let due = self.next().await?;
+            match timeout(ANSWER_MAX, self.ask(connection)).await {
+                Ok(Ok(200 | 202)) => {
+                    let took = u32::try_from(due.elapsed().as_micros()).unwrap_or(u32::MAX);
+                    self.took_us.borrow_mut().push(took);
+                }
+                Ok(Ok(_)) => self.failed.set(self.failed.get() + 1),
+                Ok(Err(_)) | Err(_) => {
+                    self.failed.set(self.failed.get() + 1);
+                    break;
+                }
+            }
+        }
+        Some(())
     }
 
     /// When the next request is due, which is now or a moment ago; `None`: no more.
@@ -119,7 +131,7 @@ impl Load {
         let number = self.asked.get();
         self.asked.set(number + 1);
         let Some(rate) = self.args.rate else { return Some(Instant::now()) };
-        let due = self.started + Duration::from_secs_f64(number as f64 / rate);
+        let due = self.started.get() + Duration::from_secs_f64(number as f64 / rate);
         sleep_until(due).await;
         Some(due)
     }
@@ -169,7 +181,7 @@ impl Load {
             let at = ((took.len() as f64 * p) as usize).min(took.len().saturating_sub(1));
             took.get(at).map_or(0.0, |us| f64::from(*us) / 1000.0)
         };
-        let seconds = self.started.elapsed().as_secs_f64();
+        let seconds = self.started.get().elapsed().as_secs_f64();
         let report = serde_json::json!({
             "requests": took.len(),
             "failed": self.failed.get(),

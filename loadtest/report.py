@@ -4,9 +4,9 @@ import html
 import json
 import statistics
 
-from cases import ASYNC, BARE_8, BARE_13, BARE_NOW, CONNECTIONS, ORDER, SYNC
+from cases import ASYNC, BARE_8, BARE_13, BARE_NOW, CONNECTIONS, HALF, ORDER, SYNC
 
-COLOURS = {ASYNC: "#1f6f8b", SYNC: "#7a4b94", BARE_NOW: "#b9bec4", BARE_8: "#8d949b", BARE_13: "#6b7279"}
+COLOURS = {ASYNC: "#1f6f8b", HALF: "#5a9bb3", SYNC: "#7a4b94", BARE_NOW: "#b9bec4", BARE_8: "#8d949b", BARE_13: "#6b7279"}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #667; --line: #d8dce0; --back: #fff; --good: #2b7a3d; --bad: #b3261e; }
@@ -66,7 +66,7 @@ def markdown(about, runs, kept, extra):
 
 def dots(runs, key, unit, bounds=()):
     """One line a case: each round a dot, the median a bar."""
-    width, left, right, line = 820, 150, 70, 34
+    width, left, right, line = 820, 170, 70, 34
     most = max(run[case][key] for run in runs for case in ORDER) * 1.05
     x = lambda value: left + (width - left - right) * value / most
     parts = []

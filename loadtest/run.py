@@ -18,7 +18,7 @@ import tempfile
 import behaviour
 import cases
 import report
-from cases import ASYNC, BARE_8, BARE_13, BARE_NOW, ORDER, SYNC
+from cases import ASYNC, BARE_8, BARE_13, BARE_NOW, HALF, ORDER, SYNC
 from stack import ROOT, SQS_MS, Stack, check_tools
 
 QUICK = os.environ.get("QUICK") == "1"
@@ -42,13 +42,13 @@ def machine():
 
 
 def rounds(stack):
-    """All cases in turn, several times: what else the machine does falls on all of them alike."""
     runs = []
     for number in range(1, ROUNDS + 1):
-        this = {name: cases.round_case(stack, name, SECONDS_EACH) for name in ORDER}
+        this = cases.round_of(stack, SECONDS_EACH)
         runs.append(this)
         told = ", ".join(f"{name} {this[name]['cpu_us']:.1f}" for name in ORDER)
-        print(f"round {number} of {ROUNDS}, CPU µs a request: {told}", flush=True)
+        half = f"half of the peak: p99 {this[HALF]['p99_ms']:.1f} ms"
+        print(f"round {number} of {ROUNDS}, CPU µs a request: {told}; {half}", flush=True)
     return runs
 
 
@@ -60,9 +60,6 @@ def measure(directory):
         results = {"rounds": rounds(stack)}
         results["idle"] = cases.one_at_a_time(stack, 50 if QUICK else 200)
         print("one connection:", results["idle"], flush=True)
-        peak = statistics.median(run[ASYNC]["rps"] for run in results["rounds"])
-        results["half"] = cases.at_rate(stack, peak / 2, SECONDS_EACH)
-        print("half of the peak:", results["half"], flush=True)
         results["waiters"] = cases.waiters(stack, WAITERS)
         print("waiters:", results["waiters"], flush=True)
         results["k6"] = behaviour.run_all(stack)
@@ -81,8 +78,8 @@ def median_ratio(runs, case, floor):
 def promises(results):
     """(what, measured, bound, unit) of each promise; kept if measured is at most the bound."""
     runs, waiters = results["rounds"], results["waiters"]
-    ours = [run[case] for run in runs for case in (ASYNC, SYNC)]
-    failed = sum(run["failed"] for run in ours) + results["half"]["failed"] + waiters["failed"]
+    ours = [run[case] for run in runs for case in (ASYNC, HALF, SYNC)]
+    failed = sum(run["failed"] for run in ours) + waiters["failed"]
     failed += sum(pair[kind]["failed"] for pair in results["growth"]["pairs"] for kind in ("one", "many"))
     unwritten = sum(abs(run["messages"] - run["rows"]) for run in ours)
     return [
@@ -93,10 +90,10 @@ def promises(results):
         ("AWS calls a request", statistics.median(run["aws_calls"] for run in ours), 0.25, ""),
         ("Redis commands a request", statistics.median(run["redis_commands"] for run in ours), 0.5, ""),
         ("one idle connection: answer after the queue's confirmation", results["idle"]["after_confirmation_ms"], 1.5, "ms"),
-        ("half of the peak rate: p99", results["half"]["p99_ms"], SQS_MS + 10, "ms"),
+        ("half of the peak rate: p99", statistics.median(run[HALF]["p99_ms"] for run in runs), SQS_MS + 10, "ms"),
         (f"{WAITERS:,} runs waiting at once: not answered", WAITERS - waiters["requests"], 0, ""),
         (f"{WAITERS:,} runs waiting at once: memory", waiters["peak_mb"], 700, "MB"),
-        ("after them: memory above that before", waiters["after_mb"] - waiters["before_mb"], 100, "MB"),
+        ("after them: memory above that before", waiters["after_mb"] - waiters["before_mb"], cases.AFTER_MB, "MB"),
         ("after them: waiters left", waiters["waiters_left"], 0, ""),
         ("k6 scripts whose thresholds were not kept", sum(not kept for kept in results["k6"].values()), 0, ""),
         (f"CPU with {MANY:,} functions and addresses against one of each", results["growth"]["ratio"], 1.2, "×"),

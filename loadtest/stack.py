@@ -42,9 +42,9 @@ LIMITS_BY_ADDRESS = LIMITS + """
 name = "address"
 identity = "ip"
 routes = ["/run"]
-rate = 60000
+rate = 100000000
 period_s = 60
-burst = 60000
+burst = 100000000
 mode = "leased"
 on_redis_loss = "local"
 """

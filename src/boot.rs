@@ -6,6 +6,7 @@
 
 mod dev;
 mod node;
+mod process;
 mod reload;
 #[cfg(feature = "aws")]
 mod serve;

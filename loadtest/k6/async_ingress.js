@@ -10,7 +10,7 @@ export const options = {
       rate: number('RATE', 200),
       timeUnit: '1s',
       duration: __ENV.DURATION || '10s',
-      preAllocatedVUs: number('VUS', 50),
+      preAllocatedVUs: number('VUS', 200),
     },
   },
   thresholds: {

@@ -2,7 +2,7 @@
 
 use crate::State;
 use crate::http::{Answer, error};
-use crate::settings::happens;
+use crate::settings::{happens, wait};
 use bytes::Bytes;
 use hyper::StatusCode;
 use serde::Deserialize;
@@ -11,7 +11,6 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
-use tokio::time::sleep;
 
 #[derive(Deserialize)]
 struct Get<'a> {
@@ -53,7 +52,7 @@ struct Row<'a> {
 
 pub async fn call(state: &State, operation: &str, body: &Bytes) -> Answer {
     let settings = state.settings.borrow().clone();
-    sleep(settings.dynamodb()).await;
+    wait(settings.dynamodb()).await;
     if happens(settings.throttle) {
         return error(StatusCode::BAD_REQUEST, "ProvisionedThroughputExceededException");
     }

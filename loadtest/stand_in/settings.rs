@@ -79,6 +79,14 @@ impl Settings {
     }
 }
 
+/// Timers are late by so much on average: they tick in whole milliseconds, and `epoll` waits for whole ones.
+const LATE: Duration = Duration::from_micros(1500);
+
+/// Waits as long as is said, on average.
+pub async fn wait(latency: Duration) {
+    tokio::time::sleep(latency.saturating_sub(LATE)).await;
+}
+
 fn set<T: Copy>(value: &mut T, change: Option<T>) {
     *value = change.unwrap_or(*value);
 }

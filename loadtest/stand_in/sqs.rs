@@ -1,7 +1,7 @@
 //! The queue: takes messages after its latency, and hands them to the worker.
 
 use crate::http::{Answer, error};
-use crate::settings::happens;
+use crate::settings::{happens, wait};
 use crate::worker::Job;
 use crate::{State, spawn};
 use bytes::Bytes;
@@ -11,7 +11,6 @@ use serde::Deserialize;
 use std::borrow::Cow;
 use std::fmt::Write;
 use std::rc::Rc;
-use tokio::time::sleep;
 
 /// What an untouched queue of AWS says.
 const ATTRIBUTES: &str = r#"{"Attributes":{"MaximumMessageSize":"1048576","MessageRetentionPeriod":"345600","ApproximateNumberOfMessages":"0"}}"#;
@@ -44,7 +43,7 @@ async fn send(state: &Rc<State>, body: &Bytes) -> Answer {
     };
     let settings = state.settings.borrow().clone();
     if happens(settings.batch_failure) {
-        sleep(settings.sqs()).await;
+        wait(settings.sqs()).await;
         return error(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable");
     }
     let (mut taken, mut failed) = (String::new(), String::new());
@@ -65,7 +64,7 @@ async fn send(state: &Rc<State>, body: &Bytes) -> Answer {
         );
         jobs.extend(Job::of(&entry.body));
     }
-    sleep(settings.sqs()).await;
+    wait(settings.sqs()).await;
     let mut stats = state.stats.borrow_mut();
     stats.messages += jobs.len() as u64;
     stats.last_confirmed_ns = monotonic_ns();
@@ -79,7 +78,7 @@ async fn send(state: &Rc<State>, body: &Bytes) -> Answer {
 
 async fn work(state: Rc<State>, jobs: Vec<Job>) {
     let delay = state.settings.borrow().worker_delay();
-    sleep(delay).await;
+    wait(delay).await;
     if let Some(worker) = &state.worker {
         worker.answer(&jobs);
     }

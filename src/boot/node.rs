@@ -5,7 +5,7 @@
 
 use super::reload::{Reload, Targets};
 use super::signals::Signals;
-use super::{Connect, Connected, Exit, Plan, Settings, explain};
+use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
 use crate::api::{self, Api};
 use crate::audit::{self, Flusher, Ledger};
 use crate::backend::Backend;
@@ -42,6 +42,7 @@ const CLOSING_MAX: Duration = Duration::from_secs(5);
 
 /// Runs a node until it is told to stop.
 pub fn run(plan: Plan) -> Exit {
+    process::prepare();
     let threads = match plan.settings.conf.listen.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         n => n,

@@ -25,6 +25,14 @@ pub const WAITERS_PER_JOB_MAX: usize = 16;
 /// How long a settled result is kept for `/status`: the worker stores its own copy a moment after publishing.
 const SETTLED_KEPT: Duration = Duration::from_secs(60);
 
+/// Parts of a table. While one grows all of its entries move, and its users wait: so it holds a few thousand at most.
+const SHARDS: usize = 256;
+
+/// What a settled result takes beside its text: its place in table and queue, and what was read of it.
+const SETTLED_BYTES: usize = 256;
+/// Most places for settled results that are set apart at the start.
+const QUEUED_AT_FIRST_MAX: usize = 1 << 20;
+
 /// The table has no room for another job.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Full;
@@ -71,9 +79,8 @@ pub struct InFlight {
 
 impl InFlight {
     pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
-        let recent =
-            Recent { outcomes: DashMap::default(), order: Mutex::default(), bytes_max: settled_bytes_max };
-        Self { jobs: DashMap::default(), len: AtomicUsize::new(0), jobs_max, recent, metrics }
+        let jobs = DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS);
+        Self { jobs, len: AtomicUsize::new(0), jobs_max, recent: Recent::new(settled_bytes_max), metrics }
     }
 
     /// Enters a job nobody waits for.
@@ -264,19 +271,28 @@ struct Recent {
     bytes_max: usize,
 }
 
-#[derive(Default)]
 struct Order {
     queue: VecDeque<(Instant, JobId, usize)>,
     bytes: usize,
 }
 
 impl Recent {
+    fn new(bytes_max: usize) -> Self {
+        // All the room it may need: the kernel gives memory once it is used, and to grow would mean to copy all.
+        let queue = VecDeque::with_capacity((bytes_max / SETTLED_BYTES).min(QUEUED_AT_FIRST_MAX));
+        Self {
+            outcomes: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
+            order: Mutex::new(Order { queue, bytes: 0 }),
+            bytes_max,
+        }
+    }
+
     fn get(&self, id: JobId) -> Option<Outcome> {
         self.outcomes.get(&id).map(|outcome| outcome.clone())
     }
 
     fn keep(&self, id: JobId, outcome: Outcome) {
-        let bytes = outcome.published().len();
+        let bytes = outcome.published().len() + SETTLED_BYTES;
         if bytes > self.bytes_max {
             return;
         }
@@ -382,7 +398,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn settled_results_are_bounded_in_bytes_and_time() {
-        let table = table(10, 10);
+        let table = table(10, 2 * (5 + SETTLED_BYTES));
         for n in 1..=3 {
             table.enter(&job(n)).unwrap();
             table.settle(job(n).id, outcome("12345"));

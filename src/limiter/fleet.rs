@@ -5,7 +5,7 @@
 //! whole microseconds and steps. A token from a lease is admitted when the node spends it; one that was taken to be spent at
 //! once when the store took it: how long that answer is under way is no more the limiter's than the client's own network.
 
-use super::lease::{Ask, IDLE, Lease, Micros, Next, Pace, Spend, TTL, Verdict};
+use super::lease::{Ask, IDLE, Lease, Micros, Next, Pace, Spend, TTL, Verdict, least};
 use crate::backend::{Grant, LeaseCall, Quota};
 use mlua::{Function, Lua, Table, Value, Variadic};
 use rand::rngs::StdRng;
@@ -393,7 +393,7 @@ impl World {
         let (clock, quota) = (self.clock(node), self.quota);
         let it = &mut self.nodes[node];
         it.seq += 1;
-        let Some(ask) = it.lease.begin(clock, it.seq) else { return };
+        let Some(ask) = it.lease.begin(clock, it.seq, least(&quota)) else { return };
         let Ask { seq, held, back, need, mut want } = ask;
         if self.rng.random_ratio(self.faults.greedy, 1000) {
             want += quota.burst;

@@ -29,6 +29,10 @@ const RENEWAL_PAUSE: Micros = 50_000;
 /// gathered for each of them, and at most so long.
 const GATHERED: u64 = 16;
 const REFUSAL_PAUSE_MAX: Micros = 50_000;
+/// Fewer tokens are not leased, so that one who begins to ask needs no call for the second, the third and the fifth
+/// request; and this share of the burst is little enough to lie on a node for [`IDLE`].
+const LEAST: u32 = 16;
+const LEAST_OF_BURST: u32 = 64;
 /// Requests that wait for the answer of one call.
 pub(super) const WAITERS_MAX: usize = 1024;
 
@@ -54,6 +58,11 @@ pub(super) enum Verdict {
     },
     /// The shared store did not answer.
     Away,
+}
+
+/// The tokens that a lease is worth being taken for.
+pub(super) fn least(quota: &Quota) -> u32 {
+    LEAST.min(quota.burst / LEAST_OF_BURST)
 }
 
 /// The numbers of a call, in tokens.
@@ -214,13 +223,16 @@ impl<W> Lease<W> {
     }
 
     /// The call that is due, to be sent now as number `seq`. One that asks for nothing still renews what is held, and tells
-    /// whether the store is there.
-    pub fn begin(&mut self, now: Micros, seq: u64) -> Option<Ask> {
+    /// whether the store is there. `least`: wished for where anything is, see [`least`].
+    pub fn begin(&mut self, now: Micros, seq: u64, least: u32) -> Option<Ask> {
         if !matches!(self.call, Call::Due) {
             return None;
         }
         self.demand.roll(now);
-        let wished = self.demand.ahead();
+        let wished = match self.demand.ahead() {
+            0 => 0,
+            requests => requests.max(least),
+        };
         let held = if now < self.expires { self.tokens.min(wished) } else { 0 };
         let need = u32::try_from(self.waiters.len()).unwrap_or(u32::MAX);
         let ask = Ask { seq, held, back: self.tokens - held, need, want: wished - held };
@@ -362,7 +374,7 @@ mod tests {
         let mut lease = Lease::default();
         assert_eq!(lease.wait(()), Ok(true));
         let ask = Ask { seq: 1, held: 0, back: 0, need: 1, want: 0 };
-        assert_eq!(lease.begin(START, 1), Some(ask));
+        assert_eq!(lease.begin(START, 1, 0), Some(ask));
         let next = lease.settle(START + TTL / 2, Some(&grant(amount, 1, 9)), &pace(), |(), verdict| {
             verdict == Verdict::Allowed { remaining: amount + 9 }
         });
@@ -389,7 +401,7 @@ mod tests {
         assert_eq!(lease.spend(now), Spend::Allowed { remaining: 11, seq: 1, call: false });
         lease.demand = Demand { stretch: now / AHEAD, before: 3, now: 0 };
         assert!(lease.probe());
-        assert_eq!(lease.begin(now, 2), Some(Ask { seq: 2, held: 2, back: 0, need: 0, want: 1 }));
+        assert_eq!(lease.begin(now, 2, 0), Some(Ask { seq: 2, held: 2, back: 0, need: 0, want: 1 }));
         lease.spend(now);
         lease.settle(now, Some(&grant(5, 0, 0)), &pace(), |(), _| true);
         assert_eq!(spendable(&mut lease, now), 4);
@@ -399,7 +411,7 @@ mod tests {
     fn what_is_given_back_is_not_spent_whatever_becomes_of_the_call() {
         let (mut lease, now) = (leased(3), START + TTL / 2);
         assert!(lease.is_idle_since(1) && !lease.is_idle_since(0));
-        assert_eq!(lease.begin(now, 2), Some(Ask { seq: 2, held: 0, back: 3, need: 0, want: 0 }));
+        assert_eq!(lease.begin(now, 2, 0), Some(Ask { seq: 2, held: 0, back: 3, need: 0, want: 0 }));
         assert_eq!(spendable(&mut lease, now), 0);
         assert_eq!(lease.settle(now, None, &pace(), |(), _| true), Next::Rest);
         assert_eq!(spendable(&mut lease, now), 0);
@@ -416,7 +428,7 @@ mod tests {
         assert_eq!(spendable(&mut kept, now), 1);
         kept.refund(1, START + TTL);
         assert_eq!((kept.tokens, called.probe()), (0, true));
-        assert!(called.begin(now, 2).is_some());
+        assert!(called.begin(now, 2, 0).is_some());
         called.refund(1, now);
         assert_eq!(spendable(&mut called, now), 0);
     }
@@ -428,7 +440,7 @@ mod tests {
             assert_eq!(lease.wait(()), Ok(n == 0));
         }
         assert_eq!(lease.wait(()), Err(()));
-        assert!(lease.begin(now, 2).is_some());
+        assert!(lease.begin(now, 2, 0).is_some());
         let mut refused = 0;
         lease.settle(now, Some(&grant(0, 1, 0)), &pace(), |(), verdict| {
             refused += usize::from(verdict == Verdict::Refused { retry: 300_000 });

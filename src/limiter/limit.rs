@@ -1,6 +1,6 @@
 //! One limit of the configuration, and the leases of its identities on this node.
 
-use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict};
+use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict, least};
 use super::local::Local;
 use super::who::Who;
 use crate::backend::{Grant, LeaseCall, Quota};
@@ -14,6 +14,8 @@ use tokio::sync::oneshot;
 
 /// Most identities with a lease, per limit. For those beyond it the shared store is asked on every request.
 pub(super) const LEASES_MAX: usize = 131_072;
+/// Parts of the table of leases. While one grows all of its leases move, and its users wait.
+const SHARDS: usize = 256;
 
 /// What a request is told that does not have to wait; or how it waits.
 pub(super) enum Tried {
@@ -76,7 +78,7 @@ impl Limit {
             pace: Pace::of(&quota),
             holder: rand::random(),
             seq: AtomicU64::new(1),
-            leases: DashMap::default(),
+            leases: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
             count: AtomicUsize::new(0),
             conf,
         }
@@ -110,7 +112,7 @@ impl Limit {
         let mut lease = self.leases.get_mut(who)?;
         // Under the lock: calls of one lease are numbered in their order.
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        let ask = lease.begin(now, seq)?;
+        let ask = lease.begin(now, seq, least(&self.quota))?;
         drop(lease);
         Some(self.call(who, &ask))
     }

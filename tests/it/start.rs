@@ -3,12 +3,14 @@
 use crate::harness::aws::{Cloud, SECRET_ACCESS_KEY};
 use crate::harness::gateway::{Conf, Run, run_to_end};
 use crate::harness::platform::{HELLO, new_key};
-use crate::harness::process::{Scratch, free_port, listening_on};
+use crate::harness::process::{Process, Scratch, free_port, listening_on};
 use crate::harness::proxy::{Policy, Proxy};
 use crate::harness::redis::Redis;
-use crate::harness::{Gateway, SOON, Setup, eventually};
+use crate::harness::{Gateway, SOON, Setup, eventually, path_env};
 use serde_json::json;
 use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -330,4 +332,26 @@ async fn the_old_iam_role() {
     let said = gateway.log().iter().filter(says_so).count();
     assert!((1..RUNS).contains(&said), "{said} lines:\n{}", gateway.output().tail(50));
     platform.finish().await;
+}
+
+/// A process that is started with few open files allowed, as many systems do, takes what it may have.
+#[tokio::test]
+async fn what_it_asks_of_the_kernel() {
+    let dir = Scratch::new("gateway");
+    let program = env!("CARGO_BIN_EXE_infra-controller");
+    let args = ["--nofile=256:4096", program, "dev", "--port", "0", "--data-dir", "data"];
+    let process =
+        Process::start("prlimit", Path::new("prlimit"), &args, &path_env(), dir.path()).expect("util-linux");
+    let started = || async {
+        let started = process.output().contains("Infra Controller is ready");
+        started.then_some(()).ok_or_else(|| process.output().tail(20))
+    };
+    eventually("the start", SOON, started).await;
+    let of_process = |file: &str, name: &str| {
+        let text = fs::read_to_string(format!("/proc/{}/{file}", process.pid())).expect("it runs");
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("the kernel tells");
+        line.split_whitespace().next().expect("a value").to_owned()
+    };
+    assert_eq!(of_process("limits", "Max open files"), "4096");
+    assert_eq!(of_process("status", "THP_enabled:"), "0");
 }

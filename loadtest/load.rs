@@ -109,7 +109,7 @@ impl Load {
         for _ in 0..self.args.requests_per_connection {
             let due = self.next().await?;
             match timeout(ANSWER_MAX, self.ask(connection)).await {
-                Ok(Ok(200 | 202)) => {
+                Ok(Ok(status)) if status == if self.args.is_async { 202 } else { 200 } => {
                     let took = u32::try_from(due.elapsed().as_micros()).unwrap_or(u32::MAX);
                     self.took_us.borrow_mut().push(took);
                 }

@@ -81,20 +81,24 @@ def promises(results):
     ours = [run[case] for run in runs for case in (ASYNC, HALF, SYNC)]
     failed = sum(run["failed"] for run in ours) + waiters["failed"]
     failed += sum(pair[kind]["failed"] for pair in results["growth"]["pairs"] for kind in ("one", "many"))
-    unwritten = sum(abs(run["messages"] - run["rows"]) for run in ours)
+    # wrk leaves requests unanswered when its time is over: these may have been sent as well.
+    unwritten = sum(abs(run["messages"] - run["rows"]) + max(0, run["requests"] - run["messages"]) for run in ours)
+    worst = lambda key: max(statistics.median(run[case][key] for run in runs) for case in (ASYNC, HALF, SYNC))
     return [
         ("asynchronous, CPU against bare waiting 8 ms", median_ratio(runs, ASYNC, BARE_8), 2.5, "×"),
         ("synchronous, CPU against bare waiting 13 ms", median_ratio(runs, SYNC, BARE_13), 3.0, "×"),
         ("requests that failed", failed, 0, ""),
         ("accepted jobs without exactly one row", unwritten, 0, ""),
-        ("AWS calls a request", statistics.median(run["aws_calls"] for run in ours), 0.25, ""),
-        ("Redis commands a request", statistics.median(run["redis_commands"] for run in ours), 0.5, ""),
+        ("AWS calls a request", worst("aws_calls"), 0.25, ""),
+        ("Redis commands a request", worst("redis_commands"), 0.5, ""),
         ("one idle connection: answer after the queue's confirmation", results["idle"]["after_confirmation_ms"], 1.5, "ms"),
         ("half of the peak rate: p99", statistics.median(run[HALF]["p99_ms"] for run in runs), SQS_MS + 10, "ms"),
         (f"{WAITERS:,} runs waiting at once: not answered", WAITERS - waiters["requests"], 0, ""),
+        (f"{WAITERS:,} runs waiting at once: fewer than that", WAITERS - waiters["waiting_most"], 0, ""),
         (f"{WAITERS:,} runs waiting at once: memory", waiters["peak_mb"], 700, "MB"),
         ("after them: memory above that before", waiters["after_mb"] - waiters["before_mb"], cases.AFTER_MB, "MB"),
         ("after them: waiters left", waiters["waiters_left"], 0, ""),
+        ("log lines dropped", results["lines_dropped"], 0, ""),
         ("k6 scripts whose thresholds were not kept", sum(not kept for kept in results["k6"].values()), 0, ""),
         (f"CPU with {MANY:,} functions and addresses against one of each", results["growth"]["ratio"], 1.2, "×"),
     ]

@@ -153,7 +153,8 @@ class Stack:
         popen = subprocess.Popen(
             [str(part) for part in command],
             cwd=self.directory,
-            env={**os.environ, **env},
+            # Nothing else: what a shell has set for another Redis or AWS must not be used here.
+            env={"PATH": os.environ["PATH"], "HOME": str(self.directory), **env},
             stdout=output,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )

@@ -13,7 +13,7 @@ export const options = {
       rate: number('RATE', 100),
       timeUnit: '1s',
       duration: __ENV.DURATION || '10m',
-      preAllocatedVUs: number('VUS', 50),
+      preAllocatedVUs: number('VUS', 100),
     },
   },
   thresholds: {

@@ -6,8 +6,8 @@
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Most bytes that wait for the writer; a line past them is dropped.
@@ -35,21 +35,26 @@ pub fn lines_dropped() -> usize {
 
 /// Starts the writer.
 pub(super) fn start() -> LinesGuard {
-    let writer =
-        std::thread::Builder::new().name("log".to_owned()).spawn(|| LINES.write_to(&mut io::stdout()));
-    LinesGuard(writer.ok())
+    let (ending, ended) = mpsc::sync_channel(0);
+    let write = move || {
+        LINES.write_to(&mut io::stdout());
+        drop(ending);
+    };
+    // Without the thread nothing is written, and `ended` says so at once.
+    let _ = std::thread::Builder::new().name("log".to_owned()).spawn(write);
+    LinesGuard(ended)
 }
 
-/// Dropping it writes what is left, and ends the writer.
-pub struct LinesGuard(Option<JoinHandle<()>>);
+/// How long the end waits for somebody to read the last lines.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(2);
+
+/// Dropping it writes what is left, if anybody reads it, and ends the writer.
+pub struct LinesGuard(mpsc::Receiver<()>);
 
 impl Drop for LinesGuard {
     fn drop(&mut self) {
         LINES.close();
-        if let Some(writer) = self.0.take() {
-            // A panic in the writer has been printed.
-            let _ = writer.join();
-        }
+        let _ = self.0.recv_timeout(WRITTEN_WITHIN);
     }
 }
 

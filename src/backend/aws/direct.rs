@@ -1,5 +1,5 @@
-//! AwsJson calls without the SDK around them, for the two that every run takes part in: SendMessageBatch and
-//! BatchWriteItem.
+//! AwsJson calls without the SDK around them, for those that every run takes part in: SendMessageBatch and
+//! BatchWriteItem (or PutItem).
 //!
 //! The SDK's own way of a call (plug-ins, interceptors, endpoint rules, typed values made and dropped) was measured at
 //! 125 µs of CPU, which was a quarter of what an asynchronous run cost in all. Here a call is a text, a signature
@@ -21,17 +21,22 @@ use aws_smithy_runtime_api::box_error::BoxError;
 use aws_smithy_runtime_api::client::interceptors::Intercept;
 use aws_smithy_runtime_api::client::interceptors::context::BeforeTransmitInterceptorContextRef;
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
+use aws_smithy_types::DateTime;
 use aws_smithy_types::config_bag::ConfigBag;
+use aws_smithy_types::date_time::Format;
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::{Request, StatusCode, Uri};
 use http_body_util::{BodyExt, Full, Limited};
 use serde::Deserialize;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// One call, connecting included.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Clocks that differ by less are no hindrance.
+const SKEW_MIN_MS: i64 = 60_000;
 /// Longest answer that is read; those of these calls name what they were sent.
 const ANSWER_BYTES_MAX: usize = 20 << 20;
 
@@ -127,6 +132,8 @@ pub(super) struct Direct {
     client: HttpsClient,
     credentials: Arc<CredentialCache>,
     route: Route,
+    /// By how much the clock of the service is ahead of ours, in milliseconds, as far as it matters.
+    skew_ms: AtomicI64,
 }
 
 impl Direct {
@@ -138,17 +145,20 @@ impl Direct {
     ) -> Result<Self, BackendError> {
         let route = seen.0.get().cloned();
         let route = route.ok_or_else(|| BackendError::Invalid("the SDK's call had no signature".into()))?;
-        Ok(Self { client, credentials, route })
+        Ok(Self { client, credentials, route, skew_ms: AtomicI64::new(0) })
     }
 
     /// One call of the operation `target` (`AmazonSQS.SendMessageBatch`); the body of its answer.
     pub(super) async fn call(&self, target: &'static str, body: Vec<u8>) -> Result<Bytes, CallError> {
-        let called = tokio::time::timeout(CALL_TIMEOUT, self.answer(target, body.into()));
+        // Outside the time-out: what is not signed yet is not sent.
+        let request = self.signed(target, body.into()).await.map_err(CallError::NotSent)?;
+        let called = tokio::time::timeout(CALL_TIMEOUT, self.answer(request));
         let slow = || CallError::Unknown(BackendError::Unavailable("no answer in time".into()));
         let (status, headers, body) = called.await.unwrap_or_else(|_| Err(slow()))?;
         if status.is_success() {
             return Ok(body);
         }
+        self.learn_skew(&headers);
         let error = refusal(status, &headers, &body);
         if matches!(error.class(), BackendError::Denied(_)) {
             // New ones may be there already.
@@ -157,12 +167,23 @@ impl Direct {
         Err(error)
     }
 
+    /// A signature is good for some minutes around the time of the service. With a clock that is further off all would be
+    /// refused, so calls go by the clock of the last refusal.
+    fn learn_skew(&self, headers: &HeaderMap) {
+        let date =
+            headers.get(DATE).and_then(|date| DateTime::from_str(date.to_str().ok()?, Format::HttpDate).ok());
+        let Some(theirs) = date.and_then(|date| date.to_millis().ok()) else { return };
+        let ahead = theirs.saturating_sub(i64::try_from(now_ms()).unwrap_or(i64::MAX));
+        let ahead = if ahead.abs() < SKEW_MIN_MS { 0 } else { ahead };
+        if self.skew_ms.swap(ahead, Ordering::Relaxed) == 0 && ahead != 0 {
+            tracing::warn!(aheadMs = ahead, "Clock Of AWS Differs");
+        }
+    }
+
     async fn answer(
         &self,
-        target: &'static str,
-        body: Bytes,
+        request: Request<Full<Bytes>>,
     ) -> Result<(StatusCode, HeaderMap, Bytes), CallError> {
-        let request = self.signed(target, body).await.map_err(CallError::NotSent)?;
         let answer = self.client.request(request).await.map_err(|error| {
             let away = BackendError::Unavailable("no connection".into());
             if error.is_connect() { CallError::NotSent(away) } else { CallError::Unknown(away) }
@@ -178,7 +199,8 @@ impl Direct {
         let credentials = self.credentials.get().await?;
         let invalid = || BackendError::Invalid("the request could not be built".into());
         let host = self.route.uri.authority().ok_or_else(invalid)?.as_str();
-        let signature = signature::sign(&self.route, &credentials, host, target, &body, now_ms());
+        let now = now_ms().saturating_add_signed(self.skew_ms.load(Ordering::Relaxed));
+        let signature = signature::sign(&self.route, &credentials, host, target, &body, now);
         let secret = |text: &str| -> Result<HeaderValue, BackendError> {
             let mut value = HeaderValue::from_str(text).map_err(|_| invalid())?;
             value.set_sensitive(true); // not shown by Debug
@@ -214,7 +236,7 @@ fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> CallError {
     let said: Said = serde_json::from_slice(body).unwrap_or_default();
     let old = headers.get(X_AMZN_QUERY_ERROR).and_then(|value| value.to_str().ok()?.split(';').next());
     // `com.amazonaws.dynamodb.v20120810#ThrottlingException`
-    let new = said.kind.as_deref().and_then(|kind| kind.rsplit('#').next());
+    let new = said.kind.as_deref().and_then(|kind| kind.rsplit('#').next()?.split(':').next());
     let code = old.or(new).map(str::to_owned);
     CallError::Refused { status: status.as_u16(), code, message: said.message }
 }
@@ -270,5 +292,39 @@ mod tests {
         ] {
             assert_eq!((error.class(), error.took_no_effect()), (class, no_effect));
         }
+    }
+
+    #[tokio::test]
+    async fn signatures_go_by_the_clock_of_the_last_refusal() {
+        use aws_credential_types::Credentials;
+        use aws_credential_types::provider::SharedCredentialsProvider;
+        let keys = SharedCredentialsProvider::new(Credentials::new("AK", "secret", None, None, "test"));
+        let route = Route {
+            uri: Uri::from_static("http://127.0.0.1:1/"),
+            region: "eu-west-1".into(),
+            service: "sqs".into(),
+        };
+        let direct = Direct {
+            client: crate::https::client(CALL_TIMEOUT).unwrap(),
+            credentials: Arc::new(CredentialCache::new(keys)),
+            route,
+            skew_ms: AtomicI64::new(0),
+        };
+        let signed_at = async || {
+            let request = direct.signed("AmazonSQS.SendMessageBatch", Bytes::new()).await.unwrap();
+            request.headers()[X_AMZ_DATE].to_str().unwrap().to_owned()
+        };
+        let told = |date: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(DATE, HeaderValue::from_static(date));
+            direct.learn_skew(&headers);
+        };
+        told("Fri, 01 Jan 2100 00:00:00 GMT");
+        assert!(signed_at().await.starts_with("21000101T0000"), "{}", signed_at().await);
+        told("no date");
+        assert!(signed_at().await.starts_with("21000101T0000"));
+        let now = DateTime::from_millis(i64::try_from(now_ms()).unwrap()).fmt(Format::HttpDate).unwrap();
+        told(now.leak());
+        assert!(!signed_at().await.starts_with("2100"), "the clocks agree again");
     }
 }

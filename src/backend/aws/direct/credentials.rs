@@ -5,12 +5,17 @@ use crate::backend::BackendError;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 /// Credentials are asked for anew so long before they run out: a signature must be good when it arrives.
 const REFRESH_EARLY: Duration = Duration::from_secs(60);
-/// Those that never run out are asked for anew after this, as the SDK does: the file may say something else by now.
+/// Those that do not say when they run out are asked for anew after this, as the SDK does.
 const KEPT_MAX: Duration = Duration::from_secs(15 * 60);
+/// How long the chain may take: while the old ones are good, and when there are none.
+const REFRESHED_WITHIN: Duration = Duration::from_secs(1);
+const FOUND_WITHIN: Duration = Duration::from_secs(5);
+/// Younger ones are not thrown away for a refusal: then it is the policy that refuses, and each call would ask anew.
+const TRUSTED_FOR: Duration = Duration::from_secs(10);
 /// After a failure the old ones are used so long before the next try.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 
@@ -24,6 +29,7 @@ pub(in super::super) struct CredentialCache {
 #[derive(Clone)]
 struct Kept {
     credentials: Arc<Credentials>,
+    since: Instant,
     refresh_at: SystemTime,
 }
 
@@ -37,30 +43,47 @@ impl CredentialCache {
         if let Some(credentials) = self.fresh() {
             return Ok(credentials);
         }
-        let _only_one = self.asking.lock().await;
+        let _only_one = match (self.asking.try_lock(), self.old()) {
+            (Ok(only_one), _) => only_one,
+            // Somebody asks; meanwhile the old ones do.
+            (Err(_), Some(old)) => return Ok(old),
+            (Err(_), None) => self.asking.lock().await,
+        };
         // Another one may have asked while we waited.
         if let Some(credentials) = self.fresh() {
             return Ok(credentials);
         }
-        match self.provider.provide_credentials().await {
-            Ok(credentials) => {
-                let expiry = credentials.expiry().and_then(|at| at.checked_sub(REFRESH_EARLY));
-                let latest = SystemTime::now() + KEPT_MAX;
-                let refresh_at = expiry.map_or(latest, |at| at.min(latest));
-                let credentials = Arc::new(credentials);
-                *self.kept() = Some(Kept { credentials: Arc::clone(&credentials), refresh_at });
-                Ok(credentials)
-            }
+        match self.ask().await {
+            Ok(credentials) => Ok(self.keep(credentials)),
             Err(error) => {
-                tracing::warn!(error = %credentials_class(&error), "Credentials Not Refreshed");
-                self.use_old().ok_or_else(|| credentials_class(&error))
+                tracing::warn!(%error, "Credentials Not Refreshed");
+                self.use_old().ok_or(error)
             }
         }
     }
 
-    /// The next call asks the provider.
+    async fn ask(&self) -> Result<Credentials, BackendError> {
+        let within = if self.old().is_some() { REFRESHED_WITHIN } else { FOUND_WITHIN };
+        match tokio::time::timeout(within, self.provider.provide_credentials()).await {
+            Ok(asked) => asked.map_err(|error| credentials_class(&error)),
+            Err(_) => Err(BackendError::Unavailable("no credentials in time".into())),
+        }
+    }
+
+    fn keep(&self, credentials: Credentials) -> Arc<Credentials> {
+        let refresh_at = match credentials.expiry() {
+            Some(at) => at.checked_sub(REFRESH_EARLY).unwrap_or(SystemTime::UNIX_EPOCH),
+            None => SystemTime::now() + KEPT_MAX,
+        };
+        let credentials = Arc::new(credentials);
+        *self.kept() =
+            Some(Kept { credentials: Arc::clone(&credentials), since: Instant::now(), refresh_at });
+        credentials
+    }
+
+    /// They were refused: the next call asks the provider, unless it has just been asked.
     pub(super) fn forget(&self) {
-        if let Some(kept) = self.kept().as_mut() {
+        if let Some(kept) = self.kept().as_mut().filter(|kept| kept.since.elapsed() >= TRUSTED_FOR) {
             kept.refresh_at = SystemTime::UNIX_EPOCH;
         }
     }
@@ -73,15 +96,20 @@ impl CredentialCache {
     }
 
     /// The old ones, while they last.
+    fn old(&self) -> Option<Arc<Credentials>> {
+        let kept = self.kept();
+        let old = kept.as_ref()?;
+        let lasts = old.credentials.expiry().is_none_or(|at| at > SystemTime::now());
+        lasts.then(|| Arc::clone(&old.credentials))
+    }
+
+    /// The same, and the provider is left alone for a while.
     fn use_old(&self) -> Option<Arc<Credentials>> {
-        let mut kept = self.kept();
-        let old = kept.as_mut()?;
-        let now = SystemTime::now();
-        if old.credentials.expiry().is_some_and(|at| at <= now) {
-            return None;
+        let old = self.old()?;
+        if let Some(kept) = self.kept().as_mut() {
+            kept.refresh_at = SystemTime::now() + PAUSE_AFTER_FAILURE;
         }
-        old.refresh_at = now + PAUSE_AFTER_FAILURE;
-        Some(Arc::clone(&old.credentials))
+        Some(old)
     }
 
     fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
@@ -96,10 +124,11 @@ mod tests {
     use aws_credential_types::provider::future;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// Gives credentials of these lifetimes, then fails.
+    /// Gives credentials of these lifetimes, then fails, or does not answer.
     #[derive(Debug)]
     struct Chain {
         lifetimes: Vec<Option<Duration>>,
+        hangs: bool,
         asked: Arc<AtomicUsize>,
     }
 
@@ -114,14 +143,19 @@ mod tests {
                     let expiry = lifetime.map(|lifetime| SystemTime::now() + lifetime);
                     Ok(Credentials::new(format!("AK{n}"), "secret", None, expiry, "test"))
                 }
+                None if self.hangs => return future::ProvideCredentials::new(std::future::pending()),
                 None => Err(CredentialsError::not_loaded("gone")),
             })
         }
     }
 
     fn cache(lifetimes: &[Option<Duration>]) -> (CredentialCache, Arc<AtomicUsize>) {
+        cache_of(lifetimes, false)
+    }
+
+    fn cache_of(lifetimes: &[Option<Duration>], hangs: bool) -> (CredentialCache, Arc<AtomicUsize>) {
         let asked = Arc::<AtomicUsize>::default();
-        let chain = Chain { lifetimes: lifetimes.to_vec(), asked: Arc::clone(&asked) };
+        let chain = Chain { lifetimes: lifetimes.to_vec(), hangs, asked: Arc::clone(&asked) };
         (CredentialCache::new(SharedCredentialsProvider::new(chain)), asked)
     }
 
@@ -137,8 +171,25 @@ mod tests {
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
         cache.forget();
+        assert_eq!(key(&cache).await.as_deref(), Some("AK0"), "too young to be the fault");
+        let aged = Instant::now().checked_sub(TRUSTED_FOR).expect("the machine is up for longer");
+        cache.kept().as_mut().expect("credentials").since = aged;
+        cache.forget();
         assert_eq!(key(&cache).await.as_deref(), Some("AK1"));
         assert_eq!(key(&cache).await.as_deref(), Some("AK1"));
+        assert_eq!(asked.load(Ordering::SeqCst), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_chain_that_hangs_is_not_waited_for_while_the_old_ones_last() {
+        let (cache, asked) = cache_of(&[Some(Duration::from_secs(30))], true);
+        assert_eq!(key(&cache).await.as_deref(), Some("AK0"));
+        let (first, second) = tokio::join!(key(&cache), async {
+            let started = tokio::time::Instant::now();
+            (key(&cache).await, started.elapsed())
+        });
+        assert_eq!(first.as_deref(), Some("AK0"));
+        assert_eq!(second, (Some("AK0".to_owned()), Duration::ZERO), "only one waits");
         assert_eq!(asked.load(Ordering::SeqCst), 2);
     }
 

@@ -42,7 +42,12 @@ impl RowWrites {
         if self.one_by_one.load(Ordering::Relaxed) || rows.iter().any(is_lost) {
             return self.put_one_by_one(rows).await;
         }
-        match self.put_batch(rows).await {
+        let mut put = self.put_batch(rows).await;
+        if matches!(put, Err(BackendError::Denied(_))) {
+            // It may have been the credentials, which were looked up anew by now.
+            put = self.put_batch(rows).await;
+        }
+        match put {
             Ok(left) => rows.iter().map(|row| written(row, &left)).collect(),
             Err(BackendError::Denied(_)) => {
                 let written = self.put_one_by_one(rows).await;

@@ -1,18 +1,24 @@
 //! The function table (CONTRACT §6).
 
-use super::direct::Seen;
+use super::direct::{CredentialCache, Direct, Seen};
 use super::error::class;
-use super::item::{self, Item, RawItem, float, text, whole};
+use super::item::{self, Item, RawItem, decimal, text, whole};
 use super::{function_writes, recommended};
 use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
+use crate::https::HttpsClient;
 use crate::model::{Counters, Function, FunctionId, Recommendation};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
-use aws_sdk_dynamodb::config::Config;
-use aws_sdk_dynamodb::config::retry::RetryConfig;
 use aws_sdk_dynamodb::error::SdkError;
 use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 use aws_sdk_dynamodb::types::AttributeValue;
+use serde_json::json;
+use std::sync::Arc;
+
+const KEY: &[&str] = &["functionId"];
+
+const UPDATE: &str = "DynamoDB_20120810.UpdateItem";
+const CONDITION_NOT_MET: &str = "ConditionalCheckFailedException";
 
 /// Most pages of the table (1 MB each) that one listing reads; what is no function is skipped. Past that the
 /// listing is short, and its `next` goes on where it stopped.
@@ -22,14 +28,26 @@ const SKIPPED_PAGE_ITEMS: usize = 250;
 
 pub(super) struct FunctionTable {
     client: Client,
+    /// For the sums, of which a busy node writes hundreds a second.
+    direct: Direct,
     table: String,
     /// Records of changes and the code list stand there, under hash keys that are no function ids.
     logs_table: String,
 }
 
 impl FunctionTable {
-    pub(super) fn new(client: Client, table: &str, logs_table: &str) -> Self {
-        Self { client, table: table.to_owned(), logs_table: logs_table.to_owned() }
+    /// Reads an absent function, and so finds out that the table exists and where it is.
+    pub(super) async fn open(
+        client: Client,
+        https: HttpsClient,
+        credentials: Arc<CredentialCache>,
+        table: &str,
+        logs_table: &str,
+    ) -> Result<Self, BackendError> {
+        let seen = Seen::default();
+        item::probe(&client, table, KEY, &seen).await?;
+        let direct = Direct::new(https, credentials, &seen)?;
+        Ok(Self { client, direct, table: table.to_owned(), logs_table: logs_table.to_owned() })
     }
 }
 
@@ -47,27 +65,24 @@ impl FunctionStore for FunctionTable {
     }
 
     async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
-        let call = self
-            .client
-            .update_item()
-            .table_name(&self.table)
-            .key("functionId", text(id.as_str()))
-            .update_expression(
-                "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t",
-            )
-            // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
-            .condition_expression("attribute_exists(functionId)")
-            .expression_attribute_values(":n", whole(sums.invocations))
-            .expression_attribute_values(":e", whole(sums.errors))
-            .expression_attribute_values(":d", float(sums.total_duration_ms))
-            .expression_attribute_values(":h", whole(sums.handler_invocations))
-            .expression_attribute_values(":t", float(sums.total_handler_duration_ms));
-        // Not idempotent: a second try by the SDK after a late answer would add the sums twice.
-        let once = Config::builder().retry_config(RetryConfig::disabled());
+        // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
+        let body = json!({
+            "TableName": self.table,
+            "Key": { "functionId": { "S": id.as_str() } },
+            "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t",
+            "ConditionExpression": "attribute_exists(functionId)",
+            "ExpressionAttributeValues": {
+                ":n": { "N": sums.invocations.to_string() },
+                ":e": { "N": sums.errors.to_string() },
+                ":d": { "N": decimal(sums.total_duration_ms) },
+                ":h": { "N": sums.handler_invocations.to_string() },
+                ":t": { "N": decimal(sums.total_handler_duration_ms) },
+            },
+        });
         // A transaction that holds the function refuses the sums; the caller adds them later.
-        match call.customize().config_override(once).send().await {
-            Err(SdkError::ServiceError(answer)) if is_refused(answer.err()) => Ok(()),
-            done => done.map(drop).map_err(|e| class(&e)),
+        match self.direct.call(UPDATE, body.to_string().into_bytes()).await {
+            Err(error) if error.code() == Some(CONDITION_NOT_MET) => Ok(()),
+            done => done.map(drop).map_err(|error| error.class()),
         }
     }
 
@@ -127,7 +142,7 @@ impl FunctionStore for FunctionTable {
     }
 
     async fn probe(&self) -> Result<(), BackendError> {
-        item::probe(&self.client, &self.table, &["functionId"], &Seen::default()).await
+        item::probe(&self.client, &self.table, KEY, &Seen::default()).await
     }
 }
 
@@ -214,7 +229,7 @@ mod tests {
             ("version", whole(3)),
             ("invocations", whole(5)),
             ("errorCount", whole(2)),
-            ("totalDuration", float(12.5)),
+            ("totalDuration", AttributeValue::N(decimal(12.5))),
         ]);
         assert_eq!(
             (f.name.as_str(), f.runtime.as_str(), f.memory_mb, f.s3_key.as_str()),

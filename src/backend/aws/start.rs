@@ -13,7 +13,7 @@ use super::s3::CodeBucket;
 use super::sqs::SqsQueue;
 use super::workers::RedisWorkers;
 use super::{Connected, Settings, client, error, s3};
-use crate::backend::{Backend, BackendError, FunctionStore, StartProblem};
+use crate::backend::{Backend, BackendError, StartProblem};
 use crate::https;
 use aws_config::SdkConfig;
 use aws_credential_types::provider::error::CredentialsError;
@@ -77,13 +77,15 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     let sqs = client::sqs(&config, settings);
     let dynamodb = client::dynamodb(&config, settings);
     let s3 = client::s3(&config, settings);
-    let functions = FunctionTable::new(dynamodb.clone(), &settings.functions_table, &settings.logs_table);
     let code_list = CodeTable::new(dynamodb.clone(), &settings.logs_table);
-    let (queue, functions_found, executions, bucket) = tokio::join!(
+    let (queue, functions, executions, bucket) = tokio::join!(
         within(deadline, async || {
             SqsQueue::open(sqs.clone(), https()?, Arc::clone(&credentials), &settings.queue_url).await
         }),
-        within(deadline, || functions.probe()),
+        within(deadline, async || {
+            let (table, logs_table) = (&settings.functions_table, &settings.logs_table);
+            FunctionTable::open(dynamodb.clone(), https()?, Arc::clone(&credentials), table, logs_table).await
+        }),
         within(deadline, async || {
             let table = &settings.logs_table;
             ExecutionTable::open(dynamodb.clone(), https()?, Arc::clone(&credentials), table).await
@@ -98,10 +100,10 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
         table_amiss("the function table", &settings.functions_table, "hash key functionId (S)");
     let keys = "hash key functionId (S) and range key timestamp (S)";
     let executions_amiss = table_amiss("the log table", &settings.logs_table, keys);
-    problems.extend(functions_found.err().map(functions_amiss));
+    let functions = functions.map_err(|error| problems.push(functions_amiss(error))).ok();
     let executions = executions.map_err(|error| problems.push(executions_amiss(error))).ok();
-    match (queue, executions) {
-        (Some(queue), Some(executions)) if problems.is_empty() => {
+    match (queue, functions, executions) {
+        (Some(queue), Some(functions), Some(executions)) if problems.is_empty() => {
             let warnings = bucket_warning(settings, bucket);
             let code = CodeBucket::new(s3, &settings.bucket);
             Ok(Aws { queue, functions, executions, code_list, code, warnings })

@@ -37,17 +37,7 @@ burst = 100000000
 mode = "leased"
 on_redis_loss = "local"
 """
-LIMITS_BY_ADDRESS = LIMITS + """
-[[limit]]
-name = "address"
-identity = "ip"
-routes = ["/run"]
-rate = 100000000
-period_s = 60
-burst = 100000000
-mode = "leased"
-on_redis_loss = "local"
-"""
+LIMITS_BY_ADDRESS = LIMITS + LIMITS.replace('"api-key"', '"address"').replace('identity = "key"', 'identity = "ip"')
 
 
 def free_port():

@@ -48,6 +48,7 @@ impl ServeHttp for Bare {
         }
         if self.log {
             tracing::info!(
+                target: "infra_controller", // else it would not be logged
                 requestId = "00000000-0000-8000-8000-000000000000",
                 functionId = "fn-0",
                 mode = "ASYNC",

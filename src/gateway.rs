@@ -79,7 +79,8 @@ impl Gateway {
         };
         call.counted = counted;
         let reply = match route.takes {
-            Takes::Stream => self.call_streaming(session, route, &call).await,
+            // Uploads are few and large: no run is to take their room.
+            Takes::Stream => Box::pin(self.call_streaming(session, route, &call)).await,
             Takes::Nothing if !self.discard_body(session).await => {
                 ctx.is_last = true;
                 self.api.call(route.endpoint, &call).await
@@ -135,7 +136,7 @@ impl Gateway {
         if route.scope.is_some() {
             let key = self.keys.check(header.headers.get(X_API_KEY))?;
             key_name = Arc::clone(&key.key_name);
-            let client = session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
+            let client = || session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
             self.limiter.check(route.pattern, &key_name, client, counted).await?;
         }
         let header = session.req_header();
@@ -169,19 +170,24 @@ impl Gateway {
     }
 
     async fn write(&self, session: &mut Session, reply: Reply, id: RequestId) -> pingora::Result<()> {
-        // Names go out in small letters, as HTTP/2 wants them; keeping another spelling costs a second map.
-        let mut header = ResponseHeader::build_no_case(reply.status, Some(reply.headers.len() + 6))?;
-        header.insert_header(X_REQUEST_ID, id.into_value())?;
+        let (mut head, ()) = http::Response::new(()).into_parts();
+        head.status = reply.status;
+        // And what Pingora adds: `date` and `connection`.
+        head.headers.reserve(reply.headers.len() + 5);
+        head.headers.insert(X_REQUEST_ID, id.into_value());
         for (name, value) in reply.headers {
-            header.append_header(name, value)?;
+            head.headers.append(name, value);
         }
         let bodyless = reply.status == StatusCode::NOT_MODIFIED;
         if !bodyless {
-            header.insert_header(CONTENT_TYPE, HeaderValue::from_static(reply.content_type))?;
-            header.insert_header(CONTENT_LENGTH, reply.body.len())?;
+            head.headers.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
+            head.headers.insert(CONTENT_LENGTH, reply.body.len().into());
         }
         let no_body = bodyless || reply.body.is_empty() || session.req_header().method == Method::HEAD;
-        session.write_response_header(Box::new(header), no_body).await?;
+        // Names go out in small letters, as HTTP/2 wants them: Pingora would keep another spelling in a second map, and
+        // reads each name anew if it is given one by one.
+        let header = Box::new(ResponseHeader::from(head));
+        session.write_response_header(header, no_body).await?;
         if !no_body {
             session.write_response_body(Some(reply.body), true).await?;
         }

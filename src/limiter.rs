@@ -201,17 +201,19 @@ impl RateLimiter {
         self.0.have_swept();
     }
 
-    /// Counts a request against the limits of `route` that need no body. What they say goes into `counted`.
+    /// Counts a request against the limits of `route` that need no body. What they say goes into `counted`. `client` is
+    /// asked only if a limit is by address.
     pub async fn check(
         &self,
         route: &str,
         key_name: &Arc<str>,
-        client: Option<IpAddr>,
+        client: impl FnOnce() -> Option<IpAddr>,
         counted: &mut Counted,
     ) -> Result<(), Refusal> {
         let Some(plan) = self.0.plans.load().by_route.get(route).map(Arc::clone) else { return Ok(()) };
         let mut step = Step::default();
-        let subject = Subject::Caller { key_name, client };
+        let by_address = plan.limits.iter().any(|limit| limit.conf.identity == Identity::Ip);
+        let subject = Subject::Caller { key_name, client: by_address.then(client).flatten() };
         let result = self.0.count(&plan, 0, plan.early, subject, &mut step).await;
         *counted = Counted { plan: Some(plan), early: step.decisions, late: OnceLock::new() };
         result
@@ -440,7 +442,7 @@ mod tests {
     async fn ask(limiter: &RateLimiter, key: &str, client: Option<&str>) -> (Result<(), Refusal>, Counted) {
         let mut counted = Counted::default();
         let client = client.map(|ip| ip.parse().unwrap());
-        let result = limiter.check("/run", &key.into(), client, &mut counted).await;
+        let result = limiter.check("/run", &key.into(), || client, &mut counted).await;
         (result, counted)
     }
 
@@ -532,7 +534,7 @@ mod tests {
         assert_eq!(field(&fields(&counted), "ratelimit"), "\"k\";r=0;t=2");
         assert!(passes(&limiter, "b").await, "another key has its own bucket");
         let mut counted = Counted::default();
-        let free = limiter.check("/status/:jobId", &"a".into(), None, &mut counted).await;
+        let free = limiter.check("/status/:jobId", &"a".into(), || None, &mut counted).await;
         assert_eq!((free, fields(&counted)), (Ok(()), vec![]), "another route is free");
     }
 

@@ -24,7 +24,7 @@ impl ChangeRoute {
         Self { store, editor, uploads }
     }
 
-    pub async fn put(&self, call: &Call, body: &mut dyn BodyStream) -> Result<Reply, ApiError> {
+    pub async fn put(&self, call: &Call, body: &mut impl BodyStream) -> Result<Reply, ApiError> {
         let id = function_id(call)?;
         // Looked at first: nobody should send 50 MB to hear that it is not wanted.
         let function = read(&*self.store, &id).await?;

@@ -55,7 +55,7 @@ impl Form {
     /// Reads the form; the file `file` goes into `spool_dir`. What is neither that nor one of `fields` is passed over.
     pub async fn read(
         call: &Call,
-        body: &mut dyn BodyStream,
+        body: &mut impl BodyStream,
         spool_dir: &Path,
         fields: &[&str],
     ) -> Result<Self, ApiError> {
@@ -127,7 +127,7 @@ struct Feed {
 }
 
 impl Feed {
-    async fn next(&self, body: &mut dyn BodyStream) -> Option<Result<Bytes, std::io::Error>> {
+    async fn next(&self, body: &mut impl BodyStream) -> Option<Result<Bytes, std::io::Error>> {
         let failed = match body.next().await {
             Ok(Some(piece)) => {
                 // The head of a part that does not end would be kept in memory as long as it goes on.
@@ -205,13 +205,11 @@ fn no_room(error: &std::io::Error) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use async_trait::async_trait;
     use http::HeaderValue;
 
     /// A body in pieces; an error ends it.
     struct Pieces(Vec<Result<Bytes, ApiError>>);
 
-    #[async_trait]
     impl BodyStream for Pieces {
         async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
             if self.0.is_empty() { Ok(None) } else { self.0.remove(0).map(Some) }

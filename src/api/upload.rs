@@ -35,7 +35,7 @@ impl Uploads {
     pub async fn read(
         &self,
         call: &Call,
-        body: &mut dyn BodyStream,
+        body: &mut impl BodyStream,
         fields: &[&str],
     ) -> Result<Form, ApiError> {
         Form::read(call, body, &self.spool_dir, fields).await
@@ -68,7 +68,7 @@ impl UploadRoute {
         Self { editor, uploads }
     }
 
-    pub async fn post(&self, call: &Call, body: &mut dyn BodyStream) -> Result<Reply, ApiError> {
+    pub async fn post(&self, call: &Call, body: &mut impl BodyStream) -> Result<Reply, ApiError> {
         if !call.headers.is_form() {
             return Err(ApiError::NotAForm);
         }

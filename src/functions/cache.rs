@@ -115,24 +115,8 @@ impl Functions {
             this.metrics.cache.hits.inc();
             return entry.found.clone();
         }
-        let asked_after = this.changes.count.load(Ordering::Acquire);
-        let mut again = false;
-        loop {
-            let load = this.load(id, known.as_ref());
-            let entries = this.entries.load_full();
-            let entry =
-                entries.entry_by_ref(id).or_insert_with_if(load, |entry| !this.is_believed(id, entry));
-            let entry = entry.await.into_value();
-            if !this.changes.changed_since(id, entry.loaded_after) {
-                return entry.found;
-            }
-            // A load that began after we were asked has seen all that had changed by then. What changes meanwhile is
-            // worth one more look, and no third: with a function that changes all the time there would be no end.
-            if again && entry.loaded_after >= asked_after {
-                return entry.found;
-            }
-            again = true;
-        }
+        // Set apart: the room it takes is not for every run.
+        Box::pin(this.look_up(id, known)).await
     }
 
     /// Makes every node forget what it knows of a function, after its table entry was changed by this one.
@@ -190,6 +174,31 @@ impl Inner {
             Err(_) => false,
         };
         is_fresh || entry.retry_at.is_some_and(|at| now < at)
+    }
+
+    async fn look_up(
+        &self,
+        id: &FunctionId,
+        known: Option<Entry>,
+    ) -> Result<Option<Arc<Function>>, BackendError> {
+        let asked_after = self.changes.count.load(Ordering::Acquire);
+        let mut again = false;
+        loop {
+            let load = self.load(id, known.as_ref());
+            let entries = self.entries.load_full();
+            let entry =
+                entries.entry_by_ref(id).or_insert_with_if(load, |entry| !self.is_believed(id, entry));
+            let entry = entry.await.into_value();
+            if !self.changes.changed_since(id, entry.loaded_after) {
+                return entry.found;
+            }
+            // A load that began after we were asked has seen all that had changed by then. What changes meanwhile is
+            // worth one more look, and no third: with a function that changes all the time there would be no end.
+            if again && entry.loaded_after >= asked_after {
+                return entry.found;
+            }
+            again = true;
+        }
     }
 
     async fn load(&self, id: &FunctionId, known: Option<&Entry>) -> Entry {

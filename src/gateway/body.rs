@@ -1,7 +1,6 @@
 //! The request body: capped, and within one deadline.
 
 use crate::api::{ApiError, BodyStream, whole};
-use async_trait::async_trait;
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, EXPECT};
 use pingora::prelude::Session;
@@ -72,7 +71,6 @@ impl<'a> Streamed<'a> {
     }
 }
 
-#[async_trait]
 impl BodyStream for Streamed<'_> {
     async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
         if self.bytes > 0 && self.session.is_body_done() {

@@ -5,12 +5,16 @@ use super::redis::Commands;
 use crate::backend::{BackendError, Journal, JournalEntry};
 use crate::model::{FunctionId, Job, JobId, NodeId};
 use async_trait::async_trait;
-use redis::cmd;
+use redis::{Cmd, cmd};
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::sync::Arc;
 
 /// Entries of one page of a hash, roughly.
 const PAGE_ENTRIES: usize = 1000;
+
+/// Room for an entry, in bytes: more is found if it is needed.
+const ENTRY_BYTES: usize = 96;
 
 pub(super) struct RedisJournal {
     commands: Arc<Commands>,
@@ -29,10 +33,13 @@ impl Journal for RedisJournal {
         if jobs.is_empty() {
             return Ok(());
         }
-        let mut command = cmd("HSET");
-        command.arg(key(self.node));
+        let mut command = Cmd::with_capacity(2 + 2 * jobs.len(), ENTRY_BYTES * (jobs.len() + 1));
+        command.arg("HSET").arg(key(self.node));
+        let (mut place, mut value) = ([0; JobId::TEXT_BYTES], String::with_capacity(ENTRY_BYTES));
         for job in jobs {
-            command.arg(job.id.to_string()).arg(format!("{}:{}", job.deadline, job.function));
+            value.clear();
+            let _ = write!(value, "{}:{}", job.deadline, job.function); // to a String: cannot fail
+            command.arg(job.id.text(&mut place)).arg(&value);
         }
         self.commands.query(&command).await
     }
@@ -41,10 +48,11 @@ impl Journal for RedisJournal {
         if ids.is_empty() {
             return Ok(());
         }
-        let mut command = cmd("HDEL");
-        command.arg(key(self.node));
+        let mut command = Cmd::with_capacity(2 + ids.len(), JobId::TEXT_BYTES * (ids.len() + 1));
+        command.arg("HDEL").arg(key(self.node));
+        let mut place = [0; JobId::TEXT_BYTES];
         for id in ids {
-            command.arg(id.to_string());
+            command.arg(id.text(&mut place));
         }
         self.commands.query(&command).await
     }

@@ -189,8 +189,6 @@ pub struct Parts<'a> {
     pub limiter: RateLimiter,
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
-    /// What jobs name as the place of their code.
-    pub bucket: String,
     /// Where uploads lie until they are checked and stored.
     pub spool_dir: PathBuf,
     /// What cursors are signed with is derived from it.
@@ -225,7 +223,6 @@ impl Api {
             parts.functions,
             parts.limiter,
             lifecycle.clone(),
-            parts.bucket,
         );
         Self {
             run,

@@ -15,10 +15,16 @@ use crate::config::CacheConf;
 use crate::metrics::Metrics;
 use std::sync::Arc;
 
-/// The cache, and the loop that hears of the changes of other nodes.
-pub fn new(conf: &CacheConf, backend: &Backend, metrics: &Arc<Metrics>) -> (Functions, ChangeLoop) {
+/// The cache, and the loop that hears of the changes of other nodes. `bucket`: where jobs find their code.
+pub fn new(
+    conf: &CacheConf,
+    backend: &Backend,
+    bucket: String,
+    metrics: &Arc<Metrics>,
+) -> (Functions, ChangeLoop) {
     let feed = feed::Feed::new(backend.changes.clone());
-    let functions = Functions::new(conf, Arc::clone(&backend.functions), feed.clone(), Arc::clone(metrics));
+    let functions =
+        Functions::new(conf, Arc::clone(&backend.functions), bucket, feed.clone(), Arc::clone(metrics));
     let changes = ChangeLoop::new(feed, functions.clone(), Arc::clone(metrics));
     (functions, changes)
 }
@@ -34,12 +40,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let backend = embedded::open(dir.path()).unwrap().backend;
         let conf = crate::config::Conf::shipped().unwrap().cache;
-        let (functions, _) = new(&conf, &backend, &Arc::new(Metrics::new(1).unwrap()));
+        let (functions, _) = new(&conf, &backend, String::new(), &Arc::new(Metrics::new(1).unwrap()));
         let id = FunctionId::parse("hello").unwrap();
         assert!(functions.get(&id).await.unwrap().is_some());
         let resize = |_: &Function| Ok::<_, ()>(Change { memory_mb: Some(512), ..Change::default() });
         let editor = Editor::new(&backend, functions.clone());
         editor.change("tester", &id, ConfigAction::Update, None, resize).await.unwrap();
-        assert!(functions.get(&id).await.unwrap().is_some_and(|f| f.memory_mb == 512));
+        assert!(functions.get(&id).await.unwrap().is_some_and(|f| f.sample()["memoryMb"] == 512));
     }
 }

@@ -172,7 +172,7 @@ impl House {
             Arc::clone(&metrics),
         );
         // Nobody else changes functions here, so there is nothing to hear of.
-        let (functions, _) = functions::new(&conf.cache, &backend, &metrics);
+        let (functions, _) = functions::new(&conf.cache, &backend, "code".to_owned(), &metrics);
         let batch = Live::new(conf.batch.clone());
         let (dispatcher, loops) = dispatch::new(node, &conf.memory, batch, &backend, audit, metrics);
         let mut running = JoinSet::new();

@@ -11,7 +11,7 @@ use house::{House, RESULT};
 use infra_controller::limiter::Counted;
 use infra_controller::log;
 use infra_controller::model::{
-    Execution, FunctionId, JobDraft, JobId, NodeId, Outcome, Recommendation, RunRequest, now_ms,
+    Execution, FunctionId, JobDraft, JobId, JobTemplate, NodeId, Outcome, Recommendation, RunRequest, now_ms,
 };
 use std::hint::black_box;
 use std::sync::Arc;
@@ -51,20 +51,12 @@ fn id() -> JobId {
 /// From the body of `POST /run` to the message for the queue: 1,000 ns.
 fn parse_and_build(criterion: &mut Criterion) {
     let body = br#"{"functionId":"bench","inputData":{"name":"Ada","numbers":[1,2,3,4,5,6,7,8],"text":"some words to carry along"}}"#;
-    let function = house::function();
+    let template = JobTemplate::of(&house::function(), "code");
     criterion.bench_function("parse_and_build", |b| {
         b.iter(|| {
             let request = RunRequest::parse(black_box(body)).expect("it is well formed");
             let (id, deadline) = (id(), 1_795_305_600_123);
-            let draft = JobDraft {
-                id,
-                function: &function,
-                deadline,
-                bucket: "code",
-                request: &request,
-                traceparent: None,
-            };
-            draft.build()
+            JobDraft { id, template: &template, deadline, request: &request, traceparent: None }.build()
         });
     });
 }

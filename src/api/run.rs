@@ -8,7 +8,7 @@ use crate::dispatch::{Dispatcher, SubmitError, Submitted};
 use crate::functions::Functions;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::RateLimiter;
-use crate::model::{Function, Job, JobDraft, JobId, Outcome, RunRequest};
+use crate::model::{Job, JobDraft, JobId, JobTemplate, Outcome, RunRequest};
 use http::StatusCode;
 use http::header::{HeaderName, HeaderValue, LOCATION};
 use std::time::Duration;
@@ -21,7 +21,6 @@ pub struct Run {
     functions: Functions,
     limiter: RateLimiter,
     lifecycle: Lifecycle,
-    bucket: String,
     message_bytes_max: usize,
     /// How long the queue keeps a message.
     retention: Duration,
@@ -36,14 +35,12 @@ impl Run {
         functions: Functions,
         limiter: RateLimiter,
         lifecycle: Lifecycle,
-        bucket: String,
     ) -> Self {
         Self {
             dispatcher,
             functions,
             limiter,
             lifecycle,
-            bucket,
             message_bytes_max: queue.message_bytes_max,
             retention: queue.retention,
             waits,
@@ -55,12 +52,12 @@ impl Run {
             return Err(ApiError::NotJson);
         }
         let request = RunRequest::parse(&call.body).map_err(|e| ApiError::invalid(e.to_string()))?;
-        let function = self.functions.get(&request.function).await;
-        let function = function.map_err(|e| ApiError::backend("the function table", &e))?;
-        let function = function.ok_or(ApiError::NoSuchFunction)?;
+        let template = self.functions.get(&request.function).await;
+        let template = template.map_err(|e| ApiError::backend("the function table", &e))?;
+        let template = template.ok_or(ApiError::NoSuchFunction)?;
         // Only functions that exist are counted: names made up by a client take no room.
-        self.limiter.check_function(&function.id, &call.counted).await?;
-        let job = self.job(&function, &request, call)?;
+        self.limiter.check_function(&template.function, &call.counted).await?;
+        let job = self.job(&template, &request, call)?;
 
         let prefer = Prefer::of(&call.headers.prefer);
         let asynchronous = prefer.respond_async || is_true(call.headers.x_async.as_ref());
@@ -69,7 +66,7 @@ impl Run {
         if asynchronous { self.accept(job, prefer).await } else { self.answer(job, prefer).await }
     }
 
-    fn job(&self, function: &Function, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
+    fn job(&self, template: &JobTemplate, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
         let id = self.dispatcher.new_id();
         // From acceptance until a result is no longer expected.
         let deadline = self.waits.get().job_deadline_s.map_or(self.retention, Duration::from_secs);
@@ -77,7 +74,7 @@ impl Run {
             id.accepted_at().saturating_add(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
         let traceparent =
             call.headers.traceparent.as_ref().and_then(|v| v.to_str().ok()).filter(|t| is_traceparent(t));
-        let job = JobDraft { id, function, deadline, bucket: &self.bucket, request, traceparent }.build();
+        let job = JobDraft { id, template, deadline, request, traceparent }.build();
         let fits = job.message.len() <= self.message_bytes_max;
         fits.then_some(job).ok_or(ApiError::BodyTooLarge { bytes_max: self.message_bytes_max })
     }

@@ -19,7 +19,7 @@ use std::time::Duration;
 pub(super) const ROUND: Duration = Duration::from_secs(1);
 /// Functions written in one round.
 const UPDATES_PER_ROUND: usize = 256;
-/// Functions that may wait; about 64 MB of memory. From half of it on the rounds follow one another without a pause. Full:
+/// Functions that may wait; about 40 MB of memory. From half of it on the rounds follow one another without a pause. Full:
 /// no rows are written, so that no more functions come.
 pub(super) const WAITING_MAX: usize = 262_144;
 /// Updates in flight at a time; more of them at the end, when somebody waits.
@@ -30,8 +30,8 @@ const LAST_UPDATES_MAX: usize = 64;
 #[derive(Default)]
 pub(super) struct Note {
     sums: Counters,
-    /// The newest.
-    recommendation: Option<Recommendation>,
+    /// The newest; few functions have any, and many may wait.
+    recommendation: Option<Box<Recommendation>>,
 }
 
 impl Note {
@@ -43,12 +43,12 @@ impl Note {
             handler_invocations: u64::from(row.handler_duration_ms.is_some()),
             total_handler_duration_ms: row.handler_duration_ms.unwrap_or(0.0),
         };
-        Self { sums, recommendation }
+        Self { sums, recommendation: recommendation.map(Box::new) }
     }
 
     fn add(&mut self, other: Self) {
         self.sums += other.sums;
-        let newest = |r: &Option<Recommendation>| r.as_ref().map(|r| r.at);
+        let newest = |r: &Option<Box<Recommendation>>| r.as_ref().map(|r| r.at);
         if newest(&other.recommendation) >= newest(&self.recommendation) {
             self.recommendation = other.recommendation;
         }

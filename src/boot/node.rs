@@ -253,7 +253,7 @@ impl Built {
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
         let (dispatcher, loops) =
             dispatch::new(node, &conf.memory, batch.clone(), backend, audit, Arc::clone(&metrics));
-        let (functions, changes) = functions::new(&conf.cache, backend, &metrics);
+        let (functions, changes) = functions::new(&conf.cache, backend, bucket, &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let (limiter, leaser) = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
@@ -272,7 +272,6 @@ impl Built {
             limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
-            bucket,
             spool_dir,
             api_key: &settings.api_key,
         });

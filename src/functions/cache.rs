@@ -1,4 +1,4 @@
-//! The cache of functions.
+//! The cache of functions: of each, what its jobs are made of.
 //!
 //! `moka` gives it what one of our own would have to: a bound, and single flight, so that a stampede for one cold
 //! function makes one read. How long an entry is believed is judged here, when it is read, since it depends on whether
@@ -8,7 +8,7 @@ use super::feed::Feed;
 use crate::backend::{BackendError, FunctionStore};
 use crate::config::CacheConf;
 use crate::metrics::Metrics;
-use crate::model::{Function, FunctionId};
+use crate::model::{FunctionId, JobTemplate};
 use arc_swap::ArcSwap;
 use dashmap::DashMap;
 use moka::future::Cache;
@@ -34,6 +34,8 @@ pub struct Functions(Arc<Inner>);
 
 struct Inner {
     store: Arc<dyn FunctionStore>,
+    /// Where jobs find their code.
+    bucket: String,
     feed: Feed,
     entries: ArcSwap<Cache<FunctionId, Entry>>,
     ages: Ages,
@@ -44,7 +46,7 @@ struct Inner {
 #[derive(Clone)]
 struct Entry {
     /// `Ok(None)`: there is no such function.
-    found: Result<Option<Arc<Function>>, BackendError>,
+    found: Result<Option<Arc<JobTemplate>>, BackendError>,
     /// When the load began: the table may have been read at any time since.
     loaded_at: Instant,
     /// How many changes had been heard of when the load began.
@@ -79,6 +81,7 @@ impl Functions {
     pub(super) fn new(
         conf: &CacheConf,
         store: Arc<dyn FunctionStore>,
+        bucket: String,
         feed: Feed,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -88,8 +91,15 @@ impl Functions {
             heard: AtomicBool::new(feed.is_alone()),
         };
         let entries = ArcSwap::from_pointee(entries(conf.functions_max));
-        let functions =
-            Self(Arc::new(Inner { store, feed, entries, ages, changes: Changes::default(), metrics }));
+        let functions = Self(Arc::new(Inner {
+            store,
+            bucket,
+            feed,
+            entries,
+            ages,
+            changes: Changes::default(),
+            metrics,
+        }));
         functions.set_conf(conf);
         functions
     }
@@ -106,7 +116,7 @@ impl Functions {
 
     /// The function as of its last change on any node that is heard, or as it was a configured time ago; `None` if there
     /// is none. While the table is away, as it was last known.
-    pub async fn get(&self, id: &FunctionId) -> Result<Option<Arc<Function>>, BackendError> {
+    pub async fn get(&self, id: &FunctionId) -> Result<Option<Arc<JobTemplate>>, BackendError> {
         let this = &*self.0;
         let known = this.entries.load().get(id).await;
         if let Some(entry) = &known
@@ -180,7 +190,7 @@ impl Inner {
         &self,
         id: &FunctionId,
         known: Option<Entry>,
-    ) -> Result<Option<Arc<Function>>, BackendError> {
+    ) -> Result<Option<Arc<JobTemplate>>, BackendError> {
         let asked_after = self.changes.count.load(Ordering::Acquire);
         let mut again = false;
         loop {
@@ -222,7 +232,8 @@ impl Inner {
             }
             (loaded, _) => {
                 self.metrics.cache.loads.inc();
-                let found = loaded.map(|function| function.map(Arc::new));
+                let template = |function| Arc::new(JobTemplate::of(&function, &self.bucket));
+                let found = loaded.map(|function| function.map(template));
                 Entry { found, loaded_at, loaded_after, retry_at: None }
             }
         }
@@ -294,7 +305,7 @@ mod tests {
     use super::super::ChangeLoop;
     use super::*;
     use crate::backend::{ChangeEvent, ChangeFeed, FunctionPage, FunctionWrite, Written};
-    use crate::model::{Counters, Recommendation};
+    use crate::model::{Counters, Function, Recommendation};
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
@@ -393,7 +404,7 @@ mod tests {
         let conf = crate::config::Conf::shipped().unwrap().cache;
         assert_eq!((conf.function_ttl_ms, conf.function_backstop_s), (1000, 300));
         let feed = Feed::new(Some(Arc::new(Silent)));
-        Functions::new(&conf, Arc::clone(table) as _, feed, Arc::new(Metrics::new(1).unwrap()))
+        Functions::new(&conf, Arc::clone(table) as _, String::new(), feed, Arc::new(Metrics::new(1).unwrap()))
     }
 
     fn id() -> FunctionId {
@@ -401,7 +412,7 @@ mod tests {
     }
 
     async fn memory_mb(functions: &Functions) -> Option<u64> {
-        functions.get(&id()).await.unwrap().map(|function| function.memory_mb)
+        functions.get(&id()).await.unwrap().and_then(|template| template.sample()["memoryMb"].as_u64())
     }
 
     fn note_others(functions: &Functions, count: usize) {
@@ -566,8 +577,13 @@ mod tests {
             let table = Table::new();
             let metrics = Arc::new(Metrics::new(1).unwrap());
             let conf = crate::config::Conf::shipped().unwrap().cache;
-            let functions =
-                Functions::new(&conf, Arc::clone(&table) as _, feed.clone(), Arc::clone(&metrics));
+            let functions = Functions::new(
+                &conf,
+                Arc::clone(&table) as _,
+                String::new(),
+                feed.clone(),
+                Arc::clone(&metrics),
+            );
             functions.hear();
             let test = async {
                 functions.may_change(&id()).await;

@@ -191,7 +191,7 @@ mod tests {
         fn editor(&self, backend: &Backend) -> Editor {
             let conf = crate::config::Conf::shipped().unwrap().cache;
             let metrics = Arc::new(Metrics::new(1).unwrap());
-            Editor::new(backend, super::super::new(&conf, backend, &metrics).0)
+            Editor::new(backend, super::super::new(&conf, backend, String::new(), &metrics).0)
         }
 
         async fn create(&self, backend: &Backend) -> Result<Function, EditError<()>> {

@@ -5,7 +5,7 @@
 //! whole microseconds and steps. A token from a lease is admitted when the node spends it; one that was taken to be spent at
 //! once when the store took it: how long that answer is under way is no more the limiter's than the client's own network.
 
-use super::lease::{Ask, IDLE, Lease, Micros, Next, Pace, Spend, TTL, Verdict, least};
+use super::lease::{Ask, IDLE, Lease, Micros, Next, Pace, Spend, TTL, Verdict, Worth};
 use crate::backend::{Grant, LeaseCall, Quota};
 use mlua::{Function, Lua, Table, Value, Variadic};
 use rand::rngs::StdRng;
@@ -311,7 +311,9 @@ impl World {
                 if self.chance(forgotten) {
                     return;
                 }
-                if self.nodes[node].holder == holder && self.nodes[node].lease.is_idle_since(seq) {
+                if self.nodes[node].holder == holder
+                    && self.nodes[node].lease.is_idle_since(seq, Worth::of(&self.quota))
+                {
                     self.send(node);
                 }
             }
@@ -393,7 +395,7 @@ impl World {
         let (clock, quota) = (self.clock(node), self.quota);
         let it = &mut self.nodes[node];
         it.seq += 1;
-        let Some(ask) = it.lease.begin(clock, it.seq, least(&quota)) else { return };
+        let Some(ask) = it.lease.begin(clock, it.seq, Worth::of(&quota)) else { return };
         let Ask { seq, held, back, need, mut want } = ask;
         if self.rng.random_ratio(self.faults.greedy, 1000) {
             want += quota.burst;

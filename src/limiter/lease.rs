@@ -29,10 +29,13 @@ const RENEWAL_PAUSE: Micros = 50_000;
 /// gathered for each of them, and at most so long.
 const GATHERED: u64 = 16;
 const REFUSAL_PAUSE_MAX: Micros = 50_000;
-/// Fewer tokens are not leased, so that one who begins to ask needs no call for the second, the third and the fifth
+/// Fewer tokens are not leased, so that one who begins to ask needs no call for the third, the fifth and the ninth
 /// request; and this share of the burst is little enough to lie on a node for [`IDLE`].
-const LEAST: u32 = 16;
+const LEAST: u32 = 32;
 const LEAST_OF_BURST: u32 = 64;
+/// What a bucket gains in so long is not worth a call of its own: it is leased with the first token, and not given back.
+/// As a lease lives for [`TTL`], no more than a hundredth of the rate is lost so.
+const TRIFLE: Micros = TTL / 100;
 /// Requests that wait for the answer of one call.
 pub(super) const WAITERS_MAX: usize = 1024;
 
@@ -60,9 +63,19 @@ pub(super) enum Verdict {
     Away,
 }
 
-/// The tokens that a lease is worth being taken for.
-pub(super) fn least(quota: &Quota) -> u32 {
-    LEAST.min(quota.burst / LEAST_OF_BURST)
+/// What a call is worth being made for, in tokens.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Worth {
+    least: u32,
+    trifle: u32,
+}
+
+impl Worth {
+    pub fn of(quota: &Quota) -> Self {
+        let most = quota.burst / LEAST_OF_BURST;
+        let gained = u128::from(quota.rate) * u128::from(TRIFLE) / quota.period.as_micros().max(1);
+        Self { least: LEAST.min(most), trifle: u32::try_from(gained).unwrap_or(u32::MAX).min(most) }
+    }
 }
 
 /// The numbers of a call, in tokens.
@@ -218,20 +231,21 @@ impl<W> Lease<W> {
     }
 
     /// Whether the lease, not renewed since call `seq`, should be given back: then [`Self::begin`] is due.
-    pub fn is_idle_since(&mut self, seq: u64) -> bool {
-        self.seq == seq && self.tokens > 0 && self.probe()
+    pub fn is_idle_since(&mut self, seq: u64, worth: Worth) -> bool {
+        self.seq == seq && self.tokens > worth.trifle && self.probe()
     }
 
     /// The call that is due, to be sent now as number `seq`. One that asks for nothing still renews what is held, and tells
-    /// whether the store is there. `least`: wished for where anything is, see [`least`].
-    pub fn begin(&mut self, now: Micros, seq: u64, least: u32) -> Option<Ask> {
+    /// whether the store is there.
+    pub fn begin(&mut self, now: Micros, seq: u64, worth: Worth) -> Option<Ask> {
         if !matches!(self.call, Call::Due) {
             return None;
         }
         self.demand.roll(now);
         let wished = match self.demand.ahead() {
-            0 => 0,
-            requests => requests.max(least),
+            0 if self.waiters.is_empty() => 0,
+            0 => worth.trifle.min(worth.least),
+            requests => requests.max(worth.least),
         };
         let held = if now < self.expires { self.tokens.min(wished) } else { 0 };
         let need = u32::try_from(self.waiters.len()).unwrap_or(u32::MAX);
@@ -374,7 +388,7 @@ mod tests {
         let mut lease = Lease::default();
         assert_eq!(lease.wait(()), Ok(true));
         let ask = Ask { seq: 1, held: 0, back: 0, need: 1, want: 0 };
-        assert_eq!(lease.begin(START, 1, 0), Some(ask));
+        assert_eq!(lease.begin(START, 1, Worth::default()), Some(ask));
         let next = lease.settle(START + TTL / 2, Some(&grant(amount, 1, 9)), &pace(), |(), verdict| {
             verdict == Verdict::Allowed { remaining: amount + 9 }
         });
@@ -401,7 +415,10 @@ mod tests {
         assert_eq!(lease.spend(now), Spend::Allowed { remaining: 11, seq: 1, call: false });
         lease.demand = Demand { stretch: now / AHEAD, before: 3, now: 0 };
         assert!(lease.probe());
-        assert_eq!(lease.begin(now, 2, 0), Some(Ask { seq: 2, held: 2, back: 0, need: 0, want: 1 }));
+        assert_eq!(
+            lease.begin(now, 2, Worth::default()),
+            Some(Ask { seq: 2, held: 2, back: 0, need: 0, want: 1 })
+        );
         lease.spend(now);
         lease.settle(now, Some(&grant(5, 0, 0)), &pace(), |(), _| true);
         assert_eq!(spendable(&mut lease, now), 4);
@@ -410,8 +427,13 @@ mod tests {
     #[test]
     fn what_is_given_back_is_not_spent_whatever_becomes_of_the_call() {
         let (mut lease, now) = (leased(3), START + TTL / 2);
-        assert!(lease.is_idle_since(1) && !lease.is_idle_since(0));
-        assert_eq!(lease.begin(now, 2, 0), Some(Ask { seq: 2, held: 0, back: 3, need: 0, want: 0 }));
+        let worth = Worth { least: 0, trifle: 2 };
+        assert!(!lease.is_idle_since(0, worth) && !lease.is_idle_since(1, Worth { trifle: 3, ..worth }));
+        assert!(lease.is_idle_since(1, worth));
+        assert_eq!(
+            lease.begin(now, 2, Worth::default()),
+            Some(Ask { seq: 2, held: 0, back: 3, need: 0, want: 0 })
+        );
         assert_eq!(spendable(&mut lease, now), 0);
         assert_eq!(lease.settle(now, None, &pace(), |(), _| true), Next::Rest);
         assert_eq!(spendable(&mut lease, now), 0);
@@ -428,7 +450,7 @@ mod tests {
         assert_eq!(spendable(&mut kept, now), 1);
         kept.refund(1, START + TTL);
         assert_eq!((kept.tokens, called.probe()), (0, true));
-        assert!(called.begin(now, 2, 0).is_some());
+        assert!(called.begin(now, 2, Worth::default()).is_some());
         called.refund(1, now);
         assert_eq!(spendable(&mut called, now), 0);
     }
@@ -440,7 +462,7 @@ mod tests {
             assert_eq!(lease.wait(()), Ok(n == 0));
         }
         assert_eq!(lease.wait(()), Err(()));
-        assert!(lease.begin(now, 2, 0).is_some());
+        assert!(lease.begin(now, 2, Worth::default()).is_some());
         let mut refused = 0;
         lease.settle(now, Some(&grant(0, 1, 0)), &pace(), |(), verdict| {
             refused += usize::from(verdict == Verdict::Refused { retry: 300_000 });

@@ -1,6 +1,6 @@
 //! One limit of the configuration, and the leases of its identities on this node.
 
-use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict, least};
+use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict, Worth};
 use super::local::Local;
 use super::who::Who;
 use crate::backend::{Grant, LeaseCall, Quota};
@@ -16,6 +16,10 @@ use tokio::sync::oneshot;
 pub(super) const LEASES_MAX: usize = 131_072;
 /// Parts of the table of leases. While one grows all of its leases move, and its users wait.
 const SHARDS: usize = 256;
+
+/// The table is made smaller when it has room for more leases than this, and for so many times those it holds.
+const ROOM_MIN: usize = 16_384;
+const ROOM_MAX_OF_LEFT: usize = 8;
 
 /// What a request is told that does not have to wait; or how it waits.
 pub(super) enum Tried {
@@ -59,6 +63,7 @@ pub(super) struct Limit {
     pub burst: HeaderValue,
     pub local: Local,
     pace: Pace,
+    worth: Worth,
     /// Of this limit in this process: leases of an earlier definition are another holder's.
     holder: u64,
     /// Of all leases, so that one that was forgotten and is made anew goes on with greater numbers.
@@ -76,6 +81,7 @@ impl Limit {
             burst: conf.burst.into(),
             local: Local::new(quota),
             pace: Pace::of(&quota),
+            worth: Worth::of(&quota),
             holder: rand::random(),
             seq: AtomicU64::new(1),
             leases: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
@@ -112,7 +118,7 @@ impl Limit {
         let mut lease = self.leases.get_mut(who)?;
         // Under the lock: calls of one lease are numbered in their order.
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
-        let ask = lease.begin(now, seq, least(&self.quota))?;
+        let ask = lease.begin(now, seq, self.worth)?;
         drop(lease);
         Some(self.call(who, &ask))
     }
@@ -153,7 +159,7 @@ impl Limit {
 
     /// Whether a lease that was not renewed since call `seq` is to be given back: then a call is due.
     pub fn is_idle_since(&self, who: &Who, seq: u64) -> bool {
-        self.leases.get_mut(who).is_some_and(|mut lease| lease.is_idle_since(seq))
+        self.leases.get_mut(who).is_some_and(|mut lease| lease.is_idle_since(seq, self.worth))
     }
 
     /// Forgets leases that hold nothing.
@@ -162,7 +168,12 @@ impl Limit {
             return;
         }
         self.leases.retain(|_, lease| !lease.is_spent(now));
-        self.count.store(self.leases.len(), Ordering::Relaxed);
+        let left = self.leases.len();
+        self.count.store(left, Ordering::Relaxed);
+        // After a crowd has gone the few that stay would lie far apart in its memory.
+        if self.leases.capacity() > ROOM_MIN.max(ROOM_MAX_OF_LEFT * left) {
+            self.leases.shrink_to_fit();
+        }
     }
 
     /// As if all leases that may be were there.

@@ -147,62 +147,86 @@ pub struct Job {
     pub message: Bytes,
 }
 
+/// What all jobs of a function have in common, written once. Nothing else of the function is kept, and that in one
+/// piece: there may be a hundred thousand of these, and what is used seldom is read slowly.
+#[derive(Debug)]
+pub struct JobTemplate {
+    pub function: FunctionId,
+    text: Box<str>,
+    /// Where in `text` the input belongs, and where the times.
+    input_at: usize,
+    times_at: usize,
+}
+
+impl JobTemplate {
+    pub fn of(function: &Function, bucket: &str) -> Self {
+        let f = function;
+        let mut text = String::with_capacity(f.env_vars.len() + f.s3_key.len() + 256);
+        // No character of an id needs an escape.
+        text.extend(["\",\"functionId\":\"", f.id.as_str(), "\",\"runtime\":", &quoted(&f.runtime)]);
+        text.extend([",\"memoryMb\":", &f.memory_mb.to_string()]);
+        text.extend([",\"s3Bucket\":", &quoted(bucket), ",\"s3Key\":", &quoted(&f.s3_key)]);
+        text.extend([",\"timeoutMs\":", &TIMEOUT_MS_DEFAULT.to_string(), ",\"input\":"]);
+        let input_at = text.len();
+        text.extend([",\"envVars\":", &f.env_vars, ",\"acceptedAt\":\""]);
+        let times_at = text.len();
+        text.extend(["\",\"configVersion\":", &f.version.to_string(), ",\"traceparent\":\""]);
+        Self { function: f.id.clone(), text: text.into(), input_at, times_at }
+    }
+
+    /// The message of some job, as the workers read it.
+    #[cfg(test)]
+    pub fn sample(&self) -> serde_json::Value {
+        let body = format!("{{\"functionId\":\"{}\"}}", self.function);
+        let request = RunRequest::parse(body.as_bytes()).unwrap();
+        let id = JobId::new(NodeId(1), 0, 0);
+        let draft = JobDraft { id, template: self, deadline: 0, request: &request, traceparent: None };
+        serde_json::from_slice(&draft.build().message).unwrap()
+    }
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}
+
 /// What a job is made of. [`JobDraft::build`] writes the message.
 pub struct JobDraft<'a> {
     pub id: JobId,
-    pub function: &'a Function,
+    pub template: &'a JobTemplate,
     pub deadline: UnixMs,
-    pub bucket: &'a str,
     pub request: &'a RunRequest<'a>,
     /// The client's own `traceparent`, if it sent a valid one: hex and hyphens.
     pub traceparent: Option<&'a str>,
 }
 
 impl JobDraft<'_> {
-    /// Writes the message by hand rather than through a tree: `input` and `envVars` are copied as they came.
+    /// Writes the message by hand rather than through a tree: `input` is copied as it came.
     pub fn build(&self) -> Job {
         let own_trace = self.id.traceparent();
-        let f = self.function;
-        let mut m = Vec::with_capacity(self.request.input.len() + f.env_vars.len() + 512);
+        let JobTemplate { function, text, input_at, times_at } = self.template;
+        let mut m = Vec::with_capacity(self.request.input.len() + text.len() + 256);
         m.extend_from_slice(b"{\"requestId\":\"");
         m.extend_from_slice(self.id.text(&mut [0; JobId::TEXT_BYTES]).as_bytes());
-        m.extend_from_slice(b"\",\"functionId\":\"");
-        m.extend_from_slice(f.id.as_str().as_bytes()); // no character of an id needs an escape
-        member_str(&mut m, "\",\"runtime\":", &f.runtime);
-        m.extend_from_slice(b",\"memoryMb\":");
-        m.extend_from_slice(f.memory_mb.to_string().as_bytes());
-        member_str(&mut m, ",\"s3Bucket\":", self.bucket);
-        member_str(&mut m, ",\"s3Key\":", &f.s3_key);
-        m.extend_from_slice(b",\"timeoutMs\":");
-        m.extend_from_slice(TIMEOUT_MS_DEFAULT.to_string().as_bytes());
-        m.extend_from_slice(b",\"input\":");
+        m.extend_from_slice(&text.as_bytes()[..*input_at]);
         m.extend_from_slice(self.request.input.as_bytes());
-        member_str(&mut m, ",\"modelId\":", self.request.model.as_deref().unwrap_or(MODEL_DEFAULT));
-        m.extend_from_slice(b",\"envVars\":");
-        m.extend_from_slice(f.env_vars.as_bytes());
+        m.extend_from_slice(b",\"modelId\":");
+        // Writing a string to memory cannot fail.
+        let _ = serde_json::to_writer(&mut m, self.request.model.as_deref().unwrap_or(MODEL_DEFAULT));
+        m.extend_from_slice(&text.as_bytes()[*input_at..*times_at]);
         // No character of these needs an escape.
-        m.extend_from_slice(b",\"acceptedAt\":\"");
         m.extend_from_slice(Rfc3339Ms::of(self.id.accepted_at()).as_str().as_bytes());
         m.extend_from_slice(b"\",\"deadline\":\"");
         m.extend_from_slice(Rfc3339Ms::of(self.deadline).as_str().as_bytes());
-        m.extend_from_slice(b"\",\"configVersion\":");
-        m.extend_from_slice(f.version.to_string().as_bytes());
-        m.extend_from_slice(b",\"traceparent\":\"");
+        m.extend_from_slice(&text.as_bytes()[*times_at..]);
         m.extend_from_slice(self.traceparent.map_or(&own_trace[..], str::as_bytes));
         m.extend_from_slice(b"\"}");
         Job {
             id: self.id,
-            function: f.id.clone(),
+            function: function.clone(),
             deadline: self.deadline,
             message: escape_noncharacters(m).into(),
         }
     }
-}
-
-fn member_str(out: &mut Vec<u8>, name: &str, value: &str) {
-    out.extend_from_slice(name.as_bytes());
-    // Writing a string to memory cannot fail.
-    let _ = serde_json::to_writer(out, value);
 }
 
 /// U+FFFE and U+FFFF are fine in JSON, but SQS refuses them: they go as escapes.
@@ -409,14 +433,8 @@ mod tests {
         let function = function();
         let request = RunRequest::parse(body.as_bytes()).expect(body);
         let id = JobId::new(NodeId(1), AT, 2);
-        let draft = JobDraft {
-            id,
-            function: &function,
-            deadline: AT + 1000,
-            bucket: "b",
-            request: &request,
-            traceparent: None,
-        };
+        let template = &JobTemplate::of(&function, "b");
+        let draft = JobDraft { id, template, deadline: AT + 1000, request: &request, traceparent: None };
         String::from_utf8(draft.build().message.to_vec()).unwrap()
     }
 

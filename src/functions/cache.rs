@@ -1,7 +1,7 @@
 //! The cache of functions: of each, what its jobs are made of.
 //!
-//! `moka` gives it what one of our own would have to: a bound, and single flight, so that a stampede for one cold
-//! function makes one read. How long an entry is believed is judged here, when it is read, since it depends on whether
+//! `quick_cache` gives it what one of our own would have to: a bound, and single flight, so that a stampede for one cold
+//! function makes one read. (`moka` did so too, but keeps an entry in five pieces of memory, which is slow with many.) How long an entry is believed is judged here, when it is read, since it depends on whether
 //! the changes of other nodes are heard at that moment.
 
 use super::feed::Feed;
@@ -9,12 +9,14 @@ use crate::backend::{BackendError, FunctionStore};
 use crate::config::CacheConf;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobTemplate};
-use arc_swap::ArcSwap;
+use ahash::RandomState;
 use dashmap::DashMap;
-use moka::future::Cache;
+use quick_cache::UnitWeighter;
+use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction, EntryResult};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
 /// How long it is remembered that a function was changed: longer than a load takes.
@@ -23,6 +25,8 @@ const CHANGES_KEPT: Duration = Duration::from_secs(30);
 const CHANGES_MAX: usize = 10_000;
 /// While the table is away a function runs as it was known, for so long after it was last read.
 const STALE_MAX: Duration = Duration::from_secs(3600);
+/// Look-ups under way, of all functions and by all who wait for them; what comes on top is refused.
+const LOOK_UPS_MAX: usize = 16_384;
 /// How long a run waits for a new look at a function that is known.
 const REFRESH_MAX: Duration = Duration::from_millis(500);
 /// After a look that failed the known function is used so long without another.
@@ -37,7 +41,9 @@ struct Inner {
     /// Where jobs find their code.
     bucket: String,
     feed: Feed,
-    entries: ArcSwap<Cache<FunctionId, Entry>>,
+    entries: Cache<FunctionId, Entry, UnitWeighter, RandomState>,
+    /// Look-ups that may be under way.
+    look_ups: Arc<Semaphore>,
     ages: Ages,
     changes: Changes,
     metrics: Arc<Metrics>,
@@ -90,12 +96,20 @@ impl Functions {
             ttl_ms: AtomicU64::new(0),
             heard: AtomicBool::new(feed.is_alone()),
         };
-        let entries = ArcSwap::from_pointee(entries(conf.functions_max));
+        let expected = usize::try_from(conf.functions_max).unwrap_or(usize::MAX);
+        let entries = Cache::with(
+            expected,
+            conf.functions_max,
+            UnitWeighter,
+            RandomState::new(),
+            DefaultLifecycle::default(),
+        );
         let functions = Self(Arc::new(Inner {
             store,
             bucket,
             feed,
             entries,
+            look_ups: Arc::new(Semaphore::new(LOOK_UPS_MAX)),
             ages,
             changes: Changes::default(),
             metrics,
@@ -104,29 +118,36 @@ impl Functions {
         functions
     }
 
-    /// New settings; another bound empties the cache.
+    /// New settings.
     pub fn set_conf(&self, conf: &CacheConf) {
         let ages = &self.0.ages;
         ages.ttl_ms.store(conf.function_ttl_ms, Ordering::Relaxed);
         ages.backstop_ms.store(conf.function_backstop_s.saturating_mul(1000), Ordering::Relaxed);
-        if self.0.entries.load().policy().max_capacity() != Some(conf.functions_max) {
-            self.0.entries.store(Arc::new(entries(conf.functions_max)));
-        }
+        self.0.entries.set_capacity(conf.functions_max);
     }
 
     /// The function as of its last change on any node that is heard, or as it was a configured time ago; `None` if there
     /// is none. While the table is away, as it was last known.
     pub async fn get(&self, id: &FunctionId) -> Result<Option<Arc<JobTemplate>>, BackendError> {
         let this = &*self.0;
-        let known = this.entries.load().get(id).await;
+        let known = this.entries.get(id);
         if let Some(entry) = &known
             && this.is_believed(id, entry)
         {
             this.metrics.cache.hits.inc();
             return entry.found.clone();
         }
-        // Set apart: the room it takes is not for every run.
-        Box::pin(this.look_up(id, known)).await
+        let crowded = |_| BackendError::Unavailable("too many functions are being looked up".into());
+        let permit = Arc::clone(&this.look_ups).try_acquire_owned().map_err(crowded)?;
+        let (this, id) = (Arc::clone(&self.0), id.clone());
+        let look_up = async move {
+            let _permit = permit;
+            this.look_up(&id, known).await
+        };
+        // A client that leaves must not break off what others wait for.
+        #[expect(clippy::disallowed_methods, reason = "it ends by itself, and they are bounded")]
+        let look_up = tokio::spawn(look_up);
+        look_up.await.unwrap_or_else(|_| Err(BackendError::Unavailable("the look-up broke off".into())))
     }
 
     /// Makes every node forget what it knows of a function, after its table entry was changed by this one.
@@ -144,7 +165,7 @@ impl Functions {
     /// Forgets a function that has changed.
     pub(super) async fn forget(&self, id: &FunctionId) {
         self.0.changes.note(id);
-        self.0.entries.load_full().invalidate(id).await;
+        self.0.entries.remove(id);
     }
 
     /// What is known may have changed: all of it is looked at anew.
@@ -164,10 +185,6 @@ impl Functions {
         self.0.ages.heard.store(false, Ordering::Release);
         self.0.metrics.cache.changes_heard.set(0);
     }
-}
-
-fn entries(functions_max: u64) -> Cache<FunctionId, Entry> {
-    Cache::builder().max_capacity(functions_max).time_to_live(STALE_MAX).build()
 }
 
 impl Inner {
@@ -194,11 +211,25 @@ impl Inner {
         let asked_after = self.changes.count.load(Ordering::Acquire);
         let mut again = false;
         loop {
-            let load = self.load(id, known.as_ref());
-            let entries = self.entries.load_full();
-            let entry =
-                entries.entry_by_ref(id).or_insert_with_if(load, |entry| !self.is_believed(id, entry));
-            let entry = entry.await.into_value();
+            let look = |_: &FunctionId, entry: &mut Entry| match self.is_believed(id, entry) {
+                true => EntryAction::<Entry>::Retain(entry.clone()),
+                false => EntryAction::ReplaceWithGuard,
+            };
+            let (place, before) = match self.entries.entry_async(id, look).await {
+                EntryResult::Retained(entry) => (None, Some(entry)),
+                EntryResult::Vacant(place) => (Some(place), None),
+                EntryResult::Replaced(place, entry) => (Some(place), Some(entry)),
+                EntryResult::Removed(..) | EntryResult::Timeout => continue, // not asked for
+            };
+            let entry = match (place, before) {
+                (None, Some(entry)) => entry,
+                (place, before) => {
+                    let entry = self.load(id, before.as_ref().or(known.as_ref())).await;
+                    // Refused where the function was forgotten meanwhile: then nobody is to find it.
+                    let _ = place.map(|place| place.insert(entry.clone()));
+                    entry
+                }
+            };
             if !self.changes.changed_since(id, entry.loaded_after) {
                 return entry.found;
             }
@@ -309,7 +340,6 @@ mod tests {
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
-    use tokio::sync::Semaphore;
 
     /// A table that answers with what it held when it was asked, once it may.
     struct Table {
@@ -649,12 +679,35 @@ mod tests {
         assert_eq!(memory_mb(&functions).await, Some(128));
         pass(Duration::from_secs(1)).await;
         assert_eq!(memory_mb(&functions).await, Some(256));
-        conf.functions_max = 7;
+        let fill = async |functions: &Functions| {
+            for n in 0..500 {
+                functions.get(&FunctionId::parse(&format!("f-{n}")).unwrap()).await.unwrap();
+            }
+            functions.0.entries.len()
+        };
+        assert_eq!(fill(&functions).await, 501);
+        conf.functions_max = 64;
         functions.set_conf(&conf);
-        assert_eq!(
-            (memory_mb(&functions).await, table.asked()),
-            (Some(256), 3),
-            "another bound, another cache"
-        );
+        assert!(functions.0.entries.len() <= 64 + functions.0.entries.num_shards());
+        assert!(fill(&functions).await <= 64 + functions.0.entries.num_shards());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_breaks_off_no_look_up() {
+        let table = Table::slow();
+        let (functions, id) = (functions(&table), id());
+        let others = futures_util::future::join_all((0..10).map(|_| memory_mb(&functions)));
+        tokio::pin!(others);
+        for _ in 0..300 {
+            tokio::select! {
+                biased;
+                _ = functions.get(&id) => panic!("the table has not answered"),
+                _ = &mut others => panic!("the table has not answered"),
+                () = tokio::task::yield_now() => {}
+            }
+        }
+        table.may_answer.close();
+        assert_eq!(others.await, [Some(128); 10]);
+        assert_eq!(table.asked(), 1);
     }
 }

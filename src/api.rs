@@ -25,7 +25,7 @@ mod upload;
 mod workers;
 
 pub use problem::{ApiError, BODY_BYTES_SLACK};
-pub use routes::{Endpoint, Found, Route, Scope, Takes, find, patterns};
+pub use routes::{Endpoint, Found, Route, Scope, Takes, find, patterns_with_key};
 pub use system::Health;
 
 use crate::audit::Tail;

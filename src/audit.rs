@@ -27,8 +27,9 @@ const ROWS_LINGER: Duration = Duration::from_millis(50);
 const WRITES_MAX: usize = 16;
 /// How long rows gather before they are taken from the queue: one wake-up for many.
 const ROWS_GATHER: Duration = Duration::from_millis(5);
-/// How long the end may take.
-const END_MAX: Duration = Duration::from_secs(10);
+/// How long the end may take: first for the rows, then for the sums.
+const ROWS_END_MAX: Duration = Duration::from_secs(7);
+const SUMS_END_MAX: Duration = Duration::from_secs(3);
 /// Pause before rows that failed are written again: doubles from the first to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LAST: Duration = Duration::from_secs(5);
@@ -254,7 +255,7 @@ impl Flusher {
                     rounds.push(self.notes.write_some(Arc::clone(&self.functions)));
                 }
                 () = &mut stop, if end.is_none() => {
-                    end = Some(Instant::now() + END_MAX);
+                    end = Some(Instant::now() + ROWS_END_MAX);
                     look_at = Instant::now();
                     self.receiver.close();
                 }
@@ -288,7 +289,7 @@ impl Flusher {
 
     /// Writes the sums that are left while there is time, and says what is not written.
     async fn end(mut self, end: Option<Instant>) {
-        let end = end.unwrap_or_else(|| Instant::now() + END_MAX);
+        let end = end.unwrap_or_else(|| Instant::now() + ROWS_END_MAX) + SUMS_END_MAX;
         let _ = tokio::time::timeout_at(end, self.notes.write_all(self.functions)).await;
         let rows = self.metrics.audit.waiting_rows.get();
         if rows > 0 {
@@ -584,7 +585,7 @@ mod tests {
         record(&audit, 1).unwrap();
         let started = Instant::now();
         flusher.run(Arc::clone(&tables) as _, async {}).await;
-        assert_eq!(started.elapsed().as_secs(), END_MAX.as_secs());
+        assert_eq!(started.elapsed().as_secs(), (ROWS_END_MAX + SUMS_END_MAX).as_secs());
         assert_eq!(
             (audit.metrics.audit.waiting_rows.get(), audit.metrics.audit.waiting_functions.get()),
             (0, 1)

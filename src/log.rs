@@ -6,7 +6,7 @@
 
 mod lines;
 
-pub use lines::{LinesGuard, lines_dropped};
+pub use lines::{LinesGuard, finish, lines_dropped};
 
 use crate::model::{Rfc3339Ms, now_ms};
 use std::fmt::{self, Write};

@@ -197,8 +197,8 @@ fn params(pattern: &str, path: &str) -> Option<Vec<String>> {
 }
 
 /// The patterns that limits may name.
-pub fn patterns() -> impl Iterator<Item = &'static str> {
-    all().map(|route| route.pattern)
+pub fn patterns_with_key() -> impl Iterator<Item = &'static str> {
+    all().filter(|route| route.scope.is_some()).map(|route| route.pattern)
 }
 
 /// All rows, for the description of the service.

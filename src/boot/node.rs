@@ -4,7 +4,7 @@
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
 use super::reload::{Reload, Targets};
-use super::signals::Signals;
+use super::signals::{Hangups, Signals};
 use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
 use crate::api::{self, Api};
 use crate::audit::{self, Flusher, Ledger};
@@ -24,6 +24,7 @@ use pingora::protocols::l4::stream::L4BufferSettings;
 use pingora::server::configuration::ServerConf;
 use pingora::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::Service;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
@@ -39,6 +40,8 @@ const READ_BUFFER_BYTES: usize = 8192;
 const WRITE_BUFFER_BYTES: usize = 4096;
 /// After the drain time: for those who waited until then to be answered.
 const CLOSING_MAX: Duration = Duration::from_secs(5);
+/// How long the journal may take at the very end; what stays in it is found settled by the next start.
+const LAST_CALLS_MAX: Duration = Duration::from_secs(2);
 
 /// Runs a node until it is told to stop.
 pub fn run(plan: Plan) -> Exit {
@@ -100,7 +103,9 @@ impl Service for Node {
 impl Node {
     async fn live(&self, plan: Plan) -> Exit {
         let Plan { settings, connect: connect_backend } = plan;
-        let mut signals = match Signals::listen() {
+        let at_a_terminal = settings.banner.is_some();
+        let hangup_ends = at_a_terminal && settings.source.dir.is_none();
+        let (mut signals, hangups) = match Signals::listen(hangup_ends) {
             Ok(signals) => signals,
             Err(e) => {
                 eprintln!("infra-controller: cannot listen for signals: {e}");
@@ -114,7 +119,7 @@ impl Node {
         let Connected { node: id, backend, bucket, spool_dir, extra_loop, mut claim, .. } = connected;
 
         let lifecycle = Lifecycle::default();
-        let built = match Built::new(&settings, id, &backend, bucket, spool_dir, &lifecycle) {
+        let built = match Built::new(&settings, hangups, id, &backend, bucket, spool_dir, &lifecycle) {
             Ok(built) => built,
             Err(e) => {
                 eprintln!("infra-controller: {e}");
@@ -235,6 +240,7 @@ struct Background {
 impl Built {
     fn new(
         settings: &Settings,
+        hangups: Hangups,
         node: crate::model::NodeId,
         backend: &Backend,
         bucket: String,
@@ -260,7 +266,7 @@ impl Built {
         let targets =
             Targets { waits: waits.clone(), batch, functions: functions.clone(), limiter: limiter.clone() };
         let loaded = (settings.texts.clone(), conf.clone());
-        let reload = Reload::new(settings.source.clone(), loaded, targets, Arc::clone(&metrics))?;
+        let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
         let api = Api::new(api::Parts {
             waits,
             backend,
@@ -335,7 +341,9 @@ impl Loops {
     fn exit_on_second(&mut self, mut signals: Signals) {
         self.endless.spawn(async move {
             let signal = signals.next().await;
-            eprintln!("infra-controller: second signal, exiting at once");
+            // There may be nobody to read it any more.
+            let _ = writeln!(std::io::stderr(), "infra-controller: second signal, exiting at once");
+            crate::log::finish();
             std::process::exit(128 + signal);
         });
     }
@@ -348,7 +356,7 @@ impl Loops {
         }
         self.stop_batches.send_replace(true);
         if let Some(batches) = self.batches.take() {
-            // A send is given up after its deadline, so this ends.
+            // What waits is given up after its deadline, so this ends.
             let _ = batches.await;
         }
         self.stop_flusher.send_replace(true);
@@ -356,14 +364,18 @@ impl Loops {
             // It has an end of its own.
             let _ = flusher.await;
         }
+        let _ = tokio::time::timeout(LAST_CALLS_MAX, self.dispatcher.clear_journal()).await;
+        // Last, as the one that waits for a second signal is among them.
         self.endless.shutdown().await;
-        self.dispatcher.clear_journal().await;
     }
 }
 
 async fn ended(handle: &mut Option<JoinHandle<()>>) {
     match handle {
-        Some(handle) => drop(handle.await),
+        Some(running) => {
+            let _ = running.await;
+            *handle = None;
+        }
         None => std::future::pending().await,
     }
 }

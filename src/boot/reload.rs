@@ -8,6 +8,7 @@
 //! What cannot be used is refused as a whole, and what was in force stays. A wait or a send that has begun ends as it
 //! began.
 
+use super::signals::Hangups;
 use crate::api;
 use crate::config::{BatchConf, Conf, ConfTexts, ConfigError, Identity, Live, WaitsConf};
 use crate::functions::Functions;
@@ -18,10 +19,12 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{MissedTickBehavior, interval};
 
 const READ_EVERY: Duration = Duration::from_millis(250);
+/// After a SIGHUP it is read until it was the same twice.
+const SETTLE_PAUSE: Duration = Duration::from_millis(50);
+const SETTLE_TRIES: usize = 10;
 
 /// Where the settings come from, and what goes before them: one way for the start, for `check`, and for later.
 #[derive(Clone, Debug)]
@@ -48,10 +51,13 @@ impl ConfSource {
 
     fn make(&self, texts: &ConfTexts) -> Result<Conf, ConfigError> {
         let mut conf = Conf::of(texts)?;
-        conf.check_routes(texts, |route| api::patterns().any(|pattern| pattern == route))?;
+        conf.check_routes(texts, |route| api::patterns_with_key().any(|pattern| pattern == route))?;
         if let Some(a_minute) = self.a_minute {
             for limit in conf.limits.iter_mut().filter(|limit| limit.identity == Identity::Key) {
                 (limit.rate, limit.burst, limit.period_s) = (a_minute, a_minute, 60);
+                if !limit.is_countable() {
+                    return Err(ConfigError(vec![format!("RATE_LIMIT is too large: {a_minute}")]));
+                }
             }
         }
         if let Some(listen) = self.listen {
@@ -81,7 +87,7 @@ impl Targets {
 /// The loop.
 pub struct Reload {
     source: ConfSource,
-    hangups: Signal,
+    hangups: Hangups,
     targets: Targets,
     metrics: Arc<Metrics>,
     in_force: Conf,
@@ -94,17 +100,16 @@ pub struct Reload {
 type Read = Result<ConfTexts, ConfigError>;
 
 impl Reload {
-    /// Must be called inside a runtime: from now on SIGHUP does not end the process.
     pub fn new(
         source: ConfSource,
+        hangups: Hangups,
         (texts, conf): (ConfTexts, Conf),
         targets: Targets,
         metrics: Arc<Metrics>,
-    ) -> std::io::Result<Self> {
-        let hangups = signal(SignalKind::hangup())?;
+    ) -> Self {
         metrics.conf_applied_at.set(now_s());
         let dealt_with = Ok(texts.clone());
-        Ok(Self { source, hangups, targets, metrics, in_force: conf, texts, dealt_with })
+        Self { source, hangups, targets, metrics, in_force: conf, texts, dealt_with }
     }
 
     pub async fn run(mut self) {
@@ -120,9 +125,9 @@ impl Reload {
                     }
                     last = read;
                 }
-                _ = self.hangups.recv() => {
+                () = self.hangups.next() => {
                     if self.source.dir.is_some() {
-                        last = self.read().await;
+                        last = self.read_settled().await;
                         self.take(&last);
                     } else {
                         tracing::info!("Nothing To Reload: There Is No --conf");
@@ -139,11 +144,25 @@ impl Reload {
         read.unwrap_or_else(|e| Err(ConfigError(vec![format!("the configuration cannot be read: {e}")])))
     }
 
+    /// The same twice, or as it was last if it goes on changing.
+    async fn read_settled(&self) -> Read {
+        let mut last = self.read().await;
+        for _ in 0..SETTLE_TRIES {
+            tokio::time::sleep(SETTLE_PAUSE).await;
+            let again = self.read().await;
+            if again == last {
+                break;
+            }
+            last = again;
+        }
+        last
+    }
+
     fn take(&mut self, read: &Read) {
         self.dealt_with = read.clone();
         let made = read.as_ref().map_err(Clone::clone).and_then(|texts| {
-            let gone = texts.gone_since(&self.texts);
-            let made = if gone.is_empty() { self.source.make(texts) } else { Err(ConfigError(gone)) };
+            let lost = texts.lost_since(&self.texts);
+            let made = if lost.is_empty() { self.source.make(texts) } else { Err(ConfigError(lost)) };
             made.map(|conf| (texts.clone(), conf))
         });
         match made {

@@ -195,6 +195,18 @@ struct ConfText {
 }
 
 impl ConfText {
+    /// What stands in it; nothing if it cannot be read. `None`: there is no file.
+    fn tables(&self) -> Option<Table> {
+        self.text.as_deref().map(|text| text.parse().unwrap_or_default())
+    }
+
+    /// Whether it sets limits, as a `limits.toml`; if there is no file the shipped one does.
+    fn has_limits(&self) -> bool {
+        self.tables().is_none_or(|tables| {
+            tables.get("limit").and_then(toml::Value::as_array).is_some_and(|limits| !limits.is_empty())
+        })
+    }
+
     /// A problem with the setting at `path`, with its line if the file names it.
     fn problem(&self, path: &str, problem: &str) -> String {
         let line = self.text.as_deref().and_then(|text| line_of(text, path));
@@ -229,13 +241,39 @@ impl ConfTexts {
         Ok(Self { server: read("server.toml")?, limits: read("limits.toml")? })
     }
 
-    /// Files that were there before and are gone: nobody means to lift all limits by that.
-    pub fn gone_since(&self, before: &Self) -> Vec<String> {
+    /// What nobody means by a change: files that were there before and are gone or empty, and limits that are all
+    /// lifted though the file does not say so. A file is so for a moment while it is written.
+    pub fn lost_since(&self, before: &Self) -> Vec<String> {
         let files = [(&before.server, &self.server), (&before.limits, &self.limits)];
-        let gone = files.into_iter().filter(|(before, now)| before.text.is_some() && now.text.is_none());
-        gone.map(|(_, now)| format!("{}: the file is gone", now.name)).collect()
+        let lost = files.into_iter().filter_map(|(before, now)| {
+            let problem = match (before.tables(), now.tables()) {
+                (Some(_), None) => "the file is gone",
+                (Some(before), Some(now)) if now.is_empty() && !before.is_empty() => "the file is empty",
+                _ => return None,
+            };
+            Some(format!("{}: {problem}", now.name))
+        });
+        let lost: Vec<String> = lost.collect();
+        let lifts_all = self.limits.tables().is_some_and(|now| !now.contains_key("limit"));
+        if lost.is_empty() && lifts_all && before.limits.has_limits() {
+            let problem = "no limit is left; to lift them all, say `limit = []`";
+            return vec![format!("{}: {problem}", self.limits.name)];
+        }
+        lost
     }
 }
+
+/// A day, as the longest wait of any kind.
+const SECONDS_MAX: u64 = 24 * 3600;
+/// A send that takes longer holds up the end of the process.
+const SEND_DEADLINE_MS_MAX: u64 = 60_000;
+/// A send that began just before its deadline may take so long.
+const CALL_S: u64 = 3;
+/// Functions are not known for longer, whatever is configured.
+const FUNCTION_AGE_S_MAX: u64 = 3600;
+const THREADS_MAX: u64 = 1024;
+/// Most that a queue or table in memory may be said to hold.
+const ENTRIES_MAX: u64 = 1 << 28;
 
 impl BatchConf {
     /// Most that `queue_jobs_max` may be: some 2 GB of waiting jobs.
@@ -282,7 +320,7 @@ impl Conf {
         if problems.is_empty() { Ok(conf) } else { Err(ConfigError(problems)) }
     }
 
-    /// Limits on routes that are none would silently be off.
+    /// Limits on routes that are none, or that anybody may ask, would silently be off.
     pub fn check_routes(
         &self,
         texts: &ConfTexts,
@@ -291,7 +329,8 @@ impl Conf {
         let mut problems = Vec::new();
         for (n, limit) in self.limits.iter().enumerate() {
             for route in limit.routes.iter().filter(|route| !is_route(route)) {
-                let problem = format!("(limit {}): there is no route {route:?}", limit.name);
+                let problem =
+                    format!("(limit {}): there is no route {route:?} that asks for a key", limit.name);
                 problems.push(texts.limits.problem(&format!("limit[{n}].routes"), &problem));
             }
         }
@@ -306,10 +345,27 @@ impl Conf {
             ("start.deadline_s", self.start.deadline_s),
             ("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64),
             ("memory.audit_rows_max", self.memory.audit_rows_max as u64),
-            ("memory.audit_bytes_max", self.memory.audit_bytes_max as u64),
         ]
         .into_iter()
         .filter_map(|(path, value)| at_least_one(path, value))
+        .chain(
+            [
+                between("listen.threads", self.listen.threads as u64, 0, THREADS_MAX),
+                between("http.body_timeout_s", self.http.body_timeout_s, 0, SECONDS_MAX),
+                between("http.upload_timeout_s", self.http.upload_timeout_s, 0, SECONDS_MAX),
+                between("http.keepalive_s", self.http.keepalive_s, 0, SECONDS_MAX),
+                between("http.drain_body_timeout_ms", self.http.drain_body_timeout_ms, 0, SECONDS_MAX * 1000),
+                between("start.deadline_s", self.start.deadline_s, 0, SECONDS_MAX),
+                between("shutdown.lame_duck_ms", self.shutdown.lame_duck_ms, 0, SECONDS_MAX * 1000),
+                between("shutdown.drain_timeout_s", self.shutdown.drain_timeout_s, 0, SECONDS_MAX),
+                between("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64, 0, ENTRIES_MAX),
+                between("memory.audit_rows_max", self.memory.audit_rows_max as u64, 0, ENTRIES_MAX),
+                // The largest row that the log table takes must have room.
+                between("memory.audit_bytes_max", self.memory.audit_bytes_max as u64, 1 << 20, u64::MAX),
+            ]
+            .into_iter()
+            .flatten(),
+        )
         .collect()
     }
 
@@ -325,10 +381,30 @@ impl Conf {
         .into_iter()
         .filter_map(|(path, value)| at_least_one(path, value))
         .collect();
-        if self.batch.queue_jobs_max > BatchConf::QUEUE_JOBS_MAX {
-            let problem = format!("must be at most {}", BatchConf::QUEUE_JOBS_MAX);
-            problems.push(("batch.queue_jobs_max".to_owned(), problem));
-        }
+        let given_up_s = self.batch.send_deadline_ms.div_ceil(1000);
+        problems.extend(
+            [
+                between(
+                    "batch.queue_jobs_max",
+                    self.batch.queue_jobs_max as u64,
+                    0,
+                    BatchConf::QUEUE_JOBS_MAX as u64,
+                ),
+                between("batch.send_deadline_ms", self.batch.send_deadline_ms, 0, SEND_DEADLINE_MS_MAX),
+                between("batch.linger_ms", self.batch.linger_ms, 0, SEND_DEADLINE_MS_MAX),
+                between("waits.sync_default_s", self.waits.sync_default_s, 0, SECONDS_MAX),
+                between("waits.sync_max_s", self.waits.sync_max_s, 0, SECONDS_MAX),
+                between("waits.status_max_s", self.waits.status_max_s, 0, SECONDS_MAX),
+                // A job must not be lost while it is still to be sent.
+                self.waits.job_deadline_s.and_then(|s| {
+                    between("waits.job_deadline_s", s, given_up_s + CALL_S, u64::from(u32::MAX))
+                }),
+                between("cache.function_ttl_ms", self.cache.function_ttl_ms, 0, FUNCTION_AGE_S_MAX * 1000),
+                between("cache.function_backstop_s", self.cache.function_backstop_s, 0, FUNCTION_AGE_S_MAX),
+            ]
+            .into_iter()
+            .flatten(),
+        );
         for (n, limit) in self.limits.iter().enumerate() {
             let numbers =
                 [("rate", limit.rate.into()), ("burst", limit.burst.into()), ("period_s", limit.period_s)];
@@ -350,22 +426,33 @@ impl Conf {
     }
 }
 
+fn between(path: &str, value: u64, least: u64, most: u64) -> Option<(String, String)> {
+    if value > most {
+        return Some((path.to_owned(), format!("must be at most {most}")));
+    }
+    (value < least).then(|| (path.to_owned(), format!("must be at least {least}")))
+}
+
 fn at_least_one(path: &str, value: u64) -> Option<(String, String)> {
     (value == 0).then(|| (path.to_owned(), "must be at least 1".to_owned()))
 }
 
 impl LimitConf {
+    /// Redis counts in steps; see limits.lua.
+    pub fn is_countable(&self) -> bool {
+        u128::from(self.quota().drain().1) * u128::from(self.burst) <= LIMIT_STEPS_MAX
+    }
+
     /// (key, problem) of each.
     fn problems(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         // The name goes into a header field and a Redis key.
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
         let is_named = !self.name.is_empty() && self.name.len() <= 64 && self.name.bytes().all(plain);
-        // Redis counts in steps; see limits.lua.
-        let steps = u128::from(self.quota().drain().1) * u128::from(self.burst);
         let is_by_function = self.identity == Identity::Function;
         [
             (!is_named, "name", "must be 1 to 64 of [A-Za-z0-9._-]"),
-            (steps > LIMIT_STEPS_MAX, "burst", "is too large together with period_s"),
+            (self.routes.is_empty(), "routes", "must name a route"),
+            (!self.is_countable(), "burst", "is too large together with period_s"),
             (
                 is_by_function && self.routes.iter().any(|route| route != "/run"),
                 "routes",
@@ -484,6 +571,22 @@ mod tests {
                 "limits.toml:4: limit[0].routes may be \"/run\" alone",
             ),
             ("", limit("a", "ip", "/run", u32::MAX), "limits.toml:7: limit[0].burst is too large"),
+            ("", LIMIT.replace("[\"/run\"]", "[]"), "limits.toml:4: limit[0].routes must name a route"),
+            (
+                "",
+                "[waits]\njob_deadline_s = 7".into(),
+                "limits.toml:2: waits.job_deadline_s must be at least 8",
+            ),
+            (
+                "",
+                "[waits]\nsync_max_s = 86401".into(),
+                "limits.toml:2: waits.sync_max_s must be at most 86400",
+            ),
+            (
+                "[memory]\naudit_bytes_max = 1",
+                String::new(),
+                "server.toml:2: memory.audit_bytes_max must be at least",
+            ),
             (
                 "",
                 [limit("a", "ip", "/run", 1), limit("a", "key", "/run", 1)].concat(),
@@ -498,6 +601,9 @@ mod tests {
         let limits = ConfText { name: "limits.toml".into(), text: Some(LIMIT.into()) };
         let texts = ConfTexts { limits, ..ConfTexts::none() };
         let error = Conf::of(&texts).unwrap().check_routes(&texts, |_| false).unwrap_err();
-        assert_eq!(error.0, ["limits.toml:4: limit[0].routes (limit a): there is no route \"/run\""]);
+        assert_eq!(
+            error.0,
+            ["limits.toml:4: limit[0].routes (limit a): there is no route \"/run\" that asks for a key"]
+        );
     }
 }

@@ -146,6 +146,7 @@ impl BatchLoop {
         let mut open = true;
         while open || !self.waiting.is_empty() || !self.delayed.is_empty() || !sends.is_empty() {
             self.wake_delayed();
+            self.give_up_late();
             while let Some(batch) = self.next_batch(sends.len()) {
                 sends.push(Arc::clone(&self.sender).send(batch));
             }
@@ -184,7 +185,8 @@ impl BatchLoop {
             .map(|w| w.since + self.linger());
         // With a FIFO queue the oldest may be blocked by its function; a timer in the past would spin.
         let oldest = oldest.filter(|at| *at > Instant::now());
-        self.delayed.iter().map(|(at, _)| *at).chain(oldest).min()
+        let given_up = self.waiting.front().map(|w| w.pending.give_up);
+        self.delayed.iter().map(|(at, _)| *at).chain(oldest).chain(given_up).min()
     }
 
     fn linger(&self) -> Duration {
@@ -198,6 +200,15 @@ impl BatchLoop {
         for (_, pending) in due.into_iter().rev() {
             self.busy.remove(&pending.job.function);
             self.waiting.push_front(Waiting { since: now, pending });
+        }
+    }
+
+    /// Ends what has waited in vain: the queue takes less than comes. The oldest stands in front.
+    fn give_up_late(&mut self) {
+        let now = Instant::now();
+        while let Some(late) = self.waiting.pop_front_if(|waiting| waiting.pending.give_up <= now) {
+            self.counted.fetch_sub(1, Ordering::Relaxed);
+            self.sender.give_up(late.pending, &SendError::NotSent("its time was over".into()));
         }
     }
 
@@ -294,14 +305,10 @@ impl BatchSender {
         for (pending, result) in batch.into_iter().zip(results) {
             let id = pending.job.id;
             match self.after_try(pending, result) {
-                After::Again(pending) => tried.again.push(pending),
-                After::Failed => {
-                    self.in_flight.remove(id);
-                    self.journal.leave(&[id]);
-                }
+                Some(pending) => tried.again.push(pending),
                 // Ended while it entered again: it has left before and must leave once more.
-                After::Sent if !self.in_flight.contains(id) => self.journal.leave(&[id]),
-                After::Sent => {}
+                None if !self.in_flight.contains(id) => self.journal.leave(&[id]),
+                None => {}
             }
         }
         tried
@@ -316,14 +323,15 @@ impl BatchSender {
         let _ = pending.done.send(Ok(())); // the caller may be gone
     }
 
-    fn after_try(&self, mut pending: Pending, result: Result<(), SendError>) -> After {
+    /// The job back if it is to be sent again.
+    fn after_try(&self, mut pending: Pending, result: Result<(), SendError>) -> Option<Pending> {
         pending.attempts += 1;
         let error = match result {
             // A result proves that the queue had the job, whatever it answered.
             Err(e) if self.is_awaited(&pending) => e,
             _ => {
                 self.sent(pending);
-                return After::Sent;
+                return None;
             }
         };
         pending.maybe_sent |= matches!(error, SendError::Unknown(_));
@@ -331,8 +339,15 @@ impl BatchSender {
         let in_time = Instant::now() + retry_pause(pending.attempts) < pending.give_up;
         if !refused && in_time {
             self.metrics.sends.with_label_values(&["retried"]).inc();
-            return After::Again(pending);
+            return Some(pending);
         }
+        self.give_up(pending, &error);
+        None
+    }
+
+    /// Ends a job that was not sent, as far as is known.
+    fn give_up(&self, pending: Pending, error: &SendError) {
+        let refused = matches!(error, SendError::Refused(_));
         let (outcome, told) = match (refused, pending.maybe_sent) {
             (_, true) => ("unknown", SubmitError::Unknown),
             (true, false) => ("refused", SubmitError::Refused),
@@ -342,16 +357,11 @@ impl BatchSender {
         tracing::warn!(requestId = %pending.job.id, functionId = %pending.job.function, attempts = pending.attempts, error = %error, "Send Failed");
         let _ = pending.done.send(Err(told));
         // A job that may be on the queue stays in flight: its result, or its deadline, will end it.
-        if pending.maybe_sent { After::Sent } else { After::Failed }
+        if !pending.maybe_sent {
+            self.in_flight.remove(pending.job.id);
+            self.journal.leave(&[pending.job.id]);
+        }
     }
-}
-
-enum After {
-    /// On the queue, or maybe.
-    Sent,
-    Again(Pending),
-    /// Certainly not on the queue.
-    Failed,
 }
 
 /// Exponential, with full jitter on the upper half.
@@ -461,15 +471,24 @@ mod tests {
         in_flight: Arc<InFlight>,
     }
 
+    const CONF: BatchConf = BatchConf {
+        linger_ms: 10,
+        sends_eager: 2,
+        sends_max: 4,
+        queue_jobs_max: 100,
+        send_deadline_ms: 2000,
+    };
+
     /// Starts the loop; it ends by itself once the handle is gone.
     fn house(queue: Arc<ScriptedQueue>, journal: SetJournal) -> (House, impl Future<Output = ()>) {
-        let conf = BatchConf {
-            linger_ms: 10,
-            sends_eager: 2,
-            sends_max: 4,
-            queue_jobs_max: 100,
-            send_deadline_ms: 2000,
-        };
+        house_of(CONF, queue, journal)
+    }
+
+    fn house_of(
+        conf: BatchConf,
+        queue: Arc<ScriptedQueue>,
+        journal: SetJournal,
+    ) -> (House, impl Future<Output = ()>) {
         let metrics = Arc::new(Metrics::new(1).unwrap());
         let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
         let journal = Arc::new(journal);
@@ -530,6 +549,27 @@ mod tests {
                 assert_eq!(result.await.unwrap(), Ok(()));
             }
             assert_eq!(house.queue.sizes(), [2, 2, 1]);
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_waits_in_vain_is_given_up_in_time_and_not_sent() {
+        let conf = BatchConf { sends_eager: 1, sends_max: 1, send_deadline_ms: 12, ..CONF };
+        let (house, run) = house_of(conf, ScriptedQueue::new(false, &[]), SetJournal::default());
+        let started = Instant::now();
+        let work = async {
+            // One a call, and a call takes 8 ms.
+            let told = (0..5).map(|n| {
+                let result = house.send(n, "f", 1000);
+                async move { (result.await.unwrap(), started.elapsed().as_millis()) }
+            });
+            let told = futures_util::future::join_all(told).await;
+            let late = vec![(Err(SubmitError::Unavailable), 12); 3];
+            assert_eq!(told, [vec![(Ok(()), 8), (Ok(()), 16)], late].concat());
+            assert_eq!(house.queue.sizes(), [1, 1]);
+            assert_eq!(house.in_flight.unsettled().len(), 2);
             drop(house);
         };
         tokio::join!(run, work);

@@ -6,7 +6,6 @@
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,6 +25,8 @@ struct Lines {
 struct Waiting {
     bytes: Vec<u8>,
     is_closed: bool,
+    /// The writer has written all and is gone.
+    is_over: bool,
 }
 
 /// How many lines were dropped because nobody read them.
@@ -35,26 +36,27 @@ pub fn lines_dropped() -> usize {
 
 /// Starts the writer.
 pub(super) fn start() -> LinesGuard {
-    let (ending, ended) = mpsc::sync_channel(0);
-    let write = move || {
-        LINES.write_to(&mut io::stdout());
-        drop(ending);
-    };
-    // Without the thread nothing is written, and `ended` says so at once.
-    let _ = std::thread::Builder::new().name("log".to_owned()).spawn(write);
-    LinesGuard(ended)
+    let write = || LINES.write_to(&mut io::stdout());
+    if std::thread::Builder::new().name("log".to_owned()).spawn(write).is_err() {
+        LINES.waiting().is_over = true; // nothing is written
+    }
+    LinesGuard(())
+}
+
+/// Writes what is left, if anybody reads it, and ends the writer.
+pub fn finish() {
+    LINES.finish(WRITTEN_WITHIN);
 }
 
 /// How long the end waits for somebody to read the last lines.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(2);
 
-/// Dropping it writes what is left, if anybody reads it, and ends the writer.
-pub struct LinesGuard(mpsc::Receiver<()>);
+/// Dropping it [`finish`]es.
+pub struct LinesGuard(());
 
 impl Drop for LinesGuard {
     fn drop(&mut self) {
-        LINES.close();
-        let _ = self.0.recv_timeout(WRITTEN_WITHIN);
+        finish();
     }
 }
 
@@ -74,7 +76,7 @@ impl Write for Line {
 
 impl Lines {
     const fn new() -> Self {
-        let waiting = Waiting { bytes: Vec::new(), is_closed: false };
+        let waiting = Waiting { bytes: Vec::new(), is_closed: false, is_over: false };
         Self { waiting: Mutex::new(waiting), changed: Condvar::new(), dropped: AtomicUsize::new(0) }
     }
 
@@ -90,13 +92,16 @@ impl Lines {
         waiting.bytes.extend_from_slice(line);
         drop(waiting);
         if is_first {
-            self.changed.notify_one();
+            self.changed.notify_all();
         }
     }
 
-    fn close(&self) {
-        self.waiting().is_closed = true;
-        self.changed.notify_one();
+    fn finish(&self, within: Duration) {
+        let mut waiting = self.waiting();
+        waiting.is_closed = true;
+        self.changed.notify_all();
+        let not_over = |waiting: &mut Waiting| !waiting.is_over;
+        drop(self.changed.wait_timeout_while(waiting, within, not_over));
     }
 
     /// Writes lines as they come, until closed.
@@ -106,6 +111,8 @@ impl Lines {
             // A closed standard output is no reason to stop; there is nobody to tell.
             let _ = out.write_all(&bytes).and_then(|()| out.flush());
         }
+        self.waiting().is_over = true;
+        self.changed.notify_all();
     }
 
     /// Waits for lines and swaps them in; `false`: closed and nothing is left.
@@ -138,7 +145,7 @@ mod tests {
             for n in 0..1000 {
                 lines.push(format!("{n}\n").as_bytes());
             }
-            lines.close();
+            lines.finish(WRITTEN_WITHIN);
         });
         let expected: String = (0..1000).map(|n| format!("{n}\n")).collect();
         assert_eq!(String::from_utf8(out).unwrap(), expected);

@@ -105,6 +105,22 @@ async fn a_broken_file_is_refused_whole_and_told_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_are_all_lifted_only_by_saying_so() {
+    let platform = start(&settings(50)).await;
+    let gateway = &platform.gateway;
+    // As a file is for a moment while it is written.
+    for (n, text) in [(1, ""), (2, "# soon\n"), (3, "[waits]\nsync_max_s = 5\n")] {
+        write(&platform, text);
+        counted(gateway, REFUSED, n, IN_FORCE).await;
+        assert_eq!(limit_of(gateway).await.as_deref(), Some("50"), "{text:?}");
+    }
+    write(&platform, "limit = []\n");
+    counted(gateway, APPLIED, 1, IN_FORCE).await;
+    assert_eq!(limit_of(gateway).await, None);
+    platform.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_read_at_start_only_says_so() {
     let platform = start(&settings(50)).await;
     std::fs::write(platform.conf_file("server.toml"), "[http]\nkeepalive_s = 7\n").expect("writable");

@@ -159,7 +159,13 @@ impl JobQueue for SqsQueue {
                 for job in jobs {
                     let alone = self.send(std::slice::from_ref(job)).await;
                     results.extend(alone.unwrap_or_else(|error| vec![Err(error)]));
+                    // What follows would overtake it, or wait as long.
+                    if !matches!(results.last(), Some(Ok(()) | Err(SendError::Refused(_)))) {
+                        break;
+                    }
                 }
+                let not_tried = || Err(SendError::NotSent("one before it could not be sent".into()));
+                results.resize_with(jobs.len(), not_tried);
                 results
             }
             Err(error) => vec![Err(error); jobs.len()],

@@ -18,10 +18,14 @@ const FOUND_WITHIN: Duration = Duration::from_secs(5);
 const TRUSTED_FOR: Duration = Duration::from_secs(10);
 /// After a failure the old ones are used so long before the next try.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
+/// Without any, so long.
+const FAILURE_SHARED: Duration = Duration::from_secs(1);
 
 pub(in super::super) struct CredentialCache {
     provider: SharedCredentialsProvider,
     kept: Mutex<Option<Kept>>,
+    /// The last failure: those who wait for the same answer need not ask again.
+    failed: Mutex<Option<(Instant, BackendError)>>,
     /// Held by the one who asks the provider.
     asking: tokio::sync::Mutex<()>,
 }
@@ -35,7 +39,12 @@ struct Kept {
 
 impl CredentialCache {
     pub(in super::super) fn new(provider: SharedCredentialsProvider) -> Self {
-        Self { provider, kept: Mutex::default(), asking: tokio::sync::Mutex::default() }
+        Self {
+            provider,
+            kept: Mutex::default(),
+            failed: Mutex::default(),
+            asking: tokio::sync::Mutex::default(),
+        }
     }
 
     /// Credentials that are still good.
@@ -53,13 +62,23 @@ impl CredentialCache {
         if let Some(credentials) = self.fresh() {
             return Ok(credentials);
         }
+        if let Some(error) = self.just_failed() {
+            return self.old().ok_or(error);
+        }
         match self.ask().await {
             Ok(credentials) => Ok(self.keep(credentials)),
             Err(error) => {
                 tracing::warn!(%error, "Credentials Not Refreshed");
+                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some((Instant::now(), error.clone()));
                 self.use_old().ok_or(error)
             }
         }
+    }
+
+    fn just_failed(&self) -> Option<BackendError> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        failed.as_ref().filter(|(at, _)| at.elapsed() < FAILURE_SHARED).map(|(_, error)| error.clone())
     }
 
     async fn ask(&self) -> Result<Credentials, BackendError> {
@@ -72,7 +91,11 @@ impl CredentialCache {
 
     fn keep(&self, credentials: Credentials) -> Arc<Credentials> {
         let refresh_at = match credentials.expiry() {
-            Some(at) => at.checked_sub(REFRESH_EARLY).unwrap_or(SystemTime::UNIX_EPOCH),
+            // Those that run out soon are asked for anew soon, but not on each call.
+            Some(at) => {
+                let early = at.checked_sub(REFRESH_EARLY).unwrap_or(SystemTime::UNIX_EPOCH);
+                early.max(SystemTime::now() + PAUSE_AFTER_FAILURE).min(at)
+            }
             None => SystemTime::now() + KEPT_MAX,
         };
         let credentials = Arc::new(credentials);
@@ -107,7 +130,8 @@ impl CredentialCache {
     fn use_old(&self) -> Option<Arc<Credentials>> {
         let old = self.old()?;
         if let Some(kept) = self.kept().as_mut() {
-            kept.refresh_at = SystemTime::now() + PAUSE_AFTER_FAILURE;
+            let later = SystemTime::now() + PAUSE_AFTER_FAILURE;
+            kept.refresh_at = old.expiry().map_or(later, |at| at.min(later));
         }
         Some(old)
     }
@@ -163,6 +187,11 @@ mod tests {
         Some(cache.get().await.ok()?.access_key_id().to_owned())
     }
 
+    /// As if the time to ask anew had come.
+    fn due(cache: &CredentialCache) {
+        cache.kept().as_mut().expect("credentials").refresh_at = SystemTime::UNIX_EPOCH;
+    }
+
     #[tokio::test]
     async fn they_are_asked_for_once_while_they_last() {
         let (cache, asked) = cache(&[None, Some(Duration::from_secs(3600))]);
@@ -184,6 +213,7 @@ mod tests {
     async fn a_chain_that_hangs_is_not_waited_for_while_the_old_ones_last() {
         let (cache, asked) = cache_of(&[Some(Duration::from_secs(30))], true);
         assert_eq!(key(&cache).await.as_deref(), Some("AK0"));
+        due(&cache);
         let (first, second) = tokio::join!(key(&cache), async {
             let started = tokio::time::Instant::now();
             (key(&cache).await, started.elapsed())
@@ -196,12 +226,23 @@ mod tests {
     #[tokio::test]
     async fn those_about_to_run_out_are_replaced_or_used_to_the_end() {
         let (cache, asked) = cache(&[Some(Duration::from_secs(30)), Some(Duration::from_secs(20))]);
-        assert_eq!(key(&cache).await.as_deref(), Some("AK0"));
+        for expected in ["AK0", "AK0"] {
+            assert_eq!(key(&cache).await.as_deref(), Some(expected), "not anew on each call");
+        }
+        due(&cache);
         assert_eq!(key(&cache).await.as_deref(), Some("AK1"));
+        due(&cache);
         for _ in 0..3 {
             assert_eq!(key(&cache).await.as_deref(), Some("AK1"), "the provider fails now");
         }
         assert_eq!(asked.load(Ordering::SeqCst), 3, "and is left alone for a moment");
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_shared_by_all_who_wait_for_it() {
+        let (cache, asked) = cache(&[]);
+        let keys = futures_util::future::join_all((0..10).map(|_| key(&cache))).await;
+        assert_eq!((keys, asked.load(Ordering::SeqCst)), (vec![None; 10], 1));
     }
 
     #[tokio::test]

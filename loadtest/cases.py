@@ -112,9 +112,12 @@ def case(stack, name, seconds, before):
         return measured(stack, gateway, lambda: wrk(stack.directory, gateway.port, connections, seconds, name == ASYNC))
     if name == HALF:
         return measured(stack, gateway, lambda: at_rate(stack, before[ASYNC]["rps"] / 2, seconds))
-    bare = stack.bare[{BARE_NOW: 0, BARE_8: 8, BARE_13: 13}[name]]
-    cpu = bare.cpu_seconds()
+    wait_ms = {BARE_NOW: 0, BARE_8: 8, BARE_13: 13}[name]
+    bare, log = stack.bare[wait_ms], stack.bare_log(wait_ms)
+    cpu, logged = bare.cpu_seconds(), log.stat().st_size
     run = wrk(stack.directory, bare.port, connections, seconds, True)
+    if log.stat().st_size - logged < 100 * run["requests"]:
+        raise RuntimeError("bare Pingora does not write its log lines")
     return run | {"cpu_us": (bare.cpu_seconds() - cpu) / run["requests"] * 1e6}
 
 
@@ -191,10 +194,12 @@ def growth(stack, pairs, many, seconds):
     load(few.port, "--connections", 256, "--async", "--requests-per-connection", 1, "--requests", many, seconds=120)
     runs = []
     for pair in range(pairs):
-        one = measured(stack, few, lambda: load(few.port, *turnover, seconds=seconds))
         skip = ["--first", pair * many // pairs]
-        all_ = measured(stack, gateway, lambda: load(gateway.port, *turnover, *several, *skip, seconds=seconds))
-        runs.append({"one": one, "many": all_, "ratio": all_["cpu_us"] / one["cpu_us"]})
+        kinds = [("one", few, []), ("many", gateway, [*several, *skip])]
+        run = {}
+        for kind, served, more in kinds[:: 1 if pair % 2 == 0 else -1]:  # the machine may grow slower or faster meanwhile
+            run[kind] = measured(stack, served, lambda: load(served.port, *turnover, *more, seconds=seconds))
+        runs.append(run | {"ratio": run["many"]["cpu_us"] / run["one"]["cpu_us"]})
     return {"many": many, "pairs": runs, "ratio": statistics.median(run["ratio"] for run in runs)}
 
 

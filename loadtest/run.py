@@ -10,6 +10,7 @@ import datetime
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -26,12 +27,17 @@ ROUNDS = int(os.environ.get("ROUNDS", 1 if QUICK else 5))
 SECONDS_EACH = int(os.environ.get("SECONDS_EACH", 2 if QUICK else 8))
 WAITERS = 1_000 if QUICK else 10_000
 MANY = 5_000 if QUICK else 100_000
-PAIRS = 1 if QUICK else 3
+PAIRS = 1 if QUICK else 5
 
 
 def machine():
-    cpu = pathlib.Path("/proc/cpuinfo").read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    models = re.findall(r"^model name\s*: (.+)$", pathlib.Path("/proc/cpuinfo").read_text(), re.M)
+    cpu = models[0] if models else "a processor without a name"
+    try:
+        describe = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        commit = ""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{os.cpu_count()} cores of {cpu}, {platform.machine()}, Linux {platform.release()}",

@@ -197,9 +197,12 @@ class Stack:
         until(lambda: fetch(f"http://127.0.0.1:{port}/readyz"), "the gateway")
         return gateway
 
+    def bare_log(self, wait_ms):
+        return self.directory / f"bare-{wait_ms}.log"
+
     def _bare(self, wait_ms):
         port = free_port()
-        with open(self.directory / f"bare-{wait_ms}.log", "wb") as log:
+        with open(self.bare_log(wait_ms), "wb") as log:
             command = [RELEASE / "examples/bare", "--listen", f"127.0.0.1:{port}", "--wait-ms", wait_ms, "--log"]
             bare = Process(self.run(command, SERVER_CORES, log), port)
         until(lambda: fetch(f"http://127.0.0.1:{port}/"), "bare Pingora")

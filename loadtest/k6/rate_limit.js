@@ -26,6 +26,7 @@ export const options = {
   },
   thresholds: {
     checks: ['rate==1'],
+    dropped_iterations: ['count==0'],
     http_req_failed: ['rate==0'],
     // A second more than the load lasts: its last request is answered after its end.
     admitted: [`count<=${BURST + RATE * (SECONDS + 1)}`, `count>=${Math.floor(0.8 * RATE * SECONDS)}`],

@@ -18,6 +18,7 @@ export const options = {
   },
   thresholds: {
     checks: ['rate==1'],
+    dropped_iterations: ['count==0'],
     http_req_failed: ['rate==0'],
     memory_grown_mb: [`max<${number('GROWN_MB', 150)}`],
   },

@@ -21,6 +21,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "lifecycle",
             "config",
             "metrics",
+            "log",
             "backend",
             "model",
         ],

@@ -152,7 +152,7 @@ impl Functions {
 
     /// Makes every node forget what it knows of a function, after its table entry was changed by this one.
     pub(super) async fn changed(&self, id: &FunctionId) {
-        self.forget(id).await;
+        self.forget(id);
         self.0.feed.announce(id).await;
     }
 
@@ -163,7 +163,7 @@ impl Functions {
     }
 
     /// Forgets a function that has changed.
-    pub(super) async fn forget(&self, id: &FunctionId) {
+    pub(super) fn forget(&self, id: &FunctionId) {
         self.0.changes.note(id);
         self.0.entries.remove(id);
     }
@@ -208,12 +208,17 @@ impl Inner {
         id: &FunctionId,
         known: Option<Entry>,
     ) -> Result<Option<Arc<JobTemplate>>, BackendError> {
-        let asked_after = self.changes.count.load(Ordering::Acquire);
+        let (asked_at, asked_after) = (Instant::now(), self.changes.count.load(Ordering::Acquire));
         let mut again = false;
         loop {
-            let look = |_: &FunctionId, entry: &mut Entry| match self.is_believed(id, entry) {
-                true => EntryAction::<Entry>::Retain(entry.clone()),
-                false => EntryAction::ReplaceWithGuard,
+            let look = |_: &FunctionId, entry: &mut Entry| {
+                // What came of a load that began since is what another one would bring, a failure as well.
+                let is_ours =
+                    entry.loaded_at > asked_at && !self.changes.changed_since(id, entry.loaded_after);
+                match is_ours || self.is_believed(id, entry) {
+                    true => EntryAction::<Entry>::Retain(entry.clone()),
+                    false => EntryAction::ReplaceWithGuard,
+                }
             };
             let (place, before) = match self.entries.entry_async(id, look).await {
                 EntryResult::Retained(entry) => (None, Some(entry)),
@@ -528,7 +533,7 @@ mod tests {
         assert_eq!(memory_mb(&functions).await, Some(256));
 
         table.is_away.store(true, Ordering::SeqCst);
-        functions.forget(&id()).await;
+        functions.forget(&id());
         assert!(functions.get(&id()).await.is_err(), "it is known to have changed");
         table.is_away.store(false, Ordering::SeqCst);
         assert_eq!(memory_mb(&functions).await, Some(256), "a failure is not remembered");
@@ -546,7 +551,7 @@ mod tests {
         let change = async {
             table.was_asked(1).await;
             table.resize(512);
-            functions.forget(&id()).await;
+            functions.forget(&id());
             let joined = memory_mb(&functions);
             table.may_answer.add_permits(2);
             joined.await
@@ -565,7 +570,7 @@ mod tests {
         let changes = async {
             for n in 1..=100 {
                 table.was_asked(n).await;
-                functions.forget(&id()).await;
+                functions.forget(&id());
                 table.may_answer.add_permits(1);
             }
         };
@@ -690,6 +695,22 @@ mod tests {
         functions.set_conf(&conf);
         assert!(functions.0.entries.len() <= 64 + functions.0.entries.num_shards());
         assert!(fill(&functions).await <= 64 + functions.0.entries.num_shards());
+    }
+
+    #[tokio::test]
+    async fn a_failure_is_shared_by_those_who_wait_for_it() {
+        let table = Table::slow();
+        let (functions, id) = (functions(&table), id());
+        table.is_away.store(true, Ordering::SeqCst);
+        let all = futures_util::future::join_all((0..100).map(|_| functions.get(&id)));
+        let open = async {
+            table.was_asked(1).await;
+            table.may_answer.close();
+        };
+        let (all, ()) = tokio::join!(all, open);
+        assert!(all.iter().all(Result::is_err));
+        // Those who came while it was under way are served by the next.
+        assert!(table.asked() <= 2, "{}", table.asked());
     }
 
     #[tokio::test]

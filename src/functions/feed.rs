@@ -158,7 +158,7 @@ impl ChangeLoop {
             ChangeEvent::Changed(id) => {
                 self.metrics.cache.changes.inc();
                 match FunctionId::parse(&id) {
-                    Some(id) => self.functions.forget(&id).await,
+                    Some(id) => self.functions.forget(&id),
                     // Everything, or something only a later program knows.
                     None => self.functions.doubt_all(),
                 }

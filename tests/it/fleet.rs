@@ -105,7 +105,7 @@ async fn a_change_is_in_force_on_every_node_within_a_second() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stampede_for_a_cold_function_reads_it_once() {
-    let platform = Setup::serve().policy(Policy::PassAndCount).start().await;
+    let platform = Setup::serve().no_worker().policy(Policy::PassAndCount).start().await;
     platform.fleet().cloud.put_function("cold").await;
     let reads = || platform.fleet().proxy.as_ref().expect("a proxy").count("GetItem").passed;
     let before = reads();

@@ -138,8 +138,8 @@ def handle_or_report(permits, *args):
         permits.release()
 
 
-def poll(sqs, store, queue_url, pool, permits, stop):
-    while not stop.is_set():
+def poll(sqs, store, queue_url, pool, permits):
+    while True:
         try:
             answer = sqs.receive_message(
                 QueueUrl=queue_url,
@@ -150,7 +150,7 @@ def poll(sqs, store, queue_url, pool, permits, stop):
             )
         except Exception as error:
             print(f"poll failed: {error!r}", file=sys.stderr, flush=True)
-            stop.wait(0.2)
+            time.sleep(0.2)
             continue
         for message in answer.get("Messages", []):
             permits.acquire()  # taken before submit: the pool's own queue has no bound
@@ -158,19 +158,20 @@ def poll(sqs, store, queue_url, pool, permits, stop):
 
 
 def main():
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    # Blocked in every thread and waited for below: a Python handler that sets an Event can find its lock taken by the
+    # very wait that it interrupts, and then neither ends.
+    ends = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     queue_url = os.environ["SQS_URL"]
     sqs, store = connect_sqs(), connect_redis()
     store.ping()
     pool = ThreadPoolExecutor(max_workers=RUNS_MAX)
     permits = threading.BoundedSemaphore(RUNS_MAX)
     for _ in range(POLLERS):
-        args = (sqs, store, queue_url, pool, permits, stop)
+        args = (sqs, store, queue_url, pool, permits)
         threading.Thread(target=poll, args=args, daemon=True).start()
     print("worker ready", flush=True)
-    stop.wait()
+    signal.sigwait(ends)
     # A run that sleeps must not hold up the end; its message comes again, as after any crash of a worker.
     os._exit(0)
 

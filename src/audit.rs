@@ -2,22 +2,22 @@
 //!
 //! A bounded queue in front: [`Audit::record`] never waits. When it is full the caller keeps the job in flight
 //! and comes again, so a slow log table costs memory up to the bound and nothing else. Behind it one loop writes
-//! rows 25 at a time and adds up what is to be written to the functions themselves ([`sums`]).
+//! rows 25 at a time. Then the books of these executions are closed ([`ledger`]).
 
-mod sums;
+mod ledger;
 mod tail;
 
+pub use ledger::Ledger;
 pub use tail::{Tail, TailEntry};
 
-use crate::backend::{BackendError, ExecutionStore, FunctionStore, ROWS_MAX};
+use crate::backend::{BackendError, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
-use crate::model::{Execution, FunctionId, JobId, Recommendation};
+use crate::model::{Execution, JobId, Recommendation};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use sums::{Note, Notes};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -25,11 +25,12 @@ use tokio::time::Instant;
 const ROWS_LINGER: Duration = Duration::from_millis(50);
 /// Row writes in flight at a time: at 5 ms each, 80,000 rows a second.
 const WRITES_MAX: usize = 16;
+/// How often a flusher that may not write looks whether it may.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long rows gather before they are taken from the queue: one wake-up for many.
 const ROWS_GATHER: Duration = Duration::from_millis(5);
-/// How long the end may take: first for the rows, then for the sums.
+/// How long the end may take.
 const ROWS_END_MAX: Duration = Duration::from_secs(7);
-const SUMS_END_MAX: Duration = Duration::from_secs(3);
 /// Pause before rows that failed are written again: doubles from the first to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LAST: Duration = Duration::from_secs(5);
@@ -39,7 +40,7 @@ const RETRY_LAST: Duration = Duration::from_secs(5);
 pub struct Full;
 
 /// Who is told that rows are written. Must not wait: rows of other jobs stand behind.
-pub trait Ledger: Send + Sync {
+pub trait RowsWritten: Send + Sync {
     fn rows_written(&self, ids: &[JobId]);
 }
 
@@ -105,18 +106,24 @@ pub struct Flusher {
     receiver: mpsc::Receiver<Record>,
     bytes: Arc<AtomicUsize>,
     executions: Arc<dyn ExecutionStore>,
-    functions: Arc<dyn FunctionStore>,
     metrics: Arc<Metrics>,
-    notes: Notes,
+    ledger: Arc<Ledger>,
 }
 
-/// A handle and its loop.
+/// The loops behind [`Audit`]: `flusher` first, as what it writes is then closed by `ledger`.
+pub struct AuditLoops {
+    pub flusher: Flusher,
+    pub ledger: Arc<Ledger>,
+}
+
+/// A handle and its loops.
 pub fn new(
     conf: &MemoryConf,
     executions: Arc<dyn ExecutionStore>,
     functions: Arc<dyn FunctionStore>,
+    journal: Arc<dyn Journal>,
     metrics: Arc<Metrics>,
-) -> (Audit, Flusher) {
+) -> (Audit, AuditLoops) {
     let (sender, receiver) = mpsc::channel(conf.audit_rows_max);
     let bytes = Arc::new(AtomicUsize::new(0));
     let audit = Audit {
@@ -126,9 +133,9 @@ pub fn new(
         metrics: Arc::clone(&metrics),
         tail: Tail::default(),
     };
-    let notes = Notes::new(sums::WAITING_MAX, Arc::clone(&metrics));
-    let flusher = Flusher { receiver, bytes, executions, functions, metrics, notes };
-    (audit, flusher)
+    let ledger = Arc::new(Ledger::new(journal, functions, Arc::clone(&metrics), ledger::WAITING_MAX));
+    let flusher = Flusher { receiver, bytes, executions, metrics, ledger: Arc::clone(&ledger) };
+    (audit, AuditLoops { flusher, ledger })
 }
 
 /// Rows that are written together, each with what it advises.
@@ -222,21 +229,19 @@ impl Batch {
 
 impl Flusher {
     /// Runs until `stop` resolves, and then until every row that was taken is written, but not for ever.
-    pub async fn run(mut self, ledger: Arc<dyn Ledger>, stop: impl Future<Output = ()>) {
+    pub async fn run(mut self, told: Arc<dyn RowsWritten>, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         let mut end = None;
         let mut writes = FuturesUnordered::new();
         let mut gathered = Vec::with_capacity(ROWS_MAX);
         let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
-        // At most one: a table that does not answer must not hold the rows up.
-        let mut rounds = FuturesUnordered::new();
-        let mut round_at = Instant::now() + sums::ROUND;
         let mut open = true;
-        while open || !gathered.is_empty() || !writes.is_empty() || !rounds.is_empty() {
+        while open || !gathered.is_empty() || !writes.is_empty() {
             let room = ROWS_MAX - gathered.len();
-            let may_write = writes.len() < WRITES_MAX && !self.notes.are_full();
+            let is_full = self.ledger.is_full();
+            let may_write = writes.len() < WRITES_MAX && !is_full;
             tokio::select! {
-                Some(written) = writes.next() => self.after_write(written, ledger.as_ref()),
+                Some(written) = writes.next() => self.after_write(written, told.as_ref()),
                 n = take(&mut self.receiver, &mut gathered, look_at), if open && room > 0 => {
                     open = n > 0;
                     if gathered.len() == n {
@@ -247,13 +252,7 @@ impl Flusher {
                     }
                 }
                 () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !gathered.is_empty() && may_write => {}
-                Some(left) = rounds.next() => {
-                    round_at = self.after_round(left, round_at);
-                }
-                () = tokio::time::sleep_until(round_at), if rounds.is_empty() => {
-                    round_at = Instant::now() + sums::ROUND;
-                    rounds.push(self.notes.write_some(Arc::clone(&self.functions)));
-                }
+                () = tokio::time::sleep(LOOK_AGAIN), if is_full => {}
                 () = &mut stop, if end.is_none() => {
                     end = Some(Instant::now() + ROWS_END_MAX);
                     look_at = Instant::now();
@@ -262,44 +261,24 @@ impl Flusher {
                 () = over(end) => break,
             }
             let due = gathered.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
-            if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.notes.are_full() {
+            if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.ledger.is_full() {
                 let batch = Batch::of(gathered.drain(..));
                 writes.push(write(Arc::clone(&self.executions), Arc::clone(&self.metrics), batch));
             }
         }
-        self.end(end).await;
-    }
-
-    fn after_write(&mut self, written: Batch, ledger: &dyn Ledger) {
-        self.bytes.fetch_sub(written.bytes, Ordering::Relaxed);
-        self.metrics.audit.waiting_rows.sub(written.ids.len() as i64);
-        for (row, recommendation) in written.rows.into_iter().zip(written.recommendations) {
-            let note = Note::of(&row, recommendation);
-            self.notes.add(row.function, note);
-        }
-        ledger.rows_written(&written.ids);
-    }
-
-    /// When the next round may begin.
-    fn after_round(&mut self, left: Vec<(FunctionId, Note)>, planned: Instant) -> Instant {
-        let is_going_well = left.is_empty();
-        self.notes.put_back(left);
-        if is_going_well && self.notes.are_many() { Instant::now() } else { planned }
-    }
-
-    /// Writes the sums that are left while there is time, and says what is not written.
-    async fn end(mut self, end: Option<Instant>) {
-        let end = end.unwrap_or_else(|| Instant::now() + ROWS_END_MAX) + SUMS_END_MAX;
-        let _ = tokio::time::timeout_at(end, self.notes.write_all(self.functions)).await;
         let rows = self.metrics.audit.waiting_rows.get();
         if rows > 0 {
             // Their jobs stay in the journal: the next start finds the results again.
             tracing::error!(rows, "Rows Not Written In Time");
         }
-        let functions = self.metrics.audit.waiting_functions.get();
-        if functions > 0 {
-            tracing::error!(functions, "Counters Lost");
-        }
+    }
+
+    fn after_write(&mut self, written: Batch, told: &dyn RowsWritten) {
+        self.bytes.fetch_sub(written.bytes, Ordering::Relaxed);
+        self.metrics.audit.waiting_rows.sub(written.ids.len() as i64);
+        // Into the books before it is out of the table: whoever looks at both finds it in one.
+        self.ledger.take(&written.ids, written.rows, written.recommendations);
+        told.rows_written(&written.ids);
     }
 }
 
@@ -343,8 +322,11 @@ async fn write(store: Arc<dyn ExecutionStore>, metrics: Arc<Metrics>, batch: Bat
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{FunctionPage, FunctionWrite, LogPage, LogQuery, Written};
-    use crate::model::{Counters, Function, NodeId, Outcome};
+    use crate::backend::{
+        Ended, FunctionPage, FunctionStore, FunctionWrite, Journal, JournalEntry, LogPage, LogQuery,
+        Unposted, Written,
+    };
+    use crate::model::{Counters, Function, FunctionId, Job, NodeId, Outcome};
     use async_trait::async_trait;
     use std::collections::HashMap;
     use std::sync::Mutex;
@@ -356,7 +338,10 @@ mod tests {
         failures: Mutex<Vec<BackendError>>,
         rows: Mutex<HashMap<String, Execution>>,
         puts: Mutex<Vec<usize>>,
+        /// As a journal keeps them.
+        unposted: Mutex<HashMap<FunctionId, Counters>>,
         sums: Mutex<HashMap<FunctionId, Counters>>,
+        ends_fail: AtomicBool,
         /// In the order of the updates.
         updated: Mutex<Vec<(Instant, FunctionId)>>,
         sums_fail: AtomicBool,
@@ -412,34 +397,83 @@ mod tests {
             Ok(())
         }
 
-        async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
-            if self.sums_hang.load(Ordering::Relaxed) {
-                std::future::pending::<()>().await;
-            }
-            if self.sums_fail.load(Ordering::Relaxed) {
-                return Err(BackendError::Unavailable("x".into()));
-            }
-            self.updated.lock().unwrap().push((Instant::now(), id.clone()));
-            *self.sums.lock().unwrap().entry(id.clone()).or_default() += sums;
-            Ok(())
-        }
-
         async fn probe(&self) -> Result<(), BackendError> {
             Ok(())
         }
     }
 
-    impl Ledger for Tables {
+    #[async_trait]
+    impl Journal for Tables {
+        async fn enter(&self, _: &[Job]) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        async fn leave(&self, _: &[JobId]) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+            if self.ends_fail.load(Ordering::Relaxed) {
+                return Err(BackendError::Unavailable("x".into()));
+            }
+            let mut unposted = self.unposted.lock().unwrap();
+            for Ended { function, adds, .. } in ended {
+                *unposted.entry(function.clone()).or_default() += *adds;
+            }
+            Ok(true)
+        }
+
+        async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+            Ok(self.unposted.lock().unwrap().keys().cloned().collect())
+        }
+
+        async fn post(&self, _: NodeId, functions: &[FunctionId], _: usize) -> Unposted {
+            if self.sums_hang.load(Ordering::Relaxed) {
+                std::future::pending::<()>().await;
+            }
+            if self.sums_fail.load(Ordering::Relaxed) {
+                let failure = Some(BackendError::Unavailable("x".into()));
+                return Unposted { left: functions.to_vec(), failure };
+            }
+            for function in functions {
+                let Some(sums) = self.unposted.lock().unwrap().remove(function) else { continue };
+                self.updated.lock().unwrap().push((Instant::now(), function.clone()));
+                *self.sums.lock().unwrap().entry(function.clone()).or_default() += sums;
+            }
+            Unposted::default()
+        }
+
+        async fn contains(&self, _: JobId) -> Result<bool, BackendError> {
+            Ok(false)
+        }
+
+        async fn entries(&self, _: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
+            Ok(Vec::new())
+        }
+    }
+
+    impl RowsWritten for Tables {
         fn rows_written(&self, ids: &[JobId]) {
             self.left.lock().unwrap().extend_from_slice(ids);
         }
     }
 
-    fn audit(tables: &Arc<Tables>, rows_max: usize, bytes_max: usize) -> (Audit, Flusher) {
+    fn audit(tables: &Arc<Tables>, rows_max: usize, bytes_max: usize) -> (Audit, AuditLoops) {
         let mut conf = crate::config::Conf::shipped().unwrap().memory;
         (conf.audit_rows_max, conf.audit_bytes_max) = (rows_max, bytes_max);
         let metrics = Arc::new(Metrics::new(10).unwrap());
-        new(&conf, Arc::clone(tables) as _, Arc::clone(tables) as _, metrics)
+        let tables = || Arc::clone(tables);
+        new(&conf, tables() as _, tables() as _, tables() as _, metrics)
+    }
+
+    /// Both loops until `stop`, and to their ends.
+    async fn run(tables: &Arc<Tables>, loops: AuditLoops, stop: impl Future<Output = ()>) {
+        let (stop_ledger, ledger_stopped) = tokio::sync::oneshot::channel::<()>();
+        let rows = async {
+            loops.flusher.run(Arc::clone(tables) as _, stop).await;
+            drop(stop_ledger);
+        };
+        tokio::join!(rows, loops.ledger.run(async { drop(ledger_stopped.await) }));
     }
 
     fn record(audit: &Audit, n: u64) -> Result<(), Full> {
@@ -459,11 +493,11 @@ mod tests {
         let tables = Arc::new(Tables::default());
         let unavailable = BackendError::Unavailable("x".into());
         *tables.failures.lock().unwrap() = vec![unavailable; 5];
-        let (audit, flusher) = audit(&tables, 1000, 1 << 20);
+        let (audit, loops) = audit(&tables, 1000, 1 << 20);
         for n in 0..60 {
             record(&audit, n).unwrap();
         }
-        flusher.run(Arc::clone(&tables) as _, async {}).await;
+        run(&tables, loops, async {}).await;
         assert_eq!(tables.rows.lock().unwrap().len(), 60);
         assert_eq!(tables.left.lock().unwrap().len(), 60);
         let puts = tables.puts.lock().unwrap().clone();
@@ -483,11 +517,11 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_call_takes_no_key_twice() {
         let tables = Arc::new(Tables::default());
-        let (audit, flusher) = audit(&tables, 100, 1 << 20);
+        let (audit, loops) = audit(&tables, 100, 1 << 20);
         for n in [1, 2, 1, 3, 1] {
             record(&audit, n).unwrap();
         }
-        flusher.run(Arc::clone(&tables) as _, async {}).await;
+        run(&tables, loops, async {}).await;
         assert_eq!(*tables.puts.lock().unwrap(), [3, 1, 1]);
         assert_eq!(tables.left.lock().unwrap().len(), 5);
     }
@@ -496,9 +530,9 @@ mod tests {
     async fn a_row_that_is_refused_for_good_holds_nothing_up() {
         let tables = Arc::new(Tables::default());
         *tables.failures.lock().unwrap() = vec![BackendError::Invalid("x".into())];
-        let (audit, flusher) = audit(&tables, 10, 1 << 20);
+        let (audit, loops) = audit(&tables, 10, 1 << 20);
         record(&audit, 1).unwrap();
-        flusher.run(Arc::clone(&tables) as _, async {}).await;
+        run(&tables, loops, async {}).await;
         assert_eq!((tables.rows.lock().unwrap().len(), tables.left.lock().unwrap().len()), (0, 1));
         assert_eq!(audit.metrics.audit.rows_refused.get(), 1);
     }
@@ -507,7 +541,7 @@ mod tests {
     async fn the_newest_recommendation_is_kept_and_written_again_after_a_failure() {
         let tables = Arc::new(Tables::default());
         *tables.failed_recommendations.lock().unwrap() = vec![BackendError::Unavailable("x".into())];
-        let (audit, flusher) = audit(&tables, 10, 1 << 20);
+        let (audit, loops) = audit(&tables, 10, 1 << 20);
         let f = FunctionId::parse("f").unwrap();
         for (at, mb) in [(1, Some(128)), (3, Some(256)), (2, Some(512)), (4, None)] {
             let id = JobId::new(NodeId(1), at, at);
@@ -516,8 +550,8 @@ mod tests {
             let row = Execution::of(id, f.clone(), &outcome.fields());
             audit.record(id, row, Recommendation::of(id, &outcome.fields())).unwrap();
         }
-        let later = tokio::time::sleep(3 * sums::ROUND);
-        flusher.run(Arc::clone(&tables) as _, later).await;
+        let later = tokio::time::sleep(3 * ledger::ROUND);
+        run(&tables, loops, later).await;
         let recommended = tables.recommended.lock().unwrap().clone();
         let [(id, r)] = &recommended[..] else { panic!("{recommended:?}") };
         assert_eq!((id, r.memory_mb, r.at), (&f, Some(256), 3));
@@ -535,16 +569,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn many_functions_are_written_at_a_pace_and_the_longest_waiting_first() {
         let tables = Arc::new(Tables::default());
-        let (audit, flusher) = audit(&tables, 10_000, 1 << 30);
+        let (audit, loops) = audit(&tables, 10_000, 1 << 30);
         let load = async {
             record_range(&audit, 0..300).await;
             record_range(&audit, 300..600).await;
             // Those that wait already only add up, and keep their place.
             record_range(&audit, 0..300).await;
-            tokio::time::sleep(10 * sums::ROUND).await;
+            tokio::time::sleep(10 * ledger::ROUND).await;
         };
         let started = Instant::now();
-        flusher.run(Arc::clone(&tables) as _, load).await;
+        run(&tables, loops, load).await;
         let updated = tables.updated.lock().unwrap().clone();
         assert_eq!(updated.len(), 600, "one update each");
         let is_early = |id: &FunctionId| id.as_str()[1..].parse::<u64>().unwrap() < 300;
@@ -560,20 +594,23 @@ mod tests {
     async fn functions_that_wait_are_bounded_and_many_are_written_faster() {
         let tables = Arc::new(Tables::default());
         tables.sums_fail.store(true, Ordering::Relaxed);
-        let (audit, mut flusher) = audit(&tables, 10_000, 1 << 30);
+        let (audit, mut loops) = audit(&tables, 10_000, 1 << 30);
         let max = 600;
-        flusher.notes = Notes::new(max, Arc::clone(&audit.metrics));
+        let books =
+            Ledger::new(Arc::clone(&tables) as _, Arc::clone(&tables) as _, Arc::clone(&audit.metrics), max);
+        loops.ledger = Arc::new(books);
+        loops.flusher.ledger = Arc::clone(&loops.ledger);
         let load = async {
             record_range(&audit, 0..2000).await;
-            tokio::time::sleep(5 * sums::ROUND).await;
+            tokio::time::sleep(5 * ledger::ROUND).await;
             let rows = tables.rows.lock().unwrap().len();
             assert!((max..max + WRITES_MAX * ROWS_MAX).contains(&rows), "{rows} rows are written");
             tables.sums_fail.store(false, Ordering::Relaxed);
-            tokio::time::sleep(4 * sums::ROUND).await;
+            tokio::time::sleep(4 * ledger::ROUND).await;
             let written = tables.sums.lock().unwrap().len();
             assert!(written > 1500, "{written} functions are written; at the usual pace it is 1,024");
         };
-        flusher.run(Arc::clone(&tables) as _, load).await;
+        run(&tables, loops, load).await;
         assert_eq!((tables.rows.lock().unwrap().len(), tables.sums.lock().unwrap().len()), (2000, 2000));
     }
 
@@ -581,11 +618,11 @@ mod tests {
     async fn a_table_that_hangs_does_not_keep_the_end_from_coming() {
         let tables = Arc::new(Tables::default());
         tables.sums_hang.store(true, Ordering::Relaxed);
-        let (audit, flusher) = audit(&tables, 10, 1 << 20);
+        let (audit, loops) = audit(&tables, 10, 1 << 20);
         record(&audit, 1).unwrap();
         let started = Instant::now();
-        flusher.run(Arc::clone(&tables) as _, async {}).await;
-        assert_eq!(started.elapsed().as_secs(), (ROWS_END_MAX + SUMS_END_MAX).as_secs());
+        run(&tables, loops, async {}).await;
+        assert_eq!(started.elapsed().as_secs(), ledger::POSTING_END_MAX.as_secs());
         assert_eq!(
             (audit.metrics.audit.waiting_rows.get(), audit.metrics.audit.waiting_functions.get()),
             (0, 1)
@@ -595,9 +632,9 @@ mod tests {
     #[tokio::test]
     async fn the_queue_is_bounded_in_rows_and_bytes() {
         let tables = Arc::new(Tables::default());
-        let (audit, _flusher) = self::audit(&tables, 2, 1 << 20);
+        let (audit, _loops) = self::audit(&tables, 2, 1 << 20);
         assert_eq!([record(&audit, 1), record(&audit, 2), record(&audit, 3)], [Ok(()), Ok(()), Err(Full)]);
-        let (audit, _flusher) = self::audit(&tables, 10, 1000);
+        let (audit, _loops) = self::audit(&tables, 10, 1000);
         assert_eq!([record(&audit, 1), record(&audit, 2)], [Ok(()), Err(Full)]);
     }
 }

@@ -23,6 +23,10 @@ pub const BATCH_JOBS_MAX: usize = 10;
 pub const ROWS_MAX: usize = 25;
 /// Most ids in one [`Results::stored`].
 pub const STORED_MAX: usize = 64;
+/// Most jobs in one [`Journal::end`].
+pub const ENDED_MAX: usize = 512;
+/// Most functions in one [`Journal::post`].
+pub const POSTED_MAX: usize = 256;
 
 /// Why a backend did not do what was asked. The text is for the log, never for a client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -124,19 +128,84 @@ pub struct JournalEntry {
     pub deadline: UnixMs,
 }
 
-/// The durable set of a node's jobs in flight. A job enters before it is sent, and leaves when its row is
-/// written or its send has definitely failed.
+/// A job whose row is written, and what its execution adds to its function.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ended {
+    pub id: JobId,
+    pub function: FunctionId,
+    pub adds: Counters,
+}
+
+/// What [`Journal::post`] could not do.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Unposted {
+    /// Functions that still have sums to be posted.
+    pub left: Vec<FunctionId>,
+    /// Why, if it is for a failure and not because more has come.
+    pub failure: Option<BackendError>,
+}
+
+/// The durable set of a node's jobs in flight, and what ended jobs add to their functions until that is posted. A
+/// job enters before it is sent, and leaves when its row is written or its send has definitely failed.
 #[async_trait]
 pub trait Journal: Send + Sync {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError>;
 
+    /// Takes out jobs that never ran.
     async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError>;
+
+    /// Takes out jobs of `node` whose rows are written; at most [`ENDED_MAX`]. In the same step it keeps what those of
+    /// them add that were still there, so each job adds once, whoever ends it and however often. `false`: the store
+    /// has lost its data, and nothing was done.
+    async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError>;
+
+    /// The functions of `node` that have sums to be posted.
+    async fn unposted(&self, node: NodeId) -> Result<Vec<FunctionId>, BackendError>;
+
+    /// Adds what is kept for these functions of `node` to the functions themselves, if they (still) exist, up to
+    /// `at_a_time` of them side by side; at most [`POSTED_MAX`]. Each sum is added once, whoever posts it and however
+    /// often.
+    async fn post(&self, node: NodeId, functions: &[FunctionId], at_a_time: usize) -> Unposted;
 
     /// Whether the node that the id names holds the job.
     async fn contains(&self, id: JobId) -> Result<bool, BackendError>;
 
     /// All that `node` holds: what a restarted node goes on with.
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError>;
+}
+
+/// The nodes of a fleet: who lives, and who goes on with the jobs of those that do not.
+///
+/// A lease says only when others may look after a node's jobs. It need not keep two from doing so at once: a row is the
+/// same whoever writes it, and a job ends once (see [`Journal::end`]).
+#[async_trait]
+pub trait Membership: Send + Sync {
+    /// Renews the lease of `node`, by the clock of the store. Gives those whose lease has lapsed, a few at a time.
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Vec<NodeId>, BackendError>;
+
+    /// Takes, or renews, the part of the one that looks after the jobs of `dead`. `false`: another node has it.
+    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError>;
+
+    /// Lists `dead` no more, if its journal is empty and its lease has not been renewed. `false`: it is still listed.
+    async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError>;
+
+    /// Lists a node as one whose lease has lapsed, if it is not listed. `false`: it is.
+    async fn relist(&self, node: NodeId) -> Result<bool, BackendError>;
+
+    /// Whether the journal of `node` holds all that was told; if not, the store has lost its data, and nothing ends
+    /// there until [`Self::retold`].
+    async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError>;
+
+    /// Tells the journal of `node` again what it has lost.
+    async fn retell(
+        &self,
+        node: NodeId,
+        entries: &[JournalEntry],
+        sums: &[(FunctionId, Counters)],
+    ) -> Result<(), BackendError>;
+
+    /// The journal of `node` has been told all.
+    async fn retold(&self, node: NodeId) -> Result<(), BackendError>;
 }
 
 /// A change of one function, with all that must be written with it.
@@ -184,9 +253,6 @@ pub trait FunctionStore: Send + Sync {
 
     /// All of it, or nothing. The same write again, after [`BackendError::Unavailable`], changes nothing more.
     async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError>;
-
-    /// Adds to the sums of a function, if it (still) exists.
-    async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError>;
 
     /// Keeps a recommendation, if the function (still) exists and has none of a later execution.
     async fn recommend(&self, id: &FunctionId, recommendation: &Recommendation) -> Result<(), BackendError>;
@@ -396,6 +462,8 @@ pub struct Backend {
     pub queue: Arc<dyn JobQueue>,
     pub results: Arc<dyn Results>,
     pub journal: Arc<dyn Journal>,
+    /// `None`: there is one node.
+    pub membership: Option<Arc<dyn Membership>>,
     pub functions: Arc<dyn FunctionStore>,
     pub executions: Arc<dyn ExecutionStore>,
     pub code: Arc<dyn CodeStore>,

@@ -11,21 +11,25 @@
 mod batcher;
 mod in_flight;
 mod journal;
+mod lease;
 mod lookups;
+mod members;
 mod settler;
 
 pub use batcher::SubmitError;
 pub use in_flight::Waiter;
+pub use members::Members;
 pub use settler::{Lookups, Pump};
 
-use crate::audit::{Audit, Ledger};
+use crate::audit::{Audit, Ledger, RowsWritten};
 use crate::backend::{Backend, BackendError};
-use crate::config::{BatchConf, Live, MemoryConf};
+use crate::config::{BatchConf, FleetConf, Live, MemoryConf};
 use crate::metrics::Metrics;
 use crate::model::{Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
 use in_flight::{InFlight, Joined};
 use journal::NodeJournal;
+use lease::Lease;
 use settler::Settler;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,27 +48,36 @@ struct Inner {
     settler: Arc<Settler>,
 }
 
-/// The loops of the dispatcher. `boot` runs each; `batches` ends when told to, the other two never do.
+/// The loops of the dispatcher. `boot` runs each; `batches` ends when told to, the others never do. `members` begins
+/// before any of them runs.
 pub struct DispatchLoops {
     pub batches: BatchLoop,
     pub pump: Pump,
     pub lookups: Lookups,
+    pub members: Members,
     /// Told by the audit when rows are written.
-    pub ledger: Arc<dyn Ledger>,
+    pub rows: Arc<dyn RowsWritten>,
 }
 
-/// Builds the dispatcher of `node`.
-pub fn new(
-    node: NodeId,
-    memory: &MemoryConf,
-    batch: Live<BatchConf>,
-    backend: &Backend,
-    audit: Audit,
-    metrics: Arc<Metrics>,
-) -> (Dispatcher, DispatchLoops) {
+/// What a dispatcher is made of.
+pub struct Parts<'a> {
+    pub node: NodeId,
+    pub memory: &'a MemoryConf,
+    pub fleet: &'a FleetConf,
+    pub batch: Live<BatchConf>,
+    pub backend: &'a Backend,
+    pub audit: Audit,
+    pub ledger: Arc<Ledger>,
+    pub metrics: Arc<Metrics>,
+}
+
+/// Builds the dispatcher of a node.
+pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
+    let Parts { node, memory, fleet, batch, backend, audit, ledger, metrics } = parts;
     let in_flight =
         Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
-    let journal = Arc::new(NodeJournal::new(Arc::clone(&backend.journal)));
+    let lease = Arc::new(if backend.membership.is_some() { Lease::lapsed() } else { Lease::endless() });
+    let journal = Arc::new(NodeJournal::new(Arc::clone(&backend.journal), Arc::clone(&lease)));
     let (batcher, batches) = batcher::new(
         batch,
         Arc::clone(&backend.queue),
@@ -73,11 +86,13 @@ pub fn new(
         Arc::clone(&metrics),
     );
     let settler = Arc::new(Settler::new(in_flight, journal, Arc::clone(&backend.results), audit, metrics));
+    let membership = backend.membership.clone();
     let loops = DispatchLoops {
         batches,
         pump: Pump::new(Arc::clone(&settler)),
         lookups: Lookups::new(Arc::clone(&settler)),
-        ledger: Arc::clone(&settler) as Arc<dyn Ledger>,
+        members: Members::new(node, fleet, membership, lease, Arc::clone(&settler), ledger),
+        rows: Arc::clone(&settler) as Arc<dyn RowsWritten>,
     };
     (Dispatcher(Arc::new(Inner { node, batcher, settler })), loops)
 }
@@ -198,20 +213,9 @@ impl Dispatcher {
         Ok(self.0.settler.results.stored_foreign(request_id).await?.map(Outcome::new))
     }
 
-    /// Takes the jobs whose rows are written out of the journal; the look-ups do so from time to time. For the end.
+    /// Takes the jobs that were never sent out of the journal; the look-ups do so from time to time. For the end.
     pub async fn clear_journal(&self) {
         self.0.settler.journal.clear().await;
-    }
-
-    /// Goes on with the jobs that an earlier life of this node left unfinished. Call before the loops start.
-    pub async fn restore(&self) -> Result<usize, BackendError> {
-        let settler = &self.0.settler;
-        let entries = settler.journal.entries(self.0.node).await?;
-        for entry in &entries {
-            settler.in_flight.restore(entry);
-            settler.schedule.plan(entry.id, lookups::FIRST);
-        }
-        Ok(entries.len())
     }
 }
 
@@ -263,22 +267,32 @@ mod tests {
             change_conf(&mut conf);
             change_backend(&mut backend);
             let metrics = Arc::new(Metrics::new(10).unwrap());
-            let (audit, flusher) = audit::new(
+            let (audit, books) = audit::new(
                 &conf.memory,
                 Arc::clone(&backend.executions),
                 Arc::clone(&backend.functions),
+                Arc::clone(&backend.journal),
                 Arc::clone(&metrics),
             );
-            let (dispatcher, loops) =
-                new(node, &conf.memory, Live::new(conf.batch), &backend, audit, metrics);
+            let (dispatcher, mut loops) = new(Parts {
+                node,
+                memory: &conf.memory,
+                fleet: &conf.fleet,
+                batch: Live::new(conf.batch),
+                backend: &backend,
+                audit,
+                ledger: Arc::clone(&books.ledger),
+                metrics,
+            });
             let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();
             backend.journal.enter(&left).await.unwrap();
-            assert_eq!(dispatcher.restore().await, Ok(before.len()));
+            assert_eq!(loops.members.begin().await, Ok(before.len()));
             let mut running = JoinSet::new();
             running.spawn(loops.batches.run(std::future::pending()));
             running.spawn(loops.pump.run());
             running.spawn(loops.lookups.run());
-            running.spawn(flusher.run(loops.ledger, std::future::pending()));
+            running.spawn(books.flusher.run(loops.rows, std::future::pending()));
+            running.spawn(books.ledger.run(std::future::pending()));
             Self { dispatcher, backend, node, _loops: running, _dir: dir }
         }
 

@@ -37,6 +37,12 @@ pub struct Metrics {
     pub waiters: IntGauge,
     /// Accepted jobs whose row is not written yet.
     pub jobs_in_flight: IntGauge,
+    /// Jobs that have entered the table, those of earlier lives and of other nodes included.
+    pub jobs_accepted: IntCounter,
+    /// Jobs that have left it again. Accepted, less finished, less in flight is 0, or something is amiss.
+    pub jobs_finished: IntCounter,
+    /// Nodes that were gone, and whose jobs this one has looked after.
+    pub nodes_adopted: IntCounter,
     /// Jobs waiting to be sent.
     pub queue_waiting: IntGauge,
     pub sends_in_flight: IntGauge,
@@ -115,6 +121,21 @@ impl Metrics {
             requests_in_flight: gauge(r, "infra_requests_in_flight", "Requests being answered")?,
             waiters: gauge(r, "infra_waiters", "Clients that wait for a result")?,
             jobs_in_flight: gauge(r, "infra_jobs_in_flight", "Accepted jobs without a row")?,
+            jobs_accepted: counter(
+                r,
+                "infra_jobs_accepted_total",
+                "Jobs that entered the table of jobs in flight",
+            )?,
+            jobs_finished: counter(
+                r,
+                "infra_jobs_finished_total",
+                "Jobs that left the table of jobs in flight",
+            )?,
+            nodes_adopted: counter(
+                r,
+                "infra_nodes_adopted_total",
+                "Nodes that were gone, and whose jobs were adopted",
+            )?,
             queue_waiting: gauge(r, "infra_queue_waiting_jobs", "Jobs waiting to be sent")?,
             sends_in_flight: gauge(r, "infra_queue_sends_in_flight", "Batches being sent")?,
             batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
@@ -187,6 +208,8 @@ pub struct AuditMetrics {
     pub retries: IntCounter,
     /// Rows that the table will never take.
     pub rows_refused: IntCounter,
+    /// Jobs whose rows are written and that have not left the journal.
+    pub waiting_ends: IntGauge,
     /// Functions whose sums, or whose advice, wait to be written.
     pub waiting_functions: IntGauge,
 }
@@ -198,6 +221,11 @@ impl AuditMetrics {
             rows: counter(r, "infra_audit_rows_total", "Rows written to the log table")?,
             retries: counter(r, "infra_audit_retries_total", "Row writes that failed and are tried again")?,
             rows_refused: counter(r, "infra_audit_rows_refused_total", "Rows the table refused for good")?,
+            waiting_ends: gauge(
+                r,
+                "infra_audit_waiting_ends",
+                "Jobs whose rows are written and that wait to leave the journal",
+            )?,
             waiting_functions: gauge(
                 r,
                 "infra_audit_waiting_functions",

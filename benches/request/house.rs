@@ -2,11 +2,11 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use infra_controller::audit::{self, Audit, Ledger};
+use infra_controller::audit::{self, Audit, RowsWritten};
 use infra_controller::backend::{
-    Backend, BackendError, Decision, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite, Grant,
-    JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery, QueueTraits, Quota,
-    ResultEvent, Results, SendError, Written, embedded,
+    Backend, BackendError, Decision, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
+    Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery, QueueTraits, Quota,
+    ResultEvent, Results, SendError, Unposted, Written, embedded,
 };
 use infra_controller::config::{Conf, Live};
 use infra_controller::dispatch::{self, Dispatcher};
@@ -56,6 +56,20 @@ impl Journal for Instantly {
     async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
         black_box(ids);
         Ok(())
+    }
+
+    async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+        black_box(ended);
+        Ok(true)
+    }
+
+    async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    async fn post(&self, _: NodeId, functions: &[FunctionId], _: usize) -> Unposted {
+        black_box(functions);
+        Unposted::default()
     }
 
     async fn contains(&self, _: JobId) -> Result<bool, BackendError> {
@@ -126,11 +140,6 @@ impl FunctionStore for Instantly {
         Ok(Written::Conflict)
     }
 
-    async fn add_counters(&self, _: &FunctionId, sums: Counters) -> Result<(), BackendError> {
-        black_box(sums);
-        Ok(())
-    }
-
     async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {
         Ok(())
     }
@@ -165,21 +174,26 @@ impl House {
         };
         let conf = Conf::shipped().expect("the shipped conf is whole");
         let metrics = Arc::new(metrics());
-        let (audit, flusher) = audit::new(
+        let (audit, books) = audit::new(
             &conf.memory,
             Arc::clone(&backend.executions),
             Arc::clone(&backend.functions),
+            Arc::clone(&backend.journal),
             Arc::clone(&metrics),
         );
         // Nobody else changes functions here, so there is nothing to hear of.
         let (functions, _) = functions::new(&conf.cache, &backend, "code".to_owned(), &metrics);
         let batch = Live::new(conf.batch.clone());
-        let (dispatcher, loops) = dispatch::new(node, &conf.memory, batch, &backend, audit, metrics);
+        let ledger = Arc::clone(&books.ledger);
+        let (memory, fleet) = (&conf.memory, &conf.fleet);
+        let parts = dispatch::Parts { node, memory, fleet, batch, backend: &backend, audit, ledger, metrics };
+        let (dispatcher, loops) = dispatch::new(parts);
         let mut running = JoinSet::new();
         running.spawn(loops.batches.run(std::future::pending()));
         running.spawn(loops.pump.run());
         running.spawn(loops.lookups.run());
-        running.spawn(flusher.run(loops.ledger, std::future::pending()));
+        running.spawn(books.flusher.run(loops.rows, std::future::pending()));
+        running.spawn(books.ledger.run(std::future::pending()));
         Self { dispatcher, functions, publish, _loops: running, _dir: dir }
     }
 
@@ -225,9 +239,9 @@ pub fn limiter(loops: &mut JoinSet<()>) -> RateLimiter {
     limiter
 }
 
-struct NoLedger;
+struct Nobody;
 
-impl Ledger for NoLedger {
+impl RowsWritten for Nobody {
     fn rows_written(&self, ids: &[JobId]) {
         black_box(ids);
     }
@@ -238,8 +252,10 @@ pub fn audit(loops: &mut JoinSet<()>) -> Audit {
     let (_, published) = mpsc::channel(1);
     let store = Arc::new(Instantly { function: function(), published: Mutex::new(published) });
     let conf = Conf::shipped().expect("the shipped conf is whole").memory;
-    let (audit, flusher) = audit::new(&conf, Arc::clone(&store) as _, store, Arc::new(metrics()));
-    loops.spawn(flusher.run(Arc::new(NoLedger), std::future::pending()));
+    let (audit, books) =
+        audit::new(&conf, Arc::clone(&store) as _, Arc::clone(&store) as _, store, Arc::new(metrics()));
+    loops.spawn(books.flusher.run(Arc::new(Nobody), std::future::pending()));
+    loops.spawn(books.ledger.run(std::future::pending()));
     audit
 }
 

@@ -8,7 +8,7 @@
 //! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`] (all over
 //!   [`item`]), [`s3`] — the AWS ports
 //! * [`redis`] — the command connection, [`subscriber`] — one that listens; [`results`], [`changes`], [`journal`],
-//!   [`limits`], [`workers`] — the Redis ports
+//!   [`membership`], [`limits`], [`workers`] — the Redis ports
 //! * [`start`] — the checks before the first request
 
 mod changes;
@@ -22,6 +22,7 @@ mod functions;
 mod item;
 mod journal;
 mod limits;
+mod membership;
 mod recommended;
 mod redis;
 mod results;

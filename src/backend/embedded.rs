@@ -101,6 +101,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
         queue: Arc::new(queue.clone()),
         results: results.clone(),
         journal: Arc::new(Inflight(database.clone())),
+        membership: None,
         functions: Arc::new(Functions(database.clone())),
         executions: Arc::new(Executions(database.clone())),
         code: Arc::new(LocalCode::new(code_dir.clone())),

@@ -7,7 +7,7 @@ use super::reload::{Reload, Targets};
 use super::signals::{Hangups, Signals};
 use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
 use crate::api::{self, Api};
-use crate::audit::{self, Flusher, Ledger};
+use crate::audit::{self, AuditLoops};
 use crate::backend::Backend;
 use crate::catalogue::Catalogue;
 use crate::config::{Conf, Live};
@@ -119,14 +119,14 @@ impl Node {
         let Connected { node: id, backend, bucket, spool_dir, extra_loop, mut claim, .. } = connected;
 
         let lifecycle = Lifecycle::default();
-        let built = match Built::new(&settings, hangups, id, &backend, bucket, spool_dir, &lifecycle) {
+        let mut built = match Built::new(&settings, hangups, id, &backend, bucket, spool_dir, &lifecycle) {
             Ok(built) => built,
             Err(e) => {
                 eprintln!("infra-controller: {e}");
                 return Exit::Internal;
             }
         };
-        match built.background.dispatcher.restore().await {
+        match built.background.loops.members.begin().await {
             Ok(0) => {}
             Ok(jobs) => tracing::info!(jobs, "Unfinished Jobs Restored"),
             Err(e) => {
@@ -234,7 +234,7 @@ struct Background {
     reload: Reload,
     leaser: Leaser,
     sweeper: Sweeper,
-    flusher: Flusher,
+    books: AuditLoops,
 }
 
 impl Built {
@@ -249,16 +249,25 @@ impl Built {
     ) -> anyhow::Result<Self> {
         let conf = &settings.conf;
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
-        let (audit, flusher) = audit::new(
+        let (audit, books) = audit::new(
             &conf.memory,
             Arc::clone(&backend.executions),
             Arc::clone(&backend.functions),
+            Arc::clone(&backend.journal),
             Arc::clone(&metrics),
         );
         let tail = audit.tail();
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
-        let (dispatcher, loops) =
-            dispatch::new(node, &conf.memory, batch.clone(), backend, audit, Arc::clone(&metrics));
+        let (dispatcher, loops) = dispatch::new(dispatch::Parts {
+            node,
+            memory: &conf.memory,
+            fleet: &conf.fleet,
+            batch: batch.clone(),
+            backend,
+            audit,
+            ledger: Arc::clone(&books.ledger),
+            metrics: Arc::clone(&metrics),
+        });
         let (functions, changes) = functions::new(&conf.cache, backend, bucket, &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
@@ -283,7 +292,7 @@ impl Built {
         });
         let keys = ApiKeys::new(&settings.api_key);
         let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
-        let background = Background { dispatcher, loops, changes, reload, leaser, sweeper, flusher };
+        let background = Background { dispatcher, loops, changes, reload, leaser, sweeper, books };
         Ok(Self { gateway, background })
     }
 }
@@ -295,33 +304,38 @@ struct Loops {
     endless: JoinSet<()>,
     batches: Option<JoinHandle<()>>,
     flusher: Option<JoinHandle<()>>,
+    ledger: Option<JoinHandle<()>>,
     stop_batches: watch::Sender<bool>,
     stop_flusher: watch::Sender<bool>,
+    stop_ledger: watch::Sender<bool>,
     stop_extra: watch::Sender<bool>,
     extra: Option<JoinHandle<()>>,
 }
 
 impl Loops {
     fn start(background: Background, extra: Option<super::BackendLoop>) -> Self {
-        let Background { dispatcher, loops, changes, reload, leaser, sweeper, flusher } = background;
+        let Background { dispatcher, loops, changes, reload, leaser, sweeper, books } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
+        let (stop_ledger, ledger_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
+        endless.spawn(loops.members.run());
         endless.spawn(changes.run());
         endless.spawn(reload.run());
         endless.spawn(sweeper.run());
         endless.spawn(leaser.run());
-        let ledger: Arc<dyn Ledger> = loops.ledger;
         Self {
             dispatcher,
             endless,
             batches: Some(spawn(loops.batches.run(turned(batches_stopped)))),
-            flusher: Some(spawn(flusher.run(ledger, turned(flusher_stopped)))),
+            flusher: Some(spawn(books.flusher.run(loops.rows, turned(flusher_stopped)))),
+            ledger: Some(spawn(books.ledger.run(turned(ledger_stopped)))),
             stop_batches,
             stop_flusher,
+            stop_ledger,
             stop_extra,
             extra: extra.map(|run| spawn(run(extra_stopped))),
         }
@@ -333,6 +347,7 @@ impl Loops {
             _ = self.endless.join_next() => {}
             _ = ended(&mut self.batches) => {}
             _ = ended(&mut self.flusher) => {}
+            _ = ended(&mut self.ledger) => {}
         }
         tracing::error!("A Background Loop Ended");
     }
@@ -361,8 +376,12 @@ impl Loops {
         }
         self.stop_flusher.send_replace(true);
         if let Some(flusher) = self.flusher.take() {
-            // It has an end of its own.
+            // It has an end of its own, as the next one has.
             let _ = flusher.await;
+        }
+        self.stop_ledger.send_replace(true);
+        if let Some(ledger) = self.ledger.take() {
+            let _ = ledger.await;
         }
         let _ = tokio::time::timeout(LAST_CALLS_MAX, self.dispatcher.clear_journal()).await;
         // Last, as the one that waits for a second signal is among them.

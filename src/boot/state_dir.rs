@@ -29,7 +29,7 @@ impl StateDir {
             .filter_map(|entry| {
                 let entry = entry.ok()?;
                 let used = fs::metadata(entry.path().join("lock")).and_then(|lock| lock.modified());
-                Some((used.unwrap_or(SystemTime::UNIX_EPOCH), parse(entry.file_name().to_str()?)?))
+                Some((used.unwrap_or(SystemTime::UNIX_EPOCH), NodeId::parse(entry.file_name().to_str()?)?))
             })
             .collect();
         nodes.sort_by_key(|(used, node)| (std::cmp::Reverse(*used), node.0));
@@ -92,11 +92,6 @@ impl Drop for StateDir {
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
-}
-
-fn parse(name: &str) -> Option<NodeId> {
-    let ours = name.len() == 8 && name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-    ours.then(|| u32::from_str_radix(name, 16).ok().map(NodeId))?
 }
 
 #[cfg(test)]

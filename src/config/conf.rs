@@ -25,6 +25,7 @@ pub struct Conf {
     pub http: HttpConf,
     pub start: StartConf,
     pub shutdown: ShutdownConf,
+    pub fleet: FleetConf,
     pub memory: MemoryConf,
     pub metrics: MetricsConf,
     /// The four of `limits.toml` may change while the process runs.
@@ -42,6 +43,7 @@ struct ServerFile {
     http: HttpConf,
     start: StartConf,
     shutdown: ShutdownConf,
+    fleet: FleetConf,
     memory: MemoryConf,
     metrics: MetricsConf,
 }
@@ -83,6 +85,12 @@ pub struct StartConf {
 pub struct ShutdownConf {
     pub lame_duck_ms: u64,
     pub drain_timeout_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct FleetConf {
+    pub lease_s: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -300,6 +308,7 @@ impl Conf {
             http: s.http,
             start: s.start,
             shutdown: s.shutdown,
+            fleet: s.fleet,
             memory: s.memory,
             metrics: s.metrics,
             limits: l.limit,
@@ -343,6 +352,7 @@ impl Conf {
             ("http.body_timeout_s", self.http.body_timeout_s),
             ("http.upload_timeout_s", self.http.upload_timeout_s),
             ("start.deadline_s", self.start.deadline_s),
+            ("fleet.lease_s", self.fleet.lease_s),
             ("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64),
             ("memory.audit_rows_max", self.memory.audit_rows_max as u64),
         ]
@@ -358,6 +368,7 @@ impl Conf {
                 between("start.deadline_s", self.start.deadline_s, 0, SECONDS_MAX),
                 between("shutdown.lame_duck_ms", self.shutdown.lame_duck_ms, 0, SECONDS_MAX * 1000),
                 between("shutdown.drain_timeout_s", self.shutdown.drain_timeout_s, 0, SECONDS_MAX),
+                between("fleet.lease_s", self.fleet.lease_s, 0, SECONDS_MAX),
                 between("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64, 0, ENTRIES_MAX),
                 between("memory.audit_rows_max", self.memory.audit_rows_max as u64, 0, ENTRIES_MAX),
                 // The largest row that the log table takes must have room.

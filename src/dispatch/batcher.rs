@@ -11,7 +11,7 @@
 
 use super::in_flight::InFlight;
 use super::journal::NodeJournal;
-use crate::backend::{BATCH_JOBS_MAX, JobQueue, SendError};
+use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
 use crate::config::{BatchConf, Live};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job};
@@ -60,6 +60,8 @@ struct Pending {
     done: oneshot::Sender<Result<(), SubmitError>>,
     give_up: Instant,
     attempts: u32,
+    /// It is in the journal. Entered once more it could outlive its end there.
+    journaled: bool,
     /// Some attempt may have put the job on the queue.
     maybe_sent: bool,
 }
@@ -70,7 +72,7 @@ impl Batcher {
         let (done, result) = oneshot::channel();
         let conf = self.conf.get();
         let give_up = Instant::now() + Duration::from_millis(conf.send_deadline_ms);
-        let pending = Pending { job, done, give_up, attempts: 0, maybe_sent: false };
+        let pending = Pending { job, done, give_up, attempts: 0, journaled: false, maybe_sent: false };
         // Counted here and not by the channel, whose bound could not change while it is in use.
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= conf.queue_jobs_max {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -289,7 +291,7 @@ impl BatchSender {
         let functions = batch.iter().map(|pending| pending.job.function.clone()).collect();
         let mut tried = Tried { functions, again: Vec::new() };
         // The result of a job that is sent again may have come meanwhile: an answer was late, not the send.
-        let (batch, ended): (Vec<_>, Vec<_>) = batch.into_iter().partition(|p| self.is_awaited(p));
+        let (mut batch, ended): (Vec<_>, Vec<_>) = batch.into_iter().partition(|p| self.is_awaited(p));
         ended.into_iter().for_each(|pending| self.sent(pending));
         if batch.is_empty() {
             return tried;
@@ -297,21 +299,26 @@ impl BatchSender {
         let jobs: Vec<Job> = batch.iter().map(|pending| pending.job.clone()).collect();
         self.metrics.batch_jobs.observe(jobs.len() as f64);
         let started = Instant::now();
-        let results = match self.journal.enter(&jobs).await {
+        let results = match self.enter(&mut batch).await {
             Ok(()) => self.queue.send_batch(&jobs).await,
             Err(e) => vec![Err(SendError::NotSent(format!("journal: {e}"))); jobs.len()],
         };
         self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
-        for (pending, result) in batch.into_iter().zip(results) {
-            let id = pending.job.id;
-            match self.after_try(pending, result) {
-                Some(pending) => tried.again.push(pending),
-                // Ended while it entered again: it has left before and must leave once more.
-                None if !self.in_flight.contains(id) => self.journal.leave(&[id]),
-                None => {}
-            }
-        }
+        let again =
+            batch.into_iter().zip(results).filter_map(|(pending, result)| self.after_try(pending, result));
+        tried.again.extend(again);
         tried
+    }
+
+    /// Has those enter the journal that are not in it.
+    async fn enter(&self, batch: &mut [Pending]) -> Result<(), BackendError> {
+        let new: Vec<Job> =
+            batch.iter().filter(|pending| !pending.journaled).map(|pending| pending.job.clone()).collect();
+        if !new.is_empty() {
+            self.journal.enter(&new).await?;
+        }
+        batch.iter_mut().for_each(|pending| pending.journaled = true);
+        Ok(())
     }
 
     fn is_awaited(&self, pending: &Pending) -> bool {
@@ -379,8 +386,9 @@ async fn sleep_until(at: Option<Instant>) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::lease::Lease;
     use super::*;
-    use crate::backend::{BackendError, Journal, JournalEntry, QueueTraits};
+    use crate::backend::{Ended, Journal, JournalEntry, QueueTraits, Unposted};
     use crate::model::{JobId, NodeId};
     use async_trait::async_trait;
     use std::sync::Mutex;
@@ -454,6 +462,18 @@ mod tests {
             Ok(())
         }
 
+        async fn end(&self, _: NodeId, _: &[Ended]) -> Result<bool, BackendError> {
+            Ok(true)
+        }
+
+        async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+            Ok(Vec::new())
+        }
+
+        async fn post(&self, _: NodeId, _: &[FunctionId], _: usize) -> Unposted {
+            Unposted::default()
+        }
+
         async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
             Ok(self.held.lock().unwrap().contains(&id))
         }
@@ -492,7 +512,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new(1).unwrap());
         let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
         let journal = Arc::new(journal);
-        let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _));
+        let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _, Arc::new(Lease::endless())));
         let (batcher, batch_loop) = new(
             Live::new(conf),
             Arc::clone(&queue) as _,
@@ -616,7 +636,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
                 house.in_flight.remove(id);
                 house.leaves.leave(&[id]);
-                house.leaves.clear().await;
+                house.leaves.clear().await; // as its end would
                 assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
                 house.leaves.clear().await;
                 assert!(!house.journal.contains(id).await.unwrap());

@@ -8,7 +8,7 @@
 
 use crate::backend::JournalEntry;
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job, JobId, Outcome, UnixMs};
+use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
@@ -95,10 +95,45 @@ impl InFlight {
         Ok(self.waiter(job.id, receiver))
     }
 
-    /// Enters a job of an earlier life of this node. There is always room: it was accepted before.
-    pub fn restore(&self, entry: &JournalEntry) {
+    /// Enters a job of an earlier life of this node, or of another one that is gone. There is always room: it was
+    /// accepted before. `false`: it is there already.
+    pub fn restore(&self, entry: &JournalEntry) -> bool {
+        match self.jobs.entry(entry.id) {
+            MapEntry::Occupied(_) => return false,
+            MapEntry::Vacant(place) => {
+                let (function, deadline) = (entry.function.clone(), entry.deadline);
+                place.insert(Entry { function, deadline, waiters: Vec::new(), settled: false });
+            }
+        }
         self.len.fetch_add(1, Ordering::Relaxed);
-        self.put(entry.id, &entry.function, entry.deadline, Vec::new());
+        self.metrics.jobs_accepted.inc();
+        self.metrics.jobs_in_flight.set(self.len());
+        true
+    }
+
+    /// The jobs of a node, as its journal holds them.
+    pub fn of_node(&self, node: NodeId) -> Vec<JournalEntry> {
+        let jobs = self.jobs.iter().filter(|entry| entry.key().node() == node);
+        let entry =
+            |id, of: &Entry| JournalEntry { id, function: of.function.clone(), deadline: of.deadline };
+        jobs.map(|job| entry(*job.key(), job.value())).collect()
+    }
+
+    /// Leaves the jobs of another node to it, but for those whose result is taken or waited for.
+    pub fn give_back(&self, node: NodeId) {
+        for JournalEntry { id, .. } in self.of_node(node) {
+            let is_idle = |_: &JobId, entry: &Entry| !entry.settled && entry.waiters.is_empty();
+            if self.jobs.remove_if(&id, is_idle).is_some() {
+                self.len.fetch_sub(1, Ordering::Relaxed);
+                self.metrics.jobs_finished.inc();
+            }
+        }
+        self.metrics.jobs_in_flight.set(self.len());
+    }
+
+    /// Jobs that may still enter.
+    pub fn room(&self) -> usize {
+        self.jobs_max.saturating_sub(self.len.load(Ordering::Relaxed))
     }
 
     fn insert(
@@ -126,6 +161,8 @@ impl InFlight {
         let entry = Entry { function: function.clone(), deadline, waiters, settled: false };
         if self.jobs.insert(id, entry).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed); // the same job again: it was counted before
+        } else {
+            self.metrics.jobs_accepted.inc();
         }
         self.metrics.jobs_in_flight.set(self.len());
     }
@@ -191,6 +228,7 @@ impl InFlight {
     pub fn remove(&self, id: JobId) {
         if self.jobs.remove(&id).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed);
+            self.metrics.jobs_finished.inc();
             self.metrics.jobs_in_flight.set(self.len());
         }
     }

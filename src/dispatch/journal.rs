@@ -1,8 +1,10 @@
-//! The node's journal, and the jobs that are to leave it.
+//! The node's journal, and the jobs that are to leave it because they were never sent. Those that have run leave it by
+//! the audit's ledger.
 //!
 //! Entering is part of a send and waited for. Leaving is not: ids are collected and leave together, ten times a
-//! second, so that neither a client nor the next row waits for it, and what the backend does not take is tried again.
+//! second, so that no client waits for it, and what the backend does not take is tried again.
 
+use super::lease::Lease;
 use crate::backend::{BackendError, Journal, JournalEntry};
 use crate::model::{Job, JobId, NodeId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,16 +14,21 @@ const LEAVES_MAX: usize = 1024;
 
 pub struct NodeJournal {
     store: Arc<dyn Journal>,
+    lease: Arc<Lease>,
     /// At most as many as are in flight: a job leaves once.
     leaving: Mutex<Vec<JobId>>,
 }
 
 impl NodeJournal {
-    pub fn new(store: Arc<dyn Journal>) -> Self {
-        Self { store, leaving: Mutex::default() }
+    pub fn new(store: Arc<dyn Journal>, lease: Arc<Lease>) -> Self {
+        Self { store, lease, leaving: Mutex::default() }
     }
 
+    /// Enters jobs, unless the lease of this node has lapsed: then nobody might look for them.
     pub async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
+        if !self.lease.holds() {
+            return Err(BackendError::Unavailable("the lease of this node has lapsed".into()));
+        }
         self.store.enter(jobs).await
     }
 
@@ -30,14 +37,19 @@ impl NodeJournal {
         self.leaving().extend_from_slice(ids);
     }
 
-    /// Takes out what is to leave. What the backend does not take stays for the next time.
+    /// Takes out what is to leave. What the backend does not take stays for the next time, and so does everything
+    /// where this is broken off. One caller at a time.
     pub async fn clear(&self) {
-        let leaving = std::mem::take(&mut *self.leaving());
-        for ids in leaving.chunks(LEAVES_MAX) {
-            if let Err(e) = self.store.leave(ids).await {
-                tracing::debug!(jobs = ids.len(), error = %e, "Journal Not Cleared");
-                self.leave(ids);
+        loop {
+            let ids: Vec<JobId> = self.leaving().iter().take(LEAVES_MAX).copied().collect();
+            if ids.is_empty() {
+                return;
             }
+            if let Err(e) = self.store.leave(&ids).await {
+                tracing::debug!(jobs = ids.len(), error = %e, "Journal Not Cleared");
+                return;
+            }
+            self.leaving().drain(..ids.len());
         }
     }
 

@@ -3,8 +3,8 @@
 use super::in_flight::{InFlight, Settled};
 use super::journal::NodeJournal;
 use super::lookups::{self, Schedule};
-use crate::audit::{Audit, Ledger};
-use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
+use crate::audit::{Audit, RowsWritten};
+use crate::backend::{BackendError, JournalEntry, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Ending, Execution, JobId, Outcome, Recommendation, now_ms};
 use bytes::Bytes;
@@ -50,6 +50,15 @@ impl Settler {
             metrics,
             resubscribed: AtomicBool::new(false),
         }
+    }
+
+    /// Goes on with a job that another life, or another node, has left. `false`: it is known.
+    pub fn restore(&self, entry: &JournalEntry) -> bool {
+        let is_new = self.in_flight.restore(entry);
+        if is_new {
+            self.schedule.plan(entry.id, lookups::FIRST);
+        }
+        is_new
     }
 
     pub async fn stored(&self, id: JobId) -> Result<Option<Bytes>, BackendError> {
@@ -109,12 +118,11 @@ fn log_execution(id: JobId, row: &Execution) {
     }
 }
 
-impl Ledger for Settler {
+impl RowsWritten for Settler {
     fn rows_written(&self, ids: &[JobId]) {
         for id in ids {
             self.in_flight.remove(*id);
         }
-        self.journal.leave(ids);
     }
 }
 
@@ -138,7 +146,7 @@ impl Pump {
     }
 }
 
-/// Finds results whose publication was missed, and clears the journal of jobs whose rows are written.
+/// Finds results whose publication was missed, and clears the journal of jobs that were never sent.
 pub struct Lookups(Arc<Settler>);
 
 impl Lookups {

@@ -341,7 +341,7 @@ mod tests {
     use super::super::ChangeLoop;
     use super::*;
     use crate::backend::{ChangeEvent, ChangeFeed, FunctionPage, FunctionWrite, Written};
-    use crate::model::{Counters, Function, Recommendation};
+    use crate::model::{Function, Recommendation};
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
@@ -406,10 +406,6 @@ mod tests {
 
         async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
             Ok(Written::Conflict)
-        }
-
-        async fn add_counters(&self, _: &FunctionId, _: Counters) -> Result<(), BackendError> {
-            Ok(())
         }
 
         async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {

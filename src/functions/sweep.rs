@@ -70,7 +70,7 @@ mod tests {
     use super::super::{Change, EditError, Editor, NewCode, NewFunction};
     use super::*;
     use crate::backend::{Backend, FunctionPage, FunctionWrite, Written, embedded};
-    use crate::model::{ConfigAction, Counters, Function, FunctionId, Recommendation, Runtime};
+    use crate::model::{ConfigAction, Function, FunctionId, Recommendation, Runtime};
     use async_trait::async_trait;
     use std::collections::BTreeSet;
     use std::path::{Path, PathBuf};
@@ -111,10 +111,6 @@ mod tests {
 
         async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
             self.step(self.backend.functions.write(write)).await
-        }
-
-        async fn add_counters(&self, _: &FunctionId, _: Counters) -> Result<(), BackendError> {
-            Ok(())
         }
 
         async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {

@@ -21,8 +21,16 @@ const MODEL_DEFAULT: &str = "llama3:8b";
 const INPUT_DEPTH_MAX: usize = 128;
 
 /// Names one running gateway. Job ids carry it, so that results find their way back.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NodeId(pub u32);
+
+impl NodeId {
+    /// From eight lower-case hex digits.
+    pub fn parse(text: &str) -> Option<Self> {
+        let ours = text.len() == 8 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        ours.then(|| u32::from_str_radix(text, 16).ok().map(Self))?
+    }
+}
 
 impl fmt::Display for NodeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

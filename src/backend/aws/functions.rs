@@ -6,7 +6,7 @@ use super::item::{self, Item, RawItem, decimal, text, whole};
 use super::{function_writes, recommended};
 use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
 use crate::https::HttpsClient;
-use crate::model::{Counters, Function, FunctionId, Recommendation};
+use crate::model::{Counters, Function, FunctionId, NodeId, Recommendation};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
@@ -51,6 +51,46 @@ impl FunctionTable {
     }
 }
 
+/// Who adds sums, and under which number; see the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    pub(super) node: NodeId,
+    pub(super) number: u64,
+}
+
+impl FunctionTable {
+    /// Adds to the sums of a function, if it (still) exists and has not been given these, or later ones of the
+    /// node, before.
+    pub(super) async fn add_counters(
+        &self,
+        id: &FunctionId,
+        sums: Counters,
+        stamp: Stamp,
+    ) -> Result<(), BackendError> {
+        // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
+        let body = json!({
+            "TableName": self.table,
+            "Key": { "functionId": { "S": id.as_str() } },
+            "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t SET #posted = :number",
+            "ConditionExpression": "attribute_exists(functionId) AND (attribute_not_exists(#posted) OR #posted < :number)",
+            "ExpressionAttributeNames": { "#posted": format!("posted_{}", stamp.node) },
+            "ExpressionAttributeValues": {
+                ":n": { "N": sums.invocations.to_string() },
+                ":e": { "N": sums.errors.to_string() },
+                ":d": { "N": decimal(sums.total_duration_ms) },
+                ":h": { "N": sums.handler_invocations.to_string() },
+                ":t": { "N": decimal(sums.total_handler_duration_ms) },
+                ":number": { "N": stamp.number.to_string() },
+            },
+        });
+        // A transaction that holds the function refuses the sums; the caller adds them later.
+        match self.direct.call(UPDATE, body.to_string().into_bytes()).await {
+            Err(error) if error.code() == Some(CONDITION_NOT_MET) => Ok(()),
+            done => done.map(drop).map_err(|error| error.class()),
+        }
+    }
+}
+
 #[async_trait]
 impl FunctionStore for FunctionTable {
     async fn get(&self, id: &FunctionId) -> Result<Option<Function>, BackendError> {
@@ -62,28 +102,6 @@ impl FunctionStore for FunctionTable {
             .consistent_read(true);
         let output = call.send().await.map_err(|e| class(&e))?;
         Ok(output.item.map(|raw| function(id.clone(), &Item::new(raw))))
-    }
-
-    async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
-        // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
-        let body = json!({
-            "TableName": self.table,
-            "Key": { "functionId": { "S": id.as_str() } },
-            "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t",
-            "ConditionExpression": "attribute_exists(functionId)",
-            "ExpressionAttributeValues": {
-                ":n": { "N": sums.invocations.to_string() },
-                ":e": { "N": sums.errors.to_string() },
-                ":d": { "N": decimal(sums.total_duration_ms) },
-                ":h": { "N": sums.handler_invocations.to_string() },
-                ":t": { "N": decimal(sums.total_handler_duration_ms) },
-            },
-        });
-        // A transaction that holds the function refuses the sums; the caller adds them later.
-        match self.direct.call(UPDATE, body.to_string().into_bytes()).await {
-            Err(error) if error.code() == Some(CONDITION_NOT_MET) => Ok(()),
-            done => done.map(drop).map_err(|error| error.class()),
-        }
     }
 
     async fn list(&self, limit: usize, after: Option<&str>) -> Result<FunctionPage, BackendError> {

@@ -1,11 +1,18 @@
 //! The jobs in flight, one hash a node: `inflight:{<node>}`, job id → `<deadline in Unix ms>:<function id>`.
 //! The braces keep all keys of a node in one slot of a Redis Cluster.
+//!
+//! Beside it stand the sums of jobs that have ended, function id → sums, until they are in the function table: those
+//! that are `unposted:{<node>}`, and those under `posting:{<node>}` that have a number. A function keeps the number of
+//! the last sums of a node that it was given, and takes only later ones. So sums are added once, though a call may
+//! be answered late or never, and a node may die between any two steps. The three scripts say more.
 
+use super::functions::{FunctionTable, Stamp};
 use super::redis::Commands;
-use crate::backend::{BackendError, Journal, JournalEntry};
-use crate::model::{FunctionId, Job, JobId, NodeId};
+use crate::backend::{BackendError, Ended, Journal, JournalEntry, POSTED_MAX, Unposted};
+use crate::model::{Counters, FunctionId, Job, JobId, NodeId, UnixMs};
 use async_trait::async_trait;
-use redis::{Cmd, cmd};
+use futures_util::StreamExt;
+use redis::{Cmd, Script, cmd};
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -18,13 +25,75 @@ const ENTRY_BYTES: usize = 96;
 
 pub(super) struct RedisJournal {
     commands: Arc<Commands>,
+    functions: Arc<FunctionTable>,
     node: NodeId,
+    end: Script,
+    number: Script,
+    posted: Script,
 }
 
 impl RedisJournal {
-    pub(super) fn new(commands: Arc<Commands>, node: NodeId) -> Self {
-        Self { commands, node }
+    pub(super) fn new(commands: Arc<Commands>, functions: Arc<FunctionTable>, node: NodeId) -> Self {
+        Self {
+            commands,
+            functions,
+            node,
+            end: Script::new(include_str!("journal_end.lua")),
+            number: Script::new(include_str!("journal_number.lua")),
+            posted: Script::new(include_str!("journal_posted.lua")),
+        }
     }
+
+    /// Gives the sums of the functions their numbers.
+    async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<Vec<Numbered>, BackendError> {
+        let mut call = self.number.prepare_invoke();
+        call.key(key(UNPOSTED, node)).key(key(POSTING, node)).key(key(LAST_NUMBER, node));
+        for function in functions {
+            call.arg(function.as_str());
+        }
+        let call = &call;
+        let answer: Vec<(String, bool)> =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        let numbered = functions.iter().zip(answer).map(|(function, (text, has_more))| Numbered {
+            function: function.clone(),
+            text,
+            has_more,
+        });
+        Ok(numbered.collect())
+    }
+
+    /// Adds the sums to their function.
+    async fn add(&self, node: NodeId, numbered: &Numbered) -> Result<(), BackendError> {
+        match sums(&numbered.text) {
+            Some((number, sums)) => {
+                self.functions.add_counters(&numbered.function, sums, Stamp { node, number }).await
+            }
+            None if numbered.text.is_empty() => Ok(()),
+            None => Err(BackendError::Invalid("sums in Redis cannot be read".into())),
+        }
+    }
+
+    /// Lets go of sums that are added. Where that fails they are added again, which adds nothing.
+    async fn forget(&self, node: NodeId, added: &[Numbered]) {
+        let mut call = self.posted.prepare_invoke();
+        call.key(key(POSTING, node));
+        for Numbered { function, text, .. } in added.iter().filter(|numbered| !numbered.text.is_empty()) {
+            call.arg(function.as_str()).arg(text);
+        }
+        let call = &call;
+        let forgotten: Result<(), _> =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await;
+        if let Err(e) = forgotten {
+            tracing::debug!(error = %e, "Posted Sums Not Forgotten");
+        }
+    }
+}
+
+/// Sums of a function with their number, as Redis keeps them; empty: there are none.
+struct Numbered {
+    function: FunctionId,
+    text: String,
+    has_more: bool,
 }
 
 #[async_trait]
@@ -34,12 +103,10 @@ impl Journal for RedisJournal {
             return Ok(());
         }
         let mut command = Cmd::with_capacity(2 + 2 * jobs.len(), ENTRY_BYTES * (jobs.len() + 1));
-        command.arg("HSET").arg(key(self.node));
-        let (mut place, mut value) = ([0; JobId::TEXT_BYTES], String::with_capacity(ENTRY_BYTES));
+        command.arg("HSET").arg(key(INFLIGHT, self.node));
+        let mut place = [0; JobId::TEXT_BYTES];
         for job in jobs {
-            value.clear();
-            let _ = write!(value, "{}:{}", job.deadline, job.function); // to a String: cannot fail
-            command.arg(job.id.text(&mut place)).arg(&value);
+            command.arg(job.id.text(&mut place)).arg(entry_text(job.deadline, &job.function));
         }
         self.commands.query(&command).await
     }
@@ -49,7 +116,7 @@ impl Journal for RedisJournal {
             return Ok(());
         }
         let mut command = Cmd::with_capacity(2 + ids.len(), JobId::TEXT_BYTES * (ids.len() + 1));
-        command.arg("HDEL").arg(key(self.node));
+        command.arg("HDEL").arg(key(INFLIGHT, self.node));
         let mut place = [0; JobId::TEXT_BYTES];
         for id in ids {
             command.arg(id.text(&mut place));
@@ -57,8 +124,54 @@ impl Journal for RedisJournal {
         self.commands.query(&command).await
     }
 
+    async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+        let mut call = self.end.prepare_invoke();
+        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(UNPOSTED, node));
+        for Ended { id, function, adds } in ended {
+            call.arg(id.text(&mut [0; JobId::TEXT_BYTES]).as_bytes()).arg(function.as_str()).arg(adds.errors);
+            call.arg(micros(adds.total_duration_ms)).arg(adds.handler_invocations);
+            call.arg(micros(adds.total_handler_duration_ms));
+        }
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn unposted(&self, node: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+        let mut functions = Vec::new();
+        for part in [UNPOSTED, POSTING] {
+            let names: Vec<Vec<u8>> = self.commands.query(cmd("HKEYS").arg(key(part, node))).await?;
+            let names = names.iter().filter_map(|name| std::str::from_utf8(name).ok());
+            functions.extend(names.filter_map(FunctionId::parse));
+        }
+        functions.sort_unstable();
+        functions.dedup();
+        Ok(functions)
+    }
+
+    async fn post(&self, node: NodeId, functions: &[FunctionId], at_a_time: usize) -> Unposted {
+        assert!(functions.len() <= POSTED_MAX, "{} functions at once", functions.len());
+        let numbered = match self.number(node, functions).await {
+            Ok(numbered) => numbered,
+            Err(error) => return Unposted { left: functions.to_vec(), failure: Some(error) },
+        };
+        let adding = numbered.into_iter().map(async |numbered| (self.add(node, &numbered).await, numbered));
+        let mut adding = futures_util::stream::iter(adding).buffer_unordered(at_a_time);
+        let (mut added, mut unposted) = (Vec::new(), Unposted::default());
+        while let Some((result, numbered)) = adding.next().await {
+            if result.is_err() || numbered.has_more {
+                unposted.left.push(numbered.function.clone());
+            }
+            match result {
+                Ok(()) => added.push(numbered),
+                Err(error) => unposted.failure = Some(error),
+            }
+        }
+        self.forget(node, &added).await;
+        unposted
+    }
+
     async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
-        self.commands.query(cmd("HEXISTS").arg(key(id.node())).arg(id.to_string())).await
+        self.commands.query(cmd("HEXISTS").arg(key(INFLIGHT, id.node())).arg(id.to_string())).await
     }
 
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
@@ -68,7 +181,7 @@ impl Journal for RedisJournal {
         let mut cursor = 0_u64;
         loop {
             let mut command = cmd("HSCAN");
-            command.arg(key(node)).arg(cursor).arg("COUNT").arg(PAGE_ENTRIES);
+            command.arg(key(INFLIGHT, node)).arg(cursor).arg("COUNT").arg(PAGE_ENTRIES);
             let (next, page): (u64, Vec<(Vec<u8>, Vec<u8>)>) = self.commands.query(&command).await?;
             for (field, value) in page {
                 match entry(&field, &value) {
@@ -88,8 +201,49 @@ impl Journal for RedisJournal {
     }
 }
 
-fn key(node: NodeId) -> String {
-    format!("inflight:{{{node}}}")
+/// The parts of what Redis keeps of a node.
+pub(super) const INFLIGHT: &str = "inflight";
+/// There while the journal holds all that was entered; gone when Redis has lost its data.
+pub(super) const WHOLE: &str = "whole";
+pub(super) const UNPOSTED: &str = "unposted";
+pub(super) const POSTING: &str = "posting";
+const LAST_NUMBER: &str = "posting:last";
+
+pub(super) fn key(part: &str, node: NodeId) -> String {
+    format!("{part}:{{{node}}}")
+}
+
+/// Whole microseconds: what scripts can add up exactly.
+fn micros(ms: f64) -> u64 {
+    // A float to integer cast saturates and maps NaN to 0.
+    (ms * 1000.0).round() as u64
+}
+
+/// What stands beside the id of a job.
+pub(super) fn entry_text(deadline: UnixMs, function: &FunctionId) -> String {
+    let mut text = String::with_capacity(ENTRY_BYTES);
+    let _ = write!(text, "{deadline}:{function}"); // to a String: cannot fail
+    text
+}
+
+/// Sums, as the scripts write them.
+pub(super) fn sums_text(sums: &Counters) -> String {
+    let (duration, handler) = (micros(sums.total_duration_ms), micros(sums.total_handler_duration_ms));
+    format!("{}:{}:{duration}:{}:{handler}", sums.invocations, sums.errors, sums.handler_invocations)
+}
+
+/// Number and sums, as the scripts write them.
+fn sums(text: &str) -> Option<(u64, Counters)> {
+    let mut numbers = text.split(':').map(|number| number.parse::<u64>().ok());
+    let mut next = || numbers.next().flatten();
+    let number = next()?;
+    let (invocations, errors, duration, handler_invocations, handler) =
+        (next()?, next()?, next()?, next()?, next()?);
+    let ms = |micros: u64| micros as f64 / 1000.0;
+    let (total_duration_ms, total_handler_duration_ms) = (ms(duration), ms(handler));
+    let sums =
+        Counters { invocations, errors, total_duration_ms, handler_invocations, total_handler_duration_ms };
+    Some((number, sums))
 }
 
 fn entry(field: &[u8], value: &[u8]) -> Option<JournalEntry> {
@@ -107,7 +261,7 @@ mod tests {
         let id = JobId::new(NodeId(0xab), 5, 6);
         let read = entry(id.to_string().as_bytes(), b"17:f.1").unwrap();
         assert_eq!((read.id, read.deadline, read.function.as_str()), (id, 17, "f.1"));
-        assert_eq!(key(id.node()), "inflight:{000000ab}");
+        assert_eq!(key(INFLIGHT, id.node()), "inflight:{000000ab}");
         for bad in ["", "17", ":f", "x:f", "17:", "17:a/b"] {
             assert_eq!(entry(id.to_string().as_bytes(), bad.as_bytes()), None, "{bad}");
         }

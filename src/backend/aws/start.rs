@@ -7,6 +7,7 @@ use super::executions::ExecutionTable;
 use super::functions::FunctionTable;
 use super::journal::RedisJournal;
 use super::limits::RedisLimits;
+use super::membership::RedisMembership;
 use super::redis::{self, Commands};
 use super::results::RedisResults;
 use super::s3::CodeBucket;
@@ -37,11 +38,15 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
         (Ok(aws), Ok(redis)) => {
             let commands = Arc::new(Commands::new(redis.clone()));
             let changes = RedisChanges::new(redis.clone(), Arc::clone(&commands), &settings.functions_table);
+            let functions = Arc::new(aws.functions);
+            let membership = RedisMembership::new(Arc::clone(&commands), &settings.logs_table);
+            let journal = RedisJournal::new(Arc::clone(&commands), Arc::clone(&functions), settings.node);
             let backend = Backend {
                 queue: Arc::new(aws.queue),
                 results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), settings.node)),
-                journal: Arc::new(RedisJournal::new(Arc::clone(&commands), settings.node)),
-                functions: Arc::new(aws.functions),
+                journal: Arc::new(journal),
+                membership: Some(Arc::new(membership)),
+                functions,
                 executions: Arc::new(aws.executions),
                 code: Arc::new(aws.code),
                 code_list: Arc::new(aws.code_list),

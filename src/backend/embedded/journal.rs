@@ -1,10 +1,12 @@
 //! The jobs in flight, as a table. An id begins with its node, so a node's jobs are one range of keys.
 
 use super::database::{Database, integer, unsigned};
-use crate::backend::{BackendError, Journal, JournalEntry};
-use crate::model::{FunctionId, Job, JobId, NodeId};
+use super::store::add_counters;
+use crate::backend::{BackendError, Ended, Journal, JournalEntry, Unposted};
+use crate::model::{Counters, FunctionId, Job, JobId, NodeId};
 use async_trait::async_trait;
 use rusqlite::{OptionalExtension, params};
+use std::collections::BTreeMap;
 
 /// The table `inflight`.
 pub(super) struct Inflight(pub(super) Database);
@@ -35,6 +37,30 @@ impl Journal for Inflight {
             Ok(())
         });
         Ok(write.await?)
+    }
+
+    /// The functions are in the same file, so what a job adds is added in the same transaction.
+    async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+        let ended = ended.to_vec();
+        let write = self.0.write(2 * ended.len(), move |c| {
+            let mut sums: BTreeMap<FunctionId, Counters> = BTreeMap::new();
+            let mut delete = c.prepare_cached("DELETE FROM inflight WHERE id = ?1")?;
+            for Ended { id, function, adds } in ended {
+                if delete.execute([id.as_bytes()])? == 1 {
+                    *sums.entry(function).or_default() += adds;
+                }
+            }
+            sums.into_iter().try_for_each(|(function, sums)| add_counters(c, &function, sums))
+        });
+        Ok(write.await.map(|()| true)?)
+    }
+
+    async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    async fn post(&self, _: NodeId, _: &[FunctionId], _: usize) -> Unposted {
+        Unposted::default()
     }
 
     async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
@@ -75,7 +101,10 @@ fn key(node: NodeId, rest: u8) -> [u8; 16] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::FunctionStore;
     use crate::backend::embedded::scratch::{Scratch, job, job_of};
+    use crate::backend::embedded::store::{Functions, put_function};
+    use crate::model::Function;
 
     #[tokio::test]
     async fn the_journal_survives_and_knows_its_nodes() {
@@ -97,5 +126,31 @@ mod tests {
         assert_eq!(journal.entries(NodeId(9)).await.unwrap(), []);
         assert_eq!(journal.contains(ours[0].id).await, Ok(true));
         assert_eq!(journal.contains(ours[1].id).await, Ok(false));
+    }
+
+    #[tokio::test]
+    async fn a_job_adds_once_to_its_function_however_often_it_ends() {
+        let scratch = Scratch::new();
+        let functions = Functions(scratch.database());
+        let there = Function::sample("f");
+        let made = there.clone();
+        assert_eq!(functions.0.write(1, move |c| put_function(c, &made)).await.ok(), Some(true));
+        let journal = Inflight(functions.0.clone());
+        let jobs: Vec<Job> = (0..3).map(|n| job_of(NodeId(7), n, "{}")).collect();
+        journal.enter(&jobs[..2]).await.unwrap();
+        let adds = Counters { invocations: 1, total_duration_ms: 1.5, ..Counters::default() };
+        let ended = |job: &Job, function: &str| Ended {
+            id: job.id,
+            function: FunctionId::parse(function).unwrap(),
+            adds,
+        };
+        // The third was never journaled, the second one's function is gone.
+        let all = [ended(&jobs[0], "f"), ended(&jobs[0], "f"), ended(&jobs[1], "gone"), ended(&jobs[2], "f")];
+        for _ in 0..2 {
+            assert_eq!(journal.end(NodeId(7), &all).await, Ok(true));
+        }
+        let counters = functions.get(&there.id).await.unwrap().unwrap().counters;
+        assert_eq!(counters, adds);
+        assert_eq!(journal.entries(NodeId(7)).await, Ok(Vec::new()));
     }
 }

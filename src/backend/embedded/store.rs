@@ -6,7 +6,7 @@ mod functions;
 
 pub(super) use code_list::RetiredCodes;
 pub(super) use executions::Executions;
-pub(super) use functions::{Functions, put_function};
+pub(super) use functions::{Functions, add_counters, put_function};
 
 use super::database::Database;
 use crate::backend::BackendError;

@@ -99,6 +99,32 @@ fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Wri
     Ok(Written::Done)
 }
 
+/// Adds to the sums of a function, if it (still) exists.
+pub(in crate::backend::embedded) fn add_counters(
+    connection: &Connection,
+    id: &FunctionId,
+    sums: Counters,
+) -> rusqlite::Result<()> {
+    let mut update = connection.prepare_cached(
+        "UPDATE functions SET
+             invocations = invocations + ?2,
+             errors = errors + ?3,
+             total_duration_ms = total_duration_ms + ?4,
+             handler_invocations = handler_invocations + ?5,
+             total_handler_duration_ms = total_handler_duration_ms + ?6
+         WHERE function_id = ?1",
+    )?;
+    update.execute(params![
+        id.as_str(),
+        integer(sums.invocations),
+        integer(sums.errors),
+        sums.total_duration_ms,
+        integer(sums.handler_invocations),
+        sums.total_handler_duration_ms,
+    ])?;
+    Ok(())
+}
+
 fn put_record(connection: &Connection, record: &ConfigRecord) -> rusqlite::Result<()> {
     let mut insert = connection.prepare_cached(
         "INSERT OR REPLACE INTO config_records (function_id, key, at_ms, action, changed_by, before, after,
@@ -191,30 +217,6 @@ impl FunctionStore for Functions {
     async fn write(&self, change: &FunctionWrite) -> Result<Written, BackendError> {
         let change = change.clone();
         Ok(self.0.write(WRITE_RECORDS, move |c| write(c, &change)).await?)
-    }
-
-    async fn add_counters(&self, id: &FunctionId, sums: Counters) -> Result<(), BackendError> {
-        let id = id.clone();
-        let write = self.0.write(1, move |c| {
-            let mut update = c.prepare_cached(
-                "UPDATE functions SET
-                     invocations = invocations + ?2,
-                     errors = errors + ?3,
-                     total_duration_ms = total_duration_ms + ?4,
-                     handler_invocations = handler_invocations + ?5,
-                     total_handler_duration_ms = total_handler_duration_ms + ?6
-                 WHERE function_id = ?1",
-            )?;
-            update.execute(params![
-                id.as_str(),
-                integer(sums.invocations),
-                integer(sums.errors),
-                sums.total_duration_ms,
-                integer(sums.handler_invocations),
-                sums.total_handler_duration_ms,
-            ])
-        });
-        Ok(write.await.map(drop)?)
     }
 
     async fn recommend(&self, id: &FunctionId, advice: &Recommendation) -> Result<(), BackendError> {
@@ -343,7 +345,7 @@ mod tests {
         let sums = Counters { invocations: 3, errors: 1, ..Counters::default() };
         let advice = Recommendation { memory_mb: Some(1), at: 5, ..Recommendation::default() };
         // Counted and advised after it was read.
-        functions.add_counters(&f().id, sums).await.unwrap();
+        functions.0.write(1, move |c| add_counters(c, &f().id, sums)).await.unwrap();
         functions.recommend(&f().id, &advice).await.unwrap();
         let other = Function { name: "x".into(), env_vars: "{\"A\":1}".into(), ..changed(&f(), 512) };
         assert_eq!(functions.write(&change(Some(&f()), Some(&other))).await, Ok(Written::Done));
@@ -503,7 +505,7 @@ mod tests {
         };
         let nobody = FunctionId::parse("nobody").unwrap();
         for id in [f().id, f().id, nobody.clone()] {
-            functions.add_counters(&id, sums).await.unwrap();
+            functions.0.write(1, move |c| add_counters(c, &id, sums)).await.unwrap();
         }
         let mut expected = f();
         expected.counters += sums;

@@ -1,0 +1,131 @@
+//! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
+//! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is.
+
+use super::journal::{INFLIGHT, POSTING, UNPOSTED, WHOLE, entry_text, key, sums_text};
+use super::redis::Commands;
+use crate::backend::{BackendError, JournalEntry, Membership};
+use crate::model::{Counters, FunctionId, NodeId};
+use async_trait::async_trait;
+use redis::{Cmd, Script, cmd};
+use std::sync::Arc;
+use std::time::Duration;
+
+const ADOPTED: &str = "adopted";
+
+/// How long the mark of a journal outlives its node, in seconds: longer than anybody would have its jobs wait.
+const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
+
+/// KEYS: the nodes. ARGV: a node, its lease in milliseconds. Answer: up to 16 whose lease has lapsed.
+const RENEW: &str = "local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
+return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16)";
+
+/// KEYS: who has adopted a node. ARGV: who would, for how many milliseconds. Answer: whether that one has.
+const ADOPT: &str = "local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1";
+
+/// KEYS: the nodes. ARGV: one of them. Answer: 1 if its lease had lapsed and it is off the list.
+const DISMISS: &str = "local time = redis.call('TIME')
+local ends = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if ends and tonumber(ends) >= time[1] * 1000 then return 0 end
+redis.call('ZREM', KEYS[1], ARGV[1])
+return 1";
+
+pub(super) struct RedisMembership {
+    commands: Arc<Commands>,
+    /// Nodes that share a Redis and not their tables know nothing of each other.
+    nodes: String,
+    renew: Script,
+    adopt: Script,
+    dismiss: Script,
+}
+
+impl RedisMembership {
+    pub(super) fn new(commands: Arc<Commands>, logs_table: &str) -> Self {
+        let nodes = format!("nodes:{{{logs_table}}}");
+        let (renew, adopt, dismiss) = (Script::new(RENEW), Script::new(ADOPT), Script::new(DISMISS));
+        Self { commands, nodes, renew, adopt, dismiss }
+    }
+}
+
+#[async_trait]
+impl Membership for RedisMembership {
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Vec<NodeId>, BackendError> {
+        let mut call = self.renew.prepare_invoke();
+        call.key(&self.nodes).arg(node.to_string()).arg(millis(lease));
+        let call = &call;
+        let lapsed: Vec<Vec<u8>> =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        // What is no node is left alone.
+        Ok(lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect())
+    }
+
+    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError> {
+        let mut call = self.adopt.prepare_invoke();
+        call.key(key(ADOPTED, dead)).arg(by.to_string()).arg(millis(lease));
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {
+        for part in [INFLIGHT, UNPOSTED, POSTING] {
+            let len: u64 = self.commands.query(cmd("HLEN").arg(key(part, dead))).await?;
+            if len > 0 {
+                return Ok(false);
+            }
+        }
+        let mut call = self.dismiss.prepare_invoke();
+        call.key(&self.nodes).arg(dead.to_string());
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn relist(&self, node: NodeId) -> Result<bool, BackendError> {
+        self.commands.query(cmd("ZADD").arg(&self.nodes).arg("NX").arg(0).arg(node.to_string())).await
+    }
+
+    async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError> {
+        // Says whether it is there, and keeps it there.
+        self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
+    }
+
+    async fn retell(
+        &self,
+        node: NodeId,
+        entries: &[JournalEntry],
+        sums: &[(FunctionId, Counters)],
+    ) -> Result<(), BackendError> {
+        if !entries.is_empty() {
+            let mut command = hset(INFLIGHT, node);
+            for JournalEntry { id, function, deadline } in entries {
+                command.arg(id.to_string()).arg(entry_text(*deadline, function));
+            }
+            self.commands.query::<()>(&command).await?;
+        }
+        if !sums.is_empty() {
+            let mut command = hset(UNPOSTED, node);
+            for (function, sums) in sums {
+                command.arg(function.as_str()).arg(sums_text(sums));
+            }
+            self.commands.query::<()>(&command).await?;
+        }
+        Ok(())
+    }
+
+    async fn retold(&self, node: NodeId) -> Result<(), BackendError> {
+        self.commands.query(cmd("SET").arg(key(WHOLE, node)).arg(1).arg("EX").arg(WHOLE_KEPT_S)).await
+    }
+}
+
+fn hset(part: &str, node: NodeId) -> Cmd {
+    let mut command = cmd("HSET");
+    command.arg(key(part, node));
+    command
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,54 @@
+//! How long this node may admit jobs: while its lease holds, and a moment less.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A node ends its lease early, by its own clock: clocks differ.
+const TRUSTED_PERCENT: u32 = 99;
+
+/// Until when this node may admit jobs.
+pub struct Lease {
+    epoch: Instant,
+    /// In milliseconds from the epoch.
+    until: AtomicU64,
+}
+
+impl Lease {
+    /// One that never lapses: there are no other nodes.
+    pub fn endless() -> Self {
+        Self { epoch: Instant::now(), until: AtomicU64::new(u64::MAX) }
+    }
+
+    pub fn lapsed() -> Self {
+        Self { epoch: Instant::now(), until: AtomicU64::new(0) }
+    }
+
+    pub fn holds(&self) -> bool {
+        u128::from(self.until.load(Ordering::Relaxed)) > self.epoch.elapsed().as_millis()
+    }
+
+    /// It was renewed by a call that began at `asked`.
+    pub fn renewed(&self, asked: Instant, lease: Duration) {
+        let until = asked + lease * TRUSTED_PERCENT / 100 - self.epoch;
+        self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_ends_a_moment_before_others_may_think_so() {
+        let lease = Lease::lapsed();
+        assert!(!lease.holds() && Lease::endless().holds());
+        let asked = Instant::now();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        lease.renewed(asked, Duration::from_secs(10));
+        for (ms, holds) in [(8899, true), (2, false)] {
+            tokio::time::advance(Duration::from_millis(ms)).await;
+            assert_eq!(lease.holds(), holds, "{ms}");
+        }
+    }
+}

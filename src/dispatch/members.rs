@@ -1,0 +1,172 @@
+//! This node among the others: it keeps its lease, looks after the jobs of nodes that are gone, and tells a store that
+//! has lost its data what it should hold.
+//!
+//! A node whose lease has lapsed is adopted *in place*: its jobs enter this node's table and end here as its own do,
+//! but they leave the journal of the node that they name. So nothing is moved, `/status` finds them all the time, and
+//! it does no harm if their node was only frozen: a row is the same whoever writes it, and a job ends once. For the same
+//! reason a node that comes back keeps its id. It admits nothing until its lease is renewed.
+
+use super::lease::Lease;
+use super::settler::Settler;
+use crate::audit::Ledger;
+use crate::backend::{BackendError, JournalEntry, Membership};
+use crate::config::FleetConf;
+use crate::model::{JobId, NodeId};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+/// Times a lease is renewed before it would lapse.
+const RENEWALS: u32 = 10;
+/// How often the journal of an adopted node is read again: it may have been only slow, and have added jobs.
+const READ_AGAIN: Duration = Duration::from_secs(10);
+/// Entries told in one call.
+const TOLD_MAX: usize = 1000;
+
+/// The loop of this node's membership.
+pub struct Members {
+    node: NodeId,
+    store: Option<Arc<dyn Membership>>,
+    lease: Arc<Lease>,
+    lasts: Duration,
+    settler: Arc<Settler>,
+    ledger: Arc<Ledger>,
+    /// Since when this node has heard of the others without a gap.
+    standing_since: Option<Instant>,
+    /// The nodes whose jobs are looked after here, and when their journals were read last.
+    adopted: BTreeMap<NodeId, Instant>,
+}
+
+impl Members {
+    pub fn new(
+        node: NodeId,
+        conf: &FleetConf,
+        store: Option<Arc<dyn Membership>>,
+        lease: Arc<Lease>,
+        settler: Arc<Settler>,
+        ledger: Arc<Ledger>,
+    ) -> Self {
+        let lasts = Duration::from_secs(conf.lease_s);
+        Self { node, store, lease, lasts, settler, ledger, standing_since: None, adopted: BTreeMap::new() }
+    }
+
+    /// Takes the lease, and goes on with what an earlier life of this node has left: gives how many jobs it was. Before the
+    /// other loops start.
+    pub async fn begin(&mut self) -> Result<usize, BackendError> {
+        let entries = self.settler.journal.entries(self.node).await?;
+        let restored = entries.iter().filter(|entry| self.settler.restore(entry)).count();
+        self.ledger.take_over(self.node).await?;
+        if let Some(store) = self.store.clone() {
+            self.renew(store.as_ref()).await?;
+        }
+        Ok(restored)
+    }
+
+    /// Never ends.
+    pub async fn run(mut self) {
+        let Some(store) = self.store.clone() else { return std::future::pending().await };
+        let mut tick = interval(self.lasts / RENEWALS);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            let done = match self.renew(store.as_ref()).await {
+                Ok(lapsed) => self.look_after(store.as_ref(), lapsed).await,
+                Err(e) => Err(e),
+            };
+            if let Err(e) = done {
+                tracing::debug!(error = %e, "Fleet Not Heard Of");
+            }
+        }
+    }
+
+    async fn renew(&mut self, store: &dyn Membership) -> Result<Vec<NodeId>, BackendError> {
+        let asked = Instant::now();
+        let lapsed = store.renew(self.node, self.lasts).await?;
+        if !self.lease.holds() {
+            self.standing_since = Some(asked);
+        }
+        self.mend(store, self.node).await?;
+        self.lease.renewed(asked, self.lasts);
+        Ok(lapsed)
+    }
+
+    /// Tells the journal of a node again what is known of it here, if the store has lost it.
+    async fn mend(&self, store: &dyn Membership, node: NodeId) -> Result<(), BackendError> {
+        if store.is_whole(node).await? {
+            return Ok(());
+        }
+        let in_flight = self.settler.in_flight.of_node(node);
+        let (ended, sums) = self.ledger.outstanding(node);
+        // Their rows are written: whoever adopts them has nothing to wait for.
+        let closing = ended.into_iter().map(|e| JournalEntry { id: e.id, function: e.function, deadline: 0 });
+        let entries: Vec<JournalEntry> = in_flight.into_iter().chain(closing).collect();
+        for entries in entries.chunks(TOLD_MAX) {
+            store.retell(node, entries, &[]).await?;
+        }
+        for sums in sums.chunks(TOLD_MAX) {
+            store.retell(node, &[], sums).await?;
+        }
+        // What was given up meanwhile has left before it was told. What has ended has not: nothing ends before `retold`.
+        let closing: HashSet<JobId> = self.ledger.outstanding(node).0.iter().map(|ended| ended.id).collect();
+        let given_up = entries.iter().map(|entry| entry.id);
+        let given_up = given_up.filter(|id| !self.settler.in_flight.contains(*id) && !closing.contains(id));
+        self.settler.journal.leave(&given_up.collect::<Vec<_>>());
+        store.retold(node).await?;
+        if !(entries.is_empty() && sums.is_empty()) {
+            tracing::warn!(%node, jobs = entries.len(), "Journal Told Again");
+        }
+        Ok(())
+    }
+
+    /// Adopts nodes whose lease has lapsed, and leaves those alone that are back.
+    async fn look_after(&mut self, store: &dyn Membership, lapsed: Vec<NodeId>) -> Result<(), BackendError> {
+        let gone: Vec<NodeId> = self.adopted.keys().filter(|node| !lapsed.contains(node)).copied().collect();
+        for node in gone {
+            self.adopted.remove(&node);
+            // Not listed at all: the store has lost its data, and only this node knows of the jobs.
+            if store.relist(node).await? {
+                self.mend(store, node).await?;
+            } else {
+                self.settler.in_flight.give_back(node);
+                tracing::info!(adopted = %node, "Adopted Node Is Back");
+            }
+        }
+        // After a gap, for which the store may be to blame, the others first have time to renew theirs.
+        if self.standing_since.is_none_or(|since| since.elapsed() < self.lasts) {
+            return Ok(());
+        }
+        for node in lapsed {
+            if node == self.node {
+                continue;
+            }
+            if store.adopt(node, self.node, self.lasts).await? {
+                self.adopt(store, node).await?;
+            } else {
+                self.adopted.remove(&node);
+            }
+        }
+        Ok(())
+    }
+
+    async fn adopt(&mut self, store: &dyn Membership, node: NodeId) -> Result<(), BackendError> {
+        if self.adopted.get(&node).is_some_and(|read| read.elapsed() < READ_AGAIN) {
+            return Ok(());
+        }
+        self.mend(store, node).await?;
+        let entries = self.settler.journal.entries(node).await?;
+        // Half of the room is for what this node is asked itself.
+        let room = self.settler.in_flight.room() / 2;
+        let jobs = entries.iter().filter(|entry| self.settler.restore(entry)).take(room).count();
+        let sums = self.ledger.take_over(node).await?;
+        if self.adopted.insert(node, Instant::now()).is_none() {
+            tracing::warn!(adopted = %node, jobs, sums, "Node Adopted");
+            self.settler.metrics.nodes_adopted.inc();
+        }
+        if entries.is_empty() && sums == 0 && store.dismiss(node).await? {
+            self.adopted.remove(&node);
+            tracing::info!(adopted = %node, "Adopted Node Has Nothing Left");
+        }
+        Ok(())
+    }
+}

@@ -7,7 +7,7 @@
 mod ledger;
 mod tail;
 
-pub use ledger::Ledger;
+pub use ledger::{Ledger, Outstanding};
 pub use tail::{Tail, TailEntry};
 
 use crate::backend::{BackendError, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
@@ -324,9 +324,9 @@ mod tests {
     use super::*;
     use crate::backend::{
         Ended, FunctionPage, FunctionStore, FunctionWrite, Journal, JournalEntry, LogPage, LogQuery,
-        Unposted, Written,
+        Numbered, Numbering, Written,
     };
-    use crate::model::{Counters, Function, FunctionId, Job, NodeId, Outcome};
+    use crate::model::{Function, FunctionId, Job, NodeId, Outcome, Sums};
     use async_trait::async_trait;
     use std::collections::HashMap;
     use std::sync::Mutex;
@@ -339,8 +339,8 @@ mod tests {
         rows: Mutex<HashMap<String, Execution>>,
         puts: Mutex<Vec<usize>>,
         /// As a journal keeps them.
-        unposted: Mutex<HashMap<FunctionId, Counters>>,
-        sums: Mutex<HashMap<FunctionId, Counters>>,
+        unposted: Mutex<HashMap<FunctionId, Sums>>,
+        sums: Mutex<HashMap<FunctionId, Sums>>,
         ends_fail: AtomicBool,
         /// In the order of the updates.
         updated: Mutex<Vec<(Instant, FunctionId)>>,
@@ -423,24 +423,36 @@ mod tests {
             Ok(true)
         }
 
-        async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
-            Ok(self.unposted.lock().unwrap().keys().cloned().collect())
+        async fn given_up(&self, _: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+            Ok(Vec::new())
         }
 
-        async fn post(&self, _: NodeId, functions: &[FunctionId], _: usize) -> Unposted {
+        async fn number(&self, _: NodeId, functions: &[FunctionId]) -> Result<Numbering, BackendError> {
+            let unposted = self.unposted.lock().unwrap();
+            let numbered = functions.iter().filter_map(|function| {
+                Some(Numbered { function: function.clone(), number: 1, sums: *unposted.get(function)? })
+            });
+            Ok(Numbering { numbered: numbered.collect(), more: Vec::new() })
+        }
+
+        async fn post(
+            &self,
+            _: NodeId,
+            numbered: Vec<Numbered>,
+            _: usize,
+        ) -> (Vec<Numbered>, Option<BackendError>) {
             if self.sums_hang.load(Ordering::Relaxed) {
                 std::future::pending::<()>().await;
             }
             if self.sums_fail.load(Ordering::Relaxed) {
-                let failure = Some(BackendError::Unavailable("x".into()));
-                return Unposted { left: functions.to_vec(), failure };
+                return (numbered, Some(BackendError::Unavailable("x".into())));
             }
-            for function in functions {
-                let Some(sums) = self.unposted.lock().unwrap().remove(function) else { continue };
+            for Numbered { function, sums, .. } in numbered {
+                self.unposted.lock().unwrap().remove(&function);
                 self.updated.lock().unwrap().push((Instant::now(), function.clone()));
-                *self.sums.lock().unwrap().entry(function.clone()).or_default() += sums;
+                *self.sums.lock().unwrap().entry(function).or_default() += sums;
             }
-            Unposted::default()
+            (Vec::new(), None)
         }
 
         async fn contains(&self, _: JobId) -> Result<bool, BackendError> {
@@ -502,12 +514,12 @@ mod tests {
         assert_eq!(tables.left.lock().unwrap().len(), 60);
         let puts = tables.puts.lock().unwrap().clone();
         assert_eq!(puts.iter().max(), Some(&ROWS_MAX), "{puts:?}");
-        let sums = Counters {
+        let sums = Sums {
             invocations: 60,
             errors: 0,
-            total_duration_ms: 180.0,
+            duration_us: 180_000,
             handler_invocations: 60,
-            total_handler_duration_ms: 120.0,
+            handler_us: 120_000,
         };
         assert_eq!(tables.sums.lock().unwrap().get(&FunctionId::parse("f").unwrap()), Some(&sums));
         assert_eq!(audit.metrics.audit.waiting_rows.get(), 0);
@@ -585,7 +597,7 @@ mod tests {
         assert!(updated[..300].iter().all(|(_, id)| is_early(id)));
         let in_second = |n: u64| updated.iter().filter(|(at, _)| (*at - started).as_secs() == n).count();
         assert_eq!([0, 1, 2, 3, 4].map(in_second), [0, 256, 256, 88, 0]);
-        let invocations: u64 = tables.sums.lock().unwrap().values().map(|sums| sums.invocations).sum();
+        let invocations: i64 = tables.sums.lock().unwrap().values().map(|sums| sums.invocations).sum();
         assert_eq!(invocations, 900);
         assert_eq!(audit.metrics.audit.waiting_functions.get(), 0);
     }

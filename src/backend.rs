@@ -8,7 +8,7 @@ pub mod aws;
 pub mod embedded;
 
 use crate::model::{
-    ConfigRecord, Counters, Execution, Function, FunctionId, Job, JobId, NodeId, Recommendation, RetiredCode,
+    ConfigRecord, Execution, Function, FunctionId, Job, JobId, NodeId, Recommendation, RetiredCode, Sums,
     UnixMs,
 };
 use async_trait::async_trait;
@@ -25,8 +25,13 @@ pub const ROWS_MAX: usize = 25;
 pub const STORED_MAX: usize = 64;
 /// Most jobs in one [`Journal::end`].
 pub const ENDED_MAX: usize = 512;
-/// Most functions in one [`Journal::post`].
+/// Most functions in one [`Journal::number`].
 pub const POSTED_MAX: usize = 256;
+/// Most jobs of a node that are remembered after they were given up. The results of others that come late are only
+/// counted.
+pub const GIVEN_UP_MAX: usize = 65_536;
+/// For how long they are remembered.
+pub const GIVEN_UP_KEPT: Duration = Duration::from_secs(6 * 3600);
 
 /// Why a backend did not do what was asked. The text is for the log, never for a client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -120,6 +125,28 @@ pub trait Results: Send + Sync {
     async fn ping(&self) -> Result<(), BackendError>;
 }
 
+/// A message that the queue has given up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// `None`: no job of our kind.
+    pub job: Option<(JobId, FunctionId)>,
+    /// By which the store knows it.
+    pub receipt: String,
+}
+
+/// Messages that came to workers too often, and that none deleted.
+#[async_trait]
+pub trait DeadLetters: Send + Sync {
+    /// A few of them, those that were not read for a while; none if there are no others.
+    async fn read(&self) -> Result<Vec<DeadLetter>, BackendError>;
+
+    /// Leaves a result for the job of one, as a worker does, unless there is a result. `false`: there is.
+    async fn answer(&self, id: JobId, result: Bytes) -> Result<bool, BackendError>;
+
+    /// Of one [`Self::read`].
+    async fn delete(&self, letters: &[DeadLetter]) -> Result<(), BackendError>;
+}
+
 /// What the journal keeps of one job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JournalEntry {
@@ -129,24 +156,38 @@ pub struct JournalEntry {
 }
 
 /// A job whose row is written, and what its execution adds to its function.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
     pub id: JobId,
     pub function: FunctionId,
-    pub adds: Counters,
+    pub adds: Sums,
+    /// It was given up without a result. A late one may still come.
+    pub is_lost: bool,
 }
 
-/// What [`Journal::post`] could not do.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Unposted {
-    /// Functions that still have sums to be posted.
-    pub left: Vec<FunctionId>,
-    /// Why, if it is for a failure and not because more has come.
-    pub failure: Option<BackendError>,
+/// Sums of one function under the number by which they are told from others of the same node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Numbered {
+    pub function: FunctionId,
+    pub number: u64,
+    pub sums: Sums,
+}
+
+/// What [`Journal::number`] gives.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Numbering {
+    /// Functions without any sums are not among them.
+    pub numbered: Vec<Numbered>,
+    /// Functions whose earlier sums had a number already: later ones have none yet.
+    pub more: Vec<FunctionId>,
 }
 
 /// The durable set of a node's jobs in flight, and what ended jobs add to their functions until that is posted. A
 /// job enters before it is sent, and leaves when its row is written or its send has definitely failed.
+///
+/// Sums are posted in two steps: they get a number, and then they are added to their function, which remembers the
+/// number. Until that is known the number stays with them, so whoever posts them, and however often, adds once. A
+/// store that adds at once, with the end of the job, has nothing to post.
 #[async_trait]
 pub trait Journal: Send + Sync {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError>;
@@ -155,23 +196,48 @@ pub trait Journal: Send + Sync {
     async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError>;
 
     /// Takes out jobs of `node` whose rows are written; at most [`ENDED_MAX`]. In the same step it keeps what those of
-    /// them add that were still there, so each job adds once, whoever ends it and however often. `false`: the store
-    /// has lost its data, and nothing was done.
+    /// them add that were still there, so each job adds once, whoever ends it and however often; and what a result
+    /// changes that came after its job was given up. `false`: the store has lost its data, and nothing was done.
     async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError>;
 
-    /// The functions of `node` that have sums to be posted.
-    async fn unposted(&self, node: NodeId) -> Result<Vec<FunctionId>, BackendError>;
+    /// Jobs of `node` that were given up lately, and for which no result has come; at most [`GIVEN_UP_MAX`].
+    async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError>;
 
-    /// Adds what is kept for these functions of `node` to the functions themselves, if they (still) exist, up to
-    /// `at_a_time` of them side by side; at most [`POSTED_MAX`]. Each sum is added once, whoever posts it and however
-    /// often.
-    async fn post(&self, node: NodeId, functions: &[FunctionId], at_a_time: usize) -> Unposted;
+    /// The functions of `node` that have sums to be posted.
+    async fn unposted(&self, _node: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    /// Gives the sums of these functions of `node` their numbers; at most [`POSTED_MAX`].
+    async fn number(&self, _node: NodeId, _functions: &[FunctionId]) -> Result<Numbering, BackendError> {
+        Ok(Numbering::default())
+    }
+
+    /// Adds sums of `node` to their functions, if those (still) exist, up to `at_a_time` side by side. Gives back what
+    /// is not known to be added, and why.
+    async fn post(
+        &self,
+        _node: NodeId,
+        _numbered: Vec<Numbered>,
+        _at_a_time: usize,
+    ) -> (Vec<Numbered>, Option<BackendError>) {
+        (Vec::new(), None)
+    }
 
     /// Whether the node that the id names holds the job.
     async fn contains(&self, id: JobId) -> Result<bool, BackendError>;
 
     /// All that `node` holds: what a restarted node goes on with.
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError>;
+}
+
+/// A part of what a journal should hold.
+#[derive(Clone, Copy, Debug)]
+pub enum Told<'a> {
+    Jobs(&'a [JournalEntry]),
+    Sums(&'a [(FunctionId, Sums)]),
+    Numbered(&'a [Numbered]),
+    GivenUp(&'a [(JobId, FunctionId)]),
 }
 
 /// The nodes of a fleet: who lives, and who goes on with the jobs of those that do not.
@@ -197,12 +263,7 @@ pub trait Membership: Send + Sync {
     async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError>;
 
     /// Tells the journal of `node` again what it has lost.
-    async fn retell(
-        &self,
-        node: NodeId,
-        entries: &[JournalEntry],
-        sums: &[(FunctionId, Counters)],
-    ) -> Result<(), BackendError>;
+    async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError>;
 
     /// The journal of `node` has been told all.
     async fn retold(&self, node: NodeId) -> Result<(), BackendError>;
@@ -463,6 +524,8 @@ pub struct Backend {
     pub results: Arc<dyn Results>,
     pub journal: Arc<dyn Journal>,
     /// `None`: there is one node.
+    /// `None`: the queue gives no message up.
+    pub dead_letters: Option<Arc<dyn DeadLetters>>,
     pub membership: Option<Arc<dyn Membership>>,
     pub functions: Arc<dyn FunctionStore>,
     pub executions: Arc<dyn ExecutionStore>,

@@ -9,6 +9,7 @@
 //! [`new`] builds a [`Dispatcher`], the handle that requests use, and the [`DispatchLoops`] that `boot` starts.
 
 mod batcher;
+mod dead_letters;
 mod in_flight;
 mod journal;
 mod lease;
@@ -17,13 +18,14 @@ mod members;
 mod settler;
 
 pub use batcher::SubmitError;
+pub use dead_letters::Undertaker;
 pub use in_flight::Waiter;
 pub use members::Members;
 pub use settler::{Lookups, Pump};
 
 use crate::audit::{Audit, Ledger, RowsWritten};
 use crate::backend::{Backend, BackendError};
-use crate::config::{BatchConf, FleetConf, Live, MemoryConf};
+use crate::config::{BatchConf, DeadLetterConf, FleetConf, Live, MemoryConf};
 use crate::metrics::Metrics;
 use crate::model::{Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
@@ -55,6 +57,7 @@ pub struct DispatchLoops {
     pub pump: Pump,
     pub lookups: Lookups,
     pub members: Members,
+    pub undertaker: Undertaker,
     /// Told by the audit when rows are written.
     pub rows: Arc<dyn RowsWritten>,
 }
@@ -64,6 +67,7 @@ pub struct Parts<'a> {
     pub node: NodeId,
     pub memory: &'a MemoryConf,
     pub fleet: &'a FleetConf,
+    pub dead_letter: &'a DeadLetterConf,
     pub batch: Live<BatchConf>,
     pub backend: &'a Backend,
     pub audit: Audit,
@@ -73,7 +77,7 @@ pub struct Parts<'a> {
 
 /// Builds the dispatcher of a node.
 pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
-    let Parts { node, memory, fleet, batch, backend, audit, ledger, metrics } = parts;
+    let Parts { node, memory, fleet, dead_letter, batch, backend, audit, ledger, metrics } = parts;
     let in_flight =
         Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
     let lease = Arc::new(if backend.membership.is_some() { Lease::lapsed() } else { Lease::endless() });
@@ -85,6 +89,7 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&in_flight),
         Arc::clone(&metrics),
     );
+    let undertaker = Undertaker::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
     let settler = Arc::new(Settler::new(in_flight, journal, Arc::clone(&backend.results), audit, metrics));
     let membership = backend.membership.clone();
     let loops = DispatchLoops {
@@ -92,6 +97,7 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         pump: Pump::new(Arc::clone(&settler)),
         lookups: Lookups::new(Arc::clone(&settler)),
         members: Members::new(node, fleet, membership, lease, Arc::clone(&settler), ledger),
+        undertaker,
         rows: Arc::clone(&settler) as Arc<dyn RowsWritten>,
     };
     (Dispatcher(Arc::new(Inner { node, batcher, settler })), loops)
@@ -278,6 +284,7 @@ mod tests {
                 node,
                 memory: &conf.memory,
                 fleet: &conf.fleet,
+                dead_letter: &conf.dead_letter,
                 batch: Live::new(conf.batch),
                 backend: &backend,
                 audit,

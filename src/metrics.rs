@@ -35,14 +35,7 @@ pub struct Metrics {
     pub requests_in_flight: IntGauge,
     /// Synchronous runs and long polls that wait for a result.
     pub waiters: IntGauge,
-    /// Accepted jobs whose row is not written yet.
-    pub jobs_in_flight: IntGauge,
-    /// Jobs that have entered the table, those of earlier lives and of other nodes included.
-    pub jobs_accepted: IntCounter,
-    /// Jobs that have left it again. Accepted, less finished, less in flight is 0, or something is amiss.
-    pub jobs_finished: IntCounter,
-    /// Nodes that were gone, and whose jobs this one has looked after.
-    pub nodes_adopted: IntCounter,
+    pub jobs: JobMetrics,
     /// Jobs waiting to be sent.
     pub queue_waiting: IntGauge,
     pub sends_in_flight: IntGauge,
@@ -52,7 +45,8 @@ pub struct Metrics {
     pub sends: IntCounterVec,
     /// What the usual case counts is looked up once, at start.
     pub jobs_sent: IntCounter,
-    /// By `kind`: `settled` ([`Self::results_settled`]), `repeated`, `unknown_job`, `malformed`, `deferred`, `lost`.
+    /// By `kind`: `settled` ([`Self::results_settled`]), `repeated`, `unknown_job`, `malformed`, `deferred`, `lost`,
+    /// `late`.
     pub results: IntCounterVec,
     pub results_settled: IntCounter,
     /// Jobs whose result was found by a look-up, not by publication.
@@ -120,22 +114,7 @@ impl Metrics {
             http: histogram_vec(r, http.0, http.1, HTTP_BUCKETS, http_labels)?,
             requests_in_flight: gauge(r, "infra_requests_in_flight", "Requests being answered")?,
             waiters: gauge(r, "infra_waiters", "Clients that wait for a result")?,
-            jobs_in_flight: gauge(r, "infra_jobs_in_flight", "Accepted jobs without a row")?,
-            jobs_accepted: counter(
-                r,
-                "infra_jobs_accepted_total",
-                "Jobs that entered the table of jobs in flight",
-            )?,
-            jobs_finished: counter(
-                r,
-                "infra_jobs_finished_total",
-                "Jobs that left the table of jobs in flight",
-            )?,
-            nodes_adopted: counter(
-                r,
-                "infra_nodes_adopted_total",
-                "Nodes that were gone, and whose jobs were adopted",
-            )?,
+            jobs: JobMetrics::new(r)?,
             queue_waiting: gauge(r, "infra_queue_waiting_jobs", "Jobs waiting to be sent")?,
             sends_in_flight: gauge(r, "infra_queue_sends_in_flight", "Batches being sent")?,
             batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
@@ -197,6 +176,36 @@ impl Metrics {
     /// Counts a finished execution.
     pub fn observe_execution(&self, row: &Execution) {
         self.functions.observe(row);
+    }
+}
+
+/// The metrics of jobs in flight.
+pub struct JobMetrics {
+    /// Accepted jobs whose row is not written yet.
+    pub in_flight: IntGauge,
+    /// Jobs that have entered the table, those of earlier lives and of other nodes included.
+    pub accepted: IntCounter,
+    /// Jobs that have left it again.
+    pub finished: IntCounter,
+    /// Accepted, less finished, less those in the table: not 0, and something is amiss.
+    pub unaccounted: IntGauge,
+    /// Nodes that were gone, and whose jobs this one has looked after.
+    pub adopted_nodes: IntCounter,
+    /// Jobs that the queue has given up.
+    pub dead_letters: IntCounter,
+}
+
+impl JobMetrics {
+    fn new(r: &Registry) -> Result<Self, prometheus::Error> {
+        let counted = |name, what| counter(r, name, what);
+        Ok(Self {
+            in_flight: gauge(r, "infra_jobs_in_flight", "Accepted jobs without a row")?,
+            accepted: counted("infra_jobs_accepted_total", "Jobs that entered the table of jobs in flight")?,
+            finished: counted("infra_jobs_finished_total", "Jobs that left the table of jobs in flight")?,
+            unaccounted: gauge(r, "infra_jobs_unaccounted", "Jobs accepted, not finished and not in flight")?,
+            adopted_nodes: counted("infra_nodes_adopted_total", "Nodes that were gone, and were adopted")?,
+            dead_letters: counted("infra_dead_letters_total", "Jobs that the queue had given up")?,
+        })
     }
 }
 

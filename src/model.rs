@@ -12,6 +12,7 @@ mod job;
 mod outcome;
 mod recommendation;
 mod runtime;
+mod sums;
 
 pub use change::{ConfigAction, ConfigRecord, RetiredCode};
 pub use execution::{Ending, Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowId, RowKey, Status};
@@ -20,6 +21,7 @@ pub use job::{Job, JobDraft, JobId, JobTemplate, NodeId, RunRequest, RunRequestE
 pub use outcome::{Outcome, ResultFields};
 pub use recommendation::Recommendation;
 pub use runtime::Runtime;
+pub use sums::Sums;
 
 use serde::Deserialize;
 use std::borrow::Cow;

@@ -6,7 +6,7 @@ use infra_controller::audit::{self, Audit, RowsWritten};
 use infra_controller::backend::{
     Backend, BackendError, Decision, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
     Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery, QueueTraits, Quota,
-    ResultEvent, Results, SendError, Unposted, Written, embedded,
+    ResultEvent, Results, SendError, Written, embedded,
 };
 use infra_controller::config::{Conf, Live};
 use infra_controller::dispatch::{self, Dispatcher};
@@ -63,13 +63,8 @@ impl Journal for Instantly {
         Ok(true)
     }
 
-    async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+    async fn given_up(&self, _: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
         Ok(Vec::new())
-    }
-
-    async fn post(&self, _: NodeId, functions: &[FunctionId], _: usize) -> Unposted {
-        black_box(functions);
-        Unposted::default()
     }
 
     async fn contains(&self, _: JobId) -> Result<bool, BackendError> {
@@ -186,7 +181,18 @@ impl House {
         let batch = Live::new(conf.batch.clone());
         let ledger = Arc::clone(&books.ledger);
         let (memory, fleet) = (&conf.memory, &conf.fleet);
-        let parts = dispatch::Parts { node, memory, fleet, batch, backend: &backend, audit, ledger, metrics };
+        let dead_letter = &conf.dead_letter;
+        let parts = dispatch::Parts {
+            node,
+            memory,
+            fleet,
+            dead_letter,
+            batch,
+            backend: &backend,
+            audit,
+            ledger,
+            metrics,
+        };
         let (dispatcher, loops) = dispatch::new(parts);
         let mut running = JoinSet::new();
         running.spawn(loops.batches.run(std::future::pending()));

@@ -9,15 +9,18 @@
 //! adds up, so up to [`POSTED_MAX`] functions are written about once a second, and more of them less often, but no sum
 //! is ever dropped for it.
 
-use crate::backend::{BackendError, ENDED_MAX, Ended, FunctionStore, Journal, POSTED_MAX, Unposted};
+use crate::backend::{
+    BackendError, ENDED_MAX, Ended, FunctionStore, Journal, Numbered, Numbering, POSTED_MAX,
+};
 use crate::metrics::Metrics;
-use crate::model::{Counters, Execution, FunctionId, JobId, NodeId, Recommendation};
+use crate::model::{Execution, FunctionId, JobId, NodeId, Recommendation, Sums};
 use ahash::RandomState;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 /// How often jobs leave the journal.
@@ -39,35 +42,8 @@ pub(super) const POSTING_END_MAX: Duration = Duration::from_secs(3);
 /// What was counted where: the sums of one function in the journal of one node.
 type Account = (NodeId, FunctionId);
 
-/// What is to be written to one function. The sums themselves are in the journal.
-#[derive(Default)]
-struct Note {
-    /// As far as they are known here.
-    sums: Counters,
-    /// The newest; few functions have any, and many may wait.
-    recommendation: Option<Box<Recommendation>>,
-}
-
-impl Note {
-    fn add(&mut self, other: Self) {
-        self.sums += other.sums;
-        let newest = |r: &Option<Box<Recommendation>>| r.as_ref().map(|r| r.at);
-        if newest(&other.recommendation) >= newest(&self.recommendation) {
-            self.recommendation = other.recommendation;
-        }
-    }
-}
-
-/// What one execution adds to its function.
-fn adds(row: &Execution) -> Counters {
-    Counters {
-        invocations: 1,
-        errors: u64::from(!row.status.is_success()),
-        total_duration_ms: row.duration_ms,
-        handler_invocations: u64::from(row.handler_duration_ms.is_some()),
-        total_handler_duration_ms: row.handler_duration_ms.unwrap_or(0.0),
-    }
-}
+/// The newest of a function, if it has any: few have.
+type Advice = Option<Box<Recommendation>>;
 
 /// The books of this node, and of those whose jobs it has adopted.
 pub struct Ledger {
@@ -76,6 +52,10 @@ pub struct Ledger {
     metrics: Arc<Metrics>,
     max: usize,
     books: Mutex<Books>,
+    /// Held while jobs end, or sums get their numbers, so that what is held here is what the journal holds.
+    turn: AsyncMutex<()>,
+    /// Held while sums with a number are added to their functions.
+    posting: AsyncMutex<()>,
 }
 
 #[derive(Default)]
@@ -83,29 +63,58 @@ struct Books {
     /// By the node whose journal they are to leave.
     ended: BTreeMap<NodeId, VecDeque<Ended>>,
     ended_len: usize,
-    notes: HashMap<Account, Note, RandomState>,
+    /// What is to be written, with what is advised.
+    notes: HashMap<Account, Advice, RandomState>,
     /// Each of them once, the one that has waited longest first.
     order: VecDeque<Account>,
+    /// What ended here and has no number yet, for a journal that loses its data.
+    sums: HashMap<Account, Sums, RandomState>,
+    /// What has a number and is not known to be added.
+    numbered: HashMap<Account, Numbered, RandomState>,
 }
 
 impl Books {
-    fn note(&mut self, account: Account, note: Note) {
+    fn note(&mut self, account: Account, advice: Advice) {
         match self.notes.entry(account) {
-            Entry::Occupied(mut noted) => noted.get_mut().add(note),
+            Entry::Occupied(mut noted) => {
+                let at = |advice: &Advice| advice.as_ref().map(|r| r.at);
+                if at(&advice) >= at(noted.get()) && advice.is_some() {
+                    *noted.get_mut() = advice;
+                }
+            }
             Entry::Vacant(place) => {
                 self.order.push_back(place.key().clone());
-                place.insert(note);
+                place.insert(advice);
             }
         }
     }
 
     /// Those that have waited longest, by node.
-    fn take_notes(&mut self) -> Vec<(Account, Note)> {
+    fn take_notes(&mut self) -> Vec<(Account, Advice)> {
         let accounts = self.order.drain(..POSTED_MAX.min(self.order.len()));
         let mut notes: Vec<_> = accounts.filter_map(|account| self.notes.remove_entry(&account)).collect();
         notes.sort_by_key(|((node, _), _)| *node);
         notes
     }
+
+    /// These functions have no sums without a number any more, but for those of `numbering.more`.
+    fn number(&mut self, node: NodeId, functions: &[FunctionId], numbering: &Numbering) {
+        for function in functions.iter().filter(|function| !numbering.more.contains(function)) {
+            self.sums.remove(&(node, function.clone()));
+        }
+        for numbered in &numbering.numbered {
+            self.numbered.insert((node, numbered.function.clone()), numbered.clone());
+        }
+    }
+}
+
+/// What a journal should hold for the books.
+#[derive(Default)]
+pub struct Outstanding {
+    /// Their rows are written, and they are still in it.
+    pub ended: Vec<Ended>,
+    pub sums: Vec<(FunctionId, Sums)>,
+    pub numbered: Vec<Numbered>,
 }
 
 impl Ledger {
@@ -115,7 +124,8 @@ impl Ledger {
         metrics: Arc<Metrics>,
         max: usize,
     ) -> Self {
-        Self { journal, functions, metrics, max, books: Mutex::default() }
+        let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
+        Self { journal, functions, metrics, max, books: Mutex::default(), turn, posting }
     }
 
     /// Takes executions whose rows are written.
@@ -128,10 +138,10 @@ impl Ledger {
         let mut books = self.books();
         for ((id, row), recommendation) in ids.iter().zip(rows).zip(recommendations) {
             if let Some(recommendation) = recommendation {
-                let note = Note { recommendation: Some(Box::new(recommendation)), ..Note::default() };
-                books.note((id.node(), row.function.clone()), note);
+                books.note((id.node(), row.function.clone()), Some(Box::new(recommendation)));
             }
-            let ended = Ended { id: *id, adds: adds(&row), function: row.function };
+            let ended =
+                Ended { id: *id, adds: Sums::of(&row), is_lost: row.is_lost(), function: row.function };
             books.ended.entry(id.node()).or_default().push_back(ended);
             books.ended_len += 1;
         }
@@ -143,17 +153,39 @@ impl Ledger {
         let functions = self.journal.unposted(node).await?;
         let mut books = self.books();
         let n = functions.len();
-        functions.into_iter().for_each(|function| books.note((node, function), Note::default()));
+        functions.into_iter().for_each(|function| books.note((node, function), None));
         self.publish(&books);
         Ok(n)
     }
 
-    /// What the journal of a node should hold for the books: jobs that are to leave it, and sums that are not posted.
-    pub fn outstanding(&self, node: NodeId) -> (Vec<Ended>, Vec<(FunctionId, Counters)>) {
-        let books = self.books();
-        let ended = books.ended.get(&node).into_iter().flatten().cloned().collect();
-        let noted = books.notes.iter().filter(|((of, _), note)| *of == node && note.sums.invocations > 0);
-        (ended, noted.map(|((_, function), note)| (function.clone(), note.sums)).collect())
+    /// Tells what the journal of a node should hold for the books. Nothing of it changes until `tell` is done.
+    pub async fn tell_outstanding<T>(&self, node: NodeId, tell: impl AsyncFnOnce(Outstanding) -> T) -> T {
+        let _posting = self.posting.lock().await;
+        let _turn = self.turn.lock().await;
+        let outstanding = {
+            let books = self.books();
+            let of_node = |(of, function): &Account| (*of == node).then(|| function.clone());
+            Outstanding {
+                ended: books.ended.get(&node).into_iter().flatten().cloned().collect(),
+                sums: books
+                    .sums
+                    .iter()
+                    .filter_map(|(account, sums)| Some((of_node(account)?, *sums)))
+                    .collect(),
+                numbered: books
+                    .numbered
+                    .iter()
+                    .filter(|((of, _), _)| *of == node)
+                    .map(|(_, n)| n.clone())
+                    .collect(),
+            }
+        };
+        tell(outstanding).await
+    }
+
+    /// The jobs that are still to leave the journal of a node.
+    pub fn ended(&self, node: NodeId) -> HashSet<JobId> {
+        self.books().ended.get(&node).into_iter().flatten().map(|ended| ended.id).collect()
     }
 
     /// Whether more may not come for the time being.
@@ -193,6 +225,7 @@ impl Ledger {
         let nodes: Vec<NodeId> = self.books().ended.keys().copied().collect();
         for node in nodes {
             while let Some(ended) = self.some_ended(node) {
+                let _turn = self.turn.lock().await;
                 match self.journal.end(node, &ended).await {
                     Ok(true) => self.closed(node, ended),
                     Ok(false) => break,
@@ -221,18 +254,21 @@ impl Ledger {
         }
         books.ended_len -= ended.len();
         for Ended { function, adds, .. } in ended {
-            books.note((node, function), Note { sums: adds, recommendation: None });
+            let account = (node, function);
+            *books.sums.entry(account.clone()).or_default() += adds;
+            books.note(account, None);
         }
         self.publish(&books);
     }
 
     async fn post_often(&self) {
+        let mut is_going_well = false;
         loop {
-            let is_going_well = self.round(POSTS_MAX).await;
             let are_many = self.books().order.len() >= self.max / 2;
             if !(is_going_well && are_many) {
                 sleep(ROUND).await;
             }
+            is_going_well = self.round(POSTS_MAX).await;
         }
     }
 
@@ -249,24 +285,25 @@ impl Ledger {
         let mut taken = Taken { notes: self.books().take_notes(), ledger: self };
         let mut failure = None;
         let mut left = HashSet::new();
-        for notes in taken.notes.chunk_by_mut(|((a, _), _), ((b, _), _)| a == b) {
+        for notes in taken.notes.chunk_by(|((a, _), _), ((b, _), _)| a == b) {
             let node = notes[0].0.0;
             let functions: Vec<FunctionId> =
                 notes.iter().map(|((_, function), _)| function.clone()).collect();
-            let unposted = match timeout(ROUND_MAX, self.journal.post(node, &functions, at_a_time)).await {
-                Ok(unposted) => unposted,
-                Err(_) => Unposted { left: functions, failure: Some(no_answer()) },
+            let posted = match timeout(ROUND_MAX, self.post(node, &functions, at_a_time)).await {
+                Ok(posted) => posted,
+                Err(_) => Err((functions, no_answer())),
             };
-            failure = unposted.failure.or(failure);
-            left.extend(unposted.left.into_iter().map(|function| (node, function)));
-        }
-        for (account, note) in &mut taken.notes {
-            if !left.contains(account) {
-                note.sums = Counters::default();
-            }
+            let unposted = match posted {
+                Ok(more) => more,
+                Err((unposted, e)) => {
+                    failure = Some(e);
+                    unposted
+                }
+            };
+            left.extend(unposted.into_iter().map(|function| (node, function)));
         }
         failure = self.recommend(&mut taken.notes, at_a_time).await.err().or(failure);
-        taken.notes.retain(|(account, note)| note.recommendation.is_some() || left.contains(account));
+        taken.notes.retain(|(account, advice)| advice.is_some() || left.contains(account));
         if let Some(e) = &failure {
             // One line for all of them: there may be hundreds, of one cause.
             tracing::warn!(functions = taken.notes.len(), error = %e, "Sums Not Posted");
@@ -274,17 +311,46 @@ impl Ledger {
         failure.is_none()
     }
 
+    /// Gives the functions for which more is to be posted.
+    async fn post(
+        &self,
+        node: NodeId,
+        functions: &[FunctionId],
+        at_a_time: usize,
+    ) -> Result<Vec<FunctionId>, (Vec<FunctionId>, BackendError)> {
+        let _posting = self.posting.lock().await;
+        let numbering = {
+            let _turn = self.turn.lock().await;
+            let numbering = self.journal.number(node, functions).await;
+            let numbering = numbering.map_err(|e| (functions.to_vec(), e))?;
+            self.books().number(node, functions, &numbering);
+            numbering
+        };
+        let tried: Vec<Account> = numbering.numbered.iter().map(|n| (node, n.function.clone())).collect();
+        let (unposted, failure) = self.journal.post(node, numbering.numbered, at_a_time).await;
+        let unposted: Vec<FunctionId> = unposted.into_iter().map(|numbered| numbered.function).collect();
+        let mut books = self.books();
+        for account in tried.iter().filter(|(_, function)| !unposted.contains(function)) {
+            books.numbered.remove(account);
+        }
+        let left = [unposted, numbering.more].concat();
+        match failure {
+            None => Ok(left),
+            Some(e) => Err((left, e)),
+        }
+    }
+
     /// Writes what is recommended; what could not be written stays in its note.
-    async fn recommend(&self, notes: &mut [(Account, Note)], at_a_time: usize) -> Result<(), BackendError> {
-        let mut advised = notes.iter_mut().filter(|(_, note)| note.recommendation.is_some());
+    async fn recommend(&self, notes: &mut [(Account, Advice)], at_a_time: usize) -> Result<(), BackendError> {
+        let mut advised = notes.iter_mut().filter(|(_, advice)| advice.is_some());
         let mut writes = FuturesUnordered::new();
         let mut result = Ok(());
         loop {
             let free = at_a_time - writes.len();
-            writes.extend(advised.by_ref().take(free).map(async |((_, function), note)| {
-                let Some(recommendation) = &note.recommendation else { return Ok(()) };
+            writes.extend(advised.by_ref().take(free).map(async |((_, function), advice)| {
+                let Some(recommendation) = advice else { return Ok(()) };
                 self.functions.recommend(function, recommendation).await?;
-                note.recommendation = None;
+                *advice = None;
                 Ok(())
             }));
             match writes.next().await {
@@ -315,14 +381,14 @@ fn gauge(n: usize) -> i64 {
 
 /// Notes of a round; those that are left in it when it ends, however it ends, wait for another.
 struct Taken<'a> {
-    notes: Vec<(Account, Note)>,
+    notes: Vec<(Account, Advice)>,
     ledger: &'a Ledger,
 }
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
         let mut books = self.ledger.books();
-        self.notes.drain(..).for_each(|(account, note)| books.note(account, note));
+        self.notes.drain(..).for_each(|(account, advice)| books.note(account, advice));
         self.ledger.publish(&books);
     }
 }

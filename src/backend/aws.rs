@@ -6,7 +6,7 @@
 //! * [`error`] — what an AWS failure means, by its code
 //! * [`direct`] — the two calls that every run takes part in, without the SDK around them
 //! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`] (all over
-//!   [`item`]), [`s3`] — the AWS ports
+//!   [`item`]), [`s3`], [`dead_letters`] — the AWS ports
 //! * [`redis`] — the command connection, [`subscriber`] — one that listens; [`results`], [`changes`], [`journal`],
 //!   [`membership`], [`limits`], [`workers`] — the Redis ports
 //! * [`start`] — the checks before the first request
@@ -14,6 +14,7 @@
 mod changes;
 mod client;
 mod code_list;
+mod dead_letters;
 mod direct;
 mod error;
 mod executions;

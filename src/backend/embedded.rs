@@ -101,6 +101,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
         queue: Arc::new(queue.clone()),
         results: results.clone(),
         journal: Arc::new(Inflight(database.clone())),
+        dead_letters: None,
         membership: None,
         functions: Arc::new(Functions(database.clone())),
         executions: Arc::new(Executions(database.clone())),
@@ -178,10 +179,10 @@ mod tests {
         drop(open(scratch.path()).unwrap());
         let file = scratch.path().join("infra.sqlite");
         let connection = Connection::open(&file).unwrap();
-        connection.pragma_update(None, "user_version", 3).unwrap();
+        connection.pragma_update(None, "user_version", 4).unwrap();
         drop(connection);
         let newer = open(scratch.path()).err().unwrap();
-        assert!(newer.error.to_string().contains("schema 3, this one knows 2"), "{newer:?}");
+        assert!(newer.error.to_string().contains("schema 4, this one knows 3"), "{newer:?}");
 
         std::fs::write(&file, "x".repeat(8192)).unwrap();
         let garbage = open(scratch.path()).err().unwrap();

@@ -262,6 +262,7 @@ impl Built {
             node,
             memory: &conf.memory,
             fleet: &conf.fleet,
+            dead_letter: &conf.dead_letter,
             batch: batch.clone(),
             backend,
             audit,
@@ -323,6 +324,7 @@ impl Loops {
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
         endless.spawn(loops.members.run());
+        endless.spawn(loops.undertaker.run());
         endless.spawn(changes.run());
         endless.spawn(reload.run());
         endless.spawn(sweeper.run());

@@ -26,6 +26,7 @@ pub struct Conf {
     pub start: StartConf,
     pub shutdown: ShutdownConf,
     pub fleet: FleetConf,
+    pub dead_letter: DeadLetterConf,
     pub memory: MemoryConf,
     pub metrics: MetricsConf,
     /// The four of `limits.toml` may change while the process runs.
@@ -44,6 +45,7 @@ struct ServerFile {
     start: StartConf,
     shutdown: ShutdownConf,
     fleet: FleetConf,
+    dead_letter: DeadLetterConf,
     memory: MemoryConf,
     metrics: MetricsConf,
 }
@@ -91,6 +93,13 @@ pub struct ShutdownConf {
 #[serde(deny_unknown_fields)]
 pub struct FleetConf {
     pub lease_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeadLetterConf {
+    pub every_s: u64,
+    pub consume: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -309,6 +318,7 @@ impl Conf {
             start: s.start,
             shutdown: s.shutdown,
             fleet: s.fleet,
+            dead_letter: s.dead_letter,
             memory: s.memory,
             metrics: s.metrics,
             limits: l.limit,
@@ -353,6 +363,7 @@ impl Conf {
             ("http.upload_timeout_s", self.http.upload_timeout_s),
             ("start.deadline_s", self.start.deadline_s),
             ("fleet.lease_s", self.fleet.lease_s),
+            ("dead_letter.every_s", self.dead_letter.every_s),
             ("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64),
             ("memory.audit_rows_max", self.memory.audit_rows_max as u64),
         ]
@@ -369,6 +380,7 @@ impl Conf {
                 between("shutdown.lame_duck_ms", self.shutdown.lame_duck_ms, 0, SECONDS_MAX * 1000),
                 between("shutdown.drain_timeout_s", self.shutdown.drain_timeout_s, 0, SECONDS_MAX),
                 between("fleet.lease_s", self.fleet.lease_s, 0, SECONDS_MAX),
+                between("dead_letter.every_s", self.dead_letter.every_s, 0, SECONDS_MAX),
                 between("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64, 0, ENTRIES_MAX),
                 between("memory.audit_rows_max", self.memory.audit_rows_max as u64, 0, ENTRIES_MAX),
                 // The largest row that the log table takes must have room.

@@ -388,7 +388,7 @@ async fn sleep_until(at: Option<Instant>) {
 mod tests {
     use super::super::lease::Lease;
     use super::*;
-    use crate::backend::{Ended, Journal, JournalEntry, QueueTraits, Unposted};
+    use crate::backend::{Ended, Journal, JournalEntry, QueueTraits};
     use crate::model::{JobId, NodeId};
     use async_trait::async_trait;
     use std::sync::Mutex;
@@ -466,12 +466,8 @@ mod tests {
             Ok(true)
         }
 
-        async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
+        async fn given_up(&self, _: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
             Ok(Vec::new())
-        }
-
-        async fn post(&self, _: NodeId, _: &[FunctionId], _: usize) -> Unposted {
-            Unposted::default()
         }
 
         async fn contains(&self, id: JobId) -> Result<bool, BackendError> {

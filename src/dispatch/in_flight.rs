@@ -6,7 +6,7 @@
 //!
 //! DashMap guards are taken and dropped within one statement or block and never held over an await.
 
-use crate::backend::JournalEntry;
+use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX, JournalEntry};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
@@ -27,6 +27,8 @@ const SETTLED_KEPT: Duration = Duration::from_secs(60);
 
 /// Parts of a table. While one grows all of its entries move, and its users wait: so it holds a few thousand at most.
 const SHARDS: usize = 256;
+/// Tries to count jobs while none comes or goes.
+const RECKONINGS_MAX: usize = 32;
 
 /// What a settled result takes beside its text: its place in table and queue, and what was read of it.
 const SETTLED_BYTES: usize = 256;
@@ -63,6 +65,8 @@ pub enum Joined {
 pub enum Settled {
     /// First result of the job: a row is due.
     First(FunctionId),
+    /// First result of a job that was given up: its row is to be replaced.
+    Late(FunctionId),
     /// A result was taken before.
     Repeated,
     /// The job is not of this node, or its row is written already.
@@ -74,13 +78,28 @@ pub struct InFlight {
     len: AtomicUsize,
     jobs_max: usize,
     recent: Recent,
+    /// Jobs that were given up, for the results that come late; bounded like the store's own list of them.
+    given_up: DashMap<JobId, GivenUp, RandomState>,
     metrics: Arc<Metrics>,
+}
+
+struct GivenUp {
+    function: FunctionId,
+    since: Instant,
 }
 
 impl InFlight {
     pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         let jobs = DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS);
-        Self { jobs, len: AtomicUsize::new(0), jobs_max, recent: Recent::new(settled_bytes_max), metrics }
+        let given_up = DashMap::with_hasher(RandomState::new());
+        Self {
+            jobs,
+            len: AtomicUsize::new(0),
+            jobs_max,
+            recent: Recent::new(settled_bytes_max),
+            given_up,
+            metrics,
+        }
     }
 
     /// Enters a job nobody waits for.
@@ -106,8 +125,8 @@ impl InFlight {
             }
         }
         self.len.fetch_add(1, Ordering::Relaxed);
-        self.metrics.jobs_accepted.inc();
-        self.metrics.jobs_in_flight.set(self.len());
+        self.metrics.jobs.accepted.inc();
+        self.metrics.jobs.in_flight.set(self.len());
         true
     }
 
@@ -125,10 +144,10 @@ impl InFlight {
             let is_idle = |_: &JobId, entry: &Entry| !entry.settled && entry.waiters.is_empty();
             if self.jobs.remove_if(&id, is_idle).is_some() {
                 self.len.fetch_sub(1, Ordering::Relaxed);
-                self.metrics.jobs_finished.inc();
+                self.metrics.jobs.finished.inc();
             }
         }
-        self.metrics.jobs_in_flight.set(self.len());
+        self.metrics.jobs.in_flight.set(self.len());
     }
 
     /// Jobs that may still enter.
@@ -162,9 +181,9 @@ impl InFlight {
         if self.jobs.insert(id, entry).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed); // the same job again: it was counted before
         } else {
-            self.metrics.jobs_accepted.inc();
+            self.metrics.jobs.accepted.inc();
         }
-        self.metrics.jobs_in_flight.set(self.len());
+        self.metrics.jobs.in_flight.set(self.len());
     }
 
     /// Waits for a job that was entered before.
@@ -196,8 +215,11 @@ impl InFlight {
     /// Takes a result: answers those who wait, and says whether a row is due.
     pub fn settle(&self, id: JobId, outcome: Outcome) -> Settled {
         let (function, told) = match self.jobs.get_mut(&id) {
-            None => return Settled::UnknownJob,
-            Some(entry) if entry.settled => return Settled::Repeated,
+            None => return self.settle_late(id, outcome).unwrap_or(Settled::UnknownJob),
+            Some(entry) if entry.settled => {
+                drop(entry);
+                return self.settle_late(id, outcome).unwrap_or(Settled::Repeated);
+            }
             Some(mut entry) => {
                 let waiters = std::mem::take(&mut entry.waiters);
                 // The first copy of a buffer is an allocation, and mostly nobody waits.
@@ -217,6 +239,31 @@ impl InFlight {
         Settled::First(function)
     }
 
+    fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<Settled> {
+        let (_, GivenUp { function, .. }) = self.given_up.remove(&id)?;
+        self.recent.keep(id, outcome);
+        Some(Settled::Late(function))
+    }
+
+    /// Remembers a job that was given up.
+    pub fn remember(&self, id: JobId, function: FunctionId) {
+        if self.given_up.len() < GIVEN_UP_MAX {
+            self.given_up.entry(id).or_insert(GivenUp { function, since: Instant::now() });
+        }
+    }
+
+    /// Whether a result of a job that was given up may still come.
+    pub fn is_remembered(&self, id: JobId) -> bool {
+        let is_old = |_: &JobId, job: &GivenUp| job.since.elapsed() >= GIVEN_UP_KEPT;
+        self.given_up.remove_if(&id, is_old).is_none() && self.given_up.contains_key(&id)
+    }
+
+    /// The jobs of a node that were given up.
+    pub fn given_up_of(&self, node: NodeId) -> Vec<(JobId, FunctionId)> {
+        let jobs = self.given_up.iter().filter(|job| job.key().node() == node);
+        jobs.map(|job| (*job.key(), job.function.clone())).collect()
+    }
+
     /// Undoes the taking of a result whose row found no room: a later look-up takes it again.
     pub fn unsettle(&self, id: JobId) {
         if let Some(mut entry) = self.jobs.get_mut(&id) {
@@ -228,8 +275,8 @@ impl InFlight {
     pub fn remove(&self, id: JobId) {
         if self.jobs.remove(&id).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed);
-            self.metrics.jobs_finished.inc();
-            self.metrics.jobs_in_flight.set(self.len());
+            self.metrics.jobs.finished.inc();
+            self.metrics.jobs.in_flight.set(self.len());
         }
     }
 
@@ -257,6 +304,25 @@ impl InFlight {
     /// Forgets a settled result that the worker's own store has.
     pub fn forget_settled(&self, id: JobId) {
         self.recent.outcomes.remove(&id);
+    }
+
+    /// Reckons whether every accepted job has finished or is in the table, for the metric of it.
+    pub fn reckon(&self) {
+        let counts = || (self.metrics.jobs.accepted.get(), self.metrics.jobs.finished.get());
+        let mut unaccounted = 0;
+        for _ in 0..RECKONINGS_MAX {
+            let before = counts();
+            let len = self.jobs.len() as u64;
+            // Jobs that came or went meanwhile stand on one side only.
+            if counts() != before {
+                continue;
+            }
+            unaccounted = before.0.wrapping_sub(before.1).wrapping_sub(len).cast_signed();
+            if unaccounted == 0 {
+                break;
+            }
+        }
+        self.metrics.jobs.unaccounted.set(unaccounted);
     }
 
     /// `DashMap::len` locks every shard; the counter beside it does not.
@@ -411,7 +477,7 @@ mod tests {
         table.remove(job(1).id);
         assert_eq!(waiter.outcome().await, None);
         assert!(matches!(table.join(job(1).id), Joined::Unknown));
-        assert_eq!(table.metrics.jobs_in_flight.get(), 0);
+        assert_eq!(table.metrics.jobs.in_flight.get(), 0);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use super::lease::Lease;
 use crate::backend::{BackendError, Journal, JournalEntry};
-use crate::model::{Job, JobId, NodeId};
+use crate::model::{FunctionId, Job, JobId, NodeId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most jobs that leave in one call.
@@ -55,6 +55,10 @@ impl NodeJournal {
 
     pub async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
         self.store.contains(id).await
+    }
+
+    pub async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+        self.store.given_up(node).await
     }
 
     pub async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {

@@ -21,6 +21,8 @@ const TAKEN_MAX: usize = 256;
 
 /// The stage of a job that was just entered, or that somebody waits for.
 pub const FIRST: usize = 0;
+/// The stage of a job that was given up.
+pub const LAST: usize = PAUSES_S.len();
 
 /// What is to be looked up, and when.
 #[derive(Default)]

@@ -8,11 +8,11 @@
 
 use super::lease::Lease;
 use super::settler::Settler;
-use crate::audit::Ledger;
-use crate::backend::{BackendError, JournalEntry, Membership};
+use crate::audit::{Ledger, Outstanding};
+use crate::backend::{BackendError, JournalEntry, Membership, Told};
 use crate::config::FleetConf;
 use crate::model::{JobId, NodeId};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -56,7 +56,7 @@ impl Members {
     pub async fn begin(&mut self) -> Result<usize, BackendError> {
         let entries = self.settler.journal.entries(self.node).await?;
         let restored = entries.iter().filter(|entry| self.settler.restore(entry)).count();
-        self.ledger.take_over(self.node).await?;
+        self.take_over(self.node).await?;
         if let Some(store) = self.store.clone() {
             self.renew(store.as_ref()).await?;
         }
@@ -96,27 +96,45 @@ impl Members {
         if store.is_whole(node).await? {
             return Ok(());
         }
-        let in_flight = self.settler.in_flight.of_node(node);
-        let (ended, sums) = self.ledger.outstanding(node);
-        // Their rows are written: whoever adopts them has nothing to wait for.
-        let closing = ended.into_iter().map(|e| JournalEntry { id: e.id, function: e.function, deadline: 0 });
-        let entries: Vec<JournalEntry> = in_flight.into_iter().chain(closing).collect();
-        for entries in entries.chunks(TOLD_MAX) {
-            store.retell(node, entries, &[]).await?;
-        }
-        for sums in sums.chunks(TOLD_MAX) {
-            store.retell(node, &[], sums).await?;
-        }
-        // What was given up meanwhile has left before it was told. What has ended has not: nothing ends before `retold`.
-        let closing: HashSet<JobId> = self.ledger.outstanding(node).0.iter().map(|ended| ended.id).collect();
-        let given_up = entries.iter().map(|entry| entry.id);
-        let given_up = given_up.filter(|id| !self.settler.in_flight.contains(*id) && !closing.contains(id));
-        self.settler.journal.leave(&given_up.collect::<Vec<_>>());
+        let jobs =
+            self.ledger.tell_outstanding(node, async |books| self.tell(store, node, books).await).await?;
         store.retold(node).await?;
-        if !(entries.is_empty() && sums.is_empty()) {
-            tracing::warn!(%node, jobs = entries.len(), "Journal Told Again");
+        if jobs > 0 {
+            tracing::warn!(%node, jobs, "Journal Told Again");
         }
         Ok(())
+    }
+
+    /// Gives how many jobs were told.
+    async fn tell(
+        &self,
+        store: &dyn Membership,
+        node: NodeId,
+        books: Outstanding,
+    ) -> Result<usize, BackendError> {
+        let in_flight = self.settler.in_flight.of_node(node);
+        // Their rows are written: whoever adopts them has nothing to wait for.
+        let ended = books.ended.into_iter();
+        let ended = ended.map(|e| JournalEntry { id: e.id, function: e.function, deadline: 0 });
+        let entries: Vec<JournalEntry> = in_flight.into_iter().chain(ended).collect();
+        for entries in entries.chunks(TOLD_MAX) {
+            store.retell(node, Told::Jobs(entries)).await?;
+        }
+        for sums in books.sums.chunks(TOLD_MAX) {
+            store.retell(node, Told::Sums(sums)).await?;
+        }
+        for numbered in books.numbered.chunks(TOLD_MAX) {
+            store.retell(node, Told::Numbered(numbered)).await?;
+        }
+        for given_up in self.settler.in_flight.given_up_of(node).chunks(TOLD_MAX) {
+            store.retell(node, Told::GivenUp(given_up)).await?;
+        }
+        // A send that failed meanwhile left the journal before it was told of it. What has ended has not left it.
+        let unsent = entries.iter().map(|entry| entry.id);
+        let unsent: Vec<JobId> = unsent.filter(|id| !self.settler.in_flight.contains(*id)).collect();
+        let ended = self.ledger.ended(node);
+        self.settler.journal.leave(&unsent.into_iter().filter(|id| !ended.contains(id)).collect::<Vec<_>>());
+        Ok(entries.len())
     }
 
     /// Adopts nodes whose lease has lapsed, and leaves those alone that are back.
@@ -158,15 +176,23 @@ impl Members {
         // Half of the room is for what this node is asked itself.
         let room = self.settler.in_flight.room() / 2;
         let jobs = entries.iter().filter(|entry| self.settler.restore(entry)).take(room).count();
-        let sums = self.ledger.take_over(node).await?;
+        let sums = self.take_over(node).await?;
         if self.adopted.insert(node, Instant::now()).is_none() {
             tracing::warn!(adopted = %node, jobs, sums, "Node Adopted");
-            self.settler.metrics.nodes_adopted.inc();
+            self.settler.metrics.jobs.adopted_nodes.inc();
         }
         if entries.is_empty() && sums == 0 && store.dismiss(node).await? {
             self.adopted.remove(&node);
             tracing::info!(adopted = %node, "Adopted Node Has Nothing Left");
         }
         Ok(())
+    }
+
+    /// Goes on with what a node has left beside its jobs in flight. Gives how many functions have sums to be posted.
+    async fn take_over(&self, node: NodeId) -> Result<usize, BackendError> {
+        for (id, function) in self.settler.journal.given_up(node).await? {
+            self.settler.remember(id, function);
+        }
+        self.ledger.take_over(node).await
     }
 }

@@ -6,7 +6,7 @@ use super::lookups::{self, Schedule};
 use crate::audit::{Audit, RowsWritten};
 use crate::backend::{BackendError, JournalEntry, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
-use crate::model::{Ending, Execution, JobId, Outcome, Recommendation, now_ms};
+use crate::model::{Ending, Execution, FunctionId, JobId, Outcome, Recommendation, now_ms};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::HashSet;
@@ -61,6 +61,12 @@ impl Settler {
         is_new
     }
 
+    /// Goes on looking for the result of a job that was given up.
+    pub fn remember(&self, id: JobId, function: FunctionId) {
+        self.in_flight.remember(id, function);
+        self.schedule.plan(id, lookups::LAST);
+    }
+
     pub async fn stored(&self, id: JobId) -> Result<Option<Bytes>, BackendError> {
         Ok(self.results.stored(&[id]).await?.pop().flatten())
     }
@@ -78,6 +84,15 @@ impl Settler {
                 log_execution(id, &row);
                 if self.record(id, row, recommendation) {
                     self.metrics.results_settled.inc();
+                }
+            }
+            Settled::Late(function) => {
+                let row = Execution::ended(id, function.clone(), ending);
+                log_execution(id, &row);
+                if self.record(id, row, recommendation) {
+                    self.metrics.results.with_label_values(&["late"]).inc();
+                } else {
+                    self.remember(id, function);
                 }
             }
         }
@@ -99,8 +114,9 @@ impl Settler {
         let lost = Outcome::new(Bytes::from_static(b"{\"status\":\"LOST\"}"));
         if let Settled::First(function) = self.in_flight.settle(id, lost) {
             tracing::warn!(requestId = %id, functionId = %function, "Job Lost");
-            if self.record(id, Execution::lost(id, function), None) {
+            if self.record(id, Execution::lost(id, function.clone()), None) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
+                self.in_flight.remember(id, function);
             }
         }
         self.schedule.plan(id, lookups::FIRST);
@@ -163,6 +179,7 @@ impl Lookups {
         loop {
             tick.tick().await;
             settler.in_flight.forget_old();
+            settler.in_flight.reckon();
             settler.journal.clear().await;
             if settler.resubscribed.swap(false, Ordering::AcqRel) {
                 missed = settler.in_flight.unsettled();
@@ -178,7 +195,8 @@ impl Settler {
     /// The planned look-ups.
     async fn look_up_due(&self) {
         // A settled job stays planned until its row is written: it may yet find no room for the row.
-        let due = self.schedule.take_due(LOOKUPS_PER_TICK, |id| self.in_flight.contains(id));
+        let is_wanted = |id| self.in_flight.contains(id) || self.in_flight.is_remembered(id);
+        let due = self.schedule.take_due(LOOKUPS_PER_TICK, is_wanted);
         let ids: Vec<JobId> = due.iter().map(|due| due.id).collect();
         let failed: HashSet<JobId> = self.look_up(&ids).await.into_iter().collect();
         for due in due {
@@ -219,7 +237,7 @@ impl Settler {
         for (id, payload) in ids.iter().zip(found) {
             let Some(payload) = payload else { continue };
             // A row that is already on its way needs no second look.
-            if self.in_flight.awaited(*id).is_some() {
+            if self.in_flight.awaited(*id).is_some() || self.in_flight.is_remembered(*id) {
                 self.metrics.results_looked_up.inc();
                 self.settle(*id, Outcome::new(payload));
             }

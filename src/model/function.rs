@@ -115,16 +115,6 @@ pub struct Counters {
     pub total_handler_duration_ms: f64,
 }
 
-impl std::ops::AddAssign for Counters {
-    fn add_assign(&mut self, other: Self) {
-        self.invocations += other.invocations;
-        self.errors += other.errors;
-        self.total_duration_ms += other.total_duration_ms;
-        self.handler_invocations += other.handler_invocations;
-        self.total_handler_duration_ms += other.total_handler_duration_ms;
-    }
-}
-
 #[cfg(test)]
 impl Function {
     /// Some function, for tests.

@@ -6,7 +6,7 @@ use super::item::{self, Item, RawItem, decimal, text, whole};
 use super::{function_writes, recommended};
 use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
 use crate::https::HttpsClient;
-use crate::model::{Counters, Function, FunctionId, NodeId, Recommendation};
+use crate::model::{Counters, Function, FunctionId, NodeId, Recommendation, Sums};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
@@ -64,7 +64,7 @@ impl FunctionTable {
     pub(super) async fn add_counters(
         &self,
         id: &FunctionId,
-        sums: Counters,
+        sums: Sums,
         stamp: Stamp,
     ) -> Result<(), BackendError> {
         // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
@@ -77,9 +77,9 @@ impl FunctionTable {
             "ExpressionAttributeValues": {
                 ":n": { "N": sums.invocations.to_string() },
                 ":e": { "N": sums.errors.to_string() },
-                ":d": { "N": decimal(sums.total_duration_ms) },
+                ":d": { "N": decimal(sums.duration_ms()) },
                 ":h": { "N": sums.handler_invocations.to_string() },
-                ":t": { "N": decimal(sums.total_handler_duration_ms) },
+                ":t": { "N": decimal(sums.handler_ms()) },
                 ":number": { "N": stamp.number.to_string() },
             },
         });

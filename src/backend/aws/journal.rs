@@ -8,8 +8,10 @@
 
 use super::functions::{FunctionTable, Stamp};
 use super::redis::Commands;
-use crate::backend::{BackendError, Ended, Journal, JournalEntry, POSTED_MAX, Unposted};
-use crate::model::{Counters, FunctionId, Job, JobId, NodeId, UnixMs};
+use crate::backend::{
+    BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, Numbering, POSTED_MAX,
+};
+use crate::model::{FunctionId, Job, JobId, NodeId, Sums, UnixMs};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use redis::{Cmd, Script, cmd};
@@ -44,41 +46,15 @@ impl RedisJournal {
         }
     }
 
-    /// Gives the sums of the functions their numbers.
-    async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<Vec<Numbered>, BackendError> {
-        let mut call = self.number.prepare_invoke();
-        call.key(key(UNPOSTED, node)).key(key(POSTING, node)).key(key(LAST_NUMBER, node));
-        for function in functions {
-            call.arg(function.as_str());
-        }
-        let call = &call;
-        let answer: Vec<(String, bool)> =
-            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
-        let numbered = functions.iter().zip(answer).map(|(function, (text, has_more))| Numbered {
-            function: function.clone(),
-            text,
-            has_more,
-        });
-        Ok(numbered.collect())
-    }
-
-    /// Adds the sums to their function.
-    async fn add(&self, node: NodeId, numbered: &Numbered) -> Result<(), BackendError> {
-        match sums(&numbered.text) {
-            Some((number, sums)) => {
-                self.functions.add_counters(&numbered.function, sums, Stamp { node, number }).await
-            }
-            None if numbered.text.is_empty() => Ok(()),
-            None => Err(BackendError::Invalid("sums in Redis cannot be read".into())),
-        }
-    }
-
     /// Lets go of sums that are added. Where that fails they are added again, which adds nothing.
     async fn forget(&self, node: NodeId, added: &[Numbered]) {
+        if added.is_empty() {
+            return;
+        }
         let mut call = self.posted.prepare_invoke();
         call.key(key(POSTING, node));
-        for Numbered { function, text, .. } in added.iter().filter(|numbered| !numbered.text.is_empty()) {
-            call.arg(function.as_str()).arg(text);
+        for numbered in added {
+            call.arg(numbered.function.as_str()).arg(numbered_text(numbered));
         }
         let call = &call;
         let forgotten: Result<(), _> =
@@ -87,13 +63,6 @@ impl RedisJournal {
             tracing::debug!(error = %e, "Posted Sums Not Forgotten");
         }
     }
-}
-
-/// Sums of a function with their number, as Redis keeps them; empty: there are none.
-struct Numbered {
-    function: FunctionId,
-    text: String,
-    has_more: bool,
 }
 
 #[async_trait]
@@ -126,14 +95,25 @@ impl Journal for RedisJournal {
 
     async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
         let mut call = self.end.prepare_invoke();
-        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(UNPOSTED, node));
-        for Ended { id, function, adds } in ended {
+        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(UNPOSTED, node)).key(key(GIVEN_UP, node));
+        call.arg(GIVEN_UP_MAX).arg(GIVEN_UP_KEPT.as_secs());
+        for Ended { id, function, adds, is_lost } in ended {
             call.arg(id.text(&mut [0; JobId::TEXT_BYTES]).as_bytes()).arg(function.as_str()).arg(adds.errors);
-            call.arg(micros(adds.total_duration_ms)).arg(adds.handler_invocations);
-            call.arg(micros(adds.total_handler_duration_ms));
+            call.arg(adds.duration_us).arg(adds.handler_invocations).arg(adds.handler_us);
+            call.arg(u8::from(*is_lost));
         }
         let call = &call;
         self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+        let all: Vec<(Vec<u8>, Vec<u8>)> =
+            self.commands.query(cmd("HGETALL").arg(key(GIVEN_UP, node))).await?;
+        let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+        let parse = |(id, function): &(Vec<u8>, Vec<u8>)| {
+            Some((JobId::parse(&text(id)?)?, FunctionId::parse(&text(function)?)?))
+        };
+        Ok(all.iter().filter_map(parse).collect())
     }
 
     async fn unposted(&self, node: NodeId) -> Result<Vec<FunctionId>, BackendError> {
@@ -148,26 +128,53 @@ impl Journal for RedisJournal {
         Ok(functions)
     }
 
-    async fn post(&self, node: NodeId, functions: &[FunctionId], at_a_time: usize) -> Unposted {
+    async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<Numbering, BackendError> {
         assert!(functions.len() <= POSTED_MAX, "{} functions at once", functions.len());
-        let numbered = match self.number(node, functions).await {
-            Ok(numbered) => numbered,
-            Err(error) => return Unposted { left: functions.to_vec(), failure: Some(error) },
-        };
-        let adding = numbered.into_iter().map(async |numbered| (self.add(node, &numbered).await, numbered));
-        let mut adding = futures_util::stream::iter(adding).buffer_unordered(at_a_time);
-        let (mut added, mut unposted) = (Vec::new(), Unposted::default());
-        while let Some((result, numbered)) = adding.next().await {
-            if result.is_err() || numbered.has_more {
-                unposted.left.push(numbered.function.clone());
+        let mut call = self.number.prepare_invoke();
+        call.key(key(UNPOSTED, node)).key(key(POSTING, node)).key(key(LAST_NUMBER, node));
+        for function in functions {
+            call.arg(function.as_str());
+        }
+        let call = &call;
+        let answer: Vec<(String, bool)> =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        let mut numbering = Numbering::default();
+        for (function, (text, has_more)) in functions.iter().zip(answer) {
+            if has_more {
+                numbering.more.push(function.clone());
             }
+            if !text.is_empty() {
+                let (number, sums) = parse_numbered(&text)
+                    .ok_or_else(|| BackendError::Invalid("sums in Redis cannot be read".into()))?;
+                numbering.numbered.push(Numbered { function: function.clone(), number, sums });
+            }
+        }
+        Ok(numbering)
+    }
+
+    async fn post(
+        &self,
+        node: NodeId,
+        numbered: Vec<Numbered>,
+        at_a_time: usize,
+    ) -> (Vec<Numbered>, Option<BackendError>) {
+        let adding = numbered.into_iter().map(async |numbered| {
+            let stamp = Stamp { node, number: numbered.number };
+            (self.functions.add_counters(&numbered.function, numbered.sums, stamp).await, numbered)
+        });
+        let mut adding = futures_util::stream::iter(adding).buffer_unordered(at_a_time);
+        let (mut added, mut left, mut failure) = (Vec::new(), Vec::new(), None);
+        while let Some((result, numbered)) = adding.next().await {
             match result {
                 Ok(()) => added.push(numbered),
-                Err(error) => unposted.failure = Some(error),
+                Err(error) => {
+                    left.push(numbered);
+                    failure = Some(error);
+                }
             }
         }
         self.forget(node, &added).await;
-        unposted
+        (left, failure)
     }
 
     async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
@@ -208,15 +215,10 @@ pub(super) const WHOLE: &str = "whole";
 pub(super) const UNPOSTED: &str = "unposted";
 pub(super) const POSTING: &str = "posting";
 const LAST_NUMBER: &str = "posting:last";
+pub(super) const GIVEN_UP: &str = "givenup";
 
 pub(super) fn key(part: &str, node: NodeId) -> String {
     format!("{part}:{{{node}}}")
-}
-
-/// Whole microseconds: what scripts can add up exactly.
-fn micros(ms: f64) -> u64 {
-    // A float to integer cast saturates and maps NaN to 0.
-    (ms * 1000.0).round() as u64
 }
 
 /// What stands beside the id of a job.
@@ -227,23 +229,24 @@ pub(super) fn entry_text(deadline: UnixMs, function: &FunctionId) -> String {
 }
 
 /// Sums, as the scripts write them.
-pub(super) fn sums_text(sums: &Counters) -> String {
-    let (duration, handler) = (micros(sums.total_duration_ms), micros(sums.total_handler_duration_ms));
-    format!("{}:{}:{duration}:{}:{handler}", sums.invocations, sums.errors, sums.handler_invocations)
+pub(super) fn sums_text(sums: &Sums) -> String {
+    let Sums { invocations, errors, duration_us, handler_invocations, handler_us } = sums;
+    format!("{invocations}:{errors}:{duration_us}:{handler_invocations}:{handler_us}")
 }
 
 /// Number and sums, as the scripts write them.
-fn sums(text: &str) -> Option<(u64, Counters)> {
-    let mut numbers = text.split(':').map(|number| number.parse::<u64>().ok());
-    let mut next = || numbers.next().flatten();
-    let number = next()?;
-    let (invocations, errors, duration, handler_invocations, handler) =
-        (next()?, next()?, next()?, next()?, next()?);
-    let ms = |micros: u64| micros as f64 / 1000.0;
-    let (total_duration_ms, total_handler_duration_ms) = (ms(duration), ms(handler));
-    let sums =
-        Counters { invocations, errors, total_duration_ms, handler_invocations, total_handler_duration_ms };
-    Some((number, sums))
+pub(super) fn numbered_text(numbered: &Numbered) -> String {
+    format!("{}:{}", numbered.number, sums_text(&numbered.sums))
+}
+
+fn parse_numbered(text: &str) -> Option<(u64, Sums)> {
+    let (number, sums) = text.split_once(':')?;
+    let numbers: Option<Vec<i64>> = sums.split(':').map(|number| number.parse().ok()).collect();
+    let [invocations, errors, duration_us, handler_invocations, handler_us] = numbers?[..] else {
+        return None;
+    };
+    let sums = Sums { invocations, errors, duration_us, handler_invocations, handler_us };
+    Some((number.parse().ok()?, sums))
 }
 
 fn entry(field: &[u8], value: &[u8]) -> Option<JournalEntry> {
@@ -266,5 +269,16 @@ mod tests {
             assert_eq!(entry(id.to_string().as_bytes(), bad.as_bytes()), None, "{bad}");
         }
         assert_eq!(entry(b"x", b"17:f"), None);
+    }
+
+    #[test]
+    fn numbered_sums_are_read_as_they_are_written() {
+        let sums =
+            Sums { invocations: 0, errors: -1, duration_us: 7000, handler_invocations: 1, handler_us: 5000 };
+        let numbered = Numbered { function: FunctionId::parse("f").unwrap(), number: 1 << 52, sums };
+        assert_eq!(parse_numbered(&numbered_text(&numbered)), Some((numbered.number, sums)));
+        for bad in ["", "1", "1:2:3:4:5", "1:2:3:4:5:6:7", "1:2:3:4:5:x", "-1:2:3:4:5:6"] {
+            assert_eq!(parse_numbered(bad), None, "{bad}");
+        }
     }
 }

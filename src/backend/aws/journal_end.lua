@@ -1,29 +1,48 @@
 -- Jobs of a node whose rows are written leave its journal, and what they add to their functions waits to be posted. Each job
--- that was still there adds, and no other: so a second call, or another node's, adds nothing.
+-- that was still there adds, and no other: so a second call, or another node's, adds nothing. A job that was given up is
+-- remembered: the first result that comes for it after all adds what is still to be added.
 --
--- KEYS: the journal, the mark that the journal is whole, the sums that are not posted. ARGV: for each job its id, its
--- function, and what it adds (errors, microseconds, runs with a handler's own time, microseconds of those). Answer: 1, or 0 if
--- the mark is gone: Redis has lost what it knew, and nothing was done.
+-- KEYS: the journal, the mark that the journal is whole, the sums that are not posted, the jobs that were given up. ARGV: for how
+-- many of those there is room, for how many seconds they are remembered; then for each job its id, its function, what it
+-- adds (errors, microseconds, runs with a handler's own time, microseconds of those), and 1 if it was given up. Answer: 1,
+-- or 0 if the mark is gone: Redis has lost what it knew, and nothing was done.
 if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
 local sums, order = {}, {}
-for i = 1, #ARGV, 6 do
-  if redis.call('HDEL', KEYS[1], ARGV[i]) == 1 then
-    local name = ARGV[i + 1]
-    local sum = sums[name]
-    if not sum then
-      sum = { 0, 0, 0, 0, 0 }
-      sums[name] = sum
-      order[#order + 1] = name
+local room, kept = nil, ARGV[2]
+
+local function add(name, runs, errors, from)
+  local sum = sums[name]
+  if not sum then
+    sum = { 0, 0, 0, 0, 0 }
+    sums[name] = sum
+    order[#order + 1] = name
+  end
+  sum[1], sum[2] = sum[1] + runs, sum[2] + errors
+  for n = 3, 5 do sum[n] = sum[n] + tonumber(ARGV[from + n]) end
+end
+
+for i = 3, #ARGV, 7 do
+  local id, name, errors, is_lost = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 6] == '1'
+  if redis.call('HDEL', KEYS[1], id) == 1 then
+    add(name, 1, errors, i)
+    if is_lost then
+      room = room or tonumber(ARGV[1]) - redis.call('HLEN', KEYS[4])
+      if room > 0 then
+        redis.call('HSET', KEYS[4], id, name)
+        redis.call('EXPIRE', KEYS[4], kept)
+        room = room - 1
+      end
     end
-    sum[1] = sum[1] + 1
-    for n = 2, 5 do sum[n] = sum[n] + tonumber(ARGV[i + n]) end
+  elseif not is_lost and redis.call('HDEL', KEYS[4], id) == 1 then
+    -- It was counted as a run, and as an error.
+    add(name, 0, errors - 1, i)
   end
 end
 for _, name in ipairs(order) do
   local sum, before = sums[name], redis.call('HGET', KEYS[3], name)
   if before then
     local n = 0
-    for part in string.gmatch(before, '%d+') do
+    for part in string.gmatch(before, '-?%d+') do
       n = n + 1
       sum[n] = sum[n] + tonumber(part)
     end

@@ -1,7 +1,8 @@
 -- Numbers the sums of some functions, under which they are posted. Sums that have a number keep it, and themselves, until they
 -- are posted: whoever posts them in the end, their function adds them once.
 --
--- Numbers grow, also where Redis has lost the last one: they are not below the time in microseconds.
+-- Numbers grow, also where Redis has lost or forgotten the last one: they are not below the time in microseconds. (It is forgotten
+-- after a day, by when a clock that was set back has caught up.)
 --
 -- KEYS: the sums that are not posted, those that have a number, the last number. ARGV: functions. Answer: for each function
 -- "number:" and its sums, or an empty text, and 1 if there is more for it that has no number yet.
@@ -22,5 +23,5 @@ for _, name in ipairs(ARGV) do
   answer[#answer + 1] = numbered or ''
   answer[#answer + 1] = more
 end
-if drawn then redis.call('SET', KEYS[3], string.format('%.0f', last)) end
+if drawn then redis.call('SET', KEYS[3], string.format('%.0f', last), 'EX', 86400) end
 return answer

@@ -1,10 +1,12 @@
 //! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
 //! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is.
 
-use super::journal::{INFLIGHT, POSTING, UNPOSTED, WHOLE, entry_text, key, sums_text};
+use super::journal::{
+    GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, entry_text, key, numbered_text, sums_text,
+};
 use super::redis::Commands;
-use crate::backend::{BackendError, JournalEntry, Membership};
-use crate::model::{Counters, FunctionId, NodeId};
+use crate::backend::{BackendError, Membership, Told};
+use crate::model::NodeId;
 use async_trait::async_trait;
 use redis::{Cmd, Script, cmd};
 use std::sync::Arc;
@@ -92,27 +94,29 @@ impl Membership for RedisMembership {
         self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
     }
 
-    async fn retell(
-        &self,
-        node: NodeId,
-        entries: &[JournalEntry],
-        sums: &[(FunctionId, Counters)],
-    ) -> Result<(), BackendError> {
-        if !entries.is_empty() {
-            let mut command = hset(INFLIGHT, node);
-            for JournalEntry { id, function, deadline } in entries {
-                command.arg(id.to_string()).arg(entry_text(*deadline, function));
+    async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError> {
+        let command = match told {
+            Told::Jobs(jobs) => hset(
+                INFLIGHT,
+                node,
+                jobs.iter().map(|job| (job.id.to_string(), entry_text(job.deadline, &job.function))),
+            ),
+            Told::Sums(sums) => hset(
+                UNPOSTED,
+                node,
+                sums.iter().map(|(function, sums)| (function.to_string(), sums_text(sums))),
+            ),
+            Told::Numbered(numbered) => {
+                hset(POSTING, node, numbered.iter().map(|n| (n.function.to_string(), numbered_text(n))))
             }
-            self.commands.query::<()>(&command).await?;
-        }
-        if !sums.is_empty() {
-            let mut command = hset(UNPOSTED, node);
-            for (function, sums) in sums {
-                command.arg(function.as_str()).arg(sums_text(sums));
+            Told::GivenUp(jobs) => {
+                hset(GIVEN_UP, node, jobs.iter().map(|(id, function)| (id.to_string(), function.to_string())))
             }
-            self.commands.query::<()>(&command).await?;
+        };
+        match command {
+            Some(command) => self.commands.query(&command).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 
     async fn retold(&self, node: NodeId) -> Result<(), BackendError> {
@@ -120,10 +124,16 @@ impl Membership for RedisMembership {
     }
 }
 
-fn hset(part: &str, node: NodeId) -> Cmd {
+/// `None`: there is nothing to tell.
+fn hset(part: &str, node: NodeId, fields: impl Iterator<Item = (String, String)>) -> Option<Cmd> {
     let mut command = cmd("HSET");
     command.arg(key(part, node));
-    command
+    let mut told = 0;
+    for (name, value) in fields {
+        command.arg(name).arg(value);
+        told += 1;
+    }
+    (told > 0).then_some(command)
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -187,11 +187,11 @@ impl Results for RedisResults {
     }
 }
 
-fn stored_key(request_id: &str) -> String {
+pub(super) fn stored_key(request_id: &str) -> String {
     format!("job:{request_id}")
 }
 
-fn channel(id: JobId) -> String {
+pub(super) fn channel(id: JobId) -> String {
     format!("{CHANNEL_PREFIX}{id}")
 }
 

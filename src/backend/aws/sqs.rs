@@ -3,8 +3,10 @@
 //! A send is a direct call (see `direct`), and one call is one attempt, so each outcome says what is known of the
 //! jobs.
 
+use super::dead_letters::DeadLetterQueue;
 use super::direct::{CallError, CredentialCache, Direct, Seen};
 use super::error::class;
+use super::redis::Commands;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
 use crate::https::HttpsClient;
 use crate::model::Job;
@@ -39,9 +41,22 @@ pub(super) struct SqsQueue {
     direct: Direct,
     url: String,
     traits: QueueTraits,
+    /// Where messages go that are given up, as the queue has it.
+    redrive: Option<String>,
 }
 
 impl SqsQueue {
+    /// The queue of messages that this one gives up, if there is one.
+    pub(super) async fn dead_letters(
+        &self,
+        commands: Arc<Commands>,
+    ) -> Result<Option<DeadLetterQueue>, BackendError> {
+        match &self.redrive {
+            None => Ok(None),
+            Some(policy) => DeadLetterQueue::find(self.client.clone(), commands, policy).await.map(Some),
+        }
+    }
+
     /// Reads what the queue is like, and so finds out that it exists.
     pub(super) async fn open(
         client: Client,
@@ -54,6 +69,7 @@ impl SqsQueue {
             QueueAttributeName::MaximumMessageSize,
             QueueAttributeName::MessageRetentionPeriod,
             QueueAttributeName::FifoQueue,
+            QueueAttributeName::RedrivePolicy,
         ];
         // A standard queue may answer InvalidAttributeName to FifoQueue; All is always fine.
         let attributes = match attributes(&client, url, &names, &seen).await {
@@ -63,7 +79,8 @@ impl SqsQueue {
             other => other?,
         };
         let direct = Direct::new(https, credentials, &seen)?;
-        Ok(Self { client, direct, url: url.to_owned(), traits: traits(&attributes, url) })
+        let redrive = attributes.get(&QueueAttributeName::RedrivePolicy).cloned();
+        Ok(Self { client, direct, url: url.to_owned(), traits: traits(&attributes, url), redrive })
     }
 
     /// One call: what became of each job, or why none of them is known to be on the queue.

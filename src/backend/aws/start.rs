@@ -41,10 +41,16 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
             let functions = Arc::new(aws.functions);
             let membership = RedisMembership::new(Arc::clone(&commands), &settings.logs_table);
             let journal = RedisJournal::new(Arc::clone(&commands), Arc::clone(&functions), settings.node);
+            let mut warnings = aws.warnings;
+            let dead_letters = aws.queue.dead_letters(Arc::clone(&commands)).await.unwrap_or_else(|error| {
+                warnings.push(format!("the dead-letter queue is not read: {error}"));
+                None
+            });
             let backend = Backend {
                 queue: Arc::new(aws.queue),
                 results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), settings.node)),
                 journal: Arc::new(journal),
+                dead_letters: dead_letters.map(|queue| Arc::new(queue) as _),
                 membership: Some(Arc::new(membership)),
                 functions,
                 executions: Arc::new(aws.executions),
@@ -54,7 +60,7 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
                 changes: Some(Arc::new(changes)),
                 limits: Some(Arc::new(RedisLimits::new(commands))),
             };
-            Ok(Connected { backend, warnings: aws.warnings })
+            Ok(Connected { backend, warnings })
         }
         (aws, redis) => {
             let mut problems = aws.err().unwrap_or_default();

@@ -2,10 +2,10 @@
 
 use super::database::{Database, integer, unsigned};
 use super::store::add_counters;
-use crate::backend::{BackendError, Ended, Journal, JournalEntry, Unposted};
-use crate::model::{Counters, FunctionId, Job, JobId, NodeId};
+use crate::backend::{BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry};
+use crate::model::{FunctionId, Job, JobId, NodeId, Sums, now_ms};
 use async_trait::async_trait;
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::BTreeMap;
 
 /// The table `inflight`.
@@ -43,24 +43,38 @@ impl Journal for Inflight {
     async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
         let ended = ended.to_vec();
         let write = self.0.write(2 * ended.len(), move |c| {
-            let mut sums: BTreeMap<FunctionId, Counters> = BTreeMap::new();
-            let mut delete = c.prepare_cached("DELETE FROM inflight WHERE id = ?1")?;
-            for Ended { id, function, adds } in ended {
-                if delete.execute([id.as_bytes()])? == 1 {
-                    *sums.entry(function).or_default() += adds;
+            let mut sums: BTreeMap<FunctionId, Sums> = BTreeMap::new();
+            for Ended { id, function, adds, is_lost } in ended {
+                let mut adds = adds;
+                if delete(c, "DELETE FROM inflight WHERE id = ?1", id)? {
+                    if is_lost {
+                        remember(c, id, &function)?;
+                    }
+                } else if !is_lost && delete(c, "DELETE FROM given_up WHERE id = ?1", id)? {
+                    adds = adds.after_lost();
+                } else {
+                    continue;
                 }
+                *sums.entry(function).or_default() += adds;
             }
             sums.into_iter().try_for_each(|(function, sums)| add_counters(c, &function, sums))
         });
         Ok(write.await.map(|()| true)?)
     }
 
-    async fn unposted(&self, _: NodeId) -> Result<Vec<FunctionId>, BackendError> {
-        Ok(Vec::new())
-    }
-
-    async fn post(&self, _: NodeId, _: &[FunctionId], _: usize) -> Unposted {
-        Unposted::default()
+    async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+        let (first, last) = (key(node, 0), key(node, u8::MAX));
+        let read = self.0.read(move |c| {
+            let mut select =
+                c.prepare_cached("SELECT id, function_id FROM given_up WHERE id BETWEEN ?1 AND ?2")?;
+            let rows = select.query_map([first, last], |row| {
+                let function: String = row.get(1)?;
+                Ok((JobId::from_bytes(row.get(0)?), function))
+            })?;
+            rows.collect::<rusqlite::Result<Vec<_>>>()
+        });
+        let all = read.await?.into_iter();
+        Ok(all.filter_map(|(id, function)| Some((id, FunctionId::parse(&function)?))).collect())
     }
 
     async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
@@ -91,6 +105,25 @@ impl Journal for Inflight {
     }
 }
 
+/// Whether there was one.
+fn delete(connection: &Connection, statement: &str, id: JobId) -> rusqlite::Result<bool> {
+    Ok(connection.prepare_cached(statement)?.execute([id.as_bytes()])? == 1)
+}
+
+/// Keeps a job that was given up, and forgets those of long ago.
+fn remember(connection: &Connection, id: JobId, function: &FunctionId) -> rusqlite::Result<()> {
+    let now = now_ms();
+    let kept_ms = GIVEN_UP_KEPT.as_secs() * 1000;
+    let mut forget = connection.prepare_cached("DELETE FROM given_up WHERE at_ms < ?1")?;
+    forget.execute([integer(now.saturating_sub(kept_ms))])?;
+    let mut insert = connection.prepare_cached(
+        "INSERT OR REPLACE INTO given_up (id, function_id, at_ms)
+         SELECT ?1, ?2, ?3 WHERE (SELECT COUNT(*) FROM given_up) < ?4",
+    )?;
+    insert.execute(params![id.as_bytes(), function.as_str(), integer(now), integer(GIVEN_UP_MAX as u64)])?;
+    Ok(())
+}
+
 /// The bytes of an id of `node` whose other bytes are all `rest`.
 fn key(node: NodeId, rest: u8) -> [u8; 16] {
     let mut key = [rest; 16];
@@ -104,7 +137,7 @@ mod tests {
     use crate::backend::FunctionStore;
     use crate::backend::embedded::scratch::{Scratch, job, job_of};
     use crate::backend::embedded::store::{Functions, put_function};
-    use crate::model::Function;
+    use crate::model::{Counters, Function};
 
     #[tokio::test]
     async fn the_journal_survives_and_knows_its_nodes() {
@@ -138,11 +171,12 @@ mod tests {
         let journal = Inflight(functions.0.clone());
         let jobs: Vec<Job> = (0..3).map(|n| job_of(NodeId(7), n, "{}")).collect();
         journal.enter(&jobs[..2]).await.unwrap();
-        let adds = Counters { invocations: 1, total_duration_ms: 1.5, ..Counters::default() };
+        let adds = Sums { invocations: 1, duration_us: 1500, ..Sums::default() };
         let ended = |job: &Job, function: &str| Ended {
             id: job.id,
             function: FunctionId::parse(function).unwrap(),
             adds,
+            is_lost: false,
         };
         // The third was never journaled, the second one's function is gone.
         let all = [ended(&jobs[0], "f"), ended(&jobs[0], "f"), ended(&jobs[1], "gone"), ended(&jobs[2], "f")];
@@ -150,7 +184,41 @@ mod tests {
             assert_eq!(journal.end(NodeId(7), &all).await, Ok(true));
         }
         let counters = functions.get(&there.id).await.unwrap().unwrap().counters;
-        assert_eq!(counters, adds);
+        let expected = Counters { invocations: 1, total_duration_ms: 1.5, ..Counters::default() };
+        assert_eq!(counters, expected);
         assert_eq!(journal.entries(NodeId(7)).await, Ok(Vec::new()));
+    }
+
+    #[tokio::test]
+    async fn a_late_result_takes_back_what_its_lost_job_has_added() {
+        let scratch = Scratch::new();
+        let functions = Functions(scratch.database());
+        let there = Function::sample("f");
+        let made = there.clone();
+        assert_eq!(functions.0.write(1, move |c| put_function(c, &made)).await.ok(), Some(true));
+        let journal = Inflight(functions.0.clone());
+        let jobs: Vec<Job> = (0..2).map(|n| job_of(NodeId(7), n, "{}")).collect();
+        journal.enter(&jobs).await.unwrap();
+        let ended =
+            |job: &Job, adds: Sums, is_lost| Ended { id: job.id, function: there.id.clone(), adds, is_lost };
+        let lost = Sums { invocations: 1, errors: 1, ..Sums::default() };
+        let real = Sums { invocations: 1, duration_us: 2000, ..Sums::default() };
+        for _ in 0..2 {
+            journal
+                .end(NodeId(7), &[ended(&jobs[0], lost, true), ended(&jobs[1], lost, true)])
+                .await
+                .unwrap();
+        }
+        assert_eq!(journal.given_up(NodeId(7)).await.unwrap().len(), 2);
+        for _ in 0..2 {
+            journal
+                .end(NodeId(7), &[ended(&jobs[1], real, false), ended(&jobs[1], lost, true)])
+                .await
+                .unwrap();
+        }
+        assert_eq!(journal.given_up(NodeId(7)).await, Ok(vec![(jobs[0].id, there.id.clone())]));
+        let counters = functions.get(&there.id).await.unwrap().unwrap().counters;
+        let expected = Counters { invocations: 2, errors: 1, total_duration_ms: 2.0, ..Counters::default() };
+        assert_eq!(counters, expected);
     }
 }

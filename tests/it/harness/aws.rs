@@ -126,6 +126,30 @@ impl Cloud {
         cloud
     }
 
+    /// Gives the queue a dead-letter queue.
+    pub async fn add_dead_letter_queue(&self) {
+        let name = format!("{}-dead", self.queue_url.rsplit('/').next().expect("a URL ends with a name"));
+        self.call(Service::Sqs, "CreateQueue", &json!({ "QueueName": name })).await;
+        let target = format!("arn:aws:sqs:{REGION}:000000000000:{name}");
+        let policy = json!({ "deadLetterTargetArn": target, "maxReceiveCount": 2 }).to_string();
+        let set = json!({ "QueueUrl": self.queue_url, "Attributes": { "RedrivePolicy": policy } });
+        self.call(Service::Sqs, "SetQueueAttributes", &set).await;
+    }
+
+    /// The dead-letter queue.
+    pub fn dead_letters_url(&self) -> String {
+        format!("{}-dead", self.queue_url)
+    }
+
+    /// How many messages a queue holds, those that somebody has received included.
+    pub async fn messages(&self, queue_url: &str) -> u64 {
+        let names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"];
+        let ask = json!({ "QueueUrl": queue_url, "AttributeNames": names });
+        let answer = self.call(Service::Sqs, "GetQueueAttributes", &ask).await;
+        let count = |name: &str| answer["Attributes"][name].as_str().and_then(|n| n.parse::<u64>().ok());
+        names.iter().map(|name| count(name).expect("a number")).sum()
+    }
+
     async fn create_table(&self, name: &str, key: &[&str]) {
         let schema = key.iter().zip(["HASH", "RANGE"]);
         let schema: Vec<_> = schema.map(|(n, k)| json!({ "AttributeName": n, "KeyType": k })).collect();

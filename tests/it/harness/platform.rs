@@ -28,6 +28,7 @@ pub struct Setup {
     redis_password: Option<&'static str>,
     policy: Policy,
     worker: bool,
+    dead_letters: bool,
 }
 
 impl Setup {
@@ -40,6 +41,7 @@ impl Setup {
             redis_password: None,
             policy: Policy::PassAll,
             worker: true,
+            dead_letters: false,
         }
     }
 
@@ -79,6 +81,12 @@ impl Setup {
         self
     }
 
+    /// The queue has a dead-letter queue.
+    pub fn dead_letters(mut self) -> Self {
+        self.dead_letters = true;
+        self
+    }
+
     pub async fn start(self) -> Platform {
         match self.backend {
             Backend::Dev => self.start_dev().await,
@@ -106,6 +114,9 @@ impl Setup {
         let redis = tokio::task::block_in_place(|| Redis::start(self.redis_password));
         let cloud = Cloud::start(&self.queue_attributes).await;
         cloud.put_function(HELLO).await;
+        if self.dead_letters {
+            cloud.add_dead_letter_queue().await;
+        }
         let worker = self.worker.then(|| Worker::start(&cloud, &redis));
         let proxy = match self.policy {
             Policy::PassAll => None,

@@ -1,14 +1,21 @@
-//! A proxy in front of the AWS emulator, for what the emulator cannot do: deny, and be slow to answer.
+//! A proxy in front of the AWS emulator, for what the emulator cannot do: deny, be slow to answer, and fail.
 
 use super::aws::{Cloud, forward};
-use super::http::{Answer, Conn, Message};
+use super::http::{Conn, Message};
 use super::wait::spawn;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+/// How long a client waits for an answer that is lost.
+const ANSWER_LOST: Duration = Duration::from_secs(10);
 
 /// What the proxy does with each operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +29,27 @@ pub enum Policy {
     Deny(&'static str),
     /// Passes everything on at once, but keeps back the answers to this operation until [`Proxy::release`].
     Hold(&'static str),
+    /// Fails as [`Proxy::fail`] says, at first not at all. The seed says when.
+    Fail(u64),
+}
+
+/// How often what fails, in percent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// Batches of messages that are refused as a whole.
+    pub batches: u64,
+    /// Messages of a batch that are not taken.
+    pub entries: u64,
+    /// Batches of messages that are taken, and the answer never comes.
+    pub answers: u64,
+    /// Calls to the tables that are throttled.
+    pub throttled: u64,
+    /// Rows of a batch that are left unprocessed.
+    pub unprocessed: u64,
+    /// Calls to the queue whose connection breaks.
+    pub queue_away: u64,
+    /// The same of the tables.
+    pub tables_away: u64,
 }
 
 const OLD_ROLE: [&str; 9] = [
@@ -40,6 +68,7 @@ struct Shared {
     upstream: SocketAddr,
     policy: Policy,
     released: watch::Sender<bool>,
+    faults: Mutex<(Faults, SmallRng)>,
     /// Operations seen, and how often each was denied and passed.
     seen: Mutex<BTreeMap<String, Count>>,
 }
@@ -50,6 +79,8 @@ pub struct Count {
     pub denied: u32,
     /// Passed on, its answer kept back so far.
     pub held: u32,
+    /// Failed as [`Faults`] say.
+    pub failed: u32,
 }
 
 pub struct Proxy {
@@ -63,8 +94,15 @@ impl Proxy {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("loopback has a free port");
         let addr = listener.local_addr().expect("a bound socket has an address");
         let seen = Mutex::default();
-        let shared =
-            Arc::new(Shared { upstream: cloud.addr(), policy, released: watch::channel(false).0, seen });
+        let seed = if let Policy::Fail(seed) = policy { seed } else { 0 };
+        let faults = Mutex::new((Faults::default(), SmallRng::seed_from_u64(seed)));
+        let shared = Arc::new(Shared {
+            upstream: cloud.addr(),
+            policy,
+            released: watch::channel(false).0,
+            faults,
+            seen,
+        });
         let of_clients = Arc::clone(&shared);
         let accepting = spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -84,6 +122,11 @@ impl Proxy {
 
     pub fn count(&self, operation: &str) -> Count {
         self.shared.seen.lock().expect("no holder panics").get(operation).copied().unwrap_or_default()
+    }
+
+    /// From now on.
+    pub fn fail(&self, faults: Faults) {
+        self.shared.faults.lock().expect("no holder panics").0 = faults;
     }
 
     /// Lets the held answers go, and holds none from now on.
@@ -110,8 +153,8 @@ impl Shared {
                 client.write(&denial(&request).to_bytes()).await?;
                 continue;
             }
-            self.note(&operation, |count| count.passed += 1);
-            let Answer { mut message, .. } = forward(self.upstream, &request).await?;
+            let Some(answer) = self.answer(&operation, &request).await? else { return Ok(()) };
+            let mut message = answer;
             // The body was read whole, whatever framing it came in.
             let framing = ["transfer-encoding", "content-length", "connection"];
             message.headers.retain(|(name, _)| !framing.contains(&name.to_ascii_lowercase().as_str()));
@@ -127,10 +170,101 @@ impl Shared {
         Ok(())
     }
 
+    /// The answer, of the emulator or as a fault has it. `None`: the connection breaks.
+    async fn answer(&self, operation: &str, request: &Message) -> std::io::Result<Option<Message>> {
+        let is_table = request.header("x-amz-target").is_some_and(|t| t.starts_with("DynamoDB"));
+        let is_send = operation == "SendMessageBatch";
+        let (faults, _) = *self.faults.lock().expect("no holder panics");
+        let away = if is_table { faults.tables_away } else { faults.queue_away };
+        if self.happens(away) {
+            self.note(operation, |count| count.failed += 1);
+            return Ok(None);
+        }
+        if is_table && self.happens(faults.throttled) {
+            self.note(operation, |count| count.failed += 1);
+            return Ok(Some(failure("400 Bad Request", "ProvisionedThroughputExceededException")));
+        }
+        if is_send && self.happens(faults.batches) {
+            self.note(operation, |count| count.failed += 1);
+            return Ok(Some(failure("500 Internal Server Error", "InternalFailure")));
+        }
+        self.note(operation, |count| count.passed += 1);
+        let answer = match operation {
+            "SendMessageBatch" => self.partly(request, faults.entries, "Entries", "Failed").await?,
+            "BatchWriteItem" => {
+                self.partly(request, faults.unprocessed, "RequestItems", "UnprocessedItems").await?
+            }
+            _ => forward(self.upstream, request).await?.message,
+        };
+        if is_send && self.happens(faults.answers) {
+            self.note(operation, |count| count.held += 1);
+            // Longer than anybody waits for it.
+            let _ =
+                tokio::time::timeout(ANSWER_LOST, self.released.subscribe().wait_for(|released| *released))
+                    .await;
+            return Ok(None);
+        }
+        Ok(Some(answer))
+    }
+
+    /// Passes a batch on without some of its parts, and says of those that they were not taken.
+    async fn partly(
+        &self,
+        request: &Message,
+        percent: u64,
+        parts: &str,
+        left: &str,
+    ) -> std::io::Result<Message> {
+        if percent == 0 {
+            return Ok(forward(self.upstream, request).await?.message);
+        }
+        let mut body: Value = serde_json::from_slice(&request.body)?;
+        let mut given_up = json!({});
+        let mut kept = 0;
+        // The messages are a list; the rows are one under the name of their table.
+        let lists: Vec<(String, &mut Value)> = match &mut body[parts] {
+            Value::Object(tables) => tables.iter_mut().map(|(name, list)| (name.clone(), list)).collect(),
+            list => vec![(String::new(), list)],
+        };
+        for (name, list) in lists {
+            let (gone, stay): (Vec<_>, Vec<_>) =
+                list.as_array().into_iter().flatten().cloned().partition(|_| self.happens(percent));
+            kept += stay.len();
+            *list = stay.into();
+            if !gone.is_empty() {
+                given_up[name] = gone.into();
+            }
+        }
+        let mut answer = if kept == 0 {
+            // The emulator refuses an empty batch, as AWS does.
+            success(json!({ "Successful": [] }))
+        } else {
+            let mut request = request.clone();
+            request.body = body.to_string().into_bytes();
+            request.headers.retain(|(name, _)| !name.eq_ignore_ascii_case("content-length"));
+            request.headers.push(("content-length".into(), request.body.len().to_string()));
+            forward(self.upstream, &request).await?.message
+        };
+        let mut said: Value = serde_json::from_slice(&answer.body)?;
+        said[left] = match given_up.get("") {
+            Some(entries) => {
+                let failed = |entry: &Value| json!({ "Id": entry["Id"], "SenderFault": false, "Code": "InternalError", "Message": "by the test" });
+                entries.as_array().into_iter().flatten().map(failed).collect()
+            }
+            None => given_up,
+        };
+        answer.body = said.to_string().into_bytes();
+        Ok(answer)
+    }
+
+    fn happens(&self, percent: u64) -> bool {
+        percent > 0 && self.faults.lock().expect("no holder panics").1.random_range(0..100) < percent
+    }
+
     fn denies(&self, operation: &str) -> bool {
         let old_role = OLD_ROLE.contains(&operation) || operation.starts_with("s3-object-");
         match self.policy {
-            Policy::PassAll | Policy::PassAndCount | Policy::Hold(_) => false,
+            Policy::PassAll | Policy::PassAndCount | Policy::Hold(_) | Policy::Fail(_) => false,
             Policy::OldRole => !old_role,
             Policy::Deny(denied) => !old_role || operation == denied,
         }
@@ -139,6 +273,18 @@ impl Shared {
     fn note(&self, operation: &str, change: impl FnOnce(&mut Count)) {
         change(self.seen.lock().expect("no holder panics").entry(operation.to_owned()).or_default());
     }
+}
+
+fn failure(status: &str, code: &str) -> Message {
+    let mut message =
+        success(json!({ "__type": format!("com.amazon.coral.service#{code}"), "message": "by the test" }));
+    message.start = format!("HTTP/1.1 {status}");
+    message
+}
+
+fn success(body: Value) -> Message {
+    let headers = vec![("content-type".to_owned(), "application/x-amz-json-1.0".to_owned())];
+    Message { start: "HTTP/1.1 200 OK".to_owned(), headers, body: body.to_string().into_bytes() }
 }
 
 /// `SendMessage`, `PutItem`, …; S3 names its operations by method and path: `s3-object-GET`, `s3-bucket-HEAD`.

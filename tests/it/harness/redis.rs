@@ -1,6 +1,7 @@
 //! A Redis of a test's own, and the few words of its protocol that the tests speak.
 
 use super::process::{Process, Scratch, start_on_free_port};
+use nix::sys::signal::Signal;
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -51,6 +52,10 @@ impl Redis {
         if let Some(process) = self.process.take() {
             process.kill();
         }
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        self.process.as_ref().expect("it runs").signal(signal);
     }
 
     /// Starts again, empty, on the same port.

@@ -14,6 +14,8 @@ result:<requestId>, SETEX job:<requestId> 3600, delete the message. What a job d
     {"behave": "publish_twice"}               the same result twice, as a second run of the message gives
     {"behave": "store_only"}                  stored, never published
     {"behave": "publish_only"}                published, never stored
+    {"behave": "another_id"}                  published under the id of a job that never was as well
+    {"behave": "never"}                       the message is deleted, and no word of a result
 
 By hand: the environment is the controller's (SQS_URL, REDIS_HOST and REDIS_PORT or REDIS_URL, AWS_*), then
 `python worker.py`. It prints one line when it is ready, and ends on SIGTERM or SIGINT.
@@ -37,6 +39,7 @@ from botocore.config import Config
 POLLERS = 2
 RUNS_MAX = 64
 RESULT_TTL_S = 3600
+REDIS_AWAY_S = 90
 WORKER_ID = f"test-worker-{os.getpid()}"
 
 
@@ -114,18 +117,32 @@ def run(job):
     return json.dumps(result, ensure_ascii=False).encode()
 
 
+def tell(store, *command):
+    """One command to Redis, which may be away for a while."""
+    give_up = time.monotonic() + REDIS_AWAY_S
+    while True:
+        try:
+            return store.execute_command(*command)
+        except (redis.ConnectionError, redis.TimeoutError):
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.1)
+
+
 def handle(sqs, store, queue_url, message):
     job = json.loads(message["Body"])
     given = job.get("input")
     behave = given.get("behave") if isinstance(given, dict) else None
     result = run(job)
     request_id = job["requestId"]
-    if behave != "store_only":
+    if behave == "another_id":
+        tell(store, "PUBLISH", f"result:{request_id[:-12]}{0:012x}", result)
+    if behave not in ("store_only", "never"):
         for _ in range(2 if behave == "publish_twice" else 1):
-            store.publish(f"result:{request_id}", result)
-    if behave != "publish_only":
+            tell(store, "PUBLISH", f"result:{request_id}", result)
+    if behave not in ("publish_only", "never"):
         # SETEX as the contract has it; the library's own name for it is deprecated.
-        store.execute_command("SETEX", f"job:{request_id}", RESULT_TTL_S, result)
+        tell(store, "SETEX", f"job:{request_id}", RESULT_TTL_S, result)
     sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=message["ReceiptHandle"])
 
 

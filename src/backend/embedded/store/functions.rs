@@ -3,7 +3,7 @@
 use super::{code_list, probe};
 use crate::backend::embedded::database::{Database, integer, unsigned};
 use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
-use crate::model::{ConfigRecord, Counters, Function, FunctionId, Recommendation};
+use crate::model::{ConfigRecord, Counters, Function, FunctionId, Recommendation, Sums};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -103,7 +103,7 @@ fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Wri
 pub(in crate::backend::embedded) fn add_counters(
     connection: &Connection,
     id: &FunctionId,
-    sums: Counters,
+    sums: Sums,
 ) -> rusqlite::Result<()> {
     let mut update = connection.prepare_cached(
         "UPDATE functions SET
@@ -116,11 +116,11 @@ pub(in crate::backend::embedded) fn add_counters(
     )?;
     update.execute(params![
         id.as_str(),
-        integer(sums.invocations),
-        integer(sums.errors),
-        sums.total_duration_ms,
-        integer(sums.handler_invocations),
-        sums.total_handler_duration_ms,
+        sums.invocations,
+        sums.errors,
+        sums.duration_ms(),
+        sums.handler_invocations,
+        sums.handler_ms(),
     ])?;
     Ok(())
 }
@@ -342,14 +342,15 @@ mod tests {
     async fn a_change_writes_neither_counters_nor_advice() {
         let scratch = Scratch::new();
         let (functions, _) = with_f(&scratch).await;
-        let sums = Counters { invocations: 3, errors: 1, ..Counters::default() };
+        let sums = Sums { invocations: 3, errors: 1, ..Sums::default() };
+        let counters = Counters { invocations: 3, errors: 1, ..Counters::default() };
         let advice = Recommendation { memory_mb: Some(1), at: 5, ..Recommendation::default() };
         // Counted and advised after it was read.
         functions.0.write(1, move |c| add_counters(c, &f().id, sums)).await.unwrap();
         functions.recommend(&f().id, &advice).await.unwrap();
         let other = Function { name: "x".into(), env_vars: "{\"A\":1}".into(), ..changed(&f(), 512) };
         assert_eq!(functions.write(&change(Some(&f()), Some(&other))).await, Ok(Written::Done));
-        let expected = Function { counters: sums, recommendation: Some(advice), ..changed(&f(), 512) };
+        let expected = Function { counters, recommendation: Some(advice), ..changed(&f(), 512) };
         assert_eq!(functions.get(&f().id).await, Ok(Some(expected.clone())));
 
         let mut again = change(Some(&expected), None);
@@ -496,20 +497,20 @@ mod tests {
     async fn sums_are_added_to_what_exists() {
         let scratch = Scratch::new();
         let (functions, _) = with_f(&scratch).await;
-        let sums = Counters {
-            invocations: 2,
-            errors: 1,
-            total_duration_ms: 0.5,
-            handler_invocations: 1,
-            total_handler_duration_ms: 0.25,
-        };
+        let sums =
+            Sums { invocations: 2, errors: 1, duration_us: 500, handler_invocations: 1, handler_us: 250 };
         let nobody = FunctionId::parse("nobody").unwrap();
         for id in [f().id, f().id, nobody.clone()] {
             functions.0.write(1, move |c| add_counters(c, &id, sums)).await.unwrap();
         }
         let mut expected = f();
-        expected.counters += sums;
-        expected.counters += sums;
+        expected.counters = Counters {
+            invocations: 4,
+            errors: 2,
+            total_duration_ms: 1.0,
+            handler_invocations: 2,
+            total_handler_duration_ms: 0.5,
+        };
         drop(functions);
         let functions = Functions(scratch.database());
         assert_eq!(functions.get(&f().id).await, Ok(Some(expected)));

@@ -1,0 +1,73 @@
+//! Jobs that the queue gives up end as FAILED, and their messages stay for a redrive unless they are to be consumed.
+
+use crate::harness::aws::{Cloud, Service};
+use crate::harness::gateway::Conf;
+use crate::harness::platform::HELLO;
+use crate::harness::{SOON, Setup, eventually, spawn, within};
+use serde_json::{Value, json};
+
+fn setup(consume: bool) -> Setup {
+    let server = format!("[dead_letter]\nevery_s = 1\nconsume = {consume}\n");
+    Setup::serve().no_worker().dead_letters().conf(Conf { server, ..Conf::default() })
+}
+
+/// A worker that takes the job and never comes back, until the queue has had enough of it.
+async fn give_up(cloud: &Cloud) {
+    let ask = json!({ "QueueUrl": cloud.queue_url, "VisibilityTimeout": 0, "WaitTimeSeconds": 0 });
+    eventually("the message is given up", SOON, || async {
+        cloud.call(Service::Sqs, "ReceiveMessage", &ask).await;
+        match cloud.messages(&cloud.queue_url).await {
+            0 => Ok(()),
+            left => Err(format!("{left} messages")),
+        }
+    })
+    .await;
+}
+
+async fn row_of(cloud: &Cloud) -> Value {
+    cloud.wait_for_rows(HELLO, 1).await.remove(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_the_queue_gives_up_fails() {
+    let platform = setup(false).start().await;
+    let run = platform.gateway.run(HELLO, &json!(1));
+    let client = spawn(async move { run.send().await });
+    let cloud = &platform.fleet().cloud;
+    eventually("the message", SOON, || async {
+        if cloud.messages(&cloud.queue_url).await == 1 { Ok(()) } else { Err("none".to_owned()) }
+    })
+    .await;
+    give_up(cloud).await;
+    let result = within("the client's answer", SOON, client).await.expect("no panic").expect(200).json();
+    assert_eq!((&result["status"], &result["exitCode"]), (&json!("FAILED"), &json!(1)));
+    assert!(result["stderr"].as_str().is_some_and(|said| said.contains("dead-letter queue")), "{result}");
+    let row = row_of(cloud).await;
+    assert_eq!((&row["status"]["S"], &row["message"]["S"]), (&json!("FAILED"), &result["stderr"]));
+    platform.gateway.wait_for_metric("infra_dead_letters_total", 1.0).await;
+    assert_eq!(cloud.messages(&cloud.dead_letters_url()).await, 1, "it stays for a redrive");
+    platform.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dead_letters_are_consumed_if_asked_for() {
+    let platform = setup(true).start().await;
+    let cloud = &platform.fleet().cloud;
+    // What is no job of ours is left alone, and keeps nobody from the rest.
+    let foreign = json!({ "QueueUrl": cloud.dead_letters_url(), "MessageBody": "not a job" });
+    cloud.call(Service::Sqs, "SendMessage", &foreign).await;
+    let id = platform.gateway.run_async(HELLO, &json!(1)).await;
+    // A worker has said something after all: that stays.
+    let result = format!(r#"{{"requestId":"{id}","status":"SUCCESS","stdout":"done"}}"#);
+    platform.fleet().redis.store_result(&id, result.as_bytes()).await;
+    give_up(cloud).await;
+    eventually("only what is foreign is left", SOON, || async {
+        match cloud.messages(&cloud.dead_letters_url()).await {
+            1 => Ok(()),
+            left => Err(format!("{left} messages")),
+        }
+    })
+    .await;
+    assert_eq!(row_of(cloud).await["status"]["S"], "SUCCESS");
+    platform.finish().await;
+}

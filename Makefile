@@ -7,17 +7,18 @@ ROUNDS ?= 5
 SECONDS_EACH ?= 8
 QUICK ?=
 
-# Seconds and seed of `make schema`; a seed shows the same again.
+# Seconds of `make schema`, and seed of that and `make chaos`; a seed shows the same again.
 SECONDS ?= 600
 SEED ?=
 
-.PHONY: help run test bench schema loadtest setup-build setup-test
+.PHONY: help run test bench schema chaos loadtest setup-build setup-test
 
 help:
 	@echo 'make run          build and start `infra-controller dev` on port $(PORT) (PORT=… for another)'
 	@echo 'make test         all checks and tests, as CI runs them'
 	@echo 'make bench        what a request costs, piece by piece (criterion)'
 	@echo 'make schema       requests of all kinds, made of openapi.json, for SECONDS=$(SECONDS) against each backend (SEED=…)'
+	@echo 'make chaos        every fault under load, again and again and with outages of up to a minute (SEED=…)'
 	@echo 'make loadtest     what a run costs beside bare Pingora, and whether it holds under load (QUICK=1, ROUNDS=…, SECONDS_EACH=…)'
 	@echo 'make setup-build  only install what the build needs'
 	@echo 'make setup-test   only install what the tests need'
@@ -38,6 +39,10 @@ test: setup-build setup-test
 schema: setup-build setup-test
 	@seed=$(or $(SEED),$$(date +%s)); echo "SECONDS=$(SECONDS) SEED=$$seed"; \
 	SCHEMA_SECONDS=$(SECONDS) SCHEMA_SEED=$$seed cargo test --locked --test it schema::
+
+chaos: setup-build setup-test
+	@seed=$(or $(SEED),$$(date +%s)); echo "SEED=$$seed"; \
+	CHAOS_SEED=$$seed cargo test --locked --test it faults:: -- --nocapture --test-threads 2
 
 loadtest: setup-build
 	@scripts/setup.sh load

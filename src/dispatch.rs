@@ -9,6 +9,7 @@
 //! [`new`] builds a [`Dispatcher`], the handle that requests use, and the [`DispatchLoops`] that `boot` starts.
 
 mod batcher;
+mod breaker;
 mod dead_letters;
 mod in_flight;
 mod journal;

@@ -39,6 +39,8 @@ pub struct Metrics {
     /// Jobs waiting to be sent.
     pub queue_waiting: IntGauge,
     pub sends_in_flight: IntGauge,
+    /// 1 while new jobs are refused because nothing can be sent.
+    pub queue_refuses: IntGauge,
     pub batch_jobs: Histogram,
     pub send_seconds: Histogram,
     /// By `outcome`: `sent` ([`Self::jobs_sent`]), `retried`, `refused`, `not_sent`, `unknown`.
@@ -117,6 +119,11 @@ impl Metrics {
             jobs: JobMetrics::new(r)?,
             queue_waiting: gauge(r, "infra_queue_waiting_jobs", "Jobs waiting to be sent")?,
             sends_in_flight: gauge(r, "infra_queue_sends_in_flight", "Batches being sent")?,
+            queue_refuses: gauge(
+                r,
+                "infra_queue_breaker_open",
+                "1 while jobs are refused: the queue is away",
+            )?,
             batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
             send_seconds: histogram(r, "infra_queue_send_seconds", "Time to send a batch", SEND_BUCKETS)?,
             jobs_sent: sends.with_label_values(&["sent"]),

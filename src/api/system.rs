@@ -108,6 +108,9 @@ impl Health {
             timed(self.executions.probe()),
         );
         let depth = queue.as_ref().ok().copied();
+        let away = || BackendError::Unavailable("nothing can be sent".into());
+        let queue =
+            queue.and_then(|_| (self.metrics.queue_refuses.get() == 0).then_some(()).ok_or_else(away));
         let mut checks = Map::new();
         let mut check = |name: &str, result: Result<(), BackendError>| {
             let healthy = result.is_ok();
@@ -119,7 +122,7 @@ impl Health {
             healthy
         };
         // Without queue or results nothing runs; without the tables cached functions run on, and rows wait.
-        let vital = [check("queue", queue.map(|_| ())), check("redis", results)];
+        let vital = [check("queue", queue), check("redis", results)];
         let useful = [check("functionsTable", functions), check("logsTable", executions)];
         if let (Some(depth), Some(Value::Object(queue))) = (depth, checks.get_mut("queue")) {
             queue.insert("depth".to_owned(), json!(depth));

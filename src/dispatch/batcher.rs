@@ -9,6 +9,7 @@
 //! One loop owns the state. Before a batch goes to the queue its jobs enter the journal; a job whose send has
 //! definitely failed leaves it again. The loop, not the caller, cleans up: a caller may be gone by then.
 
+use super::breaker::Breaker;
 use super::in_flight::InFlight;
 use super::journal::NodeJournal;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
@@ -53,6 +54,7 @@ pub struct Batcher {
     conf: Live<BatchConf>,
     /// Jobs that wait to be sent, or to be sent again.
     waiting: Arc<AtomicUsize>,
+    breaker: Arc<Breaker>,
 }
 
 struct Pending {
@@ -69,6 +71,9 @@ struct Pending {
 impl Batcher {
     /// Queues a job to be sent. The receiver hears what became of it; dropping the receiver changes nothing.
     pub fn send(&self, job: Job) -> Result<oneshot::Receiver<Result<(), SubmitError>>, SubmitError> {
+        if !self.breaker.admits() {
+            return Err(SubmitError::Unavailable);
+        }
         let (done, result) = oneshot::channel();
         let conf = self.conf.get();
         let give_up = Instant::now() + Duration::from_millis(conf.send_deadline_ms);
@@ -111,6 +116,7 @@ struct BatchSender {
     queue: Arc<dyn JobQueue>,
     journal: Arc<NodeJournal>,
     in_flight: Arc<InFlight>,
+    breaker: Arc<Breaker>,
     metrics: Arc<Metrics>,
 }
 
@@ -124,8 +130,10 @@ pub fn new(
 ) -> (Batcher, BatchLoop) {
     let (sender, receiver) = mpsc::channel(BatchConf::QUEUE_JOBS_MAX);
     let counted = Arc::<AtomicUsize>::default();
-    let handle = Batcher { sender, conf: conf.clone(), waiting: Arc::clone(&counted) };
-    let sender = Arc::new(BatchSender { queue, journal, in_flight, metrics });
+    let breaker = Arc::new(Breaker::new(Arc::clone(&metrics)));
+    let (waiting, before) = (Arc::clone(&counted), Arc::clone(&breaker));
+    let handle = Batcher { sender, conf: conf.clone(), waiting, breaker: before };
+    let sender = Arc::new(BatchSender { queue, journal, in_flight, breaker, metrics });
     let batch_loop = BatchLoop {
         conf,
         receiver,
@@ -304,6 +312,12 @@ impl BatchSender {
             Err(e) => vec![Err(SendError::NotSent(format!("journal: {e}"))); jobs.len()],
         };
         self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
+        // A refusal of a job is an answer, too.
+        if results.iter().any(|result| matches!(result, Ok(()) | Err(SendError::Refused(_)))) {
+            self.breaker.succeeded();
+        } else {
+            self.breaker.failed();
+        }
         let again =
             batch.into_iter().zip(results).filter_map(|(pending, result)| self.after_try(pending, result));
         tried.again.extend(again);

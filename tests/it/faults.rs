@@ -6,6 +6,7 @@
 
 use crate::harness::crowd::{Crowd, FUNCTIONS, Manners, Reckoning};
 use crate::harness::gateway::Conf;
+use crate::harness::platform::new_key;
 use crate::harness::process::Scratch;
 use crate::harness::proxy::{Faults, Policy};
 use crate::harness::{Gateway, Platform, Setup, eventually};
@@ -44,6 +45,11 @@ impl Scale {
     }
 }
 
+/// No limits, and jobs that are given up soon.
+fn limits() -> String {
+    "limit = []\n[waits]\njob_deadline_s = 12\n[batch]\nsend_deadline_ms = 3000\n".into()
+}
+
 /// A platform under load, and a second node if asked for.
 struct Stage {
     name: &'static str,
@@ -61,10 +67,7 @@ impl Stage {
         let state = Scratch::new("state");
         let platform = Setup::serve()
             .policy(policy(scale.seed))
-            .conf(Conf {
-                server: format!("[fleet]\nlease_s = {}\n", LEASE.as_secs()),
-                limits: "limit = []\n[waits]\njob_deadline_s = 12\n[batch]\nsend_deadline_ms = 3000\n".into(),
-            })
+            .conf(Conf { server: format!("[fleet]\nlease_s = {}\n", LEASE.as_secs()), limits: limits() })
             .env("STATE_DIR", state.path().to_str().expect("the path is UTF-8"))
             .start()
             .await;
@@ -149,6 +152,32 @@ async fn a_node_is_frozen_past_its_lease() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn dev_is_killed_and_started_again() {
+    let scale = Scale::of_this_run();
+    let mut rng = SmallRng::seed_from_u64(scale.seed);
+    let dir = Scratch::new("dev");
+    let conf = Conf { limits: limits(), ..Conf::default() };
+    conf.write(&dir.path().join("conf"));
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let args = ["dev", "--port", "0", "--data-dir", &path("data"), "--conf", &path("conf")];
+    let key = new_key();
+    let env = [("INFRA_API_KEY".to_owned(), key.clone())];
+    let mut gateway = Gateway::start(&args, &env, &key, &[]).await;
+    let manners = Manners { leave_percent: 10, is_plain: true, ..Manners::default() };
+    let crowd = Crowd::start(&[&gateway], scale.seed, manners);
+    for _ in 0..scale.times {
+        tokio::time::sleep(Duration::from_millis(rng.random_range(1000..2000))).await;
+        gateway.kill();
+        gateway = Gateway::start(&args, &env, &key, &[]).await;
+        crowd.knock_at(&[&gateway]);
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let reckoning = crowd.stop().await.reckon_dev(&gateway, SETTLED).await;
+    println!("dev killed, seed {}: {reckoning:?}", scale.seed);
+    gateway.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_is_killed_and_comes_back_empty() {
     let mut stage = Stage::set("Redis killed", none, Manners::default()).await;
     for seconds in stage.scale.outages_s {
@@ -224,7 +253,7 @@ async fn the_tables_fail() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_leave_and_workers_are_odd() {
-    let manners = Manners { leave_percent: 30, odd_percent: 50 };
+    let manners = Manners { leave_percent: 30, odd_percent: 50, is_plain: false };
     let mut stage = Stage::set("odd clients and workers", none, manners).await;
     for _ in 0..3 * stage.scale.times {
         stage.go_on().await;

@@ -1,5 +1,6 @@
 //! What comes back from workers: byte for byte, whatever it is, however it arrives.
 
+use crate::harness::gateway::Conf;
 use crate::harness::platform::HELLO;
 use crate::harness::proxy::Policy;
 use crate::harness::{Platform, SOON, Setup, eventually, spawn, within};
@@ -126,6 +127,38 @@ async fn published_before_send_has_returned() {
         if left == 0 { Ok(()) } else { Err(format!("{left} left")) }
     })
     .await;
+    platform.finish().await;
+}
+
+/// A job that was given up is counted as an error until its worker speaks after all, and then as what it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_late_result_replaces_lost() {
+    let limits = "[waits]\njob_deadline_s = 4\n[batch]\nsend_deadline_ms = 1000\n";
+    let conf = Conf { limits: limits.into(), ..Conf::default() };
+    let platform = Setup::serve().no_worker().conf(conf).start().await;
+    let (gateway, cloud) = (&platform.gateway, &platform.fleet().cloud);
+    let id = gateway.run_async(HELLO, &json!(1)).await;
+    let row = async |status: &str, errors: &str, duration: &str| {
+        eventually(&format!("a row that says {status}"), SOON, || async {
+            let rows = cloud.log_rows(HELLO).await;
+            let item = cloud.function_item(HELLO).await;
+            let counted = [("invocations", "1"), ("errorCount", errors), ("totalDuration", duration)];
+            let is_counted = counted.iter().all(|(name, number)| item[name]["N"] == **number);
+            let is_written = rows.len() == 1 && rows[0]["status"]["S"] == status;
+            if is_written && is_counted { Ok(()) } else { Err(format!("{rows:?}, {item}")) }
+        })
+        .await;
+    };
+    row("LOST", "1", "0").await;
+    gateway.idle().await;
+
+    let result = format!(r#"{{"requestId":"{id}","status":"SUCCESS","stdout":"late","durationMs":12}}"#);
+    for _ in 0..2 {
+        platform.fleet().redis.publish(&format!("result:{id}"), result.as_bytes()).await;
+    }
+    row("SUCCESS", "0", "12").await;
+    gateway.wait_for_metric(r#"infra_results_total{kind="late"}"#, 1.0).await;
+    gateway.wait_for_metric(r#"infra_results_total{kind="unknown_job"}"#, 1.0).await;
     platform.finish().await;
 }
 

@@ -34,6 +34,8 @@ pub struct Manners {
     pub leave_percent: u64,
     /// Of a hundred runs, those that a worker does something odd with.
     pub odd_percent: u64,
+    /// Only what the seeded function of `dev` does: it prints its input.
+    pub is_plain: bool,
 }
 
 /// What one client saw.
@@ -116,7 +118,8 @@ impl Client {
     async fn ask(&mut self, n: u64) {
         let token = format!("client-{}-run-{n}-end", self.name);
         let (input, status) = self.behaviour(&token);
-        let function = FUNCTIONS[self.rng.random_range(0..FUNCTIONS.len())];
+        let functions = if self.manners.is_plain { 1 } else { FUNCTIONS.len() };
+        let function = FUNCTIONS[self.rng.random_range(0..functions)];
         let asynchronous = self.rng.random_bool(0.5);
         let door = {
             let doors = self.doors.lock().expect("no holder panics");
@@ -142,6 +145,9 @@ impl Client {
 
     /// What the worker is to do, and the status it is to give.
     fn behaviour(&mut self, token: &str) -> (Value, &'static str) {
+        if self.manners.is_plain {
+            return (json!({ "token": token }), "SUCCESS");
+        }
         let odd = self.rng.random_range(0..100) < self.manners.odd_percent;
         match (odd, self.rng.random_range(0..4)) {
             (false, 0) => (json!({ "behave": "fail", "token": token }), "FAILED"),
@@ -218,6 +224,31 @@ impl Record {
         }
         journals_are_empty(&fleet.redis, within).await;
         queue_is_empty(&fleet.cloud, within).await;
+        let mut rows = Vec::new();
+        for function in FUNCTIONS {
+            let items = fleet.cloud.log_rows(function).await;
+            counters_equal(&fleet.cloud, function, &items).await;
+            let text = |item: &Value, name: &str| item[name]["S"].as_str().expect("a text").to_owned();
+            rows.extend(items.iter().map(|item| (text(item, "requestId"), text(item, "status"))));
+        }
+        self.compare(rows)
+    }
+
+    /// [`Self::reckon`] for `dev`, by what it says itself.
+    pub async fn reckon_dev(&self, gateway: &Gateway, within: Duration) -> Reckoning {
+        nothing_left(gateway, within).await;
+        let path = format!("/functions/{HELLO}");
+        let logs = gateway.get(&format!("{path}/logs?limit=1000")).await.expect(200).json();
+        let logs = logs.as_array().expect("an array");
+        assert!(logs.len() < 1000, "more than a page");
+        let function = gateway.get(&format!("{path}/metrics")).await.expect(200).json();
+        assert_eq!(function["executions"], logs.len(), "{function}");
+        let text = |row: &Value, name: &str| row[name].as_str().expect("a text").to_owned();
+        self.compare(logs.iter().map(|row| (text(row, "requestId"), text(row, "status"))).collect())
+    }
+
+    /// What was accepted against the rows, each an id and a status.
+    fn compare(&self, rows: Vec<(String, String)>) -> Reckoning {
         let mut reckoning = Reckoning {
             accepted: self.accepted.len(),
             unanswered: self.unanswered,
@@ -225,26 +256,16 @@ impl Record {
             ..Reckoning::default()
         };
         let mut statuses: BTreeMap<String, String> = BTreeMap::new();
-        for function in FUNCTIONS {
-            let rows = fleet.cloud.log_rows(function).await;
-            counters_equal(&fleet.cloud, function, &rows).await;
-            for row in &rows {
-                let text = |name: &str| row[name]["S"].as_str().expect("a text").to_owned();
-                let (id, status) = (text("requestId"), text("status"));
-                *reckoning.rows.entry(status.clone()).or_default() += 1;
-                assert_eq!(statuses.insert(id, status), None, "one row for each job");
-            }
+        for (id, status) in rows {
+            *reckoning.rows.entry(status.clone()).or_default() += 1;
+            assert_eq!(statuses.insert(id, status), None, "one row for each job");
         }
         for (id, expected) in &self.accepted {
             let status = statuses.remove(id).unwrap_or_else(|| panic!("{id} was accepted and has no row"));
             assert_eq!(status, *expected, "{id}");
         }
-        let known = self.unanswered;
-        assert!(
-            statuses.len() <= known,
-            "{} rows of nobody, {known} unanswered: {statuses:?}",
-            statuses.len()
-        );
+        let nobodys = statuses.len();
+        assert!(nobodys <= self.unanswered, "{nobodys} rows of nobody: {statuses:?}, {reckoning:?}");
         reckoning
     }
 }

@@ -12,6 +12,7 @@ mod functions;
 mod logs;
 mod models;
 mod object;
+mod once;
 mod openapi;
 mod precondition;
 mod prefer;
@@ -31,7 +32,7 @@ pub use system::Health;
 use crate::audit::Tail;
 use crate::backend::{Backend, QueueTraits};
 use crate::catalogue::Catalogue;
-use crate::config::{Live, Secret, WaitsConf};
+use crate::config::{BatchConf, Live, Secret, WaitsConf};
 use crate::dispatch::Dispatcher;
 use crate::functions::{Editor, Functions};
 use crate::lifecycle::Lifecycle;
@@ -88,6 +89,7 @@ pub struct CallHeaders {
     pub x_async: Option<HeaderValue>,
     pub content_type: Option<HeaderValue>,
     pub traceparent: Option<HeaderValue>,
+    pub idempotency_key: Option<HeaderValue>,
     pub if_match: Vec<HeaderValue>,
     pub if_none_match: Vec<HeaderValue>,
     pub x_runtime: Option<HeaderValue>,
@@ -117,6 +119,7 @@ impl CallHeaders {
                 "x-async" => &mut found.x_async,
                 "content-type" => &mut found.content_type,
                 "traceparent" => &mut found.traceparent,
+                "idempotency-key" => &mut found.idempotency_key,
                 "x-runtime" => &mut found.x_runtime,
                 "x-memory-mb" => &mut found.x_memory_mb,
                 "x-function-name" => &mut found.x_function_name,
@@ -180,6 +183,7 @@ impl Reply {
 /// What the handlers are made of.
 pub struct Parts<'a> {
     pub waits: Live<WaitsConf>,
+    pub batch: Live<BatchConf>,
     pub backend: &'a Backend,
     pub dispatcher: Dispatcher,
     pub functions: Functions,
@@ -216,10 +220,12 @@ impl Api {
         let queue = backend.queue.traits();
         let cursors = cursor::Cursors::new(parts.api_key);
         let uploads = Arc::new(upload::Uploads::new(parts.spool_dir));
+        let once = once::Once::new(backend, dispatcher.clone(), parts.batch, Arc::clone(&metrics));
         let run = run::Run::new(
             waits.clone(),
             queue,
             dispatcher.clone(),
+            once,
             parts.functions,
             parts.limiter,
             lifecycle.clone(),

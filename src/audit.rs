@@ -10,10 +10,11 @@ mod tail;
 pub use ledger::{Ledger, Outstanding};
 pub use tail::{Tail, TailEntry};
 
-use crate::backend::{BackendError, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
+use crate::backend::{Backend, BackendError, Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, Recommendation};
+use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
+use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -58,25 +59,35 @@ struct Record {
     id: JobId,
     row: Execution,
     recommendation: Option<Recommendation>,
+    kept: Option<Box<Kept>>,
+}
+
+/// A result that is kept with the idempotency key of its request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    pub key: IdempotencyKey,
+    pub result: Bytes,
 }
 
 impl Record {
     /// Memory the row takes, roughly.
     fn bytes(&self) -> usize {
         let tip = self.recommendation.as_ref().and_then(|r| r.tip.as_ref()).map_or(0, String::len);
-        self.row.message.len() + tip + 512
+        let kept = self.kept.as_ref().map_or(0, |kept| kept.result.len());
+        self.row.message.len() + tip + kept + 512
     }
 }
 
 impl Audit {
-    /// Queues a row with what the execution recommends, and counts it.
+    /// Queues a row with what the execution recommends and what is to be kept of it, and counts it.
     pub fn record(
         &self,
         id: JobId,
         row: Execution,
         recommendation: Option<Recommendation>,
+        kept: Option<Box<Kept>>,
     ) -> Result<(), Full> {
-        let record = Record { id, row, recommendation };
+        let record = Record { id, row, recommendation, kept };
         let bytes = record.bytes();
         if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -105,9 +116,29 @@ impl Audit {
 pub struct Flusher {
     receiver: mpsc::Receiver<Record>,
     bytes: Arc<AtomicUsize>,
-    executions: Arc<dyn ExecutionStore>,
+    stores: Stores,
     metrics: Arc<Metrics>,
     ledger: Arc<Ledger>,
+}
+
+/// Where what an execution leaves is written.
+#[derive(Clone)]
+pub struct Stores {
+    pub executions: Arc<dyn ExecutionStore>,
+    pub claims: Arc<dyn Claims>,
+    pub journal: Arc<dyn Journal>,
+    pub functions: Arc<dyn FunctionStore>,
+}
+
+impl From<&Backend> for Stores {
+    fn from(backend: &Backend) -> Self {
+        Self {
+            executions: Arc::clone(&backend.executions),
+            claims: Arc::clone(&backend.claims),
+            journal: Arc::clone(&backend.journal),
+            functions: Arc::clone(&backend.functions),
+        }
+    }
 }
 
 /// The loops behind [`Audit`]: `flusher` first, as what it writes is then closed by `ledger`.
@@ -117,13 +148,7 @@ pub struct AuditLoops {
 }
 
 /// A handle and its loops.
-pub fn new(
-    conf: &MemoryConf,
-    executions: Arc<dyn ExecutionStore>,
-    functions: Arc<dyn FunctionStore>,
-    journal: Arc<dyn Journal>,
-    metrics: Arc<Metrics>,
-) -> (Audit, AuditLoops) {
+pub fn new(conf: &MemoryConf, stores: Stores, metrics: Arc<Metrics>) -> (Audit, AuditLoops) {
     let (sender, receiver) = mpsc::channel(conf.audit_rows_max);
     let bytes = Arc::new(AtomicUsize::new(0));
     let audit = Audit {
@@ -133,8 +158,8 @@ pub fn new(
         metrics: Arc::clone(&metrics),
         tail: Tail::default(),
     };
-    let ledger = Arc::new(Ledger::new(journal, functions, Arc::clone(&metrics), ledger::WAITING_MAX));
-    let flusher = Flusher { receiver, bytes, executions, metrics, ledger: Arc::clone(&ledger) };
+    let ledger = Arc::new(Ledger::new(stores.clone(), Arc::clone(&metrics), ledger::WAITING_MAX));
+    let flusher = Flusher { receiver, bytes, stores, metrics, ledger: Arc::clone(&ledger) };
     (audit, AuditLoops { flusher, ledger })
 }
 
@@ -144,6 +169,7 @@ struct Batch {
     ids: Vec<JobId>,
     rows: Vec<Execution>,
     recommendations: Vec<Option<Recommendation>>,
+    kept: Vec<Option<Box<Kept>>>,
     /// As they were counted when they were queued.
     bytes: usize,
 }
@@ -152,7 +178,8 @@ impl Batch {
     fn of(records: impl ExactSizeIterator<Item = Record>) -> Self {
         let n = records.len();
         let (ids, rows) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let mut batch = Self { ids, rows, recommendations: Vec::with_capacity(n), bytes: 0 };
+        let (recommendations, kept) = (Vec::with_capacity(n), Vec::with_capacity(n));
+        let mut batch = Self { ids, rows, recommendations, kept, bytes: 0 };
         for record in records {
             batch.push(record);
         }
@@ -164,6 +191,7 @@ impl Batch {
         self.ids.push(record.id);
         self.rows.push(record.row);
         self.recommendations.push(record.recommendation);
+        self.kept.push(record.kept);
     }
 
     fn append(&mut self, mut other: Self) {
@@ -175,11 +203,12 @@ impl Batch {
         self.ids.append(&mut other.ids);
         self.rows.append(&mut other.rows);
         self.recommendations.append(&mut other.recommendations);
+        self.kept.append(&mut other.kept);
     }
 
     fn into_records(self) -> impl Iterator<Item = Record> {
-        let records = self.ids.into_iter().zip(self.rows).zip(self.recommendations);
-        records.map(|((id, row), recommendation)| Record { id, row, recommendation })
+        let records = self.ids.into_iter().zip(self.rows).zip(self.recommendations).zip(self.kept);
+        records.map(|(((id, row), recommendation), kept)| Record { id, row, recommendation, kept })
     }
 
     /// Splits off what stands in the batch before: a table takes a key once in a call.
@@ -263,7 +292,7 @@ impl Flusher {
             let due = gathered.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
             if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.ledger.is_full() {
                 let batch = Batch::of(gathered.drain(..));
-                writes.push(write(Arc::clone(&self.executions), Arc::clone(&self.metrics), batch));
+                writes.push(write(self.stores.clone(), Arc::clone(&self.metrics), batch));
             }
         }
         let rows = self.metrics.audit.waiting_rows.get();
@@ -296,18 +325,19 @@ async fn over(end: Option<Instant>) {
 }
 
 /// Writes a batch until every row is in the table, or refused for good; gives the batch back.
-async fn write(store: Arc<dyn ExecutionStore>, metrics: Arc<Metrics>, batch: Batch) -> Batch {
+async fn write(stores: Stores, metrics: Arc<Metrics>, batch: Batch) -> Batch {
     let mut pause = RETRY_FIRST;
     let mut done = Batch::default();
     let mut left = batch;
     loop {
         let (now, later) = left.split_repeats();
-        let results = store.put(&now.rows).await;
+        let results = stores.executions.put(&now.rows).await;
         let (written, failed, failure) = now.split(results, &metrics);
         done.append(written);
         left = later;
         left.append(failed);
         if left.ids.is_empty() {
+            stores.keep(&done).await;
             return done;
         }
         if let Some(e) = failure {
@@ -319,12 +349,30 @@ async fn write(store: Arc<dyn ExecutionStore>, metrics: Arc<Metrics>, batch: Bat
     }
 }
 
+impl Stores {
+    /// Keeps the results whose requests may be repeated. Few have any, and they are written one by one.
+    async fn keep(&self, batch: &Batch) {
+        for (id, kept) in batch.ids.iter().zip(&batch.kept) {
+            let Some(kept) = kept else { continue };
+            let mut pause = RETRY_FIRST;
+            while let Err(e) = self.claims.keep(&kept.key, *id, &kept.result).await {
+                tracing::warn!(requestId = %id, error = %e, "Result Not Kept");
+                if !e.is_transient() {
+                    break;
+                }
+                tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
+                pause = (pause * 2).min(RETRY_LAST);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::{
-        Ended, FunctionPage, FunctionStore, FunctionWrite, Journal, JournalEntry, LogPage, LogQuery,
-        Numbered, Numbering, Written,
+        Claim, Claimed, Ended, FunctionPage, FunctionWrite, JournalEntry, LogPage, LogQuery, Numbered,
+        Numbering, Written,
     };
     use crate::model::{Function, FunctionId, Job, NodeId, Outcome, Sums};
     use async_trait::async_trait;
@@ -349,6 +397,8 @@ mod tests {
         left: Mutex<Vec<JobId>>,
         failed_recommendations: Mutex<Vec<BackendError>>,
         recommended: Mutex<Vec<(FunctionId, Recommendation)>>,
+        failed_keeps: Mutex<Vec<BackendError>>,
+        kept: Mutex<Vec<JobId>>,
     }
 
     #[async_trait]
@@ -464,6 +514,35 @@ mod tests {
         }
     }
 
+    #[async_trait]
+    impl Claims for Tables {
+        async fn claim(&self, _: &Claim) -> Result<Option<Claimed>, BackendError> {
+            Ok(None)
+        }
+
+        async fn take_over(&self, _: &Claim, _: JobId) -> Result<bool, BackendError> {
+            Ok(false)
+        }
+
+        async fn confirm(&self, _: &Claim) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        async fn release(&self, _: &Claim) -> Result<(), BackendError> {
+            Ok(())
+        }
+
+        async fn keep(&self, _: &IdempotencyKey, id: JobId, _: &Bytes) -> Result<(), BackendError> {
+            match self.failed_keeps.lock().unwrap().pop() {
+                Some(error) => Err(error),
+                None => {
+                    self.kept.lock().unwrap().push(id);
+                    Ok(())
+                }
+            }
+        }
+    }
+
     impl RowsWritten for Tables {
         fn rows_written(&self, ids: &[JobId]) {
             self.left.lock().unwrap().extend_from_slice(ids);
@@ -475,7 +554,9 @@ mod tests {
         (conf.audit_rows_max, conf.audit_bytes_max) = (rows_max, bytes_max);
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let tables = || Arc::clone(tables);
-        new(&conf, tables() as _, tables() as _, tables() as _, metrics)
+        let stores =
+            Stores { executions: tables(), claims: tables(), journal: tables(), functions: tables() };
+        new(&conf, stores, metrics)
     }
 
     /// Both loops until `stop`, and to their ends.
@@ -497,7 +578,7 @@ mod tests {
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3,"handlerDurationMs":2}"#.into());
         let fields = outcome.fields();
         let row = Execution::of(id, FunctionId::parse(function).unwrap(), &fields);
-        audit.record(id, row, Recommendation::of(id, &fields))
+        audit.record(id, row, Recommendation::of(id, &fields), None)
     }
 
     #[tokio::test(start_paused = true)]
@@ -560,7 +641,7 @@ mod tests {
             let result = mb.map_or("{}".to_owned(), |mb| format!("{{\"recommendedMemoryMb\":{mb}}}"));
             let outcome = Outcome::new(result.into());
             let row = Execution::of(id, f.clone(), &outcome.fields());
-            audit.record(id, row, Recommendation::of(id, &outcome.fields())).unwrap();
+            audit.record(id, row, Recommendation::of(id, &outcome.fields()), None).unwrap();
         }
         let later = tokio::time::sleep(3 * ledger::ROUND);
         run(&tables, loops, later).await;
@@ -568,6 +649,25 @@ mod tests {
         let [(id, r)] = &recommended[..] else { panic!("{recommended:?}") };
         assert_eq!((id, r.memory_mb, r.at), (&f, Some(256), 3));
         assert_eq!(tables.sums.lock().unwrap()[&f].errors, 4, "a result without a status is an error");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_ends_when_its_result_is_kept_with_its_key_too() {
+        let tables = Arc::new(Tables::default());
+        *tables.failed_keeps.lock().unwrap() = vec![BackendError::Unavailable("x".into()); 3];
+        let (audit, loops) = audit(&tables, 10, 1 << 20);
+        let id = JobId::new(NodeId(1), 1, 1);
+        let row = Execution::lost(id, FunctionId::parse("f").unwrap());
+        let kept = Kept { key: IdempotencyKey::of("a", "b"), result: "{}".into() };
+        audit.record(id, row, None, Some(Box::new(kept))).unwrap();
+        let (written, left) = (ROWS_LINGER * 2, ROWS_LINGER * 20);
+        let load = async {
+            tokio::time::sleep(written).await;
+            assert_eq!((tables.rows.lock().unwrap().len(), tables.left.lock().unwrap().len()), (1, 0));
+            tokio::time::sleep(left).await;
+        };
+        run(&tables, loops, load).await;
+        assert_eq!((&*tables.kept.lock().unwrap(), &*tables.left.lock().unwrap()), (&vec![id], &vec![id]));
     }
 
     async fn record_range(audit: &Audit, functions: std::ops::Range<u64>) {
@@ -608,8 +708,7 @@ mod tests {
         tables.sums_fail.store(true, Ordering::Relaxed);
         let (audit, mut loops) = audit(&tables, 10_000, 1 << 30);
         let max = 600;
-        let books =
-            Ledger::new(Arc::clone(&tables) as _, Arc::clone(&tables) as _, Arc::clone(&audit.metrics), max);
+        let books = Ledger::new(loops.flusher.stores.clone(), Arc::clone(&audit.metrics), max);
         loops.ledger = Arc::new(books);
         loops.flusher.ledger = Arc::clone(&loops.ledger);
         let load = async {

@@ -8,8 +8,8 @@ pub mod aws;
 pub mod embedded;
 
 use crate::model::{
-    ConfigRecord, Execution, Function, FunctionId, Job, JobId, NodeId, Recommendation, RetiredCode, Sums,
-    UnixMs,
+    BodyHash, ConfigRecord, Execution, Function, FunctionId, IdempotencyKey, Job, JobId, NodeId,
+    Recommendation, RetiredCode, Sums, UnixMs,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -153,6 +153,7 @@ pub struct JournalEntry {
     pub id: JobId,
     pub function: FunctionId,
     pub deadline: UnixMs,
+    pub idempotency_key: Option<Box<IdempotencyKey>>,
 }
 
 /// A job whose row is written, and what its execution adds to its function.
@@ -238,6 +239,49 @@ pub enum Told<'a> {
     Sums(&'a [(FunctionId, Sums)]),
     Numbered(&'a [Numbered]),
     GivenUp(&'a [(JobId, FunctionId)]),
+}
+
+/// How long a request may be repeated under its key.
+pub const CLAIMED: Duration = Duration::from_secs(24 * 3600);
+/// Largest result that is kept with the key, in bytes: what an item of DynamoDB holds, and some room. Larger ones are
+/// found as long as the worker's own copy.
+pub const KEPT_BYTES_MAX: usize = 350 * 1024;
+
+/// A request's claim to be the one of its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    pub key: IdempotencyKey,
+    pub body: BodyHash,
+    pub job: JobId,
+    pub function: FunctionId,
+}
+
+/// A claim that stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claimed {
+    pub claim: Claim,
+    /// The job is known to be on the queue, or to have been.
+    pub is_sent: bool,
+    pub result: Option<Bytes>,
+}
+
+/// The requests that are to be carried out once; each is forgotten after [`CLAIMED`].
+#[async_trait]
+pub trait Claims: Send + Sync {
+    /// Claims the key, if nobody has it. Else gives who has; nothing is written then.
+    async fn claim(&self, claim: &Claim) -> Result<Option<Claimed>, BackendError>;
+
+    /// Claims the key in place of a job that is not known to be sent. `false`: it is, or another one was faster.
+    async fn take_over(&self, claim: &Claim, instead_of: JobId) -> Result<bool, BackendError>;
+
+    /// The job is on the queue.
+    async fn confirm(&self, claim: &Claim) -> Result<(), BackendError>;
+
+    /// The job is certainly not on the queue, and the key is free again.
+    async fn release(&self, claim: &Claim) -> Result<(), BackendError>;
+
+    /// Keeps the result of the job that has the key.
+    async fn keep(&self, key: &IdempotencyKey, job: JobId, result: &Bytes) -> Result<(), BackendError>;
 }
 
 /// The nodes of a fleet: who lives, and who goes on with the jobs of those that do not.
@@ -524,6 +568,7 @@ pub struct Backend {
     pub results: Arc<dyn Results>,
     pub journal: Arc<dyn Journal>,
     /// `None`: there is one node.
+    pub claims: Arc<dyn Claims>,
     /// `None`: the queue gives no message up.
     pub dead_letters: Option<Arc<dyn DeadLetters>>,
     pub membership: Option<Arc<dyn Membership>>,

@@ -274,13 +274,7 @@ mod tests {
             change_conf(&mut conf);
             change_backend(&mut backend);
             let metrics = Arc::new(Metrics::new(10).unwrap());
-            let (audit, books) = audit::new(
-                &conf.memory,
-                Arc::clone(&backend.executions),
-                Arc::clone(&backend.functions),
-                Arc::clone(&backend.journal),
-                Arc::clone(&metrics),
-            );
+            let (audit, books) = audit::new(&conf.memory, (&backend).into(), Arc::clone(&metrics));
             let (dispatcher, mut loops) = new(Parts {
                 node,
                 memory: &conf.memory,
@@ -332,7 +326,13 @@ mod tests {
 
     fn job(node: NodeId, n: u64, deadline: UnixMs) -> Job {
         let id = JobId::new(node, now_ms(), n);
-        Job { id, function: FunctionId::parse("hello").unwrap(), deadline, message: "{}".into() }
+        Job {
+            id,
+            function: FunctionId::parse("hello").unwrap(),
+            deadline,
+            idempotency_key: None,
+            message: "{}".into(),
+        }
     }
 
     fn outcome(text: &str) -> Outcome {

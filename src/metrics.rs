@@ -51,6 +51,8 @@ pub struct Metrics {
     /// `late`.
     pub results: IntCounterVec,
     pub results_settled: IntCounter,
+    /// Requests with an idempotency key, by `outcome`: `new`, `repeated`, `reused` (refused), `taken_over`.
+    pub idempotency: IntCounterVec,
     /// Jobs whose result was found by a look-up, not by publication.
     pub results_looked_up: IntCounter,
     /// By `decision`: `allowed`, `limited`, and by `source`: `lease`, `refusal_memory`, `exact`, `local`, `closed`.
@@ -130,6 +132,12 @@ impl Metrics {
             sends,
             results_settled: results.with_label_values(&["settled"]),
             results,
+            idempotency: counters(
+                r,
+                "infra_idempotent_requests_total",
+                "Requests with an idempotency key",
+                &["outcome"],
+            )?,
             results_looked_up: counter(r, "infra_results_looked_up_total", "Results found by a look-up")?,
             limiter: counters(
                 r,

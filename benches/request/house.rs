@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use infra_controller::audit::{self, Audit, RowsWritten};
+use infra_controller::audit::{self, Audit, RowsWritten, Stores};
 use infra_controller::backend::{
     Backend, BackendError, Decision, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
     Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery, QueueTraits, Quota,
@@ -169,13 +169,7 @@ impl House {
         };
         let conf = Conf::shipped().expect("the shipped conf is whole");
         let metrics = Arc::new(metrics());
-        let (audit, books) = audit::new(
-            &conf.memory,
-            Arc::clone(&backend.executions),
-            Arc::clone(&backend.functions),
-            Arc::clone(&backend.journal),
-            Arc::clone(&metrics),
-        );
+        let (audit, books) = audit::new(&conf.memory, (&backend).into(), Arc::clone(&metrics));
         // Nobody else changes functions here, so there is nothing to hear of.
         let (functions, _) = functions::new(&conf.cache, &backend, "code".to_owned(), &metrics);
         let batch = Live::new(conf.batch.clone());
@@ -212,6 +206,7 @@ impl House {
         Job {
             id: self.dispatcher.new_id(),
             function: FunctionId::parse("bench").expect("a function id"),
+            idempotency_key: None,
             deadline: now_ms() + 1_000_000,
             message: Bytes::from_static(b"{}"),
         }
@@ -253,16 +248,19 @@ impl RowsWritten for Nobody {
     }
 }
 
-/// An audit alone, with its loop.
-pub fn audit(loops: &mut JoinSet<()>) -> Audit {
+/// An audit alone, with its loop, and the directory of the parts that are not measured.
+pub fn audit(loops: &mut JoinSet<()>) -> (Audit, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let claims = embedded::open(dir.path()).expect("it starts").backend.claims;
     let (_, published) = mpsc::channel(1);
     let store = Arc::new(Instantly { function: function(), published: Mutex::new(published) });
     let conf = Conf::shipped().expect("the shipped conf is whole").memory;
-    let (audit, books) =
-        audit::new(&conf, Arc::clone(&store) as _, Arc::clone(&store) as _, store, Arc::new(metrics()));
+    let (executions, journal) = (Arc::clone(&store) as _, Arc::clone(&store) as _);
+    let stores = Stores { executions, claims, journal, functions: store };
+    let (audit, books) = audit::new(&conf, stores, Arc::new(metrics()));
     loops.spawn(books.flusher.run(Arc::new(Nobody), std::future::pending()));
     loops.spawn(books.ledger.run(std::future::pending()));
-    audit
+    (audit, dir)
 }
 
 pub fn metrics() -> Metrics {

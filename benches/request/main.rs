@@ -179,7 +179,7 @@ fn row_to_table(criterion: &mut Criterion) {
     let runtime = runtime();
     let mut loops = JoinSet::new();
     let _inside = runtime.enter();
-    let audit = house::audit(&mut loops);
+    let (audit, _dir) = house::audit(&mut loops);
     let outcome = Outcome::new(RESULT.into());
     let row = Execution::of(id(), FunctionId::parse("bench").expect("a function id"), &outcome.fields());
     let mut group = criterion.benchmark_group("row_to_table");
@@ -191,7 +191,7 @@ fn row_to_table(criterion: &mut Criterion) {
                 for _ in 0..iters {
                     for n in 0..TOGETHER {
                         let id = JobId::new(NodeId(1), 1, n as u64);
-                        audit.record(id, row.clone(), None).expect("there is room");
+                        audit.record(id, row.clone(), None, None).expect("there is room");
                     }
                     // The loop takes them all before this goes on.
                     tokio::task::yield_now().await;

@@ -57,6 +57,8 @@ pub enum ApiError {
     Contended,
     TooManyUploads,
     TooManyWorkers,
+    /// The idempotency key belongs to a request with another body.
+    KeyReused,
     NoSuchJob,
     NoSuchLog,
     Submit(SubmitError),
@@ -99,6 +101,7 @@ impl ApiError {
             Self::NotJson | Self::NotAForm | Self::NotJsonNorForm => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
             Self::NoRecommendation => StatusCode::CONFLICT,
+            Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Submit(_)
             | Self::BackendAway
             | Self::LimiterAway
@@ -129,6 +132,7 @@ impl ApiError {
             Self::TooManyUploads | Self::TooManyWorkers => "overloaded",
             Self::Invalid(_) => "invalid_request",
             Self::NoSuchFunction => "no_such_function",
+            Self::KeyReused => "idempotency_key_reused",
             Self::NoSuchJob => "no_such_job",
             Self::NoSuchLog => "no_such_log",
             Self::Submit(SubmitError::Overloaded) => "overloaded",
@@ -165,6 +169,7 @@ impl ApiError {
             Self::TooManyUploads => "Too many uploads are under way. Please try again soon.",
             Self::TooManyWorkers => "Too many workers report already.",
             Self::NoSuchFunction => "Function not found",
+            Self::KeyReused => "This Idempotency-Key belongs to a request with another body.",
             Self::NoSuchJob => "There is no such job, or its result has expired.",
             Self::NoSuchLog => "There is no such execution, or its record has expired.",
             Self::Submit(SubmitError::Overloaded) => "Too many jobs are waiting. Please try again soon.",
@@ -274,7 +279,8 @@ impl ApiError {
             Self::NoRecommendation => Self::Contended,
             Self::Contended => Self::TooManyUploads,
             Self::TooManyUploads => Self::TooManyWorkers,
-            Self::TooManyWorkers => Self::NoSuchJob,
+            Self::TooManyWorkers => Self::KeyReused,
+            Self::KeyReused => Self::NoSuchJob,
             Self::NoSuchJob => Self::NoSuchLog,
             Self::NoSuchLog => Self::Submit(SubmitError::Overloaded),
             Self::Submit(SubmitError::Overloaded) => Self::Submit(SubmitError::Refused),

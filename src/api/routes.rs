@@ -94,7 +94,7 @@ const fn post(
 }
 
 static TABLE: &[Route] = &[
-    post("/run", Endpoint::Run, Scope::Run, Takes::Whole, &[200, 202, 404, 415]),
+    post("/run", Endpoint::Run, Scope::Run, Takes::Whole, &[200, 202, 404, 415, 422]),
     get("/status/:jobId", Endpoint::Status, Some(Scope::Run), &[200, 400, 404]),
     get("/status", Endpoint::StatusWithoutId, Some(Scope::Run), &[400]),
     post("/upload", Endpoint::Upload, Scope::Write, Takes::Stream, &[200, 415]),

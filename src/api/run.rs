@@ -1,16 +1,20 @@
 //! `POST /run`: the way every run of every function takes.
 
+use super::once::{self, Known, Once, Turn};
 use super::prefer::Prefer;
 use super::{ApiError, Call, Reply};
-use crate::backend::QueueTraits;
+use crate::backend::{Claim, QueueTraits};
 use crate::config::{Live, WaitsConf};
 use crate::dispatch::{Dispatcher, SubmitError, Submitted};
 use crate::functions::Functions;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::RateLimiter;
-use crate::model::{Job, JobDraft, JobId, JobTemplate, Outcome, RunRequest};
+use crate::model::{
+    BodyHash, Execution, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, Outcome, RunRequest,
+};
 use http::StatusCode;
 use http::header::{HeaderName, HeaderValue, LOCATION};
+use serde_json::json;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -18,6 +22,7 @@ const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-appli
 
 pub struct Run {
     dispatcher: Dispatcher,
+    once: Once,
     functions: Functions,
     limiter: RateLimiter,
     lifecycle: Lifecycle,
@@ -32,12 +37,14 @@ impl Run {
         waits: Live<WaitsConf>,
         queue: QueueTraits,
         dispatcher: Dispatcher,
+        once: Once,
         functions: Functions,
         limiter: RateLimiter,
         lifecycle: Lifecycle,
     ) -> Self {
         Self {
             dispatcher,
+            once,
             functions,
             limiter,
             lifecycle,
@@ -57,13 +64,64 @@ impl Run {
         let template = template.ok_or(ApiError::NoSuchFunction)?;
         // Only functions that exist are counted: names made up by a client take no room.
         self.limiter.check_function(&template.function, &call.counted).await?;
+        let key = once::key_of(&call.headers)?;
         let job = self.job(&template, &request, call)?;
 
         let prefer = Prefer::of(&call.headers.prefer);
         let asynchronous = prefer.respond_async || is_true(call.headers.x_async.as_ref());
         let mode = if asynchronous { "ASYNC" } else { "SYNC" };
         tracing::info!(requestId = %job.id, functionId = %job.function, mode, "Run Request");
+        match key {
+            None => self.carry_out(job, asynchronous, prefer).await,
+            Some(key) => {
+                let (key, body) = (IdempotencyKey::of(&call.key_name, key), BodyHash::of(&call.body));
+                let claim = Claim { key, body, job: job.id, function: job.function.clone() };
+                // In a box: requests without a key, which are most, need no room for it.
+                Box::pin(self.carry_out_once(claim, job, asynchronous, prefer)).await
+            }
+        }
+    }
+
+    async fn carry_out(&self, job: Job, asynchronous: bool, prefer: Prefer) -> Result<Reply, ApiError> {
         if asynchronous { self.accept(job, prefer).await } else { self.answer(job, prefer).await }
+    }
+
+    async fn carry_out_once(
+        &self,
+        claim: Claim,
+        mut job: Job,
+        asynchronous: bool,
+        prefer: Prefer,
+    ) -> Result<Reply, ApiError> {
+        match self.once.turn(&claim).await? {
+            Turn::First => {
+                job.idempotency_key = Some(Box::new(claim.key));
+                let result = self.carry_out(job, asynchronous, prefer).await;
+                self.once.note(&claim, &result).await;
+                result
+            }
+            Turn::Again(before, _) if asynchronous => Ok(accepted(before.claim.job, prefer)),
+            Turn::Again(before, known) => self.answer_again(before.claim.job, known, prefer).await,
+        }
+    }
+
+    /// Answers a request that came before with what its job has come to.
+    async fn answer_again(&self, id: JobId, known: Known, prefer: Prefer) -> Result<Reply, ApiError> {
+        let mut pending = match known {
+            Known::Result(outcome) => return Ok(Reply::json(StatusCode::OK, outcome.body())),
+            Known::Ended(row) => return Ok(of_row(id, &row)),
+            Known::Pending(None) => return Ok(still_running(id)),
+            Known::Pending(Some(pending)) => pending,
+        };
+        tokio::select! {
+            biased;
+            outcome = pending.outcome() => Ok(match outcome {
+                Some(outcome) => Reply::json(StatusCode::OK, outcome.body()),
+                None => still_running(id),
+            }),
+            () = tokio::time::sleep(self.wait(prefer)) => Ok(still_running(id)),
+            () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id)),
+        }
     }
 
     fn job(&self, template: &JobTemplate, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
@@ -88,9 +146,7 @@ impl Run {
         let id = job.id;
         // The 202 leaves only after the queue has confirmed the message.
         self.dispatcher.submit(job).await.map_err(ApiError::Submit)?;
-        let reply = later(id, format!("{{\"status\":\"ACCEPTED\",\"jobId\":\"{id}\"}}"));
-        let applied = HeaderValue::from_static("respond-async");
-        Ok(if prefer.respond_async { reply.with(PREFERENCE_APPLIED, applied) } else { reply })
+        Ok(accepted(id, prefer))
     }
 
     async fn answer(&self, job: Job, prefer: Prefer) -> Result<Reply, ApiError> {
@@ -123,6 +179,22 @@ async fn confirmed_or_done(submitted: &mut Submitted) -> Result<Option<Outcome>,
         Ok(()) => Ok(None),
         Err(e) => Err(ApiError::Submit(e)),
     }
+}
+
+fn accepted(id: JobId, prefer: Prefer) -> Reply {
+    let reply = later(id, format!("{{\"status\":\"ACCEPTED\",\"jobId\":\"{id}\"}}"));
+    let applied = HeaderValue::from_static("respond-async");
+    if prefer.respond_async { reply.with(PREFERENCE_APPLIED, applied) } else { reply }
+}
+
+/// What is left of a job whose result is no longer kept.
+fn of_row(id: JobId, row: &Execution) -> Reply {
+    let (function, status) = (row.function.as_str(), row.status.as_str());
+    let body = json!({
+        "requestId": id.to_string(), "functionId": function, "status": status, "durationMs": row.duration_ms,
+        "message": row.message,
+    });
+    Reply::value(StatusCode::OK, &body)
 }
 
 fn still_running(id: JobId) -> Reply {

@@ -9,6 +9,7 @@
 //! adds up, so up to [`POSTED_MAX`] functions are written about once a second, and more of them less often, but no sum
 //! is ever dropped for it.
 
+use super::Stores;
 use crate::backend::{
     BackendError, ENDED_MAX, Ended, FunctionStore, Journal, Numbered, Numbering, POSTED_MAX,
 };
@@ -118,12 +119,8 @@ pub struct Outstanding {
 }
 
 impl Ledger {
-    pub(super) fn new(
-        journal: Arc<dyn Journal>,
-        functions: Arc<dyn FunctionStore>,
-        metrics: Arc<Metrics>,
-        max: usize,
-    ) -> Self {
+    pub(super) fn new(stores: Stores, metrics: Arc<Metrics>, max: usize) -> Self {
+        let Stores { journal, functions, .. } = stores;
         let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
         Self { journal, functions, metrics, max, books: Mutex::default(), turn, posting }
     }

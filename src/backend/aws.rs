@@ -5,13 +5,14 @@
 //! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
 //! * [`error`] — what an AWS failure means, by its code
 //! * [`direct`] — the two calls that every run takes part in, without the SDK around them
-//! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`] (all over
+//! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`], [`claims`] (all over
 //!   [`item`]), [`s3`], [`dead_letters`] — the AWS ports
 //! * [`redis`] — the command connection, [`subscriber`] — one that listens; [`results`], [`changes`], [`journal`],
 //!   [`membership`], [`limits`], [`workers`] — the Redis ports
 //! * [`start`] — the checks before the first request
 
 mod changes;
+mod claims;
 mod client;
 mod code_list;
 mod dead_letters;

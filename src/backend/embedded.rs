@@ -37,7 +37,7 @@ use rusqlite::{Connection, OptionalExtension};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use store::{Executions, Functions, RetiredCodes};
+use store::{Executions, Functions, LocalClaims, RetiredCodes};
 use workers::{Activity, LocalWorkers};
 
 /// What jobs name as their bucket. The code lies in the directory, so it stands for nothing.
@@ -106,6 +106,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
         functions: Arc::new(Functions(database.clone())),
         executions: Arc::new(Executions(database.clone())),
         code: Arc::new(LocalCode::new(code_dir.clone())),
+        claims: Arc::new(LocalClaims(database.clone())),
         code_list: Arc::new(RetiredCodes(database)),
         workers: Arc::new(LocalWorkers::new(activity.clone())),
         changes: None,

@@ -249,13 +249,7 @@ impl Built {
     ) -> anyhow::Result<Self> {
         let conf = &settings.conf;
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
-        let (audit, books) = audit::new(
-            &conf.memory,
-            Arc::clone(&backend.executions),
-            Arc::clone(&backend.functions),
-            Arc::clone(&backend.journal),
-            Arc::clone(&metrics),
-        );
+        let (audit, books) = audit::new(&conf.memory, backend.into(), Arc::clone(&metrics));
         let tail = audit.tail();
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
         let (dispatcher, loops) = dispatch::new(dispatch::Parts {
@@ -273,12 +267,14 @@ impl Built {
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let (limiter, leaser) = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
+        let batch_of_api = batch.clone();
         let targets =
             Targets { waits: waits.clone(), batch, functions: functions.clone(), limiter: limiter.clone() };
         let loaded = (settings.texts.clone(), conf.clone());
         let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
         let api = Api::new(api::Parts {
             waits,
+            batch: batch_of_api,
             backend,
             dispatcher: dispatcher.clone(),
             functions,

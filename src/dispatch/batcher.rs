@@ -539,6 +539,7 @@ mod tests {
             let job = Job {
                 id: JobId::new(NodeId(1), 1, n),
                 function,
+                idempotency_key: None,
                 deadline: n,
                 message: vec![b' '; bytes].into(),
             };
@@ -705,6 +706,7 @@ mod tests {
         let job = Job {
             id: JobId::new(NodeId(1), 1, 200),
             function: FunctionId::parse("f").unwrap(),
+            idempotency_key: None,
             deadline: 0,
             message: "{}".into(),
         };

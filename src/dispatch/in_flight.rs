@@ -6,9 +6,10 @@
 //!
 //! DashMap guards are taken and dropped within one statement or block and never held over an await.
 
-use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX, JournalEntry};
+use crate::audit::Kept;
+use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX, JournalEntry, KEPT_BYTES_MAX};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, UnixMs};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
@@ -43,9 +44,24 @@ pub struct Full;
 struct Entry {
     function: FunctionId,
     deadline: UnixMs,
+    idempotency_key: Option<Box<IdempotencyKey>>,
     waiters: Vec<oneshot::Sender<Outcome>>,
     /// A result was taken; its row is on the way.
     settled: bool,
+}
+
+impl Entry {
+    fn of(job: &Job, waiters: Vec<oneshot::Sender<Outcome>>) -> Self {
+        let (function, idempotency_key) = (job.function.clone(), job.idempotency_key.clone());
+        Self { function, deadline: job.deadline, idempotency_key, waiters, settled: false }
+    }
+
+    /// What is to be kept with the key of the request, if it has one.
+    fn kept(&self, outcome: &Outcome) -> Option<Box<Kept>> {
+        let result = outcome.published();
+        let key = self.idempotency_key.as_deref().filter(|_| result.len() <= KEPT_BYTES_MAX)?;
+        Some(Box::new(Kept { key: *key, result: result.clone() }))
+    }
 }
 
 /// What [`InFlight::join`] found.
@@ -64,7 +80,7 @@ pub enum Joined {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Settled {
     /// First result of the job: a row is due.
-    First(FunctionId),
+    First(FunctionId, Option<Box<Kept>>),
     /// First result of a job that was given up: its row is to be replaced.
     Late(FunctionId),
     /// A result was taken before.
@@ -104,13 +120,13 @@ impl InFlight {
 
     /// Enters a job nobody waits for.
     pub fn enter(&self, job: &Job) -> Result<(), Full> {
-        self.insert(job.id, &job.function, job.deadline, Vec::new())
+        self.insert(job, Vec::new())
     }
 
     /// Enters a job together with one who waits for it.
     pub fn enter_waiting(self: &Arc<Self>, job: &Job) -> Result<Waiter, Full> {
         let (sender, receiver) = oneshot::channel();
-        self.insert(job.id, &job.function, job.deadline, vec![sender])?;
+        self.insert(job, vec![sender])?;
         Ok(self.waiter(job.id, receiver))
     }
 
@@ -120,8 +136,14 @@ impl InFlight {
         match self.jobs.entry(entry.id) {
             MapEntry::Occupied(_) => return false,
             MapEntry::Vacant(place) => {
-                let (function, deadline) = (entry.function.clone(), entry.deadline);
-                place.insert(Entry { function, deadline, waiters: Vec::new(), settled: false });
+                let JournalEntry { function, deadline, idempotency_key, .. } = entry.clone();
+                place.insert(Entry {
+                    function,
+                    deadline,
+                    idempotency_key,
+                    waiters: Vec::new(),
+                    settled: false,
+                });
             }
         }
         self.len.fetch_add(1, Ordering::Relaxed);
@@ -133,8 +155,12 @@ impl InFlight {
     /// The jobs of a node, as its journal holds them.
     pub fn of_node(&self, node: NodeId) -> Vec<JournalEntry> {
         let jobs = self.jobs.iter().filter(|entry| entry.key().node() == node);
-        let entry =
-            |id, of: &Entry| JournalEntry { id, function: of.function.clone(), deadline: of.deadline };
+        let entry = |id, of: &Entry| JournalEntry {
+            id,
+            function: of.function.clone(),
+            deadline: of.deadline,
+            idempotency_key: of.idempotency_key.clone(),
+        };
         jobs.map(|job| entry(*job.key(), job.value())).collect()
     }
 
@@ -155,35 +181,18 @@ impl InFlight {
         self.jobs_max.saturating_sub(self.len.load(Ordering::Relaxed))
     }
 
-    fn insert(
-        &self,
-        id: JobId,
-        function: &FunctionId,
-        deadline: UnixMs,
-        waiters: Vec<oneshot::Sender<Outcome>>,
-    ) -> Result<(), Full> {
+    fn insert(&self, job: &Job, waiters: Vec<oneshot::Sender<Outcome>>) -> Result<(), Full> {
         if self.len.fetch_add(1, Ordering::Relaxed) >= self.jobs_max {
             self.len.fetch_sub(1, Ordering::Relaxed);
             return Err(Full);
         }
-        self.put(id, function, deadline, waiters);
-        Ok(())
-    }
-
-    fn put(
-        &self,
-        id: JobId,
-        function: &FunctionId,
-        deadline: UnixMs,
-        waiters: Vec<oneshot::Sender<Outcome>>,
-    ) {
-        let entry = Entry { function: function.clone(), deadline, waiters, settled: false };
-        if self.jobs.insert(id, entry).is_some() {
+        if self.jobs.insert(job.id, Entry::of(job, waiters)).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed); // the same job again: it was counted before
         } else {
             self.metrics.jobs.accepted.inc();
         }
         self.metrics.jobs.in_flight.set(self.len());
+        Ok(())
     }
 
     /// Waits for a job that was entered before.
@@ -214,7 +223,7 @@ impl InFlight {
 
     /// Takes a result: answers those who wait, and says whether a row is due.
     pub fn settle(&self, id: JobId, outcome: Outcome) -> Settled {
-        let (function, told) = match self.jobs.get_mut(&id) {
+        let (function, kept, told) = match self.jobs.get_mut(&id) {
             None => return self.settle_late(id, outcome).unwrap_or(Settled::UnknownJob),
             Some(entry) if entry.settled => {
                 drop(entry);
@@ -222,12 +231,13 @@ impl InFlight {
             }
             Some(mut entry) => {
                 let waiters = std::mem::take(&mut entry.waiters);
+                let kept = entry.kept(&outcome);
                 // The first copy of a buffer is an allocation, and mostly nobody waits.
                 let told = (!waiters.is_empty()).then(|| outcome.clone());
                 // Kept before anyone is told, so that a `/status` right after an answer finds it.
                 self.recent.keep(id, outcome);
                 entry.settled = true;
-                (entry.function.clone(), told.map(|outcome| (outcome, waiters)))
+                (entry.function.clone(), kept, told.map(|outcome| (outcome, waiters)))
             }
         };
         if let Some((outcome, waiters)) = told {
@@ -236,7 +246,7 @@ impl InFlight {
                 let _ = waiter.send(outcome.clone());
             }
         }
-        Settled::First(function)
+        Settled::First(function, kept)
     }
 
     fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<Settled> {
@@ -440,7 +450,13 @@ mod tests {
 
     fn job(n: u64) -> Job {
         let id = JobId::new(NodeId(1), 1000, n);
-        Job { id, function: FunctionId::parse("f").unwrap(), deadline: 2000, message: "{}".into() }
+        Job {
+            id,
+            function: FunctionId::parse("f").unwrap(),
+            deadline: 2000,
+            idempotency_key: None,
+            message: "{}".into(),
+        }
     }
 
     fn outcome(text: &str) -> Outcome {
@@ -451,7 +467,7 @@ mod tests {
     async fn a_waiter_hears_the_first_result() {
         let table = table(10, 1000);
         let mut waiter = table.enter_waiting(&job(1)).unwrap();
-        assert_eq!(table.settle(job(1).id, outcome("a")), Settled::First(job(1).function));
+        assert_eq!(table.settle(job(1).id, outcome("a")), Settled::First(job(1).function, None));
         assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
         assert_eq!(table.settle(job(2).id, outcome("b")), Settled::UnknownJob);
         assert_eq!(waiter.outcome().await, Some(outcome("a")));

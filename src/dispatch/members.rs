@@ -115,7 +115,12 @@ impl Members {
         let in_flight = self.settler.in_flight.of_node(node);
         // Their rows are written: whoever adopts them has nothing to wait for.
         let ended = books.ended.into_iter();
-        let ended = ended.map(|e| JournalEntry { id: e.id, function: e.function, deadline: 0 });
+        let ended = ended.map(|e| JournalEntry {
+            id: e.id,
+            function: e.function,
+            deadline: 0,
+            idempotency_key: None,
+        });
         let entries: Vec<JournalEntry> = in_flight.into_iter().chain(ended).collect();
         for entries in entries.chunks(TOLD_MAX) {
             store.retell(node, Told::Jobs(entries)).await?;

@@ -3,7 +3,7 @@
 use super::in_flight::{InFlight, Settled};
 use super::journal::NodeJournal;
 use super::lookups::{self, Schedule};
-use crate::audit::{Audit, RowsWritten};
+use crate::audit::{Audit, Kept, RowsWritten};
 use crate::backend::{BackendError, JournalEntry, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Ending, Execution, FunctionId, JobId, Outcome, Recommendation, now_ms};
@@ -79,17 +79,17 @@ impl Settler {
         match self.in_flight.settle(id, outcome) {
             Settled::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
             Settled::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
-            Settled::First(function) => {
+            Settled::First(function, kept) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
-                if self.record(id, row, recommendation) {
+                if self.record(id, row, recommendation, kept) {
                     self.metrics.results_settled.inc();
                 }
             }
             Settled::Late(function) => {
                 let row = Execution::ended(id, function.clone(), ending);
                 log_execution(id, &row);
-                if self.record(id, row, recommendation) {
+                if self.record(id, row, recommendation, None) {
                     self.metrics.results.with_label_values(&["late"]).inc();
                 } else {
                     self.remember(id, function);
@@ -99,8 +99,14 @@ impl Settler {
     }
 
     /// `false`: the audit has no room, and the job is to be settled again.
-    fn record(&self, id: JobId, row: Execution, recommendation: Option<Recommendation>) -> bool {
-        if self.audit.record(id, row, recommendation).is_ok() {
+    fn record(
+        &self,
+        id: JobId,
+        row: Execution,
+        recommendation: Option<Recommendation>,
+        kept: Option<Box<Kept>>,
+    ) -> bool {
+        if self.audit.record(id, row, recommendation, kept).is_ok() {
             return true;
         }
         // Full means that the log table does not keep up. The stored result outlives the jam: look again later.
@@ -112,9 +118,10 @@ impl Settler {
     /// Ends a job whose deadline has passed without a result. It stays planned in case its row finds no room.
     fn give_up(&self, id: JobId) {
         let lost = Outcome::new(Bytes::from_static(b"{\"status\":\"LOST\"}"));
-        if let Settled::First(function) = self.in_flight.settle(id, lost) {
+        // Not kept with the key of its request: whoever repeats that sees the row, and a late result in it.
+        if let Settled::First(function, _) = self.in_flight.settle(id, lost) {
             tracing::warn!(requestId = %id, functionId = %function, "Job Lost");
-            if self.record(id, Execution::lost(id, function.clone()), None) {
+            if self.record(id, Execution::lost(id, function.clone()), None, None) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
                 self.in_flight.remember(id, function);
             }

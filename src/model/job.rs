@@ -1,7 +1,7 @@
 //! A job: its id, the request it came from, and the message the workers read.
 
 use super::escape::Escape;
-use super::{Function, FunctionId, Rfc3339Ms, Text, UnixMs};
+use super::{Function, FunctionId, IdempotencyKey, Rfc3339Ms, Text, UnixMs};
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -151,6 +151,8 @@ pub struct Job {
     pub function: FunctionId,
     /// After this a result is no longer waited for.
     pub deadline: UnixMs,
+    /// Of the request that it belongs to, if that may be repeated; few have one.
+    pub idempotency_key: Option<Box<IdempotencyKey>>,
     /// The queue message: JSON in UTF-8, of characters every queue accepts.
     pub message: Bytes,
 }
@@ -232,6 +234,7 @@ impl JobDraft<'_> {
             id: self.id,
             function: function.clone(),
             deadline: self.deadline,
+            idempotency_key: None,
             message: escape_noncharacters(m).into(),
         }
     }

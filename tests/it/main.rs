@@ -37,6 +37,8 @@ mod functions;
 #[cfg(test)]
 mod harness;
 #[cfg(test)]
+mod idempotency;
+#[cfg(test)]
 mod limits;
 #[cfg(test)]
 mod load;

@@ -1,4 +1,5 @@
-//! The jobs in flight, one hash a node: `inflight:{<node>}`, job id → `<deadline in Unix ms>:<function id>`.
+//! The jobs in flight, one hash a node: `inflight:{<node>}`, job id → `<deadline in Unix ms>:<function id>`, and
+//! `:<idempotency key>` if it has one.
 //! The braces keep all keys of a node in one slot of a Redis Cluster.
 //!
 //! Beside it stand the sums of jobs that have ended, function id → sums, until they are in the function table: those
@@ -11,7 +12,7 @@ use super::redis::Commands;
 use crate::backend::{
     BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, Numbering, POSTED_MAX,
 };
-use crate::model::{FunctionId, Job, JobId, NodeId, Sums, UnixMs};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use redis::{Cmd, Script, cmd};
@@ -75,7 +76,8 @@ impl Journal for RedisJournal {
         command.arg("HSET").arg(key(INFLIGHT, self.node));
         let mut place = [0; JobId::TEXT_BYTES];
         for job in jobs {
-            command.arg(job.id.text(&mut place)).arg(entry_text(job.deadline, &job.function));
+            let key = job.idempotency_key.as_deref();
+            command.arg(job.id.text(&mut place)).arg(entry_text(job.deadline, &job.function, key));
         }
         self.commands.query(&command).await
     }
@@ -222,9 +224,12 @@ pub(super) fn key(part: &str, node: NodeId) -> String {
 }
 
 /// What stands beside the id of a job.
-pub(super) fn entry_text(deadline: UnixMs, function: &FunctionId) -> String {
+pub(super) fn entry_text(deadline: UnixMs, function: &FunctionId, key: Option<&IdempotencyKey>) -> String {
     let mut text = String::with_capacity(ENTRY_BYTES);
     let _ = write!(text, "{deadline}:{function}"); // to a String: cannot fail
+    if let Some(key) = key {
+        let _ = write!(text, ":{key}");
+    }
     text
 }
 
@@ -251,8 +256,13 @@ fn parse_numbered(text: &str) -> Option<(u64, Sums)> {
 
 fn entry(field: &[u8], value: &[u8]) -> Option<JournalEntry> {
     let id = JobId::parse(std::str::from_utf8(field).ok()?)?;
-    let (deadline, function) = std::str::from_utf8(value).ok()?.split_once(':')?;
-    Some(JournalEntry { id, deadline: deadline.parse().ok()?, function: FunctionId::parse(function)? })
+    let mut parts = std::str::from_utf8(value).ok()?.split(':');
+    let (deadline, function) = (parts.next()?.parse().ok()?, FunctionId::parse(parts.next()?)?);
+    let idempotency_key = match parts.next() {
+        Some(text) => Some(Box::new(IdempotencyKey::parse(text)?)),
+        None => None,
+    };
+    Some(JournalEntry { id, function, deadline, idempotency_key })
 }
 
 #[cfg(test)]
@@ -265,7 +275,11 @@ mod tests {
         let read = entry(id.to_string().as_bytes(), b"17:f.1").unwrap();
         assert_eq!((read.id, read.deadline, read.function.as_str()), (id, 17, "f.1"));
         assert_eq!(key(INFLIGHT, id.node()), "inflight:{000000ab}");
-        for bad in ["", "17", ":f", "x:f", "17:", "17:a/b"] {
+        let idempotency_key = IdempotencyKey::of("a", "b");
+        let text = entry_text(17, &read.function, Some(&idempotency_key));
+        let with_key = entry(id.to_string().as_bytes(), text.as_bytes()).unwrap();
+        assert_eq!(with_key, JournalEntry { idempotency_key: Some(Box::new(idempotency_key)), ..read });
+        for bad in ["", "17", ":f", "x:f", "17:", "17:a/b", "17:f:x"] {
             assert_eq!(entry(id.to_string().as_bytes(), bad.as_bytes()), None, "{bad}");
         }
         assert_eq!(entry(b"x", b"17:f"), None);

@@ -99,7 +99,12 @@ impl Membership for RedisMembership {
             Told::Jobs(jobs) => hset(
                 INFLIGHT,
                 node,
-                jobs.iter().map(|job| (job.id.to_string(), entry_text(job.deadline, &job.function))),
+                jobs.iter().map(|job| {
+                    (
+                        job.id.to_string(),
+                        entry_text(job.deadline, &job.function, job.idempotency_key.as_deref()),
+                    )
+                }),
             ),
             Told::Sums(sums) => hset(
                 UNPOSTED,

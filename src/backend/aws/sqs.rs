@@ -293,6 +293,7 @@ mod tests {
         let job = |n: u64, message: &'static str| Job {
             id: JobId::new(NodeId(1), 0, n),
             function: FunctionId::parse("f").unwrap(),
+            idempotency_key: None,
             deadline: 0,
             message: message.into(),
         };

@@ -1,6 +1,7 @@
 //! The checks before the first request: all side by side, each with an error of its own, within one deadline.
 
 use super::changes::RedisChanges;
+use super::claims::ClaimTable;
 use super::code_list::CodeTable;
 use super::direct::CredentialCache;
 use super::executions::ExecutionTable;
@@ -56,6 +57,7 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
                 executions: Arc::new(aws.executions),
                 code: Arc::new(aws.code),
                 code_list: Arc::new(aws.code_list),
+                claims: Arc::new(aws.claims),
                 workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
                 changes: Some(Arc::new(changes)),
                 limits: Some(Arc::new(RedisLimits::new(commands))),
@@ -75,6 +77,7 @@ struct Aws {
     functions: FunctionTable,
     executions: ExecutionTable,
     code_list: CodeTable,
+    claims: ClaimTable,
     code: CodeBucket,
     warnings: Vec<String>,
 }
@@ -89,6 +92,7 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     let dynamodb = client::dynamodb(&config, settings);
     let s3 = client::s3(&config, settings);
     let code_list = CodeTable::new(dynamodb.clone(), &settings.logs_table);
+    let claims = ClaimTable::new(dynamodb.clone(), &settings.logs_table);
     let (queue, functions, executions, bucket) = tokio::join!(
         within(deadline, async || {
             SqsQueue::open(sqs.clone(), https()?, Arc::clone(&credentials), &settings.queue_url).await
@@ -117,7 +121,7 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
         (Some(queue), Some(functions), Some(executions)) if problems.is_empty() => {
             let warnings = bucket_warning(settings, bucket);
             let code = CodeBucket::new(s3, &settings.bucket);
-            Ok(Aws { queue, functions, executions, code_list, code, warnings })
+            Ok(Aws { queue, functions, executions, code_list, claims, code, warnings })
         }
         _ => Err(problems),
     }

@@ -3,7 +3,7 @@
 use super::database::{Database, integer, unsigned};
 use super::store::add_counters;
 use crate::backend::{BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry};
-use crate::model::{FunctionId, Job, JobId, NodeId, Sums, now_ms};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, now_ms};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::BTreeMap;
@@ -14,13 +14,16 @@ pub(super) struct Inflight(pub(super) Database);
 #[async_trait]
 impl Journal for Inflight {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
-        let entries: Vec<_> = jobs.iter().map(|job| (job.id, job.function.clone(), job.deadline)).collect();
+        let entry = |job: &Job| (job.id, job.function.clone(), job.deadline, job.idempotency_key.clone());
+        let entries: Vec<_> = jobs.iter().map(entry).collect();
         let write = self.0.write(entries.len(), move |c| {
             let mut insert = c.prepare_cached(
-                "INSERT OR REPLACE INTO inflight (id, function_id, deadline_ms) VALUES (?1, ?2, ?3)",
+                "INSERT OR REPLACE INTO inflight (id, function_id, deadline_ms, idempotency_key)
+                 VALUES (?1, ?2, ?3, ?4)",
             )?;
-            for (id, function, deadline) in &entries {
-                insert.execute(params![id.as_bytes(), function.as_str(), integer(*deadline)])?;
+            for (id, function, deadline, key) in &entries {
+                let key = key.as_ref().map(|key| key.as_bytes());
+                insert.execute(params![id.as_bytes(), function.as_str(), integer(*deadline), key])?;
             }
             Ok(())
         });
@@ -89,17 +92,20 @@ impl Journal for Inflight {
         let (first, last) = (key(node, 0), key(node, u8::MAX));
         let read = self.0.read(move |c| {
             let mut select = c.prepare_cached(
-                "SELECT id, function_id, deadline_ms FROM inflight WHERE id BETWEEN ?1 AND ?2",
+                "SELECT id, function_id, deadline_ms, idempotency_key FROM inflight WHERE id BETWEEN ?1 AND ?2",
             )?;
             let rows = select.query_map([first, last], |row| {
                 let function: String = row.get(1)?;
-                Ok((JobId::from_bytes(row.get(0)?), function, unsigned(row.get(2)?)))
+                let key: Option<[u8; 32]> = row.get(3)?;
+                Ok((JobId::from_bytes(row.get(0)?), function, unsigned(row.get(2)?), key))
             })?;
             rows.collect::<rusqlite::Result<Vec<_>>>()
         });
-        let entries = read.await?.into_iter().map(|(id, function, deadline)| {
+        let entries = read.await?.into_iter().map(|(id, function, deadline, key)| {
+            let idempotency_key = key.map(|key| Box::new(IdempotencyKey::from_bytes(key)));
             // Only valid ids are ever entered.
-            FunctionId::parse(&function).map(|function| JournalEntry { id, function, deadline })
+            let function = FunctionId::parse(&function)?;
+            Some(JournalEntry { id, function, deadline, idempotency_key })
         });
         Ok(entries.flatten().collect())
     }
@@ -151,8 +157,12 @@ mod tests {
         drop(journal);
 
         let journal = Inflight(scratch.database());
-        let entry =
-            |job: &Job| JournalEntry { id: job.id, function: job.function.clone(), deadline: job.deadline };
+        let entry = |job: &Job| JournalEntry {
+            id: job.id,
+            function: job.function.clone(),
+            deadline: job.deadline,
+            idempotency_key: job.idempotency_key.clone(),
+        };
         let expected: Vec<_> = [0, 2, 3, 4].map(|n: usize| entry(&ours[n])).into();
         assert_eq!(journal.entries(NodeId(7)).await.unwrap(), expected);
         assert_eq!(journal.entries(NodeId(6)).await.unwrap(), [entry(&others[0])]);

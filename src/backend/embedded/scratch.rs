@@ -45,6 +45,7 @@ pub(super) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
     Job {
         id: JobId::new(node, now_ms(), random),
         function: FunctionId::parse("f").unwrap(),
+        idempotency_key: None,
         deadline: now_ms() + 600_000,
         message: Bytes::from(message.to_owned()),
     }

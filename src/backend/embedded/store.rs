@@ -1,9 +1,11 @@
 //! The function metadata with the records of its changes, the code list, and the execution log.
 
+mod claims;
 mod code_list;
 mod executions;
 mod functions;
 
+pub(super) use claims::LocalClaims;
 pub(super) use code_list::RetiredCodes;
 pub(super) use executions::Executions;
 pub(super) use functions::{Functions, add_counters, put_function};

@@ -227,6 +227,15 @@ impl Cloud {
         }
     }
 
+    /// How many idempotency keys are claimed.
+    pub async fn claims(&self) -> usize {
+        let scan = json!({ "TableName": self.logs_table, "ConsistentRead": true });
+        let items = self.call(Service::DynamoDb, "Scan", &scan).await["Items"].take();
+        let is_claim =
+            |item: &&Value| item["functionId"]["S"].as_str().is_some_and(|id| id.starts_with("idempotency#"));
+        items.as_array().into_iter().flatten().filter(is_claim).count()
+    }
+
     /// [`Self::log_rows`] once there are `count`.
     pub async fn wait_for_rows(&self, function: &str, count: usize) -> Vec<Value> {
         let rows = || async {

@@ -140,6 +140,7 @@ impl Writer {
             ("executions", "expires_at_s", now / 1000),
             ("config_records", "expires_at_s", now / 1000),
             ("results", "expires_at_ms", now),
+            ("idempotency", "expires_at_ms", now),
         ];
         let mut more = false;
         for (table, expiry, now) in tables {

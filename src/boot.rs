@@ -5,6 +5,7 @@
 //! first and listens then, so a process that cannot work never binds its port.
 
 mod dev;
+mod linger;
 mod node;
 mod process;
 mod reload;
@@ -13,6 +14,7 @@ mod serve;
 mod signals;
 #[cfg(feature = "aws")]
 mod state_dir;
+mod upgrade;
 
 pub use dev::{DevArgs, dev};
 #[cfg(feature = "aws")]
@@ -92,6 +94,10 @@ struct Settings {
     source: ConfSource,
     texts: ConfTexts,
     port: u16,
+    /// Where processes that listen on the same port meet; `None`: there is only one.
+    meet_in: Option<PathBuf>,
+    /// Takes the place of a running process, if there is one.
+    is_upgrade: bool,
     api_key: Secret,
     /// Where the model catalogue is.
     ai_node: Option<AiNode>,

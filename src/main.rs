@@ -37,6 +37,10 @@ enum Command {
     /// Run a node of the fleet, on SQS, DynamoDB, S3 and Redis as the environment (or ./.env) says.
     #[cfg(feature = "aws")]
     Serve {
+        /// Take the place of the process that listens on the same port, if there is one: it hands over its socket,
+        /// finishes what it has begun, and ends.
+        #[arg(long)]
+        upgrade: bool,
         /// Directory with server.toml and limits.toml.
         #[arg(long)]
         conf: Option<PathBuf>,
@@ -65,12 +69,12 @@ fn main() -> ExitCode {
             boot::dev(boot::DevArgs { port, data_dir, listen, conf })
         }
         #[cfg(feature = "aws")]
-        Command::Serve { conf } => {
+        Command::Serve { upgrade, conf } => {
             let _log = log::start();
-            boot::serve(&boot::ServeArgs { conf })
+            boot::serve(&boot::ServeArgs { conf, upgrade })
         }
         #[cfg(feature = "aws")]
-        Command::Check { conf } => boot::check(&boot::ServeArgs { conf }),
+        Command::Check { conf } => boot::check(&boot::ServeArgs { conf, upgrade: false }),
     };
     ExitCode::from(exit.code())
 }

@@ -47,7 +47,18 @@ pub fn dev(args: DevArgs) -> Exit {
         args.data_dir.display(),
     );
     let connect = Box::new(move || Box::pin(open(args.data_dir)) as _);
-    let settings = Settings { conf, source, texts, port: args.port, api_key, ai_node, banner: Some(banner) };
+    let settings = Settings {
+        conf,
+        source,
+        texts,
+        port: args.port,
+        // Its directory is its own.
+        meet_in: None,
+        is_upgrade: false,
+        api_key,
+        ai_node,
+        banner: Some(banner),
+    };
     node::run(Plan { settings, connect })
 }
 

@@ -3,15 +3,17 @@
 //! Pingora's own way to stop sleeps through a fixed grace period and then drops its tasks. Here the node drains
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
+use super::linger::Lingering;
 use super::reload::{Reload, Targets};
 use super::signals::{Hangups, Signals};
+use super::upgrade::{self, Heir, Heritage};
 use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
 use crate::api::{self, Api};
 use crate::audit::{self, AuditLoops};
 use crate::backend::Backend;
 use crate::catalogue::Catalogue;
 use crate::config::{Conf, Live};
-use crate::dispatch::{self, DispatchLoops, Dispatcher};
+use crate::dispatch::{self, DispatchLoops, Dispatcher, Members};
 use crate::functions::{self, ChangeLoop, Editor, Sweeper};
 use crate::gateway::{ApiKeys, Gateway};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -19,13 +21,14 @@ use crate::limiter::{Leaser, RateLimiter};
 use crate::metrics::Metrics;
 use async_trait::async_trait;
 use pingora::listeners::ListenerConfig;
-use pingora::prelude::http_proxy_service;
 use pingora::protocols::l4::stream::L4BufferSettings;
+use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
 use pingora::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::Service;
+use pingora::services::listening::Service as ListeningService;
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::IntoRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -40,6 +43,9 @@ const READ_BUFFER_BYTES: usize = 8192;
 const WRITE_BUFFER_BYTES: usize = 4096;
 /// After the drain time: for those who waited until then to be answered.
 const CLOSING_MAX: Duration = Duration::from_secs(5);
+/// How long connections are served after a successor has taken over: each answer sends its client to that one, and
+/// what is still idle then is closed.
+const HANDED_OVER_LINGER: Duration = Duration::from_secs(2);
 /// How long the journal may take at the very end; what stays in it is found settled by the next start.
 const LAST_CALLS_MAX: Duration = Duration::from_secs(2);
 
@@ -126,31 +132,26 @@ impl Node {
                 return Exit::Internal;
             }
         };
-        match built.background.loops.members.begin().await {
-            Ok(0) => {}
-            Ok(jobs) => tracing::info!(jobs, "Unfinished Jobs Restored"),
-            Err(e) => {
-                eprintln!("infra-controller: the unfinished jobs of this node cannot be read: {e}");
-                return if e.is_transient() { Exit::Unavailable } else { Exit::Config };
-            }
+        if let Err(exit) = restore(&mut built.background.loops.members).await {
+            return exit;
         }
-        let address = SocketAddr::new(settings.conf.listen.address, settings.port);
-        let (fds, bound) = match bind(address) {
-            Ok(bound) => bound,
-            Err(e) => {
-                eprintln!(
-                    "infra-controller: cannot listen on {address}: {e}. Free the port, or set another one."
-                );
-                return Exit::Config;
-            }
+        let Listening { listener, bound, heir } = match listening(&settings).await {
+            Ok(listening) => listening,
+            Err(exit) => return exit,
         };
+        let heritage = heritage(&settings, &listener);
 
-        let (stop, stopped) = watch::channel(false);
+        let stop = Stop::default();
         let mut loops = Loops::start(built.background, extra_loop);
-        let listener = self.listen(built.gateway, bound, fds, stopped);
+        let listener = self.listen(built.gateway, bound, listener, &stop);
         lifecycle.enter(Phase::Ready);
         if let Some(claim) = &mut claim {
             claim.keep();
+        }
+        if let Some(heir) = heir
+            && let Err(e) = heir.serves().await
+        {
+            tracing::warn!(error = %e, "Predecessor Not Told");
         }
         tracing::info!(port = bound.port(), node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
         if let Some(banner) = settings.banner {
@@ -160,6 +161,11 @@ impl Node {
         let exit = tokio::select! {
             signal = signals.next() => {
                 tracing::info!(signal, "Stopping");
+                Exit::Ok
+            }
+            () = taken(heritage) => {
+                tracing::info!("Stopping: A Successor Serves");
+                stop.linger.send_replace(HANDED_OVER_LINGER);
                 Exit::Ok
             }
             () = loops.any_ended() => Exit::Internal,
@@ -175,10 +181,16 @@ impl Node {
         &self,
         gateway: Gateway,
         bound: SocketAddr,
-        fds: ListenFds,
-        stopped: watch::Receiver<bool>,
+        listener: TcpListener,
+        stop: &Stop,
     ) -> JoinHandle<()> {
-        let mut service = http_proxy_service(&self.server_conf, gateway);
+        let mut fds = Fds::new();
+        fds.add(bound.to_string(), listener.into_raw_fd());
+        let fds: ListenFds = Arc::new(parking_lot::Mutex::new(fds));
+        let app = Arc::new(http_proxy(&self.server_conf, gateway));
+        let app = Lingering { app, linger: stop.linger.subscribe() };
+        let mut service = ListeningService::new("gateway".to_owned(), app);
+        let stopped = stop.now.subscribe();
         let buffers = L4BufferSettings::new(READ_BUFFER_BYTES, WRITE_BUFFER_BYTES);
         service.add_listener(ListenerConfig::tcp(bound.to_string()).l4_buffer(buffers));
         spawn(async move { service.start_service(Some(fds), stopped, 1).await })
@@ -190,12 +202,16 @@ impl Node {
         conf: &Conf,
         lifecycle: &Lifecycle,
         mut loops: Loops,
-        stop: &watch::Sender<bool>,
+        stop: &Stop,
         listener: JoinHandle<()>,
     ) {
         lifecycle.enter(Phase::Draining);
-        tokio::time::sleep(Duration::from_millis(conf.shutdown.lame_duck_ms)).await;
-        stop.send_replace(true);
+        // With a successor new connections are served already.
+        let handed_over = !stop.linger.borrow().is_zero();
+        if !handed_over {
+            tokio::time::sleep(Duration::from_millis(conf.shutdown.lame_duck_ms)).await;
+        }
+        stop.now.send_replace(true);
         // Ends the accept loops and closes idle connections; those with a request live on.
         let _ = listener.await;
         let drain = Duration::from_secs(conf.shutdown.drain_timeout_s);
@@ -205,6 +221,74 @@ impl Node {
         lifecycle.enter(Phase::Closing);
         let _ = tokio::time::timeout(CLOSING_MAX, lifecycle.idle()).await;
         loops.stop().await;
+    }
+}
+
+/// Goes on with what an earlier life of this node has left.
+async fn restore(members: &mut Members) -> Result<(), Exit> {
+    match members.begin().await {
+        Ok(0) => Ok(()),
+        Ok(jobs) => {
+            tracing::info!(jobs, "Unfinished Jobs Restored");
+            Ok(())
+        }
+        Err(e) => {
+            eprintln!("infra-controller: the unfinished jobs of this node cannot be read: {e}");
+            Err(if e.is_transient() { Exit::Unavailable } else { Exit::Config })
+        }
+    }
+}
+
+/// Tells the listener to stop, and how long its connections may stay.
+struct Stop {
+    now: watch::Sender<bool>,
+    linger: watch::Sender<Duration>,
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self { now: watch::Sender::new(false), linger: watch::Sender::new(Duration::ZERO) }
+    }
+}
+
+/// A socket to accept on.
+struct Listening {
+    listener: TcpListener,
+    bound: SocketAddr,
+    /// The predecessor whose socket it is.
+    heir: Option<Heir>,
+}
+
+/// Inherits the socket of a running process, or binds.
+async fn listening(settings: &Settings) -> Result<Listening, Exit> {
+    if let (true, Some(dir)) = (settings.is_upgrade, &settings.meet_in) {
+        match upgrade::inherit(dir, settings.port).await {
+            Ok(Some((listener, bound, heir))) => return Ok(Listening { listener, bound, heir: Some(heir) }),
+            Ok(None) => tracing::info!("Nobody To Take Over From"),
+            Err(e) => {
+                eprintln!("infra-controller: the running process does not hand its socket over: {e}");
+                return Err(Exit::Unavailable);
+            }
+        }
+    }
+    let address = SocketAddr::new(settings.conf.listen.address, settings.port);
+    bind(address).map_err(|e| {
+        eprintln!("infra-controller: cannot listen on {address}: {e}. Free the port, or set another one.");
+        Exit::Config
+    })
+}
+
+/// Offers the socket to a successor. Without that the process works as well.
+fn heritage(settings: &Settings, listener: &TcpListener) -> Option<Heritage> {
+    let dir = settings.meet_in.as_ref()?;
+    let offered = listener.try_clone().and_then(|socket| Heritage::offer(dir, settings.port, socket.into()));
+    offered.inspect_err(|e| tracing::warn!(error = %e, "No Successor Can Take Over")).ok()
+}
+
+async fn taken(heritage: Option<Heritage>) {
+    match heritage {
+        Some(heritage) => heritage.taken().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -403,16 +487,14 @@ async fn turned(mut watch: watch::Receiver<bool>) {
 }
 
 /// Binds before anything is served, so that a taken port is an error message and not a panic in Pingora.
-fn bind(address: SocketAddr) -> std::io::Result<(ListenFds, SocketAddr)> {
+fn bind(address: SocketAddr) -> std::io::Result<Listening> {
     let socket =
         if address.is_ipv4() { tokio::net::TcpSocket::new_v4() } else { tokio::net::TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     let listener = socket.listen(BACKLOG)?.into_std()?;
     let bound = listener.local_addr()?;
-    let mut fds = Fds::new();
-    fds.add(bound.to_string(), listener.into_raw_fd());
-    Ok((Arc::new(parking_lot::Mutex::new(fds)), bound))
+    Ok(Listening { listener, bound, heir: None })
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place where the loops of a node are started")]

@@ -12,6 +12,7 @@ use std::time::Duration;
 /// What `serve` and `check` are told on the command line.
 pub struct ServeArgs {
     pub conf: Option<PathBuf>,
+    pub upgrade: bool,
 }
 
 /// Runs a node of the fleet.
@@ -20,8 +21,10 @@ pub fn serve(args: &ServeArgs) -> Exit {
         Ok(Told { env, source, texts, conf }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), env.ai_node.clone());
             let start = Duration::from_secs(conf.start.deadline_s);
+            let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
+            let settings =
+                Settings { conf, source, texts, port, meet_in, is_upgrade, api_key, ai_node, banner: None };
             let connect = Box::new(move || Box::pin(connect(env, start)) as _);
-            let settings = Settings { conf, source, texts, port, api_key, ai_node, banner: None };
             node::run(Plan { settings, connect })
         }
         Err(e) => refuse(&e),

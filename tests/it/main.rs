@@ -67,4 +67,6 @@ mod status;
 #[cfg(test)]
 mod tidy;
 #[cfg(test)]
+mod upgrade;
+#[cfg(test)]
 mod workers;

@@ -159,7 +159,15 @@ impl Fleet {
 
     /// The same with an environment of its own.
     pub async fn start_gateway_with(&self, env: &[(String, String)]) -> Gateway {
-        let mut args = vec!["serve"];
+        self.start(vec!["serve"], env).await
+    }
+
+    /// One that takes over the port of the one that runs.
+    pub async fn start_successor(&self) -> Gateway {
+        self.start(vec!["serve", "--upgrade"], &[]).await
+    }
+
+    async fn start(&self, mut args: Vec<&str>, env: &[(String, String)]) -> Gateway {
         if let Some(conf) = &self.conf {
             args.extend(["--conf", conf]);
         }

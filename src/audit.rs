@@ -5,12 +5,15 @@
 //! rows 25 at a time. Then the books of these executions are closed ([`ledger`]).
 
 mod ledger;
+mod spill;
 mod tail;
+mod writer;
 
 pub use ledger::{Ledger, Outstanding};
+pub use spill::Spill;
 pub use tail::{Tail, TailEntry};
 
-use crate::backend::{Backend, BackendError, Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
+use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
 use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
@@ -21,6 +24,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use writer::{Batch, Tried, Writer};
 
 /// How long a row waits for company.
 const ROWS_LINGER: Duration = Duration::from_millis(50);
@@ -32,15 +36,11 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 const ROWS_GATHER: Duration = Duration::from_millis(5);
 /// How long the end may take.
 const ROWS_END_MAX: Duration = Duration::from_secs(7);
-/// Pause before rows that failed are written again: doubles from the first to the last.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_LAST: Duration = Duration::from_secs(5);
-
 /// The queue is full: the log table does not keep up.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Full;
 
-/// Who is told that rows are written. Must not wait: rows of other jobs stand behind.
+/// Who is told that rows are safe: written, or on this node's disk. Must not wait: rows of other jobs stand behind.
 pub trait RowsWritten: Send + Sync {
     fn rows_written(&self, ids: &[JobId]);
 }
@@ -116,7 +116,7 @@ impl Audit {
 pub struct Flusher {
     receiver: mpsc::Receiver<Record>,
     bytes: Arc<AtomicUsize>,
-    stores: Stores,
+    writer: Arc<Writer>,
     metrics: Arc<Metrics>,
     ledger: Arc<Ledger>,
 }
@@ -148,7 +148,12 @@ pub struct AuditLoops {
 }
 
 /// A handle and its loops.
-pub fn new(conf: &MemoryConf, stores: Stores, metrics: Arc<Metrics>) -> (Audit, AuditLoops) {
+pub fn new(
+    conf: &MemoryConf,
+    stores: Stores,
+    spill: Option<Spill>,
+    metrics: Arc<Metrics>,
+) -> (Audit, AuditLoops) {
     let (sender, receiver) = mpsc::channel(conf.audit_rows_max);
     let bytes = Arc::new(AtomicUsize::new(0));
     let audit = Audit {
@@ -158,102 +163,12 @@ pub fn new(conf: &MemoryConf, stores: Stores, metrics: Arc<Metrics>) -> (Audit, 
         metrics: Arc::clone(&metrics),
         tail: Tail::default(),
     };
-    let ledger = Arc::new(Ledger::new(stores.clone(), Arc::clone(&metrics), ledger::WAITING_MAX));
-    let flusher = Flusher { receiver, bytes, stores, metrics, ledger: Arc::clone(&ledger) };
+    let spill = spill.map(Arc::new);
+    let ledger = Ledger::new(stores.clone(), spill.clone(), Arc::clone(&metrics), ledger::WAITING_MAX);
+    let ledger = Arc::new(ledger);
+    let writer = Arc::new(Writer::new(stores, spill, Arc::clone(&ledger), Arc::clone(&metrics)));
+    let flusher = Flusher { receiver, bytes, writer, metrics, ledger: Arc::clone(&ledger) };
     (audit, AuditLoops { flusher, ledger })
-}
-
-/// Rows that are written together, each with what it advises.
-#[derive(Default)]
-struct Batch {
-    ids: Vec<JobId>,
-    rows: Vec<Execution>,
-    recommendations: Vec<Option<Recommendation>>,
-    kept: Vec<Option<Box<Kept>>>,
-    /// As they were counted when they were queued.
-    bytes: usize,
-}
-
-impl Batch {
-    fn of(records: impl ExactSizeIterator<Item = Record>) -> Self {
-        let n = records.len();
-        let (ids, rows) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let (recommendations, kept) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let mut batch = Self { ids, rows, recommendations, kept, bytes: 0 };
-        for record in records {
-            batch.push(record);
-        }
-        batch
-    }
-
-    fn push(&mut self, record: Record) {
-        self.bytes += record.bytes();
-        self.ids.push(record.id);
-        self.rows.push(record.row);
-        self.recommendations.push(record.recommendation);
-        self.kept.push(record.kept);
-    }
-
-    fn append(&mut self, mut other: Self) {
-        if self.ids.is_empty() {
-            *self = other;
-            return;
-        }
-        self.bytes += other.bytes;
-        self.ids.append(&mut other.ids);
-        self.rows.append(&mut other.rows);
-        self.recommendations.append(&mut other.recommendations);
-        self.kept.append(&mut other.kept);
-    }
-
-    fn into_records(self) -> impl Iterator<Item = Record> {
-        let records = self.ids.into_iter().zip(self.rows).zip(self.recommendations).zip(self.kept);
-        records.map(|(((id, row), recommendation), kept)| Record { id, row, recommendation, kept })
-    }
-
-    /// Splits off what stands in the batch before: a table takes a key once in a call.
-    fn split_repeats(self) -> (Self, Self) {
-        let is_repeat = |n: usize| self.ids[..n].contains(&self.ids[n]);
-        if !(0..self.ids.len()).any(is_repeat) {
-            return (self, Self::default());
-        }
-        let (mut first, mut repeats) = (Self::default(), Self::default());
-        for record in self.into_records() {
-            if first.ids.contains(&record.id) { repeats.push(record) } else { first.push(record) }
-        }
-        (first, repeats)
-    }
-
-    /// What needs no other try, what does, and why.
-    fn split(
-        self,
-        results: Vec<Result<(), BackendError>>,
-        metrics: &Metrics,
-    ) -> (Self, Self, Option<BackendError>) {
-        if results.iter().all(Result::is_ok) {
-            metrics.audit.rows.inc_by(results.len() as u64);
-            return (self, Self::default(), None);
-        }
-        let (mut done, mut failed, mut failure) = (Self::default(), Self::default(), None);
-        for (record, result) in self.into_records().zip(results) {
-            match result {
-                Ok(()) => {
-                    metrics.audit.rows.inc();
-                    done.push(record);
-                }
-                Err(BackendError::Invalid(e)) => {
-                    metrics.audit.rows_refused.inc();
-                    tracing::error!(requestId = %record.id, functionId = %record.row.function, error = e, "Row Refused");
-                    done.push(record);
-                }
-                Err(e) => {
-                    failure = Some(e);
-                    failed.push(record);
-                }
-            }
-        }
-        (done, failed, failure)
-    }
 }
 
 impl Flusher {
@@ -262,6 +177,8 @@ impl Flusher {
         tokio::pin!(stop);
         let mut end = None;
         let mut writes = FuturesUnordered::new();
+        // One at a time: new rows go first.
+        let mut replays = FuturesUnordered::new();
         let mut gathered = Vec::with_capacity(ROWS_MAX);
         let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
         let mut open = true;
@@ -269,8 +186,15 @@ impl Flusher {
             let room = ROWS_MAX - gathered.len();
             let is_full = self.ledger.is_full();
             let may_write = writes.len() < WRITES_MAX && !is_full;
+            let may_replay = self.writer.has_spilled() && !is_full && end.is_none();
             tokio::select! {
-                Some(written) = writes.next() => self.after_write(written, told.as_ref()),
+                Some(tried) = writes.next() => self.after_write(tried, told.as_ref()),
+                Some::<Vec<JobId>>(ids) = replays.next() => told.rows_written(&ids),
+                () = tokio::time::sleep(LOOK_AGAIN), if may_replay && replays.is_empty() => {
+                    if self.writer.may_replay() {
+                        replays.push(Arc::clone(&self.writer).replay());
+                    }
+                }
                 n = take(&mut self.receiver, &mut gathered, look_at), if open && room > 0 => {
                     open = n > 0;
                     if gathered.len() == n {
@@ -286,13 +210,14 @@ impl Flusher {
                     end = Some(Instant::now() + ROWS_END_MAX);
                     look_at = Instant::now();
                     self.receiver.close();
+                    self.writer.end();
                 }
                 () = over(end) => break,
             }
             let due = gathered.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
             if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.ledger.is_full() {
                 let batch = Batch::of(gathered.drain(..));
-                writes.push(write(self.stores.clone(), Arc::clone(&self.metrics), batch));
+                writes.push(Arc::clone(&self.writer).write(batch));
             }
         }
         let rows = self.metrics.audit.waiting_rows.get();
@@ -302,12 +227,14 @@ impl Flusher {
         }
     }
 
-    fn after_write(&mut self, written: Batch, told: &dyn RowsWritten) {
-        self.bytes.fetch_sub(written.bytes, Ordering::Relaxed);
-        self.metrics.audit.waiting_rows.sub(written.ids.len() as i64);
+    fn after_write(&mut self, tried: Tried, told: &dyn RowsWritten) {
+        let Tried { written, spilled } = tried;
+        self.bytes.fetch_sub(written.bytes + spilled.bytes, Ordering::Relaxed);
+        self.metrics.audit.waiting_rows.sub((written.ids.len() + spilled.ids.len()) as i64);
         // Into the books before it is out of the table: whoever looks at both finds it in one.
         self.ledger.take(&written.ids, written.rows, written.recommendations);
         told.rows_written(&written.ids);
+        told.rows_written(&spilled.ids);
     }
 }
 
@@ -324,59 +251,17 @@ async fn over(end: Option<Instant>) {
     }
 }
 
-/// Writes a batch until every row is in the table, or refused for good; gives the batch back.
-async fn write(stores: Stores, metrics: Arc<Metrics>, batch: Batch) -> Batch {
-    let mut pause = RETRY_FIRST;
-    let mut done = Batch::default();
-    let mut left = batch;
-    loop {
-        let (now, later) = left.split_repeats();
-        let results = stores.executions.put(&now.rows).await;
-        let (written, failed, failure) = now.split(results, &metrics);
-        done.append(written);
-        left = later;
-        left.append(failed);
-        if left.ids.is_empty() {
-            stores.keep(&done).await;
-            return done;
-        }
-        if let Some(e) = failure {
-            metrics.audit.retries.inc_by(left.ids.len() as u64);
-            tracing::warn!(rows = left.ids.len(), error = %e, "Rows Not Written");
-            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-            pause = (pause * 2).min(RETRY_LAST);
-        }
-    }
-}
-
-impl Stores {
-    /// Keeps the results whose requests may be repeated. Few have any, and they are written one by one.
-    async fn keep(&self, batch: &Batch) {
-        for (id, kept) in batch.ids.iter().zip(&batch.kept) {
-            let Some(kept) = kept else { continue };
-            let mut pause = RETRY_FIRST;
-            while let Err(e) = self.claims.keep(&kept.key, *id, &kept.result).await {
-                tracing::warn!(requestId = %id, error = %e, "Result Not Kept");
-                if !e.is_transient() {
-                    break;
-                }
-                tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-                pause = (pause * 2).min(RETRY_LAST);
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::{
-        Claim, Claimed, Ended, FunctionPage, FunctionWrite, JournalEntry, LogPage, LogQuery, Numbered,
-        Numbering, Written,
+        BackendError, Claim, Claimed, Ended, FunctionPage, FunctionWrite, JournalEntry, LogPage, LogQuery,
+        Numbered, Numbering, Written,
     };
     use crate::model::{Function, FunctionId, Job, NodeId, Outcome, Sums};
     use async_trait::async_trait;
     use std::collections::HashMap;
+    use std::path::Path;
     use std::sync::Mutex;
     use std::sync::atomic::AtomicBool;
 
@@ -550,13 +435,25 @@ mod tests {
     }
 
     fn audit(tables: &Arc<Tables>, rows_max: usize, bytes_max: usize) -> (Audit, AuditLoops) {
+        audit_with(tables, None, rows_max, bytes_max)
+    }
+
+    fn audit_with(
+        tables: &Arc<Tables>,
+        spill: Option<&Path>,
+        rows_max: usize,
+        bytes_max: usize,
+    ) -> (Audit, AuditLoops) {
         let mut conf = crate::config::Conf::shipped().unwrap().memory;
         (conf.audit_rows_max, conf.audit_bytes_max) = (rows_max, bytes_max);
         let metrics = Arc::new(Metrics::new(10).unwrap());
+        let spill = spill.map(|dir| Spill::open(dir, 1 << 20, Arc::clone(&metrics)).unwrap());
+        new(&conf, stores(tables), spill, metrics)
+    }
+
+    fn stores(tables: &Arc<Tables>) -> Stores {
         let tables = || Arc::clone(tables);
-        let stores =
-            Stores { executions: tables(), claims: tables(), journal: tables(), functions: tables() };
-        new(&conf, stores, metrics)
+        Stores { executions: tables(), claims: tables(), journal: tables(), functions: tables() }
     }
 
     /// Both loops until `stop`, and to their ends.
@@ -670,6 +567,41 @@ mod tests {
         assert_eq!((&*tables.kept.lock().unwrap(), &*tables.left.lock().unwrap()), (&vec![id], &vec![id]));
     }
 
+    /// Real time and files, virtual pauses: the clock stands still while a thread works on a file.
+    #[tokio::test(start_paused = true)]
+    async fn rows_spill_while_the_table_is_away_and_all_are_written_and_counted_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let tables = Arc::new(Tables::default());
+        *tables.failures.lock().unwrap() = vec![BackendError::Unavailable("x".into()); 1000];
+        let (audit, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        let load = async {
+            for n in 0..400 {
+                record(&audit, n).unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let spilled = audit.metrics.audit.spill_rows.get();
+            assert!(tables.rows.lock().unwrap().is_empty() && spilled > 200, "{spilled} on the disk");
+        };
+        run(&tables, loops, load).await;
+        // What was still in memory at the end is on the disk as well, and memory is free.
+        assert_eq!((audit.metrics.audit.waiting_rows.get(), audit.bytes.load(Ordering::Relaxed)), (0, 0));
+        assert_eq!(tables.left.lock().unwrap().len(), 400);
+        assert!(tables.rows.lock().unwrap().is_empty());
+
+        tables.failures.lock().unwrap().clear();
+        let (again, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        let later = async {
+            while again.metrics.audit.spill_rows.get() > 0 || again.metrics.audit.replayed_rows.get() == 0 {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            tokio::time::sleep(3 * ledger::ROUND).await;
+        };
+        run(&tables, loops, later).await;
+        assert_eq!(tables.rows.lock().unwrap().len(), 400);
+        assert_eq!(tables.sums.lock().unwrap()[&FunctionId::parse("f").unwrap()].invocations, 400);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
     async fn record_range(audit: &Audit, functions: std::ops::Range<u64>) {
         for n in functions {
             record_of(&format!("f{n}"), audit, n).unwrap();
@@ -708,9 +640,10 @@ mod tests {
         tables.sums_fail.store(true, Ordering::Relaxed);
         let (audit, mut loops) = audit(&tables, 10_000, 1 << 30);
         let max = 600;
-        let books = Ledger::new(loops.flusher.stores.clone(), Arc::clone(&audit.metrics), max);
-        loops.ledger = Arc::new(books);
+        let (stores, metrics) = (stores(&tables), Arc::clone(&audit.metrics));
+        loops.ledger = Arc::new(Ledger::new(stores.clone(), None, Arc::clone(&metrics), max));
         loops.flusher.ledger = Arc::clone(&loops.ledger);
+        loops.flusher.writer = Arc::new(Writer::new(stores, None, Arc::clone(&loops.ledger), metrics));
         let load = async {
             record_range(&audit, 0..2000).await;
             tokio::time::sleep(5 * ledger::ROUND).await;

@@ -63,6 +63,8 @@ struct Connected {
     bucket: String,
     /// An empty directory for uploads on their way.
     spool_dir: PathBuf,
+    /// Where rows wait for a log table that is away; `None`: the table is on the same disk.
+    spill_dir: Option<PathBuf>,
     extra_loop: Option<BackendLoop>,
     /// Held as long as the process runs.
     claim: Option<Box<dyn Claim>>,
@@ -107,6 +109,9 @@ struct Settings {
 
 /// Where uploads on their way lie, in the directory of a node.
 const SPOOL: &str = "spool";
+/// And rows that wait for the log table.
+#[cfg(feature = "aws")]
+const SPILL: &str = "spill";
 
 /// Says what is wrong with the configuration.
 fn refuse(error: &ConfigError) -> Exit {

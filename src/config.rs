@@ -10,8 +10,9 @@ mod live;
 mod place;
 
 pub use conf::{
-    BatchConf, CacheConf, Conf, ConfTexts, DeadLetterConf, FleetConf, HttpConf, Identity, LimitConf,
-    LimitMode, ListenConf, MemoryConf, MetricsConf, OnRedisLoss, ShutdownConf, StartConf, WaitsConf,
+    AuditConf, BatchConf, CacheConf, Conf, ConfTexts, DeadLetterConf, FleetConf, HttpConf, Identity,
+    LimitConf, LimitMode, ListenConf, MemoryConf, MetricsConf, OnRedisLoss, ShutdownConf, StartConf,
+    WaitsConf,
 };
 pub use env::{AiNode, Env, Secret, api_key_problem};
 pub use live::Live;

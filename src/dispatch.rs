@@ -274,7 +274,7 @@ mod tests {
             change_conf(&mut conf);
             change_backend(&mut backend);
             let metrics = Arc::new(Metrics::new(10).unwrap());
-            let (audit, books) = audit::new(&conf.memory, (&backend).into(), Arc::clone(&metrics));
+            let (audit, books) = audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&metrics));
             let (dispatcher, mut loops) = new(Parts {
                 node,
                 memory: &conf.memory,

@@ -228,6 +228,15 @@ impl JobMetrics {
 pub struct AuditMetrics {
     pub waiting_rows: IntGauge,
     pub rows: IntCounter,
+    /// Rows on the disk, waiting for the table, and their bytes.
+    pub spill_rows: IntGauge,
+    pub spill_bytes: IntGauge,
+    pub spilled_rows: IntCounter,
+    pub replayed_rows: IntCounter,
+    /// Bytes of the spill that hold no whole row.
+    pub spill_torn_bytes: IntCounter,
+    /// 1 while the disk takes no more.
+    pub spill_full: IntGauge,
     /// Writes that failed and are tried again.
     pub retries: IntCounter,
     /// Rows that the table will never take.
@@ -241,6 +250,16 @@ pub struct AuditMetrics {
 impl AuditMetrics {
     fn new(r: &Registry) -> Result<Self, prometheus::Error> {
         Ok(Self {
+            spill_rows: gauge(r, "infra_audit_spill_rows", "Rows on the disk, waiting for the log table")?,
+            spill_bytes: gauge(r, "infra_audit_spill_bytes", "Bytes of rows on the disk")?,
+            spilled_rows: counter(r, "infra_audit_spilled_rows_total", "Rows that went to the disk")?,
+            replayed_rows: counter(r, "infra_audit_replayed_rows_total", "Rows that came from the disk")?,
+            spill_torn_bytes: counter(
+                r,
+                "infra_audit_spill_torn_bytes_total",
+                "Bytes that hold no whole row",
+            )?,
+            spill_full: gauge(r, "infra_audit_spill_full", "1 while the disk takes no more rows")?,
             waiting_rows: gauge(r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
             rows: counter(r, "infra_audit_rows_total", "Rows written to the log table")?,
             retries: counter(r, "infra_audit_retries_total", "Row writes that failed and are tried again")?,

@@ -169,7 +169,7 @@ impl House {
         };
         let conf = Conf::shipped().expect("the shipped conf is whole");
         let metrics = Arc::new(metrics());
-        let (audit, books) = audit::new(&conf.memory, (&backend).into(), Arc::clone(&metrics));
+        let (audit, books) = audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&metrics));
         // Nobody else changes functions here, so there is nothing to hear of.
         let (functions, _) = functions::new(&conf.cache, &backend, "code".to_owned(), &metrics);
         let batch = Live::new(conf.batch.clone());
@@ -257,7 +257,7 @@ pub fn audit(loops: &mut JoinSet<()>) -> (Audit, tempfile::TempDir) {
     let conf = Conf::shipped().expect("the shipped conf is whole").memory;
     let (executions, journal) = (Arc::clone(&store) as _, Arc::clone(&store) as _);
     let stores = Stores { executions, claims, journal, functions: store };
-    let (audit, books) = audit::new(&conf, stores, Arc::new(metrics()));
+    let (audit, books) = audit::new(&conf, stores, None, Arc::new(metrics()));
     loops.spawn(books.flusher.run(Arc::new(Nobody), std::future::pending()));
     loops.spawn(books.ledger.run(std::future::pending()));
     (audit, dir)

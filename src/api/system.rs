@@ -127,14 +127,27 @@ impl Health {
         if let (Some(depth), Some(Value::Object(queue))) = (depth, checks.get_mut("queue")) {
             queue.insert("depth".to_owned(), json!(depth));
         }
+        let spilled = self.spilled();
+        let is_spilling = spilled.is_some();
+        checks.extend(spilled.map(|check| ("spill".to_owned(), check)));
         let (status, word) = if vital.contains(&false) {
             (StatusCode::SERVICE_UNAVAILABLE, "ERROR")
-        } else if useful.contains(&false) {
+        } else if useful.contains(&false) || is_spilling {
             (StatusCode::OK, "DEGRADED")
         } else {
             (StatusCode::OK, "OK")
         };
         Report { status, body: json!({ "status": word, "version": VERSION, "checks": checks }) }
+    }
+}
+
+impl Health {
+    /// What is said of rows on this node's disk; nothing if there are none.
+    fn spilled(&self) -> Option<Value> {
+        let audit = &self.metrics.audit;
+        let (rows, is_full) = (audit.spill_rows.get(), audit.spill_full.get() != 0);
+        let word = if is_full { "ERROR" } else { "DEGRADED" };
+        (rows > 0 || is_full).then(|| json!({ "status": word, "rows": rows }))
     }
 }
 

@@ -9,7 +9,7 @@
 //! adds up, so up to [`POSTED_MAX`] functions are written about once a second, and more of them less often, but no sum
 //! is ever dropped for it.
 
-use super::Stores;
+use super::{Spill, Stores};
 use crate::backend::{
     BackendError, ENDED_MAX, Ended, FunctionStore, Journal, Numbered, Numbering, POSTED_MAX,
 };
@@ -50,6 +50,7 @@ type Advice = Option<Box<Recommendation>>;
 pub struct Ledger {
     journal: Arc<dyn Journal>,
     functions: Arc<dyn FunctionStore>,
+    spill: Option<Arc<Spill>>,
     metrics: Arc<Metrics>,
     max: usize,
     books: Mutex<Books>,
@@ -116,13 +117,15 @@ pub struct Outstanding {
     pub ended: Vec<Ended>,
     pub sums: Vec<(FunctionId, Sums)>,
     pub numbered: Vec<Numbered>,
+    /// Their rows are on this node's disk.
+    pub spilled: Vec<(JobId, FunctionId)>,
 }
 
 impl Ledger {
-    pub(super) fn new(stores: Stores, metrics: Arc<Metrics>, max: usize) -> Self {
+    pub(super) fn new(stores: Stores, spill: Option<Arc<Spill>>, metrics: Arc<Metrics>, max: usize) -> Self {
         let Stores { journal, functions, .. } = stores;
         let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
-        Self { journal, functions, metrics, max, books: Mutex::default(), turn, posting }
+        Self { journal, functions, spill, metrics, max, books: Mutex::default(), turn, posting }
     }
 
     /// Takes executions whose rows are written.
@@ -162,7 +165,9 @@ impl Ledger {
         let outstanding = {
             let books = self.books();
             let of_node = |(of, function): &Account| (*of == node).then(|| function.clone());
+            let spilled = self.spill.iter().flat_map(|spill| spill.jobs());
             Outstanding {
+                spilled: spilled.filter(|(id, _)| id.node() == node).collect(),
                 ended: books.ended.get(&node).into_iter().flatten().cloned().collect(),
                 sums: books
                     .sums
@@ -183,6 +188,11 @@ impl Ledger {
     /// The jobs that are still to leave the journal of a node.
     pub fn ended(&self, node: NodeId) -> HashSet<JobId> {
         self.books().ended.get(&node).into_iter().flatten().map(|ended| ended.id).collect()
+    }
+
+    /// The jobs whose rows are on this node's disk.
+    pub fn spilled(&self) -> Vec<JobId> {
+        self.spill.iter().flat_map(|spill| spill.jobs()).map(|(id, _)| id).collect()
     }
 
     /// Whether more may not come for the time being.

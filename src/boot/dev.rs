@@ -77,6 +77,7 @@ async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
         backend: opened.backend,
         bucket: embedded::BUCKET.to_owned(),
         spool_dir,
+        spill_dir: None,
         extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
         claim: None,
         warnings: Vec::new(),

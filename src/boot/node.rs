@@ -9,8 +9,7 @@ use super::signals::{Hangups, Signals};
 use super::upgrade::{self, Heir, Heritage};
 use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
 use crate::api::{self, Api};
-use crate::audit::{self, AuditLoops};
-use crate::backend::Backend;
+use crate::audit::{self, AuditLoops, Spill};
 use crate::catalogue::Catalogue;
 use crate::config::{Conf, Live};
 use crate::dispatch::{self, DispatchLoops, Dispatcher, Members};
@@ -19,6 +18,7 @@ use crate::gateway::{ApiKeys, Gateway};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::{Leaser, RateLimiter};
 use crate::metrics::Metrics;
+use anyhow::Context;
 use async_trait::async_trait;
 use pingora::listeners::ListenerConfig;
 use pingora::protocols::l4::stream::L4BufferSettings;
@@ -30,7 +30,6 @@ use pingora::services::listening::Service as ListeningService;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::IntoRawFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -122,10 +121,10 @@ impl Node {
             Ok(connected) => connected,
             Err(exit) => return exit,
         };
-        let Connected { node: id, backend, bucket, spool_dir, extra_loop, mut claim, .. } = connected;
 
+        let id = connected.node;
         let lifecycle = Lifecycle::default();
-        let mut built = match Built::new(&settings, hangups, id, &backend, bucket, spool_dir, &lifecycle) {
+        let mut built = match Built::new(&settings, hangups, &connected, &lifecycle) {
             Ok(built) => built,
             Err(e) => {
                 eprintln!("infra-controller: {e}");
@@ -142,9 +141,10 @@ impl Node {
         let heritage = heritage(&settings, &listener);
 
         let stop = Stop::default();
-        let mut loops = Loops::start(built.background, extra_loop);
+        let mut loops = Loops::start(built.background, connected.extra_loop);
         let listener = self.listen(built.gateway, bound, listener, &stop);
         lifecycle.enter(Phase::Ready);
+        let mut claim = connected.claim;
         if let Some(claim) = &mut claim {
             claim.keep();
         }
@@ -325,19 +325,20 @@ impl Built {
     fn new(
         settings: &Settings,
         hangups: Hangups,
-        node: crate::model::NodeId,
-        backend: &Backend,
-        bucket: String,
-        spool_dir: PathBuf,
+        connected: &Connected,
         lifecycle: &Lifecycle,
     ) -> anyhow::Result<Self> {
         let conf = &settings.conf;
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
-        let (audit, books) = audit::new(&conf.memory, backend.into(), Arc::clone(&metrics));
+        let Connected { node, backend, bucket, spool_dir, spill_dir, .. } = connected;
+        let spill = spill_dir.as_ref();
+        let spill = spill.map(|dir| Spill::open(dir, conf.audit.spill_bytes_max, Arc::clone(&metrics)));
+        let spill = spill.transpose().context("the rows that wait on the disk cannot be opened")?;
+        let (audit, books) = audit::new(&conf.memory, backend.into(), spill, Arc::clone(&metrics));
         let tail = audit.tail();
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
         let (dispatcher, loops) = dispatch::new(dispatch::Parts {
-            node,
+            node: *node,
             memory: &conf.memory,
             fleet: &conf.fleet,
             dead_letter: &conf.dead_letter,
@@ -347,7 +348,7 @@ impl Built {
             ledger: Arc::clone(&books.ledger),
             metrics: Arc::clone(&metrics),
         });
-        let (functions, changes) = functions::new(&conf.cache, backend, bucket, &metrics);
+        let (functions, changes) = functions::new(&conf.cache, backend, bucket.clone(), &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let (limiter, leaser) = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
@@ -368,7 +369,7 @@ impl Built {
             limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
-            spool_dir,
+            spool_dir: spool_dir.clone(),
             api_key: &settings.api_key,
         });
         let keys = ApiKeys::new(&settings.api_key);

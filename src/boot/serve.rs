@@ -1,7 +1,7 @@
 //! `serve` and `check`: the fleet backend.
 
 use super::state_dir::StateDir;
-use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, explain, node, refuse};
+use super::{ConfSource, Connected, Exit, Plan, SPILL, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem};
 use crate::backend::{aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env};
@@ -95,6 +95,7 @@ async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<St
         backend: connected.backend,
         bucket: env.bucket,
         spool_dir,
+        spill_dir: Some(state.path().join(SPILL)),
         extra_loop: None,
         claim: Some(Box::new(state)),
         warnings: connected.warnings,

@@ -28,6 +28,7 @@ pub struct Conf {
     pub fleet: FleetConf,
     pub dead_letter: DeadLetterConf,
     pub memory: MemoryConf,
+    pub audit: AuditConf,
     pub metrics: MetricsConf,
     /// The four of `limits.toml` may change while the process runs.
     #[serde(rename = "limit")]
@@ -47,6 +48,7 @@ struct ServerFile {
     fleet: FleetConf,
     dead_letter: DeadLetterConf,
     memory: MemoryConf,
+    audit: AuditConf,
     metrics: MetricsConf,
 }
 
@@ -109,6 +111,12 @@ pub struct MemoryConf {
     pub audit_rows_max: usize,
     pub audit_bytes_max: usize,
     pub settled_bytes_max: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuditConf {
+    pub spill_bytes_max: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -320,6 +328,7 @@ impl Conf {
             fleet: s.fleet,
             dead_letter: s.dead_letter,
             memory: s.memory,
+            audit: s.audit,
             metrics: s.metrics,
             limits: l.limit,
             waits: l.waits,

@@ -11,7 +11,7 @@ use super::settler::Settler;
 use crate::audit::{Ledger, Outstanding};
 use crate::backend::{BackendError, JournalEntry, Membership, Told};
 use crate::config::FleetConf;
-use crate::model::{JobId, NodeId};
+use crate::model::{JobId, NodeId, now_ms};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 const RENEWALS: u32 = 10;
 /// How often the journal of an adopted node is read again: it may have been only slow, and have added jobs.
 const READ_AGAIN: Duration = Duration::from_secs(10);
+/// How long others wait for the row of a job that is on this node's disk, if the journal has lost it and this node
+/// dies.
+const SPILLED_MAX: Duration = Duration::from_secs(3600);
 /// Entries told in one call.
 const TOLD_MAX: usize = 1000;
 
@@ -121,7 +124,11 @@ impl Members {
             deadline: 0,
             idempotency_key: None,
         });
-        let entries: Vec<JournalEntry> = in_flight.into_iter().chain(ended).collect();
+        let spilled = books.spilled.into_iter();
+        let deadline = now_ms() + SPILLED_MAX.as_secs() * 1000;
+        let spilled =
+            spilled.map(|(id, function)| JournalEntry { id, function, deadline, idempotency_key: None });
+        let entries: Vec<JournalEntry> = in_flight.into_iter().chain(ended).chain(spilled).collect();
         for entries in entries.chunks(TOLD_MAX) {
             store.retell(node, Told::Jobs(entries)).await?;
         }
@@ -137,7 +144,8 @@ impl Members {
         // A send that failed meanwhile left the journal before it was told of it. What has ended has not left it.
         let unsent = entries.iter().map(|entry| entry.id);
         let unsent: Vec<JobId> = unsent.filter(|id| !self.settler.in_flight.contains(*id)).collect();
-        let ended = self.ledger.ended(node);
+        let mut ended = self.ledger.ended(node);
+        ended.extend(self.ledger.spilled());
         self.settler.journal.leave(&unsent.into_iter().filter(|id| !ended.contains(id)).collect::<Vec<_>>());
         Ok(entries.len())
     }

@@ -40,7 +40,7 @@ impl Scale {
                 times: 10,
                 outages_s: &[1, 10, 60],
             },
-            Err(_) => Self { seed: 1, times: 1, outages_s: &[3] },
+            Err(_) => Self { seed: 1, times: 1, outages_s: &[4] },
         }
     }
 }
@@ -245,6 +245,10 @@ async fn the_tables_fail() {
     let accepted = stage.platform.gateway.metric("infra_jobs_accepted_total").await;
     stage.go_on().await;
     assert!(stage.platform.gateway.metric("infra_jobs_accepted_total").await > accepted);
+    // Rows wait on the disk, and the node says so.
+    let health = stage.platform.gateway.anonymous("GET", "/health").send().await.expect(200).json();
+    assert_eq!(health["status"], "DEGRADED", "{health}");
+    assert!(health["checks"]["spill"]["rows"].as_u64() > Some(0), "{health}");
     stage.platform = stage
         .platform
         .kill_and_restart(async |fleet| {

@@ -279,6 +279,7 @@ async fn nothing_left(gateway: &Gateway, within: Duration) {
             "infra_audit_waiting_rows",
             "infra_audit_waiting_ends",
             "infra_audit_waiting_functions",
+            "infra_audit_spill_rows",
         ] {
             match gateway.metric(series).await {
                 Some(0.0) => {}

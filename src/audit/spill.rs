@@ -1,0 +1,339 @@
+//! Rows on this node's disk while the log table does not take them.
+//!
+//! Segments of a few MiB are appended to and replayed, the oldest first; one whose rows are all in the table is
+//! deleted. A row counts as spilled when it is synced to the disk. What is replayed twice, since the process ended in
+//! between, changes nothing: a row is the same whenever it is written, and its job ends once. The jobs stay in the
+//! journal until then, so their counts and their `/status` wait for the table, and not their rows' safety.
+//!
+//! All calls block: the flusher makes them on threads that may.
+
+mod segment;
+
+use super::Record;
+use crate::metrics::Metrics;
+use crate::model::{FunctionId, JobId};
+use segment::{Read, Segment};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A segment that has grown so large is closed, in bytes.
+const SEGMENT_BYTES: u64 = 8 << 20;
+
+pub struct Spill {
+    dir: PathBuf,
+    bytes_max: u64,
+    state: Mutex<State>,
+    is_full: AtomicBool,
+    metrics: Arc<Metrics>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By number, the oldest first.
+    segments: BTreeMap<u64, Segment>,
+    /// The last of them, while it is appended to.
+    open: Option<(u64, File)>,
+    /// Where the oldest is to be read next.
+    read_at: u64,
+    /// The jobs whose rows are here.
+    jobs: HashMap<JobId, FunctionId>,
+    rows: u64,
+}
+
+impl State {
+    fn bytes(&self) -> u64 {
+        self.segments.values().map(|segment| segment.len).sum()
+    }
+}
+
+/// Rows to be replayed, and where they end.
+pub struct Replay {
+    pub(super) records: Vec<Record>,
+    segment: u64,
+    end: u64,
+}
+
+impl Spill {
+    /// Opens what an earlier life has left in `dir`.
+    pub fn open(dir: &Path, bytes_max: u64, metrics: Arc<Metrics>) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let mut state = State::default();
+        for entry in fs::read_dir(dir)? {
+            let name = entry?.file_name();
+            let Some(number) = name.to_str().and_then(segment::number) else { continue };
+            state.segments.insert(number, Segment::default());
+        }
+        for (number, segment) in &mut state.segments {
+            let path = dir.join(segment::name(*number));
+            let found = segment::scan(&path, |id, function| {
+                state.jobs.insert(id, function);
+                state.rows += 1;
+            })?;
+            if found.torn > 0 {
+                metrics.audit.spill_torn_bytes.inc_by(found.torn);
+                tracing::error!(segment = number, bytes = found.torn, "Spilled Rows Torn");
+            }
+            *segment = found;
+        }
+        let spill = Self {
+            dir: dir.to_owned(),
+            bytes_max,
+            state: Mutex::new(state),
+            is_full: AtomicBool::new(false),
+            metrics,
+        };
+        spill.publish(&spill.state());
+        Ok(spill)
+    }
+
+    /// The jobs whose rows are here.
+    pub fn jobs(&self) -> Vec<(JobId, FunctionId)> {
+        self.state().jobs.iter().map(|(id, function)| (*id, function.clone())).collect()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.state().segments.is_empty()
+    }
+
+    /// Appends rows, and syncs them. An error: none of them counts as spilled.
+    pub(super) fn append(&self, records: &[Record]) -> io::Result<()> {
+        let appended = self.try_append(records);
+        let is_full = appended.is_err();
+        if self.is_full.swap(is_full, Ordering::Relaxed) != is_full {
+            match &appended {
+                Ok(()) => tracing::info!("Rows Spilled Again"),
+                Err(e) => tracing::error!(error = %e, "Rows Not Spilled"),
+            }
+        }
+        self.metrics.audit.spill_full.set(is_full.into());
+        appended
+    }
+
+    fn try_append(&self, records: &[Record]) -> io::Result<()> {
+        let mut text = Vec::new();
+        let mut jobs = Vec::new();
+        for record in records {
+            segment::put(&mut text, record)?;
+            jobs.push((record.id, record.row.function.clone()));
+        }
+        let mut state = self.state();
+        if state.bytes() + text.len() as u64 > self.bytes_max {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the bound of the spill is reached"));
+        }
+        let (number, mut file) = match state.open.take() {
+            Some(open) => open,
+            None => self.begin_segment(&mut state)?,
+        };
+        // Where this breaks off the segment has a torn tail, and the next rows go into another one.
+        file.write_all(&text)?;
+        file.sync_data()?;
+        let segment = state.segments.entry(number).or_default();
+        segment.len += text.len() as u64;
+        if segment.len < SEGMENT_BYTES {
+            state.open = Some((number, file));
+        }
+        state.rows += jobs.len() as u64;
+        self.metrics.audit.spilled_rows.inc_by(jobs.len() as u64);
+        state.jobs.extend(jobs);
+        self.publish(&state);
+        Ok(())
+    }
+
+    fn begin_segment(&self, state: &mut State) -> io::Result<(u64, File)> {
+        let number = state.segments.last_key_value().map_or(0, |(number, _)| number + 1);
+        let mut file = File::options().create_new(true).append(true).open(self.path(number))?;
+        file.write_all(segment::HEAD)?;
+        // So that the file itself is there after a loss of power.
+        File::open(&self.dir)?.sync_all()?;
+        state.segments.insert(number, Segment { len: segment::HEAD.len() as u64, torn: 0 });
+        Ok((number, file))
+    }
+
+    /// The next rows to be replayed, at most `max`. The same again until they are [`Self::replayed`].
+    pub(super) fn next(&self, max: usize) -> io::Result<Option<Replay>> {
+        loop {
+            let (number, len, from) = {
+                let mut state = self.state();
+                let Some((number, segment)) = state.segments.first_key_value() else { return Ok(None) };
+                let (number, len) = (*number, segment.len);
+                // What is replayed is appended to no more.
+                state.open.take_if(|(open, _)| *open == number);
+                (number, len, state.read_at.max(segment::HEAD.len() as u64))
+            };
+            let Read { records, end } = segment::read(&self.path(number), from, len, max)?;
+            if !records.is_empty() {
+                return Ok(Some(Replay { records, segment: number, end }));
+            }
+            self.end_segment(number)?;
+        }
+    }
+
+    /// These rows are in the table.
+    pub(super) fn replayed(&self, segment: u64, end: u64, ids: &[JobId]) -> io::Result<()> {
+        let is_done = {
+            let mut state = self.state();
+            state.read_at = end;
+            state.rows = state.rows.saturating_sub(ids.len() as u64);
+            for id in ids {
+                state.jobs.remove(id);
+            }
+            self.metrics.audit.replayed_rows.inc_by(ids.len() as u64);
+            self.publish(&state);
+            state.segments.get(&segment).is_none_or(|segment| end >= segment.len)
+        };
+        if is_done { self.end_segment(segment) } else { Ok(()) }
+    }
+
+    /// Deletes a segment whose rows are all in the table; one with a torn tail is put aside for whoever wants to look.
+    fn end_segment(&self, number: u64) -> io::Result<()> {
+        let path = self.path(number);
+        let mut state = self.state();
+        let Some(segment) = state.segments.remove(&number) else { return Ok(()) };
+        state.read_at = 0;
+        let ended = if segment.torn > 0 {
+            fs::rename(&path, self.dir.join(segment::TORN))
+        } else {
+            fs::remove_file(&path)
+        };
+        if state.segments.is_empty() {
+            state.rows = 0;
+            state.jobs.clear();
+        }
+        self.publish(&state);
+        ended
+    }
+
+    fn path(&self, number: u64) -> PathBuf {
+        self.dir.join(segment::name(number))
+    }
+
+    fn publish(&self, state: &State) {
+        let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        self.metrics.audit.spill_rows.set(gauge(state.rows));
+        self.metrics.audit.spill_bytes.set(gauge(state.bytes()));
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Replay {
+    pub(super) fn place(&self) -> (u64, u64) {
+        (self.segment, self.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Execution, NodeId};
+
+    pub(super) fn record(n: u64) -> Record {
+        let id = JobId::new(NodeId(1), 1000, n);
+        let mut row = Execution::lost(id, FunctionId::parse("f").unwrap());
+        row.message = format!("row {n} ä\u{0}\"");
+        Record { id, row, recommendation: None, kept: None }
+    }
+
+    fn open(dir: &Path, bytes_max: u64) -> Spill {
+        Spill::open(dir, bytes_max, Arc::new(Metrics::new(10).unwrap())).unwrap()
+    }
+
+    fn replay_all(spill: &Spill) -> Vec<JobId> {
+        let mut ids = Vec::new();
+        while let Some(replay) = spill.next(7).unwrap() {
+            let (segment, end) = replay.place();
+            let some: Vec<JobId> = replay.records.iter().map(|record| record.id).collect();
+            spill.replayed(segment, end, &some).unwrap();
+            ids.extend(some);
+        }
+        ids
+    }
+
+    #[test]
+    fn rows_come_back_in_order_also_in_another_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let records: Vec<Record> = (0..50).map(record).collect();
+        let spill = open(dir.path(), 1 << 20);
+        for records in records.chunks(9) {
+            spill.append(records).unwrap();
+        }
+        // Half of them are replayed, and then the process dies: it begins again with the segment.
+        let first = spill.next(25).unwrap().unwrap();
+        let (segment, end) = first.place();
+        spill.replayed(segment, end, &[]).unwrap();
+        drop(spill);
+        let spill = open(dir.path(), 1 << 20);
+        assert_eq!((spill.metrics.audit.spill_rows.get(), spill.jobs().len()), (50, 50));
+        spill.append(&[record(50)]).unwrap();
+        let expected: Vec<JobId> = (0..=50).map(|n| record(n).id).collect();
+        assert_eq!(replay_all(&spill), expected);
+        assert!(spill.is_empty());
+        assert_eq!((spill.metrics.audit.spill_rows.get(), spill.metrics.audit.spill_bytes.get()), (0, 0));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn the_bound_is_kept_and_rows_fit_again_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let spill = open(dir.path(), 2000);
+        let mut fit = 0;
+        while spill.append(&[record(fit)]).is_ok() {
+            fit += 1;
+        }
+        assert!(fit > 2, "{fit}");
+        assert_eq!(spill.metrics.audit.spill_full.get(), 1);
+        assert_eq!(replay_all(&spill).len() as u64, fit);
+        spill.append(&[record(fit)]).unwrap();
+        assert_eq!(spill.metrics.audit.spill_full.get(), 0);
+    }
+
+    #[test]
+    fn a_torn_tail_costs_the_last_row_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let spill = open(dir.path(), 1 << 20);
+        let records: Vec<Record> = (0..3).map(record).collect();
+        spill.append(&records).unwrap();
+        drop(spill);
+        let path = dir.path().join(segment::name(0));
+        let whole = fs::read(&path).unwrap();
+        let mut two = Vec::from(segment::HEAD);
+        records[..2].iter().for_each(|record| segment::put(&mut two, record).unwrap());
+        for cut in two.len() + 1..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let spill = open(dir.path(), 1 << 20);
+            assert_eq!(spill.metrics.audit.spill_torn_bytes.get(), (cut - two.len()) as u64);
+            // What comes later goes behind it.
+            spill.append(&[record(9)]).unwrap();
+            assert_eq!(replay_all(&spill), [0, 1, 9].map(|n| record(n).id), "cut at {cut}");
+            assert!(spill.is_empty());
+        }
+    }
+
+    #[test]
+    fn no_flipped_bit_makes_another_row() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(segment::name(0));
+        let records: Vec<Record> = (0..3).map(record).collect();
+        let mut whole = Vec::from(segment::HEAD);
+        records.iter().for_each(|record| segment::put(&mut whole, record).unwrap());
+        for at in 0..whole.len() {
+            let mut bent = whole.clone();
+            bent[at] ^= 1 << (at % 8);
+            fs::write(&path, &bent).unwrap();
+            let spill = open(dir.path(), 1 << 20);
+            while let Some(replay) = spill.next(7).unwrap() {
+                for read in &replay.records {
+                    assert!(records.iter().any(|r| r.id == read.id && r.row == read.row), "bent at {at}");
+                }
+                let (segment, end) = replay.place();
+                spill.replayed(segment, end, &[]).unwrap();
+            }
+        }
+    }
+}

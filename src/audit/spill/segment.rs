@@ -1,0 +1,193 @@
+//! One file of the spill: a head, and for each row its length, its CRC-32 and itself as JSON.
+
+use crate::audit::{Kept, Record};
+use crate::model::{Execution, FunctionId, IdempotencyKey, JobId, Recommendation, RowId, Status, UnixMs};
+use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{self, BufReader, Read as _, Seek, SeekFrom};
+use std::path::Path;
+
+/// What a segment begins with: what it is, and the version of its format.
+pub const HEAD: &[u8] = b"icspill1";
+/// The name under which the last segment with a torn tail is put aside.
+pub const TORN: &str = "torn";
+/// Length and checksum.
+const FRAME: usize = 8;
+/// No row is longer: 400 KB of it, and as much of a result as is kept, written as numbers.
+const RECORD_BYTES_MAX: usize = 4 << 20;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Segment {
+    /// Bytes that hold whole rows, the head included.
+    pub len: u64,
+    /// Bytes behind them that do not.
+    pub torn: u64,
+}
+
+/// Rows of a segment, and where they end.
+pub struct Read {
+    pub records: Vec<Record>,
+    pub end: u64,
+}
+
+pub fn name(number: u64) -> String {
+    format!("{number:016}.rows")
+}
+
+/// The number in a name.
+pub fn number(name: &str) -> Option<u64> {
+    name.strip_suffix(".rows").filter(|digits| digits.len() == 16)?.parse().ok()
+}
+
+/// A row as it is written.
+#[derive(Serialize, Deserialize)]
+struct Text<'a> {
+    id: Cow<'a, str>,
+    function: Cow<'a, str>,
+    status: Cow<'a, str>,
+    duration_ms: f64,
+    handler_duration_ms: Option<f64>,
+    memory_mb: u64,
+    message: Cow<'a, str>,
+    completed_at: Option<UnixMs>,
+    expires_at_s: Option<u64>,
+    advice: Option<Advice>,
+    kept: Option<(String, Vec<u8>)>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Advice {
+    memory_mb: Option<u64>,
+    tip: Option<String>,
+    savings: Option<String>,
+}
+
+impl<'a> Text<'a> {
+    fn of(record: &'a Record) -> Self {
+        let row = &record.row;
+        let advice = record.recommendation.as_ref().map(|r| Advice {
+            memory_mb: r.memory_mb,
+            tip: r.tip.clone(),
+            savings: r.savings.clone(),
+        });
+        Self {
+            id: record.id.to_string().into(),
+            function: row.function.as_str().into(),
+            status: row.status.as_str().into(),
+            duration_ms: row.duration_ms,
+            handler_duration_ms: row.handler_duration_ms,
+            memory_mb: row.memory_mb,
+            message: row.message.as_str().into(),
+            completed_at: row.completed_at,
+            expires_at_s: row.expires_at_s,
+            advice,
+            kept: record.kept.as_ref().map(|kept| (kept.key.to_string(), kept.result.to_vec())),
+        }
+    }
+
+    fn into_record(self) -> Option<Record> {
+        let id = JobId::parse(&self.id)?;
+        let recommendation = self.advice.map(|advice| Recommendation {
+            memory_mb: advice.memory_mb,
+            tip: advice.tip,
+            savings: advice.savings,
+            request_id: id.to_string(),
+            at: id.accepted_at(),
+        });
+        let kept = match self.kept {
+            Some((key, result)) => {
+                Some(Box::new(Kept { key: IdempotencyKey::parse(&key)?, result: result.into() }))
+            }
+            None => None,
+        };
+        let row = Execution {
+            function: FunctionId::parse(&self.function)?,
+            id: RowId::Job(id),
+            status: Status::new(&self.status),
+            duration_ms: self.duration_ms,
+            handler_duration_ms: self.handler_duration_ms,
+            memory_mb: self.memory_mb,
+            message: self.message.into_owned(),
+            completed_at: self.completed_at,
+            expires_at_s: self.expires_at_s,
+        };
+        Some(Record { id, row, recommendation, kept })
+    }
+}
+
+/// Appends a row to the bytes of a segment.
+pub fn put(bytes: &mut Vec<u8>, record: &Record) -> io::Result<()> {
+    let text = serde_json::to_vec(&Text::of(record))?;
+    let len = u32::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    bytes.extend_from_slice(&len.to_le_bytes());
+    bytes.extend_from_slice(&crc32fast::hash(&text).to_le_bytes());
+    bytes.extend_from_slice(&text);
+    Ok(())
+}
+
+/// Looks through a segment, and tells each whole row.
+pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId)) -> io::Result<Segment> {
+    let all = path.metadata()?.len();
+    let mut rows = Rows::open(path, 0)?;
+    let mut len = 0;
+    let mut head = [0; HEAD.len()];
+    if rows.0.read_exact(&mut head).is_ok() && head == HEAD {
+        len = HEAD.len() as u64;
+        while let Some((record, bytes)) = rows.next()? {
+            len += bytes;
+            row(record.id, record.row.function);
+        }
+    }
+    Ok(Segment { len, torn: all - len })
+}
+
+/// Up to `max` rows between `from` and `to`.
+pub fn read(path: &Path, from: u64, to: u64, max: usize) -> io::Result<Read> {
+    let mut rows = Rows::open(path, from)?;
+    let (mut records, mut end) = (Vec::new(), from);
+    while records.len() < max && end < to {
+        let Some((record, bytes)) = rows.next()? else { break };
+        end += bytes;
+        records.push(record);
+    }
+    Ok(Read { records, end })
+}
+
+struct Rows(BufReader<File>);
+
+impl Rows {
+    fn open(path: &Path, from: u64) -> io::Result<Self> {
+        let mut file = File::open(path)?;
+        file.seek(SeekFrom::Start(from))?;
+        Ok(Self(BufReader::new(file)))
+    }
+
+    /// The next whole row with its length on the disk; `None`: there is none, or what follows is none.
+    fn next(&mut self) -> io::Result<Option<(Record, u64)>> {
+        let mut frame = [0; FRAME];
+        if !self.fill(&mut frame)? {
+            return Ok(None);
+        }
+        let number = |at: usize| u32::from_le_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]]);
+        let (len, crc) = (number(0) as usize, number(4));
+        if len > RECORD_BYTES_MAX {
+            return Ok(None);
+        }
+        let mut text = vec![0; len];
+        if !self.fill(&mut text)? || crc32fast::hash(&text) != crc {
+            return Ok(None);
+        }
+        let record = serde_json::from_slice::<Text<'_>>(&text).ok().and_then(Text::into_record);
+        Ok(record.map(|record| (record, (FRAME + len) as u64)))
+    }
+
+    /// `false`: it ends before.
+    fn fill(&mut self, bytes: &mut [u8]) -> io::Result<bool> {
+        match self.0.read_exact(bytes) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+}

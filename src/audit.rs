@@ -284,6 +284,8 @@ mod tests {
         recommended: Mutex<Vec<(FunctionId, Recommendation)>>,
         failed_keeps: Mutex<Vec<BackendError>>,
         kept: Mutex<Vec<JobId>>,
+        /// A row that LOST did not replace.
+        kept_row: Mutex<Option<Execution>>,
     }
 
     #[async_trait]
@@ -301,8 +303,8 @@ mod tests {
             Ok(LogPage::default())
         }
 
-        async fn get(&self, _: &FunctionId, _: &str) -> Result<Option<Execution>, BackendError> {
-            Ok(None)
+        async fn get(&self, _: &FunctionId, id: &str) -> Result<Option<Execution>, BackendError> {
+            Ok(self.kept_row.lock().unwrap().clone().filter(|row| row.id.request_id() == id))
         }
 
         async fn probe(&self) -> Result<(), BackendError> {
@@ -565,6 +567,22 @@ mod tests {
         };
         run(&tables, loops, load).await;
         assert_eq!((&*tables.kept.lock().unwrap(), &*tables.left.lock().unwrap()), (&vec![id], &vec![id]));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_another_node_has_written_of_a_lost_job_counts() {
+        let tables = Arc::new(Tables::default());
+        let (audit, loops) = audit(&tables, 10, 1 << 20);
+        let f = FunctionId::parse("f").unwrap();
+        let [ended, lost] = [1, 2].map(|n| JobId::new(NodeId(1), 1, n));
+        let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3}"#.into());
+        *tables.kept_row.lock().unwrap() = Some(Execution::of(ended, f.clone(), &outcome.fields()));
+        for id in [ended, lost] {
+            audit.record(id, Execution::lost(id, f.clone()), None, None).unwrap();
+        }
+        run(&tables, loops, async {}).await;
+        let sums = Sums { invocations: 2, errors: 1, duration_us: 3000, ..Sums::default() };
+        assert_eq!(tables.sums.lock().unwrap()[&f], sums);
     }
 
     /// Real time and files, virtual pauses: the clock stands still while a thread works on a file.

@@ -196,7 +196,10 @@ impl Writer {
     /// One try: what needs no other, and what does.
     async fn put(&self, batch: Batch) -> (Batch, Batch) {
         let results = self.stores.executions.put(&batch.rows).await;
-        let (written, failed, failure) = batch.split(results, &self.metrics);
+        let (mut written, failed, failure) = batch.split(results, &self.metrics);
+        for row in written.rows.iter_mut().filter(|row| row.is_lost()) {
+            self.read_kept(row).await;
+        }
         if !written.ids.is_empty() {
             self.table_is_there();
         }
@@ -206,6 +209,16 @@ impl Writer {
             tracing::warn!(rows = failed.ids.len(), error = %e, "Rows Not Written");
         }
         (written, failed)
+    }
+
+    /// LOST replaces no row: what another node knew of the job stays, and is what counts.
+    async fn read_kept(&self, row: &mut Execution) {
+        match self.stores.executions.get(&row.function, &row.id.request_id()).await {
+            Ok(Some(kept)) => *row = kept,
+            Ok(None) => {}
+            // It is counted as lost then; seldom is there another row.
+            Err(e) => tracing::debug!(error = %e, "Row Not Read Again"),
+        }
     }
 
     /// The batch back if the disk does not take it, or there is none to take it.

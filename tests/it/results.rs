@@ -137,6 +137,10 @@ async fn a_late_result_replaces_lost() {
     let conf = Conf { limits: limits.into(), ..Conf::default() };
     let platform = Setup::serve().no_worker().conf(conf).start().await;
     let (gateway, cloud) = (&platform.gateway, &platform.fleet().cloud);
+    // What a node that is long gone has left there.
+    let mut item = cloud.function_item(HELLO).await;
+    item["posted_00000001"] = json!({ "N": "1" });
+    cloud.put_item(&cloud.functions_table, item).await;
     let id = gateway.run_async(HELLO, &json!(1)).await;
     let row = async |status: &str, errors: &str, duration: &str| {
         eventually(&format!("a row that says {status}"), SOON, || async {
@@ -158,6 +162,9 @@ async fn a_late_result_replaces_lost() {
     }
     row("SUCCESS", "0", "12").await;
     gateway.wait_for_metric(r#"infra_results_total{kind="late"}"#, 1.0).await;
+    let item = cloud.function_item(HELLO).await;
+    let marks = item.as_object().expect("an item").keys().filter(|name| name.starts_with("posted_"));
+    assert_eq!(marks.count(), 1, "only this node's: {item}");
     gateway.wait_for_metric(r#"infra_results_total{kind="unknown_job"}"#, 1.0).await;
     platform.finish().await;
 }

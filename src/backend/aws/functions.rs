@@ -6,7 +6,7 @@ use super::item::{self, Item, RawItem, decimal, text, whole};
 use super::{function_writes, recommended};
 use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
 use crate::https::HttpsClient;
-use crate::model::{Counters, Function, FunctionId, NodeId, Recommendation, Sums};
+use crate::model::{Counters, Function, FunctionId, NodeId, Recommendation, Sums, UnixMs, now_ms};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
@@ -14,6 +14,7 @@ use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 use aws_sdk_dynamodb::types::AttributeValue;
 use serde_json::json;
 use std::sync::Arc;
+use std::time::Duration;
 
 const KEY: &[&str] = &["functionId"];
 
@@ -25,6 +26,12 @@ const CONDITION_NOT_MET: &str = "ConditionalCheckFailedException";
 const LIST_PAGES_MAX: usize = 10;
 /// Items looked at a page once some were skipped: fewer calls for the same functions.
 const SKIPPED_PAGE_ITEMS: usize = 250;
+/// The number of the last sums that a node has added, by its id.
+const MARK: &str = "posted_";
+/// How long it stays when the node adds nothing more.
+const MARK_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Marks removed in one call.
+const MARKS_REMOVED_MAX: usize = 50;
 
 pub(super) struct FunctionTable {
     client: Client,
@@ -73,7 +80,7 @@ impl FunctionTable {
             "Key": { "functionId": { "S": id.as_str() } },
             "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t SET #posted = :number",
             "ConditionExpression": "attribute_exists(functionId) AND (attribute_not_exists(#posted) OR #posted < :number)",
-            "ExpressionAttributeNames": { "#posted": format!("posted_{}", stamp.node) },
+            "ExpressionAttributeNames": { "#posted": format!("{MARK}{}", stamp.node) },
             "ExpressionAttributeValues": {
                 ":n": { "N": sums.invocations.to_string() },
                 ":e": { "N": sums.errors.to_string() },
@@ -91,6 +98,40 @@ impl FunctionTable {
     }
 }
 
+impl FunctionTable {
+    /// Removes marks of nodes that have posted nothing for long: most are gone for good, and the item would grow with
+    /// each node there ever was. Where this fails the next read tries again.
+    async fn forget_marks(&self, id: &FunctionId, marks: Vec<(String, String)>) {
+        if marks.is_empty() {
+            return;
+        }
+        let mut call = self.client.update_item().table_name(&self.table).key("functionId", text(id.as_str()));
+        let (mut removed, mut unchanged) = (Vec::new(), Vec::new());
+        for (n, (name, number)) in marks.into_iter().enumerate() {
+            call = call.expression_attribute_names(format!("#m{n}"), name);
+            call = call.expression_attribute_values(format!(":m{n}"), AttributeValue::N(number));
+            removed.push(format!("#m{n}"));
+            unchanged.push(format!("#m{n} = :m{n}"));
+        }
+        let call = call.update_expression(format!("REMOVE {}", removed.join(", ")));
+        let call = call.condition_expression(unchanged.join(" AND "));
+        if let Err(e) = call.send().await {
+            tracing::debug!(functionId = %id, error = %class(&e), "Old Marks Not Removed");
+        }
+    }
+}
+
+/// Names and numbers of marks that are so old that nothing of theirs can be on its way any more. The numbers begin with
+/// the time in microseconds.
+fn old_marks(raw: &RawItem, now: UnixMs) -> Vec<(String, String)> {
+    let before = now.saturating_sub(u64::try_from(MARK_KEPT.as_millis()).unwrap_or(u64::MAX)) * 1000;
+    let old = raw.iter().filter_map(|(name, value)| {
+        let number = value.as_n().ok().filter(|_| name.starts_with(MARK))?;
+        (number.parse::<u64>().ok()? < before).then(|| (name.clone(), number.clone()))
+    });
+    old.take(MARKS_REMOVED_MAX).collect()
+}
+
 #[async_trait]
 impl FunctionStore for FunctionTable {
     async fn get(&self, id: &FunctionId) -> Result<Option<Function>, BackendError> {
@@ -101,7 +142,9 @@ impl FunctionStore for FunctionTable {
             .key("functionId", text(id.as_str()))
             .consistent_read(true);
         let output = call.send().await.map_err(|e| class(&e))?;
-        Ok(output.item.map(|raw| function(id.clone(), &Item::new(raw))))
+        let Some(raw) = output.item else { return Ok(None) };
+        self.forget_marks(id, old_marks(&raw, now_ms())).await;
+        Ok(Some(function(id.clone(), &Item::new(raw))))
     }
 
     async fn list(&self, limit: usize, after: Option<&str>) -> Result<FunctionPage, BackendError> {
@@ -228,6 +271,20 @@ pub(super) fn attributes(f: &Function) -> Vec<(&'static str, AttributeValue)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_marks_that_are_old_are_removed() {
+        let now = 2_000_000_000_000;
+        let number = |at: u64| AttributeValue::N((at * 1000).to_string());
+        let raw = RawItem::from([
+            ("posted_00000001".to_owned(), number(now - 8 * 24 * 3_600_000)),
+            ("posted_00000002".to_owned(), number(now - 6 * 24 * 3_600_000)),
+            ("invocations".to_owned(), number(1)),
+            ("posted_x".to_owned(), text("1")),
+        ]);
+        let names: Vec<String> = old_marks(&raw, now).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["posted_00000001"]);
+    }
     use std::collections::HashMap;
 
     fn read(attributes: &[(&str, AttributeValue)]) -> Function {

@@ -127,7 +127,7 @@ impl Node {
         let mut built = match Built::new(&settings, hangups, &connected, &lifecycle) {
             Ok(built) => built,
             Err(e) => {
-                eprintln!("infra-controller: {e}");
+                eprintln!("infra-controller: {e:#}");
                 return Exit::Internal;
             }
         };

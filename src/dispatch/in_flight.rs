@@ -94,9 +94,15 @@ pub struct InFlight {
     len: AtomicUsize,
     jobs_max: usize,
     recent: Recent,
-    /// Jobs that were given up, for the results that come late; bounded like the store's own list of them.
-    given_up: DashMap<JobId, GivenUp, RandomState>,
+    given_up: GivenUpJobs,
     metrics: Arc<Metrics>,
+}
+
+/// Jobs that were given up, for the results that come late; bounded like the store's own list of them.
+struct GivenUpJobs {
+    jobs: DashMap<JobId, GivenUp, RandomState>,
+    /// Beside the map, as nearly always there are none and every job asks.
+    len: AtomicUsize,
 }
 
 struct GivenUp {
@@ -104,10 +110,44 @@ struct GivenUp {
     since: Instant,
 }
 
+impl GivenUpJobs {
+    fn insert(&self, id: JobId, function: FunctionId) {
+        if self.len.load(Ordering::Relaxed) >= GIVEN_UP_MAX {
+            return;
+        }
+        if let MapEntry::Vacant(place) = self.jobs.entry(id) {
+            place.insert(GivenUp { function, since: Instant::now() });
+            self.len.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn remove(&self, id: JobId) -> Option<FunctionId> {
+        if self.len.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        let (_, GivenUp { function, .. }) = self.jobs.remove(&id)?;
+        self.len.fetch_sub(1, Ordering::Relaxed);
+        Some(function)
+    }
+
+    /// Whether it is there; one of long ago is forgotten.
+    fn contains(&self, id: JobId) -> bool {
+        if self.len.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let age = self.jobs.get(&id).map(|job| job.since.elapsed());
+        if age.is_some_and(|age| age >= GIVEN_UP_KEPT) {
+            self.remove(id);
+        }
+        age.is_some_and(|age| age < GIVEN_UP_KEPT)
+    }
+}
+
 impl InFlight {
     pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         let jobs = DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS);
-        let given_up = DashMap::with_hasher(RandomState::new());
+        let given_up =
+            GivenUpJobs { jobs: DashMap::with_hasher(RandomState::new()), len: AtomicUsize::new(0) };
         Self {
             jobs,
             len: AtomicUsize::new(0),
@@ -250,27 +290,24 @@ impl InFlight {
     }
 
     fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<Settled> {
-        let (_, GivenUp { function, .. }) = self.given_up.remove(&id)?;
+        let function = self.given_up.remove(id)?;
         self.recent.keep(id, outcome);
         Some(Settled::Late(function))
     }
 
     /// Remembers a job that was given up.
     pub fn remember(&self, id: JobId, function: FunctionId) {
-        if self.given_up.len() < GIVEN_UP_MAX {
-            self.given_up.entry(id).or_insert(GivenUp { function, since: Instant::now() });
-        }
+        self.given_up.insert(id, function);
     }
 
     /// Whether a result of a job that was given up may still come.
     pub fn is_remembered(&self, id: JobId) -> bool {
-        let is_old = |_: &JobId, job: &GivenUp| job.since.elapsed() >= GIVEN_UP_KEPT;
-        self.given_up.remove_if(&id, is_old).is_none() && self.given_up.contains_key(&id)
+        self.given_up.contains(id)
     }
 
     /// The jobs of a node that were given up.
     pub fn given_up_of(&self, node: NodeId) -> Vec<(JobId, FunctionId)> {
-        let jobs = self.given_up.iter().filter(|job| job.key().node() == node);
+        let jobs = self.given_up.jobs.iter().filter(|job| job.key().node() == node);
         jobs.map(|job| (*job.key(), job.function.clone())).collect()
     }
 
@@ -484,6 +521,24 @@ mod tests {
         let Joined::Pending(mut late) = table.join(job(1).id) else { panic!("pending") };
         table.settle(job(1).id, outcome("a"));
         assert_eq!(late.outcome().await, Some(outcome("a")));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_that_was_lost_takes_one_late_result() {
+        let table = table(10, 1000);
+        table.enter(&job(1)).unwrap();
+        assert!(matches!(table.settle(job(1).id, outcome("lost")), Settled::First(..)));
+        table.remember(job(1).id, job(1).function);
+        // Its row may be on the way still, or be written.
+        assert_eq!(table.settle(job(1).id, outcome("a")), Settled::Late(job(1).function));
+        assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
+        table.remember(job(1).id, job(1).function);
+        table.remove(job(1).id);
+        assert!(table.is_remembered(job(1).id));
+        assert_eq!(table.given_up_of(NodeId(1)), [(job(1).id, job(1).function)]);
+        tokio::time::advance(GIVEN_UP_KEPT).await;
+        assert!(!table.is_remembered(job(1).id));
+        assert_eq!(table.settle(job(1).id, outcome("c")), Settled::UnknownJob);
     }
 
     #[tokio::test]

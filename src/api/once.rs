@@ -10,15 +10,14 @@ use crate::backend::{Backend, BackendError, Claim, Claimed, Claims, ExecutionSto
 use crate::config::{BatchConf, Live};
 use crate::dispatch::{Dispatcher, JobState, PendingJob, SubmitError};
 use crate::metrics::Metrics;
-use crate::model::{Execution, Outcome, now_ms};
+use crate::model::{Execution, JobId, Outcome, now_ms};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::Instant;
 
 /// Longest key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
 /// How often a claim is looked at whose job is not to be found.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Beyond its deadline: how long a send may still be under way, and how far the clocks of nodes may differ.
 const SEND_MARGIN: Duration = Duration::from_secs(5);
 
@@ -36,6 +35,10 @@ pub enum Turn {
     First,
     /// It came before.
     Again(Box<Claimed>, Known),
+    /// This job has the key, is nowhere, and cannot be on its way any more.
+    Abandoned(JobId),
+    /// Its job is nowhere, and may be on its way. To be asked again after [`LOOK_EVERY`].
+    NotYet,
 }
 
 pub struct Once {
@@ -57,33 +60,41 @@ impl Once {
         Self { claims, executions, dispatcher, batch, metrics }
     }
 
-    /// Claims the key, or finds the job that has it.
-    pub async fn turn(&self, claim: &Claim) -> Result<Turn, ApiError> {
+    /// Claims the key, or finds the job that has it. `waited`: for how long it was neither.
+    pub async fn turn(&self, claim: &Claim, waited: Duration) -> Result<Turn, ApiError> {
         let away = |e| ApiError::backend("the log table", &e);
-        let abandoned_after = Duration::from_millis(self.batch.get().send_deadline_ms) + SEND_MARGIN;
-        let give_up = Instant::now() + 2 * abandoned_after;
-        while Instant::now() < give_up {
-            let Some(before) = self.claims.claim(claim).await.map_err(away)? else {
-                self.count("new");
-                return Ok(Turn::First);
-            };
-            if before.claim.body != claim.body {
-                self.count("reused");
-                return Err(ApiError::KeyReused);
-            }
-            if let Some(known) = self.known(&before).await.map_err(away)? {
-                self.count("repeated");
-                return Ok(Turn::Again(Box::new(before), known));
-            }
-            let accepted = Duration::from_millis(now_ms().saturating_sub(before.claim.job.accepted_at()));
-            if accepted <= abandoned_after {
-                tokio::time::sleep(LOOK_EVERY).await;
-            } else if self.claims.take_over(claim, before.claim.job).await.map_err(away)? {
-                self.count("taken_over");
-                return Ok(Turn::First);
-            }
+        let Some(before) = self.claims.claim(claim).await.map_err(away)? else {
+            self.count("new");
+            return Ok(Turn::First);
+        };
+        if before.claim.body != claim.body {
+            self.count("reused");
+            return Err(ApiError::KeyReused);
         }
-        Err(ApiError::BackendAway)
+        if let Some(known) = self.known(&before).await.map_err(away)? {
+            self.count("repeated");
+            return Ok(Turn::Again(Box::new(before), known));
+        }
+        let age = Duration::from_millis(now_ms().saturating_sub(before.claim.job.accepted_at()));
+        let abandoned_after = Duration::from_millis(self.batch.get().send_deadline_ms) + SEND_MARGIN;
+        if age > abandoned_after {
+            return Ok(Turn::Abandoned(before.claim.job));
+        }
+        if waited > 2 * abandoned_after {
+            // By the clocks of the nodes it is younger than it can be.
+            return Err(ApiError::BackendAway);
+        }
+        Ok(Turn::NotYet)
+    }
+
+    /// Claims the key in place of a job that was abandoned. `false`: another request was faster.
+    pub async fn take_over(&self, claim: &Claim, abandoned: JobId) -> Result<bool, ApiError> {
+        let taken = self.claims.take_over(claim, abandoned).await;
+        let taken = taken.map_err(|e| ApiError::backend("the log table", &e))?;
+        if taken {
+            self.count("taken_over");
+        }
+        Ok(taken)
     }
 
     /// `None`: the job is nowhere.

@@ -72,37 +72,55 @@ impl Run {
         let mode = if asynchronous { "ASYNC" } else { "SYNC" };
         tracing::info!(requestId = %job.id, functionId = %job.function, mode, "Run Request");
         match key {
-            None => self.carry_out(job, asynchronous, prefer).await,
+            None if asynchronous => self.accept(job, prefer).await,
+            None => self.answer(job, prefer).await,
+            // In a box: requests without a key, which are most, need no room for it.
             Some(key) => {
-                let (key, body) = (IdempotencyKey::of(&call.key_name, key), BodyHash::of(&call.body));
-                let claim = Claim { key, body, job: job.id, function: job.function.clone() };
-                // In a box: requests without a key, which are most, need no room for it.
-                Box::pin(self.carry_out_once(claim, job, asynchronous, prefer)).await
+                let key = IdempotencyKey::of(&call.key_name, key);
+                let again = || self.job(&template, &request, call);
+                Box::pin(self.carry_out_once(key, call, job, again, asynchronous, prefer)).await
             }
         }
-    }
-
-    async fn carry_out(&self, job: Job, asynchronous: bool, prefer: Prefer) -> Result<Reply, ApiError> {
-        if asynchronous { self.accept(job, prefer).await } else { self.answer(job, prefer).await }
     }
 
     async fn carry_out_once(
         &self,
-        claim: Claim,
+        key: IdempotencyKey,
+        call: &Call,
         mut job: Job,
+        again: impl Fn() -> Result<Job, ApiError>,
         asynchronous: bool,
         prefer: Prefer,
     ) -> Result<Reply, ApiError> {
-        match self.once.turn(&claim).await? {
-            Turn::First => {
-                job.idempotency_key = Some(Box::new(claim.key));
-                let result = self.carry_out(job, asynchronous, prefer).await;
-                self.once.note(&claim, &result).await;
-                result
+        let body = BodyHash::of(&call.body);
+        let claim = |job: &Job| Claim { key, body, job: job.id, function: job.function.clone() };
+        let started = Instant::now();
+        loop {
+            match self.once.turn(&claim(&job), started.elapsed()).await? {
+                Turn::First => break,
+                Turn::Again(before, _) if asynchronous => return Ok(accepted(before.claim.job, prefer)),
+                Turn::Again(before, known) => {
+                    return self.answer_again(before.claim.job, known, prefer).await;
+                }
+                Turn::NotYet => {
+                    tokio::time::sleep(once::LOOK_EVERY).await;
+                    job = again()?;
+                }
+                Turn::Abandoned(before) => {
+                    // With an id of now: by its age others tell whether its send may be under way.
+                    job = again()?;
+                    if self.once.take_over(&claim(&job), before).await? {
+                        break;
+                    }
+                }
             }
-            Turn::Again(before, _) if asynchronous => Ok(accepted(before.claim.job, prefer)),
-            Turn::Again(before, known) => self.answer_again(before.claim.job, known, prefer).await,
         }
+        let claim = claim(&job);
+        job.idempotency_key = Some(Box::new(key));
+        let result =
+            if asynchronous { self.accept(job, prefer).await } else { self.answer(job, prefer).await };
+        self.once.note(&claim, &result).await;
+        result
     }
 
     /// Answers a request that came before with what its job has come to.

@@ -234,7 +234,7 @@ impl Ledger {
             while let Some(ended) = self.some_ended(node) {
                 let _turn = self.turn.lock().await;
                 match self.journal.end(node, &ended).await {
-                    Ok(true) => self.closed(node, ended),
+                    Ok(true) => self.closed(node, &ended),
                     Ok(false) => break,
                     Err(e) => {
                         tracing::debug!(jobs = ended.len(), error = %e, "Journal Not Cleared");
@@ -251,7 +251,12 @@ impl Ledger {
         Some(books.ended.get(&node)?.iter().take(ENDED_MAX).cloned().collect())
     }
 
-    fn closed(&self, node: NodeId, ended: Vec<Ended>) {
+    fn closed(&self, node: NodeId, ended: &[Ended]) {
+        // By function first: they are few, and what follows is looked up for each.
+        let mut sums: HashMap<&FunctionId, Sums, RandomState> = HashMap::default();
+        for Ended { function, adds, .. } in ended {
+            *sums.entry(function).or_default() += *adds;
+        }
         let mut books = self.books();
         if let Some(waiting) = books.ended.get_mut(&node) {
             waiting.drain(..ended.len());
@@ -260,8 +265,8 @@ impl Ledger {
             }
         }
         books.ended_len -= ended.len();
-        for Ended { function, adds, .. } in ended {
-            let account = (node, function);
+        for (function, adds) in sums {
+            let account = (node, function.clone());
             *books.sums.entry(account.clone()).or_default() += adds;
             books.note(account, None);
         }

@@ -15,7 +15,7 @@ use super::journal::NodeJournal;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
 use crate::config::{BatchConf, Live};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job};
+use crate::model::{FunctionId, Job, now_ms};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -76,7 +76,7 @@ impl Batcher {
         }
         let (done, result) = oneshot::channel();
         let conf = self.conf.get();
-        let give_up = Instant::now() + Duration::from_millis(conf.send_deadline_ms);
+        let give_up = Instant::now() + send_time(&job, conf.send_deadline_ms);
         let pending = Pending { job, done, give_up, attempts: 0, journaled: false, maybe_sent: false };
         // Counted here and not by the channel, whose bound could not change while it is in use.
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= conf.queue_jobs_max {
@@ -383,6 +383,13 @@ impl BatchSender {
             self.journal.leave(&[pending.job.id]);
         }
     }
+}
+
+/// How long a job may be tried. One with an idempotency key is reckoned from its acceptance: a process that was frozen
+/// in between must not send what another one has sent in its place.
+fn send_time(job: &Job, deadline_ms: u64) -> Duration {
+    let age = job.idempotency_key.as_ref().map_or(0, |_| now_ms().saturating_sub(job.id.accepted_at()));
+    Duration::from_millis(deadline_ms.saturating_sub(age))
 }
 
 /// Exponential, with full jitter on the upper half.

@@ -3,28 +3,29 @@
 -- remembered: the first result that comes for it after all adds what is still to be added.
 --
 -- KEYS: the journal, the mark that the journal is whole, the sums that are not posted, the jobs that were given up. ARGV: for how
--- many of those there is room, for how many seconds they are remembered; then for each job its id, its function, what it
--- adds (errors, microseconds, runs with a handler's own time, microseconds of those), and 1 if it was given up. Answer: 1,
+-- many of those there is room, for how many seconds they are remembered, and a line for each job: its id, its function, what it
+-- adds (errors, microseconds, runs with a handler's own time, microseconds of those), and 1 if it was given up, else 0. Answer: 1,
 -- or 0 if the mark is gone: Redis has lost what it knew, and nothing was done.
 if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
 local sums, order = {}, {}
 local room, kept = nil, ARGV[2]
 
-local function add(name, runs, errors, from)
+local function add(name, runs, errors, us, handled, handled_us)
   local sum = sums[name]
   if not sum then
     sum = { 0, 0, 0, 0, 0 }
     sums[name] = sum
     order[#order + 1] = name
   end
-  sum[1], sum[2] = sum[1] + runs, sum[2] + errors
-  for n = 3, 5 do sum[n] = sum[n] + tonumber(ARGV[from + n]) end
+  sum[1], sum[2], sum[3], sum[4], sum[5] = sum[1] + runs, sum[2] + errors, sum[3] + us, sum[4] + handled, sum[5] + handled_us
 end
 
-for i = 3, #ARGV, 7 do
-  local id, name, errors, is_lost = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 6] == '1'
+for id, name, errors, us, handled, handled_us, lost in
+  string.gmatch(ARGV[3], '(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d)\n')
+do
+  local is_lost = lost == '1'
   if redis.call('HDEL', KEYS[1], id) == 1 then
-    add(name, 1, errors, i)
+    add(name, 1, errors, us, handled, handled_us)
     if is_lost then
       room = room or tonumber(ARGV[1]) - redis.call('HLEN', KEYS[4])
       if room > 0 then
@@ -35,7 +36,7 @@ for i = 3, #ARGV, 7 do
     end
   elseif not is_lost and redis.call('HDEL', KEYS[4], id) == 1 then
     -- It was counted as a run, and as an error.
-    add(name, 0, errors - 1, i)
+    add(name, 0, errors - 1, us, handled, handled_us)
   end
 end
 for _, name in ipairs(order) do

@@ -7,7 +7,7 @@
 -- adds (errors, microseconds, runs with a handler's own time, microseconds of those), and 1 if it was given up, else 0. Answer: 1,
 -- or 0 if the mark is gone: Redis has lost what it knew, and nothing was done.
 if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
-local sums, order = {}, {}
+local sums, order, seen = {}, {}, {}
 local room, kept = nil, ARGV[2]
 
 local function add(name, runs, errors, us, handled, handled_us)
@@ -20,34 +20,46 @@ local function add(name, runs, errors, us, handled, handled_us)
   sum[1], sum[2], sum[3], sum[4], sum[5] = sum[1] + runs, sum[2] + errors, sum[3] + us, sum[4] + handled, sum[5] + handled_us
 end
 
+-- All of them in two commands: one for each would be most of the work.
+local jobs, ids = {}, {}
 for id, name, errors, us, handled, handled_us, lost in
   string.gmatch(ARGV[3], '(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d)\n')
 do
-  local is_lost = lost == '1'
-  if redis.call('HDEL', KEYS[1], id) == 1 then
+  ids[#ids + 1] = id
+  jobs[#jobs + 1] = { name, errors, us, handled, handled_us, lost == '1' }
+end
+if not ids[1] then return 1 end
+local held = redis.call('HMGET', KEYS[1], unpack(ids))
+redis.call('HDEL', KEYS[1], unpack(ids))
+local are_given_up = redis.call('EXISTS', KEYS[4]) == 1
+for i, job in ipairs(jobs) do
+  local id, name, errors, us, handled, handled_us, is_lost = ids[i], unpack(job)
+  if held[i] and not seen[id] then
+    seen[id] = true
     add(name, 1, errors, us, handled, handled_us)
     if is_lost then
       room = room or tonumber(ARGV[1]) - redis.call('HLEN', KEYS[4])
       if room > 0 then
         redis.call('HSET', KEYS[4], id, name)
         redis.call('EXPIRE', KEYS[4], kept)
-        room = room - 1
+        room, are_given_up = room - 1, true
       end
     end
-  elseif not is_lost and redis.call('HDEL', KEYS[4], id) == 1 then
+  elseif not is_lost and are_given_up and redis.call('HDEL', KEYS[4], id) == 1 then
     -- It was counted as a run, and as an error.
     add(name, 0, errors - 1, us, handled, handled_us)
   end
 end
-for _, name in ipairs(order) do
-  local sum, before = sums[name], redis.call('HGET', KEYS[3], name)
-  if before then
-    local n = 0
-    for part in string.gmatch(before, '-?%d+') do
-      n = n + 1
-      sum[n] = sum[n] + tonumber(part)
-    end
+if not order[1] then return 1 end
+local before, after = redis.call('HMGET', KEYS[3], unpack(order)), {}
+for i, name in ipairs(order) do
+  local sum, n = sums[name], 0
+  for part in string.gmatch(before[i] or '', '-?%d+') do
+    n = n + 1
+    sum[n] = sum[n] + tonumber(part)
   end
-  redis.call('HSET', KEYS[3], name, string.format('%.0f:%.0f:%.0f:%.0f:%.0f', sum[1], sum[2], sum[3], sum[4], sum[5]))
+  after[2 * i - 1] = name
+  after[2 * i] = string.format('%.0f:%.0f:%.0f:%.0f:%.0f', sum[1], sum[2], sum[3], sum[4], sum[5])
 end
+redis.call('HSET', KEYS[3], unpack(after))
 return 1

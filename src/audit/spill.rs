@@ -37,6 +37,8 @@ struct State {
     segments: BTreeMap<u64, Segment>,
     /// The last of them, while it is appended to.
     open: Option<(u64, File)>,
+    /// The number of the next; no number is given twice, also where a segment could not be begun.
+    next_number: u64,
     /// Where the oldest is to be read next.
     read_at: u64,
     /// The jobs whose rows are here.
@@ -79,6 +81,7 @@ impl Spill {
             }
             *segment = found;
         }
+        state.next_number = state.segments.last_key_value().map_or(0, |(number, _)| number + 1);
         let spill = Self {
             dir: dir.to_owned(),
             bytes_max,
@@ -128,10 +131,16 @@ impl Spill {
             Some(open) => open,
             None => self.begin_segment(&mut state)?,
         };
-        // Where this breaks off the segment has a torn tail, and the next rows go into another one.
-        file.write_all(&text)?;
-        file.sync_data()?;
+        let written = file.write_all(&text).and_then(|()| file.sync_data());
         let segment = state.segments.entry(number).or_default();
+        if let Err(e) = written {
+            // What was written of them is taken back, so that a disk that is full for long is not filled with their
+            // beginnings. Where that fails the segment has a torn tail, and the next rows go into another one.
+            if file.set_len(segment.len).is_ok() {
+                state.open = Some((number, file));
+            }
+            return Err(e);
+        }
         segment.len += text.len() as u64;
         if segment.len < SEGMENT_BYTES {
             state.open = Some((number, file));
@@ -144,11 +153,16 @@ impl Spill {
     }
 
     fn begin_segment(&self, state: &mut State) -> io::Result<(u64, File)> {
-        let number = state.segments.last_key_value().map_or(0, |(number, _)| number + 1);
+        let number = state.next_number;
+        state.next_number += 1;
         let mut file = File::options().create_new(true).append(true).open(self.path(number))?;
-        file.write_all(segment::HEAD)?;
         // So that the file itself is there after a loss of power.
-        File::open(&self.dir)?.sync_all()?;
+        let synced = || File::open(&self.dir)?.sync_all();
+        if let Err(e) = file.write_all(segment::HEAD).and_then(|()| synced()) {
+            // What cannot be removed is found empty by the next start.
+            let _ = fs::remove_file(self.path(number));
+            return Err(e);
+        }
         state.segments.insert(number, Segment { len: segment::HEAD.len() as u64, torn: 0 });
         Ok((number, file))
     }
@@ -168,6 +182,9 @@ impl Spill {
             if !records.is_empty() {
                 return Ok(Some(Replay { records, segment: number, end }));
             }
+            if end < len {
+                self.tear(number, len - end);
+            }
             self.end_segment(number)?;
         }
     }
@@ -186,6 +203,15 @@ impl Spill {
             state.segments.get(&segment).is_none_or(|segment| end >= segment.len)
         };
         if is_done { self.end_segment(segment) } else { Ok(()) }
+    }
+
+    /// The end of a segment cannot be read any more, though it could be when it was opened or written.
+    fn tear(&self, number: u64, bytes: u64) {
+        self.metrics.audit.spill_torn_bytes.inc_by(bytes);
+        tracing::error!(segment = number, bytes, "Spilled Rows Torn");
+        if let Some(segment) = self.state().segments.get_mut(&number) {
+            segment.torn += bytes;
+        }
     }
 
     /// Deletes a segment whose rows are all in the table; one with a torn tail is put aside for whoever wants to look.
@@ -291,6 +317,40 @@ mod tests {
         assert_eq!(replay_all(&spill).len() as u64, fit);
         spill.append(&[record(fit)]).unwrap();
         assert_eq!(spill.metrics.audit.spill_full.get(), 0);
+    }
+
+    #[test]
+    fn rows_that_cannot_be_read_any_more_are_told_and_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let spill = open(dir.path(), 1 << 20);
+        spill.append(&(0..3).map(record).collect::<Vec<_>>()).unwrap();
+        let path = dir.path().join(segment::name(0));
+        let mut bytes = fs::read(&path).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        assert_eq!(replay_all(&spill), [0, 1].map(|n| record(n).id));
+        assert!(spill.metrics.audit.spill_torn_bytes.get() > 0);
+        assert_eq!(fs::read(dir.path().join(segment::TORN)).unwrap(), bytes);
+    }
+
+    /// `/dev/full` takes nothing, as a disk that is full.
+    #[test]
+    fn a_full_disk_leaves_nothing_and_is_used_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let spill = open(dir.path(), 1 << 20);
+        std::os::unix::fs::symlink("/dev/full", dir.path().join(segment::name(1))).unwrap();
+        spill.append(&[record(0)]).unwrap();
+        let full = File::options().append(true).open("/dev/full").unwrap();
+        spill.state().open = Some((0, full));
+        // The rows have no room, and then the next segment cannot be begun.
+        for _ in 0..2 {
+            assert!(spill.append(&[record(1)]).is_err());
+        }
+        assert_eq!(spill.metrics.audit.spill_full.get(), 1);
+        spill.append(&[record(2)]).unwrap();
+        assert_eq!(spill.metrics.audit.spill_full.get(), 0);
+        assert_eq!(replay_all(&spill), [0, 2].map(|n| record(n).id));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::audit::{Ledger, Outstanding};
 use crate::backend::{BackendError, JournalEntry, Membership, Told};
 use crate::config::FleetConf;
 use crate::model::{JobId, NodeId, now_ms};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval};
@@ -58,7 +58,7 @@ impl Members {
     /// other loops start.
     pub async fn begin(&mut self) -> Result<usize, BackendError> {
         let entries = self.settler.journal.entries(self.node).await?;
-        let restored = entries.iter().filter(|entry| self.settler.restore(entry)).count();
+        let restored = self.restore(&entries, usize::MAX);
         self.take_over(self.node).await?;
         if let Some(store) = self.store.clone() {
             self.renew(store.as_ref()).await?;
@@ -188,7 +188,7 @@ impl Members {
         let entries = self.settler.journal.entries(node).await?;
         // Half of the room is for what this node is asked itself.
         let room = self.settler.in_flight.room() / 2;
-        let jobs = entries.iter().filter(|entry| self.settler.restore(entry)).take(room).count();
+        let jobs = self.restore(&entries, room);
         let sums = self.take_over(node).await?;
         if self.adopted.insert(node, Instant::now()).is_none() {
             tracing::warn!(adopted = %node, jobs, sums, "Node Adopted");
@@ -199,6 +199,13 @@ impl Members {
             tracing::info!(adopted = %node, "Adopted Node Has Nothing Left");
         }
         Ok(())
+    }
+
+    /// Goes on with jobs of a journal, but for those whose rows wait on this node's disk. Gives how many are new.
+    fn restore(&self, entries: &[JournalEntry], max: usize) -> usize {
+        let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
+        let waiting = entries.iter().filter(|entry| !spilled.contains(&entry.id));
+        waiting.filter(|entry| self.settler.restore(entry)).take(max).count()
     }
 
     /// Goes on with what a node has left beside its jobs in flight. Gives how many functions have sums to be posted.

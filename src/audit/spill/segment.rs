@@ -14,8 +14,9 @@ pub const HEAD: &[u8] = b"icspill1";
 pub const TORN: &str = "torn";
 /// Length and checksum.
 const FRAME: usize = 8;
-/// No row is longer: 400 KB of it, and as much of a result as is kept, written as numbers.
-const RECORD_BYTES_MAX: usize = 4 << 20;
+/// No row is longer: its message, every character of it escaped, and as much of a result as is kept, written as
+/// numbers, are 4 MB.
+const RECORD_BYTES_MAX: usize = 8 << 20;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {

@@ -4,6 +4,7 @@
 //! into a [`Call`] and a [`Reply`] into a response.
 
 mod auto_tuner;
+mod caller;
 mod change;
 mod cursor;
 mod fields;
@@ -25,8 +26,9 @@ mod system;
 mod upload;
 mod workers;
 
+pub use caller::{Caller, Functions as CallerFunctions};
 pub use problem::{ApiError, BODY_BYTES_SLACK};
-pub use routes::{Endpoint, Found, Route, Scope, Takes, find, patterns_with_key};
+pub use routes::{Endpoint, Found, Route, Takes, find, is_local, patterns_with_key};
 pub use system::Health;
 
 use crate::audit::Tail;
@@ -53,10 +55,17 @@ pub struct Call {
     pub headers: CallHeaders,
     /// Empty on routes that read it piece by piece, or not at all.
     pub body: Bytes,
-    /// The name of the API key, which stands for it; empty on routes that ask for none.
-    pub key_name: Arc<str>,
+    /// `None` on routes that ask for no key.
+    pub caller: Option<Arc<Caller>>,
     /// What the rate limits have said so far.
     pub counted: Counted,
+}
+
+impl Call {
+    /// The name of the API key, which stands for it; empty on routes that ask for none.
+    pub fn key_name(&self) -> &str {
+        self.caller.as_ref().map_or("", |caller| &caller.name)
+    }
 }
 
 /// A body that is read piece by piece; whoever gives it has bounded its length and its time.

@@ -4,6 +4,7 @@
 //! AWS as well as the listener: a hop to another runtime would cost about 10 µs a request. The service connects
 //! first and listens then, so a process that cannot work never binds its port.
 
+mod build;
 mod dev;
 mod linger;
 mod node;
@@ -12,6 +13,7 @@ mod reload;
 #[cfg(feature = "aws")]
 mod serve;
 mod signals;
+mod sockets;
 #[cfg(feature = "aws")]
 mod state_dir;
 mod upgrade;

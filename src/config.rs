@@ -6,16 +6,22 @@
 mod conf;
 pub mod dotenv;
 mod env;
+mod keys;
 mod live;
 mod place;
+mod texts;
+mod upstreams;
 
 pub use conf::{
-    AuditConf, BatchConf, CacheConf, Conf, ConfTexts, DeadLetterConf, FleetConf, HttpConf, Identity,
-    LimitConf, LimitMode, ListenConf, MemoryConf, MetricsConf, OnRedisLoss, ShutdownConf, StartConf,
-    WaitsConf,
+    AuditConf, AuthConf, BatchConf, CacheConf, ClientCertificates, Conf, DeadLetterConf, FleetConf,
+    Http2Conf, HttpConf, Identity, LimitConf, LimitMode, ListenConf, MemoryConf, MetricsConf, OnRedisLoss,
+    OverloadConf, ShutdownConf, StartConf, TlsConf, WaitsConf,
 };
 pub use env::{AiNode, Env, Secret, api_key_problem};
+pub use keys::{KeyConf, KeyHash, KeyLimitConf};
 pub use live::Live;
+pub use texts::{ConfTexts, TlsTexts};
+pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};
 
 /// What is wrong with the configuration, one line a problem. `serve` and `check` exit with 78 on it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,28 +1,44 @@
-//! The Pingora side: request id → route → API key → rate limit → capped body → `api` → response.
+//! The Pingora side: request id → route → API key → rate limit → capped body → `api` or an upstream → response.
 //!
-//! All routes are local so far, so everything happens in `request_filter`, which costs no more than a bare HTTP
-//! app would. Errors are written as ordinary responses: Pingora's own `respond_error` always closes the connection.
+//! Routes of our own are answered in `request_filter`, which costs no more than a bare HTTP app would; other paths may belong to an
+//! upstream, to which Pingora passes them on. Errors are written as ordinary responses: Pingora's own `respond_error`
+//! always closes the connection.
+//!
+//! In reading order: [`guard`]: what becomes a request; [`client`]: who is calling; [`api_key`]; [`body`]; [`upstreams`] and
+//! [`passage`]: what is passed on; [`edge`]: what of all that changes while the process runs.
 
 mod api_key;
 mod body;
+mod client;
+mod edge;
+mod guard;
+mod passage;
 mod request_id;
+mod upstreams;
 
-pub use api_key::ApiKeys;
+pub use edge::{Edge, tls_of};
+pub use guard::{Guard, Guarded};
+pub use upstreams::Tending;
 
-use crate::api::{Api, ApiError, Call, CallHeaders, Found, Reply, Route, Scope, Takes, find};
-use crate::config::HttpConf;
+use crate::api::{Api, ApiError, Call, CallHeaders, Endpoint, Found, Reply, Route, Takes, find};
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::limiter::{Counted, RateLimiter};
 use crate::metrics::Metrics;
+use crate::model::Scope;
 use async_trait::async_trait;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderName, HeaderValue};
+use bytes::Bytes;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use http::{Method, StatusCode, Version};
-use pingora::http::ResponseHeader;
+use passage::{Origin, Passage};
+use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{HttpPeer, ProxyHttp, Session};
+use pingora::proxy::FailToProxy;
 use request_id::RequestId;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use upstreams::Upstream;
 
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -35,17 +51,18 @@ const CLIENT_GONE: u16 = 499;
 /// The server's application.
 pub struct Gateway {
     api: Api,
-    keys: ApiKeys,
+    edge: Edge,
     limiter: RateLimiter,
     lifecycle: Lifecycle,
     metrics: Arc<Metrics>,
-    http: HttpConf,
 }
 
 /// One request.
 pub struct Ctx {
     started: Instant,
     route: &'static str,
+    /// It is passed on.
+    passage: Option<Box<Passage>>,
     /// The row of the table, if the request leads to one.
     found: Option<&'static Route>,
     status: u16,
@@ -54,28 +71,37 @@ pub struct Ctx {
     _counted: RequestGuard,
 }
 
+/// An answer of our own, and what the limits said.
+type Answer = (Result<Reply, ApiError>, Counted);
+
+/// Why there is no answer of our own.
+enum NoAnswer {
+    PassedOn,
+    /// The client has left.
+    Gone,
+}
+
 impl Gateway {
     pub fn new(
         api: Api,
-        keys: ApiKeys,
+        edge: Edge,
         limiter: RateLimiter,
         lifecycle: Lifecycle,
         metrics: Arc<Metrics>,
-        http: HttpConf,
     ) -> Self {
-        Self { api, keys, limiter, lifecycle, metrics, http }
+        Self { api, edge, limiter, lifecycle, metrics }
     }
 
-    /// The filters in order, then the handler. With the answer, what the limits said. `None`: the client has left.
-    async fn answer(
-        &self,
-        session: &mut Session,
-        ctx: &mut Ctx,
-    ) -> Option<(Result<Reply, ApiError>, Counted)> {
+    /// The filters in order, then the handler.
+    async fn answer(&self, session: &mut Session, ctx: &mut Ctx, id: &RequestId) -> Result<Answer, NoAnswer> {
         let mut counted = Counted::default();
         let (route, mut call) = match self.admit(session, ctx, &mut counted).await {
             Ok(admitted) => admitted,
-            Err(e) => return Some((Err(e), counted)),
+            Err(ApiError::NoSuchRoute) => {
+                // In a box: what is answered here needs no room for it.
+                return Box::pin(self.pass_on(session, ctx, id)).await;
+            }
+            Err(e) => return Ok((Err(e), counted)),
         };
         call.counted = counted;
         let reply = match route.takes {
@@ -93,14 +119,15 @@ impl Gateway {
                 biased;
                 reply = self.api.call(route.endpoint, &call) => reply,
                 // Reading on is how a client that leaves is noticed. The body is done, so this is the next request.
-                _ = session.downstream_session.read_body_or_idle(true) => return None,
+                _ = session.downstream_session.read_body_or_idle(true) => return Err(NoAnswer::Gone),
             },
         };
-        Some((reply, call.counted))
+        Ok((reply, call.counted))
     }
 
     async fn discard_body(&self, session: &mut Session) -> bool {
-        body::discard(session, Duration::from_millis(self.http.drain_body_timeout_ms)).await
+        let timeout = Duration::from_millis(self.edge.http.get().drain_body_timeout_ms);
+        body::discard(session, timeout).await
     }
 
     async fn call_streaming(
@@ -110,7 +137,7 @@ impl Gateway {
         call: &Call,
     ) -> Result<Reply, ApiError> {
         let bytes_max = self.api.body_bytes_max(route.endpoint);
-        let timeout = Duration::from_secs(self.http.upload_timeout_s);
+        let timeout = Duration::from_secs(self.edge.http.get().upload_timeout_s);
         let mut body = body::Streamed::open(session, bytes_max, timeout)?;
         self.api.call_streaming(route.endpoint, call, &mut body).await
     }
@@ -132,27 +159,83 @@ impl Gateway {
         };
         ctx.route = route.pattern;
         ctx.found = Some(route);
-        let mut key_name = Arc::default();
-        if route.scope.is_some() {
-            let key = self.keys.check(header.headers.get(X_API_KEY))?;
-            key_name = Arc::clone(&key.key_name);
-            let client = || session.client_addr().and_then(|a| a.as_inet()).map(std::net::SocketAddr::ip);
-            self.limiter.check(route.pattern, &key_name, client, counted).await?;
+        let mut caller = None;
+        if let Some(scope) = self.scope_of(route) {
+            let client = || self.client_of(session);
+            let known = self.edge.keys.check(header.headers.get(X_API_KEY), scope, client)?;
+            self.limiter.check(route.pattern, &known.name, client, counted).await?;
+            caller = Some(known);
         }
         let header = session.req_header();
         let mut call = Call {
             params,
             uri: header.uri.clone(),
             headers: CallHeaders::of(&header.headers),
-            body: bytes::Bytes::new(),
-            key_name,
+            body: Bytes::new(),
+            caller,
             counted: Counted::default(),
         };
         if route.takes == Takes::Whole {
-            let timeout = Duration::from_secs(self.http.body_timeout_s);
+            let timeout = Duration::from_secs(self.edge.http.get().body_timeout_s);
             call.body = body::read(session, self.api.body_bytes_max(route.endpoint), timeout).await?;
         }
         Ok((route, call))
+    }
+
+    fn scope_of(&self, route: &Route) -> Option<Scope> {
+        let asks = route.endpoint == Endpoint::Metrics && self.edge.auth.get().metrics_need_key;
+        if asks { Some(Scope::Metrics) } else { route.scope }
+    }
+
+    /// The address of the client, as far as it can be known.
+    fn client_of(&self, session: &Session) -> Option<IpAddr> {
+        let peer = peer_of(session)?;
+        Some(client::client_of(peer, &session.req_header().headers, &self.edge.http.get().trusted_proxies))
+    }
+
+    /// The same filters for a path that is no route here, but an upstream's.
+    async fn pass_on(
+        &self,
+        session: &mut Session,
+        ctx: &mut Ctx,
+        id: &RequestId,
+    ) -> Result<Answer, NoAnswer> {
+        let mut counted = Counted::default();
+        let found = self.edge.upstreams.find(session.req_header().uri.path());
+        let Some(upstream) = found else {
+            return Ok((Err(ApiError::NoSuchRoute), counted));
+        };
+        match self.admit_passage(session, upstream, id, &mut counted).await {
+            Ok(mut passage) => {
+                passage.counted = counted;
+                ctx.passage = Some(Box::new(passage));
+                Err(NoAnswer::PassedOn)
+            }
+            Err(e) => Ok((Err(e), counted)),
+        }
+    }
+
+    async fn admit_passage(
+        &self,
+        session: &mut Session,
+        upstream: Arc<Upstream>,
+        id: &RequestId,
+        counted: &mut Counted,
+    ) -> Result<Passage, ApiError> {
+        let header = session.req_header();
+        if let Some(scope) = upstream.conf.scope {
+            let client = || self.client_of(session);
+            let caller = self.edge.keys.check(header.headers.get(X_API_KEY), scope, client)?;
+            self.limiter.check(&upstream.pattern, &caller.name, client, counted).await?;
+        }
+        let peer = peer_of(session);
+        let is_peer_trusted = {
+            let http = self.edge.http.get();
+            peer.is_some_and(|peer| client::is_trusted(peer.to_canonical(), &http.trusted_proxies))
+        };
+        let has_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
+        let origin = Origin { peer, is_peer_trusted, has_tls };
+        Passage::new(upstream, origin, id.value().clone(), session.req_header())
     }
 
     /// Must be set on every request, as Pingora starts each with an endless keepalive; and just before the answer, as
@@ -166,7 +249,42 @@ impl Gateway {
         };
         let old = header.version == Version::HTTP_10
             && !header.headers.get_all(http::header::CONNECTION).iter().any(asks);
-        session.set_keepalive((!stopping && !old).then_some(self.http.keepalive_s));
+        session.set_keepalive((!stopping && !old).then_some(self.edge.http.get().keepalive_s));
+    }
+
+    /// What bounds the parts of the request that Pingora reads and writes.
+    fn set_timeouts(&self, session: &mut Session) {
+        let http = self.edge.http.get();
+        session.set_total_drain_timeout(Some(Duration::from_millis(http.drain_body_timeout_ms)));
+        if session.is_http2() {
+            // Over HTTP/1.1 the guard sees to it.
+            session.set_write_timeout(Some(Duration::from_secs(http.write_timeout_s)));
+        }
+    }
+
+    fn refused(&self, session: &mut Session, error: ApiError, id: &RequestId) -> Reply {
+        self.metrics.refused.with_label_values(&[error.code()]).inc();
+        if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
+            // What follows on this connection cannot be told from the rest of the body.
+            session.set_keepalive(None);
+        }
+        error.into_reply(id.as_str())
+    }
+
+    /// Writes the answer. If the body of the request is still on its way then, it is read past for a moment; after that the
+    /// connection ends, once the client has read its answer.
+    async fn finish(&self, session: &mut Session, ctx: &mut Ctx, reply: Reply, id: RequestId) {
+        ctx.status = reply.status.as_u16();
+        if body::is_long(session) {
+            session.set_keepalive(None);
+        }
+        if self.write(session, reply, id).await.is_err() {
+            // The client has left in the middle; nothing more can be said to it.
+            ctx.status = CLIENT_GONE;
+            session.set_keepalive(None);
+        } else if !session.is_body_done() && !self.discard_body(session).await {
+            session.set_keepalive(None);
+        }
     }
 
     async fn write(&self, session: &mut Session, reply: Reply, id: RequestId) -> pingora::Result<()> {
@@ -203,6 +321,7 @@ impl ProxyHttp for Gateway {
         Ctx {
             started: Instant::now(),
             route: NO_ROUTE,
+            passage: None,
             found: None,
             status: CLIENT_GONE,
             is_last: false,
@@ -214,46 +333,125 @@ impl ProxyHttp for Gateway {
     fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
-        session.set_pipelining_enabled(true);
         session.set_close_on_response_before_downstream_finish(false);
-        session.set_total_drain_timeout(Some(Duration::from_millis(self.http.drain_body_timeout_ms)));
+        self.set_timeouts(session);
         let id = RequestId::of(session.req_header().headers.get(X_REQUEST_ID));
-        let Some((answer, counted)) = self.answer(session, ctx).await else {
-            session.set_keepalive(None);
-            return Ok(true);
+        let (answer, counted) = match self.answer(session, ctx, &id).await {
+            Ok(answer) => answer,
+            Err(NoAnswer::PassedOn) => {
+                self.keep_alive(session);
+                return Ok(false);
+            }
+            Err(NoAnswer::Gone) => {
+                session.set_keepalive(None);
+                return Ok(true);
+            }
         };
         self.keep_alive(session);
         if ctx.is_last {
             session.set_keepalive(None);
         }
-        let mut reply = answer.unwrap_or_else(|error| {
-            self.metrics.refused.with_label_values(&[error.code()]).inc();
-            if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
-                // What follows on this connection cannot be told from the rest of the body.
-                session.set_keepalive(None);
-            }
-            error.into_reply(id.as_str())
-        });
+        let mut reply = answer.unwrap_or_else(|error| self.refused(session, error, &id));
         counted.add_fields(&mut reply.headers);
-        ctx.status = reply.status.as_u16();
         debug_assert!(
-            ctx.found.is_none_or(|route| route.statuses().any(|status| status == ctx.status)),
+            ctx.found.is_none_or(|route| route.statuses().any(|status| status == reply.status.as_u16())),
             "{} {} answers {}, which the route table does not say",
             session.req_header().method,
             ctx.route,
-            ctx.status,
+            reply.status,
         );
-        if self.write(session, reply, id).await.is_err() {
-            // The client has left in the middle; nothing more can be said to it.
-            ctx.status = CLIENT_GONE;
-            session.set_keepalive(None);
-        }
+        self.finish(session, ctx, reply, id).await;
         Ok(true)
     }
 
-    /// No upstreams are configured yet, and `request_filter` answers everything.
-    async fn upstream_peer(&self, _: &mut Session, _: &mut Ctx) -> pingora::Result<Box<HttpPeer>> {
-        pingora::Error::e_explain(pingora::ErrorType::HTTPStatus(502), "no upstream")
+    async fn upstream_peer(&self, _: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<HttpPeer>> {
+        let peer = match &ctx.passage {
+            Some(passage) => passage.upstream.peer().await,
+            None => None,
+        };
+        let none = || pingora::Error::explain(pingora::ErrorType::HTTPStatus(503), "no healthy address");
+        peer.map(Box::new).ok_or_else(none)
+    }
+
+    async fn request_body_filter(
+        &self,
+        _: &mut Session,
+        body: &mut Option<Bytes>,
+        _: bool,
+        ctx: &mut Ctx,
+    ) -> pingora::Result<()> {
+        match (&mut ctx.passage, body) {
+            (Some(passage), Some(bytes)) => passage.count_body(bytes.len()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn upstream_request_filter(
+        &self,
+        session: &mut Session,
+        request: &mut RequestHeader,
+        ctx: &mut Ctx,
+    ) -> pingora::Result<()> {
+        let header = session.req_header();
+        let host = header.headers.get(HOST).cloned().or_else(|| {
+            header.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
+        });
+        ctx.passage.as_ref().map_or(Ok(()), |passage| passage.adapt(request, host))
+    }
+
+    async fn response_filter(
+        &self,
+        _: &mut Session,
+        response: &mut ResponseHeader,
+        ctx: &mut Ctx,
+    ) -> pingora::Result<()> {
+        ctx.status = response.status.as_u16();
+        let Some(passage) = &ctx.passage else { return Ok(()) };
+        let mut fields = vec![(X_REQUEST_ID, passage.request_id.clone())];
+        passage.counted.add_fields(&mut fields);
+        fields.into_iter().try_for_each(|(name, value)| response.insert_header(name, value))
+    }
+
+    /// Nothing was sent yet, so another address may be tried.
+    fn fail_to_connect(
+        &self,
+        _: &mut Session,
+        _: &HttpPeer,
+        ctx: &mut Ctx,
+        mut error: Box<pingora::Error>,
+    ) -> Box<pingora::Error> {
+        error.set_retry(ctx.passage.as_mut().is_some_and(|passage| passage.may_try_again()));
+        error
+    }
+
+    async fn fail_to_proxy(
+        &self,
+        session: &mut Session,
+        error: &pingora::Error,
+        ctx: &mut Ctx,
+    ) -> FailToProxy {
+        let (id, bytes_max) = match &ctx.passage {
+            Some(passage) => (RequestId::of(Some(&passage.request_id)), passage.upstream.conf.body_bytes_max),
+            None => (RequestId::of(None), 0),
+        };
+        session.set_keepalive(None);
+        let is_answered = session.response_written().is_some_and(|head| !head.status.is_informational());
+        match passage::failure(error, bytes_max) {
+            Some(refusal) if !is_answered => {
+                let upstream = ctx.passage.as_ref().map_or("", |passage| passage.upstream.conf.name.as_str());
+                tracing::warn!(
+                    upstream,
+                    code = refusal.code(),
+                    kind = error.etype().as_str(),
+                    "Passage Failed"
+                );
+                let reply = self.refused(session, refusal, &id);
+                self.finish(session, ctx, reply, id).await;
+            }
+            // An answer that breaks off is all that can be said.
+            _ => session.downstream_session.shutdown().await,
+        }
+        FailToProxy { error_code: ctx.status, can_reuse_downstream: false }
     }
 
     async fn logging(&self, session: &mut Session, _: Option<&pingora::Error>, ctx: &mut Ctx) {
@@ -261,6 +459,20 @@ impl ProxyHttp for Gateway {
         let method = session.req_header().method.as_str();
         let known = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
         let method = if known.contains(&method) { method } else { "other" };
-        self.metrics.observe_http(method, ctx.route, ctx.status, ctx.started.elapsed());
+        let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
+        self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
     }
+}
+
+/// Who is on the other side of the connection.
+fn peer_of(session: &Session) -> Option<IpAddr> {
+    session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip)
+}
+
+/// Whether a request is answered however many connections there are: whoever looks after the process must see it.
+fn is_always_answered(target: &[u8]) -> bool {
+    let Ok(target) = std::str::from_utf8(target) else { return false };
+    let path = target.split('?').next().unwrap_or_default();
+    let Found::Route(route, _) = find(&Method::GET, path) else { return false };
+    matches!(route.endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
 }

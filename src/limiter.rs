@@ -10,8 +10,9 @@
 //! first step took stays taken if the second refuses.
 //!
 //! In reading order: [`who`] is counted; [`limit`], [`lease`], [`leaser`], [`store`]: the shared count; [`local`]: the
-//! other; [`fields`] of the answer.
+//! other; [`fields`] of the answer. Apart from all that: [`failures`] to show a key.
 
+mod failures;
 mod fields;
 #[cfg(test)]
 mod fleet;
@@ -22,10 +23,12 @@ mod local;
 mod store;
 mod who;
 
+pub use failures::{Failures, TooMany};
 pub use leaser::Leaser;
+pub use who::block_of;
 
 use crate::backend::{Decision, LimitStore};
-use crate::config::{Identity, LimitConf, LimitMode, OnRedisLoss};
+use crate::config::{Identity, KeyConf, KeyLimitConf, LimitConf, LimitMode, OnRedisLoss};
 use crate::metrics::Metrics;
 use crate::model::FunctionId;
 use ahash::AHashMap;
@@ -88,7 +91,18 @@ struct Plan {
 
 struct Plans {
     limits: Vec<Arc<Limit>>,
-    by_route: AHashMap<String, Arc<Plan>>,
+    by_route: ByRoute,
+    /// Of keys with a limit of their own, by their name.
+    own: AHashMap<String, Own>,
+}
+
+type ByRoute = AHashMap<String, Arc<Plan>>;
+
+/// What one key counts against.
+struct Own {
+    /// In place of those by key; the others are everybody's.
+    limits: Vec<Arc<Limit>>,
+    by_route: ByRoute,
 }
 
 /// All limits of the configuration; cheap to clone.
@@ -179,6 +193,7 @@ impl RateLimiter {
     /// `shared`: where all nodes count together, if they do.
     pub fn new(
         conf: &[LimitConf],
+        keys: &[KeyConf],
         shared: Option<Arc<dyn LimitStore>>,
         metrics: Arc<Metrics>,
     ) -> (Self, Leaser) {
@@ -187,7 +202,7 @@ impl RateLimiter {
         let (due, dues) = mpsc::channel(DUE_MAX);
         let swept = Swept::default();
         let leaser = Leaser { due: dues, store: Arc::clone(&store), limits: Arc::clone(&swept) };
-        let plans = ArcSwap::from_pointee(Plans::new(conf, &[]));
+        let plans = ArcSwap::from_pointee(Plans::new(conf, keys, None));
         let limiter = Self(Arc::new(Inner { plans, store, due, swept, counters }));
         limiter.0.have_swept();
         (limiter, leaser)
@@ -195,8 +210,8 @@ impl RateLimiter {
 
     /// Puts other limits in force. A limit that stays as it is keeps its leases; one whose numbers change goes on with the
     /// count of the shared store, as a holder of its own: what was leased before may be spent until it expires.
-    pub fn set_conf(&self, conf: &[LimitConf]) {
-        let plans = Plans::new(conf, &self.0.plans.load().limits);
+    pub fn set_conf(&self, conf: &[LimitConf], keys: &[KeyConf]) {
+        let plans = Plans::new(conf, keys, Some(&self.0.plans.load()));
         self.0.plans.store(Arc::new(plans));
         self.0.have_swept();
     }
@@ -210,7 +225,7 @@ impl RateLimiter {
         client: impl FnOnce() -> Option<IpAddr>,
         counted: &mut Counted,
     ) -> Result<(), Refusal> {
-        let Some(plan) = self.0.plans.load().by_route.get(route).map(Arc::clone) else { return Ok(()) };
+        let Some(plan) = self.0.plans.load().of(key_name, route) else { return Ok(()) };
         let mut step = Step::default();
         let by_address = plan.limits.iter().any(|limit| limit.conf.identity == Identity::Ip);
         let subject = Subject::Caller { key_name, client: by_address.then(client).flatten() };
@@ -234,7 +249,7 @@ impl RateLimiter {
 
 impl Inner {
     fn have_swept(&self) {
-        *self.swept.lock() = self.plans.load().limits.iter().map(Arc::downgrade).collect();
+        *self.swept.lock() = self.plans.load().all().map(Arc::downgrade).collect();
     }
 
     /// Counts against the limits `from..to` of the plan: against all of them or none.
@@ -392,16 +407,62 @@ impl Inner {
 
 impl Plans {
     /// Limits that stay as they are are taken over from `old`.
-    fn new(conf: &[LimitConf], old: &[Arc<Limit>]) -> Self {
-        let same = |conf: &LimitConf| old.iter().find(|limit| limit.conf == *conf).map(Arc::clone);
-        let limits: Vec<Arc<Limit>> = conf
-            .iter()
-            .map(|conf| same(conf).unwrap_or_else(|| Arc::new(Limit::new(conf.clone()))))
-            .collect();
-        let routes = limits.iter().flat_map(|limit| &limit.conf.routes);
-        let by_route = routes.map(|route| (route.clone(), Arc::new(Plan::new(route, &limits)))).collect();
-        Self { limits, by_route }
+    fn new(conf: &[LimitConf], keys: &[KeyConf], old: Option<&Self>) -> Self {
+        let limits = made(conf, old.map_or(&[], |old| &old.limits));
+        let by_route = by_route(&limits);
+        let mut own = AHashMap::new();
+        for key in keys {
+            let Some(numbers) = key.limit else { continue };
+            let before = old.and_then(|old| old.own.get(&key.name));
+            let conf = own_conf(conf, numbers);
+            let own_limits = made(&conf, before.map_or(&[], |own| &own.limits));
+            let others = limits.iter().filter(|limit| limit.conf.identity != Identity::Key).cloned();
+            let all: Vec<_> = own_limits.iter().cloned().chain(others).collect();
+            own.insert(key.name.clone(), Own { limits: own_limits, by_route: self::by_route(&all) });
+        }
+        Self { limits, by_route, own }
     }
+
+    fn of(&self, key_name: &str, route: &str) -> Option<Arc<Plan>> {
+        let own = if self.own.is_empty() { None } else { self.own.get(key_name) };
+        own.map_or(&self.by_route, |own| &own.by_route).get(route).map(Arc::clone)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<Limit>> {
+        self.limits.iter().chain(self.own.values().flat_map(|own| &own.limits))
+    }
+}
+
+fn made(conf: &[LimitConf], old: &[Arc<Limit>]) -> Vec<Arc<Limit>> {
+    let same = |conf: &LimitConf| old.iter().find(|limit| limit.conf == *conf).map(Arc::clone);
+    conf.iter().map(|conf| same(conf).unwrap_or_else(|| Arc::new(Limit::new(conf.clone())))).collect()
+}
+
+fn by_route(limits: &[Arc<Limit>]) -> ByRoute {
+    let routes = limits.iter().flat_map(|limit| &limit.conf.routes);
+    routes.map(|route| (route.clone(), Arc::new(Plan::new(route, limits)))).collect()
+}
+
+/// The limits by key with other numbers; where there are none, one on what is limited as shipped.
+fn own_conf(conf: &[LimitConf], numbers: KeyLimitConf) -> Vec<LimitConf> {
+    let KeyLimitConf { rate, period_s, burst } = numbers;
+    let mut own: Vec<_> = conf.iter().filter(|limit| limit.identity == Identity::Key).cloned().collect();
+    if own.is_empty() {
+        own.push(LimitConf {
+            name: "api-key".to_owned(),
+            identity: Identity::Key,
+            mode: LimitMode::default(),
+            routes: vec!["/run".to_owned(), "/upload".to_owned()],
+            rate,
+            period_s,
+            burst,
+            on_redis_loss: OnRedisLoss::Local,
+        });
+    }
+    for limit in &mut own {
+        (limit.rate, limit.period_s, limit.burst) = (rate, period_s, burst);
+    }
+    own
 }
 
 impl Plan {
@@ -433,7 +494,7 @@ mod tests {
 
     /// A limiter whose loop runs until the test ends.
     fn limiter(conf: &[LimitConf], shared: Option<Arc<dyn LimitStore>>) -> RateLimiter {
-        let (limiter, leaser) = RateLimiter::new(conf, shared, Arc::new(Metrics::new(1).unwrap()));
+        let (limiter, leaser) = RateLimiter::new(conf, &[], shared, Arc::new(Metrics::new(1).unwrap()));
         #[expect(clippy::disallowed_methods, reason = "no boot here")]
         tokio::spawn(leaser.run());
         limiter
@@ -492,6 +553,37 @@ mod tests {
         fn calls(&self) -> u32 {
             self.calls.swap(0, Ordering::Relaxed)
         }
+    }
+
+    #[tokio::test]
+    async fn a_key_may_have_numbers_of_its_own() {
+        let key = |burst| KeyConf {
+            name: "vip".into(),
+            sha256: crate::config::KeyHash([0; 32]),
+            scopes: Vec::new(),
+            functions: None,
+            not_before: None,
+            expires: None,
+            limit: Some(KeyLimitConf { rate: 1, period_s: 3600, burst }),
+            jobs_max: None,
+        };
+        let shared = [
+            conf("a", Identity::Key, 1, OnRedisLoss::Local),
+            conf("all", Identity::Global, 6, OnRedisLoss::Local),
+        ];
+        let limiter = limiter(&shared, None);
+        limiter.set_conf(&shared, &[key(3)]);
+        assert!(passes(&limiter, "x").await && !passes(&limiter, "x").await);
+        for expected in [true, true, true, false] {
+            assert_eq!(passes(&limiter, "vip").await, expected);
+        }
+        // What was counted stays counted while the numbers are the same.
+        limiter.set_conf(&shared, &[key(3)]);
+        assert!(!passes(&limiter, "vip").await);
+        limiter.set_conf(&shared, &[key(9)]);
+        assert!(passes(&limiter, "vip").await);
+        assert!(passes(&limiter, "vip").await, "the sixth of all");
+        assert!(!passes(&limiter, "vip").await, "the limits of all are the key's as well");
     }
 
     #[async_trait]
@@ -722,12 +814,12 @@ mod tests {
             limiter.0.plans.load().limits.iter().map(|l| l.leases()).collect::<Vec<_>>()
         };
         assert_eq!(leases(&limiter), [1, 1]);
-        limiter.set_conf(&[new, same]);
+        limiter.set_conf(&[new, same], &[]);
         assert_eq!(leases(&limiter), [0, 1]);
         let (passed, counted) = ask(&limiter, "a", None).await;
         assert_eq!(passed, Ok(()));
         assert!(field(&fields(&counted), "ratelimit").starts_with("\"b\""));
-        limiter.set_conf(&[]);
+        limiter.set_conf(&[], &[]);
         assert_eq!(fields(&ask(&limiter, "a", None).await.1), []);
         sleep(Duration::from_secs(3)).await;
         assert_eq!(limiter.0.swept.lock().len(), 0, "old limits go");

@@ -59,6 +59,7 @@ pub struct Metrics {
     pub limiter: IntCounterVec,
     /// Calls to the shared count, by `mode`: `lease`, `exact`.
     pub limiter_calls: IntCounterVec,
+    pub edge: EdgeMetrics,
     /// By `code`: that of the problem.
     pub refused: IntCounterVec,
     pub audit: AuditMetrics,
@@ -151,6 +152,7 @@ impl Metrics {
                 "Calls to the count that all nodes share",
                 &["mode"],
             )?,
+            edge: EdgeMetrics::new(r)?,
             refused: counters(r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
             audit: AuditMetrics::new(r)?,
             conf_applied: reloads.with_label_values(&["applied"]),
@@ -191,6 +193,28 @@ impl Metrics {
     /// Counts a finished execution.
     pub fn observe_execution(&self, row: &Execution) {
         self.functions.observe(row);
+    }
+}
+
+/// The metrics of connections.
+pub struct EdgeMetrics {
+    pub connections: IntGauge,
+    pub connections_refused: IntCounter,
+    pub handshakes_failed: IntCounter,
+    /// By `upstream`: its name.
+    pub upstream_healthy: IntGaugeVec,
+}
+
+impl EdgeMetrics {
+    fn new(r: &Registry) -> Result<Self, prometheus::Error> {
+        let healthy = ("infra_upstream_healthy_addresses", "Addresses of an upstream that are healthy");
+        let counted = |name, what| counter(r, name, what);
+        Ok(Self {
+            connections: gauge(r, "infra_connections", "Open connections of clients")?,
+            connections_refused: counted("infra_connections_refused_total", "Connections without room")?,
+            handshakes_failed: counted("infra_tls_handshakes_failed_total", "TLS handshakes that failed")?,
+            upstream_healthy: gauges(r, healthy.0, healthy.1, &["upstream"])?,
+        })
     }
 }
 

@@ -13,6 +13,7 @@ mod job;
 mod outcome;
 mod recommendation;
 mod runtime;
+mod scope;
 mod sums;
 
 pub use change::{ConfigAction, ConfigRecord, RetiredCode};
@@ -23,6 +24,7 @@ pub use job::{Job, JobDraft, JobId, JobTemplate, NodeId, RunRequest, RunRequestE
 pub use outcome::{Outcome, ResultFields};
 pub use recommendation::Recommendation;
 pub use runtime::Runtime;
+pub use scope::Scope;
 pub use sums::Sums;
 
 use serde::Deserialize;

@@ -235,7 +235,7 @@ pub fn limiter(loops: &mut JoinSet<()>) -> RateLimiter {
     for limit in &mut limits {
         (limit.rate, limit.period_s, limit.burst) = (1_000_000_000, 1, 1_000_000_000);
     }
-    let (limiter, leaser) = RateLimiter::new(&limits, Some(Arc::new(Generous)), Arc::new(metrics()));
+    let (limiter, leaser) = RateLimiter::new(&limits, &[], Some(Arc::new(Generous)), Arc::new(metrics()));
     loops.spawn(leaser.run());
     limiter
 }

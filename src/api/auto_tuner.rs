@@ -47,7 +47,7 @@ impl AutoTuner {
             precondition::check(&call.headers, &f.tag())?;
             Ok(Change { memory_mb: Some(recommended(f)?), ..Change::default() })
         };
-        let done = self.editor.change(&call.key_name, &id, ConfigAction::Apply, None, decide).await;
+        let done = self.editor.change(call.key_name(), &id, ConfigAction::Apply, None, decide).await;
         Ok(changed(&done.map_err(ApiError::from)?))
     }
 }

@@ -81,7 +81,7 @@ impl ChangeRoute {
             Ok(Change { description: wanted.description.clone(), memory_mb: wanted.memory_mb })
         };
         let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
-        let done = self.editor.change(&call.key_name, id, ConfigAction::Update, code, decide).await;
+        let done = self.editor.change(call.key_name(), id, ConfigAction::Update, code, decide).await;
         Ok(changed(&done.map_err(ApiError::from)?))
     }
 }

@@ -79,7 +79,7 @@ impl FunctionRoutes {
     pub async fn delete(&self, call: &Call) -> Result<Reply, ApiError> {
         let id = function_id(call)?;
         let check = |f: &Function| precondition::check(&call.headers, &f.tag());
-        self.editor.delete(&call.key_name, &id, check).await.map_err(ApiError::from)?;
+        self.editor.delete(call.key_name(), &id, check).await.map_err(ApiError::from)?;
         Ok(Reply::value(StatusCode::OK, &json!({ "success": true, "deletedId": id.as_str() })))
     }
 }

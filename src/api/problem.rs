@@ -7,10 +7,14 @@ use crate::backend::BackendError;
 use crate::dispatch::SubmitError;
 use crate::functions::EditError;
 use crate::limiter::Refusal;
+use crate::model::Scope;
 use bytes::Bytes;
 use http::StatusCode;
-use http::header::{ALLOW, HeaderValue, RETRY_AFTER};
+use http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
 use serde_json::json;
+
+const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
+const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 
 /// Room for what a request's body has beside the queue message made of it, in bytes.
 pub const BODY_BYTES_SLACK: usize = 16 * 1024;
@@ -28,12 +32,35 @@ pub enum ApiError {
         allow: String,
     },
     Unauthorized,
+    /// The key is right, but its time has not come, or has passed.
+    KeyNotValidNow,
+    /// Too many wrong keys from this address; at least 1.
+    TooManyFailures {
+        retry_after_s: u64,
+        /// How many at once.
+        burst: u32,
+    },
+    /// The key may do other things.
+    Forbidden {
+        scope: Scope,
+    },
+    /// The key may run other functions.
+    FunctionForbidden,
     /// At least 1.
     RateLimited {
         retry_after_s: u64,
     },
     /// The limiter cannot count, and is configured to refuse then.
     LimiterAway,
+    /// The header is not as HTTP wants it; names the part.
+    MalformedHeader(&'static str),
+    /// Where the body ends could be read in two ways; says why.
+    BadFraming(&'static str),
+    HeaderTooLarge,
+    HeaderTimeout,
+    VersionNotSupported,
+    ExpectationFailed,
+    TooManyConnections,
     BodyTooLarge {
         bytes_max: usize,
     },
@@ -64,6 +91,11 @@ pub enum ApiError {
     Submit(SubmitError),
     /// A backend did not answer; the cause was logged where it was met.
     BackendAway,
+    /// No address of the upstream can be reached.
+    UpstreamAway,
+    UpstreamTimeout,
+    /// The upstream's answer is none, or breaks off.
+    UpstreamBroken,
     NotReady,
 }
 
@@ -89,10 +121,17 @@ impl ApiError {
                 StatusCode::NOT_FOUND
             }
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
-            Self::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::Unauthorized | Self::KeyNotValidNow => StatusCode::UNAUTHORIZED,
+            Self::Forbidden { .. } | Self::FunctionForbidden => StatusCode::FORBIDDEN,
+            Self::RateLimited { .. } | Self::TooManyFailures { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::HeaderTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::VersionNotSupported => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
+            Self::ExpectationFailed => StatusCode::EXPECTATION_FAILED,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::BodyTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::BodyTimeout | Self::HeaderTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::UpstreamBroken => StatusCode::BAD_GATEWAY,
+            Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::MalformedHeader(_) | Self::BadFraming(_) => StatusCode::BAD_REQUEST,
             Self::BodyBroken
             | Self::Invalid(_)
             | Self::BadCursor
@@ -104,6 +143,8 @@ impl ApiError {
             Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Submit(_)
             | Self::BackendAway
+            | Self::UpstreamAway
+            | Self::TooManyConnections
             | Self::LimiterAway
             | Self::NotReady
             | Self::Contended
@@ -118,6 +159,20 @@ impl ApiError {
             Self::NoSuchRoute => "no_such_route",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::Unauthorized => "unauthorized",
+            Self::KeyNotValidNow => "key_not_valid_now",
+            Self::TooManyFailures { .. } => "too_many_failures",
+            Self::Forbidden { .. } => "forbidden",
+            Self::FunctionForbidden => "function_forbidden",
+            Self::MalformedHeader(_) => "malformed_header",
+            Self::BadFraming(_) => "bad_framing",
+            Self::HeaderTooLarge => "header_too_large",
+            Self::HeaderTimeout => "header_timeout",
+            Self::VersionNotSupported => "version_not_supported",
+            Self::ExpectationFailed => "expectation_failed",
+            Self::TooManyConnections => "too_many_connections",
+            Self::UpstreamAway => "upstream_unavailable",
+            Self::UpstreamTimeout => "upstream_timeout",
+            Self::UpstreamBroken => "upstream_broken",
             Self::RateLimited { .. } => "rate_limited",
             Self::LimiterAway => "limiter_unavailable",
             Self::BodyTooLarge { .. } => "body_too_large",
@@ -151,7 +206,27 @@ impl ApiError {
                 return format!("The request is too large: at most {bytes_max} bytes fit.");
             }
             Self::MethodNotAllowed { allow } => return format!("This path answers to {allow}."),
+            Self::Forbidden { scope } => return format!("The key has not the scope {scope:?}.", scope = scope.name()),
+            Self::MalformedHeader(what) => {
+                return format!("The request cannot be read as HTTP/1.1. What is wrong: {what}.");
+            }
+            Self::BadFraming(what) => {
+                return format!("Where the body ends could be read in two ways: {what}.");
+            }
             Self::NoSuchRoute => "There is nothing at this path.",
+            Self::KeyNotValidNow => "The key is not valid yet, or has expired.",
+            Self::TooManyFailures { .. } => {
+                "Too many requests without a valid key from this address. Please wait as long as Retry-After says."
+            }
+            Self::FunctionForbidden => "The key may not run this function.",
+            Self::HeaderTooLarge => "The header of the request is too large, or has too many fields.",
+            Self::HeaderTimeout => "The header of the request did not arrive in time.",
+            Self::VersionNotSupported => "This server speaks HTTP/1.1 here, and HTTP/2 over TLS.",
+            Self::ExpectationFailed => "Of Expect only 100-continue is known.",
+            Self::TooManyConnections => "Too many connections are open. Please try again soon.",
+            Self::UpstreamAway => "The service behind this path does not answer. Please try again soon.",
+            Self::UpstreamTimeout => "The service behind this path did not answer in time.",
+            Self::UpstreamBroken => "The answer of the service behind this path broke off or could not be read.",
             Self::Unauthorized => "The header x-api-key is missing or names no valid key.",
             Self::RateLimited { .. } => "Too many requests. Please wait as long as Retry-After says.",
             Self::LimiterAway => "Requests cannot be counted at the moment, so none are let through.",
@@ -205,6 +280,11 @@ impl ApiError {
         match self {
             Self::RateLimited { retry_after_s } => {
                 reply.headers.push((RETRY_AFTER, retry_after_s.into()));
+            }
+            Self::TooManyFailures { retry_after_s, burst } => {
+                reply.headers.push((RETRY_AFTER, retry_after_s.into()));
+                reply.headers.push((X_RATELIMIT_LIMIT, burst.into()));
+                reply.headers.push((X_RATELIMIT_REMAINING, 0.into()));
             }
             Self::MethodNotAllowed { allow } => {
                 reply.headers.extend(HeaderValue::from_str(&allow).ok().map(|value| (ALLOW, value)));
@@ -262,9 +342,23 @@ impl ApiError {
         Some(match self {
             Self::NoSuchRoute => Self::MethodNotAllowed { allow: text() },
             Self::MethodNotAllowed { .. } => Self::Unauthorized,
-            Self::Unauthorized => Self::RateLimited { retry_after_s: 1 },
+            Self::Unauthorized => Self::KeyNotValidNow,
+            Self::KeyNotValidNow => Self::TooManyFailures { retry_after_s: 1, burst: 1 },
+            Self::TooManyFailures { .. } => Self::Forbidden { scope: Scope::Run },
+            Self::Forbidden { .. } => Self::FunctionForbidden,
+            Self::FunctionForbidden => Self::RateLimited { retry_after_s: 1 },
             Self::RateLimited { .. } => Self::LimiterAway,
-            Self::LimiterAway => Self::BodyTooLarge { bytes_max: 1 },
+            Self::LimiterAway => Self::MalformedHeader(""),
+            Self::MalformedHeader(_) => Self::BadFraming(""),
+            Self::BadFraming(_) => Self::HeaderTooLarge,
+            Self::HeaderTooLarge => Self::HeaderTimeout,
+            Self::HeaderTimeout => Self::VersionNotSupported,
+            Self::VersionNotSupported => Self::ExpectationFailed,
+            Self::ExpectationFailed => Self::TooManyConnections,
+            Self::TooManyConnections => Self::UpstreamAway,
+            Self::UpstreamAway => Self::UpstreamTimeout,
+            Self::UpstreamTimeout => Self::UpstreamBroken,
+            Self::UpstreamBroken => Self::BodyTooLarge { bytes_max: 1 },
             Self::BodyTooLarge { .. } => Self::BodyTimeout,
             Self::BodyTimeout => Self::BodyBroken,
             Self::BodyBroken => Self::NotJson,

@@ -1,5 +1,6 @@
 //! The route table. One row a pattern and method; everything else about a route follows from it.
 
+use crate::model::Scope;
 use http::Method;
 use percent_encoding::percent_decode_str;
 
@@ -32,15 +33,6 @@ pub enum Endpoint {
     Metrics,
 }
 
-/// What a key must be allowed to do. So far there is one key, and it may do everything.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Scope {
-    Run,
-    Read,
-    Write,
-    Worker,
-}
-
 /// What becomes of a request's body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Takes {
@@ -68,7 +60,12 @@ pub struct Route {
 impl Route {
     /// Every status the route may answer with: its own, and those of the filters before it.
     pub fn statuses(&self) -> impl Iterator<Item = u16> {
-        let of_key = if self.scope.is_some() { &[401, 429, 503][..] } else { &[] };
+        let of_key = match self.scope {
+            Some(_) => &[401, 403, 429, 503][..],
+            // It may ask for a key.
+            None if self.endpoint == Endpoint::Metrics => &[401, 403, 429],
+            None => &[],
+        };
         let of_body = if self.takes == Takes::Nothing { &[][..] } else { &[400, 408, 413] };
         self.answers.iter().chain(of_key).chain(of_body).copied()
     }
@@ -194,6 +191,11 @@ fn params(pattern: &str, path: &str) -> Option<Vec<String>> {
         }
     }
     given.next().is_none().then_some(params)
+}
+
+/// Whether a path leads to a route here, whatever the method.
+pub fn is_local(path: &str) -> bool {
+    !matches!(find(&Method::GET, path), Found::Nothing)
 }
 
 /// The patterns that limits may name.

@@ -62,6 +62,9 @@ impl Run {
         let template = self.functions.get(&request.function).await;
         let template = template.map_err(|e| ApiError::backend("the function table", &e))?;
         let template = template.ok_or(ApiError::NoSuchFunction)?;
+        if !call.caller.as_ref().is_none_or(|caller| caller.may_run(&template.function)) {
+            return Err(ApiError::FunctionForbidden);
+        }
         // Only functions that exist are counted: names made up by a client take no room.
         self.limiter.check_function(&template.function, &call.counted).await?;
         let key = once::key_of(&call.headers)?;
@@ -76,7 +79,7 @@ impl Run {
             None => self.answer(job, prefer).await,
             // In a box: requests without a key, which are most, need no room for it.
             Some(key) => {
-                let key = IdempotencyKey::of(&call.key_name, key);
+                let key = IdempotencyKey::of(call.key_name(), key);
                 let again = || self.job(&template, &request, call);
                 Box::pin(self.carry_out_once(key, call, job, again, asynchronous, prefer)).await
             }

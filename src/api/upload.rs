@@ -85,7 +85,7 @@ impl UploadRoute {
         let name = fields::name(name)?;
         let code = NewCode { file: file.path(), original_name: file.name.clone() };
         let new = NewFunction { name, description, runtime, memory_mb, env_vars, code };
-        let function = self.editor.create(&call.key_name, new).await.map_err(ApiError::from)?;
+        let function = self.editor.create(call.key_name(), new).await.map_err(ApiError::from)?;
         Ok(changed(&function))
     }
 }

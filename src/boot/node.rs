@@ -3,22 +3,16 @@
 //! Pingora's own way to stop sleeps through a fixed grace period and then drops its tasks. Here the node drains
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
+use super::build::{Background, Built, Door};
 use super::linger::Lingering;
-use super::reload::{Reload, Targets};
-use super::signals::{Hangups, Signals};
-use super::upgrade::{self, Heir, Heritage};
-use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
-use crate::api::{self, Api};
-use crate::audit::{self, AuditLoops, Spill};
-use crate::catalogue::Catalogue;
-use crate::config::{Conf, Live};
-use crate::dispatch::{self, DispatchLoops, Dispatcher, Members};
-use crate::functions::{self, ChangeLoop, Editor, Sweeper};
-use crate::gateway::{ApiKeys, Gateway};
+use super::signals::Signals;
+use super::sockets::{Listening, Socket, Sockets, heritage, listening};
+use super::upgrade::Heritage;
+use super::{Connect, Connected, Exit, Plan, explain, process};
+use crate::config::Conf;
+use crate::dispatch::{Dispatcher, Members};
+use crate::gateway::{Guard, Guarded};
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::limiter::{Leaser, RateLimiter};
-use crate::metrics::Metrics;
-use anyhow::Context;
 use async_trait::async_trait;
 use pingora::listeners::ListenerConfig;
 use pingora::protocols::l4::stream::L4BufferSettings;
@@ -28,15 +22,12 @@ use pingora::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownS
 use pingora::services::Service;
 use pingora::services::listening::Service as ListeningService;
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener};
 use std::os::fd::IntoRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// Pending connections the kernel holds while the accept loop is busy.
-const BACKLOG: u32 = 4096;
 /// An idle connection takes 35 KB with these buffers, 89 KB with Pingora's own.
 const READ_BUFFER_BYTES: usize = 8192;
 const WRITE_BUFFER_BYTES: usize = 4096;
@@ -134,15 +125,16 @@ impl Node {
         if let Err(exit) = restore(&mut built.background.loops.members).await {
             return exit;
         }
-        let Listening { listener, bound, heir } = match listening(&settings).await {
+        let Listening { sockets, heir } = match listening(&settings).await {
             Ok(listening) => listening,
             Err(exit) => return exit,
         };
-        let heritage = heritage(&settings, &listener);
+        let heritage = heritage(&settings, &sockets);
+        let bound = sockets.plain.1;
 
         let stop = Stop::default();
         let mut loops = Loops::start(built.background, connected.extra_loop);
-        let listener = self.listen(built.gateway, bound, listener, &stop);
+        let listeners = self.listen(built.door, sockets, &stop);
         lifecycle.enter(Phase::Ready);
         let mut claim = connected.claim;
         if let Some(claim) = &mut claim {
@@ -171,24 +163,29 @@ impl Node {
             () = loops.any_ended() => Exit::Internal,
         };
         loops.exit_on_second(signals);
-        Self::drain(&settings.conf, &lifecycle, loops, &stop, listener).await;
+        Self::drain(&settings.conf, &lifecycle, loops, &stop, listeners).await;
         tracing::info!("Stopped");
         exit
     }
 
-    /// The listener on a socket that is bound already.
-    fn listen(
-        &self,
-        gateway: Gateway,
-        bound: SocketAddr,
-        listener: TcpListener,
-        stop: &Stop,
-    ) -> JoinHandle<()> {
+    /// The listeners on sockets that are bound already.
+    fn listen(&self, door: Door, sockets: Sockets, stop: &Stop) -> Vec<JoinHandle<()>> {
+        let Door { gateway, edge, http2, metrics } = door;
+        let proxy = http_proxy(&self.server_conf, gateway);
+        let guarded = Arc::new(Guarded::new(proxy, edge, &http2, metrics));
+        let plain = Self::listener(guarded.plain(), sockets.plain, stop);
+        let tls = guarded.tls().zip(sockets.tls).map(|(guard, socket)| {
+            tracing::info!(port = socket.1.port(), "Listening For TLS");
+            Self::listener(guard, socket, stop)
+        });
+        std::iter::once(plain).chain(tls).collect()
+    }
+
+    fn listener(guard: Guard, (listener, bound): Socket, stop: &Stop) -> JoinHandle<()> {
         let mut fds = Fds::new();
         fds.add(bound.to_string(), listener.into_raw_fd());
         let fds: ListenFds = Arc::new(parking_lot::Mutex::new(fds));
-        let app = Arc::new(http_proxy(&self.server_conf, gateway));
-        let app = Lingering { app, linger: stop.linger.subscribe() };
+        let app = Lingering { app: Arc::new(guard), linger: stop.linger.subscribe() };
         let mut service = ListeningService::new("gateway".to_owned(), app);
         let stopped = stop.now.subscribe();
         let buffers = L4BufferSettings::new(READ_BUFFER_BYTES, WRITE_BUFFER_BYTES);
@@ -203,7 +200,7 @@ impl Node {
         lifecycle: &Lifecycle,
         mut loops: Loops,
         stop: &Stop,
-        listener: JoinHandle<()>,
+        listeners: Vec<JoinHandle<()>>,
     ) {
         lifecycle.enter(Phase::Draining);
         // With a successor new connections are served already.
@@ -213,7 +210,9 @@ impl Node {
         }
         stop.now.send_replace(true);
         // Ends the accept loops and closes idle connections; those with a request live on.
-        let _ = listener.await;
+        for listener in listeners {
+            let _ = listener.await;
+        }
         let drain = Duration::from_secs(conf.shutdown.drain_timeout_s);
         if tokio::time::timeout(drain, lifecycle.idle()).await.is_err() {
             tracing::warn!(requests = lifecycle.requests_in_flight(), "Drain Time Over");
@@ -251,40 +250,6 @@ impl Default for Stop {
     }
 }
 
-/// A socket to accept on.
-struct Listening {
-    listener: TcpListener,
-    bound: SocketAddr,
-    /// The predecessor whose socket it is.
-    heir: Option<Heir>,
-}
-
-/// Inherits the socket of a running process, or binds.
-async fn listening(settings: &Settings) -> Result<Listening, Exit> {
-    if let (true, Some(dir)) = (settings.is_upgrade, &settings.meet_in) {
-        match upgrade::inherit(dir, settings.port).await {
-            Ok(Some((listener, bound, heir))) => return Ok(Listening { listener, bound, heir: Some(heir) }),
-            Ok(None) => tracing::info!("Nobody To Take Over From"),
-            Err(e) => {
-                eprintln!("infra-controller: the running process does not hand its socket over: {e}");
-                return Err(Exit::Unavailable);
-            }
-        }
-    }
-    let address = SocketAddr::new(settings.conf.listen.address, settings.port);
-    bind(address).map_err(|e| {
-        eprintln!("infra-controller: cannot listen on {address}: {e}. Free the port, or set another one.");
-        Exit::Config
-    })
-}
-
-/// Offers the socket to a successor. Without that the process works as well.
-fn heritage(settings: &Settings, listener: &TcpListener) -> Option<Heritage> {
-    let dir = settings.meet_in.as_ref()?;
-    let offered = listener.try_clone().and_then(|socket| Heritage::offer(dir, settings.port, socket.into()));
-    offered.inspect_err(|e| tracing::warn!(error = %e, "No Successor Can Take Over")).ok()
-}
-
 async fn taken(heritage: Option<Heritage>) {
     match heritage {
         Some(heritage) => heritage.taken().await,
@@ -304,81 +269,6 @@ async fn connect(connect: Connect, signals: &mut Signals) -> Result<Connected, E
     Ok(connected)
 }
 
-/// Everything that is built before anything runs.
-struct Built {
-    gateway: Gateway,
-    background: Background,
-}
-
-/// What runs beside the listener.
-struct Background {
-    dispatcher: Dispatcher,
-    loops: DispatchLoops,
-    changes: ChangeLoop,
-    reload: Reload,
-    leaser: Leaser,
-    sweeper: Sweeper,
-    books: AuditLoops,
-}
-
-impl Built {
-    fn new(
-        settings: &Settings,
-        hangups: Hangups,
-        connected: &Connected,
-        lifecycle: &Lifecycle,
-    ) -> anyhow::Result<Self> {
-        let conf = &settings.conf;
-        let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
-        let Connected { node, backend, bucket, spool_dir, spill_dir, .. } = connected;
-        let spill = spill_dir.as_ref();
-        let spill = spill.map(|dir| Spill::open(dir, conf.audit.spill_bytes_max, Arc::clone(&metrics)));
-        let spill = spill.transpose().context("the rows that wait on the disk cannot be opened")?;
-        let (audit, books) = audit::new(&conf.memory, backend.into(), spill, Arc::clone(&metrics));
-        let tail = audit.tail();
-        let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
-        let (dispatcher, loops) = dispatch::new(dispatch::Parts {
-            node: *node,
-            memory: &conf.memory,
-            fleet: &conf.fleet,
-            dead_letter: &conf.dead_letter,
-            batch: batch.clone(),
-            backend,
-            audit,
-            ledger: Arc::clone(&books.ledger),
-            metrics: Arc::clone(&metrics),
-        });
-        let (functions, changes) = functions::new(&conf.cache, backend, bucket.clone(), &metrics);
-        let editor = Editor::new(backend, functions.clone());
-        let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
-        let (limiter, leaser) = RateLimiter::new(&conf.limits, backend.limits.clone(), Arc::clone(&metrics));
-        let batch_of_api = batch.clone();
-        let targets =
-            Targets { waits: waits.clone(), batch, functions: functions.clone(), limiter: limiter.clone() };
-        let loaded = (settings.texts.clone(), conf.clone());
-        let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
-        let api = Api::new(api::Parts {
-            waits,
-            batch: batch_of_api,
-            backend,
-            dispatcher: dispatcher.clone(),
-            functions,
-            editor,
-            tail,
-            catalogue: Catalogue::new(settings.ai_node.as_ref())?,
-            limiter: limiter.clone(),
-            lifecycle: lifecycle.clone(),
-            metrics: Arc::clone(&metrics),
-            spool_dir: spool_dir.clone(),
-            api_key: &settings.api_key,
-        });
-        let keys = ApiKeys::new(&settings.api_key);
-        let gateway = Gateway::new(api, keys, limiter, lifecycle.clone(), metrics, conf.http.clone());
-        let background = Background { dispatcher, loops, changes, reload, leaser, sweeper, books };
-        Ok(Self { gateway, background })
-    }
-}
-
 /// The background loops.
 struct Loops {
     dispatcher: Dispatcher,
@@ -396,7 +286,7 @@ struct Loops {
 
 impl Loops {
     fn start(background: Background, extra: Option<super::BackendLoop>) -> Self {
-        let Background { dispatcher, loops, changes, reload, leaser, sweeper, books } = background;
+        let Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
@@ -410,6 +300,7 @@ impl Loops {
         endless.spawn(reload.run());
         endless.spawn(sweeper.run());
         endless.spawn(leaser.run());
+        endless.spawn(tending.run());
         Self {
             dispatcher,
             endless,
@@ -485,17 +376,6 @@ async fn ended(handle: &mut Option<JoinHandle<()>>) {
 async fn turned(mut watch: watch::Receiver<bool>) {
     // A sender that is gone means that the node is gone.
     let _ = watch.wait_for(|stop| *stop).await;
-}
-
-/// Binds before anything is served, so that a taken port is an error message and not a panic in Pingora.
-fn bind(address: SocketAddr) -> std::io::Result<Listening> {
-    let socket =
-        if address.is_ipv4() { tokio::net::TcpSocket::new_v4() } else { tokio::net::TcpSocket::new_v6() }?;
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    let listener = socket.listen(BACKLOG)?.into_std()?;
-    let bound = listener.local_addr()?;
-    Ok(Listening { listener, bound, heir: None })
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place where the loops of a node are started")]

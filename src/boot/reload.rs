@@ -1,4 +1,4 @@
-//! New settings while the process runs: `limits.toml` of `--conf`, watched and read again on SIGHUP.
+//! New settings while the process runs: the files of `--conf` and those that they name, watched and read again on SIGHUP.
 //!
 //! Watched by reading it four times a second. Notifications of the kernel (inotify) were rejected: they miss files on a
 //! network, and behind a link that is moved, as Kubernetes does, they tell of the wrong file; to read a few kilobytes costs
@@ -12,6 +12,7 @@ use super::signals::Hangups;
 use crate::api;
 use crate::config::{BatchConf, Conf, ConfTexts, ConfigError, Identity, Live, WaitsConf};
 use crate::functions::Functions;
+use crate::gateway::{self, Edge};
 use crate::limiter::RateLimiter;
 use crate::metrics::Metrics;
 use std::collections::BTreeMap;
@@ -51,7 +52,10 @@ impl ConfSource {
 
     fn make(&self, texts: &ConfTexts) -> Result<Conf, ConfigError> {
         let mut conf = Conf::of(texts)?;
-        conf.check_routes(texts, |route| api::patterns_with_key().any(|pattern| pattern == route))?;
+        conf.check_routes(texts, api::is_local, |route| {
+            api::patterns_with_key().any(|pattern| pattern == route)
+        })?;
+        gateway::tls_of(&conf).map_err(|(setting, problem)| texts.of_server(setting, &problem))?;
         if let Some(a_minute) = self.a_minute {
             for limit in conf.limits.iter_mut().filter(|limit| limit.identity == Identity::Key) {
                 (limit.rate, limit.burst, limit.period_s) = (a_minute, a_minute, 60);
@@ -69,6 +73,7 @@ impl ConfSource {
 
 /// Those who are told of new settings.
 pub struct Targets {
+    pub edge: Edge,
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
     pub functions: Functions,
@@ -80,7 +85,8 @@ impl Targets {
         self.waits.set(conf.waits.clone());
         self.batch.set(conf.batch.clone());
         self.functions.set_conf(&conf.cache);
-        self.limiter.set_conf(&conf.limits);
+        self.limiter.set_conf(&conf.limits, &conf.keys);
+        self.edge.set_conf(conf);
     }
 }
 
@@ -198,7 +204,8 @@ fn now_s() -> i64 {
 
 /// What differs, as `waits.sync_max_s 290 → 60`: what changes while the process runs, and what is read at start only.
 fn differences(before: &Conf, after: &Conf) -> (Vec<String>, Vec<String>) {
-    const LIVE: [&str; 4] = ["limit", "waits", "batch", "cache"];
+    const LIVE: [&str; 9] =
+        ["limit", "waits", "batch", "cache", "overload", "key", "upstream", "http", "auth"];
     let (before, after) = (settings(before), settings(after));
     let paths = before.keys().chain(after.keys().filter(|path| !before.contains_key(*path)));
     let shown = |value: Option<&String>| value.map_or("(none)", String::as_str).to_owned();
@@ -246,10 +253,10 @@ mod tests {
         assert_eq!(differences(&before, &after), (vec![], vec![]));
         after.waits.sync_max_s = 60;
         after.limits[0].burst = 5;
-        after.http.keepalive_s = 7;
+        after.shutdown.drain_timeout_s = 7;
         let (live, at_start) = differences(&before, &after);
         assert_eq!(live, ["limit.api-key.burst 3000 → 5", "waits.sync_max_s 290 → 60"]);
-        assert_eq!(at_start, ["http.keepalive_s 60 → 7"]);
+        assert_eq!(at_start, ["shutdown.drain_timeout_s 30 → 7"]);
         after = before.clone();
         after.limits.clear();
         let (live, _) = differences(&before, &after);

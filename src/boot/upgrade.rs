@@ -9,7 +9,7 @@ use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -20,7 +20,9 @@ use tokio::time::timeout;
 
 /// How long the other side may take for a step.
 const STEP_MAX: Duration = Duration::from_secs(10);
-/// What goes with the socket, and what a successor says when it serves.
+/// Most sockets that are handed over.
+const SOCKETS_MAX: usize = 2;
+/// What goes with the sockets, and what a successor says when it serves.
 const HERE: &[u8] = b"I";
 const SERVING: u8 = b'S';
 
@@ -44,13 +46,13 @@ impl Place {
 
 /// Waits for a successor.
 pub struct Heritage {
-    socket: OwnedFd,
+    sockets: Vec<OwnedFd>,
     listener: UnixListener,
 }
 
 impl Heritage {
-    /// `port`: as it is configured; `socket`: the listening socket.
-    pub fn offer(dir: &Path, port: u16, socket: OwnedFd) -> io::Result<Self> {
+    /// `port`: as it is configured; `sockets`: those that listen, at most [`SOCKETS_MAX`], that of `port` first.
+    pub fn offer(dir: &Path, port: u16, sockets: Vec<OwnedFd>) -> io::Result<Self> {
         let place = Place::new(dir, port)?;
         let path = place.path();
         match std::fs::remove_file(&path) {
@@ -60,7 +62,7 @@ impl Heritage {
         }
         let listener = UnixListener::bind(&path)?;
         std::fs::set_permissions(&path, Permissions::from_mode(0o600))?;
-        Ok(Self { socket, listener })
+        Ok(Self { sockets, listener })
     }
 
     /// Resolves when a successor serves.
@@ -79,7 +81,7 @@ impl Heritage {
 
     async fn hand_to(&self, mut stream: UnixStream) -> io::Result<()> {
         is_own(&stream)?;
-        let fds = [self.socket.as_raw_fd()];
+        let fds: Vec<RawFd> = self.sockets.iter().map(AsRawFd::as_raw_fd).collect();
         let send = || {
             let rights = [ControlMessage::ScmRights(&fds)];
             let sent =
@@ -103,8 +105,8 @@ impl Heir {
     }
 }
 
-/// Asks the process that listens on `port` for its socket. `None`: there is none.
-pub async fn inherit(dir: &Path, port: u16) -> io::Result<Option<(TcpListener, SocketAddr, Heir)>> {
+/// Asks the process that listens on `port` for its sockets, that of `port` first. `None`: there is no such process.
+pub async fn inherit(dir: &Path, port: u16) -> io::Result<Option<(Vec<TcpListener>, Heir)>> {
     let place = Place::new(dir, port)?;
     let stream = match stepped(UnixStream::connect(place.path())).await {
         Ok(stream) => stream,
@@ -116,27 +118,26 @@ pub async fn inherit(dir: &Path, port: u16) -> io::Result<Option<(TcpListener, S
     };
     is_own(&stream)?;
     let receive = || received(stream.as_raw_fd());
-    let listener = TcpListener::from(stepped(stream.async_io(Interest::READABLE, receive)).await?);
-    let address = listener.local_addr()?;
-    Ok(Some((listener, address, Heir(stream))))
+    let sockets = stepped(stream.async_io(Interest::READABLE, receive)).await?;
+    Ok(Some((sockets.into_iter().map(TcpListener::from).collect(), Heir(stream))))
 }
 
-fn received(stream: RawFd) -> io::Result<OwnedFd> {
+fn received(stream: RawFd) -> io::Result<Vec<OwnedFd>> {
     let mut byte = [0];
     let mut into = [IoSliceMut::new(&mut byte)];
-    let mut space = cmsg_space!(RawFd);
+    let mut space = cmsg_space!([RawFd; SOCKETS_MAX]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(stream, &mut into, Some(&mut space), flags)?;
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control
-            && let [fd] = fds[..]
+            && !fds.is_empty()
         {
             #[expect(
                 unsafe_code,
-                reason = "the kernel has just given us the descriptor, and nix hands it on bare"
+                reason = "the kernel has just given us the descriptors, and nix hands them on bare"
             )]
-            // SAFETY: it is open, and nobody else knows of it.
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
+            // SAFETY: they are open, and nobody else knows of them.
+            return Ok(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect());
         }
     }
     Err(io::ErrorKind::UnexpectedEof.into())

@@ -1,19 +1,26 @@
-//! `conf/`: `server.toml` and `limits.toml`.
+//! `conf/`: `server.toml`, `limits.toml`, `keys.toml` and `upstreams.toml`.
 //!
 //! The shipped files are compiled in and are the defaults, so "built-in" and "shipped" cannot differ. A file
 //! that an operator writes may leave out any key; a key nobody knows is an error, not a typo that waits.
 
 use super::ConfigError;
-use super::place::{line_at, line_of};
+use super::keys::{KeyConf, key_problems};
+use super::place::line_at;
+use super::texts::{ConfText, ConfTexts, TlsTexts};
+use super::upstreams::{UpstreamConf, upstream_problems};
 use crate::backend::Quota;
+use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 use toml::Table;
 
 const SERVER_SHIPPED: &str = include_str!("../../conf/server.toml");
 const LIMITS_SHIPPED: &str = include_str!("../../conf/limits.toml");
+const KEYS_SHIPPED: &str = include_str!("../../conf/keys.toml");
+const UPSTREAMS_SHIPPED: &str = include_str!("../../conf/upstreams.toml");
 
 /// A full bucket, in the smallest steps that are counted: Lua's numbers are exact up to four times that.
 const LIMIT_STEPS_MAX: u128 = 1 << 51;
@@ -22,7 +29,12 @@ const LIMIT_STEPS_MAX: u128 = 1 << 51;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Conf {
     pub listen: ListenConf,
+    pub tls: Option<TlsConf>,
+    #[serde(skip)]
+    pub tls_texts: Option<TlsTexts>,
     pub http: HttpConf,
+    pub http2: Http2Conf,
+    pub auth: AuthConf,
     pub start: StartConf,
     pub shutdown: ShutdownConf,
     pub fleet: FleetConf,
@@ -30,19 +42,27 @@ pub struct Conf {
     pub memory: MemoryConf,
     pub audit: AuditConf,
     pub metrics: MetricsConf,
-    /// The four of `limits.toml` may change while the process runs.
+    /// Those of the other files may change while the process runs, as `http` and `auth` may.
+    #[serde(rename = "key")]
+    pub keys: Vec<KeyConf>,
+    #[serde(rename = "upstream")]
+    pub upstreams: Vec<UpstreamConf>,
     #[serde(rename = "limit")]
     pub limits: Vec<LimitConf>,
     pub waits: WaitsConf,
     pub batch: BatchConf,
     pub cache: CacheConf,
+    pub overload: OverloadConf,
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ServerFile {
     listen: ListenConf,
+    tls: Option<TlsConf>,
     http: HttpConf,
+    http2: Http2Conf,
+    auth: AuthConf,
     start: StartConf,
     shutdown: ShutdownConf,
     fleet: FleetConf,
@@ -60,6 +80,21 @@ struct LimitsFile {
     waits: WaitsConf,
     batch: BatchConf,
     cache: CacheConf,
+    overload: OverloadConf,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeysFile {
+    #[serde(default)]
+    key: Vec<KeyConf>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UpstreamsFile {
+    #[serde(default)]
+    upstream: Vec<UpstreamConf>,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -72,10 +107,67 @@ pub struct ListenConf {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct HttpConf {
+    pub connections_max: usize,
+    pub connections_per_address_max: usize,
+    pub trusted_proxies: Vec<IpNet>,
     pub keepalive_s: u64,
+    pub header_timeout_s: u64,
+    pub header_bytes_max: usize,
+    pub header_fields_max: usize,
     pub body_timeout_s: u64,
     pub upload_timeout_s: u64,
     pub drain_body_timeout_ms: u64,
+    pub write_timeout_s: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Http2Conf {
+    pub streams_max: u32,
+    pub header_list_bytes_max: u32,
+    pub idle_timeout_s: u64,
+}
+
+/// A second listener, which speaks TLS.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsConf {
+    /// As `listen.address` if there is none.
+    pub address: Option<IpAddr>,
+    pub port: u16,
+    /// Relative to the directory of the file.
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    /// Whoever has issued the certificates of clients.
+    pub client_ca: Option<PathBuf>,
+    #[serde(default)]
+    pub client_certificates: ClientCertificates,
+}
+
+/// What a client without a certificate meets, where `client_ca` is set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ClientCertificates {
+    /// No connection.
+    #[default]
+    Required,
+    /// As if there were no `client_ca`; a certificate that is shown must be good.
+    Optional,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuthConf {
+    pub failures_a_minute: u32,
+    pub failures_burst: u32,
+    pub metrics_need_key: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct OverloadConf {
+    pub jobs_per_key_max: usize,
+    pub confirm_target_ms: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -205,89 +297,6 @@ pub struct CacheConf {
     pub function_backstop_s: u64,
 }
 
-/// The files of a `conf/` as they stand on the disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConfTexts {
-    server: ConfText,
-    limits: ConfText,
-}
-
-/// One file; `text` is `None` if it is not there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct ConfText {
-    name: String,
-    text: Option<String>,
-}
-
-impl ConfText {
-    /// What stands in it; nothing if it cannot be read. `None`: there is no file.
-    fn tables(&self) -> Option<Table> {
-        self.text.as_deref().map(|text| text.parse().unwrap_or_default())
-    }
-
-    /// Whether it sets limits, as a `limits.toml`; if there is no file the shipped one does.
-    fn has_limits(&self) -> bool {
-        self.tables().is_none_or(|tables| {
-            tables.get("limit").and_then(toml::Value::as_array).is_some_and(|limits| !limits.is_empty())
-        })
-    }
-
-    /// A problem with the setting at `path`, with its line if the file names it.
-    fn problem(&self, path: &str, problem: &str) -> String {
-        let line = self.text.as_deref().and_then(|text| line_of(text, path));
-        match line {
-            Some(line) => format!("{}:{line}: {path} {problem}", self.name),
-            None => format!("{}: {path} {problem}", self.name),
-        }
-    }
-}
-
-impl ConfTexts {
-    /// No files.
-    pub fn none() -> Self {
-        let none = |name: &str| ConfText { name: name.to_owned(), text: None };
-        Self { server: none("conf/server.toml"), limits: none("conf/limits.toml") }
-    }
-
-    /// Reads `server.toml` and `limits.toml` of `dir`; a file that is not there is the shipped one.
-    pub fn read(dir: &Path) -> Result<Self, ConfigError> {
-        if !dir.is_dir() {
-            return Err(ConfigError(vec![format!("--conf {}: no such directory", dir.display())]));
-        }
-        let read = |name: &str| {
-            let path = dir.join(name);
-            let name = path.display().to_string();
-            match std::fs::read_to_string(&path) {
-                Ok(text) => Ok(ConfText { name, text: Some(text) }),
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(ConfText { name, text: None }),
-                Err(e) => Err(ConfigError(vec![format!("{name}: cannot be read: {e}")])),
-            }
-        };
-        Ok(Self { server: read("server.toml")?, limits: read("limits.toml")? })
-    }
-
-    /// What nobody means by a change: files that were there before and are gone or empty, and limits that are all
-    /// lifted though the file does not say so. A file is so for a moment while it is written.
-    pub fn lost_since(&self, before: &Self) -> Vec<String> {
-        let files = [(&before.server, &self.server), (&before.limits, &self.limits)];
-        let lost = files.into_iter().filter_map(|(before, now)| {
-            let problem = match (before.tables(), now.tables()) {
-                (Some(_), None) => "the file is gone",
-                (Some(before), Some(now)) if now.is_empty() && !before.is_empty() => "the file is empty",
-                _ => return None,
-            };
-            Some(format!("{}: {problem}", now.name))
-        });
-        let lost: Vec<String> = lost.collect();
-        let lifts_all = self.limits.tables().is_some_and(|now| !now.contains_key("limit"));
-        if lost.is_empty() && lifts_all && before.limits.has_limits() {
-            let problem = "no limit is left; to lift them all, say `limit = []`";
-            return vec![format!("{}: {problem}", self.limits.name)];
-        }
-        lost
-    }
-}
-
 /// A day, as the longest wait of any kind.
 const SECONDS_MAX: u64 = 24 * 3600;
 /// A send that takes longer holds up the end of the process.
@@ -297,6 +306,11 @@ const CALL_S: u64 = 3;
 /// Functions are not known for longer, whatever is configured.
 const FUNCTION_AGE_S_MAX: u64 = 3600;
 const THREADS_MAX: u64 = 1024;
+/// A browser's cookies fit, and Pingora reads no more.
+const HEADER_BYTES_LEAST: u64 = 1024;
+const HEADER_BYTES_MOST: u64 = 1 << 20;
+const HEADER_FIELDS_MOST: u64 = 256;
+const STREAMS_MOST: u64 = 10_000;
 /// Most that a queue or table in memory may be said to hold.
 const ENTRIES_MAX: u64 = 1 << 28;
 
@@ -319,10 +333,18 @@ impl Conf {
         let mut problems = Vec::new();
         let server = collect(&mut problems, merged::<ServerFile>(SERVER_SHIPPED, &texts.server));
         let limits = collect(&mut problems, merged::<LimitsFile>(LIMITS_SHIPPED, &texts.limits));
-        let (Some(s), Some(l)) = (server, limits) else { return Err(ConfigError(problems)) };
+        let keys = collect(&mut problems, merged::<KeysFile>(KEYS_SHIPPED, &texts.keys));
+        let upstreams = collect(&mut problems, merged::<UpstreamsFile>(UPSTREAMS_SHIPPED, &texts.upstreams));
+        let (Some(s), Some(l), Some(k), Some(u)) = (server, limits, keys, upstreams) else {
+            return Err(ConfigError(problems));
+        };
         let conf = Self {
             listen: s.listen,
+            tls: s.tls,
+            tls_texts: texts.tls.clone(),
             http: s.http,
+            http2: s.http2,
+            auth: s.auth,
             start: s.start,
             shutdown: s.shutdown,
             fleet: s.fleet,
@@ -330,37 +352,52 @@ impl Conf {
             memory: s.memory,
             audit: s.audit,
             metrics: s.metrics,
+            keys: k.key,
+            upstreams: u.upstream,
             limits: l.limit,
             waits: l.waits,
             batch: l.batch,
             cache: l.cache,
+            overload: l.overload,
         };
-        let problems: Vec<String> = conf
-            .server_problems()
-            .into_iter()
-            .map(|(path, problem)| texts.server.problem(&path, &problem))
-            .chain(
-                conf.limits_problems()
-                    .into_iter()
-                    .map(|(path, problem)| texts.limits.problem(&path, &problem)),
-            )
-            .collect();
+        let problems: Vec<String> = [
+            (&texts.server, conf.server_problems()),
+            (&texts.limits, conf.limits_problems()),
+            (&texts.keys, key_problems(&conf.keys)),
+            (&texts.upstreams, upstream_problems(&conf.upstreams)),
+        ]
+        .into_iter()
+        .flat_map(|(file, problems)| {
+            problems.into_iter().map(|(path, problem)| file.problem(&path, &problem))
+        })
+        .collect();
         if problems.is_empty() { Ok(conf) } else { Err(ConfigError(problems)) }
     }
 
-    /// Limits on routes that are none, or that anybody may ask, would silently be off.
+    /// Limits on routes that are none, or that anybody may ask, would silently be off, and so would upstreams on paths that are
+    /// answered here.
     pub fn check_routes(
         &self,
         texts: &ConfTexts,
+        is_local: impl Fn(&str) -> bool,
         is_route: impl Fn(&str) -> bool,
     ) -> Result<(), ConfigError> {
         let mut problems = Vec::new();
+        let with_key = self.upstreams.iter().filter(|upstream| upstream.scope.is_some());
+        let passed_on: Vec<String> = with_key.map(UpstreamConf::pattern).collect();
         for (n, limit) in self.limits.iter().enumerate() {
-            for route in limit.routes.iter().filter(|route| !is_route(route)) {
+            let is_unknown = |route: &&String| !is_route(route) && !passed_on.contains(*route);
+            for route in limit.routes.iter().filter(is_unknown) {
                 let problem =
                     format!("(limit {}): there is no route {route:?} that asks for a key", limit.name);
                 problems.push(texts.limits.problem(&format!("limit[{n}].routes"), &problem));
             }
+        }
+        for (n, upstream) in
+            self.upstreams.iter().enumerate().filter(|(_, upstream)| is_local(&upstream.prefix))
+        {
+            let problem = format!("{:?} is answered here", upstream.prefix);
+            problems.push(texts.upstreams.problem(&format!("upstream[{n}].prefix"), &problem));
         }
         if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
     }
@@ -370,6 +407,14 @@ impl Conf {
         [
             ("http.body_timeout_s", self.http.body_timeout_s),
             ("http.upload_timeout_s", self.http.upload_timeout_s),
+            ("http.connections_max", self.http.connections_max as u64),
+            ("http.header_timeout_s", self.http.header_timeout_s),
+            ("http.header_fields_max", self.http.header_fields_max as u64),
+            ("http.write_timeout_s", self.http.write_timeout_s),
+            ("http2.streams_max", self.http2.streams_max.into()),
+            ("http2.idle_timeout_s", self.http2.idle_timeout_s),
+            ("auth.failures_a_minute", self.auth.failures_a_minute.into()),
+            ("auth.failures_burst", self.auth.failures_burst.into()),
             ("start.deadline_s", self.start.deadline_s),
             ("fleet.lease_s", self.fleet.lease_s),
             ("dead_letter.every_s", self.dead_letter.every_s),
@@ -384,6 +429,24 @@ impl Conf {
                 between("http.body_timeout_s", self.http.body_timeout_s, 0, SECONDS_MAX),
                 between("http.upload_timeout_s", self.http.upload_timeout_s, 0, SECONDS_MAX),
                 between("http.keepalive_s", self.http.keepalive_s, 0, SECONDS_MAX),
+                between("http.connections_max", self.http.connections_max as u64, 0, ENTRIES_MAX),
+                between("http.header_timeout_s", self.http.header_timeout_s, 0, SECONDS_MAX),
+                between(
+                    "http.header_bytes_max",
+                    self.http.header_bytes_max as u64,
+                    HEADER_BYTES_LEAST,
+                    HEADER_BYTES_MOST,
+                ),
+                between("http.header_fields_max", self.http.header_fields_max as u64, 0, HEADER_FIELDS_MOST),
+                between("http.write_timeout_s", self.http.write_timeout_s, 0, SECONDS_MAX),
+                between(
+                    "http2.header_list_bytes_max",
+                    self.http2.header_list_bytes_max.into(),
+                    HEADER_BYTES_LEAST,
+                    HEADER_BYTES_MOST,
+                ),
+                between("http2.streams_max", self.http2.streams_max.into(), 0, STREAMS_MOST),
+                between("http2.idle_timeout_s", self.http2.idle_timeout_s, 0, SECONDS_MAX),
                 between("http.drain_body_timeout_ms", self.http.drain_body_timeout_ms, 0, SECONDS_MAX * 1000),
                 between("start.deadline_s", self.start.deadline_s, 0, SECONDS_MAX),
                 between("shutdown.lame_duck_ms", self.shutdown.lame_duck_ms, 0, SECONDS_MAX * 1000),
@@ -433,6 +496,12 @@ impl Conf {
                 }),
                 between("cache.function_ttl_ms", self.cache.function_ttl_ms, 0, FUNCTION_AGE_S_MAX * 1000),
                 between("cache.function_backstop_s", self.cache.function_backstop_s, 0, FUNCTION_AGE_S_MAX),
+                between(
+                    "overload.confirm_target_ms",
+                    self.overload.confirm_target_ms,
+                    0,
+                    SEND_DEADLINE_MS_MAX,
+                ),
             ]
             .into_iter()
             .flatten(),
@@ -458,14 +527,14 @@ impl Conf {
     }
 }
 
-fn between(path: &str, value: u64, least: u64, most: u64) -> Option<(String, String)> {
+pub(super) fn between(path: &str, value: u64, least: u64, most: u64) -> Option<(String, String)> {
     if value > most {
         return Some((path.to_owned(), format!("must be at most {most}")));
     }
     (value < least).then(|| (path.to_owned(), format!("must be at least {least}")))
 }
 
-fn at_least_one(path: &str, value: u64) -> Option<(String, String)> {
+pub(super) fn at_least_one(path: &str, value: u64) -> Option<(String, String)> {
     (value == 0).then(|| (path.to_owned(), "must be at least 1".to_owned()))
 }
 
@@ -500,8 +569,8 @@ fn collect<T>(problems: &mut Vec<String>, read: Result<T, String>) -> Option<T> 
     read.map_err(|problem| problems.push(problem)).ok()
 }
 
-/// The operator's file over the shipped one, table by table. `[[limit]]` is taken whole: a list cannot be merged,
-/// so a file without limits has none.
+/// The operator's file over the shipped one, table by table. Lists (`[[limit]]`) are taken whole: they cannot be
+/// merged, so a file without limits has none.
 fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, String> {
     let mut all: Table = shipped.parse().map_err(|e| format!("shipped configuration: {e}"))?;
     let text = file.text.as_deref().unwrap_or_default();
@@ -510,7 +579,9 @@ fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, Stri
         format!("{}:{line}: {}", file.name, e.message())
     })?;
     if file.text.is_some() {
-        all.remove("limit");
+        for list in ["limit", "key", "upstream"] {
+            all.remove(list);
+        }
     }
     for (key, value) in own {
         match (all.get_mut(&key), value) {
@@ -532,7 +603,8 @@ mod tests {
 
     fn load(server: &str, limits: &str) -> Result<Conf, ConfigError> {
         let file = |name: &str, text: &str| ConfText { name: name.into(), text: Some(text.into()) };
-        Conf::of(&ConfTexts { server: file("server.toml", server), limits: file("limits.toml", limits) })
+        let (server, limits) = (file("server.toml", server), file("limits.toml", limits));
+        Conf::of(&ConfTexts { server, limits, ..ConfTexts::none() })
     }
 
     #[test]
@@ -632,7 +704,7 @@ mod tests {
         assert_eq!(both.0.len(), 2, "{both}");
         let limits = ConfText { name: "limits.toml".into(), text: Some(LIMIT.into()) };
         let texts = ConfTexts { limits, ..ConfTexts::none() };
-        let error = Conf::of(&texts).unwrap().check_routes(&texts, |_| false).unwrap_err();
+        let error = Conf::of(&texts).unwrap().check_routes(&texts, |_| false, |_| false).unwrap_err();
         assert_eq!(
             error.0,
             ["limits.toml:4: limit[0].routes (limit a): there is no route \"/run\" that asks for a key"]

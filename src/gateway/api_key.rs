@@ -1,56 +1,191 @@
 //! The API key: checked before any body is read.
+//!
+//! Keys are known by their SHA-256 alone. A key is looked up by its hash: how long that takes says nothing of the key, as nobody
+//! can choose a hash. Whoever shows none or a wrong one is counted by address; who shows a right one is let in, whatever others
+//! did behind the same address.
 
-use crate::api::ApiError;
-use crate::config::Secret;
+use crate::api::{ApiError, Caller, CallerFunctions};
+use crate::config::{AuthConf, KeyConf, Live, Secret};
+use crate::limiter::{Failures, TooMany};
+use crate::model::{Scope, UnixMs, now_ms};
+use ahash::AHashMap;
 use http::HeaderValue;
 use sha2::{Digest, Sha256};
+use std::net::IpAddr;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 
 /// The name the master key counts under. Names stand for keys wherever something is stored or shown.
 const MASTER: &str = "master";
+/// Longest key, in bytes: nothing longer is hashed.
+const KEY_BYTES_MAX: usize = 4096;
 
-/// The keys that are let in. So far this is the master key, which has every scope.
+/// The keys that are let in.
 pub struct ApiKeys {
-    /// `None`: there is no key, so nobody is let in.
-    master_sha256: Option<[u8; 32]>,
-    master_name: Arc<str>,
+    master: Option<Hash>,
+    keys: Live<Keys>,
+    failures: Failures,
 }
 
-/// A caller whose key was found.
-#[derive(Clone, Debug)]
-pub struct Caller {
-    pub key_name: Arc<str>,
+type Hash = [u8; 32];
+type Keys = AHashMap<Hash, Key>;
+
+struct Key {
+    caller: Arc<Caller>,
+    not_before: UnixMs,
+    expires: UnixMs,
 }
 
 impl ApiKeys {
-    pub fn new(master: &Secret) -> Self {
-        let master_sha256 = (!master.reveal().is_empty()).then(|| Sha256::digest(master.reveal()).into());
-        Self { master_sha256, master_name: MASTER.into() }
+    pub fn new(master: &Secret, keys: &[KeyConf], auth: &AuthConf) -> Self {
+        // Without a master key nobody has it: the empty one opens nothing.
+        let master = (!master.reveal().is_empty()).then(|| Sha256::digest(master.reveal()).into());
+        Self { master, keys: Live::new(made(master, keys)), failures: Failures::new(auth) }
     }
 
-    /// Compares hashes in constant time, so that neither content nor length of the key shows in the time taken.
-    pub fn check(&self, presented: Option<&HeaderValue>) -> Result<Caller, ApiError> {
-        let presented = presented.ok_or(ApiError::Unauthorized)?;
-        let hash: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
-        let known = self.master_sha256.is_some_and(|master| bool::from(hash.ct_eq(&master)));
-        known.then(|| Caller { key_name: Arc::clone(&self.master_name) }).ok_or(ApiError::Unauthorized)
+    pub fn set_conf(&self, keys: &[KeyConf], auth: &AuthConf) {
+        self.keys.set(made(self.master, keys));
+        self.failures.set_conf(auth);
     }
+
+    /// Who shows this key, if it is one and may do what the route asks for. `client` is asked only if it is not.
+    pub fn check(
+        &self,
+        presented: Option<&HeaderValue>,
+        scope: Scope,
+        client: impl FnOnce() -> Option<IpAddr>,
+    ) -> Result<Arc<Caller>, ApiError> {
+        let failed = match self.find(presented, now_ms) {
+            Ok(caller) if caller.may(scope) => return Ok(caller),
+            Ok(_) => return Err(ApiError::Forbidden { scope }),
+            Err(failed) => failed,
+        };
+        match client().map(|client| self.failures.count(client)) {
+            Some(Err(TooMany { retry_after_s, burst })) => {
+                Err(ApiError::TooManyFailures { retry_after_s, burst })
+            }
+            _ => Err(failed),
+        }
+    }
+
+    fn find(
+        &self,
+        presented: Option<&HeaderValue>,
+        now: impl FnOnce() -> UnixMs,
+    ) -> Result<Arc<Caller>, ApiError> {
+        let presented = presented.filter(|key| key.len() <= KEY_BYTES_MAX).ok_or(ApiError::Unauthorized)?;
+        let hash: Hash = Sha256::digest(presented.as_bytes()).into();
+        let keys = self.keys.get();
+        let (known, key) = keys.get_key_value(&hash).ok_or(ApiError::Unauthorized)?;
+        if !bool::from(known.ct_eq(&hash)) {
+            return Err(ApiError::Unauthorized);
+        }
+        let is_timed = key.not_before > 0 || key.expires < UnixMs::MAX;
+        if is_timed && !(key.not_before..key.expires).contains(&now()) {
+            return Err(ApiError::KeyNotValidNow);
+        }
+        Ok(Arc::clone(&key.caller))
+    }
+}
+
+fn made(master: Option<Hash>, keys: &[KeyConf]) -> Keys {
+    let of_conf = |conf: &KeyConf| {
+        let caller = Caller {
+            name: conf.name.as_str().into(),
+            scopes: conf.scopes.clone(),
+            functions: conf.functions.as_deref().map(CallerFunctions::new),
+            jobs_max: conf.jobs_max,
+        };
+        let (not_before, expires) = (conf.not_before.unwrap_or(0), conf.expires.unwrap_or(UnixMs::MAX));
+        (conf.sha256.0, Key { caller: Arc::new(caller), not_before, expires })
+    };
+    let mut made: Keys = keys.iter().map(of_conf).collect();
+    if let Some(master) = master {
+        let caller =
+            Caller { name: MASTER.into(), scopes: vec![Scope::Admin], functions: None, jobs_max: None };
+        made.insert(master, Key { caller: Arc::new(caller), not_before: 0, expires: UnixMs::MAX });
+    }
+    made
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::KeyHash;
+
+    const AUTH: AuthConf = AuthConf { failures_a_minute: 1, failures_burst: 2, metrics_need_key: false };
+
+    fn key(name: &str, key: &str, scopes: &[Scope]) -> KeyConf {
+        KeyConf {
+            name: name.into(),
+            sha256: KeyHash(Sha256::digest(key).into()),
+            scopes: scopes.to_vec(),
+            functions: None,
+            not_before: None,
+            expires: None,
+            limit: None,
+            jobs_max: None,
+        }
+    }
+
+    fn show(keys: &ApiKeys, key: &str, scope: Scope) -> Result<String, &'static str> {
+        let key = HeaderValue::from_str(key).unwrap();
+        keys.check(Some(&key), scope, || None).map(|caller| caller.name.to_string()).map_err(|e| e.code())
+    }
 
     #[test]
     fn only_the_key_opens() {
-        let keys = ApiKeys::new(&Secret::new("k-123".into()));
-        assert!(keys.check(Some(&HeaderValue::from_static("k-123"))).is_ok());
-        for wrong in ["", "k-12", "k-1234", "K-123", " k-123"] {
-            assert!(keys.check(Some(&HeaderValue::from_str(wrong).unwrap())).is_err(), "{wrong:?}");
+        let keys = ApiKeys::new(&Secret::new("k-123".into()), &[], &AUTH);
+        assert_eq!(show(&keys, "k-123", Scope::Write), Ok("master".into()));
+        for wrong in ["", "k-12", "k-1234", "K-123", " k-123", &"k".repeat(5000)] {
+            assert_eq!(show(&keys, wrong, Scope::Run), Err("unauthorized"), "{wrong:?}");
         }
-        assert!(keys.check(None).is_err());
-        let none = ApiKeys::new(&Secret::new(String::new()));
-        assert!(none.check(Some(&HeaderValue::from_static(""))).is_err(), "an empty key opens nothing");
+        assert!(keys.check(None, Scope::Run, || None).is_err());
+        let none = ApiKeys::new(&Secret::new(String::new()), &[], &AUTH);
+        assert_eq!(show(&none, "", Scope::Run), Err("unauthorized"), "an empty key opens nothing");
+    }
+
+    #[test]
+    fn keys_have_scopes_and_times() {
+        let mut late = key("late", "l", &[Scope::Run]);
+        late.not_before = Some(now_ms() + 60_000);
+        let mut old = key("old", "o", &[Scope::Run]);
+        old.expires = Some(now_ms());
+        let now = KeyConf {
+            not_before: Some(1),
+            expires: Some(now_ms() + 60_000),
+            ..key("now", "n", &[Scope::Run])
+        };
+        let two =
+            [key("edge", "a", &[Scope::Run]), key("edge", "b", &[Scope::Run, Scope::Read]), late, old, now];
+        let keys = ApiKeys::new(&Secret::new("m".into()), &two, &AUTH);
+        for (shown, scope, expected) in [
+            ("a", Scope::Run, Ok("edge")),
+            ("a", Scope::Read, Err("forbidden")),
+            ("b", Scope::Read, Ok("edge")),
+            ("l", Scope::Run, Err("key_not_valid_now")),
+            ("o", Scope::Run, Err("key_not_valid_now")),
+            ("n", Scope::Run, Ok("now")),
+            ("m", Scope::Metrics, Ok("master")),
+        ] {
+            assert_eq!(show(&keys, shown, scope), expected.map(str::to_owned), "{shown}");
+        }
+        keys.set_conf(&two[1..], &AUTH);
+        assert_eq!(show(&keys, "a", Scope::Run), Err("unauthorized"), "it was removed");
+        assert_eq!(show(&keys, "m", Scope::Run), Ok("master".into()));
+    }
+
+    #[test]
+    fn guessing_is_counted_by_address_and_never_the_right_key() {
+        let keys = ApiKeys::new(&Secret::new("m".into()), &[key("a", "a", &[Scope::Run])], &AUTH);
+        let show = |key: &'static str, scope| {
+            let client = || Some("10.0.0.1".parse().unwrap());
+            keys.check(Some(&HeaderValue::from_static(key)), scope, client).map(|_| ()).map_err(|e| e.code())
+        };
+        for expected in ["unauthorized", "unauthorized", "too_many_failures"] {
+            assert_eq!(show("x", Scope::Run), Err(expected));
+        }
+        assert_eq!(show("a", Scope::Run), Ok(()));
+        assert_eq!(show("a", Scope::Write), Err("forbidden"), "it is known, so it is no guess");
     }
 }

@@ -35,6 +35,15 @@ pub async fn discard(session: &mut Session, timeout: Duration) -> bool {
     }
 }
 
+/// Whether so much of the body is still to come that nobody waits for it.
+pub fn is_long(session: &mut Session) -> bool {
+    !session.is_body_done() && declared(session).is_some_and(|length| length > UNWANTED_BYTES_MAX as u64)
+}
+
+fn declared(session: &Session) -> Option<u64> {
+    session.req_header().headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
 /// The body as it comes.
 pub struct Streamed<'a> {
     session: &'a mut Session,
@@ -48,11 +57,10 @@ pub struct Streamed<'a> {
 impl<'a> Streamed<'a> {
     /// A declared length that is too large is refused before anything is read.
     pub fn open(session: &'a mut Session, bytes_max: usize, timeout: Duration) -> Result<Self, ApiError> {
-        let headers = &session.req_header().headers;
-        let declared = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
-        if declared.is_some_and(|length| length > bytes_max as u64) {
+        if declared(session).is_some_and(|length| length > bytes_max as u64) {
             return Err(ApiError::BodyTooLarge { bytes_max });
         }
+        let headers = &session.req_header().headers;
         let expects = headers.get(EXPECT).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(b"100-continue"));
         let is_awaited = expects && !session.is_body_empty();
         Ok(Self { session, bytes_max, bytes: 0, deadline: Instant::now() + timeout, is_awaited })

@@ -28,6 +28,10 @@ impl RequestId {
         self.0.to_str().unwrap_or_default()
     }
 
+    pub fn value(&self) -> &HeaderValue {
+        &self.0
+    }
+
     pub fn into_value(self) -> HeaderValue {
         self.0
     }

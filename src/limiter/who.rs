@@ -11,7 +11,7 @@ use std::sync::Arc;
 pub(super) enum Who {
     /// The name of an API key.
     Key(Arc<str>),
-    /// An address; one of IPv4 as its IPv6 form.
+    /// The /64 of an address; one of IPv4 as its IPv6 form.
     Ip([u8; 16]),
     Function(FunctionId),
     Global,
@@ -20,11 +20,22 @@ pub(super) enum Who {
 }
 
 impl Who {
-    fn ip(ip: IpAddr) -> Self {
-        Self::Ip(match ip {
+    pub(super) fn ip(ip: IpAddr) -> Self {
+        Self::Ip(match block_of(ip) {
             IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
             IpAddr::V6(ip) => ip.octets(),
         })
+    }
+}
+
+/// The address that counts as one client: a host of IPv6 has at least a /64 to itself.
+pub fn block_of(client: IpAddr) -> IpAddr {
+    match client.to_canonical() {
+        IpAddr::V6(ip) => {
+            let [a, b, c, d, ..] = ip.segments();
+            IpAddr::V6(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
+        }
+        v4 @ IpAddr::V4(_) => v4,
     }
 }
 
@@ -76,10 +87,9 @@ mod tests {
         };
         assert_eq!(who("127.0.0.1"), who("::ffff:127.0.0.1"));
         assert_ne!(who("127.0.0.1"), who("127.0.0.2"));
-        assert_eq!(
-            (who("127.0.0.1").to_string(), who("::1").to_string()),
-            ("127.0.0.1".into(), "::1".into())
-        );
+        assert_eq!((who("127.0.0.1").to_string(), who("::1").to_string()), ("127.0.0.1".into(), "::".into()));
+        assert_eq!(who("2001:db8:1:2:3:4:5:6"), who("2001:db8:1:2::"));
+        assert_ne!(who("2001:db8:1:2::"), who("2001:db8:1:3::"));
         assert_eq!(Subject::Caller { key_name: &name, client: None }.who(Identity::Ip), None);
     }
 }

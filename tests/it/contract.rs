@@ -1,7 +1,9 @@
 //! The whole interface, one table: what each route answers to good calls and to bad ones. And nothing stands in the
 //! description of the interface that no call here brings about.
 
+use crate::harness::gateway::Conf;
 use crate::harness::http::Request;
+use crate::harness::keys::key_lines;
 use crate::harness::platform::HELLO;
 use crate::harness::upload::{Part, form, printing};
 use crate::harness::{Gateway, Setup};
@@ -10,6 +12,8 @@ use std::collections::BTreeSet;
 
 over_both!(every_route, bad_calls, methods_and_heads);
 
+/// May read the metrics and nothing else.
+const NARROW_KEY: &str = "narrow-key-for-metrics-alone";
 /// Statuses that need a fault or a storm; tests of their own bring them about.
 const ELSEWHERE: [u16; 3] = [408, 429, 503];
 
@@ -166,7 +170,8 @@ impl Table<'_> {
 }
 
 async fn every_route(setup: Setup) {
-    let platform = setup.start().await;
+    let keys = key_lines("narrow", NARROW_KEY, &["metrics"]);
+    let platform = setup.conf(Conf { keys, ..Conf::default() }).start().await;
     let gateway = &platform.gateway;
     let id = gateway.upload("x").await;
     let tag = gateway.get(&format!("/functions/{id}")).await.expect(200).need("etag").to_owned();
@@ -190,7 +195,15 @@ async fn every_route(setup: Setup) {
             assert_eq!(answer.expect_problem(status).json()["code"], code, "{told}");
         }
         seen.insert((pattern.to_owned(), request.method().to_lowercase(), status));
+        if status == 401 {
+            // A key that may do nothing here.
+            let answer = request.clone().header("x-api-key", NARROW_KEY).send().await.expect_problem(403);
+            assert_eq!(answer.json()["code"], "forbidden", "{told}");
+            seen.insert((pattern.to_owned(), request.method().to_lowercase(), 403));
+        }
     }
+    // Where the configuration says so: see `keys`.
+    seen.extend([401, 403].map(|status| ("/metrics".to_owned(), "get".to_owned(), status)));
     // `dev` has no worker that recommends, so there is nothing to apply.
     seen.insert(("/functions/{id}/auto-tuner/apply".into(), "post".into(), 200));
     let described = statuses_of(&gateway.get("/openapi.json").await.expect(200).json());

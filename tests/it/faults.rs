@@ -67,7 +67,11 @@ impl Stage {
         let state = Scratch::new("state");
         let platform = Setup::serve()
             .policy(policy(scale.seed))
-            .conf(Conf { server: format!("[fleet]\nlease_s = {}\n", LEASE.as_secs()), limits: limits() })
+            .conf(Conf {
+                server: format!("[fleet]\nlease_s = {}\n", LEASE.as_secs()),
+                limits: limits(),
+                ..Conf::default()
+            })
             .env("STATE_DIR", state.path().to_str().expect("the path is UTF-8"))
             .start()
             .await;

@@ -10,12 +10,14 @@ pub mod description;
 pub mod gateway;
 pub mod http;
 pub mod job;
+pub mod keys;
 pub mod link;
 pub mod platform;
 pub mod process;
 pub mod proxy;
 pub mod redis;
 pub mod upload;
+pub mod upstream;
 pub mod wait;
 pub mod worker;
 

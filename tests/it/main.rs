@@ -35,6 +35,8 @@ mod fleet;
 #[cfg(test)]
 mod functions;
 #[cfg(test)]
+mod guard;
+#[cfg(test)]
 mod harness;
 #[cfg(test)]
 mod idempotency;

@@ -123,10 +123,10 @@ async fn limits_are_all_lifted_only_by_saying_so() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_read_at_start_only_says_so() {
     let platform = start(&settings(50)).await;
-    std::fs::write(platform.conf_file("server.toml"), "[http]\nkeepalive_s = 7\n").expect("writable");
+    std::fs::write(platform.conf_file("server.toml"), "[shutdown]\ndrain_timeout_s = 7\n").expect("writable");
     counted(&platform.gateway, APPLIED, 1, IN_FORCE).await;
     let changes = logged(&platform.gateway, "Restart Needed", "changes").await;
-    assert_eq!(changes, "http.keepalive_s 60 → 7");
+    assert_eq!(changes, "shutdown.drain_timeout_s 30 → 7");
     platform.stop().await;
 }
 

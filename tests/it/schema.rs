@@ -19,8 +19,12 @@ const SEED_DEFAULT: &str = "20261122";
 /// No limit, so that nothing is refused for coming often, and short waits: made-up requests ask for long ones.
 const LIMITS: &str = "[waits]\nsync_default_s = 2\nsync_max_s = 2\nstatus_max_s = 2\n";
 
+/// Guessing keys is what it does.
+const SERVER: &str = "[auth]\nfailures_a_minute = 1000000\nfailures_burst = 1000000\n";
+
 async fn whatever_is_sent(setup: Setup) {
-    let platform = setup.conf(Conf { limits: LIMITS.into(), ..Conf::default() }).start().await;
+    let platform =
+        setup.conf(Conf { limits: LIMITS.into(), server: SERVER.into(), ..Conf::default() }).start().await;
     let gateway = &platform.gateway;
     // Something to find, beside what the requests themselves make.
     for marker in ["one", "two"] {

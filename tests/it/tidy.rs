@@ -26,7 +26,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "model",
         ],
     ),
-    ("gateway", &["api", "limiter", "lifecycle", "config", "metrics"]),
+    ("gateway", &["api", "limiter", "lifecycle", "config", "metrics", "model"]),
     (
         "api",
         &[

@@ -60,6 +60,17 @@ impl Conn {
         self.stream.write_all(bytes).await
     }
 
+    /// Says that nothing more comes.
+    pub async fn end(&mut self) {
+        // It may be closed already.
+        let _ = self.stream.shutdown().await;
+    }
+
+    /// The connection, and what was read from it but not asked for.
+    pub fn into_parts(self) -> (TcpStream, Vec<u8>) {
+        (self.stream, self.unread)
+    }
+
     /// The next final answer, interim ones passed over. `to_head`: the answer to a HEAD has no body.
     pub async fn answer(&mut self, to_head: bool) -> Result<Answer> {
         loop {

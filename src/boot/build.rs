@@ -1,0 +1,107 @@
+//! Everything that is built before anything runs.
+
+use super::reload::{Reload, Targets};
+use super::signals::Hangups;
+use super::{Connected, Settings};
+use crate::api::{self, Api};
+use crate::audit::{self, AuditLoops, Spill};
+use crate::catalogue::Catalogue;
+use crate::config::{Http2Conf, Live};
+use crate::dispatch::{self, DispatchLoops, Dispatcher};
+use crate::functions::{self, ChangeLoop, Editor, Sweeper};
+use crate::gateway::{Edge, Gateway, Tending};
+use crate::lifecycle::Lifecycle;
+use crate::limiter::{Leaser, RateLimiter};
+use crate::metrics::Metrics;
+use anyhow::{Context, anyhow};
+use std::sync::Arc;
+
+pub struct Built {
+    pub door: Door,
+    pub background: Background,
+}
+
+/// What the listeners are made of.
+pub struct Door {
+    pub gateway: Gateway,
+    pub edge: Edge,
+    pub http2: Http2Conf,
+    pub metrics: Arc<Metrics>,
+}
+
+/// What runs beside the listener.
+pub struct Background {
+    pub dispatcher: Dispatcher,
+    pub loops: DispatchLoops,
+    pub changes: ChangeLoop,
+    pub reload: Reload,
+    pub leaser: Leaser,
+    pub sweeper: Sweeper,
+    pub tending: Tending,
+    pub books: AuditLoops,
+}
+
+impl Built {
+    pub fn new(
+        settings: &Settings,
+        hangups: Hangups,
+        connected: &Connected,
+        lifecycle: &Lifecycle,
+    ) -> anyhow::Result<Self> {
+        let conf = &settings.conf;
+        let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
+        let Connected { node, backend, bucket, spool_dir, spill_dir, .. } = connected;
+        let spill = spill_dir.as_ref();
+        let spill = spill.map(|dir| Spill::open(dir, conf.audit.spill_bytes_max, Arc::clone(&metrics)));
+        let spill = spill.transpose().context("the rows that wait on the disk cannot be opened")?;
+        let (audit, books) = audit::new(&conf.memory, backend.into(), spill, Arc::clone(&metrics));
+        let tail = audit.tail();
+        let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
+        let (dispatcher, loops) = dispatch::new(dispatch::Parts {
+            node: *node,
+            memory: &conf.memory,
+            fleet: &conf.fleet,
+            dead_letter: &conf.dead_letter,
+            batch: batch.clone(),
+            backend,
+            audit,
+            ledger: Arc::clone(&books.ledger),
+            metrics: Arc::clone(&metrics),
+        });
+        let (functions, changes) = functions::new(&conf.cache, backend, bucket.clone(), &metrics);
+        let editor = Editor::new(backend, functions.clone());
+        let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
+        let (limiter, leaser) =
+            RateLimiter::new(&conf.limits, &conf.keys, backend.limits.clone(), Arc::clone(&metrics));
+        let edge = Edge::new(conf, &settings.api_key).map_err(|(setting, e)| anyhow!("{setting} {e}"))?;
+        let targets = Targets {
+            waits: waits.clone(),
+            batch: batch.clone(),
+            functions: functions.clone(),
+            limiter: limiter.clone(),
+            edge: edge.clone(),
+        };
+        let loaded = (settings.texts.clone(), conf.clone());
+        let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
+        let api = Api::new(api::Parts {
+            waits,
+            batch,
+            backend,
+            dispatcher: dispatcher.clone(),
+            functions,
+            editor,
+            tail,
+            catalogue: Catalogue::new(settings.ai_node.as_ref())?,
+            limiter: limiter.clone(),
+            lifecycle: lifecycle.clone(),
+            metrics: Arc::clone(&metrics),
+            spool_dir: spool_dir.clone(),
+            api_key: &settings.api_key,
+        });
+        let tending = Tending { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
+        let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
+        let background = Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books };
+        let door = Door { gateway, edge, http2: conf.http2.clone(), metrics };
+        Ok(Self { door, background })
+    }
+}

@@ -1,0 +1,179 @@
+//! `upstreams.toml`: what is passed on, and to whom.
+
+use super::conf::{at_least_one, between};
+use crate::model::Scope;
+use http::{HeaderName, HeaderValue};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Most upstreams, and addresses of one.
+const UPSTREAMS_MAX: usize = 100;
+const ADDRESSES_MAX: usize = 100;
+/// A day.
+const SECONDS_MAX: u64 = 24 * 3600;
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpstreamConf {
+    pub name: String,
+    pub prefix: String,
+    /// Host or address, and port.
+    pub addresses: Vec<String>,
+    /// `None`: no key is asked for.
+    #[serde(deserialize_with = "scope_or_none", serialize_with = "none_or_scope")]
+    pub scope: Option<Scope>,
+    pub replace_prefix: Option<String>,
+    pub host: Option<String>,
+    #[serde(default = "connect_timeout_ms")]
+    pub connect_timeout_ms: u64,
+    #[serde(default = "read_timeout_s")]
+    pub read_timeout_s: u64,
+    #[serde(default = "body_bytes_max")]
+    pub body_bytes_max: usize,
+    #[serde(default = "body_timeout_s")]
+    pub body_timeout_s: u64,
+    #[serde(default)]
+    pub remove_headers: Vec<String>,
+    #[serde(default)]
+    pub add_headers: BTreeMap<String, String>,
+    #[serde(default)]
+    pub pass_key: bool,
+    pub tls: Option<UpstreamTlsConf>,
+    pub health: Option<HealthConf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpstreamTlsConf {
+    /// The name that the certificate must be for, by a root of the system (or of SSL_CERT_FILE).
+    pub name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct HealthConf {
+    pub path: String,
+    #[serde(default = "health_every_s")]
+    pub every_s: u64,
+}
+
+fn connect_timeout_ms() -> u64 {
+    1000
+}
+
+fn read_timeout_s() -> u64 {
+    60
+}
+
+fn body_bytes_max() -> usize {
+    10 << 20
+}
+
+fn body_timeout_s() -> u64 {
+    60
+}
+
+fn health_every_s() -> u64 {
+    5
+}
+
+fn scope_or_none<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Scope>, D::Error> {
+    let text = String::deserialize(from)?;
+    if text == "none" {
+        return Ok(None);
+    }
+    Scope::parse(&text).map(Some).ok_or_else(|| serde::de::Error::custom("must be a scope, or \"none\""))
+}
+
+#[expect(clippy::ref_option, reason = "serde calls it so")]
+fn none_or_scope<S: serde::Serializer>(scope: &Option<Scope>, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(scope.map_or("none", Scope::name))
+}
+
+impl UpstreamConf {
+    /// What limits and metrics call it.
+    pub fn pattern(&self) -> String {
+        format!("{}/*", self.prefix)
+    }
+
+    fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        let mut unless = |is_good: bool, name, problem: &str| {
+            if !is_good {
+                problems.push((name, problem.to_owned()));
+            }
+        };
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+        let is_name = !self.name.is_empty() && self.name.len() <= 64 && self.name.bytes().all(plain);
+        unless(is_name, "name", "must be 1 to 64 of [A-Za-z0-9._-]");
+        unless(is_path(&self.prefix), "prefix", "must begin with / and not end with it; of [A-Za-z0-9._~/-]");
+        let replaced = self.replace_prefix.as_deref().is_none_or(|path| path.is_empty() || is_path(path));
+        unless(replaced, "replace_prefix", "must be empty, or begin with / and not end with it");
+        let are_some = (1..=ADDRESSES_MAX).contains(&self.addresses.len());
+        unless(are_some, "addresses", &format!("must be 1 to {ADDRESSES_MAX}"));
+        let has_port = |address: &String| {
+            address
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        };
+        unless(self.addresses.iter().all(has_port), "addresses", "must be host:port each");
+        let is_host =
+            self.host.as_ref().is_none_or(|host| !host.is_empty() && HeaderValue::from_str(host).is_ok());
+        unless(is_host, "host", "must be a host, and a port if it has one");
+        let are_names = self.remove_headers.iter().all(|name| is_field(name));
+        unless(
+            are_names,
+            "remove_headers",
+            "must be names of header fields that are not about the connection",
+        );
+        let are_fields = self
+            .add_headers
+            .iter()
+            .all(|(name, value)| is_field(name) && HeaderValue::from_str(value).is_ok());
+        unless(are_fields, "add_headers", "must be header fields that are not about the connection");
+        let has_path =
+            self.health.as_ref().is_none_or(|health| health.path.starts_with('/') && health.every_s > 0);
+        unless(has_path, "health", "must have a path that begins with /, and every_s of at least 1");
+        problems
+    }
+}
+
+fn is_path(path: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._~/-".contains(&b);
+    path.starts_with('/') && !path.ends_with('/') && !path.contains("//") && path.bytes().all(plain)
+}
+
+/// Fields by which a message is framed are nobody's to set.
+fn is_field(name: &str) -> bool {
+    const OURS: [&str; 7] =
+        ["connection", "content-length", "host", "keep-alive", "te", "transfer-encoding", "upgrade"];
+    HeaderName::from_bytes(name.as_bytes()).is_ok_and(|name| !OURS.contains(&name.as_str()))
+}
+
+/// (path, problem) of each.
+pub(super) fn upstream_problems(upstreams: &[UpstreamConf]) -> Vec<(String, String)> {
+    let mut problems = Vec::new();
+    if upstreams.len() > UPSTREAMS_MAX {
+        problems.push(("upstream".to_owned(), format!("there may be {UPSTREAMS_MAX} at most")));
+    }
+    for (n, upstream) in upstreams.iter().enumerate() {
+        let path = |name: &str| format!("upstream[{n}].{name}");
+        let before = &upstreams[..n];
+        let twice = [
+            ("name", before.iter().any(|other| other.name == upstream.name)),
+            ("prefix", before.iter().any(|other| other.prefix == upstream.prefix)),
+        ];
+        let twice = twice.into_iter().filter(|(_, is_twice)| *is_twice);
+        problems
+            .extend(twice.map(|(name, _)| (path(name), "stands for another upstream already".to_owned())));
+        problems.extend(upstream.problems().into_iter().map(|(name, problem)| (path(name), problem)));
+        for (name, value) in
+            [("connect_timeout_ms", upstream.connect_timeout_ms), ("body_timeout_s", upstream.body_timeout_s)]
+        {
+            problems.extend(at_least_one(&path(name), value));
+            problems.extend(between(&path(name), value, 0, SECONDS_MAX));
+        }
+        problems.extend(between(&path("read_timeout_s"), upstream.read_timeout_s, 1, SECONDS_MAX));
+    }
+    problems
+}

@@ -1,0 +1,53 @@
+//! What of the edge changes while the process runs.
+
+use super::api_key::ApiKeys;
+use super::guard::{Tls, server_config};
+use super::upstreams::Upstreams;
+use crate::config::{AuthConf, Conf, HttpConf, Live, Secret};
+use rustls::ServerConfig;
+use std::sync::Arc;
+
+/// The settings of the edge, shared by all who look at them.
+#[derive(Clone)]
+pub struct Edge {
+    pub http: Live<HttpConf>,
+    pub auth: Live<AuthConf>,
+    pub keys: Arc<ApiKeys>,
+    pub upstreams: Upstreams,
+    /// `None`: there is no such listener.
+    pub tls: Option<Tls>,
+}
+
+/// (setting, problem)
+type Problem = (&'static str, String);
+
+impl Edge {
+    /// # Errors
+    /// The files that `[tls]` names cannot be used.
+    pub fn new(conf: &Conf, master: &Secret) -> Result<Self, Problem> {
+        Ok(Self {
+            http: Live::new(conf.http.clone()),
+            auth: Live::new(conf.auth.clone()),
+            keys: Arc::new(ApiKeys::new(master, &conf.keys, &conf.auth)),
+            upstreams: Upstreams::new(&conf.upstreams),
+            tls: tls_of(conf)?.map(Tls::new),
+        })
+    }
+
+    /// Puts other settings in force, which were checked.
+    pub fn set_conf(&self, conf: &Conf) {
+        self.http.set(conf.http.clone());
+        self.auth.set(conf.auth.clone());
+        self.keys.set_conf(&conf.keys, &conf.auth);
+        self.upstreams.set_conf(&conf.upstreams);
+        if let (Some(tls), Ok(Some(config))) = (&self.tls, tls_of(conf)) {
+            tls.set(config);
+        }
+    }
+}
+
+/// What the TLS listener is to show. Asked wherever settings are made, so that what cannot be used is refused.
+pub fn tls_of(conf: &Conf) -> Result<Option<Arc<ServerConfig>>, Problem> {
+    let both = conf.tls.as_ref().zip(conf.tls_texts.as_ref());
+    both.map(|(tls, texts)| server_config(tls, texts)).transpose()
+}

@@ -1,0 +1,245 @@
+//! The connection guard: what stands between the network and the server.
+//!
+//! Pingora reads a header and a body with a deadline for each read and none for the whole, has no cap on connections, and mends some
+//! requests that can be read in two ways. So each connection is counted here, shakes hands (TLS) within a deadline, and over
+//! HTTP/1.1 hands the server only well-formed messages that have arrived in time; HTTP/2 has bounds of its own.
+//!
+//! In reading order: [`census`] of connections; [`tls`]; [`stream`], with [`head`] and [`chunks`]: one message at a time.
+
+mod census;
+mod chunks;
+mod head;
+mod stream;
+mod tls;
+
+pub use tls::{Tls, server_config};
+
+use super::client::is_trusted;
+use super::edge::Edge;
+use super::request_id::RequestId;
+use super::{Gateway, is_always_answered};
+use crate::api::{ApiError, Reply};
+use crate::config::{Http2Conf, HttpConf, Live};
+use crate::metrics::Metrics;
+use async_trait::async_trait;
+use census::{Caps, Census, Place};
+use head::{BadHead, HeadLimits};
+use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ServerApp};
+use pingora::protocols::http::ServerSession;
+use pingora::protocols::http::v2::server::H2Options;
+use pingora::protocols::l4::stream::Stream as TcpStream;
+use pingora::protocols::{ALPN, Stream};
+use pingora::proxy::HttpProxy;
+use pingora::server::ShutdownWatch;
+use std::fmt::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+use stream::{GuardedStream, NoHead};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+/// What a client of HTTP/2 says first, in bytes (RFC 9113, section 3.4).
+const HTTP2_PREFACE_BYTES: usize = 24;
+/// Streams that a client of HTTP/2 has opened and reset, and that the server has not come to yet; more end the connection.
+const HTTP2_RESETS_MAX: usize = 20;
+
+/// What all listeners share.
+pub struct Guarded {
+    proxy: Arc<HttpProxy<Gateway>>,
+    census: Arc<Census>,
+    edge: Edge,
+    metrics: Arc<Metrics>,
+    /// Turns true when connections that wait for a request are to end.
+    closing: watch::Sender<bool>,
+}
+
+/// The app of one listener.
+pub struct Guard {
+    shared: Arc<Guarded>,
+    /// `None`: it speaks no TLS.
+    tls: Option<Tls>,
+}
+
+impl Guarded {
+    pub fn new(mut proxy: HttpProxy<Gateway>, edge: Edge, http2: &Http2Conf, metrics: Arc<Metrics>) -> Self {
+        let mut server = HttpServerOptions::default();
+        server.h2_idle_timeout = Some(Duration::from_secs(http2.idle_timeout_s));
+        proxy.server_options = Some(server);
+        let mut options = H2Options::default();
+        options
+            .max_concurrent_streams(http2.streams_max)
+            .max_header_list_size(http2.header_list_bytes_max)
+            .max_pending_accept_reset_streams(HTTP2_RESETS_MAX);
+        proxy.h2_options = Some(options);
+        let closing = watch::Sender::new(false);
+        let census = Arc::new(Census::new(metrics.edge.connections.clone()));
+        Self { proxy: Arc::new(proxy), census, edge, metrics, closing }
+    }
+
+    /// The app of the listener for everybody.
+    pub fn plain(self: &Arc<Self>) -> Guard {
+        Guard { shared: Arc::clone(self), tls: None }
+    }
+
+    /// The app of the listener that speaks TLS, if there is one.
+    pub fn tls(self: &Arc<Self>) -> Option<Guard> {
+        let tls = self.edge.tls.clone()?;
+        Some(Guard { shared: Arc::clone(self), tls: Some(tls) })
+    }
+
+    fn place(&self, client: Option<IpAddr>) -> Option<Place> {
+        let http = self.edge.http.get();
+        let caps = Caps { all: http.connections_max, one: http.connections_per_address_max };
+        let stranger = client.filter(|client| !is_trusted(client.to_canonical(), &http.trusted_proxies));
+        let place = self.census.enter(stranger, caps);
+        if place.as_ref().is_none_or(|place| place.is_reserve) {
+            self.metrics.edge.connections_refused.inc();
+        }
+        place
+    }
+
+    /// Serves HTTP/1.1, message by message.
+    async fn serve(&self, stream: GuardedStream, place: &Place, shutdown: &ShutdownWatch) {
+        let mut stream = Box::new(stream);
+        let mut persistent: Option<HttpPersistentSettings> = None;
+        let mut closing = self.closing.subscribe();
+        let opened = Instant::now();
+        loop {
+            let Timing { limits, header_timeout, idle } = Timing::of(&self.edge.http, persistent.is_some());
+            if !stream.has_more() {
+                let begins = pingora::time::timeout(idle, stream.begins());
+                let begun = tokio::select! {
+                    biased;
+                    begun = begins => begun.unwrap_or(false),
+                    _ = closing.wait_for(|closing| *closing) => false,
+                };
+                if !begun {
+                    return stream.close().await;
+                }
+            }
+            let is_first = persistent.is_none();
+            let begun = || if is_first { opened } else { Instant::now() };
+            let deadline = || begun() + header_timeout;
+            let (head, bytes) = match stream.next_message(limits, deadline).await {
+                Ok(message) => message,
+                Err(NoHead::Closed) => return,
+                Err(NoHead::Timeout) => return self.refuse(&mut stream, ApiError::HeaderTimeout).await,
+                Err(NoHead::Bad(bad)) => return self.refuse(&mut stream, refusal(bad)).await,
+            };
+            if place.is_reserve && !is_always_answered(&bytes[head.target.0..head.target.1]) {
+                return self.refuse(&mut stream, ApiError::TooManyConnections).await;
+            }
+            let mut session = ServerSession::new_http1(stream);
+            if let Some(persistent) = persistent {
+                persistent.apply_to_session(&mut session);
+            }
+            session.set_pipelined_prefix(bytes);
+            let Some(reused) = self.proxy.process_new_http(session, shutdown).await else { return };
+            let (inner, settings) = reused.consume();
+            let Ok(own) = inner.into_any().downcast::<GuardedStream>() else { return };
+            if place.is_reserve {
+                return own.close().await;
+            }
+            stream = own;
+            persistent = settings;
+        }
+    }
+
+    /// Says why, and waits until the client has read it.
+    async fn refuse(&self, stream: &mut GuardedStream, error: ApiError) {
+        self.metrics.refused.with_label_values(&[error.code()]).inc();
+        let id = RequestId::of(None);
+        let answer = last_answer(&error.into_reply(id.as_str()), &id);
+        if stream.write_all(&answer).await.is_ok() {
+            stream.linger().await;
+        }
+    }
+}
+
+struct Timing {
+    limits: HeadLimits,
+    header_timeout: Duration,
+    /// How long the first byte may take.
+    idle: Duration,
+}
+
+impl Timing {
+    fn of(http: &Live<HttpConf>, is_kept: bool) -> Self {
+        let http = http.get();
+        let header_timeout = Duration::from_secs(http.header_timeout_s);
+        // 0 is no end, as Pingora has it.
+        let keepalive = if http.keepalive_s == 0 { u64::from(u32::MAX) } else { http.keepalive_s };
+        Self {
+            limits: HeadLimits { bytes_max: http.header_bytes_max, fields_max: http.header_fields_max },
+            header_timeout,
+            idle: if is_kept { Duration::from_secs(keepalive) } else { header_timeout },
+        }
+    }
+}
+
+fn refusal(bad: BadHead) -> ApiError {
+    match bad {
+        BadHead::Malformed(what) => ApiError::MalformedHeader(what),
+        BadHead::Framing(what) => ApiError::BadFraming(what),
+        BadHead::TooLarge => ApiError::HeaderTooLarge,
+        BadHead::Version => ApiError::VersionNotSupported,
+        BadHead::Connect => ApiError::MethodNotAllowed { allow: "GET, HEAD, POST, PUT, DELETE".to_owned() },
+        BadHead::Expectation => ApiError::ExpectationFailed,
+    }
+}
+
+/// An answer after which the connection ends.
+fn last_answer(reply: &Reply, id: &RequestId) -> Vec<u8> {
+    let mut head = format!("HTTP/1.1 {}\r\nx-request-id: {}\r\n", reply.status, id.as_str());
+    for (name, value) in &reply.headers {
+        let _ = write!(head, "{name}: {}\r\n", value.to_str().unwrap_or_default());
+    }
+    let (kind, len) = (reply.content_type, reply.body.len());
+    let _ = write!(head, "content-type: {kind}\r\ncontent-length: {len}\r\nconnection: close\r\n\r\n");
+    let mut answer = head.into_bytes();
+    answer.extend_from_slice(&reply.body);
+    answer
+}
+
+impl Guard {
+    /// Shakes hands, if the listener speaks TLS.
+    async fn open(&self, stream: Stream) -> Option<Stream> {
+        let Some(tls) = &self.tls else { return Some(stream) };
+        let within = Duration::from_secs(self.shared.edge.http.get().header_timeout_s);
+        let tcp = stream.into_any().downcast::<TcpStream>().ok()?;
+        let opened = tls.handshake(*tcp, within).await;
+        if opened.is_none() {
+            self.shared.metrics.edge.handshakes_failed.inc();
+        }
+        opened.map(|stream| Box::new(stream) as Stream)
+    }
+}
+
+#[async_trait]
+impl ServerApp for Guard {
+    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+        let shared = &self.shared;
+        let peer = stream.get_socket_digest().and_then(|digest| digest.peer_addr()?.as_inet().copied());
+        let place = shared.place(peer.map(|peer: SocketAddr| peer.ip()))?;
+        let stream = self.open(stream).await?;
+        let is_http2 = matches!(stream.selected_alpn_proto(), Some(ALPN::H2));
+        let (header_timeout, write_timeout) = {
+            let http = shared.edge.http.get();
+            (Duration::from_secs(http.header_timeout_s), Duration::from_secs(http.write_timeout_s))
+        };
+        let mut stream = GuardedStream::new(stream, write_timeout);
+        if !is_http2 {
+            shared.serve(stream, &place, shutdown).await;
+        } else if !place.is_reserve && stream.open_tunnel(HTTP2_PREFACE_BYTES, header_timeout).await {
+            shared.proxy.process_new(Box::new(stream), shutdown).await;
+        }
+        None
+    }
+
+    async fn cleanup(&self) {
+        self.shared.closing.send_replace(true);
+        self.shared.proxy.cleanup().await;
+    }
+}

@@ -1,0 +1,363 @@
+//! A connection that hands its server one well-formed message at a time, and nothing beyond it.
+//!
+//! HTTP/1.1 is a stream of messages whose lengths stand in the messages. Whoever reads on after a message has the next
+//! one in its buffer; two readers that disagree on a length disagree on all that follows. So one reader decides here:
+//! the server sees the bytes of one message, then nothing until it is asked for the next. What a client sends early
+//! (pipelining) waits here, up to a bound, and after that in the kernel.
+
+use super::chunks::Chunks;
+use super::head::{BadHead, Head, HeadLimits, HeadReader, Length};
+use async_trait::async_trait;
+use bytes::{Buf, BytesMut};
+use pingora::protocols::raw_connect::ProxyDigest;
+use pingora::protocols::tls::{SslDigest, TlsRef};
+use pingora::protocols::{
+    ALPN, GetProxyDigest, GetSocketDigest, GetTimingDigest, Peek, Shutdown, SocketDigest, Ssl, Stream,
+    TimingDigest, UniqueID, UniqueIDType,
+};
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::{Instant, Sleep};
+
+/// Room for the head of a request, and what comes with it: what most need is less.
+const ROOM_BYTES: usize = 4096;
+/// Most that is read ahead of the message that is being served.
+const AHEAD_BYTES_MAX: usize = 64 * 1024;
+/// What a refused client may still send, in bytes and time, before the connection ends for good. Closed with something
+/// unread, the kernel would reset it, and the client might never read why.
+const LINGER_BYTES_MAX: usize = 8 << 20;
+const LINGER_MAX: Duration = Duration::from_secs(2);
+/// How an answer begins that makes the connection a tunnel.
+const SWITCHING: &[u8] = b"HTTP/1.1 101";
+
+/// What is still to come of the message that is being served.
+#[derive(Clone, Copy, Debug)]
+enum Rest {
+    Bytes(u64),
+    Chunked(Chunks),
+    /// No messages any more: another protocol, both ways.
+    Tunnel,
+}
+
+impl Rest {
+    fn is_done(&self) -> bool {
+        match self {
+            Self::Bytes(left) => *left == 0,
+            Self::Chunked(chunks) => chunks.is_done(),
+            Self::Tunnel => false,
+        }
+    }
+}
+
+/// Why there is no next message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoHead {
+    /// The client has left, or was idle for as long as it may be.
+    Closed,
+    /// The head did not come in time.
+    Timeout,
+    Bad(BadHead),
+}
+
+pub struct GuardedStream {
+    inner: Stream,
+    /// Read, and not handed on.
+    ahead: BytesMut,
+    /// The client will send no more.
+    has_ended: bool,
+    rest: Rest,
+    wants_upgrade: bool,
+    /// How long a client may take nothing of what is written to it.
+    write_timeout: Duration,
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl GuardedStream {
+    pub fn new(inner: Stream, write_timeout: Duration) -> Self {
+        Self {
+            inner,
+            ahead: BytesMut::new(),
+            has_ended: false,
+            rest: Rest::Bytes(0),
+            wants_upgrade: false,
+            write_timeout,
+            stalled: None,
+        }
+    }
+
+    /// Not HTTP/1.1: everything goes through, once the first `bytes` bytes are here. `false`: they did not come.
+    pub async fn open_tunnel(&mut self, bytes: usize, within: Duration) -> bool {
+        self.rest = Rest::Tunnel;
+        let begun = async {
+            while self.ahead.len() < bytes {
+                if !matches!(self.read_ahead().await, Ok(n) if n > 0) {
+                    return false;
+                }
+            }
+            true
+        };
+        tokio::time::timeout(within, begun).await.unwrap_or(false)
+    }
+
+    /// Whether the first byte of the next message is here already.
+    pub fn has_more(&self) -> bool {
+        !self.ahead.is_empty()
+    }
+
+    /// Waits for the first byte of the next message. `false`: the client has left.
+    pub async fn begins(&mut self) -> bool {
+        self.has_more() || matches!(self.read_ahead().await, Ok(n) if n > 0)
+    }
+
+    /// Reads the next head, which must be whole at `deadline`: asked for if the head does not come in one piece. With the
+    /// head, its bytes and what has come of its body.
+    pub async fn next_message(
+        &mut self,
+        limits: HeadLimits,
+        deadline: impl FnOnce() -> Instant,
+    ) -> Result<(Head, BytesMut), NoHead> {
+        debug_assert!(self.rest.is_done());
+        let mut reader = HeadReader::default();
+        let head = match reader.read(&self.ahead, limits).map_err(NoHead::Bad)? {
+            Some(head) => head,
+            None => match tokio::time::timeout_at(deadline(), self.rest_of_head(reader, limits)).await {
+                Ok(read) => read?,
+                Err(_) => return Err(NoHead::Timeout),
+            },
+        };
+        self.wants_upgrade = head.wants_upgrade;
+        let mut len = head.len;
+        self.rest = match head.body {
+            Length::Bytes(bytes) => {
+                let here = usize::try_from(bytes).unwrap_or(usize::MAX).min(self.ahead.len() - head.len);
+                len += here;
+                Rest::Bytes(bytes - here as u64)
+            }
+            Length::Chunked => Rest::Chunked(Chunks::default()),
+        };
+        Ok((head, self.ahead.split_to(len)))
+    }
+
+    async fn rest_of_head(&mut self, mut reader: HeadReader, limits: HeadLimits) -> Result<Head, NoHead> {
+        loop {
+            if !matches!(self.read_ahead().await, Ok(n) if n > 0) {
+                return Err(NoHead::Closed);
+            }
+            if let Some(head) = reader.read(&self.ahead, limits).map_err(NoHead::Bad)? {
+                return Ok(head);
+            }
+        }
+    }
+
+    async fn read_ahead(&mut self) -> io::Result<usize> {
+        self.ahead.reserve(ROOM_BYTES);
+        let n = self.inner.read_buf(&mut self.ahead).await?;
+        self.has_ended |= n == 0;
+        Ok(n)
+    }
+
+    /// Says no more, and reads past what the client still sends until it has read what was said.
+    pub async fn linger(&mut self) {
+        let lingering = async {
+            self.inner.shutdown().await?;
+            let mut past = self.ahead.len();
+            while past < LINGER_BYTES_MAX {
+                self.ahead.clear();
+                match self.read_ahead().await? {
+                    0 => break,
+                    n => past += n,
+                }
+            }
+            io::Result::Ok(())
+        };
+        let _ = tokio::time::timeout(LINGER_MAX, lingering).await;
+        self.ahead = BytesMut::new();
+    }
+
+    /// Ends a connection on which nothing is owed.
+    pub async fn close(mut self: Box<Self>) {
+        Shutdown::shutdown(&mut *self).await;
+    }
+
+    /// Nobody wants what may come: only the end of the connection is looked for.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if self.has_ended {
+                // One who has sent its next request already, and said that it was the last, waits for both answers.
+                return if self.ahead.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending };
+            }
+            if self.ahead.len() >= AHEAD_BYTES_MAX {
+                return Poll::Pending; // it is polled again when the message is done
+            }
+            ready!(self.poll_ahead(cx))?;
+        }
+    }
+
+    fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.ahead.reserve(ROOM_BYTES);
+        let inner = &mut self.inner;
+        let read = std::pin::pin!(inner.read_buf(&mut self.ahead));
+        // Dropped before it is ready it has read nothing.
+        self.has_ended |= ready!(read.poll(cx))? == 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Hands on what may be handed on of `ahead`.
+    fn take_ahead(&mut self, buf: &mut ReadBuf<'_>) -> io::Result<()> {
+        let len = self.ahead.len().min(buf.remaining());
+        let len = match &mut self.rest {
+            Rest::Bytes(left) => {
+                let len = usize::try_from(*left).unwrap_or(usize::MAX).min(len);
+                *left -= len as u64;
+                len
+            }
+            Rest::Chunked(chunks) => chunks.advance(&self.ahead[..len]).map_err(|_| {
+                io::Error::new(io::ErrorKind::InvalidData, "the chunks of the body are malformed")
+            })?,
+            Rest::Tunnel => len,
+        };
+        buf.put_slice(&self.ahead[..len]);
+        self.ahead.advance(len);
+        Ok(())
+    }
+
+    /// An answer that is not taken is given up.
+    fn unless_stalled<T>(
+        &mut self,
+        polled: Poll<io::Result<T>>,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<T>> {
+        if polled.is_ready() {
+            self.stalled = None;
+            return polled;
+        }
+        let timeout = self.write_timeout;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for GuardedStream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.rest.is_done() {
+            return this.poll_end(cx);
+        }
+        if this.ahead.is_empty() {
+            if matches!(this.rest, Rest::Tunnel) {
+                return Pin::new(&mut this.inner).poll_read(cx, buf);
+            }
+            ready!(this.poll_ahead(cx))?;
+        }
+        Poll::Ready(this.take_ahead(buf))
+    }
+}
+
+impl AsyncWrite for GuardedStream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        if this.wants_upgrade && buf.starts_with(SWITCHING) {
+            this.wants_upgrade = false;
+            this.rest = Rest::Tunnel;
+        }
+        let polled = Pin::new(&mut this.inner).poll_write(cx, buf);
+        this.unless_stalled(polled, cx)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.inner).poll_flush(cx);
+        this.unless_stalled(polled, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.inner).poll_write_vectored(cx, bufs);
+        this.unless_stalled(polled, cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+#[async_trait]
+impl Shutdown for GuardedStream {
+    async fn shutdown(&mut self) {
+        if self.rest.is_done() && self.ahead.is_empty() {
+            let _ = tokio::time::timeout(LINGER_MAX, AsyncWriteExt::shutdown(&mut self.inner)).await;
+        } else {
+            self.linger().await;
+        }
+    }
+}
+
+impl fmt::Debug for GuardedStream {
+    /// Without what was read, which may be a key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuardedStream").field("rest", &self.rest).finish_non_exhaustive()
+    }
+}
+
+impl UniqueID for GuardedStream {
+    fn id(&self) -> UniqueIDType {
+        self.inner.id()
+    }
+}
+
+impl Ssl for GuardedStream {
+    fn get_ssl(&self) -> Option<&TlsRef> {
+        self.inner.get_ssl()
+    }
+
+    fn get_ssl_digest(&self) -> Option<Arc<SslDigest>> {
+        self.inner.get_ssl_digest()
+    }
+
+    fn selected_alpn_proto(&self) -> Option<ALPN> {
+        self.inner.selected_alpn_proto()
+    }
+}
+
+impl GetTimingDigest for GuardedStream {
+    fn get_timing_digest(&self) -> Vec<Option<TimingDigest>> {
+        self.inner.get_timing_digest()
+    }
+
+    fn get_read_pending_time(&self) -> Duration {
+        self.inner.get_read_pending_time()
+    }
+
+    fn get_write_pending_time(&self) -> Duration {
+        self.inner.get_write_pending_time()
+    }
+}
+
+impl GetProxyDigest for GuardedStream {
+    fn get_proxy_digest(&self) -> Option<Arc<ProxyDigest>> {
+        self.inner.get_proxy_digest()
+    }
+}
+
+impl GetSocketDigest for GuardedStream {
+    fn get_socket_digest(&self) -> Option<Arc<SocketDigest>> {
+        self.inner.get_socket_digest()
+    }
+}
+
+impl Peek for GuardedStream {}

@@ -1,0 +1,258 @@
+//! What is passed on, and to whom: upstreams by the prefix of their paths.
+//!
+//! Pingora's load balancer holds the addresses and their health. Names are looked up again and again, so an upstream may move. Those
+//! that are there when the settings change are kept with what is known of them, if they stay as they are.
+
+use crate::config::{Live, UpstreamConf};
+use crate::metrics::Metrics;
+use async_trait::async_trait;
+use futures_util::future::join_all;
+use pingora::lb::discovery::ServiceDiscovery;
+use pingora::lb::health_check::{HealthCheck, HttpHealthCheck, TcpHealthCheck};
+use pingora::lb::selection::RoundRobin;
+use pingora::lb::{Backend, Backends, LoadBalancer};
+use pingora::upstreams::peer::HttpPeer;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+/// How often it is looked whether something is due.
+const TICK: Duration = Duration::from_secs(1);
+/// How often names are looked up, and how long that may take.
+const LOOK_UP_EVERY_S: u64 = 10;
+const LOOK_UP_MAX: Duration = Duration::from_secs(3);
+/// How often it is tried to connect, where no other health check is set.
+const CONNECT_EVERY_S: u64 = 5;
+/// How long an address may take to answer a health check.
+const CHECK_MAX: Duration = Duration::from_secs(2);
+/// How long an idle connection to an upstream is kept.
+const IDLE_MAX: Duration = Duration::from_secs(55);
+/// Most addresses that are looked at for a healthy one.
+const SELECT_MAX: usize = 256;
+
+/// Those that are configured.
+#[derive(Clone)]
+pub struct Upstreams(Live<Vec<Arc<Upstream>>>);
+
+pub struct Upstream {
+    pub conf: UpstreamConf,
+    /// What metrics and limits call it.
+    pub pattern: Arc<str>,
+    addresses: LoadBalancer<RoundRobin>,
+    ticks: AtomicU64,
+}
+
+impl Upstreams {
+    pub fn new(conf: &[UpstreamConf]) -> Self {
+        let none = Self(Live::new(Vec::new()));
+        none.set_conf(conf);
+        none
+    }
+
+    pub fn set_conf(&self, conf: &[UpstreamConf]) {
+        let before = self.0.get();
+        let same = |conf: &UpstreamConf| before.iter().find(|old| old.conf == *conf).map(Arc::clone);
+        let made = |conf: &UpstreamConf| same(conf).unwrap_or_else(|| Arc::new(Upstream::new(conf.clone())));
+        let mut all: Vec<_> = conf.iter().map(made).collect();
+        // The longest prefix that fits is the first.
+        all.sort_by_key(|upstream| std::cmp::Reverse(upstream.conf.prefix.len()));
+        drop(before);
+        self.0.set(all);
+    }
+
+    /// `None` as well for a path that the upstream might read as another one: then the prefix would say nothing.
+    pub fn find(&self, path: &str) -> Option<Arc<Upstream>> {
+        let all = self.0.get();
+        let found = all.iter().find(|upstream| upstream.is_for(path)).filter(|_| is_plain(path));
+        found.map(Arc::clone)
+    }
+
+    fn all(&self) -> Vec<Arc<Upstream>> {
+        self.0.get().to_vec()
+    }
+}
+
+impl Upstream {
+    fn new(conf: UpstreamConf) -> Self {
+        let mut backends = Backends::new(Box::new(Names(conf.addresses.clone())));
+        backends.set_health_check(health_check(&conf));
+        let pattern = conf.pattern().into();
+        Self { conf, pattern, addresses: LoadBalancer::from_backends(backends), ticks: AtomicU64::new(0) }
+    }
+
+    /// Whether the path is the prefix, or below it.
+    fn is_for(&self, path: &str) -> bool {
+        path.strip_prefix(self.conf.prefix.as_str())
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
+
+    /// What the upstream knows the path as.
+    pub fn path(&self, path_and_query: &str) -> String {
+        let Some(replaced) = &self.conf.replace_prefix else { return path_and_query.to_owned() };
+        let rest = path_and_query.strip_prefix(self.conf.prefix.as_str()).unwrap_or(path_and_query);
+        let slash = if rest.starts_with('/') || !replaced.is_empty() { "" } else { "/" };
+        format!("{replaced}{slash}{rest}")
+    }
+
+    /// The next address that is healthy. `None`: there is none.
+    pub async fn peer(&self) -> Option<HttpPeer> {
+        if self.addresses.backends().get_backend().is_empty() {
+            // It was configured a moment ago.
+            self.look_up().await;
+        }
+        let backend = self.addresses.select(b"", SELECT_MAX)?;
+        let conf = &self.conf;
+        let (has_tls, name) = (conf.tls.is_some(), conf.tls.as_ref().map(|tls| tls.name.clone()));
+        let mut peer = HttpPeer::new(backend.addr, has_tls, name.unwrap_or_default());
+        let connect = Duration::from_millis(conf.connect_timeout_ms);
+        peer.options.connection_timeout = Some(connect);
+        peer.options.total_connection_timeout = Some(connect);
+        peer.options.read_timeout = Some(Duration::from_secs(conf.read_timeout_s));
+        peer.options.write_timeout = Some(Duration::from_secs(conf.read_timeout_s));
+        peer.options.idle_timeout = Some(IDLE_MAX);
+        Some(peer)
+    }
+
+    async fn look_up(&self) {
+        if !matches!(timeout(LOOK_UP_MAX, self.addresses.update()).await, Ok(Ok(()))) {
+            tracing::warn!(upstream = self.conf.name, "Upstream Not Found");
+        }
+    }
+
+    async fn tend(&self, metrics: &Metrics) {
+        let tick = self.ticks.fetch_add(1, Ordering::Relaxed);
+        if tick.is_multiple_of(LOOK_UP_EVERY_S) {
+            self.look_up().await;
+        }
+        let every = self.conf.health.as_ref().map_or(CONNECT_EVERY_S, |health| health.every_s);
+        if tick.is_multiple_of(every) {
+            let backends = self.addresses.backends();
+            // It bounds the time of each check itself; this is for a name server that hangs and the like.
+            let _ = timeout(2 * CHECK_MAX, backends.run_health_check(true)).await;
+            let healthy = backends.get_backend().iter().filter(|backend| backends.ready(backend)).count();
+            let healthy = i64::try_from(healthy).unwrap_or(i64::MAX);
+            metrics.edge.upstream_healthy.with_label_values(&[self.conf.name.as_str()]).set(healthy);
+        }
+    }
+}
+
+/// Whether no segment of the path, decoded, means "here" or "above", and no slash is hidden in it.
+fn is_plain(path: &str) -> bool {
+    path.split('/').all(|segment| {
+        let decoded: Vec<u8> = percent_encoding::percent_decode_str(segment).collect();
+        !matches!(&decoded[..], b"." | b"..") && !decoded.iter().any(|b| matches!(b, b'/' | b'\\' | b'%' | 0))
+    })
+}
+
+fn health_check(conf: &UpstreamConf) -> Box<dyn HealthCheck + Send + Sync> {
+    let name = conf.tls.as_ref().map(|tls| tls.name.as_str());
+    let Some(health) = &conf.health else {
+        let mut check = name.map_or_else(TcpHealthCheck::new, TcpHealthCheck::new_tls);
+        check.peer_template.options.connection_timeout = Some(CHECK_MAX);
+        check.peer_template.options.total_connection_timeout = Some(CHECK_MAX);
+        return check;
+    };
+    let host = conf.host.as_deref().or(name).unwrap_or("localhost");
+    let mut check = HttpHealthCheck::new(name.unwrap_or(host), name.is_some());
+    let _ = check.req.insert_header(http::header::HOST, host);
+    if let Ok(uri) = health.path.parse() {
+        check.req.set_uri(uri);
+    }
+    check.peer_template.options.connection_timeout = Some(CHECK_MAX);
+    check.peer_template.options.total_connection_timeout = Some(CHECK_MAX);
+    check.peer_template.options.read_timeout = Some(CHECK_MAX);
+    check.consecutive_failure = 2;
+    Box::new(check)
+}
+
+/// Addresses by name.
+struct Names(Vec<String>);
+
+#[async_trait]
+impl ServiceDiscovery for Names {
+    async fn discover(&self) -> pingora::Result<(BTreeSet<Backend>, HashMap<u64, bool>)> {
+        let found = join_all(self.0.iter().map(|name| tokio::net::lookup_host(name.as_str()))).await;
+        let found = found.into_iter().flatten().flatten();
+        let backends: BTreeSet<_> = found.filter_map(|at| Backend::new(&at.to_string()).ok()).collect();
+        if backends.is_empty() {
+            // What was known is better than nothing.
+            return pingora::Error::e_explain(pingora::ErrorType::ConnectError, "no address is known");
+        }
+        Ok((backends, HashMap::new()))
+    }
+}
+
+/// Looks names up, and after the health of their addresses.
+pub struct Tending {
+    pub upstreams: Upstreams,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Tending {
+    pub async fn run(self) {
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            let all = self.upstreams.all();
+            join_all(all.iter().map(|upstream| upstream.tend(&self.metrics))).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn conf(prefix: &str, replace: Option<&str>) -> UpstreamConf {
+        let text =
+            format!("name = \"a\"\nprefix = {prefix:?}\naddresses = [\"127.0.0.1:1\"]\nscope = \"none\"\n");
+        let mut conf: UpstreamConf = toml::from_str(&text).unwrap();
+        conf.replace_prefix = replace.map(str::to_owned);
+        conf
+    }
+
+    #[tokio::test]
+    async fn the_longest_prefix_counts() {
+        let upstreams = Upstreams::new(&[conf("/a", None), conf("/a/b", None)]);
+        for (path, prefix) in [
+            ("/a", Some("/a")),
+            ("/a/", Some("/a")),
+            ("/a/bc", Some("/a")),
+            ("/a/b", Some("/a/b")),
+            ("/a/b/c", Some("/a/b")),
+            ("/ab", None),
+            ("/", None),
+            ("/a/../x", None),
+            ("/a/%2e%2E/x", None),
+            ("/a/.", None),
+            ("/a/b%2fc", None),
+            ("/a/b%5cc", None),
+            ("/a/%252e", None),
+            ("/a/..b/c.d%20e", Some("/a")),
+        ] {
+            assert_eq!(
+                upstreams.find(path).map(|found| found.conf.prefix.clone()).as_deref(),
+                prefix,
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn prefixes_are_replaced() {
+        for (replace, path, expected) in [
+            (None, "/a/x?y", "/a/x?y"),
+            (Some(""), "/a/x?y", "/x?y"),
+            (Some(""), "/a", "/"),
+            (Some(""), "/a?y", "/?y"),
+            (Some("/v1"), "/a", "/v1"),
+            (Some("/v1"), "/a/x", "/v1/x"),
+            (Some("/v1"), "/a?y", "/v1?y"),
+        ] {
+            assert_eq!(Upstream::new(conf("/a", replace)).path(path), expected, "{replace:?} {path}");
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Requests that show no key or a wrong one, counted by address, so that guessing costs the one who guesses.
+//!
+//! Counted in this process: to ask a store that all nodes share would cost more than the refusal itself.
+
+use super::fields::seconds_up;
+use super::local::Local;
+use super::who::Who;
+use crate::backend::Quota;
+use crate::config::AuthConf;
+use arc_swap::ArcSwap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+pub struct Failures(ArcSwap<(Quota, Local)>);
+
+/// When an address may fail again: in so many seconds, at least 1; and how often at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TooMany {
+    pub retry_after_s: u64,
+    pub burst: u32,
+}
+
+impl Failures {
+    pub fn new(conf: &AuthConf) -> Self {
+        Self(ArcSwap::from_pointee(buckets(quota(conf))))
+    }
+
+    /// Other numbers; what was counted is forgotten if they differ.
+    pub fn set_conf(&self, conf: &AuthConf) {
+        let quota = quota(conf);
+        if self.0.load().0 != quota {
+            self.0.store(buckets(quota).into());
+        }
+    }
+
+    /// Counts a failure of `client`.
+    ///
+    /// # Errors
+    /// It has failed too often.
+    pub fn count(&self, client: IpAddr) -> Result<(), TooMany> {
+        let buckets = self.0.load();
+        let decision = buckets.1.take(&Who::ip(client), 1);
+        let retry_after_s = seconds_up(decision.retry_after).max(1);
+        if decision.allowed { Ok(()) } else { Err(TooMany { retry_after_s, burst: buckets.0.burst }) }
+    }
+}
+
+fn quota(conf: &AuthConf) -> Quota {
+    Quota { rate: conf.failures_a_minute, period: MINUTE, burst: conf.failures_burst }
+}
+
+fn buckets(quota: Quota) -> (Quota, Local) {
+    (quota, Local::new(quota))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_fails_too_often_is_told_when_to_come_again() {
+        let conf = |burst| AuthConf { failures_a_minute: 6, failures_burst: burst, metrics_need_key: false };
+        let failures = Failures::new(&conf(2));
+        let count = |ip: &str| failures.count(ip.parse().unwrap());
+        assert_eq!((count("2001:db8::1"), count("2001:db8::2")), (Ok(()), Ok(())));
+        assert_eq!(count("2001:db8::3"), Err(TooMany { retry_after_s: 10, burst: 2 }), "the same /64");
+        assert_eq!(count("10.0.0.1"), Ok(()));
+        failures.set_conf(&conf(2));
+        assert!(count("2001:db8::3").is_err());
+        failures.set_conf(&conf(3));
+        assert!(count("2001:db8::3").is_ok());
+    }
+}

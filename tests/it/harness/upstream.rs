@@ -1,0 +1,117 @@
+//! A service behind the gateway: it says what it was asked, and counts.
+
+use super::http::{Conn, Message};
+use super::wait::spawn;
+use serde_json::json;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+
+#[derive(Default)]
+struct Seen {
+    requests: Mutex<Vec<Message>>,
+    checks: AtomicUsize,
+    is_sick: AtomicBool,
+}
+
+pub struct Upstream {
+    addr: SocketAddr,
+    seen: Arc<Seen>,
+    accepting: JoinHandle<()>,
+}
+
+impl Upstream {
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let addr = listener.local_addr().expect("it is bound");
+        let seen = Arc::new(Seen::default());
+        let of_loop = Arc::clone(&seen);
+        let accepting = spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let seen = Arc::clone(&of_loop);
+                spawn(async move { serve(stream, &seen).await });
+            }
+        });
+        Self { addr, seen, accepting }
+    }
+
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// What it was asked, health checks left out.
+    pub fn requests(&self) -> Vec<Message> {
+        self.seen.requests.lock().expect("nobody panics with it").clone()
+    }
+
+    pub fn checks(&self) -> usize {
+        self.seen.checks.load(Ordering::Relaxed)
+    }
+
+    /// From now on it answers health checks with 500.
+    pub fn fall_sick(&self) {
+        self.seen.is_sick.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn serve(stream: TcpStream, seen: &Seen) {
+    let mut conn = Conn::over(stream);
+    while let Ok(Some(request)) = conn.request().await {
+        let path = request.start.split(' ').nth(1).unwrap_or_default().to_owned();
+        if path == "/healthz" {
+            seen.checks.fetch_add(1, Ordering::Relaxed);
+            let status = if seen.is_sick.load(Ordering::Relaxed) { "500 Sick" } else { "200 OK" };
+            let _ = conn.write(format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n").as_bytes()).await;
+            continue;
+        }
+        seen.requests.lock().expect("nobody panics with it").push(request.clone());
+        if request.header("upgrade").is_some() {
+            return echo(conn).await;
+        }
+        if path.ends_with("/hang") {
+            std::future::pending::<()>().await;
+        }
+        if path.ends_with("/break") {
+            let _ = conn.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf").await;
+            return;
+        }
+        let answer = answer_to(&request).await;
+        if conn.write(&answer).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn answer_to(request: &Message) -> Vec<u8> {
+    let headers: Vec<_> = request.headers.iter().map(|(name, value)| json!([name, value])).collect();
+    let body =
+        json!({ "start": request.start, "headers": headers, "bodyBytes": request.body.len() }).to_string();
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-upstream: yes\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    [head.into_bytes(), body.into_bytes()].concat()
+}
+
+/// As a WebSocket server would, but for the handshake's key and the frames: it sends back what it gets.
+async fn echo(conn: Conn) {
+    let (mut stream, unread) = conn.into_parts();
+    let switched = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";
+    let _ = stream.write_all(switched).await;
+    let _ = stream.write_all(&unread).await;
+    let mut bytes = [0; 1024];
+    while let Ok(n) = stream.read(&mut bytes).await {
+        if n == 0 || stream.write_all(&bytes[..n]).await.is_err() {
+            return;
+        }
+    }
+}

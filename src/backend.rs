@@ -290,8 +290,8 @@ pub trait Claims: Send + Sync {
 /// same whoever writes it, and a job ends once (see [`Journal::end`]).
 #[async_trait]
 pub trait Membership: Send + Sync {
-    /// Renews the lease of `node`, by the clock of the store. Gives those whose lease has lapsed, a few at a time.
-    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Vec<NodeId>, BackendError>;
+    /// Renews the lease of `node`, by the clock of the store.
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Others, BackendError>;
 
     /// Takes, or renews, the part of the one that looks after the jobs of `dead`. `false`: another node has it.
     async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError>;
@@ -311,6 +311,15 @@ pub trait Membership: Send + Sync {
 
     /// The journal of `node` has been told all.
     async fn retold(&self, node: NodeId) -> Result<(), BackendError>;
+}
+
+/// What a node hears of the others when it renews its lease.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Others {
+    /// Those whose lease has lapsed, a few at a time.
+    pub lapsed: Vec<NodeId>,
+    /// Nodes whose lease holds, the one that asks included.
+    pub alive: usize,
 }
 
 /// A change of one function, with all that must be written with it.

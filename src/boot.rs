@@ -23,8 +23,8 @@ pub use dev::{DevArgs, dev};
 pub use serve::{ServeArgs, check, serve};
 
 use crate::backend::{Backend, StartProblem};
-use crate::config::{AiNode, Conf, ConfTexts, ConfigError, Secret};
-use crate::model::NodeId;
+use crate::config::{self, AiNode, Conf, ConfTexts, ConfigError, NewKey, Secret};
+use crate::model::{NodeId, Scope};
 use reload::ConfSource;
 use std::future::Future;
 use std::path::PathBuf;
@@ -114,6 +114,23 @@ const SPOOL: &str = "spool";
 /// And rows that wait for the log table.
 #[cfg(feature = "aws")]
 const SPILL: &str = "spill";
+
+/// Makes an API key. It goes to standard error, so that `>> conf/keys.toml` takes the lines alone.
+pub fn new_key(name: String, scopes: Vec<Scope>, functions: Vec<String>, expires: Option<&str>) -> Exit {
+    let functions = (!functions.is_empty()).then_some(functions);
+    match config::new_key(name, scopes, functions, expires) {
+        Ok(NewKey { key, lines }) => {
+            eprintln!("The key, which is shown only now: {}", key.reveal());
+            print!("{lines}");
+            Exit::Ok
+        }
+        Err(ConfigError(problems)) => {
+            eprintln!("infra-controller: no such key can be made");
+            problems.iter().for_each(|problem| eprintln!("  {problem}"));
+            Exit::Config
+        }
+    }
+}
 
 /// Says what is wrong with the configuration.
 fn refuse(error: &ConfigError) -> Exit {

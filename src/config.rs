@@ -18,7 +18,7 @@ pub use conf::{
     OverloadConf, ShutdownConf, StartConf, TlsConf, WaitsConf,
 };
 pub use env::{AiNode, Env, Secret, api_key_problem};
-pub use keys::{KeyConf, KeyHash, KeyLimitConf};
+pub use keys::{KeyConf, KeyHash, KeyLimitConf, NewKey, new_key};
 pub use live::Live;
 pub use texts::{ConfTexts, TlsTexts};
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};

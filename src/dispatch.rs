@@ -17,23 +17,27 @@ mod lease;
 mod lookups;
 mod members;
 mod settler;
+mod shedder;
+mod slots;
 
 pub use batcher::SubmitError;
 pub use dead_letters::Undertaker;
-pub use in_flight::Waiter;
+pub use in_flight::{Held, Waiter};
 pub use members::Members;
 pub use settler::{Lookups, Pump};
 
 use crate::audit::{Audit, Ledger, RowsWritten};
 use crate::backend::{Backend, BackendError};
-use crate::config::{BatchConf, DeadLetterConf, FleetConf, Live, MemoryConf};
+use crate::config::{BatchConf, DeadLetterConf, FleetConf, Live, MemoryConf, OverloadConf};
 use crate::metrics::Metrics;
-use crate::model::{Job, JobId, NodeId, Outcome, now_ms};
+use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
 use in_flight::{InFlight, Joined};
 use journal::NodeJournal;
 use lease::Lease;
 use settler::Settler;
+use shedder::Shedder;
+use slots::{Holder, Slots};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -49,6 +53,10 @@ struct Inner {
     node: NodeId,
     batcher: Batcher,
     settler: Arc<Settler>,
+    shedder: Arc<Shedder>,
+    slots: Slots,
+    lease: Arc<Lease>,
+    overload: Live<OverloadConf>,
 }
 
 /// The loops of the dispatcher. `boot` runs each; `batches` ends when told to, the others never do. `members` begins
@@ -70,6 +78,7 @@ pub struct Parts<'a> {
     pub fleet: &'a FleetConf,
     pub dead_letter: &'a DeadLetterConf,
     pub batch: Live<BatchConf>,
+    pub overload: Live<OverloadConf>,
     pub backend: &'a Backend,
     pub audit: Audit,
     pub ledger: Arc<Ledger>,
@@ -78,7 +87,8 @@ pub struct Parts<'a> {
 
 /// Builds the dispatcher of a node.
 pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
-    let Parts { node, memory, fleet, dead_letter, batch, backend, audit, ledger, metrics } = parts;
+    let Parts { node, memory, fleet, dead_letter, batch, overload, backend, audit, ledger, metrics } = parts;
+    let shedder = Arc::new(Shedder::new(overload.clone(), Arc::clone(&metrics)));
     let in_flight =
         Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
     let lease = Arc::new(if backend.membership.is_some() { Lease::lapsed() } else { Lease::endless() });
@@ -88,6 +98,7 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&backend.queue),
         Arc::clone(&journal),
         Arc::clone(&in_flight),
+        Arc::clone(&shedder),
         Arc::clone(&metrics),
     );
     let undertaker = Undertaker::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
@@ -97,11 +108,19 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         batches,
         pump: Pump::new(Arc::clone(&settler)),
         lookups: Lookups::new(Arc::clone(&settler)),
-        members: Members::new(node, fleet, membership, lease, Arc::clone(&settler), ledger),
+        members: Members::new(node, fleet, membership, Arc::clone(&lease), Arc::clone(&settler), ledger),
         undertaker,
         rows: Arc::clone(&settler) as Arc<dyn RowsWritten>,
     };
-    (Dispatcher(Arc::new(Inner { node, batcher, settler })), loops)
+    let slots = Slots::default();
+    (Dispatcher(Arc::new(Inner { node, batcher, settler, shedder, slots, lease, overload })), loops)
+}
+
+/// There are as many jobs in flight as there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TooManyJobs {
+    OfKey { max: usize },
+    OfFunction { max: usize },
 }
 
 /// A job on its way to the queue, and the place of the one who waits for it.
@@ -155,10 +174,42 @@ impl Dispatcher {
         JobId::new(self.0.node, now_ms(), rand::random())
     }
 
+    /// Whether a job may come in now.
+    ///
+    /// # Errors
+    /// The queue is slow, and takes so long.
+    pub fn admit(&self) -> Result<(), Duration> {
+        self.0.shedder.admit()
+    }
+
+    /// The places that a job needs. `function_max`: most jobs of the function on all nodes together, 0 for no cap; `key_max`: most of the
+    /// key on this node, if that is said for this key.
+    pub fn hold(
+        &self,
+        function: &FunctionId,
+        function_max: usize,
+        key: &Arc<str>,
+        key_max: Option<usize>,
+    ) -> Result<Held, TooManyJobs> {
+        let mut held = Held::new();
+        let key_max = key_max.unwrap_or_else(|| self.0.overload.get().jobs_per_key_max);
+        if key_max > 0 {
+            let slot = self.0.slots.take(Holder::Key(Arc::clone(key)), key_max);
+            held.push(slot.ok_or(TooManyJobs::OfKey { max: key_max })?);
+        }
+        if function_max > 0 {
+            // This node's part.
+            let max = function_max.div_ceil(self.0.lease.nodes());
+            let slot = self.0.slots.take(Holder::Function(function.clone()), max);
+            held.push(slot.ok_or(TooManyJobs::OfFunction { max: function_max })?);
+        }
+        Ok(held)
+    }
+
     /// Sends a job that nobody waits for; returns when the queue has confirmed it.
-    pub async fn submit(&self, job: Job) -> Result<(), SubmitError> {
+    pub async fn submit(&self, job: Job, held: Held) -> Result<(), SubmitError> {
         let settler = &self.0.settler;
-        settler.in_flight.enter(&job).map_err(|_| SubmitError::Overloaded)?;
+        settler.in_flight.enter(&job, held).map_err(|_| SubmitError::Overloaded)?;
         let sent = self.hand_over(job)?;
         // The loop answers every job; a closed channel means that it was stopped.
         sent.await.unwrap_or(Err(SubmitError::Stopping))
@@ -166,8 +217,9 @@ impl Dispatcher {
 
     /// Sends a job and waits in line for its result. Registers first: a fast worker may publish before the
     /// send returns.
-    pub fn submit_waiting(&self, job: Job) -> Result<Submitted, SubmitError> {
-        let waiter = self.0.settler.in_flight.enter_waiting(&job).map_err(|_| SubmitError::Overloaded)?;
+    pub fn submit_waiting(&self, job: Job, held: Held) -> Result<Submitted, SubmitError> {
+        let waiter =
+            self.0.settler.in_flight.enter_waiting(&job, held).map_err(|_| SubmitError::Overloaded)?;
         let sent = self.hand_over(job)?;
         Ok(Submitted { sent, waiter })
     }
@@ -233,7 +285,7 @@ mod tests {
     use crate::backend::embedded;
     use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results};
     use crate::config::Conf;
-    use crate::model::{FunctionId, UnixMs};
+    use crate::model::UnixMs;
     use async_trait::async_trait;
     use bytes::Bytes;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -281,6 +333,7 @@ mod tests {
                 fleet: &conf.fleet,
                 dead_letter: &conf.dead_letter,
                 batch: Live::new(conf.batch),
+                overload: Live::new(conf.overload),
                 backend: &backend,
                 audit,
                 ledger: Arc::clone(&books.ledger),
@@ -346,7 +399,7 @@ mod tests {
         let house = House::start(|_| {}).await;
         let job = job(house.node, 1, LATER);
         let id = job.id;
-        let mut submitted = house.dispatcher.submit_waiting(job).unwrap();
+        let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
         submitted.sent.await.unwrap().unwrap();
         for published in [r#"{"status":"SUCCESS"}"#, r#"{"status":"FAILED"}"#] {
             house.dispatcher.0.settler.settle(id, outcome(published));
@@ -365,7 +418,7 @@ mod tests {
         let house = House::start(|_| {}).await;
         let job = job(house.node, 1, now_ms());
         let id = job.id;
-        house.dispatcher.submit(job).await.unwrap();
+        house.dispatcher.submit(job, Held::new()).await.unwrap();
         assert_eq!(house.row_status(id).await, "LOST");
         house.is_forgotten(id).await;
     }
@@ -423,7 +476,7 @@ mod tests {
         .await;
         let job = job(house.node, 1, now_ms());
         let id = job.id;
-        house.dispatcher.submit(job).await.unwrap();
+        house.dispatcher.submit(job, Held::new()).await.unwrap();
         let state = house.dispatcher.state(id).await;
         assert!(matches!(state, Ok(JobState::Pending(_))), "what this node holds is known without the store");
         let flaky = flaky.get().unwrap();
@@ -452,7 +505,7 @@ mod tests {
         let house = House::start(|conf| conf.memory.audit_bytes_max = 1).await;
         let job = job(house.node, 1, LATER);
         let id = job.id;
-        let mut submitted = house.dispatcher.submit_waiting(job).unwrap();
+        let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
         submitted.sent.await.unwrap().unwrap();
         let settler = &house.dispatcher.0.settler;
         settler.settle(id, outcome("{}"));
@@ -468,8 +521,11 @@ mod tests {
     #[tokio::test]
     async fn no_more_jobs_than_there_is_room_for() {
         let house = House::start(|conf| conf.memory.jobs_in_flight_max = 1).await;
-        house.dispatcher.submit(job(house.node, 1, LATER)).await.unwrap();
-        assert_eq!(house.dispatcher.submit(job(house.node, 2, LATER)).await, Err(SubmitError::Overloaded));
+        house.dispatcher.submit(job(house.node, 1, LATER), Held::new()).await.unwrap();
+        assert_eq!(
+            house.dispatcher.submit(job(house.node, 2, LATER), Held::new()).await,
+            Err(SubmitError::Overloaded)
+        );
         assert!(matches!(house.dispatcher.state(job(house.node, 3, LATER).id).await, Ok(JobState::Unknown)));
     }
 }

@@ -1,6 +1,7 @@
 //! `infra-controller`: arguments and exit codes.
 
 use clap::{Parser, Subcommand};
+use infra_controller::model::Scope;
 use infra_controller::{boot, log};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -30,7 +31,7 @@ enum Command {
         /// Address to listen on; the loopback address unless named.
         #[arg(long)]
         listen: Option<IpAddr>,
-        /// Directory with server.toml and limits.toml.
+        /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
         #[arg(long)]
         conf: Option<PathBuf>,
     },
@@ -41,17 +42,46 @@ enum Command {
         /// finishes what it has begun, and ends.
         #[arg(long)]
         upgrade: bool,
-        /// Directory with server.toml and limits.toml.
+        /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
         #[arg(long)]
         conf: Option<PathBuf>,
     },
     /// Run the start-up checks of `serve` and exit.
     #[cfg(feature = "aws")]
     Check {
-        /// Directory with server.toml and limits.toml.
+        /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
         #[arg(long)]
         conf: Option<PathBuf>,
     },
+    /// API keys.
+    Key {
+        #[command(subcommand)]
+        command: KeyCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum KeyCommand {
+    /// Make a key: it is printed once, to standard error; the lines for conf/keys.toml go to standard output.
+    New {
+        /// What stands for the key in limits, logs and records.
+        #[arg(long)]
+        name: String,
+        /// What it may do: run, read, write, worker, metrics, or admin for everything. May be repeated.
+        #[arg(long = "scope", required = true, value_parser = scope)]
+        scopes: Vec<Scope>,
+        /// A function that it may run, or the beginning of names with a * behind. May be repeated; without it: all.
+        #[arg(long = "function")]
+        functions: Vec<String>,
+        /// When it ends: 2027-01-01T00:00:00Z.
+        #[arg(long)]
+        expires: Option<String>,
+    },
+}
+
+fn scope(name: &str) -> Result<Scope, String> {
+    let names = || Scope::ALL.map(Scope::name).join(", ");
+    Scope::parse(name).ok_or_else(|| format!("one of {}", names()))
 }
 
 fn main() -> ExitCode {
@@ -75,6 +105,9 @@ fn main() -> ExitCode {
         }
         #[cfg(feature = "aws")]
         Command::Check { conf } => boot::check(&boot::ServeArgs { conf, upgrade: false }),
+        Command::Key { command: KeyCommand::New { name, scopes, functions, expires } } => {
+            boot::new_key(name, scopes, functions, expires.as_deref())
+        }
     };
     ExitCode::from(exit.code())
 }

@@ -59,6 +59,7 @@ pub struct Metrics {
     pub limiter: IntCounterVec,
     /// Calls to the shared count, by `mode`: `lease`, `exact`.
     pub limiter_calls: IntCounterVec,
+    pub queue_shed_permille: IntGauge,
     pub edge: EdgeMetrics,
     /// By `code`: that of the problem.
     pub refused: IntCounterVec,
@@ -127,6 +128,7 @@ impl Metrics {
                 "infra_queue_breaker_open",
                 "1 while jobs are refused: the queue is away",
             )?,
+            queue_shed_permille: gauge(r, "infra_queue_shed_permille", "Jobs of 1000 that are refused")?,
             batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
             send_seconds: histogram(r, "infra_queue_send_seconds", "Time to send a batch", SEND_BUCKETS)?,
             jobs_sent: sends.with_label_values(&["sent"]),

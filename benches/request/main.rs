@@ -8,6 +8,7 @@ mod house;
 use criterion::{Criterion, Throughput};
 use futures_util::future::join_all;
 use house::{House, RESULT};
+use infra_controller::dispatch::Held;
 use infra_controller::limiter::Counted;
 use infra_controller::log;
 use infra_controller::model::{
@@ -114,7 +115,7 @@ fn asynchronous_run(criterion: &mut Criterion) {
     let run = async || {
         let job = house.job();
         let id = job.id;
-        house.dispatcher.submit(job).await.expect("the queue takes it");
+        house.dispatcher.submit(job, Held::new()).await.expect("the queue takes it");
         house.publish(id).await;
     };
     let mut group = criterion.benchmark_group("asynchronous_run");
@@ -141,7 +142,7 @@ fn synchronous_run(criterion: &mut Criterion) {
     let run = async || {
         let job = house.job();
         let id = job.id;
-        let mut submitted = house.dispatcher.submit_waiting(job).expect("there is room");
+        let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).expect("there is room");
         submitted.sent.await.expect("the loop runs").expect("the queue takes it");
         house.publish(id).await;
         black_box(submitted.waiter.outcome().await.expect("a result").body());

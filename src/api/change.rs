@@ -13,6 +13,9 @@ use std::sync::Arc;
 /// Longest JSON body of a change, in bytes.
 const CHANGE_BYTES_MAX: usize = 64 << 10;
 
+/// The highest cap on the jobs of a function.
+const CONCURRENCY_MOST: u64 = 1_000_000;
+
 pub struct ChangeRoute {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
@@ -31,7 +34,10 @@ impl ChangeRoute {
         precondition::check(&call.headers, &function.tag())?;
         if call.headers.is_form() {
             let _slot = self.uploads.slot()?;
-            let form = self.uploads.read(call, body, &["description", "memoryMb", "memory"]).await?;
+            let form = self
+                .uploads
+                .read(call, body, &["description", "memoryMb", "memory", "maxConcurrency"])
+                .await?;
             return self.by_form(call, &function, form).await;
         }
         if !call.headers.is_json() {
@@ -47,6 +53,10 @@ impl ChangeRoute {
             description: form.take("description"),
             memory_mb: form.take("memoryMb").map(|text| number("memoryMb", text)).transpose()?,
             memory: form.take("memory").map(|text| number("memory", text)).transpose()?,
+            max_concurrency: form
+                .take("maxConcurrency")
+                .map(|text| number("maxConcurrency", text))
+                .transpose()?,
         };
         if let Some(name) = &form.unknown {
             return Err(ApiError::invalid(format!("a change has no field `{name}`")));
@@ -78,7 +88,8 @@ impl ChangeRoute {
                 let name = if wanted.memory.is_some() { "memory" } else { "memoryMb" };
                 fields::memory(name, memory_mb, &f.runtime)?;
             }
-            Ok(Change { description: wanted.description.clone(), memory_mb: wanted.memory_mb })
+            let Wanted { description, memory_mb, max_concurrency, .. } = wanted.clone();
+            Ok(Change { description, memory_mb, max_concurrency })
         };
         let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
         let done = self.editor.change(call.key_name(), id, ConfigAction::Update, code, decide).await;
@@ -87,7 +98,7 @@ impl ChangeRoute {
 }
 
 /// What a PUT asks for.
-#[derive(Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", expecting = "an object")]
 struct Wanted {
     #[serde(default, deserialize_with = "given")]
@@ -97,6 +108,8 @@ struct Wanted {
     /// The same by its old name.
     #[serde(default, deserialize_with = "given_whole")]
     memory: Option<u64>,
+    #[serde(default, deserialize_with = "given_whole")]
+    max_concurrency: Option<u64>,
 }
 
 /// `null` is no value: to leave a member as it is, it is left out.
@@ -113,7 +126,7 @@ impl Wanted {
     fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let wanted: Self = object::parse(body, |member| match member {
             "description" => Some("a string"),
-            "memoryMb" | "memory" => Some("a whole number"),
+            "memoryMb" | "memory" | "maxConcurrency" => Some("a whole number"),
             _ => None,
         })?;
         wanted.checked(false)
@@ -127,8 +140,15 @@ impl Wanted {
             ));
         }
         self.memory_mb = self.memory_mb.or(self.memory);
-        if !has_file && self.description.is_none() && self.memory_mb.is_none() {
-            return Err(ApiError::invalid("the change is empty: give `description` or `memoryMb`"));
+        if self.max_concurrency.is_some_and(|max| max > CONCURRENCY_MOST) {
+            let most = format!("`maxConcurrency` must be from 0 to {CONCURRENCY_MOST}; 0 lifts the cap");
+            return Err(ApiError::invalid(most));
+        }
+        let is_empty =
+            self.description.is_none() && self.memory_mb.is_none() && self.max_concurrency.is_none();
+        if !has_file && is_empty {
+            let names = "`description`, `memoryMb` or `maxConcurrency`";
+            return Err(ApiError::invalid(format!("the change is empty: give {names}")));
         }
         self.description = self.description.map(fields::description).transpose()?;
         Ok(self)
@@ -146,6 +166,7 @@ mod tests {
         assert_eq!((both.description.as_deref(), both.memory_mb), (Some(""), Some(512)));
         let escaped = parse(r#"{"m\u0065moryMb":128}"#).unwrap();
         assert_eq!(escaped.memory_mb, Some(128));
+        assert_eq!(parse(r#"{"maxConcurrency":0}"#).unwrap().max_concurrency, Some(0));
         assert_eq!(parse(r#"{"memory":256.0}"#).unwrap().memory_mb, Some(256));
         let deep = format!("{{\"memoryMb\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
         for (bad, told) in [
@@ -163,6 +184,9 @@ mod tests {
             (r#"{"memoryMb":-128}"#, "`memoryMb`"),
             (r#"{"memoryMb":1e400}"#, "`memoryMb`"),
             (r#"{"memoryMb":null}"#, "`memoryMb`"),
+            (r#"{"maxConcurrency":-1}"#, "`maxConcurrency`"),
+            (r#"{"maxConcurrency":1000001}"#, "`maxConcurrency`"),
+            (r#"{"maxConcurrency":null}"#, "`maxConcurrency`"),
             (r#"{"description":null}"#, "`description`"),
             (r#"{"description":7}"#, "`description`"),
             (r#"{"description":"\ud800"}"#, "`description`"),

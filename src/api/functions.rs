@@ -60,6 +60,7 @@ impl FunctionRoutes {
             "s3Key": f.s3_key,
             "uploadedAt": f.uploaded_at,
             "version": f.version,
+            "maxConcurrency": f.max_concurrency,
         });
         Ok(tagged(Reply::value(StatusCode::OK, &body), &f))
     }

@@ -4,7 +4,7 @@
 
 use super::Reply;
 use crate::backend::BackendError;
-use crate::dispatch::SubmitError;
+use crate::dispatch::{SubmitError, TooManyJobs};
 use crate::functions::EditError;
 use crate::limiter::Refusal;
 use crate::model::Scope;
@@ -88,6 +88,11 @@ pub enum ApiError {
     KeyReused,
     NoSuchJob,
     NoSuchLog,
+    TooManyJobs(TooManyJobs),
+    /// The queue is slow; at least 1.
+    Shed {
+        retry_after_s: u64,
+    },
     Submit(SubmitError),
     /// A backend did not answer; the cause was logged where it was met.
     BackendAway,
@@ -123,7 +128,9 @@ impl ApiError {
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Unauthorized | Self::KeyNotValidNow => StatusCode::UNAUTHORIZED,
             Self::Forbidden { .. } | Self::FunctionForbidden => StatusCode::FORBIDDEN,
-            Self::RateLimited { .. } | Self::TooManyFailures { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::RateLimited { .. } | Self::TooManyFailures { .. } | Self::TooManyJobs(_) => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             Self::HeaderTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::VersionNotSupported => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
             Self::ExpectationFailed => StatusCode::EXPECTATION_FAILED,
@@ -142,6 +149,7 @@ impl ApiError {
             Self::NoRecommendation => StatusCode::CONFLICT,
             Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Submit(_)
+            | Self::Shed { .. }
             | Self::BackendAway
             | Self::UpstreamAway
             | Self::TooManyConnections
@@ -190,7 +198,8 @@ impl ApiError {
             Self::KeyReused => "idempotency_key_reused",
             Self::NoSuchJob => "no_such_job",
             Self::NoSuchLog => "no_such_log",
-            Self::Submit(SubmitError::Overloaded) => "overloaded",
+            Self::TooManyJobs(_) => "too_many_jobs",
+            Self::Shed { .. } | Self::Submit(SubmitError::Overloaded) => "overloaded",
             Self::Submit(SubmitError::Refused) => "refused_by_queue",
             Self::Submit(SubmitError::Unavailable) => "queue_unavailable",
             Self::Submit(SubmitError::Unknown) => "queue_timeout",
@@ -213,6 +222,13 @@ impl ApiError {
             Self::BadFraming(what) => {
                 return format!("Where the body ends could be read in two ways: {what}.");
             }
+            Self::TooManyJobs(TooManyJobs::OfKey { max }) => {
+                return format!("The key has {max} jobs in flight, which is as many as it may have.");
+            }
+            Self::TooManyJobs(TooManyJobs::OfFunction { max }) => {
+                return format!("The function has as many jobs in flight as it may have: maxConcurrency is {max}.");
+            }
+            Self::Shed { .. } => "The queue is slow at the moment. Please wait as long as Retry-After says.",
             Self::NoSuchRoute => "There is nothing at this path.",
             Self::KeyNotValidNow => "The key is not valid yet, or has expired.",
             Self::TooManyFailures { .. } => {
@@ -286,6 +302,12 @@ impl ApiError {
                 reply.headers.push((X_RATELIMIT_LIMIT, burst.into()));
                 reply.headers.push((X_RATELIMIT_REMAINING, 0.into()));
             }
+            Self::TooManyJobs(TooManyJobs::OfKey { max } | TooManyJobs::OfFunction { max }) => {
+                reply.headers.push((RETRY_AFTER, RETRY_AFTER_S.into()));
+                reply.headers.push((X_RATELIMIT_LIMIT, max.into()));
+                reply.headers.push((X_RATELIMIT_REMAINING, 0.into()));
+            }
+            Self::Shed { retry_after_s } => reply.headers.push((RETRY_AFTER, retry_after_s.into())),
             Self::MethodNotAllowed { allow } => {
                 reply.headers.extend(HeaderValue::from_str(&allow).ok().map(|value| (ALLOW, value)));
             }
@@ -376,7 +398,12 @@ impl ApiError {
             Self::TooManyWorkers => Self::KeyReused,
             Self::KeyReused => Self::NoSuchJob,
             Self::NoSuchJob => Self::NoSuchLog,
-            Self::NoSuchLog => Self::Submit(SubmitError::Overloaded),
+            Self::NoSuchLog => Self::TooManyJobs(TooManyJobs::OfKey { max: 1 }),
+            Self::TooManyJobs(TooManyJobs::OfKey { .. }) => {
+                Self::TooManyJobs(TooManyJobs::OfFunction { max: 1 })
+            }
+            Self::TooManyJobs(TooManyJobs::OfFunction { .. }) => Self::Shed { retry_after_s: 1 },
+            Self::Shed { .. } => Self::Submit(SubmitError::Overloaded),
             Self::Submit(SubmitError::Overloaded) => Self::Submit(SubmitError::Refused),
             Self::Submit(SubmitError::Refused) => Self::Submit(SubmitError::Unavailable),
             Self::Submit(SubmitError::Unavailable) => Self::Submit(SubmitError::Unknown),

@@ -5,7 +5,7 @@ use super::prefer::Prefer;
 use super::{ApiError, Call, Reply};
 use crate::backend::{Claim, QueueTraits};
 use crate::config::{Live, WaitsConf};
-use crate::dispatch::{Dispatcher, SubmitError, Submitted};
+use crate::dispatch::{Dispatcher, Held, SubmitError, Submitted};
 use crate::functions::Functions;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::RateLimiter;
@@ -58,6 +58,7 @@ impl Run {
         if !call.headers.is_json() {
             return Err(ApiError::NotJson);
         }
+        self.dispatcher.admit().map_err(|delay| ApiError::Shed { retry_after_s: delay.as_secs() + 1 })?;
         let request = RunRequest::parse(&call.body).map_err(|e| ApiError::invalid(e.to_string()))?;
         let template = self.functions.get(&request.function).await;
         let template = template.map_err(|e| ApiError::backend("the function table", &e))?;
@@ -75,13 +76,20 @@ impl Run {
         let mode = if asynchronous { "ASYNC" } else { "SYNC" };
         tracing::info!(requestId = %job.id, functionId = %job.function, mode, "Run Request");
         match key {
-            None if asynchronous => self.accept(job, prefer).await,
-            None => self.answer(job, prefer).await,
+            None => {
+                let held = self.hold(&template, call)?;
+                if asynchronous {
+                    self.accept(job, held, prefer).await
+                } else {
+                    self.answer(job, held, prefer).await
+                }
+            }
             // In a box: requests without a key, which are most, need no room for it.
             Some(key) => {
                 let key = IdempotencyKey::of(call.key_name(), key);
                 let again = || self.job(&template, &request, call);
-                Box::pin(self.carry_out_once(key, call, job, again, asynchronous, prefer)).await
+                let hold = || self.hold(&template, call);
+                Box::pin(self.carry_out_once(key, call, job, (again, hold), asynchronous, prefer)).await
             }
         }
     }
@@ -91,7 +99,7 @@ impl Run {
         key: IdempotencyKey,
         call: &Call,
         mut job: Job,
-        again: impl Fn() -> Result<Job, ApiError>,
+        (again, hold): (impl Fn() -> Result<Job, ApiError>, impl FnOnce() -> Result<Held, ApiError>),
         asynchronous: bool,
         prefer: Prefer,
     ) -> Result<Reply, ApiError> {
@@ -120,8 +128,12 @@ impl Run {
         }
         let claim = claim(&job);
         job.idempotency_key = Some(Box::new(key));
-        let result =
-            if asynchronous { self.accept(job, prefer).await } else { self.answer(job, prefer).await };
+        // Only now: who comes again holds no place of its own.
+        let result = match hold() {
+            Ok(held) if asynchronous => self.accept(job, held, prefer).await,
+            Ok(held) => self.answer(job, held, prefer).await,
+            Err(e) => Err(e),
+        };
         self.once.note(&claim, &result).await;
         result
     }
@@ -145,6 +157,14 @@ impl Run {
         }
     }
 
+    /// The places that a job needs, if its function or its key have caps.
+    fn hold(&self, template: &JobTemplate, call: &Call) -> Result<Held, ApiError> {
+        let Some(caller) = &call.caller else { return Ok(Held::new()) };
+        let held =
+            self.dispatcher.hold(&template.function, template.max_concurrency, &caller.name, caller.jobs_max);
+        held.map_err(ApiError::TooManyJobs)
+    }
+
     fn job(&self, template: &JobTemplate, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
         let id = self.dispatcher.new_id();
         // From acceptance until a result is no longer expected.
@@ -163,17 +183,17 @@ impl Run {
         Duration::from_secs(prefer.wait_s.unwrap_or(waits.sync_default_s).min(waits.sync_max_s))
     }
 
-    async fn accept(&self, job: Job, prefer: Prefer) -> Result<Reply, ApiError> {
+    async fn accept(&self, job: Job, held: Held, prefer: Prefer) -> Result<Reply, ApiError> {
         let id = job.id;
         // The 202 leaves only after the queue has confirmed the message.
-        self.dispatcher.submit(job).await.map_err(ApiError::Submit)?;
+        self.dispatcher.submit(job, held).await.map_err(ApiError::Submit)?;
         Ok(accepted(id, prefer))
     }
 
-    async fn answer(&self, job: Job, prefer: Prefer) -> Result<Reply, ApiError> {
+    async fn answer(&self, job: Job, held: Held, prefer: Prefer) -> Result<Reply, ApiError> {
         let id = job.id;
         let give_up = Instant::now() + self.wait(prefer);
-        let mut submitted = self.dispatcher.submit_waiting(job).map_err(ApiError::Submit)?;
+        let mut submitted = self.dispatcher.submit_waiting(job, held).map_err(ApiError::Submit)?;
         if let Some(outcome) = confirmed_or_done(&mut submitted).await? {
             return Ok(Reply::json(StatusCode::OK, outcome.body()));
         }

@@ -57,12 +57,14 @@ impl Built {
         let (audit, books) = audit::new(&conf.memory, backend.into(), spill, Arc::clone(&metrics));
         let tail = audit.tail();
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
+        let overload = Live::new(conf.overload.clone());
         let (dispatcher, loops) = dispatch::new(dispatch::Parts {
             node: *node,
             memory: &conf.memory,
             fleet: &conf.fleet,
             dead_letter: &conf.dead_letter,
             batch: batch.clone(),
+            overload: overload.clone(),
             backend,
             audit,
             ledger: Arc::clone(&books.ledger),
@@ -77,6 +79,7 @@ impl Built {
         let targets = Targets {
             waits: waits.clone(),
             batch: batch.clone(),
+            overload,
             functions: functions.clone(),
             limiter: limiter.clone(),
             edge: edge.clone(),

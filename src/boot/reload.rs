@@ -10,7 +10,7 @@
 
 use super::signals::Hangups;
 use crate::api;
-use crate::config::{BatchConf, Conf, ConfTexts, ConfigError, Identity, Live, WaitsConf};
+use crate::config::{BatchConf, Conf, ConfTexts, ConfigError, Identity, Live, OverloadConf, WaitsConf};
 use crate::functions::Functions;
 use crate::gateway::{self, Edge};
 use crate::limiter::RateLimiter;
@@ -23,7 +23,7 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 
 const READ_EVERY: Duration = Duration::from_millis(250);
-/// After a SIGHUP it is read until it was the same twice.
+/// What has changed is read until it was the same twice, or so often: then as it was last.
 const SETTLE_PAUSE: Duration = Duration::from_millis(50);
 const SETTLE_TRIES: usize = 10;
 
@@ -76,6 +76,7 @@ pub struct Targets {
     pub edge: Edge,
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
+    pub overload: Live<OverloadConf>,
     pub functions: Functions,
     pub limiter: RateLimiter,
 }
@@ -84,6 +85,7 @@ impl Targets {
     fn set(&self, conf: &Conf) {
         self.waits.set(conf.waits.clone());
         self.batch.set(conf.batch.clone());
+        self.overload.set(conf.overload.clone());
         self.functions.set_conf(&conf.cache);
         self.limiter.set_conf(&conf.limits, &conf.keys);
         self.edge.set_conf(conf);
@@ -121,20 +123,21 @@ impl Reload {
     pub async fn run(mut self) {
         let mut tick = interval(READ_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut last = self.dealt_with.clone();
         loop {
             tokio::select! {
                 _ = tick.tick(), if self.source.dir.is_some() => {
-                    let read = self.read().await;
-                    if read == last && read != self.dealt_with {
+                    if self.read().await == self.dealt_with {
+                        continue;
+                    }
+                    let read = self.read_settled().await;
+                    if read != self.dealt_with {
                         self.take(&read);
                     }
-                    last = read;
                 }
                 () = self.hangups.next() => {
                     if self.source.dir.is_some() {
-                        last = self.read_settled().await;
-                        self.take(&last);
+                        let read = self.read_settled().await;
+                        self.take(&read);
                     } else {
                         tracing::info!("Nothing To Reload: There Is No --conf");
                     }

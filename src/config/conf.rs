@@ -11,7 +11,7 @@ use super::upstreams::{UpstreamConf, upstream_problems};
 use crate::backend::Quota;
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -109,6 +109,7 @@ pub struct ListenConf {
 pub struct HttpConf {
     pub connections_max: usize,
     pub connections_per_address_max: usize,
+    #[serde(deserialize_with = "networks")]
     pub trusted_proxies: Vec<IpNet>,
     pub keepalive_s: u64,
     pub header_timeout_s: u64,
@@ -126,6 +127,14 @@ pub struct Http2Conf {
     pub streams_max: u32,
     pub header_list_bytes_max: u32,
     pub idle_timeout_s: u64,
+}
+
+/// Networks, and addresses by themselves.
+fn networks<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<IpNet>, D::Error> {
+    let texts = Vec::<String>::deserialize(from)?;
+    let network = |text: &String| text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
+    let networks: Option<Vec<_>> = texts.iter().map(network).collect();
+    networks.ok_or_else(|| serde::de::Error::custom("must be networks (\"10.0.0.0/8\") or addresses"))
 }
 
 /// A second listener, which speaks TLS.

@@ -1,8 +1,12 @@
 //! `keys.toml`: who may call.
 
 use super::conf::at_least_one;
-use crate::model::{FunctionId, Scope, parse_rfc3339_ms};
+use super::{ConfigError, Secret};
+use crate::model::{FunctionId, Scope, parse_rfc3339_ms, rfc3339_ms};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest, Sha256};
 use std::fmt;
 
 /// The name of the key of the environment.
@@ -76,6 +80,61 @@ fn moment<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     parse_rfc3339_ms(&text).map(Some).ok_or_else(bad)
 }
 
+/// A key that was made a moment ago.
+pub struct NewKey {
+    /// It stands nowhere else: whoever loses it needs another one.
+    pub key: Secret,
+    /// What lets it in, for `keys.toml`.
+    pub lines: String,
+}
+
+/// Makes a key of 256 random bits.
+///
+/// # Errors
+/// What is asked for cannot stand in `keys.toml`.
+pub fn new_key(
+    name: String,
+    scopes: Vec<Scope>,
+    functions: Option<Vec<String>>,
+    expires: Option<&str>,
+) -> Result<NewKey, ConfigError> {
+    let key = format!("ic_{}", URL_SAFE_NO_PAD.encode(rand::random::<[u8; 32]>()));
+    let hash: [u8; 32] = Sha256::digest(&key).into();
+    let expires_ms =
+        expires.map(|text| parse_rfc3339_ms(text).ok_or_else(|| bad_moment(text))).transpose()?;
+    let conf = KeyConf {
+        name,
+        sha256: KeyHash(hash),
+        scopes,
+        functions,
+        not_before: None,
+        expires: expires_ms,
+        limit: None,
+        jobs_max: None,
+    };
+    let problems = key_problems(std::slice::from_ref(&conf));
+    if !problems.is_empty() {
+        let told = |(path, problem): (String, String)| format!("{} {problem}", path.replace("key[0].", ""));
+        return Err(ConfigError(problems.into_iter().map(told).collect()));
+    }
+    let digits: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
+    let scopes: Vec<_> = conf.scopes.iter().map(|scope| scope.name()).collect();
+    let mut lines = format!("[[key]]\nname = {:?}\nsha256 = \"{digits}\"\nscopes = {scopes:?}\n", conf.name);
+    if let Some(functions) = &conf.functions {
+        lines.push_str(&format!("functions = {functions:?}\n"));
+    }
+    if let Some(expires) = expires_ms {
+        lines.push_str(&format!("expires = {}\n", rfc3339_ms(expires)));
+    }
+    Ok(NewKey { key: Secret::new(key), lines })
+}
+
+fn bad_moment(text: &str) -> ConfigError {
+    ConfigError(vec![format!(
+        "expires must be a date and time with its offset (2027-01-01T00:00:00Z): {text}"
+    )])
+}
+
 /// (path, problem) of each.
 pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
     let mut problems = Vec::new();
@@ -122,4 +181,80 @@ pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
         }
     }
     problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Deserialize)]
+    struct File {
+        key: Vec<KeyConf>,
+    }
+
+    fn read(lines: &str) -> Result<Vec<KeyConf>, String> {
+        toml::from_str(lines).map(|file: File| file.key).map_err(|e| e.message().to_owned())
+    }
+
+    const HASH: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
+
+    #[test]
+    fn the_lines_of_a_new_key_let_it_in() {
+        let scopes = vec![Scope::Run, Scope::Read];
+        let made = new_key(
+            "edge".into(),
+            scopes.clone(),
+            Some(vec!["a".into(), "b-*".into()]),
+            Some("2030-01-01T01:00:00+01:00"),
+        );
+        let made = made.unwrap();
+        let [key] = &read(&made.lines).unwrap()[..] else { panic!("{}", made.lines) };
+        assert_eq!(key.sha256.0, <[u8; 32]>::from(Sha256::digest(made.key.reveal())));
+        assert_eq!((key.name.as_str(), &key.scopes, key.expires), ("edge", &scopes, Some(1_893_456_000_000)));
+        assert_eq!(key.functions.as_deref(), Some(&["a".to_owned(), "b-*".to_owned()][..]));
+        assert!(!made.lines.contains(made.key.reveal()) && made.key.reveal().len() > 43);
+        let other = new_key("edge".into(), scopes, None, None).unwrap();
+        assert_ne!(other.key, made.key);
+        for bad in [
+            new_key("master".into(), vec![Scope::Run], None, None),
+            new_key("a b".into(), vec![Scope::Run], None, None),
+            new_key("a".into(), vec![], None, None),
+            new_key("a".into(), vec![Scope::Run], Some(vec!["a b".into()]), None),
+            new_key("a".into(), vec![Scope::Run], None, Some("soon")),
+        ] {
+            assert!(bad.is_err());
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_and_never_the_hash() {
+        let problems = |lines: &str| key_problems(&read(lines).unwrap());
+        let key =
+            |more: &str| format!("[[key]]\nname = \"a\"\nsha256 = {HASH:?}\nscopes = [\"run\"]\n{more}");
+        assert_eq!(problems(&key("")), []);
+        for (lines, path) in [
+            (key("").replace("\"a\"", "\"master\""), "key[0].name"),
+            (key("") + &key(""), "key[1].sha256"),
+            (key("").replace("\"run\"", ""), "key[0].scopes"),
+            (key("functions = []"), "key[0].functions"),
+            (key("functions = [\"a b\"]"), "key[0].functions"),
+            (key("functions = [\"*a\"]"), "key[0].functions"),
+            (key("not_before = 2030-01-01T00:00:00Z\nexpires = 2029-01-01T00:00:00Z"), "key[0].expires"),
+            (key("limit = { rate = 0, period_s = 1, burst = 1 }"), "key[0].limit.rate"),
+        ] {
+            let told = problems(&lines);
+            assert_eq!(told.first().map(|(path, _)| path.as_str()), Some(path), "{lines}: {told:?}");
+        }
+        for lines in [
+            key("").replace(HASH, "9f86"),
+            key("").replace("9f86", "9g86"),
+            key("expires = 2030-01-01"),
+            key("expires = 2030-01-01T00:00:00"),
+            key("").replace("run", "runs"),
+        ] {
+            let told = read(&lines).unwrap_err();
+            assert!(!told.contains("81884c7d"), "{told}");
+        }
+        assert!(!format!("{:?}", read(&key("")).unwrap()).contains("81884c7d"));
+    }
 }

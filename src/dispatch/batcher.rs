@@ -12,6 +12,7 @@
 use super::breaker::Breaker;
 use super::in_flight::InFlight;
 use super::journal::NodeJournal;
+use super::shedder::Shedder;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
 use crate::config::{BatchConf, Live};
 use crate::metrics::Metrics;
@@ -117,6 +118,7 @@ struct BatchSender {
     journal: Arc<NodeJournal>,
     in_flight: Arc<InFlight>,
     breaker: Arc<Breaker>,
+    shedder: Arc<Shedder>,
     metrics: Arc<Metrics>,
 }
 
@@ -126,6 +128,7 @@ pub fn new(
     queue: Arc<dyn JobQueue>,
     journal: Arc<NodeJournal>,
     in_flight: Arc<InFlight>,
+    shedder: Arc<Shedder>,
     metrics: Arc<Metrics>,
 ) -> (Batcher, BatchLoop) {
     let (sender, receiver) = mpsc::channel(BatchConf::QUEUE_JOBS_MAX);
@@ -133,7 +136,7 @@ pub fn new(
     let breaker = Arc::new(Breaker::new(Arc::clone(&metrics)));
     let (waiting, before) = (Arc::clone(&counted), Arc::clone(&breaker));
     let handle = Batcher { sender, conf: conf.clone(), waiting, breaker: before };
-    let sender = Arc::new(BatchSender { queue, journal, in_flight, breaker, metrics });
+    let sender = Arc::new(BatchSender { queue, journal, in_flight, breaker, shedder, metrics });
     let batch_loop = BatchLoop {
         conf,
         receiver,
@@ -315,6 +318,8 @@ impl BatchSender {
         // A refusal of a job is an answer, too.
         if results.iter().any(|result| matches!(result, Ok(()) | Err(SendError::Refused(_)))) {
             self.breaker.succeeded();
+            let youngest = jobs.iter().map(|job| job.id.accepted_at()).max().unwrap_or_default();
+            self.shedder.confirmed(Duration::from_millis(now_ms().saturating_sub(youngest)));
         } else {
             self.breaker.failed();
         }
@@ -410,6 +415,8 @@ mod tests {
     use super::super::lease::Lease;
     use super::*;
     use crate::backend::{Ended, Journal, JournalEntry, QueueTraits};
+    use crate::config::Conf;
+    use crate::dispatch::Held;
     use crate::model::{JobId, NodeId};
     use async_trait::async_trait;
     use std::sync::Mutex;
@@ -530,11 +537,14 @@ mod tests {
         let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
         let journal = Arc::new(journal);
         let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _, Arc::new(Lease::endless())));
+        let overload = Conf::shipped().unwrap().overload;
+        let shedder = Arc::new(Shedder::new(Live::new(overload), Arc::clone(&metrics)));
         let (batcher, batch_loop) = new(
             Live::new(conf),
             Arc::clone(&queue) as _,
             Arc::clone(&leaves),
             Arc::clone(&in_flight),
+            shedder,
             metrics,
         );
         (House { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
@@ -550,7 +560,7 @@ mod tests {
                 deadline: n,
                 message: vec![b' '; bytes].into(),
             };
-            self.in_flight.enter(&job).unwrap();
+            self.in_flight.enter(&job, Held::new()).unwrap();
             self.batcher.send(job).unwrap()
         }
     }

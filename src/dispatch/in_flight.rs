@@ -6,6 +6,7 @@
 //!
 //! DashMap guards are taken and dropped within one statement or block and never held over an await.
 
+use super::slots::Slot;
 use crate::audit::Kept;
 use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX, JournalEntry, KEPT_BYTES_MAX};
 use crate::metrics::Metrics;
@@ -13,6 +14,7 @@ use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, Unix
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
+use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,23 +46,49 @@ pub struct Full;
 struct Entry {
     function: FunctionId,
     deadline: UnixMs,
-    idempotency_key: Option<Box<IdempotencyKey>>,
+    /// What few jobs have.
+    more: Option<Box<More>>,
     waiters: Vec<oneshot::Sender<Outcome>>,
     /// A result was taken; its row is on the way.
     settled: bool,
 }
 
+#[derive(Default)]
+struct More {
+    idempotency_key: Option<IdempotencyKey>,
+    /// Its places among the jobs of its function and of its key, if they have caps.
+    held: Held,
+}
+
+/// Places that a job holds.
+pub type Held = SmallVec<[Slot; 2]>;
+
 impl Entry {
-    fn of(job: &Job, waiters: Vec<oneshot::Sender<Outcome>>) -> Self {
-        let (function, idempotency_key) = (job.function.clone(), job.idempotency_key.clone());
-        Self { function, deadline: job.deadline, idempotency_key, waiters, settled: false }
+    fn of(job: &Job, held: Held, waiters: Vec<oneshot::Sender<Outcome>>) -> Self {
+        Self::new(job.function.clone(), job.deadline, job.idempotency_key.as_deref().copied(), held, waiters)
+    }
+
+    fn new(
+        function: FunctionId,
+        deadline: UnixMs,
+        idempotency_key: Option<IdempotencyKey>,
+        held: Held,
+        waiters: Vec<oneshot::Sender<Outcome>>,
+    ) -> Self {
+        let has_more = idempotency_key.is_some() || !held.is_empty();
+        let more = has_more.then(|| Box::new(More { idempotency_key, held }));
+        Self { function, deadline, more, waiters, settled: false }
+    }
+
+    fn idempotency_key(&self) -> Option<IdempotencyKey> {
+        self.more.as_ref().and_then(|more| more.idempotency_key)
     }
 
     /// What is to be kept with the key of the request, if it has one.
     fn kept(&self, outcome: &Outcome) -> Option<Box<Kept>> {
         let result = outcome.published();
-        let key = self.idempotency_key.as_deref().filter(|_| result.len() <= KEPT_BYTES_MAX)?;
-        Some(Box::new(Kept { key: *key, result: result.clone() }))
+        let key = self.idempotency_key().filter(|_| result.len() <= KEPT_BYTES_MAX)?;
+        Some(Box::new(Kept { key, result: result.clone() }))
     }
 }
 
@@ -159,14 +187,14 @@ impl InFlight {
     }
 
     /// Enters a job nobody waits for.
-    pub fn enter(&self, job: &Job) -> Result<(), Full> {
-        self.insert(job, Vec::new())
+    pub fn enter(&self, job: &Job, held: Held) -> Result<(), Full> {
+        self.insert(job, held, Vec::new())
     }
 
     /// Enters a job together with one who waits for it.
-    pub fn enter_waiting(self: &Arc<Self>, job: &Job) -> Result<Waiter, Full> {
+    pub fn enter_waiting(self: &Arc<Self>, job: &Job, held: Held) -> Result<Waiter, Full> {
         let (sender, receiver) = oneshot::channel();
-        self.insert(job, vec![sender])?;
+        self.insert(job, held, vec![sender])?;
         Ok(self.waiter(job.id, receiver))
     }
 
@@ -177,13 +205,8 @@ impl InFlight {
             MapEntry::Occupied(_) => return false,
             MapEntry::Vacant(place) => {
                 let JournalEntry { function, deadline, idempotency_key, .. } = entry.clone();
-                place.insert(Entry {
-                    function,
-                    deadline,
-                    idempotency_key,
-                    waiters: Vec::new(),
-                    settled: false,
-                });
+                let key = idempotency_key.map(|key| *key);
+                place.insert(Entry::new(function, deadline, key, Held::new(), Vec::new()));
             }
         }
         self.len.fetch_add(1, Ordering::Relaxed);
@@ -199,7 +222,7 @@ impl InFlight {
             id,
             function: of.function.clone(),
             deadline: of.deadline,
-            idempotency_key: of.idempotency_key.clone(),
+            idempotency_key: of.idempotency_key().map(Box::new),
         };
         jobs.map(|job| entry(*job.key(), job.value())).collect()
     }
@@ -221,12 +244,12 @@ impl InFlight {
         self.jobs_max.saturating_sub(self.len.load(Ordering::Relaxed))
     }
 
-    fn insert(&self, job: &Job, waiters: Vec<oneshot::Sender<Outcome>>) -> Result<(), Full> {
+    fn insert(&self, job: &Job, held: Held, waiters: Vec<oneshot::Sender<Outcome>>) -> Result<(), Full> {
         if self.len.fetch_add(1, Ordering::Relaxed) >= self.jobs_max {
             self.len.fetch_sub(1, Ordering::Relaxed);
             return Err(Full);
         }
-        if self.jobs.insert(job.id, Entry::of(job, waiters)).is_some() {
+        if self.jobs.insert(job.id, Entry::of(job, held, waiters)).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed); // the same job again: it was counted before
         } else {
             self.metrics.jobs.accepted.inc();
@@ -272,6 +295,10 @@ impl InFlight {
             Some(mut entry) => {
                 let waiters = std::mem::take(&mut entry.waiters);
                 let kept = entry.kept(&outcome);
+                // The worker is done with it, though its row is not written yet.
+                if let Some(more) = &mut entry.more {
+                    more.held.clear();
+                }
                 // The first copy of a buffer is an allocation, and mostly nobody waits.
                 let told = (!waiters.is_empty()).then(|| outcome.clone());
                 // Kept before anyone is told, so that a `/status` right after an answer finds it.
@@ -503,7 +530,7 @@ mod tests {
     #[tokio::test]
     async fn a_waiter_hears_the_first_result() {
         let table = table(10, 1000);
-        let mut waiter = table.enter_waiting(&job(1)).unwrap();
+        let mut waiter = table.enter_waiting(&job(1), Held::new()).unwrap();
         assert_eq!(table.settle(job(1).id, outcome("a")), Settled::First(job(1).function, None));
         assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
         assert_eq!(table.settle(job(2).id, outcome("b")), Settled::UnknownJob);
@@ -515,7 +542,7 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_waiter_leaves_the_job() {
         let table = table(10, 1000);
-        drop(table.enter_waiting(&job(1)).unwrap());
+        drop(table.enter_waiting(&job(1), Held::new()).unwrap());
         assert_eq!(table.awaited(job(1).id), Some(Awaited { deadline: 2000, waited_for: false }));
         assert_eq!(table.metrics.waiters.get(), 0);
         let Joined::Pending(mut late) = table.join(job(1).id) else { panic!("pending") };
@@ -526,7 +553,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_job_that_was_lost_takes_one_late_result() {
         let table = table(10, 1000);
-        table.enter(&job(1)).unwrap();
+        table.enter(&job(1), Held::new()).unwrap();
         assert!(matches!(table.settle(job(1).id, outcome("lost")), Settled::First(..)));
         table.remember(job(1).id, job(1).function);
         // Its row may be on the way still, or be written.
@@ -544,7 +571,7 @@ mod tests {
     #[tokio::test]
     async fn a_job_given_up_wakes_its_waiter() {
         let table = table(10, 1000);
-        let mut waiter = table.enter_waiting(&job(1)).unwrap();
+        let mut waiter = table.enter_waiting(&job(1), Held::new()).unwrap();
         table.remove(job(1).id);
         assert_eq!(waiter.outcome().await, None);
         assert!(matches!(table.join(job(1).id), Joined::Unknown));
@@ -554,17 +581,17 @@ mod tests {
     #[test]
     fn the_table_is_bounded() {
         let table = table(2, 1000);
-        table.enter(&job(1)).unwrap();
-        table.enter(&job(2)).unwrap();
-        assert_eq!(table.enter(&job(3)), Err(Full));
+        table.enter(&job(1), Held::new()).unwrap();
+        table.enter(&job(2), Held::new()).unwrap();
+        assert_eq!(table.enter(&job(3), Held::new()), Err(Full));
         table.remove(job(1).id);
-        table.enter(&job(3)).unwrap();
+        table.enter(&job(3), Held::new()).unwrap();
     }
 
     #[test]
     fn waiters_of_one_job_are_bounded() {
         let table = table(2, 1000);
-        table.enter(&job(1)).unwrap();
+        table.enter(&job(1), Held::new()).unwrap();
         let joined: Vec<_> = (0..WAITERS_PER_JOB_MAX).map(|_| table.join(job(1).id)).collect();
         assert!(matches!(table.join(job(1).id), Joined::Crowded));
         drop(joined);
@@ -575,7 +602,7 @@ mod tests {
     async fn settled_results_are_bounded_in_bytes_and_time() {
         let table = table(10, 2 * (5 + SETTLED_BYTES));
         for n in 1..=3 {
-            table.enter(&job(n)).unwrap();
+            table.enter(&job(n), Held::new()).unwrap();
             table.settle(job(n).id, outcome("12345"));
             table.remove(job(n).id);
         }

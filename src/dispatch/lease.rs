@@ -1,6 +1,6 @@
 //! How long this node may admit jobs: while its lease holds, and a moment less.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -12,24 +12,36 @@ pub struct Lease {
     epoch: Instant,
     /// In milliseconds from the epoch.
     until: AtomicU64,
+    /// Nodes that live, this one included, as was heard last.
+    nodes: AtomicUsize,
 }
 
 impl Lease {
     /// One that never lapses: there are no other nodes.
     pub fn endless() -> Self {
-        Self { epoch: Instant::now(), until: AtomicU64::new(u64::MAX) }
+        Self::until(u64::MAX)
     }
 
     pub fn lapsed() -> Self {
-        Self { epoch: Instant::now(), until: AtomicU64::new(0) }
+        Self::until(0)
+    }
+
+    fn until(until: u64) -> Self {
+        Self { epoch: Instant::now(), until: AtomicU64::new(until), nodes: AtomicUsize::new(1) }
+    }
+
+    /// At least 1.
+    pub fn nodes(&self) -> usize {
+        self.nodes.load(Ordering::Relaxed).max(1)
     }
 
     pub fn holds(&self) -> bool {
         u128::from(self.until.load(Ordering::Relaxed)) > self.epoch.elapsed().as_millis()
     }
 
-    /// It was renewed by a call that began at `asked`.
-    pub fn renewed(&self, asked: Instant, lease: Duration) {
+    /// It was renewed by a call that began at `asked`; then so many nodes lived.
+    pub fn renewed(&self, asked: Instant, lease: Duration, nodes: usize) {
+        self.nodes.store(nodes, Ordering::Relaxed);
         let until = asked + lease * TRUSTED_PERCENT / 100 - self.epoch;
         self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
@@ -45,7 +57,8 @@ mod tests {
         assert!(!lease.holds() && Lease::endless().holds());
         let asked = Instant::now();
         tokio::time::advance(Duration::from_secs(1)).await;
-        lease.renewed(asked, Duration::from_secs(10));
+        lease.renewed(asked, Duration::from_secs(10), 3);
+        assert_eq!(lease.nodes(), 3);
         for (ms, holds) in [(8899, true), (2, false)] {
             tokio::time::advance(Duration::from_millis(ms)).await;
             assert_eq!(lease.holds(), holds, "{ms}");

@@ -9,7 +9,7 @@
 use super::lease::Lease;
 use super::settler::Settler;
 use crate::audit::{Ledger, Outstanding};
-use crate::backend::{BackendError, JournalEntry, Membership, Told};
+use crate::backend::{BackendError, JournalEntry, Membership, Others, Told};
 use crate::config::FleetConf;
 use crate::model::{JobId, NodeId, now_ms};
 use std::collections::{BTreeMap, HashSet};
@@ -74,7 +74,7 @@ impl Members {
         loop {
             tick.tick().await;
             let done = match self.renew(store.as_ref()).await {
-                Ok(lapsed) => self.look_after(store.as_ref(), lapsed).await,
+                Ok(others) => self.look_after(store.as_ref(), others.lapsed).await,
                 Err(e) => Err(e),
             };
             if let Err(e) = done {
@@ -83,15 +83,15 @@ impl Members {
         }
     }
 
-    async fn renew(&mut self, store: &dyn Membership) -> Result<Vec<NodeId>, BackendError> {
+    async fn renew(&mut self, store: &dyn Membership) -> Result<Others, BackendError> {
         let asked = Instant::now();
-        let lapsed = store.renew(self.node, self.lasts).await?;
+        let others = store.renew(self.node, self.lasts).await?;
         if !self.lease.holds() {
             self.standing_since = Some(asked);
         }
         self.mend(store, self.node).await?;
-        self.lease.renewed(asked, self.lasts);
-        Ok(lapsed)
+        self.lease.renewed(asked, self.lasts, others.alive);
+        Ok(others)
     }
 
     /// Tells the journal of a node again what is known of it here, if the store has lost it.

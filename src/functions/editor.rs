@@ -69,6 +69,8 @@ pub struct NewFunction<'a> {
 pub struct Change {
     pub description: Option<String>,
     pub memory_mb: Option<u64>,
+    /// 0 lifts the cap.
+    pub max_concurrency: Option<u64>,
 }
 
 /// Why a function was not changed; `E` is what the caller's own check says.
@@ -105,6 +107,7 @@ impl Editor {
             description: new.description,
             runtime: new.runtime.name().to_owned(),
             memory_mb: new.memory_mb,
+            max_concurrency: 0,
             s3_key: code.s3_key.clone(),
             original_name: new.code.original_name,
             uploaded_at: rfc3339_ms(now),
@@ -247,6 +250,9 @@ fn changed(
     }
     if let Some(memory_mb) = change.memory_mb {
         after.memory_mb = memory_mb;
+    }
+    if let Some(max) = change.max_concurrency {
+        after.max_concurrency = max;
     }
     if let Some((stored, code)) = code {
         after.s3_key.clone_from(&stored.s3_key);

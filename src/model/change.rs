@@ -71,7 +71,7 @@ fn shown(function: Option<&Function>) -> Value {
     let Some(f) = function else { return Value::Null };
     let env: serde_json::Map<String, Value> = serde_json::from_str(&f.env_vars).unwrap_or_default();
     json!({
-        "name": f.name, "description": f.description, "runtime": f.runtime, "memoryMb": f.memory_mb,
+        "name": f.name, "description": f.description, "runtime": f.runtime, "memoryMb": f.memory_mb, "maxConcurrency": f.max_concurrency,
         "s3Key": f.s3_key, "version": f.version, "envVars": env.keys().collect::<Vec<_>>(),
     })
 }

@@ -53,6 +53,8 @@ pub struct Function {
     /// `python`, `nodejs`, `cpp` or `go`; older items may hold anything, and it is passed on as it is.
     pub runtime: String,
     pub memory_mb: u64,
+    /// Most jobs in flight, on all nodes together; 0: no cap.
+    pub max_concurrency: u64,
     /// Where the code lies in the bucket (or the local store).
     pub s3_key: String,
     /// File name the code was uploaded under.
@@ -86,6 +88,9 @@ impl Function {
             hash.update(part);
         }
         hash.update(self.memory_mb.to_be_bytes());
+        if self.max_concurrency > 0 {
+            hash.update(self.max_concurrency.to_be_bytes());
+        }
         let mut tag = format!("\"{}-", self.version);
         for byte in &hash.finalize()[..6] {
             let _ = write!(tag, "{byte:02x}");
@@ -125,6 +130,7 @@ impl Function {
             description: "a test".to_owned(),
             runtime: "python".to_owned(),
             memory_mb: 256,
+            max_concurrency: 0,
             s3_key: format!("functions/{id}/a.zip"),
             original_name: "code.zip".to_owned(),
             uploaded_at: "2026-01-02T03:04:05.678Z".to_owned(),
@@ -162,6 +168,7 @@ mod tests {
         assert_eq!(counted.tag(), tag);
         for changed in [
             Function { memory_mb: 512, ..f.clone() },
+            Function { max_concurrency: 1, ..f.clone() },
             Function { description: String::new(), ..f.clone() },
             Function { version: 2, ..f.clone() },
             Function { updated_at: "x".into(), ..f.clone() },

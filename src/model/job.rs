@@ -162,6 +162,8 @@ pub struct Job {
 #[derive(Debug)]
 pub struct JobTemplate {
     pub function: FunctionId,
+    /// Most jobs in flight, on all nodes together; 0: no cap.
+    pub max_concurrency: usize,
     text: Box<str>,
     /// Where in `text` the input belongs, and where the times.
     input_at: usize,
@@ -181,7 +183,8 @@ impl JobTemplate {
         text.extend([",\"envVars\":", &f.env_vars, ",\"acceptedAt\":\""]);
         let times_at = text.len();
         text.extend(["\",\"configVersion\":", &f.version.to_string(), ",\"traceparent\":\""]);
-        Self { function: f.id.clone(), text: text.into(), input_at, times_at }
+        let max_concurrency = usize::try_from(f.max_concurrency).unwrap_or(usize::MAX);
+        Self { function: f.id.clone(), max_concurrency, text: text.into(), input_at, times_at }
     }
 
     /// The message of some job, as the workers read it.
@@ -213,7 +216,7 @@ impl JobDraft<'_> {
     /// Writes the message by hand rather than through a tree: `input` is copied as it came.
     pub fn build(&self) -> Job {
         let own_trace = self.id.traceparent();
-        let JobTemplate { function, text, input_at, times_at } = self.template;
+        let JobTemplate { function, text, input_at, times_at, .. } = self.template;
         let mut m = Vec::with_capacity(self.request.input.len() + text.len() + 256);
         m.extend_from_slice(b"{\"requestId\":\"");
         m.extend_from_slice(self.id.text(&mut [0; JobId::TEXT_BYTES]).as_bytes());
@@ -429,6 +432,7 @@ mod tests {
             description: String::new(),
             runtime: "python".into(),
             memory_mb: 256,
+            max_concurrency: 0,
             s3_key: "functions/\"x\".zip".into(),
             original_name: "x.zip".into(),
             uploaded_at: Rfc3339Ms::of(AT).as_str().to_owned(),

@@ -16,6 +16,7 @@ pub mod platform;
 pub mod process;
 pub mod proxy;
 pub mod redis;
+pub mod tls;
 pub mod upload;
 pub mod upstream;
 pub mod wait;

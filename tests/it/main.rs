@@ -43,11 +43,15 @@ mod idempotency;
 #[cfg(test)]
 mod journal;
 #[cfg(test)]
+mod keys;
+#[cfg(test)]
 mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
 mod observe;
+#[cfg(test)]
+mod overload;
 #[cfg(test)]
 mod pages;
 #[cfg(test)]
@@ -71,6 +75,10 @@ mod status;
 #[cfg(test)]
 mod tidy;
 #[cfg(test)]
+mod tls;
+#[cfg(test)]
 mod upgrade;
+#[cfg(test)]
+mod upstreams;
 #[cfg(test)]
 mod workers;

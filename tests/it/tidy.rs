@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// main → boot → gateway → api → dispatch, functions → audit → backend → model; beside them what many use.
 const ARROWS: [(&str, &[&str]); 17] = [
     ("lib", &[]),
-    ("main", &["boot", "config", "log"]),
+    ("main", &["boot", "config", "log", "model"]),
     (
         "boot",
         &[

@@ -131,7 +131,11 @@ fn put(table: &str, item: RawItem) -> Result<Put, BuildError> {
 fn create(table: &str, after: &Function) -> Result<Put, BuildError> {
     let mut item = key_item(after.id.as_str());
     // A function that was never changed has no such attribute, as the old controller leaves it.
-    let is_kept = |(name, value): &(&str, AttributeValue)| *name != "updated_at" || *value != text("");
+    let is_kept = |(name, value): &(&str, AttributeValue)| match *name {
+        "updated_at" => *value != text(""),
+        "maxConcurrency" => *value != whole(0),
+        _ => true,
+    };
     item.extend(attributes(after).into_iter().filter(is_kept).map(|(name, value)| (name.to_owned(), value)));
     Put::builder()
         .table_name(table)

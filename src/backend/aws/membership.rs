@@ -5,7 +5,7 @@ use super::journal::{
     GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, entry_text, key, numbered_text, sums_text,
 };
 use super::redis::Commands;
-use crate::backend::{BackendError, Membership, Told};
+use crate::backend::{BackendError, Membership, Others, Told};
 use crate::model::NodeId;
 use async_trait::async_trait;
 use redis::{Cmd, Script, cmd};
@@ -17,11 +17,12 @@ const ADOPTED: &str = "adopted";
 /// How long the mark of a journal outlives its node, in seconds: longer than anybody would have its jobs wait.
 const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
 
-/// KEYS: the nodes. ARGV: a node, its lease in milliseconds. Answer: up to 16 whose lease has lapsed.
+/// KEYS: the nodes. ARGV: a node, its lease in milliseconds. Answer: up to 16 whose lease has lapsed; how many live.
 const RENEW: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
-return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16)";
+return {redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16),
+  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf')}";
 
 /// KEYS: who has adopted a node. ARGV: who would, for how many milliseconds. Answer: whether that one has.
 const ADOPT: &str = "local holder = redis.call('GET', KEYS[1])
@@ -55,14 +56,16 @@ impl RedisMembership {
 
 #[async_trait]
 impl Membership for RedisMembership {
-    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Vec<NodeId>, BackendError> {
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Others, BackendError> {
         let mut call = self.renew.prepare_invoke();
         call.key(&self.nodes).arg(node.to_string()).arg(millis(lease));
         let call = &call;
-        let lapsed: Vec<Vec<u8>> =
+        let (lapsed, alive): (Vec<Vec<u8>>, usize) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         // What is no node is left alone.
-        Ok(lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect())
+        let lapsed =
+            lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect();
+        Ok(Others { lapsed, alive })
     }
 
     async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError> {

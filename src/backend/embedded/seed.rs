@@ -76,6 +76,7 @@ impl Example {
             description: self.description.to_owned(),
             runtime: self.runtime.to_owned(),
             memory_mb: Function::MEMORY_MB_DEFAULT,
+            max_concurrency: 0,
             s3_key: self.s3_key(),
             original_name: "code.zip".to_owned(),
             uploaded_at: rfc3339_ms(now_ms()),

@@ -21,6 +21,8 @@ pub struct Conf {
     pub limits: String,
     pub keys: String,
     pub upstreams: String,
+    /// (name, text) of others.
+    pub files: Vec<(String, String)>,
 }
 
 impl Conf {
@@ -32,7 +34,8 @@ impl Conf {
             ("keys.toml", &self.keys),
             ("upstreams.toml", &self.upstreams),
         ];
-        for (name, text) in files {
+        let others = self.files.iter().map(|(name, text)| (name.as_str(), text));
+        for (name, text) in files.into_iter().chain(others) {
             std::fs::write(dir.join(name), text).expect("the scratch directory is writable");
         }
     }

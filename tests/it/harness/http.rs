@@ -60,6 +60,11 @@ impl Conn {
         self.stream.write_all(bytes).await
     }
 
+    /// So many bytes, whatever they are.
+    pub async fn bytes(&mut self, length: usize) -> Result<Vec<u8>> {
+        self.take(length).await
+    }
+
     /// Says that nothing more comes.
     pub async fn end(&mut self) {
         // It may be closed already.

@@ -201,9 +201,13 @@ impl Platform {
         self.fleet.as_ref().expect("a platform over AWS")
     }
 
+    pub fn conf_dir(&self) -> PathBuf {
+        self.dir.path().join("conf")
+    }
+
     /// A file of the `--conf` directory.
     pub fn conf_file(&self, name: &str) -> PathBuf {
-        self.dir.path().join("conf").join(name)
+        self.conf_dir().join(name)
     }
 
     pub fn is_serve(&self) -> bool {

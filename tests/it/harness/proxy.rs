@@ -29,6 +29,8 @@ pub enum Policy {
     Deny(&'static str),
     /// Passes everything on at once, but keeps back the answers to this operation until [`Proxy::release`].
     Hold(&'static str),
+    /// Answers batches of messages so much later.
+    SlowSends(Duration),
     /// Fails as [`Proxy::fail`] says, at first not at all. The seed says when.
     Fail(u64),
 }
@@ -165,6 +167,9 @@ impl Shared {
                 let _ = self.released.subscribe().wait_for(|released| *released).await;
                 self.note(&operation, |count| count.held -= 1);
             }
+            if let (Policy::SlowSends(late), "SendMessageBatch") = (self.policy, operation.as_str()) {
+                tokio::time::sleep(late).await;
+            }
             client.write(&message.to_bytes()).await?;
         }
         Ok(())
@@ -264,7 +269,11 @@ impl Shared {
     fn denies(&self, operation: &str) -> bool {
         let old_role = OLD_ROLE.contains(&operation) || operation.starts_with("s3-object-");
         match self.policy {
-            Policy::PassAll | Policy::PassAndCount | Policy::Hold(_) | Policy::Fail(_) => false,
+            Policy::PassAll
+            | Policy::PassAndCount
+            | Policy::Hold(_)
+            | Policy::SlowSends(_)
+            | Policy::Fail(_) => false,
             Policy::OldRole => !old_role,
             Policy::Deny(denied) => !old_role || operation == denied,
         }

@@ -20,8 +20,8 @@ pub(in crate::backend::embedded) fn put_function(
 ) -> rusqlite::Result<bool> {
     let mut insert = connection.prepare_cached(
         "INSERT INTO functions (function_id, name, description, runtime, memory_mb, s3_key, original_name,
-             uploaded_at, updated_at, env_vars, version)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+             uploaded_at, updated_at, env_vars, version, max_concurrency)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
          ON CONFLICT (function_id) DO NOTHING",
     )?;
     let added = insert.execute(params![
@@ -36,6 +36,7 @@ pub(in crate::backend::embedded) fn put_function(
         f.updated_at,
         f.env_vars,
         integer(f.version),
+        integer(f.max_concurrency),
     ])?;
     Ok(added == 1)
 }
@@ -44,7 +45,7 @@ pub(in crate::backend::embedded) fn put_function(
 fn update(connection: &Connection, before: &Function, after: &Function) -> rusqlite::Result<bool> {
     let mut update = connection.prepare_cached(
         "UPDATE functions SET description = ?4, memory_mb = ?5, s3_key = ?6, original_name = ?7, updated_at = ?8,
-             version = ?9
+             version = ?9, max_concurrency = ?10
          WHERE function_id = ?1 AND version = ?2 AND updated_at = ?3",
     )?;
     let updated = update.execute(params![
@@ -57,6 +58,7 @@ fn update(connection: &Connection, before: &Function, after: &Function) -> rusql
         after.original_name,
         after.updated_at,
         integer(after.version),
+        integer(after.max_concurrency),
     ])?;
     Ok(updated == 1)
 }
@@ -151,6 +153,7 @@ fn function(id: FunctionId, row: &Row<'_>) -> rusqlite::Result<Function> {
         description: row.get("description")?,
         runtime: row.get("runtime")?,
         memory_mb: unsigned(row.get("memory_mb")?),
+        max_concurrency: unsigned(row.get("max_concurrency")?),
         s3_key: row.get("s3_key")?,
         original_name: row.get("original_name")?,
         uploaded_at: row.get("uploaded_at")?,

@@ -1,0 +1,172 @@
+//! API keys beside the master key: what they may do, when, and how often.
+
+use crate::harness::gateway::Conf;
+use crate::harness::http::{Answer, Request};
+use crate::harness::keys::key_lines;
+use crate::harness::platform::HELLO;
+use crate::harness::{Gateway, Platform, SOON, Setup, eventually};
+use serde_json::json;
+use std::time::Duration;
+
+over_both!(scopes, functions_a_key_may_run, guessing, limits_of_a_key);
+
+fn with(gateway: &Gateway, key: &str, method: &str, target: &str) -> Request {
+    gateway.anonymous(method, target).header("x-api-key", key)
+}
+
+async fn run(gateway: &Gateway, key: &str, function: &str) -> Answer {
+    let body = json!({ "functionId": function });
+    with(gateway, key, "POST", "/run").header("x-async", "true").json(&body).send().await
+}
+
+fn code(answer: &Answer) -> String {
+    answer.json()["code"].as_str().unwrap_or_default().to_owned()
+}
+
+async fn start(setup: Setup, server: &str, keys: &str) -> Platform {
+    setup.conf(Conf { server: server.into(), keys: keys.into(), ..Conf::default() }).start().await
+}
+
+async fn scopes(setup: Setup) {
+    let all = ["run", "read", "write", "worker", "metrics", "admin"];
+    let keys: String = all.iter().map(|scope| key_lines(scope, &format!("key-{scope}"), &[scope])).collect();
+    let expired = format!("{}expires = 2026-01-01T00:00:00Z\n", key_lines("old", "key-old", &["run"]));
+    let early = format!("{}not_before = 2099-01-01T00:00:00Z\n", key_lines("early", "key-early", &["run"]));
+    let platform =
+        start(setup, "[auth]\nmetrics_need_key = true\n", &format!("{keys}{expired}{early}")).await;
+    let gateway = &platform.gateway;
+    let calls: [(&str, &str, &str, u16); 5] = [
+        ("run", "GET", "/status/x", 404),
+        ("read", "GET", "/functions", 200),
+        ("write", "DELETE", "/functions/absent", 404),
+        ("worker", "POST", "/worker/heartbeat", 400),
+        ("metrics", "GET", "/metrics", 200),
+    ];
+    for (needed, method, target, status) in calls {
+        for scope in all {
+            let mut request = with(gateway, &format!("key-{scope}"), method, target);
+            if method == "POST" {
+                request = request.body("application/json", "{}");
+            }
+            let answer = request.send().await;
+            let expected = if scope == needed || scope == "admin" { status } else { 403 };
+            assert_eq!(answer.status, expected, "{scope}: {method} {target}: {}", answer.text());
+            if expected == 403 {
+                assert_eq!(code(&answer), "forbidden");
+            }
+        }
+    }
+    gateway.anonymous("GET", "/metrics").send().await.expect_problem(401);
+    gateway.request("GET", "/metrics").send().await.expect(200);
+    for key in ["key-old", "key-early"] {
+        assert_eq!(code(&run(gateway, key, HELLO).await.expect_problem(401)), "key_not_valid_now");
+    }
+    assert!(!gateway.output().contains("key-run"), "a key stands in the log");
+    platform.stop().await;
+}
+
+async fn functions_a_key_may_run(setup: Setup) {
+    let keys = format!(
+        "{}functions = [\"{HELLO}\", \"team-*\"]\n",
+        key_lines("narrow", "key-narrow", &["run", "write"])
+    );
+    let platform = start(setup, "", &keys).await;
+    let gateway = &platform.gateway;
+    let other = gateway.upload("x").await;
+    run(gateway, "key-narrow", HELLO).await.expect(202);
+    assert_eq!(code(&run(gateway, "key-narrow", &other).await.expect_problem(403)), "function_forbidden");
+    run(gateway, "key-narrow", "no-such-function").await.expect_problem(404);
+    platform.finish().await;
+}
+
+/// Guessing is answered 429 in the end; a right key behind the same address goes on.
+async fn guessing(setup: Setup) {
+    let server =
+        "[auth]\nfailures_a_minute = 6\nfailures_burst = 5\n[http]\ntrusted_proxies = [\"127.0.0.1\"]\n";
+    let platform = start(setup, server, &key_lines("edge", "key-edge", &["run"])).await;
+    let gateway = &platform.gateway;
+    let from =
+        |client: &str, key: &str| with(gateway, key, "GET", "/functions").header("x-forwarded-for", client);
+    for n in 0..5 {
+        from("2001:db8::1", &format!("guess-{n}")).send().await.expect_problem(401);
+    }
+    let refused = from("2001:db8::2", "guess-6").send().await.expect_problem(429);
+    assert_eq!((code(&refused).as_str(), refused.need("x-ratelimit-remaining")), ("too_many_failures", "0"));
+    let retry: u64 = refused.need("retry-after").parse().expect("seconds");
+    assert!((1..=10).contains(&retry), "{retry}");
+    // Others are not held to account for it.
+    from("2001:db8:0:1::1", "guess").send().await.expect_problem(401);
+    from("6.6.6.6, 9.9.9.9", "guess").send().await.expect_problem(401);
+    from("2001:db8::1", "key-edge").send().await.expect_problem(403);
+    from("2001:db8::1", gateway.key()).send().await.expect(200);
+    platform.finish().await;
+}
+
+async fn limits_of_a_key(setup: Setup) {
+    let keys = format!(
+        "{}limit = {{ rate = 60, period_s = 3600, burst = 2 }}\n{}",
+        key_lines("slow", "key-slow", &["run"]),
+        key_lines("usual", "key-usual", &["run"])
+    );
+    let limits = "[[limit]]\nname = \"test\"\nidentity = \"key\"\nroutes = [\"/run\"]\nrate = 70\nperiod_s = 60\nburst = 70\non_redis_loss = \"local\"\n";
+    let platform = setup.conf(Conf { limits: limits.into(), keys, ..Conf::default() }).start().await;
+    let gateway = &platform.gateway;
+    for expected in [202, 202, 429] {
+        let answer = run(gateway, "key-slow", HELLO).await.expect(expected);
+        assert_eq!(answer.need("x-ratelimit-limit"), "2");
+    }
+    assert_eq!(run(gateway, "key-usual", HELLO).await.expect(202).need("x-ratelimit-limit"), "70");
+    platform.finish().await;
+}
+
+/// Keys come and go while the server runs: a new one is let in, one that is removed is refused within a second.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_are_rotated_while_it_runs() {
+    let (old, new) = (key_lines("edge", "key-one", &["run"]), key_lines("edge", "key-two", &["run"]));
+    let platform = start(Setup::serve().no_worker(), "", &old).await;
+    let gateway = &platform.gateway;
+    run(gateway, "key-one", HELLO).await.expect(202);
+    run(gateway, "key-two", HELLO).await.expect_problem(401);
+    let write = |keys: String| std::fs::write(platform.conf_file("keys.toml"), keys).expect("writable");
+    write(format!("{old}{new}"));
+    let answers = |key: &'static str, status: u16| async move {
+        eventually(&format!("{key}: {status}"), Duration::from_secs(1), || async {
+            let answer = run(gateway, key, HELLO).await;
+            if answer.status == status { Ok(()) } else { Err(answer.text()) }
+        })
+        .await;
+    };
+    answers("key-two", 202).await;
+    run(gateway, "key-one", HELLO).await.expect(202);
+    write(new);
+    answers("key-one", 401).await;
+    run(gateway, "key-two", HELLO).await.expect(202);
+    // A file that cannot be used changes nothing, and its lines are named.
+    write("[[key]]\nname = \"x\"\nsha256 = \"12\"\nscopes = []\n".into());
+    eventually("the refusal", SOON, || async {
+        let lines = gateway.log();
+        let told = lines.iter().find(|line| line["msg"] == "Configuration Refused");
+        let problem = told.and_then(|line| line["problem"].as_str()).unwrap_or_default();
+        if problem.contains("keys.toml:3:") { Ok(()) } else { Err(problem.to_owned()) }
+    })
+    .await;
+    run(gateway, "key-two", HELLO).await.expect(202);
+    platform.stop().await;
+}
+
+/// What `key new` prints lets its key in, and the key stands in no file.
+#[test]
+fn a_new_key_is_printed_once() {
+    let dir = crate::harness::process::Scratch::new("key");
+    let args = ["key", "new", "--name", "edge", "--scope", "run", "--scope", "read", "--function", "a-*"];
+    let run = crate::harness::gateway::run_to_end(&args, &[], dir.path(), SOON, || {});
+    assert_eq!(run.code, Some(0), "{}", run.output);
+    let key = run.stderr.iter().find_map(|line| line.split_whitespace().find(|word| word.starts_with("ic_")));
+    let key = key.expect("the key");
+    let lines: Vec<&str> = run.output.lines().map(str::trim).collect();
+    let expected = key_lines("edge", key, &["run", "read"]) + "functions = [\"a-*\"]";
+    assert!(lines.join("\n").contains(&expected), "{}", run.output);
+    let args = ["key", "new", "--name", "a b", "--scope", "run"];
+    let run = crate::harness::gateway::run_to_end(&args, &[], dir.path(), SOON, || {});
+    assert_eq!(run.code, Some(78), "{}", run.output);
+}

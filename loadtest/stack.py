@@ -173,7 +173,7 @@ class Stack:
         conf = self.directory / name
         conf.mkdir()
         (conf / "limits.toml").write_text(limits)
-        (conf / "server.toml").write_text('[listen]\naddress = "127.0.0.1"\nthreads = 1\n')
+        (conf / "server.toml").write_text('[listen]\naddress = "127.0.0.1"\nthreads = 1\n[http]\nconnections_max = 20000\n')
         port, endpoint = free_port(), f"http://127.0.0.1:{self.stand_in.port}"
         env = {
             "PORT": str(port),

@@ -2,8 +2,9 @@
 # Installs what this project needs and this machine lacks, and says so. Does nothing, fast, where all is there.
 #
 #   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
-#   scripts/setup.sh test    redis-server, and a Python venv with the AWS emulator and schemathesis
+#   scripts/setup.sh test    redis-server, h2load, and a Python venv with the AWS emulator and schemathesis
 #   scripts/setup.sh load    redis-server, wrk, and a Python venv with k6
+#   scripts/setup.sh slow    slowhttptest
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -52,6 +53,7 @@ setup_test() {
     missing=
     has redis-server || missing="$missing redis-server"
     has setpriv || missing="$missing util-linux"
+    has h2load || missing="$missing nghttp2-client"
     # Debian splits these modules off; other Pythons (pyenv) have them.
     has python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3 python3-venv"
     # shellcheck disable=SC2086 # a list of words
@@ -87,8 +89,9 @@ case "${1:-}" in
     build) setup_build ;;
     test) setup_test ;;
     load) setup_load ;;
+    slow) has slowhttptest || install slowhttptest ;;
     *)
-        say "usage: $0 build|test|load"
+        say "usage: $0 build|test|load|slow"
         exit 2
         ;;
 esac

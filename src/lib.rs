@@ -26,6 +26,8 @@ pub mod catalogue;
 pub mod config;
 pub mod dispatch;
 pub mod functions;
+#[cfg(test)]
+mod fuzz;
 pub mod gateway;
 mod https;
 pub mod lifecycle;

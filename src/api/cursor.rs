@@ -118,4 +118,23 @@ mod tests {
             assert!(cursors.open(&["x"], bad).is_err(), "{bad}");
         }
     }
+
+    /// Nobody makes a cursor, be it of one that is good.
+    #[test]
+    fn fuzz_cursors() {
+        let cursors = Cursors::new(&Secret::new("k".into()));
+        let good = cursors.seal(&["list", "filter"], "place");
+        crate::fuzz::run("cursor", |input| {
+            let Ok(text) = std::str::from_utf8(input) else { return };
+            assert!(
+                cursors
+                    .try_open(&["list", "filter"], text)
+                    .is_none_or(|place| place == "place" && text == good)
+            );
+            let sealed = cursors.seal(&["list"], text);
+            let opened = cursors.try_open(&["list"], &sealed);
+            assert_eq!(opened.as_deref(), (sealed.len() <= LEN_MAX).then_some(text));
+            assert_eq!(cursors.try_open(&["list", ""], &sealed), None, "it is for one list alone");
+        });
+    }
 }

@@ -719,4 +719,34 @@ mod tests {
             ["limits.toml:4: limit[0].routes (limit a): there is no route \"/run\" that asks for a key"]
         );
     }
+
+    /// Whatever stands in a file, it makes settings that can be used, or it is told what is wrong with which file.
+    #[test]
+    fn fuzz_conf_files() {
+        crate::fuzz::run("conf", |input| {
+            let Ok(text) = std::str::from_utf8(input) else { return };
+            for n in 0..4 {
+                let mut texts = ConfTexts::none();
+                let file = match n {
+                    0 => &mut texts.server,
+                    1 => &mut texts.limits,
+                    2 => &mut texts.keys,
+                    _ => &mut texts.upstreams,
+                };
+                file.text = Some(text.to_owned());
+                let name = file.name.clone();
+                match Conf::of(&texts) {
+                    Ok(conf) => {
+                        assert!(conf.limits.iter().all(LimitConf::is_countable));
+                        assert!(conf.http.connections_max > 0 && conf.batch.sends_max > 0);
+                        assert_eq!(texts.lost_since(&texts), Vec::<String>::new());
+                    }
+                    Err(ConfigError(problems)) => {
+                        assert!(problems.iter().all(|problem| problem.starts_with(&name)), "{problems:?}");
+                        assert!(!problems.is_empty());
+                    }
+                }
+            }
+        });
+    }
 }

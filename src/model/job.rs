@@ -532,4 +532,37 @@ mod tests {
         }
         assert!(RunRequest::parse(b"{\"functionId\":\"a\",\"inputData\":\"\xff\"}").is_err());
     }
+
+    #[test]
+    fn fuzz_job_ids() {
+        crate::fuzz::run("job_id", |input| {
+            let Ok(text) = std::str::from_utf8(input) else { return };
+            if let Some(id) = JobId::parse(text) {
+                assert_eq!(id.to_string(), text.to_ascii_lowercase());
+                assert_eq!(JobId::parse(&id.to_string()), Some(id));
+                assert!(id.accepted_at() < 1 << 42);
+            }
+            if let Some(node) = NodeId::parse(text) {
+                assert_eq!(NodeId::parse(&node.to_string()), Some(node));
+            }
+        });
+    }
+
+    /// Whatever passes becomes a message that holds the input as it came.
+    #[test]
+    fn fuzz_run_requests() {
+        let template = JobTemplate::of(&Function::sample("f"), "b");
+        crate::fuzz::run("run_request", |input| {
+            let Ok(request) = RunRequest::parse(input) else { return };
+            let id = JobId::new(NodeId(1), AT, 2);
+            let draft =
+                JobDraft { id, template: &template, deadline: AT, request: &request, traceparent: None };
+            let message = draft.build().message;
+            let text = std::str::from_utf8(&message).expect("a message is UTF-8");
+            let read: serde_json::Value = serde_json::from_str(text).expect("a message is JSON");
+            let sent: serde_json::Value = serde_json::from_str(request.input).expect("the input is JSON");
+            assert_eq!(read["input"], sent);
+            assert!(!text.contains(['\u{fffe}', '\u{ffff}']), "the queue refuses these");
+        });
+    }
 }

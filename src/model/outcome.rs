@@ -264,4 +264,21 @@ mod tests {
             assert_eq!(outcome(not_an_object).fields(), ResultFields::default(), "{not_an_object}");
         }
     }
+
+    /// A broken worker may publish anything: there is always an answer and a row.
+    #[test]
+    fn fuzz_worker_results() {
+        use crate::model::{Execution, FunctionId, JobId, MESSAGE_BYTES_MAX, NodeId};
+        crate::fuzz::run("worker_result", |input| {
+            let outcome = Outcome::new(Bytes::copy_from_slice(input));
+            let id = JobId::new(NodeId(1), 0, 0);
+            let row = Execution::of(id, FunctionId::parse("f").unwrap(), &outcome.fields());
+            assert!(row.message.len() <= MESSAGE_BYTES_MAX + 200 && row.duration_ms.is_finite());
+            assert!(!row.status.as_str().is_empty());
+            let body = outcome.body();
+            assert!(serde_json::from_slice::<IgnoredAny>(&body).is_ok(), "the client gets JSON");
+            let is_json = serde_json::from_slice::<IgnoredAny>(input).is_ok();
+            assert_eq!(is_json, body == input, "JSON passes byte for byte");
+        });
+    }
 }

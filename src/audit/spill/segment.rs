@@ -192,3 +192,33 @@ impl Rows {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a file that holds anything, whole rows are told, and where they end; they are read again as they were told.
+    #[test]
+    fn fuzz_spill_segments() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.rows");
+        crate::fuzz::run("spill_segment", |input| {
+            std::fs::write(&path, input).unwrap();
+            let mut told = Vec::new();
+            let segment = scan(&path, |id, function| told.push((id, function))).unwrap();
+            assert_eq!(segment.len + segment.torn, input.len() as u64);
+            if segment.len == 0 {
+                return assert!(told.is_empty());
+            }
+            let read = read(&path, HEAD.len() as u64, segment.len, usize::MAX).unwrap();
+            let records = read.records.iter().map(|record| (record.id, record.row.function.clone()));
+            assert_eq!((records.collect::<Vec<_>>(), read.end), (told, segment.len));
+            // What was read is written again as bytes that read the same.
+            let mut bytes = HEAD.to_vec();
+            read.records.iter().for_each(|record| put(&mut bytes, record).unwrap());
+            std::fs::write(&path, &bytes).unwrap();
+            let again = super::read(&path, HEAD.len() as u64, bytes.len() as u64, usize::MAX).unwrap();
+            assert_eq!((again.records.len(), again.end), (read.records.len(), bytes.len() as u64));
+        });
+    }
+}

@@ -171,4 +171,22 @@ mod tests {
         assert_eq!(read(&format!("1;{}\r\n", "x".repeat(300))), Err(BadChunk));
         assert_eq!(read(&format!("0\r\nA: {}\r\n\r\n", "x".repeat(5000))), Err(BadChunk));
     }
+
+    #[test]
+    fn fuzz_chunks() {
+        crate::fuzz::run("chunks", |input| {
+            let mut at_once = Chunks::default();
+            let all = at_once.advance(input);
+            let mut chunks = Chunks::default();
+            let mut taken = 0;
+            for byte in input {
+                match chunks.advance(std::slice::from_ref(byte)) {
+                    Ok(n) => taken += n,
+                    Err(BadChunk) => return assert_eq!(all, Err(BadChunk)),
+                }
+            }
+            assert_eq!((all, at_once), (Ok(taken), chunks));
+            assert!(taken == input.len() || chunks.is_done());
+        });
+    }
 }

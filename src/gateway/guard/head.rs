@@ -132,7 +132,8 @@ impl HeadReader {
             return Err(BadHead::Connect);
         }
         let target = &line[method + 1..version];
-        if target.is_empty() || target.iter().any(|b| *b <= b' ' || matches!(b, 0x7f | b'#')) {
+        let is_visible = target.iter().all(|b| *b > b' ' && !matches!(b, 0x7f | b'#'));
+        if target.is_empty() || !is_visible || std::str::from_utf8(target).is_err() {
             return Err(BadHead::Malformed("the request target"));
         }
         self.target = (from + method + 1, from + version);
@@ -450,5 +451,46 @@ mod tests {
         assert!(read(&many).unwrap().is_some());
         assert_eq!(read(&many.replacen("A: b", "A: b\r\nA: b", 1)), Err(BadHead::TooLarge));
         assert_eq!(read("GET / HTTP/1.1\n"), Err(BadHead::Malformed("a line that does not end in CR LF")));
+    }
+
+    /// However a head is cut it comes to the same; and what passes is read by another parser in the same way.
+    #[test]
+    fn fuzz_request_heads() {
+        crate::fuzz::run("request_head", |input| {
+            let at_once = HeadReader::default().read(input, LIMITS);
+            let mut reader = HeadReader::default();
+            let piecemeal = (0..=input.len()).find_map(|len| reader.read(&input[..len], LIMITS).transpose());
+            match (at_once, piecemeal) {
+                (Ok(None), None) => {}
+                (Ok(Some(head)), Some(Ok(same))) => {
+                    assert_eq!(head, same);
+                    let text = &input[..head.len];
+                    assert!(text.ends_with(b"\r\n\r\n") && !text.contains(&0));
+                    let mut fields = [httparse::EMPTY_HEADER; 16];
+                    let mut request = httparse::Request::new(&mut fields);
+                    let parsed = request.parse(input).expect("another parser takes it");
+                    assert_eq!(parsed, httparse::Status::Complete(head.len));
+                    assert_eq!(request.path.map(str::as_bytes), Some(&input[head.target.0..head.target.1]));
+                    let named = |name: &str| {
+                        let of =
+                            request.headers.iter().filter(move |field| field.name.eq_ignore_ascii_case(name));
+                        of.map(|field| field.value).collect::<Vec<_>>()
+                    };
+                    let (lengths, codings) = (named("content-length"), named("transfer-encoding"));
+                    match head.body {
+                        Length::Chunked => assert!(codings.len() == 1 && lengths.is_empty()),
+                        Length::Bytes(bytes) => {
+                            assert!(codings.is_empty() && lengths.len() <= 1);
+                            let said =
+                                lengths.first().map(|length| std::str::from_utf8(length).unwrap().trim());
+                            assert_eq!(said.map_or(0, |length| length.parse().unwrap()), bytes);
+                        }
+                    }
+                }
+                // In one piece it is refused for its size, in pieces for its first fault, or the other way round.
+                (Err(_), Some(Err(_))) => {}
+                other => panic!("{other:?}"),
+            }
+        });
     }
 }

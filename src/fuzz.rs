@@ -92,7 +92,7 @@ impl Change {
     fn apply(&self, input: &mut Vec<u8>, corpus: &[Vec<u8>]) {
         let place = |at: &Index, len: usize| if len == 0 { 0 } else { at.index(len) };
         match self {
-            Self::Flip(at, _) | Self::Set(at, _) if input.is_empty() => drop(at),
+            Self::Flip(..) | Self::Set(..) if input.is_empty() => {}
             Self::Flip(at, bit) => {
                 let at = at.index(input.len());
                 input[at] ^= bit;

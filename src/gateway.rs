@@ -10,6 +10,7 @@
 mod api_key;
 mod body;
 mod client;
+mod cors;
 mod edge;
 mod guard;
 mod passage;
@@ -63,6 +64,8 @@ pub struct Ctx {
     route: &'static str,
     /// It is passed on.
     passage: Option<Box<Passage>>,
+    /// What a script of another origin is told.
+    cors: Vec<(HeaderName, HeaderValue)>,
     /// The row of the table, if the request leads to one.
     found: Option<&'static Route>,
     status: u16,
@@ -278,6 +281,8 @@ impl Gateway {
         if body::is_long(session) {
             session.set_keepalive(None);
         }
+        let mut reply = reply;
+        reply.headers.append(&mut ctx.cors);
         if self.write(session, reply, id).await.is_err() {
             // The client has left in the middle; nothing more can be said to it.
             ctx.status = CLIENT_GONE;
@@ -296,7 +301,7 @@ impl Gateway {
         for (name, value) in reply.headers {
             head.headers.append(name, value);
         }
-        let bodyless = reply.status == StatusCode::NOT_MODIFIED;
+        let bodyless = matches!(reply.status, StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT);
         if !bodyless {
             head.headers.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
             head.headers.insert(CONTENT_LENGTH, reply.body.len().into());
@@ -322,6 +327,7 @@ impl ProxyHttp for Gateway {
             started: Instant::now(),
             route: NO_ROUTE,
             passage: None,
+            cors: Vec::new(),
             found: None,
             status: CLIENT_GONE,
             is_last: false,
@@ -336,6 +342,12 @@ impl ProxyHttp for Gateway {
         session.set_close_on_response_before_downstream_finish(false);
         self.set_timeouts(session);
         let id = RequestId::of(session.req_header().headers.get(X_REQUEST_ID));
+        ctx.cors = cors::fields(&self.edge.http.get(), &session.req_header().headers);
+        if let Some(reply) = preflight(session.req_header(), ctx) {
+            self.keep_alive(session);
+            self.finish(session, ctx, reply, id).await;
+            return Ok(true);
+        }
         let (answer, counted) = match self.answer(session, ctx, &id).await {
             Ok(answer) => answer,
             Err(NoAnswer::PassedOn) => {
@@ -408,6 +420,7 @@ impl ProxyHttp for Gateway {
         ctx.status = response.status.as_u16();
         let Some(passage) = &ctx.passage else { return Ok(()) };
         let mut fields = vec![(X_REQUEST_ID, passage.request_id.clone())];
+        fields.append(&mut ctx.cors);
         passage.counted.add_fields(&mut fields);
         fields.into_iter().try_for_each(|(name, value)| response.insert_header(name, value))
     }
@@ -462,6 +475,18 @@ impl ProxyHttp for Gateway {
         let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
         self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
     }
+}
+
+/// The answer to a browser that asks what a script of a known origin may send.
+fn preflight(request: &RequestHeader, ctx: &Ctx) -> Option<Reply> {
+    // The first of three fields, which only a known origin gets.
+    let is_known = ctx.cors.len() > 1;
+    if !is_known || !cors::is_preflight(&request.method, &request.headers) {
+        return None;
+    }
+    let mut reply = Reply::json(StatusCode::NO_CONTENT, "");
+    reply.headers = cors::preflight_fields();
+    Some(reply)
 }
 
 /// Who is on the other side of the connection.

@@ -111,6 +111,7 @@ pub struct HttpConf {
     pub connections_per_address_max: usize,
     #[serde(deserialize_with = "networks")]
     pub trusted_proxies: Vec<IpNet>,
+    pub cors_origins: Vec<String>,
     pub keepalive_s: u64,
     pub header_timeout_s: u64,
     pub header_bytes_max: usize,

@@ -1,11 +1,19 @@
 //! HTTP itself: routes, methods, heads, request ids, and what happens on one connection.
 
+use crate::harness::gateway::Conf;
 use crate::harness::http::{Conn, Request};
 use crate::harness::platform::HELLO;
 use crate::harness::{SOON, Setup, within};
 use serde_json::{Value, json};
 
-over_both!(routes_and_methods, request_ids, one_connection, expect_continue, bodies_nobody_wants);
+over_both!(
+    routes_and_methods,
+    request_ids,
+    one_connection,
+    expect_continue,
+    bodies_nobody_wants,
+    scripts_of_other_origins
+);
 
 async fn routes_and_methods(setup: Setup) {
     let platform = setup.start().await;
@@ -236,5 +244,38 @@ async fn bodies_nobody_wants(setup: Setup) {
     assert!(within("the end of the connection", SOON, conn.is_closed()).await);
 
     gateway.get(&format!("/functions/{victim}")).await.expect(200);
+    platform.finish().await;
+}
+
+/// Off unless the configuration names origins; then for those alone.
+async fn scripts_of_other_origins(setup: Setup) {
+    let server = "[http]\ncors_origins = [\"https://dashboard.example\"]\n";
+    let platform = setup.conf(Conf { server: server.into(), ..Conf::default() }).start().await;
+    let gateway = &platform.gateway;
+    let asks = |origin: &str| {
+        let request = gateway.beyond("OPTIONS", "/run").header("origin", origin);
+        request
+            .header("access-control-request-method", "POST")
+            .header("access-control-request-headers", "x-api-key")
+    };
+    let told = asks("https://dashboard.example").send().await.expect(204);
+    assert_eq!(told.need("access-control-allow-origin"), "https://dashboard.example");
+    assert!(told.need("access-control-allow-methods").contains("POST"));
+    assert!(told.need("access-control-allow-headers").contains("x-api-key"));
+    for origin in
+        ["https://evil.example", "null", "https://dashboard.example.evil", "http://dashboard.example"]
+    {
+        let refused = asks(origin).send().await.expect(405);
+        assert_eq!((refused.header("access-control-allow-origin"), refused.need("vary")), (None, "origin"));
+        let answer = gateway.request("GET", "/livez").header("origin", origin).send().await.expect(200);
+        assert_eq!(answer.header("access-control-allow-origin"), None);
+    }
+    let from = |status: u16, request: Request| async move {
+        let answer = request.header("origin", "https://dashboard.example").send().await.expect(status);
+        assert_eq!(answer.need("access-control-allow-origin"), "https://dashboard.example");
+        assert!(answer.need("access-control-expose-headers").contains("x-request-id"));
+    };
+    from(200, gateway.run(HELLO, &json!(1))).await;
+    from(401, gateway.anonymous("GET", "/functions")).await;
     platform.finish().await;
 }

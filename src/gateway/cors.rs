@@ -1,0 +1,54 @@
+//! Scripts of other origins (CORS): let in only if the configuration names their origin.
+
+use crate::config::HttpConf;
+use http::header::{
+    ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
+    ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, HeaderName,
+    HeaderValue, ORIGIN, VARY,
+};
+use http::{HeaderMap, Method};
+
+type Fields = Vec<(HeaderName, HeaderValue)>;
+
+/// What a script may send, and read.
+const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
+const SENT: &str = "content-type, x-api-key, x-async, prefer, idempotency-key, if-match, if-none-match, x-request-id, x-runtime, x-memory-mb, x-function-name";
+const READ: &str = "x-request-id, location, retry-after, etag, link, x-ratelimit-limit, x-ratelimit-remaining, ratelimit, ratelimit-policy";
+/// How long a browser may remember the answer, in seconds.
+const REMEMBERED_S: u64 = 600;
+
+/// What every answer to a script of a known origin says. Empty: no such request.
+pub fn fields(conf: &HttpConf, headers: &HeaderMap) -> Fields {
+    if conf.cors_origins.is_empty() {
+        return Fields::new();
+    }
+    let vary = (VARY, HeaderValue::from_static("origin"));
+    match headers
+        .get(ORIGIN)
+        .filter(|origin| conf.cors_origins.iter().any(|known| known.as_bytes() == origin.as_bytes()))
+    {
+        Some(origin) => vec![
+            (ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone()),
+            (ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(READ)),
+            vary,
+        ],
+        // Caches must not give others what is for some.
+        None => vec![vary],
+    }
+}
+
+/// Whether a browser asks beforehand what it may send.
+pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
+    *method == Method::OPTIONS
+        && headers.contains_key(ORIGIN)
+        && headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
+}
+
+/// What it is told, if its origin is known.
+pub fn preflight_fields() -> Fields {
+    vec![
+        (ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(METHODS)),
+        (ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static(SENT)),
+        (ACCESS_CONTROL_MAX_AGE, REMEMBERED_S.into()),
+    ]
+}

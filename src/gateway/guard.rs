@@ -139,7 +139,8 @@ impl Guarded {
             let Some(reused) = self.proxy.process_new_http(session, shutdown).await else { return };
             let (inner, settings) = reused.consume();
             let Ok(own) = inner.into_any().downcast::<GuardedStream>() else { return };
-            if place.is_reserve {
+            // What is left of a body must never be taken for a head.
+            if place.is_reserve || !own.is_between_messages() {
                 return own.close().await;
             }
             stream = own;

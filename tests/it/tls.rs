@@ -81,7 +81,14 @@ async fn whole(response: http::Response<h2::RecvStream>) -> (StatusCode, Vec<u8>
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn both_protocols_are_spoken() {
+    let service = Upstream::start().await;
     let secure = Secure::start("", "", Authority::new()).await;
+    let upstream = format!(
+        "[[upstream]]\nname = \"up\"\nprefix = \"/up\"\naddresses = [\"{}\"]\nscope = \"read\"\n",
+        service.addr()
+    );
+    std::fs::write(secure.platform.conf_file("upstreams.toml"), upstream).expect("writable");
+    secure.gateway().wait_for_metric(r#"infra_conf_reloads_total{result="applied"}"#, 1.0).await;
     // HTTP/1.1, as every client knows it.
     let mut stream =
         connect(&client(&secure.authority, &["http/1.1"], None), secure.addr).await.expect("a handshake");
@@ -113,6 +120,22 @@ async fn both_protocols_are_spoken() {
         }
     });
     futures_util::future::join_all(runs).await;
+    // What is passed on looks to its upstream like any other request.
+    let mut send = send.ready().await.expect("room");
+    let (answer, _) = send.send_request(secure.request(Method::GET, "/up/x?y"), true).expect("a stream");
+    let (status, body) = whole(answer.await.expect("an answer")).await;
+    let told: Value = serde_json::from_slice(&body).expect("JSON");
+    assert_eq!((status, &told["start"]), (StatusCode::OK, &"GET /up/x?y HTTP/1.1".into()), "{told}");
+    for (name, value) in [("host", NAME), ("x-forwarded-proto", "https"), ("x-forwarded-host", NAME)] {
+        assert!(
+            told["headers"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .any(|h| h[0].as_str().is_some_and(|n| n.eq_ignore_ascii_case(name)) && h[1] == value),
+            "{name}: {told}"
+        );
+    }
     let mut send = send.ready().await.expect("room");
     let request = Request::builder().uri(format!("https://{NAME}/functions")).body(()).expect("a request");
     let (answer, _) = send.send_request(request, true).expect("a stream");

@@ -35,6 +35,7 @@ const LINGER_BYTES_MAX: usize = 8 << 20;
 const LINGER_MAX: Duration = Duration::from_secs(2);
 /// How an answer begins that makes the connection a tunnel.
 const SWITCHING: &[u8] = b"HTTP/1.1 101";
+const INTERIM: &[u8] = b"HTTP/1.1 1";
 
 /// What is still to come of the message that is being served.
 #[derive(Clone, Copy, Debug)]
@@ -105,6 +106,11 @@ impl GuardedStream {
         tokio::time::timeout(within, begun).await.unwrap_or(false)
     }
 
+    /// Whether the message that was handed on has been read to its end.
+    pub fn is_between_messages(&self) -> bool {
+        self.rest.is_done()
+    }
+
     /// Whether the first byte of the next message is here already.
     pub fn has_more(&self) -> bool {
         !self.ahead.is_empty()
@@ -122,7 +128,6 @@ impl GuardedStream {
         limits: HeadLimits,
         deadline: impl FnOnce() -> Instant,
     ) -> Result<(Head, BytesMut), NoHead> {
-        debug_assert!(self.rest.is_done());
         let mut reader = HeadReader::default();
         let head = match reader.read(&self.ahead, limits).map_err(NoHead::Bad)? {
             Some(head) => head,
@@ -227,6 +232,14 @@ impl GuardedStream {
         Ok(())
     }
 
+    /// An answer begins: Pingora writes its head in one piece. What follows an interim one is another answer.
+    fn note_answer(&mut self, head: &[u8]) {
+        if head.starts_with(SWITCHING) {
+            self.rest = Rest::Tunnel;
+        }
+        self.wants_upgrade = head.starts_with(INTERIM) && !head.starts_with(SWITCHING);
+    }
+
     /// An answer that is not taken is given up.
     fn unless_stalled<T>(
         &mut self,
@@ -263,9 +276,8 @@ impl AsyncRead for GuardedStream {
 impl AsyncWrite for GuardedStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.wants_upgrade && buf.starts_with(SWITCHING) {
-            this.wants_upgrade = false;
-            this.rest = Rest::Tunnel;
+        if this.wants_upgrade {
+            this.note_answer(buf);
         }
         let polled = Pin::new(&mut this.inner).poll_write(cx, buf);
         this.unless_stalled(polled, cx)

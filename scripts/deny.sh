@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 DATABASE=https://github.com/RustSec/advisory-db
-VERSION=0.19
+VERSION=0.20
 TOOLS=target/tools
 
 say() {

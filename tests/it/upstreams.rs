@@ -4,10 +4,14 @@ use crate::harness::gateway::Conf;
 use crate::harness::http::{Conn, Message};
 use crate::harness::keys::key_lines;
 use crate::harness::platform::{Backend, Platform};
+use crate::harness::process::Scratch;
+use crate::harness::tls::{Authority, server};
 use crate::harness::upstream::Upstream;
-use crate::harness::{SOON, Setup, eventually, within};
+use crate::harness::{SOON, Setup, eventually, spawn, within};
 use serde_json::Value;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 async fn start(upstreams: String, server: &str) -> Platform {
     let keys = key_lines("reader", "key-reader", &["read"]) + &key_lines("runner", "key-runner", &["run"]);
@@ -169,6 +173,97 @@ async fn failures_of_an_upstream_are_told() {
     platform.finish().await;
 }
 
+/// A body goes on as it comes: the upstream has the beginning while the client still has the end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bodies_stream() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let addr = listener.local_addr().expect("it is bound");
+    let upstreams = format!(
+        "[[upstream]]\nname = \"up\"\nprefix = \"/up\"\naddresses = [\"{addr}\"]\nscope = \"none\"\nhealth = {{ path = \"/\", every_s = 3600 }}\n"
+    );
+    let platform = start(upstreams, "").await;
+    let gateway = &platform.gateway;
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    let request = gateway.beyond("POST", "/up/x").header("transfer-encoding", "chunked");
+    conn.write(&request.to_bytes()).await.expect("the gateway reads");
+    conn.write(b"5\r\nfirst\r\n").await.expect("the gateway reads");
+    let mut seen = Vec::new();
+    let mut stream = within("the beginning", SOON, async {
+        loop {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            seen.clear();
+            // Health checks come too.
+            while stream.read_buf(&mut seen).await.is_ok_and(|n| n > 0) {
+                if seen.windows(5).any(|part| part == b"first") {
+                    return stream;
+                }
+            }
+        }
+    })
+    .await;
+    conn.write(b"6\r\nsecond\r\n0\r\n\r\n").await.expect("the gateway reads");
+    within("the end", SOON, async {
+        while !seen.windows(6).any(|part| part == b"second") {
+            assert!(stream.read_buf(&mut seen).await.expect("the body goes on") > 0);
+        }
+    })
+    .await;
+    // So does the answer.
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n")
+        .await
+        .expect("it reads");
+    let head = within("the head of the answer", SOON, conn.any_answer(true)).await.expect("an answer");
+    assert_eq!(head.status, 200);
+    let begun = within("the beginning of the answer", SOON, conn.bytes(8)).await.expect("a chunk");
+    assert_eq!(begun, b"3\r\none\r\n");
+    stream.write_all(b"0\r\n\r\n").await.expect("it reads");
+    within("the end of the answer", SOON, conn.bytes(5)).await.expect("the last chunk");
+    platform.finish().await;
+}
+
+/// An upstream behind TLS must be who it says it is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn upstreams_behind_tls() {
+    let authority = Authority::new();
+    let acceptor = server(&authority.issue("models.internal"));
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let addr = listener.local_addr().expect("it is bound");
+    let accepting = spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let acceptor = acceptor.clone();
+            spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let mut bytes = [0; 4096];
+                while stream.read(&mut bytes).await.is_ok_and(|n| n > 0) {
+                    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nsecret";
+                    let _ = stream.write_all(answer).await;
+                    let _ = stream.flush().await;
+                }
+            });
+        }
+    });
+    let of = |name: &str, known_as: &str| {
+        format!(
+            "[[upstream]]\nname = {name:?}\nprefix = \"/{name}\"\naddresses = [\"{addr}\"]\nscope = \"none\"\ntls = {{ name = {known_as:?} }}\nhealth = {{ path = \"/\", every_s = 3600 }}\n"
+        )
+    };
+    let roots = Scratch::new("roots");
+    let file = roots.path().join("roots.pem");
+    std::fs::write(&file, authority.pem()).expect("writable");
+    let conf =
+        Conf { upstreams: of("good", "models.internal") + &of("bad", "evil.internal"), ..Conf::default() };
+    let setup = Setup::new(Backend::Dev).conf(conf).env("SSL_CERT_FILE", &file.display().to_string());
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let answer = gateway.beyond("GET", "/good/x").send().await.expect(200);
+    assert_eq!(answer.body(), b"secret");
+    let refused = gateway.beyond("GET", "/bad/x").send().await;
+    assert!(matches!(refused.status, 502 | 503), "{}", refused.text());
+    platform.finish().await;
+    accepting.abort();
+}
+
 /// Another protocol goes through, both ways, for as long as it likes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upgrade_goes_through() {
@@ -207,7 +302,7 @@ async fn an_upgrade_goes_through() {
 
 #[test]
 fn what_cannot_be_passed_on_is_told_at_start() {
-    let dir = crate::harness::process::Scratch::new("upstreams");
+    let dir = Scratch::new("upstreams");
     let of = |prefix: &str| {
         format!(
             "[[upstream]]\nname = \"a\"\nprefix = {prefix:?}\naddresses = [\"127.0.0.1:1\"]\nscope = \"none\"\n"

@@ -3,13 +3,13 @@
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// One who issues certificates.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -47,6 +47,17 @@ impl Identity {
             std::fs::write(conf.join(name), text).expect("the scratch directory is writable");
         }
     }
+}
+
+/// What a server needs that is known as `identity`.
+pub fn server(identity: &Identity) -> TlsAcceptor {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let builder = builder.expect("versions").with_no_client_auth();
+    let chain =
+        CertificateDer::pem_slice_iter(identity.certificate.as_bytes()).map(|c| c.expect("PEM")).collect();
+    let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).expect("PEM");
+    TlsAcceptor::from(Arc::new(builder.with_single_cert(chain, key).expect("its own key")))
 }
 
 /// A client that believes `authority`, speaks these protocols, and shows `identity` if it has one.

@@ -26,10 +26,10 @@ if can_be_had; then
         say "installing cargo-deny $VERSION into $TOOLS"
         cargo install --quiet --locked --root "$TOOLS" --version "^$VERSION" cargo-deny
     fi
-    cargo deny --locked check
+    cargo deny --locked check --hide-inclusion-graph
 elif command -v cargo-deny >/dev/null 2>&1; then
     say "the database of advisories cannot be had: only licences, bans and sources are checked"
-    cargo deny --locked check bans licenses sources
+    cargo deny --locked check --hide-inclusion-graph bans licenses sources
 else
     say "the database of advisories cannot be had, and cargo-deny is not here: dependencies are not checked"
 fi

@@ -416,5 +416,6 @@ async fn a_storm_of_changes_fails_no_request() {
         served.load(Ordering::Relaxed)
     );
     assert!(applied >= 20.0, "changes are put in force while others come: {applied}");
-    secure.platform.finish().await;
+    // Its jobs are more than the worker of this machine runs in a while.
+    secure.platform.stop().await;
 }

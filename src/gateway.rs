@@ -4,8 +4,8 @@
 //! upstream, to which Pingora passes them on. Errors are written as ordinary responses: Pingora's own `respond_error`
 //! always closes the connection.
 //!
-//! In reading order: [`guard`]: what becomes a request; [`client`]: who is calling; [`api_key`]; [`body`]; [`upstreams`] and
-//! [`passage`]: what is passed on; [`edge`]: what of all that changes while the process runs.
+//! In reading order: [`guard`]: what becomes a request; [`client`]: who is calling; [`api_key`]; [`body`]; [`upstreams`],
+//! [`passage`] and [`tunnel`]: what is passed on; [`edge`]: what of all that changes while the process runs.
 
 mod api_key;
 mod body;
@@ -15,6 +15,7 @@ mod edge;
 mod guard;
 mod passage;
 mod request_id;
+mod tunnel;
 mod upstreams;
 
 pub use edge::{Edge, tls_of};
@@ -28,7 +29,7 @@ use crate::metrics::Metrics;
 use crate::model::Scope;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue, VARY};
 use http::{Method, StatusCode, Version};
 use passage::{Origin, Passage};
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -166,7 +167,7 @@ impl Gateway {
         if let Some(scope) = self.scope_of(route) {
             let client = || self.client_of(session);
             let known = self.edge.keys.check(header.headers.get(X_API_KEY), scope, client)?;
-            self.limiter.check(route.pattern, &known.name, client, counted).await?;
+            self.limiter.check(route.pattern, Some(&known.name), client, counted).await?;
             caller = Some(known);
         }
         let header = session.req_header();
@@ -225,12 +226,12 @@ impl Gateway {
         id: &RequestId,
         counted: &mut Counted,
     ) -> Result<Passage, ApiError> {
-        let header = session.req_header();
-        if let Some(scope) = upstream.conf.scope {
-            let client = || self.client_of(session);
-            let caller = self.edge.keys.check(header.headers.get(X_API_KEY), scope, client)?;
-            self.limiter.check(&upstream.pattern, &caller.name, client, counted).await?;
-        }
+        let shown = session.req_header().headers.get(X_API_KEY);
+        let client = || self.client_of(session);
+        let caller =
+            upstream.conf.scope.map(|scope| self.edge.keys.check(shown, scope, client)).transpose()?;
+        let key_name = caller.as_ref().map(|caller| &caller.name);
+        self.limiter.check(&upstream.pattern, key_name, client, counted).await?;
         let peer = peer_of(session);
         let is_peer_trusted = {
             let http = self.edge.http.get();
@@ -376,11 +377,14 @@ impl ProxyHttp for Gateway {
         Ok(true)
     }
 
-    async fn upstream_peer(&self, _: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<HttpPeer>> {
-        let peer = match &ctx.passage {
+    async fn upstream_peer(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<HttpPeer>> {
+        let mut peer = match &ctx.passage {
             Some(passage) => passage.upstream.peer().await,
             None => None,
         };
+        if let Some(peer) = peer.as_mut().filter(|_| session.is_upgrade_req()) {
+            tunnel::tunnel(peer);
+        }
         let none = || pingora::Error::explain(pingora::ErrorType::HTTPStatus(503), "no healthy address");
         peer.map(Box::new).ok_or_else(none)
     }
@@ -422,7 +426,14 @@ impl ProxyHttp for Gateway {
         let mut fields = vec![(X_REQUEST_ID, passage.request_id.clone())];
         fields.append(&mut ctx.cors);
         passage.counted.add_fields(&mut fields);
-        fields.into_iter().try_for_each(|(name, value)| response.insert_header(name, value))
+        fields.into_iter().try_for_each(|(name, value)| {
+            // An upstream has reasons of its own to vary.
+            if name == VARY {
+                response.append_header(name, value).map(|_| ())
+            } else {
+                response.insert_header(name, value)
+            }
+        })
     }
 
     /// Nothing was sent yet, so another address may be tried.

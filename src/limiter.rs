@@ -216,12 +216,12 @@ impl RateLimiter {
         self.0.have_swept();
     }
 
-    /// Counts a request against the limits of `route` that need no body. What they say goes into `counted`. `client` is
-    /// asked only if a limit is by address.
+    /// Counts a request against the limits of `route` that need no body. What they say goes into `counted`. Limits by key
+    /// pass over a request that shows none. `client` is asked only if a limit is by address.
     pub async fn check(
         &self,
         route: &str,
-        key_name: &Arc<str>,
+        key_name: Option<&Arc<str>>,
         client: impl FnOnce() -> Option<IpAddr>,
         counted: &mut Counted,
     ) -> Result<(), Refusal> {
@@ -423,8 +423,8 @@ impl Plans {
         Self { limits, by_route, own }
     }
 
-    fn of(&self, key_name: &str, route: &str) -> Option<Arc<Plan>> {
-        let own = if self.own.is_empty() { None } else { self.own.get(key_name) };
+    fn of(&self, key_name: Option<&Arc<str>>, route: &str) -> Option<Arc<Plan>> {
+        let own = if self.own.is_empty() { None } else { key_name.and_then(|name| self.own.get(&**name)) };
         own.map_or(&self.by_route, |own| &own.by_route).get(route).map(Arc::clone)
     }
 
@@ -503,7 +503,7 @@ mod tests {
     async fn ask(limiter: &RateLimiter, key: &str, client: Option<&str>) -> (Result<(), Refusal>, Counted) {
         let mut counted = Counted::default();
         let client = client.map(|ip| ip.parse().unwrap());
-        let result = limiter.check("/run", &key.into(), || client, &mut counted).await;
+        let result = limiter.check("/run", Some(&key.into()), || client, &mut counted).await;
         (result, counted)
     }
 
@@ -626,7 +626,7 @@ mod tests {
         assert_eq!(field(&fields(&counted), "ratelimit"), "\"k\";r=0;t=2");
         assert!(passes(&limiter, "b").await, "another key has its own bucket");
         let mut counted = Counted::default();
-        let free = limiter.check("/status/:jobId", &"a".into(), || None, &mut counted).await;
+        let free = limiter.check("/status/:jobId", Some(&"a".into()), || None, &mut counted).await;
         assert_eq!((free, fields(&counted)), (Ok(()), vec![]), "another route is free");
     }
 

@@ -76,7 +76,7 @@ fn limiter_spend(criterion: &mut Criterion) {
                 for _ in 0..iters {
                     let mut counted = Counted::default();
                     limiter
-                        .check(black_box("/run"), &key, || None, &mut counted)
+                        .check(black_box("/run"), Some(&key), || None, &mut counted)
                         .await
                         .expect("the limit is high");
                     black_box(counted);

@@ -384,8 +384,8 @@ impl Conf {
         if problems.is_empty() { Ok(conf) } else { Err(ConfigError(problems)) }
     }
 
-    /// Limits on routes that are none, or that anybody may ask, would silently be off, and so would upstreams on paths that are
-    /// answered here.
+    /// Limits on routes that are none, on those of ours that anybody may ask, or by key where none is asked for, would silently
+    /// be off, and so would upstreams on paths that are answered here.
     pub fn check_routes(
         &self,
         texts: &ConfTexts,
@@ -393,10 +393,12 @@ impl Conf {
         is_route: impl Fn(&str) -> bool,
     ) -> Result<(), ConfigError> {
         let mut problems = Vec::new();
-        let with_key = self.upstreams.iter().filter(|upstream| upstream.scope.is_some());
-        let passed_on: Vec<String> = with_key.map(UpstreamConf::pattern).collect();
         for (n, limit) in self.limits.iter().enumerate() {
-            let is_unknown = |route: &&String| !is_route(route) && !passed_on.contains(*route);
+            let counts =
+                |upstream: &UpstreamConf| upstream.scope.is_some() || limit.identity != Identity::Key;
+            let counted: Vec<_> =
+                self.upstreams.iter().filter(|up| counts(up)).map(UpstreamConf::pattern).collect();
+            let is_unknown = |route: &&String| !is_route(route) && !counted.contains(*route);
             for route in limit.routes.iter().filter(is_unknown) {
                 let problem =
                     format!("(limit {}): there is no route {route:?} that asks for a key", limit.name);

@@ -6,8 +6,8 @@ use crate::limiter::Counted;
 use http::header::{CONTENT_LENGTH, FORWARDED, HOST, HeaderName, HeaderValue};
 use pingora::ErrorSource;
 use pingora::ErrorType::{
-    ConnectTimedout, ConnectionClosed, HTTPStatus, InvalidHTTPHeader, ReadError, ReadTimedout,
-    TLSHandshakeTimedout, WriteError, WriteTimedout,
+    ConnectTimedout, ConnectionClosed, HTTPStatus, InvalidHTTPHeader, ReadTimedout, TLSHandshakeTimedout,
+    WriteError, WriteTimedout,
 };
 use pingora::http::RequestHeader;
 use pingora::{Error, ErrorType};
@@ -160,7 +160,10 @@ pub fn failure(error: &Error, bytes_max: usize) -> Option<ApiError> {
         (_, HTTPStatus(503)) => ApiError::UpstreamAway,
         (ErrorSource::Downstream, ReadTimedout) => ApiError::BodyTimeout,
         (ErrorSource::Downstream, WriteTimedout | WriteError | ConnectionClosed) => return None,
-        (ErrorSource::Downstream, ReadError | InvalidHTTPHeader) => ApiError::BodyBroken,
+        // Pingora's own look at it, before it is passed on.
+        (ErrorSource::Downstream, InvalidHTTPHeader) => {
+            ApiError::MalformedHeader("fields that cannot be passed on")
+        }
         (ErrorSource::Downstream, _) => ApiError::BodyBroken,
         (_, kind) if is_timeout(kind) => ApiError::UpstreamTimeout,
         (_, ErrorType::ConnectRefused | ErrorType::ConnectNoRoute | ErrorType::ConnectError) => {

@@ -62,11 +62,13 @@ impl Upstreams {
         self.0.set(all);
     }
 
-    /// `None` as well for a path that the upstream might read as another one: then the prefix would say nothing.
+    /// `None` as well for a path that the upstream might read as one of another prefix, which may ask for another scope.
     pub fn find(&self, path: &str) -> Option<Arc<Upstream>> {
         let all = self.0.get();
-        let found = all.iter().find(|upstream| upstream.is_for(path)).filter(|_| is_plain(path));
-        found.map(Arc::clone)
+        let find = |path: &str| all.iter().find(|upstream| upstream.is_for(path));
+        let found = find(path)?;
+        let is_same = find(&as_others_read(path)?).is_some_and(|other| Arc::ptr_eq(other, found));
+        is_same.then(|| Arc::clone(found))
     }
 
     fn all(&self) -> Vec<Arc<Upstream>> {
@@ -138,12 +140,24 @@ impl Upstream {
     }
 }
 
-/// Whether no segment of the path, decoded, means "here" or "above", and no slash is hidden in it.
-fn is_plain(path: &str) -> bool {
-    path.split('/').all(|segment| {
-        let decoded: Vec<u8> = percent_encoding::percent_decode_str(segment).collect();
-        !matches!(&decoded[..], b"." | b"..") && !decoded.iter().any(|b| matches!(b, b'/' | b'\\' | b'%' | 0))
-    })
+/// The path decoded, without the parameters of its segments (`;v=1`), which some servers leave out. `None`: a segment means
+/// "here" or "above", is empty though it is not the last (some merge slashes), or hides a slash, or what is decoded twice.
+fn as_others_read(path: &str) -> Option<String> {
+    let mut segments = path.strip_prefix('/')?.split('/').peekable();
+    let mut read = String::with_capacity(path.len());
+    while let Some(segment) = segments.next() {
+        let decoded = percent_encoding::percent_decode_str(segment).decode_utf8_lossy();
+        if decoded.contains(['/', '\\', '%', '\0']) {
+            return None;
+        }
+        let name = decoded.split(';').next().unwrap_or_default();
+        if matches!(name, "." | "..") || (name.is_empty() && segments.peek().is_some()) {
+            return None;
+        }
+        read.push('/');
+        read.push_str(name);
+    }
+    Some(read)
 }
 
 fn health_check(conf: &UpstreamConf) -> Box<dyn HealthCheck + Send + Sync> {
@@ -232,6 +246,16 @@ mod tests {
             ("/a/b%5cc", None),
             ("/a/%252e", None),
             ("/a/..b/c.d%20e", Some("/a")),
+            ("/a/%63;x", Some("/a")),
+            ("/a/%ff", Some("/a")),
+            // What others may read as `/a/b`.
+            ("/a/%62", None),
+            ("/a/%62/c", None),
+            ("/a//b", None),
+            ("/a/b;x", None),
+            ("/a/x/..;/b", None),
+            ("/a/;/b", None),
+            ("/a/b//", None),
         ] {
             assert_eq!(
                 upstreams.find(path).map(|found| found.conf.prefix.clone()).as_deref(),

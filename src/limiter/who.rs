@@ -56,7 +56,7 @@ impl fmt::Display for Who {
 #[derive(Clone, Copy, Debug)]
 pub enum Subject<'a> {
     /// Before the body is read.
-    Caller { key_name: &'a Arc<str>, client: Option<IpAddr> },
+    Caller { key_name: Option<&'a Arc<str>>, client: Option<IpAddr> },
     /// After.
     Function(&'a FunctionId),
 }
@@ -65,7 +65,7 @@ impl Subject<'_> {
     /// `None`: there is nothing to count by.
     pub(super) fn who(&self, identity: Identity) -> Option<Who> {
         match (identity, self) {
-            (Identity::Key, Self::Caller { key_name, .. }) => Some(Who::Key(Arc::clone(key_name))),
+            (Identity::Key, Self::Caller { key_name, .. }) => key_name.map(|name| Who::Key(Arc::clone(name))),
             (Identity::Ip, Self::Caller { client, .. }) => client.map(Who::ip),
             (Identity::Global, Self::Caller { .. }) => Some(Who::Global),
             (Identity::Function, Self::Function(id)) => Some(Who::Function((*id).clone())),
@@ -82,7 +82,7 @@ mod tests {
     fn one_address_is_one_identity() {
         let name = Arc::from("a");
         let who = |ip: &str| {
-            let subject = Subject::Caller { key_name: &name, client: Some(ip.parse().unwrap()) };
+            let subject = Subject::Caller { key_name: Some(&name), client: Some(ip.parse().unwrap()) };
             subject.who(Identity::Ip).unwrap()
         };
         assert_eq!(who("127.0.0.1"), who("::ffff:127.0.0.1"));
@@ -90,6 +90,7 @@ mod tests {
         assert_eq!((who("127.0.0.1").to_string(), who("::1").to_string()), ("127.0.0.1".into(), "::".into()));
         assert_eq!(who("2001:db8:1:2:3:4:5:6"), who("2001:db8:1:2::"));
         assert_ne!(who("2001:db8:1:2::"), who("2001:db8:1:3::"));
-        assert_eq!(Subject::Caller { key_name: &name, client: None }.who(Identity::Ip), None);
+        assert_eq!(Subject::Caller { key_name: Some(&name), client: None }.who(Identity::Ip), None);
+        assert_eq!(Subject::Caller { key_name: None, client: None }.who(Identity::Key), None);
     }
 }

@@ -80,11 +80,16 @@ async fn what_an_upstream_sees() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_same_filters() {
     let service = Upstream::start().await;
-    let limit = "[[limit]]\nname = \"up\"\nidentity = \"key\"\nroutes = [\"/up/*\"]\nrate = 1\nperiod_s = 3600\nburst = 4\non_redis_loss = \"local\"\n";
+    let limit = |name: &str, identity: &str| {
+        format!(
+            "[[limit]]\nname = {name:?}\nidentity = {identity:?}\nroutes = [\"/{name}/*\"]\nrate = 1\nperiod_s = 3600\nburst = 4\non_redis_loss = \"local\"\n"
+        )
+    };
     let conf = Conf {
-        upstreams: upstream("up", &[&service], "scope = \"read\"\nbody_bytes_max = 1000\n"),
+        upstreams: upstream("up", &[&service], "scope = \"read\"\nbody_bytes_max = 1000\n")
+            + &upstream("open", &[&service], "scope = \"none\"\n"),
         keys: key_lines("reader", "key-reader", &["read"]) + &key_lines("runner", "key-runner", &["run"]),
-        limits: limit.into(),
+        limits: limit("up", "key") + &limit("open", "ip"),
         ..Conf::default()
     };
     let platform = Setup::new(Backend::Dev).conf(conf).start().await;
@@ -95,7 +100,7 @@ async fn the_same_filters() {
     crate::harness::http::Request::new(gateway.addr(), "GET", "/up/x").send().await.expect_problem(401);
     as_key("wrong").send().await.expect_problem(401);
     as_key("key-runner").send().await.expect_problem(403);
-    for path in ["/upper", "/up/../x", "/up/%2e%2e/x", "/up/a%2fb"] {
+    for path in ["/upper", "/up/../x", "/up/%2e%2e/x", "/up/a%2fb", "/up//x", "/up/..;/x", "/%75p/x"] {
         gateway.beyond("GET", path).send().await.expect_problem(404);
     }
     let large =
@@ -114,6 +119,13 @@ async fn the_same_filters() {
         let answer = as_key("key-reader").send().await.expect(expected);
         assert_eq!(answer.need("x-ratelimit-limit"), "4");
     }
+    // Who needs no key is counted by address all the same.
+    for expected in [200, 200, 200, 200, 429] {
+        crate::harness::http::Request::new(gateway.addr(), "GET", "/open/x").send().await.expect(expected);
+    }
+    // A field that would be taken away on the way must not be the gateway's own.
+    let nominated = gateway.beyond("GET", "/up/x").header("connection", "x-forwarded-for").send().await;
+    assert_eq!(nominated.expect_problem(400).json()["code"], "malformed_header");
     let series = r#"http_request_duration_seconds_count{method="GET",route="/up/*",status_code="200"}"#;
     assert_eq!(gateway.metric(series).await, Some(4.0));
     platform.finish().await;
@@ -289,6 +301,15 @@ async fn an_upgrade_goes_through() {
         tokio::time::sleep(Duration::from_millis(600)).await;
     }
     drop(conn);
+    // However quick the upstream is.
+    for n in 0..100 {
+        let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+        conn.write(&upgrade("key-reader").to_bytes()).await.expect("the gateway reads");
+        assert_eq!(within("101", SOON, conn.any_answer(true)).await.expect("an answer").status, 101);
+        conn.write(b"hello").await.expect("the tunnel stands");
+        let echoed = within("the echo", SOON, conn.bytes(5)).await;
+        assert_eq!(echoed.unwrap_or_else(|e| panic!("tunnel {n}: {e:?}")), b"hello");
+    }
     // On a route of ours there is nothing to upgrade to.
     gateway
         .anonymous("GET", "/livez")

@@ -28,7 +28,7 @@ use tokio::time::{Instant, Sleep};
 /// Room for the head of a request, and what comes with it: what most need is less.
 const ROOM_BYTES: usize = 4096;
 /// Most that is read ahead of the message that is being served.
-const AHEAD_BYTES_MAX: usize = 64 * 1024;
+const AHEAD_BYTES_MAX: usize = 16 * 1024;
 /// What a refused client may still send, in bytes and time, before the connection ends for good. Closed with something
 /// unread, the kernel would reset it, and the client might never read why.
 const LINGER_BYTES_MAX: usize = 8 << 20;
@@ -264,10 +264,17 @@ impl AsyncRead for GuardedStream {
             return this.poll_end(cx);
         }
         if this.ahead.is_empty() {
-            if matches!(this.rest, Rest::Tunnel) {
-                return Pin::new(&mut this.inner).poll_read(cx, buf);
+            match &mut this.rest {
+                Rest::Tunnel => return Pin::new(&mut this.inner).poll_read(cx, buf),
+                // What may be handed on to the last byte needs no stop here.
+                Rest::Bytes(left) => {
+                    let before = buf.filled().len();
+                    ready!(Pin::new(&mut (&mut this.inner).take(*left)).poll_read(cx, buf))?;
+                    *left -= (buf.filled().len() - before) as u64;
+                    return Poll::Ready(Ok(()));
+                }
+                Rest::Chunked(_) => ready!(this.poll_ahead(cx))?,
             }
-            ready!(this.poll_ahead(cx))?;
         }
         Poll::Ready(this.take_ahead(buf))
     }

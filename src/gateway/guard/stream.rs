@@ -25,8 +25,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-/// Room for the head of a request, and what comes with it: what most need is less.
+/// Room for heads of requests, and what comes with them, and when there is too little left of it: most need less.
 const ROOM_BYTES: usize = 4096;
+const ROOM_LEFT_BYTES_MIN: usize = 1024;
 /// Most that is read ahead of the message that is being served.
 const AHEAD_BYTES_MAX: usize = 16 * 1024;
 /// What a refused client may still send, in bytes and time, before the connection ends for good. Closed with something
@@ -161,10 +162,18 @@ impl GuardedStream {
     }
 
     async fn read_ahead(&mut self) -> io::Result<usize> {
-        self.ahead.reserve(ROOM_BYTES);
+        self.make_room();
         let n = self.inner.read_buf(&mut self.ahead).await?;
         self.has_ended |= n == 0;
         Ok(n)
+    }
+
+    /// What is left behind the message that is being served will do, as a rule: another buffer for each message would be
+    /// cold memory for each.
+    fn make_room(&mut self) {
+        if self.ahead.capacity() - self.ahead.len() < ROOM_LEFT_BYTES_MIN {
+            self.ahead.reserve(ROOM_BYTES);
+        }
     }
 
     /// Says no more, and reads past what the client still sends until it has read what was said.
@@ -205,7 +214,7 @@ impl GuardedStream {
     }
 
     fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.ahead.reserve(ROOM_BYTES);
+        self.make_room();
         let inner = &mut self.inner;
         let read = std::pin::pin!(inner.read_buf(&mut self.ahead));
         // Dropped before it is ready it has read nothing.

@@ -472,8 +472,9 @@ impl ProxyHttp for Gateway {
                 let reply = self.refused(session, refusal, &id);
                 self.finish(session, ctx, reply, id).await;
             }
-            // An answer that breaks off is all that can be said.
-            _ => session.downstream_session.shutdown().await,
+            // An answer that breaks off is all that can be said. Over HTTP/1 the connection does, too.
+            _ if session.is_http2() => session.downstream_session.shutdown().await,
+            _ => {}
         }
         FailToProxy { error_code: ctx.status, can_reuse_downstream: false }
     }
@@ -485,6 +486,12 @@ impl ProxyHttp for Gateway {
         let method = if known.contains(&method) { method } else { "other" };
         let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
         self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
+        if !session.is_http2() && !session.is_body_done() {
+            // Pingora would drop the connection: closed with something unread it would be reset, and the client might
+            // never read why.
+            session.set_keepalive(None);
+            session.downstream_session.shutdown().await;
+        }
     }
 }
 

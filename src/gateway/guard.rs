@@ -125,11 +125,11 @@ impl Guarded {
             let (head, bytes) = match stream.next_message(limits, deadline).await {
                 Ok(message) => message,
                 Err(NoHead::Closed) => return,
-                Err(NoHead::Timeout) => return self.refuse(&mut stream, ApiError::HeaderTimeout).await,
-                Err(NoHead::Bad(bad)) => return self.refuse(&mut stream, refusal(bad)).await,
+                Err(NoHead::Timeout) => return self.refuse(stream, ApiError::HeaderTimeout).await,
+                Err(NoHead::Bad(bad)) => return self.refuse(stream, refusal(bad)).await,
             };
             if place.is_reserve && !is_always_answered(&bytes[head.target.0..head.target.1]) {
-                return self.refuse(&mut stream, ApiError::TooManyConnections).await;
+                return self.refuse(stream, ApiError::TooManyConnections).await;
             }
             let mut session = ServerSession::new_http1(stream);
             if let Some(persistent) = persistent {
@@ -149,12 +149,12 @@ impl Guarded {
     }
 
     /// Says why, and waits until the client has read it.
-    async fn refuse(&self, stream: &mut GuardedStream, error: ApiError) {
+    async fn refuse(&self, mut stream: Box<GuardedStream>, error: ApiError) {
         self.metrics.refused.with_label_values(&[error.code()]).inc();
         let id = RequestId::of(None);
         let answer = last_answer(&error.into_reply(id.as_str()), &id);
         if stream.write_all(&answer).await.is_ok() {
-            stream.linger().await;
+            stream.close().await;
         }
     }
 }

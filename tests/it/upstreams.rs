@@ -168,8 +168,18 @@ async fn failures_of_an_upstream_are_told() {
     let nobody = format!(
         "[[upstream]]\nname = \"gone\"\nprefix = \"/gone\"\naddresses = [\"{gone}\"]\nscope = \"none\"\nconnect_timeout_ms = 300\n"
     );
-    let platform = start(upstream("up", &[&service], more) + &nobody, "").await;
+    // Its health is not looked after again for an hour.
+    let half = format!(
+        "[[upstream]]\nname = \"half\"\nprefix = \"/half\"\naddresses = [\"{gone}\", \"{}\"]\nscope = \"none\"\nhealth = {{ path = \"/healthz\", every_s = 3600 }}\n",
+        service.addr()
+    );
+    let platform = start(upstream("up", &[&service], more) + &nobody + &half, "").await;
     let gateway = &platform.gateway;
+    for _ in 0..4 {
+        gateway.beyond("POST", "/half/x").body("text/plain", "once").send().await.expect(200);
+    }
+    let reached = service.requests().len();
+    assert_eq!(reached, 4, "the next address is tried, and none is asked twice");
     let away = gateway.beyond("GET", "/gone").send().await.expect_problem(503);
     assert_eq!(
         (away.json()["code"].as_str(), away.header("retry-after")),
@@ -178,7 +188,7 @@ async fn failures_of_an_upstream_are_told() {
     let late =
         gateway.beyond("GET", "/up/hang").header("x-request-id", "mine").send().await.expect_problem(504);
     assert_eq!((late.json()["code"].as_str(), late.need("x-request-id")), (Some("upstream_timeout"), "mine"));
-    let asked = service.requests().len();
+    let asked = service.requests().len() - reached;
     assert_eq!(asked, 1, "it is not asked again");
     assert!(gateway.beyond("GET", "/up/break").try_send().await.is_err(), "half an answer is no answer");
     gateway.beyond("GET", "/up/x").send().await.expect(200);

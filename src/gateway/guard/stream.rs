@@ -31,8 +31,8 @@ const ROOM_LEFT_BYTES_MIN: usize = 1024;
 /// Most that is read ahead of the message that is being served.
 const AHEAD_BYTES_MAX: usize = 16 * 1024;
 /// What a refused client may still send, in bytes and time, before the connection ends for good. Closed with something
-/// unread, the kernel would reset it, and the client might never read why.
-const LINGER_BYTES_MAX: usize = 8 << 20;
+/// unread, the kernel would reset it, and the client might never read why. The largest upload fits.
+const LINGER_BYTES_MAX: usize = 64 << 20;
 const LINGER_MAX: Duration = Duration::from_secs(2);
 /// How an answer begins that makes the connection a tunnel.
 const SWITCHING: &[u8] = b"HTTP/1.1 101";
@@ -78,6 +78,17 @@ pub struct GuardedStream {
     /// How long a client may take nothing of what is written to it.
     write_timeout: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
+    end: End,
+}
+
+/// The end of a connection: nothing more is said, and what still comes is read past, within bounds.
+#[derive(Default)]
+struct End {
+    is_said: bool,
+    /// Whether anything may still come.
+    is_owed: bool,
+    past_bytes: usize,
+    until: Option<Pin<Box<Sleep>>>,
 }
 
 impl GuardedStream {
@@ -90,6 +101,7 @@ impl GuardedStream {
             wants_upgrade: false,
             write_timeout,
             stalled: None,
+            end: End::default(),
         }
     }
 
@@ -176,27 +188,29 @@ impl GuardedStream {
         }
     }
 
-    /// Says no more, and reads past what the client still sends until it has read what was said.
-    pub async fn linger(&mut self) {
-        let lingering = async {
-            self.inner.shutdown().await?;
-            let mut past = self.ahead.len();
-            while past < LINGER_BYTES_MAX {
-                self.ahead.clear();
-                match self.read_ahead().await? {
-                    0 => break,
-                    n => past += n,
-                }
-            }
-            io::Result::Ok(())
-        };
-        let _ = tokio::time::timeout(LINGER_MAX, lingering).await;
-        self.ahead = BytesMut::new();
-    }
-
-    /// Ends a connection on which nothing is owed.
+    /// Says no more. A client that is not through with what it sends has a while to be, and to read what it was told.
     pub async fn close(mut self: Box<Self>) {
         Shutdown::shutdown(&mut *self).await;
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.end.is_said {
+            ready!(Pin::new(&mut self.inner).poll_shutdown(cx))?;
+            self.end.is_said = true;
+            self.end.is_owed = !self.rest.is_done() || !self.ahead.is_empty();
+        }
+        while !self.has_ended && self.end.past_bytes < LINGER_BYTES_MAX {
+            self.ahead.clear();
+            match self.poll_ahead(cx)? {
+                Poll::Ready(()) => {
+                    self.end.is_owed = true;
+                    self.end.past_bytes += self.ahead.len();
+                }
+                Poll::Pending if self.end.is_owed => return Poll::Pending,
+                Poll::Pending => break,
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Nobody wants what may come: only the end of the connection is looked for.
@@ -305,8 +319,15 @@ impl AsyncWrite for GuardedStream {
         this.unless_stalled(polled, cx)
     }
 
+    /// Done when the client has said that it will send no more, if it has not said all; or after a while.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+        let this = self.get_mut();
+        let polled = this.poll_close(cx);
+        if polled.is_ready() {
+            return polled;
+        }
+        let until = this.end.until.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER_MAX)));
+        until.as_mut().poll(cx).map(Ok)
     }
 
     fn poll_write_vectored(
@@ -327,11 +348,7 @@ impl AsyncWrite for GuardedStream {
 #[async_trait]
 impl Shutdown for GuardedStream {
     async fn shutdown(&mut self) {
-        if self.rest.is_done() && self.ahead.is_empty() {
-            let _ = tokio::time::timeout(LINGER_MAX, AsyncWriteExt::shutdown(&mut self.inner)).await;
-        } else {
-            self.linger().await;
-        }
+        let _ = AsyncWriteExt::shutdown(self).await;
     }
 }
 

@@ -29,7 +29,7 @@ use crate::metrics::Metrics;
 use crate::model::Scope;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue, VARY};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, HeaderName, HeaderValue, VARY};
 use http::{Method, StatusCode, Version};
 use passage::{Origin, Passage};
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -239,6 +239,10 @@ impl Gateway {
         };
         let has_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
         let origin = Origin { peer, is_peer_trusted, has_tls };
+        if !session.is_http2() && !session.is_upgrade_req() {
+            // One that comes byte by byte is met by the deadline of the whole.
+            session.set_read_timeout(Some(Duration::from_secs(upstream.conf.body_timeout_s)));
+        }
         Passage::new(upstream, origin, id.value().clone(), session.req_header())
     }
 
@@ -417,11 +421,16 @@ impl ProxyHttp for Gateway {
 
     async fn response_filter(
         &self,
-        _: &mut Session,
+        session: &mut Session,
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
         ctx.status = response.status.as_u16();
+        let is_awaited = session.req_header().headers.contains_key(EXPECT);
+        if is_awaited && !response.status.is_informational() && !session.is_body_done() {
+            // The client need not send the body now: what comes next cannot be told from it.
+            session.set_keepalive(None);
+        }
         let Some(passage) = &ctx.passage else { return Ok(()) };
         let mut fields = vec![(X_REQUEST_ID, passage.request_id.clone())];
         fields.append(&mut ctx.cors);
@@ -448,6 +457,24 @@ impl ProxyHttp for Gateway {
         error
     }
 
+    /// A connection that was kept may have been closed by its upstream just now. The request may have been read, so only
+    /// one that changes nothing is sent again.
+    fn error_while_proxy(
+        &self,
+        _: &HttpPeer,
+        session: &mut Session,
+        mut error: Box<pingora::Error>,
+        _: &mut Ctx,
+        is_reused: bool,
+    ) -> Box<pingora::Error> {
+        if session.req_header().method.is_safe() && !session.as_ref().retry_buffer_truncated() {
+            error.retry.decide_reuse(is_reused);
+        } else {
+            error.set_retry(false);
+        }
+        error
+    }
+
     async fn fail_to_proxy(
         &self,
         session: &mut Session,
@@ -459,7 +486,10 @@ impl ProxyHttp for Gateway {
             None => (RequestId::of(None), 0),
         };
         session.set_keepalive(None);
-        let is_answered = session.response_written().is_some_and(|head| !head.status.is_informational());
+        // What follows a 101 is no HTTP any more.
+        let is_last =
+            |status: StatusCode| !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS;
+        let is_answered = session.response_written().is_some_and(|head| is_last(head.status));
         match passage::failure(error, bytes_max) {
             Some(refusal) if !is_answered => {
                 let upstream = ctx.passage.as_ref().map_or("", |passage| passage.upstream.conf.name.as_str());

@@ -24,6 +24,8 @@ const UPSTREAMS_SHIPPED: &str = include_str!("../../conf/upstreams.toml");
 
 /// A full bucket, in the smallest steps that are counted: Lua's numbers are exact up to four times that.
 const LIMIT_STEPS_MAX: u128 = 1 << 51;
+/// From how many characters on a word in an error is not shown: no setting's name is that long.
+const SECRET_CHARS_MIN: usize = 30;
 
 /// All of `conf/`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -550,10 +552,14 @@ pub(super) fn at_least_one(path: &str, value: u64) -> Option<(String, String)> {
     (value == 0).then(|| (path.to_owned(), "must be at least 1".to_owned()))
 }
 
+/// Redis counts in steps; see limits.lua.
+pub(super) fn is_countable(quota: &Quota) -> bool {
+    u128::from(quota.drain().1) * u128::from(quota.burst) <= LIMIT_STEPS_MAX
+}
+
 impl LimitConf {
-    /// Redis counts in steps; see limits.lua.
     pub fn is_countable(&self) -> bool {
-        u128::from(self.quota().drain().1) * u128::from(self.burst) <= LIMIT_STEPS_MAX
+        is_countable(&self.quota())
     }
 
     /// (key, problem) of each.
@@ -588,7 +594,7 @@ fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, Stri
     let text = file.text.as_deref().unwrap_or_default();
     let own: Table = text.parse().map_err(|e: toml::de::Error| {
         let line = line_at(text, e.span().map_or(0, |span| span.start));
-        format!("{}:{line}: {}", file.name, e.message())
+        format!("{}:{line}: {}", file.name, without_secrets(e.message()))
     })?;
     if file.text.is_some() {
         for list in ["limit", "key", "upstream"] {
@@ -605,8 +611,23 @@ fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, Stri
     }
     serde_path_to_error::deserialize(all).map_err(|e| {
         let path = e.path().to_string();
-        file.problem(&path, e.into_inner().message())
+        without_secrets(&file.problem(&path, e.into_inner().message()))
     })
+}
+
+/// Errors quote what stands in the wrong place, which may be a key or its hash.
+fn without_secrets(problem: &str) -> String {
+    let is_of_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '+' | '=');
+    let mut told = String::with_capacity(problem.len());
+    let mut rest = problem;
+    while let Some(start) = rest.find(is_of_word) {
+        let (before, from) = rest.split_at(start);
+        let (word, after) = from.split_at(from.find(|c| !is_of_word(c)).unwrap_or(from.len()));
+        told.push_str(before);
+        told.push_str(if word.len() < SECRET_CHARS_MIN { word } else { "…" });
+        rest = after;
+    }
+    told + rest
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! `keys.toml`: who may call.
 
-use super::conf::at_least_one;
+use super::conf::{at_least_one, is_countable};
 use super::{ConfigError, Secret};
+use crate::backend::Quota;
 use crate::model::{FunctionId, Scope, parse_rfc3339_ms, rfc3339_ms};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 use std::fmt;
+use std::time::Duration;
 
 /// The name of the key of the environment.
 const MASTER: &str = "master";
@@ -40,6 +42,12 @@ pub struct KeyLimitConf {
     pub rate: u32,
     pub period_s: u64,
     pub burst: u32,
+}
+
+impl KeyLimitConf {
+    pub fn quota(&self) -> Quota {
+        Quota { rate: self.rate, period: Duration::from_secs(self.period_s), burst: self.burst }
+    }
 }
 
 /// The SHA-256 of a key. It is nobody's business: neither shown nor written.
@@ -179,6 +187,10 @@ pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
         }) {
             problems.extend(at_least_one(&format!("key[{n}].limit.{name}"), value));
         }
+        if key.limit.as_ref().is_some_and(|limit| limit.rate > 0 && !is_countable(&limit.quota())) {
+            problems
+                .push((format!("key[{n}].limit.burst"), "is too large together with period_s".to_owned()));
+        }
     }
     problems
 }
@@ -241,6 +253,8 @@ mod tests {
             (key("functions = [\"*a\"]"), "key[0].functions"),
             (key("not_before = 2030-01-01T00:00:00Z\nexpires = 2029-01-01T00:00:00Z"), "key[0].expires"),
             (key("limit = { rate = 0, period_s = 1, burst = 1 }"), "key[0].limit.rate"),
+            (key("limit = { rate = 1, period_s = 9223372036854775807, burst = 1 }"), "key[0].limit.burst"),
+            (key("limit = { rate = 1, period_s = 31536000, burst = 4000000000 }"), "key[0].limit.burst"),
         ] {
             let told = problems(&lines);
             assert_eq!(told.first().map(|(path, _)| path.as_str()), Some(path), "{lines}: {told:?}");

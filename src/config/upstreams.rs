@@ -132,10 +132,14 @@ impl UpstreamConf {
             .all(|(name, value)| is_field(name) && HeaderValue::from_str(value).is_ok());
         unless(are_fields, "add_headers", "must be header fields that are not about the connection");
         let has_path =
-            self.health.as_ref().is_none_or(|health| health.path.starts_with('/') && health.every_s > 0);
-        unless(has_path, "health", "must have a path that begins with /, and every_s of at least 1");
+            self.health.as_ref().is_none_or(|health| is_target(&health.path) && health.every_s > 0);
+        unless(has_path, "health", "must have a path that can be asked for, and every_s of at least 1");
         problems
     }
+}
+
+fn is_target(path: &str) -> bool {
+    path.starts_with('/') && path.parse::<http::Uri>().is_ok()
 }
 
 fn is_path(path: &str) -> bool {

@@ -3,10 +3,13 @@
 //! Pingora's load balancer holds the addresses and their health. Names are looked up again and again, so an upstream may move. Those
 //! that are there when the settings change are kept with what is known of them, if they stay as they are.
 
+use crate::api::is_local;
 use crate::config::{Live, UpstreamConf};
 use crate::metrics::Metrics;
 use async_trait::async_trait;
+use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use pingora::lb::discovery::ServiceDiscovery;
 use pingora::lb::health_check::{HealthCheck, HttpHealthCheck, TcpHealthCheck};
 use pingora::lb::selection::RoundRobin;
@@ -14,7 +17,7 @@ use pingora::lb::{Backend, Backends, LoadBalancer};
 use pingora::upstreams::peer::HttpPeer;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -42,6 +45,7 @@ pub struct Upstream {
     pub pattern: Arc<str>,
     addresses: LoadBalancer<RoundRobin>,
     ticks: AtomicU64,
+    is_tended: AtomicBool,
 }
 
 impl Upstreams {
@@ -67,8 +71,14 @@ impl Upstreams {
         let all = self.0.get();
         let find = |path: &str| all.iter().find(|upstream| upstream.is_for(path));
         let found = find(path)?;
-        let is_same = find(&as_others_read(path)?).is_some_and(|other| Arc::ptr_eq(other, found));
-        is_same.then(|| Arc::clone(found))
+        let read = as_others_read(path)?;
+        // Some servers take capitals for small letters, and do without the last slash.
+        let folded = read.to_ascii_lowercase();
+        let bare = folded.strip_suffix('/').unwrap_or(&folded);
+        let by_any_case = || all.iter().find(|upstream| upstream.is_for_folded(&folded));
+        let is_same = |other: Option<&Arc<Upstream>>| other.is_some_and(|other| Arc::ptr_eq(other, found));
+        let is_ours = is_local(&read) || is_local(&folded) || is_local(bare);
+        (!is_ours && is_same(find(&read)) && is_same(by_any_case())).then(|| Arc::clone(found))
     }
 
     fn all(&self) -> Vec<Arc<Upstream>> {
@@ -81,12 +91,19 @@ impl Upstream {
         let mut backends = Backends::new(Box::new(Names(conf.addresses.clone())));
         backends.set_health_check(health_check(&conf));
         let pattern = conf.pattern().into();
-        Self { conf, pattern, addresses: LoadBalancer::from_backends(backends), ticks: AtomicU64::new(0) }
+        let addresses = LoadBalancer::from_backends(backends);
+        Self { conf, pattern, addresses, ticks: AtomicU64::new(0), is_tended: AtomicBool::new(false) }
     }
 
     /// Whether the path is the prefix, or below it.
     fn is_for(&self, path: &str) -> bool {
         path.strip_prefix(self.conf.prefix.as_str())
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    }
+
+    /// As `is_for`, of a path in small letters.
+    fn is_for_folded(&self, path: &str) -> bool {
+        path.strip_prefix(self.conf.prefix.to_ascii_lowercase().as_str())
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 
@@ -206,12 +223,23 @@ pub struct Tending {
 
 impl Tending {
     pub async fn run(self) {
+        let metrics = &self.metrics;
+        let tend = |upstream: Arc<Upstream>| async move {
+            upstream.tend(metrics).await;
+            upstream.is_tended.store(false, Ordering::Relaxed);
+        };
+        // None waits for another, which may hang.
+        let mut tending = FuturesUnordered::new();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tick.tick().await;
-            let all = self.upstreams.all();
-            join_all(all.iter().map(|upstream| upstream.tend(&self.metrics))).await;
+            tokio::select! {
+                _ = tick.tick() => {
+                    let all = self.upstreams.all().into_iter();
+                    tending.extend(all.filter(|upstream| !upstream.is_tended.swap(true, Ordering::Relaxed)).map(tend));
+                }
+                Some(()) = tending.next() => {}
+            }
         }
     }
 }
@@ -230,7 +258,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_longest_prefix_counts() {
-        let upstreams = Upstreams::new(&[conf("/a", None), conf("/a/b", None)]);
+        let upstreams = Upstreams::new(&[conf("/a", None), conf("/a/b", None), conf("/worker", None)]);
         for (path, prefix) in [
             ("/a", Some("/a")),
             ("/a/", Some("/a")),
@@ -256,6 +284,13 @@ mod tests {
             ("/a/x/..;/b", None),
             ("/a/;/b", None),
             ("/a/b//", None),
+            ("/a/B/c", None),
+            // What others may read as a route of ours.
+            ("/worker/other", Some("/worker")),
+            ("/worker/%73tatus", None),
+            ("/worker/status;x", None),
+            ("/worker/status/", None),
+            ("/worker/Status", None),
         ] {
             assert_eq!(
                 upstreams.find(path).map(|found| found.conf.prefix.clone()).as_deref(),

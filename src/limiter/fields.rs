@@ -39,8 +39,11 @@ impl Counted {
             count += 1;
         }
         fields.reserve(5);
-        fields.push((X_RATELIMIT_LIMIT, tightest.burst.clone()));
-        fields.push((X_RATELIMIT_REMAINING, decision.remaining.into()));
+        // A refusal may have said what else was too much.
+        if !fields.iter().any(|(name, _)| *name == X_RATELIMIT_LIMIT) {
+            fields.push((X_RATELIMIT_LIMIT, tightest.burst.clone()));
+            fields.push((X_RATELIMIT_REMAINING, decision.remaining.into()));
+        }
         fields.extend(HeaderValue::try_from(state).ok().map(|value| (RATELIMIT, value)));
         let policy = match count {
             n if n == plan.limits.len() => plan.policy.clone(),

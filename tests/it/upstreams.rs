@@ -173,7 +173,8 @@ async fn failures_of_an_upstream_are_told() {
         "[[upstream]]\nname = \"half\"\nprefix = \"/half\"\naddresses = [\"{gone}\", \"{}\"]\nscope = \"none\"\nhealth = {{ path = \"/healthz\", every_s = 3600 }}\n",
         service.addr()
     );
-    let platform = start(upstream("up", &[&service], more) + &nobody + &half, "").await;
+    let slow = upstream("slow", &[&service], "scope = \"none\"\nread_timeout_s = 9\nbody_timeout_s = 1\n");
+    let platform = start(upstream("up", &[&service], more) + &nobody + &half + &slow, "").await;
     let gateway = &platform.gateway;
     for _ in 0..4 {
         gateway.beyond("POST", "/half/x").body("text/plain", "once").send().await.expect(200);
@@ -190,6 +191,11 @@ async fn failures_of_an_upstream_are_told() {
     assert_eq!((late.json()["code"].as_str(), late.need("x-request-id")), (Some("upstream_timeout"), "mine"));
     let asked = service.requests().len() - reached;
     assert_eq!(asked, 1, "it is not asked again");
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    let stalls = gateway.beyond("POST", "/slow/x").header("content-length", "10").to_bytes();
+    conn.write(&stalls).await.expect("the gateway reads");
+    let refused = within("the end of a body that stalls", SOON, conn.answer(false)).await.expect("an answer");
+    assert_eq!(refused.expect_problem(408).json()["code"], "body_timeout");
     assert!(gateway.beyond("GET", "/up/break").try_send().await.is_err(), "half an answer is no answer");
     gateway.beyond("GET", "/up/x").send().await.expect(200);
     platform.finish().await;
@@ -290,8 +296,11 @@ async fn upstreams_behind_tls() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upgrade_goes_through() {
     let service = Upstream::start().await;
-    let platform =
-        start(upstream("up", &[&service], "scope = \"read\"\n"), "[http]\nheader_timeout_s = 1\n").await;
+    let platform = start(
+        upstream("up", &[&service], "scope = \"read\"\nread_timeout_s = 2\n"),
+        "[http]\nheader_timeout_s = 1\n",
+    )
+    .await;
     let gateway = &platform.gateway;
     let upgrade = |key: &str| {
         let request = crate::harness::http::Request::new(gateway.addr(), "GET", "/up/socket");
@@ -310,7 +319,8 @@ async fn an_upgrade_goes_through() {
         assert_eq!(echoed, message.as_bytes());
         tokio::time::sleep(Duration::from_millis(600)).await;
     }
-    drop(conn);
+    // In which nothing is said it ends, and nothing is said in it by others.
+    assert!(within("the end of a silent tunnel", SOON, conn.is_closed()).await, "something came");
     // However quick the upstream is.
     for n in 0..100 {
         let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");

@@ -66,6 +66,10 @@ const HEADS: &[(&str, &str, Then)] = &[
         "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Content-Length: 99999999999999999999\r\n\r\n",
         FRAMING,
     ),
+    ("an angle in the path", "GET {P}/a<b HTTP/1.1\r\nHost: a\r\n{K}\r\n", MALFORMED),
+    ("a backtick in the path", "GET {P}/a`b HTTP/1.1\r\nHost: a\r\n{K}\r\n", MALFORMED),
+    ("an angle in the query", "GET {P}?a>b HTTP/1.1\r\nHost: a\r\n{K}\r\n", MALFORMED),
+    ("a quote in the query", "GET {P}?a\"b HTTP/1.1\r\nHost: a\r\n{K}\r\n", MALFORMED),
     ("an empty length", "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Content-Length:\r\n\r\n", FRAMING),
     ("another coding", "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Transfer-Encoding: gzip\r\n\r\n", FRAMING),
     (

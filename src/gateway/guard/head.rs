@@ -133,7 +133,7 @@ impl HeadReader {
         }
         let target = &line[method + 1..version];
         let is_visible = target.iter().all(|b| *b > b' ' && !matches!(b, 0x7f | b'#'));
-        if target.is_empty() || !is_visible || std::str::from_utf8(target).is_err() {
+        if target.is_empty() || !is_visible || !is_uri(target) || std::str::from_utf8(target).is_err() {
             return Err(BadHead::Malformed("the request target"));
         }
         self.target = (from + method + 1, from + version);
@@ -257,6 +257,14 @@ impl HeadReader {
 /// Whether a line break, a NUL or another control character stands where none may. A tab may.
 fn is_control(byte: u8) -> bool {
     (byte < 0x20 && byte != b'\t') || byte == 0x7f
+}
+
+/// Whether `http::Uri` takes the characters: for what it does not take, Pingora has an answer of its own.
+fn is_uri(target: &[u8]) -> bool {
+    let query = target.iter().position(|b| *b == b'?').unwrap_or(target.len());
+    let (path, query) = target.split_at(query);
+    !path.iter().any(|b| matches!(b, b'<' | b'>' | b'`'))
+        && !query.iter().any(|b| matches!(b, b'"' | b'<' | b'>'))
 }
 
 fn starts_with(target: &[u8], scheme: &str) -> bool {

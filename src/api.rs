@@ -229,7 +229,13 @@ impl Api {
         let queue = backend.queue.traits();
         let cursors = cursor::Cursors::new(parts.api_key);
         let uploads = Arc::new(upload::Uploads::new(parts.spool_dir));
-        let once = once::Once::new(backend, dispatcher.clone(), parts.batch, Arc::clone(&metrics));
+        let once = once::Once::new(
+            backend,
+            dispatcher.clone(),
+            parts.batch,
+            lifecycle.clone(),
+            Arc::clone(&metrics),
+        );
         let run = run::Run::new(
             waits.clone(),
             queue,

@@ -407,7 +407,11 @@ mod tests {
             Ok(None)
         }
 
-        async fn take_over(&self, _: &Claim, _: JobId) -> Result<bool, BackendError> {
+        async fn find(&self, _: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+            Ok(None)
+        }
+
+        async fn try_again(&self, _: &Claimed, _: JobId) -> Result<bool, BackendError> {
             Ok(false)
         }
 
@@ -415,8 +419,8 @@ mod tests {
             Ok(())
         }
 
-        async fn release(&self, _: &Claim) -> Result<(), BackendError> {
-            Ok(())
+        async fn release(&self, _: &Claim, _: JobId) -> Result<bool, BackendError> {
+            Ok(false)
         }
 
         async fn keep(&self, _: &IdempotencyKey, id: JobId, _: &Bytes) -> Result<(), BackendError> {
@@ -556,7 +560,7 @@ mod tests {
         *tables.failed_keeps.lock().unwrap() = vec![BackendError::Unavailable("x".into()); 3];
         let (audit, loops) = audit(&tables, 10, 1 << 20);
         let id = JobId::new(NodeId(1), 1, 1);
-        let row = Execution::lost(id, FunctionId::parse("f").unwrap());
+        let row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
         let kept = Kept { key: IdempotencyKey::of("a", "b"), result: "{}".into() };
         audit.record(id, row, None, Some(Box::new(kept))).unwrap();
         let (written, left) = (ROWS_LINGER * 2, ROWS_LINGER * 20);
@@ -578,7 +582,7 @@ mod tests {
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3}"#.into());
         *tables.kept_row.lock().unwrap() = Some(Execution::of(ended, f.clone(), &outcome.fields()));
         for id in [ended, lost] {
-            audit.record(id, Execution::lost(id, f.clone()), None, None).unwrap();
+            audit.record(id, Execution::lost(id, f.clone(), false), None, None).unwrap();
         }
         run(&tables, loops, async {}).await;
         let sums = Sums { invocations: 2, errors: 1, duration_us: 3000, ..Sums::default() };

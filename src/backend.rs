@@ -183,6 +183,16 @@ pub struct Numbering {
     pub more: Vec<FunctionId>,
 }
 
+/// Where a job stands in the journal of its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    Absent,
+    /// The process that accepted it knows what became of its send.
+    Held,
+    /// That process has ended, or its lease has: nobody can know whether the queue has the job.
+    Left,
+}
+
 /// The durable set of a node's jobs in flight, and what ended jobs add to their functions until that is posted. A
 /// job enters before it is sent, and leaves when its row is written or its send has definitely failed.
 ///
@@ -228,6 +238,16 @@ pub trait Journal: Send + Sync {
     /// Whether the node that the id names holds the job.
     async fn contains(&self, id: JobId) -> Result<bool, BackendError>;
 
+    /// The same, and what the node can know of it.
+    async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+        Ok(if self.contains(id).await? { Standing::Held } else { Standing::Absent })
+    }
+
+    /// The process that runs `node` has started: what the journal holds by now was left by an earlier one.
+    async fn started(&self, _node: NodeId) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// All that `node` holds: what a restarted node goes on with.
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError>;
 }
@@ -260,6 +280,9 @@ pub struct Claim {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claimed {
     pub claim: Claim,
+    /// The latest attempt to send the job: the job's own id for the first one, a new id for each one after it. It says
+    /// which node makes the attempt, and since when.
+    pub attempt: JobId,
     /// The job is known to be on the queue, or to have been.
     pub is_sent: bool,
     pub result: Option<Bytes>,
@@ -271,14 +294,19 @@ pub trait Claims: Send + Sync {
     /// Claims the key, if nobody has it. Else gives who has; nothing is written then.
     async fn claim(&self, claim: &Claim) -> Result<Option<Claimed>, BackendError>;
 
-    /// Claims the key in place of a job that is not known to be sent. `false`: it is, or another one was faster.
-    async fn take_over(&self, claim: &Claim, instead_of: JobId) -> Result<bool, BackendError>;
+    /// Who has the key.
+    async fn find(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError>;
+
+    /// Claims the next attempt to send the job, after the one in `claimed`. `false`: the job is confirmed or released, or
+    /// another attempt came first.
+    async fn try_again(&self, claimed: &Claimed, attempt: JobId) -> Result<bool, BackendError>;
 
     /// The job is on the queue.
     async fn confirm(&self, claim: &Claim) -> Result<(), BackendError>;
 
-    /// The job is certainly not on the queue, and the key is free again.
-    async fn release(&self, claim: &Claim) -> Result<(), BackendError>;
+    /// The job is certainly not on the queue, and the key is free again. `false`: the job is confirmed, or another attempt
+    /// to send it has begun.
+    async fn release(&self, claim: &Claim, attempt: JobId) -> Result<bool, BackendError>;
 
     /// Keeps the result of the job that has the key.
     async fn keep(&self, key: &IdempotencyKey, job: JobId, result: &Bytes) -> Result<(), BackendError>;

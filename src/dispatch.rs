@@ -20,14 +20,14 @@ mod settler;
 mod shedder;
 mod slots;
 
-pub use batcher::SubmitError;
+pub use batcher::{Resend, Sending, SubmitError};
 pub use dead_letters::Undertaker;
 pub use in_flight::{Held, Waiter};
 pub use members::Members;
 pub use settler::{Lookups, Pump};
 
 use crate::audit::{Audit, Ledger, RowsWritten};
-use crate::backend::{Backend, BackendError};
+use crate::backend::{Backend, BackendError, Membership, Standing};
 use crate::config::{BatchConf, DeadLetterConf, FleetConf, Live, MemoryConf, OverloadConf};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, now_ms};
@@ -40,7 +40,6 @@ use shedder::Shedder;
 use slots::{Holder, Slots};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::oneshot;
 
 /// How often a long poll looks for the stored result of its job.
 const POLLED_EVERY: Duration = Duration::from_secs(1);
@@ -56,6 +55,7 @@ struct Inner {
     shedder: Arc<Shedder>,
     slots: Slots,
     lease: Arc<Lease>,
+    membership: Option<Arc<dyn Membership>>,
     overload: Live<OverloadConf>,
 }
 
@@ -108,12 +108,13 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         batches,
         pump: Pump::new(Arc::clone(&settler)),
         lookups: Lookups::new(Arc::clone(&settler)),
-        members: Members::new(node, fleet, membership, Arc::clone(&lease), Arc::clone(&settler), ledger),
+        members: Members::new(node, fleet, membership.clone(), Arc::clone(&lease), Arc::clone(&settler), ledger),
         undertaker,
         rows: Arc::clone(&settler) as Arc<dyn RowsWritten>,
     };
     let slots = Slots::default();
-    (Dispatcher(Arc::new(Inner { node, batcher, settler, shedder, slots, lease, overload })), loops)
+    let inner = Inner { node, batcher, settler, shedder, slots, lease, membership, overload };
+    (Dispatcher(Arc::new(inner)), loops)
 }
 
 /// There are as many jobs in flight as there may be.
@@ -126,16 +127,24 @@ pub enum TooManyJobs {
 /// A job on its way to the queue, and the place of the one who waits for it.
 pub struct Submitted {
     /// What became of the send.
-    pub sent: oneshot::Receiver<Result<(), SubmitError>>,
+    pub sent: Sending,
     pub waiter: Waiter,
 }
 
 /// What is known of a job.
 pub enum JobState {
     Done(Outcome),
-    /// It runs; here is a place to wait in, if there was one.
-    Pending(Option<PendingJob>),
+    Pending(Pending),
     Unknown,
+}
+
+/// A job without a result.
+pub struct Pending {
+    /// A place to wait in, if there was one.
+    pub place: Option<PendingJob>,
+    /// Nobody can know whether the queue has the job: its send was not answered, or its process ended. `false` also
+    /// where another node knows more.
+    pub is_unconfirmed: bool,
 }
 
 /// A place to wait in.
@@ -206,13 +215,11 @@ impl Dispatcher {
         Ok(held)
     }
 
-    /// Sends a job that nobody waits for; returns when the queue has confirmed it.
-    pub async fn submit(&self, job: Job, held: Held) -> Result<(), SubmitError> {
+    /// Sends a job that nobody waits for.
+    pub fn submit(&self, job: Job, held: Held) -> Result<Sending, SubmitError> {
         let settler = &self.0.settler;
         settler.in_flight.enter(&job, held).map_err(|_| SubmitError::Overloaded)?;
-        let sent = self.hand_over(job)?;
-        // The loop answers every job; a closed channel means that it was stopped.
-        sent.await.unwrap_or(Err(SubmitError::Stopping))
+        self.hand_over(job, None)
     }
 
     /// Sends a job and waits in line for its result. Registers first: a fast worker may publish before the
@@ -220,16 +227,63 @@ impl Dispatcher {
     pub fn submit_waiting(&self, job: Job, held: Held) -> Result<Submitted, SubmitError> {
         let waiter =
             self.0.settler.in_flight.enter_waiting(&job, held).map_err(|_| SubmitError::Overloaded)?;
-        let sent = self.hand_over(job)?;
+        let sent = self.hand_over(job, None)?;
         Ok(Submitted { sent, waiter })
     }
 
-    fn hand_over(&self, job: Job) -> Result<oneshot::Receiver<Result<(), SubmitError>>, SubmitError> {
+    /// Sends a job again, under the id that it has; `waits`: somebody waits for its result here.
+    pub async fn submit_again(
+        &self,
+        job: Job,
+        resend: Resend,
+        waits: bool,
+    ) -> Result<(Sending, Option<Waiter>), SubmitError> {
+        let (settler, node) = (&self.0.settler, job.id.node());
+        if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {
+            // A node that is listed no more has left nothing, as far as anybody knew. Now others must look after it
+            // if this one ends, too.
+            membership.relist(node).await.map_err(|_| SubmitError::Unavailable)?;
+        }
+        let waiter =
+            settler.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
+        Ok((self.hand_over(job, Some(resend))?, waiter))
+    }
+
+    fn hand_over(&self, job: Job, resend: Option<Resend>) -> Result<Sending, SubmitError> {
         let id = job.id;
         let settler = &self.0.settler;
-        let sent = self.0.batcher.send(job).inspect_err(|_| settler.in_flight.remove(id))?;
+        let sent = self.0.batcher.send(job, resend).inspect_err(|_| match resend {
+            Some(Resend { is_journaled: true, .. }) => settler.in_flight.note_send(id, false),
+            _ => settler.in_flight.remove(id),
+        })?;
         settler.schedule.plan(id, lookups::FIRST);
         Ok(sent)
+    }
+
+    /// Forgets a job with an idempotency key whose send has definitely failed, once its key is released.
+    pub fn withdraw(&self, id: JobId) {
+        self.0.settler.in_flight.remove(id);
+        self.0.settler.journal.leave(&[id]);
+    }
+
+    /// Notes that nobody can know whether the queue has the job.
+    pub fn doubt(&self, id: JobId) {
+        self.0.settler.in_flight.note_send(id, false);
+    }
+
+    /// Whether the journal of the node that the id names holds the job.
+    pub async fn is_journaled(&self, id: JobId) -> Result<bool, BackendError> {
+        Ok(self.0.settler.journal.standing(id).await? != Standing::Absent)
+    }
+
+    /// Whether this node has the job, until its row is written.
+    pub fn is_in_flight(&self, id: JobId) -> bool {
+        self.0.settler.in_flight.contains(id)
+    }
+
+    /// Whether this node is the one of the id.
+    pub fn is_own(&self, id: JobId) -> bool {
+        id.node() == self.0.node
     }
 
     /// What is known of a job, asked in order: a settled result, the stored result, this node's table, the
@@ -253,14 +307,21 @@ impl Dispatcher {
             }
             return Ok(JobState::Done(outcome));
         }
-        let pending = |own| JobState::Pending(Some(PendingJob { id, settler: Arc::clone(settler), own }));
+        let place = |own| Some(PendingJob { id, settler: Arc::clone(settler), own });
+        let is_unconfirmed = settler.in_flight.is_unconfirmed(id).unwrap_or(false);
         match joined {
-            Joined::Pending(waiter) => return Ok(pending(Some(waiter))),
-            Joined::Crowded => return Ok(JobState::Pending(None)),
+            Joined::Pending(waiter) => {
+                return Ok(JobState::Pending(Pending { place: place(Some(waiter)), is_unconfirmed }));
+            }
+            Joined::Crowded => return Ok(JobState::Pending(Pending { place: None, is_unconfirmed })),
             Joined::Settled(_) | Joined::Unknown => {}
         }
-        if settler.journal.contains(id).await? {
-            return Ok(pending(None));
+        match settler.journal.standing(id).await? {
+            Standing::Absent => {}
+            standing => {
+                let is_unconfirmed = standing == Standing::Left;
+                return Ok(JobState::Pending(Pending { place: place(None), is_unconfirmed }));
+            }
         }
         // The job may have ended between the two looks.
         let stored = settler.stored(id).await?;
@@ -418,7 +479,7 @@ mod tests {
         let house = House::start(|_| {}).await;
         let job = job(house.node, 1, now_ms());
         let id = job.id;
-        house.dispatcher.submit(job, Held::new()).await.unwrap();
+        house.dispatcher.submit(job, Held::new()).unwrap().await.unwrap().unwrap();
         assert_eq!(house.row_status(id).await, "LOST");
         house.is_forgotten(id).await;
     }
@@ -476,7 +537,7 @@ mod tests {
         .await;
         let job = job(house.node, 1, now_ms());
         let id = job.id;
-        house.dispatcher.submit(job, Held::new()).await.unwrap();
+        house.dispatcher.submit(job, Held::new()).unwrap().await.unwrap().unwrap();
         let state = house.dispatcher.state(id).await;
         assert!(matches!(state, Ok(JobState::Pending(_))), "what this node holds is known without the store");
         let flaky = flaky.get().unwrap();
@@ -495,7 +556,7 @@ mod tests {
         let due = entries.iter().find(|entry| entry.deadline == 1).unwrap().id;
         let open = entries.iter().find(|entry| entry.deadline == LATER).unwrap().id;
         assert_eq!(house.row_status(due).await, "LOST");
-        assert!(matches!(house.dispatcher.state(open).await, Ok(JobState::Pending(Some(_)))));
+        assert!(matches!(house.dispatcher.state(open).await, Ok(JobState::Pending(Pending { place: Some(_), .. }))));
         house.dispatcher.0.settler.settle(open, outcome(r#"{"exitCode":0}"#));
         assert_eq!(house.row_status(open).await, "SUCCESS");
     }
@@ -521,9 +582,9 @@ mod tests {
     #[tokio::test]
     async fn no_more_jobs_than_there_is_room_for() {
         let house = House::start(|conf| conf.memory.jobs_in_flight_max = 1).await;
-        house.dispatcher.submit(job(house.node, 1, LATER), Held::new()).await.unwrap();
+        house.dispatcher.submit(job(house.node, 1, LATER), Held::new()).unwrap().await.unwrap().unwrap();
         assert_eq!(
-            house.dispatcher.submit(job(house.node, 2, LATER), Held::new()).await,
+            house.dispatcher.submit(job(house.node, 2, LATER), Held::new()).map(drop),
             Err(SubmitError::Overloaded)
         );
         assert!(matches!(house.dispatcher.state(job(house.node, 3, LATER).id).await, Ok(JobState::Unknown)));

@@ -1,52 +1,108 @@
 //! Requests that are carried out once: `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header).
 //!
-//! A request claims its key for its job before the job is sent. Who comes later with the key and the same body finds
-//! that job, wherever it is: its result with the claim, its result or the job itself in flight on any node, or its
-//! row. If it is nowhere, then its send has not begun, or its node died before it: the claim is taken over once a send
-//! can no longer be under way. So the job is enqueued once, whatever breaks off in between.
+//! A request claims its key for its job before the job is sent. A later request with the key and the same body finds
+//! that job, wherever it is: its result with the claim, its result or the job itself in flight on any node, or its row.
+//!
+//! A claim, a journal entry or an entry in flight is no proof that the queue has the job. Until the claim says that the
+//! queue confirmed it, a repeated request waits for the outcome of the attempt that is under way, and answers as the
+//! first request does. If nobody can know that outcome (the queue did not answer, or the node died), the repeated
+//! request claims the next attempt and sends the same body again, under the same job id. So one key has one job id and
+//! one row; a second message goes out only where the outcome of the first send was never known.
+//!
+//! ```text
+//! claim ─ none before ──────────────────────────────→ first: send
+//!       └ before ─ confirmed, or a result, or a row ─→ answer
+//!                ├ attempt under way ────────────────→ wait for its outcome, look again
+//!                ├ released ─────────────────────────→ 503, as the first
+//!                └ attempt is over, outcome unknown ──→ claim the next attempt: send again
+//! ```
 
 use super::{ApiError, CallHeaders};
 use crate::backend::{Backend, BackendError, Claim, Claimed, Claims, ExecutionStore};
 use crate::config::{BatchConf, Live};
-use crate::dispatch::{Dispatcher, JobState, PendingJob, SubmitError};
+use crate::dispatch::{Dispatcher, JobState, Pending, PendingJob, Resend, Sending, SubmitError};
+use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, Outcome, now_ms};
+use crate::model::{BodyHash, Execution, IdempotencyKey, JobId, Outcome, now_ms};
+use dashmap::DashMap;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep};
 
 /// Longest key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
-/// How often a claim is looked at whose job is not to be found.
-pub const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How often a claim is read while another node sends its job.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Beyond its deadline: how long a send may still be under way, and how far the clocks of nodes may differ.
 const SEND_MARGIN: Duration = Duration::from_secs(5);
+/// Pauses between tries to write the outcome of an attempt to its claim: doubled from the first to the longest.
+const NOTE_PAUSE_FIRST: Duration = Duration::from_millis(100);
+const NOTE_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// What is known of the job of a request that came before.
 pub enum Known {
     Result(Outcome),
+    /// The queue has, or had, the job.
     Pending(Option<PendingJob>),
     /// It has ended, and its result is no longer kept.
     Ended(Box<Execution>),
 }
 
-/// Whose turn it is.
+/// What a request is to do.
 pub enum Turn {
-    /// The request is the first of its key.
-    First,
+    /// The request is the first of its key: it sends its job.
+    First(Attempt),
     /// It came before.
     Again(Box<Claimed>, Known),
-    /// This job has the key, is nowhere, and cannot be on its way any more.
-    Abandoned(JobId),
-    /// Its job is nowhere, and may be on its way. To be asked again after [`LOOK_EVERY`].
-    NotYet,
+    /// It came before, and nobody can know whether the queue has its job: it sends that job again.
+    SendAgain(Attempt, Box<Claimed>, Resend),
 }
 
-pub struct Once {
+/// What became of an attempt. `None`: it is under way.
+type AttemptOutcome = Option<Result<(), SubmitError>>;
+
+/// The attempts that this process makes now. As many as there are requests with a key under way.
+type Attempts = DashMap<JobId, watch::Receiver<AttemptOutcome>>;
+
+/// An attempt of this process to send a job. Requests with the same key wait for its outcome. It is registered before
+/// it is claimed, so that no request of this process takes a claim for one that nobody works on.
+pub struct Attempt {
+    id: JobId,
+    /// If it fails the queue certainly does not have the job.
+    is_first: bool,
+    outcome: watch::Sender<AttemptOutcome>,
+    attempts: Arc<Attempts>,
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        self.attempts.remove(&self.id);
+    }
+}
+
+/// Hears what becomes of an attempt.
+pub struct Watched(watch::Receiver<AttemptOutcome>);
+
+impl Watched {
+    pub async fn outcome(&mut self) -> Result<(), SubmitError> {
+        let outcome = self.0.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
+        outcome.unwrap_or(Err(SubmitError::Unknown))
+    }
+}
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Once(Arc<Inner>);
+
+struct Inner {
     claims: Arc<dyn Claims>,
     executions: Arc<dyn ExecutionStore>,
     dispatcher: Dispatcher,
     batch: Live<BatchConf>,
+    lifecycle: Lifecycle,
     metrics: Arc<Metrics>,
+    attempts: Arc<Attempts>,
 }
 
 impl Once {
@@ -54,82 +110,198 @@ impl Once {
         backend: &Backend,
         dispatcher: Dispatcher,
         batch: Live<BatchConf>,
+        lifecycle: Lifecycle,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (claims, executions) = (Arc::clone(&backend.claims), Arc::clone(&backend.executions));
-        Self { claims, executions, dispatcher, batch, metrics }
+        let attempts = Arc::default();
+        Self(Arc::new(Inner { claims, executions, dispatcher, batch, lifecycle, metrics, attempts }))
     }
 
-    /// Claims the key, or finds the job that has it. `waited`: for how long it was neither.
-    pub async fn turn(&self, claim: &Claim, waited: Duration) -> Result<Turn, ApiError> {
-        let away = |e| ApiError::backend("the log table", &e);
-        let Some(before) = self.claims.claim(claim).await.map_err(away)? else {
+    /// Claims the key, or finds the job that has it and waits until it is known what became of its send.
+    pub async fn turn(&self, claim: &Claim) -> Result<Turn, ApiError> {
+        let attempt = self.begin(claim.job, true);
+        let Some(mut before) = self.0.claims.claim(claim).await.map_err(away)? else {
             self.count("new");
-            return Ok(Turn::First);
+            return Ok(Turn::First(attempt));
         };
-        if before.claim.body != claim.body {
-            self.count("reused");
+        drop(attempt);
+        let started = Instant::now();
+        loop {
+            if before.claim.body != claim.body {
+                self.count("reused");
+                return Err(ApiError::KeyReused);
+            }
+            if let Some(known) = self.known(&before).await.map_err(away)? {
+                self.count("repeated");
+                return Ok(Turn::Again(Box::new(before), known));
+            }
+            let under_way = self.0.attempts.get(&before.attempt).map(|watched| Watched(watched.clone()));
+            match under_way {
+                Some(mut attempt) => match attempt.outcome().await {
+                    Ok(()) => {
+                        before.is_sent = true;
+                        continue;
+                    }
+                    Err(SubmitError::Unknown) => {}
+                    Err(e) => return Err(ApiError::Submit(e)),
+                },
+                None if self.is_over(before.attempt) => {}
+                None if started.elapsed() > 2 * self.attempt_max() => {
+                    // By the clocks of the nodes it is younger than it can be.
+                    return Err(ApiError::BackendAway);
+                }
+                None => {
+                    tokio::select! {
+                        () = sleep(LOOK_EVERY) => {}
+                        () = self.0.lifecycle.reached(Phase::Closing) => {
+                            return Err(ApiError::Submit(SubmitError::Stopping));
+                        }
+                    }
+                    // Released: its send has definitely failed.
+                    let found = self.0.claims.find(&claim.key).await.map_err(away)?;
+                    before = found.ok_or(ApiError::Submit(SubmitError::Unavailable))?;
+                    continue;
+                }
+            }
+            if let Some(turn) = self.send_again(&before).await? {
+                return Ok(turn);
+            }
+            let found = self.0.claims.find(&claim.key).await.map_err(away)?;
+            before = found.ok_or(ApiError::Submit(SubmitError::Unavailable))?;
+        }
+    }
+
+    /// The answer to a request whose function is gone, if it came before.
+    pub async fn before(
+        &self,
+        key: IdempotencyKey,
+        body: BodyHash,
+    ) -> Result<Option<(Box<Claimed>, Known)>, ApiError> {
+        let Some(before) = self.0.claims.find(&key).await.map_err(away)? else { return Ok(None) };
+        if before.claim.body != body {
             return Err(ApiError::KeyReused);
         }
-        if let Some(known) = self.known(&before).await.map_err(away)? {
+        let known = self.known(&before).await.map_err(away)?;
+        Ok(known.map(|known| (Box::new(before), known)))
+    }
+
+    /// Claims the next attempt. `None`: another request was faster, or the outcome of the last one is known by now.
+    async fn send_again(&self, before: &Claimed) -> Result<Option<Turn>, ApiError> {
+        let id = before.claim.job;
+        let attempt_id = self.0.dispatcher.new_id();
+        let mut attempt = self.begin(attempt_id, false);
+        if !self.0.claims.try_again(before, attempt_id).await.map_err(away)? {
+            return Ok(None);
+        }
+        // In this order: a job leaves the journal after its row is written.
+        let is_journaled = self.0.dispatcher.is_journaled(id).await.map_err(away)?;
+        if let Some(known) = self.known(before).await.map_err(away)? {
             self.count("repeated");
-            return Ok(Turn::Again(Box::new(before), known));
+            return Ok(Some(Turn::Again(Box::new(before.clone()), known)));
         }
-        let age = Duration::from_millis(now_ms().saturating_sub(before.claim.job.accepted_at()));
-        let abandoned_after = Duration::from_millis(self.batch.get().send_deadline_ms) + SEND_MARGIN;
-        if age > abandoned_after {
-            return Ok(Turn::Abandoned(before.claim.job));
-        }
-        if waited > 2 * abandoned_after {
-            // By the clocks of the nodes it is younger than it can be.
-            return Err(ApiError::BackendAway);
-        }
-        Ok(Turn::NotYet)
+        attempt.is_first = !is_journaled;
+        self.count(if is_journaled { "sent_again" } else { "taken_over" });
+        tracing::info!(requestId = %id, journaled = is_journaled, "Unconfirmed Job Sent Again");
+        let resend = Resend { since: attempt_id.accepted_at(), is_journaled };
+        Ok(Some(Turn::SendAgain(attempt, Box::new(before.clone()), resend)))
     }
 
-    /// Claims the key in place of a job that was abandoned. `false`: another request was faster.
-    pub async fn take_over(&self, claim: &Claim, abandoned: JobId) -> Result<bool, ApiError> {
-        let taken = self.claims.take_over(claim, abandoned).await;
-        let taken = taken.map_err(|e| ApiError::backend("the log table", &e))?;
-        if taken {
-            self.count("taken_over");
-        }
-        Ok(taken)
+    fn begin(&self, id: JobId, is_first: bool) -> Attempt {
+        let (outcome, watched) = watch::channel(None);
+        self.0.attempts.insert(id, watched);
+        Attempt { id, is_first, outcome, attempts: Arc::clone(&self.0.attempts) }
     }
 
-    /// `None`: the job is nowhere.
+    /// Whether an attempt that this process does not make can no longer be under way.
+    fn is_over(&self, attempt: JobId) -> bool {
+        // One of this node is over at once: an earlier process of it has ended.
+        let age = Duration::from_millis(now_ms().saturating_sub(attempt.accepted_at()));
+        self.0.dispatcher.is_own(attempt) || age > self.attempt_max()
+    }
+
+    /// Longest time that a send can be under way.
+    fn attempt_max(&self) -> Duration {
+        Duration::from_millis(self.0.batch.get().send_deadline_ms) + SEND_MARGIN
+    }
+
+    /// `None`: nothing says that the queue has the job.
     async fn known(&self, before: &Claimed) -> Result<Option<Known>, BackendError> {
         if let Some(result) = &before.result {
             return Ok(Some(Known::Result(Outcome::new(result.clone()))));
         }
         let Claim { job, function, .. } = &before.claim;
-        match self.dispatcher.state(*job).await? {
+        match self.0.dispatcher.state(*job).await? {
             JobState::Done(outcome) => return Ok(Some(Known::Result(outcome))),
-            JobState::Pending(pending) => return Ok(Some(Known::Pending(pending))),
+            JobState::Pending(Pending { place, .. }) => {
+                return Ok(before.is_sent.then_some(Known::Pending(place)));
+            }
             JobState::Unknown => {}
         }
-        let row = self.executions.get(function, &job.to_string()).await?;
+        let row = self.0.executions.get(function, &job.to_string()).await?;
         let ended = row.map(|row| Known::Ended(Box::new(row)));
         // It was sent, and only the memory of it is gone: it must not be sent again.
         Ok(ended.or(before.is_sent.then_some(Known::Pending(None))))
     }
 
-    /// Notes what became of the first request. Where that fails the job itself tells.
-    pub async fn note<T>(&self, claim: &Claim, result: &Result<T, ApiError>) {
-        let noted = match result {
-            Ok(_) => self.claims.confirm(claim).await,
+    /// Follows an attempt to its end, also if its client leaves, and writes its outcome to the claim: before those who
+    /// wait hear of it, if the claim can be written.
+    pub fn follow(&self, attempt: Attempt, claim: Claim, sending: Result<Sending, SubmitError>) -> Watched {
+        let watched = Watched(attempt.outcome.subscribe());
+        let once = self.clone();
+        tokio::spawn(async move {
+            let sent = match sending {
+                // A closed channel means that the loop was stopped in the middle.
+                Ok(sending) => sending.await.unwrap_or(Err(SubmitError::Unknown)),
+                Err(e) => Err(e),
+            };
+            let mut noted = once.note(&claim, &attempt, &sent).await;
+            attempt.outcome.send_replace(Some(sent.clone()));
+            let mut pause = NOTE_PAUSE_FIRST;
+            // Bounded by the job: it ends by a result or at its deadline, and the claim with it.
+            while !noted && once.0.dispatcher.is_in_flight(claim.job) {
+                sleep(pause).await;
+                pause = (2 * pause).min(NOTE_PAUSE_MAX);
+                noted = once.note(&claim, &attempt, &sent).await;
+            }
+        });
+        watched
+    }
+
+    /// `false`: the claim could not be written.
+    async fn note(&self, claim: &Claim, attempt: &Attempt, sent: &Result<(), SubmitError>) -> bool {
+        let dispatcher = &self.0.dispatcher;
+        let noted = match sent {
+            Ok(()) => self.0.claims.confirm(claim).await,
             // The job may be on the queue.
-            Err(ApiError::Submit(SubmitError::Unknown)) => return,
-            Err(_) => self.claims.release(claim).await,
+            Err(SubmitError::Unknown) => return true,
+            Err(_) if !attempt.is_first => return true,
+            Err(_) => match self.0.claims.release(claim, attempt.id).await {
+                Ok(true) => {
+                    dispatcher.withdraw(claim.job);
+                    return true;
+                }
+                Ok(false) => {
+                    // Another request sends the job again by now.
+                    dispatcher.doubt(claim.job);
+                    return true;
+                }
+                Err(e) => Err(e),
+            },
         };
-        if let Err(e) = noted {
+        if let Err(e) = &noted {
             tracing::warn!(requestId = %claim.job, error = %e, "Idempotency Key Not Updated");
         }
+        noted.is_ok()
     }
 
     fn count(&self, outcome: &str) {
-        self.metrics.idempotency.with_label_values(&[outcome]).inc();
+        self.0.metrics.idempotency.with_label_values(&[outcome]).inc();
     }
+}
+
+fn away(e: BackendError) -> ApiError {
+    ApiError::backend("the log table", &e)
 }
 
 /// The key that the client sent. The draft wants a string of structured fields (`"…"`); what many send is taken as well:

@@ -1,16 +1,16 @@
 //! `POST /run`: the way every run of every function takes.
 
-use super::once::{self, Known, Once, Turn};
+use super::once::{self, Known, Once, Turn, Watched};
 use super::prefer::Prefer;
 use super::{ApiError, Call, Reply};
-use crate::backend::{Claim, QueueTraits};
+use crate::backend::{Claim, Claimed, QueueTraits};
 use crate::config::{Live, WaitsConf};
-use crate::dispatch::{Dispatcher, Held, SubmitError, Submitted};
+use crate::dispatch::{Dispatcher, Held, Sending, SubmitError, Submitted, Waiter};
 use crate::functions::Functions;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::RateLimiter;
 use crate::model::{
-    BodyHash, Execution, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, Outcome, RunRequest,
+    BodyHash, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, RunRequest,
 };
 use http::StatusCode;
 use http::header::{HeaderName, HeaderValue, LOCATION};
@@ -62,85 +62,116 @@ impl Run {
         let request = RunRequest::parse(&call.body).map_err(|e| ApiError::invalid(e.to_string()))?;
         let template = self.functions.get(&request.function).await;
         let template = template.map_err(|e| ApiError::backend("the function table", &e))?;
-        let template = template.ok_or(ApiError::NoSuchFunction)?;
+        let Some(template) = template else {
+            return Box::pin(self.answer_without_function(&request.function, call)).await;
+        };
         if !call.caller.as_ref().is_none_or(|caller| caller.may_run(&template.function)) {
             return Err(ApiError::FunctionForbidden);
         }
         // Only functions that exist are counted: names made up by a client take no room.
         self.limiter.check_function(&template.function, &call.counted).await?;
-        let key = once::key_of(&call.headers)?;
-        let job = self.job(&template, &request, call)?;
-
-        let prefer = Prefer::of(&call.headers.prefer);
-        let asynchronous = prefer.respond_async || is_true(call.headers.x_async.as_ref());
-        let mode = if asynchronous { "ASYNC" } else { "SYNC" };
-        tracing::info!(requestId = %job.id, functionId = %job.function, mode, "Run Request");
-        match key {
+        let order = Order { template: &template, request: &request, call, wish: Wish::of(call) };
+        match once::key_of(&call.headers)? {
             None => {
-                let held = self.hold(&template, call)?;
-                if asynchronous {
-                    self.accept(job, held, prefer).await
+                let job = self.job(&order, self.dispatcher.new_id())?;
+                order.log(job.id);
+                let held = self.hold(&order)?;
+                if order.wish.asynchronous {
+                    self.accept(job, held, order.wish).await
                 } else {
-                    self.answer(job, held, prefer).await
+                    self.answer(job, held, order.wish).await
                 }
             }
             // In a box: requests without a key, which are most, need no room for it.
             Some(key) => {
                 let key = IdempotencyKey::of(call.key_name(), key);
-                let again = || self.job(&template, &request, call);
-                let hold = || self.hold(&template, call);
-                Box::pin(self.carry_out_once(key, call, job, (again, hold), asynchronous, prefer)).await
+                Box::pin(self.carry_out_once(key, &order)).await
             }
         }
     }
 
-    async fn carry_out_once(
-        &self,
-        key: IdempotencyKey,
-        call: &Call,
-        mut job: Job,
-        (again, hold): (impl Fn() -> Result<Job, ApiError>, impl FnOnce() -> Result<Held, ApiError>),
-        asynchronous: bool,
-        prefer: Prefer,
-    ) -> Result<Reply, ApiError> {
-        let body = BodyHash::of(&call.body);
-        let claim = |job: &Job| Claim { key, body, job: job.id, function: job.function.clone() };
-        let started = Instant::now();
-        loop {
-            match self.once.turn(&claim(&job), started.elapsed()).await? {
-                Turn::First => break,
-                Turn::Again(before, _) if asynchronous => return Ok(accepted(before.claim.job, prefer)),
-                Turn::Again(before, known) => {
-                    return self.answer_again(before.claim.job, known, prefer).await;
-                }
-                Turn::NotYet => {
-                    tokio::time::sleep(once::LOOK_EVERY).await;
-                    job = again()?;
-                }
-                Turn::Abandoned(before) => {
-                    // With an id of now: by its age others tell whether its send may be under way.
-                    job = again()?;
-                    if self.once.take_over(&claim(&job), before).await? {
-                        break;
+    async fn carry_out_once(&self, key: IdempotencyKey, order: &Order<'_>) -> Result<Reply, ApiError> {
+        let wish = order.wish;
+        let job = self.job(order, self.dispatcher.new_id())?;
+        let body = BodyHash::of(&order.call.body);
+        let claim = Claim { key, body, job: job.id, function: job.function.clone() };
+        let turn = self.once.turn(&claim).await?;
+        let keyed = |job: Job| Job { idempotency_key: Some(Box::new(key)), ..job };
+        match turn {
+            Turn::Again(before, known) => self.answer_again(&before, known, wish).await,
+            Turn::First(attempt) => {
+                order.log(job.id);
+                // Only now: who comes again holds no place of its own.
+                let held = match self.hold(order) {
+                    Ok(held) => held,
+                    Err(e) => {
+                        let mut released = self.once.follow(attempt, claim, Err(SubmitError::Overloaded));
+                        let _ = released.outcome().await;
+                        return Err(e);
                     }
-                }
+                };
+                let (sending, waiter) = if wish.asynchronous {
+                    (self.dispatcher.submit(keyed(job), held), None)
+                } else {
+                    match self.dispatcher.submit_waiting(keyed(job), held) {
+                        Ok(Submitted { sent, waiter }) => (Ok(sent), Some(waiter)),
+                        Err(e) => (Err(e), None),
+                    }
+                };
+                let id = claim.job;
+                let watched = self.once.follow(attempt, claim, sending);
+                self.answer_attempt(id, watched, waiter, wish).await
+            }
+            Turn::SendAgain(attempt, before, resend) => {
+                let id = before.claim.job;
+                order.log(id);
+                let job = keyed(self.job(order, id)?);
+                let submitted = self.dispatcher.submit_again(job, resend, !wish.asynchronous).await;
+                let (sending, waiter) = match submitted {
+                    Ok((sending, waiter)) => (Ok(sending), waiter),
+                    Err(e) => (Err(e), None),
+                };
+                let watched = self.once.follow(attempt, before.claim, sending);
+                self.answer_attempt(id, watched, waiter, wish).await
             }
         }
-        let claim = claim(&job);
-        job.idempotency_key = Some(Box::new(key));
-        // Only now: who comes again holds no place of its own.
-        let result = match hold() {
-            Ok(held) if asynchronous => self.accept(job, held, prefer).await,
-            Ok(held) => self.answer(job, held, prefer).await,
-            Err(e) => Err(e),
+    }
+
+    /// Answers the request whose attempt to send the job is under way.
+    async fn answer_attempt(
+        &self,
+        id: JobId,
+        mut watched: Watched,
+        waiter: Option<Waiter>,
+        wish: Wish,
+    ) -> Result<Reply, ApiError> {
+        let Some(waiter) = waiter else {
+            watched.outcome().await.map_err(ApiError::Submit)?;
+            return Ok(if wish.asynchronous { accepted(id, wish.prefer) } else { still_running(id) });
         };
-        self.once.note(&claim, &result).await;
-        result
+        self.answer_waiting(id, watched.outcome(), waiter, wish).await
+    }
+
+    /// A request for a function that does not exist: if it came before, when there was one, it has its answer.
+    async fn answer_without_function(&self, function: &FunctionId, call: &Call) -> Result<Reply, ApiError> {
+        let Some(key) = once::key_of(&call.headers)? else { return Err(ApiError::NoSuchFunction) };
+        if !call.caller.as_ref().is_none_or(|caller| caller.may_run(function)) {
+            return Err(ApiError::NoSuchFunction);
+        }
+        let key = IdempotencyKey::of(call.key_name(), key);
+        match self.once.before(key, BodyHash::of(&call.body)).await? {
+            Some((before, known)) => self.answer_again(&before, known, Wish::of(call)).await,
+            None => Err(ApiError::NoSuchFunction),
+        }
     }
 
     /// Answers a request that came before with what its job has come to.
-    async fn answer_again(&self, id: JobId, known: Known, prefer: Prefer) -> Result<Reply, ApiError> {
+    async fn answer_again(&self, before: &Claimed, known: Known, wish: Wish) -> Result<Reply, ApiError> {
+        let id = before.claim.job;
         let mut pending = match known {
+            // It ended as LOST, and nobody knows that the queue ever had it: no 202 for that.
+            Known::Ended(row) if row.is_lost() && !before.is_sent => return Ok(of_row(id, &row)),
+            _ if wish.asynchronous => return Ok(accepted(id, wish.prefer)),
             Known::Result(outcome) => return Ok(Reply::json(StatusCode::OK, outcome.body())),
             Known::Ended(row) => return Ok(of_row(id, &row)),
             Known::Pending(None) => return Ok(still_running(id)),
@@ -152,27 +183,28 @@ impl Run {
                 Some(outcome) => Reply::json(StatusCode::OK, outcome.body()),
                 None => still_running(id),
             }),
-            () = tokio::time::sleep(self.wait(prefer)) => Ok(still_running(id)),
+            () = tokio::time::sleep(self.wait(wish.prefer)) => Ok(still_running(id)),
             () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id)),
         }
     }
 
     /// The places that a job needs, if its function or its key have caps.
-    fn hold(&self, template: &JobTemplate, call: &Call) -> Result<Held, ApiError> {
-        let Some(caller) = &call.caller else { return Ok(Held::new()) };
+    fn hold(&self, order: &Order<'_>) -> Result<Held, ApiError> {
+        let Some(caller) = &order.call.caller else { return Ok(Held::new()) };
+        let template = order.template;
         let held =
             self.dispatcher.hold(&template.function, template.max_concurrency, &caller.name, caller.jobs_max);
         held.map_err(ApiError::TooManyJobs)
     }
 
-    fn job(&self, template: &JobTemplate, request: &RunRequest<'_>, call: &Call) -> Result<Job, ApiError> {
-        let id = self.dispatcher.new_id();
+    fn job(&self, order: &Order<'_>, id: JobId) -> Result<Job, ApiError> {
         // From acceptance until a result is no longer expected.
         let deadline = self.waits.get().job_deadline_s.map_or(self.retention, Duration::from_secs);
         let deadline =
             id.accepted_at().saturating_add(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
-        let traceparent =
-            call.headers.traceparent.as_ref().and_then(|v| v.to_str().ok()).filter(|t| is_traceparent(t));
+        let traceparent = order.call.headers.traceparent.as_ref();
+        let traceparent = traceparent.and_then(|v| v.to_str().ok()).filter(|t| is_traceparent(t));
+        let (template, request) = (order.template, order.request);
         let job = JobDraft { id, template, deadline, request, traceparent }.build();
         let fits = job.message.len() <= self.message_bytes_max;
         fits.then_some(job).ok_or(ApiError::BodyTooLarge { bytes_max: self.message_bytes_max })
@@ -183,25 +215,42 @@ impl Run {
         Duration::from_secs(prefer.wait_s.unwrap_or(waits.sync_default_s).min(waits.sync_max_s))
     }
 
-    async fn accept(&self, job: Job, held: Held, prefer: Prefer) -> Result<Reply, ApiError> {
+    async fn accept(&self, job: Job, held: Held, wish: Wish) -> Result<Reply, ApiError> {
         let id = job.id;
         // The 202 leaves only after the queue has confirmed the message.
-        self.dispatcher.submit(job, held).await.map_err(ApiError::Submit)?;
-        Ok(accepted(id, prefer))
+        let sending = self.dispatcher.submit(job, held).map_err(ApiError::Submit)?;
+        outcome_of(sending).await.map_err(ApiError::Submit)?;
+        Ok(accepted(id, wish.prefer))
     }
 
-    async fn answer(&self, job: Job, held: Held, prefer: Prefer) -> Result<Reply, ApiError> {
+    async fn answer(&self, job: Job, held: Held, wish: Wish) -> Result<Reply, ApiError> {
         let id = job.id;
-        let give_up = Instant::now() + self.wait(prefer);
-        let mut submitted = self.dispatcher.submit_waiting(job, held).map_err(ApiError::Submit)?;
-        if let Some(outcome) = confirmed_or_done(&mut submitted).await? {
-            return Ok(Reply::json(StatusCode::OK, outcome.body()));
+        let Submitted { sent, waiter } =
+            self.dispatcher.submit_waiting(job, held).map_err(ApiError::Submit)?;
+        self.answer_waiting(id, outcome_of(sent), waiter, wish).await
+    }
+
+    /// Waits for the queue's confirmation, and then for the result.
+    async fn answer_waiting(
+        &self,
+        id: JobId,
+        sent: impl Future<Output = Result<(), SubmitError>>,
+        mut waiter: Waiter,
+        wish: Wish,
+    ) -> Result<Reply, ApiError> {
+        let give_up = Instant::now() + self.wait(wish.prefer);
+        // A result that comes first is as good: then the queue has the job.
+        tokio::select! {
+            biased;
+            Some(outcome) = waiter.outcome() => return Ok(Reply::json(StatusCode::OK, outcome.body())),
+            sent = sent => sent.map_err(ApiError::Submit)?,
         }
         tokio::select! {
             biased;
-            outcome = submitted.waiter.outcome() => match outcome {
+            outcome = waiter.outcome() => match outcome {
                 Some(outcome) => Ok(Reply::json(StatusCode::OK, outcome.body())),
-                None => Err(ApiError::Submit(SubmitError::Unavailable)),
+                // It ended as the waiter came, or too many wait.
+                None => Ok(still_running(id)),
             },
             () = tokio::time::sleep_until(give_up) => Ok(still_running(id)),
             () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id)),
@@ -209,17 +258,38 @@ impl Run {
     }
 }
 
-/// Waits for the queue's confirmation. A result that comes first is as good: then the queue has the job.
-async fn confirmed_or_done(submitted: &mut Submitted) -> Result<Option<Outcome>, ApiError> {
-    let sent = tokio::select! {
-        biased;
-        Some(outcome) = submitted.waiter.outcome() => return Ok(Some(outcome)),
-        sent = &mut submitted.sent => sent,
-    };
-    match sent.unwrap_or(Err(SubmitError::Stopping)) {
-        Ok(()) => Ok(None),
-        Err(e) => Err(ApiError::Submit(e)),
+/// A request for a run that may be carried out.
+struct Order<'a> {
+    template: &'a JobTemplate,
+    request: &'a RunRequest<'a>,
+    call: &'a Call,
+    wish: Wish,
+}
+
+impl Order<'_> {
+    fn log(&self, id: JobId) {
+        let mode = if self.wish.asynchronous { "ASYNC" } else { "SYNC" };
+        tracing::info!(requestId = %id, functionId = %self.template.function, mode, "Run Request");
     }
+}
+
+/// How the client would be answered.
+#[derive(Clone, Copy)]
+struct Wish {
+    prefer: Prefer,
+    asynchronous: bool,
+}
+
+impl Wish {
+    fn of(call: &Call) -> Self {
+        let prefer = Prefer::of(&call.headers.prefer);
+        Self { prefer, asynchronous: prefer.respond_async || is_true(call.headers.x_async.as_ref()) }
+    }
+}
+
+/// The loop answers every job; a closed channel means that it was stopped.
+async fn outcome_of(sending: Sending) -> Result<(), SubmitError> {
+    sending.await.unwrap_or(Err(SubmitError::Stopping))
 }
 
 fn accepted(id: JobId, prefer: Prefer) -> Reply {

@@ -32,10 +32,11 @@ impl Status {
             JobState::Unknown => return Err(ApiError::NoSuchJob),
             JobState::Pending(pending) => pending,
         };
-        let (Some(mut pending), false) = (pending, wait.is_zero()) else { return Ok(still_pending()) };
+        let still_pending = || still_pending(pending.is_unconfirmed);
+        let (Some(mut place), false) = (pending.place, wait.is_zero()) else { return Ok(still_pending()) };
         tokio::select! {
             biased;
-            outcome = pending.outcome() => {
+            outcome = place.outcome() => {
                 Ok(outcome.map_or_else(still_pending, |outcome| Reply::json(StatusCode::OK, outcome.body())))
             }
             () = tokio::time::sleep(wait) => Ok(still_pending()),
@@ -67,6 +68,12 @@ impl Status {
     }
 }
 
-fn still_pending() -> Reply {
-    Reply::json(StatusCode::OK, r#"{"status":"pending","message":"The job has not finished yet."}"#)
+/// The member `confirmed` stands there only where it says something: nobody can know whether the queue has the job.
+fn still_pending(is_unconfirmed: bool) -> Reply {
+    let body = if is_unconfirmed {
+        r#"{"status":"pending","message":"The job has not finished yet.","confirmed":false}"#
+    } else {
+        r#"{"status":"pending","message":"The job has not finished yet."}"#
+    };
+    Reply::json(StatusCode::OK, body)
 }

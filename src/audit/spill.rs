@@ -261,7 +261,7 @@ mod tests {
 
     pub(super) fn record(n: u64) -> Record {
         let id = JobId::new(NodeId(1), 1000, n);
-        let mut row = Execution::lost(id, FunctionId::parse("f").unwrap());
+        let mut row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
         row.message = format!("row {n} ä\u{0}\"");
         Record { id, row, recommendation: None, kept: None }
     }

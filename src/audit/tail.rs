@@ -54,7 +54,7 @@ mod tests {
         let tail = Tail::default();
         for n in 0..250 {
             let id = JobId::new(NodeId(1), 0, n);
-            tail.push(id, &Execution::lost(id, FunctionId::parse("f").unwrap()));
+            tail.push(id, &Execution::lost(id, FunctionId::parse("f").unwrap(), false));
         }
         let ids: Vec<JobId> = tail.entries().into_iter().map(|entry| entry.id).collect();
         let expected: Vec<JobId> = (150..250).rev().map(|n| JobId::new(NodeId(1), 0, n)).collect();

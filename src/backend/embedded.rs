@@ -180,10 +180,10 @@ mod tests {
         drop(open(scratch.path()).unwrap());
         let file = scratch.path().join("infra.sqlite");
         let connection = Connection::open(&file).unwrap();
-        connection.pragma_update(None, "user_version", 5).unwrap();
+        connection.pragma_update(None, "user_version", 6).unwrap();
         drop(connection);
         let newer = open(scratch.path()).err().unwrap();
-        assert!(newer.error.to_string().contains("schema 5, this one knows 4"), "{newer:?}");
+        assert!(newer.error.to_string().contains("schema 6, this one knows 5"), "{newer:?}");
 
         std::fs::write(&file, "x".repeat(8192)).unwrap();
         let garbage = open(scratch.path()).err().unwrap();

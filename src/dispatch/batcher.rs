@@ -16,7 +16,7 @@ use super::shedder::Shedder;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
 use crate::config::{BatchConf, Live};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job, now_ms};
+use crate::model::{FunctionId, Job, UnixMs, now_ms};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -48,6 +48,9 @@ pub enum SubmitError {
     Stopping,
 }
 
+/// Hears what became of a send.
+pub type Sending = oneshot::Receiver<Result<(), SubmitError>>;
+
 /// Hands jobs to the loop.
 #[derive(Clone)]
 pub struct Batcher {
@@ -67,18 +70,38 @@ struct Pending {
     journaled: bool,
     /// Some attempt may have put the job on the queue.
     maybe_sent: bool,
+    /// The job was sent before, by this process or another, and nobody knows what became of that.
+    is_resend: bool,
+}
+
+/// Another attempt to send a job, after one whose outcome nobody knows.
+#[derive(Clone, Copy, Debug)]
+pub struct Resend {
+    /// When the attempt was claimed, in Unix milliseconds: its time to send begins there.
+    pub since: UnixMs,
+    /// The journal holds the job, so the queue may hold it as well.
+    pub is_journaled: bool,
 }
 
 impl Batcher {
     /// Queues a job to be sent. The receiver hears what became of it; dropping the receiver changes nothing.
-    pub fn send(&self, job: Job) -> Result<oneshot::Receiver<Result<(), SubmitError>>, SubmitError> {
+    pub fn send(&self, job: Job, resend: Option<Resend>) -> Result<Sending, SubmitError> {
         if !self.breaker.admits() {
             return Err(SubmitError::Unavailable);
         }
         let (done, result) = oneshot::channel();
         let conf = self.conf.get();
-        let give_up = Instant::now() + send_time(&job, conf.send_deadline_ms);
-        let pending = Pending { job, done, give_up, attempts: 0, journaled: false, maybe_sent: false };
+        let give_up = Instant::now() + send_time(&job, resend, conf.send_deadline_ms);
+        let is_journaled = resend.is_some_and(|resend| resend.is_journaled);
+        let pending = Pending {
+            job,
+            done,
+            give_up,
+            attempts: 0,
+            journaled: is_journaled,
+            maybe_sent: is_journaled,
+            is_resend: resend.is_some(),
+        };
         // Counted here and not by the channel, whose bound could not change while it is in use.
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= conf.queue_jobs_max {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
@@ -346,6 +369,9 @@ impl BatchSender {
 
     fn sent(&self, pending: Pending) {
         self.metrics.jobs_sent.inc();
+        if pending.is_resend {
+            self.in_flight.note_send(pending.job.id, true);
+        }
         let _ = pending.done.send(Ok(())); // the caller may be gone
     }
 
@@ -381,19 +407,23 @@ impl BatchSender {
         };
         self.metrics.sends.with_label_values(&[outcome]).inc();
         tracing::warn!(requestId = %pending.job.id, functionId = %pending.job.function, attempts = pending.attempts, error = %error, "Send Failed");
-        let _ = pending.done.send(Err(told));
-        // A job that may be on the queue stays in flight: its result, or its deadline, will end it.
-        if !pending.maybe_sent {
+        if pending.maybe_sent {
+            // It stays in flight: its result, or its deadline, ends it.
+            self.in_flight.note_send(pending.job.id, false);
+        } else if pending.job.idempotency_key.is_none() {
             self.in_flight.remove(pending.job.id);
             self.journal.leave(&[pending.job.id]);
         }
+        // A job with an idempotency key leaves when its key is released: until then a repeat may send it again.
+        let _ = pending.done.send(Err(told));
     }
 }
 
-/// How long a job may be tried. One with an idempotency key is reckoned from its acceptance: a process that was frozen
-/// in between must not send what another one has sent in its place.
-fn send_time(job: &Job, deadline_ms: u64) -> Duration {
-    let age = job.idempotency_key.as_ref().map_or(0, |_| now_ms().saturating_sub(job.id.accepted_at()));
+/// How long a job may be tried. With an idempotency key that counts from when the attempt was claimed: a process that
+/// was frozen since then must not send what another process has sent in its place.
+fn send_time(job: &Job, resend: Option<Resend>, deadline_ms: u64) -> Duration {
+    let claimed_at = job.idempotency_key.as_ref().map(|_| resend.map_or(job.id.accepted_at(), |r| r.since));
+    let age = claimed_at.map_or(0, |at| now_ms().saturating_sub(at));
     Duration::from_millis(deadline_ms.saturating_sub(age))
 }
 
@@ -561,7 +591,7 @@ mod tests {
                 message: vec![b' '; bytes].into(),
             };
             self.in_flight.enter(&job, Held::new()).unwrap();
-            self.batcher.send(job).unwrap()
+            self.batcher.send(job, None).unwrap()
         }
     }
 
@@ -727,7 +757,7 @@ mod tests {
             deadline: 0,
             message: "{}".into(),
         };
-        assert_eq!(house.batcher.send(job).err(), Some(SubmitError::Overloaded));
+        assert_eq!(house.batcher.send(job, None).err(), Some(SubmitError::Overloaded));
         let sent = Arc::clone(&house.queue);
         drop(house);
         run.await;

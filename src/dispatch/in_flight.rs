@@ -51,6 +51,10 @@ struct Entry {
     waiters: Vec<oneshot::Sender<Outcome>>,
     /// A result was taken; its row is on the way.
     settled: bool,
+    /// Nobody can know whether the queue has the job: its send was not answered, or its process ended.
+    unconfirmed: bool,
+    /// This process sends the job again. Meanwhile the entry is not given back to another node.
+    resending: bool,
 }
 
 #[derive(Default)]
@@ -77,7 +81,7 @@ impl Entry {
     ) -> Self {
         let has_more = idempotency_key.is_some() || !held.is_empty();
         let more = has_more.then(|| Box::new(More { idempotency_key, held }));
-        Self { function, deadline, more, waiters, settled: false }
+        Self { function, deadline, more, waiters, settled: false, unconfirmed: false, resending: false }
     }
 
     fn idempotency_key(&self) -> Option<IdempotencyKey> {
@@ -206,13 +210,60 @@ impl InFlight {
             MapEntry::Vacant(place) => {
                 let JournalEntry { function, deadline, idempotency_key, .. } = entry.clone();
                 let key = idempotency_key.map(|key| *key);
-                place.insert(Entry::new(function, deadline, key, Held::new(), Vec::new()));
+                let mut restored = Entry::new(function, deadline, key, Held::new(), Vec::new());
+                // The journal does not say whether the queue confirmed it: that would cost a command a job.
+                restored.unconfirmed = true;
+                place.insert(restored);
             }
         }
+        self.count_one_more();
+        true
+    }
+
+    fn count_one_more(&self) {
         self.len.fetch_add(1, Ordering::Relaxed);
         self.metrics.jobs.accepted.inc();
         self.metrics.jobs.in_flight.set(self.len());
-        true
+    }
+
+    /// Enters a job that is to be sent again, together with one who waits for it if `waits`. The job may be here
+    /// already, and may belong to another node. It holds no place under a cap: it was admitted before.
+    pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<Option<Waiter>, Full> {
+        let (sender, receiver) = oneshot::channel();
+        let waiters = if waits { vec![sender] } else { Vec::new() };
+        let is_new = match self.jobs.entry(job.id) {
+            MapEntry::Occupied(mut place) => {
+                let entry = place.get_mut();
+                entry.resending = true;
+                // A waiter that finds no place hears at once that there is none: its sender is dropped.
+                let room = WAITERS_PER_JOB_MAX.saturating_sub(entry.waiters.len());
+                entry.waiters.extend(waiters.into_iter().take(if entry.settled { 0 } else { room }));
+                false
+            }
+            MapEntry::Vacant(_) if self.room() == 0 => return Err(Full),
+            MapEntry::Vacant(place) => {
+                let mut entry = Entry::of(job, Held::new(), waiters);
+                (entry.unconfirmed, entry.resending) = (true, true);
+                place.insert(entry);
+                true
+            }
+        };
+        if is_new {
+            self.count_one_more();
+        }
+        Ok(waits.then(|| self.waiter(job.id, receiver)))
+    }
+
+    /// Notes what became of the send of a job: it was confirmed, or nobody can know.
+    pub fn note_send(&self, id: JobId, is_confirmed: bool) {
+        if let Some(mut entry) = self.jobs.get_mut(&id) {
+            (entry.unconfirmed, entry.resending) = (!is_confirmed, false);
+        }
+    }
+
+    /// Whether nobody can know if the queue has the job. `None`: the job is not here.
+    pub fn is_unconfirmed(&self, id: JobId) -> Option<bool> {
+        self.jobs.get(&id).map(|entry| entry.unconfirmed && !entry.settled)
     }
 
     /// The jobs of a node, as its journal holds them.
@@ -230,7 +281,8 @@ impl InFlight {
     /// Leaves the jobs of another node to it, but for those whose result is taken or waited for.
     pub fn give_back(&self, node: NodeId) {
         for JournalEntry { id, .. } in self.of_node(node) {
-            let is_idle = |_: &JobId, entry: &Entry| !entry.settled && entry.waiters.is_empty();
+            let is_idle =
+                |_: &JobId, entry: &Entry| !entry.settled && !entry.resending && entry.waiters.is_empty();
             if self.jobs.remove_if(&id, is_idle).is_some() {
                 self.len.fetch_sub(1, Ordering::Relaxed);
                 self.metrics.jobs.finished.inc();

@@ -5,7 +5,7 @@
 //! second, so that no client waits for it, and what the backend does not take is tried again.
 
 use super::lease::Lease;
-use crate::backend::{BackendError, Journal, JournalEntry};
+use crate::backend::{BackendError, Journal, JournalEntry, Standing};
 use crate::model::{FunctionId, Job, JobId, NodeId};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -53,8 +53,13 @@ impl NodeJournal {
         }
     }
 
-    pub async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
-        self.store.contains(id).await
+    pub async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+        self.store.standing(id).await
+    }
+
+    /// Says that what the journal of `node` holds was left by an earlier process.
+    pub async fn started(&self, node: NodeId) -> Result<(), BackendError> {
+        self.store.started(node).await
     }
 
     pub async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {

@@ -57,6 +57,7 @@ impl Members {
     /// Takes the lease, and goes on with what an earlier life of this node has left: gives how many jobs it was. Before the
     /// other loops start.
     pub async fn begin(&mut self) -> Result<usize, BackendError> {
+        self.settler.journal.started(self.node).await?;
         let entries = self.settler.journal.entries(self.node).await?;
         let restored = self.restore(&entries, usize::MAX);
         self.take_over(self.node).await?;

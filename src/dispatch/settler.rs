@@ -117,11 +117,17 @@ impl Settler {
 
     /// Ends a job whose deadline has passed without a result. It stays planned in case its row finds no room.
     fn give_up(&self, id: JobId) {
-        let lost = Outcome::new(Bytes::from_static(b"{\"status\":\"LOST\"}"));
+        let is_unconfirmed = self.in_flight.is_unconfirmed(id).unwrap_or(false);
+        let lost: &[u8] = if is_unconfirmed {
+            br#"{"status":"LOST","reason":"unconfirmed"}"#
+        } else {
+            br#"{"status":"LOST"}"#
+        };
+        let lost = Outcome::new(Bytes::from_static(lost));
         // Not kept with the key of its request: whoever repeats that sees the row, and a late result in it.
         if let Settled::First(function, _) = self.in_flight.settle(id, lost) {
-            tracing::warn!(requestId = %id, functionId = %function, "Job Lost");
-            if self.record(id, Execution::lost(id, function.clone()), None, None) {
+            tracing::warn!(requestId = %id, functionId = %function, unconfirmed = is_unconfirmed, "Job Lost");
+            if self.record(id, Execution::lost(id, function.clone(), is_unconfirmed), None, None) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
                 self.in_flight.remember(id, function);
             }

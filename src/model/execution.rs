@@ -186,8 +186,14 @@ impl Ending {
     }
 
     /// Without a result.
-    fn lost() -> Self {
-        let message = "no result arrived before the deadline of the job".to_owned();
+    fn lost(is_unconfirmed: bool) -> Self {
+        let message = if is_unconfirmed {
+            "unconfirmed: the process that accepted the job ended, or its queue did not answer, before the queue \
+             confirmed the job; no result arrived before the deadline of the job"
+        } else {
+            "no result arrived before the deadline of the job"
+        };
+        let message = message.to_owned();
         let status = Status::new(Status::LOST);
         Self { status, duration_ms: 0.0, handler_duration_ms: None, memory_mb: 0, message }
     }
@@ -199,9 +205,9 @@ impl Execution {
         Self::ended(id, function, Ending::of(fields))
     }
 
-    /// The row of a job whose result never came.
-    pub fn lost(id: JobId, function: FunctionId) -> Self {
-        Self::ended(id, function, Ending::lost())
+    /// The row of a job whose result never came. `is_unconfirmed`: nobody can know whether the queue had it.
+    pub fn lost(id: JobId, function: FunctionId, is_unconfirmed: bool) -> Self {
+        Self::ended(id, function, Ending::lost(is_unconfirmed))
     }
 
     /// The row of a job that ended so, now.

@@ -6,6 +6,7 @@
 
 use crate::harness::crowd::{Crowd, FUNCTIONS, Manners, Reckoning};
 use crate::harness::gateway::Conf;
+use crate::harness::orders::Orders;
 use crate::harness::platform::new_key;
 use crate::harness::process::Scratch;
 use crate::harness::proxy::{Faults, Policy};
@@ -22,6 +23,9 @@ const LEASE: Duration = Duration::from_secs(2);
 /// By then everything is settled after the last fault: a job that was never sent is lost at its deadline, and found so
 /// by a look-up.
 const SETTLED: Duration = Duration::from_secs(60);
+
+/// From when all is well to the result of the last order of each client.
+const LAST_ORDERS: Duration = Duration::from_secs(30);
 
 /// How much of it.
 struct Scale {
@@ -158,6 +162,55 @@ async fn a_node_is_frozen_past_its_lease() {
     stage.other.as_ref().expect("added above").signal(Signal::SIGCONT);
     stage.go_on().await;
     stage.reckon().await;
+}
+
+/// Clients that repeat their orders through kills of nodes and errors of the queue: each has its result soon after all
+/// is well, each key has one id, and each id one row.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn orders_are_repeated_through_kills_and_queue_errors() {
+    let scale = Scale::of_this_run();
+    let mut rng = SmallRng::seed_from_u64(scale.seed);
+    let is_chaos = scale.times > 1;
+    let (clients, kills, errors_s) = if is_chaos { (24, 8, 8) } else { (8, 2, 2) };
+    let state = Scratch::new("state");
+    let limits = "limit = []\n[waits]\njob_deadline_s = 120\n[batch]\nsend_deadline_ms = 3000\n".into();
+    let server = format!("[fleet]\nlease_s = {}\n", LEASE.as_secs());
+    let mut platform = Setup::serve()
+        .policy(Policy::Fail(scale.seed))
+        .conf(Conf { server, limits, ..Conf::default() })
+        .env("STATE_DIR", state.path().to_str().expect("the path is UTF-8"))
+        .start()
+        .await;
+    for function in FUNCTIONS {
+        platform.fleet().cloud.put_function(function).await;
+    }
+    let mut other = platform.fleet().start_gateway().await;
+    let orders = Orders::start(&[&platform.gateway, &other], clients, scale.seed);
+    let fail = |platform: &Platform, faults| platform.fleet().proxy.as_ref().expect("asked for").fail(faults);
+    let some = Faults { entries: 20, batches: 10, answers: 5, ..Faults::default() };
+    for n in 0..kills {
+        fail(&platform, if n % 2 == 0 { some } else { Faults { entries: 100, ..Faults::default() } });
+        tokio::time::sleep(Duration::from_millis(rng.random_range(500..1500))).await;
+        if n % 3 == 2 {
+            platform = platform.kill_and_restart(async |_| {}).await;
+        } else {
+            other.kill();
+            orders.knock_at(&[&platform.gateway]);
+            other = platform.fleet().start_gateway().await;
+        }
+        orders.knock_at(&[&platform.gateway, &other]);
+        fail(&platform, Faults::default());
+        tokio::time::sleep(Duration::from_millis(rng.random_range(500..1500))).await;
+    }
+    fail(&platform, Faults { entries: 100, ..Faults::default() });
+    tokio::time::sleep(Duration::from_secs(errors_s)).await;
+    fail(&platform, Faults::default());
+    let record = orders.finish(LAST_ORDERS).await;
+    let reckoning = record.reckon(platform.fleet(), &[&platform.gateway, &other], SETTLED).await;
+    println!("orders, seed {}: {reckoning:?}", scale.seed);
+    assert_eq!(reckoning.rows.keys().collect::<Vec<_>>(), ["SUCCESS"]);
+    other.finish().await;
+    platform.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -12,6 +12,7 @@ pub mod http;
 pub mod job;
 pub mod keys;
 pub mod link;
+pub mod orders;
 pub mod platform;
 pub mod process;
 pub mod proxy;

@@ -5,11 +5,16 @@ use crate::harness::http::{Answer, Request};
 use crate::harness::link::Link;
 use crate::harness::platform::{Backend, HELLO};
 use crate::harness::proxy::{Faults, Policy};
+use crate::harness::redis::Reply;
 use crate::harness::{Gateway, Platform, SOON, Setup, eventually, join_all, spawn};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
-over_both!(a_repeated_run_is_the_same_job, one_of_many_at_once_is_carried_out);
+over_both!(
+    a_repeated_run_is_the_same_job,
+    one_of_many_at_once_is_carried_out,
+    a_repeat_has_its_answer_when_the_function_is_gone
+);
 
 fn keyed(gateway: &Gateway, key: &str, input: &Value) -> Request {
     gateway.run(HELLO, input).header("idempotency-key", key)
@@ -80,6 +85,22 @@ async fn one_of_many_at_once_is_carried_out(setup: Setup) {
     platform.finish().await;
 }
 
+async fn a_repeat_has_its_answer_when_the_function_is_gone(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let (input, other) = (json!({ "token": "x" }), json!({ "token": "another" }));
+    let first = keyed(gateway, "gone", &input).send().await.expect(200).text();
+    gateway.request("DELETE", &format!("/functions/{HELLO}")).send().await.expect(200);
+    let again = || keyed(gateway, "gone", &input);
+    assert_eq!(again().send().await.expect(200).text(), first);
+    again().header("x-async", "true").send().await.expect(202);
+    let reused = keyed(gateway, "gone", &other).send().await.expect_problem(422).json();
+    assert_eq!(reused["code"], "idempotency_key_reused");
+    keyed(gateway, "new", &input).send().await.expect_problem(404);
+    gateway.run(HELLO, &input).send().await.expect_problem(404);
+    platform.finish().await;
+}
+
 /// The result is kept with the key, longer than the worker's own copy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_result_outlives_the_workers_copy() {
@@ -118,14 +139,168 @@ async fn a_claim_of_a_dead_node_is_taken_over() {
         if platform.fleet().cloud.claims().await == 1 { Ok(()) } else { Err("none".to_owned()) }
     })
     .await;
+    let claimed = claimed_job(&platform).await;
     doomed.kill();
     assert!(!client.await.expect("no panic"), "the connection broke");
     let again = keyed(&platform.gateway, "dead", &input).send().await.expect(200).json();
     assert!(again["stdout"].as_str().is_some_and(|printed| printed.contains('x')), "{again}");
-    let series = r#"infra_idempotent_requests_total{outcome="taken_over"}"#;
-    assert_eq!(platform.gateway.metric(series).await, Some(1.0));
+    assert_eq!(again["requestId"], *claimed);
+    assert_eq!(platform.gateway.metric(&outcome("taken_over")).await, Some(1.0));
     assert_eq!(executions(&platform).await, 1);
     platform.finish().await;
+}
+
+fn outcome(outcome: &str) -> String {
+    format!("infra_idempotent_requests_total{{outcome=\"{outcome}\"}}")
+}
+
+/// The job id of the one claim that there is.
+async fn claimed_job(platform: &Platform) -> String {
+    let claims = || async {
+        let claims = platform.fleet().cloud.claim_items().await;
+        match &claims[..] {
+            [claim] => Ok(claim["requestId"]["S"].as_str().expect("a text").to_owned()),
+            _ => Err(format!("{} claims", claims.len())),
+        }
+    };
+    eventually("the claim", SOON, claims).await
+}
+
+/// Sends are tried for so long.
+fn send_deadline(ms: u64) -> Conf {
+    Conf { limits: format!("limit = []\n[batch]\nsend_deadline_ms = {ms}\n"), ..Conf::default() }
+}
+
+/// A claim and a place in flight are no proof that the queue has the job: who repeats it waits with the first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_repeats_an_unconfirmed_run_is_answered_as_the_first() {
+    let platform = Setup::serve().policy(Policy::Fail(1)).conf(send_deadline(4000)).start().await;
+    let other = platform.fleet().start_gateway().await;
+    let proxy = platform.fleet().proxy.as_ref().expect("asked for");
+    let input = json!({ "token": "x" });
+    proxy.fail(Faults { entries: 100, ..Faults::default() });
+    let ask = |gateway: &Gateway, is_async: &str| {
+        let run = keyed(gateway, "unconfirmed", &input).header("x-async", is_async);
+        spawn(async move { run.send().await })
+    };
+    let first = ask(&platform.gateway, "true");
+    let claimed = claimed_job(&platform).await;
+    let mut clients = vec![first];
+    for gateway in [&platform.gateway, &other] {
+        clients.extend([ask(gateway, "true"), ask(gateway, "false")]);
+    }
+    for answer in join_all("5 refusals", SOON, clients).await {
+        assert_eq!(answer.expect_problem(503).json()["code"], "queue_unavailable");
+    }
+    // The job is released: nothing is left of it, and the key is free.
+    let status = platform.gateway.get(&format!("/status/{claimed}")).await;
+    status.expect_problem(404);
+    assert_eq!(platform.fleet().cloud.claims().await, 0);
+    proxy.fail(Faults::default());
+    let again = keyed(&other, "unconfirmed", &input).send().await.expect(200).json();
+    assert_ne!(again["requestId"], *claimed);
+    platform.fleet().cloud.wait_for_rows(HELLO, 1).await;
+    for gateway in [&platform.gateway, &other] {
+        let series = outcome("sent_again");
+        assert_eq!(gateway.metric(&series).await.unwrap_or_default(), 0.0, "its outcome was known");
+    }
+    other.finish().await;
+    platform.finish().await;
+}
+
+/// The node dies when its job is in the journal, and nobody knows whether the queue has it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unconfirmed_job_of_a_dead_node_is_sent_again_under_its_id() {
+    let platform = Setup::serve().policy(Policy::Fail(1)).conf(send_deadline(4000)).start().await;
+    let proxy = platform.fleet().proxy.as_ref().expect("asked for");
+    for is_async in ["true", "false"] {
+        let doomed = platform.fleet().start_gateway().await;
+        proxy.fail(Faults { entries: 100, ..Faults::default() });
+        let input = json!({ "token": is_async });
+        let run = keyed(&doomed, is_async, &input);
+        let client = spawn(async move { run.try_send().await.is_ok() });
+        let id = journaled_job(&platform).await;
+        doomed.kill();
+        assert!(!client.await.expect("no panic"), "the connection broke");
+        proxy.fail(Faults::default());
+        let again = keyed(&platform.gateway, is_async, &input).header("x-async", is_async).send().await;
+        if is_async == "true" {
+            assert_eq!(again.expect(202).json(), json!({ "status": "ACCEPTED", "jobId": id }));
+        } else {
+            assert_eq!(again.expect(200).json()["requestId"], *id);
+        }
+        let result = platform.gateway.get(&format!("/status/{id}?wait=20")).await.expect(200).json();
+        assert_eq!((&result["requestId"], &result["status"]), (&json!(id), &json!("SUCCESS")));
+        platform.gateway.idle().await;
+    }
+    assert_eq!(platform.gateway.metric(&outcome("sent_again")).await, Some(2.0));
+    // One row and one count each, though they name a node that is gone.
+    assert_eq!(executions(&platform).await, 2);
+    let counted = || async {
+        let item = platform.fleet().cloud.function_item(HELLO).await;
+        let invocations = item["invocations"]["N"].as_str().unwrap_or("0").to_owned();
+        if invocations == "2" { Ok(()) } else { Err(invocations) }
+    };
+    eventually("both are counted", SOON, counted).await;
+    platform.finish().await;
+}
+
+/// A job without a key whose node died before the queue confirmed it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unconfirmed_job_is_said_to_be_that() {
+    let limits = "limit = []\n[waits]\njob_deadline_s = 15\n[batch]\nsend_deadline_ms = 4000\n".into();
+    let server = "[fleet]\nlease_s = 2\n".into();
+    let conf = Conf { limits, server, ..Conf::default() };
+    let platform = Setup::serve().policy(Policy::Fail(1)).conf(conf).start().await;
+    let other = platform.fleet().start_gateway().await;
+    let proxy = platform.fleet().proxy.as_ref().expect("asked for");
+    let doomed = platform.fleet().start_gateway().await;
+    proxy.fail(Faults { entries: 100, ..Faults::default() });
+    let run = doomed.run(HELLO, &json!({ "token": "x" })).header("x-async", "true");
+    let client = spawn(async move { run.try_send().await.is_ok() });
+    let id = journaled_job(&platform).await;
+    let path = format!("/status/{id}");
+    // Its own process is to say what becomes of it.
+    let said = platform.gateway.get(&path).await.expect(200).json();
+    assert_eq!((&said["status"], said.get("confirmed")), (&json!("pending"), None), "{said}");
+    doomed.kill();
+    assert!(!client.await.expect("no panic"), "the connection broke");
+    proxy.fail(Faults::default());
+    // Whoever has adopted it, and whoever has not.
+    for gateway in [&platform.gateway, &other] {
+        eventually("an unconfirmed job", SOON, || async {
+            let said = gateway.get(&path).await.json();
+            if said["confirmed"] == json!(false) { Ok(()) } else { Err(said.to_string()) }
+        })
+        .await;
+    }
+    let rows = platform.fleet().cloud.wait_for_rows(HELLO, 1).await;
+    assert_eq!(rows[0]["status"]["S"], "LOST");
+    let message = rows[0]["message"]["S"].as_str().expect("a text");
+    assert!(message.starts_with("unconfirmed: "), "{message}");
+    other.finish().await;
+    platform.finish().await;
+}
+
+/// The id of the one job that is in a journal.
+async fn journaled_job(platform: &Platform) -> String {
+    let find = || async {
+        let text = |reply: &Reply| match reply {
+            Reply::Bulk(text) => String::from_utf8(text.clone()).expect("text"),
+            other => panic!("{other:?}"),
+        };
+        let redis = &platform.fleet().redis;
+        let Reply::Array(keys) = redis.command(&[b"KEYS", b"inflight:{*"]).await else { panic!("an array") };
+        let [key] = &keys[..] else { return Err(format!("{} journals", keys.len())) };
+        let Reply::Array(ids) = redis.command(&[b"HKEYS", text(key).as_bytes()]).await else {
+            panic!("an array")
+        };
+        match &ids[..] {
+            [id] => Ok(text(id)),
+            _ => Err(format!("{} jobs", ids.len())),
+        }
+    };
+    eventually("a job in a journal", SOON, find).await
 }
 
 /// A send that has definitely failed frees the key at once; one that is not answered does not.

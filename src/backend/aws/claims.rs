@@ -63,15 +63,27 @@ impl Claims for ClaimTable {
         Err(BackendError::Unavailable("the claim comes and goes".into()))
     }
 
-    async fn take_over(&self, claim: &Claim, instead_of: JobId) -> Result<bool, BackendError> {
+    async fn find(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+        self.get(key).await
+    }
+
+    async fn try_again(&self, claimed: &Claimed, attempt: JobId) -> Result<bool, BackendError> {
+        let Claimed { claim, attempt: before, .. } = claimed;
+        // Ours: the answer of an earlier try may have been lost. None: an older version has written the claim.
+        let none = if *before == claim.job { " OR attribute_not_exists(attemptId)" } else { "" };
+        let condition =
+            format!("requestId = :job AND wasSent = :no AND (attemptId = :before OR attemptId = :ours{none})");
         let call = self
             .client
-            .put_item()
+            .update_item()
             .table_name(&self.table)
-            .set_item(Some(to_item(claim)))
-            .condition_expression("requestId = :before AND wasSent = :no")
-            .expression_attribute_values(":before", text(instead_of.to_string()))
-            .expression_attribute_values(":no", AttributeValue::Bool(false));
+            .set_key(Some(item_key(&claim.key)))
+            .update_expression("SET attemptId = :ours")
+            .condition_expression(condition)
+            .expression_attribute_values(":job", text(claim.job.to_string()))
+            .expression_attribute_values(":no", AttributeValue::Bool(false))
+            .expression_attribute_values(":before", text(before.to_string()))
+            .expression_attribute_values(":ours", text(attempt.to_string()));
         done(call.send().await)
     }
 
@@ -88,16 +100,20 @@ impl Claims for ClaimTable {
         done(call.send().await).map(drop)
     }
 
-    async fn release(&self, claim: &Claim) -> Result<(), BackendError> {
+    async fn release(&self, claim: &Claim, attempt: JobId) -> Result<bool, BackendError> {
         let call = self
             .client
             .delete_item()
             .table_name(&self.table)
             .set_key(Some(item_key(&claim.key)))
-            .condition_expression("requestId = :job AND wasSent = :no")
+            // Absent: an earlier try has released it, and its answer was lost.
+            .condition_expression(
+                "attribute_not_exists(functionId) OR (requestId = :job AND wasSent = :no AND attemptId = :attempt)",
+            )
             .expression_attribute_values(":no", AttributeValue::Bool(false))
-            .expression_attribute_values(":job", text(claim.job.to_string()));
-        done(call.send().await).map(drop)
+            .expression_attribute_values(":job", text(claim.job.to_string()))
+            .expression_attribute_values(":attempt", text(attempt.to_string()));
+        done(call.send().await)
     }
 
     async fn keep(&self, key: &IdempotencyKey, job: JobId, result: &Bytes) -> Result<(), BackendError> {
@@ -139,6 +155,7 @@ fn to_item(claim: &Claim) -> RawItem {
         ("bodyHash".to_owned(), AttributeValue::B(Blob::new(claim.body.0))),
         ("requestId".to_owned(), text(claim.job.to_string())),
         ("ofFunction".to_owned(), text(claim.function.as_str())),
+        ("attemptId".to_owned(), text(claim.job.to_string())),
         ("wasSent".to_owned(), AttributeValue::Bool(false)),
         ("expiresAt".to_owned(), whole(now_ms() / 1000 + CLAIMED.as_secs())),
     ]);
@@ -153,9 +170,11 @@ fn claimed(key: IdempotencyKey, item: &RawItem) -> Option<Claimed> {
     let text = |name: &str| item.get(name)?.as_s().ok();
     let body = BodyHash(item.get("bodyHash")?.as_b().ok()?.as_ref().try_into().ok()?);
     let (job, function) = (JobId::parse(text("requestId")?)?, FunctionId::parse(text("ofFunction")?)?);
+    let attempt = text("attemptId").map_or(Some(job), |attempt| JobId::parse(attempt))?;
     let result = item.get("keptResult").and_then(|kept| kept.as_b().ok());
     Some(Claimed {
         claim: Claim { key, body, job, function },
+        attempt,
         is_sent: *item.get("wasSent")?.as_bool().ok()?,
         result: result.map(|kept| Bytes::copy_from_slice(kept.as_ref())),
     })

@@ -11,8 +11,9 @@ use super::functions::{FunctionTable, Stamp};
 use super::redis::Commands;
 use crate::backend::{
     BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, Numbering, POSTED_MAX,
+    Standing,
 };
-use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs, now_ms};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use redis::{Cmd, Script, cmd};
@@ -29,21 +30,28 @@ const ENTRY_BYTES: usize = 96;
 pub(super) struct RedisJournal {
     commands: Arc<Commands>,
     functions: Arc<FunctionTable>,
-    node: NodeId,
     end: Script,
     number: Script,
     posted: Script,
+    standing: Script,
 }
 
+/// KEYS: the journal of a node, the mark that it is whole, who has adopted the node. ARGV: a job, and when it was accepted in Unix
+/// milliseconds. Answer: 0 if the journal does not hold it; 1; 2 if the process that accepted it is gone.
+const STANDING: &str = "if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+local started = tonumber(redis.call('GET', KEYS[2]) or '') or 0
+if redis.call('EXISTS', KEYS[3]) == 1 or tonumber(ARGV[2]) < started then return 2 end
+return 1";
+
 impl RedisJournal {
-    pub(super) fn new(commands: Arc<Commands>, functions: Arc<FunctionTable>, node: NodeId) -> Self {
+    pub(super) fn new(commands: Arc<Commands>, functions: Arc<FunctionTable>) -> Self {
         Self {
             commands,
             functions,
-            node,
             end: Script::new(include_str!("journal_end.lua")),
             number: Script::new(include_str!("journal_number.lua")),
             posted: Script::new(include_str!("journal_posted.lua")),
+            standing: Script::new(STANDING),
         }
     }
 
@@ -69,30 +77,31 @@ impl RedisJournal {
 #[async_trait]
 impl Journal for RedisJournal {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
-        if jobs.is_empty() {
-            return Ok(());
+        // Nearly always one call: a job of another node is one that is sent again.
+        for (node, jobs) in by_node(jobs, |job| job.id) {
+            let mut command = Cmd::with_capacity(2 + 2 * jobs.len(), ENTRY_BYTES * (jobs.len() + 1));
+            command.arg("HSET").arg(key(INFLIGHT, node));
+            let mut place = [0; JobId::TEXT_BYTES];
+            for job in jobs {
+                let key = job.idempotency_key.as_deref();
+                command.arg(job.id.text(&mut place)).arg(entry_text(job.deadline, &job.function, key));
+            }
+            self.commands.query::<()>(&command).await?;
         }
-        let mut command = Cmd::with_capacity(2 + 2 * jobs.len(), ENTRY_BYTES * (jobs.len() + 1));
-        command.arg("HSET").arg(key(INFLIGHT, self.node));
-        let mut place = [0; JobId::TEXT_BYTES];
-        for job in jobs {
-            let key = job.idempotency_key.as_deref();
-            command.arg(job.id.text(&mut place)).arg(entry_text(job.deadline, &job.function, key));
-        }
-        self.commands.query(&command).await
+        Ok(())
     }
 
     async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
-        if ids.is_empty() {
-            return Ok(());
+        for (node, ids) in by_node(ids, |id| *id) {
+            let mut command = Cmd::with_capacity(2 + ids.len(), JobId::TEXT_BYTES * (ids.len() + 1));
+            command.arg("HDEL").arg(key(INFLIGHT, node));
+            let mut place = [0; JobId::TEXT_BYTES];
+            for id in ids {
+                command.arg(id.text(&mut place));
+            }
+            self.commands.query::<()>(&command).await?;
         }
-        let mut command = Cmd::with_capacity(2 + ids.len(), JobId::TEXT_BYTES * (ids.len() + 1));
-        command.arg("HDEL").arg(key(INFLIGHT, self.node));
-        let mut place = [0; JobId::TEXT_BYTES];
-        for id in ids {
-            command.arg(id.text(&mut place));
-        }
-        self.commands.query(&command).await
+        Ok(())
     }
 
     async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
@@ -178,6 +187,27 @@ impl Journal for RedisJournal {
         self.commands.query(cmd("HEXISTS").arg(key(INFLIGHT, id.node())).arg(id.to_string())).await
     }
 
+    async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+        let node = id.node();
+        let mut call = self.standing.prepare_invoke();
+        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(ADOPTED, node));
+        call.arg(id.to_string()).arg(id.accepted_at());
+        let call = &call;
+        let standing: u8 =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        Ok(match standing {
+            0 => Standing::Absent,
+            1 => Standing::Held,
+            _ => Standing::Left,
+        })
+    }
+
+    async fn started(&self, node: NodeId) -> Result<(), BackendError> {
+        let mut command = cmd("SET");
+        command.arg(key(WHOLE, node)).arg(now_ms()).arg("XX").arg("EX").arg(WHOLE_KEPT_S);
+        self.commands.query::<Option<String>>(&command).await.map(drop)
+    }
+
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
         // A map: while the hash is being resized HSCAN may give an entry twice.
         let mut entries = HashMap::new();
@@ -207,12 +237,23 @@ impl Journal for RedisJournal {
 
 /// The parts of what Redis keeps of a node.
 pub(super) const INFLIGHT: &str = "inflight";
-/// There while the journal holds all that was entered; gone when Redis has lost its data.
+/// There while the journal holds all that was entered; gone when Redis has lost its data. Its value is when the process
+/// of the node started, in Unix milliseconds, where an earlier one may have left something.
 pub(super) const WHOLE: &str = "whole";
+/// How long that mark outlives its node, in seconds: longer than anybody would have its jobs wait.
+pub(super) const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
+/// Who looks after the jobs of a node.
+pub(super) const ADOPTED: &str = "adopted";
 pub(super) const UNPOSTED: &str = "unposted";
 pub(super) const POSTING: &str = "posting";
 const LAST_NUMBER: &str = "posting:last";
 pub(super) const GIVEN_UP: &str = "givenup";
+
+/// The items in runs of one node each.
+fn by_node<T>(items: &[T], id: impl Fn(&T) -> JobId + Copy) -> impl Iterator<Item = (NodeId, &[T])> {
+    let node = move |item: &T| id(item).node();
+    items.chunk_by(move |a, b| node(a) == node(b)).map(move |run| (node(&run[0]), run))
+}
 
 pub(super) fn key(part: &str, node: NodeId) -> String {
     format!("{part}:{{{node}}}")

@@ -2,7 +2,8 @@
 //! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is.
 
 use super::journal::{
-    GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, entry_text, key, numbered_text, sums_text,
+    ADOPTED, GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, WHOLE_KEPT_S, entry_text, key, numbered_text,
+    sums_text,
 };
 use super::redis::Commands;
 use crate::backend::{BackendError, Membership, Others, Told};
@@ -11,11 +12,6 @@ use async_trait::async_trait;
 use redis::{Cmd, Script, cmd};
 use std::sync::Arc;
 use std::time::Duration;
-
-const ADOPTED: &str = "adopted";
-
-/// How long the mark of a journal outlives its node, in seconds: longer than anybody would have its jobs wait.
-const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
 
 /// KEYS: the nodes. ARGV: a node, its lease in milliseconds. Answer: up to 16 whose lease has lapsed; how many live.
 const RENEW: &str = "local time = redis.call('TIME')

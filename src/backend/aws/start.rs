@@ -41,7 +41,7 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
             let changes = RedisChanges::new(redis.clone(), Arc::clone(&commands), &settings.functions_table);
             let functions = Arc::new(aws.functions);
             let membership = RedisMembership::new(Arc::clone(&commands), &settings.logs_table);
-            let journal = RedisJournal::new(Arc::clone(&commands), Arc::clone(&functions), settings.node);
+            let journal = RedisJournal::new(Arc::clone(&commands), Arc::clone(&functions));
             let mut warnings = aws.warnings;
             let dead_letters = aws.queue.dead_letters(Arc::clone(&commands)).await.unwrap_or_else(|error| {
                 warnings.push(format!("the dead-letter queue is not read: {error}"));

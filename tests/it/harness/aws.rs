@@ -229,11 +229,16 @@ impl Cloud {
 
     /// How many idempotency keys are claimed.
     pub async fn claims(&self) -> usize {
+        self.claim_items().await.len()
+    }
+
+    /// The claims of idempotency keys, as DynamoDB holds them.
+    pub async fn claim_items(&self) -> Vec<Value> {
         let scan = json!({ "TableName": self.logs_table, "ConsistentRead": true });
         let items = self.call(Service::DynamoDb, "Scan", &scan).await["Items"].take();
         let is_claim =
             |item: &&Value| item["functionId"]["S"].as_str().is_some_and(|id| id.starts_with("idempotency#"));
-        items.as_array().into_iter().flatten().filter(is_claim).count()
+        items.as_array().into_iter().flatten().filter(is_claim).cloned().collect()
     }
 
     /// [`Self::log_rows`] once there are `count`.

@@ -255,7 +255,7 @@ mod tests {
             .iter()
             .map(|said| Execution::of(id, function.clone(), &Outcome::new((*said).into()).fields()))
             .collect();
-        rows.push(Execution::lost(id, function));
+        rows.push(Execution::lost(id, function, false));
         rows
     }
 

@@ -27,26 +27,46 @@ impl Claims for LocalClaims {
         Ok(write.await?)
     }
 
-    async fn take_over(&self, claim: &Claim, instead_of: JobId) -> Result<bool, BackendError> {
-        let claim = claim.clone();
+    async fn find(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+        let key = *key;
+        let found = self.0.read(move |c| find(c, &key)).await?;
+        Ok(found)
+    }
+
+    async fn try_again(&self, claimed: &Claimed, attempt: JobId) -> Result<bool, BackendError> {
+        let Claimed { claim, attempt: before, .. } = claimed;
+        let (key, job, before) = (claim.key, claim.job, *before);
         let write = self.0.write(1, move |c| {
-            let mut delete =
-                c.prepare_cached("DELETE FROM idempotency WHERE key = ?1 AND job = ?2 AND NOT sent")?;
-            let is_free = delete.execute(params![claim.key.as_bytes(), instead_of.as_bytes()])? == 1;
-            if is_free {
-                insert(c, &claim)?;
-            }
-            Ok(is_free)
+            let mut update = c.prepare_cached(
+                "UPDATE idempotency SET attempt = ?4
+                 WHERE key = ?1 AND job = ?2 AND NOT sent AND COALESCE(attempt, job) = ?3",
+            )?;
+            let values = params![key.as_bytes(), job.as_bytes(), before.as_bytes(), attempt.as_bytes()];
+            Ok(update.execute(values)? == 1)
         });
         Ok(write.await?)
     }
 
     async fn confirm(&self, claim: &Claim) -> Result<(), BackendError> {
-        self.change("UPDATE idempotency SET sent = TRUE WHERE key = ?1 AND job = ?2", claim).await
+        let (key, job) = (claim.key, claim.job);
+        let write = self.0.write(1, move |c| {
+            let mut update =
+                c.prepare_cached("UPDATE idempotency SET sent = TRUE WHERE key = ?1 AND job = ?2")?;
+            update.execute(params![key.as_bytes(), job.as_bytes()]).map(drop)
+        });
+        Ok(write.await?)
     }
 
-    async fn release(&self, claim: &Claim) -> Result<(), BackendError> {
-        self.change("DELETE FROM idempotency WHERE key = ?1 AND job = ?2 AND NOT sent", claim).await
+    async fn release(&self, claim: &Claim, attempt: JobId) -> Result<bool, BackendError> {
+        let (key, job) = (claim.key, claim.job);
+        let write = self.0.write(1, move |c| {
+            let mut delete = c.prepare_cached(
+                "DELETE FROM idempotency
+                 WHERE key = ?1 AND job = ?2 AND NOT sent AND COALESCE(attempt, job) = ?3",
+            )?;
+            Ok(delete.execute(params![key.as_bytes(), job.as_bytes(), attempt.as_bytes()])? == 1)
+        });
+        Ok(write.await?)
     }
 
     async fn keep(&self, key: &IdempotencyKey, job: JobId, result: &Bytes) -> Result<(), BackendError> {
@@ -56,16 +76,6 @@ impl Claims for LocalClaims {
                 "UPDATE idempotency SET result = ?3, sent = TRUE WHERE key = ?1 AND job = ?2",
             )?;
             update.execute(params![key.as_bytes(), job.as_bytes(), &result[..]]).map(drop)
-        });
-        Ok(write.await?)
-    }
-}
-
-impl LocalClaims {
-    async fn change(&self, statement: &'static str, claim: &Claim) -> Result<(), BackendError> {
-        let (key, job) = (claim.key, claim.job);
-        let write = self.0.write(1, move |c| {
-            c.prepare_cached(statement)?.execute(params![key.as_bytes(), job.as_bytes()]).map(drop)
         });
         Ok(write.await?)
     }
@@ -89,17 +99,19 @@ fn insert(connection: &Connection, claim: &Claim) -> rusqlite::Result<()> {
 
 fn find(connection: &Connection, key: &IdempotencyKey) -> rusqlite::Result<Option<Claimed>> {
     let mut select = connection
-        .prepare_cached("SELECT body, job, function_id, sent, result FROM idempotency WHERE key = ?1")?;
+        .prepare_cached("SELECT body, job, function_id, sent, result, attempt FROM idempotency WHERE key = ?1")?;
     let found = select.query_row([key.as_bytes()], |row| {
         let (body, job) = (BodyHash(row.get(0)?), JobId::from_bytes(row.get(1)?));
         let function: String = row.get(2)?;
         let result: Option<Vec<u8>> = row.get(4)?;
-        Ok((body, job, function, row.get(3)?, result))
+        // None: an older version has written the claim.
+        let attempt = row.get::<_, Option<[u8; 16]>>(5)?.map_or(job, JobId::from_bytes);
+        Ok((body, job, function, row.get(3)?, result, attempt))
     });
     let found = found.optional()?;
-    Ok(found.and_then(|(body, job, function, is_sent, result)| {
+    Ok(found.and_then(|(body, job, function, is_sent, result, attempt)| {
         // Only valid ids are ever entered.
         let claim = Claim { key: *key, body, job, function: FunctionId::parse(&function)? };
-        Some(Claimed { claim, is_sent, result: result.map(Bytes::from) })
+        Some(Claimed { claim, attempt, is_sent, result: result.map(Bytes::from) })
     }))
 }

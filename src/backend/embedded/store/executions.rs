@@ -210,7 +210,7 @@ mod tests {
     async fn lost_replaces_nothing_and_is_replaced() {
         let scratch = Scratch::new();
         let log = Executions(scratch.database());
-        let (real, lost) = (row(AT, 1, "SUCCESS"), Execution::lost(JobId::new(NodeId(1), AT, 1), f()));
+        let (real, lost) = (row(AT, 1, "SUCCESS"), Execution::lost(JobId::new(NodeId(1), AT, 1), f(), false));
         for (written, kept) in [(&lost, &lost), (&real, &real), (&lost, &real)] {
             put(&log, std::slice::from_ref(written)).await;
             assert_eq!(log.get(&f(), &real.id.request_id()).await, Ok(Some(kept.clone())));

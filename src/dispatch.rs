@@ -108,7 +108,14 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         batches,
         pump: Pump::new(Arc::clone(&settler)),
         lookups: Lookups::new(Arc::clone(&settler)),
-        members: Members::new(node, fleet, membership.clone(), Arc::clone(&lease), Arc::clone(&settler), ledger),
+        members: Members::new(
+            node,
+            fleet,
+            membership.clone(),
+            Arc::clone(&lease),
+            Arc::clone(&settler),
+            ledger,
+        ),
         undertaker,
         rows: Arc::clone(&settler) as Arc<dyn RowsWritten>,
     };
@@ -244,8 +251,7 @@ impl Dispatcher {
             // if this one ends, too.
             membership.relist(node).await.map_err(|_| SubmitError::Unavailable)?;
         }
-        let waiter =
-            settler.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
+        let waiter = settler.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
         Ok((self.hand_over(job, Some(resend))?, waiter))
     }
 
@@ -556,7 +562,10 @@ mod tests {
         let due = entries.iter().find(|entry| entry.deadline == 1).unwrap().id;
         let open = entries.iter().find(|entry| entry.deadline == LATER).unwrap().id;
         assert_eq!(house.row_status(due).await, "LOST");
-        assert!(matches!(house.dispatcher.state(open).await, Ok(JobState::Pending(Pending { place: Some(_), .. }))));
+        assert!(matches!(
+            house.dispatcher.state(open).await,
+            Ok(JobState::Pending(Pending { place: Some(_), .. }))
+        ));
         house.dispatcher.0.settler.settle(open, outcome(r#"{"exitCode":0}"#));
         assert_eq!(house.row_status(open).await, "SUCCESS");
     }

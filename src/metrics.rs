@@ -51,7 +51,8 @@ pub struct Metrics {
     /// `late`.
     pub results: IntCounterVec,
     pub results_settled: IntCounter,
-    /// Requests with an idempotency key, by `outcome`: `new`, `repeated`, `reused` (refused), `taken_over`.
+    /// Requests with an idempotency key, by `outcome`: `new`, `repeated`, `reused` (refused), `taken_over` (the job was in
+    /// no journal), `sent_again` (the outcome of its send is unknown: there may be a second message).
     pub idempotency: IntCounterVec,
     /// Jobs whose result was found by a look-up, not by publication.
     pub results_looked_up: IntCounter,
@@ -138,7 +139,7 @@ impl Metrics {
             idempotency: counters(
                 r,
                 "infra_idempotent_requests_total",
-                "Requests with an idempotency key",
+                "Requests with an idempotency key; sent_again: a second message may be on the queue",
                 &["outcome"],
             )?,
             results_looked_up: counter(r, "infra_results_looked_up_total", "Results found by a look-up")?,

@@ -447,7 +447,7 @@ mod tests {
     use crate::backend::{Ended, Journal, JournalEntry, QueueTraits};
     use crate::config::Conf;
     use crate::dispatch::Held;
-    use crate::model::{JobId, NodeId};
+    use crate::model::{IdempotencyKey, JobId, NodeId};
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -675,6 +675,47 @@ mod tests {
                 tokio::task::yield_now().await; // the caller hears before the journal does
                 house.leaves.clear().await;
                 assert_eq!(house.journal.contains(id).await.unwrap(), kept, "{told:?}");
+                drop(house);
+            };
+            tokio::join!(run, work);
+        }
+    }
+
+    /// What is left of a job with an idempotency key is its key's to decide, and of one that is sent again nobody knows.
+    #[tokio::test(start_paused = true)]
+    async fn a_keyed_job_is_kept_until_its_key_is_released() {
+        let not_sent = vec![Err(SendError::NotSent("x".into())); 100];
+        let again = |is_journaled| Some(Resend { since: now_ms(), is_journaled });
+        for (resend, script, told, is_unconfirmed) in [
+            (None, &not_sent[..], Err(SubmitError::Unavailable), false),
+            (again(false), &not_sent, Err(SubmitError::Unavailable), true),
+            (again(true), &not_sent, Err(SubmitError::Unknown), true),
+            (again(true), &[], Ok(()), false),
+            // It is over: the process was frozen since it was claimed.
+            (Some(Resend { since: 1, is_journaled: true }), &[], Err(SubmitError::Unknown), true),
+        ] {
+            let (house, run) = house(ScriptedQueue::new(false, script), SetJournal::default());
+            let work = async {
+                let id = JobId::new(NodeId(2), now_ms(), 7);
+                let job = Job {
+                    id,
+                    function: FunctionId::parse("f").unwrap(),
+                    deadline: 0,
+                    idempotency_key: Some(Box::new(IdempotencyKey::of("a", "b"))),
+                    message: "{}".into(),
+                };
+                match resend {
+                    None => house.in_flight.enter(&job, Held::new()).unwrap(),
+                    Some(_) => drop(house.in_flight.enter_again(&job, false).unwrap()),
+                }
+                let sending = house.batcher.send(job, resend).unwrap();
+                // What is being sent again is not given back to its node meanwhile.
+                if resend.is_some() {
+                    house.in_flight.give_back(id.node());
+                }
+                assert_eq!(sending.await.unwrap(), told, "{resend:?}");
+                house.leaves.clear().await;
+                assert_eq!(house.in_flight.is_unconfirmed(id), Some(is_unconfirmed), "{resend:?}");
                 drop(house);
             };
             tokio::join!(run, work);

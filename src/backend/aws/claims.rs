@@ -71,8 +71,9 @@ impl Claims for ClaimTable {
         let Claimed { claim, attempt: before, .. } = claimed;
         // Ours: the answer of an earlier try may have been lost. None: an older version has written the claim.
         let none = if *before == claim.job { " OR attribute_not_exists(attemptId)" } else { "" };
-        let condition =
-            format!("requestId = :job AND wasSent = :no AND (attemptId = :before OR attemptId = :ours{none})");
+        let condition = format!(
+            "requestId = :job AND wasSent = :no AND (attemptId = :before OR attemptId = :ours{none})"
+        );
         let call = self
             .client
             .update_item()

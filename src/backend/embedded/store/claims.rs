@@ -98,8 +98,9 @@ fn insert(connection: &Connection, claim: &Claim) -> rusqlite::Result<()> {
 }
 
 fn find(connection: &Connection, key: &IdempotencyKey) -> rusqlite::Result<Option<Claimed>> {
-    let mut select = connection
-        .prepare_cached("SELECT body, job, function_id, sent, result, attempt FROM idempotency WHERE key = ?1")?;
+    let mut select = connection.prepare_cached(
+        "SELECT body, job, function_id, sent, result, attempt FROM idempotency WHERE key = ?1",
+    )?;
     let found = select.query_row([key.as_bytes()], |row| {
         let (body, job) = (BodyHash(row.get(0)?), JobId::from_bytes(row.get(1)?));
         let function: String = row.get(2)?;

@@ -249,6 +249,10 @@ impl Once {
     pub fn follow(&self, attempt: Attempt, claim: Claim, sending: Result<Sending, SubmitError>) -> Watched {
         let watched = Watched(attempt.outcome.subscribe());
         let once = self.clone();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "an attempt outlives its client; there are as many as keyed jobs in flight, and each ends with its job"
+        )]
         tokio::spawn(async move {
             let sent = match sending {
                 // A closed channel means that the loop was stopped in the middle.

@@ -227,7 +227,9 @@ impl Dispatcher {
     fn hand_over(&self, job: Job) -> Result<oneshot::Receiver<Result<(), SubmitError>>, SubmitError> {
         let id = job.id;
         let settler = &self.0.settler;
-        let sent = self.0.batcher.send(job).inspect_err(|_| settler.in_flight.remove(id))?;
+        // A node whose id another process holds does not let its clients wait for a send that cannot be made.
+        let sent = if self.0.lease.is_lost() { Err(SubmitError::Stopping) } else { self.0.batcher.send(job) };
+        let sent = sent.inspect_err(|_| settler.in_flight.remove(id))?;
         settler.schedule.plan(id, lookups::FIRST);
         Ok(sent)
     }

@@ -111,7 +111,8 @@ impl Beats {
         let was_off = self.state().denied_until.replace(Instant::now() + DENIED_PAUSE).is_some();
         if !was_off {
             tracing::warn!(
-                channel = self.channel, error,
+                channel = self.channel,
+                error,
                 "Beats Off: the user of Redis may not use this channel, so a subscription that stays on an old primary is not noticed. Allow it the channels beat:*"
             );
         }
@@ -153,7 +154,9 @@ mod tests {
         let beats = beats();
         assert_eq!(beats.channel(), "beat:000000ab");
         assert_eq!(beats.number(b"0000000000000007:12"), Some(12));
-        for other in [&b"0000000000000008:12"[..], b"12", b"0000000000000007:", b"0000000000000007:x", b"\xff:1"] {
+        for other in
+            [&b"0000000000000008:12"[..], b"12", b"0000000000000007:", b"0000000000000007:x", b"\xff:1"]
+        {
             assert_eq!(beats.number(other), None, "{other:?}");
         }
     }

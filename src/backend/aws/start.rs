@@ -81,8 +81,7 @@ impl Connected {
         let Self { settings, aws, redis, commands, membership, dead_letters, .. } = self;
         let beats = Arc::new(Beats::new(Arc::clone(&commands), node, settings.process));
         let (client, of_changes) = (redis.clone(), Arc::clone(&beats));
-        let changes =
-            RedisChanges::new(client, Arc::clone(&commands), of_changes, &settings.functions_table);
+        let changes = RedisChanges::new(client, Arc::clone(&commands), of_changes, &settings.functions_table);
         let functions = Arc::new(aws.functions);
         Backend {
             queue: Arc::new(aws.queue),

@@ -20,6 +20,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// Beats that may be missed in a row; doubled with each reconnect that did not help, up to the maximum.
 const MISSED_FIRST: u64 = 2;
 const MISSED_MAX: u64 = 64;
+/// Beats after which a new connection is believed, where the one before it missed them.
+const PROOF: u32 = 2;
 
 pub(super) struct Subscriber {
     sink: PubSubSink,
@@ -35,8 +37,8 @@ struct Pulse {
     received: u64,
     /// Whether the channel of the beats is subscribed: not where the password denies it.
     listens: bool,
-    /// Nothing is said of the subscription before a beat has arrived: the one before it was ended for want of them.
-    must_prove: bool,
+    /// Beats that must arrive before anything is said of the subscription: the one before it was ended for want of them.
+    to_prove: u32,
     missed_max: u64,
     /// What was said last.
     said: Option<Hearing>,
@@ -71,9 +73,9 @@ impl Subscriber {
         let mut tick = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let missed_max = MISSED_FIRST.saturating_mul(1 << misses.min(16)).min(MISSED_MAX);
-        let (received, must_prove) = (beats.begun(), misses > 0);
+        let (received, to_prove) = (beats.begun(), if misses > 0 { PROOF } else { 0 });
         let pulse =
-            Pulse { beats, received, listens: false, must_prove, missed_max, said: None, publishing: None };
+            Pulse { beats, received, listens: false, to_prove, missed_max, said: None, publishing: None };
         let mut subscriber = Self { sink, stream, tick, pulse };
         subscriber.listen_for_beats().await?;
         Ok(subscriber)
@@ -156,7 +158,7 @@ impl Pulse {
             && number > self.received
         {
             self.received = number;
-            self.must_prove = false;
+            self.to_prove = self.to_prove.saturating_sub(1);
             self.beats.arrived();
         }
         true
@@ -176,7 +178,7 @@ impl Pulse {
     fn news(&mut self) -> Option<Hearing> {
         let hearing = if !self.listens || self.beats.are_off() {
             Hearing::Unproven
-        } else if self.must_prove {
+        } else if self.to_prove > 0 {
             return None;
         } else {
             Hearing::Proven
@@ -214,7 +216,11 @@ pub(super) struct History {
 
 impl History {
     /// One try to connect, after a pause that grows with each failure: none at first, then it doubles, with jitter.
-    pub(super) async fn connect(&self, client: &Client, beats: &Arc<Beats>) -> Result<Subscriber, BackendError> {
+    pub(super) async fn connect(
+        &self,
+        client: &Client,
+        beats: &Arc<Beats>,
+    ) -> Result<Subscriber, BackendError> {
         if self.failures > 0 {
             let pause = BACKOFF_FIRST * 2_u32.saturating_pow(self.failures.min(10) - 1);
             sleep(pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.0))).await;

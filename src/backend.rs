@@ -9,7 +9,7 @@ pub mod embedded;
 
 use crate::model::{
     BodyHash, ConfigRecord, Execution, Function, FunctionId, IdempotencyKey, Job, JobId, NodeId,
-    Recommendation, RetiredCode, Sums, UnixMs,
+    ProcessToken, Recommendation, RetiredCode, Sums, UnixMs,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -104,6 +104,29 @@ pub enum ResultEvent {
     Malformed,
     /// The subscription stands (again): whatever was published before this may have been missed.
     Subscribed,
+    /// What is known of the subscription has changed.
+    Hearing(Hearing),
+}
+
+/// Whether a subscription receives what is published. A backend proves it with beats: messages to itself that it
+/// publishes the way others publish theirs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hearing {
+    /// It stands; after missed beats only once a beat has arrived.
+    Proven,
+    /// It stands, and beats are denied: whether it receives anything is not known.
+    Unproven,
+    /// Its connection broke, or cannot be made.
+    Broken,
+    /// Its connection stands, and beats did not arrive: it is made again.
+    Missed,
+}
+
+impl Hearing {
+    /// Whether the subscription may be relied on.
+    pub fn is_heard(self) -> bool {
+        matches!(self, Self::Proven | Self::Unproven)
+    }
 }
 
 /// Where workers leave their results.
@@ -314,12 +337,21 @@ pub trait Claims: Send + Sync {
 
 /// The nodes of a fleet: who lives, and who goes on with the jobs of those that do not.
 ///
-/// A lease says only when others may look after a node's jobs. It need not keep two from doing so at once: a row is the
-/// same whoever writes it, and a job ends once (see [`Journal::end`]).
+/// A lease says when others may look after a node's jobs. It need not keep two from doing so at once: a row is the
+/// same whoever writes it, and a job ends once (see [`Journal::end`]). But it belongs to one process: two that admit jobs
+/// under one id would leave the jobs of the one that dies to nobody, because the other renews their lease.
 #[async_trait]
 pub trait Membership: Send + Sync {
-    /// Renews the lease of `node`, by the clock of the store.
-    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Others, BackendError>;
+    /// Takes the lease of `node` for this process, if it has lapsed or `predecessor` holds it. By the clock of the store.
+    async fn take(
+        &self,
+        node: NodeId,
+        lease: Duration,
+        predecessor: Predecessor,
+    ) -> Result<Taken, BackendError>;
+
+    /// Renews the lease of `node`, by the clock of the store, unless another process holds it: that one is told.
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Renewal, BackendError>;
 
     /// Takes, or renews, the part of the one that looks after the jobs of `dead`. `false`: another node has it.
     async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError>;
@@ -339,6 +371,46 @@ pub trait Membership: Send + Sync {
 
     /// The journal of `node` has been told all.
     async fn retold(&self, node: NodeId) -> Result<(), BackendError>;
+}
+
+/// Whose lease may be taken although it has not lapsed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Predecessor {
+    Nobody,
+    /// A process that is known to be gone.
+    Process(ProcessToken),
+    /// A process without a token: one of an earlier version.
+    Unnamed,
+}
+
+/// What becomes of a [`Membership::take`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    Yes,
+    No(HeldBy),
+}
+
+/// A lease that another process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldBy {
+    /// `None`: a process without a token, of an earlier version.
+    pub process: Option<ProcessToken>,
+    /// When the lease lapses, by the clock of the store; later with each renewal.
+    pub until: UnixMs,
+    /// Until then.
+    pub left: Duration,
+}
+
+/// What becomes of a [`Membership::renew`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Renewal {
+    Renewed {
+        others: Others,
+        /// Another process has lately tried to renew the lease: it may have jobs in the journal that only it knows.
+        is_contested: bool,
+    },
+    /// Another process holds the lease.
+    Lost,
 }
 
 /// What a node hears of the others when it renews its lease.
@@ -582,10 +654,8 @@ pub trait LimitStore: Send + Sync {
 pub enum ChangeEvent {
     /// Announced by some node, this one included.
     Changed(String),
-    /// From now on every announcement is heard; some of before may not have been.
-    Heard,
-    /// Announcements are not heard any more.
-    Deaf,
+    /// From now on every announcement is heard, or none is. When they are heard again, some of before may not have been.
+    Hearing(Hearing),
 }
 
 /// How nodes tell each other which functions they have changed.

@@ -8,6 +8,8 @@ mod build;
 mod dev;
 mod linger;
 mod node;
+#[cfg(feature = "aws")]
+mod node_id;
 mod process;
 mod reload;
 #[cfg(feature = "aws")]

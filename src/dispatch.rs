@@ -258,7 +258,10 @@ impl Dispatcher {
     fn hand_over(&self, job: Job, resend: Option<Resend>) -> Result<Sending, SubmitError> {
         let id = job.id;
         let settler = &self.0.settler;
-        let sent = self.0.batcher.send(job, resend).inspect_err(|_| match resend {
+        // A node whose id another process holds does not let its clients wait for a send that cannot be made.
+        let is_lost = self.0.lease.is_lost();
+        let sent = if is_lost { Err(SubmitError::Stopping) } else { self.0.batcher.send(job, resend) };
+        let sent = sent.inspect_err(|_| match resend {
             Some(Resend { is_journaled: true, .. }) => settler.in_flight.note_send(id, false),
             _ => settler.in_flight.remove(id),
         })?;

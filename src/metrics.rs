@@ -72,6 +72,7 @@ pub struct Metrics {
     /// Unix seconds.
     pub conf_applied_at: IntGauge,
     pub cache: CacheMetrics,
+    pub subscriptions: SubscriptionMetrics,
     /// By `check`: 1 healthy, 0 not, as of the last look.
     pub health: IntGaugeVec,
     pub log_lines_dropped: IntGauge,
@@ -103,6 +104,40 @@ impl CacheMetrics {
             changes: counter(r, "infra_function_changes_total", "Changes of functions heard of")?,
             changes_heard: gauge(r, "infra_function_changes_heard", "1 while changes are heard of")?,
         })
+    }
+}
+
+/// The metrics of what a node is subscribed to, by `subscription`: `results`, `changes`.
+pub struct SubscriptionMetrics {
+    lost: IntGaugeVec,
+    beat_off: IntGaugeVec,
+    /// Subscriptions that were made again because beats did not arrive.
+    pub missed: IntCounterVec,
+}
+
+impl SubscriptionMetrics {
+    fn new(r: &Registry) -> Result<Self, prometheus::Error> {
+        let labels = &["subscription"];
+        let missed = ("infra_subscription_beats_missed_total", "Reconnects because beats did not arrive");
+        Ok(Self {
+            lost: gauges(r, "infra_subscription_lost", "1 while nothing is received", labels)?,
+            beat_off: gauges(r, "infra_subscription_beat_off", "1 while beats are denied", labels)?,
+            missed: counters(r, missed.0, missed.1, labels)?,
+        })
+    }
+
+    /// What is known of a subscription.
+    pub fn note(&self, subscription: &str, is_heard: bool, is_beat_off: bool) {
+        self.lost.with_label_values(&[subscription]).set((!is_heard).into());
+        self.beat_off.with_label_values(&[subscription]).set(is_beat_off.into());
+    }
+
+    pub fn is_heard(&self, subscription: &str) -> bool {
+        self.lost.with_label_values(&[subscription]).get() == 0
+    }
+
+    pub fn is_beat_off(&self, subscription: &str) -> bool {
+        self.beat_off.with_label_values(&[subscription]).get() != 0
     }
 }
 
@@ -166,6 +201,7 @@ impl Metrics {
                 "When the settings in force were put in force",
             )?,
             cache: CacheMetrics::new(r)?,
+            subscriptions: SubscriptionMetrics::new(r)?,
             code_deleted: counter(r, "infra_code_deleted_total", "Code archives swept away")?,
             health: gauges(r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
             log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines dropped: nobody read them")?,
@@ -235,6 +271,8 @@ pub struct JobMetrics {
     pub adopted_nodes: IntCounter,
     /// Jobs that the queue has given up.
     pub dead_letters: IntCounter,
+    /// 1 while another process holds the lease of this node's id, and this one admits nothing.
+    pub node_id_lost: IntGauge,
 }
 
 impl JobMetrics {
@@ -247,6 +285,7 @@ impl JobMetrics {
             unaccounted: gauge(r, "infra_jobs_unaccounted", "Jobs accepted, not finished and not in flight")?,
             adopted_nodes: counted("infra_nodes_adopted_total", "Nodes that were gone, and were adopted")?,
             dead_letters: counted("infra_dead_letters_total", "Jobs that the queue had given up")?,
+            node_id_lost: gauge(r, "infra_node_id_lost", "1 while another process holds this node's id")?,
         })
     }
 }

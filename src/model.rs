@@ -20,7 +20,9 @@ pub use change::{ConfigAction, ConfigRecord, RetiredCode};
 pub use execution::{Ending, Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowId, RowKey, Status};
 pub use function::{Counters, Function, FunctionId};
 pub use idempotency::{BodyHash, IdempotencyKey};
-pub use job::{Job, JobDraft, JobId, JobTemplate, NodeId, RunRequest, RunRequestError, TIMEOUT_MS_DEFAULT};
+pub use job::{
+    Job, JobDraft, JobId, JobTemplate, NodeId, ProcessToken, RunRequest, RunRequestError, TIMEOUT_MS_DEFAULT,
+};
 pub use outcome::{Outcome, ResultFields};
 pub use recommendation::Recommendation;
 pub use runtime::Runtime;

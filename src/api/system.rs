@@ -18,6 +18,10 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a report is shown again before the backends are asked anew: anyone may ask, without a key.
 const REPORT_KEPT: Duration = Duration::from_secs(1);
 
+/// The checks of subscriptions, and what the metrics call these.
+const SUBSCRIPTIONS: [(&str, &str); 2] =
+    [("resultsSubscription", "results"), ("changesSubscription", "changes")];
+
 pub struct System {
     health: Health,
     lifecycle: Lifecycle,
@@ -39,7 +43,8 @@ impl System {
     }
 
     pub fn readyz(&self) -> Result<Reply, ApiError> {
-        let ready = self.lifecycle.phase() == Phase::Ready;
+        let is_lost = self.metrics.jobs.node_id_lost.get() != 0;
+        let ready = self.lifecycle.phase() == Phase::Ready && !is_lost;
         ready.then(|| Reply::json(StatusCode::OK, r#"{"status":"READY"}"#)).ok_or(ApiError::NotReady)
     }
 
@@ -65,6 +70,8 @@ pub struct Health {
     results: Arc<dyn Results>,
     functions: Arc<dyn FunctionStore>,
     executions: Arc<dyn ExecutionStore>,
+    /// There may be other nodes, and what is heard of and by them.
+    is_fleet: bool,
     metrics: Arc<Metrics>,
     last: Mutex<Option<(Instant, Report)>>,
 }
@@ -82,6 +89,7 @@ impl Health {
             results: Arc::clone(&backend.results),
             functions: Arc::clone(&backend.functions),
             executions: Arc::clone(&backend.executions),
+            is_fleet: backend.membership.is_some(),
             metrics,
             last: Mutex::const_new(None),
         }
@@ -122,10 +130,22 @@ impl Health {
             healthy
         };
         // Without queue or results nothing runs; without the tables cached functions run on, and rows wait.
-        let vital = [check("queue", queue), check("redis", results)];
-        let useful = [check("functionsTable", functions), check("logsTable", executions)];
+        let mut vital = vec![check("queue", queue), check("redis", results)];
+        let mut useful = vec![check("functionsTable", functions), check("logsTable", executions)];
+        if self.is_fleet {
+            // A node whose id another process holds admits nothing.
+            vital.push(check("nodeId", self.node_id()));
+            // Without them results are looked up and functions read more often.
+            useful.extend(SUBSCRIPTIONS.map(|(name, of)| check(name, self.heard(of))));
+        }
         if let (Some(depth), Some(Value::Object(queue))) = (depth, checks.get_mut("queue")) {
             queue.insert("depth".to_owned(), json!(depth));
+        }
+        for (name, of) in SUBSCRIPTIONS {
+            if let Some(Value::Object(subscription)) = checks.get_mut(name) {
+                let beat = if self.metrics.subscriptions.is_beat_off(of) { "OFF" } else { "ON" };
+                subscription.insert("beat".to_owned(), json!(beat));
+            }
         }
         let spilled = self.spilled();
         let is_spilling = spilled.is_some();
@@ -142,6 +162,16 @@ impl Health {
 }
 
 impl Health {
+    fn node_id(&self) -> Result<(), BackendError> {
+        let held = || BackendError::Unavailable("another process holds this node's id".into());
+        (self.metrics.jobs.node_id_lost.get() == 0).then_some(()).ok_or_else(held)
+    }
+
+    fn heard(&self, subscription: &str) -> Result<(), BackendError> {
+        let lost = || BackendError::Unavailable("nothing is received".into());
+        self.metrics.subscriptions.is_heard(subscription).then_some(()).ok_or_else(lost)
+    }
+
     /// What is said of rows on this node's disk; nothing if there are none.
     fn spilled(&self) -> Option<Value> {
         let audit = &self.metrics.audit;

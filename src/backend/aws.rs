@@ -7,10 +7,11 @@
 //! * [`direct`] — the two calls that every run takes part in, without the SDK around them
 //! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`], [`claims`] (all over
 //!   [`item`]), [`s3`], [`dead_letters`] — the AWS ports
-//! * [`redis`] — the command connection, [`subscriber`] — one that listens; [`results`], [`changes`], [`journal`],
-//!   [`membership`], [`limits`], [`workers`] — the Redis ports
+//! * [`redis`] — the command connection, [`subscriber`] — one that listens, [`beats`] — the proof that it receives what
+//!   the other publishes; [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`] — the Redis ports
 //! * [`start`] — the checks before the first request
 
+mod beats;
 mod changes;
 mod claims;
 mod client;
@@ -35,10 +36,9 @@ mod subscriber;
 mod workers;
 
 pub use redis::RedisUrl;
-pub use start::connect;
+pub use start::{Connected, connect};
 
-use super::Backend;
-use crate::model::NodeId;
+use crate::model::ProcessToken;
 use std::time::Duration;
 
 /// Where the fleet's parts are (CONTRACT §1), and who asks.
@@ -54,15 +54,7 @@ pub struct Settings {
     pub sqs_endpoint: Option<String>,
     pub dynamodb_endpoint: Option<String>,
     pub s3_endpoint: Option<String>,
-    pub node: NodeId,
+    pub process: ProcessToken,
     /// How long all the checks together may take; they run side by side.
     pub start_deadline: Duration,
-}
-
-/// A backend whose every part has answered.
-#[derive(Clone)]
-pub struct Connected {
-    pub backend: Backend,
-    /// What is amiss but keeps nobody from starting; for the log.
-    pub warnings: Vec<String>,
 }

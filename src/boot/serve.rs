@@ -1,13 +1,15 @@
 //! `serve` and `check`: the fleet backend.
 
+use super::node_id::{NodeIdChoice, NodeIdError};
 use super::state_dir::StateDir;
 use super::{ConfSource, Connected, Exit, Plan, SPILL, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem};
 use crate::backend::{aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env};
-use crate::model::NodeId;
+use crate::model::ProcessToken;
 use std::path::PathBuf;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// What `serve` and `check` are told on the command line.
 pub struct ServeArgs {
@@ -21,10 +23,11 @@ pub fn serve(args: &ServeArgs) -> Exit {
         Ok(Told { env, source, texts, conf }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), env.ai_node.clone());
             let start = Duration::from_secs(conf.start.deadline_s);
+            let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
             let settings =
                 Settings { conf, source, texts, port, meet_in, is_upgrade, api_key, ai_node, banner: None };
-            let connect = Box::new(move || Box::pin(connect(env, start)) as _);
+            let connect = Box::new(move || Box::pin(connect(env, start, lease)) as _);
             node::run(Plan { settings, connect })
         }
         Err(e) => refuse(&e),
@@ -47,9 +50,8 @@ pub fn check(args: &ServeArgs) -> Exit {
     if let Err(e) = StateDir::probe(&env.state_dir) {
         return explain(&[state_problem(&env, &e)]);
     }
-    // Nothing is read or left under this id.
-    let checked =
-        runtime.block_on(aws::connect(settings(&env, NodeId(0), Duration::from_secs(conf.start.deadline_s))));
+    let start = Duration::from_secs(conf.start.deadline_s);
+    let checked = runtime.block_on(aws::connect(settings(&env, ProcessToken(rand::random()), start)));
     match checked {
         Ok(connected) => {
             for warning in connected.warnings {
@@ -85,24 +87,30 @@ fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     }
 }
 
-async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<StartProblem>> {
-    let state = StateDir::take(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
-    let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
-    let connected = aws::connect(settings(&env, state.node, start_deadline)).await?;
+async fn connect(env: Env, start: Duration, lease: Duration) -> Result<Connected, Vec<StartProblem>> {
+    let process = ProcessToken(rand::random());
+    // Before anybody is asked: what is amiss here, an operator mends first.
+    StateDir::probe(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
+    let connected = aws::connect(settings(&env, process, start)).await?;
     tracing::info!("Global Redis Connected Successfully");
+    let deadline = Instant::now() + start;
+    let (root, membership) = (&env.state_dir, connected.membership());
+    let choice = NodeIdChoice { root, membership, process, lease, deadline };
+    let state = choice.take().await.map_err(|e| vec![node_id_problem(&env, e)])?;
+    let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
     Ok(Connected {
         node: state.node,
-        backend: connected.backend,
+        warnings: connected.warnings.clone(),
+        backend: connected.backend(state.node),
         bucket: env.bucket,
         spool_dir,
         spill_dir: Some(state.path().join(SPILL)),
         extra_loop: None,
         claim: Some(Box::new(state)),
-        warnings: connected.warnings,
     })
 }
 
-fn settings(env: &Env, node: NodeId, start_deadline: Duration) -> aws::Settings {
+fn settings(env: &Env, process: ProcessToken, start_deadline: Duration) -> aws::Settings {
     aws::Settings {
         region: env.region.clone(),
         functions_table: env.functions_table.clone(),
@@ -113,8 +121,19 @@ fn settings(env: &Env, node: NodeId, start_deadline: Duration) -> aws::Settings 
         sqs_endpoint: env.sqs_endpoint.clone(),
         dynamodb_endpoint: env.dynamodb_endpoint.clone(),
         s3_endpoint: env.s3_endpoint.clone(),
-        node,
+        process,
         start_deadline,
+    }
+}
+
+fn node_id_problem(env: &Env, error: NodeIdError) -> StartProblem {
+    match error {
+        NodeIdError::Directory(e) => state_problem(env, &e),
+        NodeIdError::Store(error) => StartProblem {
+            what: "the lease of this node's id in Redis".to_owned(),
+            error,
+            mend: "Start Redis, and allow its user the keys nodes:* and scripts (EVAL, EVALSHA).".to_owned(),
+        },
     }
 }
 

@@ -3,14 +3,25 @@
 //! Its name is the node's id. A process takes over the directory that was used last and that no process holds, and
 //! so the id, the journal and the unfinished jobs of the one before; several processes on one machine get one each.
 //! A start that fails gives a new directory back: else it would be the one that the next start takes.
+//!
+//! The lock does not reach a copy of the directory. So a process leaves there who it was and which lock it held: the boot of
+//! the machine, and the inode of the lock file with its time of birth, which no copy has. Where all of that is the
+//! same, the lock proves that the process is gone (see [`StateDir::predecessor`]).
 
 use super::Claim;
-use crate::model::NodeId;
+use crate::backend::Predecessor;
+use crate::model::{NodeId, ProcessToken};
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
+
+/// Changes each time the machine starts.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// The process that used the directory last: its token and its lock.
+const HOLDER: &str = "holder";
 
 /// The lock; given up when dropped, and by the kernel when the process dies.
 pub struct StateDir {
@@ -22,8 +33,8 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Takes the free directory under `root` that was used last, or makes one.
-    pub fn take(root: &Path) -> io::Result<Self> {
+    /// The node ids that have a directory under `root`, the one used last first.
+    pub fn used(root: &Path) -> io::Result<Vec<NodeId>> {
         fs::create_dir_all(root)?;
         let mut nodes: Vec<(SystemTime, NodeId)> = fs::read_dir(root)?
             .filter_map(|entry| {
@@ -33,11 +44,16 @@ impl StateDir {
             })
             .collect();
         nodes.sort_by_key(|(used, node)| (std::cmp::Reverse(*used), node.0));
-        for (_, node) in nodes {
-            if let Some(taken) = Self::lock(root, node, false)? {
-                return Ok(taken);
-            }
-        }
+        Ok(nodes.into_iter().map(|(_, node)| node).collect())
+    }
+
+    /// The directory of `node`, if no process holds it.
+    pub fn take(root: &Path, node: NodeId) -> io::Result<Option<Self>> {
+        Self::lock(root, node, false)
+    }
+
+    /// A directory with a new id.
+    pub fn make(root: &Path) -> io::Result<Self> {
         loop {
             let node = NodeId(rand::random());
             match fs::create_dir(root.join(node.to_string())) {
@@ -50,6 +66,33 @@ impl StateDir {
                 return Ok(taken);
             }
         }
+    }
+
+    /// The process that used this directory last, if it is certainly gone: it held the lock that is held here now.
+    pub fn predecessor(&self) -> Predecessor {
+        let left = fs::read_to_string(self.dir.join(HOLDER)).unwrap_or_default();
+        let left = left.trim_end().split_once(' ');
+        match left.and_then(|(token, lock)| Some((ProcessToken::parse(token)?, lock))) {
+            Some((token, lock)) if self.lock_identity().is_ok_and(|ours| ours == lock) => {
+                Predecessor::Process(token)
+            }
+            _ => Predecessor::Nobody,
+        }
+    }
+
+    /// Leaves word that `process` uses this directory. Without it the next start may have to wait for its lease.
+    pub fn leave_word(&self, process: ProcessToken) -> io::Result<()> {
+        fs::write(self.dir.join(HOLDER), format!("{process} {}\n", self.lock_identity()?))
+    }
+
+    /// Which lock it is, and on which machine since when. The number of the device is not part of it where the file
+    /// system knows times of birth: it may change with each mount.
+    fn lock_identity(&self) -> io::Result<String> {
+        let boot = fs::read_to_string(BOOT_ID)?;
+        let file = self.lock.metadata()?;
+        let born = file.created().ok().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let place = born.map_or_else(|| format!("device {}", file.dev()), |at| format!("{}", at.as_nanos()));
+        Ok(format!("{} {} {place}", boot.trim_end(), file.ino()))
     }
 
     /// The directory itself.
@@ -98,8 +141,15 @@ impl Drop for StateDir {
 mod tests {
     use super::*;
 
+    /// The free directory that was used last, or a new one.
+    fn taken(root: &Path) -> StateDir {
+        let used = StateDir::used(root).unwrap();
+        let free = used.into_iter().find_map(|node| StateDir::take(root, node).unwrap());
+        free.unwrap_or_else(|| StateDir::make(root).unwrap())
+    }
+
     fn started(root: &Path) -> StateDir {
-        let mut taken = StateDir::take(root).unwrap();
+        let mut taken = taken(root);
         taken.keep();
         taken
     }
@@ -113,7 +163,7 @@ mod tests {
         assert_ne!(one.node, two.node);
         let free = one.node;
         drop(one);
-        assert_eq!(StateDir::take(root.path()).unwrap().node, free);
+        assert_eq!(taken(root.path()).node, free);
     }
 
     #[test]
@@ -121,13 +171,13 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let running = started(root.path());
         for _ in 0..5 {
-            drop(StateDir::take(root.path()).unwrap());
+            drop(taken(root.path()));
             StateDir::probe(root.path()).unwrap();
         }
         let node = running.node;
         drop(running);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
-        assert_eq!(StateDir::take(root.path()).unwrap().node, node);
+        assert_eq!(taken(root.path()).node, node);
     }
 
     #[test]
@@ -137,6 +187,41 @@ mod tests {
         let last = nodes[2].node;
         nodes[2].lock.set_modified(SystemTime::now() + std::time::Duration::from_secs(9)).unwrap();
         drop(nodes);
-        assert_eq!(StateDir::take(root.path()).unwrap().node, last);
+        assert_eq!(taken(root.path()).node, last);
+    }
+
+    #[test]
+    fn the_process_before_is_known_in_its_own_directory_and_in_no_copy() {
+        let root = tempfile::tempdir().unwrap();
+        let token = ProcessToken(7);
+        let dir = started(root.path());
+        assert_eq!(dir.predecessor(), Predecessor::Nobody, "nobody was here");
+        dir.leave_word(token).unwrap();
+        let (node, lock) = (dir.node, dir.path().join("lock"));
+        drop(dir);
+        assert_eq!(taken(root.path()).predecessor(), Predecessor::Process(token));
+
+        // A copy, and a directory that was put back in the place of the first.
+        let copy = root.path().join("copy");
+        fs::create_dir_all(copy.join(node.to_string())).unwrap();
+        for name in ["lock", HOLDER] {
+            let from = root.path().join(node.to_string()).join(name);
+            fs::copy(from, copy.join(node.to_string()).join(name)).unwrap();
+        }
+        assert_eq!(taken(&copy).predecessor(), Predecessor::Nobody);
+        fs::rename(&lock, root.path().join("kept")).unwrap();
+        fs::copy(root.path().join("kept"), &lock).unwrap();
+        assert_eq!(taken(root.path()).predecessor(), Predecessor::Nobody);
+        fs::rename(root.path().join("kept"), &lock).unwrap();
+        assert_eq!(taken(root.path()).predecessor(), Predecessor::Process(token));
+
+        // Another boot of the machine, and what is torn.
+        let holder = root.path().join(node.to_string()).join(HOLDER);
+        let word = fs::read_to_string(&holder).unwrap();
+        let boot = fs::read_to_string(BOOT_ID).unwrap();
+        for other in [word.replace(boot.trim_end(), "another-boot"), word[..20].to_owned(), String::new()] {
+            fs::write(&holder, &other).unwrap();
+            assert_eq!(taken(root.path()).predecessor(), Predecessor::Nobody, "{other}");
+        }
     }
 }

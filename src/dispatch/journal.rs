@@ -7,6 +7,7 @@
 use super::lease::Lease;
 use crate::backend::{BackendError, Journal, JournalEntry, Standing};
 use crate::model::{FunctionId, Job, JobId, NodeId};
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Most jobs that leave in one call.
@@ -34,14 +35,14 @@ impl NodeJournal {
 
     /// The jobs leave with the next [`Self::clear`].
     pub fn leave(&self, ids: &[JobId]) {
-        self.leaving().extend_from_slice(ids);
+        self.leaves().extend_from_slice(ids);
     }
 
     /// Takes out what is to leave. What the backend does not take stays for the next time, and so does everything
     /// where this is broken off. One caller at a time.
     pub async fn clear(&self) {
         loop {
-            let ids: Vec<JobId> = self.leaving().iter().take(LEAVES_MAX).copied().collect();
+            let ids: Vec<JobId> = self.leaves().iter().take(LEAVES_MAX).copied().collect();
             if ids.is_empty() {
                 return;
             }
@@ -49,7 +50,7 @@ impl NodeJournal {
                 tracing::debug!(jobs = ids.len(), error = %e, "Journal Not Cleared");
                 return;
             }
-            self.leaving().drain(..ids.len());
+            self.leaves().drain(..ids.len());
         }
     }
 
@@ -62,6 +63,11 @@ impl NodeJournal {
         self.store.started(node).await
     }
 
+    /// The jobs that are to leave with the next [`Self::clear`].
+    pub fn leaving(&self) -> HashSet<JobId> {
+        self.leaves().iter().copied().collect()
+    }
+
     pub async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
         self.store.given_up(node).await
     }
@@ -70,7 +76,7 @@ impl NodeJournal {
         self.store.entries(node).await
     }
 
-    fn leaving(&self) -> MutexGuard<'_, Vec<JobId>> {
+    fn leaves(&self) -> MutexGuard<'_, Vec<JobId>> {
         self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,6 +1,6 @@
 //! How long this node may admit jobs: while its lease holds, and a moment less.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -14,6 +14,7 @@ pub struct Lease {
     until: AtomicU64,
     /// Nodes that live, this one included, as was heard last.
     nodes: AtomicUsize,
+    is_lost: AtomicBool,
 }
 
 impl Lease {
@@ -27,7 +28,8 @@ impl Lease {
     }
 
     fn until(until: u64) -> Self {
-        Self { epoch: Instant::now(), until: AtomicU64::new(until), nodes: AtomicUsize::new(1) }
+        let (until, nodes) = (AtomicU64::new(until), AtomicUsize::new(1));
+        Self { epoch: Instant::now(), until, nodes, is_lost: AtomicBool::new(false) }
     }
 
     /// At least 1.
@@ -39,9 +41,21 @@ impl Lease {
         u128::from(self.until.load(Ordering::Relaxed)) > self.epoch.elapsed().as_millis()
     }
 
+    /// Another process holds it: nothing is admitted until it is renewed again.
+    pub fn lost(&self) {
+        self.until.store(0, Ordering::Relaxed);
+        self.is_lost.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether another process holds it, as was heard last.
+    pub fn is_lost(&self) -> bool {
+        self.is_lost.load(Ordering::Relaxed)
+    }
+
     /// It was renewed by a call that began at `asked`; then so many nodes lived.
     pub fn renewed(&self, asked: Instant, lease: Duration, nodes: usize) {
         self.nodes.store(nodes, Ordering::Relaxed);
+        self.is_lost.store(false, Ordering::Relaxed);
         let until = asked + lease * TRUSTED_PERCENT / 100 - self.epoch;
         self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
@@ -63,5 +77,10 @@ mod tests {
             tokio::time::advance(Duration::from_millis(ms)).await;
             assert_eq!(lease.holds(), holds, "{ms}");
         }
+        lease.renewed(Instant::now(), Duration::from_secs(10), 3);
+        lease.lost();
+        assert!(lease.is_lost() && !lease.holds(), "at once");
+        lease.renewed(Instant::now(), Duration::from_secs(10), 3);
+        assert!(!lease.is_lost() && lease.holds());
     }
 }

@@ -5,11 +5,15 @@
 //! but they leave the journal of the node that they name. So nothing is moved, `/status` finds them all the time, and
 //! it does no harm if their node was only frozen: a row is the same whoever writes it, and a job ends once. For the same
 //! reason a node that comes back keeps its id. It admits nothing until its lease is renewed.
+//!
+//! A lease belongs to one process. If another one holds it (it was started on a copy of `STATE_DIR` while this one was
+//! frozen), this one admits nothing more, says so, and ends the jobs it has. What it cannot end any more is taken up
+//! by the holder, which reads its own journal again whenever another process may have entered jobs there.
 
 use super::lease::Lease;
 use super::settler::Settler;
 use crate::audit::{Ledger, Outstanding};
-use crate::backend::{BackendError, JournalEntry, Membership, Others, Told};
+use crate::backend::{BackendError, JournalEntry, Membership, Others, Renewal, Told};
 use crate::config::FleetConf;
 use crate::model::{JobId, NodeId, now_ms};
 use std::collections::{BTreeMap, HashSet};
@@ -19,8 +23,12 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// Times a lease is renewed before it would lapse.
 const RENEWALS: u32 = 10;
-/// How often the journal of an adopted node is read again: it may have been only slow, and have added jobs.
+/// How often the journal of an adopted node is read again: it may have been only slow, and have added jobs. Also how often
+/// this node's own is, while another process has its id.
 const READ_AGAIN: Duration = Duration::from_secs(10);
+/// Between two looks at entries of this node's own journal that this process does not know. Those that it has entered
+/// or ended itself are known, or gone, by the second look.
+const LOOK_TWICE: Duration = Duration::from_secs(2);
 /// How long others wait for the row of a job that is on this node's disk, if the journal has lost it and this node
 /// dies.
 const SPILLED_MAX: Duration = Duration::from_secs(3600);
@@ -39,6 +47,12 @@ pub struct Members {
     standing_since: Option<Instant>,
     /// The nodes whose jobs are looked after here, and when their journals were read last.
     adopted: BTreeMap<NodeId, Instant>,
+    /// When this node's own journal is read again for jobs of another process with its id.
+    read_own_at: Option<Instant>,
+    /// When that was done last.
+    read_own: Option<Instant>,
+    /// Entries of it that this process did not know when it read it last.
+    strangers: HashSet<JobId>,
 }
 
 impl Members {
@@ -51,7 +65,21 @@ impl Members {
         ledger: Arc<Ledger>,
     ) -> Self {
         let lasts = Duration::from_secs(conf.lease_s);
-        Self { node, store, lease, lasts, settler, ledger, standing_since: None, adopted: BTreeMap::new() }
+        // A predecessor that was only taken as gone may have entered jobs for as long as its lease was good.
+        let read_own_at = Some(Instant::now() + lasts + LOOK_TWICE);
+        Self {
+            node,
+            store,
+            lease,
+            lasts,
+            settler,
+            ledger,
+            standing_since: None,
+            adopted: BTreeMap::new(),
+            read_own_at,
+            read_own: None,
+            strangers: HashSet::new(),
+        }
     }
 
     /// Takes the lease, and goes on with what an earlier life of this node has left: gives how many jobs it was. Before the
@@ -62,7 +90,10 @@ impl Members {
         let restored = self.restore(&entries, usize::MAX);
         self.take_over(self.node).await?;
         if let Some(store) = self.store.clone() {
-            self.renew(store.as_ref()).await?;
+            if self.renew(store.as_ref()).await?.is_none() {
+                let held = format!("another process has taken the id of node {}", self.node);
+                return Err(BackendError::Unavailable(held));
+            }
         }
         Ok(restored)
     }
@@ -75,7 +106,8 @@ impl Members {
         loop {
             tick.tick().await;
             let done = match self.renew(store.as_ref()).await {
-                Ok(others) => self.look_after(store.as_ref(), others.lapsed).await,
+                Ok(Some(others)) => self.look_after(store.as_ref(), others.lapsed).await,
+                Ok(None) => Ok(()),
                 Err(e) => Err(e),
             };
             if let Err(e) = done {
@@ -84,15 +116,76 @@ impl Members {
         }
     }
 
-    async fn renew(&mut self, store: &dyn Membership) -> Result<Others, BackendError> {
+    /// `None`: another process holds the lease.
+    async fn renew(&mut self, store: &dyn Membership) -> Result<Option<Others>, BackendError> {
         let asked = Instant::now();
-        let others = store.renew(self.node, self.lasts).await?;
+        let (others, is_contested) = match store.renew(self.node, self.lasts).await? {
+            Renewal::Renewed { others, is_contested } => (others, is_contested),
+            Renewal::Lost => {
+                self.lost();
+                return Ok(None);
+            }
+        };
         if !self.lease.holds() {
+            if self.standing_since.is_some() {
+                // Meanwhile another process may have had the id, and is gone.
+                self.read_own_soon(asked);
+            }
             self.standing_since = Some(asked);
         }
+        if is_contested {
+            self.read_own_soon(asked + LOOK_TWICE);
+        }
         self.mend(store, self.node).await?;
+        if self.lease.is_lost() {
+            tracing::warn!(node = %self.node, "Node Id Held Again: this process admits jobs again");
+            self.settler.metrics.jobs.node_id_lost.set(0);
+        }
         self.lease.renewed(asked, self.lasts, others.alive);
-        Ok(others)
+        self.look_for_strangers().await?;
+        Ok(Some(others))
+    }
+
+    /// Another process holds the lease. The jobs that are here end here, as long as this process runs.
+    fn lost(&mut self) {
+        if !self.lease.is_lost() {
+            tracing::error!(
+                node = %self.node,
+                "Node Id Lost: another process holds the lease of this node's id, and this one admits no more jobs. Restart it, and it takes an id of its own; do not run two nodes on copies of one STATE_DIR"
+            );
+            self.settler.metrics.jobs.node_id_lost.set(1);
+        }
+        self.lease.lost();
+    }
+
+    fn read_own_soon(&mut self, at: Instant) {
+        let at = self.read_own.map_or(at, |read| at.max(read + READ_AGAIN));
+        self.read_own_at = Some(self.read_own_at.map_or(at, |planned| planned.min(at)));
+    }
+
+    /// Goes on with jobs in this node's own journal that another process with its id has entered.
+    async fn look_for_strangers(&mut self) -> Result<(), BackendError> {
+        if self.read_own_at.is_none_or(|at| at > Instant::now()) {
+            return Ok(());
+        }
+        let mut entries = self.settler.journal.entries(self.node).await?;
+        self.read_own = Some(Instant::now());
+        // In this order: a job of this process leaves the table for one of the others.
+        entries.retain(|entry| !self.settler.in_flight.contains(entry.id));
+        let (ended, leaving) = (self.ledger.ended(self.node), self.settler.journal.leaving());
+        entries.retain(|entry| !ended.contains(&entry.id) && !leaving.contains(&entry.id));
+        let seen = std::mem::take(&mut self.strangers);
+        let (known, new): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| seen.contains(&entry.id));
+        let jobs = self.restore(&known, self.settler.in_flight.room() / 2);
+        if jobs > 0 {
+            tracing::warn!(node = %self.node, jobs, "Jobs Of Another Process With This Node Id Taken Over");
+        }
+        // Those without room stay strangers, and so do those whose rows wait on this node's disk: they leave by themselves.
+        let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
+        let left = new.iter().chain(known.iter().filter(|entry| !self.settler.in_flight.contains(entry.id)));
+        self.strangers = left.map(|entry| entry.id).filter(|id| !spilled.contains(id)).collect();
+        self.read_own_at = (!self.strangers.is_empty()).then(|| Instant::now() + LOOK_TWICE);
+        Ok(())
     }
 
     /// Tells the journal of a node again what is known of it here, if the store has lost it.

@@ -4,7 +4,7 @@ use super::in_flight::{InFlight, Settled};
 use super::journal::NodeJournal;
 use super::lookups::{self, Schedule};
 use crate::audit::{Audit, Kept, RowsWritten};
-use crate::backend::{BackendError, JournalEntry, ResultEvent, Results, STORED_MAX};
+use crate::backend::{BackendError, Hearing, JournalEntry, ResultEvent, Results, STORED_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Ending, Execution, FunctionId, JobId, Outcome, Recommendation, now_ms};
 use bytes::Bytes;
@@ -170,6 +170,7 @@ impl Pump {
                 ResultEvent::Published { id, payload } => settler.settle(id, Outcome::new(payload)),
                 ResultEvent::Malformed => settler.metrics.results.with_label_values(&["malformed"]).inc(),
                 ResultEvent::Subscribed => settler.resubscribed.store(true, Ordering::Release),
+                ResultEvent::Hearing(hearing) => settler.hears(hearing),
             }
         }
     }
@@ -205,6 +206,13 @@ impl Lookups {
 }
 
 impl Settler {
+    fn hears(&self, hearing: Hearing) {
+        self.metrics.subscriptions.note("results", hearing.is_heard(), hearing == Hearing::Unproven);
+        if hearing == Hearing::Missed {
+            self.metrics.subscriptions.missed.with_label_values(&["results"]).inc();
+        }
+    }
+
     /// The planned look-ups.
     async fn look_up_due(&self) {
         // A settled job stays planned until its row is written: it may yet find no room for the row.

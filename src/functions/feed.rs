@@ -6,7 +6,7 @@
 //! whoever read after the first announcement may have read too early.
 
 use super::cache::Functions;
-use crate::backend::{ChangeEvent, ChangeFeed};
+use crate::backend::{ChangeEvent, ChangeFeed, Hearing};
 use crate::metrics::Metrics;
 use crate::model::FunctionId;
 use std::collections::{BTreeSet, VecDeque};
@@ -136,8 +136,12 @@ impl ChangeLoop {
 
     async fn hear(&self) {
         let Some(feed) = &self.feed.0.feed else { return };
+        let mut last = None;
         loop {
-            self.heard(feed.next().await).await;
+            match feed.next().await {
+                ChangeEvent::Changed(id) => self.changed(&id),
+                ChangeEvent::Hearing(hearing) => self.hears(last.replace(hearing), hearing),
+            }
         }
     }
 
@@ -151,18 +155,24 @@ impl ChangeLoop {
         }
     }
 
-    async fn heard(&self, event: ChangeEvent) {
-        match event {
-            ChangeEvent::Heard => self.functions.hear(),
-            ChangeEvent::Deaf => self.functions.be_deaf(),
-            ChangeEvent::Changed(id) => {
-                self.metrics.cache.changes.inc();
-                match FunctionId::parse(&id) {
-                    Some(id) => self.functions.forget(&id),
-                    // Everything, or something only a later program knows.
-                    None => self.functions.doubt_all(),
-                }
-            }
+    fn hears(&self, before: Option<Hearing>, hearing: Hearing) {
+        self.metrics.subscriptions.note("changes", hearing.is_heard(), hearing == Hearing::Unproven);
+        if hearing == Hearing::Missed {
+            self.metrics.subscriptions.missed.with_label_values(&["changes"]).inc();
+        }
+        match (before.is_some_and(Hearing::is_heard), hearing.is_heard()) {
+            (false, true) => self.functions.hear(),
+            (_, false) => self.functions.be_deaf(),
+            (true, true) => {}
+        }
+    }
+
+    fn changed(&self, id: &str) {
+        self.metrics.cache.changes.inc();
+        match FunctionId::parse(id) {
+            Some(id) => self.functions.forget(&id),
+            // Everything, or something only a later program knows.
+            None => self.functions.doubt_all(),
         }
     }
 }

@@ -44,6 +44,30 @@ impl fmt::Debug for NodeId {
     }
 }
 
+/// Tells the processes apart that have, or claim, the same node id: a random number, new with each process.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ProcessToken(pub u64);
+
+impl ProcessToken {
+    /// From sixteen lower-case hex digits.
+    pub fn parse(text: &str) -> Option<Self> {
+        let ours = text.len() == 16 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        ours.then(|| u64::from_str_radix(text, 16).ok().map(Self))?
+    }
+}
+
+impl fmt::Display for ProcessToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+impl fmt::Debug for ProcessToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 /// An RFC 9562 UUID, version 8: 32 bits node, 42 bits Unix milliseconds of acceptance, 48 bits random.
 ///
 /// So the id says which node waits for the job and when it was accepted, without a look-up.
@@ -396,6 +420,16 @@ mod tests {
     use crate::model::Counters;
 
     const AT: UnixMs = 1_795_305_600_123;
+
+    #[test]
+    fn a_token_is_read_as_it_is_written() {
+        for token in [0, 0xab, u64::MAX] {
+            assert_eq!(ProcessToken::parse(&ProcessToken(token).to_string()), Some(ProcessToken(token)));
+        }
+        for bad in ["", "00000000000000a", "00000000000000aG", "00000000000000AB", "+0000000000000ab"] {
+            assert_eq!(ProcessToken::parse(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn an_id_carries_node_and_time() {

@@ -1,8 +1,9 @@
 //! Changes of functions, told from node to node on one channel for each function table.
 
+use super::beats::Beats;
 use super::redis::Commands;
-use super::subscriber::{Failures, Subscriber};
-use crate::backend::{BackendError, ChangeEvent, ChangeFeed};
+use super::subscriber::{Ended, History, Received, Subscriber};
+use crate::backend::{BackendError, ChangeEvent, ChangeFeed, Hearing};
 use async_trait::async_trait;
 use redis::{Client, cmd};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ const ANNOUNCEMENT_BYTES_MAX: usize = 128;
 pub(super) struct RedisChanges {
     client: Client,
     commands: Arc<Commands>,
+    beats: Arc<Beats>,
     channel: String,
     line: tokio::sync::Mutex<Line>,
 }
@@ -20,38 +22,64 @@ pub(super) struct RedisChanges {
 #[derive(Default)]
 struct Line {
     subscriber: Option<Subscriber>,
-    failures: Failures,
+    history: History,
 }
 
 impl RedisChanges {
-    pub(super) fn new(client: Client, commands: Arc<Commands>, functions_table: &str) -> Self {
+    pub(super) fn new(
+        client: Client,
+        commands: Arc<Commands>,
+        beats: Arc<Beats>,
+        functions_table: &str,
+    ) -> Self {
         let channel = format!("functions:changed:{functions_table}");
-        Self { client, commands, channel, line: tokio::sync::Mutex::default() }
+        Self { client, commands, beats, channel, line: tokio::sync::Mutex::default() }
     }
 
-    async fn subscribe(&self) -> Result<Subscriber, BackendError> {
-        let mut subscriber = Subscriber::connect(&self.client).await?;
+    async fn subscribe(&self, history: &History) -> Result<Subscriber, BackendError> {
+        let mut subscriber = history.connect(&self.client, &self.beats).await?;
         subscriber.hear(&self.channel).await?;
         Ok(subscriber)
     }
 
-    /// One try to subscribe, after a pause that grows with each failure.
+    /// One try to subscribe, after a pause that grows with each failure. The subscriber says itself whether it can be relied on.
     async fn resubscribe(&self, line: &mut Line) -> Option<ChangeEvent> {
-        line.failures.pause().await;
-        match self.subscribe().await {
+        match self.subscribe(&line.history).await {
             Ok(subscriber) => {
-                if line.failures.end() > 0 {
+                if line.history.connected() > 0 {
                     tracing::info!("Changes Heard Again");
                 }
                 line.subscriber = Some(subscriber);
-                Some(ChangeEvent::Heard)
+                None
             }
             Err(error) => {
                 // Not only while Redis is away: the password may allow other channels and not this one.
-                if line.failures.add() {
+                let is_first = line.history.failed();
+                if is_first {
                     tracing::warn!(%error, "Changes Not Heard");
                 }
-                None
+                is_first.then_some(ChangeEvent::Hearing(Hearing::Broken))
+            }
+        }
+    }
+
+    /// The subscription is over; a new one is made.
+    fn ended(&self, ended: Ended, history: &mut History) -> Hearing {
+        match ended {
+            Ended::Broken(error) => {
+                tracing::warn!(%error, "Changes Not Heard");
+                // So that the failures that follow from it are not told as well.
+                history.failed();
+                Hearing::Broken
+            }
+            Ended::Missed => {
+                tracing::warn!(
+                    subscription = "changes",
+                    "Beats Not Heard: the subscription and the commands lead to different servers of Redis, as after a fail-over. Both reconnect"
+                );
+                history.missed();
+                self.commands.reconnect();
+                Hearing::Missed
             }
         }
     }
@@ -66,20 +94,22 @@ impl ChangeFeed for RedisChanges {
     async fn next(&self) -> ChangeEvent {
         let mut line = self.line.lock().await;
         loop {
-            let Some(subscriber) = &mut line.subscriber else {
+            let Line { subscriber: Some(subscriber), history } = &mut *line else {
                 match self.resubscribe(&mut line).await {
                     Some(event) => return event,
                     None => continue,
                 }
             };
             let message = match subscriber.next().await {
-                Ok(message) => message,
-                Err(error) => {
-                    tracing::warn!(%error, "Changes Not Heard");
+                Ok(Received::Message(message)) => message,
+                Ok(Received::Hearing(hearing)) => {
+                    history.heard();
+                    return ChangeEvent::Hearing(hearing);
+                }
+                Err(ended) => {
+                    let hearing = self.ended(ended, history);
                     line.subscriber = None;
-                    // So that the failures that follow from it are not told as well.
-                    line.failures.add();
-                    return ChangeEvent::Deaf;
+                    return ChangeEvent::Hearing(hearing);
                 }
             };
             match std::str::from_utf8(message.get_payload_bytes()) {

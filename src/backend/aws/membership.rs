@@ -1,24 +1,49 @@
 //! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
 //! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is.
+//!
+//! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the token of the
+//! process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another process tries to renew
+//! it. A process of an earlier version has no token: it renews the lease and leaves the holder alone.
 
 use super::journal::{
     ADOPTED, GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, WHOLE_KEPT_S, entry_text, key, numbered_text,
     sums_text,
 };
 use super::redis::Commands;
-use crate::backend::{BackendError, Membership, Others, Told};
-use crate::model::NodeId;
+use crate::backend::{BackendError, HeldBy, Membership, Others, Predecessor, Renewal, Taken, Told};
+use crate::model::{NodeId, ProcessToken, UnixMs};
 use async_trait::async_trait;
 use redis::{Cmd, Script, cmd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// KEYS: the nodes. ARGV: a node, its lease in milliseconds. Answer: up to 16 whose lease has lapsed; how many live.
+/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, who takes it, and from whom it may
+/// be taken before it lapses: a token, `""` (a process without one) or `"-"` (nobody). Answer: whether it is taken; if
+/// not, who holds it, when it lapses, and in how many milliseconds.
+const TAKE: &str = "local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local ends = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0)
+local holder = redis.call('GET', KEYS[2]) or ''
+if ends >= now and holder ~= ARGV[3] and holder ~= ARGV[4] then
+  return {0, holder, string.format('%.0f', ends), string.format('%.0f', ends - now)}
+end
+redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
+redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
+return {1, '', '0', '0'}";
+
+/// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in milliseconds, who
+/// renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many live; whether it is contested.
 const RENEW: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local holder = redis.call('GET', KEYS[2])
+if holder and holder ~= ARGV[3] then
+  redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[2])
+  return {0, {}, 0, 0}
+end
+redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
-return {redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16),
-  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf')}";
+return {1, redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16),
+  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf'), redis.call('EXISTS', KEYS[3])}";
 
 /// KEYS: who has adopted a node. ARGV: who would, for how many milliseconds. Answer: whether that one has.
 const ADOPT: &str = "local holder = redis.call('GET', KEYS[1])
@@ -37,31 +62,71 @@ pub(super) struct RedisMembership {
     commands: Arc<Commands>,
     /// Nodes that share a Redis and not their tables know nothing of each other.
     nodes: String,
+    process: ProcessToken,
+    take: Script,
     renew: Script,
     adopt: Script,
     dismiss: Script,
 }
 
 impl RedisMembership {
-    pub(super) fn new(commands: Arc<Commands>, logs_table: &str) -> Self {
+    /// `process`: this one.
+    pub(super) fn new(commands: Arc<Commands>, logs_table: &str, process: ProcessToken) -> Self {
         let nodes = format!("nodes:{{{logs_table}}}");
-        let (renew, adopt, dismiss) = (Script::new(RENEW), Script::new(ADOPT), Script::new(DISMISS));
-        Self { commands, nodes, renew, adopt, dismiss }
+        let (take, renew) = (Script::new(TAKE), Script::new(RENEW));
+        let (adopt, dismiss) = (Script::new(ADOPT), Script::new(DISMISS));
+        Self { commands, nodes, process, take, renew, adopt, dismiss }
+    }
+
+    fn holder(&self, node: NodeId) -> String {
+        format!("{}:holder:{node}", self.nodes)
+    }
+
+    fn contested(&self, node: NodeId) -> String {
+        format!("{}:contested:{node}", self.nodes)
     }
 }
 
 #[async_trait]
 impl Membership for RedisMembership {
-    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Others, BackendError> {
-        let mut call = self.renew.prepare_invoke();
-        call.key(&self.nodes).arg(node.to_string()).arg(millis(lease));
+    async fn take(
+        &self,
+        node: NodeId,
+        lease: Duration,
+        predecessor: Predecessor,
+    ) -> Result<Taken, BackendError> {
+        let from = match predecessor {
+            Predecessor::Nobody => "-".to_owned(),
+            Predecessor::Process(token) => token.to_string(),
+            Predecessor::Unnamed => String::new(),
+        };
+        let mut call = self.take.prepare_invoke();
+        call.key(&self.nodes).key(self.holder(node));
+        call.arg(node.to_string()).arg(millis(lease)).arg(self.process.to_string()).arg(from);
         let call = &call;
-        let (lapsed, alive): (Vec<Vec<u8>>, usize) =
+        let (is_taken, process, until, left): (bool, String, UnixMs, u64) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        if is_taken {
+            return Ok(Taken::Yes);
+        }
+        let process = ProcessToken::parse(&process);
+        Ok(Taken::No(HeldBy { process, until, left: Duration::from_millis(left) }))
+    }
+
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Renewal, BackendError> {
+        let mut call = self.renew.prepare_invoke();
+        call.key(&self.nodes).key(self.holder(node)).key(self.contested(node));
+        call.arg(node.to_string()).arg(millis(lease)).arg(self.process.to_string());
+        let call = &call;
+        let (is_renewed, lapsed, alive, is_contested): (bool, Vec<Vec<u8>>, usize, bool) =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        if !is_renewed {
+            return Ok(Renewal::Lost);
+        }
         // What is no node is left alone.
         let lapsed =
             lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect();
-        Ok(Others { lapsed, alive })
+        Ok(Renewal::Renewed { others: Others { lapsed, alive }, is_contested })
     }
 
     async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError> {

@@ -158,6 +158,11 @@ impl Commands {
         self.query::<()>(&redis::cmd("PING")).await
     }
 
+    /// The next command makes a new connection, which leads where the name leads now.
+    pub(super) fn reconnect(&self) {
+        self.state().connection = None;
+    }
+
     async fn connection(&self) -> Result<(MultiplexedConnection, u64), BackendError> {
         if let Some(standing) = self.standing() {
             return standing;

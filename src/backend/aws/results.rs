@@ -7,9 +7,10 @@
 //!
 //! The crate reads ahead without a bound, so whoever calls `next` must not pause: it hands results on and comes back.
 
+use super::beats::Beats;
 use super::redis::Commands;
-use super::subscriber::{Failures, Subscriber};
-use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
+use super::subscriber::{Ended, History, Received, Subscriber};
+use crate::backend::{BackendError, Hearing, ResultEvent, Results, STORED_MAX};
 use crate::model::{JobId, NodeId};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -30,6 +31,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub(super) struct RedisResults {
     client: Client,
     commands: Arc<Commands>,
+    beats: Arc<Beats>,
     pattern: String,
     line: tokio::sync::Mutex<Line>,
     watches: Watches,
@@ -38,7 +40,7 @@ pub(super) struct RedisResults {
 #[derive(Default)]
 struct Line {
     subscription: Option<Subscription>,
-    failures: Failures,
+    history: History,
 }
 
 struct Subscription {
@@ -48,18 +50,19 @@ struct Subscription {
 }
 
 impl RedisResults {
-    pub(super) fn new(client: Client, commands: Arc<Commands>, node: NodeId) -> Self {
+    pub(super) fn new(client: Client, commands: Arc<Commands>, beats: Arc<Beats>, node: NodeId) -> Self {
         Self {
             client,
             commands,
+            beats,
             pattern: format!("{CHANNEL_PREFIX}{node}*"),
             line: tokio::sync::Mutex::default(),
             watches: Watches::default(),
         }
     }
 
-    async fn subscribe(&self) -> Result<Subscription, BackendError> {
-        let mut subscriber = Subscriber::connect(&self.client).await?;
+    async fn subscribe(&self, history: &History) -> Result<Subscription, BackendError> {
+        let mut subscriber = history.connect(&self.client, &self.beats).await?;
         subscriber.hear_pattern(&self.pattern).await?;
         let channels = self.watches.start();
         if !channels.is_empty() {
@@ -70,10 +73,9 @@ impl RedisResults {
 
     /// One try to subscribe, after a pause that grows with each failure.
     async fn resubscribe(&self, line: &mut Line) -> Option<ResultEvent> {
-        line.failures.pause().await;
-        match self.subscribe().await {
+        match self.subscribe(&line.history).await {
             Ok(subscription) => {
-                let failures = line.failures.end();
+                let failures = line.history.connected();
                 if failures > 0 {
                     tracing::info!(failures, "Results Heard Again");
                 }
@@ -83,16 +85,21 @@ impl RedisResults {
             }
             Err(error) => {
                 self.watches.stop();
-                if line.failures.add() {
+                let is_first = line.history.failed();
+                if is_first {
                     tracing::warn!(%error, "Results Not Heard");
                 }
-                None
+                is_first.then_some(ResultEvent::Hearing(Hearing::Broken))
             }
         }
     }
 
     /// What the standing subscription gives next; an error ends it.
-    async fn listen(&self, subscription: &mut Subscription) -> Result<Option<ResultEvent>, BackendError> {
+    async fn listen(
+        &self,
+        subscription: &mut Subscription,
+        history: &mut History,
+    ) -> Result<Option<ResultEvent>, Ended> {
         let Subscription { subscriber, changes } = subscription;
         changes.append(&mut self.watches.take_changes());
         if !changes.is_empty() {
@@ -101,8 +108,34 @@ impl RedisResults {
             changes.clear();
         }
         tokio::select! {
-            message = subscriber.next() => Ok(self.heard(&message?)),
+            heard = subscriber.next() => match heard? {
+                Received::Message(message) => Ok(self.heard(&message)),
+                Received::Hearing(hearing) => {
+                    history.heard();
+                    Ok(Some(ResultEvent::Hearing(hearing)))
+                }
+            },
             () = self.watches.changed.notified() => Ok(None),
+        }
+    }
+
+    /// The subscription is over; a new one is made.
+    fn ended(&self, ended: Ended, history: &mut History) -> Hearing {
+        self.watches.stop();
+        match ended {
+            Ended::Broken(error) => {
+                tracing::warn!(%error, "Subscription Ended");
+                Hearing::Broken
+            }
+            Ended::Missed => {
+                tracing::warn!(
+                    subscription = "results",
+                    "Beats Not Heard: the subscription and the commands lead to different servers of Redis, as after a fail-over. Both reconnect"
+                );
+                history.missed();
+                self.commands.reconnect();
+                Hearing::Missed
+            }
         }
     }
 
@@ -125,19 +158,19 @@ impl Results for RedisResults {
     async fn next(&self) -> ResultEvent {
         let mut line = self.line.lock().await;
         loop {
-            let Some(subscription) = &mut line.subscription else {
+            let Line { subscription: Some(subscription), history } = &mut *line else {
                 match self.resubscribe(&mut line).await {
                     Some(event) => return event,
                     None => continue,
                 }
             };
-            match self.listen(subscription).await {
+            match self.listen(subscription, history).await {
                 Ok(Some(event)) => return event,
                 Ok(None) => {}
-                Err(error) => {
-                    tracing::warn!(%error, "Subscription Ended");
+                Err(ended) => {
+                    let hearing = self.ended(ended, history);
                     line.subscription = None;
-                    self.watches.stop();
+                    return ResultEvent::Hearing(hearing);
                 }
             }
         }

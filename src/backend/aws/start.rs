@@ -1,8 +1,10 @@
 //! The checks before the first request: all side by side, each with an error of its own, within one deadline.
 
+use super::beats::Beats;
 use super::changes::RedisChanges;
 use super::claims::ClaimTable;
 use super::code_list::CodeTable;
+use super::dead_letters::DeadLetterQueue;
 use super::direct::CredentialCache;
 use super::executions::ExecutionTable;
 use super::functions::FunctionTable;
@@ -14,9 +16,10 @@ use super::results::RedisResults;
 use super::s3::CodeBucket;
 use super::sqs::SqsQueue;
 use super::workers::RedisWorkers;
-use super::{Connected, Settings, client, error, s3};
-use crate::backend::{Backend, BackendError, StartProblem};
+use super::{Settings, client, error, s3};
+use crate::backend::{Backend, BackendError, Membership, StartProblem};
 use crate::https;
+use crate::model::NodeId;
 use aws_config::SdkConfig;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
@@ -36,38 +39,64 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>> {
     let deadline = Instant::now() + settings.start_deadline;
     match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
-        (Ok(aws), Ok(redis)) => {
+        (Ok(mut aws), Ok(redis)) => {
             let commands = Arc::new(Commands::new(redis.clone()));
-            let changes = RedisChanges::new(redis.clone(), Arc::clone(&commands), &settings.functions_table);
-            let functions = Arc::new(aws.functions);
-            let membership = RedisMembership::new(Arc::clone(&commands), &settings.logs_table);
-            let journal = RedisJournal::new(Arc::clone(&commands), Arc::clone(&functions));
-            let mut warnings = aws.warnings;
+            let membership =
+                Arc::new(RedisMembership::new(Arc::clone(&commands), &settings.logs_table, settings.process));
             let dead_letters = aws.queue.dead_letters(Arc::clone(&commands)).await.unwrap_or_else(|error| {
-                warnings.push(format!("the dead-letter queue is not read: {error}"));
+                aws.warnings.push(format!("the dead-letter queue is not read: {error}"));
                 None
             });
-            let backend = Backend {
-                queue: Arc::new(aws.queue),
-                results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), settings.node)),
-                journal: Arc::new(journal),
-                dead_letters: dead_letters.map(|queue| Arc::new(queue) as _),
-                membership: Some(Arc::new(membership)),
-                functions,
-                executions: Arc::new(aws.executions),
-                code: Arc::new(aws.code),
-                code_list: Arc::new(aws.code_list),
-                claims: Arc::new(aws.claims),
-                workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
-                changes: Some(Arc::new(changes)),
-                limits: Some(Arc::new(RedisLimits::new(commands))),
-            };
-            Ok(Connected { backend, warnings })
+            let warnings = std::mem::take(&mut aws.warnings);
+            Ok(Connected { warnings, settings, aws, redis, commands, membership, dead_letters })
         }
         (aws, redis) => {
             let mut problems = aws.err().unwrap_or_default();
             problems.extend(redis.err());
             Err(problems)
+        }
+    }
+}
+
+/// A backend whose every part has answered. It has no node id yet.
+pub struct Connected {
+    /// What is amiss but keeps nobody from starting; for the log.
+    pub warnings: Vec<String>,
+    settings: Settings,
+    aws: Aws,
+    redis: ::redis::Client,
+    commands: Arc<Commands>,
+    membership: Arc<RedisMembership>,
+    dead_letters: Option<DeadLetterQueue>,
+}
+
+impl Connected {
+    /// Where the node ids in use are known.
+    pub fn membership(&self) -> &dyn Membership {
+        self.membership.as_ref()
+    }
+
+    /// The backend as the node `node`.
+    pub fn backend(self, node: NodeId) -> Backend {
+        let Self { settings, aws, redis, commands, membership, dead_letters, .. } = self;
+        let beats = Arc::new(Beats::new(Arc::clone(&commands), node, settings.process));
+        let (client, of_changes) = (redis.clone(), Arc::clone(&beats));
+        let changes = RedisChanges::new(client, Arc::clone(&commands), of_changes, &settings.functions_table);
+        let functions = Arc::new(aws.functions);
+        Backend {
+            queue: Arc::new(aws.queue),
+            results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), beats, node)),
+            journal: Arc::new(RedisJournal::new(Arc::clone(&commands), Arc::clone(&functions))),
+            dead_letters: dead_letters.map(|queue| Arc::new(queue) as _),
+            membership: Some(membership),
+            functions,
+            executions: Arc::new(aws.executions),
+            code: Arc::new(aws.code),
+            code_list: Arc::new(aws.code_list),
+            claims: Arc::new(aws.claims),
+            workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
+            changes: Some(Arc::new(changes)),
+            limits: Some(Arc::new(RedisLimits::new(commands))),
         }
     }
 }

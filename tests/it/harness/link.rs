@@ -3,6 +3,7 @@
 use super::redis::Redis;
 use super::wait::spawn;
 use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -18,6 +19,8 @@ enum State {
 pub struct Link {
     addr: SocketAddr,
     state: watch::Sender<State>,
+    /// Where new connections lead.
+    upstream: Arc<Mutex<SocketAddr>>,
     accepting: JoinHandle<()>,
 }
 
@@ -26,14 +29,26 @@ impl Link {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("loopback has a free port");
         let addr = listener.local_addr().expect("a bound socket has an address");
         let (state, of_clients) = watch::channel(State::Passing);
-        let upstream = redis.addr();
+        let upstream = Arc::new(Mutex::new(redis.addr()));
+        let leads_to = Arc::clone(&upstream);
         let accepting = spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                let upstream = *leads_to.lock().expect("no holder panics");
                 // Either side may hang up whenever it likes.
                 spawn(carry(client, upstream, of_clients.clone()));
             }
         });
-        Self { addr, state, accepting }
+        Self { addr, state, upstream, accepting }
+    }
+
+    /// New connections lead to another Redis; those that stand stay where they are. As a name does after a fail-over.
+    pub fn lead_to(&self, redis: &Redis) {
+        *self.upstream.lock().expect("no holder panics") = redis.addr();
+    }
+
+    /// [`Self::url`] for a user of Redis.
+    pub fn url_of(&self, user: &str, password: &str) -> String {
+        format!("redis://{user}:{password}@{}", self.addr)
     }
 
     /// As `REDIS_URL` wants it.

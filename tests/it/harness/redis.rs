@@ -1,6 +1,7 @@
 //! A Redis of a test's own, and the few words of its protocol that the tests speak.
 
 use super::process::{Process, Scratch, start_on_free_port};
+use super::wait::{SOON, eventually};
 use nix::sys::signal::Signal;
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
@@ -71,6 +72,27 @@ impl Redis {
     pub async fn command(&self, words: &[&[u8]]) -> Reply {
         let mut client = Client::open(self).await.expect("Redis takes connections");
         client.command(words).await.expect("Redis answers")
+    }
+
+    /// One command that must succeed, in words.
+    pub async fn order(&self, words: &str) -> Reply {
+        let words: Vec<&[u8]> = words.split(' ').map(str::as_bytes).collect();
+        match self.command(&words).await {
+            Reply::Error(error) => panic!("{words:?}: {error}"),
+            reply => reply,
+        }
+    }
+
+    /// Becomes a replica of another one, and has its data.
+    pub async fn follow(&self, primary: &Self) {
+        self.order(&format!("REPLICAOF 127.0.0.1 {}", primary.port)).await;
+        eventually("replication", SOON, || async {
+            match self.order("ROLE").await {
+                Reply::Array(role) if role.contains(&Reply::Bulk(b"connected".to_vec())) => Ok(()),
+                role => Err(format!("{role:?}")),
+            }
+        })
+        .await;
     }
 
     pub async fn publish(&self, channel: &str, payload: &[u8]) -> i64 {

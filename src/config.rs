@@ -9,6 +9,8 @@ mod env;
 mod keys;
 mod live;
 mod place;
+mod reader;
+mod renewal;
 mod texts;
 mod upstreams;
 
@@ -20,7 +22,9 @@ pub use conf::{
 pub use env::{AiNode, Env, Secret, api_key_problem};
 pub use keys::{KeyConf, KeyHash, KeyLimitConf, NewKey, new_key};
 pub use live::Live;
-pub use texts::{ConfTexts, TlsTexts};
+pub use reader::{CHANGES, FILE_BYTES_MAX, FileError, FileReader, text};
+pub use renewal::Renewal;
+pub use texts::{ConfPart, ConfTexts, TlsTexts};
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};
 
 /// What is wrong with the configuration, one line a problem. `serve` and `check` exit with 78 on it.

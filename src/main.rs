@@ -4,6 +4,8 @@ use clap::{Parser, Subcommand};
 use infra_controller::model::Scope;
 use infra_controller::{boot, log};
 use std::net::IpAddr;
+#[cfg(feature = "aws")]
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -90,7 +92,7 @@ fn main() -> ExitCode {
     if matches!(args.command, Command::Serve { .. } | Command::Check { .. })
         && let Err(e) = read_dotenv()
     {
-        eprintln!("infra-controller: ./.env cannot be read: {e}");
+        eprintln!("infra-controller: ./.env {e}");
         return ExitCode::from(boot::Exit::Config.code());
     }
     let exit = match args.command {
@@ -114,16 +116,11 @@ fn main() -> ExitCode {
 
 /// Takes `./.env` into the environment, where the AWS SDK finds it too. What is set already wins.
 #[cfg(feature = "aws")]
-fn read_dotenv() -> std::io::Result<()> {
-    let text = match std::fs::read(".env") {
-        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    };
-    for (name, value) in infra_controller::config::dotenv::parse(&text) {
-        if std::env::var_os(&name).is_none() && !value.contains('\0') {
+fn read_dotenv() -> Result<(), String> {
+    for (name, value) in infra_controller::config::dotenv::read(Path::new(".env"))? {
+        if std::env::var_os(&name).is_none() {
             #[expect(unsafe_code, reason = "no other thread runs yet that could read the environment")]
-            // SAFETY: `main` has started no thread.
+            // SAFETY: `main` has started no thread, and the one that read the file has ended.
             unsafe {
                 std::env::set_var(name, value);
             }

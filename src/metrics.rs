@@ -66,9 +66,8 @@ pub struct Metrics {
     pub refused: IntCounterVec,
     pub audit: AuditMetrics,
     pub code_deleted: IntCounter,
-    /// New settings that were put in force while the process runs, and those that could not be used.
-    pub conf_applied: IntCounter,
-    pub conf_refused: IntCounter,
+    /// Files whose new settings were put in force while the process runs, and those that could not be used.
+    pub conf_reloads: IntCounterVec,
     /// Unix seconds.
     pub conf_applied_at: IntGauge,
     pub cache: CacheMetrics,
@@ -148,7 +147,6 @@ impl Metrics {
         let r = &registry;
         let http_labels = &["method", "route", "status_code"];
         let http = ("http_request_duration_seconds", "Time to answer a request");
-        let reloads = counters(r, "infra_conf_reloads_total", "Settings read again", &["result"])?;
         let sends = counters(r, "infra_queue_jobs_total", "Jobs handed to the queue", &["outcome"])?;
         let results = counters(r, "infra_results_total", "Results, by what became of them", &["kind"])?;
         let metrics = Self {
@@ -193,8 +191,12 @@ impl Metrics {
             edge: EdgeMetrics::new(r)?,
             refused: counters(r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
             audit: AuditMetrics::new(r)?,
-            conf_applied: reloads.with_label_values(&["applied"]),
-            conf_refused: reloads.with_label_values(&["refused"]),
+            conf_reloads: counters(
+                r,
+                "infra_conf_reloads_total",
+                "Files of conf/ read again after a change",
+                &["file", "result"],
+            )?,
             conf_applied_at: gauge(
                 r,
                 "infra_conf_applied_timestamp_seconds",

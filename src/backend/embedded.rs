@@ -20,13 +20,14 @@ mod results;
 #[cfg(test)]
 mod scratch;
 mod seed;
+mod start_problem;
 mod store;
 mod worker;
 mod workers;
 
 pub use worker::Worker;
 
-use super::{Backend, BackendError, StartProblem};
+use super::{Backend, StartProblem};
 use crate::model::NodeId;
 use code_store::LocalCode;
 use database::{Database, OpenError};
@@ -34,6 +35,7 @@ use journal::Inflight;
 use queue::Queue;
 use results::LocalResults;
 use rusqlite::{Connection, OptionalExtension};
+use start_problem::start_problem;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,27 +61,12 @@ pub struct Embedded {
 /// # Errors
 /// If another process works there, a later version of the program wrote it, or the disk or its rights do not allow.
 pub fn open(dir: &Path) -> Result<Embedded, StartProblem> {
-    let problem = |error, mend: &str| StartProblem {
-        what: format!("the state directory {}", dir.display()),
-        error,
-        mend: mend.to_owned(),
-    };
-    try_open(dir).map_err(|e| match e {
-        OpenError::Locked => problem(
-            BackendError::Unavailable("another process works in it".into()),
-            "Stop the other process, or give this one a directory of its own.",
-        ),
-        OpenError::Newer(version) => problem(
-            BackendError::Invalid(format!(
-                "a later version of this program wrote it (schema {version}, this one knows {})",
-                database::SCHEMA_VERSION
-            )),
-            "Start that version, or give this one another directory.",
-        ),
-        OpenError::Failed(error) => {
-            problem(error, "See that it is a directory on a local disk with room, which this user may write.")
-        }
-    })
+    try_open(dir).map_err(|e| start_problem(dir, &e))
+}
+
+/// What keeps a process from working in `dir`, where the disk or its rights do not allow something.
+pub fn dir_problem(dir: &Path, error: io::Error) -> StartProblem {
+    start_problem(dir, &OpenError::Io(error))
 }
 
 fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
@@ -90,7 +77,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
     let has_node = worker::on_path("node").is_some();
     let (database, node) = Database::open(&dir, |connection| {
         seed::plant(connection, &code_dir, has_node)?;
-        node_id(connection).map_err(|e| database::failed(&e))
+        Ok(node_id(connection)?)
     })?;
     let runs_dir = swept(dir.join("runs"))?;
 
@@ -139,6 +126,7 @@ pub fn swept(path: PathBuf) -> io::Result<PathBuf> {
 mod tests {
     use super::scratch::Scratch;
     use super::*;
+    use crate::backend::BackendError;
     use crate::model::FunctionId;
 
     #[tokio::test]

@@ -1,15 +1,17 @@
 //! `dev`: the whole platform on one machine, with nothing else installed.
 
-use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, node, refuse};
+use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem, embedded};
-use crate::config::{AiNode, ConfigError, Secret, api_key_problem};
+use crate::config::{AiNode, ConfigError, FileReader, Secret, api_key_problem, text};
 use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const KEY_FILE: &str = "api-key";
+const KEY_READ_MAX: Duration = Duration::from_secs(5);
 
 /// What `dev` is told on the command line.
 pub struct DevArgs {
@@ -29,10 +31,7 @@ pub fn dev(args: DevArgs) -> Exit {
     };
     let (api_key, shown) = match api_key(&args.data_dir) {
         Ok(key) => key,
-        Err(e) => {
-            eprintln!("infra-controller: the data directory {} cannot be used: {e}", args.data_dir.display());
-            return Exit::Config;
-        }
+        Err(problem) => return explain(&[problem]),
     };
     if let Some(problem) = api_key_problem(api_key.reveal()) {
         return refuse(&ConfigError(vec![problem.to_owned()]));
@@ -64,13 +63,7 @@ pub fn dev(args: DevArgs) -> Exit {
 
 async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
     let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
-    let spool_dir = embedded::swept(dir.join(SPOOL)).map_err(|e| {
-        vec![StartProblem {
-            what: format!("the data directory {}", dir.display()),
-            error: BackendError::Invalid(e.to_string()),
-            mend: "See that this user may write in it.".to_owned(),
-        }]
-    })?;
+    let spool_dir = embedded::swept(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
     let worker = opened.worker;
     Ok(Connected {
         node: opened.node,
@@ -86,22 +79,27 @@ async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
 
 /// The key from the environment, else the one of the data directory, made at the first start. With it, what to
 /// tell the person at the terminal.
-fn api_key(dir: &Path) -> io::Result<(Secret, String)> {
+fn api_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
     if let Some(key) = std::env::var("INFRA_API_KEY").ok().filter(|key| !key.is_empty()) {
         return Ok((Secret::new(key), "from INFRA_API_KEY".to_owned()));
     }
     kept_key(dir)
 }
 
-fn kept_key(dir: &Path) -> io::Result<(Secret, String)> {
-    fs::create_dir_all(dir)?;
+fn kept_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
+    let of_dir = |e| embedded::dir_problem(dir, e);
+    fs::create_dir_all(dir).map_err(of_dir)?;
     let path = dir.join(KEY_FILE);
-    let kept = match fs::read_to_string(&path) {
-        Ok(key) => key.trim().to_owned(),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
-        Err(e) => return Err(e),
-    };
-    let key = if kept.is_empty() { make_key(&path)? } else { kept };
+    let read = FileReader::new(KEY_READ_MAX).read(&path).and_then(|bytes| bytes.map(text).transpose());
+    let kept = read.map_err(|e| StartProblem {
+        what: format!("the API key of this directory, {},", path.display()),
+        error: BackendError::Invalid(e.to_string()),
+        mend: "Make it a file that this user may read, move it away (a new key is made then), or set \
+               INFRA_API_KEY."
+            .to_owned(),
+    })?;
+    let kept = kept.unwrap_or_default().trim().to_owned();
+    let key = if kept.is_empty() { make_key(&path).map_err(of_dir)? } else { kept };
     let shown = format!("{key} (in {})", path.display());
     Ok((Secret::new(key), shown))
 }

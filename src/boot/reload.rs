@@ -5,12 +5,15 @@
 //! nothing. What changed counts once it was read the same twice, since a file that is half written can be valid and
 //! mean something else: a `limits.toml` cut off after its first lines has no limits.
 //!
-//! What cannot be used is refused as a whole, and what was in force stays. A wait or a send that has begun ends as it
-//! began.
+//! Each file takes force by itself, as far as it depends on no other (see [`Renewal`]). One that cannot be used is rejected,
+//! and what it said before stays in force. A wait or a send that has begun ends as it began.
 
 use super::signals::Hangups;
 use crate::api;
-use crate::config::{BatchConf, Conf, ConfTexts, ConfigError, Identity, Live, OverloadConf, WaitsConf};
+use crate::config::{
+    BatchConf, CHANGES, Conf, ConfPart, ConfTexts, ConfigError, FileReader, Identity, Live, OverloadConf,
+    Renewal, WaitsConf,
+};
 use crate::functions::Functions;
 use crate::gateway::{self, Edge};
 use crate::limiter::RateLimiter;
@@ -23,7 +26,11 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 
 const READ_EVERY: Duration = Duration::from_millis(250);
-/// What has changed is read until it was the same twice, or so often: then as it was last.
+/// How long the read of a file may take. The others wait for it once, not again while it hangs.
+const READ_MAX: Duration = Duration::from_secs(2);
+/// The same at start, where nothing is in force yet.
+const FIRST_READ_MAX: Duration = Duration::from_secs(5);
+/// What has changed is read until it was the same twice, or so often: a file that goes on changing is rejected.
 const SETTLE_PAUSE: Duration = Duration::from_millis(50);
 const SETTLE_TRIES: usize = 10;
 
@@ -41,13 +48,13 @@ pub struct ConfSource {
 impl ConfSource {
     /// The files, read and made settings of.
     pub fn load(&self) -> Result<(ConfTexts, Conf), ConfigError> {
-        let texts = self.read()?;
+        let texts = self.read(&mut FileReader::new(FIRST_READ_MAX), None);
         let conf = self.make(&texts)?;
         Ok((texts, conf))
     }
 
-    fn read(&self) -> Result<ConfTexts, ConfigError> {
-        self.dir.as_deref().map_or_else(|| Ok(ConfTexts::none()), ConfTexts::read)
+    fn read(&self, reader: &mut FileReader, in_force: Option<&ConfTexts>) -> ConfTexts {
+        self.dir.as_deref().map_or_else(ConfTexts::none, |dir| ConfTexts::read(reader, dir, in_force))
     }
 
     fn make(&self, texts: &ConfTexts) -> Result<Conf, ConfigError> {
@@ -98,14 +105,15 @@ pub struct Reload {
     hangups: Hangups,
     targets: Targets,
     metrics: Arc<Metrics>,
+    /// `None` while a read is under way.
+    reader: Option<FileReader>,
     in_force: Conf,
     /// What `in_force` was made of.
-    texts: ConfTexts,
-    /// What was applied or refused last: each is told once.
-    dealt_with: Read,
+    texts: Arc<ConfTexts>,
+    /// What was applied or rejected last: each is reported once.
+    dealt_with: ConfTexts,
+    refused: BTreeMap<ConfPart, Vec<String>>,
 }
-
-type Read = Result<ConfTexts, ConfigError>;
 
 impl Reload {
     pub fn new(
@@ -116,8 +124,13 @@ impl Reload {
         metrics: Arc<Metrics>,
     ) -> Self {
         metrics.conf_applied_at.set(now_s());
-        let dealt_with = Ok(texts.clone());
-        Self { source, hangups, targets, metrics, in_force: conf, texts, dealt_with }
+        for part in ConfPart::ALL {
+            for result in [APPLIED, REFUSED] {
+                metrics.conf_reloads.with_label_values(&[part.name(), result]);
+            }
+        }
+        let (dealt_with, texts, refused) = (texts.clone(), Arc::new(texts), BTreeMap::new());
+        Self { source, hangups, targets, metrics, reader: None, in_force: conf, texts, dealt_with, refused }
     }
 
     pub async fn run(mut self) {
@@ -131,13 +144,13 @@ impl Reload {
                     }
                     let read = self.read_settled().await;
                     if read != self.dealt_with {
-                        self.take(&read);
+                        self.take(read, false);
                     }
                 }
                 () = self.hangups.next() => {
                     if self.source.dir.is_some() {
                         let read = self.read_settled().await;
-                        self.take(&read);
+                        self.take(read, true);
                     } else {
                         tracing::info!("Nothing To Reload: There Is No --conf");
                     }
@@ -147,80 +160,139 @@ impl Reload {
     }
 
     /// Not on the runtime's own threads: a disk may be slow.
-    async fn read(&self) -> Read {
-        let source = self.source.clone();
-        let read = tokio::task::spawn_blocking(move || source.read()).await;
-        read.unwrap_or_else(|e| Err(ConfigError(vec![format!("the configuration cannot be read: {e}")])))
+    async fn read(&mut self) -> ConfTexts {
+        let mut reader = self.reader.take().unwrap_or_else(|| FileReader::new(READ_MAX));
+        let (source, in_force) = (self.source.clone(), Arc::clone(&self.texts));
+        let read = tokio::task::spawn_blocking(move || (source.read(&mut reader, Some(&in_force)), reader));
+        match read.await {
+            Ok((texts, reader)) => {
+                self.reader = Some(reader);
+                texts
+            }
+            Err(error) => {
+                tracing::error!(%error, "Configuration Not Read");
+                self.dealt_with.clone()
+            }
+        }
     }
 
-    /// The same twice, or as it was last if it goes on changing.
-    async fn read_settled(&self) -> Read {
+    /// The same twice. What goes on changing cannot be used.
+    async fn read_settled(&mut self) -> ConfTexts {
         let mut last = self.read().await;
-        for _ in 0..SETTLE_TRIES {
+        for n in 1.. {
             tokio::time::sleep(SETTLE_PAUSE).await;
-            let again = self.read().await;
+            let mut again = self.read().await;
             if again == last {
                 break;
+            }
+            if n >= SETTLE_TRIES {
+                let changed = ConfPart::ALL.map(|part| (part, !again.is_same(part, &last)));
+                for (part, _) in changed.into_iter().filter(|(_, is_changed)| *is_changed) {
+                    again.refuse(part, CHANGES);
+                }
+                return again;
             }
             last = again;
         }
         last
     }
 
-    fn take(&mut self, read: &Read) {
-        self.dealt_with = read.clone();
-        let made = read.as_ref().map_err(Clone::clone).and_then(|texts| {
-            // First: what is no TOML seems to be empty.
-            let conf = self.source.make(texts)?;
-            let lost = texts.lost_since(&self.texts);
-            if lost.is_empty() { Ok((texts.clone(), conf)) } else { Err(ConfigError(lost)) }
-        });
-        match made {
-            Ok((texts, conf)) => {
-                self.texts = texts;
-                self.apply(conf);
-            }
-            Err(ConfigError(problems)) => {
-                for problem in problems {
-                    tracing::error!(problem, "Configuration Refused");
+    /// `is_asked`: what is rejected is reported again, though it was before.
+    fn take(&mut self, read: ConfTexts, is_asked: bool) {
+        let before = (ConfTexts::clone(&self.texts), self.in_force.clone());
+        let Renewal { texts, conf, refused } = Renewal::new(before, &read, |texts| self.source.make(texts));
+        let mut applied = Vec::new();
+        for part in ConfPart::ALL {
+            let is_new = !read.is_same(part, &self.dealt_with);
+            match refused.get(&part) {
+                Some(problems) if is_new || is_asked || self.refused.get(&part) != Some(problems) => {
+                    for problem in problems {
+                        tracing::error!(file = part.name(), problem, "Configuration Refused");
+                    }
+                    self.metrics.conf_reloads.with_label_values(&[part.name(), REFUSED]).inc();
                 }
-                self.metrics.conf_refused.inc();
+                // Or the file says again what is in force.
+                None if is_new || !texts.is_same(part, &self.texts) => applied.push(part),
+                _ => {}
             }
+        }
+        if is_asked && applied.is_empty() && refused.is_empty() {
+            tracing::info!("Configuration Unchanged");
+        }
+        (self.dealt_with, self.refused) = (read, refused);
+        if !applied.is_empty() {
+            self.apply(texts, conf, &applied);
         }
     }
 
-    fn apply(&mut self, conf: Conf) {
-        let (changes, at_start_only) = differences(&self.in_force, &conf);
+    fn apply(&mut self, texts: ConfTexts, conf: Conf, parts: &[ConfPart]) {
+        let Differences { mut live, at_start_only } = Differences::new(&self.in_force, &conf);
         if !at_start_only.is_empty() {
             tracing::warn!(changes = at_start_only.join(", "), "Restart Needed");
         }
+        for part in [ConfPart::Certificate, ConfPart::ClientCa] {
+            if !texts.is_same(part, &self.texts) {
+                live.insert(part, vec!["(changed)".to_owned()]);
+            }
+        }
         self.targets.set(&conf);
-        self.in_force = conf;
-        self.metrics.conf_applied.inc();
+        (self.in_force, self.texts) = (conf, Arc::new(texts));
         self.metrics.conf_applied_at.set(now_s());
-        tracing::info!(changes = changes.join(", "), "Configuration Applied");
+        for part in parts {
+            self.metrics.conf_reloads.with_label_values(&[part.name(), APPLIED]).inc();
+            let changes = live.remove(part).unwrap_or_default().join(", ");
+            tracing::info!(file = part.name(), changes, "Configuration Applied");
+        }
     }
 }
+
+/// Values of the label `result`.
+const APPLIED: &str = "applied";
+const REFUSED: &str = "refused";
 
 fn now_s() -> i64 {
     i64::try_from(crate::model::now_ms() / 1000).unwrap_or(i64::MAX)
 }
 
-/// What differs, as `waits.sync_max_s 290 → 60`: what changes while the process runs, and what is read at start only.
-fn differences(before: &Conf, after: &Conf) -> (Vec<String>, Vec<String>) {
-    const LIVE: [&str; 9] =
-        ["limit", "waits", "batch", "cache", "overload", "key", "upstream", "http", "auth"];
-    let (before, after) = (settings(before), settings(after));
-    let paths = before.keys().chain(after.keys().filter(|path| !before.contains_key(*path)));
-    let shown = |value: Option<&String>| value.map_or("(none)", String::as_str).to_owned();
-    let changed = paths.filter(|path| before.get(*path) != after.get(*path));
-    let told = changed.map(|path| {
-        if path.contains(".add_headers") {
-            return format!("{path} (changed)"); // an upstream may want a password
+/// What differs, as `waits.sync_max_s 290 → 60`.
+#[derive(Debug, Default, PartialEq)]
+struct Differences {
+    /// What changes while the process runs, by the file it stands in.
+    live: BTreeMap<ConfPart, Vec<String>>,
+    at_start_only: Vec<String>,
+}
+
+impl Differences {
+    fn new(before: &Conf, after: &Conf) -> Self {
+        let (before, after) = (settings(before), settings(after));
+        let paths = before.keys().chain(after.keys().filter(|path| !before.contains_key(*path)));
+        let shown = |value: Option<&String>| value.map_or("(none)", String::as_str).to_owned();
+        let mut all = Self::default();
+        for path in paths.filter(|path| before.get(*path) != after.get(*path)) {
+            let change = if path.contains(".add_headers") {
+                "(changed)".to_owned() // an upstream may want a password
+            } else {
+                format!("{} → {}", shown(before.get(path)), shown(after.get(path)))
+            };
+            let changes = match live_part(path) {
+                Some(part) => all.live.entry(part).or_default(),
+                None => &mut all.at_start_only,
+            };
+            changes.push(format!("{path} {change}"));
         }
-        format!("{path} {} → {}", shown(before.get(path)), shown(after.get(path)))
-    });
-    told.partition(|told| LIVE.contains(&told.split(['.', ' ']).next().unwrap_or_default()))
+        all
+    }
+}
+
+/// The file of a setting that changes while the process runs.
+fn live_part(path: &str) -> Option<ConfPart> {
+    match path.split('.').next().unwrap_or_default() {
+        "limit" | "waits" | "batch" | "cache" | "overload" => Some(ConfPart::Limits),
+        "key" => Some(ConfPart::Keys),
+        "upstream" => Some(ConfPart::Upstreams),
+        "http" | "auth" => Some(ConfPart::Server),
+        _ => None,
+    }
 }
 
 /// Every setting by its path; limits by their name.
@@ -259,16 +331,18 @@ mod tests {
     fn differences_are_named() {
         let before = Conf::shipped().unwrap();
         let mut after = before.clone();
-        assert_eq!(differences(&before, &after), (vec![], vec![]));
+        assert_eq!(Differences::new(&before, &after), Differences::default());
         after.waits.sync_max_s = 60;
         after.limits[0].burst = 5;
         after.shutdown.drain_timeout_s = 7;
-        let (live, at_start) = differences(&before, &after);
-        assert_eq!(live, ["limit.api-key.burst 3000 → 5", "waits.sync_max_s 290 → 60"]);
-        assert_eq!(at_start, ["shutdown.drain_timeout_s 30 → 7"]);
+        after.auth.failures_burst = 61;
+        let Differences { live, at_start_only } = Differences::new(&before, &after);
+        assert_eq!(live[&ConfPart::Limits], ["limit.api-key.burst 3000 → 5", "waits.sync_max_s 290 → 60"]);
+        assert_eq!(live[&ConfPart::Server], ["auth.failures_burst 60 → 61"]);
+        assert_eq!((live.len(), at_start_only), (2, vec!["shutdown.drain_timeout_s 30 → 7".to_owned()]));
         after = before.clone();
         after.limits.clear();
-        let (live, _) = differences(&before, &after);
-        assert!(live.contains(&"limit.api-key.rate 3000 → (none)".to_owned()), "{live:?}");
+        let Differences { live, .. } = Differences::new(&before, &after);
+        assert!(live[&ConfPart::Limits].contains(&"limit.api-key.rate 3000 → (none)".to_owned()), "{live:?}");
     }
 }

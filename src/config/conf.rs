@@ -6,7 +6,7 @@
 use super::ConfigError;
 use super::keys::{KeyConf, key_problems};
 use super::place::line_at;
-use super::texts::{ConfText, ConfTexts, TlsTexts};
+use super::texts::{ConfPart, ConfText, ConfTexts, TlsTexts};
 use super::upstreams::{UpstreamConf, upstream_problems};
 use crate::backend::Quota;
 use ipnet::IpNet;
@@ -348,12 +348,16 @@ impl Conf {
         let keys = collect(&mut problems, merged::<KeysFile>(KEYS_SHIPPED, &texts.keys));
         let upstreams = collect(&mut problems, merged::<UpstreamsFile>(UPSTREAMS_SHIPPED, &texts.upstreams));
         let (Some(s), Some(l), Some(k), Some(u)) = (server, limits, keys, upstreams) else {
+            // The same directory may be missing to all.
+            problems.dedup();
             return Err(ConfigError(problems));
         };
+        let tls_parts = [ConfPart::Certificate, ConfPart::ClientCa];
+        let unreadable: Vec<String> = tls_parts.iter().flat_map(|part| texts.problems(*part)).collect();
         let conf = Self {
             listen: s.listen,
             tls: s.tls,
-            tls_texts: texts.tls.clone(),
+            tls_texts: texts.tls(),
             http: s.http,
             http2: s.http2,
             auth: s.auth,
@@ -382,8 +386,15 @@ impl Conf {
         .flat_map(|(file, problems)| {
             problems.into_iter().map(|(path, problem)| file.problem(&path, &problem))
         })
+        .chain(unreadable)
         .collect();
         if problems.is_empty() { Ok(conf) } else { Err(ConfigError(problems)) }
+    }
+
+    /// Whether a limit names an upstream.
+    pub(super) fn limits_upstreams(&self) -> bool {
+        let patterns: Vec<_> = self.upstreams.iter().map(UpstreamConf::pattern).collect();
+        self.limits.iter().flat_map(|limit| &limit.routes).any(|route| patterns.contains(route))
     }
 
     /// Limits on routes that are none, on those of ours that anybody may ask, or by key where none is asked for, would silently
@@ -591,12 +602,13 @@ fn collect<T>(problems: &mut Vec<String>, read: Result<T, String>) -> Option<T> 
 /// merged, so a file without limits has none.
 fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, String> {
     let mut all: Table = shipped.parse().map_err(|e| format!("shipped configuration: {e}"))?;
-    let text = file.text.as_deref().unwrap_or_default();
+    let is_there = file.text.as_ref().is_ok_and(Option::is_some);
+    let text = file.text.as_ref().map_err(Clone::clone)?.as_deref().unwrap_or_default();
     let own: Table = text.parse().map_err(|e: toml::de::Error| {
         let line = line_at(text, e.span().map_or(0, |span| span.start));
         format!("{}:{line}: {}", file.name, without_secrets(e.message()))
     })?;
-    if file.text.is_some() {
+    if is_there {
         for list in ["limit", "key", "upstream"] {
             all.remove(list);
         }
@@ -635,7 +647,7 @@ mod tests {
     use super::*;
 
     fn load(server: &str, limits: &str) -> Result<Conf, ConfigError> {
-        let file = |name: &str, text: &str| ConfText { name: name.into(), text: Some(text.into()) };
+        let file = |name: &str, text: &str| ConfText { name: name.into(), text: Ok(Some(text.into())) };
         let (server, limits) = (file("server.toml", server), file("limits.toml", limits));
         Conf::of(&ConfTexts { server, limits, ..ConfTexts::none() })
     }
@@ -735,7 +747,7 @@ mod tests {
         }
         let both = load("x", "y").unwrap_err();
         assert_eq!(both.0.len(), 2, "{both}");
-        let limits = ConfText { name: "limits.toml".into(), text: Some(LIMIT.into()) };
+        let limits = ConfText { name: "limits.toml".into(), text: Ok(Some(LIMIT.into())) };
         let texts = ConfTexts { limits, ..ConfTexts::none() };
         let error = Conf::of(&texts).unwrap().check_routes(&texts, |_| false, |_| false).unwrap_err();
         assert_eq!(
@@ -757,13 +769,13 @@ mod tests {
                     2 => &mut texts.keys,
                     _ => &mut texts.upstreams,
                 };
-                file.text = Some(text.to_owned());
+                file.text = Ok(Some(text.to_owned()));
                 let name = file.name.clone();
                 match Conf::of(&texts) {
                     Ok(conf) => {
                         assert!(conf.limits.iter().all(LimitConf::is_countable));
                         assert!(conf.http.connections_max > 0 && conf.batch.sends_max > 0);
-                        assert_eq!(texts.lost_since(&texts), Vec::<String>::new());
+                        assert!(ConfPart::ALL.iter().all(|part| texts.lost_since(*part, &texts).is_none()));
                     }
                     Err(ConfigError(problems)) => {
                         assert!(problems.iter().all(|problem| problem.starts_with(&name)), "{problems:?}");

@@ -5,7 +5,31 @@
 //! optional `export`, single, double or back quotes (a quoted value may run over lines), `\n` and `\r` expanded
 //! in double quotes only, `#` starts a comment outside quotes, other lines are ignored, the last of a name wins.
 
+use super::reader::{FileReader, text};
 use std::collections::HashMap;
+use std::path::Path;
+use std::time::Duration;
+
+/// How long the file may take to be read.
+const READ_MAX: Duration = Duration::from_secs(5);
+
+/// The variables of the file, if it is there. No thread that was started for it runs on.
+///
+/// # Errors
+/// Why it cannot be used, as what follows its name.
+pub fn read(path: &Path) -> Result<HashMap<String, String>, String> {
+    let mut reader = FileReader::new(READ_MAX);
+    let bytes = reader.read(path).map_err(|e| e.to_string())?.unwrap_or_default();
+    if !reader.finish() {
+        return Err("cannot be read: the thread that reads does not end".to_owned());
+    }
+    match text(bytes.clone()) {
+        Ok(text) => Ok(parse(&text)),
+        Err(e) if bytes.contains(&0) => Err(e.to_string()),
+        // As the old controller read what is no UTF-8.
+        Err(_) => Ok(parse(&String::from_utf8_lossy(&bytes))),
+    }
+}
 
 /// The variables of `text`.
 pub fn parse(text: &str) -> HashMap<String, String> {

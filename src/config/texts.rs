@@ -1,44 +1,112 @@
 //! The files of a `conf/` as they stand on the disk.
 
 use super::place::line_of;
+use super::reader::{self, FileError, FileReader};
 use super::{ConfigError, Secret};
-use std::io;
 use std::path::Path;
 use toml::Table;
 
-/// All files.
+/// What is read, changed, refused and put in force as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ConfPart {
+    Server,
+    /// `certificate` and `key` of `[tls]`.
+    Certificate,
+    /// `client_ca` of `[tls]`.
+    ClientCa,
+    Limits,
+    Keys,
+    Upstreams,
+}
+
+impl ConfPart {
+    pub const ALL: [Self; 6] =
+        [Self::Server, Self::Certificate, Self::ClientCa, Self::Limits, Self::Keys, Self::Upstreams];
+
+    /// What logs and metrics call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Server => "server.toml",
+            Self::Certificate => "certificate",
+            Self::ClientCa => "client_ca",
+            Self::Limits => "limits.toml",
+            Self::Keys => "keys.toml",
+            Self::Upstreams => "upstreams.toml",
+        }
+    }
+}
+
+/// All files, each with its text or the reason why it has none.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfTexts {
     pub(super) server: ConfText,
     pub(super) limits: ConfText,
     pub(super) keys: ConfText,
     pub(super) upstreams: ConfText,
-    pub(super) tls: Option<TlsTexts>,
+    pub(super) certificate: Result<Option<CertificateText>, Vec<String>>,
+    pub(super) client_ca: Result<Option<String>, Vec<String>>,
 }
 
-/// One file; `text` is `None` if it is not there.
+/// One file; `Ok(None)`: it is not there. `Err`: a problem, as it is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ConfText {
     pub name: String,
-    pub text: Option<String>,
+    pub text: Result<Option<String>, String>,
+}
+
+/// A certificate and its key, in PEM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateText {
+    pub certificate: String,
+    pub key: Secret,
 }
 
 /// What `[tls]` of `server.toml` names, in PEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsTexts {
-    pub certificate: String,
-    pub key: Secret,
+    pub own: CertificateText,
     pub client_ca: Option<String>,
 }
 
 impl ConfText {
     fn none(name: &str) -> Self {
-        Self { name: name.to_owned(), text: None }
+        Self { name: name.to_owned(), text: Ok(None) }
     }
 
-    /// What stands in it; nothing if it cannot be read. `None`: there is no file.
+    fn read(reader: &mut FileReader, dir: &Path, name: &str) -> Self {
+        let path = dir.join(name);
+        let name = path.display().to_string();
+        let read = reader.read(&path).and_then(|bytes| bytes.map(reader::text).transpose());
+        let text = read.map_err(|e| match e {
+            FileError::NoDirectory => format!("--conf {}: no such directory", dir.display()),
+            FileError::Unusable(problem) => format!("{name}: {problem}"),
+        });
+        Self { name, text }
+    }
+
+    /// What stands in it. `None`: there is no file, or it is no TOML.
     fn tables(&self) -> Option<Table> {
-        self.text.as_deref().map(|text| text.parse().unwrap_or_default())
+        self.text.as_ref().ok()?.as_deref()?.parse().ok()
+    }
+
+    /// A problem with the setting at `path`, with its line if the file names it.
+    pub fn problem(&self, path: &str, problem: &str) -> String {
+        let text = self.text.as_ref().ok().and_then(Option::as_deref);
+        match text.and_then(|text| line_of(text, path)) {
+            Some(line) => format!("{}:{line}: {path} {problem}", self.name),
+            None => format!("{}: {path} {problem}", self.name),
+        }
+    }
+
+    /// What nobody means by a change: a file that is gone or empty, as it is for a moment while it is written.
+    fn lost_since(&self, before: &Self) -> Option<&'static str> {
+        match (&before.text, &self.text) {
+            (Ok(Some(_)), Ok(None)) => Some("the file is gone"),
+            _ => {
+                let (before, now) = (before.tables()?, self.tables()?);
+                (now.is_empty() && !before.is_empty()).then_some("the file is empty")
+            }
+        }
     }
 
     /// Whether it sets limits, as a `limits.toml`; if there is no file the shipped one does.
@@ -46,15 +114,6 @@ impl ConfText {
         self.tables().is_none_or(|tables| {
             tables.get("limit").and_then(toml::Value::as_array).is_some_and(|limits| !limits.is_empty())
         })
-    }
-
-    /// A problem with the setting at `path`, with its line if the file names it.
-    pub fn problem(&self, path: &str, problem: &str) -> String {
-        let line = self.text.as_deref().and_then(|text| line_of(text, path));
-        match line {
-            Some(line) => format!("{}:{line}: {path} {problem}", self.name),
-            None => format!("{}: {path} {problem}", self.name),
-        }
     }
 }
 
@@ -66,33 +125,21 @@ impl ConfTexts {
             limits: ConfText::none("conf/limits.toml"),
             keys: ConfText::none("conf/keys.toml"),
             upstreams: ConfText::none("conf/upstreams.toml"),
-            tls: None,
+            certificate: Ok(None),
+            client_ca: Ok(None),
         }
     }
 
-    /// Reads the files of `dir`, and what they name; a file that is not there is the shipped one.
-    pub fn read(dir: &Path) -> Result<Self, ConfigError> {
-        if !dir.is_dir() {
-            return Err(ConfigError(vec![format!("--conf {}: no such directory", dir.display())]));
-        }
-        let read = |name: &str| {
-            let path = dir.join(name);
-            let name = path.display().to_string();
-            match std::fs::read_to_string(&path) {
-                Ok(text) => Ok(ConfText { name, text: Some(text) }),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(ConfText { name, text: None }),
-                Err(e) => Err(ConfigError(vec![format!("{name}: cannot be read: {e}")])),
-            }
-        };
-        let server = read("server.toml")?;
-        let tls = TlsTexts::read(dir, &server)?;
-        Ok(Self {
-            server,
-            limits: read("limits.toml")?,
-            keys: read("keys.toml")?,
-            upstreams: read("upstreams.toml")?,
-            tls,
-        })
+    /// Reads the files of `dir`, and those that `[tls]` names. A file that is not there is the shipped one. A
+    /// `server.toml` that cannot be read does not say where certificates are; then they are read where `in_force` says.
+    pub fn read(reader: &mut FileReader, dir: &Path, in_force: Option<&Self>) -> Self {
+        let mut read = |name: &str| ConfText::read(reader, dir, name);
+        let (keys, limits) = (read("keys.toml"), read("limits.toml"));
+        let (server, upstreams) = (read("server.toml"), read("upstreams.toml"));
+        let names = server.tables().or_else(|| in_force.and_then(|texts| texts.server.tables()));
+        let mut pem = PemReader { reader, dir, server: &server, tls: names.as_ref().and_then(tls_of) };
+        let (certificate, client_ca) = (pem.certificate(), pem.client_ca());
+        Self { server, limits, keys, upstreams, certificate, client_ca }
     }
 
     /// A problem with a setting of `server.toml`.
@@ -100,54 +147,135 @@ impl ConfTexts {
         ConfigError(vec![self.server.problem(setting, problem)])
     }
 
-    /// What nobody means by a change: files that were there before and are gone or empty, and limits that are all
-    /// lifted though the file does not say so. A file is so for a moment while it is written.
-    pub fn lost_since(&self, before: &Self) -> Vec<String> {
-        let files = [
-            (&before.server, &self.server),
-            (&before.limits, &self.limits),
-            (&before.keys, &self.keys),
-            (&before.upstreams, &self.upstreams),
-        ];
-        let lost = files.into_iter().filter_map(|(before, now)| {
-            let problem = match (before.tables(), now.tables()) {
-                (Some(_), None) => "the file is gone",
-                (Some(before), Some(now)) if now.is_empty() && !before.is_empty() => "the file is empty",
-                _ => return None,
-            };
-            Some(format!("{}: {problem}", now.name))
-        });
-        let lost: Vec<String> = lost.collect();
-        let lifts_all = self.limits.tables().is_some_and(|now| !now.contains_key("limit"));
-        if lost.is_empty() && lifts_all && before.limits.has_limits() {
-            let problem = "no limit is left; to lift them all, say `limit = []`";
-            return vec![format!("{}: {problem}", self.limits.name)];
+    /// What `[tls]` names. `None`: it names nothing, or what it names cannot be read.
+    pub(super) fn tls(&self) -> Option<TlsTexts> {
+        let own = self.certificate.clone().ok()??;
+        Some(TlsTexts { own, client_ca: self.client_ca.clone().ok()? })
+    }
+
+    /// Whether the file of a part is there, and is TOML.
+    pub(super) fn has_tables(&self, part: ConfPart) -> bool {
+        self.file(part).is_some_and(|file| file.tables().is_some())
+    }
+
+    /// Whether `[tls]` of `server.toml` is the same.
+    pub(super) fn has_same_tls(&self, other: &Self) -> bool {
+        let tls = |texts: &Self| texts.server.tables().as_ref().and_then(tls_of).cloned();
+        tls(self) == tls(other)
+    }
+
+    pub fn is_same(&self, part: ConfPart, other: &Self) -> bool {
+        match part {
+            ConfPart::Server => self.server == other.server,
+            ConfPart::Certificate => self.certificate == other.certificate,
+            ConfPart::ClientCa => self.client_ca == other.client_ca,
+            ConfPart::Limits => self.limits == other.limits,
+            ConfPart::Keys => self.keys == other.keys,
+            ConfPart::Upstreams => self.upstreams == other.upstreams,
         }
-        lost
+    }
+
+    /// These, with one part of others.
+    pub(super) fn with(mut self, part: ConfPart, other: &Self) -> Self {
+        match part {
+            ConfPart::Server => self.server = other.server.clone(),
+            ConfPart::Certificate => self.certificate = other.certificate.clone(),
+            ConfPart::ClientCa => self.client_ca = other.client_ca.clone(),
+            ConfPart::Limits => self.limits = other.limits.clone(),
+            ConfPart::Keys => self.keys = other.keys.clone(),
+            ConfPart::Upstreams => self.upstreams = other.upstreams.clone(),
+        }
+        self
+    }
+
+    /// Makes a part unreadable, for a reason that follows its name.
+    pub fn refuse(&mut self, part: ConfPart, problem: &str) {
+        match part {
+            ConfPart::Certificate => {
+                self.certificate = Err(vec![self.server.problem("tls.certificate", problem)])
+            }
+            ConfPart::ClientCa => self.client_ca = Err(vec![self.server.problem("tls.client_ca", problem)]),
+            ConfPart::Server => self.server.text = Err(format!("{}: {problem}", self.server.name)),
+            ConfPart::Limits => self.limits.text = Err(format!("{}: {problem}", self.limits.name)),
+            ConfPart::Keys => self.keys.text = Err(format!("{}: {problem}", self.keys.name)),
+            ConfPart::Upstreams => self.upstreams.text = Err(format!("{}: {problem}", self.upstreams.name)),
+        }
+    }
+
+    /// The name of the file of a part, as problems have it.
+    pub(super) fn name(&self, part: ConfPart) -> &str {
+        self.file(part).map_or(part.name(), |file| &file.name)
+    }
+
+    /// Why a part cannot be read.
+    pub(super) fn problems(&self, part: ConfPart) -> Vec<String> {
+        let of_file = |file: &ConfText| file.text.clone().err().into_iter().collect();
+        match part {
+            ConfPart::Certificate => self.certificate.clone().err().unwrap_or_default(),
+            ConfPart::ClientCa => self.client_ca.clone().err().unwrap_or_default(),
+            _ => self.file(part).map(of_file).unwrap_or_default(),
+        }
+    }
+
+    /// What nobody means by a change of a part; see [`ConfText::lost_since`]. Limits that are all lifted are such a
+    /// change, too, unless the file says so.
+    pub(super) fn lost_since(&self, part: ConfPart, before: &Self) -> Option<String> {
+        let (now, before) = self.file(part).zip(before.file(part))?;
+        let lifts_all = || {
+            let is_silent = now.tables().is_some_and(|tables| !tables.contains_key("limit"));
+            let lifts = part == ConfPart::Limits && is_silent && before.has_limits();
+            lifts.then_some("no limit is left; to lift them all, say `limit = []`")
+        };
+        let problem = now.lost_since(before).or_else(lifts_all)?;
+        Some(format!("{}: {problem}", now.name))
+    }
+
+    fn file(&self, part: ConfPart) -> Option<&ConfText> {
+        match part {
+            ConfPart::Server => Some(&self.server),
+            ConfPart::Limits => Some(&self.limits),
+            ConfPart::Keys => Some(&self.keys),
+            ConfPart::Upstreams => Some(&self.upstreams),
+            ConfPart::Certificate | ConfPart::ClientCa => None,
+        }
     }
 }
 
-impl TlsTexts {
-    /// Reads what `server.toml` names, relative to its directory. What is wrong with `[tls]` itself is told when the
-    /// settings are made of it.
-    fn read(dir: &Path, server: &ConfText) -> Result<Option<Self>, ConfigError> {
-        let tables = server.tables().unwrap_or_default();
-        let Some(tls) = tables.get("tls").and_then(toml::Value::as_table) else { return Ok(None) };
-        let mut problems = Vec::new();
-        let mut read = |setting: &str| {
-            let path = dir.join(tls.get(setting)?.as_str()?);
-            let text = std::fs::read_to_string(&path);
-            let problem = |e| server.problem(&format!("tls.{setting}"), &format!("{}: {e}", path.display()));
-            text.map_err(|e| problems.push(problem(e))).ok()
-        };
-        let (certificate, key, client_ca) = (read("certificate"), read("key"), read("client_ca"));
-        if !problems.is_empty() {
-            return Err(ConfigError(problems));
+fn tls_of(server: &Table) -> Option<&Table> {
+    server.get("tls")?.as_table()
+}
+
+/// Reads what `[tls]` names, relative to the directory of its file. What is wrong with `[tls]` itself is told when the
+/// settings are made of it.
+struct PemReader<'a> {
+    reader: &'a mut FileReader,
+    dir: &'a Path,
+    server: &'a ConfText,
+    tls: Option<&'a Table>,
+}
+
+impl PemReader<'_> {
+    fn certificate(&mut self) -> Result<Option<CertificateText>, Vec<String>> {
+        let (certificate, key) = (self.read("certificate"), self.read("key"));
+        match (certificate, key) {
+            (Ok(certificate), Ok(key)) => Ok(certificate
+                .zip(key)
+                .map(|(certificate, key)| CertificateText { certificate, key: Secret::new(key) })),
+            (certificate, key) => Err(certificate.err().into_iter().chain(key.err()).flatten().collect()),
         }
-        Ok(certificate.zip(key).map(|(certificate, key)| Self {
-            certificate,
-            key: Secret::new(key),
-            client_ca,
-        }))
+    }
+
+    fn client_ca(&mut self) -> Result<Option<String>, Vec<String>> {
+        self.read("client_ca")
+    }
+
+    fn read(&mut self, setting: &str) -> Result<Option<String>, Vec<String>> {
+        let name = self.tls.and_then(|tls| tls.get(setting)).and_then(toml::Value::as_str);
+        let Some(name) = name else { return Ok(None) };
+        let path = self.dir.join(name);
+        let absent = || FileError::Unusable("does not exist".to_owned());
+        let read = self.reader.read(&path).and_then(|bytes| bytes.ok_or_else(absent)).and_then(reader::text);
+        let problem = |e| self.server.problem(&format!("tls.{setting}"), &format!("{}: {e}", path.display()));
+        read.map(Some).map_err(|e| vec![problem(e)])
     }
 }

@@ -265,6 +265,94 @@ async fn a_conf_that_cannot_be_read() {
     assert_eq!(run.code, Some(CONFIG), "{}", run.output);
 }
 
+/// What hangs or never ends is no file of settings: nobody waits for it, and it is told.
+#[test]
+fn settings_are_regular_files() {
+    use std::os::unix::fs::symlink;
+    let fifo = |path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO");
+    let zero = |path: &Path| symlink("/dev/zero", path).expect("a link");
+    let tls = "[tls]\nport = 0\ncertificate = \"c.pem\"\nkey = \"k.pem\"\nclient_ca = \"ca.pem\"\n";
+    type Spoil<'a> = &'a dyn Fn(&Path);
+    let cases: [(&str, Spoil<'_>, &[&str]); 10] = [
+        ("conf/keys.toml", &fifo, &["conf/keys.toml: is a FIFO"]),
+        ("conf/limits.toml", &zero, &["conf/limits.toml: is a device"]),
+        ("conf/upstreams.toml", &|path| fs::create_dir(path).expect("writable"), &["is a directory"]),
+        (
+            "conf/server.toml",
+            &|path| symlink("gone", path).expect("a link"),
+            &["link to gone, which does not exist"],
+        ),
+        (
+            "conf/c.pem",
+            &fifo,
+            &["conf/server.toml:3: tls.certificate conf/c.pem: is a FIFO", "k.pem: does not exist"],
+        ),
+        ("conf/k.pem", &zero, &["conf/server.toml:4: tls.key conf/k.pem: is a device"]),
+        ("conf/ca.pem", &fifo, &["conf/server.toml:5: tls.client_ca conf/ca.pem: is a FIFO"]),
+        (".env", &fifo, &["./.env is a FIFO"]),
+        (
+            ".env",
+            &|path| fs::write(path, b"PORT=1\nA=\0\n").expect("writable"),
+            &["./.env holds a NUL byte in line 2"],
+        ),
+        (".env", &|path| fs::create_dir(path).expect("writable"), &["./.env is a directory"]),
+    ];
+    for (file, spoil, told) in cases {
+        for command in ["serve", "check", "dev"] {
+            if command == "dev" && file == ".env" {
+                continue; // it reads none
+            }
+            let dir = Scratch::new("conf");
+            fs::create_dir(dir.path().join("conf")).expect("writable");
+            if file.ends_with(".pem") {
+                fs::write(dir.path().join("conf/server.toml"), tls).expect("writable");
+            }
+            spoil(&dir.path().join(file));
+            let run = run_to_end(&[command, "--conf", "conf"], &[], dir.path(), GIVES_UP_WITHIN, || {});
+            assert_eq!(run.code, Some(CONFIG), "{command}, {file}: {}", run.output);
+            for told in told {
+                assert!(run.output.contains(told), "{command}, {file}: {told:?}: {}", run.output);
+            }
+        }
+    }
+    let dir = Scratch::new("conf");
+    fs::create_dir(dir.path().join("data")).expect("writable");
+    fifo(&dir.path().join("data/api-key"));
+    let run = run_to_end(&["dev", "--data-dir", "data"], &[], dir.path(), GIVES_UP_WITHIN, || {});
+    assert_eq!(run.code, Some(CONFIG), "{}", run.output);
+    assert!(
+        run.output.contains("data/api-key, is a FIFO") || run.output.contains("api-key,: is a FIFO"),
+        "{}",
+        run.output
+    );
+}
+
+/// A data directory that cannot be used: what is wrong, and advice that costs no data.
+#[test]
+fn a_data_directory_that_cannot_be_used() {
+    let garbage = |dir: &Path| {
+        fs::create_dir(dir).expect("writable");
+        fs::write(dir.join("infra.sqlite"), "x".repeat(8192)).expect("writable");
+    };
+    let file = |dir: &Path| fs::write(dir, "mine").expect("writable");
+    type Spoil<'a> = &'a dyn Fn(&Path);
+    let cases: [(Spoil<'_>, &str, &str); 2] = [
+        (&garbage, "infra.sqlite in it is no SQLite database", "Keep a copy of it."),
+        (&file, "is a file and no directory", "Name a directory with --data-dir"),
+    ];
+    for (spoil, told, advised) in cases {
+        // The key is looked for in the directory unless it is given.
+        for env in [vec![], vec![("INFRA_API_KEY".to_owned(), new_key())]] {
+            let dir = Scratch::new("data");
+            spoil(&dir.path().join("data"));
+            let args = ["dev", "--port", "0", "--data-dir", "data"];
+            let run = run_to_end(&args, &env, dir.path(), GIVES_UP_WITHIN, || {});
+            assert_eq!(run.code, Some(CONFIG), "{told}: {}", run.output);
+            assert!(run.output.contains(told) && run.output.contains(advised), "{told}: {}", run.output);
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_passes_where_serve_would_start() {
     let redis = Redis::start(Some("right-password-31"));

@@ -88,7 +88,10 @@ async fn both_protocols_are_spoken() {
         service.addr()
     );
     std::fs::write(secure.platform.conf_file("upstreams.toml"), upstream).expect("writable");
-    secure.gateway().wait_for_metric(r#"infra_conf_reloads_total{result="applied"}"#, 1.0).await;
+    secure
+        .gateway()
+        .wait_for_metric(r#"infra_conf_reloads_total{file="upstreams.toml",result="applied"}"#, 1.0)
+        .await;
     // HTTP/1.1, as every client knows it.
     let mut stream =
         connect(&client(&secure.authority, &["http/1.1"], None), secure.addr).await.expect("a handshake");
@@ -190,7 +193,8 @@ async fn certificates_are_replaced_while_it_runs() {
     assert_eq!(whole(answer.await.expect("an answer")).await.0, 200);
     // A key that is not the certificate's changes nothing.
     std::fs::write(secure.platform.conf_file("key.pem"), Authority::new().issue(NAME).key).expect("writable");
-    secure.gateway().wait_for_metric(r#"infra_conf_reloads_total{result="refused"}"#, 1.0).await;
+    let refused = r#"infra_conf_reloads_total{file="certificate",result="refused"}"#;
+    secure.gateway().wait_for_metric(refused, 1.0).await;
     connect(&client(&next, &["h2"], None), secure.addr).await.expect("what was in force stays");
     drop(send);
     secure.platform.finish().await;
@@ -410,7 +414,8 @@ async fn a_storm_of_changes_fails_no_request() {
         load.await.expect("no request fails");
     }
     in_force(n).await;
-    let applied = gateway.metric(r#"infra_conf_reloads_total{result="applied"}"#).await.unwrap_or_default();
+    let applied = r#"infra_conf_reloads_total{file="limits.toml",result="applied"}"#;
+    let applied = gateway.metric(applied).await.unwrap_or_default();
     println!(
         "{n} changes of all files, {applied} times put in force, {} requests served",
         served.load(Ordering::Relaxed)

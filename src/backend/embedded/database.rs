@@ -10,8 +10,9 @@ mod writer;
 
 use crate::backend::BackendError;
 use nix::fcntl::{Flock, FlockArg};
-use rusqlite::{Connection, OpenFlags};
-use std::fs::File;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use std::fs::{self, File};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,28 +39,45 @@ const SCHEMA_STEPS: [&str; 5] = [
 ];
 pub(super) const SCHEMA_VERSION: usize = SCHEMA_STEPS.len();
 
-const DATABASE_FILE: &str = "infra.sqlite";
+/// Largest file that is looked through for damage at start: that takes some 0.1 s.
+const CHECKED_BYTES_MAX: u64 = 64 << 20;
+
+pub(super) const DATABASE_FILE: &str = "infra.sqlite";
 const LOCK_FILE: &str = "lock";
 
 /// Why a directory could not be opened.
 #[derive(Debug)]
-pub(super) enum OpenError {
+pub enum OpenError {
     /// Another process works in it.
     Locked,
     /// The file was written by a later version of this program, with this schema.
     Newer(i64),
-    Failed(BackendError),
+    /// The file holds other tables than ours.
+    Foreign(String),
+    Corrupt(String),
+    /// A file of ours is (name, kind).
+    NotAFile(&'static str, &'static str),
+    Io(std::io::Error),
+    Sqlite(rusqlite::Error),
 }
 
 impl From<rusqlite::Error> for OpenError {
     fn from(e: rusqlite::Error) -> Self {
-        Self::Failed(failed(&e))
+        match e.sqlite_error_code() {
+            Some(ErrorCode::DatabaseCorrupt) => Self::Corrupt(e.to_string()),
+            // A statement of ours, or what it expects to find, does not fit the tables.
+            Some(ErrorCode::Unknown) | None => Self::Foreign(match e {
+                rusqlite::Error::SqlInputError { msg, .. } => msg,
+                e => e.to_string(),
+            }),
+            Some(_) => Self::Sqlite(e),
+        }
     }
 }
 
 impl From<std::io::Error> for OpenError {
     fn from(e: std::io::Error) -> Self {
-        Self::Failed(BackendError::Invalid(e.to_string()))
+        Self::Io(e)
     }
 }
 
@@ -106,20 +124,25 @@ impl Database {
     /// is started here and not by a loop of boot's: it must outlive the runtime, to commit what the last tasks wrote.
     pub(super) fn open<T>(
         dir: &Path,
-        first: impl FnOnce(&Connection) -> Result<T, BackendError>,
+        first: impl FnOnce(&Connection) -> Result<T, OpenError>,
     ) -> Result<(Self, T), OpenError> {
+        // To open another kind of file may wait for ever.
+        [LOCK_FILE, DATABASE_FILE].into_iter().try_for_each(|name| check_kind(dir, name))?;
         let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK_FILE))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
             nix::errno::Errno::EWOULDBLOCK => OpenError::Locked,
-            e => OpenError::Failed(BackendError::Invalid(e.to_string())),
+            e => OpenError::Io(e.into()),
         })?;
         let path = dir.join(DATABASE_FILE);
         let mut connection = Connection::open(&path)?;
         prepare(&connection)?;
+        check(&connection, &path)?;
+        // Before anything is written.
+        let version = schema_version(&connection)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;
-        migrate(&mut connection)?;
-        let made = first(&connection).map_err(OpenError::Failed)?;
+        migrate(&mut connection, version)?;
+        let made = first(&connection)?;
 
         let (inbox, outbox) = sync_channel(WRITES_MAX);
         let writer = Writer::new(connection, outbox);
@@ -213,22 +236,65 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn migrate(connection: &mut Connection) -> Result<(), OpenError> {
-    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-    let missing = usize::try_from(found).ok().and_then(|seen| SCHEMA_STEPS.get(seen..));
-    match missing {
-        None => Err(OpenError::Newer(found)),
-        Some([]) => Ok(()),
-        Some(steps) => {
-            // All of them or none: a process that is killed here leaves what the older version can still read.
-            let tx = connection.transaction()?;
-            for step in steps {
-                tx.execute_batch(step)?;
-            }
-            tx.pragma_update(None, "user_version", integer(SCHEMA_VERSION as u64))?;
-            Ok(tx.commit()?)
+/// `dir/name` is a regular file, or nothing yet.
+fn check_kind(dir: &Path, name: &'static str) -> Result<(), OpenError> {
+    let kind = match fs::metadata(dir.join(name)) {
+        Ok(metadata) => metadata.file_type(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e.into()),
+    };
+    match kind {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_dir() => Err(OpenError::NotAFile(name, "a directory")),
+        kind if kind.is_fifo() => Err(OpenError::NotAFile(name, "a FIFO")),
+        _ => Err(OpenError::NotAFile(name, "a socket or a device")),
+    }
+}
+
+/// Finds out now what would fail later, while functions run.
+fn check(connection: &Connection, path: &Path) -> Result<(), OpenError> {
+    // SQLite opens a file that may not be written all the same, to read.
+    if connection.is_readonly("main")? {
+        return Err(std::io::Error::from(std::io::ErrorKind::PermissionDenied).into());
+    }
+    // In a large one damage shows when it is met.
+    if fs::metadata(path)?.len() <= CHECKED_BYTES_MAX {
+        let found: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+        if found != "ok" {
+            return Err(OpenError::Corrupt(found.lines().last().unwrap_or_default().to_owned()));
         }
     }
+    Ok(())
+}
+
+/// The version of the tables in the file, if they are ours.
+fn schema_version(connection: &Connection) -> Result<usize, OpenError> {
+    let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    match usize::try_from(found) {
+        Ok(0) if has_tables(connection)? => {
+            Err(OpenError::Foreign("it has tables, and none of the marks of this program".to_owned()))
+        }
+        Ok(version) if version <= SCHEMA_VERSION => Ok(version),
+        _ => Err(OpenError::Newer(found)),
+    }
+}
+
+fn migrate(connection: &mut Connection, found: usize) -> Result<(), OpenError> {
+    let steps = SCHEMA_STEPS.get(found..).unwrap_or_default();
+    if steps.is_empty() {
+        return Ok(());
+    }
+    // All of them or none: a process that is killed here leaves what the older version can still read.
+    let tx = connection.transaction()?;
+    for step in steps {
+        tx.execute_batch(step)?;
+    }
+    tx.pragma_update(None, "user_version", integer(SCHEMA_VERSION as u64))?;
+    Ok(tx.commit()?)
+}
+
+fn has_tables(connection: &Connection) -> rusqlite::Result<bool> {
+    connection.query_row("SELECT EXISTS (SELECT * FROM sqlite_master)", [], |row| row.get(0))
 }
 
 /// Our error for SQLite's. Its text names tables and codes, never values.
@@ -321,7 +387,7 @@ mod tests {
         let file = || Connection::open(scratch.path().join(DATABASE_FILE)).unwrap();
         // In the way of the last table of the step.
         file().execute_batch("CREATE TABLE retired_code (x)").unwrap();
-        assert!(matches!(Database::open(scratch.path(), |_| Ok(())), Err(OpenError::Failed(_))));
+        assert!(matches!(Database::open(scratch.path(), |_| Ok(())), Err(OpenError::Foreign(_))));
         let version: i64 = file().pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
         assert_eq!(version, 1);
         file().execute_batch("DROP TABLE retired_code").unwrap();

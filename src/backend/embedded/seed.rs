@@ -4,8 +4,8 @@
 //! deleted.
 
 use super::code_store;
+use super::database::OpenError;
 use super::store::put_function;
-use crate::backend::BackendError;
 use crate::model::{Counters, Function, FunctionId, now_ms, rfc3339_ms};
 use rusqlite::{Connection, OptionalExtension};
 use std::fs::File;
@@ -39,29 +39,24 @@ const HELLO_NODE: Example = Example {
 };
 
 /// Puts the examples into a directory that never had them. Without `node` there is no example for it.
-pub(super) fn plant(connection: &Connection, code_dir: &Path, has_node: bool) -> Result<(), BackendError> {
-    let sqlite = |e: rusqlite::Error| BackendError::Unavailable(format!("the examples: {e}"));
+pub(super) fn plant(connection: &Connection, code_dir: &Path, has_node: bool) -> Result<(), OpenError> {
     let mark = connection.query_row("SELECT value FROM meta WHERE name = 'seeded'", [], |_| Ok(()));
-    if mark.optional().map_err(sqlite)?.is_some() {
+    if mark.optional()?.is_some() {
         return Ok(());
     }
     let examples = if has_node { &[HELLO, HELLO_NODE][..] } else { &[HELLO] };
     // The code first: a row without code would be a function that cannot run.
     for example in examples {
-        write_code(example, code_dir)
-            .map_err(|e| BackendError::Invalid(format!("the example {}: {e}", example.id)))?;
+        write_code(example, code_dir)?;
     }
-    let plant_rows = || {
-        let tx = connection.unchecked_transaction()?;
-        for example in examples {
-            if let Some(function) = example.function() {
-                put_function(&tx, &function)?;
-            }
+    let tx = connection.unchecked_transaction()?;
+    for example in examples {
+        if let Some(function) = example.function() {
+            put_function(&tx, &function)?;
         }
-        tx.execute("INSERT INTO meta (name, value) VALUES ('seeded', 1)", [])?;
-        tx.commit()
-    };
-    plant_rows().map_err(sqlite)
+    }
+    tx.execute("INSERT INTO meta (name, value) VALUES ('seeded', 1)", [])?;
+    Ok(tx.commit()?)
 }
 
 impl Example {

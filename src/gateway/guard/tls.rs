@@ -53,8 +53,8 @@ pub fn server_config(conf: &TlsConf, texts: &TlsTexts) -> Result<Arc<ServerConfi
             builder.with_client_cert_verifier(verifier.map_err(|e| ("tls.client_ca", e))?)
         }
     };
-    let chain = certificates(&texts.certificate).map_err(|e| ("tls.certificate", e))?;
-    let key = PrivateKeyDer::from_pem_slice(texts.key.reveal().as_bytes())
+    let chain = certificates(&texts.own.certificate).map_err(|e| ("tls.certificate", e))?;
+    let key = PrivateKeyDer::from_pem_slice(texts.own.key.reveal().as_bytes())
         // Without the reason, which may cite the file.
         .map_err(|_| ("tls.key", "is no private key in PEM".to_owned()))?;
     let mut config = builder.with_single_cert(chain, key).map_err(|_| {

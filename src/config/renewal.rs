@@ -1,0 +1,284 @@
+//! Which parts of a changed `conf/` take force.
+//!
+//! Each part takes force by itself, so that a mistake in one keeps no other out: above all no key in force that was removed.
+//! Parts that depend on each other take force together, or none of them does:
+//!
+//! * `[tls]` of `server.toml` names the certificates. While it stays as it is they are independent.
+//! * A limit may name an upstream. A new upstream waits for a `limits.toml` that can be used, since that may limit it.
+//!   Limits wait for `upstreams.toml` only if they name an upstream, or those in force do.
+//!
+//! A part that was refused is tried again with each change, as it may fit what has changed.
+
+use super::{Conf, ConfPart, ConfTexts, ConfigError};
+use std::collections::BTreeMap;
+
+/// What has become of changes.
+#[derive(Debug)]
+pub struct Renewal {
+    /// What is in force now.
+    pub texts: ConfTexts,
+    pub conf: Conf,
+    /// The parts that differ from what is in force, with the reasons why they were not taken.
+    pub refused: BTreeMap<ConfPart, Vec<String>>,
+}
+
+const TLS_PARTS: [ConfPart; 3] = [ConfPart::Server, ConfPart::Certificate, ConfPart::ClientCa];
+const ROUTE_PARTS: [ConfPart; 2] = [ConfPart::Upstreams, ConfPart::Limits];
+
+impl Renewal {
+    /// Takes what can be taken of `read`. `make` makes settings of texts; it has made `conf` of `texts`.
+    pub fn new(
+        (texts, conf): (ConfTexts, Conf),
+        read: &ConfTexts,
+        make: impl Fn(&ConfTexts) -> Result<Conf, ConfigError>,
+    ) -> Self {
+        let mut trial = Trial { texts, conf, read, make, refused: BTreeMap::new() };
+        trial.take_each(&[ConfPart::Keys]);
+        // Where there are no tables the certificates were read where those in force are.
+        if trial.read.has_same_tls(&trial.texts) || !trial.read.has_tables(ConfPart::Server) {
+            trial.take_each(&TLS_PARTS);
+        } else {
+            trial.take_all(&TLS_PARTS);
+        }
+        trial.take_routes();
+        Self { texts: trial.texts, conf: trial.conf, refused: trial.refused }
+    }
+}
+
+/// Settings that grow by what can be taken.
+struct Trial<'a, F> {
+    texts: ConfTexts,
+    conf: Conf,
+    read: &'a ConfTexts,
+    make: F,
+    refused: BTreeMap<ConfPart, Vec<String>>,
+}
+
+impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
+    fn changed(&self, parts: &[ConfPart]) -> Vec<ConfPart> {
+        parts.iter().copied().filter(|part| !self.read.is_same(*part, &self.texts)).collect()
+    }
+
+    /// The settings with these parts. `Err`: every problem.
+    fn with(&self, parts: &[ConfPart]) -> Result<(ConfTexts, Conf), Vec<String>> {
+        let problems: Vec<_> = parts.iter().flat_map(|part| self.read.problems(*part)).collect();
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        let texts = parts.iter().fold(self.texts.clone(), |texts, part| texts.with(*part, self.read));
+        let conf = (self.make)(&texts).map_err(|ConfigError(problems)| problems)?;
+        let lost: Vec<_> = parts.iter().filter_map(|part| self.read.lost_since(*part, &self.texts)).collect();
+        if lost.is_empty() { Ok((texts, conf)) } else { Err(lost) }
+    }
+
+    fn take_each(&mut self, parts: &[ConfPart]) {
+        for part in self.changed(parts) {
+            match self.with(&[part]) {
+                Ok(taken) => (self.texts, self.conf) = taken,
+                Err(problems) => drop(self.refused.insert(part, problems)),
+            }
+        }
+    }
+
+    /// All of them, or none.
+    fn take_all(&mut self, parts: &[ConfPart]) {
+        let changed = self.changed(parts);
+        match self.with(&changed) {
+            Ok(taken) => (self.texts, self.conf) = taken,
+            Err(problems) => self.refuse(&changed, &problems),
+        }
+    }
+
+    fn take_routes(&mut self) {
+        let changed = self.changed(&ROUTE_PARTS);
+        let problems = match self.with(&changed) {
+            Ok(taken) => {
+                (self.texts, self.conf) = taken;
+                return;
+            }
+            Err(problems) => problems,
+        };
+        if changed.len() > 1
+            && let Ok(taken) = self.with(&[ConfPart::Limits])
+            && !self.conf.limits_upstreams()
+            && !taken.1.limits_upstreams()
+        {
+            (self.texts, self.conf) = taken;
+            self.refuse(&[ConfPart::Upstreams], &problems);
+        } else {
+            self.refuse(&changed, &problems);
+        }
+    }
+
+    /// Each part with the problems of its own, or that it waits for the others.
+    fn refuse(&mut self, parts: &[ConfPart], problems: &[String]) {
+        for part in parts {
+            let name = self.read.name(*part);
+            let is_own = |problem: &&String| parts.len() == 1 || problem.starts_with(name);
+            let mut own: Vec<_> = problems.iter().filter(is_own).cloned().collect();
+            if own.is_empty() {
+                let others: Vec<_> =
+                    parts.iter().filter(|other| *other != part).map(|part| self.read.name(*part)).collect();
+                own.push(format!(
+                    "{name}: takes force only together with {}, which cannot be used",
+                    others.join(", ")
+                ));
+            }
+            self.refused.insert(*part, own);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::texts::ConfText;
+    use super::*;
+
+    const KEY: &str = "[[key]]\nname = \"a\"\nsha256 = \"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\"\nscopes = [\"run\"]\n";
+    const NO_KEY: &str = "key = []\n";
+    const WRONG: &str = "x = 1\n";
+    const NO_TOML: &str = "[[\n";
+    const UP: &str =
+        "[[upstream]]\nname = \"u\"\nprefix = \"/u\"\naddresses = [\"127.0.0.1:1\"]\nscope = \"none\"\n";
+    const NO_UP: &str = "upstream = []\n";
+    const TLS: &str = "[tls]\nport = 1\ncertificate = \"c\"\nkey = \"k\"\n";
+
+    fn limit(route: &str, rate: u32) -> String {
+        format!(
+            "[[limit]]\nname = \"a\"\nidentity = \"ip\"\nroutes = [{route:?}]\nrate = {rate}\nperiod_s = 1\nburst = 1\non_redis_loss = \"local\"\n"
+        )
+    }
+
+    fn texts(parts: &[(ConfPart, &str)]) -> ConfTexts {
+        let mut texts = ConfTexts::none();
+        for (part, text) in parts {
+            let text = (*text).to_owned();
+            let pem = super::super::texts::CertificateText {
+                certificate: text.clone(),
+                key: super::super::Secret::new(text.clone()),
+            };
+            let file = |name: &str| ConfText { name: name.to_owned(), text: Ok(Some(text.clone())) };
+            match part {
+                ConfPart::Server => texts.server = file("server.toml"),
+                ConfPart::Limits => texts.limits = file("limits.toml"),
+                ConfPart::Keys => texts.keys = file("keys.toml"),
+                ConfPart::Upstreams => texts.upstreams = file("upstreams.toml"),
+                ConfPart::Certificate => texts.certificate = Ok(Some(pem)),
+                ConfPart::ClientCa => texts.client_ca = Ok(Some(text.clone())),
+            }
+        }
+        texts
+    }
+
+    /// As the start and the loop make settings; a certificate that says "bad" cannot be used.
+    fn make(texts: &ConfTexts) -> Result<Conf, ConfigError> {
+        let conf = Conf::of(texts)?;
+        conf.check_routes(texts, |_| false, |route| route == "/run")?;
+        let is_bad = |text: &str| text == "bad";
+        match &conf.tls_texts {
+            Some(tls) if is_bad(&tls.own.certificate) => Err(texts.of_server("tls.certificate", "is bad")),
+            Some(tls) if tls.client_ca.as_deref().is_some_and(is_bad) => {
+                Err(texts.of_server("tls.client_ca", "is bad"))
+            }
+            _ => Ok(conf),
+        }
+    }
+
+    /// What is taken of a change is what is named; all else that has changed is refused, with a reason for each.
+    #[test]
+    fn each_part_takes_force_unless_another_one_it_depends_on_is_refused() {
+        use ConfPart::{Certificate, ClientCa, Keys, Limits, Server, Upstreams};
+        let (run_1, run_2) = (limit("/run", 1), limit("/run", 2));
+        let (on_u, on_u_2) = (limit("/u/*", 1), limit("/u/*", 2));
+        let auth = "[auth]\nfailures_burst = 7\n";
+        let (tls_auth, tls_moved) = (format!("{TLS}{auth}"), TLS.replace("\"c\"", "\"d\""));
+        let base = [(Keys, KEY), (Limits, &*run_1), (Upstreams, NO_UP), (Server, TLS)];
+        let base = [&base[..], &[(Certificate, "one"), (ClientCa, "one")]].concat();
+        let limited = [(Upstreams, UP), (Limits, &*on_u)];
+        type Parts<'a> = &'a [(ConfPart, &'a str)];
+        let cases: [(Parts<'_>, Parts<'_>, &[ConfPart]); 22] = [
+            // What stood in force beside the base, what has changed, what of that is taken.
+            (
+                &[],
+                &[(Keys, NO_KEY), (Limits, &run_2), (Upstreams, UP), (Server, auth)],
+                &[Keys, Limits, Upstreams, Server],
+            ),
+            // A key that is removed is out of force, whatever is wrong with the others.
+            (&[], &[(Keys, NO_KEY), (Upstreams, WRONG)], &[Keys]),
+            (&[], &[(Keys, NO_KEY), (Upstreams, NO_TOML), (Limits, NO_TOML), (Server, NO_TOML)], &[Keys]),
+            (&[], &[(Keys, NO_KEY), (Certificate, "bad"), (ClientCa, "bad"), (Server, WRONG)], &[Keys]),
+            // And what is wrong with the keys keeps nothing else out.
+            (
+                &[],
+                &[(Keys, WRONG), (Limits, &run_2), (Upstreams, UP), (Server, &tls_auth)],
+                &[Limits, Upstreams, Server],
+            ),
+            (&[], &[(Keys, ""), (Limits, &run_2)], &[Limits]),
+            // Limits that name no upstream do without them.
+            (&[], &[(Limits, &run_2), (Upstreams, WRONG)], &[Limits]),
+            (&[], &[(Limits, &on_u), (Upstreams, UP)], &[Limits, Upstreams]),
+            (&[], &[(Limits, &on_u), (Upstreams, WRONG)], &[]),
+            (&[], &[(Limits, &on_u)], &[]),
+            (&limited, &[(Limits, &on_u_2), (Upstreams, WRONG)], &[]),
+            (&limited, &[(Limits, &run_1), (Upstreams, WRONG)], &[]),
+            (&limited, &[(Limits, &run_1), (Upstreams, NO_UP)], &[Limits, Upstreams]),
+            (&limited, &[(Upstreams, NO_UP)], &[]),
+            // A new upstream waits for the limits, which may be on it.
+            (&[], &[(Upstreams, UP), (Limits, NO_TOML)], &[]),
+            (&[], &[(Upstreams, UP), (Limits, "[waits]\nsync_max_s = 5\n")], &[]),
+            (&[], &[(Upstreams, UP)], &[Upstreams]),
+            // While [tls] stays as it is the certificates do not wait for what else stands there, nor for each other.
+            (&[], &[(Server, &tls_auth), (Certificate, "bad"), (ClientCa, "two")], &[Server, ClientCa]),
+            (&[], &[(Server, NO_TOML), (Certificate, "two"), (ClientCa, "bad")], &[Certificate]),
+            (&[], &[(Server, WRONG), (Certificate, "two")], &[]),
+            (&[], &[(Server, &tls_moved), (Certificate, "bad"), (ClientCa, "two"), (Keys, NO_KEY)], &[Keys]),
+            (
+                &[],
+                &[(Server, &tls_moved), (Certificate, "two"), (ClientCa, "two")],
+                &[Server, Certificate, ClientCa],
+            ),
+        ];
+        for (more, changes, taken) in cases {
+            let before = texts(&[&base[..], more].concat());
+            let read = texts(&[&base[..], more, changes].concat());
+            let conf = make(&before).unwrap();
+            let renewal = Renewal::new((before.clone(), conf.clone()), &read, make);
+            let told = format!("{changes:?}: {:#?}", renewal.refused);
+            for part in ConfPart::ALL {
+                let is_changed = changes.iter().any(|(changed, _)| *changed == part);
+                let is_taken = taken.contains(&part);
+                let expected = if is_taken { &read } else { &before };
+                assert!(renewal.texts.is_same(part, expected), "{part:?}, {told}");
+                assert_eq!(renewal.refused.contains_key(&part), is_changed && !is_taken, "{part:?}, {told}");
+                assert!(renewal.refused.get(&part).is_none_or(|problems| !problems.is_empty()), "{told}");
+            }
+            assert_eq!(Ok(renewal.conf), make(&renewal.texts), "{told}");
+        }
+    }
+
+    #[test]
+    fn each_refusal_names_its_own_file() {
+        let before = texts(&[(ConfPart::Limits, &limit("/run", 1)), (ConfPart::Upstreams, NO_UP)]);
+        let told = |changes: &[(ConfPart, &str)]| {
+            let read = changes
+                .iter()
+                .fold(before.clone(), |all, (part, text)| all.with(*part, &texts(&[(*part, text)])));
+            let renewal = Renewal::new((before.clone(), make(&before).unwrap()), &read, make);
+            renewal.refused.into_values().flatten().collect::<Vec<_>>()
+        };
+        let on_u = limit("/u/*", 1);
+        assert_eq!(
+            told(&[(ConfPart::Limits, &on_u), (ConfPart::Upstreams, WRONG)]),
+            [
+                "limits.toml: takes force only together with upstreams.toml, which cannot be used",
+                "upstreams.toml:1: x unknown field `x`, expected `upstream`"
+            ]
+        );
+        assert_eq!(told(&[(ConfPart::Limits, "")]), ["limits.toml: the file is empty"]);
+        let mut unread = before.clone();
+        unread.refuse(ConfPart::Keys, "is a FIFO");
+        let renewal = Renewal::new((before.clone(), make(&before).unwrap()), &unread, make);
+        assert_eq!(renewal.refused[&ConfPart::Keys], ["conf/keys.toml: is a FIFO"]);
+        assert_eq!(renewal.refused.len(), 1);
+    }
+}

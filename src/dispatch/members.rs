@@ -89,11 +89,11 @@ impl Members {
         let entries = self.settler.journal.entries(self.node).await?;
         let restored = self.restore(&entries, usize::MAX);
         self.take_over(self.node).await?;
-        if let Some(store) = self.store.clone() {
-            if self.renew(store.as_ref()).await?.is_none() {
-                let held = format!("another process has taken the id of node {}", self.node);
-                return Err(BackendError::Unavailable(held));
-            }
+        if let Some(store) = self.store.clone()
+            && self.renew(store.as_ref()).await?.is_none()
+        {
+            let held = format!("another process has taken the id of node {}", self.node);
+            return Err(BackendError::Unavailable(held));
         }
         Ok(restored)
     }

@@ -177,6 +177,13 @@ async fn a_restart_in_its_own_directory_does_not_wait() {
         );
     }
     have_rows(&platform, &ids).await;
+
+    // Without that word nothing proves that the process before is gone.
+    platform.gateway.idle().await;
+    std::fs::remove_file(state.path().join(&before).join("holder")).expect("it was left");
+    platform = platform.kill_and_restart(async |_| {}).await;
+    assert_ne!(node(&platform.gateway), before);
+    assert!(platform.gateway.output().contains("Node Id Not Free"), "{}", platform.gateway.output().tail(20));
     platform.finish().await;
 }
 

@@ -1,12 +1,15 @@
-//! New settings while the process runs: the files of `--conf` and those that they name, watched and read again on SIGHUP.
+//! New settings while the process runs: the files of `--conf` and those that they name, watched and read
+//! again on SIGHUP.
 //!
-//! Watched by reading it four times a second. Notifications of the kernel (inotify) were rejected: they miss files on a
-//! network, and behind a link that is moved, as Kubernetes does, they tell of the wrong file; to read a few kilobytes costs
-//! nothing. What changed counts once it was read the same twice, since a file that is half written can be valid and
-//! mean something else: a `limits.toml` cut off after its first lines has no limits.
+//! Watched by reading it four times a second. Notifications of the kernel (inotify) were rejected: they miss
+//! files on a network, and behind a link that is moved, as Kubernetes does, they tell of the wrong file; to
+//! read a few kilobytes costs nothing. What changed counts once it was read the same twice, since a file that
+//! is half written can be valid and mean something else: a `limits.toml` cut off after its first lines has no
+//! limits.
 //!
-//! Each file takes force by itself, as far as it depends on no other (see [`Renewal`]). One that cannot be used is rejected,
-//! and what it said before stays in force. A wait or a send that has begun ends as it began.
+//! Each file takes force by itself, as far as it depends on no other (see [`Renewal`]). One that cannot be
+//! used is rejected, and what it said before stays in force. A wait or a send that has begun ends as it
+//! began.
 
 use super::signals::Hangups;
 use crate::api;
@@ -30,11 +33,13 @@ const READ_EVERY: Duration = Duration::from_millis(250);
 const READ_MAX: Duration = Duration::from_secs(2);
 /// The same at start, where nothing is in force yet.
 const FIRST_READ_MAX: Duration = Duration::from_secs(5);
-/// What has changed is read until it was the same twice, or so often: a file that goes on changing is rejected.
+/// What has changed is read until it was the same twice, or so often: a file that goes on changing is
+/// rejected.
 const SETTLE_PAUSE: Duration = Duration::from_millis(50);
 const SETTLE_TRIES: usize = 10;
 
-/// Where the settings come from, and what goes before them: one way for the start, for `check`, and for later.
+/// Where the settings come from, and what goes before them: one way for the start, for `check`, and for
+/// later.
 #[derive(Clone, Debug)]
 pub struct ConfSource {
     /// `--conf`

@@ -1,10 +1,12 @@
 //! Reads the small files that configure the process: regular files, up to a size, within a deadline.
 //!
-//! What stands under the name of a file may be anything that others put there. A FIFO, a device or a file system that does
-//! not answer would hold the reader for good. So a thread reads, and the caller waits for it no longer than the deadline.
-//! A thread that hangs cannot be ended; it is left behind with its file, and that file alone is unreadable until it returns.
+//! What stands under the name of a file may be anything that others put there. A FIFO, a device or a file
+//! system that does not answer would hold the reader for good. So a thread reads, and the caller waits for it
+//! no longer than the deadline. A thread that hangs cannot be ended; it is left behind with its file, and
+//! that file alone is unreadable until it returns.
 //!
-//! Asynchronous file I/O was rejected: it uses such threads too, and the start reads before there is a runtime.
+//! Asynchronous file I/O was rejected: it uses such threads too, and the start reads before there is a
+//! runtime.
 
 use nix::fcntl::OFlag;
 use std::collections::HashMap;
@@ -366,7 +368,8 @@ mod tests {
         assert!(read_unchanged(&path, touch).is_err_and(|e| e.to_string() == CHANGES));
     }
 
-    /// A read that hangs keeps nobody else from being read, is asked for once, and counts again when it returns.
+    /// A read that hangs keeps nobody else from being read, is asked for once, and counts again when it
+    /// returns.
     #[test]
     fn a_read_that_hangs_costs_one_thread_and_its_own_file() {
         let (go, gate) = sync_channel::<()>(0);

@@ -1,11 +1,11 @@
 //! Which parts of a changed `conf/` take force.
 //!
-//! Each part takes force by itself, so that a mistake in one keeps no other out: above all no key in force that was removed.
-//! Parts that depend on each other take force together, or none of them does:
+//! Each part takes force by itself, so that a mistake in one keeps no other out: above all no key in force
+//! that was removed. Parts that depend on each other take force together, or none of them does:
 //!
 //! * `[tls]` of `server.toml` names the certificates. While it stays as it is they are independent.
-//! * A limit may name an upstream. A new upstream waits for a `limits.toml` that can be used, since that may limit it.
-//!   Limits wait for `upstreams.toml` only if they name an upstream, or those in force do.
+//! * A limit may name an upstream. A new upstream waits for a `limits.toml` that can be used, since that may
+//!   limit it. Limits wait for `upstreams.toml` only if they name an upstream, or those in force do.
 //!
 //! A part that was refused is tried again with each change, as it may fit what has changed.
 
@@ -184,7 +184,8 @@ mod tests {
         }
     }
 
-    /// What is taken of a change is what is named; all else that has changed is refused, with a reason for each.
+    /// What is taken of a change is what is named; all else that has changed is refused, with a reason for
+    /// each.
     #[test]
     fn each_part_takes_force_unless_another_one_it_depends_on_is_refused() {
         use ConfPart::{Certificate, ClientCa, Keys, Limits, Server, Upstreams};
@@ -227,7 +228,8 @@ mod tests {
             (&[], &[(Upstreams, UP), (Limits, NO_TOML)], &[]),
             (&[], &[(Upstreams, UP), (Limits, "[waits]\nsync_max_s = 5\n")], &[]),
             (&[], &[(Upstreams, UP)], &[Upstreams]),
-            // While [tls] stays as it is the certificates do not wait for what else stands there, nor for each other.
+            // While [tls] stays as it is the certificates do not wait for what else stands there, nor for
+            // each other.
             (&[], &[(Server, &tls_auth), (Certificate, "bad"), (ClientCa, "two")], &[Server, ClientCa]),
             (&[], &[(Server, NO_TOML), (Certificate, "two"), (ClientCa, "bad")], &[Certificate]),
             (&[], &[(Server, WRONG), (Certificate, "two")], &[]),

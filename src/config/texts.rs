@@ -98,7 +98,8 @@ impl ConfText {
         }
     }
 
-    /// What nobody means by a change: a file that is gone or empty, as it is for a moment while it is written.
+    /// What nobody means by a change: a file that is gone or empty, as it is for a moment while it is
+    /// written.
     fn lost_since(&self, before: &Self) -> Option<&'static str> {
         match (&before.text, &self.text) {
             (Ok(Some(_)), Ok(None)) => Some("the file is gone"),
@@ -131,7 +132,8 @@ impl ConfTexts {
     }
 
     /// Reads the files of `dir`, and those that `[tls]` names. A file that is not there is the shipped one. A
-    /// `server.toml` that cannot be read does not say where certificates are; then they are read where `in_force` says.
+    /// `server.toml` that cannot be read does not say where certificates are; then they are read where
+    /// `in_force` says.
     pub fn read(reader: &mut FileReader, dir: &Path, in_force: Option<&Self>) -> Self {
         let mut read = |name: &str| ConfText::read(reader, dir, name);
         let (keys, limits) = (read("keys.toml"), read("limits.toml"));
@@ -217,8 +219,8 @@ impl ConfTexts {
         }
     }
 
-    /// What nobody means by a change of a part; see [`ConfText::lost_since`]. Limits that are all lifted are such a
-    /// change, too, unless the file says so.
+    /// What nobody means by a change of a part; see [`ConfText::lost_since`]. Limits that are all lifted are
+    /// such a change, too, unless the file says so.
     pub(super) fn lost_since(&self, part: ConfPart, before: &Self) -> Option<String> {
         let (now, before) = self.file(part).zip(before.file(part))?;
         let lifts_all = || {
@@ -245,8 +247,8 @@ fn tls_of(server: &Table) -> Option<&Table> {
     server.get("tls")?.as_table()
 }
 
-/// Reads what `[tls]` names, relative to the directory of its file. What is wrong with `[tls]` itself is told when the
-/// settings are made of it.
+/// Reads what `[tls]` names, relative to the directory of its file. What is wrong with `[tls]` itself is told
+/// when the settings are made of it.
 struct PemReader<'a> {
     reader: &'a mut FileReader,
     dir: &'a Path,

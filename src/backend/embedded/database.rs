@@ -1,8 +1,9 @@
 //! One SQLite file: a writer thread that commits in groups, and a few connections that read.
 //!
-//! A commit waits for the disk, so the rate of commits is bounded and the rate of records is not: whatever waits
-//! while one commit is under way goes into the next. A fixed linger was rejected, since it adds its own length to
-//! every lone call; instead the writer waits for as many writes as the last commit had, and 2 ms at the most.
+//! A commit waits for the disk, so the rate of commits is bounded and the rate of records is not: whatever
+//! waits while one commit is under way goes into the next. A fixed linger was rejected, since it adds its own
+//! length to every lone call; instead the writer waits for as many writes as the last commit had, and 2 ms at
+//! the most.
 //!
 //! Each write stands in its own savepoint, so one that fails takes no other with it.
 
@@ -98,8 +99,8 @@ impl From<WriteError> for BackendError {
     }
 }
 
-/// A handle; clones share one file, one writer and one lock. Dropping the last one commits what waits, ends the
-/// writer thread and then frees the directory.
+/// A handle; clones share one file, one writer and one lock. Dropping the last one commits what waits, ends
+/// the writer thread and then frees the directory.
 #[derive(Clone)]
 pub(super) struct Database(Arc<Shared>);
 
@@ -120,8 +121,9 @@ struct Readers {
 }
 
 impl Database {
-    /// Locks `dir`, opens or makes the file in it, lets `first` work on it, and starts the writer thread. The thread
-    /// is started here and not by a loop of boot's: it must outlive the runtime, to commit what the last tasks wrote.
+    /// Locks `dir`, opens or makes the file in it, lets `first` work on it, and starts the writer thread. The
+    /// thread is started here and not by a loop of boot's: it must outlive the runtime, to commit what the
+    /// last tasks wrote.
     pub(super) fn open<T>(
         dir: &Path,
         first: impl FnOnce(&Connection) -> Result<T, OpenError>,
@@ -161,8 +163,8 @@ impl Database {
         Ok((database, made))
     }
 
-    /// Runs `op` in the next transaction and returns after its commit. `records` is how many rows it writes, for
-    /// the size of a transaction. Once it has been handed over it is done even if this future is dropped.
+    /// Runs `op` in the next transaction and returns after its commit. `records` is how many rows it writes,
+    /// for the size of a transaction. Once it has been handed over it is done even if this future is dropped.
     pub(super) async fn write<T: Send + 'static>(
         &self,
         records: usize,
@@ -178,7 +180,8 @@ impl Database {
         outcome.await.map_err(|_| lost())?
     }
 
-    /// Runs `op` on a connection of its own, off the asynchronous threads. It sees every write that has returned.
+    /// Runs `op` on a connection of its own, off the asynchronous threads. It sees every write that has
+    /// returned.
     pub(super) async fn read<T: Send + 'static>(
         &self,
         op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,

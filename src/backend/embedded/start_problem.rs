@@ -30,9 +30,9 @@ pub fn start_problem(dir: &Path, error: &OpenError) -> StartProblem {
         OpenError::Corrupt(why) => (
             BackendError::Invalid(format!("{DATABASE_FILE} in it is damaged: {why}")),
             format!(
-                "Keep a copy of the whole directory first. Then put a backup in its place, or save what can be read \
-                 with `sqlite3 {DATABASE_FILE} .recover | sqlite3 recovered.sqlite` and put that in its place, \
-                 or {OTHER_DIR}."
+                "Keep a copy of the whole directory first. Then put a backup in its place, or a new file into which \
+                 `.recover` of the sqlite3 shell from sqlite.org has saved what can be read \
+                 (https://sqlite.org/recovery.html), or {OTHER_DIR}."
             ),
         ),
         OpenError::NotAFile(name, kind) => (

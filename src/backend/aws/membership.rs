@@ -1,11 +1,12 @@
 //! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
-//! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is.
+//! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is;
+//! `telling:{<node>}`, there while the journal is told again what it has lost.
 
 use super::journal::{
     GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, entry_text, key, numbered_text, sums_text,
 };
 use super::redis::Commands;
-use crate::backend::{BackendError, Membership, Others, Told};
+use crate::backend::{BackendError, GIVEN_UP_KEPT, Membership, Others, Told};
 use crate::model::NodeId;
 use async_trait::async_trait;
 use redis::{Cmd, Script, cmd};
@@ -13,6 +14,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const ADOPTED: &str = "adopted";
+
+/// The mark that a journal is being told: a Redis that loses its data meanwhile has not heard all.
+const TELLING: &str = "telling";
+
+/// How long that may take, in seconds.
+const TELLING_MAX_S: u64 = 3600;
 
 /// How long the mark of a journal outlives its node, in seconds: longer than anybody would have its jobs wait.
 const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
@@ -37,6 +44,13 @@ if ends and tonumber(ends) >= time[1] * 1000 then return 0 end
 redis.call('ZREM', KEYS[1], ARGV[1])
 return 1";
 
+/// KEYS: the mark that a journal is being told, the mark that it is whole. ARGV: who tells, and for how many seconds the second mark
+/// is kept. Answer: 1 if it is whole now; 0: what was told before is lost, or another one tells.
+const RETOLD: &str = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[2], '1', 'EX', ARGV[2])
+return 1";
+
 pub(super) struct RedisMembership {
     commands: Arc<Commands>,
     /// Nodes that share a Redis and not their tables know nothing of each other.
@@ -44,13 +58,14 @@ pub(super) struct RedisMembership {
     renew: Script,
     adopt: Script,
     dismiss: Script,
+    retold: Script,
 }
 
 impl RedisMembership {
     pub(super) fn new(commands: Arc<Commands>, logs_table: &str) -> Self {
         let nodes = format!("nodes:{{{logs_table}}}");
-        let (renew, adopt, dismiss) = (Script::new(RENEW), Script::new(ADOPT), Script::new(DISMISS));
-        Self { commands, nodes, renew, adopt, dismiss }
+        let [renew, adopt, dismiss, retold] = [RENEW, ADOPT, DISMISS, RETOLD].map(Script::new);
+        Self { commands, nodes, renew, adopt, dismiss, retold }
     }
 }
 
@@ -97,6 +112,10 @@ impl Membership for RedisMembership {
         self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
     }
 
+    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
+        self.commands.query(cmd("SET").arg(key(TELLING, node)).arg(token).arg("EX").arg(TELLING_MAX_S)).await
+    }
+
     async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError> {
         let command = match told {
             Told::Jobs(jobs) => hset(
@@ -121,14 +140,21 @@ impl Membership for RedisMembership {
                 hset(GIVEN_UP, node, jobs.iter().map(|(id, function)| (id.to_string(), function.to_string())))
             }
         };
-        match command {
-            Some(command) => self.commands.query(&command).await,
-            None => Ok(()),
+        if let Some(command) = command {
+            self.commands.query::<()>(&command).await?;
         }
+        if matches!(told, Told::GivenUp(_)) {
+            let expire = GIVEN_UP_KEPT.as_secs();
+            self.commands.query::<()>(cmd("EXPIRE").arg(key(GIVEN_UP, node)).arg(expire)).await?;
+        }
+        Ok(())
     }
 
-    async fn retold(&self, node: NodeId) -> Result<(), BackendError> {
-        self.commands.query(cmd("SET").arg(key(WHOLE, node)).arg(1).arg("EX").arg(WHOLE_KEPT_S)).await
+    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+        let mut call = self.retold.prepare_invoke();
+        call.key(key(TELLING, node)).key(key(WHOLE, node)).arg(token).arg(WHOLE_KEPT_S);
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
 }
 

@@ -202,6 +202,8 @@ impl Flusher {
         let mut retries = FuturesUnordered::new();
         let mut gathered = Vec::with_capacity(ROWS_MAX);
         let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
+        // A time, and no pause: rows that keep coming must not put it off again and again.
+        let mut look_at_disk = Instant::now();
         let mut open = true;
         while open || !gathered.is_empty() || !writes.is_empty() {
             let room = ROWS_MAX - gathered.len();
@@ -213,7 +215,8 @@ impl Flusher {
                 Some(tried) = writes.next() => self.after_write(tried, told.as_ref()),
                 Some::<Vec<JobId>>(ids) = replays.next() => told.rows_written(&ids),
                 Some::<Vec<JobId>>(ids) = retries.next() => told.rows_written(&ids),
-                () = tokio::time::sleep(LOOK_AGAIN), if looks && (replays.is_empty() || retries.is_empty()) => {
+                () = tokio::time::sleep_until(look_at_disk), if looks && (replays.is_empty() || retries.is_empty()) => {
+                    look_at_disk = Instant::now() + LOOK_AGAIN;
                     if replays.is_empty() && self.writer.may_replay() {
                         replays.push(Arc::clone(&self.writer).replay());
                     }
@@ -708,6 +711,7 @@ mod tests {
             assert_eq!((of.failing.rows.get(), of.spill.rows.get(), of.waiting_rows.get()), (3, 0, 0));
             assert_eq!(of.spill.appended.as_ref().unwrap().get(), 0, "the table is not away");
             assert_eq!(tables.left.lock().unwrap().len(), 160, "their rows are safe");
+            tokio::time::sleep(3 * ledger::ROUND).await;
             assert_eq!(tables.invocations(), 157);
             tables.poison(&[]);
             trickle(&audit, 160..260).await;

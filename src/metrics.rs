@@ -307,7 +307,11 @@ impl AuditMetrics {
                 bytes: gauge(r, "infra_audit_spill_bytes", "Bytes of rows on the disk")?,
                 full: gauge(r, "infra_audit_spill_full", "1 while the disk takes no more rows")?,
                 appended: Some(counter(r, "infra_audit_spilled_rows_total", "Rows that went to the disk")?),
-                replayed: Some(counter(r, "infra_audit_replayed_rows_total", "Rows that came from the disk")?),
+                replayed: Some(counter(
+                    r,
+                    "infra_audit_replayed_rows_total",
+                    "Rows that came from the disk",
+                )?),
             },
             failing: DiskMetrics::new(
                 r,

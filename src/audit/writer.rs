@@ -61,8 +61,7 @@ impl Batch {
         let n = records.len();
         let (ids, rows) = (Vec::with_capacity(n), Vec::with_capacity(n));
         let (recommendations, kept) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let mut batch =
-            Self { ids, rows, recommendations, kept, are_late: Vec::with_capacity(n), bytes: 0 };
+        let mut batch = Self { ids, rows, recommendations, kept, are_late: Vec::with_capacity(n), bytes: 0 };
         for record in records {
             batch.push(record);
         }

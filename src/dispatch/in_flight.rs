@@ -584,7 +584,8 @@ mod tests {
         // Its row may be on the way still, or be written.
         assert_eq!(table.settle(job(1).id, outcome("a")), Settled::Late(job(1).function));
         assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
-        table.remember(job(1).id, job(1).function);
+        // Its row found no room.
+        table.unsettle_late(job(1).id);
         table.remove(job(1).id);
         assert!(table.is_remembered(job(1).id));
         assert_eq!(table.given_up_of(NodeId(1)), [(job(1).id, job(1).function)]);

@@ -84,10 +84,13 @@ async fn sums_get_numbers_that_grow_and_none_from_a_redis_that_has_lost_them() {
         journal.command(&call).await
     };
     let texts = |reply: Reply| match reply {
-        Reply::Array(parts) => parts.into_iter().map(|part| match part {
-            Reply::Bulk(text) => String::from_utf8(text).expect("text"),
-            other => panic!("{other:?}"),
-        }).collect::<Vec<_>>(),
+        Reply::Array(parts) => parts
+            .into_iter()
+            .map(|part| match part {
+                Reply::Bulk(text) => String::from_utf8(text).expect("text"),
+                other => panic!("{other:?}"),
+            })
+            .collect::<Vec<_>>(),
         other => panic!("{other:?}"),
     };
     journal.command(&["HSET", NUMBER_KEYS[0], "f", "1:0:5:0:0"]).await;

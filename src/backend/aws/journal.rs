@@ -143,7 +143,10 @@ impl Journal for RedisJournal {
     ) -> Result<Option<Unposted>, BackendError> {
         assert!(functions.len() <= POSTED_MAX, "{} functions at once", functions.len());
         let mut call = self.number.prepare_invoke();
-        call.key(key(UNPOSTED, node)).key(key(POSTING, node)).key(key(LAST_NUMBER, node)).key(key(WHOLE, node));
+        call.key(key(UNPOSTED, node))
+            .key(key(POSTING, node))
+            .key(key(LAST_NUMBER, node))
+            .key(key(WHOLE, node));
         call.arg(floor);
         for function in functions {
             call.arg(function.as_str());

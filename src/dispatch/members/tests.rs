@@ -11,9 +11,7 @@ use crate::dispatch::in_flight::{Held, InFlight};
 use crate::dispatch::journal::NodeJournal;
 use crate::dispatch::settler::Lookups;
 use crate::metrics::Metrics;
-use crate::model::{
-    Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums,
-};
+use crate::model::{Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums};
 use async_trait::async_trait;
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -221,7 +219,8 @@ impl Membership for Store {
             Told::Numbered(all) => data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone()))),
             Told::GivenUp(jobs) => data.given_up.extend(jobs.iter().cloned()),
         });
-        if self.lost_after.load(Ordering::Relaxed) > 0 && self.lost_after.fetch_sub(1, Ordering::Relaxed) == 1 {
+        if self.lost_after.load(Ordering::Relaxed) > 0 && self.lost_after.fetch_sub(1, Ordering::Relaxed) == 1
+        {
             self.lose_all();
         }
         Ok(())
@@ -520,10 +519,10 @@ async fn a_job_of_a_node_that_nobody_lists_ends_all_the_same() {
     tokio::time::sleep(CLOSED).await;
     store.lose_all();
     set(&store.ends_fail, false);
-    for _ in 0..3 {
+    for _ in 0..3 * RENEWALS {
         house.members.renew(store.as_ref()).await.unwrap();
         house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
-        tokio::time::sleep(LEASE).await;
+        tokio::time::sleep(LEASE / RENEWALS).await;
     }
     assert_eq!(house.counted().await, (1, 0));
     assert!(house.members.ledger.nodes().is_empty());

@@ -571,7 +571,9 @@ impl Writer {
 
     fn forget(&self, ids: &[JobId]) {
         let mut known = self.failing();
-        ids.iter().for_each(|id| drop(known.tries.remove(id)));
+        for id in ids {
+            known.tries.remove(id);
+        }
     }
 
     fn report_aside(&self, reports: &[(JobId, BackendError)], records: &[Record]) {

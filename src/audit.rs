@@ -4,13 +4,14 @@
 //! and comes again, so a slow log table costs memory up to the bound and nothing else. Behind it one loop writes
 //! rows 25 at a time. Then the books of these executions are closed ([`ledger`]).
 
+mod disk;
 mod ledger;
 mod spill;
 mod tail;
 mod writer;
 
+pub use disk::RowDisk;
 pub use ledger::{Ledger, Outstanding};
-pub use spill::Spill;
 pub use tail::{Tail, TailEntry};
 
 use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
@@ -53,6 +54,7 @@ pub struct Audit {
     bytes_max: usize,
     metrics: Arc<Metrics>,
     tail: Tail,
+    ledger: Arc<Ledger>,
 }
 
 struct Record {
@@ -60,6 +62,8 @@ struct Record {
     row: Execution,
     recommendation: Option<Recommendation>,
     kept: Option<Box<Kept>>,
+    /// The job was given up before: this row takes the place of one that says LOST.
+    is_late: bool,
 }
 
 /// A result that is kept with the idempotency key of its request.
@@ -87,7 +91,22 @@ impl Audit {
         recommendation: Option<Recommendation>,
         kept: Option<Box<Kept>>,
     ) -> Result<(), Full> {
-        let record = Record { id, row, recommendation, kept };
+        self.queue(Record { id, row, recommendation, kept, is_late: false })
+    }
+
+    /// The same for a job whose row says LOST, or will.
+    pub fn record_late(
+        &self,
+        id: JobId,
+        row: Execution,
+        recommendation: Option<Recommendation>,
+    ) -> Result<(), Full> {
+        self.ledger.expect_late(id, &row.function);
+        let queued = self.queue(Record { id, row, recommendation, kept: None, is_late: true });
+        queued.inspect_err(|_| self.ledger.forget_late(id))
+    }
+
+    fn queue(&self, record: Record) -> Result<(), Full> {
         let bytes = record.bytes();
         if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -98,7 +117,7 @@ impl Audit {
             Full
         })?;
         self.metrics.observe_execution(&record.row);
-        self.tail.push(id, &record.row);
+        self.tail.push(record.id, &record.row);
         self.metrics.audit.waiting_rows.inc();
         permit.send(record);
         Ok(())
@@ -147,26 +166,27 @@ pub struct AuditLoops {
     pub ledger: Arc<Ledger>,
 }
 
-/// A handle and its loops.
+/// A handle and its loops. `disk`: for rows that the table does not take; without it they stay in memory.
 pub fn new(
     conf: &MemoryConf,
     stores: Stores,
-    spill: Option<Spill>,
+    disk: Option<RowDisk>,
     metrics: Arc<Metrics>,
 ) -> (Audit, AuditLoops) {
     let (sender, receiver) = mpsc::channel(conf.audit_rows_max);
     let bytes = Arc::new(AtomicUsize::new(0));
+    let disk = disk.map(Arc::new);
+    let ledger = Ledger::new(stores.clone(), disk.clone(), Arc::clone(&metrics), ledger::WAITING_MAX);
+    let ledger = Arc::new(ledger);
     let audit = Audit {
         sender,
         bytes: Arc::clone(&bytes),
         bytes_max: conf.audit_bytes_max,
         metrics: Arc::clone(&metrics),
         tail: Tail::default(),
+        ledger: Arc::clone(&ledger),
     };
-    let spill = spill.map(Arc::new);
-    let ledger = Ledger::new(stores.clone(), spill.clone(), Arc::clone(&metrics), ledger::WAITING_MAX);
-    let ledger = Arc::new(ledger);
-    let writer = Arc::new(Writer::new(stores, spill, Arc::clone(&ledger), Arc::clone(&metrics)));
+    let writer = Arc::new(Writer::new(stores, disk, Arc::clone(&ledger), Arc::clone(&metrics)));
     let flusher = Flusher { receiver, bytes, writer, metrics, ledger: Arc::clone(&ledger) };
     (audit, AuditLoops { flusher, ledger })
 }
@@ -179,20 +199,29 @@ impl Flusher {
         let mut writes = FuturesUnordered::new();
         // One at a time: new rows go first.
         let mut replays = FuturesUnordered::new();
+        let mut retries = FuturesUnordered::new();
         let mut gathered = Vec::with_capacity(ROWS_MAX);
         let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
+        // A time, and no pause: rows that keep coming must not put it off again and again.
+        let mut look_at_disk = Instant::now();
         let mut open = true;
         while open || !gathered.is_empty() || !writes.is_empty() {
             let room = ROWS_MAX - gathered.len();
             let is_full = self.ledger.is_full();
             let may_write = writes.len() < WRITES_MAX && !is_full;
-            let may_replay = self.writer.has_spilled() && !is_full && end.is_none();
+            let may_replay = !is_full && end.is_none();
+            let looks = may_replay && self.writer.has_rows_on_disk();
             tokio::select! {
                 Some(tried) = writes.next() => self.after_write(tried, told.as_ref()),
                 Some::<Vec<JobId>>(ids) = replays.next() => told.rows_written(&ids),
-                () = tokio::time::sleep(LOOK_AGAIN), if may_replay && replays.is_empty() => {
-                    if self.writer.may_replay() {
+                Some::<Vec<JobId>>(ids) = retries.next() => told.rows_written(&ids),
+                () = tokio::time::sleep_until(look_at_disk), if looks && (replays.is_empty() || retries.is_empty()) => {
+                    look_at_disk = Instant::now() + LOOK_AGAIN;
+                    if replays.is_empty() && self.writer.may_replay() {
                         replays.push(Arc::clone(&self.writer).replay());
+                    }
+                    if retries.is_empty() && self.writer.may_retry() {
+                        retries.push(Arc::clone(&self.writer).retry());
                     }
                 }
                 n = take(&mut self.receiver, &mut gathered, look_at), if open && room > 0 => {
@@ -256,9 +285,10 @@ mod tests {
     use super::*;
     use crate::backend::{
         BackendError, Claim, Claimed, Ended, FunctionPage, FunctionWrite, JournalEntry, LogPage, LogQuery,
-        Numbered, Numbering, Written,
+        Numbered, Unposted, Written,
     };
-    use crate::model::{Function, FunctionId, Job, NodeId, Outcome, Sums};
+    use crate::config::AuditConf;
+    use crate::model::{Function, FunctionId, Job, NodeId, Outcome, RowId, Sums};
     use async_trait::async_trait;
     use std::collections::HashMap;
     use std::path::Path;
@@ -286,6 +316,8 @@ mod tests {
         kept: Mutex<Vec<JobId>>,
         /// A row that LOST did not replace.
         kept_row: Mutex<Option<Execution>>,
+        /// Calls with one of these rows fail as a whole.
+        poison: Mutex<HashMap<JobId, BackendError>>,
     }
 
     #[async_trait]
@@ -293,6 +325,11 @@ mod tests {
         async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
             self.puts.lock().unwrap().push(rows.len());
             if let Some(error) = self.failures.lock().unwrap().pop() {
+                return vec![Err(error); rows.len()];
+            }
+            let poison = self.poison.lock().unwrap().clone();
+            let found = poison.into_iter().find(|(id, _)| rows.iter().any(|row| row.id == RowId::Job(*id)));
+            if let Some((_, error)) = found {
                 return vec![Err(error); rows.len()];
             }
             self.rows.lock().unwrap().extend(rows.iter().map(|row| (row.id.key().into_owned(), row.clone())));
@@ -364,12 +401,17 @@ mod tests {
             Ok(Vec::new())
         }
 
-        async fn number(&self, _: NodeId, functions: &[FunctionId]) -> Result<Numbering, BackendError> {
+        async fn number(
+            &self,
+            _: NodeId,
+            functions: &[FunctionId],
+            _: u64,
+        ) -> Result<Option<Unposted>, BackendError> {
             let unposted = self.unposted.lock().unwrap();
             let numbered = functions.iter().filter_map(|function| {
                 Some(Numbered { function: function.clone(), number: 1, sums: *unposted.get(function)? })
             });
-            Ok(Numbering { numbered: numbered.collect(), more: Vec::new() })
+            Ok(Some(Unposted { numbered: numbered.collect(), sums: Vec::new() }))
         }
 
         async fn post(
@@ -446,15 +488,16 @@ mod tests {
 
     fn audit_with(
         tables: &Arc<Tables>,
-        spill: Option<&Path>,
+        disk: Option<&Path>,
         rows_max: usize,
         bytes_max: usize,
     ) -> (Audit, AuditLoops) {
         let mut conf = crate::config::Conf::shipped().unwrap().memory;
         (conf.audit_rows_max, conf.audit_bytes_max) = (rows_max, bytes_max);
         let metrics = Arc::new(Metrics::new(10).unwrap());
-        let spill = spill.map(|dir| Spill::open(dir, 1 << 20, Arc::clone(&metrics)).unwrap());
-        new(&conf, stores(tables), spill, metrics)
+        let conf_of_disk = AuditConf { spill_bytes_max: 1 << 20, aside_after_s: 60 };
+        let disk = disk.map(|dir| RowDisk::open(dir, &conf_of_disk, &metrics).unwrap());
+        new(&conf, stores(tables), disk, metrics)
     }
 
     fn stores(tables: &Arc<Tables>) -> Stores {
@@ -601,7 +644,7 @@ mod tests {
                 record(&audit, n).unwrap();
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            let spilled = audit.metrics.audit.spill_rows.get();
+            let spilled = audit.metrics.audit.spill.rows.get();
             assert!(tables.rows.lock().unwrap().is_empty() && spilled > 200, "{spilled} on the disk");
         };
         run(&tables, loops, load).await;
@@ -613,7 +656,7 @@ mod tests {
         tables.failures.lock().unwrap().clear();
         let (again, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
         let later = async {
-            while again.metrics.audit.spill_rows.get() > 0 || again.metrics.audit.replayed_rows.get() == 0 {
+            while again.metrics.audit.spill.rows.get() > 0 {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             tokio::time::sleep(3 * ledger::ROUND).await;
@@ -621,7 +664,191 @@ mod tests {
         run(&tables, loops, later).await;
         assert_eq!(tables.rows.lock().unwrap().len(), 400);
         assert_eq!(tables.sums.lock().unwrap()[&FunctionId::parse("f").unwrap()].invocations, 400);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(segments(dir.path()), 0);
+    }
+
+    fn segments(dir: &Path) -> usize {
+        let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_str().unwrap().ends_with(".rows")).count()
+    }
+
+    fn id(n: u64) -> JobId {
+        JobId::new(NodeId(1), 1, n)
+    }
+
+    impl Tables {
+        fn poison(&self, ids: &[u64]) {
+            let error = BackendError::Unavailable("x".into());
+            *self.poison.lock().unwrap() = ids.iter().map(|n| (id(*n), error.clone())).collect();
+        }
+
+        fn has(&self, n: u64) -> bool {
+            self.rows.lock().unwrap().contains_key(&*RowId::Job(id(n)).key())
+        }
+
+        fn invocations(&self) -> i64 {
+            self.sums.lock().unwrap().values().map(|sums| sums.invocations).sum()
+        }
+    }
+
+    /// A row each 100 ms.
+    async fn trickle(audit: &Audit, rows: std::ops::Range<u64>) {
+        for n in rows {
+            record(audit, n).unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_row_that_fails_holds_up_no_other_and_is_written_when_it_can_be() {
+        let dir = tempfile::tempdir().unwrap();
+        let tables = Arc::new(Tables::default());
+        tables.poison(&[3, 17, 40]);
+        let (audit, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        let of = &audit.metrics.audit;
+        let load = async {
+            for n in 0..60 {
+                record(&audit, n).unwrap();
+            }
+            trickle(&audit, 60..160).await;
+            assert_eq!((0..160).filter(|n| !tables.has(*n)).collect::<Vec<_>>(), [3, 17, 40]);
+            assert_eq!((of.failing.rows.get(), of.spill.rows.get(), of.waiting_rows.get()), (3, 0, 0));
+            assert_eq!(of.spill.appended.as_ref().unwrap().get(), 0, "the table is not away");
+            assert_eq!(tables.left.lock().unwrap().len(), 160, "their rows are safe");
+            tokio::time::sleep(3 * ledger::ROUND).await;
+            assert_eq!(tables.invocations(), 157);
+            tables.poison(&[]);
+            trickle(&audit, 160..260).await;
+        };
+        run(&tables, loops, load).await;
+        assert!((0..260).all(|n| tables.has(n)));
+        assert_eq!((of.failing.rows.get(), of.rows_put_aside.get(), tables.invocations()), (0, 0, 260));
+        assert_eq!(segments(&dir.path().join("failing")), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_row_that_never_passes_is_put_aside_and_counts_and_stays_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let tables = Arc::new(Tables::default());
+        let denied = BackendError::Denied("x".into());
+        tables.poison.lock().unwrap().insert(id(5), denied.clone());
+        let (audit, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        let of = &audit.metrics.audit;
+        let load = async {
+            trickle(&audit, 0..500).await;
+            assert_eq!((of.failing.rows.get(), of.aside.rows.get()), (1, 0), "a minute has not passed");
+            // A table that is away is no reason, however long it lasts.
+            let away = BackendError::Unavailable("x".into());
+            *tables.failures.lock().unwrap() = vec![away; 100_000];
+            trickle(&audit, 500..1000).await;
+            assert_eq!((of.failing.rows.get(), of.aside.rows.get()), (1, 0));
+            assert!(of.spill.rows.get() > 100, "different rows fail");
+            tables.failures.lock().unwrap().clear();
+            trickle(&audit, 1000..1500).await;
+        };
+        run(&tables, loops, load).await;
+        assert_eq!((of.failing.rows.get(), of.aside.rows.get(), of.rows_put_aside.get()), (0, 1, 1));
+        assert_eq!(of.spill.rows.get(), 0);
+        assert_eq!((0..1500).filter(|n| !tables.has(*n)).collect::<Vec<_>>(), [5]);
+        assert_eq!(tables.invocations(), 1500, "it did run");
+        tables.poison(&[]);
+        let (again, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        run(&tables, loops, trickle(&again, 1500..1600)).await;
+        assert_eq!((again.metrics.audit.aside.rows.get(), tables.has(5)), (1, false));
+        // The operator moves it back.
+        let [aside, failing] = ["aside", "failing"].map(|name| dir.path().join(name));
+        for entry in std::fs::read_dir(&aside).unwrap() {
+            let name = entry.unwrap().file_name();
+            std::fs::rename(aside.join(&name), failing.join(&name)).unwrap();
+        }
+        let (third, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        run(&tables, loops, trickle(&third, 1600..1650)).await;
+        assert_eq!((third.metrics.audit.aside.rows.get(), tables.has(5)), (0, true));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn rows_that_fail_hold_up_none_behind_them_in_another_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let tables = Arc::new(Tables::default());
+        *tables.failures.lock().unwrap() = vec![BackendError::Unavailable("x".into()); 10_000];
+        let (audit, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        run(&tables, loops, trickle(&audit, 0..80)).await;
+        assert_eq!(audit.metrics.audit.spill.rows.get() + audit.metrics.audit.failing.rows.get(), 80);
+        tables.failures.lock().unwrap().clear();
+        tables.poison(&[0, 1, 30]);
+        // Nothing else is written now: what tells the rows from the table is the rows behind them.
+        let (again, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        run(&tables, loops, tokio::time::sleep(Duration::from_secs(60))).await;
+        assert_eq!((0..80).filter(|n| !tables.has(*n)).collect::<Vec<_>>(), [0, 1, 30]);
+        let of = &again.metrics.audit;
+        assert_eq!((of.failing.rows.get(), of.spill.rows.get(), of.aside.rows.get()), (3, 0, 0));
+        assert_eq!(tables.invocations(), 77);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_row_alone_does_not_say_that_the_table_is_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let tables = Arc::new(Tables::default());
+        tables.poison(&[1]);
+        let (audit, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        let of = &audit.metrics.audit;
+        let load = async {
+            record(&audit, 1).unwrap();
+            tokio::time::sleep(Duration::from_secs(120)).await;
+            assert_eq!((of.failing.rows.get(), of.aside.rows.get(), of.spill.rows.get()), (1, 0, 0));
+            record(&audit, 2).unwrap();
+            tokio::time::sleep(2 * ROWS_LINGER).await;
+            assert!(tables.has(2), "at once");
+        };
+        run(&tables, loops, load).await;
+        assert_eq!(of.spill.appended.as_ref().unwrap().get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_disk_a_row_that_fails_holds_up_no_other() {
+        let tables = Arc::new(Tables::default());
+        tables.poison(&[0, 30]);
+        let (audit, loops) = audit(&tables, 1000, 1 << 20);
+        let load = async {
+            for n in 0..60 {
+                record(&audit, n).unwrap();
+            }
+            trickle(&audit, 60..160).await;
+            assert_eq!((0..160).filter(|n| !tables.has(*n)).collect::<Vec<_>>(), [0, 30]);
+            tables.poison(&[]);
+            tokio::time::sleep(Duration::from_secs(10)).await;
+        };
+        run(&tables, loops, load).await;
+        assert!((0..160).all(|n| tables.has(n)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_row_that_is_refused_for_good_is_put_aside_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let tables = Arc::new(Tables::default());
+        tables.poison.lock().unwrap().insert(id(1), BackendError::Invalid("x".into()));
+        let (audit, loops) = audit_with(&tables, Some(dir.path()), 1000, 1 << 20);
+        record(&audit, 1).unwrap();
+        run(&tables, loops, async {}).await;
+        let of = &audit.metrics.audit;
+        assert_eq!((of.rows_refused.get(), of.rows_put_aside.get(), of.aside.rows.get()), (1, 1, 1));
+        assert_eq!(tables.left.lock().unwrap().len(), 1);
+    }
+
+    /// Of a job that is on its way while the journal is told again it may be asked in the middle of its step.
+    #[tokio::test(start_paused = true)]
+    async fn no_job_passes_behind_the_one_who_looks_for_all() {
+        let tables = Arc::new(Tables::default());
+        let (_audit, loops) = audit(&tables, 10, 1 << 20);
+        let mut in_flight = vec![id(1)];
+        let row = Execution::lost(id(1), FunctionId::parse("f").unwrap(), false);
+        let look = || {
+            loops.ledger.take(&[id(1)], vec![row], vec![None]);
+            in_flight.clear();
+            in_flight.len()
+        };
+        let found = async |in_flight, books: Outstanding| Ok(in_flight + books.ended.len());
+        assert_eq!(loops.ledger.tell_outstanding(NodeId(1), look, found).await, Ok(1));
     }
 
     async fn record_range(audit: &Audit, functions: std::ops::Range<u64>) {

@@ -197,13 +197,13 @@ pub struct Numbered {
     pub sums: Sums,
 }
 
-/// What [`Journal::number`] gives.
+/// The sums of some functions that are still to be posted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Numbering {
-    /// Functions without any sums are not among them.
+pub struct Unposted {
+    /// Sums with a number.
     pub numbered: Vec<Numbered>,
-    /// Functions whose earlier sums had a number already: later ones have none yet.
-    pub more: Vec<FunctionId>,
+    /// Sums without a number.
+    pub sums: Vec<(FunctionId, Sums)>,
 }
 
 /// Where a job stands in the journal of its node.
@@ -222,6 +222,9 @@ pub enum Standing {
 /// Sums are posted in two steps: they get a number, and then they are added to their function, which remembers the
 /// number. Until that is known the number stays with them, so whoever posts them, and however often, adds once. A
 /// store that adds at once, with the end of the job, has nothing to post.
+///
+/// A store that has lost its data does nothing with jobs that end, and with sums, until it has been told again what it
+/// had (see [`Membership::retold`]). An answer from before that would be taken for the truth.
 #[async_trait]
 pub trait Journal: Send + Sync {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError>;
@@ -237,14 +240,21 @@ pub trait Journal: Send + Sync {
     /// Jobs of `node` that were given up lately, and for which no result has come; at most [`GIVEN_UP_MAX`].
     async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError>;
 
-    /// The functions of `node` that have sums to be posted.
-    async fn unposted(&self, _node: NodeId) -> Result<Vec<FunctionId>, BackendError> {
-        Ok(Vec::new())
+    /// All sums of `node` that are to be posted, as they are at one moment. `None`: the store has lost its data.
+    async fn unposted(&self, _node: NodeId) -> Result<Option<Unposted>, BackendError> {
+        Ok(Some(Unposted::default()))
     }
 
-    /// Gives the sums of these functions of `node` their numbers; at most [`POSTED_MAX`].
-    async fn number(&self, _node: NodeId, _functions: &[FunctionId]) -> Result<Numbering, BackendError> {
-        Ok(Numbering::default())
+    /// Gives the sums of these functions of `node` their numbers, unless earlier ones have a number already; at most
+    /// [`POSTED_MAX`] functions. The numbers are above `floor`, and above all that the store has given. Gives all that is
+    /// to be posted for these functions now. `None`: the store has lost its data, and nothing was done.
+    async fn number(
+        &self,
+        _node: NodeId,
+        _functions: &[FunctionId],
+        _floor: u64,
+    ) -> Result<Option<Unposted>, BackendError> {
+        Ok(Some(Unposted::default()))
     }
 
     /// Adds sums of `node` to their functions, if those (still) exist, up to `at_a_time` side by side. Gives back what
@@ -366,11 +376,15 @@ pub trait Membership: Send + Sync {
     /// there until [`Self::retold`].
     async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError>;
 
+    /// Begins to tell the journal of `node` again what it has lost. `token`: another one each time.
+    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError>;
+
     /// Tells the journal of `node` again what it has lost.
     async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError>;
 
-    /// The journal of `node` has been told all.
-    async fn retold(&self, node: NodeId) -> Result<(), BackendError>;
+    /// The journal of `node` has been told all since it was begun under `token`. `false`: the store has lost its data
+    /// again since then, or another node tells it, and it still counts as incomplete.
+    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError>;
 }
 
 /// Whose lease may be taken although it has not lapsed.

@@ -292,19 +292,45 @@ impl JobMetrics {
     }
 }
 
+/// The metrics of rows in one place on the disk.
+#[derive(Clone)]
+pub struct DiskMetrics {
+    pub rows: IntGauge,
+    pub bytes: IntGauge,
+    /// 1 while no more are taken.
+    pub full: IntGauge,
+    /// `None`: rows come and go there more than once.
+    pub appended: Option<IntCounter>,
+    pub replayed: Option<IntCounter>,
+}
+
+impl DiskMetrics {
+    fn new(r: &Registry, place: &str, which: &str) -> Result<Self, prometheus::Error> {
+        let named = |part: &str, what: String| gauge(r, &format!("infra_audit_{place}_{part}"), &what);
+        Ok(Self {
+            rows: named("rows", format!("Rows on the disk {which}"))?,
+            bytes: named("bytes", format!("Bytes of rows on the disk {which}"))?,
+            full: named("full", format!("1 while no more rows are taken of those {which}"))?,
+            appended: None,
+            replayed: None,
+        })
+    }
+}
+
 /// The metrics of rows and sums on their way to the tables.
 pub struct AuditMetrics {
     pub waiting_rows: IntGauge,
     pub rows: IntCounter,
-    /// Rows on the disk, waiting for the table, and their bytes.
-    pub spill_rows: IntGauge,
-    pub spill_bytes: IntGauge,
-    pub spilled_rows: IntCounter,
-    pub replayed_rows: IntCounter,
-    /// Bytes of the spill that hold no whole row.
+    /// Rows on the disk that wait for the table to be there.
+    pub spill: DiskMetrics,
+    /// Rows on the disk that the table does not take, though it takes others.
+    pub failing: DiskMetrics,
+    /// Rows on the disk that are for the operator.
+    pub aside: DiskMetrics,
+    /// Rows that were put there.
+    pub rows_put_aside: IntCounter,
+    /// Bytes on the disk that hold no whole row.
     pub spill_torn_bytes: IntCounter,
-    /// 1 while the disk takes no more.
-    pub spill_full: IntGauge,
     /// Writes that failed and are tried again.
     pub retries: IntCounter,
     /// Rows that the table will never take.
@@ -318,16 +344,33 @@ pub struct AuditMetrics {
 impl AuditMetrics {
     fn new(r: &Registry) -> Result<Self, prometheus::Error> {
         Ok(Self {
-            spill_rows: gauge(r, "infra_audit_spill_rows", "Rows on the disk, waiting for the log table")?,
-            spill_bytes: gauge(r, "infra_audit_spill_bytes", "Bytes of rows on the disk")?,
-            spilled_rows: counter(r, "infra_audit_spilled_rows_total", "Rows that went to the disk")?,
-            replayed_rows: counter(r, "infra_audit_replayed_rows_total", "Rows that came from the disk")?,
+            spill: DiskMetrics {
+                rows: gauge(r, "infra_audit_spill_rows", "Rows on the disk, waiting for the log table")?,
+                bytes: gauge(r, "infra_audit_spill_bytes", "Bytes of rows on the disk")?,
+                full: gauge(r, "infra_audit_spill_full", "1 while the disk takes no more rows")?,
+                appended: Some(counter(r, "infra_audit_spilled_rows_total", "Rows that went to the disk")?),
+                replayed: Some(counter(
+                    r,
+                    "infra_audit_replayed_rows_total",
+                    "Rows that came from the disk",
+                )?),
+            },
+            failing: DiskMetrics::new(
+                r,
+                "failing",
+                "that the log table does not take though it takes others; they are tried again",
+            )?,
+            aside: DiskMetrics::new(r, "aside", "that were put aside for the operator")?,
+            rows_put_aside: counter(
+                r,
+                "infra_audit_rows_put_aside_total",
+                "Rows that the log table never took, and that are kept on the disk for the operator",
+            )?,
             spill_torn_bytes: counter(
                 r,
                 "infra_audit_spill_torn_bytes_total",
                 "Bytes that hold no whole row",
             )?,
-            spill_full: gauge(r, "infra_audit_spill_full", "1 while the disk takes no more rows")?,
             waiting_rows: gauge(r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
             rows: counter(r, "infra_audit_rows_total", "Rows written to the log table")?,
             retries: counter(r, "infra_audit_retries_total", "Row writes that failed and are tried again")?,

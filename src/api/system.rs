@@ -175,7 +175,7 @@ impl Health {
     /// What is said of rows on this node's disk; nothing if there are none.
     fn spilled(&self) -> Option<Value> {
         let audit = &self.metrics.audit;
-        let (rows, is_full) = (audit.spill_rows.get(), audit.spill_full.get() != 0);
+        let (rows, is_full) = (audit.spill.rows.get(), audit.spill.full.get() != 0);
         let word = if is_full { "ERROR" } else { "DEGRADED" };
         (rows > 0 || is_full).then(|| json!({ "status": word, "rows": rows }))
     }

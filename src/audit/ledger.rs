@@ -8,17 +8,29 @@
 //! run. Here posts have a pace, and the function that has waited longest goes first. A function that waits already only
 //! adds up, so up to [`POSTED_MAX`] functions are written about once a second, and more of them less often, but no sum
 //! is ever dropped for it.
+//!
+//! A journal may lose its data, and is then told again what it had (`dispatch::members`). What the books hold for that is
+//! what the journal holds, no more and no less, or something would be counted twice or not at all:
+//!
+//! * Sums without a number, and those with one, are copies of the journal's, made anew by each of its answers. So a lost
+//!   answer costs nothing: the next one says the same.
+//! * A journal that has lost its data gives no numbers. Before this was so, the round that came between the loss and the
+//!   retelling was answered "nothing to be posted", and the books forgot the sums that they alone still had.
+//! * While the answer to an `end` is outstanding nothing is numbered: what it may have added is also still in the books as
+//!   jobs that have ended, and those would be told again beside the sums.
+//! * A job moves from the table of jobs in flight to the spill, and to the books, and is in both for a moment. Whoever looks
+//!   for all jobs looks in that same order, so that none passes behind.
 
-use super::{Spill, Stores};
+use super::{RowDisk, Stores};
 use crate::backend::{
-    BackendError, ENDED_MAX, Ended, FunctionStore, Journal, Numbered, Numbering, POSTED_MAX,
+    BackendError, ENDED_MAX, Ended, FunctionStore, Journal, Numbered, POSTED_MAX, Unposted,
 };
 use crate::metrics::Metrics;
 use crate::model::{Execution, FunctionId, JobId, NodeId, Recommendation, Sums};
 use ahash::RandomState;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Mutex as AsyncMutex;
@@ -50,7 +62,7 @@ type Advice = Option<Box<Recommendation>>;
 pub struct Ledger {
     journal: Arc<dyn Journal>,
     functions: Arc<dyn FunctionStore>,
-    spill: Option<Arc<Spill>>,
+    disk: Option<Arc<RowDisk>>,
     metrics: Arc<Metrics>,
     max: usize,
     books: Mutex<Books>,
@@ -69,10 +81,16 @@ struct Books {
     notes: HashMap<Account, Advice, RandomState>,
     /// Each of them once, the one that has waited longest first.
     order: VecDeque<Account>,
-    /// What ended here and has no number yet, for a journal that loses its data.
+    /// Sums without a number, as the journal holds them.
     sums: HashMap<Account, Sums, RandomState>,
-    /// What has a number and is not known to be added.
+    /// Sums with a number, as the journal holds them.
     numbered: HashMap<Account, Numbered, RandomState>,
+    /// The largest number that was seen.
+    last_number: u64,
+    /// The nodes in whose journal jobs may have ended without an answer.
+    unsure: HashSet<NodeId>,
+    /// Jobs with a late result, from when its row is queued until it has left the journal. Bounded as the rows are.
+    late: HashMap<JobId, FunctionId, RandomState>,
 }
 
 impl Books {
@@ -99,13 +117,41 @@ impl Books {
         notes
     }
 
-    /// These functions have no sums without a number any more, but for those of `numbering.more`.
-    fn number(&mut self, node: NodeId, functions: &[FunctionId], numbering: &Numbering) {
-        for function in functions.iter().filter(|function| !numbering.more.contains(function)) {
-            self.sums.remove(&(node, function.clone()));
+    /// Copies what the journal says of these functions.
+    fn copy(&mut self, node: NodeId, functions: &[FunctionId], unposted: &Unposted) {
+        for function in functions {
+            let account = (node, function.clone());
+            self.sums.remove(&account);
+            self.numbered.remove(&account);
         }
-        for numbered in &numbering.numbered {
+        self.add_copies(node, unposted);
+    }
+
+    fn add_copies(&mut self, node: NodeId, unposted: &Unposted) {
+        for (function, sums) in &unposted.sums {
+            self.sums.insert((node, function.clone()), *sums);
+        }
+        for numbered in &unposted.numbered {
+            self.last_number = self.last_number.max(numbered.number);
             self.numbered.insert((node, numbered.function.clone()), numbered.clone());
+        }
+    }
+
+    /// What the journal of a node should hold for them, but for what is on the disk.
+    fn outstanding(&self, node: NodeId) -> Outstanding {
+        let of_node = |(of, function): &Account| (*of == node).then(|| function.clone());
+        let ended = self.ended.get(&node).into_iter().flatten();
+        // One with a late result has left as lost before. If it has not, that one is among them, too.
+        let is_held = |ended: &&Ended| ended.is_lost || !self.late.contains_key(&ended.id);
+        let late = self.late.iter().filter(|(id, _)| id.node() == node);
+        let sums = self.sums.iter().filter_map(|(account, sums)| Some((of_node(account)?, *sums)));
+        let numbered = self.numbered.iter().filter(|((of, _), _)| *of == node);
+        Outstanding {
+            ended: ended.filter(is_held).cloned().collect(),
+            late: late.map(|(id, function)| (*id, function.clone())).collect(),
+            sums: sums.collect(),
+            numbered: numbered.map(|(_, numbered)| numbered.clone()).collect(),
+            spilled: Vec::new(),
         }
     }
 }
@@ -117,15 +163,19 @@ pub struct Outstanding {
     pub ended: Vec<Ended>,
     pub sums: Vec<(FunctionId, Sums)>,
     pub numbered: Vec<Numbered>,
+    /// They were given up, and a result has come after all.
+    pub late: Vec<(JobId, FunctionId)>,
     /// Their rows are on this node's disk.
     pub spilled: Vec<(JobId, FunctionId)>,
 }
 
 impl Ledger {
-    pub(super) fn new(stores: Stores, spill: Option<Arc<Spill>>, metrics: Arc<Metrics>, max: usize) -> Self {
+    pub(super) fn new(stores: Stores, disk: Option<Arc<RowDisk>>, metrics: Arc<Metrics>, max: usize) -> Self {
         let Stores { journal, functions, .. } = stores;
         let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
-        Self { journal, functions, spill, metrics, max, books: Mutex::default(), turn, posting }
+        let late = disk.iter().flat_map(|disk| disk.late()).collect();
+        let books = Mutex::new(Books { late, ..Books::default() });
+        Self { journal, functions, disk, metrics, max, books, turn, posting }
     }
 
     /// Takes executions whose rows are written.
@@ -148,41 +198,65 @@ impl Ledger {
         self.publish(&books);
     }
 
-    /// Goes on with sums that a node has left in its journal.
+    /// A result of this job has come after it was given up, and its row is queued.
+    pub(super) fn expect_late(&self, id: JobId, function: &FunctionId) {
+        self.books().late.insert(id, function.clone());
+    }
+
+    /// Its row found no room.
+    pub(super) fn forget_late(&self, id: JobId) {
+        self.books().late.remove(&id);
+    }
+
+    /// Goes on with sums that a node has left in its journal. Gives of how many functions.
     pub async fn take_over(&self, node: NodeId) -> Result<usize, BackendError> {
-        let functions = self.journal.unposted(node).await?;
+        let _turn = self.turn.lock().await;
+        self.is_sure(node)?;
+        let unposted = self.journal.unposted(node).await?.ok_or_else(lost)?;
+        let functions: BTreeSet<FunctionId> = unposted
+            .sums
+            .iter()
+            .map(|(function, _)| function)
+            .chain(unposted.numbered.iter().map(|numbered| &numbered.function))
+            .cloned()
+            .collect();
         let mut books = self.books();
+        books.add_copies(node, &unposted);
         let n = functions.len();
         functions.into_iter().for_each(|function| books.note((node, function), None));
         self.publish(&books);
         Ok(n)
     }
 
-    /// Tells what the journal of a node should hold for the books. Nothing of it changes until `tell` is done.
-    pub async fn tell_outstanding<T>(&self, node: NodeId, tell: impl AsyncFnOnce(Outstanding) -> T) -> T {
+    /// Tells what the journal of a node should hold, which has lost it. `moving` gives what is held of the node's jobs
+    /// where they are before they come to the spill and the books; it is asked first. Nothing of what is told changes in the
+    /// books until `tell` is done.
+    pub async fn tell_outstanding<M, T>(
+        &self,
+        node: NodeId,
+        moving: impl FnOnce() -> M,
+        tell: impl AsyncFnOnce(M, Outstanding) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
         let _posting = self.posting.lock().await;
         let _turn = self.turn.lock().await;
-        let outstanding = {
-            let books = self.books();
-            let of_node = |(of, function): &Account| (*of == node).then(|| function.clone());
-            let spilled = self.spill.iter().flat_map(|spill| spill.jobs());
-            Outstanding {
-                spilled: spilled.filter(|(id, _)| id.node() == node).collect(),
-                ended: books.ended.get(&node).into_iter().flatten().cloned().collect(),
-                sums: books
-                    .sums
-                    .iter()
-                    .filter_map(|(account, sums)| Some((of_node(account)?, *sums)))
-                    .collect(),
-                numbered: books
-                    .numbered
-                    .iter()
-                    .filter(|((of, _), _)| *of == node)
-                    .map(|(_, n)| n.clone())
-                    .collect(),
-            }
-        };
-        tell(outstanding).await
+        let moving = moving();
+        let spilled: Vec<_> = self.spilled_jobs().filter(|(id, _)| id.node() == node).collect();
+        let mut outstanding = self.books().outstanding(node);
+        outstanding.spilled = spilled;
+        let told = tell(moving, outstanding).await?;
+        let mut books = self.books();
+        // What was told is to be posted, whatever became of the notes meanwhile.
+        let accounts: Vec<Account> =
+            books.sums.keys().chain(books.numbered.keys()).filter(|(of, _)| *of == node).cloned().collect();
+        accounts.into_iter().for_each(|account| books.note(account, None));
+        self.publish(&books);
+        Ok(told)
+    }
+
+    /// The nodes of which something is to be done in their journals.
+    pub fn nodes(&self) -> BTreeSet<NodeId> {
+        let books = self.books();
+        books.ended.keys().copied().chain(books.notes.keys().map(|(node, _)| *node)).collect()
     }
 
     /// The jobs that are still to leave the journal of a node.
@@ -192,7 +266,19 @@ impl Ledger {
 
     /// The jobs whose rows are on this node's disk.
     pub fn spilled(&self) -> Vec<JobId> {
-        self.spill.iter().flat_map(|spill| spill.jobs()).map(|(id, _)| id).collect()
+        self.spilled_jobs().map(|(id, _)| id).collect()
+    }
+
+    fn spilled_jobs(&self) -> impl Iterator<Item = (JobId, FunctionId)> {
+        self.disk.iter().flat_map(|disk| disk.jobs())
+    }
+
+    /// An error: jobs may have ended in the journal of this node, and it is not known yet whether.
+    fn is_sure(&self, node: NodeId) -> Result<(), BackendError> {
+        match self.books().unsure.contains(&node) {
+            false => Ok(()),
+            true => Err(BackendError::Unavailable("jobs wait to leave the journal".into())),
+        }
     }
 
     /// Whether more may not come for the time being.
@@ -233,9 +319,15 @@ impl Ledger {
         for node in nodes {
             while let Some(ended) = self.some_ended(node) {
                 let _turn = self.turn.lock().await;
+                // Also where this is broken off.
+                self.books().unsure.insert(node);
                 match self.journal.end(node, &ended).await {
                     Ok(true) => self.closed(node, &ended),
-                    Ok(false) => break,
+                    // It has lost what it may have been told, too.
+                    Ok(false) => {
+                        self.books().unsure.remove(&node);
+                        break;
+                    }
                     Err(e) => {
                         tracing::debug!(jobs = ended.len(), error = %e, "Journal Not Cleared");
                         return;
@@ -258,6 +350,10 @@ impl Ledger {
             *sums.entry(function).or_default() += *adds;
         }
         let mut books = self.books();
+        books.unsure.remove(&node);
+        for ended in ended.iter().filter(|ended| !ended.is_lost) {
+            books.late.remove(&ended.id);
+        }
         if let Some(waiting) = books.ended.get_mut(&node) {
             waiting.drain(..ended.len());
             if waiting.is_empty() {
@@ -331,25 +427,30 @@ impl Ledger {
         at_a_time: usize,
     ) -> Result<Vec<FunctionId>, (Vec<FunctionId>, BackendError)> {
         let _posting = self.posting.lock().await;
-        let numbering = {
+        let Unposted { numbered, sums } = {
             let _turn = self.turn.lock().await;
-            let numbering = self.journal.number(node, functions).await;
-            let numbering = numbering.map_err(|e| (functions.to_vec(), e))?;
-            self.books().number(node, functions, &numbering);
-            numbering
+            self.number(node, functions).await.map_err(|e| (functions.to_vec(), e))?
         };
-        let tried: Vec<Account> = numbering.numbered.iter().map(|n| (node, n.function.clone())).collect();
-        let (unposted, failure) = self.journal.post(node, numbering.numbered, at_a_time).await;
+        let tried: Vec<Account> = numbered.iter().map(|n| (node, n.function.clone())).collect();
+        let (unposted, failure) = self.journal.post(node, numbered, at_a_time).await;
         let unposted: Vec<FunctionId> = unposted.into_iter().map(|numbered| numbered.function).collect();
         let mut books = self.books();
         for account in tried.iter().filter(|(_, function)| !unposted.contains(function)) {
             books.numbered.remove(account);
         }
-        let left = [unposted, numbering.more].concat();
+        let left = [unposted, sums.into_iter().map(|(function, _)| function).collect()].concat();
         match failure {
             None => Ok(left),
             Some(e) => Err((left, e)),
         }
+    }
+
+    async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<Unposted, BackendError> {
+        self.is_sure(node)?;
+        let floor = self.books().last_number;
+        let unposted = self.journal.number(node, functions, floor).await?.ok_or_else(lost)?;
+        self.books().copy(node, functions, &unposted);
+        Ok(unposted)
     }
 
     /// Writes what is recommended; what could not be written stays in its note.
@@ -381,6 +482,10 @@ impl Ledger {
     fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn lost() -> BackendError {
+    BackendError::Unavailable("the journal has lost its data and is not told again yet".into())
 }
 
 fn no_answer() -> BackendError {

@@ -10,7 +10,7 @@
 mod segment;
 
 use super::Record;
-use crate::metrics::Metrics;
+use crate::metrics::{DiskMetrics, Metrics};
 use crate::model::{FunctionId, JobId};
 use segment::{Read, Segment};
 use std::collections::{BTreeMap, HashMap};
@@ -28,6 +28,8 @@ pub struct Spill {
     bytes_max: u64,
     state: Mutex<State>,
     is_full: AtomicBool,
+    /// Of these rows.
+    on_disk: DiskMetrics,
     metrics: Arc<Metrics>,
 }
 
@@ -41,8 +43,10 @@ struct State {
     next_number: u64,
     /// Where the oldest is to be read next.
     read_at: u64,
-    /// The jobs whose rows are here.
+    /// The jobs whose rows are here, but for late ones.
     jobs: HashMap<JobId, FunctionId>,
+    /// Those of which late rows were found here at the start.
+    late: Vec<(JobId, FunctionId)>,
     rows: u64,
 }
 
@@ -61,7 +65,12 @@ pub struct Replay {
 
 impl Spill {
     /// Opens what an earlier life has left in `dir`.
-    pub fn open(dir: &Path, bytes_max: u64, metrics: Arc<Metrics>) -> io::Result<Self> {
+    pub(super) fn open(
+        dir: &Path,
+        bytes_max: u64,
+        on_disk: &DiskMetrics,
+        metrics: Arc<Metrics>,
+    ) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
         let mut state = State::default();
         for entry in fs::read_dir(dir)? {
@@ -71,8 +80,12 @@ impl Spill {
         }
         for (number, segment) in &mut state.segments {
             let path = dir.join(segment::name(*number));
-            let found = segment::scan(&path, |id, function| {
-                state.jobs.insert(id, function);
+            let found = segment::scan(&path, |id, function, is_late| {
+                if is_late {
+                    state.late.push((id, function));
+                } else {
+                    state.jobs.insert(id, function);
+                }
                 state.rows += 1;
             })?;
             if found.torn > 0 {
@@ -87,15 +100,25 @@ impl Spill {
             bytes_max,
             state: Mutex::new(state),
             is_full: AtomicBool::new(false),
+            on_disk: on_disk.clone(),
             metrics,
         };
         spill.publish(&spill.state());
         Ok(spill)
     }
 
-    /// The jobs whose rows are here.
-    pub fn jobs(&self) -> Vec<(JobId, FunctionId)> {
+    /// The jobs whose rows are here, but for those that have left the journal as lost.
+    pub(super) fn jobs(&self) -> Vec<(JobId, FunctionId)> {
         self.state().jobs.iter().map(|(id, function)| (*id, function.clone())).collect()
+    }
+
+    /// Jobs whose late rows were here at the start.
+    pub(super) fn late(&self) -> Vec<(JobId, FunctionId)> {
+        self.state().late.clone()
+    }
+
+    pub(super) fn rows(&self) -> u64 {
+        self.state().rows
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -104,27 +127,38 @@ impl Spill {
 
     /// Appends rows, and syncs them. An error: none of them counts as spilled.
     pub(super) fn append(&self, records: &[Record]) -> io::Result<()> {
-        let appended = self.try_append(records);
+        if records.is_empty() {
+            return Ok(());
+        }
+        let appended = self.try_append(records, self.bytes_max);
         let is_full = appended.is_err();
         if self.is_full.swap(is_full, Ordering::Relaxed) != is_full {
             match &appended {
-                Ok(()) => tracing::info!("Rows Spilled Again"),
-                Err(e) => tracing::error!(error = %e, "Rows Not Spilled"),
+                Ok(()) => tracing::info!(dir = %self.dir.display(), "Rows Spilled Again"),
+                Err(e) => tracing::error!(dir = %self.dir.display(), error = %e, "Rows Not Spilled"),
             }
         }
-        self.metrics.audit.spill_full.set(is_full.into());
+        self.on_disk.full.set(is_full.into());
         appended
     }
 
-    fn try_append(&self, records: &[Record]) -> io::Result<()> {
+    /// Appends rows that were read here, before they are [`Self::replayed`]. The bound does not hold for them: in a moment they
+    /// are here once again.
+    pub(super) fn put_back(&self, records: &[Record]) -> io::Result<()> {
+        if records.is_empty() { Ok(()) } else { self.try_append(records, u64::MAX) }
+    }
+
+    fn try_append(&self, records: &[Record], bytes_max: u64) -> io::Result<()> {
         let mut text = Vec::new();
         let mut jobs = Vec::new();
         for record in records {
             segment::put(&mut text, record)?;
-            jobs.push((record.id, record.row.function.clone()));
+            if !record.is_late {
+                jobs.push((record.id, record.row.function.clone()));
+            }
         }
         let mut state = self.state();
-        if state.bytes() + text.len() as u64 > self.bytes_max {
+        if state.bytes() + text.len() as u64 > bytes_max {
             return Err(io::Error::new(io::ErrorKind::StorageFull, "the bound of the spill is reached"));
         }
         let (number, mut file) = match state.open.take() {
@@ -145,8 +179,10 @@ impl Spill {
         if segment.len < SEGMENT_BYTES {
             state.open = Some((number, file));
         }
-        state.rows += jobs.len() as u64;
-        self.metrics.audit.spilled_rows.inc_by(jobs.len() as u64);
+        state.rows += records.len() as u64;
+        if let Some(counter) = &self.on_disk.appended {
+            counter.inc_by(records.len() as u64);
+        }
         state.jobs.extend(jobs);
         self.publish(&state);
         Ok(())
@@ -189,16 +225,18 @@ impl Spill {
         }
     }
 
-    /// These rows are in the table.
-    pub(super) fn replayed(&self, segment: u64, end: u64, ids: &[JobId]) -> io::Result<()> {
+    /// All rows up to `end` are elsewhere: `rows` of them, and `ids` have none here any more.
+    pub(super) fn replayed(&self, segment: u64, end: u64, rows: usize, ids: &[JobId]) -> io::Result<()> {
         let is_done = {
             let mut state = self.state();
             state.read_at = end;
-            state.rows = state.rows.saturating_sub(ids.len() as u64);
+            state.rows = state.rows.saturating_sub(rows as u64);
             for id in ids {
                 state.jobs.remove(id);
             }
-            self.metrics.audit.replayed_rows.inc_by(ids.len() as u64);
+            if let Some(counter) = &self.on_disk.replayed {
+                counter.inc_by(rows as u64);
+            }
             self.publish(&state);
             state.segments.get(&segment).is_none_or(|segment| end >= segment.len)
         };
@@ -239,8 +277,8 @@ impl Spill {
 
     fn publish(&self, state: &State) {
         let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-        self.metrics.audit.spill_rows.set(gauge(state.rows));
-        self.metrics.audit.spill_bytes.set(gauge(state.bytes()));
+        self.on_disk.rows.set(gauge(state.rows));
+        self.on_disk.bytes.set(gauge(state.bytes()));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -263,11 +301,12 @@ mod tests {
         let id = JobId::new(NodeId(1), 1000, n);
         let mut row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
         row.message = format!("row {n} ä\u{0}\"");
-        Record { id, row, recommendation: None, kept: None }
+        Record { id, row, recommendation: None, kept: None, is_late: false }
     }
 
     fn open(dir: &Path, bytes_max: u64) -> Spill {
-        Spill::open(dir, bytes_max, Arc::new(Metrics::new(10).unwrap())).unwrap()
+        let metrics = Arc::new(Metrics::new(10).unwrap());
+        Spill::open(dir, bytes_max, &metrics.audit.spill, Arc::clone(&metrics)).unwrap()
     }
 
     fn replay_all(spill: &Spill) -> Vec<JobId> {
@@ -275,7 +314,7 @@ mod tests {
         while let Some(replay) = spill.next(7).unwrap() {
             let (segment, end) = replay.place();
             let some: Vec<JobId> = replay.records.iter().map(|record| record.id).collect();
-            spill.replayed(segment, end, &some).unwrap();
+            spill.replayed(segment, end, some.len(), &some).unwrap();
             ids.extend(some);
         }
         ids
@@ -292,15 +331,15 @@ mod tests {
         // Half of them are replayed, and then the process dies: it begins again with the segment.
         let first = spill.next(25).unwrap().unwrap();
         let (segment, end) = first.place();
-        spill.replayed(segment, end, &[]).unwrap();
+        spill.replayed(segment, end, 0, &[]).unwrap();
         drop(spill);
         let spill = open(dir.path(), 1 << 20);
-        assert_eq!((spill.metrics.audit.spill_rows.get(), spill.jobs().len()), (50, 50));
+        assert_eq!((spill.metrics.audit.spill.rows.get(), spill.jobs().len()), (50, 50));
         spill.append(&[record(50)]).unwrap();
         let expected: Vec<JobId> = (0..=50).map(|n| record(n).id).collect();
         assert_eq!(replay_all(&spill), expected);
         assert!(spill.is_empty());
-        assert_eq!((spill.metrics.audit.spill_rows.get(), spill.metrics.audit.spill_bytes.get()), (0, 0));
+        assert_eq!((spill.metrics.audit.spill.rows.get(), spill.metrics.audit.spill.bytes.get()), (0, 0));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
@@ -313,10 +352,10 @@ mod tests {
             fit += 1;
         }
         assert!(fit > 2, "{fit}");
-        assert_eq!(spill.metrics.audit.spill_full.get(), 1);
+        assert_eq!(spill.metrics.audit.spill.full.get(), 1);
         assert_eq!(replay_all(&spill).len() as u64, fit);
         spill.append(&[record(fit)]).unwrap();
-        assert_eq!(spill.metrics.audit.spill_full.get(), 0);
+        assert_eq!(spill.metrics.audit.spill.full.get(), 0);
     }
 
     #[test]
@@ -347,9 +386,9 @@ mod tests {
         for _ in 0..2 {
             assert!(spill.append(&[record(1)]).is_err());
         }
-        assert_eq!(spill.metrics.audit.spill_full.get(), 1);
+        assert_eq!(spill.metrics.audit.spill.full.get(), 1);
         spill.append(&[record(2)]).unwrap();
-        assert_eq!(spill.metrics.audit.spill_full.get(), 0);
+        assert_eq!(spill.metrics.audit.spill.full.get(), 0);
         assert_eq!(replay_all(&spill), [0, 2].map(|n| record(n).id));
     }
 
@@ -392,7 +431,7 @@ mod tests {
                     assert!(records.iter().any(|r| r.id == read.id && r.row == read.row), "bent at {at}");
                 }
                 let (segment, end) = replay.place();
-                spill.replayed(segment, end, &[]).unwrap();
+                spill.replayed(segment, end, 0, &[]).unwrap();
             }
         }
     }

@@ -2,13 +2,22 @@
 //!
 //! When nothing could be written for a while the table counts as away. Then rows go to the spill, but for a batch now
 //! and then that tries whether the table is back; and when it is, what was spilled is replayed beside the new rows.
+//!
+//! One row that the table does not take must hold up no other. Whether it is the row or the table is seen from other rows:
+//! a batch that fails again is written row by row, and a row that fails alone while others are written goes to a place of its
+//! own on the disk (see [`super::disk`]). The table counts as away only if no single row can be the cause of all failures. A row
+//! that fails there for long, though others are written between its tries, is put aside: its run counts, its job leaves the
+//! journal, and the row stays on the disk for the operator. So does a row that the table refuses for good.
 
-use super::{Kept, Ledger, Record, Spill, Stores};
+use super::spill::Spill;
+use super::{Kept, Ledger, Record, RowDisk, Stores};
 use crate::backend::{BackendError, ROWS_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Recommendation};
+use futures_util::stream::{self, StreamExt};
+use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -20,6 +29,20 @@ const RETRY_LAST: Duration = Duration::from_secs(5);
 const AWAY_AFTER: Duration = Duration::from_secs(3);
 /// How often it is tried then.
 const TRIED_EVERY: Duration = Duration::from_secs(1);
+/// Every so many tries of a batch its rows are written one by one.
+const TRIES_TOGETHER: u32 = 3;
+/// How many of them at a time.
+const ALONE_AT_A_TIME: usize = 8;
+/// How often the rows of a batch that fails again and again are replayed one by one.
+const REPLAYED_ALONE_EVERY: Duration = Duration::from_secs(5);
+/// How often a row that fails is tried again, as long as they are not too many for that.
+const RETRIED_EVERY: Duration = Duration::from_secs(5);
+/// Pause between two calls for such rows: so they cost 25 calls a second at most.
+const RETRY_PAUSE_MIN: Duration = Duration::from_secs(1);
+/// A row is put aside after so many tries that failed while others were written.
+const ASIDE_TRIES_MIN: u32 = 3;
+/// Rows that fail and whose tries are counted; more are tried, and not put aside before there is room.
+const COUNTED_MAX: usize = 65_536;
 
 /// Rows that are written together, each with what it advises.
 #[derive(Default)]
@@ -28,6 +51,7 @@ pub(super) struct Batch {
     pub(super) rows: Vec<Execution>,
     pub(super) recommendations: Vec<Option<Recommendation>>,
     kept: Vec<Option<Box<Kept>>>,
+    are_late: Vec<bool>,
     /// As they were counted when they were queued.
     pub(super) bytes: usize,
 }
@@ -37,7 +61,7 @@ impl Batch {
         let n = records.len();
         let (ids, rows) = (Vec::with_capacity(n), Vec::with_capacity(n));
         let (recommendations, kept) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let mut batch = Self { ids, rows, recommendations, kept, bytes: 0 };
+        let mut batch = Self { ids, rows, recommendations, kept, are_late: Vec::with_capacity(n), bytes: 0 };
         for record in records {
             batch.push(record);
         }
@@ -50,6 +74,7 @@ impl Batch {
         self.rows.push(record.row);
         self.recommendations.push(record.recommendation);
         self.kept.push(record.kept);
+        self.are_late.push(record.is_late);
     }
 
     fn append(&mut self, mut other: Self) {
@@ -62,11 +87,18 @@ impl Batch {
         self.rows.append(&mut other.rows);
         self.recommendations.append(&mut other.recommendations);
         self.kept.append(&mut other.kept);
+        self.are_late.append(&mut other.are_late);
     }
 
     fn into_records(self) -> impl Iterator<Item = Record> {
         let records = self.ids.into_iter().zip(self.rows).zip(self.recommendations).zip(self.kept);
-        records.map(|(((id, row), recommendation), kept)| Record { id, row, recommendation, kept })
+        records.zip(self.are_late).map(|((((id, row), recommendation), kept), is_late)| Record {
+            id,
+            row,
+            recommendation,
+            kept,
+            is_late,
+        })
     }
 
     /// Splits off what stands in the batch before: a table takes a key once in a call.
@@ -82,42 +114,62 @@ impl Batch {
         (first, repeats)
     }
 
-    /// What needs no other try, what does, and why.
-    fn split(
-        self,
-        results: Vec<Result<(), BackendError>>,
-        metrics: &Metrics,
-    ) -> (Self, Self, Option<BackendError>) {
+    fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// By what became of each row.
+    fn split(self, results: Vec<Result<(), BackendError>>, metrics: &Metrics) -> Put {
         if results.iter().all(Result::is_ok) {
             metrics.audit.rows.inc_by(results.len() as u64);
-            return (self, Self::default(), None);
+            return Put { written: self, ..Put::default() };
         }
-        let (mut done, mut failed, mut failure) = (Self::default(), Self::default(), None);
+        let mut put = Put::default();
         for (record, result) in self.into_records().zip(results) {
             match result {
                 Ok(()) => {
                     metrics.audit.rows.inc();
-                    done.push(record);
+                    put.written.push(record);
                 }
                 Err(BackendError::Invalid(e)) => {
                     metrics.audit.rows_refused.inc();
                     tracing::error!(requestId = %record.id, functionId = %record.row.function, error = e, "Row Refused");
-                    done.push(record);
+                    put.refused.push(record);
                 }
                 Err(e) => {
-                    failure = Some(e);
-                    failed.push(record);
+                    put.failure = Some(e);
+                    put.failed.push(record);
                 }
             }
         }
-        (done, failed, failure)
+        put
+    }
+}
+
+/// What a call did with a batch.
+#[derive(Default)]
+struct Put {
+    written: Batch,
+    /// For good.
+    refused: Vec<Record>,
+    /// To be tried again, and why.
+    failed: Batch,
+    failure: Option<BackendError>,
+}
+
+impl Put {
+    fn append(&mut self, other: Self) {
+        self.written.append(other.written);
+        self.refused.extend(other.refused);
+        self.failed.append(other.failed);
+        self.failure = self.failure.take().or(other.failure);
     }
 }
 
 /// What became of a batch.
 #[derive(Default)]
 pub(super) struct Tried {
-    /// In the table, or refused for good.
+    /// In the table, or put aside.
     pub(super) written: Batch,
     /// On this node's disk.
     pub(super) spilled: Batch,
@@ -125,10 +177,13 @@ pub(super) struct Tried {
 
 pub(super) struct Writer {
     stores: Stores,
-    spill: Option<Arc<Spill>>,
+    disk: Option<Arc<RowDisk>>,
     ledger: Arc<Ledger>,
     metrics: Arc<Metrics>,
     table: Mutex<Table>,
+    failing: Mutex<FailingRows>,
+    /// Rows that were written, ever: whether others were while one failed.
+    written: AtomicU64,
     /// There is no time for retries any more.
     is_ending: AtomicBool,
 }
@@ -137,19 +192,47 @@ pub(super) struct Writer {
 #[derive(Default)]
 struct Table {
     failing_since: Option<Instant>,
+    /// The rows of which one may be the cause of all failures since then.
+    suspects: Vec<JobId>,
     /// While it is away.
     next_try: Option<Instant>,
+    /// When rows were replayed one by one.
+    alone_at: Option<Instant>,
+}
+
+/// What is known of rows that fail while others are written.
+#[derive(Default)]
+struct FailingRows {
+    next_try: Option<Instant>,
+    tries: HashMap<JobId, Tries>,
+}
+
+/// The tries of one of them.
+struct Tries {
+    first: Instant,
+    /// Rows that were written when the last one failed.
+    written: u64,
+    /// Those that failed though others were written since the one before.
+    counted: u32,
 }
 
 impl Writer {
     pub(super) fn new(
         stores: Stores,
-        spill: Option<Arc<Spill>>,
+        disk: Option<Arc<RowDisk>>,
         ledger: Arc<Ledger>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let (table, is_ending) = (Mutex::default(), AtomicBool::new(false));
-        Self { stores, spill, ledger, metrics, table, is_ending }
+        Self {
+            stores,
+            disk,
+            ledger,
+            metrics,
+            table: Mutex::default(),
+            failing: Mutex::default(),
+            written: AtomicU64::new(0),
+            is_ending: AtomicBool::new(false),
+        }
     }
 
     /// From now on what fails is spilled at once.
@@ -157,33 +240,49 @@ impl Writer {
         self.is_ending.store(true, Ordering::Relaxed);
     }
 
-    /// Whether rows are on the disk.
-    pub(super) fn has_spilled(&self) -> bool {
-        self.spill.as_ref().is_some_and(|spill| !spill.is_empty())
+    /// Whether rows on the disk are to come into the table.
+    pub(super) fn has_rows_on_disk(&self) -> bool {
+        self.disk.as_ref().is_some_and(|disk| !disk.is_empty())
     }
 
     /// Writes a batch until every row is in the table, on the disk, or refused for good.
     pub(super) async fn write(self: Arc<Self>, batch: Batch) -> Tried {
         let mut pause = RETRY_FIRST;
-        let mut done = Batch::default();
+        let mut tried = Tried::default();
         let mut left = batch;
+        let (began, mut tries, mut seen) = (Instant::now(), 0, self.rows_written());
         loop {
             if self.may_try() {
                 let (now, later) = left.split_repeats();
-                let (written, failed) = self.put(now).await;
-                let is_well = failed.ids.is_empty();
-                done.append(written);
+                tries += 1;
+                let are_alone = now.ids.len() == 1 || tries % TRIES_TOGETHER == 0;
+                let Put { written, failed, .. } =
+                    if are_alone { self.put_alone(now).await } else { self.put(now).await };
+                tried.written.append(written);
                 left = later;
-                left.append(failed);
-                if is_well && !left.ids.is_empty() {
+                let is_well = failed.is_empty();
+                // Others were written since these failed last: it is not the table. One row of which that is not known is
+                // safe on the disk, too.
+                let is_row = self.rows_written() > seen || began.elapsed() >= AWAY_AFTER && !self.is_away();
+                if are_alone && tries >= TRIES_TOGETHER && is_row {
+                    match self.spill(failed, |disk| &disk.failing).await {
+                        Ok(spilled) => tried.spilled.append(spilled),
+                        Err(back) => left.append(back),
+                    }
+                } else {
+                    left.append(failed);
+                }
+                seen = self.rows_written();
+                if is_well && !left.is_empty() {
                     continue;
                 }
             }
-            if left.ids.is_empty() || self.is_away() {
-                match self.spill(left).await {
+            if left.is_empty() || self.is_away() {
+                match self.spill(left, |disk| &disk.waiting).await {
                     Ok(spilled) => {
-                        self.keep(&done).await;
-                        return Tried { written: done, spilled };
+                        tried.spilled.append(spilled);
+                        self.keep(&tried.written).await;
+                        return tried;
                     }
                     Err(back) => left = back,
                 }
@@ -193,22 +292,73 @@ impl Writer {
         }
     }
 
-    /// One try: what needs no other, and what does.
-    async fn put(&self, batch: Batch) -> (Batch, Batch) {
-        let results = self.stores.executions.put(&batch.rows).await;
-        let (mut written, failed, failure) = batch.split(results, &self.metrics);
-        for row in written.rows.iter_mut().filter(|row| row.is_lost()) {
-            self.read_kept(row).await;
-        }
-        if !written.ids.is_empty() {
+    fn rows_written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    /// One try of all in one call.
+    async fn put(&self, batch: Batch) -> Put {
+        let ids = batch.ids.clone();
+        let put = self.call(batch).await;
+        if !put.written.is_empty() {
             self.table_is_there();
         }
-        if let Some(e) = failure {
-            self.table_failed();
-            self.metrics.audit.retries.inc_by(failed.ids.len() as u64);
-            tracing::warn!(rows = failed.ids.len(), error = %e, "Rows Not Written");
+        if put.failure.is_some() {
+            self.table_failed(if put.written.is_empty() { &ids } else { &put.failed.ids });
         }
-        (written, failed)
+        self.settle(put).await
+    }
+
+    /// One try of each in a call of its own.
+    async fn put_alone(&self, batch: Batch) -> Put {
+        let (put, failures) = self.call_alone(batch).await;
+        if !put.written.is_empty() {
+            self.table_is_there();
+        }
+        for (record, _) in &failures {
+            self.table_failed(&[record.id]);
+        }
+        let failed = Put { failed: batch_of(failures.into_iter().map(|(record, _)| record)), ..put };
+        self.settle(failed).await
+    }
+
+    /// Each with why it failed.
+    async fn call_alone(&self, batch: Batch) -> (Put, Vec<(Record, BackendError)>) {
+        let calls: Vec<_> =
+            batch.into_records().map(|record| self.call(Batch::of(std::iter::once(record)))).collect();
+        let mut calls = stream::iter(calls).buffer_unordered(ALONE_AT_A_TIME);
+        let (mut all, mut failures) = (Put::default(), Vec::new());
+        while let Some(mut put) = calls.next().await {
+            if let Some(error) = &put.failure {
+                let failed = std::mem::take(&mut put.failed);
+                failures.extend(failed.into_records().map(|record| (record, error.clone())));
+            }
+            all.append(put);
+        }
+        (all, failures)
+    }
+
+    async fn call(&self, batch: Batch) -> Put {
+        let results = self.stores.executions.put(&batch.rows).await;
+        let mut put = batch.split(results, &self.metrics);
+        self.written.fetch_add(put.written.ids.len() as u64, Ordering::Relaxed);
+        for row in put.written.rows.iter_mut().filter(|row| row.is_lost()) {
+            self.read_kept(row).await;
+        }
+        put
+    }
+
+    /// Keeps what was refused, which needs no other try, and says what does.
+    async fn settle(&self, mut put: Put) -> Put {
+        for record in self.put_aside(std::mem::take(&mut put.refused)).await {
+            // Where there is no room it has been logged, and that is all that can be done.
+            put.written.push(record);
+        }
+        if let Some(error) = put.failure.as_ref().filter(|_| !put.failed.is_empty()) {
+            self.metrics.audit.retries.inc_by(put.failed.ids.len() as u64);
+            tracing::warn!(rows = put.failed.ids.len(), %error, "Rows Not Written");
+        }
+        put
     }
 
     /// LOST replaces no row: what another node knew of the job stays, and is what counts.
@@ -222,14 +372,17 @@ impl Writer {
     }
 
     /// The batch back if the disk does not take it, or there is none to take it.
-    async fn spill(&self, batch: Batch) -> Result<Batch, Batch> {
-        if batch.ids.is_empty() {
+    async fn spill(
+        &self,
+        batch: Batch,
+        place: impl FnOnce(&RowDisk) -> &Spill + Send + 'static,
+    ) -> Result<Batch, Batch> {
+        if batch.is_empty() {
             return Ok(batch);
         }
-        let Some(spill) = self.spill.clone() else { return Err(batch) };
+        let Some(disk) = self.disk.clone() else { return Err(batch) };
         let records: Vec<Record> = batch.into_records().collect();
-        let appended = blocking(move || (spill.append(&records), records)).await;
-        let (result, records) = appended;
+        let (result, records) = blocking(move || (place(&disk).append(&records), records)).await;
         let batch = Batch::of(records.into_iter());
         match result {
             Ok(()) => Ok(batch),
@@ -237,9 +390,20 @@ impl Writer {
         }
     }
 
+    /// Keeps rows for the operator, if there is a disk that takes them. Gives them back.
+    async fn put_aside(&self, records: Vec<Record>) -> Vec<Record> {
+        let Some(disk) = self.disk.clone().filter(|_| !records.is_empty()) else { return records };
+        let (result, records) = blocking(move || (disk.aside.append(&records), records)).await;
+        match result {
+            Ok(()) => self.metrics.audit.rows_put_aside.inc_by(records.len() as u64),
+            Err(e) => tracing::error!(rows = records.len(), error = %e, "Refused Rows Not Put Aside"),
+        }
+        records
+    }
+
     /// Whether some of what was spilled may be replayed now.
     pub(super) fn may_replay(&self) -> bool {
-        self.has_spilled() && self.may_try()
+        self.disk.as_ref().is_some_and(|disk| !disk.waiting.is_empty()) && self.may_try()
     }
 
     /// Replays some of what was spilled. Gives the jobs whose rows are in the table now.
@@ -255,19 +419,23 @@ impl Writer {
     }
 
     async fn try_replay(&self) -> io::Result<Vec<JobId>> {
-        let Some(spill) = self.spill.clone() else { return Ok(Vec::new()) };
-        let reading = Arc::clone(&spill);
-        let Some(replay) = blocking(move || reading.next(ROWS_MAX)).await? else { return Ok(Vec::new()) };
+        let Some(disk) = self.disk.clone() else { return Ok(Vec::new()) };
+        let reading = Arc::clone(&disk);
+        let Some(replay) = blocking(move || reading.waiting.next(ROWS_MAX)).await? else {
+            return Ok(Vec::new());
+        };
         let (segment, end) = replay.place();
+        let rows = replay.records.len();
         let mut left = Batch::of(replay.records.into_iter());
-        let mut done = Batch::default();
-        while !left.ids.is_empty() {
+        let (mut done, mut moved) = (Batch::default(), Vec::new());
+        while !left.is_empty() {
             let (now, later) = left.split_repeats();
-            let (written, failed) = self.put(now).await;
-            if !failed.ids.is_empty() {
+            let Put { written, failed, .. } = self.put(now).await;
+            let Ok(ids) = self.replay_alone(failed, &mut done, !written.is_empty()).await else {
                 // All of them again, later: a row that is written twice is the same.
                 return Ok(Vec::new());
-            }
+            };
+            moved.extend(ids);
             done.append(written);
             left = later;
         }
@@ -275,8 +443,150 @@ impl Writer {
         let ids = done.ids.clone();
         // Into the books before it is out of the spill: whoever looks at both finds it in one.
         self.ledger.take(&done.ids, done.rows, done.recommendations);
-        blocking(move || spill.replayed(segment, end, &done.ids)).await?;
+        moved.extend(&ids);
+        blocking(move || disk.waiting.replayed(segment, end, rows, &moved)).await?;
         Ok(ids)
+    }
+
+    /// Writes rows one by one that failed together; those that still do go to the others that fail, if any other is
+    /// written: then it is not the table. Gives the jobs of those. An error: it may be the table.
+    async fn replay_alone(
+        &self,
+        failed: Batch,
+        done: &mut Batch,
+        are_some_written: bool,
+    ) -> Result<Vec<JobId>, ()> {
+        if failed.is_empty() {
+            return Ok(Vec::new());
+        }
+        if !are_some_written && !self.may_replay_alone() {
+            return Err(());
+        }
+        let Put { written, failed, .. } = self.put_alone(failed).await;
+        if written.is_empty() && !are_some_written {
+            return Err(());
+        }
+        let moved = self.spill(failed, |disk| &disk.failing).await.map_err(drop)?;
+        done.append(written);
+        Ok(moved.ids)
+    }
+
+    /// 25 calls in place of one are for seldom, while the table may be away.
+    fn may_replay_alone(&self) -> bool {
+        let mut table = self.table();
+        let may = table.alone_at.is_none_or(|at| at.elapsed() >= REPLAYED_ALONE_EVERY);
+        if may {
+            table.alone_at = Some(Instant::now());
+        }
+        may
+    }
+
+    /// Whether some of the rows that fail may be tried again now.
+    pub(super) fn may_retry(&self) -> bool {
+        let is_due = self.failing().next_try.is_none_or(|at| at <= Instant::now());
+        is_due && !self.is_away() && self.disk.as_ref().is_some_and(|disk| !disk.failing.is_empty())
+    }
+
+    /// Tries some of the rows that fail again, each alone. Gives the jobs whose rows are in the table now, or put aside.
+    pub(super) async fn retry(self: Arc<Self>) -> Vec<JobId> {
+        match self.try_retry().await {
+            Ok(ids) => ids,
+            Err(e) => {
+                tracing::error!(error = %e, "Rows Not Tried Again");
+                self.failing().next_try = Some(Instant::now() + RETRIED_EVERY);
+                Vec::new()
+            }
+        }
+    }
+
+    async fn try_retry(&self) -> io::Result<Vec<JobId>> {
+        let Some(disk) = self.disk.clone() else { return Ok(Vec::new()) };
+        let reading = Arc::clone(&disk);
+        let next = blocking(move || (reading.failing.rows(), reading.failing.next(ROWS_MAX))).await;
+        let (all, Some(replay)) = (next.0, next.1?) else { return Ok(Vec::new()) };
+        let (segment, end) = replay.place();
+        let rows = replay.records.len();
+        // What these rows do says nothing of the table.
+        let (put, failures) = self.call_alone(batch_of(replay.records.into_iter())).await;
+        if put.written.is_empty() {
+            // A round through all of them takes as long as one is to wait, or longer.
+            let part = rows as f64 / all.max(1) as f64;
+            let pause = RETRIED_EVERY.mul_f64(part.min(1.0)).max(RETRY_PAUSE_MIN);
+            self.failing().next_try = Some(Instant::now() + pause);
+        }
+        let mut done = self.settle(put).await.written;
+        self.metrics.audit.retries.inc_by(failures.len() as u64);
+        for (record, error) in &failures {
+            tracing::debug!(requestId = %record.id, %error, "Row Fails Again");
+        }
+        let (hopeless, mut failing) = self.count(failures);
+        let aside = Arc::clone(&disk);
+        let (reports, records): (Vec<_>, Vec<Record>) =
+            hopeless.into_iter().map(|(record, error)| ((record.id, error), record)).unzip();
+        let (result, records) = blocking(move || (aside.aside.append(&records), records)).await;
+        match result {
+            Ok(()) => {
+                self.report_aside(&reports, &records);
+                records.into_iter().for_each(|record| done.push(record));
+            }
+            Err(_) => failing.extend(records),
+        }
+        // Behind the others that fail, and then out of their place before.
+        let again = Arc::clone(&disk);
+        blocking(move || again.failing.put_back(&failing)).await?;
+        self.keep(&done).await;
+        let ids = done.ids.clone();
+        self.ledger.take(&done.ids, done.rows, done.recommendations);
+        self.forget(&ids);
+        let left = ids.clone();
+        blocking(move || disk.failing.replayed(segment, end, rows, &left)).await?;
+        Ok(ids)
+    }
+
+    /// Counts tries that failed. Gives the rows to be put aside, and the others.
+    fn count(&self, failures: Vec<(Record, BackendError)>) -> (Vec<(Record, BackendError)>, Vec<Record>) {
+        let after = self.disk.as_ref().map_or(Duration::MAX, |disk| disk.aside_after);
+        let (now, written) = (Instant::now(), self.rows_written());
+        let mut known = self.failing();
+        let (mut hopeless, mut failing) = (Vec::new(), Vec::new());
+        for (record, error) in failures {
+            if known.tries.len() >= COUNTED_MAX && !known.tries.contains_key(&record.id) {
+                failing.push(record);
+                continue;
+            }
+            let new = Tries { first: now, written, counted: 0 };
+            let tries = known.tries.entry(record.id).or_insert(new);
+            // Else it may be the table that is away.
+            if written > tries.written {
+                (tries.counted, tries.written) = (tries.counted + 1, written);
+            }
+            if tries.counted >= ASIDE_TRIES_MIN && now - tries.first >= after {
+                hopeless.push((record, error));
+            } else {
+                failing.push(record);
+            }
+        }
+        (hopeless, failing)
+    }
+
+    fn forget(&self, ids: &[JobId]) {
+        let mut known = self.failing();
+        for id in ids {
+            known.tries.remove(id);
+        }
+    }
+
+    fn report_aside(&self, reports: &[(JobId, BackendError)], records: &[Record]) {
+        self.metrics.audit.rows_put_aside.inc_by(records.len() as u64);
+        for ((id, error), record) in reports.iter().zip(records) {
+            tracing::error!(
+                requestId = %id,
+                functionId = %record.row.function,
+                %error,
+                hint = "the log table takes other rows and not this one; mend the cause, then move the files of                         spill/aside to spill/failing while the node is stopped",
+                "Row Put Aside"
+            );
+        }
     }
 
     /// Keeps the results whose requests may be repeated. Few have any, and they are written one by one.
@@ -310,22 +620,44 @@ impl Writer {
     }
 
     fn is_away(&self) -> bool {
-        let failing = self.table().failing_since;
-        let after = if self.is_ending.load(Ordering::Relaxed) { Duration::ZERO } else { AWAY_AFTER };
-        self.spill.is_some() && failing.is_some_and(|since| since.elapsed() >= after)
+        if self.disk.is_none() {
+            return false;
+        }
+        let is_ending = self.is_ending.load(Ordering::Relaxed);
+        let table = self.table();
+        let after = if is_ending { Duration::ZERO } else { AWAY_AFTER };
+        let is_failing = table.failing_since.is_some_and(|since| since.elapsed() >= after);
+        is_failing && (is_ending || table.suspects.is_empty())
     }
 
     fn table_is_there(&self) {
         *self.table() = Table::default();
     }
 
-    fn table_failed(&self) {
-        self.table().failing_since.get_or_insert_with(Instant::now);
+    /// A call for these rows has failed, and none of them is written.
+    fn table_failed(&self, ids: &[JobId]) {
+        let mut table = self.table();
+        if table.failing_since.is_none() {
+            table.failing_since = Some(Instant::now());
+            table.suspects = ids.to_vec();
+        } else {
+            table.suspects.retain(|id| ids.contains(id));
+        }
+    }
+
+    fn failing(&self) -> MutexGuard<'_, FailingRows> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn batch_of(records: impl Iterator<Item = Record>) -> Batch {
+    let mut batch = Batch::default();
+    records.for_each(|record| batch.push(record));
+    batch
 }
 
 /// Work on files, on a thread that may wait for them.

@@ -221,6 +221,7 @@ pub struct MemoryConf {
 #[serde(deny_unknown_fields)]
 pub struct AuditConf {
     pub spill_bytes_max: u64,
+    pub aside_after_s: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -480,6 +481,7 @@ impl Conf {
                 between("dead_letter.every_s", self.dead_letter.every_s, 0, SECONDS_MAX),
                 between("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64, 0, ENTRIES_MAX),
                 between("memory.audit_rows_max", self.memory.audit_rows_max as u64, 0, ENTRIES_MAX),
+                between("audit.aside_after_s", self.audit.aside_after_s, 0, SECONDS_MAX),
                 // The largest row that the log table takes must have room.
                 between("memory.audit_bytes_max", self.memory.audit_bytes_max as u64, 1 << 20, u64::MAX),
             ]

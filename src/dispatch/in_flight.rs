@@ -140,6 +140,8 @@ struct GivenUpJobs {
 struct GivenUp {
     function: FunctionId,
     since: Instant,
+    /// A late result was taken; its row is not queued yet.
+    settled: bool,
 }
 
 impl GivenUpJobs {
@@ -148,18 +150,31 @@ impl GivenUpJobs {
             return;
         }
         if let MapEntry::Vacant(place) = self.jobs.entry(id) {
-            place.insert(GivenUp { function, since: Instant::now() });
+            place.insert(GivenUp { function, since: Instant::now(), settled: false });
             self.len.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn remove(&self, id: JobId) -> Option<FunctionId> {
+    fn remove(&self, id: JobId) {
+        if self.len.load(Ordering::Relaxed) > 0 && self.jobs.remove(&id).is_some() {
+            self.len.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes the first late result of a job.
+    fn settle(&self, id: JobId) -> Option<FunctionId> {
         if self.len.load(Ordering::Relaxed) == 0 {
             return None;
         }
-        let (_, GivenUp { function, .. }) = self.jobs.remove(&id)?;
-        self.len.fetch_sub(1, Ordering::Relaxed);
-        Some(function)
+        let mut job = self.jobs.get_mut(&id).filter(|job| !job.settled)?;
+        job.settled = true;
+        Some(job.function.clone())
+    }
+
+    fn unsettle(&self, id: JobId) {
+        if let Some(mut job) = self.jobs.get_mut(&id) {
+            job.settled = false;
+        }
     }
 
     /// Whether it is there; one of long ago is forgotten.
@@ -167,7 +182,7 @@ impl GivenUpJobs {
         if self.len.load(Ordering::Relaxed) == 0 {
             return false;
         }
-        let age = self.jobs.get(&id).map(|job| job.since.elapsed());
+        let age = self.jobs.get(&id).filter(|job| !job.settled).map(|job| job.since.elapsed());
         if age.is_some_and(|age| age >= GIVEN_UP_KEPT) {
             self.remove(id);
         }
@@ -369,7 +384,7 @@ impl InFlight {
     }
 
     fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<Settled> {
-        let function = self.given_up.remove(id)?;
+        let function = self.given_up.settle(id)?;
         self.recent.keep(id, outcome);
         Some(Settled::Late(function))
     }
@@ -377,6 +392,16 @@ impl InFlight {
     /// Remembers a job that was given up.
     pub fn remember(&self, id: JobId, function: FunctionId) {
         self.given_up.insert(id, function);
+    }
+
+    /// The row of a late result is queued (or that of the job as lost is not): the job is remembered no more.
+    pub fn forget(&self, id: JobId) {
+        self.given_up.remove(id);
+    }
+
+    /// Undoes the taking of a late result whose row found no room.
+    pub fn unsettle_late(&self, id: JobId) {
+        self.given_up.unsettle(id);
     }
 
     /// Whether a result of a job that was given up may still come.
@@ -611,7 +636,8 @@ mod tests {
         // Its row may be on the way still, or be written.
         assert_eq!(table.settle(job(1).id, outcome("a")), Settled::Late(job(1).function));
         assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
-        table.remember(job(1).id, job(1).function);
+        // Its row found no room.
+        table.unsettle_late(job(1).id);
         table.remove(job(1).id);
         assert!(table.is_remembered(job(1).id));
         assert_eq!(table.given_up_of(NodeId(1)), [(job(1).id, job(1).function)]);

@@ -15,7 +15,7 @@ use super::settler::Settler;
 use crate::audit::{Ledger, Outstanding};
 use crate::backend::{BackendError, JournalEntry, Membership, Others, Renewal, Told};
 use crate::config::FleetConf;
-use crate::model::{JobId, NodeId, now_ms};
+use crate::model::{FunctionId, JobId, NodeId, now_ms};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +53,8 @@ pub struct Members {
     read_own: Option<Instant>,
     /// Entries of it that this process did not know when it read it last.
     strangers: HashSet<JobId>,
+    /// Nodes that nobody has told a lost journal again yet, and since when.
+    lost: BTreeMap<NodeId, Instant>,
 }
 
 impl Members {
@@ -79,6 +81,7 @@ impl Members {
             read_own_at,
             read_own: None,
             strangers: HashSet::new(),
+            lost: BTreeMap::new(),
         }
     }
 
@@ -88,13 +91,14 @@ impl Members {
         self.settler.journal.started(self.node).await?;
         let entries = self.settler.journal.entries(self.node).await?;
         let restored = self.restore(&entries, usize::MAX);
-        self.take_over(self.node).await?;
         if let Some(store) = self.store.clone()
             && self.renew(store.as_ref()).await?.is_none()
         {
             let held = format!("another process has taken the id of node {}", self.node);
             return Err(BackendError::Unavailable(held));
         }
+        // A journal that was never told, or is told again just now, says nothing of its sums before.
+        self.take_over(self.node).await?;
         Ok(restored)
     }
 
@@ -193,55 +197,69 @@ impl Members {
         if store.is_whole(node).await? {
             return Ok(());
         }
-        let jobs =
-            self.ledger.tell_outstanding(node, async |books| self.tell(store, node, books).await).await?;
-        store.retold(node).await?;
+        let in_flight = &self.settler.in_flight;
+        let moving = || (in_flight.of_node(node), in_flight.given_up_of(node));
+        let tell = async |moving, books| self.tell(store, node, moving, books).await;
+        let jobs = self.ledger.tell_outstanding(node, moving, tell).await?;
         if jobs > 0 {
             tracing::warn!(%node, jobs, "Journal Told Again");
         }
         Ok(())
     }
 
-    /// Gives how many jobs were told.
+    /// Gives how many jobs were told. Until all is told, and to one store, nothing ends there.
     async fn tell(
         &self,
         store: &dyn Membership,
         node: NodeId,
+        (in_flight, mut given_up): (Vec<JournalEntry>, Vec<(JobId, FunctionId)>),
         books: Outstanding,
     ) -> Result<usize, BackendError> {
-        let in_flight = self.settler.in_flight.of_node(node);
+        let token = rand::random();
+        store.begin_retelling(node, token).await?;
+        let entry = |id, function, deadline| JournalEntry { id, function, deadline, idempotency_key: None };
         // Their rows are written: whoever adopts them has nothing to wait for.
-        let ended = books.ended.into_iter();
-        let ended = ended.map(|e| JournalEntry {
-            id: e.id,
-            function: e.function,
-            deadline: 0,
-            idempotency_key: None,
-        });
-        let spilled = books.spilled.into_iter();
+        let ended = books.ended.into_iter().map(|ended| entry(ended.id, ended.function, 0));
         let deadline = now_ms() + SPILLED_MAX.as_secs() * 1000;
-        let spilled =
-            spilled.map(|(id, function)| JournalEntry { id, function, deadline, idempotency_key: None });
+        let spilled = books.spilled.into_iter().map(|(id, function)| entry(id, function, deadline));
         let entries: Vec<JournalEntry> = in_flight.into_iter().chain(ended).chain(spilled).collect();
-        for entries in entries.chunks(TOLD_MAX) {
-            store.retell(node, Told::Jobs(entries)).await?;
+        // A job that is still to be counted as lost is remembered when it is.
+        given_up.extend(books.late);
+        let held: HashSet<JobId> = entries.iter().map(|entry| entry.id).collect();
+        given_up.retain(|(id, _)| !held.contains(id));
+        let told = async {
+            for entries in entries.chunks(TOLD_MAX) {
+                store.retell(node, Told::Jobs(entries)).await?;
+            }
+            for sums in books.sums.chunks(TOLD_MAX) {
+                store.retell(node, Told::Sums(sums)).await?;
+            }
+            for numbered in books.numbered.chunks(TOLD_MAX) {
+                store.retell(node, Told::Numbered(numbered)).await?;
+            }
+            for given_up in given_up.chunks(TOLD_MAX) {
+                store.retell(node, Told::GivenUp(given_up)).await?;
+            }
+            store.retold(node, token).await
+        };
+        let told = told.await;
+        // Also of what was told in vain: nobody else takes it out.
+        self.leave_unsent(node, &entries);
+        match told? {
+            true => Ok(entries.len()),
+            false => Err(BackendError::Unavailable("the store has lost its data again meanwhile".into())),
         }
-        for sums in books.sums.chunks(TOLD_MAX) {
-            store.retell(node, Told::Sums(sums)).await?;
-        }
-        for numbered in books.numbered.chunks(TOLD_MAX) {
-            store.retell(node, Told::Numbered(numbered)).await?;
-        }
-        for given_up in self.settler.in_flight.given_up_of(node).chunks(TOLD_MAX) {
-            store.retell(node, Told::GivenUp(given_up)).await?;
-        }
-        // A send that failed meanwhile left the journal before it was told of it. What has ended has not left it.
-        let unsent = entries.iter().map(|entry| entry.id);
-        let unsent: Vec<JobId> = unsent.filter(|id| !self.settler.in_flight.contains(*id)).collect();
-        let mut ended = self.ledger.ended(node);
-        ended.extend(self.ledger.spilled());
-        self.settler.journal.leave(&unsent.into_iter().filter(|id| !ended.contains(id)).collect::<Vec<_>>());
-        Ok(entries.len())
+    }
+
+    /// A send that failed meanwhile left the journal before it was told of it. What has ended has not left it; it is looked
+    /// for on the way that jobs take.
+    fn leave_unsent(&self, node: NodeId, told: &[JournalEntry]) {
+        let told = told.iter().map(|entry| entry.id);
+        let mut unsent: Vec<JobId> = told.filter(|id| !self.settler.in_flight.contains(*id)).collect();
+        let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
+        let ended = self.ledger.ended(node);
+        unsent.retain(|id| !spilled.contains(id) && !ended.contains(id));
+        self.settler.journal.leave(&unsent);
     }
 
     /// Adopts nodes whose lease has lapsed, and leaves those alone that are back.
@@ -261,7 +279,7 @@ impl Members {
         if self.standing_since.is_none_or(|since| since.elapsed() < self.lasts) {
             return Ok(());
         }
-        for node in lapsed {
+        for node in lapsed.into_iter().chain(self.left_alone(store).await?) {
             if node == self.node {
                 continue;
             }
@@ -272,6 +290,26 @@ impl Members {
             }
         }
         Ok(())
+    }
+
+    /// Nodes that this one has still something to end for, whose journal is lost, and that nobody has listed for a whole lease
+    /// since: they are gone, and nobody would ever tell their journals again. (Before that they may only not have come to
+    /// it. If this node told a journal first, the node itself would find it whole, and tell nothing.)
+    async fn left_alone(&mut self, store: &dyn Membership) -> Result<Vec<NodeId>, BackendError> {
+        let nodes = self.ledger.nodes();
+        self.lost.retain(|node, _| nodes.contains(node));
+        let mut alone = Vec::new();
+        for node in nodes {
+            if node == self.node || self.adopted.contains_key(&node) || store.is_whole(node).await? {
+                self.lost.remove(&node);
+                continue;
+            }
+            let since = *self.lost.entry(node).or_insert_with(Instant::now);
+            if since.elapsed() >= self.lasts && store.relist(node).await? {
+                alone.push(node);
+            }
+        }
+        Ok(alone)
     }
 
     async fn adopt(&mut self, store: &dyn Membership, node: NodeId) -> Result<(), BackendError> {
@@ -310,3 +348,6 @@ impl Members {
         self.ledger.take_over(node).await
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -87,12 +87,15 @@ impl Settler {
                 }
             }
             Settled::Late(function) => {
-                let row = Execution::ended(id, function.clone(), ending);
+                let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
-                if self.record(id, row, recommendation, None) {
+                if self.audit.record_late(id, row, recommendation).is_ok() {
+                    self.in_flight.forget(id);
                     self.metrics.results.with_label_values(&["late"]).inc();
                 } else {
-                    self.remember(id, function);
+                    self.in_flight.unsettle_late(id);
+                    self.schedule.plan(id, lookups::LAST);
+                    self.metrics.results.with_label_values(&["deferred"]).inc();
                 }
             }
         }
@@ -127,9 +130,12 @@ impl Settler {
         // Not kept with the key of its request: whoever repeats that sees the row, and a late result in it.
         if let Settled::First(function, _) = self.in_flight.settle(id, lost) {
             tracing::warn!(requestId = %id, functionId = %function, unconfirmed = is_unconfirmed, "Job Lost");
-            if self.record(id, Execution::lost(id, function.clone(), is_unconfirmed), None, None) {
+            // Before the row can be written: whoever looks for all jobs finds it here or among those in flight.
+            self.in_flight.remember(id, function.clone());
+            if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
-                self.in_flight.remember(id, function);
+            } else {
+                self.in_flight.forget(id);
             }
         }
         self.schedule.plan(id, lookups::FIRST);

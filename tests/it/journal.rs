@@ -1,9 +1,12 @@
-//! The script by which jobs end: each is counted once, whoever ends it, in whatever order, however often.
+//! The scripts of the journal: each job is counted once, whoever ends it, in whatever order, however often; and sums get
+//! numbers that grow, from a Redis that has not lost them.
 
 use crate::harness::redis::{Redis, Reply};
 
 const SCRIPT: &str = include_str!("../../src/backend/aws/journal_end.lua");
 const KEYS: [&str; 4] = ["inflight:{1}", "whole:{1}", "unposted:{1}", "givenup:{1}"];
+const NUMBER: &str = include_str!("../../src/backend/aws/journal_number.lua");
+const NUMBER_KEYS: [&str; 4] = ["unposted:{1}", "posting:{1}", "posting:last:{1}", "whole:{1}"];
 
 struct Journal(Redis);
 
@@ -71,4 +74,35 @@ async fn a_job_is_counted_once() {
         ("5:1:11:4:7", Reply::Integer(1))
     );
     assert_eq!(journal.end(&[]).await, Reply::Integer(1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sums_get_numbers_that_grow_and_none_from_a_redis_that_has_lost_them() {
+    let journal = Journal(tokio::task::block_in_place(|| Redis::start(None)));
+    let number = async |floor: &str| {
+        let call = [&["EVAL", NUMBER, "4"], &NUMBER_KEYS[..], &[floor, "f", "g"]].concat();
+        journal.command(&call).await
+    };
+    let texts = |reply: Reply| match reply {
+        Reply::Array(parts) => parts
+            .into_iter()
+            .map(|part| match part {
+                Reply::Bulk(text) => String::from_utf8(text).expect("text"),
+                other => panic!("{other:?}"),
+            })
+            .collect::<Vec<_>>(),
+        other => panic!("{other:?}"),
+    };
+    journal.command(&["HSET", NUMBER_KEYS[0], "f", "1:0:5:0:0"]).await;
+    assert_eq!(number("0").await, Reply::Nil, "the mark is gone");
+    assert_eq!(journal.count(NUMBER_KEYS[0]).await, Reply::Integer(1), "and nothing was done");
+    journal.command(&["SET", NUMBER_KEYS[3], "1"]).await;
+    // Far above the time: the caller has seen it from a Redis whose clock was ahead.
+    let floor = 4_000_000_000_000_000_u64;
+    let first = format!("{}:1:0:5:0:0", floor + 1);
+    assert_eq!(texts(number(&floor.to_string()).await), [first.as_str(), "", "", ""]);
+    // Until it is posted it keeps its number, whatever comes later.
+    journal.command(&["HSET", NUMBER_KEYS[0], "f", "2:0:7:0:0", "g", "3:0:9:0:0"]).await;
+    let of_g = format!("{}:3:0:9:0:0", floor + 2);
+    assert_eq!(texts(number("0").await), [first.as_str(), "2:0:7:0:0", of_g.as_str(), ""]);
 }

@@ -65,6 +65,8 @@ mod reload;
 #[cfg(test)]
 mod results;
 #[cfg(test)]
+mod rows;
+#[cfg(test)]
 mod run;
 #[cfg(test)]
 mod schema;

@@ -55,6 +55,9 @@ struct Text<'a> {
     expires_at_s: Option<u64>,
     advice: Option<Advice>,
     kept: Option<(String, Vec<u8>)>,
+    /// Absent in segments of earlier programs.
+    #[serde(default)]
+    is_late: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -84,6 +87,7 @@ impl<'a> Text<'a> {
             expires_at_s: row.expires_at_s,
             advice,
             kept: record.kept.as_ref().map(|kept| (kept.key.to_string(), kept.result.to_vec())),
+            is_late: record.is_late,
         }
     }
 
@@ -113,7 +117,7 @@ impl<'a> Text<'a> {
             completed_at: self.completed_at,
             expires_at_s: self.expires_at_s,
         };
-        Some(Record { id, row, recommendation, kept })
+        Some(Record { id, row, recommendation, kept, is_late: self.is_late })
     }
 }
 
@@ -127,8 +131,8 @@ pub fn put(bytes: &mut Vec<u8>, record: &Record) -> io::Result<()> {
     Ok(())
 }
 
-/// Looks through a segment, and tells each whole row.
-pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId)) -> io::Result<Segment> {
+/// Looks through a segment, and tells each whole row: whose it is, and whether it is late.
+pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId, bool)) -> io::Result<Segment> {
     let all = path.metadata()?.len();
     let mut rows = Rows::open(path, 0)?;
     let mut len = 0;
@@ -137,7 +141,7 @@ pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId)) -> io::Result<S
         len = HEAD.len() as u64;
         while let Some((record, bytes)) = rows.next()? {
             len += bytes;
-            row(record.id, record.row.function);
+            row(record.id, record.row.function, record.is_late);
         }
     }
     Ok(Segment { len, torn: all - len })
@@ -205,7 +209,7 @@ mod tests {
         crate::fuzz::run("spill_segment", |input| {
             std::fs::write(&path, input).unwrap();
             let mut told = Vec::new();
-            let segment = scan(&path, |id, function| told.push((id, function))).unwrap();
+            let segment = scan(&path, |id, function, _| told.push((id, function))).unwrap();
             assert_eq!(segment.len + segment.torn, input.len() as u64);
             if segment.len == 0 {
                 return assert!(told.is_empty());

@@ -10,8 +10,8 @@
 use super::functions::{FunctionTable, Stamp};
 use super::redis::Commands;
 use crate::backend::{
-    BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, Numbering, POSTED_MAX,
-    Standing,
+    BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, POSTED_MAX, Standing,
+    Unposted,
 };
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs, now_ms};
 use async_trait::async_trait;
@@ -122,40 +122,59 @@ impl Journal for RedisJournal {
         Ok(all.iter().filter_map(parse).collect())
     }
 
-    async fn unposted(&self, node: NodeId) -> Result<Vec<FunctionId>, BackendError> {
-        let mut functions = Vec::new();
-        for part in [UNPOSTED, POSTING] {
-            let names: Vec<Vec<u8>> = self.commands.query(cmd("HKEYS").arg(key(part, node))).await?;
-            let names = names.iter().filter_map(|name| std::str::from_utf8(name).ok());
-            functions.extend(names.filter_map(FunctionId::parse));
+    async fn unposted(&self, node: NodeId) -> Result<Option<Unposted>, BackendError> {
+        // In one step: sums that get their number in between would be seen twice, or not at all.
+        let mut all = redis::pipe();
+        all.atomic().cmd("EXISTS").arg(key(WHOLE, node));
+        all.hgetall(key(UNPOSTED, node)).hgetall(key(POSTING, node));
+        let all = &all;
+        let (is_whole, sums, numbered): (bool, Texts, Texts) =
+            self.commands.run(async |mut connection| all.query_async(&mut connection).await).await?;
+        if !is_whole {
+            return Ok(None);
         }
-        functions.sort_unstable();
-        functions.dedup();
-        Ok(functions)
+        let mut unposted = Unposted::default();
+        for (function, text) in named(&sums) {
+            unposted.sums.push((function, parse_sums(text).ok_or_else(unreadable)?));
+        }
+        for (function, text) in named(&numbered) {
+            let (number, sums) = parse_numbered(text).ok_or_else(unreadable)?;
+            unposted.numbered.push(Numbered { function, number, sums });
+        }
+        Ok(Some(unposted))
     }
 
-    async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<Numbering, BackendError> {
+    async fn number(
+        &self,
+        node: NodeId,
+        functions: &[FunctionId],
+        floor: u64,
+    ) -> Result<Option<Unposted>, BackendError> {
         assert!(functions.len() <= POSTED_MAX, "{} functions at once", functions.len());
         let mut call = self.number.prepare_invoke();
-        call.key(key(UNPOSTED, node)).key(key(POSTING, node)).key(key(LAST_NUMBER, node));
+        call.key(key(UNPOSTED, node))
+            .key(key(POSTING, node))
+            .key(key(LAST_NUMBER, node))
+            .key(key(WHOLE, node));
+        call.arg(floor);
         for function in functions {
             call.arg(function.as_str());
         }
         let call = &call;
-        let answer: Vec<(String, bool)> =
+        let answer: Option<Vec<(String, String)>> =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
-        let mut numbering = Numbering::default();
-        for (function, (text, has_more)) in functions.iter().zip(answer) {
-            if has_more {
-                numbering.more.push(function.clone());
+        let Some(answer) = answer else { return Ok(None) };
+        let mut unposted = Unposted::default();
+        for (function, (numbered, sums)) in functions.iter().zip(answer) {
+            if !sums.is_empty() {
+                unposted.sums.push((function.clone(), parse_sums(&sums).ok_or_else(unreadable)?));
             }
-            if !text.is_empty() {
-                let (number, sums) = parse_numbered(&text)
-                    .ok_or_else(|| BackendError::Invalid("sums in Redis cannot be read".into()))?;
-                numbering.numbered.push(Numbered { function: function.clone(), number, sums });
+            if !numbered.is_empty() {
+                let (number, sums) = parse_numbered(&numbered).ok_or_else(unreadable)?;
+                unposted.numbered.push(Numbered { function: function.clone(), number, sums });
             }
         }
-        Ok(numbering)
+        Ok(Some(unposted))
     }
 
     async fn post(
@@ -296,12 +315,28 @@ pub(super) fn numbered_text(numbered: &Numbered) -> String {
 
 fn parse_numbered(text: &str) -> Option<(u64, Sums)> {
     let (number, sums) = text.split_once(':')?;
-    let numbers: Option<Vec<i64>> = sums.split(':').map(|number| number.parse().ok()).collect();
+    Some((number.parse().ok()?, parse_sums(sums)?))
+}
+
+fn parse_sums(text: &str) -> Option<Sums> {
+    let numbers: Option<Vec<i64>> = text.split(':').map(|number| number.parse().ok()).collect();
     let [invocations, errors, duration_us, handler_invocations, handler_us] = numbers?[..] else {
         return None;
     };
-    let sums = Sums { invocations, errors, duration_us, handler_invocations, handler_us };
-    Some((number.parse().ok()?, sums))
+    Some(Sums { invocations, errors, duration_us, handler_invocations, handler_us })
+}
+
+/// Fields and values of a hash.
+type Texts = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// Those whose field is a function.
+fn named(texts: &Texts) -> impl Iterator<Item = (FunctionId, &str)> {
+    let text = |bytes| std::str::from_utf8(bytes).ok();
+    texts.iter().filter_map(move |(name, value)| Some((FunctionId::parse(text(name)?)?, text(value)?)))
+}
+
+fn unreadable() -> BackendError {
+    BackendError::Invalid("sums in Redis cannot be read".into())
 }
 
 fn entry(field: &[u8], value: &[u8]) -> Option<JournalEntry> {

@@ -1,5 +1,6 @@
 //! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
-//! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is.
+//! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is;
+//! `telling:{<node>}`, there while the journal is told again what it has lost.
 //!
 //! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the token of the
 //! process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another process tries to renew
@@ -10,7 +11,9 @@ use super::journal::{
     sums_text,
 };
 use super::redis::Commands;
-use crate::backend::{BackendError, HeldBy, Membership, Others, Predecessor, Renewal, Taken, Told};
+use crate::backend::{
+    BackendError, GIVEN_UP_KEPT, HeldBy, Membership, Others, Predecessor, Renewal, Taken, Told,
+};
 use crate::model::{NodeId, ProcessToken, UnixMs};
 use async_trait::async_trait;
 use redis::{Cmd, Script, cmd};
@@ -30,6 +33,12 @@ end
 redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, '', '0', '0'}";
+
+/// The mark that a journal is being told: a Redis that loses its data meanwhile has not heard all.
+const TELLING: &str = "telling";
+
+/// How long that may take, in seconds.
+const TELLING_MAX_S: u64 = 3600;
 
 /// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in milliseconds, who
 /// renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many live; whether it is contested.
@@ -58,6 +67,13 @@ if ends and tonumber(ends) >= time[1] * 1000 then return 0 end
 redis.call('ZREM', KEYS[1], ARGV[1])
 return 1";
 
+/// KEYS: the mark that a journal is being told, the mark that it is whole. ARGV: who tells, and for how many seconds the second mark
+/// is kept. Answer: 1 if it is whole now; 0: what was told before is lost, or another one tells.
+const RETOLD: &str = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[2], '1', 'EX', ARGV[2])
+return 1";
+
 pub(super) struct RedisMembership {
     commands: Arc<Commands>,
     /// Nodes that share a Redis and not their tables know nothing of each other.
@@ -67,15 +83,15 @@ pub(super) struct RedisMembership {
     renew: Script,
     adopt: Script,
     dismiss: Script,
+    retold: Script,
 }
 
 impl RedisMembership {
     /// `process`: this one.
     pub(super) fn new(commands: Arc<Commands>, logs_table: &str, process: ProcessToken) -> Self {
         let nodes = format!("nodes:{{{logs_table}}}");
-        let (take, renew) = (Script::new(TAKE), Script::new(RENEW));
-        let (adopt, dismiss) = (Script::new(ADOPT), Script::new(DISMISS));
-        Self { commands, nodes, process, take, renew, adopt, dismiss }
+        let [take, renew, adopt, dismiss, retold] = [TAKE, RENEW, ADOPT, DISMISS, RETOLD].map(Script::new);
+        Self { commands, nodes, process, take, renew, adopt, dismiss, retold }
     }
 
     fn holder(&self, node: NodeId) -> String {
@@ -158,6 +174,10 @@ impl Membership for RedisMembership {
         self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
     }
 
+    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
+        self.commands.query(cmd("SET").arg(key(TELLING, node)).arg(token).arg("EX").arg(TELLING_MAX_S)).await
+    }
+
     async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError> {
         let command = match told {
             Told::Jobs(jobs) => hset(
@@ -182,14 +202,21 @@ impl Membership for RedisMembership {
                 hset(GIVEN_UP, node, jobs.iter().map(|(id, function)| (id.to_string(), function.to_string())))
             }
         };
-        match command {
-            Some(command) => self.commands.query(&command).await,
-            None => Ok(()),
+        if let Some(command) = command {
+            self.commands.query::<()>(&command).await?;
         }
+        if matches!(told, Told::GivenUp(_)) {
+            let expire = GIVEN_UP_KEPT.as_secs();
+            self.commands.query::<()>(cmd("EXPIRE").arg(key(GIVEN_UP, node)).arg(expire)).await?;
+        }
+        Ok(())
     }
 
-    async fn retold(&self, node: NodeId) -> Result<(), BackendError> {
-        self.commands.query(cmd("SET").arg(key(WHOLE, node)).arg(1).arg("EX").arg(WHOLE_KEPT_S)).await
+    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+        let mut call = self.retold.prepare_invoke();
+        call.key(key(TELLING, node)).key(key(WHOLE, node)).arg(token).arg(WHOLE_KEPT_S);
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
 }
 

@@ -280,6 +280,7 @@ async fn nothing_left(gateway: &Gateway, within: Duration) {
             "infra_audit_waiting_ends",
             "infra_audit_waiting_functions",
             "infra_audit_spill_rows",
+            "infra_audit_failing_rows",
         ] {
             match gateway.metric(series).await {
                 Some(0.0) => {}

@@ -54,6 +54,14 @@ pub struct Faults {
     pub tables_away: u64,
 }
 
+/// How writes of a row fail that never passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Poison {
+    ServerError,
+    Denied,
+    Throttled,
+}
+
 const OLD_ROLE: [&str; 9] = [
     "SendMessage",
     "SendMessageBatch", // authorised by SendMessage
@@ -71,6 +79,8 @@ struct Shared {
     policy: Policy,
     released: watch::Sender<bool>,
     faults: Mutex<(Faults, SmallRng)>,
+    /// Writes of rows that contain the text fail as a whole.
+    poisons: Mutex<Vec<(String, Poison)>>,
     /// Operations seen, and how often each was denied and passed.
     seen: Mutex<BTreeMap<String, Count>>,
 }
@@ -103,6 +113,7 @@ impl Proxy {
             policy,
             released: watch::channel(false).0,
             faults,
+            poisons: Mutex::default(),
             seen,
         });
         let of_clients = Arc::clone(&shared);
@@ -129,6 +140,11 @@ impl Proxy {
     /// From now on.
     pub fn fail(&self, faults: Faults) {
         self.shared.faults.lock().expect("no holder panics").0 = faults;
+    }
+
+    /// From now on every write of a row that contains the text fails, alone or with others.
+    pub fn poison(&self, text: &str, poison: Poison) {
+        self.shared.poisons.lock().expect("no holder panics").push((text.to_owned(), poison));
     }
 
     /// Lets the held answers go, and holds none from now on.
@@ -189,6 +205,14 @@ impl Shared {
             self.note(operation, |count| count.failed += 1);
             return Ok(Some(failure("400 Bad Request", "ProvisionedThroughputExceededException")));
         }
+        if let Some(poison) = self.poison_in(operation, request) {
+            self.note(operation, |count| count.failed += 1);
+            return Ok(Some(match poison {
+                Poison::ServerError => failure("500 Internal Server Error", "InternalServerError"),
+                Poison::Throttled => failure("400 Bad Request", "ThrottlingException"),
+                Poison::Denied => denial(request),
+            }));
+        }
         if is_send && self.happens(faults.batches) {
             self.note(operation, |count| count.failed += 1);
             return Ok(Some(failure("500 Internal Server Error", "InternalFailure")));
@@ -210,6 +234,15 @@ impl Shared {
             return Ok(None);
         }
         Ok(Some(answer))
+    }
+
+    fn poison_in(&self, operation: &str, request: &Message) -> Option<Poison> {
+        if !matches!(operation, "BatchWriteItem" | "PutItem") {
+            return None;
+        }
+        let body = String::from_utf8_lossy(&request.body);
+        let poisons = self.poisons.lock().expect("no holder panics");
+        poisons.iter().find(|(text, _)| body.contains(text)).map(|(_, poison)| *poison)
     }
 
     /// Passes a batch on without some of its parts, and says of those that they were not taken.

@@ -9,7 +9,9 @@ use futures_util::StreamExt;
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
 
 const BATCH_WRITE: &str = "DynamoDB_20120810.BatchWriteItem";
 const PUT: &str = "DynamoDB_20120810.PutItem";
@@ -20,17 +22,51 @@ const CONDITION: &str = "ConditionalCheckFailedException";
 const PUTS_IN_FLIGHT_MAX: usize = 8;
 /// Most tries for what a batch leaves unprocessed.
 const BATCH_TRIES_MAX: u32 = 6;
+/// How often batches are tried where they are not allowed: the policy may have changed.
+const BATCHES_TRIED_EVERY: Duration = Duration::from_secs(60);
 
 pub(super) struct RowWrites {
     direct: Direct,
     table: String,
-    /// BatchWriteItem was denied: the role is the old, narrow one.
-    one_by_one: AtomicBool,
+    batches: BatchPermission,
+}
+
+/// Whether BatchWriteItem is allowed, as far as is known: the old controller's role does not allow it.
+#[derive(Default)]
+struct BatchPermission {
+    /// `None`: it is. Else when it was tried last.
+    tried_at: Mutex<Option<Instant>>,
+}
+
+impl BatchPermission {
+    /// Whether to try a batch: always, and one now and then where it was denied.
+    fn may_try(&self) -> bool {
+        let mut tried_at = self.tried_at();
+        let may = tried_at.is_none_or(|at| at.elapsed() >= BATCHES_TRIED_EVERY);
+        if may && tried_at.is_some() {
+            *tried_at = Some(Instant::now());
+        }
+        may
+    }
+
+    /// Gives whether that is new.
+    fn denied(&self) -> bool {
+        self.tried_at().replace(Instant::now()).is_none()
+    }
+
+    /// Gives whether that is new.
+    fn allowed(&self) -> bool {
+        self.tried_at().take().is_some()
+    }
+
+    fn tried_at(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.tried_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl RowWrites {
     pub(super) fn new(direct: Direct, table: &str) -> Self {
-        Self { direct, table: table.to_owned(), one_by_one: AtomicBool::new(false) }
+        Self { direct, table: table.to_owned(), batches: BatchPermission::default() }
     }
 
     /// One result per row, in order.
@@ -39,7 +75,7 @@ impl RowWrites {
             return Vec::new();
         }
         // A batch knows no conditions, and LOST must not take the place of a result.
-        if self.one_by_one.load(Ordering::Relaxed) || rows.iter().any(is_lost) {
+        if rows.iter().any(is_lost) || !self.batches.may_try() {
             return self.put_one_by_one(rows).await;
         }
         let mut put = self.put_batch(rows).await;
@@ -48,11 +84,16 @@ impl RowWrites {
             put = self.put_batch(rows).await;
         }
         match put {
-            Ok(left) => rows.iter().map(|row| written(row, &left)).collect(),
+            Ok(left) => {
+                if self.batches.allowed() {
+                    tracing::info!(table = %self.table, "Log rows go in batches: dynamodb:BatchWriteItem is allowed now");
+                }
+                rows.iter().map(|row| written(row, &left)).collect()
+            }
             Err(BackendError::Denied(_)) => {
                 let written = self.put_one_by_one(rows).await;
-                // Only when single rows do pass is it the narrow role, and not the credentials.
-                if written.iter().any(Result::is_ok) && !self.one_by_one.swap(true, Ordering::Relaxed) {
+                // Only when all rows do pass alone is it the narrow role, and neither the credentials nor one of the rows.
+                if written.iter().all(Result::is_ok) && self.batches.denied() {
                     tracing::warn!(
                         table = %self.table,
                         "dynamodb:BatchWriteItem is denied, so log rows go one by one; allowing it saves up to 24 of 25 calls"
@@ -267,6 +308,21 @@ mod tests {
             _ => panic!("{value}"),
         };
         item.as_object().unwrap().iter().map(|(name, value)| (name.clone(), attribute(value))).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn batches_that_are_denied_are_tried_again_at_a_pace() {
+        let batches = BatchPermission::default();
+        assert!(batches.may_try() && batches.may_try());
+        assert!(batches.denied(), "told once");
+        for _ in 0..3 {
+            assert!(!batches.may_try());
+            tokio::time::advance(BATCHES_TRIED_EVERY).await;
+            assert!(batches.may_try() && !batches.may_try(), "one a minute");
+            assert!(!batches.denied());
+        }
+        assert!(batches.allowed() && !batches.allowed());
+        assert!(batches.may_try() && batches.may_try());
     }
 
     #[test]

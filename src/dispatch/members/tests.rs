@@ -1,0 +1,539 @@
+//! What counts must survive a store that loses its data at any moment: each test is one way in which it did not.
+
+use super::*;
+use crate::audit::{self, Stores};
+use crate::backend::{
+    Claim, Claimed, Claims, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite, Journal,
+    LogPage, LogQuery, Numbered, Others, Predecessor, Renewal, ResultEvent, Results, Taken, Unposted, Written,
+};
+use crate::config::Conf;
+use crate::dispatch::in_flight::{Held, InFlight};
+use crate::dispatch::journal::NodeJournal;
+use crate::dispatch::settler::Lookups;
+use crate::metrics::Metrics;
+use crate::model::{Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums};
+use async_trait::async_trait;
+use bytes::Bytes;
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use tokio::task::JoinSet;
+
+const NODE: NodeId = NodeId(1);
+
+/// What Redis has of one node. As its scripts do it.
+#[derive(Default)]
+struct Data {
+    is_whole: bool,
+    telling: Option<u64>,
+    in_flight: HashMap<JobId, JournalEntry>,
+    sums: HashMap<FunctionId, Sums>,
+    numbered: HashMap<FunctionId, Numbered>,
+    last_number: u64,
+    given_up: HashMap<JobId, FunctionId>,
+}
+
+/// Redis and the tables, and what may go wrong with them.
+#[derive(Default)]
+struct Store {
+    nodes: Mutex<HashMap<NodeId, Data>>,
+    listed: Mutex<HashSet<NodeId>>,
+    /// The last number and the sums of each function and node.
+    functions: Mutex<HashMap<(FunctionId, NodeId), (u64, Sums)>>,
+    rows: Mutex<HashMap<String, Execution>>,
+    clock: AtomicU64,
+    /// Calls are carried out, and not answered.
+    ends_unanswered: AtomicBool,
+    numbers_unanswered: AtomicBool,
+    /// Calls are not carried out.
+    ends_fail: AtomicBool,
+    rows_fail: AtomicBool,
+    /// So many parts are told until the data is lost again; 0: it is not.
+    lost_after: AtomicUsize,
+}
+
+fn unavailable() -> BackendError {
+    BackendError::Unavailable("x".into())
+}
+
+impl Store {
+    fn with<T>(&self, node: NodeId, work: impl FnOnce(&mut Data) -> T) -> T {
+        work(self.nodes.lock().unwrap().entry(node).or_default())
+    }
+
+    fn lose_all(&self) {
+        self.nodes.lock().unwrap().clear();
+        self.listed.lock().unwrap().clear();
+    }
+
+    fn answer<T>(&self, is_lost: &AtomicBool, answer: T) -> Result<T, BackendError> {
+        if is_lost.load(Ordering::Relaxed) { Err(unavailable()) } else { Ok(answer) }
+    }
+
+    /// Invocations and errors, as the function has them.
+    fn counted(&self) -> (i64, i64) {
+        let functions = self.functions.lock().unwrap();
+        functions.values().fold((0, 0), |(n, e), (_, sums)| (n + sums.invocations, e + sums.errors))
+    }
+}
+
+#[async_trait]
+impl Journal for Store {
+    async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
+        for job in jobs {
+            let (function, deadline) = (job.function.clone(), job.deadline);
+            let entry = JournalEntry { id: job.id, function, deadline, idempotency_key: None };
+            self.with(job.id.node(), |data| data.in_flight.insert(job.id, entry));
+        }
+        Ok(())
+    }
+
+    async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
+        ids.iter().for_each(|id| drop(self.with(id.node(), |data| data.in_flight.remove(id))));
+        Ok(())
+    }
+
+    async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+        if self.ends_fail.load(Ordering::Relaxed) {
+            return Err(unavailable());
+        }
+        let is_whole = self.with(node, |data| {
+            for Ended { id, function, adds, is_lost } in ended.iter().filter(|_| data.is_whole) {
+                let adds = if data.in_flight.remove(id).is_some() {
+                    if *is_lost {
+                        data.given_up.insert(*id, function.clone());
+                    }
+                    *adds
+                } else if !is_lost && data.given_up.remove(id).is_some() {
+                    adds.after_lost()
+                } else {
+                    continue;
+                };
+                *data.sums.entry(function.clone()).or_default() += adds;
+            }
+            data.is_whole
+        });
+        self.answer(&self.ends_unanswered, is_whole)
+    }
+
+    async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+        Ok(self.with(node, |data| data.given_up.clone().into_iter().collect()))
+    }
+
+    async fn unposted(&self, node: NodeId) -> Result<Option<Unposted>, BackendError> {
+        Ok(self.with(node, |data| {
+            let sums = data.sums.clone().into_iter().collect();
+            let numbered = data.numbered.values().cloned().collect();
+            data.is_whole.then_some(Unposted { numbered, sums })
+        }))
+    }
+
+    async fn number(
+        &self,
+        node: NodeId,
+        functions: &[FunctionId],
+        floor: u64,
+    ) -> Result<Option<Unposted>, BackendError> {
+        let clock = self.clock.fetch_add(1, Ordering::Relaxed);
+        let unposted = self.with(node, |data| {
+            let mut unposted = Unposted::default();
+            for function in functions {
+                if !data.numbered.contains_key(function)
+                    && let Some(sums) = data.sums.remove(function)
+                {
+                    data.last_number = data.last_number.max(clock).max(floor) + 1;
+                    let numbered = Numbered { function: function.clone(), number: data.last_number, sums };
+                    data.numbered.insert(function.clone(), numbered);
+                }
+                unposted.numbered.extend(data.numbered.get(function).cloned());
+                unposted.sums.extend(data.sums.get(function).map(|sums| (function.clone(), *sums)));
+            }
+            data.is_whole.then_some(unposted)
+        });
+        self.answer(&self.numbers_unanswered, unposted)
+    }
+
+    async fn post(
+        &self,
+        node: NodeId,
+        numbered: Vec<Numbered>,
+        _: usize,
+    ) -> (Vec<Numbered>, Option<BackendError>) {
+        for posted in numbered {
+            let mut functions = self.functions.lock().unwrap();
+            let (number, sums) = functions.entry((posted.function.clone(), node)).or_default();
+            if posted.number > *number {
+                *number = posted.number;
+                *sums += posted.sums;
+            }
+            self.with(node, |data| {
+                if data.numbered.get(&posted.function) == Some(&posted) {
+                    data.numbered.remove(&posted.function);
+                }
+            });
+        }
+        (Vec::new(), None)
+    }
+
+    async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
+        Ok(self.with(id.node(), |data| data.in_flight.contains_key(&id)))
+    }
+
+    async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
+        Ok(self.with(node, |data| data.in_flight.values().cloned().collect()))
+    }
+}
+
+#[async_trait]
+impl Membership for Store {
+    async fn take(&self, _: NodeId, _: Duration, _: Predecessor) -> Result<Taken, BackendError> {
+        Ok(Taken::Yes)
+    }
+
+    async fn renew(&self, node: NodeId, _: Duration) -> Result<Renewal, BackendError> {
+        self.listed.lock().unwrap().insert(node);
+        let others = Others { lapsed: Vec::new(), alive: 1 };
+        Ok(Renewal::Renewed { others, is_contested: false })
+    }
+
+    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<bool, BackendError> {
+        Ok(true)
+    }
+
+    async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {
+        Ok(self.listed.lock().unwrap().remove(&dead))
+    }
+
+    async fn relist(&self, node: NodeId) -> Result<bool, BackendError> {
+        Ok(self.listed.lock().unwrap().insert(node))
+    }
+
+    async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError> {
+        Ok(self.with(node, |data| data.is_whole))
+    }
+
+    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
+        self.with(node, |data| data.telling = Some(token));
+        Ok(())
+    }
+
+    async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError> {
+        self.with(node, |data| match told {
+            Told::Jobs(jobs) => data.in_flight.extend(jobs.iter().map(|job| (job.id, job.clone()))),
+            Told::Sums(sums) => data.sums.extend(sums.iter().cloned()),
+            Told::Numbered(all) => data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone()))),
+            Told::GivenUp(jobs) => data.given_up.extend(jobs.iter().cloned()),
+        });
+        if self.lost_after.load(Ordering::Relaxed) > 0 && self.lost_after.fetch_sub(1, Ordering::Relaxed) == 1
+        {
+            self.lose_all();
+        }
+        Ok(())
+    }
+
+    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+        Ok(self.with(node, |data| {
+            let is_told = data.telling.take() == Some(token);
+            data.is_whole |= is_told;
+            is_told
+        }))
+    }
+}
+
+#[async_trait]
+impl ExecutionStore for Store {
+    async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
+        if self.rows_fail.load(Ordering::Relaxed) {
+            return vec![Err(unavailable()); rows.len()];
+        }
+        self.rows.lock().unwrap().extend(rows.iter().map(|row| (row.id.key().into_owned(), row.clone())));
+        vec![Ok(()); rows.len()]
+    }
+
+    async fn list(&self, _: &LogQuery) -> Result<LogPage, BackendError> {
+        Ok(LogPage::default())
+    }
+
+    async fn get(&self, _: &FunctionId, _: &str) -> Result<Option<Execution>, BackendError> {
+        Ok(None)
+    }
+
+    async fn probe(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl FunctionStore for Store {
+    async fn get(&self, _: &FunctionId) -> Result<Option<Function>, BackendError> {
+        Ok(None)
+    }
+
+    async fn list(&self, _: usize, _: Option<&str>) -> Result<FunctionPage, BackendError> {
+        Ok(FunctionPage::default())
+    }
+
+    async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
+        Ok(Written::Conflict)
+    }
+
+    async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    async fn probe(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Claims for Store {
+    async fn claim(&self, _: &Claim) -> Result<Option<Claimed>, BackendError> {
+        Ok(None)
+    }
+
+    async fn find(&self, _: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+        Ok(None)
+    }
+
+    async fn try_again(&self, _: &Claimed, _: JobId) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    async fn confirm(&self, _: &Claim) -> Result<(), BackendError> {
+        Ok(())
+    }
+
+    async fn release(&self, _: &Claim, _: JobId) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    async fn keep(&self, _: &IdempotencyKey, _: JobId, _: &Bytes) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Results for Store {
+    async fn next(&self) -> ResultEvent {
+        std::future::pending().await
+    }
+
+    async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError> {
+        Ok(vec![None; ids.len()])
+    }
+
+    async fn stored_foreign(&self, _: &str) -> Result<Option<Bytes>, BackendError> {
+        Ok(None)
+    }
+
+    async fn wait_for(&self, _: JobId) -> Result<Bytes, BackendError> {
+        std::future::pending().await
+    }
+
+    async fn ping(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// A node over the store. Its membership does nothing by itself; all other loops run, in virtual time.
+struct House {
+    store: Arc<Store>,
+    members: Members,
+    _loops: JoinSet<()>,
+}
+
+const LEASE: Duration = Duration::from_secs(10);
+/// Rows are written, and their jobs have left the journal.
+const CLOSED: Duration = Duration::from_millis(400);
+/// What is to be posted is posted.
+const POSTED: Duration = Duration::from_secs(5);
+const LATER: u64 = 4_000_000_000_000;
+
+impl House {
+    async fn start(store: &Arc<Store>, node: NodeId) -> Self {
+        let conf = Conf::shipped().unwrap();
+        let metrics = Arc::new(Metrics::new(10).unwrap());
+        let of = || Arc::clone(store);
+        let stores = Stores { executions: of(), claims: of(), journal: of(), functions: of() };
+        let (audit, books) = audit::new(&conf.memory, stores, None, Arc::clone(&metrics));
+        let in_flight = Arc::new(InFlight::new(1000, 1 << 20, Arc::clone(&metrics)));
+        let lease = Arc::new(Lease::lapsed());
+        let journal = Arc::new(NodeJournal::new(of(), Arc::clone(&lease)));
+        let settler = Arc::new(Settler::new(in_flight, journal, of(), audit, metrics));
+        let ledger = Arc::clone(&books.ledger);
+        let fleet = FleetConf { lease_s: LEASE.as_secs() };
+        let mut members = Members::new(node, &fleet, Some(of()), lease, Arc::clone(&settler), ledger);
+        members.begin().await.unwrap();
+        let mut loops = JoinSet::new();
+        loops.spawn(books.flusher.run(Arc::clone(&settler) as _, std::future::pending()));
+        loops.spawn(books.ledger.run(std::future::pending()));
+        loops.spawn(Lookups::new(settler).run());
+        Self { store: of(), members, _loops: loops }
+    }
+
+    async fn accept(&self, n: u64, deadline: u64) -> JobId {
+        let id = JobId::new(self.members.node, 1000, n);
+        let function = FunctionId::parse("f").unwrap();
+        let job = Job { id, function, deadline, idempotency_key: None, message: "{}".into() };
+        self.members.settler.in_flight.enter(&job, Held::new()).unwrap();
+        self.members.settler.schedule.plan(id, 0);
+        self.store.enter(&[job]).await.unwrap();
+        id
+    }
+
+    fn settle(&self, id: JobId) {
+        self.members.settler.settle(id, Outcome::new(r#"{"status":"SUCCESS","durationMs":1}"#.into()));
+    }
+
+    async fn run(&self, n: u64) {
+        let id = self.accept(n, LATER).await;
+        self.settle(id);
+        tokio::time::sleep(CLOSED).await;
+    }
+
+    async fn mend(&self) -> Result<(), BackendError> {
+        self.members.mend(self.store.as_ref(), self.members.node).await
+    }
+
+    /// Everything is whole again, and posted.
+    async fn counted(&self) -> (i64, i64) {
+        assert_eq!(self.mend().await, Ok(()));
+        tokio::time::sleep(POSTED).await;
+        self.store.counted()
+    }
+}
+
+fn set(flag: &AtomicBool, is_set: bool) {
+    flag.store(is_set, Ordering::Relaxed);
+}
+
+async fn house() -> House {
+    House::start(&Arc::default(), NODE).await
+}
+
+/// This is what was seen: the round of posting that came first was told "nothing is there", and believed it.
+#[tokio::test(start_paused = true)]
+async fn a_round_between_the_loss_and_the_retelling_forgets_nothing() {
+    let house = house().await;
+    house.run(1).await;
+    assert_eq!(house.store.counted(), (0, 0), "not posted yet");
+    house.store.lose_all();
+    tokio::time::sleep(POSTED).await;
+    assert_eq!(house.counted().await, (1, 0));
+}
+
+/// Its `end` has taken effect, and what it added is posted; then the job, which is still in the books, is told again.
+#[tokio::test(start_paused = true)]
+async fn what_may_have_ended_without_an_answer_is_not_posted_before_it_is_known() {
+    let house = house().await;
+    set(&house.store.ends_unanswered, true);
+    house.run(1).await;
+    tokio::time::sleep(POSTED).await;
+    house.store.lose_all();
+    set(&house.store.ends_unanswered, false);
+    assert_eq!(house.counted().await, (1, 0));
+}
+
+/// The sums had a number without anybody's knowledge, so the books had them twice.
+#[tokio::test(start_paused = true)]
+async fn numbers_that_were_given_without_an_answer_are_not_told_beside_their_sums() {
+    let house = house().await;
+    set(&house.store.numbers_unanswered, true);
+    house.run(1).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    house.run(2).await;
+    set(&house.store.numbers_unanswered, false);
+    while house.store.counted() == (0, 0) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    house.store.lose_all();
+    assert_eq!(house.counted().await, (2, 0));
+}
+
+/// The jobs were told to a store that was lost before it heard of the sums; its successor was taken as whole.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_is_lost_while_it_is_told_is_told_again() {
+    let house = house().await;
+    house.run(1).await;
+    let id = house.accept(2, LATER).await;
+    house.store.lose_all();
+    house.store.lost_after.store(1, Ordering::Relaxed);
+    assert!(house.mend().await.is_err());
+    assert_eq!(house.mend().await, Ok(()));
+    house.settle(id);
+    assert_eq!(house.counted().await, (2, 0));
+}
+
+/// It was counted as lost; of its late result only the row knew, which is on its way, or written and still to be counted.
+#[tokio::test(start_paused = true)]
+async fn a_late_result_on_its_way_changes_what_was_counted() {
+    for is_row_written in [false, true] {
+        let house = house().await;
+        let id = house.accept(1, 1).await;
+        tokio::time::sleep(POSTED).await;
+        assert_eq!(house.store.counted(), (1, 1), "lost");
+        let stuck = if is_row_written { &house.store.ends_fail } else { &house.store.rows_fail };
+        set(stuck, true);
+        house.settle(id);
+        tokio::time::sleep(CLOSED).await;
+        house.store.lose_all();
+        assert_eq!(house.mend().await, Ok(()));
+        set(stuck, false);
+        tokio::time::sleep(POSTED).await;
+        assert_eq!(house.counted().await, (1, 0), "the row is written: {is_row_written}");
+    }
+}
+
+/// A node knew of what its life before had left only that it is there, and not how much.
+#[tokio::test(start_paused = true)]
+async fn the_next_life_knows_what_the_last_one_left() {
+    let store = Arc::default();
+    let first = House::start(&store, NODE).await;
+    first.run(1).await;
+    drop(first);
+    assert_eq!(store.counted(), (0, 0), "not posted yet");
+    let second = House::start(&store, NODE).await;
+    store.lose_all();
+    assert_eq!(second.counted().await, (1, 0));
+}
+
+/// The new store's clock is behind: a number below the last one is one that the function has had.
+#[tokio::test(start_paused = true)]
+async fn numbers_grow_though_the_next_store_has_an_earlier_clock() {
+    let house = house().await;
+    house.store.clock.store(1_000_000, Ordering::Relaxed);
+    house.run(1).await;
+    assert_eq!(house.counted().await, (1, 0));
+    house.store.lose_all();
+    house.store.clock.store(1000, Ordering::Relaxed);
+    assert_eq!(house.mend().await, Ok(()));
+    house.run(2).await;
+    assert_eq!(house.counted().await, (2, 0));
+}
+
+/// Its node is gone and was forgotten together with the data, so nobody else would ever tell its journal again.
+#[tokio::test(start_paused = true)]
+async fn a_job_of_a_node_that_nobody_lists_ends_all_the_same() {
+    let mut house = House::start(&Arc::default(), NodeId(2)).await;
+    let store = Arc::clone(&house.store);
+    let id = JobId::new(NODE, 1000, 1);
+    let function = FunctionId::parse("f").unwrap();
+    let job = Job { id, function, deadline: LATER, idempotency_key: None, message: "{}".into() };
+    store.enter(&[job]).await.unwrap();
+    house.members.adopt(store.as_ref(), NODE).await.unwrap();
+    house.members.adopted.clear();
+    set(&store.ends_fail, true);
+    house.settle(id);
+    tokio::time::sleep(CLOSED).await;
+    store.lose_all();
+    set(&store.ends_fail, false);
+    for _ in 0..3 * RENEWALS {
+        house.members.renew(store.as_ref()).await.unwrap();
+        house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
+        tokio::time::sleep(LEASE / RENEWALS).await;
+    }
+    assert_eq!(house.counted().await, (1, 0));
+    assert!(house.members.ledger.nodes().is_empty());
+    assert!(store.rows.lock().unwrap().contains_key(&*RowId::Job(id).key()));
+}

@@ -145,6 +145,8 @@ impl From<&Backend> for Stores {
 pub struct AuditLoops {
     pub flusher: Flusher,
     pub ledger: Arc<Ledger>,
+    /// To be probed now and then.
+    pub spill: Option<Arc<Spill>>,
 }
 
 /// A handle and its loops.
@@ -166,9 +168,9 @@ pub fn new(
     let spill = spill.map(Arc::new);
     let ledger = Ledger::new(stores.clone(), spill.clone(), Arc::clone(&metrics), ledger::WAITING_MAX);
     let ledger = Arc::new(ledger);
-    let writer = Arc::new(Writer::new(stores, spill, Arc::clone(&ledger), Arc::clone(&metrics)));
-    let flusher = Flusher { receiver, bytes, writer, metrics, ledger: Arc::clone(&ledger) };
-    (audit, AuditLoops { flusher, ledger })
+    let writer = Writer::new(stores, spill.clone(), Arc::clone(&ledger), Arc::clone(&metrics));
+    let flusher = Flusher { receiver, bytes, writer: Arc::new(writer), metrics, ledger: Arc::clone(&ledger) };
+    (audit, AuditLoops { flusher, ledger, spill })
 }
 
 impl Flusher {

@@ -122,7 +122,7 @@ impl Health {
             healthy
         };
         // Without queue or results nothing runs; without the tables cached functions run on, and rows wait.
-        let vital = [check("queue", queue), check("redis", results)];
+        let vital = [check("queue", queue), check(self.results.store_name(), results)];
         let useful = [check("functionsTable", functions), check("logsTable", executions)];
         if let (Some(depth), Some(Value::Object(queue))) = (depth, checks.get_mut("queue")) {
             queue.insert("depth".to_owned(), json!(depth));

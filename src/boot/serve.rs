@@ -7,6 +7,7 @@ use crate::backend::{aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env};
 use crate::model::NodeId;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What `serve` and `check` are told on the command line.
@@ -97,7 +98,7 @@ async fn connect(env: Env, start_deadline: Duration) -> Result<Connected, Vec<St
         spool_dir,
         spill_dir: Some(state.path().join(SPILL)),
         extra_loop: None,
-        claim: Some(Box::new(state)),
+        claim: Some(Arc::new(state)),
         warnings: connected.warnings,
     })
 }

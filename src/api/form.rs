@@ -251,7 +251,9 @@ mod tests {
         let spool = root.path().join("node").join("spool");
         let body = Bytes::from(part("name=\"file\"; filename=\"x\"", "a\r\nzip") + "--X--\r\n");
         let read = async || {
-            Form::read(&call(), &mut Pieces(vec![Ok(body.clone())]), &spool, &[]).await.map(|form| form.file.is_some())
+            Form::read(&call(), &mut Pieces(vec![Ok(body.clone())]), &spool, &[])
+                .await
+                .map(|form| form.file.is_some())
         };
         assert!(matches!(read().await, Err(ApiError::BackendAway)));
         std::fs::create_dir(root.path().join("node")).unwrap();

@@ -96,7 +96,8 @@ impl Acceptor {
     }
 
     fn serve(&self, stream: TcpStream, client: SocketAddr, accepted: Accepted) {
-        let (guard, spares, stopped) = (Arc::clone(&self.guard), Arc::clone(&self.spares), self.stopped.clone());
+        let (guard, spares, stopped) =
+            (Arc::clone(&self.guard), Arc::clone(&self.spares), self.stopped.clone());
         #[expect(
             clippy::disallowed_methods,
             reason = "a connection ends with its client, or when the guard is closed, or with the process"
@@ -128,9 +129,21 @@ fn is_shortage(error: &io::Error) -> bool {
 /// Those that accept(2) names: the connection was lost before it was accepted.
 fn is_of_one_connection(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
-    use Errno::{ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, EPERM, EPROTO};
+    use Errno::{
+        ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, EPERM,
+        EPROTO,
+    };
     let of_one = [
-        ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, EPERM, EPROTO,
+        ECONNABORTED,
+        ECONNRESET,
+        EHOSTDOWN,
+        EHOSTUNREACH,
+        EINTR,
+        ENETDOWN,
+        ENETUNREACH,
+        ENONET,
+        EPERM,
+        EPROTO,
     ];
     errno.is_some_and(|errno| of_one.contains(&errno))
 }

@@ -52,7 +52,9 @@ pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
     let wanted = wanted(settings);
     let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
     if let Some((a, b)) = conflict(&endpoints) {
-        eprintln!("infra-controller: cannot listen on both {a} and {b}. Set another port or address for one.");
+        eprintln!(
+            "infra-controller: cannot listen on both {a} and {b}. Set another port or address for one."
+        );
         return Err(Exit::Config);
     }
     let (mut inherited, mut heir) = (Vec::new(), None);
@@ -95,13 +97,11 @@ fn nobody_waits(other_ports: &[u16]) {
 }
 
 /// A socket for each wanted endpoint, or why there is none.
-fn taken_or_bound(
-    wanted: &[(Endpoint, Speaks)],
-    inherited: Vec<TcpListener>,
-) -> Result<Vec<Socket>, String> {
+fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) -> Result<Vec<Socket>, String> {
     let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
     let held: io::Result<Vec<Endpoint>> = inherited.iter().map(endpoint_of).collect();
-    let held = held.map_err(|e| format!("what the running process hands over is no socket that listens: {e}"))?;
+    let held =
+        held.map_err(|e| format!("what the running process hands over is no socket that listens: {e}"))?;
     let Matching { kept, bound } = matched(&endpoints, &held);
     let mut made = Vec::new();
     for (endpoint, wanted_at) in &bound {

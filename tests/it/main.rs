@@ -29,6 +29,10 @@ mod contract;
 #[cfg(test)]
 mod dead_letters;
 #[cfg(test)]
+mod descriptors;
+#[cfg(test)]
+mod disk;
+#[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod fleet;

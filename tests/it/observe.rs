@@ -18,7 +18,11 @@ async fn health(setup: Setup) {
         let checks = health["checks"].as_object().expect("the checks");
         let store = if is_dev { "database" } else { "redis" };
         let names: Vec<&String> = checks.keys().collect();
-        assert_eq!(names, ["queue", store, "functionsTable", "logsTable"], "what there is, and nothing else: {health}");
+        assert_eq!(
+            names,
+            ["queue", store, "functionsTable", "logsTable"],
+            "what there is, and nothing else: {health}"
+        );
         assert!(health["checks"].to_string().contains("depth"), "the queue with its depth: {health}");
     }
     for target in ["/livez", "/readyz"] {

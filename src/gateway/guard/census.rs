@@ -92,7 +92,8 @@ impl Census {
         let before = self.connections.fetch_add(1, Ordering::Relaxed);
         self.gauge.inc();
         let is_reserve = before >= caps.all || accepted == Accepted::OnSpare;
-        let mut place = Place { census: Arc::clone(self), block: None, is_reserve, number: None, evicted: None };
+        let mut place =
+            Place { census: Arc::clone(self), block: None, is_reserve, number: None, evicted: None };
         if before >= caps.all.saturating_add(caps.reserve) {
             return None;
         }
@@ -192,7 +193,8 @@ mod tests {
     fn places_are_given_back() {
         let census = census();
         let caps = Caps { all: 2, reserve: RESERVE, one: 0 };
-        let places: Vec<_> = (0..2 + RESERVE).map(|_| census.enter(None, caps, Accepted::Usually).unwrap()).collect();
+        let places: Vec<_> =
+            (0..2 + RESERVE).map(|_| census.enter(None, caps, Accepted::Usually).unwrap()).collect();
         assert_eq!(places.iter().filter(|place| place.is_reserve).count(), RESERVE);
         assert!(census.enter(None, caps, Accepted::Usually).is_none());
         drop(places);
@@ -242,7 +244,10 @@ mod tests {
         assert_eq!((&mut fourth.1).now_or_never(), Some(()));
         drop(fourth);
         assert!(census.reserve.lock().idle.is_empty());
-        assert!(census.enter(None, caps, Accepted::OnSpare).unwrap().is_reserve, "it must be free again soon");
+        assert!(
+            census.enter(None, caps, Accepted::OnSpare).unwrap().is_reserve,
+            "it must be free again soon"
+        );
     }
 
     #[test]

@@ -61,6 +61,9 @@ impl Acceptor {
             };
             match accepted {
                 Ok((stream, client)) => {
+                    if self.spares.is_short() {
+                        self.spares.look();
+                    }
                     self.serve(stream, client, Accepted::Usually);
                     // It, or the next one, would be closed without a word.
                     let _ = timeout(ROOM_WAIT_MAX, self.guard.has_room()).await;
@@ -95,18 +98,21 @@ impl Acceptor {
         sleep(SHORT_PAUSE).await;
     }
 
+    /// Counted before the next one is accepted: else many would be accepted before the first is counted.
     fn serve(&self, stream: TcpStream, client: SocketAddr, accepted: Accepted) {
-        let (guard, spares, stopped) =
-            (Arc::clone(&self.guard), Arc::clone(&self.spares), self.stopped.clone());
+        let lent = (accepted == Accepted::OnSpare).then(|| Lent(Arc::clone(&self.spares)));
+        let Some(place) = self.guard.admit(client.ip(), accepted) else {
+            // Before `lent`, which takes the descriptor back.
+            return drop(stream);
+        };
+        let (guard, stopped) = (Arc::clone(&self.guard), self.stopped.clone());
         #[expect(
             clippy::disallowed_methods,
             reason = "a connection ends with its client, or when the guard is closed, or with the process"
         )]
         tokio::spawn(async move {
-            guard.serve(stream, client, accepted, &stopped).await;
-            if accepted == Accepted::OnSpare {
-                spares.refill();
-            }
+            guard.serve(stream, client, place, &stopped).await;
+            drop(lent);
         });
     }
 
@@ -146,6 +152,15 @@ fn is_of_one_connection(error: &io::Error) -> bool {
         EPROTO,
     ];
     errno.is_some_and(|errno| of_one.contains(&errno))
+}
+
+/// A descriptor that a connection is on, and that is held back again when that ends.
+struct Lent(Arc<Spares>);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.0.refill();
+    }
 }
 
 /// Descriptors that are held back, and whether there are too few; for all sockets of the process.

@@ -14,6 +14,7 @@ use crate::config::Conf;
 use crate::dispatch::{Dispatcher, Members};
 use crate::gateway::Guarded;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::model::NodeId;
 use async_trait::async_trait;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
@@ -108,7 +109,6 @@ impl Node {
             Err(exit) => return exit,
         };
 
-        let id = connected.node;
         let lifecycle = Lifecycle::default();
         let mut built = match Built::new(&settings, hangups, &connected, &lifecycle) {
             Ok(built) => built,
@@ -130,10 +130,7 @@ impl Node {
         let stop = Stop::default();
         let acceptors = match self.acceptors(built.door, sockets, &stop) {
             Ok(acceptors) => acceptors,
-            Err(e) => {
-                eprintln!("infra-controller: connections cannot be accepted: {e}");
-                return Exit::Internal;
-            }
+            Err(e) => return no_acceptor(&e),
         };
         let disk = Disk { claim: connected.claim.clone(), spill: built.background.books.spill.clone() };
         let mut loops = Loops::start(built.background, disk, connected.extra_loop);
@@ -147,10 +144,7 @@ impl Node {
         {
             tracing::warn!(error = %e, "Predecessor Not Told");
         }
-        tracing::info!(port, node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
-        if let Some(banner) = settings.banner {
-            eprintln!("{}", banner.replace("{port}", &port.to_string()));
-        }
+        report_start(connected.node, port, settings.banner.as_deref());
 
         let exit = tokio::select! {
             signal = signals.next() => {
@@ -226,6 +220,18 @@ impl Node {
         lifecycle.enter(Phase::Closing);
         let _ = tokio::time::timeout(CLOSING_MAX, lifecycle.idle()).await;
         loops.stop().await;
+    }
+}
+
+fn no_acceptor(error: &io::Error) -> Exit {
+    eprintln!("infra-controller: connections cannot be accepted: {error}");
+    Exit::Internal
+}
+
+fn report_start(node: NodeId, port: u16, banner: Option<&str>) {
+    tracing::info!(port, node = %node, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
+    if let Some(banner) = banner {
+        eprintln!("{}", banner.replace("{port}", &port.to_string()));
     }
 }
 

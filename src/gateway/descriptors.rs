@@ -64,7 +64,8 @@ impl Descriptors {
     /// `each`: descriptors of one connection.
     fn room(self, http: &HttpConf, each: usize) -> Room {
         let left = self.limit.saturating_sub(self.open);
-        let others = OTHERS_MAX.min(left / 4);
+        // They go first where there is little: a connection that is accepted and cannot be served helps nobody.
+        let others = OTHERS_MAX.min(left / 2);
         let reserve = RESERVE_MAX.min(left / 4).max(RESERVE_MIN);
         let fit = (left.saturating_sub(others + reserve) / each).max(1);
         Room { connections_max: http.connections_max.min(fit), reserve }
@@ -96,8 +97,8 @@ mod tests {
             (20_000, 30, 2, (9_841, 128)),
             (10_000, 30, 1, (9_682, 128)),
             (1_024, 30, 1, (706, 128)),
-            (64, 30, 1, (18, 8)),
-            (48, 30, 1, (10, 4)),
+            (64, 30, 1, (9, 8)),
+            (48, 30, 1, (5, 4)),
             (32, 30, 1, (1, 2)),
             (20, 30, 1, (1, 2)),
         ] {

@@ -12,7 +12,7 @@ mod head;
 mod stream;
 mod tls;
 
-pub use census::Accepted;
+pub use census::{Accepted, Place};
 pub use tls::{Tls, server_config};
 
 use super::client::is_trusted;
@@ -22,7 +22,7 @@ use super::{Gateway, is_always_answered};
 use crate::api::{ApiError, Reply};
 use crate::config::{Http2Conf, HttpConf, Live};
 use crate::metrics::Metrics;
-use census::{Caps, Census, Place};
+use census::{Caps, Census};
 use head::{BadHead, HeadLimits};
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ServerApp};
 use pingora::protocols::http::ServerSession;
@@ -237,9 +237,13 @@ impl Guard {
         self.shared.census.evict();
     }
 
+    /// A place for a connection that was accepted. `None`: it is to be closed without a word.
+    pub fn admit(&self, client: IpAddr, accepted: Accepted) -> Option<Place> {
+        self.shared.place(client, accepted)
+    }
+
     /// Serves a connection to its end.
-    pub async fn serve(&self, tcp: TcpStream, client: SocketAddr, accepted: Accepted, stop: &ShutdownWatch) {
-        let Some(mut place) = self.shared.place(client.ip(), accepted) else { return };
+    pub async fn serve(&self, tcp: TcpStream, client: SocketAddr, mut place: Place, stop: &ShutdownWatch) {
         let evicted = place.evicted();
         tokio::select! {
             biased;

@@ -128,30 +128,18 @@ impl Acceptor {
 }
 
 fn is_shortage(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    matches!(errno, Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM))
+    matches!(errno(error), Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM))
 }
 
 /// Those that accept(2) names: the connection was lost before it was accepted.
 fn is_of_one_connection(error: &io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    use Errno::{
-        ECONNABORTED, ECONNRESET, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, EPERM,
-        EPROTO,
-    };
-    let of_one = [
-        ECONNABORTED,
-        ECONNRESET,
-        EHOSTDOWN,
-        EHOSTUNREACH,
-        EINTR,
-        ENETDOWN,
-        ENETUNREACH,
-        ENONET,
-        EPERM,
-        EPROTO,
-    ];
-    errno.is_some_and(|errno| of_one.contains(&errno))
+    let lost = [Errno::ECONNABORTED, Errno::ECONNRESET, Errno::EINTR, Errno::EPERM, Errno::EPROTO];
+    let network = [Errno::EHOSTDOWN, Errno::EHOSTUNREACH, Errno::ENETDOWN, Errno::ENETUNREACH, Errno::ENONET];
+    errno(error).is_some_and(|errno| lost.contains(&errno) || network.contains(&errno))
+}
+
+fn errno(error: &io::Error) -> Option<Errno> {
+    error.raw_os_error().map(Errno::from_raw)
 }
 
 /// A descriptor that a connection is on, and that is held back again when that ends.

@@ -153,7 +153,7 @@ impl Place {
                 None => false,
             };
             if !is_evicted {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         }
     }

@@ -164,6 +164,8 @@ impl From<&Backend> for Stores {
 pub struct AuditLoops {
     pub flusher: Flusher,
     pub ledger: Arc<Ledger>,
+    /// To be probed now and then.
+    pub disk: Option<Arc<RowDisk>>,
 }
 
 /// A handle and its loops. `disk`: for rows that the table does not take; without it they stay in memory.
@@ -186,9 +188,9 @@ pub fn new(
         tail: Tail::default(),
         ledger: Arc::clone(&ledger),
     };
-    let writer = Arc::new(Writer::new(stores, disk, Arc::clone(&ledger), Arc::clone(&metrics)));
-    let flusher = Flusher { receiver, bytes, writer, metrics, ledger: Arc::clone(&ledger) };
-    (audit, AuditLoops { flusher, ledger })
+    let writer = Writer::new(stores, disk.clone(), Arc::clone(&ledger), Arc::clone(&metrics));
+    let flusher = Flusher { receiver, bytes, writer: Arc::new(writer), metrics, ledger: Arc::clone(&ledger) };
+    (audit, AuditLoops { flusher, ledger, disk })
 }
 
 impl Flusher {

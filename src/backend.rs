@@ -144,6 +144,9 @@ pub trait Results: Send + Sync {
     /// Waits for the result of another node's job. Dropping the future ends the subscription.
     async fn wait_for(&self, id: JobId) -> Result<Bytes, BackendError>;
 
+    /// What keeps the results, as `/health` names it.
+    fn store_name(&self) -> &'static str;
+
     /// Health check.
     async fn ping(&self) -> Result<(), BackendError>;
 }

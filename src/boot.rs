@@ -4,9 +4,10 @@
 //! AWS as well as the listener: a hop to another runtime would cost about 10 µs a request. The service connects
 //! first and listens then, so a process that cannot work never binds its port.
 
+mod accept;
 mod build;
 mod dev;
-mod linger;
+mod disk;
 mod node;
 #[cfg(feature = "aws")]
 mod node_id;
@@ -31,6 +32,7 @@ use reload::ConfSource;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
 use tokio::sync::watch;
 
 /// How a process ends; the numbers are those of `sysexits.h`.
@@ -71,7 +73,7 @@ struct Connected {
     spill_dir: Option<PathBuf>,
     extra_loop: Option<BackendLoop>,
     /// Held as long as the process runs.
-    claim: Option<Box<dyn Claim>>,
+    claim: Option<Arc<dyn Claim>>,
     /// What is amiss but keeps nobody from starting.
     warnings: Vec<String>,
 }
@@ -79,7 +81,10 @@ struct Connected {
 /// A place that a node takes, and gives back if the start fails.
 trait Claim: Send + Sync {
     /// The start succeeded.
-    fn keep(&mut self);
+    fn keep(&self);
+
+    /// Sees to it that the place is there and ours, now and then; blocks.
+    fn tend(&self);
 }
 
 /// Connects; fails with every problem there is.

@@ -528,6 +528,10 @@ mod tests {
             self.inner.wait_for(id).await
         }
 
+        fn store_name(&self) -> &'static str {
+            self.inner.store_name()
+        }
+
         async fn ping(&self) -> Result<(), BackendError> {
             self.inner.ping().await
         }

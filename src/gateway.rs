@@ -5,12 +5,14 @@
 //! always closes the connection.
 //!
 //! In reading order: [`guard`]: what becomes a request; [`client`]: who is calling; [`api_key`]; [`body`]; [`upstreams`],
-//! [`passage`] and [`tunnel`]: what is passed on; [`edge`]: what of all that changes while the process runs.
+//! [`passage`] and [`tunnel`]: what is passed on; [`edge`]: what of all that changes while the process runs;
+//! [`descriptors`]: how many connections there is room for.
 
 mod api_key;
 mod body;
 mod client;
 mod cors;
+mod descriptors;
 mod edge;
 mod guard;
 mod passage;
@@ -19,7 +21,7 @@ mod tunnel;
 mod upstreams;
 
 pub use edge::{Edge, tls_of};
-pub use guard::{Guard, Guarded};
+pub use guard::{Accepted, Guard, Guarded};
 pub use upstreams::Tending;
 
 use crate::api::{Api, ApiError, Call, CallHeaders, Endpoint, Found, Reply, Route, Takes, find};

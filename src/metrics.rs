@@ -242,6 +242,10 @@ pub struct EdgeMetrics {
     pub connections: IntGauge,
     pub connections_refused: IntCounter,
     pub handshakes_failed: IntCounter,
+    /// Tries to accept a connection for which there was no file descriptor.
+    pub accepts_failed: IntCounter,
+    /// 1 while there are too few.
+    pub descriptors_short: IntGauge,
     /// By `upstream`: its name.
     pub upstream_healthy: IntGaugeVec,
 }
@@ -253,6 +257,15 @@ impl EdgeMetrics {
         Ok(Self {
             connections: gauge(r, "infra_connections", "Open connections of clients")?,
             connections_refused: counted("infra_connections_refused_total", "Connections without room")?,
+            accepts_failed: counted(
+                "infra_accepts_failed_total",
+                "Connections that could not be accepted at once: no file descriptor was left",
+            )?,
+            descriptors_short: gauge(
+                r,
+                "infra_file_descriptors_short",
+                "1 while too few file descriptors are left to accept connections",
+            )?,
             handshakes_failed: counted("infra_tls_handshakes_failed_total", "TLS handshakes that failed")?,
             upstream_healthy: gauges(r, healthy.0, healthy.1, &["upstream"])?,
         })

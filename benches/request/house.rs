@@ -97,6 +97,10 @@ impl Results for Instantly {
         std::future::pending().await
     }
 
+    fn store_name(&self) -> &'static str {
+        "memory"
+    }
+
     async fn ping(&self) -> Result<(), BackendError> {
         Ok(())
     }

@@ -152,7 +152,7 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     let name = part.file_name().unwrap_or_default();
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
     let name = name.chars().filter(|c| !c.is_control()).take(FILE_NAME_CHARS_MAX).collect();
-    let file = NamedTempFile::new_in(PathBuf::from(dir)).map_err(|e| no_room(&e))?;
+    let file = temp_file(dir).map_err(|e| no_room(&e))?;
     // Each write is a task of its own, and a client may send single bytes.
     let out = tokio::fs::File::from_std(file.reopen().map_err(|e| no_room(&e))?);
     let mut out = BufWriter::with_capacity(WRITE_BYTES, out);
@@ -167,6 +167,19 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     }
     out.flush().await.map_err(|e| no_room(&e))?;
     Ok(Upload { file, name })
+}
+
+/// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may be, too.
+fn temp_file(dir: &Path) -> std::io::Result<NamedTempFile> {
+    let made = NamedTempFile::new_in(PathBuf::from(dir));
+    if !made.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        return made;
+    }
+    match std::fs::create_dir(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e),
+        _ => tracing::warn!(dir = %dir.display(), "Directory Of Uploads Made Again"),
+    }
+    NamedTempFile::new_in(PathBuf::from(dir))
 }
 
 /// Reads past a field that nobody wants.
@@ -230,6 +243,22 @@ mod tests {
             assert_eq!(std::fs::read(upload.path()).unwrap(), b"a\r\nzip");
         }
         form
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_has_vanished_is_made_again_but_none_above_it() {
+        let root = tempfile::tempdir().unwrap();
+        let spool = root.path().join("node").join("spool");
+        let body = Bytes::from(part("name=\"file\"; filename=\"x\"", "a\r\nzip") + "--X--\r\n");
+        let read = async || {
+            Form::read(&call(), &mut Pieces(vec![Ok(body.clone())]), &spool, &[])
+                .await
+                .map(|form| form.file.is_some())
+        };
+        assert!(matches!(read().await, Err(ApiError::BackendAway)));
+        std::fs::create_dir(root.path().join("node")).unwrap();
+        assert!(matches!(read().await, Ok(true)));
+        assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 0, "nothing is left behind");
     }
 
     fn part(disposition: &str, value: &str) -> String {

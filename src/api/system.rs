@@ -130,7 +130,7 @@ impl Health {
             healthy
         };
         // Without queue or results nothing runs; without the tables cached functions run on, and rows wait.
-        let mut vital = vec![check("queue", queue), check("redis", results)];
+        let mut vital = vec![check("queue", queue), check(self.results.store_name(), results)];
         let mut useful = vec![check("functionsTable", functions), check("logsTable", executions)];
         if self.is_fleet {
             // A node whose id another process holds admits nothing.

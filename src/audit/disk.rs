@@ -54,6 +54,11 @@ impl RowDisk {
         [&self.waiting, &self.failing].into_iter().flat_map(Spill::late)
     }
 
+    /// See [`Spill::probe`].
+    pub fn probe(&self) {
+        [&self.waiting, &self.failing, &self.aside].into_iter().for_each(Spill::probe);
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.failing.is_empty()
     }

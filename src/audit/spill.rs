@@ -15,13 +15,16 @@ use crate::model::{FunctionId, JobId};
 use segment::{Read, Segment};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read as _, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A segment that has grown so large is closed, in bytes.
 const SEGMENT_BYTES: u64 = 8 << 20;
+/// The file that shows that there is room.
+const PROBE: &str = "probe";
 
 pub struct Spill {
     dir: PathBuf,
@@ -41,8 +44,10 @@ struct State {
     open: Option<(u64, File)>,
     /// The number of the next; no number is given twice, also where a segment could not be begun.
     next_number: u64,
-    /// Where the oldest is to be read next.
-    read_at: u64,
+    /// Where a segment is to be read next, and which.
+    read_at: Option<(u64, u64)>,
+    /// Bytes of the rows that were refused last: the disk takes rows again when it has room for so many.
+    refused_bytes: u64,
     /// The jobs whose rows are here, but for late ones.
     jobs: HashMap<JobId, FunctionId>,
     /// Those of which late rows were found here at the start.
@@ -131,15 +136,63 @@ impl Spill {
             return Ok(());
         }
         let appended = self.try_append(records, self.bytes_max);
-        let is_full = appended.is_err();
+        self.note(&appended);
+        appended
+    }
+
+    /// Finds out whether a disk that took no rows takes some again: perhaps no more rows come that would show it.
+    pub fn probe(&self) {
+        if self.is_full.load(Ordering::Relaxed) {
+            let probed = self.try_probe();
+            if probed.is_ok() {
+                self.note(&probed);
+            }
+        }
+    }
+
+    fn try_probe(&self) -> io::Result<()> {
+        let bytes = {
+            let state = self.state();
+            self.check_bound(&state, state.refused_bytes, self.bytes_max)?;
+            state.refused_bytes
+        };
+        self.make_dir()?;
+        let path = self.dir.join(PROBE);
+        let mut file = File::create(&path)?;
+        let written = io::copy(&mut io::repeat(0).take(bytes), &mut file).and_then(|_| file.sync_data());
+        fs::remove_file(&path)?;
+        written
+    }
+
+    fn note(&self, done: &io::Result<()>) {
+        let is_full = done.is_err();
         if self.is_full.swap(is_full, Ordering::Relaxed) != is_full {
-            match &appended {
-                Ok(()) => tracing::info!(dir = %self.dir.display(), "Rows Spilled Again"),
+            match done {
+                Ok(()) => tracing::info!(dir = %self.dir.display(), "Rows Can Be Spilled Again"),
                 Err(e) => tracing::error!(dir = %self.dir.display(), error = %e, "Rows Not Spilled"),
             }
         }
         self.on_disk.full.set(is_full.into());
-        appended
+    }
+
+    fn check_bound(&self, state: &State, bytes: u64, bytes_max: u64) -> io::Result<()> {
+        if state.bytes() + bytes > bytes_max {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the bound of the spill is reached"));
+        }
+        Ok(())
+    }
+
+    /// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may be, too.
+    fn make_dir(&self) -> io::Result<()> {
+        match fs::create_dir(&self.dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether what is appended to this file would be found again.
+    fn is_in_place(&self, number: u64, file: &File) -> bool {
+        self.path(number).exists() && file.metadata().is_ok_and(|file| file.nlink() > 0)
     }
 
     /// Appends rows that were read here, before they are [`Self::replayed`]. The bound does not hold for them: in a moment they
@@ -158,10 +211,9 @@ impl Spill {
             }
         }
         let mut state = self.state();
-        if state.bytes() + text.len() as u64 > bytes_max {
-            return Err(io::Error::new(io::ErrorKind::StorageFull, "the bound of the spill is reached"));
-        }
-        let (number, mut file) = match state.open.take() {
+        state.refused_bytes = text.len() as u64;
+        self.check_bound(&state, text.len() as u64, bytes_max)?;
+        let (number, mut file) = match state.open.take().filter(|(n, file)| self.is_in_place(*n, file)) {
             Some(open) => open,
             None => self.begin_segment(&mut state)?,
         };
@@ -191,6 +243,7 @@ impl Spill {
     fn begin_segment(&self, state: &mut State) -> io::Result<(u64, File)> {
         let number = state.next_number;
         state.next_number += 1;
+        self.make_dir()?;
         let mut file = File::options().create_new(true).append(true).open(self.path(number))?;
         // So that the file itself is there after a loss of power.
         let synced = || File::open(&self.dir)?.sync_all();
@@ -208,11 +261,17 @@ impl Spill {
         loop {
             let (number, len, from) = {
                 let mut state = self.state();
-                let Some((number, segment)) = state.segments.first_key_value() else { return Ok(None) };
-                let (number, len) = (*number, segment.len);
+                let Some(oldest) = state.segments.first_key_value().map(|(number, _)| *number) else {
+                    return Ok(None);
+                };
+                // A file that has vanished may come back with its disk; it must not hold up the others.
+                let number = state.segments.keys().copied().find(|number| self.path(*number).exists());
+                let number = number.unwrap_or(oldest);
                 // What is replayed is appended to no more.
                 state.open.take_if(|(open, _)| *open == number);
-                (number, len, state.read_at.max(segment::HEAD.len() as u64))
+                let len = state.segments.get(&number).map_or(0, |segment| segment.len);
+                let read_at = state.read_at.filter(|(of, _)| *of == number).map_or(0, |(_, at)| at);
+                (number, len, read_at.max(segment::HEAD.len() as u64))
             };
             let Read { records, end } = segment::read(&self.path(number), from, len, max)?;
             if !records.is_empty() {
@@ -229,7 +288,7 @@ impl Spill {
     pub(super) fn replayed(&self, segment: u64, end: u64, rows: usize, ids: &[JobId]) -> io::Result<()> {
         let is_done = {
             let mut state = self.state();
-            state.read_at = end;
+            state.read_at = Some((segment, end));
             state.rows = state.rows.saturating_sub(rows as u64);
             for id in ids {
                 state.jobs.remove(id);
@@ -257,7 +316,7 @@ impl Spill {
         let path = self.path(number);
         let mut state = self.state();
         let Some(segment) = state.segments.remove(&number) else { return Ok(()) };
-        state.read_at = 0;
+        state.read_at = None;
         let ended = if segment.torn > 0 {
             fs::rename(&path, self.dir.join(segment::TORN))
         } else {
@@ -356,6 +415,53 @@ mod tests {
         assert_eq!(replay_all(&spill).len() as u64, fit);
         spill.append(&[record(fit)]).unwrap();
         assert_eq!(spill.metrics.audit.spill.full.get(), 0);
+    }
+
+    /// No row comes any more that would show that there is room again.
+    #[test]
+    fn a_probe_finds_that_there_is_room_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let spill_dir = dir.path().join("node").join("spill");
+        let spill = open(&spill_dir, 2000);
+        let is_full = || spill.metrics.audit.spill.full.get() == 1;
+        let mut fit = 0;
+        while spill.append(&[record(fit)]).is_ok() {
+            fit += 1;
+        }
+        spill.probe();
+        assert!(is_full(), "the bound is still reached");
+        replay_all(&spill);
+        spill.probe();
+        assert!(!is_full());
+        assert_eq!(fs::read_dir(&spill_dir).unwrap().count(), 0, "nothing is left of the probe");
+
+        fs::remove_dir_all(dir.path().join("node")).unwrap();
+        assert!(spill.append(&[record(0)]).is_err());
+        spill.probe();
+        assert!(is_full(), "what stands above the directory is missing, too");
+        fs::create_dir(dir.path().join("node")).unwrap();
+        spill.probe();
+        assert!(!is_full() && spill_dir.is_dir());
+    }
+
+    /// Rows in a file that nobody finds would count as safe, and not be.
+    #[test]
+    fn a_directory_that_vanishes_takes_no_rows_with_it_unseen() {
+        let dir = tempfile::tempdir().unwrap();
+        let (there, away) = (dir.path().join("spill"), dir.path().join("away"));
+        let spill = open(&there, 1 << 20);
+        spill.append(&[record(0)]).unwrap();
+        fs::rename(&there, &away).unwrap();
+        spill.append(&[record(1)]).unwrap();
+        assert_eq!(fs::read_dir(&there).unwrap().count(), 1, "in a directory that can be found");
+        assert_eq!(
+            spill.next(7).unwrap().unwrap().records[0].id,
+            record(1).id,
+            "the lost one holds nothing up"
+        );
+        fs::rename(away.join(segment::name(0)), there.join(segment::name(0))).unwrap();
+        assert_eq!(replay_all(&spill), [0, 1].map(|n| record(n).id));
+        assert!(spill.is_empty());
     }
 
     #[test]

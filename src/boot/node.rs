@@ -3,34 +3,30 @@
 //! Pingora's own way to stop sleeps through a fixed grace period and then drops its tasks. Here the node drains
 //! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
 
+use super::accept::{Acceptor, Spares};
 use super::build::{Background, Built, Door};
-use super::linger::Lingering;
+use super::disk::Disk;
 use super::signals::Signals;
-use super::sockets::{Listening, Socket, Sockets, heritage, listening};
+use super::sockets::{Listening, Socket, Speaks, heritage, listening};
 use super::upgrade::Heritage;
 use super::{Connect, Connected, Exit, Plan, explain, process};
 use crate::config::Conf;
 use crate::dispatch::{Dispatcher, Members};
-use crate::gateway::{Guard, Guarded};
+use crate::gateway::Guarded;
 use crate::lifecycle::{Lifecycle, Phase};
+use crate::model::NodeId;
 use async_trait::async_trait;
-use pingora::listeners::ListenerConfig;
-use pingora::protocols::l4::stream::L4BufferSettings;
 use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
-use pingora::server::{Fds, ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
+use pingora::server::{ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::Service;
-use pingora::services::listening::Service as ListeningService;
-use std::io::Write;
-use std::os::fd::IntoRawFd;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// An idle connection takes 35 KB with these buffers, 89 KB with Pingora's own.
-const READ_BUFFER_BYTES: usize = 8192;
-const WRITE_BUFFER_BYTES: usize = 4096;
 /// After the drain time: for those who waited until then to be answered.
 const CLOSING_MAX: Duration = Duration::from_secs(5);
 /// How long connections are served after a successor has taken over: each answer sends its client to that one, and
@@ -113,7 +109,6 @@ impl Node {
             Err(exit) => return exit,
         };
 
-        let id = connected.node;
         let lifecycle = Lifecycle::default();
         let mut built = match Built::new(&settings, hangups, &connected, &lifecycle) {
             Ok(built) => built,
@@ -130,14 +125,18 @@ impl Node {
             Err(exit) => return exit,
         };
         let heritage = heritage(&settings, &sockets);
-        let bound = sockets.plain.1;
+        let port = sockets.first().map_or(settings.port, |socket| socket.bound.port());
 
         let stop = Stop::default();
-        let mut loops = Loops::start(built.background, connected.extra_loop);
-        let listeners = self.listen(built.door, sockets, &stop);
+        let acceptors = match self.acceptors(built.door, sockets, &stop) {
+            Ok(acceptors) => acceptors,
+            Err(e) => return no_acceptor(&e),
+        };
+        let disk = Disk { claim: connected.claim.clone(), rows: built.background.books.disk.clone() };
+        let mut loops = Loops::start(built.background, disk, connected.extra_loop);
+        let listeners = acceptors.into_iter().map(|acceptor| spawn(acceptor.run())).collect();
         lifecycle.enter(Phase::Ready);
-        let mut claim = connected.claim;
-        if let Some(claim) = &mut claim {
+        if let Some(claim) = &connected.claim {
             claim.keep();
         }
         if let Some(heir) = heir
@@ -145,10 +144,7 @@ impl Node {
         {
             tracing::warn!(error = %e, "Predecessor Not Told");
         }
-        tracing::info!(port = bound.port(), node = %id, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
-        if let Some(banner) = settings.banner {
-            eprintln!("{}", banner.replace("{port}", &bound.port().to_string()));
-        }
+        report_start(connected.node, port, settings.banner.as_deref());
 
         let exit = tokio::select! {
             signal = signals.next() => {
@@ -168,29 +164,33 @@ impl Node {
         exit
     }
 
-    /// The listeners on sockets that are bound already.
-    fn listen(&self, door: Door, sockets: Sockets, stop: &Stop) -> Vec<JoinHandle<()>> {
+    /// The loops of sockets that are bound already.
+    fn acceptors(&self, door: Door, sockets: Vec<Socket>, stop: &Stop) -> io::Result<Vec<Acceptor>> {
         let Door { gateway, edge, http2, metrics } = door;
+        let spares = Arc::new(Spares::new(Arc::clone(&metrics)));
         let proxy = http_proxy(&self.server_conf, gateway);
         let guarded = Arc::new(Guarded::new(proxy, edge, &http2, metrics));
-        let plain = Self::listener(guarded.plain(), sockets.plain, stop);
-        let tls = guarded.tls().zip(sockets.tls).map(|(guard, socket)| {
-            tracing::info!(port = socket.1.port(), "Listening For TLS");
-            Self::listener(guard, socket, stop)
-        });
-        std::iter::once(plain).chain(tls).collect()
-    }
-
-    fn listener(guard: Guard, (listener, bound): Socket, stop: &Stop) -> JoinHandle<()> {
-        let mut fds = Fds::new();
-        fds.add(bound.to_string(), listener.into_raw_fd());
-        let fds: ListenFds = Arc::new(parking_lot::Mutex::new(fds));
-        let app = Lingering { app: Arc::new(guard), linger: stop.linger.subscribe() };
-        let mut service = ListeningService::new("gateway".to_owned(), app);
-        let stopped = stop.now.subscribe();
-        let buffers = L4BufferSettings::new(READ_BUFFER_BYTES, WRITE_BUFFER_BYTES);
-        service.add_listener(ListenerConfig::tcp(bound.to_string()).l4_buffer(buffers));
-        spawn(async move { service.start_service(Some(fds), stopped, 1).await })
+        let (plain, tls) = (Arc::new(guarded.plain()), guarded.tls().map(Arc::new));
+        let mut acceptors = Vec::new();
+        for Socket { listener, bound, speaks } in sockets {
+            let guard = match speaks {
+                Speaks::Plain => Arc::clone(&plain),
+                Speaks::Tls => {
+                    tracing::info!(port = bound.port(), "Listening For TLS");
+                    // Both are made of the same settings.
+                    Arc::clone(tls.as_ref().ok_or(io::ErrorKind::InvalidInput)?)
+                }
+            };
+            listener.set_nonblocking(true)?;
+            acceptors.push(Acceptor {
+                listener: TcpListener::from_std(listener)?,
+                guard,
+                spares: Arc::clone(&spares),
+                stopped: stop.now.subscribe(),
+                linger: stop.linger.subscribe(),
+            });
+        }
+        Ok(acceptors)
     }
 
     /// In order: say that we are leaving; close the listeners; let runs in flight finish; answer those who still
@@ -220,6 +220,18 @@ impl Node {
         lifecycle.enter(Phase::Closing);
         let _ = tokio::time::timeout(CLOSING_MAX, lifecycle.idle()).await;
         loops.stop().await;
+    }
+}
+
+fn no_acceptor(error: &io::Error) -> Exit {
+    eprintln!("infra-controller: connections cannot be accepted: {error}");
+    Exit::Internal
+}
+
+fn report_start(node: NodeId, port: u16, banner: Option<&str>) {
+    tracing::info!(port, node = %node, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
+    if let Some(banner) = banner {
+        eprintln!("{}", banner.replace("{port}", &port.to_string()));
     }
 }
 
@@ -285,7 +297,7 @@ struct Loops {
 }
 
 impl Loops {
-    fn start(background: Background, extra: Option<super::BackendLoop>) -> Self {
+    fn start(background: Background, disk: Disk, extra: Option<super::BackendLoop>) -> Self {
         let Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
@@ -301,6 +313,7 @@ impl Loops {
         endless.spawn(sweeper.run());
         endless.spawn(leaser.run());
         endless.spawn(tending.run());
+        endless.spawn(disk.run());
         Self {
             dispatcher,
             endless,

@@ -8,6 +8,7 @@ use crate::backend::{aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env};
 use crate::model::ProcessToken;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -106,7 +107,7 @@ async fn connect(env: Env, start: Duration, lease: Duration) -> Result<Connected
         spool_dir,
         spill_dir: Some(state.path().join(SPILL)),
         extra_loop: None,
-        claim: Some(Box::new(state)),
+        claim: Some(Arc::new(state)),
     })
 }
 

@@ -12,24 +12,33 @@ use super::Claim;
 use crate::backend::Predecessor;
 use crate::model::{NodeId, ProcessToken};
 use nix::fcntl::{Flock, FlockArg};
+use parking_lot::Mutex;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
 /// Changes each time the machine starts.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// The process that used the directory last: its token and its lock.
 const HOLDER: &str = "holder";
+const LOCK: &str = "lock";
 
 /// The lock; given up when dropped, and by the kernel when the process dies.
 pub struct StateDir {
     pub node: NodeId,
+    root: PathBuf,
     dir: PathBuf,
-    lock: Flock<File>,
+    lock: Mutex<Flock<File>>,
+    /// The process that uses the directory.
+    process: OnceLock<ProcessToken>,
     /// Made by this process, which has not started yet.
-    is_new: bool,
+    is_new: AtomicBool,
+    /// The directory is missing, or another process has it; told once.
+    is_lost: AtomicBool,
 }
 
 impl StateDir {
@@ -39,7 +48,7 @@ impl StateDir {
         let mut nodes: Vec<(SystemTime, NodeId)> = fs::read_dir(root)?
             .filter_map(|entry| {
                 let entry = entry.ok()?;
-                let used = fs::metadata(entry.path().join("lock")).and_then(|lock| lock.modified());
+                let used = fs::metadata(entry.path().join(LOCK)).and_then(|lock| lock.modified());
                 Some((used.unwrap_or(SystemTime::UNIX_EPOCH), NodeId::parse(entry.file_name().to_str()?)?))
             })
             .collect();
@@ -82,6 +91,7 @@ impl StateDir {
 
     /// Leaves word that `process` uses this directory. Without it the next start may have to wait for its lease.
     pub fn leave_word(&self, process: ProcessToken) -> io::Result<()> {
+        let process = self.process.get_or_init(|| process);
         fs::write(self.dir.join(HOLDER), format!("{process} {}\n", self.lock_identity()?))
     }
 
@@ -89,7 +99,7 @@ impl StateDir {
     /// system knows times of birth: it may change with each mount.
     fn lock_identity(&self) -> io::Result<String> {
         let boot = fs::read_to_string(BOOT_ID)?;
-        let file = self.lock.metadata()?;
+        let file = self.lock.lock().metadata()?;
         let born = file.created().ok().and_then(|at| at.duration_since(SystemTime::UNIX_EPOCH).ok());
         let place = born.map_or_else(|| format!("device {}", file.dev()), |at| format!("{}", at.as_nanos()));
         Ok(format!("{} {} {place}", boot.trim_end(), file.ino()))
@@ -110,27 +120,76 @@ impl StateDir {
 
     fn lock(root: &Path, node: NodeId, is_new: bool) -> io::Result<Option<Self>> {
         let dir = root.join(node.to_string());
-        let file = File::options().create(true).truncate(false).write(true).open(dir.join("lock"))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Some(Self { node, dir, lock, is_new })),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
-            Err((_, e)) => Err(e.into()),
+        let Some(lock) = lock_in(&dir)? else { return Ok(None) };
+        let (lock, is_new, is_lost) = (Mutex::new(lock), AtomicBool::new(is_new), AtomicBool::new(false));
+        let process = OnceLock::new();
+        Ok(Some(Self { node, root: root.to_owned(), dir, lock, process, is_new, is_lost }))
+    }
+
+    /// Whether the lock that we hold is the one that others find.
+    fn is_in_place(&self) -> bool {
+        let there = fs::metadata(self.dir.join(LOCK)).map(|there| there.ino());
+        let ours = self.lock.lock().metadata().map(|ours| ours.ino());
+        matches!((there, ours), (Ok(there), Ok(ours)) if there == ours)
+    }
+
+    /// Makes the directory again and locks it. Not `STATE_DIR` itself: where that is missing its disk may be, too.
+    fn restore(&self) -> io::Result<()> {
+        if !self.root.is_dir() {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "STATE_DIR is missing"));
         }
+        match fs::create_dir(&self.dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        let lock = lock_in(&self.dir)?;
+        *self.lock.lock() = lock.ok_or_else(|| io::Error::other("another process has taken it"))?;
+        self.process.get().map_or(Ok(()), |process| self.leave_word(*process))
+    }
+}
+
+fn lock_in(dir: &Path) -> io::Result<Option<Flock<File>>> {
+    let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(Some(lock)),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+        Err((_, e)) => Err(e.into()),
     }
 }
 
 impl Claim for StateDir {
-    fn keep(&mut self) {
-        self.is_new = false;
-        if let Err(e) = self.lock.set_modified(SystemTime::now()) {
+    fn keep(&self) {
+        self.is_new.store(false, Ordering::Relaxed);
+        if let Err(e) = self.lock.lock().set_modified(SystemTime::now()) {
             tracing::warn!(error = %e, "State Directory Not Marked");
+        }
+    }
+
+    fn tend(&self) {
+        let dir = self.dir.display();
+        if self.is_in_place() {
+            if self.is_lost.swap(false, Ordering::Relaxed) {
+                tracing::info!(%dir, "State Directory Is Back");
+            }
+            return;
+        }
+        match self.restore() {
+            Ok(()) => {
+                self.is_lost.store(false, Ordering::Relaxed);
+                tracing::warn!(%dir, "State Directory Had Vanished And Was Made Again: Rows That Waited In It Are Gone");
+            }
+            Err(e) => {
+                if !self.is_lost.swap(true, Ordering::Relaxed) {
+                    tracing::error!(%dir, error = %e, "State Directory Is Missing: Put It Back Or Restart This Node");
+                }
+            }
         }
     }
 }
 
 impl Drop for StateDir {
     fn drop(&mut self) {
-        if self.is_new {
+        if self.is_new.load(Ordering::Relaxed) {
             // What cannot be removed is an empty directory that some later node takes.
             let _ = fs::remove_dir_all(&self.dir);
         }
@@ -149,7 +208,7 @@ mod tests {
     }
 
     fn started(root: &Path) -> StateDir {
-        let mut taken = taken(root);
+        let taken = taken(root);
         taken.keep();
         taken
     }
@@ -185,7 +244,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let nodes: Vec<_> = (0..4).map(|_| started(root.path())).collect();
         let last = nodes[2].node;
-        nodes[2].lock.set_modified(SystemTime::now() + std::time::Duration::from_secs(9)).unwrap();
+        nodes[2].lock.lock().set_modified(SystemTime::now() + std::time::Duration::from_secs(9)).unwrap();
         drop(nodes);
         assert_eq!(taken(root.path()).node, last);
     }
@@ -223,5 +282,44 @@ mod tests {
             fs::write(&holder, &other).unwrap();
             assert_eq!(taken(root.path()).predecessor(), Predecessor::Nobody, "{other}");
         }
+    }
+
+    /// Without its lock the directory would be the next process's as well, and its id.
+    #[test]
+    fn a_directory_that_has_vanished_is_made_again_and_is_ours() {
+        let parent = tempfile::tempdir().unwrap();
+        let (root, away) = (parent.path().join("state"), parent.path().join("away"));
+        let running = started(&root);
+        running.tend();
+        let other = |root: &Path| taken(root).node;
+        fs::remove_dir_all(running.path()).unwrap();
+        running.tend();
+        assert!(running.is_in_place());
+        assert_ne!(other(&root), running.node);
+
+        fs::rename(&root, &away).unwrap();
+        running.tend();
+        assert!(!root.exists(), "it would stand in the way of the one that comes back");
+        fs::rename(&away, &root).unwrap();
+        running.tend();
+        assert_ne!(other(&root), running.node);
+
+        // A disk that goes leaves an empty directory, and covers it when it is back: with our first lock on it.
+        fs::rename(&root, &away).unwrap();
+        fs::create_dir(&root).unwrap();
+        running.tend();
+        assert!(running.is_in_place());
+        fs::remove_dir_all(&root).unwrap();
+        fs::rename(&away, &root).unwrap();
+        running.tend();
+        assert!(running.is_in_place());
+        assert_ne!(other(&root), running.node);
+
+        // Another process was quicker.
+        fs::remove_dir_all(running.path()).unwrap();
+        fs::create_dir(running.path()).unwrap();
+        let thief = StateDir::lock(&root, running.node, false).unwrap().unwrap();
+        running.tend();
+        assert!(!running.is_in_place() && thief.is_in_place());
     }
 }

@@ -28,6 +28,8 @@ use tokio::time::Instant;
 /// First pause before a failed job is sent again; doubles up to [`RETRY_MAX`], each with jitter.
 const RETRY_FIRST: Duration = Duration::from_millis(25);
 const RETRY_MAX: Duration = Duration::from_secs(1);
+/// How often what is known of a queue that is slow or away is looked at, in case nobody tries it any more.
+const FORGET_EVERY: Duration = Duration::from_secs(1);
 
 /// A batch counts as full at this share of the queue's limit, in percent: the next job would seldom fit.
 const FULL_PERCENT: usize = 88;
@@ -188,6 +190,7 @@ impl BatchLoop {
             }
             self.publish_gauges(sends.len());
             let timer = self.next_timer(sends.len());
+            let is_refusing = self.sender.breaker.is_open() || self.sender.shedder.is_shedding();
             tokio::select! {
                 biased;
                 Some(tried) = sends.next() => self.after_send(tried),
@@ -197,6 +200,10 @@ impl BatchLoop {
                     self.waiting.extend(arrived.drain(..).map(|pending| Waiting { since, pending }));
                 }
                 () = sleep_until(timer), if timer.is_some() => {}
+                () = tokio::time::sleep(FORGET_EVERY), if is_refusing => {
+                    self.sender.breaker.forget();
+                    self.sender.shedder.forget();
+                }
                 () = &mut stop, if !stopping => {
                     stopping = true;
                     self.receiver.close();

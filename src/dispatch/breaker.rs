@@ -12,6 +12,9 @@ use tokio::time::Instant;
 const OPENS_AFTER: Duration = Duration::from_secs(2);
 /// While it is open one job in so long is let through.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
+/// It closes when nothing was tried for so long: nothing is known of the queue then. Whoever balances load by `/health` sends no
+/// jobs while that says that the queue is away, and then nobody would ever try.
+pub const FORGETS_AFTER: Duration = Duration::from_secs(10);
 
 pub struct Breaker {
     /// Beside the state, so that the usual case takes no lock.
@@ -24,6 +27,7 @@ pub struct Breaker {
 #[derive(Default)]
 struct State {
     failing_since: Option<Instant>,
+    failed_last: Option<Instant>,
     next_probe: Option<Instant>,
 }
 
@@ -66,11 +70,29 @@ impl Breaker {
         let now = Instant::now();
         let mut state = self.state();
         self.is_failing.store(true, Ordering::Relaxed);
+        state.failed_last = Some(now);
         let since = *state.failing_since.get_or_insert(now);
         if now - since >= OPENS_AFTER && !self.is_open.swap(true, Ordering::Relaxed) {
             state.next_probe = Some(now + PROBE_EVERY);
             self.metrics.queue_refuses.set(1);
             tracing::error!("Queue Away, Jobs Are Refused");
+        }
+    }
+
+    /// Whether it has something to forget.
+    pub fn is_open(&self) -> bool {
+        self.is_open.load(Ordering::Relaxed)
+    }
+
+    /// Closes it if nothing was tried for a while.
+    pub fn forget(&self) {
+        let mut state = self.state();
+        if self.is_open() && state.failed_last.is_none_or(|at| at.elapsed() >= FORGETS_AFTER) {
+            *state = State::default();
+            self.is_failing.store(false, Ordering::Relaxed);
+            self.is_open.store(false, Ordering::Relaxed);
+            self.metrics.queue_refuses.set(0);
+            tracing::info!("Queue Not Tried For A While, Jobs Are Let Through Again");
         }
     }
 
@@ -119,5 +141,26 @@ mod tests {
         breaker.succeeded();
         assert!(breaker.admits() && breaker.admits());
         assert_eq!(breaker.metrics.queue_refuses.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_has_tried_for_a_while_is_forgotten() {
+        let breaker = breaker();
+        breaker.failed();
+        advance(OPENS_AFTER).await;
+        breaker.failed();
+        advance(FORGETS_AFTER / 2).await;
+        breaker.forget();
+        assert!(breaker.is_open());
+        breaker.failed();
+        advance(FORGETS_AFTER / 2).await;
+        breaker.forget();
+        assert!(breaker.is_open(), "it was tried");
+        advance(FORGETS_AFTER / 2).await;
+        breaker.forget();
+        assert!(!breaker.is_open() && breaker.admits() && breaker.admits());
+        assert_eq!(breaker.metrics.queue_refuses.get(), 0);
+        breaker.failed();
+        assert!(!breaker.is_open(), "it opens as it did first");
     }
 }

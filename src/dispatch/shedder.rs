@@ -58,13 +58,20 @@ impl Shedder {
         if part == 0 || draw() >= part {
             return Ok(());
         }
-        let window = self.window.lock();
-        if window.began.elapsed() >= FORGET_AFTER || self.target().is_zero() {
-            drop(window);
+        self.forget();
+        if self.is_shedding() { Err(self.window.lock().last) } else { Ok(()) }
+    }
+
+    /// Whether it has something to forget.
+    pub fn is_shedding(&self) -> bool {
+        self.part.load(Ordering::Relaxed) > 0
+    }
+
+    /// Refuses nothing any more if nothing was confirmed for a while.
+    pub fn forget(&self) {
+        if self.window.lock().began.elapsed() >= FORGET_AFTER || self.target().is_zero() {
             self.set(0);
-            return Ok(());
         }
-        Err(window.last)
     }
 
     /// Jobs were confirmed; the youngest of them after so long.
@@ -144,6 +151,12 @@ mod tests {
         let slow = shedder(100);
         confirm(&slow, 10, &[500]).await;
         assert_eq!(admitted(&slow), 500);
+        assert!(slow.is_shedding());
+        advance(FORGET_AFTER).await;
+        // Also where nobody comes any more.
+        slow.forget();
+        assert_eq!((slow.is_shedding(), slow.metrics.queue_shed_permille.get()), (false, 0));
+        confirm(&slow, 10, &[500]).await;
         advance(FORGET_AFTER).await;
         assert_eq!(admitted(&slow), 1000);
         let off = shedder(0);

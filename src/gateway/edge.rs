@@ -1,6 +1,7 @@
 //! What of the edge changes while the process runs.
 
 use super::api_key::ApiKeys;
+use super::descriptors::{Descriptors, Room};
 use super::guard::{Tls, server_config};
 use super::upstreams::Upstreams;
 use crate::config::{AuthConf, Conf, HttpConf, Live, Secret};
@@ -11,6 +12,9 @@ use std::sync::Arc;
 #[derive(Clone)]
 pub struct Edge {
     pub http: Live<HttpConf>,
+    /// What of `http.connections_max` there are file descriptors for.
+    pub room: Live<Room>,
+    descriptors: Descriptors,
     pub auth: Live<AuthConf>,
     pub keys: Arc<ApiKeys>,
     pub upstreams: Upstreams,
@@ -25,8 +29,13 @@ impl Edge {
     /// # Errors
     /// The files that `[tls]` names cannot be used.
     pub fn new(conf: &Conf, master: &Secret) -> Result<Self, Problem> {
+        let descriptors = Descriptors::of_process();
+        let room = descriptors.fit(conf);
+        descriptors.report(conf, room);
         Ok(Self {
             http: Live::new(conf.http.clone()),
+            room: Live::new(room),
+            descriptors,
             auth: Live::new(conf.auth.clone()),
             keys: Arc::new(ApiKeys::new(master, &conf.keys, &conf.auth)),
             upstreams: Upstreams::new(&conf.upstreams),
@@ -36,6 +45,12 @@ impl Edge {
 
     /// Puts other settings in force, which were checked.
     pub fn set_conf(&self, conf: &Conf) {
+        let room = self.descriptors.fit(conf);
+        let was_asked = self.http.get().connections_max;
+        if (was_asked, **self.room.get()) != (conf.http.connections_max, room) {
+            self.descriptors.report(conf, room);
+        }
+        self.room.set(room);
         self.http.set(conf.http.clone());
         self.auth.set(conf.auth.clone());
         self.keys.set_conf(&conf.keys, &conf.auth);

@@ -12,6 +12,7 @@ mod head;
 mod stream;
 mod tls;
 
+pub use census::{Accepted, Place};
 pub use tls::{Tls, server_config};
 
 use super::client::is_trusted;
@@ -21,22 +22,23 @@ use super::{Gateway, is_always_answered};
 use crate::api::{ApiError, Reply};
 use crate::config::{Http2Conf, HttpConf, Live};
 use crate::metrics::Metrics;
-use async_trait::async_trait;
-use census::{Caps, Census, Place};
+use census::{Caps, Census};
 use head::{BadHead, HeadLimits};
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ServerApp};
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::http::v2::server::H2Options;
-use pingora::protocols::l4::stream::Stream as TcpStream;
-use pingora::protocols::{ALPN, Stream};
+use pingora::protocols::l4::stream::Stream as L4Stream;
+use pingora::protocols::{ALPN, GetSocketDigest, SocketDigest, Stream};
 use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
 use std::fmt::Write;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 use stream::{GuardedStream, NoHead};
 use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -89,11 +91,15 @@ impl Guarded {
         Some(Guard { shared: Arc::clone(self), tls: Some(tls) })
     }
 
-    fn place(&self, client: Option<IpAddr>) -> Option<Place> {
+    fn caps(&self) -> Caps {
+        let (room, one) = (self.edge.room.get(), self.edge.http.get().connections_per_address_max);
+        Caps { all: room.connections_max, reserve: room.reserve, one }
+    }
+
+    fn place(&self, client: IpAddr, accepted: Accepted) -> Option<Place> {
         let http = self.edge.http.get();
-        let caps = Caps { all: http.connections_max, one: http.connections_per_address_max };
-        let stranger = client.filter(|client| !is_trusted(client.to_canonical(), &http.trusted_proxies));
-        let place = self.census.enter(stranger, caps);
+        let stranger = (!is_trusted(client.to_canonical(), &http.trusted_proxies)).then_some(client);
+        let place = self.census.enter(stranger, self.caps(), accepted);
         if place.as_ref().is_none_or(|place| place.is_reserve) {
             self.metrics.edge.connections_refused.inc();
         }
@@ -128,8 +134,11 @@ impl Guarded {
                 Err(NoHead::Timeout) => return self.refuse(stream, ApiError::HeaderTimeout).await,
                 Err(NoHead::Bad(bad)) => return self.refuse(stream, refusal(bad)).await,
             };
-            if place.is_reserve && !is_always_answered(&bytes[head.target.0..head.target.1]) {
-                return self.refuse(stream, ApiError::TooManyConnections).await;
+            if place.is_reserve {
+                if !is_always_answered(&bytes[head.target.0..head.target.1]) {
+                    return self.refuse(stream, ApiError::TooManyConnections).await;
+                }
+                place.asks();
             }
             let mut session = ServerSession::new_http1(stream);
             if let Some(persistent) = persistent {
@@ -206,11 +215,10 @@ fn last_answer(reply: &Reply, id: &RequestId) -> Vec<u8> {
 
 impl Guard {
     /// Shakes hands, if the listener speaks TLS.
-    async fn open(&self, stream: Stream) -> Option<Stream> {
-        let Some(tls) = &self.tls else { return Some(stream) };
+    async fn open(&self, tcp: L4Stream) -> Option<Stream> {
+        let Some(tls) = &self.tls else { return Some(Box::new(tcp)) };
         let within = Duration::from_secs(self.shared.edge.http.get().header_timeout_s);
-        let tcp = stream.into_any().downcast::<TcpStream>().ok()?;
-        let opened = tls.handshake(*tcp, within).await;
+        let opened = tls.handshake(tcp, within).await;
         if opened.is_none() {
             self.shared.metrics.edge.handshakes_failed.inc();
         }
@@ -218,13 +226,35 @@ impl Guard {
     }
 }
 
-#[async_trait]
-impl ServerApp for Guard {
-    async fn process_new(self: &Arc<Self>, stream: Stream, shutdown: &ShutdownWatch) -> Option<Stream> {
+impl Guard {
+    /// Waits while there is no room for one more connection, be it to be told so.
+    pub async fn has_room(&self) {
+        self.shared.census.has_room(self.shared.caps()).await;
+    }
+
+    /// Ends the connection that may go first, so that its descriptor is free.
+    pub fn evict(&self) {
+        self.shared.census.evict();
+    }
+
+    /// A place for a connection that was accepted. `None`: it is to be closed without a word.
+    pub fn admit(&self, client: IpAddr, accepted: Accepted) -> Option<Place> {
+        self.shared.place(client, accepted)
+    }
+
+    /// Serves a connection to its end.
+    pub async fn serve(&self, tcp: TcpStream, client: SocketAddr, mut place: Place, stop: &ShutdownWatch) {
+        let evicted = place.evicted();
+        tokio::select! {
+            biased;
+            () = self.converse(stream_of(tcp, client), &place, stop) => {}
+            () = evicted => {}
+        }
+    }
+
+    async fn converse(&self, tcp: L4Stream, place: &Place, stop: &ShutdownWatch) {
         let shared = &self.shared;
-        let peer = stream.get_socket_digest().and_then(|digest| digest.peer_addr()?.as_inet().copied());
-        let place = shared.place(peer.map(|peer: SocketAddr| peer.ip()))?;
-        let stream = self.open(stream).await?;
+        let Some(stream) = self.open(tcp).await else { return };
         let is_http2 = matches!(stream.selected_alpn_proto(), Some(ALPN::H2));
         let (header_timeout, write_timeout) = {
             let http = shared.edge.http.get();
@@ -232,15 +262,26 @@ impl ServerApp for Guard {
         };
         let mut stream = GuardedStream::new(stream, write_timeout);
         if !is_http2 {
-            shared.serve(stream, &place, shutdown).await;
+            shared.serve(stream, place, stop).await;
         } else if !place.is_reserve && stream.open_tunnel(HTTP2_PREFACE_BYTES, header_timeout).await {
-            shared.proxy.process_new(Box::new(stream), shutdown).await;
+            shared.proxy.process_new(Box::new(stream), stop).await;
         }
-        None
     }
 
-    async fn cleanup(&self) {
+    /// Ends connections that wait for a request; those with one end with its answer.
+    pub async fn close(&self) {
         self.shared.closing.send_replace(true);
         self.shared.proxy.cleanup().await;
     }
+}
+
+/// As Pingora makes it where it accepts itself, but without its buffers: [`GuardedStream`] has its own.
+fn stream_of(tcp: TcpStream, client: SocketAddr) -> L4Stream {
+    let mut stream = L4Stream::from(tcp);
+    // Where it fails the client has left.
+    let _ = stream.set_nodelay();
+    let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
+    let _ = digest.peer_addr.set(Some(client.into()));
+    stream.set_socket_digest(digest);
+    stream
 }

@@ -30,6 +30,9 @@ mod contract;
 mod copies;
 #[cfg(test)]
 mod dead_letters;
+mod descriptors;
+#[cfg(test)]
+mod disk;
 #[cfg(test)]
 mod failover;
 #[cfg(test)]

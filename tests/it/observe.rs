@@ -16,8 +16,13 @@ async fn health(setup: Setup) {
         assert_eq!(health["status"], "OK", "{health}");
         assert_eq!(health["version"], env!("CARGO_PKG_VERSION"));
         let checks = health["checks"].as_object().expect("the checks");
-        // Redis, the queue and two tables; one file holds them all in `dev`.
-        assert!(checks.len() >= if is_dev { 1 } else { 3 }, "{health}");
+        let store = if is_dev { "database" } else { "redis" };
+        let names: Vec<&String> = checks.keys().collect();
+        assert_eq!(
+            names,
+            ["queue", store, "functionsTable", "logsTable"],
+            "what there is, and nothing else: {health}"
+        );
         assert!(health["checks"].to_string().contains("depth"), "the queue with its depth: {health}");
     }
     for target in ["/livez", "/readyz"] {

@@ -1,10 +1,11 @@
 //! A second process takes over the port: no client notices.
 
-use crate::harness::gateway::run_to_end;
+use crate::harness::gateway::{Conf, run_to_end};
 use crate::harness::http::{Conn, Request};
 use crate::harness::platform::HELLO;
-use crate::harness::process::Scratch;
-use crate::harness::{Gateway, Platform, SOON, Setup, join_all, spawn};
+use crate::harness::process::{Scratch, free_port, listening_on};
+use crate::harness::tls::{Authority, client, connect};
+use crate::harness::{Gateway, Platform, SOON, Setup, eventually, join_all, spawn};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -137,4 +138,159 @@ async fn a_successor_that_cannot_work_changes_nothing() {
     let alone: Gateway = platform.fleet().start_successor().await;
     alone.run(HELLO, &json!(1)).send().await.expect(200);
     alone.finish().await;
+}
+
+/// As the kernel writes them.
+const ANY: &str = "00000000";
+const LOOPBACK: &str = "0100007F";
+const ANY_V6: &str = "00000000000000000000000000000000";
+
+/// What `server.toml` says of listening: `[listen] address`, and `[tls] address` and `port`.
+fn server(listen: &str, tls: Option<(&str, u16)>) -> String {
+    let tls = tls.map(|(address, port)| {
+        format!("[tls]\naddress = \"{address}\"\nport = {port}\ncertificate = \"certificate.pem\"\nkey = \"key.pem\"\n")
+    });
+    format!("[listen]\naddress = \"{listen}\"\n{}", tls.unwrap_or_default())
+}
+
+/// Where anybody listens on these ports.
+fn listening(ports: &[u16]) -> BTreeMap<u16, Vec<String>> {
+    let on = |port: u16| {
+        let mut addresses = listening_on(port);
+        addresses.sort();
+        (port, addresses)
+    };
+    ports.iter().map(|port| on(*port)).filter(|(_, addresses)| !addresses.is_empty()).collect()
+}
+
+struct Listeners {
+    platform: Platform,
+    authority: Authority,
+    port: u16,
+    _state: Scratch,
+}
+
+impl Listeners {
+    async fn start(server: String) -> Self {
+        let (state, port, authority) = (Scratch::new("state"), free_port(), Authority::new());
+        let state_dir = state.path().to_str().expect("the path is UTF-8");
+        let identity = authority.issue("gateway.test");
+        let files =
+            vec![("certificate.pem".to_owned(), identity.certificate), ("key.pem".to_owned(), identity.key)];
+        let conf = Conf { server, files, ..Conf::default() };
+        let setup = Setup::serve().conf(conf).env("STATE_DIR", state_dir).env("PORT", &port.to_string());
+        Self { platform: setup.start().await, authority, port, _state: state }
+    }
+
+    fn write(&self, server: &str) {
+        std::fs::write(self.platform.conf_file("server.toml"), server).expect("the directory is writable");
+    }
+
+    async fn tls_is_served(&self, port: u16) {
+        let addr = SocketAddr::from(([127, 0, 0, 1], port));
+        connect(&client(&self.authority, &["http/1.1"], None), addr).await.expect("a handshake");
+    }
+
+    /// An upgrade that is refused: its exit code, and what it says. The one that runs goes on.
+    async fn refused(&self, server: &str) -> (Option<i32>, String) {
+        let before = std::fs::read_to_string(self.platform.conf_file("server.toml")).expect("readable");
+        self.write(server);
+        let (dir, conf) = (Scratch::new("refused"), self.platform.conf_dir());
+        let args = ["serve", "--upgrade", "--conf", conf.to_str().expect("the path is UTF-8")];
+        let env = self.platform.fleet().gateway_env();
+        let run = tokio::task::block_in_place(|| run_to_end(&args, &env, dir.path(), SOON, || {}));
+        self.write(&before);
+        self.platform.gateway.run(HELLO, &json!(1)).send().await.expect(200);
+        (run.code, run.stderr.join("\n"))
+    }
+}
+
+/// Each row is an upgrade from the one above it, under load: what listens afterwards is what is configured, and what has
+/// listened on a part of it before. No client of an address that stays notices.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sockets_are_taken_over_by_address() {
+    let mut at = Listeners::start(server("0.0.0.0", None)).await;
+    let (plain, tls, other_tls) = (at.port, free_port(), free_port());
+    let (stop, stopped) = watch::channel(false);
+    let clients = (0..4).map(|n| {
+        let (addr, key) = (at.platform.gateway.addr(), at.platform.gateway.key().to_owned());
+        spawn(ask(addr, key, n % 2 == 0, stopped.clone()))
+    });
+    let clients: Vec<_> = clients.collect();
+    let on_plain = |addresses: &[&'static str]| vec![(plain, addresses.to_vec())];
+    let with = |port: u16, address: &'static str| vec![(plain, vec![ANY]), (port, vec![address])];
+    let steps = [
+        ("the same again", server("0.0.0.0", None), on_plain(&[ANY])),
+        ("TLS comes", server("0.0.0.0", Some(("0.0.0.0", tls))), with(tls, ANY)),
+        ("its address is another one", server("0.0.0.0", Some(("127.0.0.1", tls))), with(tls, LOOPBACK)),
+        (
+            "its port is another one",
+            server("0.0.0.0", Some(("127.0.0.1", other_tls))),
+            with(other_tls, LOOPBACK),
+        ),
+        ("both families", server("::", Some(("127.0.0.1", other_tls))), {
+            vec![(plain, vec![ANY, ANY_V6]), (other_tls, vec![LOOPBACK])]
+        }),
+        ("both families again, and TLS goes", server("::", None), on_plain(&[ANY, ANY_V6])),
+        ("this machine only", server("127.0.0.1", None), on_plain(&[LOOPBACK])),
+        ("everybody again", server("0.0.0.0", None), on_plain(&[ANY, LOOPBACK])),
+        ("and once more", server("0.0.0.0", None), on_plain(&[ANY, LOOPBACK])),
+    ];
+    for (what, server, expected) in steps {
+        at.write(&server);
+        upgrade(&mut at.platform).await;
+        let expected: BTreeMap<u16, Vec<String>> = expected
+            .into_iter()
+            .map(|(port, on)| (port, on.into_iter().map(str::to_owned).collect()))
+            .collect();
+        eventually(what, SOON, || async {
+            let found = listening(&[plain, tls, other_tls]);
+            if found == expected { Ok(()) } else { Err(format!("{found:?} is not {expected:?}")) }
+        })
+        .await;
+        for port in expected.keys().filter(|port| **port != plain) {
+            at.tls_is_served(*port).await;
+        }
+    }
+    stop.send_replace(true);
+    let ids: Vec<String> = join_all("the clients", SOON, clients).await.concat();
+    assert!(ids.len() > 100, "{} requests", ids.len());
+    at.platform.finish().await;
+}
+
+/// What cannot be listened on takes nothing over, and says why. So does nobody who asks at another port.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upgrade_that_cannot_listen_is_refused() {
+    let at = Listeners::start(server("0.0.0.0", None)).await;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    let taken_port = taken.local_addr().expect("it is bound").port();
+    let port = at.port;
+    for (server, told) in [
+        (
+            server("0.0.0.0", Some(("127.0.0.1", taken_port))),
+            format!("cannot listen on 127.0.0.1:{taken_port}: "),
+        ),
+        (
+            server("0.0.0.0", Some(("127.0.0.1", port))),
+            format!("cannot listen on both 0.0.0.0:{port} and 127.0.0.1:{port}"),
+        ),
+        (server("192.0.2.1", None), format!("cannot listen on 192.0.2.1:{port}")),
+    ] {
+        let (code, stderr) = at.refused(&server).await;
+        assert_eq!(code, Some(78), "{stderr}");
+        assert!(stderr.contains(&told), "{told}: {stderr}");
+        assert_eq!(listening(&[port]), BTreeMap::from([(port, vec![ANY.to_owned()])]));
+    }
+
+    // Processes meet by PORT: with another one this is a second process, and says so.
+    let other_port = free_port();
+    let env = [("PORT".to_owned(), other_port.to_string())];
+    let second = at.platform.fleet().start_successor_with(&env).await;
+    let warned = second.log().into_iter().find(|line| line["other_ports"].is_string()).expect("a warning");
+    assert_eq!(warned["other_ports"], port.to_string());
+    for gateway in [&second, &at.platform.gateway] {
+        gateway.run(HELLO, &json!(1)).send().await.expect(200);
+    }
+    second.finish().await;
+    at.platform.finish().await;
 }

@@ -215,6 +215,10 @@ impl Results for RedisResults {
         }
     }
 
+    fn store_name(&self) -> &'static str {
+        "redis"
+    }
+
     async fn ping(&self) -> Result<(), BackendError> {
         self.commands.ping().await
     }

@@ -113,6 +113,10 @@ impl Results for LocalResults {
         }
     }
 
+    fn store_name(&self) -> &'static str {
+        "database"
+    }
+
     async fn ping(&self) -> Result<(), BackendError> {
         self.stored(&[]).await.map(drop)
     }

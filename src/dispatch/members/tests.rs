@@ -4,7 +4,8 @@ use super::*;
 use crate::audit::{self, Stores};
 use crate::backend::{
     Claim, Claimed, Claims, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite, Journal,
-    LogPage, LogQuery, Numbered, Others, Predecessor, Renewal, ResultEvent, Results, Taken, Unposted, Written,
+    LogPage, LogQuery, Numbered, Others, Predecessor, Renewal, ResultEvent, Results, Taken, Unposted,
+    Written,
 };
 use crate::config::Conf;
 use crate::dispatch::in_flight::{Held, InFlight};
@@ -315,6 +316,10 @@ impl Claims for Store {
 
 #[async_trait]
 impl Results for Store {
+    fn store_name(&self) -> &'static str {
+        "store"
+    }
+
     async fn next(&self) -> ResultEvent {
         std::future::pending().await
     }

@@ -48,11 +48,16 @@ pub struct Run {
     pub output: String,
 }
 
+const PROGRAM: &str = env!("CARGO_BIN_EXE_infra-controller");
+
 pub fn start_process(args: &[&str], env: &[(String, String)], dir: &Path) -> Process {
+    start_program(Path::new(PROGRAM), args, env, dir)
+}
+
+fn start_program(program: &Path, args: &[&str], env: &[(String, String)], dir: &Path) -> Process {
     let mut all = super::path_env();
     all.push(("HOME".into(), dir.display().to_string()));
     all.extend_from_slice(env);
-    let program = Path::new(env!("CARGO_BIN_EXE_infra-controller"));
     Process::start("infra-controller", program, args, &all, dir).expect("setpriv (util-linux) is there")
 }
 
@@ -101,6 +106,19 @@ impl Gateway {
         secrets: &[&str],
     ) -> Self {
         let process = start_process(args, env, dir.path());
+        Self::ready(process, dir, key, secrets).await
+    }
+
+    /// [`Self::start`] with a limit of open files, soft and hard.
+    pub async fn start_limited(open_files: u64, args: &[&str], env: &[(String, String)], key: &str) -> Self {
+        let dir = Scratch::new("gateway");
+        let limit = format!("--nofile={open_files}:{open_files}");
+        let args = [&[limit.as_str(), "--", PROGRAM], args].concat();
+        let process = start_program(Path::new("prlimit"), &args, env, dir.path());
+        Self::ready(process, dir, key, &[]).await
+    }
+
+    async fn ready(process: Process, dir: Scratch, key: &str, secrets: &[&str]) -> Self {
         let started = || async {
             if let Some(status) = process.exit_status() {
                 panic!("the gateway ended at once, {status}:\n{}", process.output().tail(50));
@@ -205,6 +223,21 @@ impl Gateway {
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux tells");
         let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
         kib * 1024
+    }
+
+    /// Changes its limit of open files while it runs; the hard one stays.
+    pub fn limit_open_files(&self, soft: u64) {
+        let pid = self.process.pid().to_string();
+        let limit = format!("--nofile={soft}:");
+        let status = std::process::Command::new("prlimit").args(["--pid", &pid, &limit]).status();
+        assert!(status.expect("prlimit (util-linux) is there").success());
+    }
+
+    /// The file descriptors that it has open.
+    pub fn open_files(&self) -> Vec<u64> {
+        let entries =
+            std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).expect("the gateway runs");
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
     }
 
     pub fn signal(&self, signal: Signal) {

@@ -164,7 +164,12 @@ impl Fleet {
 
     /// One that takes over the port of the one that runs.
     pub async fn start_successor(&self) -> Gateway {
-        self.start(vec!["serve", "--upgrade"], &[]).await
+        self.start_successor_with(&[]).await
+    }
+
+    /// The same with an environment of its own.
+    pub async fn start_successor_with(&self, env: &[(String, String)]) -> Gateway {
+        self.start(vec!["serve", "--upgrade"], env).await
     }
 
     async fn start(&self, mut args: Vec<&str>, env: &[(String, String)]) -> Gateway {

@@ -1,0 +1,212 @@
+//! Which inherited sockets serve which wanted addresses, and what is to be bound beside them.
+//!
+//! Sockets are known by where they listen, never by their place in a list: a list says nothing of what was configured when it
+//! was made. A socket that listens on a part of a wanted address is kept as well, and what is missing is bound beside it:
+//! closing it would reset what waits in its queue.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// Most sockets of one wanted address.
+pub const SOCKETS_OF_ONE_MAX: usize = 4;
+
+/// Where a socket listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub ip: IpAddr,
+    /// 0, where it is wanted: any.
+    pub port: u16,
+    /// Of `[::]` only: IPv4 connections come in, too.
+    pub takes_ipv4: bool,
+}
+
+impl Endpoint {
+    /// `[::]` takes IPv4, too.
+    pub fn new(ip: IpAddr, port: u16) -> Self {
+        Self { ip, port, takes_ipv4: ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED) }
+    }
+
+    pub fn ipv6_only(self) -> Self {
+        Self { takes_ipv4: false, ..self }
+    }
+
+    pub fn address(self) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port)
+    }
+
+    /// Whether every connection that comes to `other` would come to this one without it.
+    fn covers(self, other: Self) -> bool {
+        let covers_ip = match (self.ip, other.ip) {
+            (IpAddr::V4(ours), IpAddr::V4(theirs)) => ours == theirs || ours.is_unspecified(),
+            (IpAddr::V6(ours), IpAddr::V6(theirs)) if ours == theirs => self.takes_ipv4 || !other.takes_ipv4,
+            (IpAddr::V6(ours), IpAddr::V6(_)) => ours.is_unspecified(),
+            (IpAddr::V6(_), IpAddr::V4(_)) => self.takes_ipv4,
+            (IpAddr::V4(_), IpAddr::V6(_)) => false,
+        };
+        covers_ip && self.port == other.port
+    }
+
+    /// Whether the kernel refuses to let both listen. Addresses are nested or apart.
+    pub fn overlaps(self, other: Self) -> bool {
+        self.covers(other) || other.covers(self)
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_ipv6_only = self.ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && !self.takes_ipv4;
+        write!(f, "{}{}", self.address(), if is_ipv6_only { " (IPv6 only)" } else { "" })
+    }
+}
+
+/// What is to be done. Wanted and inherited ones are named by their index.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Matching {
+    /// (inherited, wanted): those that are in no pair are closed.
+    pub kept: Vec<(usize, usize)>,
+    /// (where, wanted)
+    pub bound: Vec<(Endpoint, usize)>,
+}
+
+/// Two wanted endpoints that cannot both be listened on.
+pub fn conflict(wanted: &[Endpoint]) -> Option<(Endpoint, Endpoint)> {
+    let pairs = wanted.iter().enumerate().flat_map(|(n, a)| wanted[..n].iter().map(move |b| (*b, *a)));
+    pairs.into_iter().find(|(a, b)| a.port != 0 && a.overlaps(*b))
+}
+
+/// `wanted` is without a [`conflict`].
+pub fn matched(wanted: &[Endpoint], inherited: &[Endpoint]) -> Matching {
+    let mut matching = Matching::default();
+    // Those that say which port they want choose before those that take any.
+    let (named, any): (Vec<_>, Vec<_>) = wanted.iter().enumerate().partition(|(_, wanted)| wanted.port != 0);
+    for (n, wanted) in named.into_iter().chain(any) {
+        let is_free = |matching: &Matching, at: usize| matching.kept.iter().all(|(kept, _)| *kept != at);
+        let free = inherited.iter().enumerate().filter(|(at, _)| is_free(&matching, *at));
+        let free: Vec<(usize, Endpoint)> = free.map(|(at, inherited)| (at, *inherited)).collect();
+        let wanted = with_port(*wanted, &free);
+        let mut parts: Vec<_> = free.into_iter().filter(|(_, part)| wanted.covers(*part)).collect();
+        // The larger ones first, since not all may fit.
+        parts.sort_by_key(|(_, part)| (*part != wanted, !part.ip.is_unspecified()));
+        if parts.first().is_some_and(|(_, part)| *part == wanted) {
+            // It takes what the others take, but not what waits in their queues.
+            parts.truncate(SOCKETS_OF_ONE_MAX);
+        } else {
+            parts.truncate(SOCKETS_OF_ONE_MAX - 1);
+        }
+        let endpoints: Vec<Endpoint> = parts.iter().map(|(_, part)| *part).collect();
+        matching.bound.extend(missing(wanted, &endpoints).map(|missing| (missing, n)));
+        matching.kept.extend(parts.iter().map(|(at, _)| (*at, n)));
+    }
+    matching
+}
+
+/// One that takes any port takes that of the first inherited one that it could be.
+fn with_port(wanted: Endpoint, inherited: &[(usize, Endpoint)]) -> Endpoint {
+    if wanted.port != 0 {
+        return wanted;
+    }
+    let on = |port| Endpoint { port, ..wanted };
+    let same = inherited.iter().find(|(_, inherited)| on(inherited.port) == *inherited);
+    let part = || inherited.iter().find(|(_, inherited)| on(inherited.port).covers(*inherited));
+    same.or_else(part).map_or(wanted, |(_, inherited)| on(inherited.port))
+}
+
+/// What of `wanted` has no socket yet.
+fn missing(wanted: Endpoint, kept: &[Endpoint]) -> Option<Endpoint> {
+    let has = |part: Endpoint| kept.contains(&part);
+    if has(wanted) {
+        return None;
+    }
+    if !wanted.takes_ipv4 {
+        return Some(wanted);
+    }
+    let ipv4 = Endpoint::new(Ipv4Addr::UNSPECIFIED.into(), wanted.port);
+    match (has(ipv4), has(wanted.ipv6_only())) {
+        (true, true) => None,
+        (true, false) => Some(wanted.ipv6_only()),
+        (false, true) => Some(ipv4),
+        (false, false) => Some(wanted),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `[::]:80` takes IPv4, too; `[::]:80!6` does not.
+    fn endpoints(list: &str) -> Vec<Endpoint> {
+        let endpoint = |text: &str| {
+            let address: SocketAddr = text.trim_end_matches("!6").parse().expect(text);
+            let endpoint = Endpoint::new(address.ip(), address.port());
+            if text.ends_with("!6") { endpoint.ipv6_only() } else { endpoint }
+        };
+        list.split_whitespace().map(endpoint).collect()
+    }
+
+    #[test]
+    fn what_is_kept_and_what_is_bound() {
+        for (inherited, wanted, kept, bound) in [
+            // A plain start, and the same again.
+            ("", "0.0.0.0:80 0.0.0.0:443", &[][..], "0.0.0.0:80 0.0.0.0:443"),
+            ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80 0.0.0.0:443", &[(0, 0), (1, 1)], ""),
+            ("0.0.0.0:443 0.0.0.0:80", "0.0.0.0:80 0.0.0.0:443", &[(1, 0), (0, 1)], ""),
+            // A port or an address is another one, comes, or goes.
+            ("0.0.0.0:80", "0.0.0.0:80 0.0.0.0:443", &[(0, 0)], "0.0.0.0:443"),
+            ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80", &[(0, 0)], ""),
+            ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80 0.0.0.0:444", &[(0, 0)], "0.0.0.0:444"),
+            ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80 127.0.0.1:444", &[(0, 0)], "127.0.0.1:444"),
+            ("0.0.0.0:80", "127.0.0.1:80", &[], "127.0.0.1:80"),
+            ("127.0.0.1:80", "127.0.0.2:80", &[], "127.0.0.2:80"),
+            // What listens on a part of it stays.
+            ("127.0.0.1:80", "0.0.0.0:80", &[(0, 0)], "0.0.0.0:80"),
+            ("127.0.0.1:80 0.0.0.0:80", "0.0.0.0:80", &[(1, 0), (0, 0)], ""),
+            ("127.0.0.1:80 [::1]:80", "[::]:80", &[(0, 0), (1, 0)], "[::]:80"),
+            // Both families.
+            ("", "[::]:80", &[], "[::]:80"),
+            ("0.0.0.0:80", "[::]:80", &[(0, 0)], "[::]:80!6"),
+            ("[::]:80!6", "[::]:80", &[(0, 0)], "0.0.0.0:80"),
+            ("0.0.0.0:80 [::]:80!6", "[::]:80", &[(0, 0), (1, 0)], ""),
+            ("0.0.0.0:80 [::]:80!6", "0.0.0.0:80", &[(0, 0)], ""),
+            ("[::]:80", "[::]:80", &[(0, 0)], ""),
+            ("[::]:80", "0.0.0.0:80", &[], "0.0.0.0:80"),
+            ("0.0.0.0:80 0.0.0.0:443", "[::]:80 [::]:443", &[(0, 0), (1, 1)], "[::]:80!6 [::]:443!6"),
+            // Any port is that of before; one that is named goes first.
+            ("127.0.0.1:9", "127.0.0.1:0", &[(0, 0)], ""),
+            ("127.0.0.1:9 127.0.0.1:8", "127.0.0.1:0 127.0.0.1:0", &[(0, 0), (1, 1)], ""),
+            ("127.0.0.1:9 127.0.0.1:8", "127.0.0.1:0 127.0.0.1:9", &[(0, 1), (1, 0)], ""),
+            ("0.0.0.0:9", "[::]:0", &[(0, 0)], "[::]:9!6"),
+            ("0.0.0.0:9", "127.0.0.1:0", &[], "127.0.0.1:0"),
+        ] {
+            let matching = matched(&endpoints(wanted), &endpoints(inherited));
+            let found: Vec<Endpoint> = matching.bound.iter().map(|(endpoint, _)| *endpoint).collect();
+            let mut sorted = matching.kept.clone();
+            sorted.sort_unstable();
+            let mut expected = kept.to_vec();
+            expected.sort_unstable();
+            assert_eq!((sorted, found), (expected, endpoints(bound)), "{inherited:?} → {wanted:?}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_both_be_listened_on() {
+        for (wanted, is_conflict) in [
+            ("0.0.0.0:80 0.0.0.0:443", false),
+            ("0.0.0.0:80 127.0.0.1:80", true),
+            ("127.0.0.1:80 0.0.0.0:80", true),
+            ("127.0.0.1:80 127.0.0.2:80", false),
+            ("[::]:80 127.0.0.1:80", true),
+            ("0.0.0.0:80 [::1]:80", false),
+            ("0.0.0.0:0 0.0.0.0:0", false),
+        ] {
+            assert_eq!(conflict(&endpoints(wanted)).is_some(), is_conflict, "{wanted}");
+        }
+    }
+
+    #[test]
+    fn one_address_has_a_bounded_number_of_sockets() {
+        let inherited: Vec<Endpoint> =
+            (1..9).map(|n| Endpoint::new(Ipv4Addr::new(127, 0, 0, n).into(), 80)).collect();
+        let matching = matched(&endpoints("0.0.0.0:80"), &inherited);
+        assert_eq!(matching.kept.len() + matching.bound.len(), SOCKETS_OF_ONE_MAX);
+    }
+}

@@ -1,0 +1,113 @@
+//! The limit of open files: connections fit into it, and where it is reached all the same health is answered.
+
+use crate::harness::gateway::Conf;
+use crate::harness::http::Conn;
+use crate::harness::platform::{Backend, HELLO, new_key};
+use crate::harness::process::Scratch;
+use crate::harness::{Gateway, SOON, Setup, eventually, within};
+use serde_json::{Value, json};
+
+const LIMIT: u64 = 64;
+
+/// Connections whose clients say nothing.
+async fn idle(gateway: &Gateway, count: usize) -> Vec<Conn> {
+    let mut held = Vec::new();
+    for _ in 0..count {
+        held.push(within("a connection", SOON, Conn::open(gateway.addr())).await.expect("somebody listens"));
+    }
+    held
+}
+
+fn warnings(gateway: &Gateway) -> Vec<Value> {
+    gateway.log().into_iter().filter(|line| line["open_files_max"].is_number()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_fit_into_the_limit() {
+    let (dir, key) = (Scratch::new("limited"), new_key());
+    let conf_dir = dir.path().join("conf");
+    Conf::default().write(&conf_dir);
+    let data = dir.path().join("data");
+    let [data, conf] = [&data, &conf_dir].map(|path| path.to_str().expect("the path is UTF-8"));
+    let args = ["dev", "--port", "0", "--data-dir", data, "--conf", conf];
+    let gateway = Gateway::start_limited(LIMIT, &args, &[("INFRA_API_KEY".into(), key.clone())], &key).await;
+    let warned = warnings(&gateway);
+    assert_eq!(warned.len(), 1, "{warned:?}");
+    assert_eq!((&warned[0]["configured"], &warned[0]["open_files_max"]), (&json!(10_000), &json!(LIMIT)));
+    assert!(warned[0]["open_files_needed"].as_u64() > Some(10_000), "{warned:?}");
+    let in_force = warned[0]["in_force"].as_u64().expect("a number");
+    assert!((1..LIMIT).contains(&in_force), "{warned:?}");
+
+    for round in 0..2 {
+        let held = idle(&gateway, 3 * usize::try_from(LIMIT).expect("it fits")).await;
+        for target in ["/livez", "/readyz", "/health", "/metrics", "/livez"] {
+            gateway.anonymous("GET", target).send().await.expect(200);
+        }
+        assert!(gateway.metric("infra_connections").await <= Some(LIMIT as f64));
+        let refused = gateway.run(HELLO, &json!(1)).send().await;
+        assert_eq!(refused.expect_problem(503).json()["code"], "too_many_connections");
+        drop(held);
+        eventually("room", SOON, || async {
+            let answer = gateway.run(HELLO, &json!(1)).send().await;
+            if answer.status == 200 { Ok(()) } else { Err(answer.text()) }
+        })
+        .await;
+        // The same with settings that were read again.
+        if round == 0 {
+            let server = "[http]\nconnections_max = 5000\n".to_owned();
+            Conf { server, ..Conf::default() }.write(&conf_dir);
+            eventually("another warning", SOON, || async {
+                let warned = warnings(&gateway);
+                let last = warned.last().expect("the first");
+                if last["configured"] == 5000 { Ok(()) } else { Err(format!("{warned:?}")) }
+            })
+            .await;
+        }
+    }
+    assert_eq!(gateway.metric("infra_accepts_failed_total").await, Some(0.0), "the caps are low enough");
+    gateway.finish().await;
+}
+
+/// As when the limit is lowered, or something else takes all descriptors.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_descriptors_health_is_still_answered() {
+    let platform = Setup::new(Backend::Dev).start().await;
+    let gateway = &platform.gateway;
+    let mut kept = Conn::open(gateway.addr()).await.expect("somebody listens");
+    let livez = gateway.anonymous("GET", "/livez").to_bytes();
+    kept.write(&livez).await.expect("the gateway reads");
+    kept.answer(false).await.expect("an answer").expect(200);
+    let limit = 1 + gateway.open_files().into_iter().max().expect("some are open");
+    gateway.limit_open_files(limit);
+
+    // More than the gaps below it.
+    let held = idle(gateway, usize::try_from(limit).expect("it fits")).await;
+    let told = |text: &str| {
+        let of = |line: &Value| line["msg"].as_str().is_some_and(|msg| msg.contains(text));
+        gateway.log().iter().filter(|line| of(line)).count()
+    };
+    eventually("an error", SOON, || async {
+        if told("No File Descriptor Is Left") > 0 { Ok(()) } else { Err(gateway.output().tail(5)) }
+    })
+    .await;
+    // Not /health: the database of `dev` wants a descriptor as well.
+    for target in ["/livez", "/readyz", "/metrics", "/livez"] {
+        gateway.anonymous("GET", target).send().await.expect(200);
+    }
+    assert_eq!(gateway.metric("infra_file_descriptors_short").await, Some(1.0));
+    assert!(gateway.metric("infra_accepts_failed_total").await > Some(0.0));
+    let refused = gateway.run(HELLO, &json!(1)).send().await;
+    assert_eq!(refused.expect_problem(503).json()["code"], "too_many_connections");
+    kept.write(&livez).await.expect("the gateway reads");
+    kept.answer(false).await.expect("an answer").expect(200);
+    assert_eq!(told("No File Descriptor Is Left"), 1, "once");
+    assert_eq!(told("File Descriptors Suffice Again"), 0);
+
+    gateway.limit_open_files(limit + 100);
+    gateway.wait_for_metric("infra_file_descriptors_short", 0.0).await;
+    assert_eq!(told("File Descriptors Suffice Again"), 1);
+    gateway.run(HELLO, &json!(1)).send().await.expect(200);
+    assert_eq!(told("No File Descriptor Is Left"), 1);
+    drop((held, kept));
+    platform.finish().await;
+}

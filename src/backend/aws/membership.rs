@@ -1,9 +1,10 @@
 //! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
 //! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is.
 //!
-//! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the token of the
-//! process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another process tries to renew
-//! it. A process of an earlier version has no token: it renews the lease and leaves the holder alone.
+//! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the
+//! token of the process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another
+//! process tries to renew it. A process of an earlier version has no token: it renews the lease and leaves
+//! the holder alone.
 
 use super::journal::{
     GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, entry_text, key, numbered_text, sums_text,
@@ -21,9 +22,9 @@ const ADOPTED: &str = "adopted";
 /// How long the mark of a journal outlives its node, in seconds: longer than anybody would have its jobs wait.
 const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
 
-/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, who takes it, and from whom it may
-/// be taken before it lapses: a token, `""` (a process without one) or `"-"` (nobody). Answer: whether it is taken; if
-/// not, who holds it, when it lapses, and in how many milliseconds.
+/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, who takes it, and from
+/// whom it may be taken before it lapses: a token, `""` (a process without one) or `"-"` (nobody). Answer:
+/// whether it is taken; if not, who holds it, when it lapses, and in how many milliseconds.
 const TAKE: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ends = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0)
@@ -35,8 +36,9 @@ redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, '', '0', '0'}";
 
-/// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in milliseconds, who
-/// renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many live; whether it is contested.
+/// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in
+/// milliseconds, who renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many
+/// live; whether it is contested.
 const RENEW: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local holder = redis.call('GET', KEYS[2])

@@ -76,7 +76,7 @@ impl RedisChanges {
             Ended::Missed => {
                 tracing::warn!(
                     subscription = "changes",
-                    "Beats Not Heard: subscription and commands lead to different Redis servers. Both reconnect"
+                    "Beats Not Heard: subscription and commands lead to two Redis servers. Both reconnect"
                 );
                 history.missed();
                 self.commands.reconnect();

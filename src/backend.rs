@@ -108,8 +108,8 @@ pub enum ResultEvent {
     Hearing(Hearing),
 }
 
-/// Whether a subscription receives what is published. A backend proves it with beats: messages to itself that it
-/// publishes the way others publish theirs.
+/// Whether a subscription receives what is published. A backend proves it with beats: messages to itself that
+/// it publishes the way others publish theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hearing {
     /// It stands; after missed beats only once a beat has arrived.
@@ -350,12 +350,14 @@ pub trait Claims: Send + Sync {
 
 /// The nodes of a fleet: who lives, and who goes on with the jobs of those that do not.
 ///
-/// A lease says when others may look after a node's jobs. It need not keep two from doing so at once: a row is the
-/// same whoever writes it, and a job ends once (see [`Journal::end`]). But it belongs to one process: two that admit jobs
-/// under one id would leave the jobs of the one that dies to nobody, because the other renews their lease.
+/// A lease says when others may look after a node's jobs. It need not keep two from doing so at once: a row
+/// is the same whoever writes it, and a job ends once (see [`Journal::end`]). But it belongs to one process:
+/// two that admit jobs under one id would leave the jobs of the one that dies to nobody, because the other
+/// renews their lease.
 #[async_trait]
 pub trait Membership: Send + Sync {
-    /// Takes the lease of `node` for this process, if it has lapsed or `predecessor` holds it. By the clock of the store.
+    /// Takes the lease of `node` for this process, if it has lapsed or `predecessor` holds it. By the clock
+    /// of the store.
     async fn take(
         &self,
         node: NodeId,
@@ -363,7 +365,8 @@ pub trait Membership: Send + Sync {
         predecessor: Predecessor,
     ) -> Result<Taken, BackendError>;
 
-    /// Renews the lease of `node`, by the clock of the store, unless another process holds it: that one is told.
+    /// Renews the lease of `node`, by the clock of the store, unless another process holds it: that one is
+    /// told.
     async fn renew(&self, node: NodeId, lease: Duration) -> Result<Renewal, BackendError>;
 
     /// Takes, or renews, the part of the one that looks after the jobs of `dead`. `false`: another node has it.
@@ -423,7 +426,8 @@ pub struct HeldBy {
 pub enum Renewal {
     Renewed {
         others: Others,
-        /// Another process has lately tried to renew the lease: it may have jobs in the journal that only it knows.
+        /// Another process has lately tried to renew the lease: it may have jobs in the journal that only it
+        /// knows.
         is_contested: bool,
     },
     /// Another process holds the lease.
@@ -671,7 +675,8 @@ pub trait LimitStore: Send + Sync {
 pub enum ChangeEvent {
     /// Announced by some node, this one included.
     Changed(String),
-    /// From now on every announcement is heard, or none is. When they are heard again, some of before may not have been.
+    /// From now on every announcement is heard, or none is. When they are heard again, some of before may not
+    /// have been.
     Hearing(Hearing),
 }
 

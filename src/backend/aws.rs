@@ -7,8 +7,9 @@
 //! * [`direct`] — the two calls that every run takes part in, without the SDK around them
 //! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`], [`claims`] (all over
 //!   [`item`]), [`s3`], [`dead_letters`] — the AWS ports
-//! * [`redis`] — the command connection, [`subscriber`] — one that listens, [`beats`] — the proof that it receives what
-//!   the other publishes; [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`] — the Redis ports
+//! * [`redis`] — the command connection, [`subscriber`] — one that listens, [`beats`] — the proof that it
+//!   receives what the other publishes; [`results`], [`changes`], [`journal`], [`membership`], [`limits`],
+//!   [`workers`] — the Redis ports
 //! * [`start`] — the checks before the first request
 
 mod beats;

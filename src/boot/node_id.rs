@@ -1,9 +1,9 @@
 //! Which node id a process has: that of a directory in `STATE_DIR`, if no other process holds its lease.
 //!
-//! A directory can be copied with its node, so the lock on it is not enough: the lease in the store belongs to one process,
-//! by its token. A restart takes the lease of the process before at once, because the lock proves that that one is gone.
-//! In all other cases a lease that has not lapsed is left alone. If it is renewed the id is in use, and another one is
-//! taken; if it lapses, the process that held it is gone.
+//! A directory can be copied with its node, so the lock on it is not enough: the lease in the store belongs
+//! to one process, by its token. A restart takes the lease of the process before at once, because the lock
+//! proves that that one is gone. In all other cases a lease that has not lapsed is left alone. If it is
+//! renewed the id is in use, and another one is taken; if it lapses, the process that held it is gone.
 
 use super::state_dir::StateDir;
 use crate::backend::{BackendError, HeldBy, Membership, Predecessor, Taken};
@@ -15,8 +15,9 @@ use tokio::time::{Instant, sleep};
 
 /// Between two looks at a lease that another process holds.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// A process without a token, of an earlier version, renews its lease ten times while it lasts. One that has not
-/// done so for this part of it, in tenths, is taken as gone: what it left is mostly a stop for an upgrade.
+/// A process without a token, of an earlier version, renews its lease ten times while it lasts. One that has
+/// not done so for this part of it, in tenths, is taken as gone: what it left is mostly a stop for an
+/// upgrade.
 const SILENT_TENTHS: u32 = 3;
 
 /// Why there is no node id.
@@ -68,7 +69,10 @@ impl NodeIdChoice<'_> {
             let held = match self.try_once(node, predecessor).await? {
                 Taken::Yes => {
                     if let Err(e) = dir.leave_word(self.process) {
-                        tracing::warn!(%node, error = %e, "Process Token Not Kept: the next start may wait for its lease");
+                        tracing::warn!(
+                            %node, error = %e,
+                            "Process Token Not Kept: the next start may wait for the lease of this one"
+                        );
                     }
                     return Ok(true);
                 }
@@ -81,11 +85,15 @@ impl NodeIdChoice<'_> {
             });
             if *first != (HeldBy { left: first.left, ..held }) {
                 tracing::warn!(%node, directory = %dir.path().display(),
-                    "Node Id In Use: another process renews its lease, so this one takes another id. If STATE_DIR is a copy, start each node on a directory of its own");
+                    "Node Id In Use: another process renews its lease, so this one takes another id. \
+                     Do not run two nodes on copies of one STATE_DIR");
                 return Ok(false);
             }
             if Instant::now() >= self.deadline {
-                tracing::warn!(%node, "Node Id Not Free: its lease did not lapse within start.deadline_s, so this process takes another id");
+                tracing::warn!(
+                    %node,
+                    "Node Id Not Free: its lease did not lapse within start.deadline_s. Another id is taken"
+                );
                 return Ok(false);
             }
             if held.process.is_none() && began.elapsed() >= self.lease * SILENT_TENTHS / 10 {

@@ -4,9 +4,9 @@
 //! so the id, the journal and the unfinished jobs of the one before; several processes on one machine get one each.
 //! A start that fails gives a new directory back: else it would be the one that the next start takes.
 //!
-//! The lock does not reach a copy of the directory. So a process leaves there who it was and which lock it held: the boot of
-//! the machine, and the inode of the lock file with its time of birth, which no copy has. Where all of that is the
-//! same, the lock proves that the process is gone (see [`StateDir::predecessor`]).
+//! The lock does not reach a copy of the directory. So a process leaves there who it was and which lock it
+//! held: the boot of the machine, and the inode of the lock file with its time of birth, which no copy has.
+//! Where all of that is the same, the lock proves that the process is gone (see [`StateDir::predecessor`]).
 
 use super::Claim;
 use crate::backend::Predecessor;
@@ -77,7 +77,8 @@ impl StateDir {
         }
     }
 
-    /// The process that used this directory last, if it is certainly gone: it held the lock that is held here now.
+    /// The process that used this directory last, if it is certainly gone: it held the lock that is held here
+    /// now.
     pub fn predecessor(&self) -> Predecessor {
         let left = fs::read_to_string(self.dir.join(HOLDER)).unwrap_or_default();
         let left = left.trim_end().split_once(' ');
@@ -89,14 +90,15 @@ impl StateDir {
         }
     }
 
-    /// Leaves word that `process` uses this directory. Without it the next start may have to wait for its lease.
+    /// Leaves word that `process` uses this directory. Without it the next start may have to wait for its
+    /// lease.
     pub fn leave_word(&self, process: ProcessToken) -> io::Result<()> {
         let process = self.process.get_or_init(|| process);
         fs::write(self.dir.join(HOLDER), format!("{process} {}\n", self.lock_identity()?))
     }
 
-    /// Which lock it is, and on which machine since when. The number of the device is not part of it where the file
-    /// system knows times of birth: it may change with each mount.
+    /// Which lock it is, and on which machine since when. The number of the device is not part of it where
+    /// the file system knows times of birth: it may change with each mount.
     fn lock_identity(&self) -> io::Result<String> {
         let boot = fs::read_to_string(BOOT_ID)?;
         let file = self.lock.lock().metadata()?;

@@ -6,9 +6,10 @@
 //! it does no harm if their node was only frozen: a row is the same whoever writes it, and a job ends once. For the same
 //! reason a node that comes back keeps its id. It admits nothing until its lease is renewed.
 //!
-//! A lease belongs to one process. If another one holds it (it was started on a copy of `STATE_DIR` while this one was
-//! frozen), this one admits nothing more, says so, and ends the jobs it has. What it cannot end any more is taken up
-//! by the holder, which reads its own journal again whenever another process may have entered jobs there.
+//! A lease belongs to one process. If another one holds it (it was started on a copy of `STATE_DIR` while
+//! this one was frozen), this one admits nothing more, says so, and ends the jobs it has. What it cannot end
+//! any more is taken up by the holder, which reads its own journal again whenever another process may have
+//! entered jobs there.
 
 use super::lease::Lease;
 use super::settler::Settler;
@@ -23,11 +24,11 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 /// Times a lease is renewed before it would lapse.
 const RENEWALS: u32 = 10;
-/// How often the journal of an adopted node is read again: it may have been only slow, and have added jobs. Also how often
-/// this node's own is, while another process has its id.
+/// How often the journal of an adopted node is read again: it may have been only slow, and have added jobs.
+/// Also how often this node's own is, while another process has its id.
 const READ_AGAIN: Duration = Duration::from_secs(10);
-/// Between two looks at entries of this node's own journal that this process does not know. Those that it has entered
-/// or ended itself are known, or gone, by the second look.
+/// Between two looks at entries of this node's own journal that this process does not know. Those that it has
+/// entered or ended itself are known, or gone, by the second look.
 const LOOK_TWICE: Duration = Duration::from_secs(2);
 /// How long others wait for the row of a job that is on this node's disk, if the journal has lost it and this node
 /// dies.
@@ -155,7 +156,8 @@ impl Members {
         if !self.lease.is_lost() {
             tracing::error!(
                 node = %self.node,
-                "Node Id Lost: another process holds the lease of this node's id, and this one admits no more jobs. Restart it, and it takes an id of its own; do not run two nodes on copies of one STATE_DIR"
+                "Node Id Lost: another process holds the lease of this id, and this one admits no more jobs. \
+                 Restart it, and it takes another id. Do not run two nodes on copies of one STATE_DIR"
             );
             self.settler.metrics.jobs.node_id_lost.set(1);
         }
@@ -184,7 +186,8 @@ impl Members {
         if jobs > 0 {
             tracing::warn!(node = %self.node, jobs, "Jobs Of Another Process With This Node Id Taken Over");
         }
-        // Those without room stay strangers, and so do those whose rows wait on this node's disk: they leave by themselves.
+        // Those without room stay strangers, and so do those whose rows wait on this node's disk: they leave
+        // by themselves.
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
         let left = new.iter().chain(known.iter().filter(|entry| !self.settler.in_flight.contains(entry.id)));
         self.strangers = left.map(|entry| entry.id).filter(|id| !spilled.contains(id)).collect();

@@ -1,4 +1,5 @@
-//! Two processes and one node id: a `STATE_DIR` that was copied. Each accepted run has its row, whichever of them dies.
+//! Two processes and one node id: a `STATE_DIR` that was copied. Each accepted run has its row, whichever of
+//! them dies.
 
 use crate::harness::gateway::Conf;
 use crate::harness::platform::HELLO;
@@ -119,7 +120,8 @@ async fn of_two_copies_of_a_dead_node_one_has_its_id() {
     other.finish().await;
 }
 
-/// A copy that is started while the original is frozen has its id. The original must not admit under it any more.
+/// A copy that is started while the original is frozen has its id. The original must not admit under it any
+/// more.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_node_that_lost_its_id_admits_nothing_until_it_has_it_again() {
     let state = Scratch::new("state");
@@ -206,8 +208,8 @@ async fn jobs_that_another_process_left_under_this_id_are_taken_over() {
     platform.finish().await;
 }
 
-/// Nodes of an earlier version renew their lease without a token. Their ids, too, are left alone while they live, and
-/// taken over when they are gone.
+/// Nodes of an earlier version renew their lease without a token. Their ids, too, are left alone while they
+/// live, and taken over when they are gone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_of_an_earlier_version_is_told_from_a_dead_one() {
     let platform = start(&Scratch::new("state"), LEASE_S).await;

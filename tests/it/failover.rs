@@ -1,5 +1,5 @@
-//! Redis fails over: what a node publishes and what it listens to may then lead to different servers. Nobody may be left
-//! on the old one.
+//! Redis fails over: what a node publishes and what it listens to may then lead to different servers. Nobody
+//! may be left on the old one.
 
 use crate::harness::link::Link;
 use crate::harness::platform::HELLO;
@@ -169,8 +169,8 @@ async fn a_subscription_on_a_replica_stays() {
     stage.stop().await;
 }
 
-/// As a careful operator may have set Redis up for an earlier version: the beats are not among the channels. (Redis
-/// holds a pattern against the allowed patterns as a text, so the operator knows the node ids.)
+/// As a careful operator may have set Redis up for an earlier version: the beats are not among the channels.
+/// (Redis holds a pattern against the allowed patterns as a text, so the operator knows the node ids.)
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_user_without_the_channel_of_the_beats() {
     let platform = Setup::serve().no_worker().start().await;

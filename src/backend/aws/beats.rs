@@ -1,12 +1,14 @@
 //! Beats: messages of this process to itself, which prove that its subscriptions receive what is published.
 //!
-//! After a fail-over a subscription can stay on the old primary for as long as that one answers, PINGs included, while
-//! everybody publishes on the new one. So a beat goes out on the command connection, the way results and changes are
-//! published, and every subscription of the process must receive it. There is at most one PUBLISH each
-//! [`BEAT_EVERY`], however many subscriptions there are: whichever finds it due publishes it.
+//! After a fail-over a subscription can stay on the old primary for as long as that one answers, PINGs
+//! included, while everybody publishes on the new one. So a beat goes out on the command connection, the way
+//! results and changes are published, and every subscription of the process must receive it. There is at most
+//! one PUBLISH each [`BEAT_EVERY`], however many subscriptions there are: whichever finds it due publishes
+//! it.
 //!
-//! The channel lies outside `result:*`, because an old controller stores whatever it receives there. A password that does
-//! not allow it turns the beats off; they are tried again now and then, in case it does later.
+//! The channel lies outside `result:*`, because an old controller stores whatever it receives there. A
+//! password that does not allow it turns the beats off; they are tried again now and then, in case it does
+//! later.
 
 use super::redis::Commands;
 use crate::backend::BackendError;
@@ -113,7 +115,8 @@ impl Beats {
             tracing::warn!(
                 channel = self.channel,
                 error,
-                "Beats Off: the user of Redis may not use this channel, so a subscription that stays on an old primary is not noticed. Allow it the channels beat:*"
+                "Beats Off: the ACL of Redis denies the channel, so a subscription that stays on an old \
+                 primary is not noticed. Allow the user the channels beat:*"
             );
         }
     }

@@ -42,7 +42,8 @@ impl RedisChanges {
         Ok(subscriber)
     }
 
-    /// One try to subscribe, after a pause that grows with each failure. The subscriber says itself whether it can be relied on.
+    /// One try to subscribe, after a pause that grows with each failure. The subscriber says itself whether
+    /// it can be relied on.
     async fn resubscribe(&self, line: &mut Line) -> Option<ChangeEvent> {
         match self.subscribe(&line.history).await {
             Ok(subscriber) => {
@@ -75,7 +76,7 @@ impl RedisChanges {
             Ended::Missed => {
                 tracing::warn!(
                     subscription = "changes",
-                    "Beats Not Heard: the subscription and the commands lead to different servers of Redis, as after a fail-over. Both reconnect"
+                    "Beats Not Heard: subscription and commands lead to two Redis servers. Both reconnect"
                 );
                 history.missed();
                 self.commands.reconnect();

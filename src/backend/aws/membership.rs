@@ -2,9 +2,10 @@
 //! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is;
 //! `telling:{<node>}`, there while the journal is told again what it has lost.
 //!
-//! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the token of the
-//! process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another process tries to renew
-//! it. A process of an earlier version has no token: it renews the lease and leaves the holder alone.
+//! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the
+//! token of the process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another
+//! process tries to renew it. A process of an earlier version has no token: it renews the lease and leaves
+//! the holder alone.
 
 use super::journal::{
     ADOPTED, GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, WHOLE_KEPT_S, entry_text, key, numbered_text,
@@ -20,9 +21,9 @@ use redis::{Cmd, Script, cmd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, who takes it, and from whom it may
-/// be taken before it lapses: a token, `""` (a process without one) or `"-"` (nobody). Answer: whether it is taken; if
-/// not, who holds it, when it lapses, and in how many milliseconds.
+/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, who takes it, and from
+/// whom it may be taken before it lapses: a token, `""` (a process without one) or `"-"` (nobody). Answer:
+/// whether it is taken; if not, who holds it, when it lapses, and in how many milliseconds.
 const TAKE: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ends = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0)
@@ -40,8 +41,9 @@ const TELLING: &str = "telling";
 /// How long that may take, in seconds.
 const TELLING_MAX_S: u64 = 3600;
 
-/// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in milliseconds, who
-/// renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many live; whether it is contested.
+/// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in
+/// milliseconds, who renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many
+/// live; whether it is contested.
 const RENEW: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local holder = redis.call('GET', KEYS[2])

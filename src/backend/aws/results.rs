@@ -130,7 +130,7 @@ impl RedisResults {
             Ended::Missed => {
                 tracing::warn!(
                     subscription = "results",
-                    "Beats Not Heard: the subscription and the commands lead to different servers of Redis, as after a fail-over. Both reconnect"
+                    "Beats Not Heard: subscription and commands lead to two Redis servers. Both reconnect"
                 );
                 history.missed();
                 self.commands.reconnect();

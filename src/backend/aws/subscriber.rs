@@ -1,7 +1,8 @@
 //! A connection to Redis that listens, and the pauses between tries to have one.
 //!
-//! A subscriber that only listens does not notice that its peer is gone, so it asks with a PING each second. That peer
-//! may be the wrong one, so each second it also expects to receive the beats of this process ([`Beats`]).
+//! A subscriber that only listens does not notice that its peer is gone, so it asks with a PING each second.
+//! That peer may be the wrong one, so each second it also expects to receive the beats of this process
+//! ([`Beats`]).
 
 use super::beats::{BEAT_EVERY, Beats};
 use super::redis::{COMMAND_DEADLINE, CONNECT_DEADLINE, class};
@@ -37,7 +38,8 @@ struct Pulse {
     received: u64,
     /// Whether the channel of the beats is subscribed: not where the password denies it.
     listens: bool,
-    /// Beats that must arrive before anything is said of the subscription: the one before it was ended for want of them.
+    /// Beats that must arrive before anything is said of the subscription: the one before it was ended for
+    /// want of them.
     to_prove: u32,
     missed_max: u64,
     /// What was said last.
@@ -215,7 +217,8 @@ pub(super) struct History {
 }
 
 impl History {
-    /// One try to connect, after a pause that grows with each failure: none at first, then it doubles, with jitter.
+    /// One try to connect, after a pause that grows with each failure: none at first, then it doubles, with
+    /// jitter.
     pub(super) async fn connect(
         &self,
         client: &Client,

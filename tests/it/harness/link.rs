@@ -41,7 +41,8 @@ impl Link {
         Self { addr, state, upstream, accepting }
     }
 
-    /// New connections lead to another Redis; those that stand stay where they are. As a name does after a fail-over.
+    /// New connections lead to another Redis; those that stand stay where they are. As a name does after a
+    /// fail-over.
     pub fn lead_to(&self, redis: &Redis) {
         *self.upstream.lock().expect("no holder panics") = redis.addr();
     }

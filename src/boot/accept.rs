@@ -29,8 +29,8 @@ const SHORT_PAUSE: Duration = Duration::from_millis(20);
 const SHORT_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// After an error that nobody expects.
 const ERROR_PAUSE: Duration = Duration::from_secs(1);
-/// How long a connection waits for room in the reserve before it is closed.
-const ROOM_WAIT_MAX: Duration = Duration::from_millis(100);
+/// How long a connection waits for room in the reserve before it is closed: longer than it takes to make some.
+const ROOM_WAIT_MAX: Duration = Duration::from_millis(500);
 /// Most connections that are taken from the queue of a socket that closes; more come in only while a successor has it.
 const QUEUE_MAX: usize = 4096;
 

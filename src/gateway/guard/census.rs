@@ -22,8 +22,8 @@ pub struct Census {
     one_ended: Notify,
 }
 
-/// Connections of the reserve that have asked nothing yet that is always answered, by their number, the oldest first. They
-/// must not keep out one that does ask: clients that say nothing are cheap to have.
+/// Connections of the reserve that have asked nothing yet that is always answered, by their number, the
+/// oldest first. They must not keep out one that does ask: clients that say nothing are cheap to have.
 #[derive(Default)]
 struct Reserve {
     next: u64,

@@ -169,7 +169,8 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     Ok(Upload { file, name })
 }
 
-/// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may be, too.
+/// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may be,
+/// too.
 fn temp_file(dir: &Path) -> std::io::Result<NamedTempFile> {
     let made = NamedTempFile::new_in(PathBuf::from(dir));
     if !made.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {

@@ -140,7 +140,8 @@ impl Spill {
         appended
     }
 
-    /// Finds out whether a disk that took no rows takes some again: perhaps no more rows come that would show it.
+    /// Finds out whether a disk that took no rows takes some again: perhaps no more rows come that would show
+    /// it.
     pub fn probe(&self) {
         if self.is_full.load(Ordering::Relaxed) {
             let probed = self.try_probe();
@@ -182,7 +183,8 @@ impl Spill {
         Ok(())
     }
 
-    /// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may be, too.
+    /// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may
+    /// be, too.
     fn make_dir(&self) -> io::Result<()> {
         match fs::create_dir(&self.dir) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),

@@ -1,10 +1,11 @@
 //! Takes connections from a socket that listens, until it is told to stop.
 //!
-//! Not Pingora's own loop: that one drops what waits in the socket's queue when it stops, turns without a pause when the
-//! whole system is out of file descriptors (ENFILE), and knows no way to answer anybody while the process is (EMFILE).
-//! Here a few descriptors are held back ([`Spares`]): on one of them a connection is accepted all the same, so that
-//! `/livez` still answers and others are told 503. How many connections there may be is fitted to the limit before
-//! (`gateway/descriptors.rs`), so this is for limits that are lowered later, and for what else takes descriptors.
+//! Not Pingora's own loop: that one drops what waits in the socket's queue when it stops, turns without a
+//! pause when the whole system is out of file descriptors (ENFILE), and knows no way to answer anybody while
+//! the process is (EMFILE). Here a few descriptors are held back ([`Spares`]): on one of them a connection is
+//! accepted all the same, so that `/livez` still answers and others are told 503. How many connections there
+//! may be is fitted to the limit before (`gateway/descriptors.rs`), so this is for limits that are lowered
+//! later, and for what else takes descriptors.
 
 use crate::gateway::{Accepted, Guard};
 use crate::metrics::Metrics;
@@ -29,9 +30,11 @@ const SHORT_PAUSE: Duration = Duration::from_millis(20);
 const SHORT_LOOK_EVERY: Duration = Duration::from_secs(1);
 /// After an error that nobody expects.
 const ERROR_PAUSE: Duration = Duration::from_secs(1);
-/// How long a connection waits for room in the reserve before it is closed.
-const ROOM_WAIT_MAX: Duration = Duration::from_millis(100);
-/// Most connections that are taken from the queue of a socket that closes; more come in only while a successor has it.
+/// How long a connection waits for room in the reserve before it is closed: longer than it takes to make
+/// some.
+const ROOM_WAIT_MAX: Duration = Duration::from_millis(500);
+/// Most connections that are taken from the queue of a socket that closes; more come in only while a
+/// successor has it.
 const QUEUE_MAX: usize = 4096;
 
 /// The loop of one socket.
@@ -40,8 +43,8 @@ pub struct Acceptor {
     pub guard: Arc<Guard>,
     pub spares: Arc<Spares>,
     pub stopped: watch::Receiver<bool>,
-    /// How long connections outlive the listener. Where a successor has taken over, clients have no reason to fail: the last
-    /// connections are served for a while, each answer with `Connection: close`.
+    /// How long connections outlive the listener. Where a successor has taken over, clients have no reason to
+    /// fail: the last connections are served for a while, each answer with `Connection: close`.
     pub linger: watch::Receiver<Duration>,
 }
 
@@ -116,7 +119,8 @@ impl Acceptor {
         });
     }
 
-    /// Who is in the queue has been told by the kernel that it is connected; closed with them in it the socket resets them.
+    /// Who is in the queue has been told by the kernel that it is connected; closed with them in it the
+    /// socket resets them.
     fn empty_queue(&self) {
         for _ in 0..QUEUE_MAX {
             match self.listener.accept().now_or_never() {

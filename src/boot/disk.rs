@@ -1,5 +1,5 @@
-//! Looks after the node's place on the disk: what was lost, full or read-only comes back, and perhaps nothing else would
-//! show it. A disk may be slow, so one look ends before the next begins.
+//! Looks after the node's place on the disk: what was lost, full or read-only comes back, and perhaps nothing
+//! else would show it. A disk may be slow, so one look ends before the next begins.
 
 use super::Claim;
 use crate::audit::RowDisk;

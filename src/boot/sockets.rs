@@ -1,10 +1,10 @@
 //! The sockets that a node listens on: inherited from its predecessor, or bound.
 //!
-//! A successor keeps those that listen where it is to listen, binds what is new, and closes its copy of the others, which
-//! end with the predecessor. An address that overlaps an inherited one (`127.0.0.1` beside `0.0.0.0`, on one port) can be
-//! bound only while both sockets say SO_REUSEPORT. They say it for that moment alone: later it would let a second process
-//! listen on the same address by mistake. The kernel gives each connection to the socket with the narrower address, so
-//! nothing is shared out between the two.
+//! A successor keeps those that listen where it is to listen, binds what is new, and closes its copy of the
+//! others, which end with the predecessor. An address that overlaps an inherited one (`127.0.0.1` beside
+//! `0.0.0.0`, on one port) can be bound only while both sockets say SO_REUSEPORT. They say it for that moment
+//! alone: later it would let a second process listen on the same address by mistake. The kernel gives each
+//! connection to the socket with the narrower address, so nothing is shared out between the two.
 
 mod matching;
 
@@ -168,8 +168,8 @@ pub fn heritage(settings: &Settings, sockets: &[Socket]) -> Option<Heritage> {
     offered.inspect_err(|e| tracing::warn!(error = %e, "No Successor Can Take Over")).ok()
 }
 
-/// Binds before anything is served, so that a taken port is an error message. `beside`: sockets that listen on a part of
-/// it, or it on a part of theirs.
+/// Binds before anything is served, so that a taken port is an error message. `beside`: sockets that listen
+/// on a part of it, or it on a part of theirs.
 fn bind(endpoint: Endpoint, beside: &[&TcpListener]) -> io::Result<TcpListener> {
     let socket = if endpoint.ip.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;

@@ -135,7 +135,8 @@ impl StateDir {
         matches!((there, ours), (Ok(there), Ok(ours)) if there == ours)
     }
 
-    /// Makes the directory again and locks it. Not `STATE_DIR` itself: where that is missing its disk may be, too.
+    /// Makes the directory again and locks it. Not `STATE_DIR` itself: where that is missing its disk may be,
+    /// too.
     fn restore(&self) -> io::Result<()> {
         if !self.root.is_dir() {
             return Err(io::Error::new(io::ErrorKind::NotFound, "STATE_DIR is missing"));
@@ -306,7 +307,8 @@ mod tests {
         running.tend();
         assert_ne!(other(&root), running.node);
 
-        // A disk that goes leaves an empty directory, and covers it when it is back: with our first lock on it.
+        // A disk that goes leaves an empty directory, and covers it when it is back: with our first lock on
+        // it.
         fs::rename(&root, &away).unwrap();
         fs::create_dir(&root).unwrap();
         running.tend();

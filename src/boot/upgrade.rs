@@ -6,8 +6,9 @@
 //! of one address with SO_REUSEPORT were rejected: what waits in the queue of one that closes is reset.) A successor that
 //! fails before that is as if it had never been.
 //!
-//! On the wire: one byte ([`HERE`]) with the sockets one way, one byte ([`SERVING`]) the other way. What a socket is for
-//! is not said: the successor knows it by its address. So processes that hand over other sockets understand each other.
+//! On the wire: one byte ([`HERE`]) with the sockets one way, one byte ([`SERVING`]) the other way. What a
+//! socket is for is not said: the successor knows it by its address. So processes that hand over other
+//! sockets understand each other.
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -205,7 +206,8 @@ mod tests {
         (listener.into(), address)
     }
 
-    /// What the first version that hands sockets over says: two of them at most, that of `PORT` first, and one byte each way.
+    /// What the first version that hands sockets over says: two of them at most, that of `PORT` first, and
+    /// one byte each way.
     #[tokio::test]
     async fn a_predecessor_of_the_first_version_hands_over() {
         let dir = tempfile::tempdir().unwrap();

@@ -12,8 +12,8 @@ use tokio::time::Instant;
 const OPENS_AFTER: Duration = Duration::from_secs(2);
 /// While it is open one job in so long is let through.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// It closes when nothing was tried for so long: nothing is known of the queue then. Whoever balances load by `/health` sends no
-/// jobs while that says that the queue is away, and then nobody would ever try.
+/// It closes when nothing was tried for so long: nothing is known of the queue then. Whoever balances load by
+/// `/health` sends no jobs while that says that the queue is away, and then nobody would ever try.
 pub const FORGETS_AFTER: Duration = Duration::from_secs(10);
 
 pub struct Breaker {

@@ -1,15 +1,16 @@
 //! How many connections the limit of open files (RLIMIT_NOFILE) has room for.
 //!
-//! Without a descriptor no connection can be accepted, not even one that asks `/livez`, and no backend be called. So the
-//! caps on connections are fitted to the limit, at start and with each change of the settings.
+//! Without a descriptor no connection can be accepted, not even one that asks `/livez`, and no backend be
+//! called. So the caps on connections are fitted to the limit, at start and with each change of the settings.
 
 use crate::config::{Conf, HttpConf};
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Kept for what opens later and is no connection of a client: connections to backends (each send and each write of rows has
-/// one), uploads, the spill, files of `conf/`.
+/// Kept for what opens later and is no connection of a client: connections to backends (each send and each
+/// write of rows has one), uploads, the spill, files of `conf/`.
 const OTHERS_MAX: usize = 160;
-/// Connections beyond the cap that are let in all the same, to be answered: health and metrics as always, others 503.
+/// Connections beyond the cap that are let in all the same, to be answered: health and metrics as always,
+/// others 503.
 const RESERVE_MAX: usize = 128;
 /// The least of it, however low the limit is.
 const RESERVE_MIN: usize = 2;
@@ -64,7 +65,8 @@ impl Descriptors {
     /// `each`: descriptors of one connection.
     fn room(self, http: &HttpConf, each: usize) -> Room {
         let left = self.limit.saturating_sub(self.open);
-        // They go first where there is little: a connection that is accepted and cannot be served helps nobody.
+        // They go first where there is little: a connection that is accepted and cannot be served helps
+        // nobody.
         let others = OTHERS_MAX.min(left / 2);
         let reserve = RESERVE_MAX.min(left / 4).max(RESERVE_MIN);
         let fit = (left.saturating_sub(others + reserve) / each).max(1);

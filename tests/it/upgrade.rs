@@ -209,8 +209,8 @@ impl Listeners {
     }
 }
 
-/// Each row is an upgrade from the one above it, under load: what listens afterwards is what is configured, and what has
-/// listened on a part of it before. No client of an address that stays notices.
+/// Each row is an upgrade from the one above it, under load: what listens afterwards is what is configured,
+/// and what has listened on a part of it before. No client of an address that stays notices.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sockets_are_taken_over_by_address() {
     let mut at = Listeners::start(server("0.0.0.0", None)).await;

@@ -1,8 +1,8 @@
 //! Which inherited sockets serve which wanted addresses, and what is to be bound beside them.
 //!
-//! Sockets are known by where they listen, never by their place in a list: a list says nothing of what was configured when it
-//! was made. A socket that listens on a part of a wanted address is kept as well, and what is missing is bound beside it:
-//! closing it would reset what waits in its queue.
+//! Sockets are known by where they listen, never by their place in a list: a list says nothing of what was
+//! configured when it was made. A socket that listens on a part of a wanted address is kept as well, and what
+//! is missing is bound beside it: closing it would reset what waits in its queue.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
+use tokio::time::{Instant, timeout};
 
 pub struct Census {
     connections: AtomicUsize,
@@ -20,13 +22,18 @@ pub struct Census {
     one_ended: Notify,
 }
 
-/// Connections of the reserve that have asked nothing yet that is always answered, by their number, the oldest first. They
-/// must not keep out one that does ask: clients that say nothing are cheap to have.
+/// Connections of the reserve that have asked nothing yet that is always answered, by their number, the
+/// oldest first. They must not keep out one that does ask: clients that say nothing are cheap to have.
 #[derive(Default)]
 struct Reserve {
     next: u64,
-    idle: BTreeMap<u64, oneshot::Sender<()>>,
+    idle: BTreeMap<u64, (Instant, oneshot::Sender<()>)>,
 }
+
+/// How long a connection of the reserve may take to ask before it may be evicted.
+const GRACE: Duration = Duration::from_millis(250);
+/// How often those who wait for room look whether somebody may be evicted by now.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// One connection; gives its place back when dropped.
 pub struct Place {
@@ -66,7 +73,7 @@ impl Census {
         }
     }
 
-    /// Waits while there is no room even in the reserve.
+    /// Waits while there is no room even in the reserve, and makes some.
     pub async fn has_room(&self, caps: Caps) {
         loop {
             // Before the look: what ends after it counts.
@@ -74,15 +81,20 @@ impl Census {
             if self.connections.load(Ordering::Relaxed) < caps.all.saturating_add(caps.reserve) {
                 return;
             }
-            one_ended.await;
+            self.evict();
+            // The time is over when somebody may be evicted who might not before.
+            let _ = timeout(LOOK_EVERY, one_ended).await;
         }
     }
 
-    /// Ends the connection of the reserve that has been idle for longest.
+    /// Ends the connection of the reserve that has been idle for longest, unless it is too young.
     pub fn evict(&self) {
-        if let Some((_, evicted)) = self.reserve.lock().idle.pop_first() {
+        let mut reserve = self.reserve.lock();
+        if let Some(oldest) = reserve.idle.first_entry()
+            && oldest.get().0.elapsed() >= GRACE
+        {
             // One that has just ended needs no word.
-            let _ = evicted.send(());
+            let _ = oldest.remove().1.send(());
         }
     }
 
@@ -124,7 +136,7 @@ impl Census {
             let mut reserve = self.reserve.lock();
             reserve.next += 1;
             let number = reserve.next;
-            reserve.idle.insert(number, evict);
+            reserve.idle.insert(number, (Instant::now(), evict));
             if reserve.idle.len() <= (size / 2).max(1) {
                 return (number, evicted);
             }
@@ -182,6 +194,7 @@ impl Drop for Place {
 mod tests {
     use super::*;
     use futures_util::FutureExt;
+    use tokio::time::advance;
 
     const RESERVE: usize = 128;
 
@@ -218,8 +231,8 @@ mod tests {
         assert!(census.by_block.is_empty());
     }
 
-    #[test]
-    fn who_asks_nothing_makes_room_in_the_reserve() {
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_nothing_makes_room_in_the_reserve() {
         let census = census();
         let caps = Caps { all: 1, reserve: 4, one: 0 };
         let enter = || {
@@ -229,20 +242,21 @@ mod tests {
         };
         let (mut usual, mut asks) = (enter(), enter());
         asks.0.asks();
-        let (mut first, mut second, mut third) = (enter(), enter(), enter());
+        let (mut first, mut second) = (enter(), enter());
+        advance(GRACE).await;
+        let mut third = enter();
         assert_eq!((&mut first.1).now_or_never(), Some(()), "the one that was idle for longest goes");
         for place in [&mut usual, &mut asks, &mut second, &mut third] {
             assert_eq!((&mut place.1).now_or_never(), None);
         }
         assert!(census.enter(None, caps, Accepted::Usually).is_none(), "it has not left yet");
-        drop(first);
-        let mut fourth = enter();
-        assert_eq!((&mut second.1).now_or_never(), Some(()));
-        drop((usual, asks, second, third));
-        assert_eq!((&mut fourth.1).now_or_never(), None);
+        drop((usual, asks, first, second));
         census.evict();
-        assert_eq!((&mut fourth.1).now_or_never(), Some(()));
-        drop(fourth);
+        assert_eq!((&mut third.1).now_or_never(), None, "it is too young");
+        advance(GRACE).await;
+        census.evict();
+        assert_eq!((&mut third.1).now_or_never(), Some(()));
+        drop(third);
         assert!(census.reserve.lock().idle.is_empty());
         assert!(
             census.enter(None, caps, Accepted::OnSpare).unwrap().is_reserve,
@@ -250,14 +264,25 @@ mod tests {
         );
     }
 
-    #[test]
-    fn room_is_waited_for() {
+    #[tokio::test(start_paused = true)]
+    async fn room_is_waited_for_and_made() {
         let census = census();
         let caps = Caps { all: 1, reserve: 2, one: 0 };
-        let places: Vec<_> = (0..3).map(|_| census.enter(None, caps, Accepted::Usually).unwrap()).collect();
+        let mut places: Vec<_> =
+            (0..3).map(|_| census.enter(None, caps, Accepted::Usually).unwrap()).collect();
         let mut room = Box::pin(census.has_room(caps));
         assert_eq!((&mut room).now_or_never(), None);
-        drop(places);
-        assert_eq!(room.now_or_never(), Some(()));
+        let oldest = places.remove(1);
+        drop(oldest);
+        room.await;
+
+        places.push(census.enter(None, caps, Accepted::Usually).unwrap());
+        let began = Instant::now();
+        let leaver = async {
+            places[1].evicted().await;
+            drop(places);
+        };
+        tokio::join!(census.has_room(caps), leaver);
+        assert!(began.elapsed() >= GRACE, "no sooner");
     }
 }

@@ -182,12 +182,7 @@ impl Metrics {
                 "Rate limit decisions",
                 &["decision", "source"],
             )?,
-            limiter_calls: counters(
-                r,
-                "infra_limiter_calls_total",
-                "Calls to the count that all nodes share",
-                &["mode"],
-            )?,
+            limiter_calls: counters(r, "infra_limiter_calls_total", "Calls to the shared count", &["mode"])?,
             edge: EdgeMetrics::new(r)?,
             refused: counters(r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
             audit: AuditMetrics::new(r)?,

@@ -154,8 +154,10 @@ impl Spill {
     fn try_probe(&self) -> io::Result<()> {
         let bytes = {
             let state = self.state();
-            self.check_bound(&state, state.refused_bytes, self.bytes_max)?;
-            state.refused_bytes
+            // Rows that are more than the bound by themselves never fit: they must not keep the others out.
+            let bytes = state.refused_bytes.min(self.bytes_max);
+            self.check_bound(&state, bytes, self.bytes_max)?;
+            bytes
         };
         self.make_dir()?;
         let path = self.dir.join(PROBE);

@@ -338,7 +338,7 @@ mod tests {
             match expected {
                 Ok(expected) => assert_eq!(read, Ok(expected)),
                 Err(problem) => {
-                    assert!(read.as_ref().is_err_and(|e| e.to_string().starts_with(problem)), "{read:?}")
+                    assert!(read.as_ref().is_err_and(|e| e.to_string().starts_with(problem)), "{read:?}");
                 }
             }
         }

@@ -194,7 +194,7 @@ impl ConfTexts {
     pub fn refuse(&mut self, part: ConfPart, problem: &str) {
         match part {
             ConfPart::Certificate => {
-                self.certificate = Err(vec![self.server.problem("tls.certificate", problem)])
+                self.certificate = Err(vec![self.server.problem("tls.certificate", problem)]);
             }
             ConfPart::ClientCa => self.client_ca = Err(vec![self.server.problem("tls.client_ca", problem)]),
             ConfPart::Server => self.server.text = Err(format!("{}: {problem}", self.server.name)),

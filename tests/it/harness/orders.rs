@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -36,7 +36,8 @@ struct Seen {
 
 impl Orders {
     pub fn start(gateways: &[&Gateway], clients: u64, seed: u64) -> Self {
-        let doors: Doors = Arc::default();
+        // Before anybody asks.
+        let doors: Doors = Arc::new(Mutex::new(gateways.iter().map(|g| g.addr()).collect()));
         let (well_since, all_well) = watch::channel(None);
         let clients = (0..clients).map(|name| {
             let client = Client {
@@ -48,9 +49,7 @@ impl Orders {
             };
             spawn(client.order_until(all_well.clone()))
         });
-        let orders = Self { doors: Arc::clone(&doors), well_since, clients: clients.collect() };
-        orders.knock_at(gateways);
-        orders
+        Self { doors: Arc::clone(&doors), well_since, clients: clients.collect() }
     }
 
     pub fn knock_at(&self, gateways: &[&Gateway]) {

@@ -583,7 +583,7 @@ impl Writer {
                 requestId = %id,
                 functionId = %record.row.function,
                 %error,
-                hint = "the log table takes other rows and not this one; mend the cause, then move the files of                         spill/aside to spill/failing while the node is stopped",
+                hint = "mend the cause, then move spill/aside/* to spill/failing while the node is stopped",
                 "Row Put Aside"
             );
         }

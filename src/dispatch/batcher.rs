@@ -407,14 +407,17 @@ impl BatchSender {
     /// Ends a job that was not sent, as far as is known.
     fn give_up(&self, pending: Pending, error: &SendError) {
         let refused = matches!(error, SendError::Refused(_));
-        let (outcome, told) = match (refused, pending.maybe_sent) {
+        // A job that is sent again may be of another node. Once it is in that node's journal, others may have taken it
+        // up from there and wait for its result: it must not be withdrawn behind their backs.
+        let is_kept = pending.maybe_sent || pending.is_resend && pending.journaled;
+        let (outcome, told) = match (refused, is_kept) {
             (_, true) => ("unknown", SubmitError::Unknown),
             (true, false) => ("refused", SubmitError::Refused),
             (false, false) => ("not_sent", SubmitError::Unavailable),
         };
         self.metrics.sends.with_label_values(&[outcome]).inc();
         tracing::warn!(requestId = %pending.job.id, functionId = %pending.job.function, attempts = pending.attempts, error = %error, "Send Failed");
-        if pending.maybe_sent {
+        if is_kept {
             // It stays in flight: its result, or its deadline, ends it.
             self.in_flight.note_send(pending.job.id, false);
         } else if pending.job.idempotency_key.is_none() {
@@ -695,7 +698,7 @@ mod tests {
         let again = |is_journaled| Some(Resend { since: now_ms(), is_journaled });
         for (resend, script, told, is_unconfirmed) in [
             (None, &not_sent[..], Err(SubmitError::Unavailable), false),
-            (again(false), &not_sent, Err(SubmitError::Unavailable), true),
+            (again(false), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &[], Ok(()), false),
             // It is over: the process was frozen since it was claimed.

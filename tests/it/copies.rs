@@ -152,7 +152,12 @@ async fn a_frozen_node_that_lost_its_id_admits_nothing_until_it_has_it_again() {
     kill(&heir).await;
 
     gateway.wait_for_metric(LOST, 0.0).await;
-    gateway.anonymous("GET", "/readyz").send().await.expect(200);
+    // It has its id again, and admits once its journal is known to be whole.
+    eventually("a node that admits", SOON, || async {
+        let ready = gateway.anonymous("GET", "/readyz").send().await;
+        if ready.status == 200 { Ok(()) } else { Err(ready.text()) }
+    })
+    .await;
     accept(gateway, 1, &mut ids).await;
     have_rows(&platform, &ids).await;
     platform.finish().await;

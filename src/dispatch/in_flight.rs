@@ -293,17 +293,30 @@ impl InFlight {
         jobs.map(|job| entry(*job.key(), job.value())).collect()
     }
 
-    /// Leaves the jobs of another node to it, but for those whose result is taken or waited for.
-    pub fn give_back(&self, node: NodeId) {
-        for JournalEntry { id, .. } in self.of_node(node) {
-            let is_idle =
-                |_: &JobId, entry: &Entry| !entry.settled && !entry.resending && entry.waiters.is_empty();
-            if self.jobs.remove_if(&id, is_idle).is_some() {
+    /// Leaves jobs to the node that they are of, but for those whose result is taken or that are sent again here. Gives
+    /// those that somebody waits for here: they are to be given back later, as their node may withdraw them.
+    pub fn give_back(&self, jobs: impl IntoIterator<Item = JobId>) -> Vec<JobId> {
+        let mut waited_for = Vec::new();
+        for id in jobs {
+            let may_leave = |_: &JobId, entry: &Entry| {
+                let is_idle = !entry.settled && !entry.resending;
+                if is_idle && !entry.waiters.is_empty() {
+                    waited_for.push(id);
+                }
+                is_idle && entry.waiters.is_empty()
+            };
+            if self.jobs.remove_if(&id, may_leave).is_some() {
                 self.len.fetch_sub(1, Ordering::Relaxed);
                 self.metrics.jobs.finished.inc();
             }
         }
         self.metrics.jobs.in_flight.set(self.len());
+        waited_for
+    }
+
+    /// The ids of the jobs of a node.
+    pub fn ids_of_node(&self, node: NodeId) -> Vec<JobId> {
+        self.jobs.iter().map(|job| *job.key()).filter(|id| id.node() == node).collect()
     }
 
     /// Jobs that may still enter.

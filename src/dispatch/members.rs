@@ -48,6 +48,8 @@ pub struct Members {
     standing_since: Option<Instant>,
     /// The nodes whose jobs are looked after here, and when their journals were read last.
     adopted: BTreeMap<NodeId, Instant>,
+    /// Jobs of nodes that are back, which somebody still waits for here.
+    to_give_back: Vec<JobId>,
     /// When this node's own journal is read again for jobs of another process with its id.
     read_own_at: Option<Instant>,
     /// When that was done last.
@@ -79,6 +81,7 @@ impl Members {
             ledger,
             standing_since: None,
             adopted: BTreeMap::new(),
+            to_give_back: Vec::new(),
             read_own_at,
             read_own: None,
             strangers: HashSet::new(),
@@ -274,10 +277,12 @@ impl Members {
             if store.relist(node).await? {
                 self.mend(store, node).await?;
             } else {
-                self.settler.in_flight.give_back(node);
+                self.to_give_back.extend(self.settler.in_flight.ids_of_node(node));
                 tracing::info!(adopted = %node, "Adopted Node Is Back");
             }
         }
+        let jobs = std::mem::take(&mut self.to_give_back);
+        self.to_give_back = self.settler.in_flight.give_back(jobs);
         // After a gap, for which the store may be to blame, the others first have time to renew theirs.
         if self.standing_since.is_none_or(|since| since.elapsed() < self.lasts) {
             return Ok(());
@@ -287,6 +292,7 @@ impl Members {
                 continue;
             }
             if store.adopt(node, self.node, self.lasts).await? {
+                self.to_give_back.retain(|id| id.node() != node);
                 self.adopt(store, node).await?;
             } else {
                 self.adopted.remove(&node);

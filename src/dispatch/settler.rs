@@ -121,12 +121,7 @@ impl Settler {
     /// Ends a job whose deadline has passed without a result. It stays planned in case its row finds no room.
     fn give_up(&self, id: JobId) {
         let is_unconfirmed = self.in_flight.is_unconfirmed(id).unwrap_or(false);
-        let lost: &[u8] = if is_unconfirmed {
-            br#"{"status":"LOST","reason":"unconfirmed"}"#
-        } else {
-            br#"{"status":"LOST"}"#
-        };
-        let lost = Outcome::new(Bytes::from_static(lost));
+        let lost = Outcome::lost(is_unconfirmed);
         // Not kept with the key of its request: whoever repeats that sees the row, and a late result in it.
         if let Settled::First(function, _) = self.in_flight.settle(id, lost) {
             tracing::warn!(requestId = %id, functionId = %function, unconfirmed = is_unconfirmed, "Job Lost");

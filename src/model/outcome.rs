@@ -35,9 +35,24 @@ impl PartialEq for Outcome {
     }
 }
 
+/// What stands for the result of a job that has none at its deadline.
+const LOST: &[u8] = br#"{"status":"LOST"}"#;
+/// The same, if nobody knows that the queue ever had the job.
+const LOST_UNCONFIRMED: &[u8] = br#"{"status":"LOST","reason":"unconfirmed"}"#;
+
 impl Outcome {
     pub fn new(published: Bytes) -> Self {
         Self { published, is_known_json: false }
+    }
+
+    /// The outcome of a job that has no result at its deadline.
+    pub fn lost(is_unconfirmed: bool) -> Self {
+        Self::new(Bytes::from_static(if is_unconfirmed { LOST_UNCONFIRMED } else { LOST }))
+    }
+
+    /// Whether it stands for a job that nobody knows the queue ever had.
+    pub fn is_unconfirmed(&self) -> bool {
+        self.published == LOST_UNCONFIRMED
     }
 
     /// The bytes as the worker published them.

@@ -85,7 +85,7 @@ async fn a_copy_of_a_live_node_takes_an_id_of_its_own() {
     let copy = copied(&state);
     let other = start_on(&platform, &copy).await;
     assert_ne!(node(&other), node(&platform.gateway));
-    assert!(other.output().contains("Node Id In Use"), "{}", other.output().tail(20));
+    other.until_printed("Node Id In Use").await;
     accept(&platform.gateway, 3, &mut ids).await;
     accept(&other, 3, &mut ids).await;
     assert_eq!(platform.gateway.metric(LOST).await, Some(0.0), "the one that was first is left alone");
@@ -108,11 +108,7 @@ async fn of_two_copies_of_a_dead_node_one_has_its_id() {
     let (heir, other) = if node(&one) == dead { (one, two) } else { (two, one) };
     assert_eq!(node(&heir), dead, "its lease had lapsed");
     for gateway in [&heir, &other] {
-        assert!(
-            gateway.output().contains("Node Id Held By Another Process"),
-            "{}",
-            gateway.output().tail(20)
-        );
+        gateway.until_printed("Node Id Held By Another Process").await;
         accept(gateway, 2, &mut ids).await;
     }
     kill(&heir).await;
@@ -135,7 +131,7 @@ async fn a_frozen_node_that_lost_its_id_admits_nothing_until_it_has_it_again() {
     assert_eq!(node(&heir), node(gateway), "the lease had lapsed");
     gateway.signal(Signal::SIGCONT);
     gateway.wait_for_metric(LOST, 1.0).await;
-    assert!(gateway.output().contains("Node Id Lost"), "{}", gateway.output().tail(20));
+    gateway.until_printed("Node Id Lost").await;
     eventually("/health that says so", SOON, || async {
         let health = gateway.anonymous("GET", "/health").send().await;
         let said = health.json()["checks"]["nodeId"]["status"] == "ERROR";
@@ -190,7 +186,7 @@ async fn a_restart_in_its_own_directory_does_not_wait() {
     std::fs::remove_file(state.path().join(&before).join("holder")).expect("it was left");
     platform = platform.kill_and_restart(async |_| {}).await;
     assert_ne!(node(&platform.gateway), before);
-    assert!(platform.gateway.output().contains("Node Id Not Free"), "{}", platform.gateway.output().tail(20));
+    platform.gateway.until_printed("Node Id Not Free").await;
     platform.finish().await;
 }
 

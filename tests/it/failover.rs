@@ -52,7 +52,7 @@ impl Stage {
             })
             .await;
         }
-        assert!(self.gateway.output().contains("Beats Not Heard"), "{}", self.gateway.output().tail(20));
+        self.gateway.until_printed("Beats Not Heard").await;
     }
 
     /// Publishes on the new server until somebody receives it there, as workers do after a fail-over.

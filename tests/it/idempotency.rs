@@ -256,7 +256,8 @@ async fn an_unconfirmed_job_is_said_to_be_that() {
     let proxy = platform.fleet().proxy.as_ref().expect("asked for");
     let doomed = platform.fleet().start_gateway().await;
     proxy.fail(Faults { entries: 100, ..Faults::default() });
-    let run = doomed.run(HELLO, &json!({ "token": "x" })).header("x-async", "true");
+    let input = json!({ "token": "x" });
+    let run = keyed(&doomed, "unsure", &input).header("x-async", "true");
     let client = spawn(async move { run.try_send().await.is_ok() });
     let id = journaled_job(&platform).await;
     let path = format!("/status/{id}");
@@ -278,6 +279,14 @@ async fn an_unconfirmed_job_is_said_to_be_that() {
     assert_eq!(rows[0]["status"]["S"], "LOST");
     let message = rows[0]["message"]["S"].as_str().expect("a text");
     assert!(message.starts_with("unconfirmed: "), "{message}");
+    // Who repeats it hears that. An answer of 202 would say that the queue has it.
+    for gateway in [&platform.gateway, &other] {
+        for is_async in ["true", "false"] {
+            let again = keyed(gateway, "unsure", &input).header("x-async", is_async).send().await.expect(200);
+            assert_eq!(again.json()["status"], "LOST");
+        }
+    }
+    assert_eq!(platform.fleet().cloud.log_rows(HELLO).await.len(), 1);
     other.finish().await;
     platform.finish().await;
 }

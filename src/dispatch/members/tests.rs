@@ -8,7 +8,7 @@ use crate::backend::{
     Written,
 };
 use crate::config::Conf;
-use crate::dispatch::in_flight::{Held, InFlight};
+use crate::dispatch::in_flight::{Held, InFlight, Joined};
 use crate::dispatch::journal::NodeJournal;
 use crate::dispatch::settler::Lookups;
 use crate::metrics::Metrics;
@@ -543,4 +543,27 @@ async fn a_job_of_a_node_that_nobody_lists_ends_all_the_same() {
     assert_eq!(house.counted().await, (1, 0));
     assert!(house.members.ledger.nodes().is_empty());
     assert!(store.rows.lock().unwrap().contains_key(&*RowId::Job(id).key()));
+}
+
+/// Its node is back and withdraws it, which nobody else hears of: a job that somebody asked for at that moment must not
+/// stay here until its deadline, and then be told as lost.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_somebody_waits_for_is_given_back_later() {
+    let mut house = House::start(&Arc::default(), NodeId(2)).await;
+    let store = Arc::clone(&house.store);
+    let in_flight = Arc::clone(&house.members.settler.in_flight);
+    let function = FunctionId::parse("f").unwrap();
+    let job = |n| {
+        let id = JobId::new(NODE, 1000, n);
+        Job { id, function: function.clone(), deadline: LATER, idempotency_key: None, message: "{}".into() }
+    };
+    store.enter(&[job(1), job(2)]).await.unwrap();
+    house.members.adopt(store.as_ref(), NODE).await.unwrap();
+    let Joined::Pending(waiter) = in_flight.join(job(1).id) else { panic!("it runs") };
+    store.relist(NODE).await.unwrap();
+    house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
+    assert_eq!(in_flight.unsettled(), [job(1).id]);
+    drop(waiter);
+    house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
+    assert_eq!(in_flight.unsettled(), []);
 }

@@ -216,6 +216,13 @@ impl Gateway {
         lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
+    /// Waits until the text stands in the output: lines come a moment after what they tell of.
+    pub async fn until_printed(&self, text: &str) {
+        let printed =
+            || async { self.output().contains(text).then_some(()).ok_or_else(|| self.output().tail(20)) };
+        eventually(text, SOON, printed).await;
+    }
+
     /// The most memory it has taken so far, in bytes.
     pub fn peak_memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid()));

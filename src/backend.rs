@@ -212,11 +212,21 @@ pub struct Unposted {
 /// Where a job stands in the journal of its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
+    /// It has left the journal, or has never been in it.
     Absent,
+    /// The journal does not hold it, and has lost what it held.
+    Unknown,
     /// The process that accepted it knows what became of its send.
     Held,
     /// That process has ended, or its lease has: nobody can know whether the queue has the job.
     Left,
+}
+
+impl Standing {
+    /// Whether the journal holds the job.
+    pub fn is_held(self) -> bool {
+        matches!(self, Self::Held | Self::Left)
+    }
 }
 
 /// The durable set of a node's jobs in flight, and what ended jobs add to their functions until that is posted. A

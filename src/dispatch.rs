@@ -32,7 +32,7 @@ use crate::config::{BatchConf, DeadLetterConf, FleetConf, Live, MemoryConf, Over
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
-use in_flight::{InFlight, Joined};
+use in_flight::{EnteredAgain, InFlight, Joined};
 use journal::NodeJournal;
 use lease::Lease;
 use settler::Settler;
@@ -226,7 +226,7 @@ impl Dispatcher {
     pub fn submit(&self, job: Job, held: Held) -> Result<Sending, SubmitError> {
         let settler = &self.0.settler;
         settler.in_flight.enter(&job, held).map_err(|_| SubmitError::Overloaded)?;
-        self.hand_over(job, None)
+        self.send_first(job)
     }
 
     /// Sends a job and waits in line for its result. Registers first: a fast worker may publish before the
@@ -234,7 +234,7 @@ impl Dispatcher {
     pub fn submit_waiting(&self, job: Job, held: Held) -> Result<Submitted, SubmitError> {
         let waiter =
             self.0.settler.in_flight.enter_waiting(&job, held).map_err(|_| SubmitError::Overloaded)?;
-        let sent = self.hand_over(job, None)?;
+        let sent = self.send_first(job)?;
         Ok(Submitted { sent, waiter })
     }
 
@@ -251,38 +251,58 @@ impl Dispatcher {
             // if this one ends, too.
             membership.relist(node).await.map_err(|_| SubmitError::Unavailable)?;
         }
-        let waiter = settler.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
-        Ok((self.hand_over(job, Some(resend))?, waiter))
+        let entered = settler.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
+        let EnteredAgain { is_new, waiter } = entered;
+        let id = job.id;
+        let sending = self.hand_over(job, Some(resend)).inspect_err(|_| {
+            if is_new && !resend.maybe_sent {
+                settler.in_flight.remove(id);
+                return;
+            }
+            settler.in_flight.note_send(id, false);
+            // Nothing else would end it here: its result is published for its own node.
+            if is_new {
+                settler.schedule.plan(id, lookups::FIRST);
+            }
+        })?;
+        Ok((sending, waiter))
     }
 
+    /// Sends a job that was never sent before.
+    fn send_first(&self, job: Job) -> Result<Sending, SubmitError> {
+        let id = job.id;
+        self.hand_over(job, None).inspect_err(|_| self.0.settler.in_flight.remove(id))
+    }
+
+    /// A job that is not taken stays in the table.
     fn hand_over(&self, job: Job, resend: Option<Resend>) -> Result<Sending, SubmitError> {
         let id = job.id;
-        let settler = &self.0.settler;
         // A node whose id another process holds does not let its clients wait for a send that cannot be made.
         let is_lost = self.0.lease.is_lost();
         let sent = if is_lost { Err(SubmitError::Stopping) } else { self.0.batcher.send(job, resend) };
-        let sent = sent.inspect_err(|_| match resend {
-            Some(Resend { is_journaled: true, .. }) => settler.in_flight.note_send(id, false),
-            _ => settler.in_flight.remove(id),
-        })?;
-        settler.schedule.plan(id, lookups::FIRST);
+        let sent = sent?;
+        self.0.settler.schedule.plan(id, lookups::FIRST);
         Ok(sent)
     }
 
-    /// Forgets a job with an idempotency key whose send has definitely failed, once its key is released.
+    /// Takes a job whose send has definitely failed out of the journal.
+    pub async fn leave_journal(&self, id: JobId) -> Result<(), BackendError> {
+        self.0.settler.journal.leave_now(id).await
+    }
+
+    /// Forgets a job whose send has definitely failed, once it is out of the journal and its key is free.
     pub fn withdraw(&self, id: JobId) {
         self.0.settler.in_flight.remove(id);
-        self.0.settler.journal.leave(&[id]);
     }
 
-    /// Notes that nobody can know whether the queue has the job.
-    pub fn doubt(&self, id: JobId) {
-        self.0.settler.in_flight.note_send(id, false);
+    /// Notes what is known of the send of a job: that the queue confirmed it, or nothing.
+    pub fn note_send(&self, id: JobId, is_confirmed: bool) {
+        self.0.settler.in_flight.note_send(id, is_confirmed);
     }
 
-    /// Whether the journal of the node that the id names holds the job.
-    pub async fn is_journaled(&self, id: JobId) -> Result<bool, BackendError> {
-        Ok(self.0.settler.journal.standing(id).await? != Standing::Absent)
+    /// What the journal of the node that the id names says of the job.
+    pub async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+        self.0.settler.journal.standing(id).await
     }
 
     /// Whether this node has the job, until its row is written.
@@ -326,7 +346,7 @@ impl Dispatcher {
             Joined::Settled(_) | Joined::Unknown => {}
         }
         match settler.journal.standing(id).await? {
-            Standing::Absent => {}
+            Standing::Absent | Standing::Unknown => {}
             standing => {
                 let is_unconfirmed = standing == Standing::Left;
                 return Ok(JobState::Pending(Pending { place: place(None), is_unconfirmed }));
@@ -575,6 +595,20 @@ mod tests {
         ));
         house.dispatcher.0.settler.settle(open, outcome(r#"{"exitCode":0}"#));
         assert_eq!(house.row_status(open).await, "SUCCESS");
+    }
+
+    /// Its result is published for its own node: only look-ups end it here.
+    #[tokio::test]
+    async fn a_job_of_another_node_that_could_not_be_sent_again_ends() {
+        let house = House::start(|conf| conf.batch.queue_jobs_max = 0).await;
+        let job = job(NodeId(99), 1, now_ms());
+        let id = job.id;
+        house.backend.journal.enter(&[job.clone()]).await.unwrap();
+        let resend = Resend { since: now_ms(), is_journaled: true, maybe_sent: true };
+        let sent = house.dispatcher.submit_again(job, resend, false).await;
+        assert_eq!(sent.map(drop), Err(SubmitError::Overloaded));
+        assert_eq!(house.row_status(id).await, "LOST");
+        house.is_forgotten(id).await;
     }
 
     #[tokio::test]

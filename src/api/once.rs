@@ -18,7 +18,7 @@
 //! ```
 
 use super::{ApiError, CallHeaders};
-use crate::backend::{Backend, BackendError, Claim, Claimed, Claims, ExecutionStore};
+use crate::backend::{Backend, BackendError, Claim, Claimed, Claims, ExecutionStore, Standing};
 use crate::config::{BatchConf, Live};
 use crate::dispatch::{Dispatcher, JobState, Pending, PendingJob, Resend, Sending, SubmitError};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -32,8 +32,9 @@ use tokio::time::{Instant, sleep};
 
 /// Longest key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
-/// How often a claim is read while another node sends its job.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// Pauses between two looks at a claim while another node sends its job: doubled from the first to the longest.
+const LOOK_PAUSE_FIRST: Duration = Duration::from_millis(100);
+const LOOK_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Beyond its deadline: how long a send may still be under way, and how far the clocks of nodes may differ.
 const SEND_MARGIN: Duration = Duration::from_secs(5);
 /// Pauses between tries to write the outcome of an attempt to its claim: doubled from the first to the longest.
@@ -118,8 +119,9 @@ impl Once {
         Self(Arc::new(Inner { claims, executions, dispatcher, batch, lifecycle, metrics, attempts }))
     }
 
-    /// Claims the key, or finds the job that has it and waits until it is known what became of its send.
-    pub async fn turn(&self, claim: &Claim) -> Result<Turn, ApiError> {
+    /// Claims the key, or finds the job that has it and waits until it is known what became of its send. A job lasts
+    /// `job_lasts` from when it was accepted.
+    pub async fn turn(&self, claim: &Claim, job_lasts: Duration) -> Result<Turn, ApiError> {
         let attempt = self.begin(claim.job, true);
         let Some(mut before) = self.0.claims.claim(claim).await.map_err(away)? else {
             self.count("new");
@@ -127,6 +129,7 @@ impl Once {
         };
         drop(attempt);
         let started = Instant::now();
+        let mut pause = LOOK_PAUSE_FIRST;
         loop {
             if before.claim.body != claim.body {
                 self.count("reused");
@@ -146,30 +149,42 @@ impl Once {
                     Err(SubmitError::Unknown) => {}
                     Err(e) => return Err(ApiError::Submit(e)),
                 },
-                None if self.is_over(before.attempt) => {}
-                None if started.elapsed() > 2 * self.attempt_max() => {
-                    // By the clocks of the nodes it is younger than it can be.
-                    return Err(ApiError::BackendAway);
-                }
-                None => {
-                    tokio::select! {
-                        () = sleep(LOOK_EVERY) => {}
-                        () = self.0.lifecycle.reached(Phase::Closing) => {
-                            return Err(ApiError::Submit(SubmitError::Stopping));
-                        }
-                    }
-                    // Released: its send has definitely failed.
-                    let found = self.0.claims.find(&claim.key).await.map_err(away)?;
-                    before = found.ok_or(ApiError::Submit(SubmitError::Unavailable))?;
-                    continue;
-                }
+                None => {}
             }
-            if let Some(turn) = self.send_again(&before).await? {
-                return Ok(turn);
+            if self.may_send_again(&before, job_lasts).await? {
+                if let Some(turn) = self.send_again(&before).await? {
+                    return Ok(turn);
+                }
+            } else if started.elapsed() > 2 * self.attempt_max() {
+                // By the clocks of the nodes it is younger than it can be, or nobody ends a job that is over.
+                return Err(ApiError::BackendAway);
+            } else {
+                tokio::select! {
+                    () = sleep(pause) => pause = (2 * pause).min(LOOK_PAUSE_MAX),
+                    () = self.0.lifecycle.reached(Phase::Closing) => {
+                        return Err(ApiError::Submit(SubmitError::Stopping));
+                    }
+                }
             }
             let found = self.0.claims.find(&claim.key).await.map_err(away)?;
+            // Released: its send has definitely failed.
             before = found.ok_or(ApiError::Submit(SubmitError::Unavailable))?;
         }
+    }
+
+    /// Whether the last attempt is over, and another one may come.
+    async fn may_send_again(&self, before: &Claimed, job_lasts: Duration) -> Result<bool, ApiError> {
+        if self.0.attempts.contains_key(&before.attempt) || !self.is_over(before.attempt) {
+            return Ok(false);
+        }
+        // A worker drops what is past its deadline. Whoever has the job in its table ends it as lost; a job that nobody
+        // has is sent with a new deadline.
+        let job = before.claim.job;
+        if age(job) <= job_lasts {
+            return Ok(true);
+        }
+        let standing = self.0.dispatcher.standing(job).await.map_err(away)?;
+        Ok(!standing.is_held() && !self.0.dispatcher.is_in_flight(job))
     }
 
     /// The answer to a request whose function is gone, if it came before.
@@ -182,8 +197,14 @@ impl Once {
         if before.claim.body != body {
             return Err(ApiError::KeyReused);
         }
-        let known = self.known(&before).await.map_err(away)?;
-        Ok(known.map(|known| (Box::new(before), known)))
+        let under_way = self.0.attempts.get(&before.attempt).map(|watched| Watched(watched.clone()));
+        if let Some(mut attempt) = under_way {
+            attempt.outcome().await.map_err(ApiError::Submit)?;
+            return Ok(Some((Box::new(Claimed { is_sent: true, ..before }), Known::Pending(None))));
+        }
+        // It was there when the request came first, so it is not said to be missing.
+        let known = self.known(&before).await.map_err(away)?.ok_or(ApiError::Submit(SubmitError::Unknown))?;
+        Ok(Some((Box::new(before), known)))
     }
 
     /// Claims the next attempt. `None`: another request was faster, or the outcome of the last one is known by now.
@@ -194,16 +215,19 @@ impl Once {
         if !self.0.claims.try_again(before, attempt_id).await.map_err(away)? {
             return Ok(None);
         }
-        // In this order: a job leaves the journal after its row is written.
-        let is_journaled = self.0.dispatcher.is_journaled(id).await.map_err(away)?;
+        // In this order: a job leaves the table and the journal after its row is written.
+        let is_here = self.0.dispatcher.is_in_flight(id);
+        let standing = self.0.dispatcher.standing(id).await.map_err(away)?;
         if let Some(known) = self.known(before).await.map_err(away)? {
             self.count("repeated");
             return Ok(Some(Turn::Again(Box::new(before.clone()), known)));
         }
-        attempt.is_first = !is_journaled;
-        self.count(if is_journaled { "sent_again" } else { "taken_over" });
+        let is_journaled = standing.is_held();
+        let maybe_sent = is_here || standing != Standing::Absent;
+        attempt.is_first = !maybe_sent;
+        self.count(if maybe_sent { "sent_again" } else { "taken_over" });
         tracing::info!(requestId = %id, journaled = is_journaled, "Unconfirmed Job Sent Again");
-        let resend = Resend { since: attempt_id.accepted_at(), is_journaled };
+        let resend = Resend { since: attempt_id.accepted_at(), is_journaled, maybe_sent };
         Ok(Some(Turn::SendAgain(attempt, Box::new(before.clone()), resend)))
     }
 
@@ -216,8 +240,7 @@ impl Once {
     /// Whether an attempt that this process does not make can no longer be under way.
     fn is_over(&self, attempt: JobId) -> bool {
         // One of this node is over at once: an earlier process of it has ended.
-        let age = Duration::from_millis(now_ms().saturating_sub(attempt.accepted_at()));
-        self.0.dispatcher.is_own(attempt) || age > self.attempt_max()
+        self.0.dispatcher.is_own(attempt) || age(attempt) > self.attempt_max()
     }
 
     /// Longest time that a send can be under way.
@@ -246,9 +269,16 @@ impl Once {
 
     /// Follows an attempt to its end, also if its client leaves, and writes its outcome to the claim: before those who
     /// wait hear of it, if the claim can be written.
-    pub fn follow(&self, attempt: Attempt, claim: Claim, sending: Result<Sending, SubmitError>) -> Watched {
+    pub fn follow(
+        &self,
+        mut attempt: Attempt,
+        claim: Claim,
+        sending: Result<Sending, SubmitError>,
+    ) -> Watched {
         let watched = Watched(attempt.outcome.subscribe());
         let once = self.clone();
+        // The process does not end before the outcome has been written, or could not be.
+        let counted = self.0.lifecycle.request();
         #[expect(
             clippy::disallowed_methods,
             reason = "an attempt outlives its client; there are as many as keyed jobs in flight, and each ends with its job"
@@ -259,49 +289,74 @@ impl Once {
                 Ok(sending) => sending.await.unwrap_or(Err(SubmitError::Unknown)),
                 Err(e) => Err(e),
             };
-            let mut noted = once.note(&claim, &attempt, &sent).await;
+            let mut noted = once.note(&claim, &mut attempt, &sent).await;
+            if let Err(e) = &noted {
+                tracing::warn!(requestId = %claim.job, error = %e, "Idempotency Key Not Updated");
+            }
             attempt.outcome.send_replace(Some(sent.clone()));
+            drop(counted);
             let mut pause = NOTE_PAUSE_FIRST;
             // Bounded by the job: it ends by a result or at its deadline, and the claim with it.
-            while !noted && once.0.dispatcher.is_in_flight(claim.job) {
-                sleep(pause).await;
+            while noted.is_err() && once.0.dispatcher.is_in_flight(claim.job) {
+                sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
                 pause = (2 * pause).min(NOTE_PAUSE_MAX);
-                noted = once.note(&claim, &attempt, &sent).await;
+                noted = once.note(&claim, &mut attempt, &sent).await;
             }
         });
         watched
     }
 
-    /// `false`: the claim could not be written.
-    async fn note(&self, claim: &Claim, attempt: &Attempt, sent: &Result<(), SubmitError>) -> bool {
-        let dispatcher = &self.0.dispatcher;
-        let noted = match sent {
+    /// An error: the claim could not be written.
+    async fn note(
+        &self,
+        claim: &Claim,
+        attempt: &mut Attempt,
+        sent: &Result<(), SubmitError>,
+    ) -> Result<(), BackendError> {
+        match sent {
             Ok(()) => self.0.claims.confirm(claim).await,
             // The job may be on the queue.
-            Err(SubmitError::Unknown) => return true,
-            Err(_) if !attempt.is_first => return true,
-            Err(_) => match self.0.claims.release(claim, attempt.id).await {
-                Ok(true) => {
-                    dispatcher.withdraw(claim.job);
-                    return true;
-                }
-                Ok(false) => {
-                    // Another request sends the job again by now.
-                    dispatcher.doubt(claim.job);
-                    return true;
-                }
-                Err(e) => Err(e),
-            },
-        };
-        if let Err(e) = &noted {
-            tracing::warn!(requestId = %claim.job, error = %e, "Idempotency Key Not Updated");
+            Err(SubmitError::Unknown) => Ok(()),
+            Err(_) if !attempt.is_first => Ok(()),
+            Err(_) => self.release(claim, attempt).await,
         }
-        noted.is_ok()
+    }
+
+    /// Frees the key of a job that is certainly not on the queue. The job leaves the journal first: if this process
+    /// ends in between, a repeated request finds the claim, and sends the job under its id. The other way round the
+    /// journal would hold a job whose key another one has.
+    async fn release(&self, claim: &Claim, attempt: &mut Attempt) -> Result<(), BackendError> {
+        let dispatcher = &self.0.dispatcher;
+        // Until the key is free no other request may take this attempt for one that is over.
+        let renewed = dispatcher.new_id();
+        let before = Claimed { claim: claim.clone(), attempt: attempt.id, is_sent: false, result: None };
+        self.0.attempts.insert(renewed, attempt.outcome.subscribe());
+        let is_renewed = self.0.claims.try_again(&before, renewed).await;
+        let is_claimed = matches!(is_renewed, Ok(true));
+        let unused = if is_claimed { std::mem::replace(&mut attempt.id, renewed) } else { renewed };
+        self.0.attempts.remove(&unused);
+        if is_renewed? {
+            dispatcher.leave_journal(claim.job).await?;
+            if self.0.claims.release(claim, attempt.id).await? {
+                dispatcher.withdraw(claim.job);
+                return Ok(());
+            }
+        }
+        // Either another request sends the job again by now, or an earlier call has done it and was not answered.
+        match self.0.claims.find(&claim.key).await? {
+            Some(found) if found.claim.job == claim.job => dispatcher.note_send(claim.job, found.is_sent),
+            _ => dispatcher.withdraw(claim.job),
+        }
+        Ok(())
     }
 
     fn count(&self, outcome: &str) {
         self.0.metrics.idempotency.with_label_values(&[outcome]).inc();
     }
+}
+
+fn age(id: JobId) -> Duration {
+    Duration::from_millis(now_ms().saturating_sub(id.accepted_at()))
 }
 
 fn away(e: BackendError) -> ApiError {

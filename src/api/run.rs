@@ -10,7 +10,7 @@ use crate::functions::Functions;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::RateLimiter;
 use crate::model::{
-    BodyHash, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, RunRequest,
+    BodyHash, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, RunRequest, UnixMs,
 };
 use http::StatusCode;
 use http::header::{HeaderName, HeaderValue, LOCATION};
@@ -73,7 +73,8 @@ impl Run {
         let order = Order { template: &template, request: &request, call, wish: Wish::of(call) };
         match once::key_of(&call.headers)? {
             None => {
-                let job = self.job(&order, self.dispatcher.new_id())?;
+                let id = self.dispatcher.new_id();
+                let job = self.job(&order, id, id.accepted_at())?;
                 order.log(job.id);
                 let held = self.hold(&order)?;
                 if order.wish.asynchronous {
@@ -92,10 +93,11 @@ impl Run {
 
     async fn carry_out_once(&self, key: IdempotencyKey, order: &Order<'_>) -> Result<Reply, ApiError> {
         let wish = order.wish;
-        let job = self.job(order, self.dispatcher.new_id())?;
+        let id = self.dispatcher.new_id();
+        let job = self.job(order, id, id.accepted_at())?;
         let body = BodyHash::of(&order.call.body);
         let claim = Claim { key, body, job: job.id, function: job.function.clone() };
-        let turn = self.once.turn(&claim).await?;
+        let turn = self.once.turn(&claim, self.job_lasts()).await?;
         let keyed = |job: Job| Job { idempotency_key: Some(Box::new(key)), ..job };
         match turn {
             Turn::Again(before, known) => self.answer_again(&before, known, wish).await,
@@ -125,7 +127,9 @@ impl Run {
             Turn::SendAgain(attempt, before, resend) => {
                 let id = before.claim.job;
                 order.log(id);
-                let job = keyed(self.job(order, id)?);
+                // The journal, and whoever has the job in its table, go by the deadline that it had at first.
+                let since = if resend.is_journaled { id.accepted_at() } else { resend.since };
+                let job = keyed(self.job(order, id, since)?);
                 let submitted = self.dispatcher.submit_again(job, resend, !wish.asynchronous).await;
                 let (sending, waiter) = match submitted {
                     Ok((sending, waiter)) => (Ok(sending), waiter),
@@ -170,7 +174,9 @@ impl Run {
         let id = before.claim.job;
         let mut pending = match known {
             // It ended as LOST, and nobody knows that the queue ever had it: no 202 for that.
-            Known::Result(lost) if lost.is_unconfirmed() => return Ok(Reply::json(StatusCode::OK, lost.body())),
+            Known::Result(lost) if lost.is_unconfirmed() && !before.is_sent => {
+                return Ok(Reply::json(StatusCode::OK, lost.body()));
+            }
             Known::Ended(row) if row.is_lost() && !before.is_sent => return Ok(of_row(id, &row)),
             _ if wish.asynchronous => return Ok(accepted(id, wish.prefer)),
             Known::Result(outcome) => return Ok(Reply::json(StatusCode::OK, outcome.body())),
@@ -198,11 +204,15 @@ impl Run {
         held.map_err(ApiError::TooManyJobs)
     }
 
-    fn job(&self, order: &Order<'_>, id: JobId) -> Result<Job, ApiError> {
-        // From acceptance until a result is no longer expected.
-        let deadline = self.waits.get().job_deadline_s.map_or(self.retention, Duration::from_secs);
-        let deadline =
-            id.accepted_at().saturating_add(u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX));
+    /// From acceptance until a result is no longer expected.
+    fn job_lasts(&self) -> Duration {
+        self.waits.get().job_deadline_s.map_or(self.retention, Duration::from_secs)
+    }
+
+    /// `since`: when its time begins, in Unix milliseconds.
+    fn job(&self, order: &Order<'_>, id: JobId, since: UnixMs) -> Result<Job, ApiError> {
+        let lasts = u64::try_from(self.job_lasts().as_millis()).unwrap_or(u64::MAX);
+        let deadline = since.saturating_add(lasts);
         let traceparent = order.call.headers.traceparent.as_ref();
         let traceparent = traceparent.and_then(|v| v.to_str().ok()).filter(|t| is_traceparent(t));
         let (template, request) = (order.template, order.request);

@@ -13,8 +13,9 @@ use crate::config::AuditConf;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 const FAILING: &str = "failing";
@@ -29,6 +30,10 @@ pub struct RowDisk {
     pub(super) failing: Spill,
     pub(super) aside: Spill,
     pub(super) aside_after: Duration,
+    /// The directory of the node, which `dir` stands in.
+    home: PathBuf,
+    /// Rows were given up, and their jobs are to be looked up again.
+    has_lost_rows: AtomicBool,
 }
 
 impl RowDisk {
@@ -41,6 +46,8 @@ impl RowDisk {
             failing: open(&dir.join(FAILING), FAILING_BYTES_MAX, &of.failing)?,
             aside: open(&dir.join(ASIDE), ASIDE_BYTES_MAX, &of.aside)?,
             aside_after: Duration::from_secs(conf.aside_after_s),
+            home: dir.parent().unwrap_or(dir).to_owned(),
+            has_lost_rows: AtomicBool::new(false),
         })
     }
 
@@ -54,9 +61,19 @@ impl RowDisk {
         [&self.waiting, &self.failing].into_iter().flat_map(Spill::late)
     }
 
-    /// See [`Spill::probe`].
+    /// Finds out whether a disk that took no rows takes some again, and whether rows have vanished from it.
     pub fn probe(&self) {
-        [&self.waiting, &self.failing, &self.aside].into_iter().for_each(Spill::probe);
+        let spills = [&self.waiting, &self.failing, &self.aside];
+        spills.into_iter().for_each(Spill::probe);
+        if self.home.is_dir() {
+            let gone: u64 = spills.into_iter().map(Spill::give_up_vanished).sum();
+            self.has_lost_rows.fetch_or(gone > 0, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether rows were given up since the last call.
+    pub(super) fn take_has_lost_rows(&self) -> bool {
+        self.has_lost_rows.swap(false, Ordering::Relaxed)
     }
 
     pub(super) fn is_empty(&self) -> bool {

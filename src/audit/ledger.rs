@@ -269,6 +269,11 @@ impl Ledger {
         self.spilled_jobs().map(|(id, _)| id).collect()
     }
 
+    /// Whether rows have vanished from the disk since the last call.
+    pub fn take_has_lost_rows(&self) -> bool {
+        self.disk.as_ref().is_some_and(|disk| disk.take_has_lost_rows())
+    }
+
     fn spilled_jobs(&self) -> impl Iterator<Item = (JobId, FunctionId)> {
         self.disk.iter().flat_map(|disk| disk.jobs())
     }

@@ -20,11 +20,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A segment that has grown so large is closed, in bytes.
 const SEGMENT_BYTES: u64 = 8 << 20;
 /// The file that shows that there is room.
 const PROBE: &str = "probe";
+/// Segments whose files have been missing for so long, though their disk is there, are given up.
+const GONE_AFTER: Duration = Duration::from_secs(10);
 
 pub struct Spill {
     dir: PathBuf,
@@ -48,6 +51,8 @@ struct State {
     read_at: Option<(u64, u64)>,
     /// Bytes of the rows that were refused last: the disk takes rows again when it has room for so many.
     refused_bytes: u64,
+    /// Since when no file of a segment is there, though there are segments.
+    missing_since: Option<Instant>,
     /// The jobs whose rows are here, but for late ones.
     jobs: HashMap<JobId, FunctionId>,
     /// Those of which late rows were found here at the start.
@@ -149,6 +154,33 @@ impl Spill {
                 self.note(&probed);
             }
         }
+    }
+
+    /// Gives up segments whose files have vanished: a directory was removed, or another disk is in its place. Call it only
+    /// while the directory of the node is there, as without it all may come back. Gives how many rows are gone.
+    pub(super) fn give_up_vanished(&self) -> u64 {
+        let mut state = self.state();
+        let is_missing = |number: &u64| !self.path(*number).exists();
+        // One that is there is replayed first. Which jobs the others hold is known only when they are all that is left.
+        if state.segments.is_empty() || !state.segments.keys().all(is_missing) {
+            state.missing_since = None;
+            return 0;
+        }
+        let since = *state.missing_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < GONE_AFTER {
+            return 0;
+        }
+        let rows = state.rows;
+        let next_number = state.next_number;
+        *state = State { next_number, ..State::default() };
+        self.publish(&state);
+        tracing::error!(
+            dir = %self.dir.display(),
+            rows,
+            "Spilled Rows Gone: their files have vanished. Their jobs are looked up again; if the files come back, \
+             restart the node"
+        );
+        rows
     }
 
     fn try_probe(&self) -> io::Result<()> {
@@ -404,6 +436,32 @@ mod tests {
         assert!(spill.is_empty());
         assert_eq!((spill.metrics.audit.spill.rows.get(), spill.metrics.audit.spill.bytes.get()), (0, 0));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn rows_whose_files_have_vanished_are_given_up_after_a_while() {
+        let dir = tempfile::tempdir().unwrap();
+        let spill = open(&dir.path().join("spool"), 1 << 20);
+        spill.append(&[record(1), record(2)]).unwrap();
+        let long_ago = |spill: &Spill| {
+            let since = &mut spill.state().missing_since;
+            *since = since.map(|at| at.checked_sub(GONE_AFTER).unwrap());
+        };
+        assert_eq!(spill.give_up_vanished(), 0, "they are there");
+        let away = dir.path().join("away");
+        fs::rename(&spill.dir, &away).unwrap();
+        assert_eq!(spill.give_up_vanished(), 0, "they may come back");
+        fs::rename(&away, &spill.dir).unwrap();
+        assert_eq!(spill.give_up_vanished(), 0, "they are back");
+        long_ago(&spill);
+        fs::remove_dir_all(&spill.dir).unwrap();
+        assert_eq!(spill.give_up_vanished(), 0, "they have just vanished");
+        long_ago(&spill);
+        assert_eq!((spill.give_up_vanished(), spill.rows(), spill.jobs()), (2, 0, Vec::new()));
+        assert!(spill.next(1).unwrap().is_none());
+        // A file that comes back in spite of that is not written over.
+        spill.append(&[record(3)]).unwrap();
+        assert_eq!(replay_all(&spill), [record(3).id]);
     }
 
     #[test]

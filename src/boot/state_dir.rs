@@ -179,7 +179,7 @@ impl Claim for StateDir {
         match self.restore() {
             Ok(()) => {
                 self.is_lost.store(false, Ordering::Relaxed);
-                tracing::warn!(%dir, "State Directory Had Vanished And Was Made Again: Rows That Waited In It Are Gone");
+                tracing::warn!(%dir, "State Directory Had Vanished And Was Made Again: Rows That Waited In It May Be Gone");
             }
             Err(e) => {
                 if !self.is_lost.swap(true, Ordering::Relaxed) {

@@ -10,7 +10,7 @@
 //! definitely failed leaves it again. The loop, not the caller, cleans up: a caller may be gone by then.
 
 use super::breaker::Breaker;
-use super::in_flight::InFlight;
+use super::in_flight::{Fate, InFlight};
 use super::journal::NodeJournal;
 use super::shedder::Shedder;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
@@ -76,13 +76,18 @@ struct Pending {
     is_resend: bool,
 }
 
+/// Why a send is given up whose job was lost meanwhile.
+const LOST: &str = "the deadline of the job has passed";
+
 /// Another attempt to send a job, after one whose outcome nobody knows.
 #[derive(Clone, Copy, Debug)]
 pub struct Resend {
     /// When the attempt was claimed, in Unix milliseconds: its time to send begins there.
     pub since: UnixMs,
-    /// The journal holds the job, so the queue may hold it as well.
+    /// The journal holds the job.
     pub is_journaled: bool,
+    /// The queue may hold the job. So it is if the journal does, or if nobody can know what the journal held.
+    pub maybe_sent: bool,
 }
 
 impl Batcher {
@@ -94,14 +99,13 @@ impl Batcher {
         let (done, result) = oneshot::channel();
         let conf = self.conf.get();
         let give_up = Instant::now() + send_time(&job, resend, conf.send_deadline_ms);
-        let is_journaled = resend.is_some_and(|resend| resend.is_journaled);
         let pending = Pending {
             job,
             done,
             give_up,
             attempts: 0,
-            journaled: is_journaled,
-            maybe_sent: is_journaled,
+            journaled: resend.is_some_and(|resend| resend.is_journaled),
+            maybe_sent: resend.is_some_and(|resend| resend.maybe_sent),
             is_resend: resend.is_some(),
         };
         // Counted here and not by the channel, whose bound could not change while it is in use.
@@ -332,8 +336,15 @@ impl BatchSender {
         let functions = batch.iter().map(|pending| pending.job.function.clone()).collect();
         let mut tried = Tried { functions, again: Vec::new() };
         // The result of a job that is sent again may have come meanwhile: an answer was late, not the send.
-        let (mut batch, ended): (Vec<_>, Vec<_>) = batch.into_iter().partition(|p| self.is_awaited(p));
-        ended.into_iter().for_each(|pending| self.sent(pending));
+        let mut awaited = Vec::with_capacity(batch.len());
+        for pending in batch {
+            match self.fate(&pending) {
+                Fate::Awaited => awaited.push(pending),
+                Fate::HasResult => self.sent(pending),
+                Fate::Lost => self.give_up_lost(pending),
+            }
+        }
+        let mut batch = awaited;
         if batch.is_empty() {
             return tried;
         }
@@ -370,8 +381,8 @@ impl BatchSender {
         Ok(())
     }
 
-    fn is_awaited(&self, pending: &Pending) -> bool {
-        self.in_flight.awaited(pending.job.id).is_some()
+    fn fate(&self, pending: &Pending) -> Fate {
+        self.in_flight.fate(pending.job.id)
     }
 
     fn sent(&self, pending: Pending) {
@@ -385,10 +396,14 @@ impl BatchSender {
     /// The job back if it is to be sent again.
     fn after_try(&self, mut pending: Pending, result: Result<(), SendError>) -> Option<Pending> {
         pending.attempts += 1;
-        let error = match result {
+        let error = match (result, self.fate(&pending)) {
+            (Err(e), Fate::Awaited) => e,
+            (Err(_), Fate::Lost) => {
+                self.give_up_lost(pending);
+                return None;
+            }
             // A result proves that the queue had the job, whatever it answered.
-            Err(e) if self.is_awaited(&pending) => e,
-            _ => {
+            (Ok(()), _) | (Err(_), Fate::HasResult) => {
                 self.sent(pending);
                 return None;
             }
@@ -402,6 +417,11 @@ impl BatchSender {
         }
         self.give_up(pending, &error);
         None
+    }
+
+    /// Ends the tries of a job that was lost meanwhile, and has its row.
+    fn give_up_lost(&self, pending: Pending) {
+        self.give_up(Pending { maybe_sent: true, ..pending }, &SendError::Unknown(LOST.into()));
     }
 
     /// Ends a job that was not sent, as far as is known.
@@ -457,7 +477,7 @@ mod tests {
     use crate::backend::{Ended, Journal, JournalEntry, QueueTraits};
     use crate::config::Conf;
     use crate::dispatch::Held;
-    use crate::model::{IdempotencyKey, JobId, NodeId};
+    use crate::model::{IdempotencyKey, JobId, NodeId, Outcome};
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -695,14 +715,16 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_keyed_job_is_kept_until_its_key_is_released() {
         let not_sent = vec![Err(SendError::NotSent("x".into())); 100];
-        let again = |is_journaled| Some(Resend { since: now_ms(), is_journaled });
+        let again = |is_journaled| {
+            Some(Resend { since: now_ms(), is_journaled, maybe_sent: is_journaled })
+        };
         for (resend, script, told, is_unconfirmed) in [
             (None, &not_sent[..], Err(SubmitError::Unavailable), false),
             (again(false), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &[], Ok(()), false),
             // It is over: the process was frozen since it was claimed.
-            (Some(Resend { since: 1, is_journaled: true }), &[], Err(SubmitError::Unknown), true),
+            (Some(Resend { since: 1, is_journaled: true, maybe_sent: true }), &[], Err(SubmitError::Unknown), true),
         ] {
             let (house, run) = house(ScriptedQueue::new(false, script), SetJournal::default());
             let work = async {
@@ -726,6 +748,25 @@ mod tests {
                 assert_eq!(sending.await.unwrap(), told, "{resend:?}");
                 house.leaves.clear().await;
                 assert_eq!(house.in_flight.is_unconfirmed(id), Some(is_unconfirmed), "{resend:?}");
+                drop(house);
+            };
+            tokio::join!(run, work);
+        }
+    }
+
+    /// Its deadline says nothing of the queue: nobody may be told that the queue has it.
+    #[tokio::test(start_paused = true)]
+    async fn a_job_that_is_lost_while_it_is_sent_is_not_sent() {
+        let failed = Err(SendError::NotSent("throttled".into()));
+        for lost_after_ms in [4, 12] {
+            let (house, run) = house(ScriptedQueue::new(false, &[failed.clone()]), SetJournal::default());
+            let work = async {
+                let id = JobId::new(NodeId(1), 1, 7);
+                let sending = house.send(7, "f", 1);
+                tokio::time::sleep(Duration::from_millis(lost_after_ms)).await;
+                house.in_flight.settle(id, Outcome::lost(true));
+                house.in_flight.remember(id, FunctionId::parse("f").unwrap());
+                assert_eq!(sending.await.unwrap(), Err(SubmitError::Unknown));
                 drop(house);
             };
             tokio::join!(run, work);

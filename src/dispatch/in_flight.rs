@@ -108,6 +108,13 @@ pub enum Joined {
     Unknown,
 }
 
+/// See [`InFlight::enter_again`].
+pub struct EnteredAgain {
+    /// The job was not in the table.
+    pub is_new: bool,
+    pub waiter: Option<Waiter>,
+}
+
 /// What [`InFlight::settle`] did.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Settled {
@@ -243,7 +250,7 @@ impl InFlight {
 
     /// Enters a job that is to be sent again, together with one who waits for it if `waits`. The job may be here
     /// already, and may belong to another node. It holds no place under a cap: it was admitted before.
-    pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<Option<Waiter>, Full> {
+    pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<EnteredAgain, Full> {
         let (sender, receiver) = oneshot::channel();
         let waiters = if waits { vec![sender] } else { Vec::new() };
         let is_new = match self.jobs.entry(job.id) {
@@ -266,13 +273,24 @@ impl InFlight {
         if is_new {
             self.count_one_more();
         }
-        Ok(waits.then(|| self.waiter(job.id, receiver)))
+        Ok(EnteredAgain { is_new, waiter: waits.then(|| self.waiter(job.id, receiver)) })
     }
 
     /// Notes what became of the send of a job: it was confirmed, or nobody can know.
     pub fn note_send(&self, id: JobId, is_confirmed: bool) {
         if let Some(mut entry) = self.jobs.get_mut(&id) {
             (entry.unconfirmed, entry.resending) = (!is_confirmed, false);
+        }
+    }
+
+    /// What is known of a job whose send failed or was not answered.
+    pub fn fate(&self, id: JobId) -> Fate {
+        if self.awaited(id).is_some() {
+            Fate::Awaited
+        } else if self.given_up.contains(id) || self.recent.get(id).is_some_and(|outcome| outcome.is_lost()) {
+            Fate::Lost
+        } else {
+            Fate::HasResult
         }
     }
 
@@ -361,7 +379,7 @@ impl InFlight {
 
     fn waiter(self: &Arc<Self>, id: JobId, receiver: oneshot::Receiver<Outcome>) -> Waiter {
         self.metrics.waiters.inc();
-        Waiter { id, receiver, table: Arc::clone(self) }
+        Waiter { id, receiver: Some(receiver), table: Arc::clone(self) }
     }
 
     /// Takes a result: answers those who wait, and says whether a row is due.
@@ -508,24 +526,37 @@ pub struct Awaited {
     pub waited_for: bool,
 }
 
+/// See [`InFlight::fate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    Awaited,
+    /// It has a result, which proves that the queue had the job.
+    HasResult,
+    /// Its deadline has passed without a result, which says nothing of the queue.
+    Lost,
+}
+
 /// One who waits for a result. Dropping it frees its place.
 pub struct Waiter {
     id: JobId,
-    receiver: oneshot::Receiver<Outcome>,
+    /// `None`: it has been heard, or nothing will be.
+    receiver: Option<oneshot::Receiver<Outcome>>,
     table: Arc<InFlight>,
 }
 
 impl Waiter {
-    /// The result. `None` if the job was given up (it never reached the queue). May be called again after
-    /// having been cancelled.
+    /// The result. `None`: the job was given up (it never reached the queue), or this waiter found no place. May be
+    /// called again after having been cancelled, and after a `None`.
     pub async fn outcome(&mut self) -> Option<Outcome> {
-        (&mut self.receiver).await.ok()
+        let outcome = self.receiver.as_mut()?.await.ok();
+        self.receiver = None;
+        outcome
     }
 }
 
 impl Drop for Waiter {
     fn drop(&mut self) {
-        self.receiver.close();
+        self.receiver.iter_mut().for_each(oneshot::Receiver::close);
         self.table.leave(self.id);
         self.table.metrics.waiters.dec();
     }
@@ -627,6 +658,19 @@ mod tests {
         assert_eq!(waiter.outcome().await, Some(outcome("a")));
         let Joined::Settled(again) = table.join(job(1).id) else { panic!("settled") };
         assert_eq!(again, outcome("a"));
+    }
+
+    /// As a request does that first waits for the queue and then for the result.
+    #[tokio::test]
+    async fn a_waiter_without_a_place_may_ask_twice() {
+        let table = table(10, 1000);
+        table.enter(&job(1), Held::new()).unwrap();
+        let _others: Vec<Joined> = (0..WAITERS_PER_JOB_MAX).map(|_| table.join(job(1).id)).collect();
+        let mut crowded = table.enter_again(&job(1), true).unwrap().waiter.unwrap();
+        assert_eq!((crowded.outcome().await, crowded.outcome().await), (None, None));
+        table.settle(job(1).id, outcome("a"));
+        let mut late = table.enter_again(&job(1), true).unwrap().waiter.unwrap();
+        assert_eq!((late.outcome().await, late.outcome().await), (None, None));
     }
 
     #[tokio::test]

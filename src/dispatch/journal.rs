@@ -38,6 +38,11 @@ impl NodeJournal {
         self.leaves().extend_from_slice(ids);
     }
 
+    /// Takes a job out at once.
+    pub async fn leave_now(&self, id: JobId) -> Result<(), BackendError> {
+        self.store.leave(&[id]).await
+    }
+
     /// Takes out what is to leave. What the backend does not take stays for the next time, and so does everything
     /// where this is broken off. One caller at a time.
     pub async fn clear(&self) {

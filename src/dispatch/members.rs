@@ -141,7 +141,7 @@ impl Members {
             }
             self.standing_since = Some(asked);
         }
-        if is_contested {
+        if is_contested || self.ledger.take_has_lost_rows() {
             self.read_own_soon(asked + LOOK_TWICE);
         }
         self.mend(store, self.node).await?;
@@ -172,7 +172,8 @@ impl Members {
         self.read_own_at = Some(self.read_own_at.map_or(at, |planned| planned.min(at)));
     }
 
-    /// Goes on with jobs in this node's own journal that another process with its id has entered.
+    /// Goes on with jobs in this node's own journal that it does not know: another process has entered them, or their rows
+    /// were lost with their disk.
     async fn look_for_strangers(&mut self) -> Result<(), BackendError> {
         if self.read_own_at.is_none_or(|at| at > Instant::now()) {
             return Ok(());
@@ -187,7 +188,7 @@ impl Members {
         let (known, new): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| seen.contains(&entry.id));
         let jobs = self.restore(&known, self.settler.in_flight.room() / 2);
         if jobs > 0 {
-            tracing::warn!(node = %self.node, jobs, "Jobs Of Another Process With This Node Id Taken Over");
+            tracing::warn!(node = %self.node, jobs, "Unknown Jobs In The Journal Of This Node Taken Over");
         }
         // Those without room stay strangers, and so do those whose rows wait on this node's disk: they leave
         // by themselves.

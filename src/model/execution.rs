@@ -188,8 +188,8 @@ impl Ending {
     /// Without a result.
     fn lost(is_unconfirmed: bool) -> Self {
         let message = if is_unconfirmed {
-            "unconfirmed: the process that accepted the job ended, or its queue did not answer, before the queue \
-             confirmed the job; no result arrived before the deadline of the job"
+            "unconfirmed: the process that accepted the job ended, or the queue did not answer it, so it is not \
+             known whether the queue had the job; no result arrived before the deadline of the job"
         } else {
             "no result arrived before the deadline of the job"
         };

@@ -50,7 +50,12 @@ impl Outcome {
         Self::new(Bytes::from_static(if is_unconfirmed { LOST_UNCONFIRMED } else { LOST }))
     }
 
-    /// Whether it stands for a job that nobody knows the queue ever had.
+    /// Whether it stands for a job that had no result at its deadline.
+    pub fn is_lost(&self) -> bool {
+        self.published == LOST || self.is_unconfirmed()
+    }
+
+    /// Whether it stands for such a job, and nobody knows that the queue ever had it.
     pub fn is_unconfirmed(&self) -> bool {
         self.published == LOST_UNCONFIRMED
     }

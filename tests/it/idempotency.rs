@@ -123,10 +123,12 @@ async fn the_result_outlives_the_workers_copy() {
     platform.finish().await;
 }
 
-/// The node dies when the key is claimed and nothing is sent.
+/// The node dies when the key is claimed and nothing is sent. When that can be known the job is past its deadline: it is
+/// sent with a new one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_claim_of_a_dead_node_is_taken_over() {
-    let conf = Conf { limits: "[batch]\nsend_deadline_ms = 3000\n".into(), ..Conf::default() };
+    let limits = "[waits]\njob_deadline_s = 7\n[batch]\nsend_deadline_ms = 3000\n".into();
+    let conf = Conf { limits, ..Conf::default() };
     let platform = Setup::serve().conf(conf).start().await;
     let link = Link::to(&platform.fleet().redis).await;
     let doomed = platform.fleet().start_gateway_with(&[("REDIS_URL".into(), link.url())]).await;
@@ -208,10 +210,30 @@ async fn who_repeats_an_unconfirmed_run_is_answered_as_the_first() {
     platform.finish().await;
 }
 
+/// A client that has left does not end the book-keeping of its key, and nor does the end of the node.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_stops_leaves_no_job_that_was_not_sent() {
+    let platform = Setup::serve().policy(Policy::Fail(1)).conf(send_deadline(2000)).start().await;
+    let proxy = platform.fleet().proxy.as_ref().expect("asked for");
+    proxy.fail(Faults { entries: 100, ..Faults::default() });
+    for key in ["left-1", "left-2", "left-3"] {
+        let leaving = platform.fleet().start_gateway().await;
+        let run = keyed(&leaving, key, &json!({ "token": "x" })).header("x-async", "true");
+        let client = spawn(async move { run.try_send().await.is_ok() });
+        journaled_job(&platform).await;
+        client.abort();
+        leaving.stop().await;
+        assert_eq!(platform.fleet().cloud.claims().await, 0, "the key is free");
+        let journals = platform.fleet().redis.command(&[b"KEYS", b"inflight:{*"]).await;
+        assert_eq!(journals, Reply::Array(Vec::new()));
+    }
+    platform.finish().await;
+}
+
 /// The node dies when its job is in the journal, and nobody knows whether the queue has it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unconfirmed_job_of_a_dead_node_is_sent_again_under_its_id() {
-    let platform = Setup::serve().policy(Policy::Fail(1)).conf(send_deadline(4000)).start().await;
+    let platform = Setup::serve().policy(Policy::Fail(1)).conf(send_deadline(6000)).start().await;
     let proxy = platform.fleet().proxy.as_ref().expect("asked for");
     for is_async in ["true", "false"] {
         let doomed = platform.fleet().start_gateway().await;
@@ -248,7 +270,7 @@ async fn an_unconfirmed_job_of_a_dead_node_is_sent_again_under_its_id() {
 /// A job without a key whose node died before the queue confirmed it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unconfirmed_job_is_said_to_be_that() {
-    let limits = "limit = []\n[waits]\njob_deadline_s = 15\n[batch]\nsend_deadline_ms = 4000\n".into();
+    let limits = "limit = []\n[waits]\njob_deadline_s = 16\n[batch]\nsend_deadline_ms = 8000\n".into();
     let server = "[fleet]\nlease_s = 2\n".into();
     let conf = Conf { limits, server, ..Conf::default() };
     let platform = Setup::serve().policy(Policy::Fail(1)).conf(conf).start().await;

@@ -36,10 +36,12 @@ pub(super) struct RedisJournal {
     standing: Script,
 }
 
-/// KEYS: the journal of a node, the mark that it is whole, who has adopted the node. ARGV: a job, and when it was accepted in Unix
-/// milliseconds. Answer: 0 if the journal does not hold it; 1; 2 if the process that accepted it is gone.
-const STANDING: &str = "if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
-local started = tonumber(redis.call('GET', KEYS[2]) or '') or 0
+/// KEYS: the journal of a node, the mark that it is whole, who has adopted the node. ARGV: a job, and when it was accepted
+/// in Unix milliseconds. Answer: 0 if the journal does not hold it, 3 if it does not and is not whole; 1 if it does; 2 if
+/// the process that accepted it is gone.
+const STANDING: &str = "local mark = redis.call('GET', KEYS[2])
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return mark and 0 or 3 end
+local started = tonumber(mark or '') or 0
 if redis.call('EXISTS', KEYS[3]) == 1 or tonumber(ARGV[2]) < started then return 2 end
 return 1";
 
@@ -217,7 +219,8 @@ impl Journal for RedisJournal {
         Ok(match standing {
             0 => Standing::Absent,
             1 => Standing::Held,
-            _ => Standing::Left,
+            2 => Standing::Left,
+            _ => Standing::Unknown,
         })
     }
 

@@ -51,8 +51,8 @@ pub struct Metrics {
     /// `late`.
     pub results: IntCounterVec,
     pub results_settled: IntCounter,
-    /// Requests with an idempotency key, by `outcome`: `new`, `repeated`, `reused` (refused), `taken_over` (the job was in
-    /// no journal), `sent_again` (the outcome of its send is unknown: there may be a second message).
+    /// Requests with an idempotency key, by `outcome`: `new`, `repeated`, `reused` (refused), `taken_over` (the job was
+    /// certainly never sent), `sent_again` (the outcome of its send is unknown: there may be a second message).
     pub idempotency: IntCounterVec,
     /// Jobs whose result was found by a look-up, not by publication.
     pub results_looked_up: IntCounter,

@@ -92,7 +92,7 @@ fn kept_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
     let path = dir.join(KEY_FILE);
     let read = FileReader::new(KEY_READ_MAX).read(&path).and_then(|bytes| bytes.map(text).transpose());
     let kept = read.map_err(|e| StartProblem {
-        what: format!("the API key of this directory, {},", path.display()),
+        what: format!("the API key in {}", path.display()),
         error: BackendError::Invalid(e.to_string()),
         mend: "Make it a file that this user may read, move it away (a new key is made then), or set \
                INFRA_API_KEY."

@@ -97,6 +97,16 @@ fn nobody_waits(other_ports: &[u16]) {
 }
 
 /// A socket for each wanted endpoint, or why there is none.
+/// What helps against an address that cannot be bound.
+fn bind_advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "Free the port, or set another one.",
+        io::ErrorKind::AddrNotAvailable => "Name an address of this machine.",
+        io::ErrorKind::PermissionDenied => "Set a port above 1023, or let the process bind such ports.",
+        _ => "Mend the cause; if it is the limit of open files, raise it (ulimit -n, LimitNOFILE=).",
+    }
+}
+
 fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) -> Result<Vec<Socket>, String> {
     let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
     let held: io::Result<Vec<Endpoint>> = inherited.iter().map(endpoint_of).collect();
@@ -108,9 +118,7 @@ fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) ->
         let beside: Vec<usize> = (0..held.len()).filter(|at| held[*at].overlaps(*endpoint)).collect();
         let sockets: Vec<&TcpListener> = beside.iter().map(|at| &inherited[*at]).collect();
         let listener = bind(*endpoint, &sockets).map_err(|e| match beside.first() {
-            None => {
-                format!("cannot listen on {endpoint}: {e}. Free the port, or set another one.")
-            }
+            None => format!("cannot listen on {endpoint}: {e}. {}", bind_advice(&e)),
             Some(at) => format!(
                 "cannot listen on {endpoint} while the running process listens on {}: {e}. Nothing was taken over. \
                  Stop that process and start this one without --upgrade, or set another port.",

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 /// Of a time without a table.
 const ROWS: usize = 3;
 
+const FAILING: &str = "infra_audit_failing_rows";
+
 async fn health(gateway: &Gateway) -> Value {
     gateway.anonymous("GET", "/health").send().await.json()
 }
@@ -89,6 +91,8 @@ async fn a_state_dir_that_was_away_is_used_again() {
         .await;
     proxy.fail(Faults::default());
     wait_for_health(gateway, "health", |health| health["status"] == "OK").await;
+    // A row that was written beside others may count as one that fails.
+    gateway.wait_for_metric(FAILING, 0.0).await;
 
     // Parts of it are gone for good.
     let node = node_dir(&state);
@@ -108,6 +112,19 @@ async fn a_state_dir_that_was_away_is_used_again() {
         .await;
     proxy.fail(Faults::default());
     wait_for_health(gateway, "health again", |health| health["status"] == "OK").await;
+    gateway.wait_for_metric(FAILING, 0.0).await;
+
+    // And with rows in it: their results are still where the worker stored them.
+    proxy.fail(Faults { tables_away: 100, ..Faults::default() });
+    for n in 0..ROWS {
+        ids.push(gateway.run_async(HELLO, &json!(n)).await);
+    }
+    wait_for_health(gateway, "rows on the disk once more", |health| health["checks"]["spill"]["rows"] == ROWS)
+        .await;
+    std::fs::remove_dir_all(&node).expect("it is there");
+    proxy.fail(Faults::default());
+    gateway.until_printed("Spilled Rows Gone").await;
+    wait_for_health(gateway, "health in the end", |health| health["status"] == "OK").await;
     platform.fleet().cloud.wait_for_rows(HELLO, 1 + ids.len()).await;
     platform.finish().await;
 }

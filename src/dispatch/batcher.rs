@@ -715,16 +715,19 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_keyed_job_is_kept_until_its_key_is_released() {
         let not_sent = vec![Err(SendError::NotSent("x".into())); 100];
-        let again = |is_journaled| {
-            Some(Resend { since: now_ms(), is_journaled, maybe_sent: is_journaled })
-        };
+        let again = |is_journaled| Some(Resend { since: now_ms(), is_journaled, maybe_sent: is_journaled });
         for (resend, script, told, is_unconfirmed) in [
             (None, &not_sent[..], Err(SubmitError::Unavailable), false),
             (again(false), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &[], Ok(()), false),
             // It is over: the process was frozen since it was claimed.
-            (Some(Resend { since: 1, is_journaled: true, maybe_sent: true }), &[], Err(SubmitError::Unknown), true),
+            (
+                Some(Resend { since: 1, is_journaled: true, maybe_sent: true }),
+                &[],
+                Err(SubmitError::Unknown),
+                true,
+            ),
         ] {
             let (house, run) = house(ScriptedQueue::new(false, script), SetJournal::default());
             let work = async {

@@ -119,8 +119,10 @@ async fn a_state_dir_that_was_away_is_used_again() {
     for n in 0..ROWS {
         ids.push(gateway.run_async(HELLO, &json!(n)).await);
     }
-    wait_for_health(gateway, "rows on the disk once more", |health| health["checks"]["spill"]["rows"] == ROWS)
-        .await;
+    wait_for_health(gateway, "rows on the disk once more", |health| {
+        health["checks"]["spill"]["rows"] == ROWS
+    })
+    .await;
     std::fs::remove_dir_all(&node).expect("it is there");
     proxy.fail(Faults::default());
     gateway.until_printed("Spilled Rows Gone").await;

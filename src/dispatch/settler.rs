@@ -74,22 +74,22 @@ impl Settler {
     /// Takes a result from wherever it came: answers those who wait, and hands the row to the audit.
     pub fn settle(&self, id: JobId, outcome: Outcome) {
         // Read before it is handed on: those who wait then need not read it again.
-        let (outcome, (ending, recommendation)) =
-            outcome.into_read(|fields| (Ending::of(fields), Recommendation::of(id, fields)));
+        let (outcome, (ending, exit_code, recommendation)) = outcome
+            .into_read(|fields| (Ending::of(fields), fields.exit_code, Recommendation::of(id, fields)));
         match self.in_flight.settle(id, outcome) {
             Settled::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
             Settled::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
             Settled::First(function, kept) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
-                if self.record(id, row, recommendation, kept) {
+                if self.record(id, row, exit_code, recommendation, kept) {
                     self.metrics.results_settled.inc();
                 }
             }
             Settled::Late(function) => {
                 let row = Execution::ended(id, function.clone(), ending);
                 log_execution(id, &row);
-                if self.record(id, row, recommendation, None) {
+                if self.record(id, row, exit_code, recommendation, None) {
                     self.metrics.results.with_label_values(&["late"]).inc();
                 } else {
                     self.remember(id, function);
@@ -103,10 +103,11 @@ impl Settler {
         &self,
         id: JobId,
         row: Execution,
+        exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
         kept: Option<Box<Kept>>,
     ) -> bool {
-        if self.audit.record(id, row, recommendation, kept).is_ok() {
+        if self.audit.record(id, row, exit_code, recommendation, kept).is_ok() {
             return true;
         }
         // Full means that the log table does not keep up. The stored result outlives the jam: look again later.
@@ -127,7 +128,8 @@ impl Settler {
         // Not kept with the key of its request: whoever repeats that sees the row, and a late result in it.
         if let Settled::First(function, _) = self.in_flight.settle(id, lost) {
             tracing::warn!(requestId = %id, functionId = %function, unconfirmed = is_unconfirmed, "Job Lost");
-            if self.record(id, Execution::lost(id, function.clone(), is_unconfirmed), None, None) {
+            let row = Execution::lost(id, function.clone(), is_unconfirmed);
+            if self.record(id, row, None, None, None) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
                 self.in_flight.remember(id, function);
             }

@@ -42,11 +42,11 @@ where
 {
     fn format_event(&self, _: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let level = match *event.metadata().level() {
-            Level::ERROR => "error",
-            Level::WARN => "warn",
-            Level::INFO => "info",
-            Level::DEBUG => "debug",
-            Level::TRACE => "trace",
+            Level::ERROR => "ERROR",
+            Level::WARN => "WARN",
+            Level::INFO => "INFO",
+            Level::DEBUG => "DEBUG",
+            Level::TRACE => "TRACE",
         };
         out.write_str("{\"level\":\"")?;
         out.write_str(level)?;
@@ -168,6 +168,24 @@ mod tests {
     }
 
     #[test]
+    fn levels_are_in_capitals() {
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let subscriber = tracing_subscriber::fmt().with_max_level(Level::TRACE);
+        let subscriber = subscriber.with_writer(move || writer.clone()).event_format(Json).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::error!("x");
+            tracing::warn!("x");
+            tracing::info!("x");
+            tracing::debug!("x");
+            tracing::trace!("x");
+        });
+        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        let levels: Vec<&str> = text.lines().map(|line| line.split('"').nth(3).unwrap_or(line)).collect();
+        assert_eq!(levels, ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"]);
+    }
+
+    #[test]
     fn level_and_msg_come_first() {
         let sink = Sink::default();
         let writer = sink.clone();
@@ -179,7 +197,7 @@ mod tests {
         });
         let line = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
         assert!(
-            line.starts_with("{\"level\":\"info\",\"msg\":\"Execution \\\"7\\\"\",\"time\":\""),
+            line.starts_with("{\"level\":\"INFO\",\"msg\":\"Execution \\\"7\\\"\",\"time\":\""),
             "{line}"
         );
         let fields = ",\"requestId\":\"a\\\"b\\\\c\\n\\u0001\u{e4}\",\"duration\":1.5,\"whole\":2.0,\"n\":3,\"ok\":true,\"shown\":\"x\\\"\",\"none\":null}\n";

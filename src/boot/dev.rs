@@ -36,8 +36,8 @@ pub fn dev(args: DevArgs) -> Exit {
     if let Some(problem) = api_key_problem(api_key.reveal()) {
         return refuse(&ConfigError(vec![problem.to_owned()]));
     }
-    let ai_node = match AiNode::from_process() {
-        Ok(ai_node) => ai_node,
+    let (ai_node, warnings) = match AiNode::from_process() {
+        Ok(read) => read,
         Err(problem) => return refuse(&problem),
     };
     let banner = format!(
@@ -45,7 +45,7 @@ pub fn dev(args: DevArgs) -> Exit {
         std::net::SocketAddr::new(conf.listen.address, 0).to_string().replace(":0", ":{port}"),
         args.data_dir.display(),
     );
-    let connect = Box::new(move || Box::pin(open(args.data_dir)) as _);
+    let connect = Box::new(move || Box::pin(open(args.data_dir, warnings)) as _);
     let settings = Settings {
         conf,
         source,
@@ -61,7 +61,7 @@ pub fn dev(args: DevArgs) -> Exit {
     node::run(Plan { settings, connect })
 }
 
-async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
+async fn open(dir: PathBuf, warnings: Vec<String>) -> Result<Connected, Vec<StartProblem>> {
     let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
     let spool_dir = embedded::swept(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
     let worker = opened.worker;
@@ -73,7 +73,7 @@ async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
         spill_dir: None,
         extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
         claim: None,
-        warnings: Vec::new(),
+        warnings,
     })
 }
 

@@ -22,7 +22,7 @@ pub struct ServeArgs {
 pub fn serve(args: &ServeArgs) -> Exit {
     match told(args) {
         Ok(Told { env, source, texts, conf }) => {
-            let (port, api_key, ai_node) = (env.port, env.api_key.clone(), env.ai_node.clone());
+            let (port, api_key, ai_node) = (env.port, env.api_key.clone(), Some(env.ai_node.clone()));
             let start = Duration::from_secs(conf.start.deadline_s);
             let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
@@ -55,7 +55,7 @@ pub fn check(args: &ServeArgs) -> Exit {
     let checked = runtime.block_on(aws::connect(settings(&env, ProcessToken(rand::random()), start)));
     match checked {
         Ok(connected) => {
-            for warning in connected.warnings {
+            for warning in env.warnings.into_iter().chain(connected.warnings) {
                 println!("warning: {warning}");
             }
             println!("configuration, credentials, queue, tables and Redis are in order");
@@ -101,7 +101,7 @@ async fn connect(env: Env, start: Duration, lease: Duration) -> Result<Connected
     let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
     Ok(Connected {
         node: state.node,
-        warnings: connected.warnings.clone(),
+        warnings: [env.warnings, connected.warnings.clone()].concat(),
         backend: connected.backend(state.node),
         bucket: env.bucket,
         spool_dir,

@@ -46,7 +46,9 @@ pub struct Env {
     pub sqs_endpoint: Option<String>,
     pub dynamodb_endpoint: Option<String>,
     pub s3_endpoint: Option<String>,
-    pub ai_node: Option<AiNode>,
+    pub ai_node: AiNode,
+    /// What was read otherwise than it may have been meant.
+    pub warnings: Vec<String>,
 }
 
 /// The node whose models are the catalogue.
@@ -58,16 +60,25 @@ pub struct AiNode {
 }
 
 impl AiNode {
-    const TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+    /// Where it is in the platform's own network: the old controller asked there unless told otherwise.
+    const URL_DEFAULT: &str = "http://10.0.20.100:11434";
+    const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
-    /// Reads the process environment, for a node that needs nothing else of it.
-    pub fn from_process() -> Result<Option<Self>, ConfigError> {
+    /// Reads the process environment, for a node that needs nothing else of it and stands in no such network: without
+    /// an address there is none. With it, what is to be warned of.
+    pub fn from_process() -> Result<(Option<Self>, Vec<String>), ConfigError> {
         let names = ["AI_NODE_URL", "AI_NODE_TIMEOUT"];
         let vars =
             names.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect();
-        let mut reader = Reader { vars: &vars, missing: Vec::new(), problems: Vec::new() };
-        let ai_node = reader.ai_node();
-        if reader.problems.is_empty() { Ok(ai_node) } else { Err(ConfigError(reader.problems)) }
+        let mut reader = Reader::new(&vars);
+        let (url, timeout) = (reader.endpoint("AI_NODE_URL"), reader.ai_node_timeout());
+        let Reader { problems, warnings, .. } = reader;
+        let ai_node = url.map(|url| Self::new(&url, timeout));
+        if problems.is_empty() { Ok((ai_node, warnings)) } else { Err(ConfigError(problems)) }
+    }
+
+    fn new(url: &str, timeout: Duration) -> Self {
+        Self { url: Secret::new(url.trim_end_matches('/').to_owned()), timeout }
     }
 }
 
@@ -93,8 +104,8 @@ impl Env {
 
     /// All problems at once; the first line names every missing variable.
     pub fn parse(vars: &HashMap<String, String>) -> Result<Self, ConfigError> {
-        let mut reader = Reader { vars, missing: Vec::new(), problems: Vec::new() };
-        let env = Self {
+        let mut reader = Reader::new(vars);
+        let mut env = Self {
             port: reader.parsed("PORT").unwrap_or(PORT_DEFAULT),
             region: reader.required("AWS_REGION"),
             functions_table: reader.required("TABLE_NAME"),
@@ -109,6 +120,7 @@ impl Env {
             dynamodb_endpoint: reader.endpoint("DYNAMODB_ENDPOINT"),
             s3_endpoint: reader.endpoint("S3_ENDPOINT"),
             ai_node: reader.ai_node(),
+            warnings: Vec::new(),
         };
         // The SDK reads these itself, but would only fail to connect when one is malformed.
         for name in
@@ -116,7 +128,8 @@ impl Env {
         {
             reader.endpoint(name);
         }
-        let Reader { missing, mut problems, .. } = reader;
+        let Reader { missing, mut problems, warnings, .. } = reader;
+        env.warnings = warnings;
         if !missing.is_empty() {
             problems.insert(0, format!("missing environment variables: {}", missing.join(", ")));
         }
@@ -128,9 +141,14 @@ struct Reader<'a> {
     vars: &'a HashMap<String, String>,
     missing: Vec<&'static str>,
     problems: Vec<String>,
+    warnings: Vec<String>,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    fn new(vars: &'a HashMap<String, String>) -> Self {
+        Self { vars, missing: Vec::new(), problems: Vec::new(), warnings: Vec::new() }
+    }
+
     /// An empty variable is an unset one, as in the old controller.
     fn optional(&self, name: &str) -> Option<String> {
         self.vars.get(name).map(|v| v.trim()).filter(|v| !v.is_empty()).map(str::to_owned)
@@ -152,6 +170,22 @@ impl Reader<'_> {
         value
     }
 
+    /// A number as the old controller read it: by its leading digits, so `100/min` is 100. What follows them is warned
+    /// of. Numbers that the old controller did not read, ports among them, are [`Self::parsed`].
+    fn leading_digits<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
+        let text = self.optional(name)?;
+        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let Ok(value) = text[..digits].parse() else { return self.parsed(name) };
+        if digits < text.len() {
+            let (read, unit) =
+                (&text[..digits], if name == "RATE_LIMIT" { "requests a minute" } else { "ms" });
+            let warning =
+                format!("{name} is {text:?} and is read as {read} ({unit}): set it to a number alone");
+            self.warnings.push(warning);
+        }
+        Some(value)
+    }
+
     fn url(&mut self, name: &'static str) -> String {
         self.required(name);
         self.endpoint(name).unwrap_or_default()
@@ -165,13 +199,14 @@ impl Reader<'_> {
         Some(url)
     }
 
-    fn ai_node(&mut self) -> Option<AiNode> {
-        let timeout_ms: Option<u64> = self.parsed("AI_NODE_TIMEOUT");
-        let url = self.endpoint("AI_NODE_URL")?;
-        Some(AiNode {
-            url: Secret::new(url.trim_end_matches('/').to_owned()),
-            timeout: timeout_ms.map_or(AiNode::TIMEOUT_DEFAULT, Duration::from_millis),
-        })
+    fn ai_node(&mut self) -> AiNode {
+        let url = self.endpoint("AI_NODE_URL");
+        AiNode::new(url.as_deref().unwrap_or(AiNode::URL_DEFAULT), self.ai_node_timeout())
+    }
+
+    fn ai_node_timeout(&mut self) -> Duration {
+        let timeout_ms = self.leading_digits("AI_NODE_TIMEOUT");
+        timeout_ms.map_or(AiNode::TIMEOUT_DEFAULT, Duration::from_millis)
     }
 
     fn redis(&mut self) -> Secret {
@@ -200,7 +235,7 @@ impl Reader<'_> {
     }
 
     fn rate_limit(&mut self) -> Option<u32> {
-        let rate = self.parsed("RATE_LIMIT")?;
+        let rate = self.leading_digits("RATE_LIMIT")?;
         if rate == 0 {
             self.problems.push("RATE_LIMIT is 0, which would refuse every request".to_owned());
         }
@@ -238,6 +273,50 @@ mod tests {
     }
 
     #[test]
+    fn numbers_are_read_by_their_leading_digits_and_a_rest_is_warned_of() {
+        for (name, value, read, is_warned) in [
+            ("RATE_LIMIT", "100", 100, false),
+            ("RATE_LIMIT", "100/min", 100, true),
+            ("RATE_LIMIT", " 3000 per minute ", 3000, true),
+            ("RATE_LIMIT", "1e3", 1, true),
+            ("RATE_LIMIT", "50.5", 50, true),
+            ("RATE_LIMIT", "+7", 7, false),
+            ("AI_NODE_TIMEOUT", "2000ms", 2000, true),
+            ("AI_NODE_TIMEOUT", "1500", 1500, false),
+        ] {
+            let env = parse(&[(name, value)]).unwrap_or_else(|e| panic!("{name}={value}: {e}"));
+            let found = if name == "RATE_LIMIT" {
+                env.rate_limit.map(u128::from)
+            } else {
+                Some(env.ai_node.timeout.as_millis())
+            };
+            assert_eq!(found, Some(read), "{name}={value}");
+            let warned = env.warnings.iter().filter(|warning| {
+                warning.contains(name)
+                    && warning.contains(value.trim())
+                    && warning.contains(&read.to_string())
+            });
+            assert_eq!((warned.count(), env.warnings.len()), (is_warned.into(), is_warned.into()), "{value}");
+        }
+    }
+
+    #[test]
+    fn the_ai_node_is_where_the_old_controller_asked() {
+        for (vars, url, timeout_ms) in [
+            (&[][..], "http://10.0.20.100:11434", 2000),
+            (&[("AI_NODE_URL", "")], "http://10.0.20.100:11434", 2000),
+            (
+                &[("AI_NODE_URL", "http://127.0.0.1:1/"), ("AI_NODE_TIMEOUT", "300")],
+                "http://127.0.0.1:1",
+                300,
+            ),
+        ] {
+            let node = parse(vars).unwrap().ai_node;
+            assert_eq!((node.url.reveal(), node.timeout), (url, Duration::from_millis(timeout_ms)));
+        }
+    }
+
+    #[test]
     fn all_missing_names_stand_in_one_line() {
         let error = Env::parse(&HashMap::new()).unwrap_err();
         assert_eq!(
@@ -260,7 +339,11 @@ mod tests {
             ("REDIS_URL", "http://hunter2@h"),
             ("REDIS_PORT", "x"),
             ("AI_NODE_URL", "hunter2"),
-            ("AI_NODE_TIMEOUT", "5s"),
+            ("AI_NODE_TIMEOUT", "soon"),
+            ("AI_NODE_TIMEOUT", "-5"),
+            ("RATE_LIMIT", "99999999999/min"),
+            ("RATE_LIMIT", "0/min"),
+            ("RATE_LIMIT", "/100"),
             ("INFRA_API_KEY", "hunter2 ü"),
         ] {
             let error = parse(&[(name, value)]).expect_err(name).to_string();

@@ -25,6 +25,8 @@ macro_rules! over_both {
 #[cfg(test)]
 mod changes;
 #[cfg(test)]
+mod clients;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod copies;

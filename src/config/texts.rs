@@ -47,6 +47,9 @@ pub struct ConfTexts {
     pub(super) client_ca: Result<Option<String>, Vec<String>>,
 }
 
+/// What is said of a file without a setting.
+const EMPTY: &str = "the file is empty";
+
 /// One file; `Ok(None)`: it is not there. `Err`: a problem, as it is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ConfText {
@@ -77,7 +80,7 @@ impl ConfText {
         let path = dir.join(name);
         let name = path.display().to_string();
         let read = reader.read(&path).and_then(|bytes| bytes.map(reader::text).transpose());
-        let text = read.map_err(|e| match e {
+        let text = read.map(|text| text.map(with_open_lists)).map_err(|e| match e {
             FileError::NoDirectory => format!("--conf {}: no such directory", dir.display()),
             FileError::Unusable(problem) => format!("{name}: {problem}"),
         });
@@ -104,7 +107,7 @@ impl ConfText {
             (Ok(Some(_)), Ok(None)) => Some("the file is gone"),
             _ => {
                 let (before, now) = (before.tables()?, self.tables()?);
-                (now.is_empty() && !before.is_empty()).then_some("the file is empty")
+                (now.is_empty() && !before.is_empty()).then_some(EMPTY)
             }
         }
     }
@@ -227,7 +230,12 @@ impl ConfTexts {
             lifts.then_some("no limit is left; to lift them all, say `limit = []`")
         };
         let problem = now.lost_since(before).or_else(lifts_all)?;
-        Some(format!("{}: {problem}", now.name))
+        let mend = match part {
+            ConfPart::Keys if problem == EMPTY => "; if there shall be no key, say `key = []`",
+            ConfPart::Upstreams if problem == EMPTY => "; if there shall be no upstream, say `upstream = []`",
+            _ => "",
+        };
+        Some(format!("{}: {problem}{mend}", now.name))
     }
 
     fn file(&self, part: ConfPart) -> Option<&ConfText> {
@@ -239,6 +247,41 @@ impl ConfTexts {
             ConfPart::Certificate | ConfPart::ClientCa => None,
         }
     }
+}
+
+/// The lists of tables that files have.
+const LISTS: [&str; 3] = ["key", "limit", "upstream"];
+
+/// `key = []` says that there are no keys, and TOML takes no `[[key]]` after it. Who appends the lines of `key new` to
+/// such a file means the key, so the empty list gives way. Blanks take its place: lines and columns stay what they are.
+fn with_open_lists(text: String) -> String {
+    if text.parse::<Table>().is_ok() {
+        return text;
+    }
+    let is_element = |line: &str, name: &str| {
+        let inner = line.trim_start().strip_prefix("[[").and_then(|rest| rest.split_once("]]"));
+        inner.is_some_and(|(inner, _)| inner.trim() == name)
+    };
+    let is_no_list = |line: &str, name: &str| {
+        let value = line.trim_start().strip_prefix(name).and_then(|rest| rest.trim_start().strip_prefix('='));
+        let value = value.map(|value| value.split('#').next().unwrap_or_default());
+        value.is_some_and(|value| value.split_whitespace().collect::<String>() == "[]")
+    };
+    let grown: Vec<&str> =
+        LISTS.into_iter().filter(|name| text.lines().any(|line| is_element(line, name))).collect();
+    let gives_way = |line: &str| grown.iter().any(|name| is_no_list(line, name));
+    let open: String = text
+        .split_inclusive('\n')
+        .map(|line| {
+            if !gives_way(line) {
+                return line.to_owned();
+            }
+            let end = line.trim_end_matches(['\r', '\n']).len();
+            " ".repeat(end) + &line[end..]
+        })
+        .collect();
+    // Whatever else is wrong is told of the file as it stands.
+    if open.parse::<Table>().is_ok() { open } else { text }
 }
 
 fn tls_of(server: &Table) -> Option<&Table> {
@@ -277,5 +320,27 @@ impl PemReader<'_> {
         let read = self.reader.read(&path).and_then(|bytes| bytes.ok_or_else(absent)).and_then(reader::text);
         let problem = |e| self.server.problem(&format!("tls.{setting}"), &format!("{}: {e}", path.display()));
         read.map(Some).map_err(|e| vec![problem(e)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_list_gives_way_to_what_is_appended() {
+        for (text, expected) in [
+            ("key = []\n[[key]]\nname = \"a\"\n", "        \n[[key]]\nname = \"a\"\n"),
+            ("# keys\nkey=[ ] # none\r\n\n[[key]]\na = 1", "# keys\n               \r\n\n[[key]]\na = 1"),
+            ("upstream = []\n[[ upstream ]]\na = 1", "             \n[[ upstream ]]\na = 1"),
+            // These are as they stand.
+            ("key = []\n", "key = []\n"),
+            ("key = []\nlimit = []\n[[upstream]]\na = 1", "key = []\nlimit = []\n[[upstream]]\na = 1"),
+            ("key = [1]\n[[key]]\n", "key = [1]\n[[key]]\n"),
+            ("key = []\n[[key]]\nname =\n", "key = []\n[[key]]\nname =\n"),
+            ("", ""),
+        ] {
+            assert_eq!(with_open_lists(text.to_owned()), expected, "{text:?}");
+        }
     }
 }

@@ -21,7 +21,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
-const CHANNEL_PREFIX: &str = "result:";
+pub(super) const CHANNEL_PREFIX: &str = "result:";
 /// Most jobs of other nodes waited for at once. Full: [`BackendError::Unavailable`].
 const WATCHES_MAX: usize = 8_192;
 /// How often a waiter looks at the stored key: a result published before the subscription stood may be

@@ -47,6 +47,10 @@ pub struct ConfTexts {
     pub(super) client_ca: Result<Option<String>, Vec<String>>,
 }
 
+/// Entries of the directory that are looked at, and files that are warned of.
+const ENTRIES_MAX: usize = 1_000;
+const UNKNOWN_MAX: usize = 10;
+
 /// What is said of a file without a setting.
 const EMPTY: &str = "the file is empty";
 
@@ -143,6 +147,27 @@ impl ConfTexts {
         let mut pem = PemReader { reader, dir, server: &server, tls: names.as_ref().and_then(tls_of) };
         let (certificate, client_ca) = (pem.certificate(), pem.client_ca());
         Self { server, limits, keys, upstreams, certificate, client_ca }
+    }
+
+    /// What is said of files in `dir` that look like settings and are none of ours: a `limit.toml` sets no limit. Empty
+    /// where the directory cannot be listed; its files have been read.
+    pub fn unknown_files(dir: &Path) -> Vec<String> {
+        let known = ["server.toml", "limits.toml", "keys.toml", "upstreams.toml"];
+        let entries = std::fs::read_dir(dir).into_iter().flatten().take(ENTRIES_MAX).flatten();
+        let mut unknown: Vec<String> = entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| name.to_ascii_lowercase().ends_with(".toml") && !known.contains(&name.as_str()))
+            .collect();
+        unknown.sort();
+        unknown.truncate(UNKNOWN_MAX);
+        let warning = |name: String| {
+            format!(
+                "{}: no such file is read; those that are: {}",
+                dir.join(name).display(),
+                known.join(", ")
+            )
+        };
+        unknown.into_iter().map(warning).collect()
     }
 
     /// A problem with a setting of `server.toml`.
@@ -284,6 +309,25 @@ fn with_open_lists(text: String) -> String {
     if open.parse::<Table>().is_ok() { open } else { text }
 }
 
+/// The text of a file of PEM blocks. What stands around them is ignored (RFC 7468), in whatever encoding, and so are blanks
+/// around lines. `Err`: why there are none, as what follows the name of the file.
+fn pem_text(bytes: Vec<u8>) -> Result<String, FileError> {
+    if reader::is_utf16(&bytes) {
+        return Err(FileError::Unusable("is UTF-16; save it as ASCII or UTF-8".to_owned()));
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    // A sequence, as each of these begins.
+    if bytes.first() == Some(&0x30) && !text.contains("-----BEGIN ") {
+        return Err(FileError::Unusable(
+            "is DER or PKCS #12 and must be PEM; convert it: openssl x509 (or pkey) -inform DER -in FILE, or openssl pkcs12 \
+             -nodes -in FILE"
+                .to_owned(),
+        ));
+    }
+    let is_around = |c: char| c.is_whitespace() || c == reader::BYTE_ORDER_MARK;
+    Ok(text.split(['\n', '\r']).map(|line| line.trim_matches(is_around)).collect::<Vec<_>>().join("\n"))
+}
+
 fn tls_of(server: &Table) -> Option<&Table> {
     server.get("tls")?.as_table()
 }
@@ -317,7 +361,7 @@ impl PemReader<'_> {
         let Some(name) = name else { return Ok(None) };
         let path = self.dir.join(name);
         let absent = || FileError::Unusable("does not exist".to_owned());
-        let read = self.reader.read(&path).and_then(|bytes| bytes.ok_or_else(absent)).and_then(reader::text);
+        let read = self.reader.read(&path).and_then(|bytes| bytes.ok_or_else(absent)).and_then(pem_text);
         let problem = |e| self.server.problem(&format!("tls.{setting}"), &format!("{}: {e}", path.display()));
         read.map(Some).map_err(|e| vec![problem(e)])
     }
@@ -342,5 +386,23 @@ mod tests {
         ] {
             assert_eq!(with_open_lists(text.to_owned()), expected, "{text:?}");
         }
+    }
+
+    #[test]
+    fn what_looks_like_settings_is_warned_of() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["server.toml", "limits.toml", "limit.toml", "Keys.toml", "key.pem", "upstreams.toml.bak"]
+        {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let warnings = ConfTexts::unknown_files(dir.path());
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[0].contains("/Keys.toml: no such file is read"), "{warnings:?}");
+        assert!(warnings[1].contains("/limit.toml: no such file is read"), "{warnings:?}");
+        for n in 0..2 * UNKNOWN_MAX {
+            std::fs::write(dir.path().join(format!("{n}.toml")), "").unwrap();
+        }
+        assert_eq!(ConfTexts::unknown_files(dir.path()).len(), UNKNOWN_MAX);
+        assert!(ConfTexts::unknown_files(&dir.path().join("gone")).is_empty());
     }
 }

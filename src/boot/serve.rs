@@ -5,7 +5,7 @@ use super::state_dir::StateDir;
 use super::{ConfSource, Connected, Exit, Plan, SPILL, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem};
 use crate::backend::{aws, embedded};
-use crate::config::{Conf, ConfTexts, ConfigError, Env};
+use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
 use crate::model::ProcessToken;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,12 +22,13 @@ pub fn serve(args: &ServeArgs) -> Exit {
     match told(args) {
         Ok(Told { env, source, texts, conf }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), env.ai_node.clone());
+            let warnings = own_warnings(&env, &source);
             let start = Duration::from_secs(conf.start.deadline_s);
             let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
             let settings =
                 Settings { conf, source, texts, port, meet_in, is_upgrade, api_key, ai_node, banner: None };
-            let connect = Box::new(move || Box::pin(connect(env, start, lease)) as _);
+            let connect = Box::new(move || Box::pin(connect(env, warnings, start, lease)) as _);
             node::run(Plan { settings, connect })
         }
         Err(e) => refuse(&e),
@@ -36,7 +37,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
 
 /// Runs the checks of `serve` and says how they went.
 pub fn check(args: &ServeArgs) -> Exit {
-    let Told { env, conf, .. } = match told(args) {
+    let Told { env, conf, source, .. } = match told(args) {
         Ok(told) => told,
         Err(e) => return refuse(&e),
     };
@@ -54,7 +55,7 @@ pub fn check(args: &ServeArgs) -> Exit {
     let checked = runtime.block_on(aws::connect(settings(&env, ProcessToken(rand::random()), start)));
     match checked {
         Ok(connected) => {
-            for warning in connected.warnings {
+            for warning in own_warnings(&env, &source).into_iter().chain(connected.warnings) {
                 println!("warning: {warning}");
             }
             println!("configuration, credentials, queue, tables and Redis are in order");
@@ -76,7 +77,8 @@ struct Told {
 fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     let env = Env::from_process();
     let a_minute = env.as_ref().ok().and_then(|env| env.rate_limit);
-    let source = ConfSource { dir: args.conf.clone(), a_minute, listen: None };
+    let master_key_bytes = env.as_ref().map_or(0, |env| env.api_key.reveal().len());
+    let source = ConfSource { dir: args.conf.clone(), a_minute, listen: None, master_key_bytes };
     match (env, source.load()) {
         (Ok(env), Ok((texts, conf))) => Ok(Told { env, source, texts, conf }),
         (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),
@@ -87,7 +89,17 @@ fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     }
 }
 
-async fn connect(env: Env, start: Duration, lease: Duration) -> Result<Connected, Vec<StartProblem>> {
+/// What is amiss in the environment and in `conf/` but keeps nobody from starting.
+fn own_warnings(env: &Env, source: &ConfSource) -> Vec<String> {
+    master_key_warning(env.api_key.reveal()).into_iter().chain(source.warnings()).collect()
+}
+
+async fn connect(
+    env: Env,
+    warnings: Vec<String>,
+    start: Duration,
+    lease: Duration,
+) -> Result<Connected, Vec<StartProblem>> {
     let process = ProcessToken(rand::random());
     // Before anybody is asked: what is amiss here, an operator mends first.
     StateDir::probe(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
@@ -100,7 +112,7 @@ async fn connect(env: Env, start: Duration, lease: Duration) -> Result<Connected
     let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
     Ok(Connected {
         node: state.node,
-        warnings: connected.warnings.clone(),
+        warnings: warnings.into_iter().chain(connected.warnings.clone()).collect(),
         backend: connected.backend(state.node),
         bucket: env.bucket,
         spool_dir,
@@ -117,7 +129,8 @@ fn settings(env: &Env, process: ProcessToken, start_deadline: Duration) -> aws::
         logs_table: env.logs_table.clone(),
         queue_url: env.queue_url.clone(),
         bucket: env.bucket.clone(),
-        redis_url: aws::RedisUrl::new(env.redis_url.reveal()),
+        redis_url: aws::RedisUrl::new(env.redis.url.reveal()),
+        redis_variables: env.redis.variables,
         sqs_endpoint: env.sqs_endpoint.clone(),
         dynamodb_endpoint: env.dynamodb_endpoint.clone(),
         s3_endpoint: env.s3_endpoint.clone(),

@@ -128,7 +128,8 @@ pub fn new_key(
     let digits: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
     let scopes: Vec<_> = conf.scopes.iter().map(|scope| scope.name()).collect();
     // A line break first: the last line of a file may lack its own, and would take `[[key]]` in.
-    let mut lines = format!("\n[[key]]\nname = {:?}\nsha256 = \"{digits}\"\nscopes = {scopes:?}\n", conf.name);
+    let mut lines =
+        format!("\n[[key]]\nname = {:?}\nsha256 = \"{digits}\"\nscopes = {scopes:?}\n", conf.name);
     if let Some(functions) = &conf.functions {
         lines.push_str(&format!("functions = {functions:?}\n"));
     }

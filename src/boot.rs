@@ -30,6 +30,7 @@ use crate::config::{self, AiNode, Conf, ConfTexts, ConfigError, NewKey, Secret};
 use crate::model::{NodeId, Scope};
 use reload::ConfSource;
 use std::future::Future;
+use std::io::Write;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -127,8 +128,13 @@ pub fn new_key(name: String, scopes: Vec<Scope>, functions: Vec<String>, expires
     let functions = (!functions.is_empty()).then_some(functions);
     match config::new_key(name, scopes, functions, expires) {
         Ok(NewKey { key, lines }) => {
+            let mut out = std::io::stdout();
+            // The lines first: without them the key opens nothing, and must not look as if it did.
+            if let Err(e) = out.write_all(lines.as_bytes()).and_then(|()| out.flush()) {
+                eprintln!("infra-controller: no key was made: its lines could not be written: {e}");
+                return Exit::Internal;
+            }
             eprintln!("The key, which is shown only now: {}", key.reveal());
-            print!("{lines}");
             Exit::Ok
         }
         Err(ConfigError(problems)) => {

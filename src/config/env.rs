@@ -36,7 +36,7 @@ pub struct Env {
     pub functions_table: String,
     pub logs_table: String,
     pub queue_url: String,
-    pub redis_url: Secret,
+    pub redis: RedisAddress,
     pub api_key: Secret,
     pub bucket: String,
     /// Overrides the default limit of `conf/`: requests a minute per API key.
@@ -49,6 +49,14 @@ pub struct Env {
     pub ai_node: AiNode,
     /// What was read otherwise than it may have been meant.
     pub warnings: Vec<String>,
+}
+
+/// Where Redis is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RedisAddress {
+    pub url: Secret,
+    /// The variables that say so, for what is said of it.
+    pub variables: &'static str,
 }
 
 /// The node whose models are the catalogue.
@@ -88,6 +96,65 @@ pub fn api_key_problem(key: &str) -> Option<&'static str> {
     (!fits).then_some("the API key must be visible ASCII without blanks: it is compared with a header field")
 }
 
+/// Longest API key, in bytes. A request with a longer one is refused before the key is looked up.
+pub const API_KEY_BYTES_MAX: usize = 4096;
+
+/// A shorter key of visible characters can be guessed by who may try for long enough.
+const MASTER_KEY_BYTES_LEAST: usize = 16;
+/// A key of fewer different characters is no random one.
+const MASTER_KEY_CHARACTERS_LEAST: usize = 5;
+/// What examples and copied files have for a key; in small letters, without what is no letter or digit.
+const MASTER_KEYS_KNOWN: [&str; 22] = [
+    "adminadminadminadmin",
+    "changeitchangeit",
+    "changemechangeme",
+    "changemeinproduction",
+    "infracontrollerapikey",
+    "infracontrollerkey",
+    "mysecretinfraapikey",
+    "mysupersecretapikey",
+    "passwordpassword",
+    "replacewithyourapikey",
+    "replacewithyourkey",
+    "secretsecretsecret",
+    "supersecretapikey",
+    "supersecretpassword",
+    "thisisasecretkey",
+    "thisisnotasecret",
+    "yourapikeygoeshere",
+    "yourinfraapikey",
+    "yourinfraapikeyhere",
+    "yoursecretapikey",
+    "yoursecretapikeyhere",
+    "yoursecretkeyhere",
+];
+/// Beginnings of the alphabet, the digits and the rows of a keyboard.
+const SEQUENCES: [&str; 5] = [
+    "0123456789abcdefghijklmnopqrstuvwxyz",
+    "1234567890123456789012345678901234567890",
+    "abcdefghijklmnopqrstuvwxyz0123456789",
+    "qwertyuiopasdfghjklzxcvbnm",
+    "1234567890abcdefghijklmnopqrstuvwxyz",
+];
+
+/// Why a master key is a bad one, though it works.
+pub fn master_key_warning(key: &str) -> Option<String> {
+    let plain: String =
+        key.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect();
+    let different: std::collections::BTreeSet<char> = plain.chars().collect();
+    let problem = if key.len() < MASTER_KEY_BYTES_LEAST {
+        format!("has fewer than {MASTER_KEY_BYTES_LEAST} characters")
+    } else if MASTER_KEYS_KNOWN.contains(&plain.as_str())
+        || different.len() < MASTER_KEY_CHARACTERS_LEAST
+        || SEQUENCES.iter().any(|sequence| sequence.starts_with(&plain))
+    {
+        "is one that others try first".to_owned()
+    } else {
+        return None;
+    };
+    Some(format!("INFRA_API_KEY {problem}; it may do everything. Take a random one: openssl rand -hex 32"))
+}
+
 /// Port of `serve` and `dev` when none is named.
 pub const PORT_DEFAULT: u16 = 8080;
 
@@ -111,7 +178,7 @@ impl Env {
             functions_table: reader.required("TABLE_NAME"),
             logs_table: reader.required("LOGS_TABLE_NAME"),
             queue_url: reader.url("SQS_URL"),
-            redis_url: reader.redis(),
+            redis: reader.redis(),
             api_key: reader.api_key(),
             bucket: reader.required("BUCKET_NAME"),
             rate_limit: reader.rate_limit(),
@@ -209,21 +276,47 @@ impl<'a> Reader<'a> {
         timeout_ms.map_or(AiNode::TIMEOUT_DEFAULT, Duration::from_millis)
     }
 
-    fn redis(&mut self) -> Secret {
+    fn redis(&mut self) -> RedisAddress {
         if let Some(url) = self.optional("REDIS_URL") {
-            if !url.starts_with("redis://") && !url.starts_with("rediss://") {
-                self.problems.push("REDIS_URL must start with redis:// or rediss://".to_owned());
+            if let Some(problem) = redis_url_problem(&url) {
+                self.problems.push(format!("REDIS_URL {problem}"));
             }
-            return Secret::new(url);
+            return RedisAddress { url: Secret::new(url), variables: "REDIS_URL" };
         }
-        let port: u16 = self.parsed("REDIS_PORT").unwrap_or(6379);
-        let Some(host) = self.optional("REDIS_HOST") else {
-            self.missing.push("REDIS_HOST (or REDIS_URL)");
-            return Secret::new(String::new());
+        let (link_host, port) = self.redis_port();
+        let (variables, host) = match (self.optional("REDIS_HOST"), link_host) {
+            (Some(host), _) if self.optional("REDIS_PORT").is_none() => ("REDIS_HOST", host),
+            (Some(host), _) => ("REDIS_HOST and REDIS_PORT", host),
+            (None, Some(host)) => ("REDIS_PORT", host),
+            (None, None) => {
+                self.missing.push("REDIS_HOST (or REDIS_URL)");
+                return RedisAddress { url: Secret::new(String::new()), variables: "REDIS_HOST" };
+            }
         };
+        if !is_host(&host) {
+            self.problems.push(format!("{variables}: no host name or address; a URL goes into REDIS_URL"));
+        }
         // A bare IPv6 address needs brackets in a URL.
         let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
-        Secret::new(format!("redis://{host}:{port}"))
+        RedisAddress { url: Secret::new(format!("redis://{host}:{port}")), variables }
+    }
+
+    /// `REDIS_PORT`: a number, or `tcp://host:port`, which Kubernetes and Docker set for a service of the name `redis`.
+    fn redis_port(&mut self) -> (Option<String>, u16) {
+        const DEFAULT: u16 = 6379;
+        let Some(text) = self.optional("REDIS_PORT") else { return (None, DEFAULT) };
+        let (host, port) = match text.strip_prefix("tcp://") {
+            Some(link) => link.rsplit_once(':').map_or((None, ""), |(host, port)| (Some(host), port)),
+            None => (None, text.as_str()),
+        };
+        match port.parse() {
+            Ok(port) => (host.map(str::to_owned), port),
+            // Not shown: it may be a URL with a password.
+            Err(_) => {
+                self.problems.push("REDIS_PORT must be a port number, or tcp://host:port".to_owned());
+                (host.map(str::to_owned), DEFAULT)
+            }
+        }
     }
 
     fn api_key(&mut self) -> Secret {
@@ -241,6 +334,38 @@ impl<'a> Reader<'a> {
         }
         Some(rate)
     }
+}
+
+/// Why a text is no URL of Redis. What it holds is not shown: it may be the password.
+fn redis_url_problem(url: &str) -> Option<&'static str> {
+    let is_redis = url.starts_with("redis://") || url.starts_with("rediss://");
+    let rest = url.split_once("://").map(|(_, rest)| rest).filter(|_| is_redis);
+    let Some(rest) = rest else { return Some("must start with redis:// or rediss://") };
+    // What stands before the last @ is meant as user and password, and these would end before it.
+    let login = rest.rsplit_once('@').map_or("", |(login, _)| login);
+    login.contains(['/', '?', '#']).then_some(
+        "holds / ? or # in the user or password; write them percent-encoded: / as %2F, ? as %3F, # as %23, @ as %40, \
+         % as %25",
+    )
+}
+
+/// A name or an address, whatever it leads to.
+fn is_host(text: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    let address = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let address = address.split_once('%').map_or(address, |(address, _)| address);
+    address.parse::<std::net::Ipv6Addr>().is_ok() || (!text.is_empty() && text.bytes().all(plain))
+}
+
+/// The rate limit of the process environment, for a node that needs nothing else of it. With it, what is to be warned
+/// of.
+pub fn rate_limit_from_process() -> Result<(Option<u32>, Vec<String>), ConfigError> {
+    let name = "RATE_LIMIT";
+    let vars = std::env::var(name).ok().map(|value| (name.to_owned(), value)).into_iter().collect();
+    let mut reader = Reader::new(&vars);
+    let rate = reader.rate_limit();
+    let Reader { problems, warnings, .. } = reader;
+    if problems.is_empty() { Ok((rate, warnings)) } else { Err(ConfigError(problems)) }
 }
 
 #[cfg(test)]
@@ -265,11 +390,76 @@ mod tests {
     #[test]
     fn the_old_environment_works() {
         let env = parse(&[]).unwrap();
-        assert_eq!((env.port, env.redis_url.reveal()), (8080, "redis://cache:6379"));
+        assert_eq!((env.port, env.redis.url.reveal()), (8080, "redis://cache:6379"));
         assert_eq!(env.state_dir, PathBuf::from("./state"));
         let env = parse(&[("REDIS_URL", "rediss://u:p@h:1"), ("PORT", "0"), ("RATE_LIMIT", "5")]).unwrap();
-        assert_eq!((env.redis_url.reveal(), env.port, env.rate_limit), ("rediss://u:p@h:1", 0, Some(5)));
-        assert_eq!(parse(&[("REDIS_HOST", "::1")]).unwrap().redis_url.reveal(), "redis://[::1]:6379");
+        assert_eq!((env.redis.url.reveal(), env.port, env.rate_limit), ("rediss://u:p@h:1", 0, Some(5)));
+    }
+
+    #[test]
+    fn where_redis_is() {
+        for (vars, url, variables) in [
+            (&[("REDIS_HOST", "::1")][..], "redis://[::1]:6379", "REDIS_HOST"),
+            (&[("REDIS_HOST", "[fe80::1%eth0]")], "redis://[fe80::1%eth0]:6379", "REDIS_HOST"),
+            (&[("REDIS_HOST", "h"), ("REDIS_PORT", "1")], "redis://h:1", "REDIS_HOST and REDIS_PORT"),
+            // The link of a service, as Kubernetes and Docker set it.
+            (&[("REDIS_HOST", ""), ("REDIS_PORT", "tcp://10.0.0.1:7")], "redis://10.0.0.1:7", "REDIS_PORT"),
+            (&[("REDIS_PORT", "tcp://10.0.0.1:7")], "redis://cache:7", "REDIS_HOST and REDIS_PORT"),
+            (&[("REDIS_HOST", ""), ("REDIS_PORT", "tcp://[::1]:7")], "redis://[::1]:7", "REDIS_PORT"),
+            (&[("REDIS_PORT", "x"), ("REDIS_URL", "redis://u:p%2F@@h\n")], "redis://u:p%2F@@h", "REDIS_URL"),
+            (&[("REDIS_URL", "rediss://h/0?protocol=resp3")], "rediss://h/0?protocol=resp3", "REDIS_URL"),
+        ] {
+            let env = parse(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}"));
+            assert_eq!((env.redis.url.reveal(), env.redis.variables), (url, variables), "{vars:?}");
+        }
+    }
+
+    #[test]
+    fn no_part_of_a_password_is_shown() {
+        for (name, value, hint) in [
+            ("REDIS_URL", "redis://u:hunter/2@h:1", "%2F"),
+            ("REDIS_URL", "redis://u:hunter#2@h:1", "%23"),
+            ("REDIS_URL", "redis://u:hunter?2@h:1", "%3F"),
+            ("REDIS_URL", "redis://u:1/hunter@h:1", "%2F"),
+            ("REDIS_URL", "rediss://hunter/2:x@h", "%2F"),
+            ("REDIS_URL", "redis://u:hunter@2/x@h", "%40"),
+            ("REDIS_URL", "hunter://u:2@h", "redis://"),
+            ("REDIS_URL", "u:hunter@h:1", "redis://"),
+            ("REDIS_HOST", "redis://:hunter@h:1", "REDIS_URL"),
+            ("REDIS_HOST", ":hunter@h", "REDIS_URL"),
+            ("REDIS_HOST", "h/hunter", "REDIS_URL"),
+            ("REDIS_PORT", "redis://:hunter@h:1", "tcp://host:port"),
+            ("REDIS_PORT", "tcp://h:hunter", "tcp://host:port"),
+            ("REDIS_PORT", "tcp://hunter", "tcp://host:port"),
+            ("REDIS_PORT", "tcp://", "tcp://host:port"),
+        ] {
+            let error = parse(&[(name, value)]).expect_err(value).to_string();
+            assert!(error.starts_with(name), "{value}: {error}");
+            assert!(error.contains(hint) && !error.contains("hunter"), "{value}: {error}");
+        }
+    }
+
+    #[test]
+    fn weak_master_keys_are_warned_of() {
+        for (key, words) in [
+            ("k", Some("fewer than 16")),
+            ("masterkey", Some("fewer than 16")),
+            ("fifteen-letters", Some("fewer than 16")),
+            ("your-secret-api-key", Some("others try first")),
+            ("YOUR_INFRA_API_KEY", Some("others try first")),
+            ("change-me-change-me", Some("others try first")),
+            ("aaaaaaaaaaaaaaaaaaaaaaaa", Some("others try first")),
+            ("0123456789abcdef", Some("others try first")),
+            ("1234567890-1234567890", Some("others try first")),
+            ("------------------", Some("others try first")),
+            ("test-key-77-0001-7f3c2b", None),
+            ("6b1f0c7a9de24b53", None),
+        ] {
+            let warning = master_key_warning(key);
+            assert_eq!(warning.is_some(), words.is_some(), "{key}: {warning:?}");
+            let warning = warning.unwrap_or_default();
+            assert!(warning.contains(words.unwrap_or_default()) && !warning.contains(key), "{warning}");
+        }
     }
 
     #[test]
@@ -337,6 +527,7 @@ mod tests {
             ("AWS_ENDPOINT_URL", "localhost:4566"),
             ("SQS_ENDPOINT", "localhost"),
             ("REDIS_URL", "http://hunter2@h"),
+            ("REDIS_URL", "redis://:hunter2/x@h"),
             ("REDIS_PORT", "x"),
             ("AI_NODE_URL", "hunter2"),
             ("AI_NODE_TIMEOUT", "soon"),

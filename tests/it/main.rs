@@ -78,6 +78,8 @@ mod schema;
 #[cfg(test)]
 mod self_check;
 #[cfg(test)]
+mod setup;
+#[cfg(test)]
 mod shutdown;
 #[cfg(test)]
 mod start;

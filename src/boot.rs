@@ -6,6 +6,7 @@
 
 mod build;
 mod dev;
+mod init;
 mod linger;
 mod node;
 #[cfg(feature = "aws")]
@@ -21,6 +22,7 @@ mod state_dir;
 mod upgrade;
 
 pub use dev::{DevArgs, dev};
+pub use init::run_beneath_init;
 #[cfg(feature = "aws")]
 pub use serve::{ServeArgs, check, serve};
 

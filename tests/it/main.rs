@@ -53,6 +53,8 @@ mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod local_worker;
+#[cfg(test)]
 mod observe;
 #[cfg(test)]
 mod overload;

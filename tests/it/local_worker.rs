@@ -99,19 +99,25 @@ async fn start_in(dir: &Scratch, key: &str) -> Gateway {
 async fn a_job_that_kills_the_gateway_fails_after_three_starts() {
     let (dir, key) = (Scratch::new("poisoned"), new_key());
     let gateway = start_in(&dir, &key).await;
-    // The parent of the run is its supervisor, and that one's parent the gateway.
-    let source = "import os
+    // The parent of the run is its supervisor, and that one's parent the gateway. It waits for a file, so that the
+    // gateway is ready each time.
+    let source = "import os, time
+data = os.environ['HOME'] + '/../../..'
+with open(data + '/starts', 'a') as starts:
+    starts.write('start\\n')
+while not os.path.exists(data + '/go'):
+    time.sleep(0.01)
+os.remove(data + '/go')
 stat = open(f'/proc/{os.getppid()}/stat').read()
 gateway = int(stat.rsplit(') ', 1)[1].split()[1])
-with open(os.environ['HOME'] + '/../../../starts', 'a') as starts:
-    starts.write('start\\n')
 os.kill(gateway, 9)
-while True:
-    pass";
+time.sleep(600)";
     let function = upload(&gateway, source).await;
     let id = gateway.run_async(&function, &json!({})).await;
     let mut gateway = gateway;
+    let data = dir.path().join("data");
     for _ in 0..3 {
+        std::fs::write(data.join("go"), "").expect("the directory is writable");
         assert_eq!(gateway.ended(4 * SOON).await.code(), None, "it was killed");
         drop(gateway);
         gateway = start_in(&dir, &key).await;
@@ -122,7 +128,7 @@ while True:
     assert_eq!(result["status"], "FAILED", "{result}");
     let stderr = result["stderr"].as_str().expect("a text");
     assert!(stderr.contains("was started 3 times"), "{result}");
-    let starts = std::fs::read_to_string(dir.path().join("data/starts")).expect("it was started");
+    let starts = std::fs::read_to_string(data.join("starts")).expect("it was started");
     assert_eq!(starts.lines().count(), 3);
     // What it did to others is over.
     assert_eq!(run(&gateway, "hello", &json!({ "name": "Ada" })).await["status"], "SUCCESS");

@@ -243,7 +243,7 @@ time.sleep(float(os.environ['REST']))";
     for (rest, code) in [("0", 0), ("600", 124)] {
         fs::write(&pids, "").unwrap();
         let env_vars = json!({ "PIDS": pids, "REST": rest });
-        let result = floor.call(&with(json!({ "timeoutMs": 8_000, "envVars": env_vars }))).await;
+        let result = floor.call(&with(json!({ "timeoutMs": 15_000, "envVars": env_vars }))).await;
         assert_eq!((&result["exitCode"], &result["stdout"]), (&json!(code), &json!("begun\n")), "{result}");
         // No waiting: they are gone before the run has its result.
         let daemons = fs::read_to_string(&pids).unwrap();

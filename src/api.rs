@@ -15,6 +15,7 @@ mod models;
 mod object;
 mod once;
 mod openapi;
+mod parameters;
 mod precondition;
 mod prefer;
 mod problem;

@@ -8,6 +8,7 @@ mod accept;
 mod build;
 mod dev;
 mod disk;
+mod init;
 mod node;
 #[cfg(feature = "aws")]
 mod node_id;
@@ -22,6 +23,7 @@ mod state_dir;
 mod upgrade;
 
 pub use dev::{DevArgs, dev};
+pub use init::run_beneath_init;
 #[cfg(feature = "aws")]
 pub use serve::{ServeArgs, check, serve};
 

@@ -98,6 +98,15 @@ fn main() -> ExitCode {
     }
     let exit = match args.command {
         Command::Dev { port, data_dir, listen, conf } => {
+            // Before the first thread.
+            match boot::run_beneath_init() {
+                None => {}
+                Some(Ok(code)) => return ExitCode::from(code),
+                Some(Err(e)) => {
+                    eprintln!("infra-controller: cannot start the server beneath process 1: {e}");
+                    return ExitCode::from(boot::Exit::Internal.code());
+                }
+            }
             let _log = log::start();
             boot::dev(boot::DevArgs { port, data_dir, listen, conf })
         }

@@ -84,6 +84,12 @@ impl UploadRoute {
         let file = form.file.ok_or_else(|| ApiError::invalid("the form holds no `file`"))?;
         let file = self.uploads.checked(file, runtime).await?;
         let name = name.filter(|name| !name.is_empty()).unwrap_or_else(|| file.name.clone());
+        if name.is_empty() {
+            return Err(ApiError::invalid(
+                "the function has no name: send it in the header `x-function-name` (percent-encoded UTF-8), or give \
+                 the part `file` a `filename`",
+            ));
+        }
         let name = fields::name(name)?;
         let code = NewCode { file: file.path(), original_name: file.name.clone() };
         let new = NewFunction { name, description, runtime, memory_mb, env_vars, code };

@@ -58,6 +58,8 @@ mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod local_worker;
+#[cfg(test)]
 mod observe;
 #[cfg(test)]
 mod overload;

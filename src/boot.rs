@@ -33,6 +33,7 @@ use crate::model::{NodeId, Scope};
 use reload::ConfSource;
 use std::future::Future;
 use std::io::Write;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -115,7 +116,9 @@ struct Settings {
     api_key: Secret,
     /// Where the model catalogue is.
     ai_node: Option<AiNode>,
-    /// Printed for the person at the terminal once the port is bound; `{port}` stands for it.
+    /// Listened on beside `conf.listen.address`, if this machine has it.
+    listen_beside: Option<Ipv6Addr>,
+    /// Printed for the person at the terminal once the port is bound; `{url}` stands for where.
     banner: Option<String>,
 }
 

@@ -30,7 +30,7 @@ enum Command {
         /// Where functions, logs and unfinished jobs are kept.
         #[arg(long, default_value = "./dev-data")]
         data_dir: PathBuf,
-        /// Address to listen on; the loopback address unless named.
+        /// Address to listen on; the loopback addresses (127.0.0.1 and ::1) unless named.
         #[arg(long)]
         listen: Option<IpAddr>,
         /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.

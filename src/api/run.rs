@@ -178,7 +178,9 @@ impl Run {
         let id = before.claim.job;
         let mut pending = match known {
             // It ended as LOST, and nobody knows that the queue ever had it: no 202 for that.
-            Known::Result(lost) if lost.is_unconfirmed() => return Ok(Reply::json(StatusCode::OK, lost.body())),
+            Known::Result(lost) if lost.is_unconfirmed() => {
+                return Ok(Reply::json(StatusCode::OK, lost.body()));
+            }
             Known::Ended(row) if row.is_lost() && !before.is_sent => return Ok(of_row(id, &row)),
             _ if wish.asynchronous => return Ok(accepted(id, wish)),
             Known::Result(outcome) => return Ok(Reply::json(StatusCode::OK, outcome.body())),

@@ -8,7 +8,7 @@ use crate::config::{
 };
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,12 +20,14 @@ const KEY_READ_MAX: Duration = Duration::from_secs(5);
 pub struct DevArgs {
     pub port: u16,
     pub data_dir: PathBuf,
-    /// `None`: the loopback address, since `dev` runs what is uploaded.
+    /// `None`: the loopback addresses, since `dev` runs what is uploaded.
     pub listen: Option<IpAddr>,
     pub conf: Option<PathBuf>,
 }
 
 pub fn dev(args: DevArgs) -> Exit {
+    // Both: `localhost` is the one or the other, by the client.
+    let listen_beside = args.listen.is_none().then_some(Ipv6Addr::LOCALHOST);
     let listen = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let (a_minute, mut warnings) = match rate_limit_from_process() {
         Ok(read) => read,
@@ -58,8 +60,7 @@ pub fn dev(args: DevArgs) -> Exit {
         Err(problem) => return refuse(&problem),
     };
     let banner = format!(
-        "\nInfra Controller is ready: http://{}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
-        std::net::SocketAddr::new(conf.listen.address, 0).to_string().replace(":0", ":{port}"),
+        "\nInfra Controller is ready: {{url}}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
         args.data_dir.display(),
     );
     let connect = Box::new(move || Box::pin(open(args.data_dir, warnings)) as _);
@@ -73,6 +74,7 @@ pub fn dev(args: DevArgs) -> Exit {
         is_upgrade: false,
         api_key,
         ai_node,
+        listen_beside,
         banner: Some(banner),
     };
     node::run(Plan { settings, connect })

@@ -61,8 +61,10 @@ fn reap(server: Pid) -> Option<u8> {
         let code = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
             Ok(WaitStatus::Exited(pid, code)) if pid == server => code,
             Ok(WaitStatus::Signaled(pid, signal, _)) if pid == server => 128 + signal as i32,
-            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) => return None,
-            // EINVAL: reaped, and ended by a signal that nix has no name for.
+            Ok(WaitStatus::StillAlive) => return None,
+            // Nobody is left, so the server has ended, too, by a signal that nix has no name for.
+            Err(Errno::ECHILD) => i32::from(u8::MAX),
+            // EINVAL: reaped, and ended by such a signal.
             Ok(_) | Err(_) => continue,
         };
         return Some(u8::try_from(code).unwrap_or(u8::MAX));

@@ -30,8 +30,18 @@ pub fn serve(args: &ServeArgs) -> Exit {
             let start = Duration::from_secs(conf.start.deadline_s);
             let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
-            let settings =
-                Settings { conf, source, texts, port, meet_in, is_upgrade, api_key, ai_node, banner: None };
+            let settings = Settings {
+                conf,
+                source,
+                texts,
+                port,
+                meet_in,
+                is_upgrade,
+                api_key,
+                ai_node,
+                listen_beside: None,
+                banner: None,
+            };
             let connect = Box::new(move || Box::pin(connect(env, warnings, start, lease)) as _);
             node::run(Plan { settings, connect })
         }
@@ -70,10 +80,7 @@ pub fn check(args: &ServeArgs) -> Exit {
 }
 
 /// What `serve` asks before it listens. With it, what is amiss with the channels but keeps nobody from starting.
-async fn checked(
-    env: &Env,
-    start: Duration,
-) -> Result<(aws::Connected, Option<String>), Vec<StartProblem>> {
+async fn checked(env: &Env, start: Duration) -> Result<(aws::Connected, Option<String>), Vec<StartProblem>> {
     let connected = aws::connect(settings(env, ProcessToken(rand::random()), start)).await?;
     // `serve` takes one of these ids, or a new one. Which one is not tried: that would take its lock.
     let mut nodes = StateDir::used(&env.state_dir).map_err(|e| vec![state_problem(env, &e)])?;

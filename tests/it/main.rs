@@ -32,11 +32,14 @@ mod contract;
 mod copies;
 #[cfg(test)]
 mod dead_letters;
+#[cfg(test)]
 mod descriptors;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod failover;
+#[cfg(test)]
+mod families;
 #[cfg(test)]
 mod faults;
 #[cfg(test)]

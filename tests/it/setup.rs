@@ -59,6 +59,8 @@ async fn a_redis_that_cannot_be_used() {
         ("unscripted", "~* &* +@all -@scripting"),
         ("deaf", "~* resetchannels &functions:changed:* +@all"),
         ("mute", "~* &* +@all -publish"),
+        // Its patterns are compared as text, so this is for one node alone.
+        ("literal", "~* resetchannels &result:0000abcd* &functions:changed:* &beat:* +@all"),
         ("blind", "~* &* +@all -info"),
     ] {
         primary.order(&format!("ACL SETUSER {user} on >acl-secret-4c1 {rights}")).await;
@@ -74,6 +76,7 @@ async fn a_redis_that_cannot_be_used() {
         ("no scripts", url("unscripted"), CONFIG, &["cannot write there", "NOPERM", "ACL SETUSER"]),
         ("no pattern", url("deaf"), CONFIG, &["cannot subscribe to results", "NOPERM", "&*"]),
         ("no PUBLISH", url("mute"), CONFIG, &["publish changes", "NOPERM", "ACL SETUSER"]),
+        ("no such node", url("literal"), CONFIG, &["cannot subscribe to results", "&result:<node>*"]),
         ("no INFO", url("blind"), 0, &["warning: Redis does not say whether it evicts keys"]),
         ("a wrong user", url("nobody"), CONFIG, &["Put the right user and password into REDIS_URL", "%2F"]),
     ] {
@@ -85,6 +88,15 @@ async fn a_redis_that_cannot_be_used() {
         }));
     }
     join_all("the checks", 4 * ENDS_WITHIN, checks).await;
+
+    // The node whose results it may have is the one that starts here.
+    let state = Scratch::new("state");
+    fs::create_dir(state.path().join("0000abcd")).expect("writable");
+    let mut env = env_without_redis(&cloud);
+    let state_dir = state.path().display().to_string();
+    env.extend([pair("REDIS_URL", &url("literal")), pair("STATE_DIR", &state_dir)]);
+    let output = check("one node", env, 0, &["in order"]).await;
+    assert!(!output.contains("warning"), "{output}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -285,8 +285,10 @@ impl Supervised {
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         while waitid(Id::Pid(self.supervisor), look) == Err(Errno::EINTR) {}
         let mut reaped = self.reaped.lock().unwrap_or_else(PoisonError::into_inner);
-        let (status, usage) = wait4(self.supervisor)?;
+        let waited = wait4(self.supervisor);
+        // An error says that there is no such child, and then the number is not ours either.
         *reaped = true;
+        let (status, usage) = waited?;
         let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1);
         // Linux counts in KiB.
         Ok(Exit { code, max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024 })

@@ -16,13 +16,21 @@ use std::ptr::null;
 
 /// Pause between two rounds of killing.
 static ROUND: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+/// Most rounds, which take 30 s at least. What is alive then hangs in the kernel, and cannot be killed; a job must not
+/// wait for it. It falls to process 1.
+const ROUNDS_MAX: u32 = 30_000;
+/// Exit code of a run that could not be killed, as of one that was.
+const KILLED: libc::c_int = 128 + libc::SIGKILL;
 /// Descriptors that are closed one by one where the kernel (before 5.9) cannot close them all at once.
 const DESCRIPTORS_MAX: libc::c_int = 65_536;
 
 /// Splits the calling process, a child of the worker `worker` between fork and exec: the caller becomes the
 /// supervisor, and never returns; a child of its own returns, and is the run.
 ///
-/// Only async-signal-safe calls are allowed here: nothing allocates, locks or panics.
+/// Only async-signal-safe calls are allowed here: nothing of ours allocates, locks or panics. `fork` is one that POSIX
+/// has taken off its list, since it takes the locks of the C library. Here they are free: the `fork` that made this
+/// process held all of them, and gave them back in it. (`_Fork`, which takes none, was rejected: glibc has it since 2.34
+/// only.)
 pub(super) fn split(worker: Pid) -> nix::Result<()> {
     // A terminal's ^C is for the worker, which decides what becomes of its runs.
     setsid()?;
@@ -38,7 +46,7 @@ pub(super) fn split(worker: Pid) -> nix::Result<()> {
     }
     let supervisor = getpid();
     #[expect(unsafe_code, reason = "the run must be a child of the supervisor")]
-    // SAFETY: this process has one thread, and both sides make system calls only.
+    // SAFETY: this process has one thread, both sides make system calls only, and no lock of the C library is held.
     match unsafe { fork()? } {
         ForkResult::Parent { child } => supervise(child, &signals),
         ForkResult::Child => {
@@ -58,6 +66,7 @@ fn supervise(run: Pid, signals: &SigSet) -> ! {
     close_all();
     let mut code = None;
     let mut ending = false;
+    let mut rounds = 0;
     loop {
         match reap(run, &mut code) {
             Reaped::NobodyLeft => exit(code.unwrap_or(libc::EXIT_FAILURE)),
@@ -65,7 +74,12 @@ fn supervise(run: Pid, signals: &SigSet) -> ! {
         }
         ending |= code.is_some();
         if ending {
-            kill_children(run, code.is_none());
+            let listed = kill_children(run, code.is_none());
+            // Without a list there is nobody to kill once the run has ended, and no end to wait for.
+            if rounds == ROUNDS_MAX || listed == Listed::No && code.is_some() {
+                exit(code.unwrap_or(KILLED));
+            }
+            rounds += 1;
         }
         ending |= wait_for(signals, ending) == Some(Signal::SIGTERM as libc::c_int);
     }
@@ -97,8 +111,15 @@ fn reap(run: Pid, code: &mut Option<libc::c_int>) -> Reaped {
     }
 }
 
+/// Whether the kernel lists children (CONFIG_PROC_CHILDREN), and `/proc` is there.
+#[derive(PartialEq, Eq)]
+enum Listed {
+    Yes,
+    No,
+}
+
 /// Kills every child there is; their children become ours, and are killed in the next round.
-fn kill_children(run: Pid, is_run_alive: bool) {
+fn kill_children(run: Pid, is_run_alive: bool) -> Listed {
     if is_run_alive {
         // The session as well, where the kernel does not list children. Its number is taken as long as `run` is.
         let _ = killpg(run, Signal::SIGKILL);
@@ -108,6 +129,9 @@ fn kill_children(run: Pid, is_run_alive: bool) {
     // SAFETY: the path ends with a zero, and the buffer is as long as it is said to be.
     unsafe {
         let list = libc::open(c"/proc/thread-self/children".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        if list < 0 {
+            return Listed::No;
+        }
         let mut buffer = [0_u8; 1024];
         let mut pid: libc::pid_t = 0;
         loop {
@@ -125,6 +149,7 @@ fn kill_children(run: Pid, is_run_alive: bool) {
         }
         libc::close(list);
     }
+    Listed::Yes
 }
 
 /// The next of the blocked signals; `None`: none within a round, if only so long is waited.

@@ -21,14 +21,25 @@ const PASSED_ON: [Signal; 6] =
 /// # Errors
 /// If the child cannot be started.
 pub fn run_beneath_init() -> Option<std::io::Result<u8>> {
-    (std::process::id() == 1).then(run_child)
+    if std::process::id() == 1 {
+        return Some(run_child());
+    }
+    // It may be that child, which has the mask of its parent. It fails only for a mask that is none.
+    let _ = signals().thread_unblock();
+    None
+}
+
+/// Those that process 1 waits for.
+fn signals() -> SigSet {
+    let mut signals = SigSet::from_iter(PASSED_ON);
+    signals.add(Signal::SIGCHLD);
+    signals
 }
 
 fn run_child() -> std::io::Result<u8> {
     // Before the child is there, so that no signal is missed. The kernel drops what process 1 neither handles nor
-    // blocks. The child begins with none blocked.
-    let mut signals = SigSet::from_iter(PASSED_ON);
-    signals.add(Signal::SIGCHLD);
+    // blocks. The child inherits that, and undoes it.
+    let signals = signals();
     signals.thread_block()?;
     let mut arguments = std::env::args_os();
     let mut command = Command::new("/proc/self/exe");

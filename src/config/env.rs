@@ -442,7 +442,7 @@ mod tests {
     #[test]
     fn weak_master_keys_are_warned_of() {
         for (key, words) in [
-            ("k", Some("fewer than 16")),
+            ("q9", Some("fewer than 16")),
             ("masterkey", Some("fewer than 16")),
             ("fifteen-letters", Some("fewer than 16")),
             ("your-secret-api-key", Some("others try first")),

@@ -98,7 +98,7 @@ mod tests {
             ("1://a", Err("scheme")),
             ("https://", Err("host")),
             ("https://:1", Err("host")),
-            ("file:///", Err("path")),
+            ("file:///", Err("host")),
             ("https://a.example/app", Err("path")),
             ("https://a.example//", Err("path")),
             ("https://a.example?x", Err("path")),

@@ -377,7 +377,7 @@ mod tests {
     fn an_empty_list_gives_way_to_what_is_appended() {
         for (text, expected) in [
             ("key = []\n[[key]]\nname = \"a\"\n", "        \n[[key]]\nname = \"a\"\n"),
-            ("# keys\nkey=[ ] # none\r\n\n[[key]]\na = 1", "# keys\n               \r\n\n[[key]]\na = 1"),
+            ("# keys\nkey=[ ] # none\r\n\n[[key]]\na = 1", "# keys\n              \r\n\n[[key]]\na = 1"),
             ("upstream = []\n[[ upstream ]]\na = 1", "             \n[[ upstream ]]\na = 1"),
             // These are as they stand.
             ("key = []\n", "key = []\n"),

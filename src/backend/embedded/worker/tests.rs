@@ -270,7 +270,7 @@ threads = [threading.Thread(target=threading.Event().wait, args=(0.5,)) for _ in
             0,
             "",
         ),
-        ("import mmap; mmap.mmap(-1, 4 << 30); bytearray(1 << 30)".to_owned(), 128, 0, ""),
+        ("import mmap; mmap.mmap(-1, 4 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)".to_owned(), 128, 0, ""),
         (format!("x = b'x' * (300 << 20){rest}"), 128, 137, "its function has 128"),
         // All processes of a run together.
         (

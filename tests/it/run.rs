@@ -325,7 +325,7 @@ async fn input_passes_byte_for_byte() {
     let platform = Setup::serve().no_worker().start().await;
     for input in [
         "0",
-        "null",
+        "[null]",
         "-0.0",
         "1e400",
         "12345678901234567890123",
@@ -336,6 +336,11 @@ async fn input_passes_byte_for_byte() {
         let (_, body) =
             message_of(&platform, &format!(r#"{{"functionId":"hello","inputData": {input} }}"#)).await;
         assert!(body.contains(&format!(r#""input":{input},"#)), "{input} in {body}");
+    }
+    // No input is an empty object, as the old controller had it: handlers call `event.get`.
+    for none in ["", r#","inputData":null"#, r#","inputData" : null "#] {
+        let (_, body) = message_of(&platform, &format!(r#"{{"functionId":"hello"{none}}}"#)).await;
+        assert!(body.contains(r#""input":{},"#), "{none:?} in {body}");
     }
     // SQS refuses these two characters, so they travel as escapes.
     let (_, body) =

@@ -19,17 +19,18 @@ use crate::backend::BackendError;
 use crate::model::now_ms;
 use code::RunDir;
 use message::Message;
-use process::Program;
+use process::{CpuUse, Program};
 use result::RunResult;
 use room::{RUNS_MAX, Stall};
 use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{self, JoinSet};
+use tokio::time::Instant;
 
 /// Most jobs that are taken off the table in advance, and most that wait for their last chance: each may have 1 MiB.
 const TAKEN_MAX: usize = 32;
@@ -52,6 +53,7 @@ pub struct Worker {
     /// What all runs together may be promised.
     memory_mb: u64,
     stall_max: Duration,
+    busy_max: usize,
 }
 
 /// What each run needs.
@@ -77,7 +79,9 @@ impl Worker {
         let (python, node) = (on_path("python3"), on_path("node"));
         let cpu_ticks = AtomicU64::new(0);
         let runner = Runner { queue, results, code_dir, runs_dir, python, node, cpu_ticks };
-        Self { runner, activity, memory_mb: room::memory_mb(), stall_max: STALL_MAX }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let busy_max = cores.saturating_mul(room::BUSY_A_CORE_MAX);
+        Self { runner, activity, memory_mb: room::memory_mb(), stall_max: STALL_MAX, busy_max }
     }
 
     /// Runs jobs, as many at once as their memory allows, until `stop` turns true or its sender is gone. Runs that
@@ -88,7 +92,7 @@ impl Worker {
         runner.node = real_path(runner.node.take(), ["-p", "process.execPath"]).await;
         let runner = Arc::new(self.runner);
         let active = self.activity.begin();
-        let mut schedule = Schedule::new(runner.clone(), self.memory_mb, self.stall_max);
+        let mut schedule = Schedule::new(runner.clone(), self.memory_mb, self.stall_max, self.busy_max);
         loop {
             schedule.fill().await;
             active.show_runs(schedule.runs.len());
@@ -108,6 +112,9 @@ struct Schedule {
     runner: Arc<Runner>,
     memory_mb: u64,
     stall_max: Duration,
+    /// While so many runs compute, another one starts only each [`LOOK_EVERY`].
+    busy_max: usize,
+    started_at: Option<Instant>,
     runs: JoinSet<()>,
     held: HashMap<task::Id, Held>,
     /// Number of the last job taken off the table.
@@ -126,14 +133,18 @@ struct Held {
     memory_mb: u64,
     /// How often the job had been started before.
     starts: u32,
+    /// Whether it computes, and does not wait.
+    is_busy: Arc<AtomicBool>,
 }
 
 impl Schedule {
-    fn new(runner: Arc<Runner>, memory_mb: u64, stall_max: Duration) -> Self {
+    fn new(runner: Arc<Runner>, memory_mb: u64, stall_max: Duration, busy_max: usize) -> Self {
         Self {
             runner,
             memory_mb,
             stall_max,
+            busy_max,
+            started_at: None,
             runs: JoinSet::new(),
             held: HashMap::new(),
             last: 0,
@@ -203,7 +214,14 @@ impl Schedule {
     fn fits(&self, memory_mb: u64) -> bool {
         let promised = self.promised_mb();
         let has_room = promised == 0 || promised.saturating_add(memory_mb) <= self.memory_mb;
-        has_room && self.runs.len() < RUNS_MAX
+        has_room && self.runs.len() < RUNS_MAX && self.has_cpu()
+    }
+
+    /// Whether runs that compute leave some of the CPU. If not, one starts now and then all the same: those that
+    /// compute may do so only until it has run.
+    fn has_cpu(&self) -> bool {
+        let busy = self.held.values().filter(|held| held.is_busy.load(Ordering::Relaxed)).count();
+        busy < self.busy_max || self.started_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY)
     }
 
     fn promised_mb(&self) -> u64 {
@@ -224,8 +242,11 @@ impl Schedule {
 
     fn start(&mut self, job: Queued, memory_mb: u64, refusal: Option<String>) {
         self.stall.clear();
-        let held = Held { seq: job.seq, memory_mb, starts: job.starts };
-        let run = self.runs.spawn(self.runner.clone().settle(job, refusal));
+        self.started_at = Some(Instant::now());
+        // Until it is seen to wait.
+        let is_busy = Arc::new(AtomicBool::new(true));
+        let held = Held { seq: job.seq, memory_mb, starts: job.starts, is_busy: Arc::clone(&is_busy) };
+        let run = self.runs.spawn(self.runner.clone().settle(job, refusal, is_busy));
         self.held.insert(run.id(), held);
     }
 
@@ -262,7 +283,7 @@ impl Runner {
     }
 
     /// Runs a job and takes it off the queue. Tries until that is written: in this process no one else will.
-    async fn settle(self: Arc<Self>, job: Queued, refusal: Option<String>) {
+    async fn settle(self: Arc<Self>, job: Queued, refusal: Option<String>, is_busy: Arc<AtomicBool>) {
         if job.deadline <= now_ms() {
             tracing::warn!(job = %job.id, function = job.function, "Job Past Its Deadline Dropped");
             until_written(|| self.queue.remove(job.seq)).await;
@@ -276,14 +297,14 @@ impl Runner {
                 // Before it starts: what ends us leaves no time to write.
                 let counted = || self.queue.set_starts(vec![(job.seq, job.starts + 1)]);
                 until_written(counted).await;
-                self.execute(&job).await
+                self.execute(&job, &is_busy).await
             }
         };
         let result = result.to_json();
         until_written(|| self.results.finish(job.seq, job.id, result.clone())).await;
     }
 
-    async fn execute(&self, job: &Queued) -> RunResult {
+    async fn execute(&self, job: &Queued, is_busy: &AtomicBool) -> RunResult {
         let message = match Message::parse(&job.message) {
             Ok(message) => message,
             Err(reason) => return RunResult::failed(job, None, reason),
@@ -308,7 +329,8 @@ impl Runner {
         let (dir_of_code, memory_mb) = (dir.code(), message.memory_mb);
         let program =
             Program { interpreter, args, dir: dir_of_code, env, memory_mb, data_bytes_max, time_limit };
-        let result = match process::run(&program, &self.cpu_ticks).await {
+        let cpu = CpuUse { ticks: &self.cpu_ticks, is_busy, idled: &self.queue.arrived };
+        let result = match process::run(&program, cpu).await {
             Ok(ended) => RunResult::ended(job, message.memory_mb, ended),
             Err(e) => failed(format!("the program could not be started: {e}")),
         };

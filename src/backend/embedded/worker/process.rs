@@ -18,11 +18,12 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{ChildStderr, ChildStdout};
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 /// Most bytes kept of each of stdout and stderr; the rest is read and thrown away, so that no run blocks on it.
@@ -43,6 +44,19 @@ const SAMPLE_MAX: Duration = Duration::from_millis(100);
 const SAMPLE_CLOSE: Duration = Duration::from_millis(10);
 /// `/proc/self/oom_score_adj`: when the machine has no memory left, the kernel ends a run and not the gateway.
 const OOM_SCORE: &[u8] = b"1000";
+
+/// A run that has used no CPU for so long waits for something.
+const IDLE_AFTER: Duration = Duration::from_millis(200);
+
+/// What a run uses of the CPU, for those who start others.
+pub(super) struct CpuUse<'a> {
+    /// Clock ticks that all runs have used; those of this one are added as it goes.
+    pub(super) ticks: &'a AtomicU64,
+    /// Whether this run computes.
+    pub(super) is_busy: &'a AtomicBool,
+    /// Notified when it does so no more.
+    pub(super) idled: &'a Notify,
+}
 
 /// What to run, and within what.
 pub(super) struct Program {
@@ -77,15 +91,14 @@ enum Stop {
     Tasks,
 }
 
-/// Runs the program to its end. Dropping the future kills it and all it started. What CPU time it uses is added to
-/// `cpu_ticks` as it goes.
+/// Runs the program to its end. Dropping the future kills it and all it started.
 ///
 /// The run dies with the *thread* that started it (`PR_SET_PDEATHSIG`), so this must run on a thread that lives
 /// as long as the runtime: a task's, never one of `spawn_blocking`'s, which ends after ten idle seconds.
 ///
 /// # Errors
 /// If the program cannot be started, for example because its environment is too large.
-pub(super) async fn run(program: &Program, cpu_ticks: &AtomicU64) -> io::Result<Ended> {
+pub(super) async fn run(program: &Program, cpu: CpuUse<'_>) -> io::Result<Ended> {
     let started = Instant::now();
     let mut child = command(program).spawn()?;
     let supervised = Arc::new(Supervised {
@@ -113,7 +126,7 @@ pub(super) async fn run(program: &Program, cpu_ticks: &AtomicU64) -> io::Result<
                     None
                 }
                 () = &mut limit, if stopped.is_none() => Some(Stop::Time),
-                found = watch.next(cpu_ticks), if stopped.is_none() => found,
+                found = watch.next(&cpu), if stopped.is_none() => found,
             };
             if let Some(found) = found {
                 stopped = Some(found);
@@ -168,24 +181,34 @@ struct Watch {
     memory_bytes_max: u64,
     pause: Duration,
     last: Usage,
+    /// When it was last seen to have used CPU time.
+    used_at: Instant,
     peak_bytes: Option<u64>,
 }
 
 impl Watch {
     fn new(supervisor: Pid, memory_mb: u64) -> Self {
         let memory_bytes_max = memory_mb.saturating_mul(1 << 20);
-        Self { supervisor, memory_bytes_max, pause: SAMPLE_MIN, last: Usage::default(), peak_bytes: None }
+        let (pause, last, used_at) = (SAMPLE_MIN, Usage::default(), Instant::now());
+        Self { supervisor, memory_bytes_max, pause, last, used_at, peak_bytes: None }
     }
 
     /// Looks once more, after a pause: whether the run must be stopped. May be dropped and called again.
-    async fn next(&mut self, cpu_ticks: &AtomicU64) -> Option<Stop> {
+    async fn next(&mut self, cpu: &CpuUse<'_>) -> Option<Stop> {
         sleep(self.pause).await;
         let (supervisor, most) = (self.supervisor, self.memory_bytes_max);
         // The kernel may take a while to count a large run.
         let usage = tokio::task::spawn_blocking(move || tree::measure(supervisor, most)).await.ok()?;
         let is_close = usage.memory_bytes > most / 2;
         self.pause = (self.pause * 2).min(if is_close { SAMPLE_CLOSE } else { SAMPLE_MAX });
-        cpu_ticks.fetch_add(usage.cpu_ticks.saturating_sub(self.last.cpu_ticks), Ordering::Relaxed);
+        let ticks = usage.cpu_ticks.saturating_sub(self.last.cpu_ticks);
+        cpu.ticks.fetch_add(ticks, Ordering::Relaxed);
+        if ticks > 0 {
+            self.used_at = Instant::now();
+            cpu.is_busy.store(true, Ordering::Relaxed);
+        } else if self.used_at.elapsed() >= IDLE_AFTER && cpu.is_busy.swap(false, Ordering::Relaxed) {
+            cpu.idled.notify_one();
+        }
         self.last = usage;
         if usage.peak_bytes > 0 {
             self.peak_bytes = self.peak_bytes.max(Some(usage.peak_bytes));

@@ -1,8 +1,11 @@
-//! How much runs at once: as much as the memory of the machine allows, whatever the number of its cores.
+//! How much runs at once: as much as the memory of the machine allows, however few its cores are.
 //!
 //! A function that calls a function waits for it, and takes no CPU meanwhile. Were runs bounded by the cores, so many
 //! callers would wait for ever for a run that cannot begin. Memory is bounded too, so the same can still happen when
 //! callers hold all of it: then all runs idle while a job waits, which [`Stall`] notices.
+//!
+//! Runs that compute do share the cores, with the gateway among others. While there are [`BUSY_A_CORE_MAX`] for each core
+//! others begin at a slow pace: they are not held up for good, since those that compute may wait for them so.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,6 +13,8 @@ use tokio::time::Instant;
 
 /// Most runs at once, whatever the memory. Each has a blocking thread of the runtime, which has 512.
 pub(super) const RUNS_MAX: usize = 256;
+/// Runs a core that compute at once: enough to use it all, and few enough for the gateway to have its part.
+pub(super) const BUSY_A_CORE_MAX: usize = 2;
 /// The part of the memory that runs may be promised; the rest is the gateway's, and the system's.
 const PART: (u64, u64) = (3, 4);
 /// CPU time below which runs count as idle over the time of a stall, in clock ticks (of 10 ms).

@@ -356,6 +356,54 @@ while len(list(dir.iterdir())) < int(os.environ['TOGETHER']):
     floor.stop().await;
 }
 
+/// While many compute others start one by one: the gateway keeps its part of the CPU, and nobody waits for ever.
+#[tokio::test]
+async fn runs_that_compute_are_few_at_once_but_hold_up_nobody() {
+    const JOBS: usize = 30;
+    let scratch = Scratch::new();
+    let source = "import os, pathlib, time
+me = pathlib.Path(os.environ['DIR']) / os.environ['REQUEST_ID']
+me.write_text('')
+until = time.process_time() + 0.1
+most = 0
+while time.process_time() < until:
+    most = max(most, len(list(me.parent.iterdir())))
+me.unlink()
+print(most)";
+    install(&scratch, "main.py", source);
+    let dir = scratch.path().join("begun");
+    fs::create_dir(&dir).unwrap();
+    let few = |worker: &mut Worker| (worker.busy_max, worker.memory_mb) = (1, 128 * JOBS as u64);
+    let floor = Floor::start_with(&scratch, few);
+    let message = with(json!({ "envVars": { "DIR": dir } }));
+    let mut ids = Vec::new();
+    for _ in 0..JOBS {
+        ids.push(floor.send(&message).await);
+    }
+    let mut most = 0;
+    for id in ids {
+        let result = floor.result(id).await;
+        most = most.max(result["stdout"].as_str().unwrap().trim().parse::<usize>().unwrap());
+    }
+    assert!(most <= JOBS / 2, "{most} at once");
+    floor.stop().await;
+
+    // One computes until another one has run.
+    let source = "import os, pathlib
+begun = pathlib.Path(os.environ['DIR']) / 'begun'
+waits = os.environ['WAITS'] == '1'
+while waits and not begun.exists():
+    pass
+begun.write_text('')";
+    install(&scratch, "main.py", source);
+    let floor = Floor::start_with(&scratch, few);
+    let message = |waits| with(json!({ "envVars": { "DIR": dir, "WAITS": waits } }));
+    let first = floor.send(&message("1")).await;
+    assert_eq!(floor.call(&message("0")).await["status"], "SUCCESS");
+    assert_eq!(floor.result(first).await["status"], "SUCCESS");
+    floor.stop().await;
+}
+
 #[tokio::test]
 async fn what_waits_for_idle_runs_fails_and_what_waits_for_busy_ones_waits() {
     let source = "import os, time

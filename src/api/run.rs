@@ -39,6 +39,7 @@ pub struct Run {
 }
 
 impl Run {
+    #[expect(clippy::too_many_arguments, reason = "a run takes part in all of these")]
     pub fn new(
         waits: Live<WaitsConf>,
         queue: QueueTraits,

@@ -148,7 +148,8 @@ mod tests {
         let wide = |text: &str, mark: &[u8], bytes: fn(u16) -> [u8; 2]| {
             [mark, &text.encode_utf16().flat_map(bytes).collect::<Vec<u8>>()].concat()
         };
-        let (le, be): (fn(u16) -> [u8; 2], fn(u16) -> [u8; 2]) = (u16::to_le_bytes, u16::to_be_bytes);
+        let le: fn(u16) -> [u8; 2] = u16::to_le_bytes;
+        let be: fn(u16) -> [u8; 2] = u16::to_be_bytes;
         for (bytes, expected) in [
             (b"\xef\xbb\xbfA=1\n".to_vec(), Ok("1")),
             // As the old controller read what is no UTF-8.

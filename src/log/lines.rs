@@ -74,7 +74,10 @@ impl Write for Stdout {
             match nix::unistd::write(io::stdout(), bytes) {
                 Err(Errno::EINTR) => {}
                 // Whoever shares it with us has said that nobody shall wait for it.
-                Err(Errno::EAGAIN) => std::thread::sleep(PAUSE),
+                Err(Errno::EAGAIN) => {
+                    #[expect(clippy::disallowed_methods, reason = "the thread of the log has no runtime")]
+                    std::thread::sleep(PAUSE);
+                }
                 written => return Ok(written?),
             }
         }

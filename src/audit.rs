@@ -83,8 +83,8 @@ impl Record {
 }
 
 impl Audit {
-    /// Queues a row with what the execution recommends and what is to be kept of it, and counts it. The exit code is
-    /// only shown to those who look on: rows have none.
+    /// Queues a row with what the execution recommends and what is to be kept of it, and counts it. The exit
+    /// code is only shown to those who look on: rows have none.
     pub fn record(
         &self,
         id: JobId,

@@ -36,9 +36,9 @@ pub fn start() -> LinesGuard {
     guard
 }
 
-/// Whether lines of the kind may be logged, whatever `RUST_LOG` asks for. In their debug and trace lines libraries show the
-/// requests that they carry: header fields with API keys, as text, as numbers, and cut by frames. Nothing finds
-/// all of them there, so these levels are for our own lines alone.
+/// Whether lines of the kind may be logged, whatever `RUST_LOG` asks for. In their debug and trace lines
+/// libraries show the requests that they carry: header fields with API keys, as text, as numbers, and cut by
+/// frames. Nothing finds all of them there, so these levels are for our own lines alone.
 fn shows_no_secret(metadata: &Metadata<'_>) -> bool {
     *metadata.level() <= Level::INFO || metadata.target().starts_with("infra_controller")
 }

@@ -135,8 +135,8 @@ fn read_dotenv() -> Result<(), String> {
     Ok(())
 }
 
-/// Takes blanks and line ends off the variables that the AWS SDK reads itself: a secret that is read from a file often
-/// ends with a line break, which no header field can carry.
+/// Takes blanks and line ends off the variables that the AWS SDK reads itself: a secret that is read from a
+/// file often ends with a line break, which no header field can carry.
 #[cfg(feature = "aws")]
 fn trim_sdk_variables() {
     for (name, value) in std::env::vars_os() {

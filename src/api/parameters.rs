@@ -1,14 +1,14 @@
-//! Parameters of header fields (`; name="value"`), as clients send them: RFC 9110 section 5.6.6, and what is in use
-//! beyond it.
+//! Parameters of header fields (`; name="value"`), as clients send them: RFC 9110 section 5.6.6, and what is
+//! in use beyond it.
 //!
-//! The parsers of `multer` and `mime` were rejected: one knows names in small letters and no `filename*`, the other
-//! refuses a boundary with `=` in it that is not quoted, which JavaMail sends.
+//! The parsers of `multer` and `mime` were rejected: one knows names in small letters and no `filename*`, the
+//! other refuses a boundary with `=` in it that is not quoted, which JavaMail sends.
 
 use percent_encoding::percent_decode;
 use std::borrow::Cow;
 
-/// The value of parameter `name`, which is in small letters here and in any case in the field. The extended form
-/// (`name*`, RFC 8187) wins where it can be read; the first of several wins.
+/// The value of parameter `name`, which is in small letters here and in any case in the field. The extended
+/// form (`name*`, RFC 8187) wins where it can be read; the first of several wins.
 pub fn parameter(field: &[u8], name: &str) -> Option<String> {
     let mut plain = None;
     let mut extended = None;
@@ -55,8 +55,8 @@ fn after(bytes: &[u8], separator: u8) -> &[u8] {
     at.and_then(|at| bytes.get(at + 1..)).unwrap_or_default()
 }
 
-/// A quoted string, from behind its opening quote: its value, and what follows it. Browsers send a Windows path
-/// without escapes, so a backslash escapes a quote or a backslash only.
+/// A quoted string, from behind its opening quote: its value, and what follows it. Browsers send a Windows
+/// path without escapes, so a backslash escapes a quote or a backslash only.
 fn unquoted(quoted: &[u8]) -> (Vec<u8>, &[u8]) {
     let mut value = Vec::new();
     let mut bytes = quoted.iter().enumerate().peekable();
@@ -83,7 +83,8 @@ fn latin_1(value: &[u8]) -> String {
     value.iter().map(|byte| char::from(*byte)).collect()
 }
 
-/// An extended value, `UTF-8'en'%e2%82%ac`; `None` if it is none, or in a character set that nobody must know.
+/// An extended value, `UTF-8'en'%e2%82%ac`; `None` if it is none, or in a character set that nobody must
+/// know.
 fn decoded(value: &[u8]) -> Option<String> {
     let mut parts = value.splitn(3, |byte| *byte == b'\'');
     let (charset, _language, encoded) = (parts.next()?, parts.next()?, parts.next()?);

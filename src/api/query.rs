@@ -31,8 +31,8 @@ impl<'a> Query<'a> {
         self.0.iter().find(|(known, _)| *known == name).map(|(_, value)| &**value)
     }
 
-    /// A whole number from 1 on. A larger one than `max`, and none, mean `max`: clients of the old controller, which
-    /// listed all, ask for more than a page has.
+    /// A whole number from 1 on. A larger one than `max`, and none, mean `max`: clients of the old
+    /// controller, which listed all, ask for more than a page has.
     pub fn limit(&self, max: usize) -> Result<usize, ApiError> {
         let Some(text) = self.get("limit") else { return Ok(max) };
         let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());

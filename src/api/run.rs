@@ -342,7 +342,8 @@ fn still_running(id: JobId, wish: Wish) -> Reply {
     later(id, wish, format!("{{\"status\":\"TIMEOUT\",\"jobId\":\"{id}\",\"message\":\"{message}\"}}"))
 }
 
-/// 202 with the place of the result, under the prefix that the client used: the other may lead nowhere through its proxy.
+/// 202 with the place of the result, under the prefix that the client used: the other may lead nowhere
+/// through its proxy.
 fn later(id: JobId, wish: Wish, body: String) -> Reply {
     let reply = Reply::json(StatusCode::ACCEPTED, body);
     match HeaderValue::try_from(format!("{}/status/{id}", wish.prefix)) {

@@ -231,7 +231,8 @@ fn summed(healthy: &[&Worker]) -> Value {
     online(healthy.len() as u64, jobs, &pools, uptime, &seconds(now_ms()))
 }
 
-/// What a lone worker says, member by member as far as it can be believed. That it says anything is that it is there.
+/// What a lone worker says, member by member as far as it can be believed. That it says anything is that it
+/// is there.
 fn lone_status(json: &[u8]) -> Option<Value> {
     let said: Map<String, Value> = serde_json::from_slice(json).ok()?;
     let count = |name: &str| said.get(name).and_then(Value::as_u64);

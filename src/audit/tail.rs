@@ -1,7 +1,7 @@
 //! The last events of this node, for people who look on: what the dashboard lists.
 //!
-//! It is no log: under load most events are passed over. So many a second are taken that the list is worth reading, and
-//! the others cost one atomic operation and no memory.
+//! It is no log: under load most events are passed over. So many a second are taken that the list is worth
+//! reading, and the others cost one atomic operation and no memory.
 
 use crate::model::{FunctionId, JobId, Status, UnixMs};
 use serde_json::{Map, Value};
@@ -14,8 +14,8 @@ use uuid::Uuid;
 
 /// Events that are kept; the oldest goes.
 const ENTRIES_MAX: usize = 100;
-/// Executions that are taken in a second, and as many of all other events: neither crowds the other out. More are
-/// passed over.
+/// Executions that are taken in a second, and as many of all other events: neither crowds the other out. More
+/// are passed over.
 const HALF_A_SECOND_MAX: u64 = 100;
 /// A clock that goes back further was set; threads are later than others by less.
 const CLOCK_SET_BACK_S: u64 = 10;
@@ -100,7 +100,8 @@ impl Tail {
     }
 }
 
-/// Lets [`HALF_A_SECOND_MAX`] through in each second. One word: the second, and how many were let through in it.
+/// Lets [`HALF_A_SECOND_MAX`] through in each second. One word: the second, and how many were let through in
+/// it.
 #[derive(Default)]
 struct Gate(AtomicU64);
 

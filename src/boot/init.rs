@@ -1,8 +1,8 @@
 //! `dev` as the first process of a container.
 //!
-//! The kernel gives every process that has lost its parent to process 1, which must reap it. A server must not do
-//! that itself: `waitpid(-1)` would take the children that its own parts wait for. So process 1 starts the program
-//! once more, reaps, and passes signals on.
+//! The kernel gives every process that has lost its parent to process 1, which must reap it. A server must
+//! not do that itself: `waitpid(-1)` would take the children that its own parts wait for. So process 1 starts
+//! the program once more, reaps, and passes signals on.
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal, kill};
@@ -15,8 +15,8 @@ use std::process::Command;
 const PASSED_ON: [Signal; 6] =
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1, Signal::SIGUSR2];
 
-/// In process 1: runs the program as a child and returns its exit code when it has ended. In any other: `None`, at
-/// once. Must be called before the first thread is started.
+/// In process 1: runs the program as a child and returns its exit code when it has ended. In any other:
+/// `None`, at once. Must be called before the first thread is started.
 ///
 /// # Errors
 /// If the child cannot be started.
@@ -37,8 +37,8 @@ fn signals() -> SigSet {
 }
 
 fn run_child() -> std::io::Result<u8> {
-    // Before the child is there, so that no signal is missed. The kernel drops what process 1 neither handles nor
-    // blocks. The child inherits that, and undoes it.
+    // Before the child is there, so that no signal is missed. The kernel drops what process 1 neither handles
+    // nor blocks. The child inherits that, and undoes it.
     let signals = signals();
     signals.thread_block()?;
     let mut arguments = std::env::args_os();

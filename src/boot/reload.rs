@@ -52,7 +52,8 @@ pub struct ConfSource {
     pub master_key_bytes: usize,
 }
 
-/// What the header of a request holds beside its key, in bytes, at least: its first line and a few short fields.
+/// What the header of a request holds beside its key, in bytes, at least: its first line and a few short
+/// fields.
 const HEADER_BYTES_BESIDE_KEY: usize = 256;
 
 impl ConfSource {

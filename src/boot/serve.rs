@@ -79,7 +79,8 @@ pub fn check(args: &ServeArgs) -> Exit {
     }
 }
 
-/// What `serve` asks before it listens. With it, what is amiss with the channels but keeps nobody from starting.
+/// What `serve` asks before it listens. With it, what is amiss with the channels but keeps nobody from
+/// starting.
 async fn checked(env: &Env, start: Duration) -> Result<(aws::Connected, Option<String>), Vec<StartProblem>> {
     let connected = aws::connect(settings(env, ProcessToken(rand::random()), start)).await?;
     // `serve` takes one of these ids, or a new one. Which one is not tried: that would take its lock.

@@ -102,7 +102,8 @@ fn addresses(listen: IpAddr, beside: Option<Ipv6Addr>, has: impl Fn(Ipv6Addr) ->
     std::iter::once(first).chain(beside).collect()
 }
 
-/// Whether sockets can listen on an address of IPv6: the kernel may lack the family, or the interface the address.
+/// Whether sockets can listen on an address of IPv6: the kernel may lack the family, or the interface the
+/// address.
 fn has_ipv6(address: Ipv6Addr) -> bool {
     let bound = TcpSocket::new_v6().and_then(|socket| socket.bind(SocketAddr::new(address.into(), 0)));
     let errno = bound.err().and_then(|e| e.raw_os_error()).map(Errno::from_raw);

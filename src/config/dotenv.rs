@@ -1,10 +1,10 @@
 //! `./.env`, read the way the old controller's reader read it.
 //!
 //! The usual crate was rejected: it expands `$NAME` inside values and refuses unquoted blanks, so a password
-//! that worked for years would change or stop the start. The rules kept here: `NAME=value` or `NAME: value`, an
-//! optional `export`, single, double or back quotes (a quoted value may run over lines), `\n` and `\r` expanded
-//! in double quotes only, `#` starts a comment outside quotes, other lines are ignored, the last of a name wins. Lines
-//! end with LF, CR LF or CR, and a byte order mark at the begin is no part of the first.
+//! that worked for years would change or stop the start. The rules kept here: `NAME=value` or `NAME: value`,
+//! an optional `export`, single, double or back quotes (a quoted value may run over lines), `\n` and `\r`
+//! expanded in double quotes only, `#` starts a comment outside quotes, other lines are ignored, the last of
+//! a name wins. Lines end with LF, CR LF or CR, and a byte order mark at the begin is no part of the first.
 
 use super::reader::{BYTE_ORDER_MARK, FileReader, is_utf16, text};
 use std::collections::HashMap;

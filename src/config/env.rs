@@ -72,8 +72,8 @@ impl AiNode {
     const URL_DEFAULT: &str = "http://10.0.20.100:11434";
     const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
-    /// Reads the process environment, for a node that needs nothing else of it and stands in no such network: without
-    /// an address there is none. With it, what is to be warned of.
+    /// Reads the process environment, for a node that needs nothing else of it and stands in no such network:
+    /// without an address there is none. With it, what is to be warned of.
     pub fn from_process() -> Result<(Option<Self>, Vec<String>), ConfigError> {
         let names = ["AI_NODE_URL", "AI_NODE_TIMEOUT"];
         let vars =
@@ -237,8 +237,8 @@ impl<'a> Reader<'a> {
         value
     }
 
-    /// A number as the old controller read it: by its leading digits, so `100/min` is 100. What follows them is warned
-    /// of. Numbers that the old controller did not read, ports among them, are [`Self::parsed`].
+    /// A number as the old controller read it: by its leading digits, so `100/min` is 100. What follows them
+    /// is warned of. Numbers that the old controller did not read, ports among them, are [`Self::parsed`].
     fn leading_digits<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
         let text = self.optional(name)?;
         let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
@@ -301,7 +301,8 @@ impl<'a> Reader<'a> {
         RedisAddress { url: Secret::new(format!("redis://{host}:{port}")), variables }
     }
 
-    /// `REDIS_PORT`: a number, or `tcp://host:port`, which Kubernetes and Docker set for a service of the name `redis`.
+    /// `REDIS_PORT`: a number, or `tcp://host:port`, which Kubernetes and Docker set for a service of the
+    /// name `redis`.
     fn redis_port(&mut self) -> (Option<String>, u16) {
         const DEFAULT: u16 = 6379;
         let Some(text) = self.optional("REDIS_PORT") else { return (None, DEFAULT) };
@@ -357,8 +358,8 @@ fn is_host(text: &str) -> bool {
     address.parse::<std::net::Ipv6Addr>().is_ok() || (!text.is_empty() && text.bytes().all(plain))
 }
 
-/// The rate limit of the process environment, for a node that needs nothing else of it. With it, what is to be warned
-/// of.
+/// The rate limit of the process environment, for a node that needs nothing else of it. With it, what is to
+/// be warned of.
 pub fn rate_limit_from_process() -> Result<(Option<u32>, Vec<String>), ConfigError> {
     let name = "RATE_LIMIT";
     let vars = std::env::var(name).ok().map(|value| (name.to_owned(), value)).into_iter().collect();

@@ -1,7 +1,8 @@
 //! Origins of scripts (RFC 6454), for `cors_origins`.
 //!
-//! A browser sends the one spelling that it has for an origin, and it is compared byte by byte. So what is written in
-//! another spelling is brought into that one, and what no browser sends is an error, not an entry that never matches.
+//! A browser sends the one spelling that it has for an origin, and it is compared byte by byte. So what is
+//! written in another spelling is brought into that one, and what no browser sends is an error, not an entry
+//! that never matches.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 

@@ -139,8 +139,8 @@ impl Worker {
     }
 }
 
-/// Text in UTF-8, without the byte order mark that some editors write before it. `Err`: why it is none, as what follows
-/// the name of the file.
+/// Text in UTF-8, without the byte order mark that some editors write before it. `Err`: why it is none, as
+/// what follows the name of the file.
 pub fn text(bytes: Vec<u8>) -> Result<String, FileError> {
     let line_at = |offset: usize| 1 + bytes.iter().take(offset).filter(|b| **b == b'\n').count();
     if is_utf16(&bytes) {
@@ -161,7 +161,8 @@ pub fn text(bytes: Vec<u8>) -> Result<String, FileError> {
 /// Before a text it says how that is encoded, and is no part of it.
 pub const BYTE_ORDER_MARK: char = '\u{feff}';
 
-/// Whether it begins with the byte order mark of UTF-16, or, as some write it without one, with two characters of ASCII.
+/// Whether it begins with the byte order mark of UTF-16, or, as some write it without one, with two
+/// characters of ASCII.
 pub fn is_utf16(bytes: &[u8]) -> bool {
     match bytes {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,

@@ -151,8 +151,8 @@ impl ConfTexts {
         Self { server, limits, keys, upstreams, certificate, client_ca }
     }
 
-    /// What is said of files in `dir` that look like settings and are none of ours: a `limit.toml` sets no limit. Empty
-    /// where the directory cannot be listed; its files have been read.
+    /// What is said of files in `dir` that look like settings and are none of ours: a `limit.toml` sets no
+    /// limit. Empty where the directory cannot be listed; its files have been read.
     pub fn unknown_files(dir: &Path) -> Vec<String> {
         let known = ["server.toml", "limits.toml", "keys.toml", "upstreams.toml"];
         let entries = std::fs::read_dir(dir).into_iter().flatten().take(ENTRIES_MAX).flatten();
@@ -279,8 +279,9 @@ impl ConfTexts {
 /// The lists of tables that files have.
 const LISTS: [&str; 3] = ["key", "limit", "upstream"];
 
-/// `key = []` says that there are no keys, and TOML takes no `[[key]]` after it. Who appends the lines of `key new` to
-/// such a file means the key, so the empty list gives way. Blanks take its place: lines and columns stay what they are.
+/// `key = []` says that there are no keys, and TOML takes no `[[key]]` after it. Who appends the lines of
+/// `key new` to such a file means the key, so the empty list gives way. Blanks take its place: lines and
+/// columns stay what they are.
 fn with_open_lists(text: String) -> String {
     if text.parse::<Table>().is_ok() {
         return text;
@@ -311,8 +312,8 @@ fn with_open_lists(text: String) -> String {
     if open.parse::<Table>().is_ok() { open } else { text }
 }
 
-/// The text of a file of PEM blocks. What stands around them is ignored (RFC 7468), in whatever encoding, and so are blanks
-/// around lines. `Err`: why there are none, as what follows the name of the file.
+/// The text of a file of PEM blocks. What stands around them is ignored (RFC 7468), in whatever encoding, and
+/// so are blanks around lines. `Err`: why there are none, as what follows the name of the file.
 fn pem_text(bytes: Vec<u8>) -> Result<String, FileError> {
     if reader::is_utf16(&bytes) {
         return Err(FileError::Unusable("is UTF-16; save it as ASCII or UTF-8".to_owned()));

@@ -1,9 +1,9 @@
 //! Lines on their way to standard output.
 //!
-//! Who logs only appends to a buffer. One thread writes what has gathered, a moment after the first line of it came: one
-//! system call and one wake-up for many lines. When nobody reads our standard output the thread waits, the buffer fills,
-//! and lines are dropped and counted; requests never wait. Lines that standard output does not take, as it is closed or its
-//! disk full, are counted, too.
+//! Who logs only appends to a buffer. One thread writes what has gathered, a moment after the first line of
+//! it came: one system call and one wake-up for many lines. When nobody reads our standard output the thread
+//! waits, the buffer fills, and lines are dropped and counted; requests never wait. Lines that standard
+//! output does not take, as it is closed or its disk full, are counted, too.
 
 use nix::errno::Errno;
 use std::io::{self, Write};

@@ -164,8 +164,8 @@ fn path_inside<R: Read>(entry: &ZipFile<'_, R>) -> Result<(PathBuf, bool), Archi
 
 /// Whether the file system that an entry comes from has drives (`C:`), and separates names by backslashes.
 ///
-/// APPNOTE 4.4.17 wants slashes, but PowerShell 5 and .NET before 4.6.1 write backslashes. On these systems no name
-/// can hold one, so nothing is lost. 11 is MVS in APPNOTE 4.4.2, and NTFS in the zips of Info-ZIP.
+/// APPNOTE 4.4.17 wants slashes, but PowerShell 5 and .NET before 4.6.1 write backslashes. On these systems
+/// no name can hold one, so nothing is lost. 11 is MVS in APPNOTE 4.4.2, and NTFS in the zips of Info-ZIP.
 fn has_drives(made_on: System) -> bool {
     matches!(made_on, System::Dos | System::Os2 | System::WindowsNTFS | System::MVS | System::VFAT)
 }

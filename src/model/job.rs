@@ -94,8 +94,8 @@ impl JobId {
         Self(Uuid::from_u128((high << 80) | (0x8 << 76) | (middle << 64) | (0b10 << 62) | low))
     }
 
-    /// `None` if `text` is not an id that some node of this kind made. The digits may be in capitals: RFC 9562 asks
-    /// readers to ignore case, and some clients store ids so.
+    /// `None` if `text` is not an id that some node of this kind made. The digits may be in capitals: RFC
+    /// 9562 asks readers to ignore case, and some clients store ids so.
     pub fn parse(text: &str) -> Option<Self> {
         let uuid = Uuid::try_parse(text).ok()?;
         // Not the other forms that `Uuid` reads: braces, `urn:uuid:`, no hyphens.

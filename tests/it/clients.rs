@@ -1,5 +1,5 @@
-//! The old controller's clients, each in its own language and with its own HTTP library, against either backend. They
-//! are written from the contract, and read the shapes, words and types of every answer.
+//! The old controller's clients, each in its own language and with its own HTTP library, against either
+//! backend. They are written from the contract, and read the shapes, words and types of every answer.
 
 use crate::harness::aws::venv;
 use crate::harness::process::{Process, Scratch};

@@ -99,8 +99,8 @@ async fn start_in(dir: &Scratch, key: &str) -> Gateway {
 async fn a_job_that_kills_the_gateway_fails_after_three_starts() {
     let (dir, key) = (Scratch::new("poisoned"), new_key());
     let gateway = start_in(&dir, &key).await;
-    // The parent of the run is its supervisor, and that one's parent the gateway. It waits for a file, so that the
-    // gateway is ready each time.
+    // The parent of the run is its supervisor, and that one's parent the gateway. It waits for a file, so
+    // that the gateway is ready each time.
     let source = "import os, time
 data = os.environ['HOME'] + '/../../..'
 with open(data + '/starts', 'a') as starts:

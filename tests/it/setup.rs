@@ -1,4 +1,5 @@
-//! What people meet who set it up: files of other editors, secrets with line breaks, a Redis that cannot be used.
+//! What people meet who set it up: files of other editors, secrets with line breaks, a Redis that cannot be
+//! used.
 
 use crate::harness::aws::{Cloud, SECRET_ACCESS_KEY};
 use crate::harness::gateway::{Conf, run_to_end, start_process};
@@ -292,8 +293,8 @@ fn certificates_as_people_have_them() {
     }
 }
 
-/// `dev` counts by RATE_LIMIT, warns of what it does not read, lets any origin in where that is said, and shows its key
-/// to nobody but a terminal.
+/// `dev` counts by RATE_LIMIT, warns of what it does not read, lets any origin in where that is said, and
+/// shows its key to nobody but a terminal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dev_reads_what_it_is_told() {
     let dir = Scratch::new("dev");

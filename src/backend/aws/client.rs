@@ -60,8 +60,8 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
     }
 }
 
-/// The credentials of a provider, without blanks and line ends around them, which files and variables often have. What
-/// no header field can carry is an error here, since the SDK panics when it signs with it.
+/// The credentials of a provider, without blanks and line ends around them, which files and variables often
+/// have. What no header field can carry is an error here, since the SDK panics when it signs with it.
 #[derive(Debug)]
 struct Usable(SharedCredentialsProvider);
 

@@ -50,8 +50,8 @@ impl std::fmt::Display for RedisUrl {
     }
 }
 
-/// Scheme, host and port, by the text itself: a parser that takes a `/` in the password for the end of the host
-/// would show what stands before it. Nothing up to the last `@` is shown, nor what is no host and port.
+/// Scheme, host and port, by the text itself: a parser that takes a `/` in the password for the end of the
+/// host would show what stands before it. Nothing up to the last `@` is shown, nor what is no host and port.
 fn address_of(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://").filter(|(scheme, _)| matches!(*scheme, "redis" | "rediss"))?;
     let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);

@@ -1,8 +1,8 @@
-//! What `serve` needs of Redis beside an answer: it takes writes, runs scripts, lets this user publish and subscribe,
-//! and keeps what it was given.
+//! What `serve` needs of Redis beside an answer: it takes writes, runs scripts, lets this user publish and
+//! subscribe, and keeps what it was given.
 //!
-//! Each step is one that a node takes later, on names of the same kind. So a user that is denied one of them, or a
-//! replica, stops the start and not the first job.
+//! Each step is one that a node takes later, on names of the same kind. So a user that is denied one of them,
+//! or a replica, stops the start and not the first job.
 
 use super::changes::channel_of;
 use super::journal::INFLIGHT;
@@ -91,8 +91,8 @@ impl<'a> RedisProbe<'a> {
 
     /// The first of `nodes` that may subscribe to the results of its jobs, as [`RedisResults`] does.
     ///
-    /// Redis compares a pattern with the allowed ones as text, unless its user has all channels. So the answer for one
-    /// node id says nothing of another one.
+    /// Redis compares a pattern with the allowed ones as text, unless its user has all channels. So the
+    /// answer for one node id says nothing of another one.
     ///
     /// [`RedisResults`]: super::results::RedisResults
     pub(super) async fn results(&self, nodes: &[NodeId]) -> Result<NodeId, Unfit> {
@@ -104,7 +104,8 @@ impl<'a> RedisProbe<'a> {
         F: Future<Output = Result<T, BackendError>>,
     {
         self.forget();
-        // What one server refuses in a fail-over another one takes a moment later, so that is tried to the end, too.
+        // What one server refuses in a fail-over another one takes a moment later, so that is tried to the
+        // end, too.
         super::start::within(self.deadline, step).await.map_err(|error| self.unfit(what, error))
     }
 

@@ -1,8 +1,9 @@
 //! The task queue as a table: jobs enter in order, and leave with their result in one transaction.
 //!
-//! Which jobs have been taken is known to the worker alone, in memory: after a crash every job that is still in
-//! the table is run (again), which is what at-least-once asks for, and no lease has to be written or to expire. Only
-//! how often a job was started is written, so that one that ends the gateway does not do so for ever.
+//! Which jobs have been taken is known to the worker alone, in memory: after a crash every job that is still
+//! in the table is run (again), which is what at-least-once asks for, and no lease has to be written or to
+//! expire. Only how often a job was started is written, so that one that ends the gateway does not do so for
+//! ever.
 
 use super::database::{Database, WriteError, integer, unsigned};
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};

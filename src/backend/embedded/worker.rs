@@ -32,7 +32,8 @@ use tokio::sync::watch;
 use tokio::task::{self, JoinSet};
 use tokio::time::Instant;
 
-/// Most jobs that are taken off the table in advance, and most that wait for their last chance: each may have 1 MiB.
+/// Most jobs that are taken off the table in advance, and most that wait for their last chance: each may have
+/// 1 MiB.
 const TAKEN_MAX: usize = 32;
 const LAST_CHANCES_MAX: usize = 64;
 /// How often a job is started without an end before it fails: it may be what ends the gateway.
@@ -84,8 +85,9 @@ impl Worker {
         Self { runner, activity, memory_mb: room::memory_mb(), stall_max: STALL_MAX, busy_max }
     }
 
-    /// Runs jobs, as many at once as their memory allows, until `stop` turns true or its sender is gone. Runs that
-    /// have not ended by then are killed; their jobs are still on the queue and run again at the next start.
+    /// Runs jobs, as many at once as their memory allows, until `stop` turns true or its sender is gone. Runs
+    /// that have not ended by then are killed; their jobs are still on the queue and run again at the next
+    /// start.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let runner = &mut self.runner;
         runner.python = real_path(runner.python.take(), ["-c", "import sys; print(sys.executable)"]).await;
@@ -121,8 +123,8 @@ struct Schedule {
     last: i64,
     /// In order of arrival; the first waits for memory.
     taken: VecDeque<Queued>,
-    /// Jobs that were started so often that the next start decides: one at a time, so that it is known which one ends
-    /// the gateway, and those that happened to run beside it do not fail with it.
+    /// Jobs that were started so often that the next start decides: one at a time, so that it is known which
+    /// one ends the gateway, and those that happened to run beside it do not fail with it.
     last_chances: VecDeque<Queued>,
     stall: Stall,
 }
@@ -217,8 +219,8 @@ impl Schedule {
         has_room && self.runs.len() < RUNS_MAX && self.has_cpu()
     }
 
-    /// Whether runs that compute leave some of the CPU. If not, one starts now and then all the same: those that
-    /// compute may do so only until it has run.
+    /// Whether runs that compute leave some of the CPU. If not, one starts now and then all the same: those
+    /// that compute may do so only until it has run.
     fn has_cpu(&self) -> bool {
         let busy = self.held.values().filter(|held| held.is_busy.load(Ordering::Relaxed)).count();
         busy < self.busy_max || self.started_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY)
@@ -339,8 +341,8 @@ impl Runner {
         result
     }
 
-    /// The interpreter of a message's runtime, its arguments, and the limit of the memory it may ask for. Node asks for
-    /// far more than it uses and dies under such a limit, so its own heap limit has to do.
+    /// The interpreter of a message's runtime, its arguments, and the limit of the memory it may ask for.
+    /// Node asks for far more than it uses and dies under such a limit, so its own heap limit has to do.
     fn interpreter(&self, message: &Message<'_>) -> Result<(PathBuf, Vec<String>, Option<u64>), String> {
         let (found, name, args, data_mb) = match message.runtime.as_str() {
             "python" => {

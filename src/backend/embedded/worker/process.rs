@@ -36,13 +36,14 @@ const DRAIN_MAX: Duration = Duration::from_secs(1);
 const TIMED_OUT: i32 = 124;
 /// Exit code of a run that was stopped because it used too much, as of one that the kernel killed.
 const KILLED: i32 = 137;
-/// First and longest pause between two looks at what a run uses. The longest bounds how far a run gets beyond its
-/// memory: some hundred MiB for one that does nothing but fill it.
+/// First and longest pause between two looks at what a run uses. The longest bounds how far a run gets beyond
+/// its memory: some hundred MiB for one that does nothing but fill it.
 const SAMPLE_MIN: Duration = Duration::from_millis(4);
 const SAMPLE_MAX: Duration = Duration::from_millis(100);
 /// The same for a run that uses more than half of its memory.
 const SAMPLE_CLOSE: Duration = Duration::from_millis(10);
-/// `/proc/self/oom_score_adj`: when the machine has no memory left, the kernel ends a run and not the gateway.
+/// `/proc/self/oom_score_adj`: when the machine has no memory left, the kernel ends a run and not the
+/// gateway.
 const OOM_SCORE: &[u8] = b"1000";
 
 /// A run that has used no CPU for so long waits for something.
@@ -93,8 +94,9 @@ enum Stop {
 
 /// Runs the program to its end. Dropping the future kills it and all it started.
 ///
-/// The run dies with the *thread* that started it (`PR_SET_PDEATHSIG`), so this must run on a thread that lives
-/// as long as the runtime: a task's, never one of `spawn_blocking`'s, which ends after ten idle seconds.
+/// The run dies with the *thread* that started it (`PR_SET_PDEATHSIG`), so this must run on a thread that
+/// lives as long as the runtime: a task's, never one of `spawn_blocking`'s, which ends after ten idle
+/// seconds.
 ///
 /// # Errors
 /// If the program cannot be started, for example because its environment is too large.
@@ -233,8 +235,8 @@ fn command(program: &Program) -> Command {
         .stderr(Stdio::piped());
     let parent = Pid::this();
     let data_bytes_max = program.data_bytes_max;
-    // SAFETY: both run between fork and exec, where only async-signal-safe calls are allowed: they make system calls
-    // and nothing else, and neither allocate nor lock.
+    // SAFETY: both run between fork and exec, where only async-signal-safe calls are allowed: they make
+    // system calls and nothing else, and neither allocate nor lock.
     #[expect(unsafe_code, reason = "limits must be set between fork and exec")]
     unsafe {
         command.pre_exec(move || {
@@ -245,8 +247,8 @@ fn command(program: &Program) -> Command {
     command
 }
 
-/// Called in the child. A limit on processes is left out: it counts all of a user's, ours among them. So is one on
-/// the address space: a thread's stack alone takes 8 MiB of that, and no memory.
+/// Called in the child. A limit on processes is left out: it counts all of a user's, ours among them. So is
+/// one on the address space: a thread's stack alone takes 8 MiB of that, and no memory.
 fn confine(data_bytes_max: Option<u64>) -> io::Result<()> {
     prctl::set_no_new_privs()?;
     prefer_for_oom();
@@ -342,9 +344,9 @@ struct Exit {
 }
 
 impl Exit {
-    /// The peak of the supervisor or of what it has waited for. The supervisor is a copy of us, and Linux passes the
-    /// peak of the forking process on through exec, so this is the run's own peak only where it is more than ours
-    /// ever was. Below that the samples have to do.
+    /// The peak of the supervisor or of what it has waited for. The supervisor is a copy of us, and Linux
+    /// passes the peak of the forking process on through exec, so this is the run's own peak only where it is
+    /// more than ours ever was. Below that the samples have to do.
     fn peak_above_ours(&self) -> Option<u64> {
         let ours = peak_memory_bytes(Pid::this())?;
         (self.max_rss_bytes > ours).then_some(self.max_rss_bytes)

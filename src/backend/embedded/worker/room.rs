@@ -1,11 +1,12 @@
 //! How much runs at once: as much as the memory of the machine allows, however few its cores are.
 //!
-//! A function that calls a function waits for it, and takes no CPU meanwhile. Were runs bounded by the cores, so many
-//! callers would wait for ever for a run that cannot begin. Memory is bounded too, so the same can still happen when
-//! callers hold all of it: then all runs idle while a job waits, which [`Stall`] notices.
+//! A function that calls a function waits for it, and takes no CPU meanwhile. Were runs bounded by the cores,
+//! so many callers would wait for ever for a run that cannot begin. Memory is bounded too, so the same can
+//! still happen when callers hold all of it: then all runs idle while a job waits, which [`Stall`] notices.
 //!
-//! Runs that compute do share the cores, with the gateway among others. While there are [`BUSY_A_CORE_MAX`] for each core
-//! others begin at a slow pace: they are not held up for good, since those that compute may wait for them so.
+//! Runs that compute do share the cores, with the gateway among others. While there are [`BUSY_A_CORE_MAX`]
+//! for each core others begin at a slow pace: they are not held up for good, since those that compute may
+//! wait for them so.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -20,8 +21,8 @@ const PART: (u64, u64) = (3, 4);
 /// CPU time below which runs count as idle over the time of a stall, in clock ticks (of 10 ms).
 const IDLE_TICKS_MAX: u64 = 20;
 
-/// The memory that runs may be promised together, in MiB: three quarters of the machine's, or of the control group's
-/// if that has less.
+/// The memory that runs may be promised together, in MiB: three quarters of the machine's, or of the control
+/// group's if that has less.
 pub(super) fn memory_mb() -> u64 {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     let machine = read(Path::new("/proc/meminfo")).and_then(|text| mem_total_bytes(&text));
@@ -35,8 +36,8 @@ fn mem_total_bytes(meminfo: &str) -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// The least limit of our control group and those above it, of version 2 (`0::/path`) or 1 (`4:memory:/path`). In a
-/// container the path may be one of the host, of which only the root is seen.
+/// The least limit of our control group and those above it, of version 2 (`0::/path`) or 1
+/// (`4:memory:/path`). In a container the path may be one of the host, of which only the root is seen.
 fn group_limit_bytes(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
     let mut least: Option<u64> = None;
     for line in groups.lines() {
@@ -73,7 +74,8 @@ impl Stall {
         self.idle = None;
     }
 
-    /// A job waits for memory, and the runs have used `cpu_ticks` in all: whether they have idled for `longest`.
+    /// A job waits for memory, and the runs have used `cpu_ticks` in all: whether they have idled for
+    /// `longest`.
     pub(super) fn is_over(&mut self, cpu_ticks: u64, longest: Duration) -> bool {
         match self.idle {
             Some((since, before)) if cpu_ticks.saturating_sub(before) <= IDLE_TICKS_MAX => {

@@ -1,11 +1,12 @@
 //! A process between the worker and a run, which leaves nothing of the run behind.
 //!
-//! It is the reaper of everything that the run starts (`PR_SET_CHILD_SUBREAPER`): what leaves the run's session, or
-//! loses its parent, becomes its child. When the run ends, or the worker asks by SIGTERM, or the worker dies, it kills
-//! its children until there are none, and exits with the exit code of the run.
+//! It is the reaper of everything that the run starts (`PR_SET_CHILD_SUBREAPER`): what leaves the run's
+//! session, or loses its parent, becomes its child. When the run ends, or the worker asks by SIGTERM, or the
+//! worker dies, it kills its children until there are none, and exits with the exit code of the run.
 //!
-//! It is a copy of the worker that makes system calls and nothing else. A program of its own was rejected: the copy
-//! shares its memory with the worker, costs no second start, and needs no file that could be missing.
+//! It is a copy of the worker that makes system calls and nothing else. A program of its own was rejected:
+//! the copy shares its memory with the worker, costs no second start, and needs no file that could be
+//! missing.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -16,8 +17,8 @@ use std::ptr::null;
 
 /// Pause between two rounds of killing.
 static ROUND: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
-/// Most rounds, which take 30 s at least. What is alive then hangs in the kernel, and cannot be killed; a job must not
-/// wait for it. It falls to process 1.
+/// Most rounds, which take 30 s at least. What is alive then hangs in the kernel, and cannot be killed; a job
+/// must not wait for it. It falls to process 1.
 const ROUNDS_MAX: u32 = 30_000;
 /// Exit code of a run that could not be killed, as of one that was.
 const KILLED: libc::c_int = 128 + libc::SIGKILL;
@@ -27,10 +28,10 @@ const DESCRIPTORS_MAX: libc::c_int = 65_536;
 /// Splits the calling process, a child of the worker `worker` between fork and exec: the caller becomes the
 /// supervisor, and never returns; a child of its own returns, and is the run.
 ///
-/// Only async-signal-safe calls are allowed here: nothing of ours allocates, locks or panics. `fork` is one that POSIX
-/// has taken off its list, since it takes the locks of the C library. Here they are free: the `fork` that made this
-/// process held all of them, and gave them back in it. (`_Fork`, which takes none, was rejected: glibc has it since 2.34
-/// only.)
+/// Only async-signal-safe calls are allowed here: nothing of ours allocates, locks or panics. `fork` is one
+/// that POSIX has taken off its list, since it takes the locks of the C library. Here they are free: the
+/// `fork` that made this process held all of them, and gave them back in it. (`_Fork`, which takes none, was
+/// rejected: glibc has it since 2.34 only.)
 pub(super) fn split(worker: Pid) -> nix::Result<()> {
     // A terminal's ^C is for the worker, which decides what becomes of its runs.
     setsid()?;
@@ -46,7 +47,8 @@ pub(super) fn split(worker: Pid) -> nix::Result<()> {
     }
     let supervisor = getpid();
     #[expect(unsafe_code, reason = "the run must be a child of the supervisor")]
-    // SAFETY: this process has one thread, both sides make system calls only, and no lock of the C library is held.
+    // SAFETY: this process has one thread, both sides make system calls only, and no lock of the C library is
+    // held.
     match unsafe { fork()? } {
         ForkResult::Parent { child } => supervise(child, &signals),
         ForkResult::Child => {
@@ -61,8 +63,8 @@ pub(super) fn split(worker: Pid) -> nix::Result<()> {
 
 fn supervise(run: Pid, signals: &SigSet) -> ! {
     let _ = prctl::set_name(c"run-supervisor");
-    // Among them: the sockets and the lock of the worker, the pipes of the run, and the one by which the worker
-    // learns that the program was started.
+    // Among them: the sockets and the lock of the worker, the pipes of the run, and the one by which the
+    // worker learns that the program was started.
     close_all();
     let mut code = None;
     let mut ending = false;
@@ -121,7 +123,8 @@ enum Listed {
 /// Kills every child there is; their children become ours, and are killed in the next round.
 fn kill_children(run: Pid, is_run_alive: bool) -> Listed {
     if is_run_alive {
-        // The session as well, where the kernel does not list children. Its number is taken as long as `run` is.
+        // The session as well, where the kernel does not list children. Its number is taken as long as `run`
+        // is.
         let _ = killpg(run, Signal::SIGKILL);
         let _ = kill(run, Signal::SIGKILL);
     }

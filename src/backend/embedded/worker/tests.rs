@@ -356,7 +356,8 @@ while len(list(dir.iterdir())) < int(os.environ['TOGETHER']):
     floor.stop().await;
 }
 
-/// While many compute others start one by one: the gateway keeps its part of the CPU, and nobody waits for ever.
+/// While many compute others start one by one: the gateway keeps its part of the CPU, and nobody waits for
+/// ever.
 #[tokio::test]
 async fn runs_that_compute_are_few_at_once_but_hold_up_nobody() {
     const JOBS: usize = 30;

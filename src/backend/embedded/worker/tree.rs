@@ -23,8 +23,9 @@ pub(super) struct Usage {
 
 /// Measures all descendants of `root`, without itself. Blocks for some 50 µs a process.
 ///
-/// The sum of the resident memory counts pages twice that processes share after a fork. Only if it is more than
-/// `memory_max_bytes` each process's proportional share (PSS) is asked for, which takes the kernel about a millisecond.
+/// The sum of the resident memory counts pages twice that processes share after a fork. Only if it is more
+/// than `memory_max_bytes` each process's proportional share (PSS) is asked for, which takes the kernel about
+/// a millisecond.
 pub(super) fn measure(root: Pid, memory_max_bytes: u64) -> Usage {
     let mut usage = Usage::default();
     let mut processes = Vec::new();

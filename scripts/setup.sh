@@ -2,7 +2,7 @@
 # Installs what this project needs and this machine lacks, and says so. Does nothing, fast, where all is there.
 #
 #   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
-#   scripts/setup.sh test    redis-server, h2load, and a Python venv with the AWS emulator and schemathesis
+#   scripts/setup.sh test    redis-server, h2load, a Python venv with the AWS emulator and schemathesis, and Node.js with undici
 #   scripts/setup.sh load    redis-server, wrk, and a Python venv with k6
 #   scripts/setup.sh slow    slowhttptest
 set -eu
@@ -10,6 +10,8 @@ cd "$(dirname "$0")/.."
 
 VENV=.venv-test
 REQUIREMENTS=tests/it/requirements.txt
+NODE_DIR=.node-test
+NODE_PACKAGES=tests/it/clients
 LOAD_VENV=.venv-load
 LOAD_REQUIREMENTS=loadtest/requirements.txt
 
@@ -56,10 +58,26 @@ setup_test() {
     has h2load || missing="$missing nghttp2-client"
     # Debian splits these modules off; other Pythons (pyenv) have them.
     has python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3 python3-venv"
+    has node || missing="$missing nodejs"
+    has npm || missing="$missing npm"
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || install $missing
 
     make_venv "$VENV" "$REQUIREMENTS"
+    make_node_modules
+}
+
+# The packages of the Node.js client, by their lock file. The copy of that says what is there: it is written last.
+make_node_modules() {
+    if cmp -s "$NODE_PACKAGES/package-lock.json" "$NODE_DIR/package-lock.json.installed"; then
+        return
+    fi
+    say "making $NODE_DIR with the packages of $NODE_PACKAGES/package.json"
+    rm -rf "$NODE_DIR"
+    mkdir "$NODE_DIR"
+    cp "$NODE_PACKAGES/package.json" "$NODE_PACKAGES/package-lock.json" "$NODE_DIR"
+    npm ci --prefix "$NODE_DIR" --ignore-scripts --no-audit --no-fund --loglevel=error
+    cp "$NODE_PACKAGES/package-lock.json" "$NODE_DIR/package-lock.json.installed"
 }
 
 # make_venv DIRECTORY REQUIREMENTS

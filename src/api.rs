@@ -15,6 +15,7 @@ mod models;
 mod object;
 mod once;
 mod openapi;
+mod parameters;
 mod precondition;
 mod prefer;
 mod problem;
@@ -31,7 +32,7 @@ pub use problem::{ApiError, BODY_BYTES_SLACK};
 pub use routes::{Endpoint, Found, Route, Takes, find, is_local, patterns_with_key};
 pub use system::Health;
 
-use crate::audit::Tail;
+use crate::audit::{Event, Tail};
 use crate::backend::{Backend, QueueTraits};
 use crate::catalogue::Catalogue;
 use crate::config::{BatchConf, Live, Secret, WaitsConf};
@@ -40,9 +41,11 @@ use crate::functions::{Editor, Functions};
 use crate::lifecycle::Lifecycle;
 use crate::limiter::{Counted, RateLimiter};
 use crate::metrics::Metrics;
+use crate::model::now_ms;
 use bytes::{Bytes, BytesMut};
 use http::header::{HeaderName, HeaderValue};
 use http::{HeaderMap, StatusCode, Uri};
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -62,6 +65,11 @@ pub struct Call {
 }
 
 impl Call {
+    /// The prefix of the path that the client used, which what it is pointed to keeps.
+    pub fn prefix(&self) -> &'static str {
+        routes::split_prefix(self.uri.path()).0
+    }
+
     /// The name of the API key, which stands for it; empty on routes that ask for none.
     pub fn key_name(&self) -> &str {
         self.caller.as_ref().map_or("", |caller| &caller.name)
@@ -221,11 +229,12 @@ pub struct Api {
     workers: workers::Workers,
     system: system::System,
     queue: QueueTraits,
+    tail: Tail,
 }
 
 impl Api {
     pub fn new(parts: Parts<'_>) -> Self {
-        let Parts { waits, backend, dispatcher, lifecycle, metrics, .. } = parts;
+        let Parts { waits, backend, dispatcher, lifecycle, metrics, tail, .. } = parts;
         let queue = backend.queue.traits();
         let cursors = cursor::Cursors::new(parts.api_key);
         let uploads = Arc::new(upload::Uploads::new(parts.spool_dir));
@@ -244,6 +253,7 @@ impl Api {
             parts.functions,
             parts.limiter,
             lifecycle.clone(),
+            tail.clone(),
         );
         Self {
             run,
@@ -251,17 +261,33 @@ impl Api {
             functions: functions::FunctionRoutes::new(
                 Arc::clone(&backend.functions),
                 parts.editor.clone(),
+                tail.clone(),
                 cursors.clone(),
             ),
-            upload: upload::UploadRoute::new(parts.editor.clone(), Arc::clone(&uploads)),
-            change: change::ChangeRoute::new(Arc::clone(&backend.functions), parts.editor.clone(), uploads),
-            auto_tuner: auto_tuner::AutoTuner::new(Arc::clone(&backend.functions), parts.editor),
-            logs: logs::Logs::new(Arc::clone(&backend.executions), parts.tail, cursors),
+            upload: upload::UploadRoute::new(parts.editor.clone(), Arc::clone(&uploads), tail.clone()),
+            change: change::ChangeRoute::new(
+                Arc::clone(&backend.functions),
+                parts.editor.clone(),
+                uploads,
+                tail.clone(),
+            ),
+            auto_tuner: auto_tuner::AutoTuner::new(
+                Arc::clone(&backend.functions),
+                parts.editor,
+                tail.clone(),
+            ),
+            logs: logs::Logs::new(Arc::clone(&backend.executions), tail.clone(), cursors),
             models: models::Models::new(parts.catalogue),
-            workers: workers::Workers::new(Arc::clone(&backend.workers)),
+            workers: workers::Workers::new(Arc::clone(&backend.workers), tail.clone()),
             system: system::System::new(Health::new(backend, Arc::clone(&metrics)), lifecycle, metrics),
             queue,
+            tail,
         }
+    }
+
+    /// Somebody showed no key, or a wrong one.
+    pub fn note_unauthorized(&self, ip: Option<IpAddr>) {
+        self.tail.note(now_ms(), || Event::Unauthorized { ip });
     }
 
     /// Largest body that a route takes, in bytes.

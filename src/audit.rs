@@ -12,12 +12,12 @@ mod writer;
 
 pub use disk::RowDisk;
 pub use ledger::{Ledger, Outstanding};
-pub use tail::{Tail, TailEntry};
+pub use tail::{Event, Executed, Tail, TailEntry};
 
 use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
-use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
+use crate::model::{Execution, IdempotencyKey, JobId, Recommendation, now_ms};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::sync::Arc;
@@ -83,15 +83,17 @@ impl Record {
 }
 
 impl Audit {
-    /// Queues a row with what the execution recommends and what is to be kept of it, and counts it.
+    /// Queues a row with what the execution recommends and what is to be kept of it, and counts it. The exit
+    /// code is only shown to those who look on: rows have none.
     pub fn record(
         &self,
         id: JobId,
         row: Execution,
+        exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
         kept: Option<Box<Kept>>,
     ) -> Result<(), Full> {
-        self.queue(Record { id, row, recommendation, kept, is_late: false })
+        self.queue(Record { id, row, recommendation, kept, is_late: false }, exit_code)
     }
 
     /// The same for a job whose row says LOST, or will.
@@ -99,14 +101,16 @@ impl Audit {
         &self,
         id: JobId,
         row: Execution,
+        exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
     ) -> Result<(), Full> {
         self.ledger.expect_late(id, &row.function);
-        let queued = self.queue(Record { id, row, recommendation, kept: None, is_late: true });
+        let record = Record { id, row, recommendation, kept: None, is_late: true };
+        let queued = self.queue(record, exit_code);
         queued.inspect_err(|_| self.ledger.forget_late(id))
     }
 
-    fn queue(&self, record: Record) -> Result<(), Full> {
+    fn queue(&self, record: Record, exit_code: Option<i64>) -> Result<(), Full> {
         let bytes = record.bytes();
         if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -117,7 +121,16 @@ impl Audit {
             Full
         })?;
         self.metrics.observe_execution(&record.row);
-        self.tail.push(record.id, &record.row);
+        let row = &record.row;
+        self.tail.note_execution(row.completed_at.unwrap_or_else(now_ms), || Executed {
+            id: record.id,
+            function: row.function.clone(),
+            status: row.status.clone(),
+            duration_ms: row.duration_ms,
+            handler_duration_ms: row.handler_duration_ms,
+            memory_mb: row.memory_mb,
+            exit_code,
+        });
         self.metrics.audit.waiting_rows.inc();
         permit.send(record);
         Ok(())
@@ -526,7 +539,7 @@ mod tests {
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3,"handlerDurationMs":2}"#.into());
         let fields = outcome.fields();
         let row = Execution::of(id, FunctionId::parse(function).unwrap(), &fields);
-        audit.record(id, row, Recommendation::of(id, &fields), None)
+        audit.record(id, row, fields.exit_code, Recommendation::of(id, &fields), None)
     }
 
     #[tokio::test(start_paused = true)]
@@ -589,7 +602,7 @@ mod tests {
             let result = mb.map_or("{}".to_owned(), |mb| format!("{{\"recommendedMemoryMb\":{mb}}}"));
             let outcome = Outcome::new(result.into());
             let row = Execution::of(id, f.clone(), &outcome.fields());
-            audit.record(id, row, Recommendation::of(id, &outcome.fields()), None).unwrap();
+            audit.record(id, row, None, Recommendation::of(id, &outcome.fields()), None).unwrap();
         }
         let later = tokio::time::sleep(3 * ledger::ROUND);
         run(&tables, loops, later).await;
@@ -607,7 +620,7 @@ mod tests {
         let id = JobId::new(NodeId(1), 1, 1);
         let row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
         let kept = Kept { key: IdempotencyKey::of("a", "b"), result: "{}".into() };
-        audit.record(id, row, None, Some(Box::new(kept))).unwrap();
+        audit.record(id, row, None, None, Some(Box::new(kept))).unwrap();
         let (written, left) = (ROWS_LINGER * 2, ROWS_LINGER * 20);
         let load = async {
             tokio::time::sleep(written).await;
@@ -627,7 +640,7 @@ mod tests {
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3}"#.into());
         *tables.kept_row.lock().unwrap() = Some(Execution::of(ended, f.clone(), &outcome.fields()));
         for id in [ended, lost] {
-            audit.record(id, Execution::lost(id, f.clone(), false), None, None).unwrap();
+            audit.record(id, Execution::lost(id, f.clone(), false), None, None, None).unwrap();
         }
         run(&tables, loops, async {}).await;
         let sums = Sums { invocations: 2, errors: 1, duration_us: 3000, ..Sums::default() };

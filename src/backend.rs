@@ -541,6 +541,8 @@ pub struct WorkerSeen {
     pub state: Bytes,
     /// How long ago, by the clock of the store.
     pub age: Duration,
+    /// When, by a clock that all nodes share.
+    pub at: UnixMs,
 }
 
 /// The workers that report, as all nodes see them.

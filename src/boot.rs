@@ -8,6 +8,7 @@ mod accept;
 mod build;
 mod dev;
 mod disk;
+mod init;
 mod node;
 #[cfg(feature = "aws")]
 mod node_id;
@@ -22,6 +23,7 @@ mod state_dir;
 mod upgrade;
 
 pub use dev::{DevArgs, dev};
+pub use init::run_beneath_init;
 #[cfg(feature = "aws")]
 pub use serve::{ServeArgs, check, serve};
 
@@ -30,6 +32,8 @@ use crate::config::{self, AiNode, Conf, ConfTexts, ConfigError, NewKey, Secret};
 use crate::model::{NodeId, Scope};
 use reload::ConfSource;
 use std::future::Future;
+use std::io::Write;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -112,7 +116,9 @@ struct Settings {
     api_key: Secret,
     /// Where the model catalogue is.
     ai_node: Option<AiNode>,
-    /// Printed for the person at the terminal once the port is bound; `{port}` stands for it.
+    /// Listened on beside `conf.listen.address`, if this machine has it.
+    listen_beside: Option<Ipv6Addr>,
+    /// Printed for the person at the terminal once the port is bound; `{url}` stands for where.
     banner: Option<String>,
 }
 
@@ -127,8 +133,13 @@ pub fn new_key(name: String, scopes: Vec<Scope>, functions: Vec<String>, expires
     let functions = (!functions.is_empty()).then_some(functions);
     match config::new_key(name, scopes, functions, expires) {
         Ok(NewKey { key, lines }) => {
+            let mut out = std::io::stdout();
+            // The lines first: without them the key opens nothing, and must not look as if it did.
+            if let Err(e) = out.write_all(lines.as_bytes()).and_then(|()| out.flush()) {
+                eprintln!("infra-controller: no key was made: its lines could not be written: {e}");
+                return Exit::Internal;
+            }
             eprintln!("The key, which is shown only now: {}", key.reveal());
-            print!("{lines}");
             Exit::Ok
         }
         Err(ConfigError(problems)) => {

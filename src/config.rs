@@ -8,6 +8,7 @@ pub mod dotenv;
 mod env;
 mod keys;
 mod live;
+mod origin;
 mod place;
 mod reader;
 mod renewal;
@@ -19,9 +20,12 @@ pub use conf::{
     Http2Conf, HttpConf, Identity, LimitConf, LimitMode, ListenConf, MemoryConf, MetricsConf, OnRedisLoss,
     OverloadConf, ShutdownConf, StartConf, TlsConf, WaitsConf,
 };
-pub use env::{AiNode, Env, Secret, api_key_problem};
+pub use env::{
+    API_KEY_BYTES_MAX, AiNode, Env, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
+};
 pub use keys::{KeyConf, KeyHash, KeyLimitConf, NewKey, new_key};
 pub use live::Live;
+pub use origin::ANY as ANY_ORIGIN;
 pub use reader::{CHANGES, FILE_BYTES_MAX, FileError, FileReader, text};
 pub use renewal::Renewal;
 pub use texts::{ConfPart, ConfTexts, TlsTexts};

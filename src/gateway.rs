@@ -274,6 +274,9 @@ impl Gateway {
 
     fn refused(&self, session: &mut Session, error: ApiError, id: &RequestId) -> Reply {
         self.metrics.refused.with_label_values(&[error.code()]).inc();
+        if matches!(error, ApiError::Unauthorized | ApiError::KeyNotValidNow) {
+            self.api.note_unauthorized(self.client_of(session));
+        }
         if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
             // What follows on this connection cannot be told from the rest of the body.
             session.set_keepalive(None);

@@ -30,7 +30,7 @@ enum Command {
         /// Where functions, logs and unfinished jobs are kept.
         #[arg(long, default_value = "./dev-data")]
         data_dir: PathBuf,
-        /// Address to listen on; the loopback address unless named.
+        /// Address to listen on; the loopback addresses (127.0.0.1 and ::1) unless named.
         #[arg(long)]
         listen: Option<IpAddr>,
         /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
@@ -89,14 +89,24 @@ fn scope(name: &str) -> Result<Scope, String> {
 fn main() -> ExitCode {
     let args = Args::parse();
     #[cfg(feature = "aws")]
-    if matches!(args.command, Command::Serve { .. } | Command::Check { .. })
-        && let Err(e) = read_dotenv()
-    {
-        eprintln!("infra-controller: ./.env {e}");
-        return ExitCode::from(boot::Exit::Config.code());
+    if matches!(args.command, Command::Serve { .. } | Command::Check { .. }) {
+        if let Err(e) = read_dotenv() {
+            eprintln!("infra-controller: ./.env {e}");
+            return ExitCode::from(boot::Exit::Config.code());
+        }
+        trim_sdk_variables();
     }
     let exit = match args.command {
         Command::Dev { port, data_dir, listen, conf } => {
+            // Before the first thread.
+            match boot::run_beneath_init() {
+                None => {}
+                Some(Ok(code)) => return ExitCode::from(code),
+                Some(Err(e)) => {
+                    eprintln!("infra-controller: cannot start the server beneath process 1: {e}");
+                    return ExitCode::from(boot::Exit::Internal.code());
+                }
+            }
             let _log = log::start();
             boot::dev(boot::DevArgs { port, data_dir, listen, conf })
         }
@@ -119,12 +129,29 @@ fn main() -> ExitCode {
 fn read_dotenv() -> Result<(), String> {
     for (name, value) in infra_controller::config::dotenv::read(Path::new(".env"))? {
         if std::env::var_os(&name).is_none() {
-            #[expect(unsafe_code, reason = "no other thread runs yet that could read the environment")]
-            // SAFETY: `main` has started no thread, and the one that read the file has ended.
-            unsafe {
-                std::env::set_var(name, value);
-            }
+            set_variable(&name, &value);
         }
     }
     Ok(())
+}
+
+/// Takes blanks and line ends off the variables that the AWS SDK reads itself: a secret that is read from a
+/// file often ends with a line break, which no header field can carry.
+#[cfg(feature = "aws")]
+fn trim_sdk_variables() {
+    for (name, value) in std::env::vars_os() {
+        let (Ok(name), Ok(value)) = (name.into_string(), value.into_string()) else { continue };
+        if name.starts_with("AWS_") && value.trim() != value {
+            set_variable(&name, value.trim());
+        }
+    }
+}
+
+#[cfg(feature = "aws")]
+fn set_variable(name: &str, value: &str) {
+    #[expect(unsafe_code, reason = "no other thread runs yet that could read the environment")]
+    // SAFETY: `main` calls it before it starts a thread; the one that read `.env` has ended.
+    unsafe {
+        std::env::set_var(name, value);
+    }
 }

@@ -193,7 +193,7 @@ fn row_to_table(criterion: &mut Criterion) {
                 for _ in 0..iters {
                     for n in 0..TOGETHER {
                         let id = JobId::new(NodeId(1), 1, n as u64);
-                        audit.record(id, row.clone(), None, None).expect("there is room");
+                        audit.record(id, row.clone(), Some(0), None, None).expect("there is room");
                     }
                     // The loop takes them all before this goes on.
                     tokio::task::yield_now().await;

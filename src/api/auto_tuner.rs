@@ -2,9 +2,10 @@
 
 use super::functions::{changed, function_id, read, tagged};
 use super::{ApiError, Call, Reply, precondition};
+use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, Editor};
-use crate::model::{ConfigAction, Function, Recommendation, Runtime, rfc3339_ms};
+use crate::model::{ConfigAction, Function, Recommendation, Runtime, now_ms, rfc3339_ms};
 use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -12,11 +13,12 @@ use std::sync::Arc;
 pub struct AutoTuner {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
+    tail: Tail,
 }
 
 impl AutoTuner {
-    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor) -> Self {
-        Self { store, editor }
+    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, tail: Tail) -> Self {
+        Self { store, editor, tail }
     }
 
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
@@ -48,7 +50,9 @@ impl AutoTuner {
             Ok(Change { memory_mb: Some(recommended(f)?), ..Change::default() })
         };
         let done = self.editor.change(call.key_name(), &id, ConfigAction::Apply, None, decide).await;
-        Ok(changed(&done.map_err(ApiError::from)?))
+        let function = done.map_err(ApiError::from)?;
+        self.tail.note(now_ms(), || Event::Updated(id));
+        Ok(changed(&function))
     }
 }
 
@@ -65,9 +69,13 @@ mod tests {
 
     #[test]
     fn a_recommendation_is_clamped() {
-        for (runtime, given, applied) in
-            [("python", 1, 128), ("python", 99_999, 10_240), ("go", 2_000, 1_024), ("go", 512, 512)]
-        {
+        for (runtime, given, applied) in [
+            ("python", 1, 32),
+            ("python", 40, 40),
+            ("python", 99_999, 10_240),
+            ("go", 2_000, 1_024),
+            ("go", 32, 32),
+        ] {
             let recommendation = Recommendation { memory_mb: Some(given), ..Recommendation::default() };
             let f = Function {
                 runtime: runtime.into(),

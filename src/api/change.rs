@@ -4,9 +4,10 @@ use super::form::{Form, Upload};
 use super::functions::{changed, function_id, read};
 use super::upload::Uploads;
 use super::{ApiError, BodyStream, Call, Reply, fields, object, precondition};
+use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, Editor, NewCode};
-use crate::model::{ConfigAction, Function, FunctionId, Runtime};
+use crate::model::{ConfigAction, Function, FunctionId, Runtime, now_ms};
 use serde::Deserialize;
 use std::sync::Arc;
 
@@ -20,11 +21,12 @@ pub struct ChangeRoute {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
     uploads: Arc<Uploads>,
+    tail: Tail,
 }
 
 impl ChangeRoute {
-    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, uploads: Arc<Uploads>) -> Self {
-        Self { store, editor, uploads }
+    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, uploads: Arc<Uploads>, tail: Tail) -> Self {
+        Self { store, editor, uploads, tail }
     }
 
     pub async fn put(&self, call: &Call, body: &mut impl BodyStream) -> Result<Reply, ApiError> {
@@ -93,7 +95,9 @@ impl ChangeRoute {
         };
         let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
         let done = self.editor.change(call.key_name(), id, ConfigAction::Update, code, decide).await;
-        Ok(changed(&done.map_err(ApiError::from)?))
+        let function = done.map_err(ApiError::from)?;
+        self.tail.note(now_ms(), || Event::Updated(id.clone()));
+        Ok(changed(&function))
     }
 }
 
@@ -134,9 +138,10 @@ impl Wanted {
 
     /// Brings the two names of the memory together.
     fn checked(mut self, has_file: bool) -> Result<Self, ApiError> {
-        if self.memory_mb.is_some() && self.memory.is_some() {
+        // Some clients send both, to be understood by any controller.
+        if self.memory_mb.zip(self.memory).is_some_and(|(one, other)| one != other) {
             return Err(ApiError::invalid(
-                "`memory` and `memoryMb` are one member by two names; give one of them",
+                "`memory` and `memoryMb` are one member by two names and must be equal; give one of them",
             ));
         }
         self.memory_mb = self.memory_mb.or(self.memory);
@@ -167,7 +172,13 @@ mod tests {
         let escaped = parse(r#"{"m\u0065moryMb":128}"#).unwrap();
         assert_eq!(escaped.memory_mb, Some(128));
         assert_eq!(parse(r#"{"maxConcurrency":0}"#).unwrap().max_concurrency, Some(0));
-        assert_eq!(parse(r#"{"memory":256.0}"#).unwrap().memory_mb, Some(256));
+        for (same, mb) in [
+            (r#"{"memory":256.0}"#, 256),
+            (r#"{"memory":64,"memoryMb":64}"#, 64),
+            (r#"{"memoryMb":64.0,"memory":64}"#, 64),
+        ] {
+            assert_eq!(parse(same).unwrap().memory_mb, Some(mb), "{same}");
+        }
         let deep = format!("{{\"memoryMb\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
         for (bad, told) in [
             ("", "object"),
@@ -177,7 +188,8 @@ mod tests {
             ("{}", "empty"),
             (r#"{"memoryMb":128}x"#, "trailing"),
             (r#"{"memoryMb":128,"memoryMb":256}"#, "duplicate field `memoryMb`"),
-            (r#"{"memoryMb":128,"memory":128}"#, "two names"),
+            (r#"{"memoryMb":128,"memory":129}"#, "two names"),
+            (r#"{"memoryMb":128,"memory":null}"#, "`memory`"),
             (r#"{"runtime":"go"}"#, "unknown field `runtime`"),
             (r#"{"memoryMb":"128"}"#, "`memoryMb`"),
             (r#"{"memoryMb":128.5}"#, "`memoryMb`"),

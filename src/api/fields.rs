@@ -26,18 +26,28 @@ pub fn sizes(headers: &CallHeaders) -> Result<(Runtime, u64), ApiError> {
     };
     let memory_mb = header_text("x-memory-mb", headers.x_memory_mb.as_ref())?;
     let memory_mb = match memory_mb.as_deref() {
-        None | Some("") => Function::MEMORY_MB_DEFAULT,
-        Some(text) => whole_number("x-memory-mb", text)?,
+        None | Some("") => Some(Function::MEMORY_MB_DEFAULT),
+        Some(text) => digits(text),
     };
-    memory("x-memory-mb", memory_mb, runtime.name())?;
+    let bounds = runtime.new_memory_mb_bounds();
+    let invalid = || {
+        // Clients of the old controller know it by its first words.
+        let (name, least, most) = (runtime.name(), bounds.start(), bounds.end());
+        let wanted = format!("`x-memory-mb` must be a whole number from {least} to {most}");
+        ApiError::invalid(format!("Invalid memoryMb for {name}: {wanted}"))
+    };
+    let memory_mb = memory_mb.filter(|mb| bounds.contains(mb)).ok_or_else(invalid)?;
     Ok((runtime, memory_mb))
 }
 
 /// Digits and nothing else: no sign, no blank.
 pub fn whole_number(name: &str, text: &str) -> Result<u64, ApiError> {
+    digits(text).ok_or_else(|| ApiError::invalid(format!("`{name}` must be a whole number")))
+}
+
+fn digits(text: &str) -> Option<u64> {
     let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-    let number = text.parse().ok().filter(|_| is_number);
-    number.ok_or_else(|| ApiError::invalid(format!("`{name}` must be a whole number")))
+    text.parse().ok().filter(|_| is_number)
 }
 
 pub fn memory(name: &str, memory_mb: u64, runtime: &str) -> Result<(), ApiError> {
@@ -134,14 +144,52 @@ mod tests {
 
     #[test]
     fn memory_is_bounded_by_runtime() {
-        for (mb, runtime, fits) in
-            [(127, "python", false), (128, "go", true), (10_240, "python", true), (1_025, "nodejs", false)]
-        {
+        for (mb, runtime, fits) in [
+            (31, "python", false),
+            (32, "python", true),
+            (32, "go", true),
+            (10_240, "python", true),
+            (10_241, "python", false),
+            (1_024, "cpp", true),
+            (1_025, "nodejs", false),
+        ] {
             assert_eq!(memory("memoryMb", mb, runtime).is_ok(), fits, "{mb} {runtime}");
         }
         assert!(
-            ApiError::refusal(memory("memory", 1, "go")).contains("`memory` must be from 128 to 1024 for go")
+            ApiError::refusal(memory("memory", 1, "go")).contains("`memory` must be from 32 to 1024 for go")
         );
+    }
+
+    #[test]
+    fn the_memory_of_an_upload_has_bounds_of_its_own() {
+        let sizes = |runtime: &'static str, mb: &'static str| {
+            let value = |text| Some(HeaderValue::from_static(text));
+            sizes(&CallHeaders {
+                x_runtime: value(runtime),
+                x_memory_mb: value(mb),
+                ..CallHeaders::default()
+            })
+        };
+        for (runtime, mb, given) in [
+            ("", "", (Runtime::Python, 128)),
+            ("python", "10240", (Runtime::Python, 10_240)),
+            ("nodejs", " 128 ", (Runtime::Nodejs, 128)),
+            ("go", "1024", (Runtime::Go, 1_024)),
+        ] {
+            assert_eq!(sizes(runtime, mb).unwrap(), given, "{runtime} {mb}");
+        }
+        for (runtime, mb) in [
+            ("python", "127"),
+            ("python", "10241"),
+            ("nodejs", "1025"),
+            ("cpp", "32"),
+            ("go", "2g"),
+            ("go", "-128"),
+            ("python", "99999999999999999999999"),
+        ] {
+            let detail = ApiError::refusal(sizes(runtime, mb));
+            assert!(detail.starts_with(&format!("Invalid memoryMb for {runtime}")), "{mb}: {detail}");
+        }
     }
 
     #[test]

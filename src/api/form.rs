@@ -2,10 +2,11 @@
 //!
 //! The file goes to the disk piece by piece, never into memory as a whole: it is checked there before it is stored.
 
+use super::parameters::parameter;
 use super::{ApiError, BodyStream, Call};
 use bytes::Bytes;
 use futures_util::stream;
-use http::header::CONTENT_TYPE;
+use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderValue};
 use multer::{Field, Multipart};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -59,10 +60,11 @@ impl Form {
         spool_dir: &Path,
         fields: &[&str],
     ) -> Result<Self, ApiError> {
-        let content_type = call.headers.content_type.as_ref().and_then(|value| value.to_str().ok());
-        let boundary = multer::parse_boundary(content_type.unwrap_or_default());
-        let boundary =
-            boundary.map_err(|_| ApiError::invalid(format!("the {CONTENT_TYPE} names no boundary")))?;
+        let content_type = call.headers.content_type.as_ref().map(HeaderValue::as_bytes);
+        let boundary = parameter(content_type.unwrap_or_default(), "boundary");
+        let boundary = boundary
+            .filter(|boundary| !boundary.is_empty())
+            .ok_or_else(|| ApiError::invalid(format!("the {CONTENT_TYPE} names no boundary")))?;
         let feed = Feed::default();
         let pieces = stream::unfold(body, |body| async {
             // multer swallows all that is ready before it parses any of it, unless it has to wait.
@@ -91,8 +93,11 @@ impl Form {
             if count > PARTS_MAX {
                 return Err(ApiError::invalid(format!("the form has more than {PARTS_MAX} parts")));
             }
-            let name = part.name().map(str::to_owned);
-            let name = name.ok_or_else(|| ApiError::invalid("a part of the form has no name"))?;
+            let name = of_part(&part, "name").ok_or_else(|| {
+                ApiError::invalid(
+                    "a part of the form has no name: its Content-Disposition needs `name=\"…\"`",
+                )
+            })?;
             if name == "file" {
                 if form.file.is_some() {
                     return Err(twice("file"));
@@ -148,8 +153,13 @@ impl Feed {
     }
 }
 
+/// A parameter of the part's `Content-Disposition`.
+fn of_part(part: &Field<'_>, name: &str) -> Option<String> {
+    part.headers().get(CONTENT_DISPOSITION).and_then(|value| parameter(value.as_bytes(), name))
+}
+
 async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, ApiError> {
-    let name = part.file_name().unwrap_or_default();
+    let name = of_part(&part, "filename").unwrap_or_default();
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
     let name = name.chars().filter(|c| !c.is_control()).take(FILE_NAME_CHARS_MAX).collect();
     let file = temp_file(dir).map_err(|e| no_room(&e))?;
@@ -219,7 +229,6 @@ fn no_room(error: &std::io::Error) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use http::HeaderValue;
 
     /// A body in pieces; an error ends it.
     struct Pieces(Vec<Result<Bytes, ApiError>>);
@@ -278,6 +287,26 @@ mod tests {
             assert_eq!(form.take("description").as_deref(), Some("ä"));
             assert_eq!((form.take("other"), form.unknown.as_deref()), (None, Some("other")));
             assert_eq!(form.file.as_ref().map(|f| f.name.as_str()), Some("x.zip"));
+        }
+    }
+
+    #[tokio::test]
+    async fn file_names_as_clients_send_them() {
+        for (disposition, expected) in [
+            (&b"Name=\"file\"; FileName=\"x.zip\""[..], "x.zip"),
+            (b"filename=\"a; name=b=c.zip\"; name=file", "a; name=b=c.zip"),
+            (b"name=\"file\"; filename=\"C:\\dir\\x.zip\"", "x.zip"),
+            (b"name=\"file\"; filename*=UTF-8''gr%C3%BC%C3%9Fe.zip", "grüße.zip"),
+            (b"name=\"file\"; filename*=UTF-8''..%2Fx%0D%0A.zip", "x.zip"),
+            (b"name=\"file\"; filename=\"gr\xfc\xdfe.zip\"", "grüße.zip"),
+            (b"name=\"file\"; filename=\"\"", ""),
+            (b"name=\"file\"", ""),
+        ] {
+            let head = [b"--X\r\ncontent-disposition: form-data; ", disposition, b"\r\n\r\n"].concat();
+            let body = [&head[..], b"a\r\nzip\r\n--X--\r\n"].concat();
+            let form = read(&body, 7).await.unwrap();
+            let name = form.file.as_ref().map(|file| file.name.as_str());
+            assert_eq!(name, Some(expected), "{}", String::from_utf8_lossy(disposition));
         }
     }
 

@@ -31,12 +31,14 @@ impl<'a> Query<'a> {
         self.0.iter().find(|(known, _)| *known == name).map(|(_, value)| &**value)
     }
 
-    /// A whole number from 1 to `max`.
-    pub fn limit(&self, default: usize, max: usize) -> Result<usize, ApiError> {
-        let Some(text) = self.get("limit") else { return Ok(default) };
+    /// A whole number from 1 on. A larger one than `max`, and none, mean `max`: clients of the old
+    /// controller, which listed all, ask for more than a page has.
+    pub fn limit(&self, max: usize) -> Result<usize, ApiError> {
+        let Some(text) = self.get("limit") else { return Ok(max) };
         let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        let limit = text.parse().ok().filter(|n| is_number && (1..=max).contains(n));
-        limit.ok_or_else(|| ApiError::invalid(format!("`limit` must be a number from 1 to {max}")))
+        let limit = is_number.then(|| text.parse().unwrap_or(usize::MAX)); // more digits than a number has
+        let limit = limit.filter(|limit| *limit > 0).map(|limit| limit.min(max));
+        limit.ok_or_else(|| ApiError::invalid("`limit` must be a whole number from 1 on"))
     }
 }
 
@@ -52,14 +54,19 @@ mod tests {
             (query.get("status"), query.get("flag"), query.get("other")),
             (Some("A B+C"), Some(""), None)
         );
-        assert_eq!(query.limit(1, 10).unwrap(), 7);
-        assert_eq!(Query::read(&"/x".parse().unwrap(), &["limit"]).unwrap().limit(3, 10).unwrap(), 3);
+        assert_eq!(query.limit(10).unwrap(), 7);
+        for (target, limit) in
+            [("/x", 10), ("/x?limit=10", 10), ("/x?limit=11", 10), ("/x?limit=99999999999999999999999", 10)]
+        {
+            let uri: Uri = target.parse().unwrap();
+            assert_eq!(Query::read(&uri, &["limit"]).unwrap().limit(10).unwrap(), limit, "{target}");
+        }
         for bad in ["/x?limit=%ff", "/x?limit=1&limit=1"] {
             assert!(Query::read(&bad.parse().unwrap(), &["limit"]).is_err(), "{bad}");
         }
-        for bad in ["0", "11", "-1", "+1", "", "x", "1.0"] {
+        for bad in ["0", "000", "-1", "+1", "", "x", "1.0"] {
             let uri: Uri = format!("/x?limit={bad}").parse().unwrap();
-            assert!(Query::read(&uri, &["limit"]).unwrap().limit(1, 10).is_err(), "{bad}");
+            assert!(Query::read(&uri, &["limit"]).unwrap().limit(10).is_err(), "{bad}");
         }
     }
 }

@@ -152,10 +152,7 @@ pub enum Found {
 
 /// Finds the route of a path, with or without the prefix `/api` and a slash at the end.
 pub fn find(method: &Method, path: &str) -> Found {
-    let path = match path.strip_prefix("/api") {
-        Some(rest) if rest.is_empty() || rest.starts_with('/') => rest,
-        _ => path,
-    };
+    let (_, path) = split_prefix(path);
     let path = path.strip_suffix('/').unwrap_or(path);
     let wanted = if method == Method::HEAD { &Method::GET } else { method };
     let mut others = Vec::new();
@@ -172,6 +169,14 @@ pub fn find(method: &Method, path: &str) -> Found {
         }
     }
     if others.is_empty() { Found::Nothing } else { Found::OtherMethod { pattern, allow: others.join(", ") } }
+}
+
+/// The prefix `/api`, if `path` has it, and what follows.
+pub fn split_prefix(path: &str) -> (&'static str, &str) {
+    match path.strip_prefix("/api") {
+        Some(rest) if rest.is_empty() || rest.starts_with('/') => ("/api", rest),
+        _ => ("", path),
+    }
 }
 
 /// The decoded parameters if `path` is of `pattern`. A slash that was encoded stays part of its parameter.

@@ -3,6 +3,7 @@
 use super::once::{self, Known, Once, Turn, Watched};
 use super::prefer::Prefer;
 use super::{ApiError, Call, Reply};
+use crate::audit::{Event, Tail};
 use crate::backend::{Claim, Claimed, QueueTraits};
 use crate::config::{Live, WaitsConf};
 use crate::dispatch::{Dispatcher, Held, Sending, SubmitError, Submitted, Waiter};
@@ -11,12 +12,16 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::RateLimiter;
 use crate::model::{
     BodyHash, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, RunRequest, UnixMs,
+    now_ms,
 };
 use http::StatusCode;
 use http::header::{HeaderName, HeaderValue, LOCATION};
 use serde_json::json;
 use std::time::Duration;
 use tokio::time::Instant;
+
+/// Longest name of a model that is shown to those who look on, in characters.
+const MODEL_CHARS_SHOWN: usize = 128;
 
 const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 
@@ -30,9 +35,11 @@ pub struct Run {
     /// How long the queue keeps a message.
     retention: Duration,
     waits: Live<WaitsConf>,
+    tail: Tail,
 }
 
 impl Run {
+    #[expect(clippy::too_many_arguments, reason = "a run takes part in all of these")]
     pub fn new(
         waits: Live<WaitsConf>,
         queue: QueueTraits,
@@ -41,6 +48,7 @@ impl Run {
         functions: Functions,
         limiter: RateLimiter,
         lifecycle: Lifecycle,
+        tail: Tail,
     ) -> Self {
         Self {
             dispatcher,
@@ -51,6 +59,7 @@ impl Run {
             message_bytes_max: queue.message_bytes_max,
             retention: queue.retention,
             waits,
+            tail,
         }
     }
 
@@ -75,7 +84,7 @@ impl Run {
             None => {
                 let id = self.dispatcher.new_id();
                 let job = self.job(&order, id, id.accepted_at())?;
-                order.log(job.id);
+                self.log(&order, id, id.accepted_at());
                 let held = self.hold(&order)?;
                 if order.wish.asynchronous {
                     self.accept(job, held, order.wish).await
@@ -102,7 +111,7 @@ impl Run {
         match turn {
             Turn::Again(before, known) => self.answer_again(&before, known, wish).await,
             Turn::First(attempt) => {
-                order.log(job.id);
+                self.log(order, job.id, job.id.accepted_at());
                 // Only now: who comes again holds no place of its own.
                 let held = match self.hold(order) {
                     Ok(held) => held,
@@ -126,7 +135,7 @@ impl Run {
             }
             Turn::SendAgain(attempt, before, resend) => {
                 let id = before.claim.job;
-                order.log(id);
+                self.log(order, id, now_ms());
                 // The journal, and whoever has the job in its table, go by the deadline that it had at first.
                 let since = if resend.is_journaled { id.accepted_at() } else { resend.since };
                 let job = keyed(self.job(order, id, since)?);
@@ -151,7 +160,7 @@ impl Run {
     ) -> Result<Reply, ApiError> {
         let Some(waiter) = waiter else {
             watched.outcome().await.map_err(ApiError::Submit)?;
-            return Ok(if wish.asynchronous { accepted(id, wish.prefer) } else { still_running(id) });
+            return Ok(if wish.asynchronous { accepted(id, wish) } else { still_running(id, wish) });
         };
         self.answer_waiting(id, watched.outcome(), waiter, wish).await
     }
@@ -178,20 +187,20 @@ impl Run {
                 return Ok(Reply::json(StatusCode::OK, lost.body()));
             }
             Known::Ended(row) if row.is_lost() && !before.is_sent => return Ok(of_row(id, &row)),
-            _ if wish.asynchronous => return Ok(accepted(id, wish.prefer)),
+            _ if wish.asynchronous => return Ok(accepted(id, wish)),
             Known::Result(outcome) => return Ok(Reply::json(StatusCode::OK, outcome.body())),
             Known::Ended(row) => return Ok(of_row(id, &row)),
-            Known::Pending(None) => return Ok(still_running(id)),
+            Known::Pending(None) => return Ok(still_running(id, wish)),
             Known::Pending(Some(pending)) => pending,
         };
         tokio::select! {
             biased;
             outcome = pending.outcome() => Ok(match outcome {
                 Some(outcome) => Reply::json(StatusCode::OK, outcome.body()),
-                None => still_running(id),
+                None => still_running(id, wish),
             }),
-            () = tokio::time::sleep(self.wait(wish.prefer)) => Ok(still_running(id)),
-            () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id)),
+            () = tokio::time::sleep(self.wait(wish.prefer)) => Ok(self.timed_out(id, wish)),
+            () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id, wish)),
         }
     }
 
@@ -231,7 +240,7 @@ impl Run {
         // The 202 leaves only after the queue has confirmed the message.
         let sending = self.dispatcher.submit(job, held).map_err(ApiError::Submit)?;
         outcome_of(sending).await.map_err(ApiError::Submit)?;
-        Ok(accepted(id, wish.prefer))
+        Ok(accepted(id, wish))
     }
 
     async fn answer(&self, job: Job, held: Held, wish: Wish) -> Result<Reply, ApiError> {
@@ -261,12 +270,33 @@ impl Run {
             outcome = waiter.outcome() => match outcome {
                 Some(outcome) => Ok(Reply::json(StatusCode::OK, outcome.body())),
                 // It ended as the waiter came, or too many wait.
-                None => Ok(still_running(id)),
+                None => Ok(still_running(id, wish)),
             },
-            () = tokio::time::sleep_until(give_up) => Ok(still_running(id)),
-            () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id)),
+            () = tokio::time::sleep_until(give_up) => Ok(self.timed_out(id, wish)),
+            () = self.lifecycle.reached(Phase::Closing) => Ok(still_running(id, wish)),
         }
     }
+
+    fn log(&self, order: &Order<'_>, id: JobId, at: UnixMs) {
+        let (function, is_async) = (&order.template.function, order.wish.asynchronous);
+        let mode = mode_of(is_async);
+        tracing::info!(requestId = %id, functionId = %function, mode, "Run Request");
+        self.tail.note(at, || {
+            let model = order.request.model().chars().take(MODEL_CHARS_SHOWN).collect();
+            Event::Requested { id, function: function.clone(), model, is_async }
+        });
+    }
+
+    /// The wait has ended before the job.
+    fn timed_out(&self, id: JobId, wish: Wish) -> Reply {
+        self.tail.note(now_ms(), || Event::WaitTimedOut(id));
+        still_running(id, wish)
+    }
+}
+
+/// What the log and the list of events call it.
+pub fn mode_of(is_async: bool) -> &'static str {
+    if is_async { "ASYNC" } else { "SYNC" }
 }
 
 /// A request for a run that may be carried out.
@@ -277,24 +307,20 @@ struct Order<'a> {
     wish: Wish,
 }
 
-impl Order<'_> {
-    fn log(&self, id: JobId) {
-        let mode = if self.wish.asynchronous { "ASYNC" } else { "SYNC" };
-        tracing::info!(requestId = %id, functionId = %self.template.function, mode, "Run Request");
-    }
-}
-
 /// How the client would be answered.
 #[derive(Clone, Copy)]
 struct Wish {
     prefer: Prefer,
     asynchronous: bool,
+    /// Of the path that it used.
+    prefix: &'static str,
 }
 
 impl Wish {
     fn of(call: &Call) -> Self {
         let prefer = Prefer::of(&call.headers.prefer);
-        Self { prefer, asynchronous: prefer.respond_async || is_true(call.headers.x_async.as_ref()) }
+        let asynchronous = prefer.respond_async || is_true(call.headers.x_async.as_ref());
+        Self { prefer, asynchronous, prefix: call.prefix() }
     }
 }
 
@@ -303,10 +329,10 @@ async fn outcome_of(sending: Sending) -> Result<(), SubmitError> {
     sending.await.unwrap_or(Err(SubmitError::Stopping))
 }
 
-fn accepted(id: JobId, prefer: Prefer) -> Reply {
-    let reply = later(id, format!("{{\"status\":\"ACCEPTED\",\"jobId\":\"{id}\"}}"));
+fn accepted(id: JobId, wish: Wish) -> Reply {
+    let reply = later(id, wish, format!("{{\"status\":\"ACCEPTED\",\"jobId\":\"{id}\"}}"));
     let applied = HeaderValue::from_static("respond-async");
-    if prefer.respond_async { reply.with(PREFERENCE_APPLIED, applied) } else { reply }
+    if wish.prefer.respond_async { reply.with(PREFERENCE_APPLIED, applied) } else { reply }
 }
 
 /// What is left of a job whose result is no longer kept.
@@ -319,15 +345,16 @@ fn of_row(id: JobId, row: &Execution) -> Reply {
     Reply::value(StatusCode::OK, &body)
 }
 
-fn still_running(id: JobId) -> Reply {
+fn still_running(id: JobId, wish: Wish) -> Reply {
     let message = "The job is still running. Ask for its result at /status/ and its id.";
-    later(id, format!("{{\"status\":\"TIMEOUT\",\"jobId\":\"{id}\",\"message\":\"{message}\"}}"))
+    later(id, wish, format!("{{\"status\":\"TIMEOUT\",\"jobId\":\"{id}\",\"message\":\"{message}\"}}"))
 }
 
-/// 202 with the place of the result.
-fn later(id: JobId, body: String) -> Reply {
+/// 202 with the place of the result, under the prefix that the client used: the other may lead nowhere
+/// through its proxy.
+fn later(id: JobId, wish: Wish, body: String) -> Reply {
     let reply = Reply::json(StatusCode::ACCEPTED, body);
-    match HeaderValue::try_from(format!("/status/{id}")) {
+    match HeaderValue::try_from(format!("{}/status/{id}", wish.prefix)) {
         Ok(location) => reply.with(LOCATION, location),
         Err(_) => reply, // an id is always visible ASCII
     }

@@ -46,10 +46,9 @@ impl Status {
 
     /// A job that an old controller accepted: only its stored result can be known.
     async fn foreign(&self, raw: &str) -> Result<Reply, ApiError> {
-        if Uuid::try_parse(raw).is_err() {
-            return Err(ApiError::NoSuchJob);
-        }
-        let found = self.dispatcher.foreign_result(raw).await;
+        // It was stored as the old controller printed it; clients may have changed its case.
+        let id = Uuid::try_parse(raw).map_err(|_| ApiError::NoSuchJob)?.hyphenated().to_string();
+        let found = self.dispatcher.foreign_result(&id).await;
         let found = found.map_err(|e| ApiError::backend("the result store", &e))?;
         found.map(|outcome| Reply::json(StatusCode::OK, outcome.body())).ok_or(ApiError::NoSuchJob)
     }

@@ -3,8 +3,9 @@
 use super::form::{Form, Upload};
 use super::functions::changed;
 use super::{ApiError, BodyStream, Call, Reply, fields};
+use crate::audit::{Event, Tail};
 use crate::functions::{Editor, NewCode, NewFunction};
-use crate::model::{Runtime, archive};
+use crate::model::{Runtime, archive, now_ms};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -61,11 +62,12 @@ impl Uploads {
 pub struct UploadRoute {
     editor: Editor,
     uploads: Arc<Uploads>,
+    tail: Tail,
 }
 
 impl UploadRoute {
-    pub fn new(editor: Editor, uploads: Arc<Uploads>) -> Self {
-        Self { editor, uploads }
+    pub fn new(editor: Editor, uploads: Arc<Uploads>, tail: Tail) -> Self {
+        Self { editor, uploads, tail }
     }
 
     pub async fn post(&self, call: &Call, body: &mut impl BodyStream) -> Result<Reply, ApiError> {
@@ -82,10 +84,17 @@ impl UploadRoute {
         let file = form.file.ok_or_else(|| ApiError::invalid("the form holds no `file`"))?;
         let file = self.uploads.checked(file, runtime).await?;
         let name = name.filter(|name| !name.is_empty()).unwrap_or_else(|| file.name.clone());
+        if name.is_empty() {
+            return Err(ApiError::invalid(
+                "the function has no name: send it in the header `x-function-name` (percent-encoded UTF-8), or give \
+                 the part `file` a `filename`",
+            ));
+        }
         let name = fields::name(name)?;
         let code = NewCode { file: file.path(), original_name: file.name.clone() };
         let new = NewFunction { name, description, runtime, memory_mb, env_vars, code };
         let function = self.editor.create(call.key_name(), new).await.map_err(ApiError::from)?;
+        self.tail.note(now_ms(), || Event::Uploaded(function.id.clone()));
         Ok(changed(&function))
     }
 }

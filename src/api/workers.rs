@@ -1,8 +1,10 @@
 //! `/worker/heartbeat`, `/workers`, `/worker/status` and `/system/status`: the workers, the same on every node.
 
+use super::logs::number;
 use super::{ApiError, Call, Reply, object};
+use crate::audit::{Event, Tail};
 use crate::backend::{WorkerRegistry, WorkerSeen};
-use crate::model::{UnixMs, now_ms, rfc3339_ms};
+use crate::model::{UnixMs, now_ms, parse_rfc3339_ms};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value, json};
@@ -16,6 +18,9 @@ const HEALTHY_WITHIN: Duration = Duration::from_secs(30);
 /// What a worker calls itself when it is not well, in small letters.
 const NOT_WELL: [&str; 6] = ["unhealthy", "error", "offline", "stopped", "stopping", "draining"];
 
+/// What is counted of a worker's pools, and always shown: clients read these four.
+const POOLS: [&str; 4] = ["python", "nodejs", "cpp", "go"];
+
 const ID_BYTES_MAX: usize = 128;
 const TEXT_CHARS_MAX: usize = 64;
 const POOLS_BYTES_MAX: usize = 8 << 10;
@@ -24,11 +29,12 @@ const UPTIME_S_MAX: f64 = 1e10;
 
 pub struct Workers {
     registry: Arc<dyn WorkerRegistry>,
+    tail: Tail,
 }
 
 impl Workers {
-    pub fn new(registry: Arc<dyn WorkerRegistry>) -> Self {
-        Self { registry }
+    pub fn new(registry: Arc<dyn WorkerRegistry>, tail: Tail) -> Self {
+        Self { registry, tail }
     }
 
     pub async fn heartbeat(&self, call: &Call) -> Result<Reply, ApiError> {
@@ -40,7 +46,15 @@ impl Workers {
             serde_json::to_string(&state).map_err(|_| ApiError::invalid("the heartbeat is no JSON"))?;
         let known = self.registry.put(&state.worker_id, &text).await;
         let known = known.map_err(|e| ApiError::backend("the worker registry", &e))?;
-        if known { Ok(Reply::json(StatusCode::OK, r#"{"ok":true}"#)) } else { Err(ApiError::TooManyWorkers) }
+        if !known {
+            return Err(ApiError::TooManyWorkers);
+        }
+        self.tail.note(now_ms(), || Event::Heartbeat {
+            worker: state.worker_id,
+            active_jobs: state.active_jobs.unwrap_or(0),
+            pools: state.pools.unwrap_or_default(),
+        });
+        Ok(Reply::json(StatusCode::OK, r#"{"ok":true}"#))
     }
 
     pub async fn list(&self) -> Result<Reply, ApiError> {
@@ -55,21 +69,21 @@ impl Workers {
 
     pub async fn system_status(&self) -> Result<Reply, ApiError> {
         let workers = self.workers().await?;
-        let status = if workers.is_empty() {
+        let healthy: Vec<&Worker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
+        let status = if healthy.is_empty() {
             let lone = self.registry.lone_status().await;
             let lone = lone.map_err(|e| ApiError::backend("the worker registry", &e))?;
-            lone.and_then(|json| lone_status(&json)).unwrap_or_else(no_workers)
+            lone.and_then(|json| lone_status(&json)).unwrap_or_else(offline)
         } else {
-            summed(&workers)
+            summed(&healthy)
         };
         Ok(Reply::value(StatusCode::OK, &status))
     }
 
     async fn workers(&self) -> Result<Vec<Worker>, ApiError> {
         let seen = self.registry.all().await.map_err(|e| ApiError::backend("the worker registry", &e))?;
-        let now = now_ms();
         // What cannot be read was not written by us.
-        Ok(seen.iter().filter_map(|seen| Worker::of(seen, now)).collect())
+        Ok(seen.iter().filter_map(Worker::of).collect())
     }
 }
 
@@ -132,14 +146,13 @@ impl State {
 struct Worker {
     state: State,
     age: Duration,
-    last_seen: String,
+    last_seen: UnixMs,
 }
 
 impl Worker {
-    fn of(seen: &WorkerSeen, now: UnixMs) -> Option<Self> {
+    fn of(seen: &WorkerSeen) -> Option<Self> {
         let state = serde_json::from_slice(&seen.state).ok()?;
-        let age_ms = u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX);
-        Some(Self { state, age: seen.age, last_seen: rfc3339_ms(now.saturating_sub(age_ms)) })
+        Some(Self { state, age: seen.age, last_seen: seen.at })
     }
 
     fn status(&self) -> &str {
@@ -157,79 +170,82 @@ impl Worker {
             "status": self.status(),
             "pools": state.pools.as_ref().unwrap_or(&Map::new()),
             "activeJobs": state.active_jobs.unwrap_or(0),
-            "uptimeSeconds": state.uptime_seconds.unwrap_or(0.0),
-            "timestamp": state.timestamp.as_ref().map_or_else(|| json!(self.last_seen), |at| json!(at)),
+            "uptimeSeconds": number(state.uptime_seconds.unwrap_or(0.0)),
+            "timestamp": state.timestamp.as_ref().map_or_else(|| seconds(self.last_seen), |at| json!(at)),
             "lastSeen": self.last_seen,
-            "healthy": self.is_healthy(),
+            "receivedAt": self.last_seen,
+            "healthStatus": if self.is_healthy() { "healthy" } else { "unhealthy" },
+            "lastSeenAgo": format!("{}s", self.age.as_secs_f64().round()),
         })
     }
 }
 
-fn status_of(status: &str, count: usize, jobs: u64, pools: Map<String, Value>, uptime_s: f64) -> Value {
-    json!({
-        "status": status,
-        "worker_count": count,
-        "active_jobs": jobs,
-        "pools": pools,
-        "uptime_seconds": uptime_s,
-        "timestamp": rfc3339_ms(now_ms()),
-    })
+/// Epoch seconds, as clients read them.
+fn seconds(at: UnixMs) -> Value {
+    number(at as f64 / 1000.0)
 }
 
-fn no_workers() -> Value {
-    status_of("offline", 0, 0, Map::new(), 0.0)
+/// A number from 0 on, or nothing.
+fn amount(value: Option<&Value>) -> Option<&Number> {
+    value.and_then(Value::as_number).filter(|n| n.as_f64().is_some_and(|n| n >= 0.0))
 }
 
-/// The healthy workers as one.
-fn summed(workers: &[Worker]) -> Value {
-    let healthy: Vec<&Worker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
-    let jobs = healthy.iter().filter_map(|worker| worker.state.active_jobs).sum();
-    let mut pools = Map::new();
-    for of_worker in healthy.iter().filter_map(|worker| worker.state.pools.as_ref()) {
-        merge(&mut pools, of_worker);
-    }
-    let uptime = healthy.iter().filter_map(|worker| worker.state.uptime_seconds).fold(0.0, f64::max);
-    let status = if healthy.is_empty() { "degraded" } else { "healthy" };
-    status_of(status, healthy.len(), jobs, pools, uptime)
-}
-
-/// Numbers add up, objects are merged by name, and of anything else the later one is taken.
-fn merge(into: &mut Map<String, Value>, from: &Map<String, Value>) {
-    for (name, value) in from {
-        match (into.get_mut(name), value) {
-            (Some(Value::Object(into)), Value::Object(from)) => merge(into, from),
-            (Some(sum @ Value::Number(_)), Value::Number(n)) => *sum = added(sum, n),
-            _ => {
-                into.insert(name.clone(), value.clone());
-            }
-        }
-    }
+/// All of [`POOLS`], each the sum of what these say of it. What is no number counts nothing.
+fn pools_of(workers: &[&Map<String, Value>]) -> Value {
+    let sum = |name: &str| {
+        let said = workers.iter().filter_map(|pools| amount(pools.get(name)));
+        said.fold(json!(0), |sum, n| added(&sum, n))
+    };
+    Value::Object(POOLS.iter().map(|name| ((*name).to_owned(), sum(name))).collect())
 }
 
 /// Whole as long as both are.
 fn added(one: &Value, other: &Number) -> Value {
-    let whole = one.as_i64().zip(other.as_i64()).and_then(|(a, b)| a.checked_add(b));
-    whole.map_or_else(|| json!(one.as_f64().unwrap_or(0.0) + other.as_f64().unwrap_or(0.0)), Value::from)
+    let whole = one.as_u64().zip(other.as_u64()).and_then(|(a, b)| a.checked_add(b));
+    let sum = || one.as_f64().unwrap_or(0.0) + other.as_f64().unwrap_or(0.0);
+    whole.map_or_else(|| number(sum().min(f64::MAX)), Value::from)
 }
 
-/// What a lone worker says, with the six members that clients know and no others.
+/// Nobody is there.
+fn offline() -> Value {
+    json!({ "pools": pools_of(&[]), "active_jobs": 0, "status": "offline" })
+}
+
+fn online(count: u64, jobs: u64, pools: &Value, uptime_s: f64, timestamp: &Value) -> Value {
+    json!({
+        "status": "online",
+        "worker_count": count,
+        "active_jobs": jobs,
+        "pools": pools,
+        "uptime_seconds": number(uptime_s),
+        "timestamp": timestamp,
+    })
+}
+
+/// The healthy workers as one.
+fn summed(healthy: &[&Worker]) -> Value {
+    let jobs = healthy.iter().filter_map(|worker| worker.state.active_jobs).sum();
+    let pools: Vec<_> = healthy.iter().filter_map(|worker| worker.state.pools.as_ref()).collect();
+    let pools = pools_of(&pools);
+    let uptime = healthy.iter().filter_map(|worker| worker.state.uptime_seconds).fold(0.0, f64::max);
+    online(healthy.len() as u64, jobs, &pools, uptime, &seconds(now_ms()))
+}
+
+/// What a lone worker says, member by member as far as it can be believed. That it says anything is that it
+/// is there.
 fn lone_status(json: &[u8]) -> Option<Value> {
     let said: Map<String, Value> = serde_json::from_slice(json).ok()?;
-    let mut status = status_of("healthy", 1, 0, Map::new(), 0.0);
-    for (name, member) in status.as_object_mut()? {
-        let Some(value) = said.get(name) else { continue };
-        let fits = match name.as_str() {
-            "status" => value.is_string(),
-            "pools" => value.is_object(),
-            "timestamp" => value.is_string() || value.is_number(),
-            "uptime_seconds" => value.as_f64().is_some_and(|s| s >= 0.0),
-            _ => value.is_u64(),
-        };
-        if fits {
-            member.clone_from(value);
-        }
-    }
-    Some(status)
+    let count = |name: &str| said.get(name).and_then(Value::as_u64);
+    let pools: Vec<_> = said.get("pools").and_then(Value::as_object).into_iter().collect();
+    let pools = pools_of(&pools);
+    let uptime = amount(said.get("uptime_seconds")).and_then(Number::as_f64).unwrap_or(0.0);
+    let timestamp = match said.get("timestamp") {
+        Some(Value::Number(at)) => json!(at),
+        Some(Value::String(at)) => seconds(parse_rfc3339_ms(at).unwrap_or_else(now_ms)),
+        _ => seconds(now_ms()),
+    };
+    let (workers, jobs) = (count("worker_count").unwrap_or(1), count("active_jobs").unwrap_or(0));
+    Some(online(workers, jobs, &pools, uptime, &timestamp))
 }
 
 #[cfg(test)]
@@ -283,49 +299,78 @@ mod tests {
         }
     }
 
+    const SEEN_AT: UnixMs = 1_795_305_600_000;
+
     fn worker(state: &str, age_s: u64) -> Worker {
-        let seen = WorkerSeen { state: state.to_owned().into(), age: Duration::from_secs(age_s) };
-        Worker::of(&seen, 1_795_305_600_000).unwrap()
+        let age = Duration::from_secs(age_s);
+        Worker::of(&WorkerSeen { state: state.to_owned().into(), age, at: SEEN_AT }).unwrap()
     }
 
     #[test]
     fn the_healthy_add_up() {
         let workers = [
             worker(
-                r#"{"workerId":"a","pools":{"python":{"warm":1,"kind":"x"},"go":2},"activeJobs":1,"uptimeSeconds":5}"#,
+                r#"{"workerId":"a","pools":{"python":1,"go":2,"rust":9},"activeJobs":1,"uptimeSeconds":5}"#,
                 0,
             ),
             worker(
-                r#"{"workerId":"b","pools":{"python":{"warm":2},"go":0.5},"activeJobs":2,"uptimeSeconds":9}"#,
+                r#"{"workerId":"b","pools":{"python":2,"go":0.5,"cpp":-3,"nodejs":{"warm":2}},"uptimeSeconds":9}"#,
                 30,
             ),
             worker(r#"{"workerId":"c","activeJobs":4}"#, 31),
             worker(r#"{"workerId":"d","status":"Draining","activeJobs":8}"#, 0),
         ];
-        let mut sums = summed(&workers);
-        sums.as_object_mut().unwrap().remove("timestamp");
+        let healthy: Vec<&Worker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
+        let mut sums = summed(&healthy);
+        let at = sums.as_object_mut().unwrap().remove("timestamp").unwrap();
+        assert!(at.as_f64().is_some_and(|s| s > 1.7e9 && s < 1e11), "epoch seconds: {at}");
         let expected = json!({
-            "status": "healthy", "worker_count": 2, "active_jobs": 3, "uptime_seconds": 9.0,
-            "pools": { "python": { "warm": 3, "kind": "x" }, "go": 2.5 },
+            "status": "online", "worker_count": 2, "active_jobs": 1, "uptime_seconds": 9,
+            "pools": { "python": 3, "nodejs": 0, "cpp": 0, "go": 2.5 },
         });
         assert_eq!(sums, expected);
-        assert_eq!(summed(&workers[2..])["status"], "degraded");
-        let shown = workers[2].shown();
-        assert_eq!(
-            (&shown["healthy"], &shown["lastSeen"]),
-            (&json!(false), &json!("2026-11-21T23:59:29.000Z"))
-        );
-        assert_eq!((&shown["status"], &shown["timestamp"]), (&json!("healthy"), &shown["lastSeen"]));
+        let expected = json!({ "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 0 }, "active_jobs": 0, "status": "offline" });
+        assert_eq!(offline(), expected);
+        let huge = worker(r#"{"workerId":"h","pools":{"go":1.7e308}}"#, 0);
+        assert_eq!(summed(&[&huge, &huge])["pools"]["go"], f64::MAX);
+    }
+
+    #[test]
+    fn a_worker_is_shown_with_its_health() {
+        let pools = json!({ "python": { "warm": 2 }, "rust": 1 });
+        let said = json!({ "workerId": "w", "pools": pools, "activeJobs": 3, "uptimeSeconds": 1.5, "timestamp": "t" });
+        for (age_s, status, health) in [
+            (3, "healthy", "healthy"),
+            (30, "busy", "healthy"),
+            (31, "healthy", "unhealthy"),
+            (0, "ERROR", "unhealthy"),
+        ] {
+            let mut said = said.clone();
+            said["status"] = json!(status);
+            let mut expected = said.clone();
+            for (name, value) in [
+                ("lastSeen", json!(SEEN_AT)),
+                ("receivedAt", json!(SEEN_AT)),
+                ("healthStatus", json!(health)),
+                ("lastSeenAgo", json!(format!("{age_s}s"))),
+            ] {
+                expected[name] = value;
+            }
+            assert_eq!(worker(&said.to_string(), age_s).shown(), expected);
+        }
+        let bare = worker(r#"{"workerId":"w"}"#, 0).shown();
+        assert_eq!((&bare["status"], &bare["timestamp"]), (&json!("healthy"), &json!(1_795_305_600)));
     }
 
     #[test]
     fn a_lone_worker_is_believed_member_by_member() {
-        let said =
-            br#"{"status":"healthy","worker_count":3,"active_jobs":"x","pools":[],"timestamp":7,"extra":1}"#;
+        let said = br#"{"status":"busy","worker_count":3,"active_jobs":"x","pools":{"go":2,"x":1},"timestamp":7.5,"extra":1}"#;
         let status = lone_status(said).unwrap();
-        let expected = json!({ "status": "healthy", "worker_count": 3, "active_jobs": 0, "pools": {},
-            "uptime_seconds": 0.0, "timestamp": 7 });
+        let expected = json!({ "status": "online", "worker_count": 3, "active_jobs": 0,
+            "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 2 }, "uptime_seconds": 0, "timestamp": 7.5 });
         assert_eq!(status, expected);
+        let text = lone_status(br#"{"timestamp":"2026-11-22T00:00:00.500Z","pools":[]}"#).unwrap();
+        assert_eq!((&text["timestamp"], &text["worker_count"]), (&json!(1_795_305_600.5), &json!(1)));
         for odd in ["", "[]", "7"] {
             assert_eq!(lone_status(odd.as_bytes()), None);
         }

@@ -1,37 +1,88 @@
-//! The last executions of this node, for people who look on.
+//! The last events of this node, for people who look on: what the dashboard lists.
+//!
+//! It is no log: under load most events are passed over. So many a second are taken that the list is worth
+//! reading, and the others cost one atomic operation and no memory.
 
-use crate::model::{Execution, FunctionId, JobId, Status, UnixMs, now_ms};
+use crate::model::{FunctionId, JobId, Status, UnixMs};
+use serde_json::{Map, Value};
+use std::cmp::Reverse;
 use std::collections::VecDeque;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use uuid::Uuid;
 
-/// Executions that are kept; the oldest goes.
+/// Events that are kept; the oldest goes.
 const ENTRIES_MAX: usize = 100;
+/// Executions that are taken in a second, and as many of all other events: neither crowds the other out. More
+/// are passed over.
+const HALF_A_SECOND_MAX: u64 = 100;
+/// A clock that goes back further was set; threads are later than others by less.
+const CLOCK_SET_BACK_S: u64 = 10;
 
-/// One of them, without its message.
+/// What happened.
 #[derive(Clone, Debug, PartialEq)]
-pub struct TailEntry {
+pub enum Event {
+    Executed(Executed),
+    Requested { id: JobId, function: FunctionId, model: String, is_async: bool },
+    WaitTimedOut(JobId),
+    Uploaded(FunctionId),
+    Updated(FunctionId),
+    Deleted(FunctionId),
+    Heartbeat { worker: String, active_jobs: u64, pools: Map<String, Value> },
+    Unauthorized { ip: Option<IpAddr> },
+}
+
+/// An execution, without its message.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Executed {
     pub id: JobId,
     pub function: FunctionId,
     pub status: Status,
     pub duration_ms: f64,
-    /// When it ended.
-    pub at: UnixMs,
+    pub handler_duration_ms: Option<f64>,
+    pub memory_mb: u64,
+    pub exit_code: Option<i64>,
 }
 
-/// A ring of the last executions. Cheap to clone; clones share it.
+/// An event that was taken.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TailEntry {
+    /// Its own: one job has several events.
+    pub id: Uuid,
+    pub at: UnixMs,
+    pub event: Event,
+}
+
+/// A ring of the last events. Cheap to clone; clones share it.
 #[derive(Clone, Default)]
-pub struct Tail(Arc<Mutex<VecDeque<TailEntry>>>);
+pub struct Tail(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    executions: Gate,
+    others: Gate,
+    entries: Mutex<VecDeque<TailEntry>>,
+}
 
 impl Tail {
-    pub(super) fn push(&self, id: JobId, row: &Execution) {
-        let entry = TailEntry {
-            id,
-            function: row.function.clone(),
-            status: row.status.clone(),
-            duration_ms: row.duration_ms,
-            at: row.completed_at.unwrap_or_else(now_ms),
-        };
-        let mut entries = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Takes an event that is no execution, if there is room in its second.
+    pub fn note(&self, at: UnixMs, event: impl FnOnce() -> Event) {
+        if self.0.others.admits(at) {
+            self.push(at, event());
+        }
+    }
+
+    /// Takes an execution, if there is room in its second.
+    pub(super) fn note_execution(&self, at: UnixMs, executed: impl FnOnce() -> Executed) {
+        if self.0.executions.admits(at) {
+            self.push(at, Event::Executed(executed()));
+        }
+    }
+
+    fn push(&self, at: UnixMs, event: Event) {
+        let entry = TailEntry { id: Uuid::new_v4(), at, event };
+        let mut entries = self.0.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if entries.len() == ENTRIES_MAX {
             entries.pop_front();
         }
@@ -40,7 +91,34 @@ impl Tail {
 
     /// The newest first.
     pub fn entries(&self) -> Vec<TailEntry> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().rev().cloned().collect()
+        let entries = self.0.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut newest_first: Vec<TailEntry> = entries.iter().rev().cloned().collect();
+        drop(entries);
+        // Threads push a little out of order.
+        newest_first.sort_by_key(|entry| Reverse(entry.at));
+        newest_first
+    }
+}
+
+/// Lets [`HALF_A_SECOND_MAX`] through in each second. One word: the second, and how many were let through in
+/// it.
+#[derive(Default)]
+struct Gate(AtomicU64);
+
+impl Gate {
+    const COUNT_BITS: u32 = 8;
+
+    fn admits(&self, at: UnixMs) -> bool {
+        let second = at / 1000;
+        let next = |word: u64| {
+            let (of, count) = (word >> Self::COUNT_BITS, word & ((1 << Self::COUNT_BITS) - 1));
+            if second > of || of - second > CLOCK_SET_BACK_S {
+                Some((second << Self::COUNT_BITS) | 1)
+            } else {
+                (count < HALF_A_SECOND_MAX).then_some(word + 1)
+            }
+        };
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next).is_ok()
     }
 }
 
@@ -49,15 +127,73 @@ mod tests {
     use super::*;
     use crate::model::NodeId;
 
+    fn job(n: u64) -> JobId {
+        JobId::new(NodeId(1), 0, n)
+    }
+
+    fn function() -> FunctionId {
+        FunctionId::parse("f").unwrap()
+    }
+
+    fn executed(n: u64) -> Executed {
+        Executed {
+            id: job(n),
+            function: function(),
+            status: Status::new("SUCCESS"),
+            duration_ms: 1.5,
+            handler_duration_ms: None,
+            memory_mb: 1,
+            exit_code: Some(0),
+        }
+    }
+
     #[test]
-    fn the_last_hundred_newest_first() {
+    fn the_last_hundred_newest_first_each_with_an_id_of_its_own() {
         let tail = Tail::default();
         for n in 0..250 {
-            let id = JobId::new(NodeId(1), 0, n);
-            tail.push(id, &Execution::lost(id, FunctionId::parse("f").unwrap(), false));
+            tail.note(n * 20, || Event::WaitTimedOut(job(n)));
         }
-        let ids: Vec<JobId> = tail.entries().into_iter().map(|entry| entry.id).collect();
-        let expected: Vec<JobId> = (150..250).rev().map(|n| JobId::new(NodeId(1), 0, n)).collect();
-        assert_eq!(ids, expected);
+        let entries = tail.entries();
+        let events: Vec<Event> = entries.iter().map(|entry| entry.event.clone()).collect();
+        let expected: Vec<Event> = (150..250).rev().map(|n| Event::WaitTimedOut(job(n))).collect();
+        assert_eq!(events, expected);
+        let ids: std::collections::HashSet<Uuid> = entries.iter().map(|entry| entry.id).collect();
+        assert_eq!(ids.len(), 100);
+    }
+
+    #[test]
+    fn a_second_takes_so_many_and_neither_kind_crowds_the_other_out() {
+        let tail = Tail::default();
+        let mut made = (0, 0);
+        for n in 0..5_000 {
+            tail.note(1_000 + n / 10, || {
+                made.0 += 1;
+                Event::Updated(function())
+            });
+        }
+        // Whatever came before it in the same second.
+        tail.note_execution(1_999, || executed(7));
+        assert_eq!(tail.entries()[0].event, Event::Executed(executed(7)));
+        for n in 0..5_000 {
+            tail.note_execution(1_999, || {
+                made.1 += 1;
+                executed(n)
+            });
+        }
+        // What is passed over is not even made.
+        assert_eq!(made, (100, 99));
+        tail.note(2_000, || Event::Deleted(function()));
+        assert_eq!(tail.entries()[0].event, Event::Deleted(function()), "the next second has room");
+    }
+
+    #[test]
+    fn late_threads_and_clocks_that_are_set() {
+        let gate = Gate::default();
+        // Two threads about the turn of a second: the late one opens no second anew.
+        let admitted = (0..1_000).filter(|n| gate.admits(if n % 2 == 0 { 5_000 } else { 4_999 })).count();
+        assert_eq!(admitted, 100);
+        for at in [6_000, u64::MAX, 6_000, 30_000, 10_000] {
+            assert!(gate.admits(at), "{at}");
+        }
     }
 }

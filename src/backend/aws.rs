@@ -10,7 +10,7 @@
 //! * [`redis`] — the command connection, [`subscriber`] — one that listens, [`beats`] — the proof that it
 //!   receives what the other publishes; [`results`], [`changes`], [`journal`], [`membership`], [`limits`],
 //!   [`workers`] — the Redis ports
-//! * [`start`] — the checks before the first request
+//! * [`start`] — the checks before the first request; [`redis_probe`] — what they ask of Redis
 
 mod beats;
 mod changes;
@@ -29,6 +29,7 @@ mod limits;
 mod membership;
 mod recommended;
 mod redis;
+mod redis_probe;
 mod results;
 mod s3;
 mod sqs;
@@ -51,6 +52,8 @@ pub struct Settings {
     pub queue_url: String,
     pub bucket: String,
     pub redis_url: RedisUrl,
+    /// The variables that the URL was made of.
+    pub redis_variables: &'static str,
     /// The old `SQS_ENDPOINT`; used where the SDK's own configuration names no endpoint. So are its two siblings.
     pub sqs_endpoint: Option<String>,
     pub dynamodb_endpoint: Option<String>,

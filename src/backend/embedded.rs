@@ -168,10 +168,10 @@ mod tests {
         drop(open(scratch.path()).unwrap());
         let file = scratch.path().join("infra.sqlite");
         let connection = Connection::open(&file).unwrap();
-        connection.pragma_update(None, "user_version", 6).unwrap();
+        connection.pragma_update(None, "user_version", 7).unwrap();
         drop(connection);
         let newer = open(scratch.path()).err().unwrap();
-        assert!(newer.error.to_string().contains("schema 6, this one knows 5"), "{newer:?}");
+        assert!(newer.error.to_string().contains("schema 7, this one knows 6"), "{newer:?}");
 
         std::fs::write(&file, "x".repeat(8192)).unwrap();
         let garbage = open(scratch.path()).err().unwrap();

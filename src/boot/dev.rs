@@ -2,10 +2,13 @@
 
 use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem, embedded};
-use crate::config::{AiNode, ConfigError, FileReader, Secret, api_key_problem, text};
+use crate::config::{
+    AiNode, ConfigError, FileReader, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
+    text,
+};
 use std::fs;
-use std::io::{self, Write};
-use std::net::{IpAddr, Ipv4Addr};
+use std::io::{self, IsTerminal, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,14 +20,20 @@ const KEY_READ_MAX: Duration = Duration::from_secs(5);
 pub struct DevArgs {
     pub port: u16,
     pub data_dir: PathBuf,
-    /// `None`: the loopback address, since `dev` runs what is uploaded.
+    /// `None`: the loopback addresses, since `dev` runs what is uploaded.
     pub listen: Option<IpAddr>,
     pub conf: Option<PathBuf>,
 }
 
 pub fn dev(args: DevArgs) -> Exit {
+    // Both: `localhost` is the one or the other, by the client.
+    let listen_beside = args.listen.is_none().then_some(Ipv6Addr::LOCALHOST);
     let listen = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let source = ConfSource { dir: args.conf, a_minute: None, listen: Some(listen) };
+    let (a_minute, mut warnings) = match rate_limit_from_process() {
+        Ok(read) => read,
+        Err(problem) => return refuse(&problem),
+    };
+    let mut source = ConfSource { dir: args.conf, a_minute, listen: Some(listen), master_key_bytes: 0 };
     let (texts, conf) = match source.load() {
         Ok(loaded) => loaded,
         Err(e) => return refuse(&e),
@@ -36,16 +45,25 @@ pub fn dev(args: DevArgs) -> Exit {
     if let Some(problem) = api_key_problem(api_key.reveal()) {
         return refuse(&ConfigError(vec![problem.to_owned()]));
     }
+    // Not before: a key is made only for settings that can be used.
+    source.master_key_bytes = api_key.reveal().len();
+    if let Err(problem) = source.check_master_key(&texts, &conf) {
+        return refuse(&problem);
+    }
+    warnings.extend(master_key_warning(api_key.reveal()));
+    warnings.extend(source.warnings());
     let ai_node = match AiNode::from_process() {
-        Ok(ai_node) => ai_node,
+        Ok((ai_node, of_ai_node)) => {
+            warnings.extend(of_ai_node);
+            ai_node
+        }
         Err(problem) => return refuse(&problem),
     };
     let banner = format!(
-        "\nInfra Controller is ready: http://{}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
-        std::net::SocketAddr::new(conf.listen.address, 0).to_string().replace(":0", ":{port}"),
+        "\nInfra Controller is ready: {{url}}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
         args.data_dir.display(),
     );
-    let connect = Box::new(move || Box::pin(open(args.data_dir)) as _);
+    let connect = Box::new(move || Box::pin(open(args.data_dir, warnings)) as _);
     let settings = Settings {
         conf,
         source,
@@ -56,12 +74,13 @@ pub fn dev(args: DevArgs) -> Exit {
         is_upgrade: false,
         api_key,
         ai_node,
+        listen_beside,
         banner: Some(banner),
     };
     node::run(Plan { settings, connect })
 }
 
-async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
+async fn open(dir: PathBuf, warnings: Vec<String>) -> Result<Connected, Vec<StartProblem>> {
     let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
     let spool_dir = embedded::swept(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
     let worker = opened.worker;
@@ -73,14 +92,16 @@ async fn open(dir: PathBuf) -> Result<Connected, Vec<StartProblem>> {
         spill_dir: None,
         extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
         claim: None,
-        warnings: Vec::new(),
+        warnings,
     })
 }
 
 /// The key from the environment, else the one of the data directory, made at the first start. With it, what to
 /// tell the person at the terminal.
 fn api_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
-    if let Some(key) = std::env::var("INFRA_API_KEY").ok().filter(|key| !key.is_empty()) {
+    if let Some(key) =
+        std::env::var("INFRA_API_KEY").ok().map(|key| key.trim().to_owned()).filter(|key| !key.is_empty())
+    {
         return Ok((Secret::new(key), "from INFRA_API_KEY".to_owned()));
     }
     kept_key(dir)
@@ -100,7 +121,12 @@ fn kept_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
     })?;
     let kept = kept.unwrap_or_default().trim().to_owned();
     let key = if kept.is_empty() { make_key(&path).map_err(of_dir)? } else { kept };
-    let shown = format!("{key} (in {})", path.display());
+    // What goes elsewhere than to a terminal is kept, and read by others.
+    let shown = if io::stderr().is_terminal() {
+        format!("{key} (in {})", path.display())
+    } else {
+        format!("in {}", path.display())
+    };
     Ok((Secret::new(key), shown))
 }
 

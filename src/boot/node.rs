@@ -9,7 +9,7 @@ use super::disk::Disk;
 use super::signals::Signals;
 use super::sockets::{Listening, Socket, Speaks, heritage, listening};
 use super::upgrade::Heritage;
-use super::{Connect, Connected, Exit, Plan, explain, process};
+use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
 use crate::config::Conf;
 use crate::dispatch::{Dispatcher, Members};
 use crate::gateway::Guarded;
@@ -21,6 +21,7 @@ use pingora::server::configuration::ServerConf;
 use pingora::server::{ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::Service;
 use std::io::{self, Write};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -125,7 +126,7 @@ impl Node {
             Err(exit) => return exit,
         };
         let heritage = heritage(&settings, &sockets);
-        let port = sockets.first().map_or(settings.port, |socket| socket.bound.port());
+        let bound: Vec<SocketAddr> = sockets.iter().map(|socket| socket.bound).collect();
 
         let stop = Stop::default();
         let acceptors = match self.acceptors(built.door, sockets, &stop) {
@@ -144,7 +145,7 @@ impl Node {
         {
             tracing::warn!(error = %e, "Predecessor Not Told");
         }
-        report_start(connected.node, port, settings.banner.as_deref());
+        report_start(connected.node, &bound, &settings);
 
         let exit = tokio::select! {
             signal = signals.next() => {
@@ -228,11 +229,23 @@ fn no_acceptor(error: &io::Error) -> Exit {
     Exit::Internal
 }
 
-fn report_start(node: NodeId, port: u16, banner: Option<&str>) {
-    tracing::info!(port, node = %node, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
-    if let Some(banner) = banner {
-        eprintln!("{}", banner.replace("{port}", &port.to_string()));
+fn report_start(node: NodeId, bound: &[SocketAddr], settings: &Settings) {
+    let port = bound.first().map_or(settings.port, SocketAddr::port);
+    let addresses = bound.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(", ");
+    tracing::info!(port, addresses, node = %node, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
+    if let Some(banner) = &settings.banner {
+        let is_localhost = settings.listen_beside.is_some();
+        let url = url(settings.conf.listen.address, port, is_localhost);
+        eprintln!("{}", banner.replace("{url}", &url));
     }
+}
+
+/// Where a person at this machine finds the server. IPv6 addresses stand in brackets (RFC 3986).
+fn url(listen: IpAddr, port: u16, is_localhost: bool) -> String {
+    if is_localhost || listen.is_unspecified() {
+        return format!("http://localhost:{port}");
+    }
+    format!("http://{}", SocketAddr::new(listen, port))
 }
 
 /// Goes on with what an earlier life of this node has left.
@@ -394,4 +407,23 @@ async fn turned(mut watch: watch::Receiver<bool>) {
 #[expect(clippy::disallowed_methods, reason = "the one place where the loops of a node are started")]
 fn spawn(task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
     tokio::spawn(task)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_of_either_family() {
+        for (listen, is_localhost, expected) in [
+            ("127.0.0.1", true, "http://localhost:8080"),
+            ("127.0.0.1", false, "http://127.0.0.1:8080"),
+            ("0.0.0.0", false, "http://localhost:8080"),
+            ("::", false, "http://localhost:8080"),
+            ("::1", false, "http://[::1]:8080"),
+            ("2001:db8:0:1::", false, "http://[2001:db8:0:1::]:8080"),
+        ] {
+            assert_eq!(url(listen.parse().unwrap(), 8080, is_localhost), expected, "{listen}");
+        }
+    }
 }

@@ -14,8 +14,8 @@
 use super::signals::Hangups;
 use crate::api;
 use crate::config::{
-    BatchConf, CHANGES, Conf, ConfPart, ConfTexts, ConfigError, FileReader, Identity, Live, OverloadConf,
-    Renewal, WaitsConf,
+    API_KEY_BYTES_MAX, BatchConf, CHANGES, Conf, ConfPart, ConfTexts, ConfigError, FileReader, Identity,
+    Live, OverloadConf, Renewal, WaitsConf,
 };
 use crate::functions::Functions;
 use crate::gateway::{self, Edge};
@@ -48,7 +48,13 @@ pub struct ConfSource {
     pub a_minute: Option<u32>,
     /// `--listen`
     pub listen: Option<IpAddr>,
+    /// Length of the master key, in bytes: requests must have room for it. 0: it is not known yet.
+    pub master_key_bytes: usize,
 }
+
+/// What the header of a request holds beside its key, in bytes, at least: its first line and a few short
+/// fields.
+const HEADER_BYTES_BESIDE_KEY: usize = 256;
 
 impl ConfSource {
     /// The files, read and made settings of.
@@ -56,6 +62,11 @@ impl ConfSource {
         let texts = self.read(&mut FileReader::new(FIRST_READ_MAX), None);
         let conf = self.make(&texts)?;
         Ok((texts, conf))
+    }
+
+    /// What is amiss in the directory but keeps nobody from starting.
+    pub fn warnings(&self) -> Vec<String> {
+        self.dir.as_deref().map(ConfTexts::unknown_files).unwrap_or_default()
     }
 
     fn read(&self, reader: &mut FileReader, in_force: Option<&ConfTexts>) -> ConfTexts {
@@ -79,7 +90,24 @@ impl ConfSource {
         if let Some(listen) = self.listen {
             conf.listen.address = listen;
         }
+        self.check_master_key(texts, &conf)?;
         Ok(conf)
+    }
+
+    /// A master key that no request can carry opens nothing.
+    pub fn check_master_key(&self, texts: &ConfTexts, conf: &Conf) -> Result<(), ConfigError> {
+        let length = self.master_key_bytes;
+        if length > API_KEY_BYTES_MAX {
+            let problem =
+                format!("INFRA_API_KEY has {length} bytes; take one of {API_KEY_BYTES_MAX} at most");
+            return Err(ConfigError(vec![problem]));
+        }
+        let needed = length + HEADER_BYTES_BESIDE_KEY;
+        if length > 0 && needed > conf.http.header_bytes_max {
+            let problem = format!("must be at least {needed}: INFRA_API_KEY has {length} bytes");
+            return Err(texts.of_server("http.header_bytes_max", &problem));
+        }
+        Ok(())
     }
 }
 

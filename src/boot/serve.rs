@@ -5,8 +5,8 @@ use super::state_dir::StateDir;
 use super::{ConfSource, Connected, Exit, Plan, SPILL, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem};
 use crate::backend::{aws, embedded};
-use crate::config::{Conf, ConfTexts, ConfigError, Env};
-use crate::model::ProcessToken;
+use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
+use crate::model::{NodeId, ProcessToken};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,17 +18,31 @@ pub struct ServeArgs {
     pub upgrade: bool,
 }
 
+/// Most node ids of `STATE_DIR` whose results `check` asks for.
+const NODES_TRIED_MAX: usize = 16;
+
 /// Runs a node of the fleet.
 pub fn serve(args: &ServeArgs) -> Exit {
     match told(args) {
         Ok(Told { env, source, texts, conf }) => {
-            let (port, api_key, ai_node) = (env.port, env.api_key.clone(), env.ai_node.clone());
+            let (port, api_key, ai_node) = (env.port, env.api_key.clone(), Some(env.ai_node.clone()));
+            let warnings = own_warnings(&env, &source);
             let start = Duration::from_secs(conf.start.deadline_s);
             let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
-            let settings =
-                Settings { conf, source, texts, port, meet_in, is_upgrade, api_key, ai_node, banner: None };
-            let connect = Box::new(move || Box::pin(connect(env, start, lease)) as _);
+            let settings = Settings {
+                conf,
+                source,
+                texts,
+                port,
+                meet_in,
+                is_upgrade,
+                api_key,
+                ai_node,
+                listen_beside: None,
+                banner: None,
+            };
+            let connect = Box::new(move || Box::pin(connect(env, warnings, start, lease)) as _);
             node::run(Plan { settings, connect })
         }
         Err(e) => refuse(&e),
@@ -37,7 +51,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
 
 /// Runs the checks of `serve` and says how they went.
 pub fn check(args: &ServeArgs) -> Exit {
-    let Told { env, conf, .. } = match told(args) {
+    let Told { env, conf, source, .. } = match told(args) {
         Ok(told) => told,
         Err(e) => return refuse(&e),
     };
@@ -52,10 +66,10 @@ pub fn check(args: &ServeArgs) -> Exit {
         return explain(&[state_problem(&env, &e)]);
     }
     let start = Duration::from_secs(conf.start.deadline_s);
-    let checked = runtime.block_on(aws::connect(settings(&env, ProcessToken(rand::random()), start)));
-    match checked {
-        Ok(connected) => {
-            for warning in connected.warnings {
+    match runtime.block_on(checked(&env, start)) {
+        Ok((connected, of_channels)) => {
+            let own = own_warnings(&env, &source);
+            for warning in own.into_iter().chain(connected.warnings).chain(of_channels) {
                 println!("warning: {warning}");
             }
             println!("configuration, credentials, queue, tables and Redis are in order");
@@ -63,6 +77,19 @@ pub fn check(args: &ServeArgs) -> Exit {
         }
         Err(problems) => explain(&problems),
     }
+}
+
+/// What `serve` asks before it listens. With it, what is amiss with the channels but keeps nobody from
+/// starting.
+async fn checked(env: &Env, start: Duration) -> Result<(aws::Connected, Option<String>), Vec<StartProblem>> {
+    let connected = aws::connect(settings(env, ProcessToken(rand::random()), start)).await?;
+    // `serve` takes one of these ids, or a new one. Which one is not tried: that would take its lock.
+    let mut nodes = StateDir::used(&env.state_dir).map_err(|e| vec![state_problem(env, &e)])?;
+    nodes.truncate(NODES_TRIED_MAX);
+    nodes.push(NodeId(rand::random()));
+    let node = connected.check_results(&nodes).await.map_err(|problem| vec![problem])?;
+    let warning = connected.beats_warning(node).await;
+    Ok((connected, warning))
 }
 
 /// What `serve` and `check` are told, in the environment and in `conf/`.
@@ -77,7 +104,8 @@ struct Told {
 fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     let env = Env::from_process();
     let a_minute = env.as_ref().ok().and_then(|env| env.rate_limit);
-    let source = ConfSource { dir: args.conf.clone(), a_minute, listen: None };
+    let master_key_bytes = env.as_ref().map_or(0, |env| env.api_key.reveal().len());
+    let source = ConfSource { dir: args.conf.clone(), a_minute, listen: None, master_key_bytes };
     match (env, source.load()) {
         (Ok(env), Ok((texts, conf))) => Ok(Told { env, source, texts, conf }),
         (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),
@@ -88,7 +116,18 @@ fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     }
 }
 
-async fn connect(env: Env, start: Duration, lease: Duration) -> Result<Connected, Vec<StartProblem>> {
+/// What is amiss in the environment and in `conf/` but keeps nobody from starting.
+fn own_warnings(env: &Env, source: &ConfSource) -> Vec<String> {
+    let of_key = master_key_warning(env.api_key.reveal());
+    env.warnings.iter().cloned().chain(of_key).chain(source.warnings()).collect()
+}
+
+async fn connect(
+    env: Env,
+    warnings: Vec<String>,
+    start: Duration,
+    lease: Duration,
+) -> Result<Connected, Vec<StartProblem>> {
     let process = ProcessToken(rand::random());
     // Before anybody is asked: what is amiss here, an operator mends first.
     StateDir::probe(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
@@ -98,10 +137,12 @@ async fn connect(env: Env, start: Duration, lease: Duration) -> Result<Connected
     let (root, membership) = (&env.state_dir, connected.membership());
     let choice = NodeIdChoice { root, membership, process, lease, deadline };
     let state = choice.take().await.map_err(|e| vec![node_id_problem(&env, e)])?;
+    // Not before the id is known: Redis may allow its user the results of some nodes alone.
+    connected.check_results(&[state.node]).await.map_err(|problem| vec![problem])?;
     let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
     Ok(Connected {
         node: state.node,
-        warnings: connected.warnings.clone(),
+        warnings: warnings.into_iter().chain(connected.warnings.clone()).collect(),
         backend: connected.backend(state.node),
         bucket: env.bucket,
         spool_dir,
@@ -118,7 +159,8 @@ fn settings(env: &Env, process: ProcessToken, start_deadline: Duration) -> aws::
         logs_table: env.logs_table.clone(),
         queue_url: env.queue_url.clone(),
         bucket: env.bucket.clone(),
-        redis_url: aws::RedisUrl::new(env.redis_url.reveal()),
+        redis_url: aws::RedisUrl::new(env.redis.url.reveal()),
+        redis_variables: env.redis.variables,
         sqs_endpoint: env.sqs_endpoint.clone(),
         dynamodb_endpoint: env.dynamodb_endpoint.clone(),
         s3_endpoint: env.s3_endpoint.clone(),

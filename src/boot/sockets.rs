@@ -5,15 +5,19 @@
 //! `0.0.0.0`, on one port) can be bound only while both sockets say SO_REUSEPORT. They say it for that moment
 //! alone: later it would let a second process listen on the same address by mistake. The kernel gives each
 //! connection to the socket with the narrower address, so nothing is shared out between the two.
+//!
+//! `[::]` takes IPv4, too. Where the machine has no IPv6 it is `0.0.0.0`, and an address that is listened on
+//! beside another one is left out.
 
 mod matching;
 
 use super::upgrade::{self, Heir, Heritage};
 use super::{Exit, Settings};
 use matching::{Endpoint, Matching, conflict, matched};
+use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use std::io;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use tokio::net::TcpSocket;
 
@@ -21,6 +25,8 @@ const _: () = assert!(Speaks::ALL.len() * matching::SOCKETS_OF_ONE_MAX <= upgrad
 
 /// Pending connections the kernel holds while the accept loop is busy.
 const BACKLOG: u32 = 4096;
+/// How often a free port is looked for that all addresses of a listener have.
+const PORT_TRIES_MAX: usize = 8;
 
 /// What the clients of a socket speak.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +55,7 @@ pub struct Listening {
 
 /// Inherits the sockets of a running process, or binds.
 pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
-    let wanted = wanted(settings);
+    let wanted = wanted(settings, has_ipv6);
     let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
     if let Some((a, b)) = conflict(&endpoints) {
         eprintln!(
@@ -75,13 +81,38 @@ pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
     Ok(Listening { sockets, heir })
 }
 
-/// Where the settings say that a node listens.
-fn wanted(settings: &Settings) -> Vec<(Endpoint, Speaks)> {
-    let listen = settings.conf.listen.address;
-    let plain = (Endpoint::new(listen, settings.port), Speaks::Plain);
-    let tls = settings.conf.tls.as_ref();
-    let tls = tls.map(|tls| (Endpoint::new(tls.address.unwrap_or(listen), tls.port), Speaks::Tls));
-    std::iter::once(plain).chain(tls).collect()
+/// Where the settings say that a node listens. `has`: whether this machine has an address of IPv6.
+fn wanted(settings: &Settings, has: impl Fn(Ipv6Addr) -> bool) -> Vec<(Endpoint, Speaks)> {
+    let on = |address, port, speaks| (Endpoint::new(address, port), speaks);
+    let addresses = addresses(settings.conf.listen.address, settings.listen_beside, &has);
+    let mut wanted: Vec<_> =
+        addresses.iter().map(|address| on(*address, settings.port, Speaks::Plain)).collect();
+    if let Some(tls) = &settings.conf.tls {
+        let own = tls.address.map(|address| self::addresses(address, None, &has));
+        wanted.extend(own.unwrap_or(addresses).into_iter().map(|address| on(address, tls.port, Speaks::Tls)));
+    }
+    wanted
+}
+
+/// What `listen` and the address beside it are on this machine.
+fn addresses(listen: IpAddr, beside: Option<Ipv6Addr>, has: impl Fn(Ipv6Addr) -> bool) -> Vec<IpAddr> {
+    let any = Ipv6Addr::UNSPECIFIED;
+    let first = if listen == IpAddr::V6(any) && !has(any) { Ipv4Addr::UNSPECIFIED.into() } else { listen };
+    let beside = beside.filter(|address| has(*address)).map(IpAddr::V6);
+    std::iter::once(first).chain(beside).collect()
+}
+
+/// Whether sockets can listen on an address of IPv6: the kernel may lack the family, or the interface the
+/// address.
+fn has_ipv6(address: Ipv6Addr) -> bool {
+    let bound = TcpSocket::new_v6().and_then(|socket| socket.bind(SocketAddr::new(address.into(), 0)));
+    let errno = bound.err().and_then(|e| e.raw_os_error()).map(Errno::from_raw);
+    // All else is told by whoever listens on it.
+    let is_missing = matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL));
+    if is_missing {
+        tracing::info!(%address, "No IPv6 On This Machine: Listening On IPv4 Alone");
+    }
+    !is_missing
 }
 
 /// Processes meet by the configured port. Whoever changed that has two of them now, and may not know.
@@ -96,7 +127,6 @@ fn nobody_waits(other_ports: &[u16]) {
     );
 }
 
-/// A socket for each wanted endpoint, or why there is none.
 /// What helps against an address that cannot be bound.
 fn bind_advice(error: &io::Error) -> &'static str {
     match error.kind() {
@@ -107,26 +137,22 @@ fn bind_advice(error: &io::Error) -> &'static str {
     }
 }
 
+/// A socket for each wanted endpoint, or why there is none.
 fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) -> Result<Vec<Socket>, String> {
     let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
     let held: io::Result<Vec<Endpoint>> = inherited.iter().map(endpoint_of).collect();
     let held =
         held.map_err(|e| format!("what the running process hands over is no socket that listens: {e}"))?;
     let Matching { kept, bound } = matched(&endpoints, &held);
-    let mut made = Vec::new();
-    for (endpoint, wanted_at) in &bound {
-        let beside: Vec<usize> = (0..held.len()).filter(|at| held[*at].overlaps(*endpoint)).collect();
-        let sockets: Vec<&TcpListener> = beside.iter().map(|at| &inherited[*at]).collect();
-        let listener = bind(*endpoint, &sockets).map_err(|e| match beside.first() {
-            None => format!("cannot listen on {endpoint}: {e}. {}", bind_advice(&e)),
-            Some(at) => format!(
-                "cannot listen on {endpoint} while the running process listens on {}: {e}. Nothing was taken over. \
-                 Stop that process and start this one without --upgrade, or set another port.",
-                held[*at]
-            ),
-        })?;
-        made.push((listener, *wanted_at));
-    }
+    let mut tries = 1;
+    let made = loop {
+        match bind_all(wanted, &bound, &held, &inherited) {
+            Ok(made) => break made,
+            // The port that the kernel chose for one address may be taken on another one.
+            Err(unbound) if unbound.is_port_of_kernel && tries < PORT_TRIES_MAX => tries += 1,
+            Err(unbound) => return Err(unbound.problem),
+        }
+    };
     if !held.is_empty() {
         report(&held, &kept, &bound);
     }
@@ -141,6 +167,46 @@ fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) ->
         Ok(Socket { listener, bound, speaks: wanted[at].1 })
     };
     all.into_iter().map(socket).collect::<io::Result<_>>().map_err(|e| format!("no socket: {e}"))
+}
+
+/// Why an address is not listened on.
+struct Unbound {
+    problem: String,
+    /// Another port may do.
+    is_port_of_kernel: bool,
+}
+
+/// A socket for each of `bound`, with the index of what it is for. Those of one listener have one port.
+fn bind_all(
+    wanted: &[(Endpoint, Speaks)],
+    bound: &[(Endpoint, usize)],
+    held: &[Endpoint],
+    inherited: &[TcpListener],
+) -> Result<Vec<(TcpListener, usize)>, Unbound> {
+    let mut made: Vec<(TcpListener, usize)> = Vec::new();
+    for (endpoint, wanted_at) in bound {
+        let of_same = made.iter().find(|(_, at)| wanted[*at].1 == wanted[*wanted_at].1);
+        let chosen = of_same.and_then(|(listener, _)| listener.local_addr().ok()).map(|at| at.port());
+        let is_port_of_kernel = endpoint.port == 0 && chosen.is_some();
+        let port = if endpoint.port == 0 { chosen.unwrap_or(0) } else { endpoint.port };
+        let endpoint = Endpoint { port, ..*endpoint };
+        let beside: Vec<usize> = (0..held.len()).filter(|at| held[*at].overlaps(endpoint)).collect();
+        let sockets: Vec<&TcpListener> = beside.iter().map(|at| &inherited[*at]).collect();
+        let listener = bind(endpoint, &sockets).map_err(|e| {
+            let problem = match beside.first() {
+                None => format!("cannot listen on {endpoint}: {e}. {}", bind_advice(&e)),
+                Some(at) => format!(
+                    "cannot listen on {endpoint} while the running process listens on {}: {e}. Nothing was taken \
+                     over. Stop that process and start this one without --upgrade, or set another port.",
+                    held[*at]
+                ),
+            };
+            let is_port_of_kernel = is_port_of_kernel && e.kind() == io::ErrorKind::AddrInUse;
+            Unbound { problem, is_port_of_kernel }
+        })?;
+        made.push((listener, *wanted_at));
+    }
+    Ok(made)
 }
 
 fn report(held: &[Endpoint], kept: &[(usize, usize)], bound: &[(Endpoint, usize)]) {
@@ -202,4 +268,56 @@ fn bind(endpoint: Endpoint, beside: &[&TcpListener]) -> io::Result<TcpListener> 
     let listener = listened?;
     setsockopt(&listener, sockopt::ReusePort, &false)?;
     Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_ipv6_it_is_ipv4_alone() {
+        let (all, none) = (&["::", "::1"][..], &[][..]);
+        for (listen, beside, has, expected) in [
+            ("::", None, all, &["::"][..]),
+            ("::", None, none, &["0.0.0.0"]),
+            // The family is there, and no interface has an address of it.
+            ("::", None, &["::"], &["::"]),
+            ("127.0.0.1", Some("::1"), all, &["127.0.0.1", "::1"]),
+            ("127.0.0.1", Some("::1"), none, &["127.0.0.1"]),
+            ("127.0.0.1", Some("::1"), &["::"], &["127.0.0.1"]),
+            // What is named is listened on, or an error.
+            ("0.0.0.0", None, all, &["0.0.0.0"]),
+            ("::1", None, none, &["::1"]),
+        ] {
+            let has = |address: Ipv6Addr| has.contains(&address.to_string().as_str());
+            let beside = beside.map(|address| address.parse().unwrap());
+            let found = addresses(listen.parse().unwrap(), beside, has);
+            let found: Vec<String> = found.iter().map(IpAddr::to_string).collect();
+            assert_eq!(found, expected, "{listen} and {beside:?}");
+        }
+    }
+
+    /// A runtime is there for the sockets of tokio.
+    #[tokio::test]
+    async fn the_addresses_of_one_listener_have_one_port() {
+        let on = |ip: [u8; 4], speaks| (Endpoint::new(IpAddr::from(ip), 0), speaks);
+        let wanted = [
+            on([127, 0, 0, 1], Speaks::Plain),
+            on([127, 0, 0, 2], Speaks::Plain),
+            on([127, 0, 0, 1], Speaks::Tls),
+        ];
+        let sockets = taken_or_bound(&wanted, Vec::new()).unwrap();
+        let bound: Vec<SocketAddr> = sockets.iter().map(|socket| socket.bound).collect();
+        assert_eq!(bound[0].port(), bound[1].port(), "{bound:?}");
+        assert_ne!(bound[0].port(), bound[2].port(), "{bound:?}");
+        assert_eq!(bound[1].ip(), IpAddr::from([127, 0, 0, 2]));
+    }
+
+    /// Whatever this machine has, the answer is the kernel's.
+    #[tokio::test]
+    async fn an_address_that_no_interface_has() {
+        assert!(!has_ipv6("2001:db8::7".parse().unwrap()));
+        let bound = std::net::TcpListener::bind("[::1]:0");
+        assert_eq!(has_ipv6(Ipv6Addr::LOCALHOST), bound.is_ok());
+    }
 }

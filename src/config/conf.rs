@@ -5,6 +5,7 @@
 
 use super::ConfigError;
 use super::keys::{KeyConf, key_problems};
+use super::origin::normalized;
 use super::place::line_at;
 use super::texts::{ConfPart, ConfText, ConfTexts, TlsTexts};
 use super::upstreams::{UpstreamConf, upstream_problems};
@@ -113,6 +114,8 @@ pub struct HttpConf {
     pub connections_per_address_max: usize,
     #[serde(deserialize_with = "networks")]
     pub trusted_proxies: Vec<IpNet>,
+    /// As browsers write them; `*`: any.
+    #[serde(deserialize_with = "origins")]
     pub cors_origins: Vec<String>,
     pub keepalive_s: u64,
     pub header_timeout_s: u64,
@@ -138,6 +141,12 @@ fn networks<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<IpNet>, D::Error> 
     let network = |text: &String| text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from));
     let networks: Option<Vec<_>> = texts.iter().map(network).collect();
     networks.ok_or_else(|| serde::de::Error::custom("must be networks (\"10.0.0.0/8\") or addresses"))
+}
+
+fn origins<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
+    let texts = Vec::<String>::deserialize(from)?;
+    let origins: Result<Vec<_>, _> = texts.iter().map(|text| normalized(text)).collect();
+    origins.map_err(serde::de::Error::custom)
 }
 
 /// A second listener, which speaks TLS.
@@ -698,6 +707,11 @@ mod tests {
             ("\n[listen]\nport = 1", String::new(), "server.toml:3: listen.port unknown field `port`"),
             ("[listen]\naddress = \"x\"", String::new(), "server.toml:2: listen.address "),
             ("\n\nx", String::new(), "server.toml:3: "),
+            (
+                "[http]\nkeepalive_s = 1\ncors_origins = [\"a.example\"]",
+                String::new(),
+                "server.toml:3: http.cors_origins \"a.example\" has no scheme",
+            ),
             ("[nothing]", String::new(), "server.toml:1: nothing unknown field `nothing`"),
             (
                 "[memory]\naudit_rows_max = 0",

@@ -1,11 +1,12 @@
 //! `./.env`, read the way the old controller's reader read it.
 //!
 //! The usual crate was rejected: it expands `$NAME` inside values and refuses unquoted blanks, so a password
-//! that worked for years would change or stop the start. The rules kept here: `NAME=value` or `NAME: value`, an
-//! optional `export`, single, double or back quotes (a quoted value may run over lines), `\n` and `\r` expanded
-//! in double quotes only, `#` starts a comment outside quotes, other lines are ignored, the last of a name wins.
+//! that worked for years would change or stop the start. The rules kept here: `NAME=value` or `NAME: value`,
+//! an optional `export`, single, double or back quotes (a quoted value may run over lines), `\n` and `\r`
+//! expanded in double quotes only, `#` starts a comment outside quotes, other lines are ignored, the last of
+//! a name wins. Lines end with LF, CR LF or CR, and a byte order mark at the begin is no part of the first.
 
-use super::reader::{FileReader, text};
+use super::reader::{BYTE_ORDER_MARK, FileReader, is_utf16, text};
 use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
@@ -25,7 +26,7 @@ pub fn read(path: &Path) -> Result<HashMap<String, String>, String> {
     }
     match text(bytes.clone()) {
         Ok(text) => Ok(parse(&text)),
-        Err(e) if bytes.contains(&0) => Err(e.to_string()),
+        Err(e) if bytes.contains(&0) || is_utf16(&bytes) => Err(e.to_string()),
         // As the old controller read what is no UTF-8.
         Err(_) => Ok(parse(&String::from_utf8_lossy(&bytes))),
     }
@@ -33,8 +34,10 @@ pub fn read(path: &Path) -> Result<HashMap<String, String>, String> {
 
 /// The variables of `text`.
 pub fn parse(text: &str) -> HashMap<String, String> {
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
+    let text = text.replace("\r\n", "\n").replace('\r', "\n");
     let mut vars = HashMap::new();
-    let mut rest = text;
+    let mut rest = text.as_str();
     while !rest.is_empty() {
         let Some((name, value)) = assignment(rest) else {
             rest = after_line(rest);
@@ -121,6 +124,13 @@ mod tests {
             ("A=1\nA=2", "A", "2"),
             ("# A=0\n\njunk\n= x\nA=1\r\nB=2\r\n", "A", "1"),
             ("# A=0\n\njunk\n= x\nA=1\r\nB=2\r\n", "B", "2"),
+            ("A=1\rB=2\r", "A", "1"),
+            ("A=1\rB=2\r", "B", "2"),
+            ("# x\rexport B: 2 # y\r\rC='3'", "B", "2"),
+            ("# x\rexport B: 2 # y\r\rC='3'", "C", "3"),
+            ("A=\"one\r\ntwo\"\r\nB=c", "A", "one\ntwo"),
+            ("\u{feff}A=1\nB=2", "A", "1"),
+            ("\u{feff}export A=1\r\nB=2", "A", "1"),
             ("A=https://h/p?q=1&r", "A", "https://h/p?q=1&r"),
             ("A=\u{fc}'\"", "A", "\u{fc}'\""),
         ] {
@@ -128,6 +138,33 @@ mod tests {
         }
         for text in ["", "\n", "=", "A", "A b", ": x", "A:b", "export", "#A=1"] {
             assert!(parse(text).is_empty(), "{text:?}: {:?}", parse(text));
+        }
+    }
+
+    #[test]
+    fn encodings() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(".env");
+        let wide = |text: &str, mark: &[u8], bytes: fn(u16) -> [u8; 2]| {
+            [mark, &text.encode_utf16().flat_map(bytes).collect::<Vec<u8>>()].concat()
+        };
+        let le: fn(u16) -> [u8; 2] = u16::to_le_bytes;
+        let be: fn(u16) -> [u8; 2] = u16::to_be_bytes;
+        for (bytes, expected) in [
+            (b"\xef\xbb\xbfA=1\n".to_vec(), Ok("1")),
+            // As the old controller read what is no UTF-8.
+            (b"A=1\nB=\xff\n".to_vec(), Ok("1")),
+            (b"\xef\xbb\xbfA=1\nB=\xff\n".to_vec(), Ok("1")),
+            (wide("A=1\n", b"\xff\xfe", le), Err("is UTF-16; save it as UTF-8")),
+            (wide("A=1\n", b"\xfe\xff", be), Err("is UTF-16; save it as UTF-8")),
+            (wide("A=1\n", b"", le), Err("is UTF-16; save it as UTF-8")),
+            (wide("A=1\n", b"", be), Err("is UTF-16; save it as UTF-8")),
+            (wide("\u{4e00}\u{4e01}", b"\xff\xfe", le), Err("is UTF-16; save it as UTF-8")),
+            (b"A=1\n\0".to_vec(), Err("holds a NUL byte in line 2: it is binary, damaged or half written")),
+        ] {
+            std::fs::write(&path, &bytes).unwrap();
+            let read = read(&path).map(|vars| vars.get("A").cloned().unwrap_or_default());
+            assert_eq!(read, expected.map(str::to_owned).map_err(str::to_owned), "{bytes:?}");
         }
     }
 }

@@ -36,7 +36,7 @@ pub struct Env {
     pub functions_table: String,
     pub logs_table: String,
     pub queue_url: String,
-    pub redis_url: Secret,
+    pub redis: RedisAddress,
     pub api_key: Secret,
     pub bucket: String,
     /// Overrides the default limit of `conf/`: requests a minute per API key.
@@ -46,7 +46,17 @@ pub struct Env {
     pub sqs_endpoint: Option<String>,
     pub dynamodb_endpoint: Option<String>,
     pub s3_endpoint: Option<String>,
-    pub ai_node: Option<AiNode>,
+    pub ai_node: AiNode,
+    /// What was read otherwise than it may have been meant.
+    pub warnings: Vec<String>,
+}
+
+/// Where Redis is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RedisAddress {
+    pub url: Secret,
+    /// The variables that say so, for what is said of it.
+    pub variables: &'static str,
 }
 
 /// The node whose models are the catalogue.
@@ -58,16 +68,25 @@ pub struct AiNode {
 }
 
 impl AiNode {
-    const TIMEOUT_DEFAULT: Duration = Duration::from_secs(5);
+    /// Where it is in the platform's own network: the old controller asked there unless told otherwise.
+    const URL_DEFAULT: &str = "http://10.0.20.100:11434";
+    const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
-    /// Reads the process environment, for a node that needs nothing else of it.
-    pub fn from_process() -> Result<Option<Self>, ConfigError> {
+    /// Reads the process environment, for a node that needs nothing else of it and stands in no such network:
+    /// without an address there is none. With it, what is to be warned of.
+    pub fn from_process() -> Result<(Option<Self>, Vec<String>), ConfigError> {
         let names = ["AI_NODE_URL", "AI_NODE_TIMEOUT"];
         let vars =
             names.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect();
-        let mut reader = Reader { vars: &vars, missing: Vec::new(), problems: Vec::new() };
-        let ai_node = reader.ai_node();
-        if reader.problems.is_empty() { Ok(ai_node) } else { Err(ConfigError(reader.problems)) }
+        let mut reader = Reader::new(&vars);
+        let (url, timeout) = (reader.endpoint("AI_NODE_URL"), reader.ai_node_timeout());
+        let Reader { problems, warnings, .. } = reader;
+        let ai_node = url.map(|url| Self::new(&url, timeout));
+        if problems.is_empty() { Ok((ai_node, warnings)) } else { Err(ConfigError(problems)) }
+    }
+
+    fn new(url: &str, timeout: Duration) -> Self {
+        Self { url: Secret::new(url.trim_end_matches('/').to_owned()), timeout }
     }
 }
 
@@ -75,6 +94,65 @@ impl AiNode {
 pub fn api_key_problem(key: &str) -> Option<&'static str> {
     let fits = !key.is_empty() && key.bytes().all(|b| (0x21..=0x7e).contains(&b));
     (!fits).then_some("the API key must be visible ASCII without blanks: it is compared with a header field")
+}
+
+/// Longest API key, in bytes. A request with a longer one is refused before the key is looked up.
+pub const API_KEY_BYTES_MAX: usize = 4096;
+
+/// A shorter key of visible characters can be guessed by who may try for long enough.
+const MASTER_KEY_BYTES_LEAST: usize = 16;
+/// A key of fewer different characters is no random one.
+const MASTER_KEY_CHARACTERS_LEAST: usize = 5;
+/// What examples and copied files have for a key; in small letters, without what is no letter or digit.
+const MASTER_KEYS_KNOWN: [&str; 22] = [
+    "adminadminadminadmin",
+    "changeitchangeit",
+    "changemechangeme",
+    "changemeinproduction",
+    "infracontrollerapikey",
+    "infracontrollerkey",
+    "mysecretinfraapikey",
+    "mysupersecretapikey",
+    "passwordpassword",
+    "replacewithyourapikey",
+    "replacewithyourkey",
+    "secretsecretsecret",
+    "supersecretapikey",
+    "supersecretpassword",
+    "thisisasecretkey",
+    "thisisnotasecret",
+    "yourapikeygoeshere",
+    "yourinfraapikey",
+    "yourinfraapikeyhere",
+    "yoursecretapikey",
+    "yoursecretapikeyhere",
+    "yoursecretkeyhere",
+];
+/// Beginnings of the alphabet, the digits and the rows of a keyboard.
+const SEQUENCES: [&str; 5] = [
+    "0123456789abcdefghijklmnopqrstuvwxyz",
+    "1234567890123456789012345678901234567890",
+    "abcdefghijklmnopqrstuvwxyz0123456789",
+    "qwertyuiopasdfghjklzxcvbnm",
+    "1234567890abcdefghijklmnopqrstuvwxyz",
+];
+
+/// Why a master key is a bad one, though it works.
+pub fn master_key_warning(key: &str) -> Option<String> {
+    let plain: String =
+        key.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect();
+    let different: std::collections::BTreeSet<char> = plain.chars().collect();
+    let problem = if key.len() < MASTER_KEY_BYTES_LEAST {
+        format!("has fewer than {MASTER_KEY_BYTES_LEAST} characters")
+    } else if MASTER_KEYS_KNOWN.contains(&plain.as_str())
+        || different.len() < MASTER_KEY_CHARACTERS_LEAST
+        || SEQUENCES.iter().any(|sequence| sequence.starts_with(&plain))
+    {
+        "is one that others try first".to_owned()
+    } else {
+        return None;
+    };
+    Some(format!("INFRA_API_KEY {problem}; it may do everything. Take a random one: openssl rand -hex 32"))
 }
 
 /// Port of `serve` and `dev` when none is named.
@@ -93,14 +171,14 @@ impl Env {
 
     /// All problems at once; the first line names every missing variable.
     pub fn parse(vars: &HashMap<String, String>) -> Result<Self, ConfigError> {
-        let mut reader = Reader { vars, missing: Vec::new(), problems: Vec::new() };
-        let env = Self {
+        let mut reader = Reader::new(vars);
+        let mut env = Self {
             port: reader.parsed("PORT").unwrap_or(PORT_DEFAULT),
             region: reader.required("AWS_REGION"),
             functions_table: reader.required("TABLE_NAME"),
             logs_table: reader.required("LOGS_TABLE_NAME"),
             queue_url: reader.url("SQS_URL"),
-            redis_url: reader.redis(),
+            redis: reader.redis(),
             api_key: reader.api_key(),
             bucket: reader.required("BUCKET_NAME"),
             rate_limit: reader.rate_limit(),
@@ -109,6 +187,7 @@ impl Env {
             dynamodb_endpoint: reader.endpoint("DYNAMODB_ENDPOINT"),
             s3_endpoint: reader.endpoint("S3_ENDPOINT"),
             ai_node: reader.ai_node(),
+            warnings: Vec::new(),
         };
         // The SDK reads these itself, but would only fail to connect when one is malformed.
         for name in
@@ -116,7 +195,8 @@ impl Env {
         {
             reader.endpoint(name);
         }
-        let Reader { missing, mut problems, .. } = reader;
+        let Reader { missing, mut problems, warnings, .. } = reader;
+        env.warnings = warnings;
         if !missing.is_empty() {
             problems.insert(0, format!("missing environment variables: {}", missing.join(", ")));
         }
@@ -128,9 +208,14 @@ struct Reader<'a> {
     vars: &'a HashMap<String, String>,
     missing: Vec<&'static str>,
     problems: Vec<String>,
+    warnings: Vec<String>,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
+    fn new(vars: &'a HashMap<String, String>) -> Self {
+        Self { vars, missing: Vec::new(), problems: Vec::new(), warnings: Vec::new() }
+    }
+
     /// An empty variable is an unset one, as in the old controller.
     fn optional(&self, name: &str) -> Option<String> {
         self.vars.get(name).map(|v| v.trim()).filter(|v| !v.is_empty()).map(str::to_owned)
@@ -152,6 +237,22 @@ impl Reader<'_> {
         value
     }
 
+    /// A number as the old controller read it: by its leading digits, so `100/min` is 100. What follows them
+    /// is warned of. Numbers that the old controller did not read, ports among them, are [`Self::parsed`].
+    fn leading_digits<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
+        let text = self.optional(name)?;
+        let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let Ok(value) = text[..digits].parse() else { return self.parsed(name) };
+        if digits < text.len() {
+            let (read, unit) =
+                (&text[..digits], if name == "RATE_LIMIT" { "requests a minute" } else { "ms" });
+            let warning =
+                format!("{name} is {text:?} and is read as {read} ({unit}): set it to a number alone");
+            self.warnings.push(warning);
+        }
+        Some(value)
+    }
+
     fn url(&mut self, name: &'static str) -> String {
         self.required(name);
         self.endpoint(name).unwrap_or_default()
@@ -165,30 +266,58 @@ impl Reader<'_> {
         Some(url)
     }
 
-    fn ai_node(&mut self) -> Option<AiNode> {
-        let timeout_ms: Option<u64> = self.parsed("AI_NODE_TIMEOUT");
-        let url = self.endpoint("AI_NODE_URL")?;
-        Some(AiNode {
-            url: Secret::new(url.trim_end_matches('/').to_owned()),
-            timeout: timeout_ms.map_or(AiNode::TIMEOUT_DEFAULT, Duration::from_millis),
-        })
+    fn ai_node(&mut self) -> AiNode {
+        let url = self.endpoint("AI_NODE_URL");
+        AiNode::new(url.as_deref().unwrap_or(AiNode::URL_DEFAULT), self.ai_node_timeout())
     }
 
-    fn redis(&mut self) -> Secret {
+    fn ai_node_timeout(&mut self) -> Duration {
+        let timeout_ms = self.leading_digits("AI_NODE_TIMEOUT");
+        timeout_ms.map_or(AiNode::TIMEOUT_DEFAULT, Duration::from_millis)
+    }
+
+    fn redis(&mut self) -> RedisAddress {
         if let Some(url) = self.optional("REDIS_URL") {
-            if !url.starts_with("redis://") && !url.starts_with("rediss://") {
-                self.problems.push("REDIS_URL must start with redis:// or rediss://".to_owned());
+            if let Some(problem) = redis_url_problem(&url) {
+                self.problems.push(format!("REDIS_URL {problem}"));
             }
-            return Secret::new(url);
+            return RedisAddress { url: Secret::new(url), variables: "REDIS_URL" };
         }
-        let port: u16 = self.parsed("REDIS_PORT").unwrap_or(6379);
-        let Some(host) = self.optional("REDIS_HOST") else {
-            self.missing.push("REDIS_HOST (or REDIS_URL)");
-            return Secret::new(String::new());
+        let (link_host, port) = self.redis_port();
+        let (variables, host) = match (self.optional("REDIS_HOST"), link_host) {
+            (Some(host), _) if self.optional("REDIS_PORT").is_none() => ("REDIS_HOST", host),
+            (Some(host), _) => ("REDIS_HOST and REDIS_PORT", host),
+            (None, Some(host)) => ("REDIS_PORT", host),
+            (None, None) => {
+                self.missing.push("REDIS_HOST (or REDIS_URL)");
+                return RedisAddress { url: Secret::new(String::new()), variables: "REDIS_HOST" };
+            }
         };
+        if !is_host(&host) {
+            self.problems.push(format!("{variables}: no host name or address; a URL goes into REDIS_URL"));
+        }
         // A bare IPv6 address needs brackets in a URL.
         let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
-        Secret::new(format!("redis://{host}:{port}"))
+        RedisAddress { url: Secret::new(format!("redis://{host}:{port}")), variables }
+    }
+
+    /// `REDIS_PORT`: a number, or `tcp://host:port`, which Kubernetes and Docker set for a service of the
+    /// name `redis`.
+    fn redis_port(&mut self) -> (Option<String>, u16) {
+        const DEFAULT: u16 = 6379;
+        let Some(text) = self.optional("REDIS_PORT") else { return (None, DEFAULT) };
+        let (host, port) = match text.strip_prefix("tcp://") {
+            Some(link) => link.rsplit_once(':').map_or((None, ""), |(host, port)| (Some(host), port)),
+            None => (None, text.as_str()),
+        };
+        match port.parse() {
+            Ok(port) => (host.map(str::to_owned), port),
+            // Not shown: it may be a URL with a password.
+            Err(_) => {
+                self.problems.push("REDIS_PORT must be a port number, or tcp://host:port".to_owned());
+                (host.map(str::to_owned), DEFAULT)
+            }
+        }
     }
 
     fn api_key(&mut self) -> Secret {
@@ -200,12 +329,44 @@ impl Reader<'_> {
     }
 
     fn rate_limit(&mut self) -> Option<u32> {
-        let rate = self.parsed("RATE_LIMIT")?;
+        let rate = self.leading_digits("RATE_LIMIT")?;
         if rate == 0 {
             self.problems.push("RATE_LIMIT is 0, which would refuse every request".to_owned());
         }
         Some(rate)
     }
+}
+
+/// Why a text is no URL of Redis. What it holds is not shown: it may be the password.
+fn redis_url_problem(url: &str) -> Option<&'static str> {
+    let is_redis = url.starts_with("redis://") || url.starts_with("rediss://");
+    let rest = url.split_once("://").map(|(_, rest)| rest).filter(|_| is_redis);
+    let Some(rest) = rest else { return Some("must start with redis:// or rediss://") };
+    // What stands before the last @ is meant as user and password, and these would end before it.
+    let login = rest.rsplit_once('@').map_or("", |(login, _)| login);
+    login.contains(['/', '?', '#']).then_some(
+        "holds / ? or # in the user or password; write them percent-encoded: / as %2F, ? as %3F, # as %23, @ as %40, \
+         % as %25",
+    )
+}
+
+/// A name or an address, whatever it leads to.
+fn is_host(text: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    let address = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let address = address.split_once('%').map_or(address, |(address, _)| address);
+    address.parse::<std::net::Ipv6Addr>().is_ok() || (!text.is_empty() && text.bytes().all(plain))
+}
+
+/// The rate limit of the process environment, for a node that needs nothing else of it. With it, what is to
+/// be warned of.
+pub fn rate_limit_from_process() -> Result<(Option<u32>, Vec<String>), ConfigError> {
+    let name = "RATE_LIMIT";
+    let vars = std::env::var(name).ok().map(|value| (name.to_owned(), value)).into_iter().collect();
+    let mut reader = Reader::new(&vars);
+    let rate = reader.rate_limit();
+    let Reader { problems, warnings, .. } = reader;
+    if problems.is_empty() { Ok((rate, warnings)) } else { Err(ConfigError(problems)) }
 }
 
 #[cfg(test)]
@@ -230,11 +391,120 @@ mod tests {
     #[test]
     fn the_old_environment_works() {
         let env = parse(&[]).unwrap();
-        assert_eq!((env.port, env.redis_url.reveal()), (8080, "redis://cache:6379"));
+        assert_eq!((env.port, env.redis.url.reveal()), (8080, "redis://cache:6379"));
         assert_eq!(env.state_dir, PathBuf::from("./state"));
         let env = parse(&[("REDIS_URL", "rediss://u:p@h:1"), ("PORT", "0"), ("RATE_LIMIT", "5")]).unwrap();
-        assert_eq!((env.redis_url.reveal(), env.port, env.rate_limit), ("rediss://u:p@h:1", 0, Some(5)));
-        assert_eq!(parse(&[("REDIS_HOST", "::1")]).unwrap().redis_url.reveal(), "redis://[::1]:6379");
+        assert_eq!((env.redis.url.reveal(), env.port, env.rate_limit), ("rediss://u:p@h:1", 0, Some(5)));
+    }
+
+    #[test]
+    fn where_redis_is() {
+        for (vars, url, variables) in [
+            (&[("REDIS_HOST", "::1")][..], "redis://[::1]:6379", "REDIS_HOST"),
+            (&[("REDIS_HOST", "[fe80::1%eth0]")], "redis://[fe80::1%eth0]:6379", "REDIS_HOST"),
+            (&[("REDIS_HOST", "h"), ("REDIS_PORT", "1")], "redis://h:1", "REDIS_HOST and REDIS_PORT"),
+            // The link of a service, as Kubernetes and Docker set it.
+            (&[("REDIS_HOST", ""), ("REDIS_PORT", "tcp://10.0.0.1:7")], "redis://10.0.0.1:7", "REDIS_PORT"),
+            (&[("REDIS_PORT", "tcp://10.0.0.1:7")], "redis://cache:7", "REDIS_HOST and REDIS_PORT"),
+            (&[("REDIS_HOST", ""), ("REDIS_PORT", "tcp://[::1]:7")], "redis://[::1]:7", "REDIS_PORT"),
+            (&[("REDIS_PORT", "x"), ("REDIS_URL", "redis://u:p%2F@@h\n")], "redis://u:p%2F@@h", "REDIS_URL"),
+            (&[("REDIS_URL", "rediss://h/0?protocol=resp3")], "rediss://h/0?protocol=resp3", "REDIS_URL"),
+        ] {
+            let env = parse(vars).unwrap_or_else(|e| panic!("{vars:?}: {e}"));
+            assert_eq!((env.redis.url.reveal(), env.redis.variables), (url, variables), "{vars:?}");
+        }
+    }
+
+    #[test]
+    fn no_part_of_a_password_is_shown() {
+        for (name, value, hint) in [
+            ("REDIS_URL", "redis://u:hunter/2@h:1", "%2F"),
+            ("REDIS_URL", "redis://u:hunter#2@h:1", "%23"),
+            ("REDIS_URL", "redis://u:hunter?2@h:1", "%3F"),
+            ("REDIS_URL", "redis://u:1/hunter@h:1", "%2F"),
+            ("REDIS_URL", "rediss://hunter/2:x@h", "%2F"),
+            ("REDIS_URL", "redis://u:hunter@2/x@h", "%40"),
+            ("REDIS_URL", "hunter://u:2@h", "redis://"),
+            ("REDIS_URL", "u:hunter@h:1", "redis://"),
+            ("REDIS_HOST", "redis://:hunter@h:1", "REDIS_URL"),
+            ("REDIS_HOST", ":hunter@h", "REDIS_URL"),
+            ("REDIS_HOST", "h/hunter", "REDIS_URL"),
+            ("REDIS_PORT", "redis://:hunter@h:1", "tcp://host:port"),
+            ("REDIS_PORT", "tcp://h:hunter", "tcp://host:port"),
+            ("REDIS_PORT", "tcp://hunter", "tcp://host:port"),
+            ("REDIS_PORT", "tcp://", "tcp://host:port"),
+        ] {
+            let error = parse(&[(name, value)]).expect_err(value).to_string();
+            assert!(error.starts_with(name), "{value}: {error}");
+            assert!(error.contains(hint) && !error.contains("hunter"), "{value}: {error}");
+        }
+    }
+
+    #[test]
+    fn weak_master_keys_are_warned_of() {
+        for (key, words) in [
+            ("q9", Some("fewer than 16")),
+            ("masterkey", Some("fewer than 16")),
+            ("fifteen-letters", Some("fewer than 16")),
+            ("your-secret-api-key", Some("others try first")),
+            ("YOUR_INFRA_API_KEY", Some("others try first")),
+            ("change-me-change-me", Some("others try first")),
+            ("aaaaaaaaaaaaaaaaaaaaaaaa", Some("others try first")),
+            ("0123456789abcdef", Some("others try first")),
+            ("1234567890-1234567890", Some("others try first")),
+            ("------------------", Some("others try first")),
+            ("test-key-77-0001-7f3c2b", None),
+            ("6b1f0c7a9de24b53", None),
+        ] {
+            let warning = master_key_warning(key);
+            assert_eq!(warning.is_some(), words.is_some(), "{key}: {warning:?}");
+            let warning = warning.unwrap_or_default();
+            assert!(warning.contains(words.unwrap_or_default()) && !warning.contains(key), "{warning}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_read_by_their_leading_digits_and_a_rest_is_warned_of() {
+        for (name, value, read, is_warned) in [
+            ("RATE_LIMIT", "100", 100, false),
+            ("RATE_LIMIT", "100/min", 100, true),
+            ("RATE_LIMIT", " 3000 per minute ", 3000, true),
+            ("RATE_LIMIT", "1e3", 1, true),
+            ("RATE_LIMIT", "50.5", 50, true),
+            ("RATE_LIMIT", "+7", 7, false),
+            ("AI_NODE_TIMEOUT", "2000ms", 2000, true),
+            ("AI_NODE_TIMEOUT", "1500", 1500, false),
+        ] {
+            let env = parse(&[(name, value)]).unwrap_or_else(|e| panic!("{name}={value}: {e}"));
+            let found = if name == "RATE_LIMIT" {
+                env.rate_limit.map(u128::from)
+            } else {
+                Some(env.ai_node.timeout.as_millis())
+            };
+            assert_eq!(found, Some(read), "{name}={value}");
+            let warned = env.warnings.iter().filter(|warning| {
+                warning.contains(name)
+                    && warning.contains(value.trim())
+                    && warning.contains(&read.to_string())
+            });
+            assert_eq!((warned.count(), env.warnings.len()), (is_warned.into(), is_warned.into()), "{value}");
+        }
+    }
+
+    #[test]
+    fn the_ai_node_is_where_the_old_controller_asked() {
+        for (vars, url, timeout_ms) in [
+            (&[][..], "http://10.0.20.100:11434", 2000),
+            (&[("AI_NODE_URL", "")], "http://10.0.20.100:11434", 2000),
+            (
+                &[("AI_NODE_URL", "http://127.0.0.1:1/"), ("AI_NODE_TIMEOUT", "300")],
+                "http://127.0.0.1:1",
+                300,
+            ),
+        ] {
+            let node = parse(vars).unwrap().ai_node;
+            assert_eq!((node.url.reveal(), node.timeout), (url, Duration::from_millis(timeout_ms)));
+        }
     }
 
     #[test]
@@ -258,9 +528,14 @@ mod tests {
             ("AWS_ENDPOINT_URL", "localhost:4566"),
             ("SQS_ENDPOINT", "localhost"),
             ("REDIS_URL", "http://hunter2@h"),
+            ("REDIS_URL", "redis://:hunter2/x@h"),
             ("REDIS_PORT", "x"),
             ("AI_NODE_URL", "hunter2"),
-            ("AI_NODE_TIMEOUT", "5s"),
+            ("AI_NODE_TIMEOUT", "soon"),
+            ("AI_NODE_TIMEOUT", "-5"),
+            ("RATE_LIMIT", "99999999999/min"),
+            ("RATE_LIMIT", "0/min"),
+            ("RATE_LIMIT", "/100"),
             ("INFRA_API_KEY", "hunter2 ü"),
         ] {
             let error = parse(&[(name, value)]).expect_err(name).to_string();

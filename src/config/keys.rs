@@ -92,7 +92,7 @@ fn moment<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
 pub struct NewKey {
     /// It stands nowhere else: whoever loses it needs another one.
     pub key: Secret,
-    /// What lets it in, for `keys.toml`.
+    /// What lets it in, to be appended to `keys.toml`.
     pub lines: String,
 }
 
@@ -127,7 +127,9 @@ pub fn new_key(
     }
     let digits: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
     let scopes: Vec<_> = conf.scopes.iter().map(|scope| scope.name()).collect();
-    let mut lines = format!("[[key]]\nname = {:?}\nsha256 = \"{digits}\"\nscopes = {scopes:?}\n", conf.name);
+    // A line break first: the last line of a file may lack its own, and would take `[[key]]` in.
+    let mut lines =
+        format!("\n[[key]]\nname = {:?}\nsha256 = \"{digits}\"\nscopes = {scopes:?}\n", conf.name);
     if let Some(functions) = &conf.functions {
         lines.push_str(&format!("functions = {functions:?}\n"));
     }

@@ -139,10 +139,11 @@ impl Worker {
     }
 }
 
-/// Text in UTF-8. `Err`: why it is none, as what follows the name of the file.
+/// Text in UTF-8, without the byte order mark that some editors write before it. `Err`: why it is none, as
+/// what follows the name of the file.
 pub fn text(bytes: Vec<u8>) -> Result<String, FileError> {
     let line_at = |offset: usize| 1 + bytes.iter().take(offset).filter(|b| **b == b'\n').count();
-    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+    if is_utf16(&bytes) {
         return Err("is UTF-16; save it as UTF-8".to_owned().into());
     }
     // A crash of the machine may leave blocks of them where data was not written yet.
@@ -153,7 +154,23 @@ pub fn text(bytes: Vec<u8>) -> Result<String, FileError> {
     if let Err(e) = std::str::from_utf8(&bytes) {
         return Err(format!("is not UTF-8 in line {}; save it as UTF-8", line_at(e.valid_up_to())).into());
     }
-    Ok(String::from_utf8(bytes).unwrap_or_default())
+    let text = String::from_utf8(bytes).unwrap_or_default();
+    Ok(text.strip_prefix(BYTE_ORDER_MARK).map(str::to_owned).unwrap_or(text))
+}
+
+/// Before a text it says how that is encoded, and is no part of it.
+pub const BYTE_ORDER_MARK: char = '\u{feff}';
+
+/// Whether it begins with the byte order mark of UTF-16, or, as some write it without one, with two
+/// characters of ASCII.
+pub fn is_utf16(bytes: &[u8]) -> bool {
+    match bytes {
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
+        [a, b, c, d, ..] => {
+            (*a != 0 && *b == 0 && *c != 0 && *d == 0) || (*a == 0 && *b != 0 && *c == 0 && *d != 0)
+        }
+        _ => false,
+    }
 }
 
 fn read_file(path: &Path) -> FileBytes {

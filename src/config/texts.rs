@@ -47,6 +47,13 @@ pub struct ConfTexts {
     pub(super) client_ca: Result<Option<String>, Vec<String>>,
 }
 
+/// Entries of the directory that are looked at, and files that are warned of.
+const ENTRIES_MAX: usize = 1_000;
+const UNKNOWN_MAX: usize = 10;
+
+/// What is said of a file without a setting.
+const EMPTY: &str = "the file is empty";
+
 /// One file; `Ok(None)`: it is not there. `Err`: a problem, as it is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ConfText {
@@ -77,7 +84,7 @@ impl ConfText {
         let path = dir.join(name);
         let name = path.display().to_string();
         let read = reader.read(&path).and_then(|bytes| bytes.map(reader::text).transpose());
-        let text = read.map_err(|e| match e {
+        let text = read.map(|text| text.map(with_open_lists)).map_err(|e| match e {
             FileError::NoDirectory => format!("--conf {}: no such directory", dir.display()),
             FileError::Unusable(problem) => format!("{name}: {problem}"),
         });
@@ -105,7 +112,7 @@ impl ConfText {
             (Ok(Some(_)), Ok(None)) => Some("the file is gone"),
             _ => {
                 let (before, now) = (before.tables()?, self.tables()?);
-                (now.is_empty() && !before.is_empty()).then_some("the file is empty")
+                (now.is_empty() && !before.is_empty()).then_some(EMPTY)
             }
         }
     }
@@ -142,6 +149,27 @@ impl ConfTexts {
         let mut pem = PemReader { reader, dir, server: &server, tls: names.as_ref().and_then(tls_of) };
         let (certificate, client_ca) = (pem.certificate(), pem.client_ca());
         Self { server, limits, keys, upstreams, certificate, client_ca }
+    }
+
+    /// What is said of files in `dir` that look like settings and are none of ours: a `limit.toml` sets no
+    /// limit. Empty where the directory cannot be listed; its files have been read.
+    pub fn unknown_files(dir: &Path) -> Vec<String> {
+        let known = ["server.toml", "limits.toml", "keys.toml", "upstreams.toml"];
+        let entries = std::fs::read_dir(dir).into_iter().flatten().take(ENTRIES_MAX).flatten();
+        let mut unknown: Vec<String> = entries
+            .filter_map(|entry| entry.file_name().into_string().ok())
+            .filter(|name| name.to_ascii_lowercase().ends_with(".toml") && !known.contains(&name.as_str()))
+            .collect();
+        unknown.sort();
+        unknown.truncate(UNKNOWN_MAX);
+        let warning = |name: String| {
+            format!(
+                "{}: no such file is read; those that are: {}",
+                dir.join(name).display(),
+                known.join(", ")
+            )
+        };
+        unknown.into_iter().map(warning).collect()
     }
 
     /// A problem with a setting of `server.toml`.
@@ -229,7 +257,12 @@ impl ConfTexts {
             lifts.then_some("no limit is left; to lift them all, say `limit = []`")
         };
         let problem = now.lost_since(before).or_else(lifts_all)?;
-        Some(format!("{}: {problem}", now.name))
+        let mend = match part {
+            ConfPart::Keys if problem == EMPTY => "; if there shall be no key, say `key = []`",
+            ConfPart::Upstreams if problem == EMPTY => "; if there shall be no upstream, say `upstream = []`",
+            _ => "",
+        };
+        Some(format!("{}: {problem}{mend}", now.name))
     }
 
     fn file(&self, part: ConfPart) -> Option<&ConfText> {
@@ -241,6 +274,61 @@ impl ConfTexts {
             ConfPart::Certificate | ConfPart::ClientCa => None,
         }
     }
+}
+
+/// The lists of tables that files have.
+const LISTS: [&str; 3] = ["key", "limit", "upstream"];
+
+/// `key = []` says that there are no keys, and TOML takes no `[[key]]` after it. Who appends the lines of
+/// `key new` to such a file means the key, so the empty list gives way. Blanks take its place: lines and
+/// columns stay what they are.
+fn with_open_lists(text: String) -> String {
+    if text.parse::<Table>().is_ok() {
+        return text;
+    }
+    let is_element = |line: &str, name: &str| {
+        let inner = line.trim_start().strip_prefix("[[").and_then(|rest| rest.split_once("]]"));
+        inner.is_some_and(|(inner, _)| inner.trim() == name)
+    };
+    let is_no_list = |line: &str, name: &str| {
+        let value = line.trim_start().strip_prefix(name).and_then(|rest| rest.trim_start().strip_prefix('='));
+        let value = value.map(|value| value.split('#').next().unwrap_or_default());
+        value.is_some_and(|value| value.split_whitespace().collect::<String>() == "[]")
+    };
+    let grown: Vec<&str> =
+        LISTS.into_iter().filter(|name| text.lines().any(|line| is_element(line, name))).collect();
+    let gives_way = |line: &str| grown.iter().any(|name| is_no_list(line, name));
+    let open: String = text
+        .split_inclusive('\n')
+        .map(|line| {
+            if !gives_way(line) {
+                return line.to_owned();
+            }
+            let end = line.trim_end_matches(['\r', '\n']).len();
+            " ".repeat(end) + &line[end..]
+        })
+        .collect();
+    // Whatever else is wrong is told of the file as it stands.
+    if open.parse::<Table>().is_ok() { open } else { text }
+}
+
+/// The text of a file of PEM blocks. What stands around them is ignored (RFC 7468), in whatever encoding, and
+/// so are blanks around lines. `Err`: why there are none, as what follows the name of the file.
+fn pem_text(bytes: Vec<u8>) -> Result<String, FileError> {
+    if reader::is_utf16(&bytes) {
+        return Err(FileError::Unusable("is UTF-16; save it as ASCII or UTF-8".to_owned()));
+    }
+    let text = String::from_utf8_lossy(&bytes);
+    // A sequence, as each of these begins.
+    if bytes.first() == Some(&0x30) && !text.contains("-----BEGIN ") {
+        return Err(FileError::Unusable(
+            "is DER or PKCS #12 and must be PEM; convert it: openssl x509 (or pkey) -inform DER -in FILE, or openssl pkcs12 \
+             -nodes -in FILE"
+                .to_owned(),
+        ));
+    }
+    let is_around = |c: char| c.is_whitespace() || c == reader::BYTE_ORDER_MARK;
+    Ok(text.split(['\n', '\r']).map(|line| line.trim_matches(is_around)).collect::<Vec<_>>().join("\n"))
 }
 
 fn tls_of(server: &Table) -> Option<&Table> {
@@ -276,8 +364,48 @@ impl PemReader<'_> {
         let Some(name) = name else { return Ok(None) };
         let path = self.dir.join(name);
         let absent = || FileError::Unusable("does not exist".to_owned());
-        let read = self.reader.read(&path).and_then(|bytes| bytes.ok_or_else(absent)).and_then(reader::text);
+        let read = self.reader.read(&path).and_then(|bytes| bytes.ok_or_else(absent)).and_then(pem_text);
         let problem = |e| self.server.problem(&format!("tls.{setting}"), &format!("{}: {e}", path.display()));
         read.map(Some).map_err(|e| vec![problem(e)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_list_gives_way_to_what_is_appended() {
+        for (text, expected) in [
+            ("key = []\n[[key]]\nname = \"a\"\n", "        \n[[key]]\nname = \"a\"\n"),
+            ("# keys\nkey=[ ] # none\r\n\n[[key]]\na = 1", "# keys\n              \r\n\n[[key]]\na = 1"),
+            ("upstream = []\n[[ upstream ]]\na = 1", "             \n[[ upstream ]]\na = 1"),
+            // These are as they stand.
+            ("key = []\n", "key = []\n"),
+            ("key = []\nlimit = []\n[[upstream]]\na = 1", "key = []\nlimit = []\n[[upstream]]\na = 1"),
+            ("key = [1]\n[[key]]\n", "key = [1]\n[[key]]\n"),
+            ("key = []\n[[key]]\nname =\n", "key = []\n[[key]]\nname =\n"),
+            ("", ""),
+        ] {
+            assert_eq!(with_open_lists(text.to_owned()), expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_looks_like_settings_is_warned_of() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["server.toml", "limits.toml", "limit.toml", "Keys.toml", "key.pem", "upstreams.toml.bak"]
+        {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        let warnings = ConfTexts::unknown_files(dir.path());
+        assert_eq!(warnings.len(), 2, "{warnings:?}");
+        assert!(warnings[0].contains("/Keys.toml: no such file is read"), "{warnings:?}");
+        assert!(warnings[1].contains("/limit.toml: no such file is read"), "{warnings:?}");
+        for n in 0..2 * UNKNOWN_MAX {
+            std::fs::write(dir.path().join(format!("{n}.toml")), "").unwrap();
+        }
+        assert_eq!(ConfTexts::unknown_files(dir.path()).len(), UNKNOWN_MAX);
+        assert!(ConfTexts::unknown_files(&dir.path().join("gone")).is_empty());
     }
 }

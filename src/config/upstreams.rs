@@ -111,15 +111,12 @@ impl UpstreamConf {
         unless(replaced, "replace_prefix", "must be empty, or begin with / and not end with it");
         let are_some = (1..=ADDRESSES_MAX).contains(&self.addresses.len());
         unless(are_some, "addresses", &format!("must be 1 to {ADDRESSES_MAX}"));
-        let has_port = |address: &String| {
-            address
-                .rsplit_once(':')
-                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
-        };
-        unless(self.addresses.iter().all(has_port), "addresses", "must be host:port each");
-        let is_host =
-            self.host.as_ref().is_none_or(|host| !host.is_empty() && HeaderValue::from_str(host).is_ok());
-        unless(is_host, "host", "must be a host, and a port if it has one");
+        let form = "must be host:port each, with neither scheme nor path (tls = { name = … } for https)";
+        unless(self.addresses.iter().all(|address| is_address(address)), "addresses", form);
+        let is_good = self.host.as_deref().is_none_or(|host| is_host(host) || is_address(host));
+        unless(is_good, "host", "must be a host, and a port if it has one, with neither scheme nor path");
+        let is_good = self.tls.as_ref().is_none_or(|tls| is_host(&tls.name));
+        unless(is_good, "tls", "must have the name of a host, with neither scheme nor port");
         let are_names = self.remove_headers.iter().all(|name| is_field(name));
         unless(
             are_names,
@@ -136,6 +133,22 @@ impl UpstreamConf {
         unless(has_path, "health", "must have a path that can be asked for, and every_s of at least 1");
         problems
     }
+}
+
+/// Host and port. An IPv6 address stands in brackets.
+fn is_address(text: &str) -> bool {
+    text.rsplit_once(':')
+        .is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok_and(|n| n > 0))
+}
+
+/// A name, an IPv4 address, or an IPv6 address in brackets.
+fn is_host(text: &str) -> bool {
+    if let Some(address) = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')) {
+        let address = address.split_once('%').map_or(address, |(address, _)| address);
+        return address.parse::<std::net::Ipv6Addr>().is_ok();
+    }
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
+    !text.is_empty() && text.bytes().all(plain)
 }
 
 fn is_target(path: &str) -> bool {
@@ -180,4 +193,46 @@ pub(super) fn upstream_problems(upstreams: &[UpstreamConf]) -> Vec<(String, Stri
         problems.extend(between(&path("read_timeout_s"), upstream.read_timeout_s, 1, SECONDS_MAX));
     }
     problems
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_hosts_and_ports() {
+        #[derive(Deserialize)]
+        struct File {
+            upstream: Vec<UpstreamConf>,
+        }
+        const GOOD: &str = "name = \"u\"\nprefix = \"/u\"\nscope = \"none\"\n";
+        for (line, wrong) in [
+            (
+                "addresses = [\"127.0.0.1:80\", \"host_1.example:8080\", \"[::1]:80\", \"[fe80::1%eth0]:1\"]",
+                "",
+            ),
+            ("addresses = [\"http://127.0.0.1:80\"]", "addresses"),
+            ("addresses = [\"https://host\"]", "addresses"),
+            ("addresses = [\"//host:80\"]", "addresses"),
+            ("addresses = [\"host:80/path\"]", "addresses"),
+            ("addresses = [\"u:p@host:80\"]", "addresses"),
+            ("addresses = [\"host\"]", "addresses"),
+            ("addresses = [\"host:http\"]", "addresses"),
+            ("addresses = [\"host:0\"]", "addresses"),
+            ("addresses = [\" host:80\"]", "addresses"),
+            ("addresses = [\"::1:80\"]", "addresses"),
+            ("addresses = [\"a:1\"]\nhost = \"models.internal:8080\"", ""),
+            ("addresses = [\"a:1\"]\nhost = \"[::1]\"", ""),
+            ("addresses = [\"a:1\"]\nhost = \"http://models.internal\"", "host"),
+            ("addresses = [\"a:1\"]\nhost = \"models.internal/v1\"", "host"),
+            ("addresses = [\"a:1\"]\ntls = { name = \"models.internal\" }", ""),
+            ("addresses = [\"a:1\"]\ntls = { name = \"https://models.internal\" }", "tls"),
+            ("addresses = [\"a:1\"]\ntls = { name = \"models.internal:443\" }", "tls"),
+        ] {
+            let file: File = toml::from_str(&format!("[[upstream]]\n{GOOD}{line}")).unwrap();
+            let paths: Vec<_> = upstream_problems(&file.upstream).into_iter().map(|(path, _)| path).collect();
+            let expected = if wrong.is_empty() { vec![] } else { vec![format!("upstream[0].{wrong}")] };
+            assert_eq!(paths, expected, "{line}");
+        }
+    }
 }

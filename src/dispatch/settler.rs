@@ -74,22 +74,22 @@ impl Settler {
     /// Takes a result from wherever it came: answers those who wait, and hands the row to the audit.
     pub fn settle(&self, id: JobId, outcome: Outcome) {
         // Read before it is handed on: those who wait then need not read it again.
-        let (outcome, (ending, recommendation)) =
-            outcome.into_read(|fields| (Ending::of(fields), Recommendation::of(id, fields)));
+        let (outcome, (ending, exit_code, recommendation)) = outcome
+            .into_read(|fields| (Ending::of(fields), fields.exit_code, Recommendation::of(id, fields)));
         match self.in_flight.settle(id, outcome) {
             Settled::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
             Settled::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
             Settled::First(function, kept) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
-                if self.record(id, row, recommendation, kept) {
+                if self.record(id, row, exit_code, recommendation, kept) {
                     self.metrics.results_settled.inc();
                 }
             }
             Settled::Late(function) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
-                if self.audit.record_late(id, row, recommendation).is_ok() {
+                if self.audit.record_late(id, row, exit_code, recommendation).is_ok() {
                     self.in_flight.forget(id);
                     self.metrics.results.with_label_values(&["late"]).inc();
                 } else {
@@ -106,10 +106,11 @@ impl Settler {
         &self,
         id: JobId,
         row: Execution,
+        exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
         kept: Option<Box<Kept>>,
     ) -> bool {
-        if self.audit.record(id, row, recommendation, kept).is_ok() {
+        if self.audit.record(id, row, exit_code, recommendation, kept).is_ok() {
             return true;
         }
         // Full means that the log table does not keep up. The stored result outlives the jam: look again later.
@@ -127,7 +128,7 @@ impl Settler {
             tracing::warn!(requestId = %id, functionId = %function, unconfirmed = is_unconfirmed, "Job Lost");
             // Before the row can be written: whoever looks for all jobs finds it here or among those in flight.
             self.in_flight.remember(id, function.clone());
-            if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None) {
+            if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None, None) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
             } else {
                 self.in_flight.forget(id);

@@ -5,7 +5,7 @@
 //! did behind the same address.
 
 use crate::api::{ApiError, Caller, CallerFunctions};
-use crate::config::{AuthConf, KeyConf, Live, Secret};
+use crate::config::{API_KEY_BYTES_MAX, AuthConf, KeyConf, Live, Secret};
 use crate::limiter::{Failures, TooMany};
 use crate::model::{Scope, UnixMs, now_ms};
 use ahash::AHashMap;
@@ -17,8 +17,6 @@ use subtle::ConstantTimeEq;
 
 /// The name the master key counts under. Names stand for keys wherever something is stored or shown.
 const MASTER: &str = "master";
-/// Longest key, in bytes: nothing longer is hashed.
-const KEY_BYTES_MAX: usize = 4096;
 
 /// The keys that are let in.
 pub struct ApiKeys {
@@ -73,7 +71,9 @@ impl ApiKeys {
         presented: Option<&HeaderValue>,
         now: impl FnOnce() -> UnixMs,
     ) -> Result<Arc<Caller>, ApiError> {
-        let presented = presented.filter(|key| key.len() <= KEY_BYTES_MAX).ok_or(ApiError::Unauthorized)?;
+        // Nothing longer is hashed.
+        let presented =
+            presented.filter(|key| key.len() <= API_KEY_BYTES_MAX).ok_or(ApiError::Unauthorized)?;
         let hash: Hash = Sha256::digest(presented.as_bytes()).into();
         let keys = self.keys.get();
         let (known, key) = keys.get_key_value(&hash).ok_or(ApiError::Unauthorized)?;

@@ -1,6 +1,6 @@
-//! Scripts of other origins (CORS): let in only if the configuration names their origin.
+//! Scripts of other origins (CORS): let in only if the configuration names their origin, or any.
 
-use crate::config::HttpConf;
+use crate::config::{ANY_ORIGIN, HttpConf};
 use http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, HeaderName,
@@ -22,16 +22,17 @@ pub fn fields(conf: &HttpConf, headers: &HeaderMap) -> Fields {
     if conf.cors_origins.is_empty() {
         return Fields::new();
     }
+    let expose = (ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(READ));
+    if conf.cors_origins.iter().any(|origin| origin == ANY_ORIGIN) {
+        // The same for all, with an Origin and without: so caches may give it to anybody.
+        return vec![(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static(ANY_ORIGIN)), expose];
+    }
     let vary = (VARY, HeaderValue::from_static("origin"));
     match headers
         .get(ORIGIN)
         .filter(|origin| conf.cors_origins.iter().any(|known| known.as_bytes() == origin.as_bytes()))
     {
-        Some(origin) => vec![
-            (ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone()),
-            (ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(READ)),
-            vary,
-        ],
+        Some(origin) => vec![(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone()), expose, vary],
         // Caches must not give others what is for some.
         None => vec![vary],
     }

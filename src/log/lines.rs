@@ -1,9 +1,11 @@
 //! Lines on their way to standard output.
 //!
-//! Who logs only appends to a buffer. One thread writes what has gathered, a moment after the first line of it came: one
-//! system call and one wake-up for many lines. When nobody reads our standard output the thread waits, the buffer fills,
-//! and lines are dropped and counted; requests never wait.
+//! Who logs only appends to a buffer. One thread writes what has gathered, a moment after the first line of
+//! it came: one system call and one wake-up for many lines. When nobody reads our standard output the thread
+//! waits, the buffer fills, and lines are dropped and counted; requests never wait. Lines that standard
+//! output does not take, as it is closed or its disk full, are counted, too.
 
+use nix::errno::Errno;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -29,14 +31,17 @@ struct Waiting {
     is_over: bool,
 }
 
-/// How many lines were dropped because nobody read them.
+/// Until a standard output that takes nothing now is tried again; the thread alone waits.
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// How many lines were lost: nobody read them, or standard output did not take them.
 pub fn lines_dropped() -> usize {
     LINES.dropped.load(Ordering::Relaxed)
 }
 
 /// Starts the writer.
 pub(super) fn start() -> LinesGuard {
-    let write = || LINES.write_to(&mut io::stdout());
+    let write = || LINES.write_to(&mut Stdout);
     if std::thread::Builder::new().name("log".to_owned()).spawn(write).is_err() {
         LINES.waiting().is_over = true; // nothing is written
     }
@@ -57,6 +62,29 @@ pub struct LinesGuard(());
 impl Drop for LinesGuard {
     fn drop(&mut self) {
         finish();
+    }
+}
+
+/// Standard output without a buffer: what a failed write leaves in one would be neither written nor counted.
+struct Stdout;
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match nix::unistd::write(io::stdout(), bytes) {
+                Err(Errno::EINTR) => {}
+                // Whoever shares it with us has said that nobody shall wait for it.
+                Err(Errno::EAGAIN) => {
+                    #[expect(clippy::disallowed_methods, reason = "the thread of the log has no runtime")]
+                    std::thread::sleep(PAUSE);
+                }
+                written => return Ok(written?),
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -82,7 +110,7 @@ impl Lines {
 
     fn push(&self, line: &[u8]) {
         let mut waiting = self.waiting();
-        if waiting.bytes.len() + line.len() > WAITING_BYTES_MAX {
+        if waiting.is_over || waiting.bytes.len() + line.len() > WAITING_BYTES_MAX {
             drop(waiting);
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
@@ -109,7 +137,8 @@ impl Lines {
         let mut bytes = Vec::new();
         while self.gather(&mut bytes) {
             // A closed standard output is no reason to stop; there is nobody to tell.
-            let _ = out.write_all(&bytes).and_then(|()| out.flush());
+            let lost = write_lines(out, &bytes);
+            self.dropped.fetch_add(lost, Ordering::Relaxed);
         }
         self.waiting().is_over = true;
         self.changed.notify_all();
@@ -130,6 +159,18 @@ impl Lines {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Writes lines as far as they are taken, and gives the number of those that were not, whole.
+fn write_lines(out: &mut dyn Write, lines: &[u8]) -> usize {
+    let mut rest = lines;
+    while !rest.is_empty() {
+        match out.write(rest) {
+            Ok(0) | Err(_) => break,
+            Ok(written) => rest = rest.get(written..).unwrap_or_default(),
+        }
+    }
+    memchr::memchr_iter(b'\n', rest).count()
 }
 
 #[cfg(test)]
@@ -161,5 +202,37 @@ mod tests {
         }
         assert_eq!(lines.dropped.load(Ordering::Relaxed), 2);
         assert_eq!(lines.waiting().bytes.len(), WAITING_BYTES_MAX);
+    }
+
+    /// Takes so many bytes, three at a time, and then no more.
+    struct Takes(usize);
+
+    impl Write for Takes {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let taken = bytes.len().min(self.0).min(3);
+            self.0 -= taken;
+            if taken == 0 { Err(io::ErrorKind::BrokenPipe.into()) } else { Ok(taken) }
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_is_not_taken_is_counted() {
+        for (taken, lost) in [(0, 4), (3, 4), (4, 3), (5, 3), (16, 0)] {
+            assert_eq!(write_lines(&mut Takes(taken), b"one\ntwo\n666\n777\n"), lost, "{taken} bytes");
+        }
+        let lines = Lines::new();
+        std::thread::scope(|scope| {
+            scope.spawn(|| lines.write_to(&mut Takes(8)));
+            for n in 0..1000 {
+                lines.push(format!("{n:03}\n").as_bytes());
+            }
+            lines.finish(WRITTEN_WITHIN);
+        });
+        lines.push(b"after the end\n");
+        assert_eq!(lines.dropped.load(Ordering::Relaxed), 999);
     }
 }

@@ -10,8 +10,8 @@ use std::fmt;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use zip::ZipArchive;
 use zip::read::ZipFile;
+use zip::{System, ZipArchive};
 
 /// Most bytes the code of a function may have unpacked.
 const UNPACKED_BYTES_MAX: u64 = 256 << 20;
@@ -75,9 +75,9 @@ pub fn walk(
     let mut paths = Paths::default();
     for index in 0..zip.len() {
         let mut entry = zip.by_index(index).map_err(ArchiveProblem::new)?;
-        let path = path_inside(&entry)?;
-        paths.add(&path, entry.is_dir())?;
-        if entry.is_dir() {
+        let (path, is_dir) = path_inside(&entry)?;
+        paths.add(&path, is_dir)?;
+        if is_dir {
             each(&path, Entry::Directory).map_err(ArchiveProblem::new)?;
             continue;
         }
@@ -130,22 +130,28 @@ fn entries_listed(reader: &mut (impl Read + Seek), start: u64) -> io::Result<usi
     Ok(ENTRIES_MAX + 1)
 }
 
-fn path_inside<R: Read>(entry: &ZipFile<'_, R>) -> Result<PathBuf, ArchiveProblem> {
+/// Where an entry goes, and whether it is a directory.
+fn path_inside<R: Read>(entry: &ZipFile<'_, R>) -> Result<(PathBuf, bool), ArchiveProblem> {
     // A link could lead a later entry, or the run, out of the directory; a pipe could hold it up for good.
     let kind = entry.unix_mode().map_or(0, |mode| mode & 0o170_000);
     if ![0, 0o100_000, 0o040_000].contains(&kind) {
         return Err(ArchiveProblem::new("it holds a link, or what is neither file nor directory"));
     }
-    let name = entry.name().map_err(ArchiveProblem::new)?;
-    // A backslash is a name's letter here and a separator where the zip may have been made.
+    let mut name = entry.name().map_err(ArchiveProblem::new)?;
+    // A backslash is a letter of a name here, and a separator where the zip may be unpacked later.
     if name.starts_with(['/', '\\'])
         || name.contains('\0')
         || name.split(['/', '\\']).any(|part| part == "..")
+        || (has_drives(entry.system()) && name.chars().nth(1) == Some(':'))
     {
         return Err(ArchiveProblem::new("an entry leads out of it"));
     }
+    if has_drives(entry.system()) {
+        name = name.replace('\\', "/").into();
+    }
+    let is_dir = name.ends_with('/');
     let mut parts: Vec<&str> = name.split('/').collect();
-    if entry.is_dir() {
+    if is_dir {
         parts.pop();
     }
     parts.retain(|part| *part != ".");
@@ -153,7 +159,15 @@ fn path_inside<R: Read>(entry: &ZipFile<'_, R>) -> Result<PathBuf, ArchiveProble
     if name.ends_with("/.") || name.len() > PATH_BYTES_MAX || !parts.iter().all(fits) {
         return Err(ArchiveProblem::new("an entry has a name that no file can have"));
     }
-    Ok(parts.iter().collect())
+    Ok((parts.iter().collect(), is_dir))
+}
+
+/// Whether the file system that an entry comes from has drives (`C:`), and separates names by backslashes.
+///
+/// APPNOTE 4.4.17 wants slashes, but PowerShell 5 and .NET before 4.6.1 write backslashes. On these systems
+/// no name can hold one, so nothing is lost. 11 is MVS in APPNOTE 4.4.2, and NTFS in the zips of Info-ZIP.
+fn has_drives(made_on: System) -> bool {
+    matches!(made_on, System::Dos | System::Os2 | System::WindowsNTFS | System::MVS | System::VFAT)
 }
 
 /// The paths so far: each stands once, and no file is a directory as well.
@@ -274,6 +288,76 @@ mod tests {
         zip.add_symlink("out", "/etc", SimpleFileOptions::default()).unwrap();
         let zip = zip.finish().unwrap().into_inner();
         assert!(checked(&zip, Runtime::Python).unwrap_err().contains("link"));
+    }
+
+    /// A zip that says it was made on the system of this number (the upper byte of "version made by").
+    fn made_on(system: u8, files: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut zip = zipped(files);
+        let headers: Vec<usize> =
+            (0..zip.len() - 4).filter(|at| zip[*at..].starts_with(b"PK\x01\x02")).collect();
+        assert_eq!(headers.len(), files.len());
+        for at in headers {
+            zip[at + 5] = system;
+            // The upper half of the attributes is a Unix mode only where Unix made the zip.
+            zip[at + 38..at + 42].fill(0);
+        }
+        zip
+    }
+
+    #[test]
+    fn a_backslash_separates_where_the_system_has_drives() {
+        let files: &[(&str, &[u8])] =
+            &[("lib\\", b""), ("lib\\a.py", b"1"), ("lib\\b\\c.py", b"22"), (".\\main.py", b"333")];
+        for system in 0..=19 {
+            let mut seen = Vec::new();
+            walk(Cursor::new(made_on(system, files)), |path, entry| {
+                let bytes = match entry {
+                    Entry::Directory => None,
+                    Entry::File(contents) => Some(io::copy(contents, &mut io::sink())?),
+                };
+                seen.push((path.to_str().unwrap().to_owned(), bytes));
+                Ok(())
+            })
+            .unwrap();
+            let expected = match system {
+                0 | 6 | 10 | 11 | 14 => {
+                    [("lib", None), ("lib/a.py", Some(1)), ("lib/b/c.py", Some(2)), ("main.py", Some(3))]
+                }
+                _ => [
+                    ("lib\\", Some(0)),
+                    ("lib\\a.py", Some(1)),
+                    ("lib\\b\\c.py", Some(2)),
+                    (".\\main.py", Some(3)),
+                ],
+            };
+            assert_eq!(seen, expected.map(|(path, bytes)| (path.to_owned(), bytes)), "system {system}");
+        }
+    }
+
+    #[test]
+    fn a_backslash_hides_nothing() {
+        for system in [0, 6, 10, 11, 14] {
+            for (name, told) in [
+                ("..\\evil", "leads out"),
+                ("a\\..\\..\\evil", "leads out"),
+                ("a/..\\evil", "leads out"),
+                ("\\evil", "leads out"),
+                ("\\\\server\\share\\evil", "leads out"),
+                ("C:\\evil", "leads out"),
+                ("c:/evil", "leads out"),
+                ("C:evil", "leads out"),
+                ("a\\\\b", "no file can have"),
+                ("a\\.", "no file can have"),
+                ("main.py\\x", "a directory as well"),
+                (".\\main.py", "a name twice"),
+            ] {
+                let zip = made_on(system, &[("main.py", b"1"), (name, b"2")]);
+                let problem = checked(&zip, Runtime::Python).unwrap_err();
+                assert!(problem.contains(told), "system {system}, {name}: {problem}");
+            }
+        }
+        // Elsewhere a colon is a letter like others.
+        assert_eq!(checked(&made_on(3, &[("main.py", b"1"), ("C:x", b"2")]), Runtime::Python), Ok(()));
     }
 
     /// A zip whose names are replaced, in both its lists, by others of the same length.

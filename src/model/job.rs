@@ -94,11 +94,12 @@ impl JobId {
         Self(Uuid::from_u128((high << 80) | (0x8 << 76) | (middle << 64) | (0b10 << 62) | low))
     }
 
-    /// `None` if `text` is not an id that some node of this kind made.
+    /// `None` if `text` is not an id that some node of this kind made. The digits may be in capitals: RFC
+    /// 9562 asks readers to ignore case, and some clients store ids so.
     pub fn parse(text: &str) -> Option<Self> {
         let uuid = Uuid::try_parse(text).ok()?;
-        // Only the form we print: the same job must not have two names.
-        let hyphenated = text.len() == 36 && !text.bytes().any(|b| b.is_ascii_uppercase());
+        // Not the other forms that `Uuid` reads: braces, `urn:uuid:`, no hyphens.
+        let hyphenated = text.len() == Self::TEXT_BYTES;
         let ours = uuid.get_version_num() == 8 && uuid.get_variant() == uuid::Variant::RFC4122;
         (hyphenated && ours).then_some(Self(uuid))
     }
@@ -248,7 +249,7 @@ impl JobDraft<'_> {
         m.extend_from_slice(self.request.input.as_bytes());
         m.extend_from_slice(b",\"modelId\":");
         // Writing a string to memory cannot fail.
-        let _ = serde_json::to_writer(&mut m, self.request.model.as_deref().unwrap_or(MODEL_DEFAULT));
+        let _ = serde_json::to_writer(&mut m, self.request.model());
         m.extend_from_slice(&text.as_bytes()[*input_at..*times_at]);
         // No character of these needs an escape.
         m.extend_from_slice(Rfc3339Ms::of(self.id.accepted_at()).as_str().as_bytes());
@@ -323,13 +324,19 @@ impl<'a> RunRequest<'a> {
             member: "functionId",
             problem: "must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit",
         })?;
-        let input = members.input.map_or("{}", RawValue::get);
+        // Handlers call `event.get`, so no input is an empty object, and `null` is no input.
+        let input = members.input.map(RawValue::get).filter(|input| *input != "null").unwrap_or("{}");
         check_input(input).map_err(|problem| RunRequestError::Member { member: "inputData", problem })?;
         let model = match members.model {
             Some(raw) if raw.get() != "null" => Some(text(raw, "modelId")?),
             _ => None,
         };
         Ok(Self { function, input, model })
+    }
+
+    /// The model that the job names.
+    pub fn model(&self) -> &str {
+        self.model.as_deref().unwrap_or(MODEL_DEFAULT)
     }
 }
 
@@ -443,6 +450,7 @@ mod tests {
             assert_eq!(text.as_bytes()[14], b'8', "version of {text}");
             assert!(b"89ab".contains(&text.as_bytes()[19]), "variant of {text}");
             assert_eq!(JobId::parse(&text), Some(id));
+            assert_eq!(JobId::parse(&text.to_ascii_uppercase()), Some(id), "in capitals");
             assert_eq!(
                 id.node_and_random(),
                 (u128::from(node) << 48) | u128::from(random & 0xffff_ffff_ffff)
@@ -452,7 +460,8 @@ mod tests {
             "",
             "x",
             "67e55044-10b1-426f-9247-bb680e5fe0c8",
-            "DEADBEEF-9c2a-8f00-8000-123456789abc",
+            "{deadbeef-9c2a-8f00-8000-123456789abc}",
+            "urn:uuid:deadbeef-9c2a-8f00-8000-123456789abc",
             "deadbeef9c2a8f008000123456789abc",
         ] {
             assert_eq!(JobId::parse(bad), None, "{bad}");
@@ -502,7 +511,9 @@ mod tests {
         for input in [
             "0",
             "false",
-            "null",
+            "[null]",
+            "{\"a\":null}",
+            "\"null\"",
             "\"\"",
             "1e400",
             "-0.0",
@@ -514,7 +525,10 @@ mod tests {
             let message = message(&format!("{{\"functionId\":\"f.1\",\"inputData\":{input} }}"));
             assert!(message.contains(&format!("\"input\":{input},\"modelId\"")), "{message}");
         }
-        assert!(message(r#"{"functionId":"f.1"}"#).contains("\"input\":{},"));
+        for none in ["", r#","inputData":null"#, r#","inputData": null "#, r#","inputData":{}"#] {
+            let message = message(&format!("{{\"functionId\":\"f.1\"{none}}}"));
+            assert!(message.contains("\"input\":{},\"modelId\""), "{none}: {message}");
+        }
         assert!(message(r#"{"functionId":"f.1","modelId":null}"#).contains("\"modelId\":\"llama3:8b\""));
         assert!(message(r#"{"function\u0049d":"f.1","modelId":"m\u0031"}"#).contains("\"modelId\":\"m1\""));
     }

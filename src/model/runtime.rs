@@ -37,12 +37,20 @@ impl Runtime {
         }
     }
 
-    /// What a function may be given, in MiB. A runtime nobody knows gets what all of them may have.
+    /// What a function may be changed to, in MiB. A runtime nobody knows gets what all of them may have.
+    ///
+    /// The lower bound is the floor of the workers' advice: clients send that advice back as it is.
     pub fn memory_mb_bounds(name: &str) -> RangeInclusive<u64> {
+        const LEAST: u64 = 32;
         match Self::parse(name) {
-            Some(Self::Python) => 128..=10_240,
-            Some(Self::Nodejs | Self::Cpp | Self::Go) | None => 128..=1_024,
+            Some(Self::Python) => LEAST..=10_240,
+            Some(Self::Nodejs | Self::Cpp | Self::Go) | None => LEAST..=1_024,
         }
+    }
+
+    /// What a new function may be given, in MiB.
+    pub fn new_memory_mb_bounds(self) -> RangeInclusive<u64> {
+        128..=*Self::memory_mb_bounds(self.name()).end()
     }
 }
 
@@ -57,8 +65,10 @@ mod tests {
         }
         for other in ["", "Python", "ruby"] {
             assert_eq!(Runtime::parse(other), None);
-            assert_eq!(Runtime::memory_mb_bounds(other), 128..=1024);
+            assert_eq!(Runtime::memory_mb_bounds(other), 32..=1024);
         }
-        assert_eq!(Runtime::memory_mb_bounds("python"), 128..=10_240);
+        assert_eq!(Runtime::memory_mb_bounds("python"), 32..=10_240);
+        assert_eq!(Runtime::Python.new_memory_mb_bounds(), 128..=10_240);
+        assert_eq!(Runtime::Go.new_memory_mb_bounds(), 128..=1024);
     }
 }

@@ -11,6 +11,7 @@ over_both!(
     a_life,
     strict_changes,
     forms_change_too,
+    bounds_of_memory,
     one_of_many_wins,
     conditions,
     bad_uploads,
@@ -115,7 +116,7 @@ async fn strict_changes(setup: Setup) {
         ("[256]", "object"),
         ("{", ""),
         (r#"{"memoryMb":256}{"#, ""),
-        (r#"{"memoryMb":127}"#, "memoryMb"),
+        (r#"{"memoryMb":31}"#, "memoryMb"),
         (r#"{"memory":10241}"#, "memory"),
         (r#"{"memoryMb":"256"}"#, "memoryMb"),
         (r#"{"memoryMb":256.5}"#, "memoryMb"),
@@ -123,7 +124,7 @@ async fn strict_changes(setup: Setup) {
         (r#"{"memoryMb":1e999}"#, "memoryMb"),
         (r#"{"memoryMb":null}"#, "memoryMb"),
         (r#"{"memoryMb":256,"memoryMb":256}"#, "memoryMb"),
-        (r#"{"memoryMb":256,"memory":256}"#, "memory"),
+        (r#"{"memoryMb":256,"memory":257}"#, "memory"),
         (r#"{"description":7}"#, "description"),
         (r#"{"description":"\ud800"}"#, "description"),
         (r#"{"description":"x","runtime":"go"}"#, "runtime"),
@@ -181,6 +182,9 @@ async fn forms_change_too(setup: Setup) {
     let new_key = key().await;
     assert_ne!(new_key, old_key, "queued jobs still find the code they name");
 
+    let both = [Part::Field("memory", "320"), Part::Field("memoryMb", "320")];
+    form(request(), &both).send().await.expect(200);
+    assert_eq!(gateway.get(&format!("/functions/{id}")).await.expect(200).json()["memoryMb"], 320);
     form(request(), &[Part::Field("description", "by form")]).send().await.expect(200);
     let function = gateway.get(&format!("/functions/{id}")).await.expect(200).json();
     assert_eq!((&function["description"], &function["s3Key"]), (&json!("by form"), &json!(new_key)));
@@ -191,7 +195,7 @@ async fn forms_change_too(setup: Setup) {
         &[Part::Field("memoryMb", "lots")],
         &[Part::Field("memoryMb", "+256")],
         &[Part::Field("runtime", "go")],
-        &[Part::Field("memory", "256"), Part::Field("memoryMb", "256")],
+        &[Part::Field("memory", "256"), Part::Field("memoryMb", "257")],
         &[Part::Field("description", "a"), Part::Field("description", "b")],
         &[Part::File("x.zip", &new), Part::File("y.zip", &new)],
         &[Part::File("x.zip", &bad)],
@@ -207,6 +211,48 @@ async fn forms_change_too(setup: Setup) {
         let mut expected = [old_key, new_key];
         expected.sort();
         assert_eq!(platform.stored_code(&id).await, expected, "what was refused was not stored");
+    }
+    platform.finish().await;
+}
+
+/// The workers' advice starts at 32 MiB, and clients send it back as it is; a new function starts at 128.
+async fn bounds_of_memory(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    for (runtime, file, most) in [
+        ("python", "main.py", 10_240),
+        ("nodejs", "index.js", 1_024),
+        ("cpp", "main.cpp", 1_024),
+        ("go", "main.go", 1_024),
+    ] {
+        let zip = zipped(&[(file, b"1")]);
+        let upload = |mb: u64| {
+            let request = gateway.request("POST", "/api/upload").header("x-runtime", runtime);
+            form(request.header("x-memory-mb", &mb.to_string()), &[Part::File("x.zip", &zip)])
+        };
+        for mb in [1, 32, 127, most + 1] {
+            let refused = upload(mb).send().await.expect_problem(400).json();
+            let error = refused["error"].as_str().unwrap_or_default();
+            assert!(error.contains(&format!("Invalid memoryMb for {runtime}")), "{mb}: {error}");
+        }
+        let made = upload(128).send().await.expect(200).json();
+        let id = made["functionId"].as_str().expect("an id");
+        for (change, given) in [
+            (json!({ "memory": 32 }), Some(32)),
+            (json!({ "memoryMb": 33 }), Some(33)),
+            (json!({ "memory": most, "memoryMb": most }), Some(most)),
+            (json!({ "memoryMb": 64.0, "memory": 64 }), Some(64)),
+            (json!({ "memory": 31 }), None),
+            (json!({ "memoryMb": most + 1 }), None),
+            (json!({ "memory": 32, "memoryMb": 33 }), None),
+        ] {
+            let answer = put(gateway, id, &change).send().await;
+            assert_eq!(answer.status, if given.is_some() { 200 } else { 400 }, "{runtime} {change}");
+            if let Some(given) = given {
+                let shown = gateway.get(&format!("/functions/{id}")).await.expect(200).json();
+                assert_eq!(shown["memoryMb"], given, "{runtime} {change}");
+            }
+        }
     }
     platform.finish().await;
 }
@@ -361,7 +407,7 @@ async fn pages_of_functions(setup: Setup) {
     assert!(whole.header("link").is_none(), "the old clients get all at once");
     let whole: Vec<Value> = serde_json::from_slice(whole.body()).expect("an array");
     assert!(whole.len() >= 5, "{whole:?}");
-    for limit in [1, 2, 3, whole.len(), 1000] {
+    for limit in [1, 2, 3, whole.len(), 1000, 5000] {
         let mut seen: Vec<Value> = Vec::new();
         let mut next = Some(format!("/api/functions?limit={limit}"));
         while let Some(target) = next {
@@ -382,7 +428,7 @@ async fn pages_of_functions(setup: Setup) {
         assert_eq!(refused.json()["code"], "bad_cursor");
     }
     gateway.get(&format!("/functions/{HELLO}/logs?cursor={cursor}")).await.expect_problem(400);
-    for bad in ["limit=0", "limit=1001", "limit=x", "limit=1&limit=1", "limit=%ff"] {
+    for bad in ["limit=0", "limit=-1", "limit=x", "limit=1&limit=1", "limit=%ff"] {
         gateway.get(&format!("/functions?{bad}")).await.expect_problem(400);
     }
     platform.finish().await;
@@ -453,7 +499,7 @@ async fn advice_is_applied_by_any_node() {
     })
     .await;
     // Advice out of bounds is brought into them.
-    for (advised, applied) in [(1, 128), (99_999, 10_240)] {
+    for (advised, applied) in [(1, 32), (40, 40), (99_999, 10_240)] {
         advise(result(advised)).await;
         shown(advised).await;
         apply.send().await.expect(200);

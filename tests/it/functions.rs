@@ -5,7 +5,7 @@ use crate::harness::platform::{Backend, HELLO};
 use crate::harness::{Gateway, SOON, Setup, eventually};
 use serde_json::{Value, json};
 
-over_both!(a_function, a_log);
+over_both!(a_function, a_log, averages, cut_messages);
 
 async fn a_function(setup: Setup) {
     let is_dev = setup.backend == Backend::Dev;
@@ -77,7 +77,8 @@ async fn a_log(setup: Setup) {
         assert!(row["id"].is_string() && row["duration"].is_number() && row["memory"].is_number(), "{row}");
         assert!(row.get("handlerDurationMs").is_some_and(|ms| ms.is_number() || ms.is_null()), "{row}");
         let message = row["message"].as_str().expect("a message");
-        assert!((200..=210).contains(&message.chars().count()), "cut at 200 characters: {message}");
+        assert_eq!((message.encode_utf16().count(), &message[200..]), (203, "..."), "{message}");
+        assert!(row["duration"].is_u64(), "whole milliseconds: {row}");
     }
 
     // The detail has the whole message.
@@ -89,6 +90,8 @@ async fn a_log(setup: Setup) {
             assert!(message.contains(&format!("end-of-{n}")) && message.len() > 500, "{message}");
             assert_eq!(detail["requestId"], *id);
             assert_eq!(detail["status"], "SUCCESS");
+            let capitals = format!("{prefix}/functions/{HELLO}/logs/{}", id.to_uppercase());
+            assert_eq!(gateway.get(&capitals).await.expect(200).json(), detail, "an id is one in any case");
         }
     }
     for unknown in ["67e55044-10b1-426f-9247-bb680e5fe0c8", "00000000-0000-8000-8000-000000000000", "x"] {
@@ -100,14 +103,80 @@ async fn a_log(setup: Setup) {
     platform.finish().await;
 }
 
+/// Cut as the clients count: in UTF-16 units, with three dots behind.
+async fn cut_messages(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let is_dev = !platform.is_serve();
+    for (text, times) in [("x", 10), ("x", 500), ("ä", 500), ("😀", 500)] {
+        // A quote more or less, so that a pair is torn one way or the other.
+        for lead in ["", "y"] {
+            let result = gateway.run(HELLO, &json!(format!("{lead}{}", text.repeat(times)))).send().await;
+            let result = result.expect(200).json();
+            let id = result["requestId"].as_str().expect("an id").to_owned();
+            let whole: Vec<u16> = result["stdout"].as_str().expect("stdout").encode_utf16().collect();
+            let row = eventually("the row", SOON, || async {
+                let rows = page(gateway, "?limit=1").await;
+                rows.into_iter().find(|row| row["requestId"] == *id).ok_or_else(|| "not yet".to_owned())
+            })
+            .await;
+            let message = row["message"].as_str().expect("a message");
+            if whole.len() <= 200 {
+                assert_eq!(message.encode_utf16().collect::<Vec<_>>(), whole);
+                continue;
+            }
+            let kept: Vec<u16> = message.strip_suffix("...").expect("dots").encode_utf16().collect();
+            // Half a pair is left out.
+            assert!(kept.len() == 200 || (kept.len() == 199 && text == "😀"), "{}: {message}", kept.len());
+            assert_eq!(kept, whole[..kept.len()], "{is_dev}");
+        }
+    }
+    platform.finish().await;
+}
+
+/// What the list says of functions that ran and that did not.
+async fn averages(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let id = gateway.upload("never run").await;
+    gateway.run(HELLO, &json!(1)).send().await.expect(200);
+    let listed = async |id: &str| {
+        let all = gateway.get("/api/functions").await.expect(200).json();
+        let found = all.as_array().expect("an array").iter().find(|f| f["functionId"] == *id).cloned();
+        found.unwrap_or_else(|| panic!("{id} in {all}"))
+    };
+    let never = listed(&id).await;
+    assert_eq!((&never["avgDuration"], &never["avgHandlerDuration"]), (&json!(0), &Value::Null));
+    let ran = eventually("the sums", SOON, || async {
+        let ran = listed(HELLO).await;
+        if ran["invocations"] == 1 { Ok(ran) } else { Err(ran.to_string()) }
+    })
+    .await;
+    assert!(ran["avgDuration"].is_u64(), "{ran}");
+    // The local worker of `dev` does not know how long the handler alone took.
+    let handler = if platform.is_serve() { json!(5) } else { Value::Null };
+    assert_eq!(ran["avgHandlerDuration"], handler);
+    if platform.is_serve() {
+        let cloud = &platform.fleet().cloud;
+        let item = json!({ "functionId": { "S": "nameless" }, "s3Key": { "S": "k" },
+            "invocations": { "N": "3" }, "totalDuration": { "N": "200" }, "handlerInvocations": { "N": "3" },
+            "totalHandlerDuration": { "N": "1" } });
+        cloud.put_item(&cloud.functions_table, item).await;
+        let old = listed("nameless").await;
+        let shown = (&old["name"], &old["avgDuration"], &old["avgHandlerDuration"]);
+        assert_eq!(shown, (&json!("Unknown"), &json!(67), &json!(0.333)));
+        assert_eq!(gateway.get("/functions/nameless").await.expect(200).json()["name"], "Unknown");
+    }
+    platform.finish().await;
+}
+
 async fn check_limit(gateway: &Gateway, newest_first: &[String]) {
-    for (limit, count) in [(1, 1), (2, 2), (5, 5), (1000, 5)] {
+    for (limit, count) in [(1, 1), (2, 2), (5, 5), (1000, 5), (1001, 5), (u64::MAX, 5)] {
         let rows = page(gateway, &format!("?limit={limit}")).await;
         assert_eq!(ids(&rows), &newest_first[..count], "limit={limit}");
     }
     for bad in [
         "limit=0",
-        "limit=1001",
         "limit=-1",
         "limit=abc",
         "limit=",
@@ -128,6 +197,9 @@ async fn check_bounds(gateway: &Gateway, rows: &[Value], newest_first: &[String]
         // The same instant by another clock.
         (format!("?startTime={}%2B00:00", middle.trim_end_matches('Z')), &newest_first[..3]),
         ("?startTime=2020-01-01T00:00:00Z".to_owned(), newest_first),
+        ("?startTime=2020-01-01".to_owned(), newest_first),
+        ("?endTime=2020-01-01".to_owned(), &[][..]),
+        ("?startTime=1969-12-31&endTime=9999-12-31".to_owned(), newest_first),
         ("?startTime=0001-01-01T00:00:00Z&endTime=9999-12-31T23:59:59Z".to_owned(), newest_first),
         ("?endTime=1969-12-31T23:59:59Z".to_owned(), &[][..]),
         (format!("?status={}", "%C3%A4".repeat(64)), &[][..]),
@@ -247,6 +319,8 @@ async fn rows_of_the_old_controller() {
     assert_eq!((&rows[1]["duration"], &rows[1]["memory"]), (&json!(12), &json!(64)));
     let detail = gateway.get(&format!("/functions/{HELLO}/logs/{old}")).await.expect(200).json();
     assert_eq!(detail["message"], "an old row");
+    let capitals = format!("/functions/{HELLO}/logs/{}", old.to_uppercase());
+    assert_eq!(gateway.get(&capitals).await.expect(200).json(), detail);
     gateway.get(&format!("/functions/{HELLO}/logs/{expired}")).await.expect_problem(404);
     platform.finish().await;
 }

@@ -3,9 +3,12 @@
 use crate::harness::gateway::Conf;
 use crate::harness::http::{Answer, Request};
 use crate::harness::keys::key_lines;
-use crate::harness::platform::HELLO;
+use crate::harness::platform::{HELLO, new_key};
+use crate::harness::process::{Process, Scratch};
 use crate::harness::{Gateway, Platform, SOON, Setup, eventually};
 use serde_json::json;
+use std::fs;
+use std::path::Path;
 
 over_both!(scopes, functions_a_key_may_run, guessing, limits_of_a_key);
 
@@ -173,4 +176,79 @@ fn a_new_key_is_printed_once() {
     let args = ["key", "new", "--name", "a b", "--scope", "run"];
     let run = crate::harness::gateway::run_to_end(&args, &[], dir.path(), SOON, || {});
     assert_eq!(run.code, Some(78), "{}", run.output);
+}
+
+/// What README.md and the shipped files show, each as a shell gets it.
+fn documented_key_commands() -> Vec<String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut commands = Vec::new();
+    for file in ["README.md", "conf/keys.toml"] {
+        let text = fs::read_to_string(root.join(file)).expect("a file of the project");
+        let shown = text.match_indices("infra-controller key new").map(|(at, _)| {
+            let line = text[at..].lines().next().expect("it begins here");
+            line.split('`').next().expect("a part").trim().to_owned()
+        });
+        let before = commands.len();
+        commands.extend(shown);
+        assert!(commands.len() > before, "{file} shows how a key is made");
+    }
+    commands
+}
+
+/// Runs a command line of the documentation in `dir`, and gives what it says.
+async fn shell(dir: &Path, line: &str) -> String {
+    let program = Path::new(env!("CARGO_BIN_EXE_infra-controller"));
+    let path = std::env::var("PATH").unwrap_or_default();
+    let path = format!("{}:{path}", program.parent().expect("it lies in a directory").display());
+    let process =
+        Process::start("sh", Path::new("sh"), &["-c", line], &[("PATH".to_owned(), path)], dir).expect("sh");
+    let ended = || async { process.exit_status().ok_or_else(|| process.output().tail(20)) };
+    let status = eventually(line, SOON, ended).await;
+    assert!(status.success(), "{line}: {}", process.output().tail(20));
+    process.output().tail(20)
+}
+
+/// The documented command on the shipped files, and on others that people have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_key_is_added_as_documented() {
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("conf");
+    let old = key_lines("old", "key-old", &["run"]);
+    for keys in [
+        None,
+        Some("# no line break at the end".to_owned()),
+        Some(old.trim_end().to_owned()),
+        // As the shipped file had it once.
+        Some("key = []\n".to_owned()),
+        Some("key = []".to_owned()),
+    ] {
+        let dir = Scratch::new("documented");
+        fs::create_dir(dir.path().join("conf")).expect("writable");
+        for file in fs::read_dir(&shipped).expect("a directory of the project").flatten() {
+            fs::copy(file.path(), dir.path().join("conf").join(file.file_name())).expect("writable");
+        }
+        if let Some(keys) = &keys {
+            fs::write(dir.path().join("conf/keys.toml"), keys).expect("writable");
+        }
+        let mut made = Vec::new();
+        for line in documented_key_commands() {
+            let said = shell(dir.path(), &line).await;
+            let key = said.split_whitespace().find(|word| word.starts_with("ic_"));
+            let key = key.unwrap_or_else(|| panic!("{line} shows no key: {said}")).to_owned();
+            made.push((key, line.contains("--expires")));
+        }
+        let master = new_key();
+        let env = [("INFRA_API_KEY".to_owned(), master.clone())];
+        let args = ["dev", "--port", "0", "--data-dir", "data", "--conf", "conf"];
+        let gateway = Gateway::start_in(dir, &args, &env, &master, &[]).await;
+        for (key, expires) in &made {
+            let answer = with(&gateway, key, "GET", "/status/x").send().await;
+            // The day will come.
+            let is_known = answer.status == 404 || *expires && code(&answer) == "key_not_valid_now";
+            assert!(is_known, "{keys:?}: {}", answer.text());
+        }
+        if keys.is_some_and(|keys| keys.contains("old")) {
+            with(&gateway, "key-old", "GET", "/status/x").send().await.expect(404);
+        }
+        gateway.stop().await;
+    }
 }

@@ -25,16 +25,21 @@ macro_rules! over_both {
 #[cfg(test)]
 mod changes;
 #[cfg(test)]
+mod clients;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod copies;
 #[cfg(test)]
 mod dead_letters;
+#[cfg(test)]
 mod descriptors;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
 mod failover;
+#[cfg(test)]
+mod families;
 #[cfg(test)]
 mod faults;
 #[cfg(test)]
@@ -56,6 +61,8 @@ mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod local_worker;
+#[cfg(test)]
 mod observe;
 #[cfg(test)]
 mod overload;
@@ -75,6 +82,8 @@ mod run;
 mod schema;
 #[cfg(test)]
 mod self_check;
+#[cfg(test)]
+mod setup;
 #[cfg(test)]
 mod shutdown;
 #[cfg(test)]

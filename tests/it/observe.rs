@@ -137,7 +137,10 @@ async fn log_lines(setup: Setup) {
     assert_eq!(line(gateway, &started, None).await["port"], gateway.addr().port());
     for line in gateway.output().lines(Stream::Out).iter().filter(|line| line.starts_with('{')) {
         let second = line.strip_prefix(r#"{"level":"#).and_then(|rest| rest.split_once(','));
-        assert!(second.is_some_and(|(_, rest)| rest.starts_with(r#""msg":"#)), "level and msg first: {line}");
+        let is_first = |(level, rest): (&str, &str)| {
+            [r#""ERROR""#, r#""WARN""#, r#""INFO""#].contains(&level) && rest.starts_with(r#""msg":"#)
+        };
+        assert!(second.is_some_and(is_first), "level, in capitals, and msg first: {line}");
     }
     assert!(!gateway.output().contains("body-of-a-client"), "bodies are not logged");
     platform.finish().await;

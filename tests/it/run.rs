@@ -7,7 +7,7 @@ use crate::harness::platform::{Backend, HELLO};
 use crate::harness::{Platform, SOON, Setup, within};
 use serde_json::{Value, json};
 
-over_both!(synchronous_and_asynchronous, bodies_refused, bodies_accepted, bodies_too_large);
+over_both!(synchronous_and_asynchronous, a_wait_that_ends, bodies_refused, bodies_accepted, bodies_too_large);
 
 /// What a run printed must hold what it was given.
 #[track_caller]
@@ -40,7 +40,7 @@ async fn synchronous_and_asynchronous(setup: Setup) {
             let accepted = run(&body).header(header, value).send().await.expect(202);
             let id = accepted.json()["jobId"].as_str().expect("an id").to_owned();
             assert_eq!(accepted.json()["status"], "ACCEPTED");
-            assert_eq!(accepted.need("location"), format!("/status/{id}"));
+            assert_eq!(accepted.need("location"), format!("{prefix}/status/{id}"));
             nodes.push(IdParts::of(&id).node);
             // At once it is pending, or already there.
             let now = gateway.get(&format!("{prefix}/status/{id}")).await.expect(200).json();
@@ -55,6 +55,37 @@ async fn synchronous_and_asynchronous(setup: Setup) {
         }
     }
     assert!(nodes.iter().all(|&node| node == nodes[0]), "every id names the node that waits: {nodes:x?}");
+    platform.finish().await;
+}
+
+/// The place of the result is under the prefix that the client used, whatever the path to the 202 was.
+async fn a_wait_that_ends(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    for prefix in ["", "/api"] {
+        // With an idempotency key the answer takes another way.
+        for key in [None, Some(format!("wait-{}", prefix.len()))] {
+            let body = json!({ "functionId": HELLO, "inputData": { "behave": "sleep", "ms": 200 } });
+            let run = gateway.request("POST", &format!("{prefix}/run")).json(&body);
+            let run = if let Some(key) = &key { run.header("idempotency-key", key) } else { run };
+            let answer = run.clone().header("prefer", "wait=0").send().await.expect(202);
+            let timeout = answer.json();
+            assert_eq!(timeout["status"], "TIMEOUT");
+            let id = timeout["jobId"].as_str().expect("an id");
+            assert_eq!(answer.need("location"), format!("{prefix}/status/{id}"));
+            gateway.get(answer.need("location")).await.expect(200);
+            gateway.result_of(id).await;
+            if key.is_some() {
+                let again = run.header("x-async", "true").send().await.expect(202);
+                assert_eq!(again.need("location"), format!("{prefix}/status/{id}"));
+            }
+            let entries = gateway.get("/logs").await.expect(200).json();
+            let entries = entries.as_array().expect("an array");
+            let is_it = |entry: &&Value| entry["msg"] == "Sync Wait Timed Out" && entry["requestId"] == *id;
+            let entry = entries.iter().find(is_it).unwrap_or_else(|| panic!("{id} in {entries:?}"));
+            assert_eq!(entry["level"], "WARN");
+        }
+    }
     platform.finish().await;
 }
 
@@ -124,7 +155,8 @@ async fn bodies_accepted(setup: Setup) {
     for (input, printed) in [
         ("0", "0"),
         ("false", "false"),
-        ("null", "null"),
+        ("null", "{}"),
+        ("[null]", "[null]"),
         (r#""""#, ""),
         (r#"{"a":[1,{"b":null}]}"#, "b"),
         (r#""\ud83d\ude00 ok""#, "ok"),
@@ -134,6 +166,14 @@ async fn bodies_accepted(setup: Setup) {
         let body = format!(r#"{{"ignored":[{{}}],"inputData":{input},"functionId":"hello"}}"#);
         let run = gateway.request("POST", "/run").body("application/json", body);
         assert_printed(&run.send().await.expect(200), printed);
+    }
+    // None at all: handlers call `event.get`.
+    for none in ["", r#","inputData":null"#, r#","inputData" : null "#] {
+        let body = format!(r#"{{"functionId":"hello"{none}}}"#);
+        let run = gateway.request("POST", "/run").body("application/json", body);
+        let result = assert_printed(&run.send().await.expect(200), "{}");
+        let printed = result["stdout"].as_str().unwrap_or_default();
+        assert!(!printed.contains("null") && !printed.contains("None"), "{none}: {printed}");
     }
     let no_input = gateway.request("POST", "/run").body("application/json", r#"{"functionId":"hello"}"#);
     assert_printed(&no_input.send().await.expect(200), "{}");
@@ -285,7 +325,7 @@ async fn input_passes_byte_for_byte() {
     let platform = Setup::serve().no_worker().start().await;
     for input in [
         "0",
-        "null",
+        "[null]",
         "-0.0",
         "1e400",
         "12345678901234567890123",
@@ -296,6 +336,11 @@ async fn input_passes_byte_for_byte() {
         let (_, body) =
             message_of(&platform, &format!(r#"{{"functionId":"hello","inputData": {input} }}"#)).await;
         assert!(body.contains(&format!(r#""input":{input},"#)), "{input} in {body}");
+    }
+    // No input is an empty object, as the old controller had it: handlers call `event.get`.
+    for none in ["", r#","inputData":null"#, r#","inputData" : null "#] {
+        let (_, body) = message_of(&platform, &format!(r#"{{"functionId":"hello"{none}}}"#)).await;
+        assert!(body.contains(r#""input":{},"#), "{none:?} in {body}");
     }
     // SQS refuses these two characters, so they travel as escapes.
     let (_, body) =

@@ -23,6 +23,11 @@ async fn unknown_jobs(setup: Setup) {
             gateway.get(&target).await.expect_problem(404);
         }
     }
+    for target in [format!("/status/{}", ours.to_uppercase()), format!("/api/status/{}", ours.to_uppercase())]
+    {
+        let result = gateway.get(&target).await.expect(200).json();
+        assert_eq!(result["requestId"], *ours, "an id is one in any case");
+    }
     gateway.get("/status/").await.expect_problem(400);
     let status = format!("/status/{ours}");
     for bad in ["wait=", "wait", "wait=-1", "wait=+1", "wait=1.0", "wait=soon", "wait=1&wait=1", "wait=%ff"] {

@@ -239,6 +239,8 @@ async fn sockets_are_taken_over_by_address() {
         ("this machine only", server("127.0.0.1", None), on_plain(&[LOOPBACK])),
         ("everybody again", server("0.0.0.0", None), on_plain(&[ANY, LOOPBACK])),
         ("and once more", server("0.0.0.0", None), on_plain(&[ANY, LOOPBACK])),
+        // What older versions listened on stays, and what is missing of it is bound beside it.
+        ("the default", String::new(), on_plain(&[ANY, ANY_V6, LOOPBACK])),
     ];
     for (what, server, expected) in steps {
         at.write(&server);

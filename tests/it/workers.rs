@@ -1,6 +1,7 @@
 //! Workers that report, the status of the system, and the catalogue of models.
 
 use crate::harness::http::{Conn, Message};
+use crate::harness::job::now_ms;
 use crate::harness::redis::Client;
 use crate::harness::{Gateway, SOON, Setup, eventually, spawn, within};
 use serde_json::{Value, json};
@@ -21,45 +22,67 @@ async fn heartbeats(setup: Setup) {
     let gateway = &platform.gateway;
     let none = gateway.get("/workers").await.expect(200).json();
     assert_eq!(none, json!({ "totalWorkers": 0, "healthyWorkers": 0, "workers": [] }));
-    let expected = if platform.is_serve() { ("offline", 0) } else { ("healthy", 1) };
-    eventually("the status of a worker alone, or of none", SOON, || async {
-        let alone = gateway.get("/system/status").await.expect(200).json();
-        let fits = alone["status"] == expected.0 && alone["worker_count"] == expected.1;
-        if fits { Ok(()) } else { Err(alone.to_string()) }
+    let none = json!({ "python": 0, "nodejs": 0, "cpp": 0, "go": 0 });
+    let is_serve = platform.is_serve();
+    let alone = eventually("the status of a worker alone, or of none", SOON, || async {
+        let alone = gateway.get("/api/system/status").await.expect(200).json();
+        let fits = alone["status"] == if is_serve { "offline" } else { "online" };
+        if fits { Ok(alone) } else { Err(alone.to_string()) }
     })
     .await;
-
-    let state = |id: &str, jobs: u64, status: &str| {
-        json!({ "workerId": id, "status": status, "pools": { "python": { "warm": 2 } }, "activeJobs": jobs,
-            "uptimeSeconds": 10.5 + jobs as f64, "timestamp": "2026-11-22T00:00:00Z", "more": "passed over" })
-    };
-    beat(gateway, &state("w-b", 1, "healthy")).await;
-    beat(gateway, &state("w-a", 2, "healthy")).await;
-    beat(gateway, &state("w-c", 4, "draining")).await;
-    beat(gateway, &state("w-b", 3, "healthy")).await;
-    for target in ["/workers", "/worker/status", "/api/workers"] {
-        let workers = gateway.get(target).await.expect(200).json();
-        assert_eq!(
-            (&workers["totalWorkers"], &workers["healthyWorkers"]),
-            (&json!(3), &json!(2)),
-            "{workers}"
-        );
-        let ids: Vec<_> =
-            workers["workers"].as_array().expect("an array").iter().map(|w| &w["workerId"]).collect();
-        assert_eq!(ids, ["w-a", "w-b", "w-c"]);
-        let second = &workers["workers"][1];
-        assert_eq!(
-            (&second["activeJobs"], &second["healthy"]),
-            (&json!(3), &json!(true)),
-            "the last word counts"
-        );
-        assert!(second["lastSeen"].is_string() && second.get("more").is_none(), "{second}");
+    if is_serve {
+        assert_eq!(alone, json!({ "pools": none, "active_jobs": 0, "status": "offline" }));
+    } else {
+        assert_eq!((&alone["worker_count"], &alone["pools"]), (&json!(1), &none));
+        is_now_in_seconds(&alone["timestamp"]);
     }
-    let status = gateway.get("/system/status").await.expect(200).json();
-    assert_eq!((&status["status"], &status["worker_count"]), (&json!("healthy"), &json!(2)));
-    assert_eq!((&status["active_jobs"], &status["pools"]), (&json!(5), &json!({ "python": { "warm": 4 } })));
-    assert_eq!(status["uptime_seconds"], 13.5);
+
+    let state = |id: &str, jobs: f64, status: &str| {
+        json!({ "workerId": id, "status": status, "pools": { "python": 2, "go": 1.0 }, "activeJobs": jobs,
+            "uptimeSeconds": 10.5 + jobs, "timestamp": 1_795_305_600.25, "more": "passed over" })
+    };
+    // One that is not well is no one.
+    beat(gateway, &state("w-c", 4.0, "draining")).await;
+    assert_eq!(gateway.get("/system/status").await.expect(200).json()["status"], alone["status"]);
+    for (id, jobs) in [("w-b", 1.0), ("w-a", 2.0), ("w-b", 3.0)] {
+        beat(gateway, &state(id, jobs, "healthy")).await;
+    }
+    for target in ["/workers", "/worker/status", "/api/workers", "/api/worker/status"] {
+        let workers = gateway.get(target).await.expect(200).json();
+        let counts = (&workers["totalWorkers"], &workers["healthyWorkers"]);
+        assert_eq!(counts, (&json!(3), &json!(2)), "{workers}");
+        let all = workers["workers"].as_array().expect("an array");
+        for (worker, (id, jobs, status, health)) in all.iter().zip([
+            ("w-a", 2.0, "healthy", "healthy"),
+            ("w-b", 3.0, "healthy", "healthy"),
+            ("w-c", 4.0, "draining", "unhealthy"),
+        ]) {
+            let said = state(id, jobs, status);
+            for name in ["workerId", "status", "pools", "uptimeSeconds", "timestamp"] {
+                assert_eq!(worker[name], said[name], "{name} of {worker}");
+            }
+            assert_eq!(worker["activeJobs"].as_f64(), Some(jobs), "the last word counts");
+            assert_eq!(worker["healthStatus"], health);
+            let seen = worker["lastSeen"].as_u64().expect("epoch milliseconds");
+            assert!(now_ms().abs_diff(seen) < 600_000, "{worker}");
+            assert_eq!(worker["receivedAt"], seen);
+            let ago = worker["lastSeenAgo"].as_str().and_then(|ago| ago.strip_suffix('s'));
+            assert!(ago.is_some_and(|ago| ago.parse::<u64>().is_ok()), "{worker}");
+            assert!(worker.get("more").is_none(), "{worker}");
+        }
+    }
+    let mut status = gateway.get("/system/status").await.expect(200).json();
+    is_now_in_seconds(&status.as_object_mut().expect("an object").remove("timestamp").expect("a time"));
+    let expected = json!({ "status": "online", "worker_count": 2, "active_jobs": 5, "uptime_seconds": 13.5,
+        "pools": { "python": 4, "nodejs": 0, "cpp": 0, "go": 2 } });
+    assert_eq!(status, expected);
     platform.finish().await;
+}
+
+#[track_caller]
+fn is_now_in_seconds(at: &Value) {
+    let now = now_ms() as f64 / 1000.0;
+    assert!(at.as_f64().is_some_and(|at| (at - now).abs() < 600.0), "{at} at {now}");
 }
 
 async fn bad_heartbeats(setup: Setup) {
@@ -106,12 +129,22 @@ async fn every_node_gives_the_same_answer() {
     redis.command(&[b"SET", b"system:status", lone.as_bytes()]).await.expect("Redis answers");
     for node in [here, &there] {
         let status = node.get("/system/status").await.expect(200).json();
-        let mut expected: Value = serde_json::from_str(lone).expect("JSON");
-        expected.as_object_mut().expect("an object").remove("x");
+        let expected = json!({ "status": "online", "worker_count": 1, "active_jobs": 2,
+            "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 1 }, "uptime_seconds": 7, "timestamp": 1.5 });
         assert_eq!(status, expected);
     }
     beat(here, &json!({ "workerId": "w-1" })).await;
     beat(&there, &json!({ "workerId": "w-2", "status": "healthy" })).await;
+    let seen = async |node: &Gateway| {
+        let workers = node.get("/workers").await.expect(200).json();
+        workers["workers"]
+            .as_array()
+            .expect("an array")
+            .iter()
+            .map(|w| w["lastSeen"].clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(seen(here).await, seen(&there).await, "nodes need not agree on the time");
     for node in [here, &there] {
         let workers = node.get("/workers").await.expect(200).json();
         assert_eq!(

@@ -46,9 +46,13 @@ struct State {
     denied_until: Option<Instant>,
 }
 
+pub(super) fn channel_of(node: NodeId) -> String {
+    format!("beat:{node}")
+}
+
 impl Beats {
     pub(super) fn new(commands: Arc<Commands>, node: NodeId, process: ProcessToken) -> Self {
-        Self { commands, channel: format!("beat:{node}"), process, state: Mutex::default() }
+        Self { commands, channel: channel_of(node), process, state: Mutex::default() }
     }
 
     pub(super) fn channel(&self) -> &str {

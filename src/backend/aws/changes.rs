@@ -25,6 +25,10 @@ struct Line {
     history: History,
 }
 
+pub(super) fn channel_of(functions_table: &str) -> String {
+    format!("functions:changed:{functions_table}")
+}
+
 impl RedisChanges {
     pub(super) fn new(
         client: Client,
@@ -32,7 +36,7 @@ impl RedisChanges {
         beats: Arc<Beats>,
         functions_table: &str,
     ) -> Self {
-        let channel = format!("functions:changed:{functions_table}");
+        let channel = channel_of(functions_table);
         Self { client, commands, beats, channel, line: tokio::sync::Mutex::default() }
     }
 

@@ -6,6 +6,11 @@ use aws_config::retry::RetryConfig;
 use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
+use aws_credential_types::Credentials;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{
+    ProvideCredentials, Result as Provided, SharedCredentialsProvider, future,
+};
 use aws_smithy_http_client::tls::{Provider, rustls_provider::CryptoMode};
 use aws_types::service_config::ServiceConfigKey;
 use std::time::Duration;
@@ -37,7 +42,7 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
         .with_max_attempts(ATTEMPTS_MAX)
         .with_initial_backoff(BACKOFF_FIRST)
         .with_max_backoff(BACKOFF_MAX);
-    aws_config::defaults(BehaviorVersion::v2026_01_12())
+    let config = aws_config::defaults(BehaviorVersion::v2026_01_12())
         .region(Region::new(region.to_owned()))
         .http_client(http)
         .timeout_config(timeouts)
@@ -45,7 +50,56 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
         // Answers are small and the attempt has a deadline, so watching throughput would only cost.
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
         .load()
-        .await
+        .await;
+    match config.credentials_provider() {
+        Some(provider) => {
+            let usable = SharedCredentialsProvider::new(Usable(provider));
+            config.into_builder().credentials_provider(usable).build()
+        }
+        None => config,
+    }
+}
+
+/// The credentials of a provider, without blanks and line ends around them, which files and variables often
+/// have. What no header field can carry is an error here, since the SDK panics when it signs with it.
+#[derive(Debug)]
+struct Usable(SharedCredentialsProvider);
+
+impl ProvideCredentials for Usable {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        future::ProvideCredentials::new(async { usable(self.0.provide_credentials().await?) })
+    }
+
+    fn fallback_on_interrupt(&self) -> Option<Credentials> {
+        usable(self.0.fallback_on_interrupt()?).ok()
+    }
+}
+
+/// Which part of the credentials cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} holds a character that is not visible ASCII, as of a line break or a quote of a word processor")]
+pub(super) struct UnusablePart(&'static str);
+
+fn usable(given: Credentials) -> Provided {
+    let (key_id, secret, token) =
+        (given.access_key_id(), given.secret_access_key(), given.session_token().unwrap_or_default());
+    for (name, value) in
+        [("the access key id", key_id), ("the secret access key", secret), ("the session token", token)]
+    {
+        // The secret itself is never sent, and may hold blanks.
+        let is_inner_blank = |b: u8| b == b' ' && name == "the secret access key";
+        if !value.trim().bytes().all(|b| b.is_ascii_graphic() || is_inner_blank(b)) {
+            return Err(CredentialsError::invalid_configuration(UnusablePart(name)));
+        }
+    }
+    if [key_id, secret, token].iter().all(|value| value.trim() == *value) {
+        return Ok(given);
+    }
+    let token = Some(token.trim()).filter(|token| !token.is_empty()).map(str::to_owned);
+    Ok(Credentials::new(key_id.trim(), secret.trim(), token, given.expiry(), "trimmed"))
 }
 
 /// Limits for a request with a large body, in place of those of [`sdk_config`].
@@ -140,6 +194,38 @@ mod tests {
             let mut builder = SdkConfig::builder().service_config(Env(own));
             builder.set_endpoint_url(general.map(str::to_owned));
             assert_eq!(old_endpoint(&builder.build(), "SQS", given), used, "{own:?} {general:?} {given:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn credentials_are_trimmed_or_refused() {
+        for (key_id, secret, token, expected) in [
+            ("AKIA", "s/+=", None, Ok(("AKIA", "s/+=", None))),
+            ("AKIA\n", "s\r\n", Some("t \n"), Ok(("AKIA", "s", Some("t")))),
+            ("\u{a0}AKIA", "a secret", Some("\n"), Ok(("AKIA", "a secret", None))),
+            ("AK\nIA", "s", None, Err("the access key id")),
+            ("AK IA", "s", None, Err("the access key id")),
+            ("AK\u{feff}IA", "s", None, Err("the access key id")),
+            ("\u{feff}AKIA", "s", None, Err("the access key id")),
+            ("AKIA", "s\0", None, Err("the secret access key")),
+            ("AKIA", "\u{201c}s\u{201d}", None, Err("the secret access key")),
+            ("AKIA", "s", Some("t\u{7f}"), Err("the session token")),
+        ] {
+            let given = Credentials::new(key_id, secret, token.map(str::to_owned), None, "test");
+            let provider = Usable(SharedCredentialsProvider::new(given));
+            match (provider.provide_credentials().await, expected) {
+                (Ok(credentials), Ok(expected)) => {
+                    let (key_id, secret) = (credentials.access_key_id(), credentials.secret_access_key());
+                    assert_eq!((key_id, secret, credentials.session_token()), expected);
+                }
+                (Err(error), Err(part)) => {
+                    let problem = crate::backend::aws::error::credentials_class(&error);
+                    assert!(matches!(problem, crate::backend::BackendError::Invalid(_)), "{problem:?}");
+                    assert!(problem.to_string().starts_with(part), "{problem}");
+                    assert!(!problem.to_string().contains("AK"), "{problem}");
+                }
+                (given, expected) => panic!("{key_id:?}: {given:?} is not {expected:?}"),
+            }
         }
     }
 }

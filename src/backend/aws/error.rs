@@ -1,5 +1,6 @@
 //! What an AWS failure means: by its code and HTTP status, never by its text.
 
+use super::client::UnusablePart;
 use crate::backend::BackendError;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_smithy_runtime_api::client::orchestrator::HttpResponse;
@@ -119,7 +120,9 @@ pub(super) fn credentials_class(error: &CredentialsError) -> BackendError {
             BackendError::Missing("the credential chain of AWS found no credentials".into())
         }
         CredentialsError::InvalidConfiguration(_) => {
-            BackendError::Invalid("the configuration of the AWS credentials is not valid".into())
+            let part = find_source::<UnusablePart>(error).map(ToString::to_string);
+            let unknown = || "the configuration of the AWS credentials is not valid".to_owned();
+            BackendError::Invalid(part.unwrap_or_else(unknown))
         }
         CredentialsError::ProviderTimedOut(_) => {
             BackendError::Unavailable("the provider of the AWS credentials did not answer".into())

@@ -46,10 +46,24 @@ impl std::fmt::Debug for RedisUrl {
 
 impl std::fmt::Display for RedisUrl {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Some(url) = redis::parse_redis_url(&self.0) else { return f.write_str("(not a Redis URL)") };
-        write!(f, "{}://{}", url.scheme(), url.host_str().unwrap_or_default())?;
-        url.port().map_or(Ok(()), |port| write!(f, ":{port}"))
+        f.write_str(address_of(&self.0).as_deref().unwrap_or("(not a Redis URL)"))
     }
+}
+
+/// Scheme, host and port, by the text itself: a parser that takes a `/` in the password for the end of the
+/// host would show what stands before it. Nothing up to the last `@` is shown, nor what is no host and port.
+fn address_of(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split_once("://").filter(|(scheme, _)| matches!(*scheme, "redis" | "rediss"))?;
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next()?;
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    let is_of_host = |b: u8| b.is_ascii_alphanumeric() || b"._-:[]%".contains(&b);
+    let is_host = !host.is_empty() && host.bytes().all(is_of_host);
+    let is_port = port.is_none_or(|port| port.parse::<u16>().is_ok());
+    (is_host && is_port).then(|| format!("{scheme}://{authority}"))
 }
 
 /// A client for the URL, which connects to nothing yet.
@@ -220,6 +234,20 @@ mod tests {
         for (url, shown) in [
             ("redis://user:secret@host:6380/1", "redis://host:6380"),
             ("rediss://:secret@host", "rediss://host"),
+            ("redis://u:secret@[::1]:6380", "redis://[::1]:6380"),
+            ("redis://[fe80::1]", "redis://[fe80::1]"),
+            // Not encoded.
+            ("redis://:sec/ret@host:6380", "redis://host:6380"),
+            ("redis://:sec#ret@host", "redis://host"),
+            ("redis://:sec?ret@host/0", "redis://host"),
+            ("redis://:sec@ret@host", "redis://host"),
+            ("redis://:1/secret@host", "redis://host"),
+            ("redis://secret/@x@host", "redis://host"),
+            // No host is left.
+            ("redis://:secret", "(not a Redis URL)"),
+            ("redis://u:secret@", "(not a Redis URL)"),
+            ("redis://host:secret", "(not a Redis URL)"),
+            ("redis://h,secret", "(not a Redis URL)"),
             ("secret", "(not a Redis URL)"),
             ("http://secret@host", "(not a Redis URL)"),
         ] {

@@ -49,13 +49,18 @@ struct Subscription {
     changes: Vec<Change>,
 }
 
+/// The channels of the jobs of a node: their ids begin with its own.
+pub(super) fn pattern_of(node: NodeId) -> String {
+    format!("{CHANNEL_PREFIX}{node}*")
+}
+
 impl RedisResults {
     pub(super) fn new(client: Client, commands: Arc<Commands>, beats: Arc<Beats>, node: NodeId) -> Self {
         Self {
             client,
             commands,
             beats,
-            pattern: format!("{CHANNEL_PREFIX}{node}*"),
+            pattern: pattern_of(node),
             line: tokio::sync::Mutex::default(),
             watches: Watches::default(),
         }

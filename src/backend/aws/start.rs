@@ -12,6 +12,7 @@ use super::journal::RedisJournal;
 use super::limits::RedisLimits;
 use super::membership::RedisMembership;
 use super::redis::{self, Commands};
+use super::redis_probe::RedisProbe;
 use super::results::RedisResults;
 use super::s3::CodeBucket;
 use super::sqs::SqsQueue;
@@ -39,7 +40,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>> {
     let deadline = Instant::now() + settings.start_deadline;
     match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
-        (Ok(mut aws), Ok(redis)) => {
+        (Ok(mut aws), Ok((redis, of_redis))) => {
             let commands = Arc::new(Commands::new(redis.clone()));
             let membership =
                 Arc::new(RedisMembership::new(Arc::clone(&commands), &settings.logs_table, settings.process));
@@ -47,7 +48,7 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
                 aws.warnings.push(format!("the dead-letter queue is not read: {error}"));
                 None
             });
-            let warnings = std::mem::take(&mut aws.warnings);
+            let warnings = std::mem::take(&mut aws.warnings).into_iter().chain(of_redis).collect();
             Ok(Connected { warnings, settings, aws, redis, commands, membership, dead_letters })
         }
         (aws, redis) => {
@@ -74,6 +75,25 @@ impl Connected {
     /// Where the node ids in use are known.
     pub fn membership(&self) -> &dyn Membership {
         self.membership.as_ref()
+    }
+
+    /// The first of `nodes` that Redis lets subscribe to the results of its jobs.
+    ///
+    /// # Errors
+    /// None of them may.
+    pub async fn check_results(&self, nodes: &[NodeId]) -> Result<NodeId, StartProblem> {
+        let deadline = Instant::now() + self.settings.start_deadline;
+        let what = redis_at(&self.settings);
+        self.probe(deadline).results(nodes).await.map_err(|unfit| problem(&what, unfit.error, unfit.mend))
+    }
+
+    /// What is amiss with the beats of `node`, which it can do without.
+    pub async fn beats_warning(&self, node: NodeId) -> Option<String> {
+        self.probe(Instant::now() + self.settings.start_deadline).beats_warning(node).await
+    }
+
+    fn probe(&self, deadline: Instant) -> RedisProbe<'_> {
+        RedisProbe::new(&self.redis, &self.commands, &self.settings.functions_table, deadline)
     }
 
     /// The backend as the node `node`.
@@ -174,33 +194,61 @@ async fn check_credentials(
         },
     };
     found.map_err(|error| {
-        let mend = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine or container a role.";
+        let mend = match &error {
+            BackendError::Invalid(_) => {
+                "Copy them again, with no line break or quote in them (AWS_ACCESS_KEY_ID and its like, or the profile)."
+            }
+            _ => {
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine or container a role."
+            }
+        };
         problem("the AWS credentials", error, mend)
     })
 }
 
-async fn connect_redis(settings: &Settings, deadline: Instant) -> Result<::redis::Client, StartProblem> {
-    let checked = match redis::client(&settings.redis_url) {
-        Ok(client) => {
-            let commands = Commands::new(client.clone());
-            within(deadline, || commands.ping()).await.map(|()| client)
+fn redis_at(settings: &Settings) -> String {
+    format!("Redis at {}", settings.redis_url)
+}
+
+/// The client, and what is amiss but keeps nobody from starting.
+async fn connect_redis(
+    settings: &Settings,
+    deadline: Instant,
+) -> Result<(::redis::Client, Option<String>), StartProblem> {
+    let what = redis_at(settings);
+    let client = redis::client(&settings.redis_url);
+    let client = client.map_err(|error| problem(&what, error.clone(), &redis_mend(settings, &error)))?;
+    let commands = Commands::new(client.clone());
+    let answered = within(deadline, || commands.ping()).await;
+    answered.map_err(|error| problem(&what, error.clone(), &redis_mend(settings, &error)))?;
+    let probe = RedisProbe::new(&client, &commands, &settings.functions_table, deadline);
+    let warning = probe.run().await.map_err(|unfit| problem(&what, unfit.error, unfit.mend))?;
+    Ok((client, warning))
+}
+
+/// What to do about a Redis that cannot be reached, with the variables that were set.
+fn redis_mend(settings: &Settings, error: &BackendError) -> String {
+    const FORM: &str = "redis://[user:password@]host[:port][/db]";
+    let variables = settings.redis_variables;
+    match (error, variables) {
+        (BackendError::Denied(_), "REDIS_URL") => {
+            "Put the right user and password into REDIS_URL; write / as %2F, # as %23, ? as %3F, @ as %40 and % as %25 in \
+             them."
+                .to_owned()
         }
-        Err(error) => Err(error),
-    };
-    checked.map_err(|error| {
-        let mend = match &error {
-            BackendError::Denied(_) => "Put the right user and password into REDIS_URL.",
-            BackendError::Invalid(_) => {
-                "Write REDIS_URL as redis://[user:password@]host[:port][/db], or rediss:// for TLS."
-            }
-            _ => "Start Redis, or correct REDIS_URL or REDIS_HOST and REDIS_PORT.",
-        };
-        problem(&format!("Redis at {}", settings.redis_url), error, mend)
-    })
+        (BackendError::Denied(_), _) => {
+            format!("Put user and password into REDIS_URL ({FORM}), which takes the place of {variables}.")
+        }
+        (BackendError::Invalid(_), "REDIS_URL") => format!(
+            "Write REDIS_URL as {FORM}, or rediss:// for TLS; what is special in the password is percent-encoded (/ as %2F)."
+        ),
+        (BackendError::Invalid(_), _) => format!("Correct {variables}."),
+        _ => format!("Start Redis, or correct {variables}."),
+    }
 }
 
 /// Tries until `check` succeeds, fails for good, or the deadline comes.
-async fn within<T, F>(deadline: Instant, mut check: impl FnMut() -> F) -> Result<T, BackendError>
+pub(super) async fn within<T, F>(deadline: Instant, mut check: impl FnMut() -> F) -> Result<T, BackendError>
 where
     F: Future<Output = Result<T, BackendError>>,
 {
@@ -233,7 +281,7 @@ fn queue_problem(settings: &Settings, error: BackendError) -> StartProblem {
             "Check the network, AWS_REGION and AWS_ENDPOINT_URL_SQS (or SQS_ENDPOINT)."
         }
     };
-    problem(&format!("the queue {}", settings.queue_url), error, mend)
+    problem(&format!("the queue {}", without_login(&settings.queue_url)), error, mend)
 }
 
 fn table_problem(what: &str, table: &str, keys: &str, error: BackendError) -> StartProblem {
@@ -263,6 +311,14 @@ fn bucket_warning(
         Err(_) => no_answer().to_string(),
     };
     vec![format!("the bucket {} does not answer as it should: {text}", settings.bucket)]
+}
+
+/// A URL without what stands between `//` and the last `@`.
+fn without_login(url: &str) -> String {
+    match url.split_once("//").and_then(|(scheme, rest)| Some((scheme, rest.rsplit_once('@')?.1))) {
+        Some((scheme, rest)) => format!("{scheme}//{rest}"),
+        None => url.to_owned(),
+    }
 }
 
 fn problem(what: &str, error: BackendError, mend: &str) -> StartProblem {

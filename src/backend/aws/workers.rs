@@ -5,6 +5,7 @@
 
 use super::redis::Commands;
 use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
+use crate::model::UnixMs;
 use async_trait::async_trait;
 use bytes::Bytes;
 use redis::{Script, cmd};
@@ -56,12 +57,13 @@ impl WorkerRegistry for RedisWorkers {
     }
 }
 
-/// Id, state, age in milliseconds.
-type Heard = (Bytes, Bytes, u64);
+/// Id, state, age in milliseconds, when it was said in Unix milliseconds.
+type Heard = (Bytes, Bytes, u64, UnixMs);
 
 fn by_id(mut heard: Vec<Heard>) -> Vec<WorkerSeen> {
     heard.sort_by(|(a, ..), (b, ..)| a.cmp(b));
-    heard.into_iter().map(|(_, state, age)| WorkerSeen { state, age: Duration::from_millis(age) }).collect()
+    let seen = |(_, state, age, at)| WorkerSeen { state, age: Duration::from_millis(age), at };
+    heard.into_iter().map(seen).collect()
 }
 
 fn ms(duration: Duration) -> u64 {
@@ -77,9 +79,13 @@ mod tests {
         let seen = |state: &'static str, age| WorkerSeen {
             state: Bytes::from_static(state.as_bytes()),
             age: Duration::from_millis(age),
+            at: 100 - age,
         };
-        let heard =
-            vec![("w2".into(), "b".into(), 7), ("w10".into(), "c".into(), 0), ("w1".into(), "a".into(), 9)];
+        let heard = vec![
+            ("w2".into(), "b".into(), 7, 93),
+            ("w10".into(), "c".into(), 0, 100),
+            ("w1".into(), "a".into(), 9, 91),
+        ];
         assert_eq!(by_id(heard), [seen("a", 9), seen("c", 0), seen("b", 7)]);
         assert!(ms(KEYS_EXPIRE) > ms(WORKER_FORGOTTEN));
     }

@@ -31,12 +31,13 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most prepared statements a connection keeps; more than there are statements in this backend.
 const STATEMENTS_MAX: usize = 64;
 /// The steps from an empty file to today's tables. `PRAGMA user_version` says how many a file has seen.
-const SCHEMA_STEPS: [&str; 5] = [
+const SCHEMA_STEPS: [&str; 6] = [
     include_str!("schema.sql"),
     include_str!("schema_2.sql"),
     include_str!("schema_3.sql"),
     include_str!("schema_4.sql"),
     include_str!("schema_5.sql"),
+    include_str!("schema_6.sql"),
 ];
 pub(super) const SCHEMA_VERSION: usize = SCHEMA_STEPS.len();
 

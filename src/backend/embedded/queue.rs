@@ -1,7 +1,9 @@
 //! The task queue as a table: jobs enter in order, and leave with their result in one transaction.
 //!
-//! Which jobs have been taken is known to the worker alone, in memory: after a crash every job that is still in
-//! the table is run (again), which is what at-least-once asks for, and no lease has to be written or to expire.
+//! Which jobs have been taken is known to the worker alone, in memory: after a crash every job that is still
+//! in the table is run (again), which is what at-least-once asks for, and no lease has to be written or to
+//! expire. Only how often a job was started is written, so that one that ends the gateway does not do so for
+//! ever.
 
 use super::database::{Database, WriteError, integer, unsigned};
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
@@ -32,6 +34,8 @@ pub(super) struct Queued {
     pub(super) id: JobId,
     pub(super) function: String,
     pub(super) deadline: UnixMs,
+    /// Starts whose end was never written.
+    pub(super) starts: u32,
     pub(super) message: Bytes,
 }
 
@@ -45,7 +49,7 @@ impl Queue {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let read = self.database.read(move |c| {
             let mut select = c.prepare_cached(
-                "SELECT seq, id, function_id, deadline_ms, message FROM jobs WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+                "SELECT seq, id, function_id, deadline_ms, message, starts FROM jobs WHERE seq > ?1 ORDER BY seq LIMIT ?2",
             )?;
             select.query_map([seq, limit], queued)?.collect()
         });
@@ -59,6 +63,15 @@ impl Queue {
             .write(1, move |c| c.prepare_cached("DELETE FROM jobs WHERE seq = ?1")?.execute([seq]).map(drop));
         Ok(write.await?)
     }
+
+    /// Writes how often these jobs (by number) were started without an end. A job that is gone stays so.
+    pub(super) async fn set_starts(&self, starts: Vec<(i64, u32)>) -> Result<(), BackendError> {
+        let write = self.database.write(starts.len(), move |c| {
+            let mut update = c.prepare_cached("UPDATE jobs SET starts = ?2 WHERE seq = ?1")?;
+            starts.iter().try_for_each(|(seq, starts)| update.execute(params![seq, starts]).map(drop))
+        });
+        Ok(write.await?)
+    }
 }
 
 fn queued(row: &Row<'_>) -> rusqlite::Result<Queued> {
@@ -68,6 +81,7 @@ fn queued(row: &Row<'_>) -> rusqlite::Result<Queued> {
         function: row.get(2)?,
         deadline: unsigned(row.get(3)?),
         message: Bytes::from(row.get::<_, Vec<u8>>(4)?),
+        starts: row.get(5)?,
     })
 }
 
@@ -137,6 +151,14 @@ mod tests {
         let ids: Vec<JobId> = first.iter().chain(&rest).map(|q| q.id).collect();
         assert_eq!(ids, jobs.iter().map(|j| j.id).collect::<Vec<_>>());
         assert_eq!((&rest[5].message, rest[5].deadline), (&jobs[9].message, jobs[9].deadline));
+
+        assert!(first.iter().all(|job| job.starts == 0));
+        let gone = rest[5].seq + 1_000;
+        queue.set_starts(vec![(first[0].seq, 2), (first[1].seq, 1), (gone, 3)]).await.unwrap();
+        drop(queue);
+        let queue = Queue::new(scratch.database());
+        let starts: Vec<u32> = queue.after(0, 100).await.unwrap().iter().map(|job| job.starts).collect();
+        assert_eq!(starts, [2, 1, 0, 0, 0, 0, 0, 0, 0, 0], "starts are counted beyond a restart");
 
         queue.remove(rest[5].seq).await.unwrap();
         assert!(queue.send_batch(&[job(77, "{}")]).await[0].is_ok());

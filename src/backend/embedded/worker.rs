@@ -1,13 +1,15 @@
 //! The local worker: takes jobs off the queue in order of arrival and runs them as child processes.
 //!
 //! It is no sandbox. A run has limits of time and memory, a private directory and an empty environment, but it has
-//! the gateway's user and network: `dev` is for code one would run by hand. A process that leaves its session
-//! escapes the limits of its run.
+//! the gateway's user and network: `dev` is for code one would run by hand.
 
 mod code;
 mod message;
 mod process;
 mod result;
+mod room;
+mod supervisor;
+mod tree;
 
 use super::code_store;
 use super::queue::{Queue, Queued};
@@ -17,21 +19,31 @@ use crate::backend::BackendError;
 use crate::model::now_ms;
 use code::RunDir;
 use message::Message;
-use process::Program;
+use process::{CpuUse, Program};
 use result::RunResult;
+use room::{RUNS_MAX, Stall};
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
+use tokio::time::Instant;
 
-/// Most runs at once, however many cores there are.
-const RUNS_MAX: usize = 64;
+/// Most jobs that are taken off the table in advance, and most that wait for their last chance: each may have
+/// 1 MiB.
+const TAKEN_MAX: usize = 32;
+const LAST_CHANCES_MAX: usize = 64;
+/// How often a job is started without an end before it fails: it may be what ends the gateway.
+const STARTS_MAX: u32 = 3;
+/// How long a job waits for memory while all that runs idles; then it fails. See [`room`].
+const STALL_MAX: Duration = Duration::from_secs(20);
 /// How often the queue is looked at unasked: for a job whose sender left before its commit, and after an error.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Added to a python run's memory for what takes addresses and no memory: shared libraries, thread stacks, arenas.
-const ADDRESS_SPACE_ALLOWANCE_MB: u64 = 256;
+/// Added to a python run's memory for what it asks for and never touches: the stacks of a thousand threads.
+const DATA_ALLOWANCE_MB: u64 = 8 * 1024;
 /// Longest wait for an interpreter to say where it is.
 const INTERPRETER_ANSWER_MAX: Duration = Duration::from_secs(10);
 
@@ -39,7 +51,10 @@ const INTERPRETER_ANSWER_MAX: Duration = Duration::from_secs(10);
 pub struct Worker {
     runner: Runner,
     activity: Arc<Activity>,
-    runs_at_once: usize,
+    /// What all runs together may be promised.
+    memory_mb: u64,
+    stall_max: Duration,
+    busy_max: usize,
 }
 
 /// What each run needs.
@@ -50,6 +65,8 @@ struct Runner {
     runs_dir: PathBuf,
     python: Option<PathBuf>,
     node: Option<PathBuf>,
+    /// CPU time that all runs have used so far, as far as it was seen.
+    cpu_ticks: AtomicU64,
 }
 
 impl Worker {
@@ -60,44 +77,202 @@ impl Worker {
         code_dir: PathBuf,
         runs_dir: PathBuf,
     ) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (python, node) = (on_path("python3"), on_path("node"));
-        let runner = Runner { queue, results, code_dir, runs_dir, python, node };
-        Self { runner, activity, runs_at_once: cores.min(RUNS_MAX) }
+        let cpu_ticks = AtomicU64::new(0);
+        let runner = Runner { queue, results, code_dir, runs_dir, python, node, cpu_ticks };
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let busy_max = cores.saturating_mul(room::BUSY_A_CORE_MAX);
+        Self { runner, activity, memory_mb: room::memory_mb(), stall_max: STALL_MAX, busy_max }
     }
 
-    /// Runs jobs, one per core at once, until `stop` turns true or its sender is gone. Runs that have not ended by
-    /// then are killed; their jobs are still on the queue and run again at the next start.
+    /// Runs jobs, as many at once as their memory allows, until `stop` turns true or its sender is gone. Runs
+    /// that have not ended by then are killed; their jobs are still on the queue and run again at the next
+    /// start.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         let runner = &mut self.runner;
         runner.python = real_path(runner.python.take(), ["-c", "import sys; print(sys.executable)"]).await;
         runner.node = real_path(runner.node.take(), ["-p", "process.execPath"]).await;
         let runner = Arc::new(self.runner);
         let active = self.activity.begin();
-        let mut runs = JoinSet::new();
-        let mut last = 0;
+        let mut schedule = Schedule::new(runner.clone(), self.memory_mb, self.stall_max, self.busy_max);
         loop {
-            let free = self.runs_at_once - runs.len();
-            if free > 0 {
-                for job in runner.take(last, free).await {
-                    last = job.seq;
-                    runs.spawn(runner.clone().settle(job));
-                }
-            }
-            active.show_runs(runs.len());
-            let free = self.runs_at_once > runs.len();
+            schedule.fill().await;
+            active.show_runs(schedule.runs.len());
             tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => break,
-                Some(ended) = runs.join_next() => if let Err(e) = ended {
-                    // Its job stays on the queue, and is tried again at the next start.
-                    tracing::error!(error = %e, "Run Broke Off");
-                },
-                () = runner.queue.arrived.notified(), if free => {}
-                () = tokio::time::sleep(LOOK_EVERY), if free => {}
+                Some(ended) = schedule.runs.join_next_with_id() => schedule.ended(ended),
+                () = runner.queue.arrived.notified() => {}
+                () = tokio::time::sleep(LOOK_EVERY) => {}
             }
         }
+        schedule.stop().await;
+    }
+}
+
+/// What runs, and what runs next.
+struct Schedule {
+    runner: Arc<Runner>,
+    memory_mb: u64,
+    stall_max: Duration,
+    /// While so many runs compute, another one starts only each [`LOOK_EVERY`].
+    busy_max: usize,
+    started_at: Option<Instant>,
+    runs: JoinSet<()>,
+    held: HashMap<task::Id, Held>,
+    /// Number of the last job taken off the table.
+    last: i64,
+    /// In order of arrival; the first waits for memory.
+    taken: VecDeque<Queued>,
+    /// Jobs that were started so often that the next start decides: one at a time, so that it is known which
+    /// one ends the gateway, and those that happened to run beside it do not fail with it.
+    last_chances: VecDeque<Queued>,
+    stall: Stall,
+}
+
+/// What a run holds.
+struct Held {
+    seq: i64,
+    memory_mb: u64,
+    /// How often the job had been started before.
+    starts: u32,
+    /// Whether it computes, and does not wait.
+    is_busy: Arc<AtomicBool>,
+}
+
+impl Schedule {
+    fn new(runner: Arc<Runner>, memory_mb: u64, stall_max: Duration, busy_max: usize) -> Self {
+        Self {
+            runner,
+            memory_mb,
+            stall_max,
+            busy_max,
+            started_at: None,
+            runs: JoinSet::new(),
+            held: HashMap::new(),
+            last: 0,
+            taken: VecDeque::new(),
+            last_chances: VecDeque::new(),
+            stall: Stall::default(),
+        }
+    }
+
+    /// Starts all that may start, or fails the first job that waits if nothing else will help it.
+    async fn fill(&mut self) {
+        let is_blocked = self.start_last_chance() | self.start_taken().await;
+        if !is_blocked {
+            self.stall.clear();
+        } else if self.stall.is_over(self.runner.cpu_ticks.load(Ordering::Relaxed), self.stall_max) {
+            self.stall.clear();
+            let waited_longest = self.taken.pop_front().or_else(|| self.last_chances.pop_front());
+            if let Some(job) = waited_longest {
+                tracing::warn!(job = %job.id, function = job.function, "Job Failed: Idle Runs Hold All Memory");
+                let reason = self.no_room();
+                self.start(job, 0, Some(reason));
+            }
+        }
+    }
+
+    /// Whether a job with a last chance waits for memory (and not for another one of its kind).
+    fn start_last_chance(&mut self) -> bool {
+        let is_one_running = self.held.values().any(|held| held.starts == STARTS_MAX - 1);
+        if is_one_running {
+            return false;
+        }
+        let Some(job) = self.last_chances.front() else { return false };
+        let memory_mb = Message::memory_mb_of(&job.message);
+        let fits = self.fits(memory_mb);
+        if fits && let Some(job) = self.last_chances.pop_front() {
+            self.start(job, memory_mb, None);
+        }
+        !fits
+    }
+
+    /// Whether a job waits for memory.
+    async fn start_taken(&mut self) -> bool {
+        loop {
+            if self.taken.is_empty() {
+                self.taken.extend(self.runner.take(self.last, TAKEN_MAX).await);
+                self.last = self.taken.back().map_or(self.last, |job| job.seq);
+            }
+            let Some(job) = self.taken.pop_front() else { return false };
+            let memory_mb = Message::memory_mb_of(&job.message);
+            if job.starts == STARTS_MAX - 1 {
+                if self.last_chances.len() == LAST_CHANCES_MAX {
+                    self.taken.push_front(job);
+                    return false;
+                }
+                self.last_chances.push_back(job);
+                self.start_last_chance();
+            } else if self.fits(memory_mb) {
+                self.start(job, memory_mb, None);
+            } else {
+                self.taken.push_front(job);
+                return true;
+            }
+        }
+    }
+
+    /// A run that is alone may have whatever its function has.
+    fn fits(&self, memory_mb: u64) -> bool {
+        let promised = self.promised_mb();
+        let has_room = promised == 0 || promised.saturating_add(memory_mb) <= self.memory_mb;
+        has_room && self.runs.len() < RUNS_MAX && self.has_cpu()
+    }
+
+    /// Whether runs that compute leave some of the CPU. If not, one starts now and then all the same: those
+    /// that compute may do so only until it has run.
+    fn has_cpu(&self) -> bool {
+        let busy = self.held.values().filter(|held| held.is_busy.load(Ordering::Relaxed)).count();
+        busy < self.busy_max || self.started_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY)
+    }
+
+    fn promised_mb(&self) -> u64 {
+        self.held.values().fold(0, |sum, held| sum.saturating_add(held.memory_mb))
+    }
+
+    fn no_room(&self) -> String {
+        format!(
+            "there is no memory to run the function: {} runs hold {} of {} MB, and all have waited idly for {} s. If \
+             functions wait for functions that they call, give them less memory or this machine more, or call with \
+             `x-async: true`",
+            self.held.len(),
+            self.promised_mb(),
+            self.memory_mb,
+            self.stall_max.as_secs()
+        )
+    }
+
+    fn start(&mut self, job: Queued, memory_mb: u64, refusal: Option<String>) {
+        self.stall.clear();
+        self.started_at = Some(Instant::now());
+        // Until it is seen to wait.
+        let is_busy = Arc::new(AtomicBool::new(true));
+        let held = Held { seq: job.seq, memory_mb, starts: job.starts, is_busy: Arc::clone(&is_busy) };
+        let run = self.runs.spawn(self.runner.clone().settle(job, refusal, is_busy));
+        self.held.insert(run.id(), held);
+    }
+
+    fn ended(&mut self, ended: Result<(task::Id, ()), task::JoinError>) {
+        self.stall.clear();
+        let id = match ended {
+            Ok((id, ())) => id,
+            Err(e) => {
+                // Its job stays on the queue, and is tried again at the next start.
+                tracing::error!(error = %e, "Run Broke Off");
+                e.id()
+            }
+        };
+        self.held.remove(&id);
+    }
+
+    /// Kills what runs. That is no fault of the jobs, so the start does not count.
+    async fn stop(&mut self) {
         // Dropping a run kills its processes.
-        runs.shutdown().await;
+        self.runs.shutdown().await;
+        let starts = self.held.drain().map(|(_, held)| (held.seq, held.starts)).collect();
+        if let Err(e) = self.runner.queue.set_starts(starts).await {
+            tracing::warn!(error = %e, "Starts Of Jobs Not Written");
+        }
     }
 }
 
@@ -110,23 +285,34 @@ impl Runner {
     }
 
     /// Runs a job and takes it off the queue. Tries until that is written: in this process no one else will.
-    async fn settle(self: Arc<Self>, job: Queued) {
+    async fn settle(self: Arc<Self>, job: Queued, refusal: Option<String>, is_busy: Arc<AtomicBool>) {
         if job.deadline <= now_ms() {
             tracing::warn!(job = %job.id, function = job.function, "Job Past Its Deadline Dropped");
             until_written(|| self.queue.remove(job.seq)).await;
             return;
         }
-        let result = self.execute(&job).await.to_json();
+        let result = match refusal.or_else(|| has_ended_us(&job)) {
+            Some(reason) => {
+                RunResult::failed(&job, Message::parse(&job.message).ok().map(|m| m.memory_mb), reason)
+            }
+            None => {
+                // Before it starts: what ends us leaves no time to write.
+                let counted = || self.queue.set_starts(vec![(job.seq, job.starts + 1)]);
+                until_written(counted).await;
+                self.execute(&job, &is_busy).await
+            }
+        };
+        let result = result.to_json();
         until_written(|| self.results.finish(job.seq, job.id, result.clone())).await;
     }
 
-    async fn execute(&self, job: &Queued) -> RunResult {
+    async fn execute(&self, job: &Queued, is_busy: &AtomicBool) -> RunResult {
         let message = match Message::parse(&job.message) {
             Ok(message) => message,
             Err(reason) => return RunResult::failed(job, None, reason),
         };
         let failed = |reason| RunResult::failed(job, Some(message.memory_mb), reason);
-        let (interpreter, args, address_space_max) = match self.interpreter(&message) {
+        let (interpreter, args, data_bytes_max) = match self.interpreter(&message) {
             Ok(interpreter) => interpreter,
             Err(reason) => return failed(reason),
         };
@@ -142,8 +328,11 @@ impl Runner {
             Err(reason) => return failed(reason),
         };
         let time_limit = Duration::from_millis(message.timeout_ms);
-        let program = Program { interpreter, args, dir: dir.code(), env, address_space_max, time_limit };
-        let result = match process::run(&program).await {
+        let (dir_of_code, memory_mb) = (dir.code(), message.memory_mb);
+        let program =
+            Program { interpreter, args, dir: dir_of_code, env, memory_mb, data_bytes_max, time_limit };
+        let cpu = CpuUse { ticks: &self.cpu_ticks, is_busy, idled: &self.queue.arrived };
+        let result = match process::run(&program, cpu).await {
             Ok(ended) => RunResult::ended(job, message.memory_mb, ended),
             Err(e) => failed(format!("the program could not be started: {e}")),
         };
@@ -152,13 +341,13 @@ impl Runner {
         result
     }
 
-    /// The interpreter of a message's runtime, its arguments, and the limit of its address space. Node maps far
-    /// more than it uses and dies under such a limit, so its own heap limit has to do.
+    /// The interpreter of a message's runtime, its arguments, and the limit of the memory it may ask for.
+    /// Node asks for far more than it uses and dies under such a limit, so its own heap limit has to do.
     fn interpreter(&self, message: &Message<'_>) -> Result<(PathBuf, Vec<String>, Option<u64>), String> {
-        let (found, name, args, address_space_mb) = match message.runtime.as_str() {
+        let (found, name, args, data_mb) = match message.runtime.as_str() {
             "python" => {
-                let address_space_mb = message.memory_mb.saturating_add(ADDRESS_SPACE_ALLOWANCE_MB);
-                (&self.python, "python3", vec!["main.py".to_owned()], Some(address_space_mb))
+                let data_mb = message.memory_mb.saturating_add(DATA_ALLOWANCE_MB);
+                (&self.python, "python3", vec!["main.py".to_owned()], Some(data_mb))
             }
             "nodejs" => {
                 let heap = format!("--max-old-space-size={}", message.memory_mb);
@@ -167,7 +356,7 @@ impl Runner {
             other => return Err(format!("the local worker runs python and nodejs, not {other}")),
         };
         let Some(path) = found else { return Err(format!("there is no {name} on the PATH of the gateway")) };
-        Ok((path.clone(), args, address_space_mb.map(|mb| mb.saturating_mul(1 << 20))))
+        Ok((path.clone(), args, data_mb.map(|mb| mb.saturating_mul(1 << 20))))
     }
 
     /// Unpacks the code, and writes the input beside it if it goes by a file.
@@ -188,6 +377,17 @@ impl Runner {
         });
         laid_out.await.unwrap_or_else(|_| Err("the code of the function could not be unpacked".into()))
     }
+}
+
+/// Why a job that was started too often is not started again.
+fn has_ended_us(job: &Queued) -> Option<String> {
+    let reason = || {
+        format!(
+            "the run was started {STARTS_MAX} times, and each time the gateway was killed before the run ended; the \
+             function may be what kills it"
+        )
+    };
+    (job.starts >= STARTS_MAX).then(reason)
 }
 
 async fn until_written<F: Future<Output = Result<(), BackendError>>>(write: impl Fn() -> F) {

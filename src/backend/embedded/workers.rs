@@ -2,7 +2,7 @@
 //! report, because it is a part of this process.
 
 use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
-use crate::model::{now_ms, rfc3339_ms};
+use crate::model::{UnixMs, now_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::Serialize;
@@ -13,8 +13,15 @@ use tokio::time::Instant;
 
 pub(super) struct LocalWorkers {
     /// What each said last, and when.
-    seen: Mutex<HashMap<String, (Bytes, Instant)>>,
+    seen: Mutex<HashMap<String, Said>>,
     own: Arc<Activity>,
+}
+
+/// What a worker said, and when by either clock.
+struct Said {
+    state: Bytes,
+    since: Instant,
+    at: UnixMs,
 }
 
 impl LocalWorkers {
@@ -24,9 +31,9 @@ impl LocalWorkers {
     }
 
     /// Those that are not forgotten.
-    fn known(&self) -> MutexGuard<'_, HashMap<String, (Bytes, Instant)>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Said>> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.retain(|_, (_, at)| at.elapsed() < WORKER_FORGOTTEN);
+        seen.retain(|_, said| said.since.elapsed() < WORKER_FORGOTTEN);
         seen
     }
 }
@@ -38,7 +45,8 @@ impl WorkerRegistry for LocalWorkers {
         if known.len() >= WORKERS_MAX && !known.contains_key(worker_id) {
             return Ok(false);
         }
-        known.insert(worker_id.to_owned(), (Bytes::copy_from_slice(state.as_bytes()), Instant::now()));
+        let state = Bytes::copy_from_slice(state.as_bytes());
+        known.insert(worker_id.to_owned(), Said { state, since: Instant::now(), at: now_ms() });
         Ok(true)
     }
 
@@ -46,8 +54,8 @@ impl WorkerRegistry for LocalWorkers {
         let known = self.known();
         let by_id: BTreeMap<_, _> = known.iter().collect();
         let seen =
-            by_id.into_values().map(|(state, at)| WorkerSeen { state: state.clone(), age: at.elapsed() });
-        Ok(seen.collect())
+            |said: &Said| WorkerSeen { state: said.state.clone(), age: said.since.elapsed(), at: said.at };
+        Ok(by_id.into_values().map(seen).collect())
     }
 
     async fn lone_status(&self) -> Result<Option<Bytes>, BackendError> {
@@ -71,7 +79,8 @@ struct LoneStatus {
     /// Each run has a process of its own, so there are none.
     pools: BTreeMap<String, usize>,
     uptime_seconds: u64,
-    timestamp: String,
+    /// Epoch seconds.
+    timestamp: f64,
 }
 
 impl Activity {
@@ -94,7 +103,7 @@ impl Activity {
             active_jobs: self.runs.load(Ordering::Relaxed),
             pools: BTreeMap::new(),
             uptime_seconds: since.elapsed().as_secs(),
-            timestamp: rfc3339_ms(now_ms()),
+            timestamp: now_ms() as f64 / 1000.0,
         };
         // Text and numbers always have JSON.
         serde_json::to_vec(&status).ok().map(Bytes::from)
@@ -124,24 +133,31 @@ mod tests {
     use std::time::Duration;
     use tokio::time::advance;
 
-    fn seen(state: &'static str, age_s: u64) -> WorkerSeen {
-        WorkerSeen { state: Bytes::from_static(state.as_bytes()), age: Duration::from_secs(age_s) }
+    fn seen(state: &str, age_s: u64) -> (String, Duration) {
+        (state.to_owned(), Duration::from_secs(age_s))
+    }
+
+    async fn all(workers: &LocalWorkers) -> Vec<(String, Duration)> {
+        let text = |state: &Bytes| String::from_utf8(state.to_vec()).unwrap();
+        let all = workers.all().await.unwrap();
+        assert!(all.iter().all(|seen| now_ms() - seen.at < 60_000), "the wall clock stands beside");
+        all.iter().map(|seen| (text(&seen.state), seen.age)).collect()
     }
 
     #[tokio::test(start_paused = true)]
     async fn workers_are_known_until_they_are_forgotten() {
         let workers = LocalWorkers::new(Arc::default());
-        assert_eq!(workers.all().await, Ok(vec![]));
+        assert_eq!(all(&workers).await, []);
         assert_eq!(workers.put("b", "1").await, Ok(true));
         advance(Duration::from_secs(200)).await;
         assert_eq!(workers.put("a", "2").await, Ok(true));
         assert_eq!(workers.put("c", "3").await, Ok(true));
-        assert_eq!(workers.all().await.unwrap(), [seen("2", 0), seen("1", 200), seen("3", 0)]);
+        assert_eq!(all(&workers).await, [seen("2", 0), seen("1", 200), seen("3", 0)]);
         advance(Duration::from_secs(99)).await;
         assert_eq!(workers.put("c", "4").await, Ok(true));
-        assert_eq!(workers.all().await.unwrap(), [seen("2", 99), seen("1", 299), seen("4", 0)]);
+        assert_eq!(all(&workers).await, [seen("2", 99), seen("1", 299), seen("4", 0)]);
         advance(Duration::from_secs(1)).await;
-        assert_eq!(workers.all().await.unwrap(), [seen("2", 100), seen("4", 1)]);
+        assert_eq!(all(&workers).await, [seen("2", 100), seen("4", 1)]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -170,8 +186,8 @@ mod tests {
         let said = workers.lone_status().await.unwrap().unwrap();
         let mut status: Value = serde_json::from_slice(&said).unwrap();
         let at = status.as_object_mut().unwrap().remove("timestamp").unwrap();
-        let at = crate::model::parse_rfc3339_ms(at.as_str().unwrap()).unwrap();
-        assert!(now_ms() - at < 60_000);
+        let at = at.as_f64().unwrap();
+        assert!((now_ms() as f64 / 1000.0 - at).abs() < 60.0, "{at}");
         let expected = json!({
             "status": "healthy", "worker_count": 1, "active_jobs": 3, "pools": {}, "uptime_seconds": 2,
         });

@@ -54,14 +54,29 @@ pub fn server_config(conf: &TlsConf, texts: &TlsTexts) -> Result<Arc<ServerConfi
         }
     };
     let chain = certificates(&texts.own.certificate).map_err(|e| ("tls.certificate", e))?;
-    let key = PrivateKeyDer::from_pem_slice(texts.own.key.reveal().as_bytes())
-        // Without the reason, which may cite the file.
-        .map_err(|_| ("tls.key", "is no private key in PEM".to_owned()))?;
+    let key = private_key(texts.own.key.reveal()).map_err(|e| ("tls.key", e.to_owned()))?;
     let mut config = builder.with_single_cert(chain, key).map_err(|_| {
         ("tls.key", "is not the key of tls.certificate, or of a kind that is not known".to_owned())
     })?;
     config.alpn_protocols = PROTOCOLS.iter().map(|name| name.to_vec()).collect();
     Ok(Arc::new(config))
+}
+
+/// Without the reason of the parser, which may cite the file.
+fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>, &'static str> {
+    let is_encrypted = |line: &str| {
+        line == "-----BEGIN ENCRYPTED PRIVATE KEY-----" || line.starts_with("Proc-Type: 4,ENCRYPTED")
+    };
+    match PrivateKeyDer::from_pem_slice(pem.as_bytes()) {
+        Ok(key) => Ok(key),
+        Err(_) if pem.lines().any(is_encrypted) => Err(
+            "is encrypted, and nobody can be asked for its passphrase; decrypt it: openssl pkey -in FILE -out NEW",
+        ),
+        Err(_) if pem.contains("-----BEGIN CERTIFICATE-----") => {
+            Err("holds a certificate and no private key; it is the other file that belongs here")
+        }
+        Err(_) => Err("is no private key in PEM"),
+    }
 }
 
 fn client_verifier(
@@ -84,6 +99,9 @@ fn client_verifier(
 fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
     match certificates {
+        Ok(certificates) if certificates.is_empty() && pem.contains("PRIVATE KEY-----") => {
+            Err("holds a private key and no certificate; it is the other file that belongs here".to_owned())
+        }
         Ok(certificates) if certificates.is_empty() => Err("holds no certificate in PEM".to_owned()),
         Ok(certificates) => Ok(certificates),
         Err(e) => Err(format!("is no PEM: {e}")),

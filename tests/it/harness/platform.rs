@@ -189,6 +189,8 @@ impl Fleet {
         env.push(("PORT".into(), "0".into()));
         env.push(("REDIS_URL".into(), self.redis.url()));
         env.push(("INFRA_API_KEY".into(), self.key.clone()));
+        // Nobody listens there: tests ask nothing beyond this machine.
+        env.push(("AI_NODE_URL".into(), "http://127.0.0.1:1".into()));
         env.extend_from_slice(&self.env);
         env
     }

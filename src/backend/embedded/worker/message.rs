@@ -34,6 +34,11 @@ impl<'a> Message<'a> {
         })
     }
 
+    /// The memory of a message's function, in MiB; 0 if it cannot be read, since then nothing runs.
+    pub(super) fn memory_mb_of(message: &[u8]) -> u64 {
+        Message::parse(message).map_or(0, |message| message.memory_mb)
+    }
+
     /// Whether the input is too long for a variable and goes by a file.
     pub(super) fn input_by_file(&self) -> bool {
         self.input.get().len() > ENV_INPUT_BYTES_MAX
@@ -50,6 +55,10 @@ impl<'a> Message<'a> {
     ) -> Result<BTreeMap<String, String>, String> {
         let mut env: BTreeMap<String, String> =
             [("PATH", PATH), ("HOME", home), ("TMPDIR", home)].map(|(k, v)| (k.into(), v.into())).into();
+        if self.runtime == "python" {
+            // What it keeps back to write at once is lost when it is killed.
+            env.insert("PYTHONUNBUFFERED".into(), "1".into());
+        }
         for (name, value) in &self.env_vars {
             let value = match value {
                 Value::Null => continue,

@@ -1,38 +1,63 @@
-//! One run as a child process: in its own session, with limits, watched to its end.
+//! One run as a child process: supervised, with limits, watched to its end.
 //!
 //! `tokio::process` was rejected: it reaps the child itself, and with that goes what the child used (`wait4`) and
-//! the moment in which its group can still be killed by number without hitting a stranger.
+//! the moment in which it can still be signalled by number without hitting a stranger.
 
+use super::supervisor;
+use super::tree::{self, Usage, peak_memory_bytes};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
-use nix::unistd::{Pid, getppid, setsid};
+use nix::unistd::Pid;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{ChildStderr, ChildStdout};
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 /// Most bytes kept of each of stdout and stderr; the rest is read and thrown away, so that no run blocks on it.
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
 /// Most open files of a run.
 const OPEN_FILES_MAX: u64 = 1_024;
-/// How long the output of a run that has ended is still read: only a process that left the session can hold it open.
+/// How long the output of a run that has ended is still read, if somebody else has got hold of it.
 const DRAIN_MAX: Duration = Duration::from_secs(1);
 /// Exit code of a run that was stopped at its time limit, as `timeout(1)` gives it.
 const TIMED_OUT: i32 = 124;
-/// First and longest pause between two looks at a run's memory.
+/// Exit code of a run that was stopped because it used too much, as of one that the kernel killed.
+const KILLED: i32 = 137;
+/// First and longest pause between two looks at what a run uses. The longest bounds how far a run gets beyond
+/// its memory: some hundred MiB for one that does nothing but fill it.
 const SAMPLE_MIN: Duration = Duration::from_millis(4);
-const SAMPLE_MAX: Duration = Duration::from_millis(250);
+const SAMPLE_MAX: Duration = Duration::from_millis(100);
+/// The same for a run that uses more than half of its memory.
+const SAMPLE_CLOSE: Duration = Duration::from_millis(10);
+/// `/proc/self/oom_score_adj`: when the machine has no memory left, the kernel ends a run and not the
+/// gateway.
+const OOM_SCORE: &[u8] = b"1000";
+
+/// A run that has used no CPU for so long waits for something.
+const IDLE_AFTER: Duration = Duration::from_millis(200);
+
+/// What a run uses of the CPU, for those who start others.
+pub(super) struct CpuUse<'a> {
+    /// Clock ticks that all runs have used; those of this one are added as it goes.
+    pub(super) ticks: &'a AtomicU64,
+    /// Whether this run computes.
+    pub(super) is_busy: &'a AtomicBool,
+    /// Notified when it does so no more.
+    pub(super) idled: &'a Notify,
+}
 
 /// What to run, and within what.
 pub(super) struct Program {
@@ -41,8 +66,10 @@ pub(super) struct Program {
     pub(super) dir: PathBuf,
     /// The whole environment.
     pub(super) env: BTreeMap<String, String>,
-    /// Largest address space, in bytes.
-    pub(super) address_space_max: Option<u64>,
+    /// Most memory that its processes may hold together, in MiB.
+    pub(super) memory_mb: u64,
+    /// Most private memory that one process may ask for, in bytes, used or not: a backstop.
+    pub(super) data_bytes_max: Option<u64>,
     /// Longest run, from start to end.
     pub(super) time_limit: Duration,
 }
@@ -54,48 +81,58 @@ pub(super) struct Ended {
     pub(super) stdout: String,
     pub(super) stderr: String,
     pub(super) duration: Duration,
-    /// Most memory the program itself held; none of its children's.
+    /// Most memory that one of its processes held, or that all held together at a look.
     pub(super) peak_memory_bytes: Option<u64>,
+}
+
+/// Why a run was stopped.
+enum Stop {
+    Time,
+    Memory(u64),
+    Tasks,
 }
 
 /// Runs the program to its end. Dropping the future kills it and all it started.
 ///
-/// The child dies with the *thread* that started it (`PR_SET_PDEATHSIG`), so this must run on a thread that lives
-/// as long as the runtime: a task's, never one of `spawn_blocking`'s, which ends after ten idle seconds.
+/// The run dies with the *thread* that started it (`PR_SET_PDEATHSIG`), so this must run on a thread that
+/// lives as long as the runtime: a task's, never one of `spawn_blocking`'s, which ends after ten idle
+/// seconds.
 ///
 /// # Errors
 /// If the program cannot be started, for example because its environment is too large.
-pub(super) async fn run(program: &Program) -> io::Result<Ended> {
+pub(super) async fn run(program: &Program, cpu: CpuUse<'_>) -> io::Result<Ended> {
     let started = Instant::now();
     let mut child = command(program).spawn()?;
-    let group =
-        Arc::new(Group { leader: Pid::from_raw(child.id().cast_signed()), reaped: Mutex::new(false) });
-    let _guard = KillOnDrop(group.clone());
-    let waiter = group.clone();
+    let supervised = Arc::new(Supervised {
+        supervisor: Pid::from_raw(child.id().cast_signed()),
+        reaped: Mutex::new(false),
+    });
+    let _guard = KillOnDrop(supervised.clone());
+    let waiter = supervised.clone();
     let mut exit = tokio::task::spawn_blocking(move || waiter.wait());
 
     let (mut stdout, mut stderr) = (Capture::default(), Capture::default());
     let out = child.stdout.take().map(ChildStdout::from_std).transpose()?;
     let err = child.stderr.take().map(ChildStderr::from_std).transpose()?;
-    let mut timed_out = false;
-    let mut peak = None;
+    let mut watch = Watch::new(supervised.supervisor, program.memory_mb);
+    let mut stopped = None;
     let exit = {
         let mut drain = pin!(async { tokio::join!(stdout.fill(out), stderr.fill(err)) });
         let mut drained = false;
         let mut limit = pin!(sleep(program.time_limit));
-        let mut pause = SAMPLE_MIN;
         let exit = loop {
-            tokio::select! {
+            let found = tokio::select! {
                 exit = &mut exit => break exit.map_err(io::Error::other)??,
-                _ = &mut drain, if !drained => drained = true,
-                () = &mut limit, if !timed_out => {
-                    timed_out = true;
-                    group.kill();
+                _ = &mut drain, if !drained => {
+                    drained = true;
+                    None
                 }
-                () = sleep(pause) => {
-                    peak = peak_memory_bytes(group.leader).or(peak);
-                    pause = (pause * 2).min(SAMPLE_MAX);
-                }
+                () = &mut limit, if stopped.is_none() => Some(Stop::Time),
+                found = watch.next(&cpu), if stopped.is_none() => found,
+            };
+            if let Some(found) = found {
+                stopped = Some(found);
+                supervised.kill();
             }
         };
         if !drained {
@@ -108,14 +145,82 @@ pub(super) async fn run(program: &Program) -> io::Result<Ended> {
         stdout: stdout.text(),
         stderr: stderr.text(),
         duration: started.elapsed(),
-        peak_memory_bytes: exit.peak_above_ours().or(peak),
+        peak_memory_bytes: exit.peak_above_ours().max(watch.peak_bytes),
     };
-    if timed_out {
-        ended.exit_code = TIMED_OUT;
-        let limit = program.time_limit.as_millis();
-        ended.stderr.push_str(&format!("\n[stopped: the run reached its time limit of {limit} ms]"));
+    if let Some(stopped) = stopped {
+        let (code, why) = stopped.explain(program);
+        ended.exit_code = code;
+        ended.stderr.push_str(&format!("\n[stopped: {why}]"));
     }
     Ok(ended)
+}
+
+impl Stop {
+    /// The exit code, and what the function's owner is told.
+    fn explain(&self, program: &Program) -> (i32, String) {
+        match self {
+            Self::Time => {
+                let limit = program.time_limit.as_millis();
+                (TIMED_OUT, format!("the run reached its time limit of {limit} ms"))
+            }
+            Self::Memory(bytes) => {
+                let (used, limit) = (bytes >> 20, program.memory_mb);
+                let why = format!(
+                    "the run used {used} MiB of memory, and its function has {limit}; give it more (`memoryMb`)"
+                );
+                (KILLED, why)
+            }
+            Self::Tasks => {
+                (KILLED, format!("the run had more than {} processes and threads", tree::TASKS_MAX))
+            }
+        }
+    }
+}
+
+/// Looks at what a run uses, again and again.
+struct Watch {
+    supervisor: Pid,
+    memory_bytes_max: u64,
+    pause: Duration,
+    last: Usage,
+    /// When it was last seen to have used CPU time.
+    used_at: Instant,
+    peak_bytes: Option<u64>,
+}
+
+impl Watch {
+    fn new(supervisor: Pid, memory_mb: u64) -> Self {
+        let memory_bytes_max = memory_mb.saturating_mul(1 << 20);
+        let (pause, last, used_at) = (SAMPLE_MIN, Usage::default(), Instant::now());
+        Self { supervisor, memory_bytes_max, pause, last, used_at, peak_bytes: None }
+    }
+
+    /// Looks once more, after a pause: whether the run must be stopped. May be dropped and called again.
+    async fn next(&mut self, cpu: &CpuUse<'_>) -> Option<Stop> {
+        sleep(self.pause).await;
+        let (supervisor, most) = (self.supervisor, self.memory_bytes_max);
+        // The kernel may take a while to count a large run.
+        let usage = tokio::task::spawn_blocking(move || tree::measure(supervisor, most)).await.ok()?;
+        let is_close = usage.memory_bytes > most / 2;
+        self.pause = (self.pause * 2).min(if is_close { SAMPLE_CLOSE } else { SAMPLE_MAX });
+        let ticks = usage.cpu_ticks.saturating_sub(self.last.cpu_ticks);
+        cpu.ticks.fetch_add(ticks, Ordering::Relaxed);
+        if ticks > 0 {
+            self.used_at = Instant::now();
+            cpu.is_busy.store(true, Ordering::Relaxed);
+        } else if self.used_at.elapsed() >= IDLE_AFTER && cpu.is_busy.swap(false, Ordering::Relaxed) {
+            cpu.idled.notify_one();
+        }
+        self.last = usage;
+        if usage.peak_bytes > 0 {
+            self.peak_bytes = self.peak_bytes.max(Some(usage.peak_bytes));
+        }
+        match usage {
+            Usage { memory_bytes, .. } if memory_bytes > most => Some(Stop::Memory(memory_bytes)),
+            Usage { tasks, .. } if tasks > tree::TASKS_MAX => Some(Stop::Tasks),
+            _ => None,
+        }
+    }
 }
 
 fn command(program: &Program) -> Command {
@@ -129,32 +234,43 @@ fn command(program: &Program) -> Command {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let parent = Pid::this();
-    let address_space_max = program.address_space_max;
-    // SAFETY: `confine` runs between fork and exec, where only async-signal-safe calls are allowed: it makes
-    // system calls and nothing else, and neither allocates nor locks.
+    let data_bytes_max = program.data_bytes_max;
+    // SAFETY: both run between fork and exec, where only async-signal-safe calls are allowed: they make
+    // system calls and nothing else, and neither allocate nor lock.
     #[expect(unsafe_code, reason = "limits must be set between fork and exec")]
     unsafe {
-        command.pre_exec(move || confine(parent, address_space_max))
+        command.pre_exec(move || {
+            supervisor::split(parent)?;
+            confine(data_bytes_max)
+        })
     };
     command
 }
 
-/// Called in the child. A limit on processes is left out: it counts all of a user's, ours among them.
-fn confine(parent: Pid, address_space_max: Option<u64>) -> io::Result<()> {
-    // A session of its own: one group to kill, and no terminal whose ^C would reach the run.
-    setsid()?;
-    prctl::set_pdeathsig(Signal::SIGKILL)?;
-    // The parent may have died before the call above, and then no signal will come.
-    if getppid() != parent {
-        return Err(Errno::ESRCH.into());
-    }
+/// Called in the child. A limit on processes is left out: it counts all of a user's, ours among them. So is
+/// one on the address space: a thread's stack alone takes 8 MiB of that, and no memory.
+fn confine(data_bytes_max: Option<u64>) -> io::Result<()> {
     prctl::set_no_new_privs()?;
+    prefer_for_oom();
     lower(Resource::RLIMIT_CORE, 0)?;
     lower(Resource::RLIMIT_NOFILE, OPEN_FILES_MAX)?;
-    if let Some(bytes) = address_space_max {
-        lower(Resource::RLIMIT_AS, bytes)?;
+    if let Some(bytes) = data_bytes_max {
+        lower(Resource::RLIMIT_DATA, bytes)?;
     }
     Ok(())
+}
+
+/// Where the file cannot be written the run goes on without.
+#[expect(unsafe_code, reason = "the files of std allocate their paths")]
+fn prefer_for_oom() {
+    // SAFETY: the path ends with a zero, and the score is as long as it is said to be.
+    unsafe {
+        let file = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        if file >= 0 {
+            libc::write(file, OOM_SCORE.as_ptr().cast(), OOM_SCORE.len());
+            libc::close(file);
+        }
+    }
 }
 
 fn lower(resource: Resource, to: u64) -> nix::Result<()> {
@@ -163,14 +279,14 @@ fn lower(resource: Resource, to: u64) -> nix::Result<()> {
     setrlimit(resource, to, to)
 }
 
-/// All processes of a run, by the number of its first.
-struct Group {
-    leader: Pid,
-    /// Once the leader is reaped its number may become a stranger's: no signal may be sent then.
+/// A run, by the process that supervises it.
+struct Supervised {
+    supervisor: Pid,
+    /// Once the supervisor is reaped its number may become a stranger's: no signal may be sent then.
     reaped: Mutex<bool>,
 }
 
-struct KillOnDrop(Arc<Group>);
+struct KillOnDrop(Arc<Supervised>);
 
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
@@ -178,24 +294,26 @@ impl Drop for KillOnDrop {
     }
 }
 
-impl Group {
+impl Supervised {
+    /// Asks the supervisor to kill everything.
     fn kill(&self) {
         let reaped = self.reaped.lock().unwrap_or_else(PoisonError::into_inner);
         if !*reaped {
-            // It fails only if nobody is left.
-            let _ = killpg(self.leader, Signal::SIGKILL);
+            // It fails only if it has ended.
+            let _ = kill(self.supervisor, Signal::SIGTERM);
         }
     }
 
-    /// Blocks until the leader has ended, then kills what it left behind.
+    /// Blocks until the run has ended, and all that it left behind.
     fn wait(&self) -> io::Result<Exit> {
         // First look without reaping, so that nothing is locked while the program runs.
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
-        while waitid(Id::Pid(self.leader), look) == Err(Errno::EINTR) {}
+        while waitid(Id::Pid(self.supervisor), look) == Err(Errno::EINTR) {}
         let mut reaped = self.reaped.lock().unwrap_or_else(PoisonError::into_inner);
-        let _ = killpg(self.leader, Signal::SIGKILL);
-        let (status, usage) = wait4(self.leader)?;
+        let waited = wait4(self.supervisor);
+        // An error says that there is no such child, and then the number is not ours either.
         *reaped = true;
+        let (status, usage) = waited?;
         let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1);
         // Linux counts in KiB.
         Ok(Exit { code, max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024 })
@@ -226,20 +344,13 @@ struct Exit {
 }
 
 impl Exit {
-    /// Linux passes the peak of the forking process on through exec, so what `wait4` says is the child's own peak
-    /// only where it is more than ours ever was. Below that the samples have to do.
+    /// The peak of the supervisor or of what it has waited for. The supervisor is a copy of us, and Linux
+    /// passes the peak of the forking process on through exec, so this is the run's own peak only where it is
+    /// more than ours ever was. Below that the samples have to do.
     fn peak_above_ours(&self) -> Option<u64> {
         let ours = peak_memory_bytes(Pid::this())?;
         (self.max_rss_bytes > ours).then_some(self.max_rss_bytes)
     }
-}
-
-/// The most memory a process has held so far, in bytes.
-fn peak_memory_bytes(pid: Pid) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }
 
 #[derive(Default)]

@@ -12,16 +12,23 @@ use tokio::task::JoinHandle;
 struct Floor {
     node: NodeId,
     backend: Backend,
+    queue: Queue,
     stop: watch::Sender<bool>,
     worker: JoinHandle<()>,
 }
 
 impl Floor {
-    #[expect(clippy::disallowed_methods, reason = "the test stands in for boot")]
     fn start(scratch: &Scratch) -> Self {
-        let Embedded { node, backend, worker } = open(scratch.path()).unwrap();
+        Self::start_with(scratch, |_| {})
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the test stands in for boot")]
+    fn start_with(scratch: &Scratch, change: impl FnOnce(&mut Worker)) -> Self {
+        let Embedded { node, backend, mut worker } = open(scratch.path()).unwrap();
+        change(&mut worker);
         let (stop, stopped) = watch::channel(false);
-        Self { node, backend, stop, worker: tokio::spawn(worker.run(stopped)) }
+        let queue = worker.runner.queue.clone();
+        Self { node, backend, queue, stop, worker: tokio::spawn(worker.run(stopped)) }
     }
 
     /// Ends the worker and frees the directory.
@@ -171,8 +178,8 @@ async fn the_environment_is_empty_but_for_what_was_asked() {
     names.retain(|name| *name != "LC_CTYPE");
     names.sort_unstable();
     let expected =
-        ["FUNCTION_ID", "HOME", "MINE", "MODEL_ID", "NUMBER", "PATH", "PAYLOAD", "REQUEST_ID", "TMPDIR"];
-    assert_eq!(names, expected);
+        "FUNCTION_ID HOME MINE MODEL_ID NUMBER PATH PAYLOAD PYTHONUNBUFFERED REQUEST_ID TMPDIR".split(' ');
+    assert_eq!(names, expected.collect::<Vec<_>>());
     assert_eq!((&env["MINE"], &env["NUMBER"]), (&json!("ä=1"), &json!("5")));
     assert_eq!((&env["PAYLOAD"], &env["MODEL_ID"]), (&json!("[1]"), &json!("m")));
     assert_eq!(env["REQUEST_ID"], result["requestId"]);
@@ -216,17 +223,284 @@ print(subprocess.Popen(['sleep', '600']).pid)";
     until(|| !is_alive(&pid)).await;
 }
 
+/// Also what leaves the session and has no parent left: it becomes a child of the supervisor.
 #[tokio::test]
-async fn memory_is_limited_and_measured() {
-    let greedy = python("x = bytearray(1 << 30); print('got it')", json!({})).await;
-    assert_eq!(greedy["status"], "FAILED");
-    assert!(stderr(&greedy).contains("MemoryError"), "{greedy}");
+async fn what_leaves_its_session_is_killed_too() {
+    let scratch = Scratch::new();
+    let pids = scratch.path().join("pids");
+    let source = "import os, subprocess, sys, time
+daemon = 'import os, time; open(os.environ[\"PIDS\"], \"a\").write(str(os.getpid()) + \" \"); time.sleep(600)'
+for _ in range(3):
+    if os.fork() == 0:
+        subprocess.Popen([sys.executable, '-c', daemon], start_new_session=True)
+        os._exit(0)
+while len(open(os.environ['PIDS']).read().split()) < 3:
+    time.sleep(0.01)
+print('begun')
+time.sleep(float(os.environ['REST']))";
+    install(&scratch, "main.py", source);
+    let floor = Floor::start(&scratch);
+    for (rest, code) in [("0", 0), ("600", 124)] {
+        fs::write(&pids, "").unwrap();
+        let env_vars = json!({ "PIDS": pids, "REST": rest });
+        let result = floor.call(&with(json!({ "timeoutMs": 15_000, "envVars": env_vars }))).await;
+        assert_eq!((&result["exitCode"], &result["stdout"]), (&json!(code), &json!("begun\n")), "{result}");
+        // No waiting: they are gone before the run has its result.
+        let daemons = fs::read_to_string(&pids).unwrap();
+        assert_eq!(daemons.split_whitespace().count(), 3);
+        daemons.split_whitespace().for_each(|pid| assert!(!is_alive(pid), "{pid} lives on"));
+    }
+    floor.stop().await;
+}
 
+#[tokio::test]
+async fn memory_is_what_is_used() {
+    // (source, memoryMb, exit code, in stderr)
+    let rest = "
+import time
+time.sleep(20)";
+    let cases = [
+        // Addresses are not memory: a thread's stack has 8 MiB of them.
+        (
+            "import threading
+threads = [threading.Thread(target=threading.Event().wait, args=(0.5,)) for _ in range(64)]
+[t.start() for t in threads]; [t.join() for t in threads]"
+                .to_owned(),
+            128,
+            0,
+            "",
+        ),
+        ("import mmap; mmap.mmap(-1, 4 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)".to_owned(), 128, 0, ""),
+        (format!("x = b'x' * (300 << 20){rest}"), 128, 137, "its function has 128"),
+        // All processes of a run together.
+        (
+            format!(
+                "import subprocess, sys
+hold = 'import time; x = b\"x\" * (90 << 20); time.sleep(20)'
+children = [subprocess.Popen([sys.executable, '-c', hold], start_new_session=True) for _ in range(2)]{rest}"
+            ),
+            128,
+            137,
+            "its function has 128",
+        ),
+        // What they share counts once.
+        (
+            "import os, time
+x = b'x' * (80 << 20)
+children = [os.fork() for _ in range(1)]
+time.sleep(0.7)"
+                .to_owned(),
+            128,
+            0,
+            "",
+        ),
+        // Nor can one ask for what no machine has.
+        ("x = bytearray(1 << 40)".to_owned(), 128, 1, "MemoryError"),
+    ];
+    for (source, memory_mb, code, told) in cases {
+        let result = python(&source, json!({ "memoryMb": memory_mb })).await;
+        assert_eq!(result["exitCode"], code, "{source}: {result}");
+        assert_eq!(result["status"], if code == 0 { "SUCCESS" } else { "FAILED" });
+        assert!(stderr(&result).contains(told), "{source}: {result}");
+    }
+}
+
+#[tokio::test]
+async fn memory_is_measured() {
     let source = "import time; x = bytearray(200 << 20); time.sleep(0.6)";
     let modest = python(source, json!({ "memoryMb": 512 })).await;
     assert_eq!(modest["status"], "SUCCESS", "{modest}");
     let peak = modest["peakMemoryBytes"].as_u64().unwrap();
     assert!((200 << 20..600 << 20).contains(&peak), "{peak}");
+}
+
+#[tokio::test]
+async fn the_output_of_a_killed_run_is_kept() {
+    let kill = "import os
+print('step 1 done')
+os.kill(os.getpid(), 11)";
+    for (env_vars, stdout) in [
+        (json!({}), "step 1 done\n"),
+        (json!({ "PYTHONUNBUFFERED": null }), "step 1 done\n"),
+        // A function may have it otherwise.
+        (json!({ "PYTHONUNBUFFERED": "" }), ""),
+    ] {
+        let result = python(kill, json!({ "envVars": env_vars })).await;
+        assert_eq!((&result["exitCode"], &result["stdout"]), (&json!(139), &json!(stdout)), "{env_vars}");
+    }
+}
+
+#[tokio::test]
+async fn runs_are_bounded_by_memory_and_not_by_cores() {
+    let scratch = Scratch::new();
+    // Each waits until all have begun.
+    let source = "import os, pathlib, time
+dir = pathlib.Path(os.environ['DIR'])
+(dir / os.environ['REQUEST_ID']).write_text('')
+while len(list(dir.iterdir())) < int(os.environ['TOGETHER']):
+    time.sleep(0.01)";
+    install(&scratch, "main.py", source);
+    let together = 4 * std::thread::available_parallelism().unwrap().get();
+    let dir = scratch.path().join("begun");
+    fs::create_dir(&dir).unwrap();
+    let floor = Floor::start_with(&scratch, |worker| worker.memory_mb = 128 * together as u64);
+    let message = with(json!({ "envVars": { "DIR": dir, "TOGETHER": together } }));
+    let mut ids = Vec::new();
+    for _ in 0..together {
+        ids.push(floor.send(&message).await);
+    }
+    for id in ids {
+        let result = floor.result(id).await;
+        assert_eq!(result["status"], "SUCCESS", "{result}");
+    }
+    floor.stop().await;
+}
+
+/// While many compute others start one by one: the gateway keeps its part of the CPU, and nobody waits for
+/// ever.
+#[tokio::test]
+async fn runs_that_compute_are_few_at_once_but_hold_up_nobody() {
+    const JOBS: usize = 30;
+    let scratch = Scratch::new();
+    let source = "import os, pathlib, time
+me = pathlib.Path(os.environ['DIR']) / os.environ['REQUEST_ID']
+me.write_text('')
+until = time.process_time() + 0.1
+most = 0
+while time.process_time() < until:
+    most = max(most, len(list(me.parent.iterdir())))
+me.unlink()
+print(most)";
+    install(&scratch, "main.py", source);
+    let dir = scratch.path().join("begun");
+    fs::create_dir(&dir).unwrap();
+    let few = |worker: &mut Worker| (worker.busy_max, worker.memory_mb) = (1, 128 * JOBS as u64);
+    let floor = Floor::start_with(&scratch, few);
+    let message = with(json!({ "envVars": { "DIR": dir } }));
+    let mut ids = Vec::new();
+    for _ in 0..JOBS {
+        ids.push(floor.send(&message).await);
+    }
+    let mut most = 0;
+    for id in ids {
+        let result = floor.result(id).await;
+        most = most.max(result["stdout"].as_str().unwrap().trim().parse::<usize>().unwrap());
+    }
+    assert!(most <= JOBS / 2, "{most} at once");
+    floor.stop().await;
+
+    // One computes until another one has run.
+    let source = "import os, pathlib
+begun = pathlib.Path(os.environ['DIR']) / 'begun'
+waits = os.environ['WAITS'] == '1'
+while waits and not begun.exists():
+    pass
+begun.write_text('')";
+    install(&scratch, "main.py", source);
+    let floor = Floor::start_with(&scratch, few);
+    let message = |waits| with(json!({ "envVars": { "DIR": dir, "WAITS": waits } }));
+    let first = floor.send(&message("1")).await;
+    assert_eq!(floor.call(&message("0")).await["status"], "SUCCESS");
+    assert_eq!(floor.result(first).await["status"], "SUCCESS");
+    floor.stop().await;
+}
+
+#[tokio::test]
+async fn what_waits_for_idle_runs_fails_and_what_waits_for_busy_ones_waits() {
+    let source = "import os, time
+print(os.environ['WORK'])
+end = time.monotonic() + float(os.environ['SECONDS'])
+while time.monotonic() < end:
+    time.sleep(1) if os.environ['WORK'] == 'idle' else sum(range(1000))";
+    for (work, seconds, expected) in [("busy", "12", "SUCCESS"), ("idle", "600", "FAILED")] {
+        let scratch = Scratch::new();
+        install(&scratch, "main.py", source);
+        let floor = Floor::start_with(&scratch, |worker| {
+            worker.memory_mb = 256;
+            worker.stall_max = Duration::from_secs(5);
+        });
+        let message = |work, seconds| {
+            let env_vars = json!({ "WORK": work, "SECONDS": seconds });
+            with(json!({ "memoryMb": 256, "timeoutMs": 600_000, "envVars": env_vars }))
+        };
+        let first = floor.send(&message(work, seconds)).await;
+        let second = floor.call(&message("idle", "0")).await;
+        assert_eq!(second["status"], expected, "{work}: {second}");
+        let is_told = stderr(&second).contains("1 runs hold 256 of 256 MB");
+        assert_eq!(is_told, expected == "FAILED", "{work}: {second}");
+        if work == "busy" {
+            assert_eq!(floor.result(first).await["status"], "SUCCESS");
+        }
+        floor.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn starts_are_counted_but_for_those_that_we_end() {
+    let scratch = Scratch::new();
+    let marker = scratch.path().join("marker");
+    install(&scratch, "main.py", SLOW_ONCE);
+    let floor = Floor::start(&scratch);
+    let slow = with(json!({ "timeoutMs": 600_000, "envVars": { "MARKER": marker } }));
+    let id = floor.send(&slow).await;
+    written(&marker).await;
+    let job = floor.queue.after(0, 1).await.unwrap().pop().unwrap();
+    assert_eq!((job.id, job.starts), (id, 1));
+    floor.stop().await;
+
+    // Three starts that nobody saw the end of, then: it is not started once more.
+    let queue = Queue::new(scratch.database());
+    assert_eq!(queue.after(0, 1).await.unwrap()[0].starts, 0, "an orderly end is not the job's fault");
+    queue.set_starts(vec![(job.seq, STARTS_MAX)]).await.unwrap();
+    drop(queue);
+    let floor = Floor::start(&scratch);
+    let result = floor.result(id).await;
+    assert_eq!((&result["status"], &result["exitCode"]), (&json!("FAILED"), &Value::Null));
+    assert!(stderr(&result).contains("was started 3 times"), "{result}");
+    floor.stop().await;
+}
+
+#[tokio::test]
+async fn last_chances_are_given_one_at_a_time_and_hold_up_nobody() {
+    let scratch = Scratch::new();
+    // It ends when another file than its own is there.
+    let source = "import os, pathlib, time
+me = pathlib.Path(os.environ['DIR']) / os.environ['REQUEST_ID']
+me.write_text('')
+others = lambda: [p for p in me.parent.iterdir() if p != me]
+end = time.monotonic() + float(os.environ['SECONDS'])
+while not others() and time.monotonic() < end:
+    time.sleep(0.01)
+print(len(others()))
+me.unlink()";
+    install(&scratch, "main.py", source);
+    let dir = scratch.path().join("begun");
+    fs::create_dir(&dir).unwrap();
+    let queue = Queue::new(scratch.database());
+    let message = with(json!({ "envVars": { "DIR": dir, "SECONDS": "1" } })).to_string();
+    let jobs: Vec<Job> = (0..3).map(|n| job_of(NodeId(1), n, &message)).collect();
+    assert!(crate::backend::JobQueue::send_batch(&queue, &jobs).await.iter().all(Result::is_ok));
+    let taken = queue.after(0, 3).await.unwrap();
+    queue.set_starts(taken.iter().map(|job| (job.seq, STARTS_MAX - 1)).collect()).await.unwrap();
+    drop(queue);
+    let floor = Floor::start(&scratch);
+    for job in &jobs {
+        assert_eq!(floor.result(job.id).await["stdout"], "0\n", "another one ran beside it");
+    }
+    floor.stop().await;
+
+    // A fresh job runs beside one: it may be what that one waits for.
+    let queue = Queue::new(scratch.database());
+    let message = with(json!({ "envVars": { "DIR": dir, "SECONDS": "15" } })).to_string();
+    let jobs: Vec<Job> = (10..12).map(|n| job_of(NodeId(1), n, &message)).collect();
+    assert!(crate::backend::JobQueue::send_batch(&queue, &jobs).await.iter().all(Result::is_ok));
+    let taken = queue.after(0, 2).await.unwrap();
+    queue.set_starts(vec![(taken[0].seq, STARTS_MAX - 1)]).await.unwrap();
+    drop(queue);
+    let floor = Floor::start(&scratch);
+    let outputs = [floor.result(jobs[0].id).await, floor.result(jobs[1].id).await];
+    assert!(outputs.iter().any(|result| result["stdout"] == "1\n"), "{outputs:?}");
+    floor.stop().await;
 }
 
 #[tokio::test]

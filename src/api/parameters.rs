@@ -1,0 +1,155 @@
+//! Parameters of header fields (`; name="value"`), as clients send them: RFC 9110 section 5.6.6, and what is
+//! in use beyond it.
+//!
+//! The parsers of `multer` and `mime` were rejected: one knows names in small letters and no `filename*`, the
+//! other refuses a boundary with `=` in it that is not quoted, which JavaMail sends.
+
+use percent_encoding::percent_decode;
+use std::borrow::Cow;
+
+/// The value of parameter `name`, which is in small letters here and in any case in the field. The extended
+/// form (`name*`, RFC 8187) wins where it can be read; the first of several wins.
+pub fn parameter(field: &[u8], name: &str) -> Option<String> {
+    let mut plain = None;
+    let mut extended = None;
+    each(field, |found, value| {
+        let Ok(found) = std::str::from_utf8(found) else { return };
+        if found.eq_ignore_ascii_case(name) {
+            plain.get_or_insert_with(|| text(&value));
+        } else if extended.is_none()
+            && found.strip_suffix('*').is_some_and(|found| found.eq_ignore_ascii_case(name))
+        {
+            extended = decoded(&value);
+        }
+    });
+    extended.or(plain)
+}
+
+/// Shows the name and the value of each parameter behind the field's own value.
+fn each<'a>(field: &'a [u8], mut show: impl FnMut(&'a [u8], Cow<'a, [u8]>)) {
+    let mut rest = after(field, b';');
+    while !rest.is_empty() {
+        let end = rest.iter().position(|b| [b'=', b';'].contains(b)).unwrap_or(rest.len());
+        let name = rest[..end].trim_ascii();
+        if rest.get(end) != Some(&b'=') {
+            // Nothing but a name, or nothing at all.
+            rest = rest.get(end + 1..).unwrap_or_default();
+            continue;
+        }
+        let value = rest[end + 1..].trim_ascii_start();
+        if let Some(quoted) = value.strip_prefix(b"\"") {
+            let (value, behind) = unquoted(quoted);
+            show(name, value.into());
+            rest = after(behind, b';');
+        } else {
+            let end = value.iter().position(|b| *b == b';').unwrap_or(value.len());
+            show(name, value[..end].trim_ascii().into());
+            rest = value.get(end + 1..).unwrap_or_default();
+        }
+    }
+}
+
+/// What follows the first `separator`.
+fn after(bytes: &[u8], separator: u8) -> &[u8] {
+    let at = bytes.iter().position(|b| *b == separator);
+    at.and_then(|at| bytes.get(at + 1..)).unwrap_or_default()
+}
+
+/// A quoted string, from behind its opening quote: its value, and what follows it. Browsers send a Windows
+/// path without escapes, so a backslash escapes a quote or a backslash only.
+fn unquoted(quoted: &[u8]) -> (Vec<u8>, &[u8]) {
+    let mut value = Vec::new();
+    let mut bytes = quoted.iter().enumerate().peekable();
+    while let Some((at, byte)) = bytes.next() {
+        match byte {
+            b'"' => return (value, &quoted[at + 1..]),
+            b'\\' => {
+                let escaped = bytes.next_if(|(_, next)| [b'"', b'\\'].contains(next));
+                value.push(escaped.map_or(b'\\', |(_, next)| *next));
+            }
+            other => value.push(*other),
+        }
+    }
+    // It does not end: all of it is the value.
+    (value, &[])
+}
+
+/// UTF-8, as RFC 7578 wants it; what is not is taken as ISO 8859-1.
+fn text(value: &[u8]) -> String {
+    std::str::from_utf8(value).map_or_else(|_| latin_1(value), str::to_owned)
+}
+
+fn latin_1(value: &[u8]) -> String {
+    value.iter().map(|byte| char::from(*byte)).collect()
+}
+
+/// An extended value, `UTF-8'en'%e2%82%ac`; `None` if it is none, or in a character set that nobody must
+/// know.
+fn decoded(value: &[u8]) -> Option<String> {
+    let mut parts = value.splitn(3, |byte| *byte == b'\'');
+    let (charset, _language, encoded) = (parts.next()?, parts.next()?, parts.next()?);
+    let bytes: Cow<'_, [u8]> = percent_decode(encoded).into();
+    match () {
+        () if charset.eq_ignore_ascii_case(b"utf-8") => String::from_utf8(bytes.into_owned()).ok(),
+        () if charset.eq_ignore_ascii_case(b"iso-8859-1") => Some(latin_1(&bytes)),
+        () => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_as_clients_send_them() {
+        let cases: [(&[u8], Option<&str>); 31] = [
+            (b"form-data; filename=a.zip", Some("a.zip")),
+            (b"form-data; filename=\"a.zip\"", Some("a.zip")),
+            (b"form-data;filename=a.zip;name=file", Some("a.zip")),
+            (b"form-data ; FileName = \"a.zip\" ; name=file", Some("a.zip")),
+            (b"form-data; FILENAME=a.zip", Some("a.zip")),
+            (b"form-data; filename=a b.zip", Some("a b.zip")),
+            (b"form-data; filename=\"a=b;c.zip\"; name=\"file\"", Some("a=b;c.zip")),
+            (b"form-data; name=\"x; filename=no\"; filename=a", Some("a")),
+            (b"form-data; name=\"x\\\"; filename=no\"; filename=a", Some("a")),
+            (b"form-data; filename=a=b", Some("a=b")),
+            (b"form-data; filename=\"a\\\"b\\\\c.zip\"", Some("a\"b\\c.zip")),
+            (b"form-data; filename=\"C:\\dir\\a.zip\"", Some("C:\\dir\\a.zip")),
+            ("form-data; filename=\"grüße.zip\"".as_bytes(), Some("grüße.zip")),
+            ("form-data; filename=grüße.zip".as_bytes(), Some("grüße.zip")),
+            (b"form-data; filename=\"gr\xfc\xdfe.zip\"", Some("grüße.zip")),
+            (b"form-data; filename*=UTF-8''gr%C3%BC%C3%9Fe.zip", Some("grüße.zip")),
+            (b"form-data; FileName*=utf-8'de'gr%c3%bc%c3%9fe.zip", Some("grüße.zip")),
+            (b"form-data; filename*=\"utf-8''gr%C3%BC.zip\"", Some("grü.zip")),
+            (b"form-data; filename*=iso-8859-1''gr%FC%DFe.zip", Some("grüße.zip")),
+            (b"form-data; filename=\"a.zip\"; filename*=UTF-8''b.zip", Some("b.zip")),
+            (b"form-data; filename*=UTF-8''b.zip; filename=\"a.zip\"", Some("b.zip")),
+            (b"form-data; filename*=UTF-8''%ff; filename=a.zip", Some("a.zip")),
+            (b"form-data; filename*=koi8-r''%ff; filename=a.zip", Some("a.zip")),
+            (b"form-data; filename*=b.zip; filename=a.zip", Some("a.zip")),
+            (b"form-data; filename=a; filename=b", Some("a")),
+            (b"form-data; ; flag; filename=a; ", Some("a")),
+            (b"form-data; filename=\"a.zip", Some("a.zip")),
+            (b"form-data; filename=", Some("")),
+            (b"form-data; filename=\"\"", Some("")),
+            (b"form-data; name=\"filename\"; xfilename=b", None),
+            (b"filename=a", None),
+        ];
+        for (field, expected) in cases {
+            let found = parameter(field, "filename");
+            assert_eq!(found.as_deref(), expected, "{}", String::from_utf8_lossy(field));
+        }
+    }
+
+    #[test]
+    fn boundaries() {
+        for (field, expected) in [
+            ("multipart/form-data; boundary=X", Some("X")),
+            ("multipart/form-data; charset=utf-8; Boundary=\"X; y=z\"", Some("X; y=z")),
+            ("multipart/form-data; boundary=----=_Part_1_2.3", Some("----=_Part_1_2.3")),
+            ("multipart/form-data", None),
+        ] {
+            assert_eq!(parameter(field.as_bytes(), "boundary").as_deref(), expected, "{field}");
+        }
+    }
+}

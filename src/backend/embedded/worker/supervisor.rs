@@ -1,0 +1,183 @@
+//! A process between the worker and a run, which leaves nothing of the run behind.
+//!
+//! It is the reaper of everything that the run starts (`PR_SET_CHILD_SUBREAPER`): what leaves the run's
+//! session, or loses its parent, becomes its child. When the run ends, or the worker asks by SIGTERM, or the
+//! worker dies, it kills its children until there are none, and exits with the exit code of the run.
+//!
+//! It is a copy of the worker that makes system calls and nothing else. A program of its own was rejected:
+//! the copy shares its memory with the worker, costs no second start, and needs no file that could be
+//! missing.
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal, kill, killpg};
+use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, setsid};
+use std::ptr::null;
+
+/// Pause between two rounds of killing.
+static ROUND: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+/// Most rounds, which take 30 s at least. What is alive then hangs in the kernel, and cannot be killed; a job
+/// must not wait for it. It falls to process 1.
+const ROUNDS_MAX: u32 = 30_000;
+/// Exit code of a run that could not be killed, as of one that was.
+const KILLED: libc::c_int = 128 + libc::SIGKILL;
+/// Descriptors that are closed one by one where the kernel (before 5.9) cannot close them all at once.
+const DESCRIPTORS_MAX: libc::c_int = 65_536;
+
+/// Splits the calling process, a child of the worker `worker` between fork and exec: the caller becomes the
+/// supervisor, and never returns; a child of its own returns, and is the run.
+///
+/// Only async-signal-safe calls are allowed here: nothing of ours allocates, locks or panics. `fork` is one
+/// that POSIX has taken off its list, since it takes the locks of the C library. Here they are free: the
+/// `fork` that made this process held all of them, and gave them back in it. (`_Fork`, which takes none, was
+/// rejected: glibc has it since 2.34 only.)
+pub(super) fn split(worker: Pid) -> nix::Result<()> {
+    // A terminal's ^C is for the worker, which decides what becomes of its runs.
+    setsid()?;
+    prctl::set_child_subreaper(true)?;
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGCHLD);
+    signals.add(Signal::SIGTERM);
+    signals.thread_block()?;
+    prctl::set_pdeathsig(Signal::SIGTERM)?;
+    // The worker may have died before the call above, and then no signal will come.
+    if getppid() != worker {
+        return Err(Errno::ESRCH);
+    }
+    let supervisor = getpid();
+    #[expect(unsafe_code, reason = "the run must be a child of the supervisor")]
+    // SAFETY: this process has one thread, both sides make system calls only, and no lock of the C library is
+    // held.
+    match unsafe { fork()? } {
+        ForkResult::Parent { child } => supervise(child, &signals),
+        ForkResult::Child => {
+            signals.thread_unblock()?;
+            // A session of its own: one group to kill.
+            setsid()?;
+            prctl::set_pdeathsig(Signal::SIGKILL)?;
+            if getppid() == supervisor { Ok(()) } else { Err(Errno::ESRCH) }
+        }
+    }
+}
+
+fn supervise(run: Pid, signals: &SigSet) -> ! {
+    let _ = prctl::set_name(c"run-supervisor");
+    // Among them: the sockets and the lock of the worker, the pipes of the run, and the one by which the
+    // worker learns that the program was started.
+    close_all();
+    let mut code = None;
+    let mut ending = false;
+    let mut rounds = 0;
+    loop {
+        match reap(run, &mut code) {
+            Reaped::NobodyLeft => exit(code.unwrap_or(libc::EXIT_FAILURE)),
+            Reaped::SomeLeft => {}
+        }
+        ending |= code.is_some();
+        if ending {
+            let listed = kill_children(run, code.is_none());
+            // Without a list there is nobody to kill once the run has ended, and no end to wait for.
+            if rounds == ROUNDS_MAX || listed == Listed::No && code.is_some() {
+                exit(code.unwrap_or(KILLED));
+            }
+            rounds += 1;
+        }
+        ending |= wait_for(signals, ending) == Some(Signal::SIGTERM as libc::c_int);
+    }
+}
+
+enum Reaped {
+    NobodyLeft,
+    SomeLeft,
+}
+
+/// Takes what has ended, and keeps the exit code of `run`.
+fn reap(run: Pid, code: &mut Option<libc::c_int>) -> Reaped {
+    loop {
+        let mut status = 0;
+        #[expect(unsafe_code, reason = "nix's waitpid fails on signals it has no name for, having reaped")]
+        // SAFETY: the status is a live value.
+        let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+        if pid == 0 {
+            return Reaped::SomeLeft;
+        }
+        // The only error there can be is ECHILD: WNOHANG is never interrupted.
+        if pid < 0 {
+            return Reaped::NobodyLeft;
+        }
+        if pid == run.as_raw() {
+            let is_exit = libc::WIFEXITED(status);
+            *code = Some(if is_exit { libc::WEXITSTATUS(status) } else { 128 + libc::WTERMSIG(status) });
+        }
+    }
+}
+
+/// Whether the kernel lists children (CONFIG_PROC_CHILDREN), and `/proc` is there.
+#[derive(PartialEq, Eq)]
+enum Listed {
+    Yes,
+    No,
+}
+
+/// Kills every child there is; their children become ours, and are killed in the next round.
+fn kill_children(run: Pid, is_run_alive: bool) -> Listed {
+    if is_run_alive {
+        // The session as well, where the kernel does not list children. Its number is taken as long as `run`
+        // is.
+        let _ = killpg(run, Signal::SIGKILL);
+        let _ = kill(run, Signal::SIGKILL);
+    }
+    #[expect(unsafe_code, reason = "the files of std allocate their paths")]
+    // SAFETY: the path ends with a zero, and the buffer is as long as it is said to be.
+    unsafe {
+        let list = libc::open(c"/proc/thread-self/children".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        if list < 0 {
+            return Listed::No;
+        }
+        let mut buffer = [0_u8; 1024];
+        let mut pid: libc::pid_t = 0;
+        loop {
+            let read = libc::read(list, buffer.as_mut_ptr().cast(), buffer.len());
+            let Ok(read @ 1..) = usize::try_from(read) else { break };
+            for byte in buffer.iter().take(read) {
+                if byte.is_ascii_digit() {
+                    pid = pid.wrapping_mul(10).wrapping_add(libc::pid_t::from(byte - b'0'));
+                } else if pid > 0 {
+                    // No stranger: it keeps its number until we have reaped it.
+                    libc::kill(pid, libc::SIGKILL);
+                    pid = 0;
+                }
+            }
+        }
+        libc::close(list);
+    }
+    Listed::Yes
+}
+
+/// The next of the blocked signals; `None`: none within a round, if only so long is waited.
+fn wait_for(signals: &SigSet, for_a_round: bool) -> Option<libc::c_int> {
+    let timeout = if for_a_round { &raw const ROUND } else { null() };
+    #[expect(unsafe_code, reason = "nix has no sigtimedwait")]
+    // SAFETY: the set and the time are live values, and no information is asked for.
+    let signal = unsafe { libc::sigtimedwait(signals.as_ref(), std::ptr::null_mut(), timeout) };
+    (signal > 0).then_some(signal)
+}
+
+#[expect(unsafe_code, reason = "every descriptor is meant, whoever owns it in the worker")]
+fn close_all() {
+    // SAFETY: this copy of the process uses none of them from here on.
+    unsafe {
+        if libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) != 0 {
+            for descriptor in 0..DESCRIPTORS_MAX {
+                libc::close(descriptor);
+            }
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "std's exit runs what the worker registered")]
+fn exit(code: libc::c_int) -> ! {
+    // SAFETY: it ends this process, and touches nothing.
+    unsafe { libc::_exit(code) }
+}

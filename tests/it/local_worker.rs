@@ -1,0 +1,201 @@
+//! The local worker of `dev`: what functions do to it, and to the machine.
+
+use crate::harness::gateway::{Gateway, is_pending};
+use crate::harness::platform::{Platform, new_key};
+use crate::harness::process::{Process, Scratch, Stream};
+use crate::harness::upload::{Part, form, zipped};
+use crate::harness::{SOON, Setup, eventually, join_all, path_env, platform::Backend, spawn};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::time::Duration;
+
+async fn dev() -> Platform {
+    Setup::new(Backend::Dev).start().await
+}
+
+/// Uploads python code: the id of the new function.
+async fn upload(gateway: &Gateway, source: &str) -> String {
+    let code = zipped(&[("main.py", source.as_bytes())]);
+    let request = form(gateway.request("POST", "/upload"), &[Part::File("code.zip", &code)]);
+    let answer = request.send().await.expect(200).json();
+    answer["functionId"].as_str().expect("an id").to_owned()
+}
+
+async fn run(gateway: &Gateway, function: &str, input: &Value) -> Value {
+    gateway.run(function, input).send().await.expect(200).json()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn threads_run_and_output_is_kept() {
+    let platform = dev().await;
+    let gateway = &platform.gateway;
+    for (source, status, code, stdout) in [
+        (
+            "import threading
+threads = [threading.Thread(target=threading.Event().wait, args=(0.3,)) for _ in range(32)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print(len(threads), 'threads')",
+            "SUCCESS",
+            0,
+            "32 threads\n",
+        ),
+        ("import os; print('step 1 done'); os.kill(os.getpid(), 11)", "FAILED", 139, "step 1 done\n"),
+        (
+            "import time; print('begun'); x = b'x' * (400 << 20); time.sleep(20); print('ended')",
+            "FAILED",
+            137,
+            "begun\n",
+        ),
+    ] {
+        let function = upload(gateway, source).await;
+        let result = run(gateway, &function, &json!({})).await;
+        assert_eq!(result["status"], status, "{result}");
+        assert_eq!((&result["exitCode"], &result["stdout"]), (&json!(code), &json!(stdout)), "{result}");
+        assert_eq!(result["allocatedMemoryMb"], 128);
+    }
+    platform.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn functions_that_run_functions_end() {
+    let platform = dev().await;
+    let gateway = &platform.gateway;
+    let caller = "import json, os, urllib.request
+asked = json.loads(os.environ['PAYLOAD'])
+depth = asked['depth']
+if depth > 0:
+    asked['depth'] -= 1
+    body = json.dumps({'functionId': os.environ['FUNCTION_ID'], 'inputData': asked}).encode()
+    headers = {'x-api-key': asked['key'], 'content-type': 'application/json'}
+    request = urllib.request.Request(asked['url'], body, headers)
+    inner = json.load(urllib.request.urlopen(request))
+    assert inner['status'] == 'SUCCESS', inner
+print('depth', depth)";
+    let function = upload(gateway, caller).await;
+    let url = format!("http://{}/run", gateway.addr());
+    let callers = std::thread::available_parallelism().map_or(2, usize::from) + 2;
+    let runs = (0..callers).map(|_| {
+        let input = json!({ "depth": 2, "url": url, "key": gateway.key() });
+        let request = gateway.run(&function, &input);
+        spawn(async move { request.send().await.expect(200).json() })
+    });
+    for result in join_all("the callers", 4 * SOON, runs.collect()).await {
+        assert_eq!(result["stdout"], "depth 2\n", "{result}");
+    }
+    platform.finish().await;
+}
+
+/// Starts `dev` in a directory that outlives it.
+async fn start_in(dir: &Scratch, key: &str) -> Gateway {
+    let data = dir.path().join("data");
+    let env = [("INFRA_API_KEY".to_owned(), key.to_owned())];
+    let args = ["dev", "--port", "0", "--data-dir", data.to_str().expect("the path is UTF-8")];
+    Gateway::start(&args, &env, key, &[]).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_kills_the_gateway_fails_after_three_starts() {
+    let (dir, key) = (Scratch::new("poisoned"), new_key());
+    let gateway = start_in(&dir, &key).await;
+    // The parent of the run is its supervisor, and that one's parent the gateway. It waits for a file, so
+    // that the gateway is ready each time.
+    let source = "import os, time
+data = os.environ['HOME'] + '/../../..'
+with open(data + '/starts', 'a') as starts:
+    starts.write('start\\n')
+while not os.path.exists(data + '/go'):
+    time.sleep(0.01)
+os.remove(data + '/go')
+stat = open(f'/proc/{os.getppid()}/stat').read()
+gateway = int(stat.rsplit(') ', 1)[1].split()[1])
+os.kill(gateway, 9)
+time.sleep(600)";
+    let function = upload(&gateway, source).await;
+    let id = gateway.run_async(&function, &json!({})).await;
+    let mut gateway = gateway;
+    let data = dir.path().join("data");
+    for _ in 0..3 {
+        std::fs::write(data.join("go"), "").expect("the directory is writable");
+        assert_eq!(gateway.ended(4 * SOON).await.code(), None, "it was killed");
+        drop(gateway);
+        gateway = start_in(&dir, &key).await;
+    }
+    let result = gateway.result_of(&id).await;
+    assert!(!is_pending(&result));
+    let result = result.json();
+    assert_eq!(result["status"], "FAILED", "{result}");
+    let stderr = result["stderr"].as_str().expect("a text");
+    assert!(stderr.contains("was started 3 times"), "{result}");
+    let starts = std::fs::read_to_string(data.join("starts")).expect("it was started");
+    assert_eq!(starts.lines().count(), 3);
+    // What it did to others is over.
+    assert_eq!(run(&gateway, "hello", &json!({ "name": "Ada" })).await["status"], "SUCCESS");
+    gateway.finish().await;
+}
+
+fn children(pid: i32) -> Vec<i32> {
+    let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// Whether this machine lets us make a process namespace, with the words that do.
+fn namespace() -> Option<&'static [&'static str]> {
+    const WAYS: [&[&str]; 2] = [
+        &["--pid", "--fork", "--mount-proc"],
+        &["--user", "--map-root-user", "--pid", "--fork", "--mount-proc"],
+    ];
+    let works = |way: &&&[&str]| {
+        let tried = std::process::Command::new("unshare").args(**way).arg("true").status();
+        tried.is_ok_and(|status| status.success())
+    };
+    WAYS.iter().find(works).copied()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn process_1_reaps_orphans_and_passes_signals_on() {
+    let Some(way) = namespace() else {
+        eprintln!("not tried: this machine permits no process namespace");
+        return;
+    };
+    let dir = Scratch::new("container");
+    let data = dir.path().join("data");
+    let program = Path::new(env!("CARGO_BIN_EXE_infra-controller")).to_str().expect("the path is UTF-8");
+    let mut args = way.to_vec();
+    args.extend(["--kill-child", "--", program, "dev", "--port", "0"]);
+    args.extend(["--data-dir", data.to_str().expect("the path is UTF-8")]);
+    let unshare = Process::start("unshare", Path::new("unshare"), &args, &path_env(), dir.path());
+    let unshare = unshare.expect("setpriv (util-linux) is there");
+    let is_started = || async {
+        let lines = unshare.output().lines(Stream::Out);
+        let is_it = lines.iter().any(|line| line.contains(" Started"));
+        if is_it { Ok(()) } else { Err(unshare.output().tail(20)) }
+    };
+    eventually("the start", 2 * SOON, is_started).await;
+    let [init] = children(unshare.pid())[..] else { panic!("unshare has one child") };
+    let server = children(init);
+    assert_eq!(server.len(), 1, "the server, and nothing else");
+
+    // Its parent ends at once, so it becomes a child of process 1.
+    let orphan = std::process::Command::new("nsenter")
+        .args(["--target", &init.to_string(), "--pid", "--mount", "sh", "-c", "sleep 3 & exit 0"])
+        .status();
+    assert!(orphan.expect("nsenter (util-linux) is there").success());
+    let adopted = || async {
+        let seen = children(init);
+        if seen.len() == 2 { Ok(()) } else { Err(format!("{seen:?}")) }
+    };
+    eventually("the orphan", SOON, adopted).await;
+    // A process that has ended and is not reaped would stay in the list.
+    let reaped = || async {
+        let seen = children(init);
+        if seen == server { Ok(()) } else { Err(format!("{seen:?}")) }
+    };
+    eventually("the end of the orphan", SOON, reaped).await;
+
+    kill(Pid::from_raw(init), Signal::SIGTERM).expect("it runs");
+    let ended = || async { unshare.exit_status().ok_or_else(|| unshare.output().tail(20)) };
+    let status = eventually("the end", Duration::from_secs(60), ended).await;
+    assert_eq!(status.code(), Some(0), "{}", unshare.output().tail(20));
+}

@@ -163,6 +163,11 @@ pub struct PendingJob {
 }
 
 impl PendingJob {
+    /// Whether the job is not in the table of this node.
+    pub fn is_foreign(&self) -> bool {
+        self.own.is_none()
+    }
+
     /// The result; `None` if it cannot be waited for any longer.
     pub async fn outcome(&mut self) -> Option<Outcome> {
         let Some(waiter) = &mut self.own else {

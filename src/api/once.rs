@@ -254,17 +254,20 @@ impl Once {
             return Ok(Some(Known::Result(Outcome::new(result.clone()))));
         }
         let Claim { job, function, .. } = &before.claim;
-        match self.0.dispatcher.state(*job).await? {
+        let place = match self.0.dispatcher.state(*job).await? {
             JobState::Done(outcome) => return Ok(Some(Known::Result(outcome))),
-            JobState::Pending(Pending { place, .. }) => {
-                return Ok(before.is_sent.then_some(Known::Pending(place)));
-            }
-            JobState::Unknown => {}
+            JobState::Pending(Pending { place, .. }) => place,
+            JobState::Unknown => None,
+        };
+        // A job that its node has ended stays in the journal for a moment: with its row, though nobody publishes its
+        // result any more.
+        if place.as_ref().is_none_or(PendingJob::is_foreign)
+            && let Some(row) = self.0.executions.get(function, &job.to_string()).await?
+        {
+            return Ok(Some(Known::Ended(Box::new(row))));
         }
-        let row = self.0.executions.get(function, &job.to_string()).await?;
-        let ended = row.map(|row| Known::Ended(Box::new(row)));
-        // It was sent, and only the memory of it is gone: it must not be sent again.
-        Ok(ended.or(before.is_sent.then_some(Known::Pending(None))))
+        // One that was sent, and of which only the memory is gone, must not be sent again.
+        Ok(before.is_sent.then_some(Known::Pending(place)))
     }
 
     /// Follows an attempt to its end, also if its client leaves, and writes its outcome to the claim: before those who

@@ -108,9 +108,13 @@ async fn the_result_outlives_the_workers_copy() {
     let gateway = &platform.gateway;
     let first = keyed(gateway, "kept", &json!({ "token": "x" })).send().await.expect(200);
     let huge = json!({ "behave": "huge", "bytes": 500_000 });
-    keyed(gateway, "huge", &huge).send().await.expect(200);
+    let huge_id = keyed(gateway, "huge", &huge).send().await.expect(200).json()["requestId"].clone();
     gateway.idle().await;
     platform.fleet().redis.command(&[b"FLUSHALL"]).await;
+    // As its node tells the journal again, until that knows that the job has ended.
+    let huge_id = huge_id.as_str().expect("an id");
+    let entry = format!("HSET inflight:{{{}}} {huge_id} 4000000000000:{HELLO}", &huge_id[..8]);
+    platform.fleet().redis.order(&entry).await;
     // Nor may it be in the memory of the node that settled it.
     let there = platform.fleet().start_gateway().await;
     let again = keyed(&there, "kept", &json!({ "token": "x" })).send().await.expect(200);

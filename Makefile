@@ -11,6 +11,9 @@ QUICK ?=
 SECONDS ?= 600
 SEED ?=
 
+# Most tests wait for leases and deadlines, and compute little.
+TEST_THREADS ?= $(shell expr 2 '*' $$(nproc))
+
 .PHONY: help run test bench schema fuzz chaos slow loadtest setup-build setup-test
 
 help:
@@ -36,7 +39,7 @@ test: setup-build setup-test
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo check --locked --no-default-features
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
-	cargo test --locked
+	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --locked
 	scripts/deny.sh
 
 schema: setup-build setup-test

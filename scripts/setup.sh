@@ -58,6 +58,7 @@ setup_test() {
     has h2load || missing="$missing nghttp2-client"
     # Debian splits these modules off; other Pythons (pyenv) have them.
     has python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3 python3-venv"
+    has curl || missing="$missing curl"
     has node || missing="$missing nodejs"
     has npm || missing="$missing npm"
     # shellcheck disable=SC2086 # a list of words

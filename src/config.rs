@@ -22,6 +22,7 @@ pub use conf::{
 };
 pub use env::{
     API_KEY_BYTES_MAX, AiNode, Env, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
+    unreadable_variables,
 };
 pub use keys::{KeyConf, KeyHash, KeyLimitConf, NewKey, new_key};
 pub use live::Live;

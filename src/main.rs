@@ -129,29 +129,35 @@ fn main() -> ExitCode {
 fn read_dotenv() -> Result<(), String> {
     for (name, value) in infra_controller::config::dotenv::read(Path::new(".env"))? {
         if std::env::var_os(&name).is_none() {
-            set_variable(&name, &value);
+            set_variable(&name, Some(&value));
         }
     }
     Ok(())
 }
 
 /// Takes blanks and line ends off the variables that the AWS SDK reads itself: a secret that is read from a
-/// file often ends with a line break, which no header field can carry.
+/// file often ends with a line break, which no header field can carry. What is empty then is unset, as it is
+/// for all other variables; the SDK would take it for a value.
 #[cfg(feature = "aws")]
 fn trim_sdk_variables() {
     for (name, value) in std::env::vars_os() {
         let (Ok(name), Ok(value)) = (name.into_string(), value.into_string()) else { continue };
-        if name.starts_with("AWS_") && value.trim() != value {
-            set_variable(&name, value.trim());
+        let trimmed = value.trim();
+        if name.starts_with("AWS_") && (trimmed.is_empty() || trimmed != value) {
+            set_variable(&name, (!trimmed.is_empty()).then_some(trimmed));
         }
     }
 }
 
+/// `None`: it is unset from now on.
 #[cfg(feature = "aws")]
-fn set_variable(name: &str, value: &str) {
+fn set_variable(name: &str, value: Option<&str>) {
     #[expect(unsafe_code, reason = "no other thread runs yet that could read the environment")]
     // SAFETY: `main` calls it before it starts a thread; the one that read `.env` has ended.
     unsafe {
-        std::env::set_var(name, value);
+        match value {
+            Some(value) => std::env::set_var(name, value),
+            None => std::env::remove_var(name),
+        }
     }
 }

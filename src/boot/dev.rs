@@ -4,7 +4,7 @@ use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, explain, node, r
 use crate::backend::{BackendError, StartProblem, embedded};
 use crate::config::{
     AiNode, ConfigError, FileReader, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
-    text,
+    text, unreadable_variables,
 };
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -29,6 +29,10 @@ pub fn dev(args: DevArgs) -> Exit {
     // Both: `localhost` is the one or the other, by the client.
     let listen_beside = args.listen.is_none().then_some(Ipv6Addr::LOCALHOST);
     let listen = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let unreadable = unreadable_variables(std::env::vars_os());
+    if !unreadable.is_empty() {
+        return refuse(&ConfigError(unreadable));
+    }
     let (a_minute, mut warnings) = match rate_limit_from_process() {
         Ok(read) => read,
         Err(problem) => return refuse(&problem),

@@ -2,6 +2,7 @@
 
 use super::ConfigError;
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -155,13 +156,51 @@ pub fn master_key_warning(key: &str) -> Option<String> {
     Some(format!("INFRA_API_KEY {problem}; it may do everything. Take a random one: openssl rand -hex 32"))
 }
 
+/// The variables that this program reads, beside those of the AWS SDK.
+const NAMES: [&str; 17] = [
+    "AI_NODE_TIMEOUT",
+    "AI_NODE_URL",
+    "BUCKET_NAME",
+    "DYNAMODB_ENDPOINT",
+    "INFRA_API_KEY",
+    "LOGS_TABLE_NAME",
+    "PORT",
+    "RATE_LIMIT",
+    "REDIS_HOST",
+    "REDIS_PORT",
+    "REDIS_URL",
+    "S3_ENDPOINT",
+    "SQS_ENDPOINT",
+    "SQS_URL",
+    "STATE_DIR",
+    "TABLE_NAME",
+    "RUST_LOG",
+];
+
+/// The problems of variables that this program reads and whose values are not Unicode. They are not shown: some are
+/// secrets.
+pub fn unreadable_variables(vars: impl Iterator<Item = (OsString, OsString)>) -> Vec<String> {
+    let of = |(name, value): (OsString, OsString)| {
+        let name = name.into_string().ok()?;
+        let is_ours = name.starts_with("AWS_") || NAMES.contains(&name.as_str());
+        (is_ours && value.to_str().is_none()).then(|| format!("{name} holds bytes that are not UTF-8"))
+    };
+    let mut problems: Vec<String> = vars.filter_map(of).collect();
+    problems.sort_unstable();
+    problems
+}
+
 /// Port of `serve` and `dev` when none is named.
 pub const PORT_DEFAULT: u16 = 8080;
 
 impl Env {
     /// Reads the process environment.
     pub fn from_process() -> Result<Self, ConfigError> {
-        // Values that are not Unicode cannot be valid here; they read as unset only if nothing needs them.
+        let problems = unreadable_variables(std::env::vars_os());
+        if !problems.is_empty() {
+            return Err(ConfigError(problems));
+        }
+        // Of other programs' variables those that are not Unicode are left out.
         Self::parse(
             &std::env::vars_os()
                 .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
@@ -174,7 +213,7 @@ impl Env {
         let mut reader = Reader::new(vars);
         let mut env = Self {
             port: reader.parsed("PORT").unwrap_or(PORT_DEFAULT),
-            region: reader.required("AWS_REGION"),
+            region: reader.region(),
             functions_table: reader.required("TABLE_NAME"),
             logs_table: reader.required("LOGS_TABLE_NAME"),
             queue_url: reader.url("SQS_URL"),
@@ -226,6 +265,16 @@ impl<'a> Reader<'a> {
             self.missing.push(name);
             String::new()
         })
+    }
+
+    /// It becomes a part of addresses and signatures.
+    fn region(&mut self) -> String {
+        let region = self.required("AWS_REGION");
+        if !region.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+            self.problems
+                .push(format!("AWS_REGION is {region:?}, which is no region: set one like eu-west-1"));
+        }
+        region
     }
 
     fn parsed<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
@@ -386,6 +435,22 @@ mod tests {
     fn parse(changes: &[(&str, &str)]) -> Result<Env, ConfigError> {
         let vars = OLD.iter().chain(changes).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         Env::parse(&vars)
+    }
+
+    #[test]
+    fn values_that_are_not_unicode_are_named_and_not_shown() {
+        use std::os::unix::ffi::OsStringExt;
+        let bad = || OsString::from_vec(b"ab\xff".to_vec());
+        let vars = [
+            ("INFRA_API_KEY", bad()),
+            ("AWS_ACCESS_KEY_ID", bad()),
+            ("TABLE_NAME", "ok".into()),
+            ("OF_ANOTHER_PROGRAM", bad()),
+        ];
+        let problems = unreadable_variables(vars.into_iter().map(|(name, value)| (name.into(), value)));
+        let expected =
+            ["AWS_ACCESS_KEY_ID", "INFRA_API_KEY"].map(|n| format!("{n} holds bytes that are not UTF-8"));
+        assert_eq!(problems, expected);
     }
 
     #[test]

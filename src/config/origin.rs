@@ -66,6 +66,13 @@ fn normalized_host(host: &str) -> Option<String> {
     if let Ok(address) = host.parse::<Ipv4Addr>() {
         return Some(address.to_string());
     }
+    // Browsers read a host whose last part is a number as an address, and send it in its long form.
+    let last = host.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
+    let hex = last.strip_prefix("0x").or_else(|| last.strip_prefix("0X"));
+    let is_decimal = !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit());
+    if is_decimal || hex.is_some_and(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit())) {
+        return None;
+    }
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
     (!host.is_empty() && host.bytes().all(plain)).then(|| host.to_ascii_lowercase())
 }
@@ -88,6 +95,8 @@ mod tests {
             ("http://a.example:443", Ok("http://a.example:443")),
             ("https://a.example:08443", Ok("https://a.example:8443")),
             ("http://localhost:3000", Ok("http://localhost:3000")),
+            ("http://3000.example", Ok("http://3000.example")),
+            ("http://127.0.0.1:3000", Ok("http://127.0.0.1:3000")),
             ("http://127.0.0.1:3000", Ok("http://127.0.0.1:3000")),
             ("http://[0:0::1]:3000", Ok("http://[::1]:3000")),
             ("http://[::1]", Ok("http://[::1]")),

@@ -71,6 +71,8 @@ mod pages;
 #[cfg(test)]
 mod protocol;
 #[cfg(test)]
+mod readme;
+#[cfg(test)]
 mod reload;
 #[cfg(test)]
 mod results;

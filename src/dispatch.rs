@@ -608,7 +608,7 @@ mod tests {
         let house = House::start(|conf| conf.batch.queue_jobs_max = 0).await;
         let job = job(NodeId(99), 1, now_ms());
         let id = job.id;
-        house.backend.journal.enter(&[job.clone()]).await.unwrap();
+        house.backend.journal.enter(std::slice::from_ref(&job)).await.unwrap();
         let resend = Resend { since: now_ms(), is_journaled: true, maybe_sent: true };
         let sent = house.dispatcher.submit_again(job, resend, false).await;
         assert_eq!(sent.map(drop), Err(SubmitError::Overloaded));

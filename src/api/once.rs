@@ -140,16 +140,15 @@ impl Once {
                 return Ok(Turn::Again(Box::new(before), known));
             }
             let under_way = self.0.attempts.get(&before.attempt).map(|watched| Watched(watched.clone()));
-            match under_way {
-                Some(mut attempt) => match attempt.outcome().await {
+            if let Some(mut attempt) = under_way {
+                match attempt.outcome().await {
                     Ok(()) => {
                         before.is_sent = true;
                         continue;
                     }
                     Err(SubmitError::Unknown) => {}
                     Err(e) => return Err(ApiError::Submit(e)),
-                },
-                None => {}
+                }
             }
             if self.may_send_again(&before, job_lasts).await? {
                 if let Some(turn) = self.send_again(&before).await? {

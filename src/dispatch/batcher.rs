@@ -762,7 +762,8 @@ mod tests {
     async fn a_job_that_is_lost_while_it_is_sent_is_not_sent() {
         let failed = Err(SendError::NotSent("throttled".into()));
         for lost_after_ms in [4, 12] {
-            let (house, run) = house(ScriptedQueue::new(false, &[failed.clone()]), SetJournal::default());
+            let (house, run) =
+                house(ScriptedQueue::new(false, std::slice::from_ref(&failed)), SetJournal::default());
             let work = async {
                 let id = JobId::new(NodeId(1), 1, 7);
                 let sending = house.send(7, "f", 1);

@@ -207,6 +207,8 @@ impl Schedule {
             }
             if !is_last_chance && !self.has_memory(memory_mb) {
                 first = first.into_iter().chain([seq]).min();
+                // Now, since others that were taken with it may be the next to pass it.
+                self.line.set_first(first);
                 at += 1;
                 continue;
             }

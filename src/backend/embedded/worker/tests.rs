@@ -328,7 +328,7 @@ for _ in range(8):
         os.wait()
 print('done')";
     const POOL: &str = "import multiprocessing
-x = b'x' * (40 << 20)
+x = b'x' * (60 << 20)
 def length(n):
     return len(x) * n
 if __name__ == '__main__':

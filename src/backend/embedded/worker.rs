@@ -242,8 +242,8 @@ impl Schedule {
         is_more
     }
 
-    /// Starts the job with number `seq`, which has waited long enough, if the memory that is really used leaves
-    /// room. If not, it waits for a run to end, as each does at its time limit.
+    /// Starts the job with number `seq`, which has waited long enough, if the memory that is really used
+    /// leaves room. If not, it waits for a run to end, as each does at its time limit.
     fn start_beyond(&mut self, seq: i64) {
         let used_mb = self.used_mb();
         if used_mb >= self.memory_mb || !self.has_slot() {

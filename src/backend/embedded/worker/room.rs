@@ -1,13 +1,13 @@
 //! How much runs at once: as much as the memory of the machine allows, however few its cores are.
 //!
 //! A function that calls a function waits for it, and takes no CPU meanwhile. Were runs bounded by the cores,
-//! so many callers would wait for ever for a run that cannot begin. The memory that runs are promised is bounded
-//! too, so the same would happen when callers hold all of it. But most use far less than they are promised: a job
-//! that has waited for a while starts beyond the promises if the memory that is really used leaves room. To wait
-//! until all runs idle was rejected: a caller that polls never does.
+//! so many callers would wait for ever for a run that cannot begin. The memory that runs are promised is
+//! bounded too, so the same would happen when callers hold all of it. But most use far less than they are
+//! promised: a job that has waited for a while starts beyond the promises if the memory that is really used
+//! leaves room. To wait until all runs idle was rejected: a caller that polls never does.
 //!
-//! A job that waits for memory lets later ones that fit pass it, for a limited time, so that it does not starve.
-//! [`Line`] keeps both times.
+//! A job that waits for memory lets later ones that fit pass it, for a limited time, so that it does not
+//! starve. [`Line`] keeps both times.
 //!
 //! Runs that compute do share the cores, with the gateway among others. While there are [`BUSY_A_CORE_MAX`]
 //! for each core others begin at a slow pace: they are not held up for good, since those that compute may

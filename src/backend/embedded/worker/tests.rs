@@ -473,8 +473,8 @@ begun.write_text('')";
     floor.stop().await;
 }
 
-/// Writes its `REQUEST_ID` into the directory `DIR`, fills `MB` of memory, and ends when the file `UNTIL` is there
-/// or after `SECONDS`. Prints who else began meanwhile.
+/// Writes its `REQUEST_ID` into the directory `DIR`, fills `MB` of memory, and ends when the file `UNTIL` is
+/// there or after `SECONDS`. Prints who else began meanwhile.
 const HOLDS_ITS_PLACE: &str = "import os, pathlib, time
 env = os.environ
 me = pathlib.Path(env['DIR']) / env['REQUEST_ID']

@@ -1,8 +1,8 @@
 //! What the processes of a run use, all together, as `/proc` says.
 //!
 //! Memory is what is resident and backed by no file (anonymous pages and shared memory). Address space is not
-//! memory: a thread's stack takes 8 MiB of it. Pages of files are not the run's: the kernel can drop them at any
-//! time, and an interpreter's program is most of them (34 of the 40 MiB of Node.js).
+//! memory: a thread's stack takes 8 MiB of it. Pages of files are not the run's: the kernel can drop them at
+//! any time, and an interpreter's program is most of them (34 of the 40 MiB of Node.js).
 
 use nix::unistd::Pid;
 use std::fs;
@@ -72,8 +72,8 @@ pub(super) fn measure(root: Pid) -> Usage {
     usage
 }
 
-/// Asks for the shares of these processes, for which the kernel visits each of their pages: about a millisecond
-/// a process.
+/// Asks for the shares of these processes, for which the kernel visits each of their pages: about a
+/// millisecond a process.
 ///
 /// The shares of several processes are no snapshot. The share of one grows when another one exits, so the sum
 /// over those asked before and after an exit would be too large. Hence those that are gone in the end count

@@ -5,6 +5,7 @@
 
 mod code;
 mod message;
+mod monitor;
 mod process;
 mod result;
 mod room;
@@ -19,18 +20,17 @@ use crate::backend::BackendError;
 use crate::model::now_ms;
 use code::RunDir;
 use message::Message;
-use process::{CpuUse, Program};
+use monitor::Gauge;
+use process::Program;
 use result::RunResult;
-use room::{RUNS_MAX, Stall};
+use room::{Line, RUNS_MAX};
 use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{self, JoinSet};
-use tokio::time::Instant;
 
 /// Most jobs that are taken off the table in advance, and most that wait for their last chance: each may have
 /// 1 MiB.
@@ -38,8 +38,6 @@ const TAKEN_MAX: usize = 32;
 const LAST_CHANCES_MAX: usize = 64;
 /// How often a job is started without an end before it fails: it may be what ends the gateway.
 const STARTS_MAX: u32 = 3;
-/// How long a job waits for memory while all that runs idles; then it fails. See [`room`].
-const STALL_MAX: Duration = Duration::from_secs(20);
 /// How often the queue is looked at unasked: for a job whose sender left before its commit, and after an error.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Added to a python run's memory for what it asks for and never touches: the stacks of a thousand threads.
@@ -53,7 +51,9 @@ pub struct Worker {
     activity: Arc<Activity>,
     /// What all runs together may be promised.
     memory_mb: u64,
-    stall_max: Duration,
+    /// See [`room::STALL`] and [`room::PASSING_MAX`].
+    stall: Duration,
+    passing_max: Duration,
     busy_max: usize,
 }
 
@@ -65,8 +65,6 @@ struct Runner {
     runs_dir: PathBuf,
     python: Option<PathBuf>,
     node: Option<PathBuf>,
-    /// CPU time that all runs have used so far, as far as it was seen.
-    cpu_ticks: AtomicU64,
 }
 
 impl Worker {
@@ -78,23 +76,29 @@ impl Worker {
         runs_dir: PathBuf,
     ) -> Self {
         let (python, node) = (on_path("python3"), on_path("node"));
-        let cpu_ticks = AtomicU64::new(0);
-        let runner = Runner { queue, results, code_dir, runs_dir, python, node, cpu_ticks };
+        let runner = Runner { queue, results, code_dir, runs_dir, python, node };
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let busy_max = cores.saturating_mul(room::BUSY_A_CORE_MAX);
-        Self { runner, activity, memory_mb: room::memory_mb(), stall_max: STALL_MAX, busy_max }
+        let (memory_mb, stall, passing_max) = (room::memory_mb(), room::STALL, room::PASSING_MAX);
+        Self { runner, activity, memory_mb, stall, passing_max, busy_max }
     }
 
     /// Runs jobs, as many at once as their memory allows, until `stop` turns true or its sender is gone. Runs
     /// that have not ended by then are killed; their jobs are still on the queue and run again at the next
     /// start.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
+        if !tree::lists_children(Path::new("/proc")) {
+            tracing::warn!(
+                "Memory Of Runs Not Bounded: /proc Lists No Children (kernel option CONFIG_PROC_CHILDREN)"
+            );
+        }
         let runner = &mut self.runner;
         runner.python = real_path(runner.python.take(), ["-c", "import sys; print(sys.executable)"]).await;
         runner.node = real_path(runner.node.take(), ["-p", "process.execPath"]).await;
         let runner = Arc::new(self.runner);
         let active = self.activity.begin();
-        let mut schedule = Schedule::new(runner.clone(), self.memory_mb, self.stall_max, self.busy_max);
+        let line = Line::new(self.stall, self.passing_max);
+        let mut schedule = Schedule::new(runner.clone(), self.memory_mb, line, self.busy_max);
         loop {
             schedule.fill().await;
             active.show_runs(schedule.runs.len());
@@ -113,20 +117,25 @@ impl Worker {
 struct Schedule {
     runner: Arc<Runner>,
     memory_mb: u64,
-    stall_max: Duration,
     /// While so many runs compute, another one starts only each [`LOOK_EVERY`].
     busy_max: usize,
-    started_at: Option<Instant>,
     runs: JoinSet<()>,
     held: HashMap<task::Id, Held>,
     /// Number of the last job taken off the table.
     last: i64,
-    /// In order of arrival; the first waits for memory.
-    taken: VecDeque<Queued>,
+    /// In order of arrival.
+    taken: VecDeque<Waiting>,
     /// Jobs that were started so often that the next start decides: one at a time, so that it is known which
     /// one ends the gateway, and those that happened to run beside it do not fail with it.
-    last_chances: VecDeque<Queued>,
-    stall: Stall,
+    last_chances: VecDeque<Waiting>,
+    line: Line,
+}
+
+/// A job that waits for its start.
+struct Waiting {
+    job: Queued,
+    /// Read once: a message may be long.
+    memory_mb: u64,
 }
 
 /// What a run holds.
@@ -135,125 +144,157 @@ struct Held {
     memory_mb: u64,
     /// How often the job had been started before.
     starts: u32,
-    /// Whether it computes, and does not wait.
-    is_busy: Arc<AtomicBool>,
+    gauge: Arc<Gauge>,
 }
 
 impl Schedule {
-    fn new(runner: Arc<Runner>, memory_mb: u64, stall_max: Duration, busy_max: usize) -> Self {
+    fn new(runner: Arc<Runner>, memory_mb: u64, line: Line, busy_max: usize) -> Self {
         Self {
             runner,
             memory_mb,
-            stall_max,
             busy_max,
-            started_at: None,
             runs: JoinSet::new(),
             held: HashMap::new(),
             last: 0,
             taken: VecDeque::new(),
             last_chances: VecDeque::new(),
-            stall: Stall::default(),
+            line,
         }
     }
 
-    /// Starts all that may start, or fails the first job that waits if nothing else will help it.
+    /// Starts all that may start.
     async fn fill(&mut self) {
-        let is_blocked = self.start_last_chance() | self.start_taken().await;
-        if !is_blocked {
-            self.stall.clear();
-        } else if self.stall.is_over(self.runner.cpu_ticks.load(Ordering::Relaxed), self.stall_max) {
-            self.stall.clear();
-            let waited_longest = self.taken.pop_front().or_else(|| self.last_chances.pop_front());
-            if let Some(job) = waited_longest {
-                tracing::warn!(job = %job.id, function = job.function, "Job Failed: Idle Runs Hold All Memory");
-                let reason = self.no_room();
-                self.start(job, 0, Some(reason));
-            }
+        let last_chance = self.start_last_chance();
+        let first = self.start_taken(last_chance).await;
+        self.line.set_first(first);
+        if let Some(seq) = self.line.stalled() {
+            self.start_beyond(seq);
         }
     }
 
-    /// Whether a job with a last chance waits for memory (and not for another one of its kind).
-    fn start_last_chance(&mut self) -> bool {
+    /// Gives a job its last chance, or returns its number if it waits for memory (and not for another one of
+    /// its kind).
+    fn start_last_chance(&mut self) -> Option<i64> {
         let is_one_running = self.held.values().any(|held| held.starts == STARTS_MAX - 1);
         if is_one_running {
-            return false;
+            return None;
         }
-        let Some(job) = self.last_chances.front() else { return false };
-        let memory_mb = Message::memory_mb_of(&job.message);
-        let fits = self.fits(memory_mb);
-        if fits && let Some(job) = self.last_chances.pop_front() {
-            self.start(job, memory_mb, None);
+        let waiting = self.last_chances.front()?;
+        if !self.has_memory(waiting.memory_mb) {
+            return Some(waiting.job.seq);
         }
-        !fits
+        if self.has_slot()
+            && let Some(waiting) = self.last_chances.pop_front()
+        {
+            self.start(waiting);
+        }
+        None
     }
 
-    /// Whether a job waits for memory.
-    async fn start_taken(&mut self) -> bool {
+    /// Starts those of the jobs in order of arrival that fit. Returns the number of the first that waits for
+    /// memory; `first` is that of a job with a last chance.
+    async fn start_taken(&mut self, mut first: Option<i64>) -> Option<i64> {
+        let mut at = 0;
         loop {
-            if self.taken.is_empty() {
-                self.taken.extend(self.runner.take(self.last, TAKEN_MAX).await);
-                self.last = self.taken.back().map_or(self.last, |job| job.seq);
+            if at == self.taken.len() && !self.take_more().await {
+                return first;
             }
-            let Some(job) = self.taken.pop_front() else { return false };
-            let memory_mb = Message::memory_mb_of(&job.message);
-            if job.starts == STARTS_MAX - 1 {
-                if self.last_chances.len() == LAST_CHANCES_MAX {
-                    self.taken.push_front(job);
-                    return false;
-                }
-                self.last_chances.push_back(job);
+            let Waiting { job, memory_mb } = &self.taken[at];
+            let (seq, memory_mb) = (job.seq, *memory_mb);
+            let is_last_chance = job.starts == STARTS_MAX - 1;
+            if is_last_chance && self.last_chances.len() == LAST_CHANCES_MAX {
+                return first;
+            }
+            if !is_last_chance && !self.has_memory(memory_mb) {
+                first = first.into_iter().chain([seq]).min();
+                // Now, since others that were taken with it may be the next to pass it.
+                self.line.set_first(first);
+                at += 1;
+                continue;
+            }
+            let may_pass = first.is_none_or(|first| self.line.may_pass(first));
+            if !is_last_chance && !(may_pass && self.has_slot()) {
+                return first;
+            }
+            let Some(waiting) = self.taken.remove(at) else { return first };
+            if is_last_chance {
+                self.last_chances.push_back(waiting);
                 self.start_last_chance();
-            } else if self.fits(memory_mb) {
-                self.start(job, memory_mb, None);
             } else {
-                self.taken.push_front(job);
-                return true;
+                self.start(waiting);
             }
+        }
+    }
+
+    /// Whether there are more jobs on the table, and room for them here.
+    async fn take_more(&mut self) -> bool {
+        let room = TAKEN_MAX - self.taken.len();
+        if room == 0 {
+            return false;
+        }
+        let more = self.runner.take(self.last, room).await;
+        self.last = more.last().map_or(self.last, |job| job.seq);
+        let is_more = !more.is_empty();
+        self.taken.extend(more.into_iter().map(|job| {
+            let memory_mb = Message::memory_mb_of(&job.message);
+            Waiting { job, memory_mb }
+        }));
+        is_more
+    }
+
+    /// Starts the job with number `seq`, which has waited long enough, if the memory that is really used
+    /// leaves room. If not, it waits for a run to end, as each does at its time limit.
+    fn start_beyond(&mut self, seq: i64) {
+        let used_mb = self.used_mb();
+        if used_mb >= self.memory_mb || !self.has_slot() {
+            return;
+        }
+        let waiting = match self.taken.iter().position(|waiting| waiting.job.seq == seq) {
+            Some(at) => self.taken.remove(at),
+            None => self.last_chances.pop_front_if(|waiting| waiting.job.seq == seq),
+        };
+        if let Some(waiting) = waiting {
+            let (promised_mb, job) = (self.promised_mb(), &waiting.job);
+            tracing::info!(
+                job = %job.id, function = job.function, promised_mb, used_mb,
+                "Job Started Beyond Promised Memory"
+            );
+            self.start(waiting);
         }
     }
 
     /// A run that is alone may have whatever its function has.
-    fn fits(&self, memory_mb: u64) -> bool {
+    fn has_memory(&self, memory_mb: u64) -> bool {
         let promised = self.promised_mb();
-        let has_room = promised == 0 || promised.saturating_add(memory_mb) <= self.memory_mb;
-        has_room && self.runs.len() < RUNS_MAX && self.has_cpu()
+        promised == 0 || promised.saturating_add(memory_mb) <= self.memory_mb
     }
 
-    /// Whether runs that compute leave some of the CPU. If not, one starts now and then all the same: those
-    /// that compute may do so only until it has run.
-    fn has_cpu(&self) -> bool {
-        let busy = self.held.values().filter(|held| held.is_busy.load(Ordering::Relaxed)).count();
-        busy < self.busy_max || self.started_at.is_none_or(|at| at.elapsed() >= LOOK_EVERY)
+    /// Whether there may be one more run, and runs that compute leave some of the CPU. If they do not, one
+    /// starts now and then all the same: those that compute may do so only until it has run.
+    fn has_slot(&self) -> bool {
+        let busy = self.held.values().filter(|held| held.gauge.is_busy()).count();
+        self.runs.len() < RUNS_MAX && (busy < self.busy_max || self.line.is_quiet_for(LOOK_EVERY))
     }
 
     fn promised_mb(&self) -> u64 {
         self.held.values().fold(0, |sum, held| sum.saturating_add(held.memory_mb))
     }
 
-    fn no_room(&self) -> String {
-        format!(
-            "there is no memory to run the function: {} runs hold {} of {} MB, and all have waited idly for {} s. If \
-             functions wait for functions that they call, give them less memory or this machine more, or call with \
-             `x-async: true`",
-            self.held.len(),
-            self.promised_mb(),
-            self.memory_mb,
-            self.stall_max.as_secs()
-        )
+    /// The memory that runs really use. One that was not measured yet may use all that it is promised.
+    fn used_mb(&self) -> u64 {
+        let used = |held: &Held| held.gauge.memory_bytes().map_or(held.memory_mb, |bytes| bytes >> 20);
+        self.held.values().fold(0, |sum, held| sum.saturating_add(used(held)))
     }
 
-    fn start(&mut self, job: Queued, memory_mb: u64, refusal: Option<String>) {
-        self.stall.clear();
-        self.started_at = Some(Instant::now());
-        // Until it is seen to wait.
-        let is_busy = Arc::new(AtomicBool::new(true));
-        let held = Held { seq: job.seq, memory_mb, starts: job.starts, is_busy: Arc::clone(&is_busy) };
-        let run = self.runs.spawn(self.runner.clone().settle(job, refusal, is_busy));
+    fn start(&mut self, Waiting { job, memory_mb }: Waiting) {
+        self.line.started();
+        let gauge = Arc::new(Gauge::new(Arc::clone(&self.runner.queue.arrived)));
+        let held = Held { seq: job.seq, memory_mb, starts: job.starts, gauge: Arc::clone(&gauge) };
+        let run = self.runs.spawn(self.runner.clone().settle(job, gauge));
         self.held.insert(run.id(), held);
     }
 
     fn ended(&mut self, ended: Result<(task::Id, ()), task::JoinError>) {
-        self.stall.clear();
         let id = match ended {
             Ok((id, ())) => id,
             Err(e) => {
@@ -285,13 +326,13 @@ impl Runner {
     }
 
     /// Runs a job and takes it off the queue. Tries until that is written: in this process no one else will.
-    async fn settle(self: Arc<Self>, job: Queued, refusal: Option<String>, is_busy: Arc<AtomicBool>) {
+    async fn settle(self: Arc<Self>, job: Queued, gauge: Arc<Gauge>) {
         if job.deadline <= now_ms() {
             tracing::warn!(job = %job.id, function = job.function, "Job Past Its Deadline Dropped");
             until_written(|| self.queue.remove(job.seq)).await;
             return;
         }
-        let result = match refusal.or_else(|| has_ended_us(&job)) {
+        let result = match has_ended_us(&job) {
             Some(reason) => {
                 RunResult::failed(&job, Message::parse(&job.message).ok().map(|m| m.memory_mb), reason)
             }
@@ -299,14 +340,14 @@ impl Runner {
                 // Before it starts: what ends us leaves no time to write.
                 let counted = || self.queue.set_starts(vec![(job.seq, job.starts + 1)]);
                 until_written(counted).await;
-                self.execute(&job, &is_busy).await
+                self.execute(&job, &gauge).await
             }
         };
         let result = result.to_json();
         until_written(|| self.results.finish(job.seq, job.id, result.clone())).await;
     }
 
-    async fn execute(&self, job: &Queued, is_busy: &AtomicBool) -> RunResult {
+    async fn execute(&self, job: &Queued, gauge: &Gauge) -> RunResult {
         let message = match Message::parse(&job.message) {
             Ok(message) => message,
             Err(reason) => return RunResult::failed(job, None, reason),
@@ -331,8 +372,7 @@ impl Runner {
         let (dir_of_code, memory_mb) = (dir.code(), message.memory_mb);
         let program =
             Program { interpreter, args, dir: dir_of_code, env, memory_mb, data_bytes_max, time_limit };
-        let cpu = CpuUse { ticks: &self.cpu_ticks, is_busy, idled: &self.queue.arrived };
-        let result = match process::run(&program, cpu).await {
+        let result = match process::run(&program, gauge).await {
             Ok(ended) => RunResult::ended(job, message.memory_mb, ended),
             Err(e) => failed(format!("the program could not be started: {e}")),
         };

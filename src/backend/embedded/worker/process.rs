@@ -3,8 +3,9 @@
 //! `tokio::process` was rejected: it reaps the child itself, and with that goes what the child used (`wait4`) and
 //! the moment in which it can still be signalled by number without hitting a stranger.
 
+use super::monitor::{Gauge, Stop, Watch};
 use super::supervisor;
-use super::tree::{self, Usage, peak_memory_bytes};
+use super::tree::{self, peak_memory_bytes};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::prctl;
@@ -18,12 +19,10 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{ChildStderr, ChildStdout};
-use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 /// Most bytes kept of each of stdout and stderr; the rest is read and thrown away, so that no run blocks on it.
@@ -36,28 +35,9 @@ const DRAIN_MAX: Duration = Duration::from_secs(1);
 const TIMED_OUT: i32 = 124;
 /// Exit code of a run that was stopped because it used too much, as of one that the kernel killed.
 const KILLED: i32 = 137;
-/// First and longest pause between two looks at what a run uses. The longest bounds how far a run gets beyond
-/// its memory: some hundred MiB for one that does nothing but fill it.
-const SAMPLE_MIN: Duration = Duration::from_millis(4);
-const SAMPLE_MAX: Duration = Duration::from_millis(100);
-/// The same for a run that uses more than half of its memory.
-const SAMPLE_CLOSE: Duration = Duration::from_millis(10);
 /// `/proc/self/oom_score_adj`: when the machine has no memory left, the kernel ends a run and not the
 /// gateway.
 const OOM_SCORE: &[u8] = b"1000";
-
-/// A run that has used no CPU for so long waits for something.
-const IDLE_AFTER: Duration = Duration::from_millis(200);
-
-/// What a run uses of the CPU, for those who start others.
-pub(super) struct CpuUse<'a> {
-    /// Clock ticks that all runs have used; those of this one are added as it goes.
-    pub(super) ticks: &'a AtomicU64,
-    /// Whether this run computes.
-    pub(super) is_busy: &'a AtomicBool,
-    /// Notified when it does so no more.
-    pub(super) idled: &'a Notify,
-}
 
 /// What to run, and within what.
 pub(super) struct Program {
@@ -66,7 +46,7 @@ pub(super) struct Program {
     pub(super) dir: PathBuf,
     /// The whole environment.
     pub(super) env: BTreeMap<String, String>,
-    /// Most memory that its processes may hold together, in MiB.
+    /// Most memory that its processes may hold together, in MiB; see [`tree`].
     pub(super) memory_mb: u64,
     /// Most private memory that one process may ask for, in bytes, used or not: a backstop.
     pub(super) data_bytes_max: Option<u64>,
@@ -81,15 +61,9 @@ pub(super) struct Ended {
     pub(super) stdout: String,
     pub(super) stderr: String,
     pub(super) duration: Duration,
-    /// Most memory that one of its processes held, or that all held together at a look.
+    /// Most resident memory that one of its processes held, or that all held together at a look, in which a
+    /// page that processes share counts once.
     pub(super) peak_memory_bytes: Option<u64>,
-}
-
-/// Why a run was stopped.
-enum Stop {
-    Time,
-    Memory(u64),
-    Tasks,
 }
 
 /// Runs the program to its end. Dropping the future kills it and all it started.
@@ -100,7 +74,7 @@ enum Stop {
 ///
 /// # Errors
 /// If the program cannot be started, for example because its environment is too large.
-pub(super) async fn run(program: &Program, cpu: CpuUse<'_>) -> io::Result<Ended> {
+pub(super) async fn run(program: &Program, gauge: &Gauge) -> io::Result<Ended> {
     let started = Instant::now();
     let mut child = command(program).spawn()?;
     let supervised = Arc::new(Supervised {
@@ -128,7 +102,7 @@ pub(super) async fn run(program: &Program, cpu: CpuUse<'_>) -> io::Result<Ended>
                     None
                 }
                 () = &mut limit, if stopped.is_none() => Some(Stop::Time),
-                found = watch.next(&cpu), if stopped.is_none() => found,
+                found = watch.next(gauge), if stopped.is_none() => found,
             };
             if let Some(found) = found {
                 stopped = Some(found);
@@ -145,7 +119,7 @@ pub(super) async fn run(program: &Program, cpu: CpuUse<'_>) -> io::Result<Ended>
         stdout: stdout.text(),
         stderr: stderr.text(),
         duration: started.elapsed(),
-        peak_memory_bytes: exit.peak_above_ours().max(watch.peak_bytes),
+        peak_memory_bytes: exit.peak_above_ours().max(watch.peak_bytes()),
     };
     if let Some(stopped) = stopped {
         let (code, why) = stopped.explain(program);
@@ -173,52 +147,6 @@ impl Stop {
             Self::Tasks => {
                 (KILLED, format!("the run had more than {} processes and threads", tree::TASKS_MAX))
             }
-        }
-    }
-}
-
-/// Looks at what a run uses, again and again.
-struct Watch {
-    supervisor: Pid,
-    memory_bytes_max: u64,
-    pause: Duration,
-    last: Usage,
-    /// When it was last seen to have used CPU time.
-    used_at: Instant,
-    peak_bytes: Option<u64>,
-}
-
-impl Watch {
-    fn new(supervisor: Pid, memory_mb: u64) -> Self {
-        let memory_bytes_max = memory_mb.saturating_mul(1 << 20);
-        let (pause, last, used_at) = (SAMPLE_MIN, Usage::default(), Instant::now());
-        Self { supervisor, memory_bytes_max, pause, last, used_at, peak_bytes: None }
-    }
-
-    /// Looks once more, after a pause: whether the run must be stopped. May be dropped and called again.
-    async fn next(&mut self, cpu: &CpuUse<'_>) -> Option<Stop> {
-        sleep(self.pause).await;
-        let (supervisor, most) = (self.supervisor, self.memory_bytes_max);
-        // The kernel may take a while to count a large run.
-        let usage = tokio::task::spawn_blocking(move || tree::measure(supervisor, most)).await.ok()?;
-        let is_close = usage.memory_bytes > most / 2;
-        self.pause = (self.pause * 2).min(if is_close { SAMPLE_CLOSE } else { SAMPLE_MAX });
-        let ticks = usage.cpu_ticks.saturating_sub(self.last.cpu_ticks);
-        cpu.ticks.fetch_add(ticks, Ordering::Relaxed);
-        if ticks > 0 {
-            self.used_at = Instant::now();
-            cpu.is_busy.store(true, Ordering::Relaxed);
-        } else if self.used_at.elapsed() >= IDLE_AFTER && cpu.is_busy.swap(false, Ordering::Relaxed) {
-            cpu.idled.notify_one();
-        }
-        self.last = usage;
-        if usage.peak_bytes > 0 {
-            self.peak_bytes = self.peak_bytes.max(Some(usage.peak_bytes));
-        }
-        match usage {
-            Usage { memory_bytes, .. } if memory_bytes > most => Some(Stop::Memory(memory_bytes)),
-            Usage { tasks, .. } if tasks > tree::TASKS_MAX => Some(Stop::Tasks),
-            _ => None,
         }
     }
 }

@@ -1,8 +1,13 @@
 //! How much runs at once: as much as the memory of the machine allows, however few its cores are.
 //!
 //! A function that calls a function waits for it, and takes no CPU meanwhile. Were runs bounded by the cores,
-//! so many callers would wait for ever for a run that cannot begin. Memory is bounded too, so the same can
-//! still happen when callers hold all of it: then all runs idle while a job waits, which [`Stall`] notices.
+//! so many callers would wait for ever for a run that cannot begin. The memory that runs are promised is
+//! bounded too, so the same would happen when callers hold all of it. But most use far less than they are
+//! promised: a job that has waited for a while starts beyond the promises if the memory that is really used
+//! leaves room. To wait until all runs idle was rejected: a caller that polls never does.
+//!
+//! A job that waits for memory lets later ones that fit pass it, for a limited time, so that it does not
+//! starve. [`Line`] keeps both times.
 //!
 //! Runs that compute do share the cores, with the gateway among others. While there are [`BUSY_A_CORE_MAX`]
 //! for each core others begin at a slow pace: they are not held up for good, since those that compute may
@@ -18,8 +23,11 @@ pub(super) const RUNS_MAX: usize = 256;
 pub(super) const BUSY_A_CORE_MAX: usize = 2;
 /// The part of the memory that runs may be promised; the rest is the gateway's, and the system's.
 const PART: (u64, u64) = (3, 4);
-/// CPU time below which runs count as idle over the time of a stall, in clock ticks (of 10 ms).
-const IDLE_TICKS_MAX: u64 = 20;
+/// How long a job waits for promised memory while nothing starts; then it may start beyond that. It is also
+/// the time in which what started before shows how much it uses.
+pub(super) const STALL: Duration = Duration::from_secs(5);
+/// How long a job that waits for memory lets others pass.
+pub(super) const PASSING_MAX: Duration = Duration::from_secs(10);
 
 /// The memory that runs may be promised together, in MiB: three quarters of the machine's, or of the control
 /// group's if that has less.
@@ -61,31 +69,46 @@ fn group_limit_bytes(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Op
     least
 }
 
-/// Tells a job that waits for memory while others work from one that waits for those that wait for it.
-#[derive(Default)]
-pub(super) struct Stall {
-    /// Since when the runs idle, and the CPU time that they had used then.
-    idle: Option<(Instant, u64)>,
+/// The line of jobs that wait for memory, by its first.
+pub(super) struct Line {
+    stall: Duration,
+    passing_max: Duration,
+    /// Number of the first job, and since when it is the first.
+    first: Option<(i64, Instant)>,
+    /// When a run was last started.
+    started_at: Option<Instant>,
 }
 
-impl Stall {
-    /// No job waits, or a run has begun or ended.
-    pub(super) fn clear(&mut self) {
-        self.idle = None;
+impl Line {
+    pub(super) fn new(stall: Duration, passing_max: Duration) -> Self {
+        Self { stall, passing_max, first: None, started_at: None }
     }
 
-    /// A job waits for memory, and the runs have used `cpu_ticks` in all: whether they have idled for
-    /// `longest`.
-    pub(super) fn is_over(&mut self, cpu_ticks: u64, longest: Duration) -> bool {
-        match self.idle {
-            Some((since, before)) if cpu_ticks.saturating_sub(before) <= IDLE_TICKS_MAX => {
-                since.elapsed() >= longest
-            }
-            _ => {
-                self.idle = Some((Instant::now(), cpu_ticks));
-                false
-            }
+    /// The job with number `seq` is the first that waits, or none does.
+    pub(super) fn set_first(&mut self, seq: Option<i64>) {
+        if self.first.map(|(first, _)| first) != seq {
+            self.first = seq.map(|seq| (seq, Instant::now()));
         }
+    }
+
+    pub(super) fn started(&mut self) {
+        self.started_at = Some(Instant::now());
+    }
+
+    /// Whether nothing was started for `time`.
+    pub(super) fn is_quiet_for(&self, time: Duration) -> bool {
+        self.started_at.is_none_or(|at| at.elapsed() >= time)
+    }
+
+    /// Whether others may pass the job with number `seq`.
+    pub(super) fn may_pass(&self, seq: i64) -> bool {
+        self.first.is_none_or(|(first, since)| first != seq || since.elapsed() < self.passing_max)
+    }
+
+    /// The first job, if it has waited long enough to start beyond the promised memory.
+    pub(super) fn stalled(&self) -> Option<i64> {
+        let (seq, since) = self.first?;
+        (since.elapsed() >= self.stall && self.is_quiet_for(self.stall)).then_some(seq)
     }
 }
 
@@ -130,22 +153,29 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn only_runs_that_idle_stall() {
-        let longest = Duration::from_secs(20);
-        let mut stall = Stall::default();
-        let mut looks = Vec::new();
-        // (seconds later, CPU time until then)
-        for (seconds, ticks) in
-            [(0, 100), (19, 100), (0, 100 + IDLE_TICKS_MAX), (1, 110), (1, 300), (19, 301)]
-        {
-            tokio::time::advance(Duration::from_secs(seconds)).await;
-            looks.push(stall.is_over(ticks, longest));
+    async fn the_first_stalls_only_while_nothing_starts() {
+        let second = Duration::from_secs(1);
+        let mut line = Line::new(5 * second, 10 * second);
+        line.set_first(Some(7));
+        for at in 0..20 {
+            // Others pass it until it lets none pass any more.
+            let passes = line.may_pass(7) && at % 3 == 0;
+            assert_eq!(passes, at % 3 == 0 && at < 10, "{at} s");
+            assert_eq!(line.stalled(), (at >= 14).then_some(7), "{at} s");
+            if passes {
+                line.started();
+            }
+            line.set_first(Some(7));
+            tokio::time::advance(second).await;
         }
-        assert_eq!(looks, [false, false, false, true, false, false]);
-        stall.clear();
-        tokio::time::advance(longest).await;
-        assert!(!stall.is_over(301, longest), "it begins anew");
-        tokio::time::advance(longest).await;
-        assert!(stall.is_over(301, longest));
+        line.started();
+        line.set_first(Some(8));
+        assert!(line.may_pass(8), "its own time begins");
+        tokio::time::advance(4 * second).await;
+        assert_eq!(line.stalled(), None);
+        tokio::time::advance(second).await;
+        assert_eq!(line.stalled(), Some(8));
+        line.set_first(None);
+        assert_eq!(line.stalled(), None);
     }
 }

@@ -314,6 +314,74 @@ async fn memory_is_measured() {
     assert!((200 << 20..600 << 20).contains(&peak), "{peak}");
 }
 
+/// What processes share counts once, however they come and go.
+#[tokio::test]
+async fn runs_that_fork_have_the_memory_that_they_use() {
+    const EXITS: &str = "import os, time
+x = b'x' * (80 << 20)
+for _ in range(8):
+    for n in range(4):
+        if os.fork() == 0:
+            time.sleep(0.06 + 0.004 * n)
+            os._exit(0)
+    for _ in range(4):
+        os.wait()
+print('done')";
+    const POOL: &str = "import multiprocessing
+x = b'x' * (60 << 20)
+def length(n):
+    return len(x) * n
+if __name__ == '__main__':
+    for _ in range(2):
+        with multiprocessing.get_context('fork').Pool(4) as pool:
+            pool.map(length, range(400))
+    print('done')";
+    // Others each time, and above the limit all the time.
+    const CHANGING: &str = "import os, time
+x = b'x' * (70 << 20)
+for _ in range(3):
+    if os.fork() == 0:
+        y = b'y' * (40 << 20)
+        time.sleep(20)
+        os._exit(0)
+end = time.monotonic() + 20
+while time.monotonic() < end:
+    if os.fork() == 0:
+        time.sleep(0.003)
+        os._exit(0)
+    os.wait()";
+    let scratch = Scratch::new();
+    let floor = Floor::start(&scratch);
+    for (source, times, code) in [(EXITS, 5, 0), (POOL, 5, 0), (CHANGING, 1, 137)] {
+        install(&scratch, "main.py", source);
+        for _ in 0..times {
+            let result = floor.call(&message()).await;
+            assert_eq!(result["exitCode"], code, "{source}: {result}");
+            let peak = result["peakMemoryBytes"].as_u64().unwrap();
+            assert!(code != 0 || peak < 128 << 20, "{source}: {peak}");
+        }
+    }
+    floor.stop().await;
+}
+
+/// Most of Node's resident memory is its own program.
+#[tokio::test]
+async fn node_runs_in_32_mb() {
+    let scratch = Scratch::new();
+    if on_path("node").is_none() {
+        return;
+    }
+    let source = "console.log('done'); setTimeout(() => {}, 300)";
+    install(&scratch, "index.js", source);
+    let floor = Floor::start(&scratch);
+    let result = floor.call(&with(json!({ "runtime": "nodejs", "memoryMb": 32 }))).await;
+    assert_eq!((&result["exitCode"], &result["stdout"]), (&json!(0), &json!("done\n")), "{result}");
+    install(&scratch, "index.js", "const x = Buffer.alloc(80 << 20, 1); setTimeout(() => x, 20_000)");
+    let result = floor.call(&with(json!({ "runtime": "nodejs", "memoryMb": 32 }))).await;
+    assert_eq!(result["exitCode"], 137, "{result}");
+    floor.stop().await;
+}
+
 #[tokio::test]
 async fn the_output_of_a_killed_run_is_kept() {
     let kill = "import os
@@ -405,32 +473,95 @@ begun.write_text('')";
     floor.stop().await;
 }
 
+/// Writes its `REQUEST_ID` into the directory `DIR`, fills `MB` of memory, and ends when the file `UNTIL` is
+/// there or after `SECONDS`. Prints who else began meanwhile.
+const HOLDS_ITS_PLACE: &str = "import os, pathlib, time
+env = os.environ
+me = pathlib.Path(env['DIR']) / env['REQUEST_ID']
+x = b'x' * (int(env['MB']) << 20)
+me.write_text('')
+end = time.monotonic() + float(env['SECONDS'])
+while time.monotonic() < end and not (me.parent / env['UNTIL']).exists():
+    time.sleep(0.01) if env['WORK'] == 'idle' else sum(range(1000))
+print(len(list(me.parent.iterdir())) - 1)";
+
+/// A message for the function above, and its directory.
+fn holds(dir: &Path, memory_mb: u64, changes: Value) -> Value {
+    let mut env_vars = json!({ "DIR": dir, "MB": 0, "SECONDS": 600, "UNTIL": "end", "WORK": "idle" });
+    env_vars.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    with(json!({ "memoryMb": memory_mb, "timeoutMs": 600_000, "envVars": env_vars }))
+}
+
+fn place(scratch: &Scratch) -> PathBuf {
+    install(scratch, "main.py", HOLDS_ITS_PLACE);
+    let dir = scratch.path().join("begun");
+    fs::create_dir(&dir).unwrap();
+    dir
+}
+
+/// The first has all promised memory, and ends only when the second has run, whether it idles or polls.
 #[tokio::test]
-async fn what_waits_for_idle_runs_fails_and_what_waits_for_busy_ones_waits() {
-    let source = "import os, time
-print(os.environ['WORK'])
-end = time.monotonic() + float(os.environ['SECONDS'])
-while time.monotonic() < end:
-    time.sleep(1) if os.environ['WORK'] == 'idle' else sum(range(1000))";
-    for (work, seconds, expected) in [("busy", "12", "SUCCESS"), ("idle", "600", "FAILED")] {
+async fn a_job_starts_beyond_the_promised_memory_if_it_is_not_used() {
+    for work in ["idle", "busy"] {
         let scratch = Scratch::new();
-        install(&scratch, "main.py", source);
+        let dir = place(&scratch);
         let floor = Floor::start_with(&scratch, |worker| {
             worker.memory_mb = 256;
-            worker.stall_max = Duration::from_secs(5);
+            worker.stall = Duration::from_secs(1);
         });
-        let message = |work, seconds| {
-            let env_vars = json!({ "WORK": work, "SECONDS": seconds });
-            with(json!({ "memoryMb": 256, "timeoutMs": 600_000, "envVars": env_vars }))
-        };
-        let first = floor.send(&message(work, seconds)).await;
-        let second = floor.call(&message("idle", "0")).await;
-        assert_eq!(second["status"], expected, "{work}: {second}");
-        let is_told = stderr(&second).contains("1 runs hold 256 of 256 MB");
-        assert_eq!(is_told, expected == "FAILED", "{work}: {second}");
-        if work == "busy" {
-            assert_eq!(floor.result(first).await["status"], "SUCCESS");
+        let first = floor.send(&holds(&dir, 256, json!({ "WORK": work }))).await;
+        until(|| fs::read_dir(&dir).unwrap().count() == 1).await;
+        // Two, one after the other.
+        let seconds = [(); 2].map(|()| holds(&dir, 256, json!({ "SECONDS": 0 })));
+        let seconds = [floor.send(&seconds[0]).await, floor.send(&seconds[1]).await];
+        for id in seconds {
+            let second = floor.result(id).await;
+            assert_eq!(second["status"], "SUCCESS", "{work}: {second}");
         }
+        fs::write(dir.join("end"), "").unwrap();
+        assert_eq!(floor.result(first).await["stdout"], "3\n", "{work}");
+        floor.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn a_job_waits_for_memory_that_is_used_up() {
+    let scratch = Scratch::new();
+    let dir = place(&scratch);
+    let floor = Floor::start_with(&scratch, |worker| {
+        worker.memory_mb = 64;
+        worker.stall = Duration::from_millis(500);
+    });
+    let first = floor.send(&holds(&dir, 256, json!({ "MB": 100, "SECONDS": 4 }))).await;
+    until(|| fs::read_dir(&dir).unwrap().count() == 1).await;
+    let second = floor.call(&holds(&dir, 256, json!({ "SECONDS": 0 }))).await;
+    assert_eq!(second["status"], "SUCCESS", "it does not fail: {second}");
+    assert_eq!(floor.result(first).await["stdout"], "0\n", "the second waited for the first");
+    floor.stop().await;
+}
+
+/// The first job has 200 of 256 MB, the second does not fit, and the third would.
+#[tokio::test]
+async fn small_jobs_pass_one_that_waits_but_not_for_ever() {
+    for (passing_max, is_passed) in [(Duration::MAX, true), (Duration::ZERO, false)] {
+        let scratch = Scratch::new();
+        let dir = place(&scratch);
+        let floor = Floor::start_with(&scratch, |worker| {
+            (worker.memory_mb, worker.stall, worker.passing_max) = (256, Duration::MAX, passing_max);
+        });
+        let first = holds(&dir, 200, json!({ "SECONDS": if is_passed { 600 } else { 3 } }));
+        let first = floor.send(&first).await;
+        until(|| fs::read_dir(&dir).unwrap().count() == 1).await;
+        let second = floor.send(&holds(&dir, 256, json!({ "SECONDS": 0 }))).await;
+        let third = floor.send(&holds(&dir, 50, json!({ "SECONDS": 0 }))).await;
+        if is_passed {
+            assert_eq!(floor.result(third).await["stdout"], "1\n");
+            fs::write(dir.join("end"), "").unwrap();
+        }
+        let began = |result: &Value| result["stdout"].as_str().unwrap().trim().parse::<u32>().unwrap();
+        assert_eq!(began(&floor.result(first).await), if is_passed { 2 } else { 0 });
+        assert_eq!(floor.result(second).await["status"], "SUCCESS");
+        assert_eq!(floor.result(third).await["status"], "SUCCESS");
         floor.stop().await;
     }
 }

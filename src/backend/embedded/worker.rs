@@ -213,7 +213,8 @@ impl Schedule {
                 continue;
             }
             let may_pass = first.is_none_or(|first| self.line.may_pass(first));
-            if !is_last_chance && !(may_pass && self.has_slot()) {
+            let may_leave = is_last_chance || may_pass && self.has_slot();
+            if !may_leave {
                 return first;
             }
             let Some(waiting) = self.taken.remove(at) else { return first };

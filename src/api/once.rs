@@ -139,8 +139,7 @@ impl Once {
                 self.count("repeated");
                 return Ok(Turn::Again(Box::new(before), known));
             }
-            let under_way = self.0.attempts.get(&before.attempt).map(|watched| Watched(watched.clone()));
-            if let Some(mut attempt) = under_way {
+            if let Some(mut attempt) = self.watched(before.attempt) {
                 match attempt.outcome().await {
                     Ok(()) => {
                         before.is_sent = true;
@@ -196,8 +195,7 @@ impl Once {
         if before.claim.body != body {
             return Err(ApiError::KeyReused);
         }
-        let under_way = self.0.attempts.get(&before.attempt).map(|watched| Watched(watched.clone()));
-        if let Some(mut attempt) = under_way {
+        if let Some(mut attempt) = self.watched(before.attempt) {
             attempt.outcome().await.map_err(ApiError::Submit)?;
             return Ok(Some((Box::new(Claimed { is_sent: true, ..before }), Known::Pending(None))));
         }
@@ -234,6 +232,11 @@ impl Once {
         let (outcome, watched) = watch::channel(None);
         self.0.attempts.insert(id, watched);
         Attempt { id, is_first, outcome, attempts: Arc::clone(&self.0.attempts) }
+    }
+
+    /// An attempt that this process makes.
+    fn watched(&self, attempt: JobId) -> Option<Watched> {
+        self.0.attempts.get(&attempt).map(|watched| Watched(watched.clone()))
     }
 
     /// Whether an attempt that this process does not make can no longer be under way.

@@ -17,6 +17,7 @@ pub mod platform;
 pub mod process;
 pub mod proxy;
 pub mod redis;
+pub mod secure;
 pub mod tls;
 pub mod upload;
 pub mod upstream;

@@ -1,17 +1,16 @@
 //! The listener that speaks TLS, HTTP/2 over it, and settings that change under load.
 
-use crate::harness::gateway::Conf;
 use crate::harness::keys::key_lines;
-use crate::harness::platform::{Backend, HELLO, Platform};
+use crate::harness::platform::HELLO;
 use crate::harness::process::{Process, Scratch};
+use crate::harness::secure::{NAME, Secure};
 use crate::harness::tls::{Authority, client, connect};
 use crate::harness::upstream::Upstream;
-use crate::harness::{Gateway, SOON, Setup, eventually, path_env, spawn, within};
+use crate::harness::{SOON, eventually, path_env, spawn, within};
 use bytes::Bytes;
 use h2::client::SendRequest;
 use http::{Method, Request, StatusCode};
 use serde_json::{Value, json};
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -19,40 +18,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
 
-const NAME: &str = "gateway.test";
-
-struct Secure {
-    platform: Platform,
-    authority: Authority,
-    addr: SocketAddr,
-}
-
 impl Secure {
-    async fn start(tls: &str, more: &str, authority: Authority) -> Self {
-        let server = format!(
-            "{more}[tls]\nport = 0\naddress = \"127.0.0.1\"\ncertificate = \"certificate.pem\"\nkey = \"key.pem\"\n{tls}"
-        );
-        let identity = authority.issue(NAME);
-        let files = vec![
-            ("certificate.pem".to_owned(), identity.certificate),
-            ("key.pem".to_owned(), identity.key),
-            ("clients.pem".to_owned(), authority.pem()),
-        ];
-        let conf = Conf { server, files, ..Conf::default() };
-        let platform = Setup::new(Backend::Dev).conf(conf).start().await;
-        let port = eventually("the line that tells the port", SOON, || async {
-            let lines = platform.gateway.log();
-            let line = lines.iter().find(|line| line["msg"] == "Listening For TLS");
-            line.and_then(|line| line["port"].as_u64()).ok_or_else(|| "no line".to_owned())
-        });
-        let port = u16::try_from(port.await).expect("a port");
-        Self { platform, authority, addr: SocketAddr::from(([127, 0, 0, 1], port)) }
-    }
-
-    fn gateway(&self) -> &Gateway {
-        &self.platform.gateway
-    }
-
     async fn http2(&self) -> (SendRequest<Bytes>, tokio::task::JoinHandle<Result<(), h2::Error>>) {
         let stream = connect(&client(&self.authority, &["h2"], None), self.addr).await.expect("a handshake");
         assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));

@@ -2,61 +2,36 @@
 //! backend. They are written from the contract, and read the shapes, words and types of every answer.
 
 use crate::harness::aws::venv;
-use crate::harness::process::{Process, Scratch};
+use crate::harness::process::Scratch;
 use crate::harness::upload::printing;
-use crate::harness::{Platform, Setup, eventually, path_env};
+use crate::harness::{Platform, Setup, client};
 use base64::Engine;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 over_both!(in_python, in_node);
-
-/// Some hundred calls and a few runs, on a busy machine.
-const CLIENT_WITHIN: Duration = Duration::from_secs(180);
 
 /// urllib, as the workers' agent uses it.
 async fn in_python(setup: Setup) {
     let platform = setup.start().await;
-    let script = script("agent.py");
-    speak(&platform, "agent.py", &venv("python"), &[&script]).await;
+    speak(&platform, "agent.py", &venv("python"), &[]).await;
     platform.finish().await;
 }
 
 /// undici with ten requests under way on a connection, as the BFF uses it.
 async fn in_node(setup: Setup) {
-    let modules = Path::new(env!("CARGO_MANIFEST_DIR")).join(".node-test/node_modules");
-    assert!(
-        modules.join("undici").exists(),
-        "{} holds no undici: run `make test`, which installs Node.js and it",
-        modules.display()
-    );
+    let modules = client::node_modules();
     let platform = setup.start().await;
-    let script = script("bff.cjs");
-    speak(&platform, "bff.cjs", Path::new("node"), &[&script]).await;
+    speak(&platform, "bff.cjs", Path::new("node"), &[("NODE_PATH", modules)]).await;
     platform.finish().await;
 }
 
-fn script(name: &str) -> String {
-    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/clients").join(name);
-    path.display().to_string()
-}
-
-/// Runs a client to its end, which must be a good one.
-async fn speak(platform: &Platform, name: &str, program: &Path, args: &[&str]) {
-    let gateway = &platform.gateway;
+/// Runs a client of `tests/it/clients`, which must exit with 0.
+async fn speak(platform: &Platform, name: &str, program: &Path, more: &[(&str, String)]) {
     let dir = Scratch::new("client");
-    let modules = Path::new(env!("CARGO_MANIFEST_DIR")).join(".node-test/node_modules");
-    let mut env = path_env();
-    env.push(("BASE_URL".into(), format!("http://{}", gateway.addr())));
-    env.push(("API_KEY".into(), gateway.key().to_owned()));
+    let mut env = client::env(&platform.gateway);
     env.push(("IS_LONE".into(), u8::from(!platform.is_serve()).to_string()));
     let code = base64::engine::general_purpose::STANDARD.encode(printing("of the BFF"));
     env.push(("CODE_BASE64".into(), code));
-    env.push(("NODE_PATH".into(), modules.display().to_string()));
-    env.push(("PYTHONIOENCODING".into(), "utf-8".into()));
-    let process =
-        Process::start(name, program, args, &env, dir.path()).expect("setpriv (util-linux) is there");
-    let ended = || async { process.exit_status().ok_or_else(|| process.output().tail(50)) };
-    let status = eventually(&format!("the end of {name}"), CLIENT_WITHIN, ended).await;
-    assert!(status.success(), "{name} ends with {status}:\n{}", process.output().tail(100));
+    env.extend(more.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
+    client::run(name, program, &[&client::script(name)], &env, dir.path()).await;
 }

@@ -5,6 +5,7 @@
 //! what its processes printed last. What is missing on the machine is a failure, never a skip.
 
 pub mod aws;
+pub mod client;
 pub mod crowd;
 pub mod description;
 pub mod gateway;

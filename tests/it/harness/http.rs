@@ -25,6 +25,23 @@ pub struct Message {
 }
 
 impl Message {
+    /// Of a head without the empty line at its end.
+    pub fn of_head(head: &str) -> Result<Self> {
+        let mut lines = head.split("\r\n");
+        let start = lines.next().unwrap_or_default().to_owned();
+        let headers = lines
+            .map(|line| line.split_once(':').ok_or_else(|| bad(format!("no header: {line}"))))
+            .map(|pair| pair.map(|(name, value)| (name.to_owned(), value.trim().to_owned())))
+            .collect::<Result<_>>()?;
+        Ok(Self { start, headers, body: Vec::new() })
+    }
+
+    /// The status of an answer.
+    pub fn status(&self) -> Result<u16> {
+        let status = self.start.split(' ').nth(1).and_then(|s| s.parse().ok());
+        status.ok_or_else(|| bad(format!("no status line: {}", self.start)))
+    }
+
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
@@ -90,8 +107,7 @@ impl Conn {
     pub async fn any_answer(&mut self, to_head: bool) -> Result<Answer> {
         let read = async {
             let mut message = self.head().await?;
-            let status = message.start.split(' ').nth(1).and_then(|s| s.parse().ok());
-            let status: u16 = status.ok_or_else(|| bad(format!("no status line: {}", message.start)))?;
+            let status = message.status()?;
             if !to_head && status >= 200 && status != 204 && status != 304 {
                 message.body = self.body(&message, true).await?;
             }
@@ -130,13 +146,7 @@ impl Conn {
         };
         let head: Vec<u8> = self.unread.drain(..end + 4).take(end).collect();
         let head = String::from_utf8(head).map_err(|_| bad("the head is not UTF-8".into()))?;
-        let mut lines = head.split("\r\n");
-        let start = lines.next().unwrap_or_default().to_owned();
-        let headers = lines
-            .map(|line| line.split_once(':').ok_or_else(|| bad(format!("no header: {line}"))))
-            .map(|pair| pair.map(|(name, value)| (name.to_owned(), value.trim().to_owned())))
-            .collect::<Result<_>>()?;
-        Ok(Message { start, headers, body: Vec::new() })
+        Message::of_head(&head)
     }
 
     async fn body(&mut self, message: &Message, until_close: bool) -> Result<Vec<u8>> {

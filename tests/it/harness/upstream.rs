@@ -84,11 +84,30 @@ async fn serve(stream: TcpStream, seen: &Seen) {
             let _ = conn.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf").await;
             return;
         }
-        let answer = answer_to(&request).await;
-        if conn.write(&answer).await.is_err() {
+        let written = if path.ends_with("/chunked") {
+            answer_in_chunks(&mut conn).await
+        } else {
+            conn.write(&answer_to(&request).await).await
+        };
+        if written.is_err() {
             return;
         }
     }
+}
+
+/// The body of `/chunked`, by its chunks, one of them larger than any buffer on the way.
+pub fn chunks() -> [Vec<u8>; 3] {
+    [vec![b'a'; 10], vec![b'b'; 100_000], vec![b'c'; 1000]]
+}
+
+async fn answer_in_chunks(conn: &mut Conn) -> std::io::Result<()> {
+    let head = b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ntransfer-encoding: chunked\r\n\r\n";
+    conn.write(head).await?;
+    for chunk in chunks() {
+        let size = format!("{:x}\r\n", chunk.len());
+        conn.write(&[size.as_bytes(), &chunk, b"\r\n"].concat()).await?;
+    }
+    conn.write(b"0\r\n\r\n").await
 }
 
 async fn answer_to(request: &Message) -> Vec<u8> {

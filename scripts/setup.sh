@@ -2,7 +2,8 @@
 # Installs what this project needs and this machine lacks, and says so. Does nothing, fast, where all is there.
 #
 #   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
-#   scripts/setup.sh test    redis-server, h2load, a Python venv with the AWS emulator and schemathesis, and Node.js with undici
+#   scripts/setup.sh test    redis-server, h2load, ab, curl, Node.js with undici, and a Python venv with the AWS
+#                            emulator, schemathesis and httpx
 #   scripts/setup.sh load    redis-server, wrk, and a Python venv with k6
 #   scripts/setup.sh slow    slowhttptest
 set -eu
@@ -56,6 +57,7 @@ setup_test() {
     has redis-server || missing="$missing redis-server"
     has setpriv || missing="$missing util-linux"
     has h2load || missing="$missing nghttp2-client"
+    has ab || missing="$missing apache2-utils"
     # Debian splits these modules off; other Pythons (pyenv) have them.
     has python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3 python3-venv"
     has curl || missing="$missing curl"

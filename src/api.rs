@@ -115,10 +115,10 @@ pub struct CallHeaders {
 }
 
 impl CallHeaders {
-    /// One pass: requests have few fields, and most of these are among none of them. Of a repeated field that may
-    /// stand once the first counts.
+    /// One pass: requests have few fields, and most of these are among none of them. What may stand once does.
     pub fn of(map: &HeaderMap) -> Self {
         let mut found = Self::default();
+        let mut traces = 0;
         for (name, value) in map {
             let place = match name.as_str() {
                 "prefer" => {
@@ -135,14 +135,19 @@ impl CallHeaders {
                 }
                 "x-async" => &mut found.x_async,
                 "content-type" => &mut found.content_type,
-                "traceparent" => &mut found.traceparent,
+                "traceparent" => {
+                    traces += 1;
+                    // Of two neither is the one (W3C Trace Context, section 3.2).
+                    found.traceparent = (traces == 1).then(|| value.clone());
+                    continue;
+                }
                 "idempotency-key" => &mut found.idempotency_key,
                 "x-runtime" => &mut found.x_runtime,
                 "x-memory-mb" => &mut found.x_memory_mb,
                 "x-function-name" => &mut found.x_function_name,
                 _ => continue,
             };
-            place.get_or_insert_with(|| value.clone());
+            *place = Some(value.clone());
         }
         found
     }

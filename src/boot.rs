@@ -29,6 +29,7 @@ pub use serve::{ServeArgs, check, serve};
 
 use crate::backend::{Backend, StartProblem};
 use crate::config::{self, AiNode, Conf, ConfTexts, ConfigError, NewKey, Secret};
+use crate::gateway::Pseudonym;
 use crate::model::{NodeId, Scope};
 use reload::ConfSource;
 use std::future::Future;
@@ -114,6 +115,8 @@ struct Settings {
     /// Takes the place of a running process, if there is one.
     is_upgrade: bool,
     api_key: Secret,
+    /// What this fleet calls itself to the services behind it.
+    pseudonym: Pseudonym,
     /// Where the model catalogue is.
     ai_node: Option<AiNode>,
     /// Listened on beside `conf.listen.address`, if this machine has it.

@@ -4,8 +4,9 @@
 //! upstream, to which Pingora passes them on. Errors are written as ordinary responses: Pingora's own `respond_error`
 //! always closes the connection.
 //!
-//! In reading order: [`guard`]: what becomes a request; [`client`]: who is calling; [`api_key`]; [`body`]; [`upstreams`],
-//! [`passage`] and [`tunnel`]: what is passed on; [`edge`]: what of all that changes while the process runs;
+//! In reading order: [`guard`]: what becomes a request; [`fields`]: those that may stand once; [`client`]: who is calling;
+//! [`api_key`]; [`body`] and [`inflate`]; [`respond`]: the way back; [`upstreams`], [`passage`], [`origin`], [`via`],
+//! [`timed_body`] and [`tunnel`]: what is passed on; [`edge`]: what of all that changes while the process runs;
 //! [`descriptors`]: how many connections there is room for.
 
 mod api_key;
@@ -14,31 +15,42 @@ mod client;
 mod cors;
 mod descriptors;
 mod edge;
+mod fields;
 mod guard;
+mod inflate;
+mod origin;
 mod passage;
 mod request_id;
+mod respond;
+mod timed_body;
 mod tunnel;
 mod upstreams;
+mod via;
 
 pub use edge::{Edge, tls_of};
 pub use guard::{Accepted, Guard, Guarded};
 pub use upstreams::Tending;
+pub use via::Pseudonym;
 
 use crate::api::{Api, ApiError, Call, CallHeaders, Endpoint, Found, Reply, Route, Takes, find};
-use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
+use crate::lifecycle::{Lifecycle, RequestGuard};
 use crate::limiter::{Counted, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::Scope;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, HeaderName, HeaderValue, VARY};
+use http::header::{EXPECT, HeaderName, HeaderValue, VARY};
 use http::{Method, StatusCode, Version};
-use passage::{Origin, Passage};
+use origin::Origin;
+use passage::Passage;
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{HttpPeer, ProxyHttp, Session};
+use pingora::protocols::http::ServerSession;
 use pingora::proxy::FailToProxy;
+use pingora::upstreams::peer::Peer;
 use request_id::RequestId;
+use respond::unfit;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -131,11 +143,6 @@ impl Gateway {
         Ok((reply, call.counted))
     }
 
-    async fn discard_body(&self, session: &mut Session) -> bool {
-        let timeout = Duration::from_millis(self.edge.http.get().drain_body_timeout_ms);
-        body::discard(session, timeout).await
-    }
-
     async fn call_streaming(
         &self,
         session: &mut Session,
@@ -144,7 +151,7 @@ impl Gateway {
     ) -> Result<Reply, ApiError> {
         let bytes_max = self.api.body_bytes_max(route.endpoint);
         let timeout = Duration::from_secs(self.edge.http.get().upload_timeout_s);
-        let mut body = body::Streamed::open(session, bytes_max, timeout)?;
+        let mut body = body::Streamed::wanted(session, bytes_max, timeout)?;
         self.api.call_streaming(route.endpoint, call, &mut body).await
     }
 
@@ -228,10 +235,12 @@ impl Gateway {
         id: &RequestId,
         counted: &mut Counted,
     ) -> Result<Passage, ApiError> {
+        via::check(&session.req_header().headers, &self.edge.pseudonym)?;
         let shown = session.req_header().headers.get(X_API_KEY);
         let client = || self.client_of(session);
         let caller =
             upstream.conf.scope.map(|scope| self.edge.keys.check(shown, scope, client)).transpose()?;
+        let pass = upstream.conf.scope.zip(shown).map(|(scope, shown)| self.edge.keys.pass(shown, scope));
         let key_name = caller.as_ref().map(|caller| &caller.name);
         self.limiter.check(&upstream.pattern, key_name, client, counted).await?;
         let peer = peer_of(session);
@@ -241,25 +250,14 @@ impl Gateway {
         };
         let has_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
         let origin = Origin { peer, is_peer_trusted, has_tls };
-        if !session.is_http2() && !session.is_upgrade_req() {
-            // One that comes byte by byte is met by the deadline of the whole.
-            session.set_read_timeout(Some(Duration::from_secs(upstream.conf.body_timeout_s)));
+        let passage = Passage::new(upstream, origin, id.value().clone(), pass, session.req_header())?;
+        // One that comes byte by byte is met by the deadline of the whole.
+        if session.is_http2() {
+            timed_body::bound_body(session, passage.body_deadline());
+        } else if !session.is_upgrade_req() {
+            session.set_read_timeout(Some(Duration::from_secs(passage.upstream.conf.body_timeout_s)));
         }
-        Passage::new(upstream, origin, id.value().clone(), session.req_header())
-    }
-
-    /// Must be set on every request, as Pingora starts each with an endless keepalive; and just before the answer, as
-    /// answering `Expect` resets it and a drain may begin while the handler runs.
-    fn keep_alive(&self, session: &mut Session) {
-        let stopping = self.lifecycle.phase() >= Phase::Draining;
-        let header = session.req_header();
-        // HTTP/1.0 keeps a connection only if asked to.
-        let asks = |field: &HeaderValue| {
-            field.as_bytes().split(|b| *b == b',').any(|t| t.trim_ascii().eq_ignore_ascii_case(b"keep-alive"))
-        };
-        let old = header.version == Version::HTTP_10
-            && !header.headers.get_all(http::header::CONNECTION).iter().any(asks);
-        session.set_keepalive((!stopping && !old).then_some(self.edge.http.get().keepalive_s));
+        Ok(passage)
     }
 
     /// What bounds the parts of the request that Pingora reads and writes.
@@ -270,61 +268,6 @@ impl Gateway {
             // Over HTTP/1.1 the guard sees to it.
             session.set_write_timeout(Some(Duration::from_secs(http.write_timeout_s)));
         }
-    }
-
-    fn refused(&self, session: &mut Session, error: ApiError, id: &RequestId) -> Reply {
-        self.metrics.refused.with_label_values(&[error.code()]).inc();
-        if matches!(error, ApiError::Unauthorized | ApiError::KeyNotValidNow) {
-            self.api.note_unauthorized(self.client_of(session));
-        }
-        if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
-            // What follows on this connection cannot be told from the rest of the body.
-            session.set_keepalive(None);
-        }
-        error.into_reply(id.as_str())
-    }
-
-    /// Writes the answer. If the body of the request is still on its way then, it is read past for a moment; after that the
-    /// connection ends, once the client has read its answer.
-    async fn finish(&self, session: &mut Session, ctx: &mut Ctx, reply: Reply, id: RequestId) {
-        ctx.status = reply.status.as_u16();
-        if body::is_long(session) {
-            session.set_keepalive(None);
-        }
-        let mut reply = reply;
-        reply.headers.append(&mut ctx.cors);
-        if self.write(session, reply, id).await.is_err() {
-            // The client has left in the middle; nothing more can be said to it.
-            ctx.status = CLIENT_GONE;
-            session.set_keepalive(None);
-        } else if !session.is_body_done() && !self.discard_body(session).await {
-            session.set_keepalive(None);
-        }
-    }
-
-    async fn write(&self, session: &mut Session, reply: Reply, id: RequestId) -> pingora::Result<()> {
-        let (mut head, ()) = http::Response::new(()).into_parts();
-        head.status = reply.status;
-        // And what Pingora adds: `date` and `connection`.
-        head.headers.reserve(reply.headers.len() + 5);
-        head.headers.insert(X_REQUEST_ID, id.into_value());
-        for (name, value) in reply.headers {
-            head.headers.append(name, value);
-        }
-        let bodyless = matches!(reply.status, StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT);
-        if !bodyless {
-            head.headers.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
-            head.headers.insert(CONTENT_LENGTH, reply.body.len().into());
-        }
-        let no_body = bodyless || reply.body.is_empty() || session.req_header().method == Method::HEAD;
-        // Names go out in small letters, as HTTP/2 wants them: Pingora would keep another spelling in a second map, and
-        // reads each name anew if it is given one by one.
-        let header = Box::new(ResponseHeader::from(head));
-        session.write_response_header(header, no_body).await?;
-        if !no_body {
-            session.write_response_body(Some(reply.body), true).await?;
-        }
-        Ok(())
     }
 }
 
@@ -351,9 +294,12 @@ impl ProxyHttp for Gateway {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
         session.set_close_on_response_before_downstream_finish(false);
         self.set_timeouts(session);
-        let id = RequestId::of(session.req_header().headers.get(X_REQUEST_ID));
-        ctx.cors = cors::fields(&self.edge.http.get(), &session.req_header().headers);
-        if let Some(reply) = preflight(session.req_header(), ctx) {
+        meet_http10(session);
+        let request = session.req_header();
+        let id = RequestId::of(&request.headers);
+        ctx.cors = cors::fields(&self.edge.http.get(), &request.headers);
+        let refusal = unfit(request).map(|error| self.refused(session, error, &id));
+        if let Some(reply) = refusal.or_else(|| self.preflight(session.req_header(), ctx)) {
             self.keep_alive(session);
             self.finish(session, ctx, reply, id).await;
             return Ok(true);
@@ -391,8 +337,14 @@ impl ProxyHttp for Gateway {
             Some(passage) => passage.upstream.peer().await,
             None => None,
         };
-        if let Some(peer) = peer.as_mut().filter(|_| session.is_upgrade_req()) {
-            tunnel::tunnel(peer);
+        if let (Some(peer), Some(passage)) = (&mut peer, &mut ctx.passage) {
+            if session.req_header().version == Version::HTTP_10 {
+                passage.address = Some(peer.address().to_string());
+            }
+            if session.is_upgrade_req() {
+                let pass = passage.pass.clone().map(|pass| (Arc::clone(&self.edge.keys), pass));
+                tunnel::tunnel(peer, pass);
+            }
         }
         let none = || pingora::Error::explain(pingora::ErrorType::HTTPStatus(503), "no healthy address");
         peer.map(Box::new).ok_or_else(none)
@@ -417,11 +369,8 @@ impl ProxyHttp for Gateway {
         request: &mut RequestHeader,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
-        let header = session.req_header();
-        let host = header.headers.get(HOST).cloned().or_else(|| {
-            header.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
-        });
-        ctx.passage.as_ref().map_or(Ok(()), |passage| passage.adapt(request, host))
+        let pseudonym = &self.edge.pseudonym;
+        ctx.passage.as_ref().map_or(Ok(()), |passage| passage.adapt(request, session.req_header(), pseudonym))
     }
 
     async fn response_filter(
@@ -430,9 +379,13 @@ impl ProxyHttp for Gateway {
         response: &mut ResponseHeader,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
+        if response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS {
+            return Ok(()); // the answer is still to come
+        }
         ctx.status = response.status.as_u16();
+        passage::adapt_answer(response, session)?;
         let is_awaited = session.req_header().headers.contains_key(EXPECT);
-        if is_awaited && !response.status.is_informational() && !session.is_body_done() {
+        if is_awaited && !session.is_body_done() {
             // The client need not send the body now: what comes next cannot be told from it.
             session.set_keepalive(None);
         }
@@ -487,8 +440,8 @@ impl ProxyHttp for Gateway {
         ctx: &mut Ctx,
     ) -> FailToProxy {
         let (id, bytes_max) = match &ctx.passage {
-            Some(passage) => (RequestId::of(Some(&passage.request_id)), passage.upstream.conf.body_bytes_max),
-            None => (RequestId::of(None), 0),
+            Some(passage) => (RequestId::from(&passage.request_id), passage.upstream.conf.body_bytes_max),
+            None => (RequestId::ours(), 0),
         };
         session.set_keepalive(None);
         // What follows a 101 is no HTTP any more.
@@ -508,7 +461,7 @@ impl ProxyHttp for Gateway {
                 self.finish(session, ctx, reply, id).await;
             }
             // An answer that breaks off is all that can be said. Over HTTP/1 the connection does, too.
-            _ if session.is_http2() => session.downstream_session.shutdown().await,
+            _ if is_http2(session) => session.downstream_session.shutdown().await,
             _ => {}
         }
         FailToProxy { error_code: ctx.status, can_reuse_downstream: false }
@@ -521,7 +474,7 @@ impl ProxyHttp for Gateway {
         let method = if known.contains(&method) { method } else { "other" };
         let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
         self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
-        if !session.is_http2() && !session.is_body_done() {
+        if !is_http2(session) && !session.is_body_done() {
             // Pingora would drop the connection: closed with something unread it would be reset, and the client might
             // never read why.
             session.set_keepalive(None);
@@ -530,16 +483,21 @@ impl ProxyHttp for Gateway {
     }
 }
 
-/// The answer to a browser that asks what a script of a known origin may send.
-fn preflight(request: &RequestHeader, ctx: &Ctx) -> Option<Reply> {
-    // The first of three fields, which only a known origin gets.
-    let is_known = ctx.cors.len() > 1;
-    if !is_known || !cors::is_preflight(&request.method, &request.headers) {
-        return None;
+/// Also of one that is passed on as a session of ours.
+fn is_http2(session: &Session) -> bool {
+    session.req_header().version == Version::HTTP_2
+}
+
+/// A client of HTTP/1.0 knows no interim answers: it is sent none, and what it says of waiting for one is not meant
+/// (RFC 9110, sections 10.1.1 and 15.2).
+fn meet_http10(session: &mut Session) {
+    if session.req_header().version != Version::HTTP_10 {
+        return;
     }
-    let mut reply = Reply::json(StatusCode::NO_CONTENT, "");
-    reply.headers = cors::preflight_fields();
-    Some(reply)
+    session.req_header_mut().remove_header(&EXPECT);
+    if let ServerSession::H1(session) = &mut *session.downstream_session {
+        session.set_ignore_info_resp(true);
+    }
 }
 
 /// Who is on the other side of the connection.

@@ -5,6 +5,7 @@
 
 pub mod archive;
 mod change;
+mod encoding;
 mod escape;
 mod execution;
 mod function;
@@ -17,6 +18,7 @@ mod scope;
 mod sums;
 
 pub use change::{ConfigAction, ConfigRecord, RetiredCode};
+pub use encoding::encoding_problem;
 pub use execution::{Ending, Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowId, RowKey, Status};
 pub use function::{Counters, Function, FunctionId};
 pub use idempotency::{BodyHash, IdempotencyKey};

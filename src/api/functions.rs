@@ -50,7 +50,7 @@ impl FunctionRoutes {
 
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
         let f = read(&*self.store, &function_id(call)?).await?;
-        if precondition::is_unchanged(&call.headers, &f.tag()) {
+        if precondition::is_unchanged(&call.headers, &f.tag())? {
             return Ok(tagged(Reply::json(StatusCode::NOT_MODIFIED, ""), &f));
         }
         let body = json!({

@@ -1,6 +1,7 @@
 //! JSON objects that clients send, read strictly, and refused by the member that is wrong.
 
 use super::ApiError;
+use crate::model::encoding_problem;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde_json::Number;
@@ -12,20 +13,26 @@ pub fn parse<T: DeserializeOwned>(
     body: &[u8],
     wanted: impl Fn(&str) -> Option<&'static str>,
 ) -> Result<T, ApiError> {
+    let unreadable = |problem: String| {
+        ApiError::invalid(match encoding_problem(body) {
+            Some(problem) => format!("the body is not JSON: {problem}"),
+            None => problem,
+        })
+    };
     // A derived struct would take an array as well.
     if body.trim_ascii_start().first() != Some(&b'{') {
-        return Err(ApiError::invalid("the body must be a JSON object"));
+        return Err(unreadable("the body must be a JSON object".to_owned()));
     }
     let mut reader = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut reader).map_err(|e| {
         let path = e.path().to_string();
         let member = path.split(['.', '[']).next().unwrap_or_default();
-        ApiError::invalid(match wanted(member) {
+        unreadable(match wanted(member) {
             Some(wanted) => format!("`{member}` must be {wanted}"),
             None => e.inner().to_string(),
         })
     })?;
-    reader.end().map_err(|e| ApiError::invalid(e.to_string()))?;
+    reader.end().map_err(|e| unreadable(e.to_string()))?;
     Ok(value)
 }
 

@@ -4,18 +4,26 @@ use super::{ApiError, CallHeaders};
 use http::header::HeaderValue;
 
 /// Whether the tag that a client has is still that of the function: what a GET answers with 304 for.
-pub fn is_unchanged(headers: &CallHeaders, tag: &str) -> bool {
+pub fn is_unchanged(headers: &CallHeaders, tag: &str) -> Result<bool, ApiError> {
+    alone("If-None-Match", &headers.if_none_match)?;
     // Compared weakly.
-    tags(&headers.if_none_match).any(|given| given == "*" || given.trim_start_matches("W/") == tag)
+    Ok(tags(&headers.if_none_match).any(|given| given == "*" || given.trim_start_matches("W/") == tag))
 }
 
 /// Whether a change may go ahead on a function with this tag.
 pub fn check(headers: &CallHeaders, tag: &str) -> Result<(), ApiError> {
+    alone("If-Match", &headers.if_match)?;
     // Compared strongly: a weak tag never matches.
     let matches =
         headers.if_match.is_empty() || tags(&headers.if_match).any(|given| given == "*" || given == tag);
-    let fits = matches && !is_unchanged(headers, tag);
+    let fits = matches && !is_unchanged(headers, tag)?;
     fits.then_some(()).ok_or(ApiError::PreconditionFailed)
+}
+
+/// `*` is any tag, so beside others it says nothing that can be meant.
+fn alone(name: &'static str, fields: &[HeaderValue]) -> Result<(), ApiError> {
+    let is_mixed = tags(fields).any(|tag| tag == "*") && tags(fields).nth(1).is_some();
+    if is_mixed { Err(ApiError::RepeatedField(name)) } else { Ok(()) }
 }
 
 /// Our tags hold no comma, so a comma always stands between two.
@@ -61,8 +69,14 @@ mod tests {
             (&["\"1\""], false),
         ] {
             let headers = headers(&[], if_none_match);
-            assert_eq!(is_unchanged(&headers, tag), unchanged, "{if_none_match:?}");
+            assert_eq!(is_unchanged(&headers, tag).unwrap(), unchanged, "{if_none_match:?}");
             assert_eq!(check(&headers, tag).is_ok(), !unchanged, "{if_none_match:?}");
+        }
+        for mixed in [&["*, \"3-abc\""][..], &["\"1\"", "*"], &["*", "*"]] {
+            for headers in [headers(mixed, &[]), headers(&[], mixed)] {
+                let code = check(&headers, tag).unwrap_err().code();
+                assert_eq!(code, "repeated_field", "{mixed:?}");
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::limiter::Refusal;
 use crate::model::Scope;
 use bytes::Bytes;
 use http::StatusCode;
-use http::header::{ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
+use http::header::{ACCEPT_ENCODING, ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
 use serde_json::json;
 
 const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
@@ -56,6 +56,11 @@ pub enum ApiError {
     MalformedHeader(&'static str),
     /// Where the body ends could be read in two ways; says why.
     BadFraming(&'static str),
+    /// A field that may stand once is there more than once; names it.
+    RepeatedField(&'static str),
+    /// The body is in a transfer coding that is not known here.
+    TransferCodingUnknown,
+    TargetTooLong,
     HeaderTooLarge,
     HeaderTimeout,
     VersionNotSupported,
@@ -67,6 +72,10 @@ pub enum ApiError {
     BodyTimeout,
     /// The body ended early or its framing is broken.
     BodyBroken,
+    /// The body is in a content coding that is not known here.
+    ContentCodingUnknown,
+    /// The body is not in the content coding that it is said to be in.
+    BodyUndecodable,
     NotJson,
     NotAForm,
     NotJsonNorForm,
@@ -101,6 +110,8 @@ pub enum ApiError {
     UpstreamTimeout,
     /// The upstream's answer is none, or breaks off.
     UpstreamBroken,
+    /// The request has been here before.
+    Loop,
     NotReady,
 }
 
@@ -131,6 +142,9 @@ impl ApiError {
             Self::RateLimited { .. } | Self::TooManyFailures { .. } | Self::TooManyJobs(_) => {
                 StatusCode::TOO_MANY_REQUESTS
             }
+            Self::TargetTooLong => StatusCode::URI_TOO_LONG,
+            Self::TransferCodingUnknown => StatusCode::NOT_IMPLEMENTED,
+            Self::Loop => StatusCode::LOOP_DETECTED,
             Self::HeaderTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::VersionNotSupported => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
             Self::ExpectationFailed => StatusCode::EXPECTATION_FAILED,
@@ -138,13 +152,18 @@ impl ApiError {
             Self::BodyTimeout | Self::HeaderTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UpstreamBroken => StatusCode::BAD_GATEWAY,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::MalformedHeader(_) | Self::BadFraming(_) => StatusCode::BAD_REQUEST,
+            Self::MalformedHeader(_) | Self::BadFraming(_) | Self::RepeatedField(_) => {
+                StatusCode::BAD_REQUEST
+            }
             Self::BodyBroken
+            | Self::BodyUndecodable
             | Self::Invalid(_)
             | Self::BadCursor
             | Self::BadArchive(_)
             | Self::Submit(SubmitError::Refused) => StatusCode::BAD_REQUEST,
-            Self::NotJson | Self::NotAForm | Self::NotJsonNorForm => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::NotJson | Self::NotAForm | Self::NotJsonNorForm | Self::ContentCodingUnknown => {
+                StatusCode::UNSUPPORTED_MEDIA_TYPE
+            }
             Self::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
             Self::NoRecommendation => StatusCode::CONFLICT,
             Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
@@ -173,6 +192,9 @@ impl ApiError {
             Self::FunctionForbidden => "function_forbidden",
             Self::MalformedHeader(_) => "malformed_header",
             Self::BadFraming(_) => "bad_framing",
+            Self::RepeatedField(_) => "repeated_field",
+            Self::TransferCodingUnknown => "unsupported_transfer_coding",
+            Self::TargetTooLong => "target_too_long",
             Self::HeaderTooLarge => "header_too_large",
             Self::HeaderTimeout => "header_timeout",
             Self::VersionNotSupported => "version_not_supported",
@@ -181,11 +203,14 @@ impl ApiError {
             Self::UpstreamAway => "upstream_unavailable",
             Self::UpstreamTimeout => "upstream_timeout",
             Self::UpstreamBroken => "upstream_broken",
+            Self::Loop => "loop_detected",
             Self::RateLimited { .. } => "rate_limited",
             Self::LimiterAway => "limiter_unavailable",
             Self::BodyTooLarge { .. } => "body_too_large",
             Self::BodyTimeout => "body_timeout",
             Self::BodyBroken => "body_broken",
+            Self::BodyUndecodable => "body_undecodable",
+            Self::ContentCodingUnknown => "unsupported_content_coding",
             Self::NotJson | Self::NotAForm | Self::NotJsonNorForm => "unsupported_media_type",
             Self::BadCursor => "bad_cursor",
             Self::BadArchive(_) => "bad_archive",
@@ -217,8 +242,9 @@ impl ApiError {
             Self::MethodNotAllowed { allow } => return format!("This path answers to {allow}."),
             Self::Forbidden { scope } => return format!("The key has not the scope {scope:?}.", scope = scope.name()),
             Self::MalformedHeader(what) => {
-                return format!("The request cannot be read as HTTP/1.1. What is wrong: {what}.");
+                return format!("The request cannot be read as HTTP. What is wrong: {what}.");
             }
+            Self::RepeatedField(name) => return format!("The header field {name} may stand once, with one value."),
             Self::BadFraming(what) => {
                 return format!("Where the body ends could be read in two ways: {what}.");
             }
@@ -235,6 +261,8 @@ impl ApiError {
                 "Too many requests without a valid key from this address. Please wait as long as Retry-After says."
             }
             Self::FunctionForbidden => "The key may not run this function.",
+            Self::TransferCodingUnknown => "Of Transfer-Encoding only chunked is known.",
+            Self::TargetTooLong => "The target of the request is too long.",
             Self::HeaderTooLarge => "The header of the request is too large, or has too many fields.",
             Self::HeaderTimeout => "The header of the request did not arrive in time.",
             Self::VersionNotSupported => "This server speaks HTTP/1.1 here, and HTTP/2 over TLS.",
@@ -243,11 +271,14 @@ impl ApiError {
             Self::UpstreamAway => "The service behind this path does not answer. Please try again soon.",
             Self::UpstreamTimeout => "The service behind this path did not answer in time.",
             Self::UpstreamBroken => "The answer of the service behind this path broke off or could not be read.",
+            Self::Loop => "The request has passed through this gateway before.",
             Self::Unauthorized => "The header x-api-key is missing or names no valid key.",
             Self::RateLimited { .. } => "Too many requests. Please wait as long as Retry-After says.",
             Self::LimiterAway => "Requests cannot be counted at the moment, so none are let through.",
             Self::BodyTimeout => "The body did not arrive in time.",
             Self::BodyBroken => "The body ended early or could not be read.",
+            Self::ContentCodingUnknown => "Of Content-Encoding gzip, deflate and identity are known, one at a time.",
+            Self::BodyUndecodable => "The body is not in the coding that Content-Encoding names.",
             Self::NotJson => "The body must be JSON, with Content-Type: application/json.",
             Self::NotAForm => "The body must be a form, with Content-Type: multipart/form-data.",
             Self::NotJsonNorForm => "The body must be JSON or a form (multipart/form-data).",
@@ -311,6 +342,9 @@ impl ApiError {
             Self::MethodNotAllowed { allow } => {
                 reply.headers.extend(HeaderValue::from_str(&allow).ok().map(|value| (ALLOW, value)));
             }
+            Self::ContentCodingUnknown => {
+                reply.headers.push((ACCEPT_ENCODING, HeaderValue::from_static("gzip, deflate, identity")));
+            }
             _ if status == StatusCode::SERVICE_UNAVAILABLE => {
                 reply.headers.push((RETRY_AFTER, RETRY_AFTER_S.into()));
             }
@@ -372,7 +406,10 @@ impl ApiError {
             Self::RateLimited { .. } => Self::LimiterAway,
             Self::LimiterAway => Self::MalformedHeader(""),
             Self::MalformedHeader(_) => Self::BadFraming(""),
-            Self::BadFraming(_) => Self::HeaderTooLarge,
+            Self::BadFraming(_) => Self::RepeatedField(""),
+            Self::RepeatedField(_) => Self::TransferCodingUnknown,
+            Self::TransferCodingUnknown => Self::TargetTooLong,
+            Self::TargetTooLong => Self::HeaderTooLarge,
             Self::HeaderTooLarge => Self::HeaderTimeout,
             Self::HeaderTimeout => Self::VersionNotSupported,
             Self::VersionNotSupported => Self::ExpectationFailed,
@@ -380,10 +417,13 @@ impl ApiError {
             Self::TooManyConnections => Self::UpstreamAway,
             Self::UpstreamAway => Self::UpstreamTimeout,
             Self::UpstreamTimeout => Self::UpstreamBroken,
-            Self::UpstreamBroken => Self::BodyTooLarge { bytes_max: 1 },
+            Self::UpstreamBroken => Self::Loop,
+            Self::Loop => Self::BodyTooLarge { bytes_max: 1 },
             Self::BodyTooLarge { .. } => Self::BodyTimeout,
             Self::BodyTimeout => Self::BodyBroken,
-            Self::BodyBroken => Self::NotJson,
+            Self::BodyBroken => Self::ContentCodingUnknown,
+            Self::ContentCodingUnknown => Self::BodyUndecodable,
+            Self::BodyUndecodable => Self::NotJson,
             Self::NotJson => Self::NotAForm,
             Self::NotAForm => Self::NotJsonNorForm,
             Self::NotJsonNorForm => Self::Invalid(text()),

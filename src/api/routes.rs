@@ -66,7 +66,7 @@ impl Route {
             None if self.endpoint == Endpoint::Metrics => &[401, 403, 429],
             None => &[],
         };
-        let of_body = if self.takes == Takes::Nothing { &[][..] } else { &[400, 408, 413] };
+        let of_body = if self.takes == Takes::Nothing { &[][..] } else { &[400, 408, 413, 415] };
         self.answers.iter().chain(of_key).chain(of_body).copied()
     }
 }
@@ -91,19 +91,19 @@ const fn post(
 }
 
 static TABLE: &[Route] = &[
-    post("/run", Endpoint::Run, Scope::Run, Takes::Whole, &[200, 202, 404, 415, 422]),
+    post("/run", Endpoint::Run, Scope::Run, Takes::Whole, &[200, 202, 404, 422]),
     get("/status/:jobId", Endpoint::Status, Some(Scope::Run), &[200, 400, 404]),
     get("/status", Endpoint::StatusWithoutId, Some(Scope::Run), &[400]),
-    post("/upload", Endpoint::Upload, Scope::Write, Takes::Stream, &[200, 415]),
+    post("/upload", Endpoint::Upload, Scope::Write, Takes::Stream, &[200]),
     get("/functions", Endpoint::Functions, Some(Scope::Read), &[200, 400]),
-    get("/functions/:id", Endpoint::Function, Some(Scope::Read), &[200, 304, 404]),
+    get("/functions/:id", Endpoint::Function, Some(Scope::Read), &[200, 304, 400, 404]),
     Route {
         pattern: "/functions/:id",
         method: Method::PUT,
         endpoint: Endpoint::ChangeFunction,
         scope: Some(Scope::Write),
         takes: Takes::Stream,
-        answers: &[200, 404, 412, 415],
+        answers: &[200, 404, 412],
     },
     Route {
         pattern: "/functions/:id",
@@ -111,7 +111,7 @@ static TABLE: &[Route] = &[
         endpoint: Endpoint::DeleteFunction,
         scope: Some(Scope::Write),
         takes: Takes::Nothing,
-        answers: &[200, 404, 412],
+        answers: &[200, 400, 404, 412],
     },
     get("/functions/:id/logs", Endpoint::Logs, Some(Scope::Read), &[200, 400, 404]),
     get("/functions/:id/logs/:requestId", Endpoint::Log, Some(Scope::Read), &[200, 404]),
@@ -122,11 +122,11 @@ static TABLE: &[Route] = &[
         Endpoint::ApplyAutoTuner,
         Scope::Write,
         Takes::Nothing,
-        &[200, 404, 409, 412],
+        &[200, 400, 404, 409, 412],
     ),
     get("/models", Endpoint::Models, Some(Scope::Read), &[200]),
     get("/logs", Endpoint::NodeLogs, Some(Scope::Read), &[200]),
-    post("/worker/heartbeat", Endpoint::Heartbeat, Scope::Worker, Takes::Whole, &[200, 415]),
+    post("/worker/heartbeat", Endpoint::Heartbeat, Scope::Worker, Takes::Whole, &[200]),
     get("/workers", Endpoint::Workers, Some(Scope::Read), &[200]),
     get("/worker/status", Endpoint::Workers, Some(Scope::Read), &[200]),
     get("/system/status", Endpoint::SystemStatus, Some(Scope::Read), &[200]),

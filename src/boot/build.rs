@@ -74,7 +74,8 @@ impl Built {
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let (limiter, leaser) =
             RateLimiter::new(&conf.limits, &conf.keys, backend.limits.clone(), Arc::clone(&metrics));
-        let edge = Edge::new(conf, &settings.api_key).map_err(|(setting, e)| anyhow!("{setting} {e}"))?;
+        let edge = Edge::new(conf, &settings.api_key, settings.pseudonym.clone())
+            .map_err(|(setting, e)| anyhow!("{setting} {e}"))?;
         let targets = Targets {
             waits: waits.clone(),
             batch: batch.clone(),

@@ -6,6 +6,7 @@ use crate::config::{
     AiNode, ConfigError, FileReader, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
     text, unreadable_variables,
 };
+use crate::gateway::Pseudonym;
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -77,6 +78,7 @@ pub fn dev(args: DevArgs) -> Exit {
         meet_in: None,
         is_upgrade: false,
         api_key,
+        pseudonym: Pseudonym::of(&rand::random::<[u8; 16]>()),
         ai_node,
         listen_beside,
         banner: Some(banner),

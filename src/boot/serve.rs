@@ -6,6 +6,7 @@ use super::{ConfSource, Connected, Exit, Plan, SPILL, SPOOL, Settings, explain, 
 use crate::backend::{BackendError, StartProblem};
 use crate::backend::{aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
+use crate::gateway::Pseudonym;
 use crate::model::{NodeId, ProcessToken};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub fn serve(args: &ServeArgs) -> Exit {
                 meet_in,
                 is_upgrade,
                 api_key,
+                // One queue, one fleet.
+                pseudonym: Pseudonym::of(env.queue_url.as_bytes()),
                 ai_node,
                 listen_beside: None,
                 banner: None,

@@ -38,6 +38,9 @@ pub struct UpstreamConf {
     pub add_headers: BTreeMap<String, String>,
     #[serde(default)]
     pub pass_key: bool,
+    /// What a script of a known origin may send there; `None`: what it may send to this gateway itself.
+    pub cors_methods: Option<Vec<String>>,
+    pub cors_headers: Option<Vec<String>>,
     pub tls: Option<UpstreamTlsConf>,
     pub health: Option<HealthConf>,
 }
@@ -128,6 +131,14 @@ impl UpstreamConf {
             .iter()
             .all(|(name, value)| is_field(name) && HeaderValue::from_str(value).is_ok());
         unless(are_fields, "add_headers", "must be header fields that are not about the connection");
+        let are_methods =
+            self.cors_methods.as_ref().is_none_or(|methods| methods.iter().all(|m| is_method(m)));
+        unless(are_methods, "cors_methods", "must be methods, in capitals");
+        let are_names = self
+            .cors_headers
+            .as_ref()
+            .is_none_or(|names| names.iter().all(|name| HeaderName::from_bytes(name.as_bytes()).is_ok()));
+        unless(are_names, "cors_headers", "must be names of header fields");
         let has_path =
             self.health.as_ref().is_none_or(|health| is_target(&health.path) && health.every_s > 0);
         unless(has_path, "health", "must have a path that can be asked for, and every_s of at least 1");
@@ -158,6 +169,12 @@ fn is_target(path: &str) -> bool {
 fn is_path(path: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._~/-".contains(&b);
     path.starts_with('/') && !path.ends_with('/') && !path.contains("//") && path.bytes().all(plain)
+}
+
+/// Methods that a script can send at all.
+fn is_method(name: &str) -> bool {
+    let is_forbidden = matches!(name, "CONNECT" | "TRACE" | "TRACK");
+    !is_forbidden && !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b == b'-')
 }
 
 /// Fields by which a message is framed are nobody's to set.
@@ -221,6 +238,12 @@ mod tests {
             ("addresses = [\"host:0\"]", "addresses"),
             ("addresses = [\" host:80\"]", "addresses"),
             ("addresses = [\"::1:80\"]", "addresses"),
+            ("addresses = [\"a:1\"]\ncors_methods = [\"GET\", \"M-SEARCH\"]\ncors_headers = [\"x-a\"]", ""),
+            ("addresses = [\"a:1\"]\ncors_methods = [\"get\"]", "cors_methods"),
+            ("addresses = [\"a:1\"]\ncors_methods = [\"GET, PUT\"]", "cors_methods"),
+            ("addresses = [\"a:1\"]\ncors_methods = [\"CONNECT\"]", "cors_methods"),
+            ("addresses = [\"a:1\"]\ncors_headers = [\"a b\"]", "cors_headers"),
+            ("addresses = [\"a:1\"]\ncors_headers = [\"\"]", "cors_headers"),
             ("addresses = [\"a:1\"]\nhost = \"models.internal:8080\"", ""),
             ("addresses = [\"a:1\"]\nhost = \"[::1]\"", ""),
             ("addresses = [\"a:1\"]\nhost = \"http://models.internal\"", "host"),

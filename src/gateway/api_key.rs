@@ -28,6 +28,13 @@ pub struct ApiKeys {
 type Hash = [u8; 32];
 type Keys = AHashMap<Hash, Key>;
 
+/// Of a key that has opened something once: enough to see later whether it still does.
+#[derive(Clone, Debug)]
+pub struct Pass {
+    hash: Hash,
+    scope: Scope,
+}
+
 struct Key {
     caller: Arc<Caller>,
     not_before: UnixMs,
@@ -66,6 +73,16 @@ impl ApiKeys {
         }
     }
 
+    /// To ask later whether the key that was presented still opens what it has opened.
+    pub fn pass(&self, presented: &HeaderValue, scope: Scope) -> Pass {
+        Pass { hash: Sha256::digest(presented.as_bytes()).into(), scope }
+    }
+
+    /// Whether the key is still there and valid, and may do what it has done.
+    pub fn still_opens(&self, pass: &Pass) -> bool {
+        self.find_hash(&pass.hash, now_ms).is_ok_and(|caller| caller.may(pass.scope))
+    }
+
     fn find(
         &self,
         presented: Option<&HeaderValue>,
@@ -74,10 +91,13 @@ impl ApiKeys {
         // Nothing longer is hashed.
         let presented =
             presented.filter(|key| key.len() <= API_KEY_BYTES_MAX).ok_or(ApiError::Unauthorized)?;
-        let hash: Hash = Sha256::digest(presented.as_bytes()).into();
+        self.find_hash(&Sha256::digest(presented.as_bytes()).into(), now)
+    }
+
+    fn find_hash(&self, hash: &Hash, now: impl FnOnce() -> UnixMs) -> Result<Arc<Caller>, ApiError> {
         let keys = self.keys.get();
-        let (known, key) = keys.get_key_value(&hash).ok_or(ApiError::Unauthorized)?;
-        if !bool::from(known.ct_eq(&hash)) {
+        let (known, key) = keys.get_key_value(hash).ok_or(ApiError::Unauthorized)?;
+        if !bool::from(known.ct_eq(hash)) {
             return Err(ApiError::Unauthorized);
         }
         let is_timed = key.not_before > 0 || key.expires < UnixMs::MAX;
@@ -173,6 +193,27 @@ mod tests {
         keys.set_conf(&two[1..], &AUTH);
         assert_eq!(show(&keys, "a", Scope::Run), Err("unauthorized"), "it was removed");
         assert_eq!(show(&keys, "m", Scope::Run), Ok("master".into()));
+    }
+
+    #[test]
+    fn a_pass_ends_with_its_key() {
+        let mut short = key("short", "s", &[Scope::Read]);
+        short.expires = Some(now_ms() + 60_000);
+        let keys = ApiKeys::new(&Secret::new("m".into()), &[short.clone()], &AUTH);
+        let pass = |key: &'static str, scope| keys.pass(&HeaderValue::from_static(key), scope);
+        let (one, master) = (pass("s", Scope::Read), pass("m", Scope::Write));
+        assert!(keys.still_opens(&one) && keys.still_opens(&master));
+        assert!(!keys.still_opens(&pass("s", Scope::Write)));
+        for changed in [
+            vec![],
+            vec![KeyConf { expires: Some(now_ms()), ..short.clone() }],
+            vec![KeyConf { scopes: vec![Scope::Run], ..short.clone() }],
+        ] {
+            keys.set_conf(&changed, &AUTH);
+            assert!(!keys.still_opens(&one) && keys.still_opens(&master), "{changed:?}");
+        }
+        keys.set_conf(&[short], &AUTH);
+        assert!(keys.still_opens(&one));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Scripts of other origins (CORS): let in only if the configuration names their origin, or any.
 
-use crate::config::{ANY_ORIGIN, HttpConf};
+use crate::config::{ANY_ORIGIN, HttpConf, UpstreamConf};
 use http::header::{
     ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS, ACCESS_CONTROL_ALLOW_ORIGIN,
     ACCESS_CONTROL_EXPOSE_HEADERS, ACCESS_CONTROL_MAX_AGE, ACCESS_CONTROL_REQUEST_METHOD, HeaderName,
@@ -12,7 +12,7 @@ type Fields = Vec<(HeaderName, HeaderValue)>;
 
 /// What a script may send, and read.
 const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
-const SENT: &str = "content-type, x-api-key, x-async, prefer, idempotency-key, if-match, if-none-match, x-request-id, x-runtime, x-memory-mb, x-function-name";
+const SENT: &str = "content-type, x-api-key, x-async, prefer, idempotency-key, if-match, if-none-match, x-request-id, traceparent, tracestate, x-runtime, x-memory-mb, x-function-name";
 const READ: &str = "x-request-id, location, retry-after, etag, link, x-ratelimit-limit, x-ratelimit-remaining, ratelimit, ratelimit-policy";
 /// How long a browser may remember the answer, in seconds.
 const REMEMBERED_S: u64 = 600;
@@ -45,11 +45,15 @@ pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
         && headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
 }
 
-/// What it is told, if its origin is known.
-pub fn preflight_fields() -> Fields {
+/// What it is told, if its origin is known. `upstream`: whom the request would be passed on to.
+pub fn preflight_fields(upstream: Option<&UpstreamConf>) -> Fields {
+    let list = |set: Option<&Vec<String>>, otherwise: &'static str| {
+        let set = set.and_then(|list| HeaderValue::from_str(&list.join(", ")).ok());
+        set.unwrap_or(HeaderValue::from_static(otherwise))
+    };
     vec![
-        (ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static(METHODS)),
-        (ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static(SENT)),
+        (ACCESS_CONTROL_ALLOW_METHODS, list(upstream.and_then(|conf| conf.cors_methods.as_ref()), METHODS)),
+        (ACCESS_CONTROL_ALLOW_HEADERS, list(upstream.and_then(|conf| conf.cors_headers.as_ref()), SENT)),
         (ACCESS_CONTROL_MAX_AGE, REMEMBERED_S.into()),
     ]
 }

@@ -4,7 +4,9 @@ use super::api_key::ApiKeys;
 use super::descriptors::{Descriptors, Room};
 use super::guard::{Tls, server_config};
 use super::upstreams::Upstreams;
-use crate::config::{AuthConf, Conf, HttpConf, Live, Secret};
+use super::via::Pseudonym;
+use crate::config::{AuthConf, Conf, HttpConf, Live, Secret, TlsConf, TlsTexts};
+use parking_lot::Mutex;
 use rustls::ServerConfig;
 use std::sync::Arc;
 
@@ -20,6 +22,16 @@ pub struct Edge {
     pub upstreams: Upstreams,
     /// `None`: there is no such listener.
     pub tls: Option<Tls>,
+    /// What `tls` was made of.
+    tls_source: Arc<Mutex<Option<TlsSource>>>,
+    /// What this fleet calls itself to upstreams.
+    pub pseudonym: Arc<Pseudonym>,
+}
+
+type TlsSource = (TlsConf, TlsTexts);
+
+fn tls_source(conf: &Conf) -> Option<TlsSource> {
+    conf.tls.clone().zip(conf.tls_texts.clone())
 }
 
 /// (setting, problem)
@@ -28,7 +40,7 @@ type Problem = (&'static str, String);
 impl Edge {
     /// # Errors
     /// The files that `[tls]` names cannot be used.
-    pub fn new(conf: &Conf, master: &Secret) -> Result<Self, Problem> {
+    pub fn new(conf: &Conf, master: &Secret, pseudonym: Pseudonym) -> Result<Self, Problem> {
         let descriptors = Descriptors::of_process();
         let room = descriptors.fit(conf);
         descriptors.report(conf, room);
@@ -40,6 +52,8 @@ impl Edge {
             keys: Arc::new(ApiKeys::new(master, &conf.keys, &conf.auth)),
             upstreams: Upstreams::new(&conf.upstreams),
             tls: tls_of(conf)?.map(Tls::new),
+            tls_source: Arc::new(Mutex::new(tls_source(conf))),
+            pseudonym: Arc::new(pseudonym),
         })
     }
 
@@ -55,8 +69,14 @@ impl Edge {
         self.auth.set(conf.auth.clone());
         self.keys.set_conf(&conf.keys, &conf.auth);
         self.upstreams.set_conf(&conf.upstreams);
-        if let (Some(tls), Ok(Some(config))) = (&self.tls, tls_of(conf)) {
+        let source = tls_source(conf);
+        let mut before = self.tls_source.lock();
+        // Sessions are kept with the settings, so clients resume theirs as long as these stay.
+        if *before != source
+            && let (Some(tls), Ok(Some(config))) = (&self.tls, tls_of(conf))
+        {
             tls.set(config);
+            *before = source;
         }
     }
 }

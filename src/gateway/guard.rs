@@ -4,11 +4,15 @@
 //! requests that can be read in two ways. So each connection is counted here, shakes hands (TLS) within a deadline, and over
 //! HTTP/1.1 hands the server only well-formed messages that have arrived in time; HTTP/2 has bounds of its own.
 //!
-//! In reading order: [`census`] of connections; [`tls`]; [`stream`], with [`head`] and [`chunks`]: one message at a time.
+//! In reading order: [`census`] of connections; [`tls`]; [`stream`], with [`head`] and [`chunks`]: one message at a time; or
+//! [`http2`], with [`hpack`]: frame by frame. [`grammar`] is what both read requests by.
 
 mod census;
 mod chunks;
+mod grammar;
 mod head;
+mod hpack;
+mod http2;
 mod stream;
 mod tls;
 
@@ -18,6 +22,7 @@ pub use tls::{Tls, server_config};
 use super::client::is_trusted;
 use super::edge::Edge;
 use super::request_id::RequestId;
+use super::respond::head_of;
 use super::{Gateway, is_always_answered};
 use crate::api::{ApiError, Reply};
 use crate::config::{Http2Conf, HttpConf, Live};
@@ -25,6 +30,7 @@ use crate::metrics::Metrics;
 use census::{Caps, Census};
 use head::{BadHead, HeadLimits};
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ServerApp};
+use pingora::http::RequestHeader;
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::http::v2::server::H2Options;
 use pingora::protocols::l4::stream::Stream as L4Stream;
@@ -42,8 +48,6 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// What a client of HTTP/2 says first, in bytes (RFC 9113, section 3.4).
-const HTTP2_PREFACE_BYTES: usize = 24;
 /// Streams that a client of HTTP/2 has opened and reset, and that the server has not come to yet; more end the connection.
 const HTTP2_RESETS_MAX: usize = 20;
 
@@ -52,6 +56,8 @@ pub struct Guarded {
     proxy: Arc<HttpProxy<Gateway>>,
     census: Arc<Census>,
     edge: Edge,
+    /// Of a request over HTTP/2, as RFC 9113 counts it.
+    header_list_bytes_max: usize,
     metrics: Arc<Metrics>,
     /// Turns true when connections that wait for a request are to end.
     closing: watch::Sender<bool>,
@@ -77,7 +83,8 @@ impl Guarded {
         proxy.h2_options = Some(options);
         let closing = watch::Sender::new(false);
         let census = Arc::new(Census::new(metrics.edge.connections.clone()));
-        Self { proxy: Arc::new(proxy), census, edge, metrics, closing }
+        let header_list_bytes_max = http2.header_list_bytes_max as usize;
+        Self { proxy: Arc::new(proxy), census, edge, header_list_bytes_max, metrics, closing }
     }
 
     /// The app of the listener for everybody.
@@ -160,8 +167,8 @@ impl Guarded {
     /// Says why, and waits until the client has read it.
     async fn refuse(&self, mut stream: Box<GuardedStream>, error: ApiError) {
         self.metrics.refused.with_label_values(&[error.code()]).inc();
-        let id = RequestId::of(None);
-        let answer = last_answer(&error.into_reply(id.as_str()), &id);
+        let id = RequestId::ours();
+        let answer = last_answer(error.into_reply(id.as_str()), id);
         if stream.write_all(&answer).await.is_ok() {
             stream.close().await;
         }
@@ -193,6 +200,8 @@ fn refusal(bad: BadHead) -> ApiError {
     match bad {
         BadHead::Malformed(what) => ApiError::MalformedHeader(what),
         BadHead::Framing(what) => ApiError::BadFraming(what),
+        BadHead::TransferCoding => ApiError::TransferCodingUnknown,
+        BadHead::TargetTooLong => ApiError::TargetTooLong,
         BadHead::TooLarge => ApiError::HeaderTooLarge,
         BadHead::Version => ApiError::VersionNotSupported,
         BadHead::Connect => ApiError::MethodNotAllowed { allow: "GET, HEAD, POST, PUT, DELETE".to_owned() },
@@ -200,14 +209,18 @@ fn refusal(bad: BadHead) -> ApiError {
     }
 }
 
+/// Why a request is refused whose head the guard has read as one of HTTP/2.
+pub fn refused_over_http2(request: &RequestHeader) -> Option<ApiError> {
+    http2::refusal_of(&request.headers).map(refusal)
+}
+
 /// An answer after which the connection ends.
-fn last_answer(reply: &Reply, id: &RequestId) -> Vec<u8> {
-    let mut head = format!("HTTP/1.1 {}\r\nx-request-id: {}\r\n", reply.status, id.as_str());
-    for (name, value) in &reply.headers {
+fn last_answer(mut reply: Reply, id: RequestId) -> Vec<u8> {
+    let mut head = format!("HTTP/1.1 {}\r\n", reply.status);
+    for (name, value) in &head_of(&mut reply, id) {
         let _ = write!(head, "{name}: {}\r\n", value.to_str().unwrap_or_default());
     }
-    let (kind, len) = (reply.content_type, reply.body.len());
-    let _ = write!(head, "content-type: {kind}\r\ncontent-length: {len}\r\nconnection: close\r\n\r\n");
+    head += "connection: close\r\n\r\n";
     let mut answer = head.into_bytes();
     answer.extend_from_slice(&reply.body);
     answer
@@ -256,14 +269,18 @@ impl Guard {
         let shared = &self.shared;
         let Some(stream) = self.open(tcp).await else { return };
         let is_http2 = matches!(stream.selected_alpn_proto(), Some(ALPN::H2));
-        let (header_timeout, write_timeout) = {
+        let (header_timeout, write_timeout, fields_max) = {
             let http = shared.edge.http.get();
-            (Duration::from_secs(http.header_timeout_s), Duration::from_secs(http.write_timeout_s))
+            let seconds = Duration::from_secs;
+            (seconds(http.header_timeout_s), seconds(http.write_timeout_s), http.header_fields_max)
         };
         let mut stream = GuardedStream::new(stream, write_timeout);
         if !is_http2 {
             shared.serve(stream, place, stop).await;
-        } else if !place.is_reserve && stream.open_tunnel(HTTP2_PREFACE_BYTES, header_timeout).await {
+            return;
+        }
+        let limits = HeadLimits { bytes_max: shared.header_list_bytes_max, fields_max };
+        if !place.is_reserve && stream.open_http2(limits, header_timeout).await {
             shared.proxy.process_new(Box::new(stream), stop).await;
         }
     }

@@ -1,25 +1,26 @@
 //! A request that is passed on: what its upstream sees of it, and what its client hears when the upstream fails.
 
+use super::api_key::Pass;
+use super::origin::Origin;
 use super::upstreams::Upstream;
+use super::via::Pseudonym;
 use crate::api::ApiError;
 use crate::limiter::Counted;
-use http::header::{CONTENT_LENGTH, FORWARDED, HOST, HeaderName, HeaderValue};
+use http::header::{CONTENT_LENGTH, HOST, HeaderName, HeaderValue, TRAILER, TRANSFER_ENCODING};
+use http::{StatusCode, Version};
 use pingora::ErrorSource;
 use pingora::ErrorType::{
     ConnectTimedout, ConnectionClosed, HTTPStatus, InvalidHTTPHeader, ReadTimedout, TLSHandshakeTimedout,
     WriteError, WriteTimedout,
 };
-use pingora::http::RequestHeader;
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::prelude::Session;
 use pingora::{Error, ErrorType};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
 const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
-const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Addresses that are tried before the client is told that none can be reached.
@@ -30,21 +31,16 @@ pub struct Passage {
     pub upstream: Arc<Upstream>,
     pub origin: Origin,
     pub request_id: HeaderValue,
+    /// The key that let it through. `None`: none is asked for.
+    pub pass: Option<Pass>,
+    /// The address that was chosen last, if the client may not have said whom it asks.
+    pub address: Option<String>,
     /// What the limits said.
     pub counted: Counted,
     body_bytes: usize,
     body_deadline: Instant,
     /// Connections that could not be made.
     tries: usize,
-}
-
-/// Where a request came from.
-#[derive(Clone, Copy, Debug)]
-pub struct Origin {
-    pub peer: Option<IpAddr>,
-    /// The peer is a proxy that says who called it.
-    pub is_peer_trusted: bool,
-    pub has_tls: bool,
 }
 
 impl Passage {
@@ -54,6 +50,7 @@ impl Passage {
         upstream: Arc<Upstream>,
         origin: Origin,
         request_id: HeaderValue,
+        pass: Option<Pass>,
         request: &RequestHeader,
     ) -> Result<Self, ApiError> {
         let bytes_max = upstream.conf.body_bytes_max;
@@ -66,11 +63,17 @@ impl Passage {
             upstream,
             origin,
             request_id,
+            pass,
+            address: None,
             counted: Counted::default(),
             body_bytes: 0,
             body_deadline,
             tries: 0,
         })
+    }
+
+    pub fn body_deadline(&self) -> Instant {
+        self.body_deadline
     }
 
     /// A piece of the body, on its way.
@@ -94,11 +97,12 @@ impl Passage {
         self.tries < TRIES_MAX
     }
 
-    /// Makes of the request what the upstream is to see.
+    /// Makes of the request what the upstream is to see; `received` is as it came.
     pub fn adapt(
         &self,
         request: &mut RequestHeader,
-        client_host: Option<HeaderValue>,
+        received: &RequestHeader,
+        pseudonym: &Pseudonym,
     ) -> pingora::Result<()> {
         let conf = &self.upstream.conf;
         let path = request.uri.path_and_query().map_or("/", |path| path.as_str());
@@ -110,43 +114,48 @@ impl Passage {
         for name in &conf.remove_headers {
             request.remove_header(name.as_str());
         }
-        self.tell_origin(request, client_host)?;
+        self.origin.tell(request, client_host(received))?;
         request.insert_header(X_REQUEST_ID, &self.request_id)?;
+        if let Some((name, value)) = pseudonym.via(&received.headers, received.version) {
+            request.insert_header(name, value)?;
+        }
         if let Some(host) = &conf.host {
             request.insert_header(HOST, host)?;
+        } else if !request.headers.contains_key(HOST) {
+            // A client of HTTP/1.0 need not say it, and a server of HTTP/1.1 must be told.
+            request.insert_header(HOST, self.address.as_deref().unwrap_or_default())?;
         }
         for (name, value) in &conf.add_headers {
             request.insert_header(name.clone(), value)?;
         }
         Ok(())
     }
+}
 
-    fn tell_origin(
-        &self,
-        request: &mut RequestHeader,
-        client_host: Option<HeaderValue>,
-    ) -> pingora::Result<()> {
-        let Origin { peer, is_peer_trusted, has_tls } = self.origin;
-        // What strangers say of themselves stays here.
-        let mut chain = Vec::new();
-        if is_peer_trusted {
-            let said = request.headers.get_all(X_FORWARDED_FOR);
-            chain.extend(said.iter().filter_map(|value| value.to_str().ok().map(str::to_owned)));
-        } else {
-            request.remove_header(&FORWARDED);
-        }
-        chain.extend(peer.map(|peer| peer.to_canonical().to_string()));
-        request.insert_header(X_FORWARDED_FOR, chain.join(", "))?;
-        if !is_peer_trusted || !request.headers.contains_key(X_FORWARDED_PROTO) {
-            request.insert_header(X_FORWARDED_PROTO, if has_tls { "https" } else { "http" })?;
-        }
-        if let Some(host) =
-            client_host.filter(|_| !is_peer_trusted || !request.headers.contains_key(X_FORWARDED_HOST))
-        {
-            request.insert_header(X_FORWARDED_HOST, host)?;
-        }
-        Ok(())
+/// What the client has called the server.
+fn client_host(received: &RequestHeader) -> Option<HeaderValue> {
+    received.headers.get(HOST).cloned().or_else(|| {
+        let authority = received.uri.authority()?;
+        HeaderValue::from_str(authority.as_str()).ok()
+    })
+}
+
+/// Makes of an upstream's answer what its client can read.
+///
+/// # Errors
+/// The upstream has switched to another protocol that nobody has asked for.
+pub fn adapt_answer(answer: &mut ResponseHeader, session: &mut Session) -> pingora::Result<()> {
+    if answer.status == StatusCode::SWITCHING_PROTOCOLS && !session.is_upgrade_req() {
+        return Err(Error::explain(InvalidHTTPHeader, "101, and no upgrade was asked for").into_up());
     }
+    // Pingora reads past trailers, so they are not announced either.
+    answer.remove_header(&TRAILER);
+    if session.req_header().version == Version::HTTP_10 && answer.remove_header(&TRANSFER_ENCODING).is_some()
+    {
+        // Chunks are unknown to it: what is sent ends with the connection.
+        session.set_keepalive(None);
+    }
+    Ok(())
 }
 
 /// What a client hears of a failure. `None`: it has left.

@@ -4,7 +4,11 @@
 //! before it (github.com/cloudflare/pingora/issues/946), and a quick upstream on a busy machine is enough for that. It
 //! looks for both at once; so on these connections the first look for an answer finds none yet, and the end of the
 //! request is what it reads first.
+//!
+//! A tunnel has no requests any more that would show a key. So the key that has opened it is looked for again and again, and
+//! without it the tunnel ends.
 
+use super::api_key::{ApiKeys, Pass};
 use async_trait::async_trait;
 use pingora::ErrorType::ConnectError;
 use pingora::connectors::l4::Connect;
@@ -13,6 +17,7 @@ use pingora::protocols::l4::stream::Stream;
 use pingora::protocols::l4::virt::{VirtualSockOpt, VirtualSocket, VirtualSocketStream};
 use pingora::upstreams::peer::HttpPeer;
 use pingora::{OkOrErr, OrErr};
+use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -21,26 +26,43 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::{Instant, Interval, interval_at};
 
-/// Has the request go over a connection of its own that may become a tunnel.
-pub fn tunnel(peer: &mut HttpPeer) {
+/// How often the key of a tunnel is looked for.
+const KEY_CHECK_EVERY: Duration = Duration::from_secs(15);
+
+/// Has the request go over a connection of its own that may become a tunnel. `key`: what has opened it, if it had to be
+/// opened.
+pub fn tunnel(peer: &mut HttpPeer, key: Option<(Arc<ApiKeys>, Pass)>) {
     static TUNNELS: AtomicU64 = AtomicU64::new(1);
-    peer.options.custom_l4 = Some(Arc::new(Patiently));
+    peer.options.custom_l4 = Some(Arc::new(Patiently { key }));
     // None that others left, and none for others.
     peer.group_key = TUNNELS.fetch_add(1, Ordering::Relaxed);
     peer.options.idle_timeout = Some(Duration::ZERO);
 }
 
 /// How such a connection is made.
-#[derive(Debug)]
-struct Patiently;
+struct Patiently {
+    key: Option<(Arc<ApiKeys>, Pass)>,
+}
+
+impl fmt::Debug for Patiently {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Patiently").finish_non_exhaustive()
+    }
+}
 
 #[async_trait]
 impl Connect for Patiently {
     async fn connect(&self, address: &SocketAddr) -> pingora::Result<Stream> {
         let address = address.as_inet().or_err(ConnectError, "not an internet address")?;
         let tcp = TcpStream::connect(address).await.or_err(ConnectError, "no connection")?;
-        Ok(VirtualSocketStream::new(Box::new(Patient { tcp, has_written: false })).into())
+        let guard = self.key.clone().map(|(keys, pass)| KeyGuard {
+            keys,
+            pass,
+            timer: interval_at(Instant::now() + KEY_CHECK_EVERY, KEY_CHECK_EVERY),
+        });
+        Ok(VirtualSocketStream::new(Box::new(Patient { tcp, has_written: false, guard })).into())
     }
 }
 
@@ -49,6 +71,32 @@ struct Patient {
     tcp: TcpStream,
     /// Nobody has looked for an answer since.
     has_written: bool,
+    guard: Option<KeyGuard>,
+}
+
+/// Looks after the key of a tunnel.
+struct KeyGuard {
+    keys: Arc<ApiKeys>,
+    pass: Pass,
+    timer: Interval,
+}
+
+impl KeyGuard {
+    /// Whether the key is gone, or no longer valid.
+    fn has_ended(&mut self, cx: &mut Context<'_>) -> bool {
+        while self.timer.poll_tick(cx).is_ready() {
+            if !self.keys.still_opens(&self.pass) {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+impl fmt::Debug for KeyGuard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyGuard").finish_non_exhaustive()
+    }
 }
 
 impl VirtualSocket for Patient {
@@ -63,6 +111,11 @@ impl VirtualSocket for Patient {
 impl AsyncRead for Patient {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.guard.as_mut().is_some_and(|guard| guard.has_ended(cx)) {
+            this.guard = None;
+            tracing::info!("Tunnel Ended: Its Key Is Not Valid Any More");
+            return Poll::Ready(Ok(())); // the upstream has no more to say
+        }
         if std::mem::take(&mut this.has_written) {
             cx.waker().wake_by_ref();
             return Poll::Pending;

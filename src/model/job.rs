@@ -1,5 +1,6 @@
 //! A job: its id, the request it came from, and the message the workers read.
 
+use super::encoding_problem;
 use super::escape::Escape;
 use super::{Function, FunctionId, IdempotencyKey, Rfc3339Ms, Text, UnixMs};
 use bytes::Bytes;
@@ -314,7 +315,7 @@ impl<'a> RunRequest<'a> {
     /// One pass over the body that keeps slices of it, no tree.
     pub fn parse(body: &'a [u8]) -> Result<Self, RunRequestError> {
         let members: Members<'a> =
-            serde_json::from_slice(body).map_err(|e| RunRequestError::NotJson(json_place(&e)))?;
+            serde_json::from_slice(body).map_err(|e| RunRequestError::NotJson(json_problem(body, &e)))?;
         if members.twice {
             return Err(RunRequestError::Twice);
         }
@@ -338,6 +339,10 @@ impl<'a> RunRequest<'a> {
     pub fn model(&self) -> &str {
         self.model.as_deref().unwrap_or(MODEL_DEFAULT)
     }
+}
+
+fn json_problem(body: &[u8], e: &serde_json::Error) -> String {
+    encoding_problem(body).map_or_else(|| json_place(e), str::to_owned)
 }
 
 /// Where the JSON breaks; serde's own text may quote what it read, so only the kind and place are used.

@@ -27,6 +27,8 @@ use Then::{Answered, Closed, Refused};
 const MALFORMED: Then = Refused(400, "malformed_header");
 const FRAMING: Then = Refused(400, "bad_framing");
 const TOO_LARGE: Then = Refused(431, "header_too_large");
+const TARGET_TOO_LONG: Then = Refused(414, "target_too_long");
+const CODING: Then = Refused(501, "unsupported_transfer_coding");
 const VERSION: Then = Refused(505, "version_not_supported");
 const BODY: Then = Refused(400, "body_broken");
 
@@ -71,11 +73,11 @@ const HEADS: &[(&str, &str, Then)] = &[
     ("an angle in the query", "GET {P}?a>b HTTP/1.1\r\nHost: a\r\n{K}\r\n", MALFORMED),
     ("a quote in the query", "GET {P}?a\"b HTTP/1.1\r\nHost: a\r\n{K}\r\n", MALFORMED),
     ("an empty length", "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Content-Length:\r\n\r\n", FRAMING),
-    ("another coding", "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Transfer-Encoding: gzip\r\n\r\n", FRAMING),
+    ("another coding", "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Transfer-Encoding: gzip\r\n\r\n", CODING),
     (
         "two codings",
         "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-        FRAMING,
+        CODING,
     ),
     (
         "chunked, then identity",
@@ -90,7 +92,7 @@ const HEADS: &[(&str, &str, Then)] = &[
     (
         "nearly chunked",
         "POST {P} HTTP/1.1\r\nHost: a\r\n{K}Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
-        FRAMING,
+        CODING,
     ),
     (
         "chunked with a control character",
@@ -150,7 +152,8 @@ const HEADS: &[(&str, &str, Then)] = &[
     ("a target of another host", "GET http://b{P} HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
     ("a target with a user", "GET http://u@a{P} HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
     ("a target of another scheme", "GET ftp://a{P} HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
-    ("a target without a path", "GET http://a HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
+    ("a target of another port", "GET http://a:8080{P} HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
+    ("a target without slashes", "GET http:a{P} HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
     ("a target that is none", "GET x HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
     ("a target with a fragment", "GET {P}#x HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
     ("a target with a blank", "GET {P} x HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
@@ -161,7 +164,7 @@ const HEADS: &[(&str, &str, Then)] = &[
     ("a blank after the version", "GET {P} HTTP/1.1 \r\nHost: a\r\n\r\n", MALFORMED),
     ("HTTP/0.9", "GET {P}\r\n\r\n", MALFORMED),
     ("two empty lines first", "\r\n\r\nGET {P} HTTP/1.1\r\nHost: a\r\n\r\n", MALFORMED),
-    ("HTTP/1.2", "GET {P} HTTP/1.2\r\nHost: a\r\n\r\n", VERSION),
+    ("HTTP/0.8", "GET {P} HTTP/0.8\r\nHost: a\r\n\r\n", VERSION),
     ("HTTP/2.0", "GET {P} HTTP/2.0\r\nHost: a\r\n\r\n", VERSION),
     ("the preface of HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", VERSION),
     ("small letters in the version", "GET {P} http/1.1\r\nHost: a\r\n\r\n", MALFORMED),
@@ -311,15 +314,16 @@ async fn bad_heads_are_refused_wherever_they_are_cut() {
 async fn huge_heads_are_refused_before_they_are_whole() {
     let mut bench = Bench::start(Backend::Dev).await;
     let long = "x".repeat(40_000);
-    for (what, text) in [
-        ("a long target", format!("GET /{long} HTTP/1.1\r\nHost: a\r\n\r\n")),
-        ("a long value", format!("GET / HTTP/1.1\r\nHost: a\r\nX: {long}\r\n\r\n")),
-        ("a long name", format!("GET / HTTP/1.1\r\nHost: a\r\n{long}: x\r\n\r\n")),
-        ("a long method", format!("{long} / HTTP/1.1\r\nHost: a\r\n\r\n")),
-        ("many fields", format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "A: b\r\n".repeat(101))),
-        ("a line without end", long.clone()),
+    for (what, text, then) in [
+        ("a long target", format!("GET /{long} HTTP/1.1\r\nHost: a\r\n\r\n"), TARGET_TOO_LONG),
+        ("a target without end", format!("GET /{long}"), TARGET_TOO_LONG),
+        ("a long value", format!("GET / HTTP/1.1\r\nHost: a\r\nX: {long}\r\n\r\n"), TOO_LARGE),
+        ("a long name", format!("GET / HTTP/1.1\r\nHost: a\r\n{long}: x\r\n\r\n"), TOO_LARGE),
+        ("a long method", format!("{long} / HTTP/1.1\r\nHost: a\r\n\r\n"), TOO_LARGE),
+        ("many fields", format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "A: b\r\n".repeat(101)), TOO_LARGE),
+        ("a line without end", long.clone(), TOO_LARGE),
     ] {
-        bench.try_out(what, text.as_bytes(), None, TOO_LARGE).await;
+        bench.try_out(what, text.as_bytes(), None, then).await;
     }
     let most = format!("GET /livez HTTP/1.1\r\nHost: a\r\n{}\r\n", "A: b\r\n".repeat(99));
     bench.try_out("as many fields as may be", most.as_bytes(), None, Answered(200)).await;

@@ -10,6 +10,7 @@ pub mod crowd;
 pub mod description;
 pub mod gateway;
 pub mod http;
+pub mod http2;
 pub mod job;
 pub mod keys;
 pub mod link;

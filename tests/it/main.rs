@@ -37,6 +37,8 @@ mod descriptors;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
+mod edge;
+#[cfg(test)]
 mod edge_clients;
 #[cfg(test)]
 mod failover;

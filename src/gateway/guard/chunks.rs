@@ -22,6 +22,8 @@ pub struct Chunks {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
     Size,
+    /// Blanks before an extension, which old senders write (RFC 9112, section 7.1.1).
+    SizeBlank,
     Extension,
     SizeLf,
     Data,
@@ -78,7 +80,11 @@ impl Chunks {
                 At::Size
             }
             (At::Size, b'\r') if self.read > 0 => At::SizeLf,
-            (At::Size, b';') if self.read > 0 => At::Extension,
+            (At::Size | At::SizeBlank, b';') if self.read > 0 => At::Extension,
+            (At::Size | At::SizeBlank, b' ' | b'\t') if self.read > 0 => {
+                self.count(SIZE_LINE_BYTES_MAX)?;
+                At::SizeBlank
+            }
             (At::Extension, b'\r') => At::SizeLf,
             (At::Extension, b'\t' | 0x20..=0x7e | 0x80..) => {
                 self.count(SIZE_LINE_BYTES_MAX)?;
@@ -135,6 +141,7 @@ mod tests {
             ("3\r\nabc\r\n0\r\n\r\n", ""),
             ("00a;x=\"y\"\r\n0123456789\r\n000\r\n\r\n", "x"),
             ("A\r\n0\r\n\r\n0\r\n\r\n\r\n0\r\n\r\n", "\r\n"),
+            ("1 ;x\r\na\r\n1\t ; x = \"y\" ;z\r\nb\r\n0 ;\r\n\r\n", ""),
             ("1\r\na\r\n0\r\nDigest: x\r\nB: c\r\n\r\n", "y"),
         ] {
             assert_eq!(read(&format!("{body}{rest}")), Ok(Some(body.len())), "{body:?}");
@@ -152,6 +159,9 @@ mod tests {
             "0x1\r\n",
             " 1\r\n",
             "1 \r\n",
+            "1 1\r\n",
+            "1\t\r\n",
+            " ;x\r\n",
             "1\n",
             "1\r\r\n",
             "1;\n",
@@ -168,6 +178,7 @@ mod tests {
         ] {
             assert_eq!(read(bad), Err(BadChunk), "{bad:?}");
         }
+        assert_eq!(read(&format!("1{};\r\n", " ".repeat(300))), Err(BadChunk));
         assert_eq!(read(&format!("1;{}\r\n", "x".repeat(300))), Err(BadChunk));
         assert_eq!(read(&format!("0\r\nA: {}\r\n\r\n", "x".repeat(5000))), Err(BadChunk));
     }

@@ -5,6 +5,10 @@
 //! has read anything into it: what passes has one reading. Pingora's own parser was not enough: it takes a length beside
 //! chunks away before anyone sees that it was there.
 
+use super::grammar::{
+    Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token,
+};
+use bytes::BytesMut;
 use memchr::memchr;
 
 /// What a head may be.
@@ -22,8 +26,11 @@ pub enum BadHead {
     Malformed(&'static str),
     /// Where the body ends could be read in two ways.
     Framing(&'static str),
+    /// The body is in a transfer coding that is not known here.
+    TransferCoding,
+    TargetTooLong,
     TooLarge,
-    /// Not HTTP/1.0 or HTTP/1.1.
+    /// Not HTTP/1.
     Version,
     /// A method that would make a tunnel.
     Connect,
@@ -47,8 +54,59 @@ pub struct Head {
     pub body: Length,
     /// The client asks for another protocol (WebSocket).
     pub wants_upgrade: bool,
-    /// Where the target stands, from and to.
-    pub target: (usize, usize),
+    /// Where the target stands.
+    pub target: Span,
+    /// Where the last digit of the version stands, if it is one that is not known here. Such a request is taken as one of
+    /// HTTP/1.1, the highest that is known (RFC 9110, section 2.5).
+    unknown_minor: Option<usize>,
+    absolute: Option<Absolute>,
+}
+
+/// From and to.
+pub type Span = (usize, usize);
+
+/// A target that names the host, as it would be sent to a proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Absolute {
+    scheme: Scheme,
+    authority: Span,
+    /// Path and query; empty if there are none.
+    path: Span,
+    /// It asks for no resource, but what the server can do.
+    is_options: bool,
+    /// No Host field says the same.
+    is_alone: bool,
+}
+
+impl Head {
+    /// The message that begins with this head as the server is to read it: the target without the host, which the Host
+    /// field names as well, and a version that it knows.
+    pub fn as_served(&mut self, mut message: BytesMut) -> BytesMut {
+        if let Some(at) = self.unknown_minor.take() {
+            message[at] = b'1';
+        }
+        let Some(absolute) = self.absolute.take() else { return message };
+        let (from, to) = self.target;
+        let path = &message[absolute.path.0..absolute.path.1];
+        let mut served = BytesMut::with_capacity(message.len() + 8);
+        served.extend_from_slice(&message[..from]);
+        match path.first() {
+            None if absolute.is_options => served.extend_from_slice(b"*"),
+            None | Some(b'?') => served.extend_from_slice(b"/"),
+            Some(_) => {}
+        }
+        served.extend_from_slice(path);
+        self.target = (from, served.len());
+        let line = to + memchr(b'\n', &message[to..]).map_or(0, |at| at + 1);
+        served.extend_from_slice(&message[to..line]);
+        if absolute.is_alone {
+            served.extend_from_slice(b"Host: ");
+            served.extend_from_slice(&message[absolute.authority.0..absolute.authority.1]);
+            served.extend_from_slice(b"\r\n");
+        }
+        served.extend_from_slice(&message[line..]);
+        served
+    }
 }
 
 /// Reads a head as it comes in, line by line: no byte is looked at twice, however slowly they come.
@@ -61,10 +119,10 @@ pub struct HeadReader {
     has_blank_line: bool,
     has_request_line: bool,
     is_http_10: bool,
-    target: (usize, usize),
-    /// The authority of a target in absolute form.
-    authority: Option<(usize, usize)>,
-    host: Option<(usize, usize)>,
+    unknown_minor: Option<usize>,
+    target: Span,
+    absolute: Option<Absolute>,
+    host: Option<Span>,
     fields: usize,
     length: Option<u64>,
     is_chunked: bool,
@@ -81,11 +139,11 @@ impl HeadReader {
                 None => {
                     self.unread = bytes.len();
                     let fits = bytes.len() < limits.bytes_max;
-                    return if fits { Ok(None) } else { Err(BadHead::TooLarge) };
+                    return if fits { Ok(None) } else { Err(self.too_large(bytes)) };
                 }
             };
             if end >= limits.bytes_max {
-                return Err(BadHead::TooLarge);
+                return Err(self.too_large(bytes));
             }
             let (from, to) = (self.line, end.wrapping_sub(1));
             if end == from || bytes[to] != b'\r' {
@@ -112,6 +170,12 @@ impl HeadReader {
         }
     }
 
+    /// Which part does not fit.
+    fn too_large(&self, bytes: &[u8]) -> BadHead {
+        let is_in_target = !self.has_request_line && memchr(b' ', &bytes[self.line..]).is_some();
+        if is_in_target { BadHead::TargetTooLong } else { BadHead::TooLarge }
+    }
+
     fn request_line(&mut self, bytes: &[u8], from: usize, to: usize) -> Result<(), BadHead> {
         const BAD: BadHead = BadHead::Malformed("the request line");
         let line = &bytes[from..to];
@@ -120,42 +184,49 @@ impl HeadReader {
         if !is_token(&line[..method]) {
             return Err(BAD);
         }
-        self.is_http_10 = match &line[version + 1..] {
-            b"HTTP/1.1" => false,
-            b"HTTP/1.0" => true,
+        match &line[version + 1..] {
+            b"HTTP/1.1" => {}
+            b"HTTP/1.0" => self.is_http_10 = true,
+            [b'H', b'T', b'T', b'P', b'/', b'1', b'.', minor] if minor.is_ascii_digit() => {
+                self.unknown_minor = Some(to - 1);
+            }
             other => {
                 let is_version = other.starts_with(b"HTTP/") && other.len() == 8;
                 return Err(if is_version { BadHead::Version } else { BAD });
             }
-        };
+        }
         if &line[..method] == b"CONNECT" {
             return Err(BadHead::Connect);
         }
         let target = &line[method + 1..version];
-        let is_visible = target.iter().all(|b| *b > b' ' && !matches!(b, 0x7f | b'#'));
-        if target.is_empty() || !is_visible || !is_uri(target) || std::str::from_utf8(target).is_err() {
+        if target.len() > TARGET_BYTES_MAX {
+            return Err(BadHead::TargetTooLong);
+        }
+        if !is_target(target) {
             return Err(BadHead::Malformed("the request target"));
         }
         self.target = (from + method + 1, from + version);
-        self.authority = self.authority_of(target, &line[..method])?;
+        self.absolute = self.absolute_form(target, &line[..method])?;
         Ok(())
     }
 
-    /// Where the authority stands, if the target has one.
-    fn authority_of(&self, target: &[u8], method: &[u8]) -> Result<Option<(usize, usize)>, BadHead> {
-        if target[0] == b'/' || (target == b"*" && method == b"OPTIONS") {
+    /// The parts of a target that names its host.
+    fn absolute_form(&self, target: &[u8], method: &[u8]) -> Result<Option<Absolute>, BadHead> {
+        let is_options = method == b"OPTIONS";
+        if target[0] == b'/' || (target == b"*" && is_options) {
             return Ok(None);
         }
         const BAD: BadHead = BadHead::Malformed("the request target");
-        let scheme = ["http://", "https://"].iter().find(|scheme| starts_with(target, scheme)).ok_or(BAD)?;
-        let rest = &target[scheme.len()..];
+        let colon = memchr(b':', target).ok_or(BAD)?;
+        let scheme = Scheme::parse(&target[..colon]).ok_or(BAD)?;
+        let rest = target[colon..].strip_prefix(b"://").ok_or(BAD)?;
         let len = rest.iter().position(|b| matches!(b, b'/' | b'?')).unwrap_or(rest.len());
-        // A path of its own: without one Pingora and others read different targets.
-        if len == 0 || rest.get(len) != Some(&b'/') || rest[..len].contains(&b'@') {
+        if !is_authority(&rest[..len]) {
             return Err(BAD);
         }
-        let begin = self.target.0 + scheme.len();
-        Ok(Some((begin, begin + len)))
+        let begin = self.target.1 - rest.len();
+        let (authority, path) = ((begin, begin + len), (begin + len, self.target.1));
+        Ok(Some(Absolute { scheme, authority, path, is_options, is_alone: false }))
     }
 
     fn field(&mut self, bytes: &[u8], from: usize, to: usize) -> Result<(), BadHead> {
@@ -196,12 +267,7 @@ impl HeadReader {
 
     fn host(&mut self, bytes: &[u8], value: &[u8], from: usize) -> Result<(), BadHead> {
         const BAD: BadHead = BadHead::Malformed("the Host");
-        if self.host.is_some()
-            || value.iter().any(|b| matches!(b, b'/' | b'?' | b'#' | b'@' | b' ' | b'\t' | b','))
-        {
-            return Err(BAD);
-        }
-        if !value.is_ascii() {
+        if self.host.is_some() || !(value.is_empty() || is_authority(value)) {
             return Err(BAD);
         }
         let begin = value.as_ptr() as usize - bytes.as_ptr() as usize;
@@ -224,8 +290,14 @@ impl HeadReader {
     }
 
     fn transfer_encoding(&mut self, value: &[u8]) -> Result<(), BadHead> {
-        if self.is_chunked || !value.eq_ignore_ascii_case(b"chunked") {
-            return Err(BadHead::Framing("Transfer-Encoding is not \"chunked\" alone"));
+        if self.is_http_10 {
+            return Err(BadHead::Framing("Transfer-Encoding in HTTP/1.0"));
+        }
+        if self.is_chunked {
+            return Err(BadHead::Framing("Transfer-Encoding is there twice"));
+        }
+        if !value.eq_ignore_ascii_case(b"chunked") {
+            return Err(bad_codings(value));
         }
         self.is_chunked = true;
         Ok(())
@@ -236,73 +308,35 @@ impl HeadReader {
         if host.is_none_or(<[u8]>::is_empty) && !self.is_http_10 {
             return Err(BadHead::Malformed("the Host"));
         }
-        if let Some((from, to)) = self.authority
-            && !host.is_some_and(|host| host.eq_ignore_ascii_case(&bytes[from..to]))
+        let absolute = self.absolute.map(|absolute| Absolute { is_alone: host.is_none(), ..absolute });
+        if let (Some(Absolute { scheme, authority, .. }), Some(host)) = (absolute, host)
+            && !is_same_authority(scheme, host, &bytes[authority.0..authority.1])
         {
             return Err(BadHead::Malformed("the request target, which names another host"));
         }
         let body = match (self.is_chunked, self.length) {
             (true, Some(_)) => return Err(BadHead::Framing("Content-Length beside Transfer-Encoding")),
-            (true, None) if self.is_http_10 => {
-                return Err(BadHead::Framing("Transfer-Encoding in HTTP/1.0"));
-            }
             (true, None) => Length::Chunked,
             (false, length) => Length::Bytes(length.unwrap_or(0)),
         };
         let wants_upgrade = self.has_upgrade && self.connection_upgrades && !self.is_http_10;
-        Ok(Head { len: self.line, body, wants_upgrade, target: self.target })
+        let (target, unknown_minor) = (self.target, self.unknown_minor);
+        Ok(Head { len: self.line, body, wants_upgrade, target, unknown_minor, absolute })
     }
 }
 
-/// Whether a line break, a NUL or another control character stands where none may. A tab may.
-fn is_control(byte: u8) -> bool {
-    (byte < 0x20 && byte != b'\t') || byte == 0x7f
-}
-
-/// Whether `http::Uri` takes the characters: for what it does not take, Pingora has an answer of its own.
-fn is_uri(target: &[u8]) -> bool {
-    let query = target.iter().position(|b| *b == b'?').unwrap_or(target.len());
-    let (path, query) = target.split_at(query);
-    !path.iter().any(|b| matches!(b, b'<' | b'>' | b'`'))
-        && !query.iter().any(|b| matches!(b, b'"' | b'<' | b'>'))
-}
-
-fn starts_with(target: &[u8], scheme: &str) -> bool {
-    target.len() > scheme.len() && target[..scheme.len()].eq_ignore_ascii_case(scheme.as_bytes())
-}
-
-/// `token` of RFC 9110, section 5.6.2.
-fn is_token(name: &[u8]) -> bool {
-    !name.is_empty() && name.iter().all(|b| TOKEN[usize::from(*b)])
-}
-
-static TOKEN: [bool; 256] = {
-    let mut table = [false; 256];
-    let mut b = 0;
-    while b < 256 {
-        let byte = b as u8;
-        table[b] = byte.is_ascii_alphanumeric()
-            || matches!(
-                byte,
-                b'!' | b'#'
-                    | b'$'
-                    | b'%'
-                    | b'&'
-                    | b'\''
-                    | b'*'
-                    | b'+'
-                    | b'-'
-                    | b'.'
-                    | b'^'
-                    | b'_'
-                    | b'`'
-                    | b'|'
-                    | b'~'
-            );
-        b += 1;
+/// What is wrong with codings that are not `chunked` alone: if that comes last the body ends where it says, but nobody
+/// here can read it; if it comes before others, the end cannot be told.
+fn bad_codings(value: &[u8]) -> BadHead {
+    let mut codings = value.split(|b| *b == b',').map(<[u8]>::trim_ascii).peekable();
+    while let Some(coding) = codings.next() {
+        let is_chunked = coding.eq_ignore_ascii_case(b"chunked");
+        if coding.is_empty() || (is_chunked && codings.peek().is_some()) {
+            return BadHead::Framing("Transfer-Encoding does not end in \"chunked\"");
+        }
     }
-    table
-};
+    BadHead::TransferCoding
+}
 
 #[cfg(test)]
 mod tests {
@@ -335,6 +369,8 @@ mod tests {
             body: Length::Bytes(0),
             wants_upgrade: false,
             target: (target, target + "/livez?x=1".len()),
+            unknown_minor: None,
+            absolute: None,
         };
         assert_eq!(get, expected);
         assert_eq!(
@@ -371,10 +407,10 @@ mod tests {
             "Content-Length: 1 1",
             "Content-Length:",
             "Content-Length: 1234567890123456789",
-            "Transfer-Encoding: gzip, chunked",
             "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
-            "Transfer-Encoding: identity",
-            "Transfer-Encoding: xchunked",
+            "Transfer-Encoding: chunked, identity",
+            "Transfer-Encoding: chunked, chunked",
+            "Transfer-Encoding: gzip,, chunked",
             "Transfer-Encoding:",
         ] {
             assert!(
@@ -382,6 +418,10 @@ mod tests {
                 "{framing:?}: {:?}",
                 read(&post(framing))
             );
+        }
+        for unknown in ["gzip, chunked", "gzip", "identity", "xchunked", "chunked;q=1"] {
+            let text = post(&format!("Transfer-Encoding: {unknown}"));
+            assert_eq!(read(&text), Err(BadHead::TransferCoding), "{unknown}");
         }
         let old = "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n";
         assert!(matches!(read(old), Err(BadHead::Framing(_))));
@@ -427,8 +467,10 @@ mod tests {
             "GET * HTTP/1.1",
             "GET ftp://a/ HTTP/1.1",
             "GET http:/// HTTP/1.1",
-            "GET http://a HTTP/1.1",
+            "GET http:a/ HTTP/1.1",
             "GET http://u@a/ HTTP/1.1",
+            "GET http://a:8080/ HTTP/1.1",
+            "GET https://a:80/ HTTP/1.1",
             "GET http://b/ HTTP/1.1",
             "GET / http/1.1",
             "GET / HTTP/1.1 ",
@@ -437,7 +479,7 @@ mod tests {
             let text = format!("{bad}\r\nHost: a\r\n\r\n");
             assert!(matches!(read(&text), Err(BadHead::Malformed(_))), "{bad:?}: {:?}", read(&text));
         }
-        for version in ["HTTP/2.0", "HTTP/1.2", "HTTP/0.9", "HTTP/1.x"] {
+        for version in ["HTTP/2.0", "HTTP/0.9", "HTTP/1.x"] {
             assert_eq!(read(&format!("PRI * {version}\r\n\r\n")), Err(BadHead::Version));
         }
         assert_eq!(read("CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"), Err(BadHead::Connect));
@@ -449,12 +491,41 @@ mod tests {
         }
     }
 
+    /// What names the host twice says it once to the server, and a version that it knows.
+    #[test]
+    fn messages_as_they_are_served() {
+        for (sent, served) in [
+            ("GET /a?b HTTP/1.1\r\nHost: a\r\n\r\nbody", "GET /a?b HTTP/1.1\r\nHost: a\r\n\r\nbody"),
+            ("GET /a HTTP/1.7\r\nHost: a\r\n\r\n", "GET /a HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("GET http://A:80/a?b HTTP/1.1\r\nHost: a\r\n\r\n", "GET /a?b HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("GET http://a/ HTTP/1.1\r\nHost: a:80\r\n\r\nx", "GET / HTTP/1.1\r\nHost: a:80\r\n\r\nx"),
+            ("GET https://a:443 HTTP/1.9\r\nHost: a\r\n\r\n", "GET / HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("GET HTTP://a?b HTTP/1.1\r\nHost: a\r\n\r\n", "GET /?b HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("OPTIONS http://a HTTP/1.1\r\nHost: a\r\n\r\n", "OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("OPTIONS http://a/ HTTP/1.1\r\nHost: a\r\n\r\n", "OPTIONS / HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("GET http://a/x HTTP/1.0\r\n\r\n", "GET /x HTTP/1.0\r\nHost: a\r\n\r\n"),
+            ("\r\nGET http://a/x HTTP/1.0\r\nA: b\r\n\r\n", "\r\nGET /x HTTP/1.0\r\nHost: a\r\nA: b\r\n\r\n"),
+        ] {
+            let mut head = whole(sent);
+            let message = head.as_served(sent.as_bytes().into());
+            assert_eq!(String::from_utf8_lossy(&message), served, "{sent:?}");
+            let target = &message[head.target.0..head.target.1];
+            assert_eq!(target, served.trim_start().split(' ').nth(1).unwrap().as_bytes(), "{sent:?}");
+        }
+    }
+
     #[test]
     fn what_is_too_large_is_refused_before_it_is_whole() {
         let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(2000));
-        assert_eq!(read(&long), Err(BadHead::TooLarge));
-        assert_eq!(read(&long[..1024]), Err(BadHead::TooLarge));
+        assert_eq!(read(&long), Err(BadHead::TargetTooLong));
+        assert_eq!(read(&long[..1024]), Err(BadHead::TargetTooLong));
         assert_eq!(read(&long[..1023]), Ok(None));
+        assert_eq!(read(&"X".repeat(1024)), Err(BadHead::TooLarge));
+        let field = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}", "x".repeat(2000));
+        assert_eq!(read(&field), Err(BadHead::TooLarge));
+        let wide = HeadLimits { bytes_max: 1 << 20, fields_max: 8 };
+        let target = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(TARGET_BYTES_MAX));
+        assert_eq!(HeadReader::default().read(target.as_bytes(), wide), Err(BadHead::TargetTooLong));
         let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "A: b\r\n".repeat(7));
         assert!(read(&many).unwrap().is_some());
         assert_eq!(read(&many.replacen("A: b", "A: b\r\nA: b", 1)), Err(BadHead::TooLarge));
@@ -474,11 +545,15 @@ mod tests {
                     assert_eq!(head, same);
                     let text = &input[..head.len];
                     assert!(text.ends_with(b"\r\n\r\n") && !text.contains(&0));
+                    let mut served_head = head;
+                    let served = served_head.as_served(text.into());
                     let mut fields = [httparse::EMPTY_HEADER; 16];
                     let mut request = httparse::Request::new(&mut fields);
-                    let parsed = request.parse(input).expect("another parser takes it");
-                    assert_eq!(parsed, httparse::Status::Complete(head.len));
-                    assert_eq!(request.path.map(str::as_bytes), Some(&input[head.target.0..head.target.1]));
+                    let parsed = request.parse(&served).expect("another parser takes it");
+                    assert_eq!(parsed, httparse::Status::Complete(served.len()));
+                    let (from, to) = served_head.target;
+                    assert_eq!(request.path.map(str::as_bytes), Some(&served[from..to]));
+                    assert!(matches!(served[from], b'/' | b'*'), "it names no host");
                     let named = |name: &str| {
                         let of =
                             request.headers.iter().filter(move |field| field.name.eq_ignore_ascii_case(name));

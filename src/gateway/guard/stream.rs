@@ -7,6 +7,7 @@
 
 use super::chunks::Chunks;
 use super::head::{BadHead, Head, HeadLimits, HeadReader, Length};
+use super::http2::{Frames, Next, PREFACE, Written};
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
 use pingora::protocols::raw_connect::ProxyDigest;
@@ -39,12 +40,14 @@ const SWITCHING: &[u8] = b"HTTP/1.1 101";
 const INTERIM: &[u8] = b"HTTP/1.1 1";
 
 /// What is still to come of the message that is being served.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 enum Rest {
     Bytes(u64),
     Chunked(Chunks),
     /// No messages any more: another protocol, both ways.
     Tunnel,
+    /// Frames, to the end of the connection: those that come, and those that go.
+    Http2(Box<Frames>, Written),
 }
 
 impl Rest {
@@ -52,7 +55,7 @@ impl Rest {
         match self {
             Self::Bytes(left) => *left == 0,
             Self::Chunked(chunks) => chunks.is_done(),
-            Self::Tunnel => false,
+            Self::Tunnel | Self::Http2(..) => false,
         }
     }
 }
@@ -108,11 +111,11 @@ impl GuardedStream {
         }
     }
 
-    /// Not HTTP/1.1: everything goes through, once the first `bytes` bytes are here. `false`: they did not come.
-    pub async fn open_tunnel(&mut self, bytes: usize, within: Duration) -> bool {
-        self.rest = Rest::Tunnel;
+    /// From here on the client speaks HTTP/2, once it has said so. `false`: it has not, in time.
+    pub async fn open_http2(&mut self, limits: HeadLimits, within: Duration) -> bool {
+        self.rest = Rest::Http2(Box::new(Frames::new(limits)), Written::default());
         let begun = async {
-            while self.ahead.len() < bytes {
+            while self.ahead.len() < PREFACE.len() {
                 if !matches!(self.read_ahead().await, Ok(n) if n > 0) {
                     return false;
                 }
@@ -145,7 +148,7 @@ impl GuardedStream {
         deadline: impl FnOnce() -> Instant,
     ) -> Result<(Head, BytesMut), NoHead> {
         let mut reader = HeadReader::default();
-        let head = match reader.read(&self.ahead, limits).map_err(NoHead::Bad)? {
+        let mut head = match reader.read(&self.ahead, limits).map_err(NoHead::Bad)? {
             Some(head) => head,
             None => match tokio::time::timeout_at(deadline(), self.rest_of_head(reader, limits)).await {
                 Ok(read) => read?,
@@ -162,7 +165,8 @@ impl GuardedStream {
             }
             Length::Chunked => Rest::Chunked(Chunks::default()),
         };
-        Ok((head, self.ahead.split_to(len)))
+        let message = head.as_served(self.ahead.split_to(len));
+        Ok((head, message))
     }
 
     async fn rest_of_head(&mut self, mut reader: HeadReader, limits: HeadLimits) -> Result<Head, NoHead> {
@@ -251,11 +255,65 @@ impl GuardedStream {
             Rest::Chunked(chunks) => chunks.advance(&self.ahead[..len]).map_err(|_| {
                 io::Error::new(io::ErrorKind::InvalidData, "the chunks of the body are malformed")
             })?,
-            Rest::Tunnel => len,
+            Rest::Tunnel | Rest::Http2(..) => len,
         };
         buf.put_slice(&self.ahead[..len]);
         self.ahead.advance(len);
         Ok(())
+    }
+
+    /// Hands on what may be handed on of the frames that have come, and waits for more only if that is nothing.
+    fn poll_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        while buf.remaining() > 0 {
+            let Rest::Http2(frames, _) = &mut self.rest else { break };
+            match frames.next(&mut self.ahead) {
+                Next::AsIs(bytes) => {
+                    let bytes = bytes.min(buf.remaining());
+                    buf.put_slice(&self.ahead[..bytes]);
+                    self.ahead.advance(bytes);
+                    frames.passed(bytes);
+                }
+                Next::Rewritten => {
+                    // Before the server knows of the request, whose answer must come behind it.
+                    if self.poll_owed(cx)?.is_ready() {
+                        let _ = Pin::new(&mut self.inner).poll_flush(cx)?;
+                    }
+                    let Rest::Http2(frames, _) = &mut self.rest else { break };
+                    let rewritten = frames.rewritten();
+                    let bytes = rewritten.len().min(buf.remaining());
+                    buf.put_slice(&rewritten[..bytes]);
+                    rewritten.advance(bytes);
+                }
+                Next::Over => break,
+                Next::Incomplete if self.has_ended || buf.filled().len() > before => break,
+                Next::Incomplete => ready!(self.poll_ahead(cx))?,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Writes what is owed to the client, if no frame of the server's is half written.
+    fn poll_owed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(())) };
+        while !frames.owed().is_empty() && written.left_of_frame() == 0 {
+            let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, frames.owed()))?;
+            frames.owed().advance(sent);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// A write of the server's, at most to the end of its frame if anything is owed to the client.
+    fn poll_write_frames(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        ready!(self.poll_owed(cx))?;
+        let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(0)) };
+        let bytes = match written.left_of_frame() {
+            left if left > 0 && !frames.owed().is_empty() => &bytes[..bytes.len().min(left)],
+            _ => bytes,
+        };
+        let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, bytes))?;
+        written.follow(&bytes[..sent]);
+        Poll::Ready(Ok(sent))
     }
 
     /// An answer begins: Pingora writes its head in one piece. What follows an interim one is another answer.
@@ -289,9 +347,12 @@ impl AsyncRead for GuardedStream {
         if this.rest.is_done() {
             return this.poll_end(cx);
         }
+        if matches!(this.rest, Rest::Http2(..)) {
+            return this.poll_frames(cx, buf);
+        }
         if this.ahead.is_empty() {
             match &mut this.rest {
-                Rest::Tunnel => return Pin::new(&mut this.inner).poll_read(cx, buf),
+                Rest::Tunnel | Rest::Http2(..) => return Pin::new(&mut this.inner).poll_read(cx, buf),
                 // What may be handed on to the last byte needs no stop here.
                 Rest::Bytes(left) => {
                     let before = buf.filled().len();
@@ -312,7 +373,11 @@ impl AsyncWrite for GuardedStream {
         if this.wants_upgrade {
             this.note_answer(buf);
         }
-        let polled = Pin::new(&mut this.inner).poll_write(cx, buf);
+        let polled = if matches!(this.rest, Rest::Http2(..)) {
+            this.poll_write_frames(cx, buf)
+        } else {
+            Pin::new(&mut this.inner).poll_write(cx, buf)
+        };
         this.unless_stalled(polled, cx)
     }
 
@@ -339,12 +404,17 @@ impl AsyncWrite for GuardedStream {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
+        if matches!(this.rest, Rest::Http2(..)) {
+            let first = bufs.iter().find(|buf| !buf.is_empty());
+            return Pin::new(this).poll_write(cx, first.map_or(&[], |buf| &buf[..]));
+        }
         let polled = Pin::new(&mut this.inner).poll_write_vectored(cx, bufs);
         this.unless_stalled(polled, cx)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
+        // Behind TLS nothing is gained by it.
+        self.inner.is_write_vectored() && !matches!(self.rest, Rest::Http2(..))
     }
 }
 

@@ -1,0 +1,147 @@
+//! The grammar that requests of HTTP/1.1 and HTTP/2 share (RFC 9110, RFC 3986): tokens, values, targets, authorities.
+
+/// Longest target that `http::Uri` takes, in bytes.
+pub const TARGET_BYTES_MAX: usize = 65_534;
+
+/// How a resource is reached, as far as it says which port is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    Http,
+    Https,
+}
+
+impl Scheme {
+    pub fn parse(text: &[u8]) -> Option<Self> {
+        match text {
+            _ if text.eq_ignore_ascii_case(b"http") => Some(Self::Http),
+            _ if text.eq_ignore_ascii_case(b"https") => Some(Self::Https),
+            _ => None,
+        }
+    }
+
+    fn default_port(self) -> &'static [u8] {
+        match self {
+            Self::Http => b"80",
+            Self::Https => b"443",
+        }
+    }
+}
+
+/// `token` of RFC 9110, section 5.6.2.
+pub fn is_token(name: &[u8]) -> bool {
+    !name.is_empty() && name.iter().all(|b| TOKEN[usize::from(*b)])
+}
+
+/// Whether a line break, a NUL or another control character stands where none may. A tab may.
+pub fn is_control(byte: u8) -> bool {
+    (byte < 0x20 && byte != b'\t') || byte == 0x7f
+}
+
+/// Whether all characters may stand in a target, and `http::Uri` takes them: for what it does not take, Pingora has an
+/// answer of its own, and a fragment it leaves out without a word.
+pub fn is_target(target: &[u8]) -> bool {
+    let query = target.iter().position(|b| *b == b'?').unwrap_or(target.len());
+    let (path, query) = target.split_at(query);
+    let is_visible = |b: &u8| *b > b' ' && !matches!(b, 0x7f | b'#');
+    !target.is_empty()
+        && target.iter().all(is_visible)
+        && !path.iter().any(|b| matches!(b, b'<' | b'>' | b'`'))
+        && !query.iter().any(|b| matches!(b, b'"' | b'<' | b'>'))
+        && std::str::from_utf8(target).is_ok()
+}
+
+/// Whether it names one host, with a port or without, and no user.
+pub fn is_authority(text: &[u8]) -> bool {
+    let may_stand = |b: &u8| b.is_ascii_graphic() && !matches!(b, b'/' | b'?' | b'#' | b'@' | b',' | b'\\');
+    !text.is_empty() && text.iter().all(may_stand)
+}
+
+/// Whether both name the same host and port: letters of any case, and the port of the scheme is that of none.
+pub fn is_same_authority(scheme: Scheme, one: &[u8], other: &[u8]) -> bool {
+    let bare = |authority: &'_ [u8]| -> usize {
+        let without_port = authority.strip_suffix(scheme.default_port()).unwrap_or(authority);
+        without_port.strip_suffix(b":").map_or(authority.len(), <[u8]>::len)
+    };
+    one[..bare(one)].eq_ignore_ascii_case(&other[..bare(other)])
+}
+
+static TOKEN: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut b = 0;
+    while b < 256 {
+        let byte = b as u8;
+        table[b] = byte.is_ascii_alphanumeric()
+            || matches!(
+                byte,
+                b'!' | b'#'
+                    | b'$'
+                    | b'%'
+                    | b'&'
+                    | b'\''
+                    | b'*'
+                    | b'+'
+                    | b'-'
+                    | b'.'
+                    | b'^'
+                    | b'_'
+                    | b'`'
+                    | b'|'
+                    | b'~'
+            );
+        b += 1;
+    }
+    table
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_of_the_scheme_is_that_of_none() {
+        for (scheme, one, other, is_same) in [
+            (Scheme::Http, "a", "A", true),
+            (Scheme::Http, "a:80", "a", true),
+            (Scheme::Http, "a:", "a:80", true),
+            (Scheme::Http, "[::1]:80", "[::1]", true),
+            (Scheme::Https, "a:443", "a", true),
+            (Scheme::Https, "a:80", "a", false),
+            (Scheme::Http, "a:443", "a", false),
+            (Scheme::Http, "a:8080", "a", false),
+            (Scheme::Http, "a80", "a", false),
+            (Scheme::Http, "a.", "a", false),
+            (Scheme::Http, "b", "a", false),
+        ] {
+            for (one, other) in [(one, other), (other, one)] {
+                let same = is_same_authority(scheme, one.as_bytes(), other.as_bytes());
+                assert_eq!(same, is_same, "{scheme:?} {one} {other}");
+            }
+        }
+    }
+
+    #[test]
+    fn targets_and_authorities() {
+        for good in ["/", "*", "/a?b=c&d", "/\u{e4}", "/a|b", "/a\"b", "/?`"] {
+            assert!(is_target(good.as_bytes()), "{good}");
+        }
+        for bad in ["", "/ ", "/#", "/a#b", "/<", "/?>", "/?\"", "/`", "/\t", "/\u{7f}"] {
+            assert!(!is_target(bad.as_bytes()), "{bad:?}");
+        }
+        assert!(!is_target(b"/\xff"), "no UTF-8");
+        for (authority, is_good) in [
+            ("a", true),
+            ("a:80", true),
+            ("[::1]:80", true),
+            ("", false),
+            ("u@a", false),
+            ("a/b", false),
+            ("a, b", false),
+            ("a,b", false),
+            ("a\\b", false),
+            ("\u{e4}", false),
+            ("a#", false),
+        ] {
+            assert_eq!(is_authority(authority.as_bytes()), is_good, "{authority:?}");
+        }
+    }
+}

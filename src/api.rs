@@ -137,7 +137,7 @@ impl CallHeaders {
                 "content-type" => &mut found.content_type,
                 "traceparent" => {
                     traces += 1;
-                    // Of two neither is the one (W3C Trace Context, section 3.2).
+                    // Two are as good as none (W3C Trace Context, section 3.2).
                     found.traceparent = (traces == 1).then(|| value.clone());
                     continue;
                 }

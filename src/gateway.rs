@@ -37,10 +37,11 @@ use crate::lifecycle::{Lifecycle, RequestGuard};
 use crate::limiter::{Counted, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::Scope;
+use api_key::X_API_KEY;
 use async_trait::async_trait;
 use bytes::Bytes;
-use http::header::{EXPECT, HeaderName, HeaderValue, VARY};
-use http::{Method, StatusCode, Version};
+use http::header::{CONNECTION, EXPECT, HeaderName, HeaderValue, UPGRADE, VARY};
+use http::{HeaderMap, Method, StatusCode, Version};
 use origin::Origin;
 use passage::Passage;
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -49,15 +50,12 @@ use pingora::prelude::{HttpPeer, ProxyHttp, Session};
 use pingora::protocols::http::ServerSession;
 use pingora::proxy::FailToProxy;
 use pingora::upstreams::peer::Peer;
-use request_id::RequestId;
-use respond::unfit;
+use request_id::{RequestId, X_REQUEST_ID};
+use respond::refusal_of_head;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use upstreams::Upstream;
-
-const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// The metric label of a path that is no route.
 const NO_ROUTE: &str = "(none)";
@@ -240,6 +238,8 @@ impl Gateway {
         let client = || self.client_of(session);
         let caller =
             upstream.conf.scope.map(|scope| self.edge.keys.check(shown, scope, client)).transpose()?;
+        // Of use to a tunnel only: every other request shows its key anew.
+        let shown = shown.filter(|_| session.is_upgrade_req());
         let pass = upstream.conf.scope.zip(shown).map(|(scope, shown)| self.edge.keys.pass(shown, scope));
         let key_name = caller.as_ref().map(|caller| &caller.name);
         self.limiter.check(&upstream.pattern, key_name, client, counted).await?;
@@ -254,7 +254,7 @@ impl Gateway {
         // One that comes byte by byte is met by the deadline of the whole.
         if session.is_http2() {
             timed_body::bound_body(session, passage.body_deadline());
-        } else if !session.is_upgrade_req() {
+        } else {
             session.set_read_timeout(Some(Duration::from_secs(passage.upstream.conf.body_timeout_s)));
         }
         Ok(passage)
@@ -294,11 +294,11 @@ impl ProxyHttp for Gateway {
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
         session.set_close_on_response_before_downstream_finish(false);
         self.set_timeouts(session);
-        meet_http10(session);
+        adapt_to_version(session);
         let request = session.req_header();
         let id = RequestId::of(&request.headers);
         ctx.cors = cors::fields(&self.edge.http.get(), &request.headers);
-        let refusal = unfit(request).map(|error| self.refused(session, error, &id));
+        let refusal = refusal_of_head(request).map(|error| self.refused(session, error, &id));
         if let Some(reply) = refusal.or_else(|| self.preflight(session.req_header(), ctx)) {
             self.keep_alive(session);
             self.finish(session, ctx, reply, id).await;
@@ -352,13 +352,14 @@ impl ProxyHttp for Gateway {
 
     async fn request_body_filter(
         &self,
-        _: &mut Session,
+        session: &mut Session,
         body: &mut Option<Bytes>,
         _: bool,
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
         match (&mut ctx.passage, body) {
-            (Some(passage), Some(bytes)) => passage.count_body(bytes.len()),
+            // What goes through a tunnel is no body: it may be as much, and take as long, as it likes.
+            (Some(passage), Some(bytes)) if !session.was_upgraded() => passage.count_body(bytes.len()),
             _ => Ok(()),
         }
     }
@@ -488,9 +489,14 @@ fn is_http2(session: &Session) -> bool {
     session.req_header().version == Version::HTTP_2
 }
 
-/// A client of HTTP/1.0 knows no interim answers: it is sent none, and what it says of waiting for one is not meant
-/// (RFC 9110, sections 10.1.1 and 15.2).
-fn meet_http10(session: &mut Session) {
+/// Removes what the client's version of HTTP does not have: HTTP/1.0 has no interim answers, so none are sent to it and
+/// `Expect` is not meant (RFC 9110, sections 10.1.1 and 15.2); and without `Connection: upgrade`, `Upgrade` is none
+/// (section 7.8), which Pingora does not look at.
+fn adapt_to_version(session: &mut Session) {
+    let request = session.req_header();
+    if request.headers.contains_key(UPGRADE) && !wants_upgrade(request) {
+        session.req_header_mut().remove_header(&UPGRADE);
+    }
     if session.req_header().version != Version::HTTP_10 {
         return;
     }
@@ -498,6 +504,18 @@ fn meet_http10(session: &mut Session) {
     if let ServerSession::H1(session) = &mut *session.downstream_session {
         session.set_ignore_info_resp(true);
     }
+}
+
+fn wants_upgrade(request: &RequestHeader) -> bool {
+    request.version == Version::HTTP_11 && names_in(&request.headers, CONNECTION, b"upgrade")
+}
+
+/// Whether a field that is a list has a member, in letters of any case.
+fn names_in(fields: &HeaderMap, list: HeaderName, member: &[u8]) -> bool {
+    let has = |value: &HeaderValue| {
+        value.as_bytes().split(|b| *b == b',').any(|name| name.trim_ascii().eq_ignore_ascii_case(member))
+    };
+    fields.get_all(list).iter().any(has)
 }
 
 /// Who is on the other side of the connection.

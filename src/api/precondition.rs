@@ -23,7 +23,7 @@ pub fn check(headers: &CallHeaders, tag: &str) -> Result<(), ApiError> {
 /// `*` is any tag, so beside others it says nothing that can be meant.
 fn alone(name: &'static str, fields: &[HeaderValue]) -> Result<(), ApiError> {
     let is_mixed = tags(fields).any(|tag| tag == "*") && tags(fields).nth(1).is_some();
-    if is_mixed { Err(ApiError::RepeatedField(name)) } else { Ok(()) }
+    if is_mixed { Err(ApiError::StarBesideTags(name)) } else { Ok(()) }
 }
 
 /// Our tags hold no comma, so a comma always stands between two.

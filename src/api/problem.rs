@@ -58,6 +58,8 @@ pub enum ApiError {
     BadFraming(&'static str),
     /// A field that may stand once is there more than once; names it.
     RepeatedField(&'static str),
+    /// `*` stands beside other tags; names the field.
+    StarBesideTags(&'static str),
     /// The body is in a transfer coding that is not known here.
     TransferCodingUnknown,
     TargetTooLong,
@@ -152,9 +154,10 @@ impl ApiError {
             Self::BodyTimeout | Self::HeaderTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UpstreamBroken => StatusCode::BAD_GATEWAY,
             Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::MalformedHeader(_) | Self::BadFraming(_) | Self::RepeatedField(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            Self::MalformedHeader(_)
+            | Self::BadFraming(_)
+            | Self::RepeatedField(_)
+            | Self::StarBesideTags(_) => StatusCode::BAD_REQUEST,
             Self::BodyBroken
             | Self::BodyUndecodable
             | Self::Invalid(_)
@@ -192,7 +195,7 @@ impl ApiError {
             Self::FunctionForbidden => "function_forbidden",
             Self::MalformedHeader(_) => "malformed_header",
             Self::BadFraming(_) => "bad_framing",
-            Self::RepeatedField(_) => "repeated_field",
+            Self::RepeatedField(_) | Self::StarBesideTags(_) => "repeated_field",
             Self::TransferCodingUnknown => "unsupported_transfer_coding",
             Self::TargetTooLong => "target_too_long",
             Self::HeaderTooLarge => "header_too_large",
@@ -251,7 +254,10 @@ impl ApiError {
             Self::MalformedHeader(what) => {
                 format!("The request cannot be read as HTTP. What is wrong: {what}.")
             }
-            Self::RepeatedField(name) => format!("The header field {name} may stand once, with one value."),
+            Self::RepeatedField(name) => format!("The header field {name} may have one value."),
+            Self::StarBesideTags(name) => {
+                format!("In {name} the value * is any tag, so no other may stand beside it.")
+            }
             Self::BadFraming(what) => {
                 format!("Where the body ends could be read in two ways: {what}.")
             }
@@ -274,6 +280,7 @@ impl ApiError {
             | Self::Forbidden { .. }
             | Self::MalformedHeader(_)
             | Self::RepeatedField(_)
+            | Self::StarBesideTags(_)
             | Self::BadFraming(_)
             | Self::TooManyJobs(_) => "", // each case has its own
             Self::Shed { .. } => "The queue is slow at the moment. Please wait as long as Retry-After says.",
@@ -432,7 +439,8 @@ impl ApiError {
             Self::LimiterAway => Self::MalformedHeader(""),
             Self::MalformedHeader(_) => Self::BadFraming(""),
             Self::BadFraming(_) => Self::RepeatedField(""),
-            Self::RepeatedField(_) => Self::TransferCodingUnknown,
+            Self::RepeatedField(_) => Self::StarBesideTags(""),
+            Self::StarBesideTags(_) => Self::TransferCodingUnknown,
             Self::TransferCodingUnknown => Self::TargetTooLong,
             Self::TargetTooLong => Self::HeaderTooLarge,
             Self::HeaderTooLarge => Self::HeaderTimeout,

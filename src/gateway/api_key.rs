@@ -9,12 +9,13 @@ use crate::config::{API_KEY_BYTES_MAX, AuthConf, KeyConf, Live, Secret};
 use crate::limiter::{Failures, TooMany};
 use crate::model::{Scope, UnixMs, now_ms};
 use ahash::AHashMap;
-use http::HeaderValue;
+use http::{HeaderName, HeaderValue};
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;
 use std::sync::Arc;
 use subtle::ConstantTimeEq;
 
+pub const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// The name the master key counts under. Names stand for keys wherever something is stored or shown.
 const MASTER: &str = "master";
 

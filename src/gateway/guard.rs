@@ -78,7 +78,8 @@ impl Guarded {
         let mut options = H2Options::default();
         options
             .max_concurrent_streams(http2.streams_max)
-            .max_header_list_size(http2.header_list_bytes_max)
+            // The guard refuses what is larger, and says so; h2 would refuse the largest that fits, and say nothing.
+            .max_header_list_size(http2.header_list_bytes_max.saturating_add(1))
             .max_pending_accept_reset_streams(HTTP2_RESETS_MAX);
         proxy.h2_options = Some(options);
         let closing = watch::Sender::new(false);

@@ -82,7 +82,7 @@ impl Inflating {
                 Decoder::Gzip(decoder) => decoder.write(&self.come),
                 Decoder::Deflate(decoder) => decoder.write(&self.come),
             };
-            // Nothing is taken behind the end of the compressed data, where nothing may be.
+            // It takes nothing behind the end of the compressed data, and nothing may stand there.
             let written =
                 written.and_then(|n| if n > 0 { Ok(n) } else { Err(io::ErrorKind::InvalidData.into()) });
             let taken = *written.as_ref().unwrap_or(&0);

@@ -9,36 +9,58 @@ const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
-/// By which services let themselves be told who the client is, what it has asked for, and how: as much as anybody's word
-/// as `X-Forwarded-For`, and not rewritten by this gateway. Names that begin with `x-forwarded-` are among them.
-const SAID_BY_PROXIES: [&str; 26] = [
+/// Fields by which proxies tell services who the client is, and what it has asked for: anybody can send them, and this
+/// gateway does not rewrite them.
+const CLAIMS: [&str; 45] = [
+    "ali-cdn-real-ip",
+    "cdn-src-ip",
     "cf-connecting-ip",
     "cf-connecting-ipv6",
     "cf-visitor",
     "client-ip",
+    "do-connecting-ip",
     "fastly-client-ip",
     "fly-client-ip",
     "forwarded",
+    "forwarded-for",
     "front-end-https",
+    "proxy-client-ip",
+    "remote-user",
+    "ssl-client-cert",
     "true-client-ip",
+    "wl-proxy-client-ip",
     "x-appengine-user-ip",
     "x-arr-ssl",
     "x-azure-clientip",
+    "x-azure-fdid",
     "x-azure-socketip",
+    "x-client-cert",
     "x-client-ip",
     "x-cluster-client-ip",
     "x-envoy-external-address",
+    "x-forward-for",
     "x-host",
-    "x-original-forwarded-for",
-    "x-original-host",
-    "x-original-uri",
-    "x-original-url",
+    "x-http-host-override",
+    "x-nf-client-connection-ip",
+    "x-originating-ip",
+    "x-override-url",
+    "x-proxyuser-ip",
     "x-real-ip",
+    "x-real-port",
     "x-remote-addr",
+    "x-remote-ip",
+    "x-remote-user",
     "x-rewrite-url",
     "x-scheme",
+    "x-true-client-ip",
     "x-url-scheme",
+    "x-vercel-forwarded-for",
+    "x-vercel-ip",
+    "x-webauth-user",
 ];
+/// How others of them begin.
+const CLAIM_PREFIXES: [&str; 5] =
+    ["x-forwarded", "x-original-", "x-auth-request-", "x-ssl-client-", "x-amzn-oidc-"];
 
 /// Where a request came from.
 #[derive(Clone, Copy, Debug)]
@@ -50,9 +72,9 @@ pub struct Origin {
 }
 
 impl Origin {
-    /// Leaves out what a stranger says of itself, and says what is known here. `host`: what the client has called the
+    /// Removes what a stranger claims of itself, and adds what is known here. `host`: what the client has called the
     /// server.
-    pub fn tell(self, request: &mut RequestHeader, host: Option<HeaderValue>) -> pingora::Result<()> {
+    pub fn write_to(self, request: &mut RequestHeader, host: Option<HeaderValue>) -> pingora::Result<()> {
         let Self { peer, is_peer_trusted, has_tls } = self;
         let mut chain = Vec::new();
         if is_peer_trusted {
@@ -76,9 +98,10 @@ impl Origin {
     }
 }
 
-/// A word on who asks, and for what, that only a proxy can know.
+/// Whether it says who asks, and for what: what only a proxy can know.
 fn is_claim(name: &HeaderName) -> bool {
-    name.as_str().starts_with("x-forwarded-") || SAID_BY_PROXIES.contains(&name.as_str())
+    let name = name.as_str();
+    CLAIMS.contains(&name) || CLAIM_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// `_` and `-` are the same to services that read fields as variables of CGI, so `x_api_key` would be `x-api-key` there; and
@@ -97,7 +120,7 @@ mod tests {
             request.append_header(*name, *value).unwrap();
         }
         let origin = Origin { peer: "::ffff:10.0.0.1".parse().ok(), is_peer_trusted, has_tls: true };
-        origin.tell(&mut request, Some(HeaderValue::from_static("a.test"))).unwrap();
+        origin.write_to(&mut request, Some(HeaderValue::from_static("a.test"))).unwrap();
         let mut fields: Vec<String> = request
             .headers
             .iter()
@@ -108,9 +131,9 @@ mod tests {
     }
 
     #[test]
-    fn strangers_say_nothing_of_themselves() {
+    fn claims_of_strangers_are_removed() {
         let ours = ["x-forwarded-for: 10.0.0.1", "x-forwarded-host: a.test", "x-forwarded-proto: https"];
-        for name in SAID_BY_PROXIES.into_iter().chain([
+        for name in CLAIMS.into_iter().chain([
             "x-forwarded-for",
             "x-forwarded-host",
             "x-forwarded-proto",
@@ -118,6 +141,12 @@ mod tests {
             "x-forwarded-prefix",
             "x-forwarded-server",
             "x-forwarded-anything",
+            "x-forwarded",
+            "x-original-url",
+            "x-original-forwarded-for",
+            "x-auth-request-user",
+            "x-ssl-client-verify",
+            "x-amzn-oidc-identity",
             "proxy",
             "x_api_key",
             "x_forwarded_for",
@@ -130,7 +159,7 @@ mod tests {
 
     #[test]
     fn trusted_proxies_are_believed() {
-        for name in SAID_BY_PROXIES.into_iter().chain(["x-forwarded-port", "x-forwarded-prefix"]) {
+        for name in CLAIMS.into_iter().chain(["x-forwarded-port", "x-forwarded-prefix"]) {
             let told = told(true, &[(name, "1")]);
             assert!(told.contains(&format!("{name}: 1")), "{name}: {told:?}");
         }

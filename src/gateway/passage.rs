@@ -1,12 +1,13 @@
 //! A request that is passed on: what its upstream sees of it, and what its client hears when the upstream fails.
 
-use super::api_key::Pass;
+use super::api_key::{Pass, X_API_KEY};
 use super::origin::Origin;
+use super::request_id::X_REQUEST_ID;
 use super::upstreams::Upstream;
 use super::via::Pseudonym;
 use crate::api::ApiError;
 use crate::limiter::Counted;
-use http::header::{CONTENT_LENGTH, HOST, HeaderName, HeaderValue, TRAILER, TRANSFER_ENCODING};
+use http::header::{CONTENT_LENGTH, HOST, HeaderValue, TRAILER, TRANSFER_ENCODING};
 use http::{StatusCode, Version};
 use pingora::ErrorSource;
 use pingora::ErrorType::{
@@ -19,9 +20,6 @@ use pingora::{Error, ErrorType};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
-
-const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Addresses that are tried before the client is told that none can be reached.
 const TRIES_MAX: usize = 3;
@@ -114,7 +112,7 @@ impl Passage {
         for name in &conf.remove_headers {
             request.remove_header(name.as_str());
         }
-        self.origin.tell(request, client_host(received))?;
+        self.origin.write_to(request, client_host(received))?;
         request.insert_header(X_REQUEST_ID, &self.request_id)?;
         if let Some((name, value)) = pseudonym.via(&received.headers, received.version) {
             request.insert_header(name, value)?;
@@ -145,8 +143,12 @@ fn client_host(received: &RequestHeader) -> Option<HeaderValue> {
 /// # Errors
 /// The upstream has switched to another protocol that nobody has asked for.
 pub fn adapt_answer(answer: &mut ResponseHeader, session: &mut Session) -> pingora::Result<()> {
-    if answer.status == StatusCode::SWITCHING_PROTOCOLS && !session.is_upgrade_req() {
-        return Err(Error::explain(InvalidHTTPHeader, "101, and no upgrade was asked for").into_up());
+    if answer.status == StatusCode::SWITCHING_PROTOCOLS {
+        if !session.is_upgrade_req() {
+            return Err(Error::explain(InvalidHTTPHeader, "101, and no upgrade was asked for").into_up());
+        }
+        // In a tunnel the client may be silent for as long as it likes; the upstream may for `read_timeout_s`.
+        session.set_read_timeout(None);
     }
     // Pingora reads past trailers, so they are not announced either.
     answer.remove_header(&TRAILER);

@@ -1,21 +1,21 @@
 //! `X-Request-Id`: the client's own if it is fit to be shown, else ours.
 
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::{Builder, Uuid};
 
-const NAME: &str = "x-request-id";
+pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const LEN_MAX: usize = 128;
 
 /// Visible ASCII, ready to go out again.
 pub struct RequestId(HeaderValue);
 
 impl RequestId {
-    /// Of two that a client sends neither is the one.
+    /// Two are as good as none.
     pub fn of(fields: &HeaderMap) -> Self {
         let fits = |v: &&HeaderValue| {
             (1..=LEN_MAX).contains(&v.len()) && v.as_bytes().iter().all(|b| (0x21..=0x7e).contains(b))
         };
-        let mut presented = fields.get_all(NAME).iter();
+        let mut presented = fields.get_all(X_REQUEST_ID).iter();
         let only = presented.next().filter(|_| presented.next().is_none());
         only.filter(fits).cloned().map_or_else(Self::ours, Self)
     }
@@ -55,7 +55,7 @@ mod tests {
     fn of(presented: &[&[u8]]) -> String {
         let mut fields = HeaderMap::new();
         for value in presented {
-            fields.append(NAME, HeaderValue::from_bytes(value).unwrap());
+            fields.append(X_REQUEST_ID, HeaderValue::from_bytes(value).unwrap());
         }
         RequestId::of(&fields).as_str().to_owned()
     }

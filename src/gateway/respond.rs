@@ -1,19 +1,17 @@
 //! The way back: an answer of our own as the client gets it, and whether its connection goes on.
 
 use super::guard::refused_over_http2;
-use super::request_id::RequestId;
-use super::{CLIENT_GONE, Ctx, Gateway, body, cors, fields};
+use super::request_id::{RequestId, X_REQUEST_ID};
+use super::{CLIENT_GONE, Ctx, Gateway, body, cors, fields, is_http2, names_in};
 use crate::api::{ApiError, Reply};
 use crate::lifecycle::Phase;
 use http::header::{
-    CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, HeaderValue, X_CONTENT_TYPE_OPTIONS,
+    CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderValue, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderMap, Method, StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::Session;
 use std::time::Duration;
-
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// What the server adds: `date` and `connection`.
 const FIELDS_OF_SERVER: usize = 2;
@@ -31,9 +29,9 @@ pub fn head_of(reply: &mut Reply, id: RequestId) -> HeaderMap {
         head.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
         head.insert(CONTENT_LENGTH, reply.body.len().into());
     }
-    // Whatever somebody has put into it, a browser takes it for what it is said to be.
+    // A browser is not to take what somebody has put into it for a page or a script.
     head.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    // What has a tag is asked for again with it.
+    // A cache asks again for what has a tag.
     if !head.contains_key(ETAG) {
         head.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
@@ -45,7 +43,7 @@ fn is_bodyless(status: StatusCode) -> bool {
 }
 
 /// Why a request is refused whatever it leads to.
-pub fn unfit(request: &RequestHeader) -> Option<ApiError> {
+pub fn refusal_of_head(request: &RequestHeader) -> Option<ApiError> {
     let malformed = (request.version == Version::HTTP_2).then(|| refused_over_http2(request)).flatten();
     malformed.or_else(|| fields::repeated(&request.headers).map(ApiError::RepeatedField))
 }
@@ -55,13 +53,10 @@ impl Gateway {
     /// answering `Expect` resets it and a drain may begin while the handler runs.
     pub(super) fn keep_alive(&self, session: &mut Session) {
         let stopping = self.lifecycle.phase() >= Phase::Draining;
-        let header = session.req_header();
+        let request = session.req_header();
         // HTTP/1.0 keeps a connection only if asked to.
-        let asks = |field: &HeaderValue| {
-            field.as_bytes().split(|b| *b == b',').any(|t| t.trim_ascii().eq_ignore_ascii_case(b"keep-alive"))
-        };
-        let old = header.version == Version::HTTP_10
-            && !header.headers.get_all(http::header::CONNECTION).iter().any(asks);
+        let old =
+            request.version == Version::HTTP_10 && !names_in(&request.headers, CONNECTION, b"keep-alive");
         session.set_keepalive((!stopping && !old).then_some(self.edge.http.get().keepalive_s));
     }
 
@@ -90,20 +85,22 @@ impl Gateway {
         error.into_reply(id.as_str())
     }
 
-    /// Writes the answer. If the body of the request is still on its way then, it is read past for a moment; after that the
-    /// connection ends, once the client has read its answer.
+    /// Writes the answer. If the body of the request is still on its way then, it is read past for a moment: the answer says
+    /// whether the connection goes on, and it can only if the body has come to its end.
     pub(super) async fn finish(&self, session: &mut Session, ctx: &mut Ctx, reply: Reply, id: RequestId) {
         ctx.status = reply.status.as_u16();
-        if body::is_left_unread(session) {
-            session.set_keepalive(None);
+        if !is_http2(session) && session.get_keepalive().is_some() {
+            let is_read = session.is_body_done()
+                || (!body::is_left_unread(session) && self.discard_body(session).await);
+            if !is_read {
+                session.set_keepalive(None);
+            }
         }
         let mut reply = reply;
         reply.headers.append(&mut ctx.cors);
         if self.write(session, reply, id).await.is_err() {
             // The client has left in the middle; nothing more can be said to it.
             ctx.status = CLIENT_GONE;
-            session.set_keepalive(None);
-        } else if !session.is_body_done() && !self.discard_body(session).await {
             session.set_keepalive(None);
         }
     }

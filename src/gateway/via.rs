@@ -10,7 +10,8 @@ use sha2::{Digest, Sha256};
 pub struct Pseudonym(String);
 
 impl Pseudonym {
-    /// Of the fleet that has this in common, and nobody else. It cannot be told from the pseudonym.
+    /// Of the fleet that has this in common, and nobody else. It is hashed, so that its text does not go out; who guesses
+    /// it can see that the guess is right, so it must be no secret.
     pub fn of(common: &[u8]) -> Self {
         let hash = Sha256::digest(common);
         let short = u64::from_be_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|n: usize| hash[n]));

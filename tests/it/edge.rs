@@ -246,6 +246,10 @@ async fn interim_answers() {
         assert_eq!(answer.json()["code"], "upstream_broken", "{over:?}");
         assert_eq!(values(&answer, "access-control-allow-origin"), [ORIGIN]);
     }
+    let mut conn = edge.http1().await;
+    conn.write(b"GET /s/101 HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\n\r\n").await.expect("it reads");
+    within("502", SOON, conn.answer(false)).await.expect("an answer").expect_problem(502);
+    assert!(script.heads().iter().all(|head| seen(head, "upgrade").is_empty()), "nothing is upgraded");
     edge.finish().await;
 }
 
@@ -325,13 +329,14 @@ async fn http_1_0() {
 
 /// A connection that is said to go on goes on; one that ends is said to end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_said_of_the_connection_is_so() {
+async fn connections_go_on_if_announced() {
     let script = Script::start(ANSWERS).await;
     let edge = Edge::start(upstream("s", script.addr, ""), "[auth]\nfailures_burst = 1000\n").await;
     let key = format!("x-api-key: {}\r\n", edge.gateway().key());
     let awaited = "expect: 100-continue\r\ncontent-length: 47\r\n";
     let short = "{\"functionId\":\"no-such-function\",\"inputData\":{}}";
     let length = format!("content-length: {}\r\n", short.len());
+    let long = format!("30000\r\n{}\r\n0\r\n\r\n", "x".repeat(0x30000));
     for (line, fields, sent, status) in [
         ("POST /run", awaited.to_owned(), "", 401),
         ("POST /nope", awaited.to_owned(), "", 404),
@@ -352,6 +357,11 @@ async fn what_is_said_of_the_connection_is_so() {
         ("POST /nope", length.clone(), short, 404),
         ("POST /run", format!("{key}{length}content-type: application/json\r\n"), short, 404),
         ("POST /run", format!("{key}{length}content-encoding: br\r\n"), short, 415),
+        // A body that does not come, or is longer than anybody waits for.
+        ("POST /nope", "content-length: 50\r\n".to_owned(), "ab", 404),
+        ("POST /run", "transfer-encoding: chunked\r\n".to_owned(), "5\r\nhello\r\n", 401),
+        ("POST /nope", "transfer-encoding: chunked\r\n".to_owned(), &long, 404),
+        ("POST /nope", "transfer-encoding: chunked\r\n".to_owned(), "5\r\nhello\r\n0\r\n\r\n", 404),
         ("GET /s/closing", String::new(), "", 200),
         ("GET /s/chunked", String::new(), "", 200),
     ] {
@@ -1011,7 +1021,7 @@ async fn tunnels_end_with_their_keys() {
     const WITHIN: Duration = Duration::from_secs(60);
     let service = Upstream::start().await;
     let upstreams = format!(
-        "[[upstream]]\nname = \"up\"\nprefix = \"/up\"\naddresses = [\"{}\"]\nscope = \"read\"\nread_timeout_s = 600\n",
+        "[[upstream]]\nname = \"up\"\nprefix = \"/up\"\naddresses = [\"{}\"]\nscope = \"read\"\nread_timeout_s = 600\nbody_timeout_s = 1\nbody_bytes_max = 4\n",
         service.addr()
     );
     let keys = key_lines("kept", "key-kept", &["read"]);

@@ -50,10 +50,32 @@ pub fn is_target(target: &[u8]) -> bool {
         && std::str::from_utf8(target).is_ok()
 }
 
-/// Whether it names one host, with a port or without, and no user.
+/// Whether it names one host, with a port or without, and no user (RFC 3986, section 3.2).
 pub fn is_authority(text: &[u8]) -> bool {
-    let may_stand = |b: &u8| b.is_ascii_graphic() && !matches!(b, b'/' | b'?' | b'#' | b'@' | b',' | b'\\');
-    !text.is_empty() && text.iter().all(may_stand)
+    let (host, port) = match text.iter().rposition(|b| *b == b':') {
+        Some(colon) if text.last() != Some(&b']') => (&text[..colon], &text[colon + 1..]),
+        _ => (text, &b""[..]),
+    };
+    let port = std::str::from_utf8(port).unwrap_or("x");
+    let is_port =
+        port.is_empty() || (port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok());
+    is_port && is_host(host)
+}
+
+/// A name, an IPv4 address, or an IPv6 address in brackets.
+fn is_host(host: &[u8]) -> bool {
+    if let Some(literal) = host.strip_prefix(b"[").and_then(|rest| rest.strip_suffix(b"]")) {
+        return !literal.is_empty()
+            && literal.iter().all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.'));
+    }
+    let may_stand = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=".contains(b);
+    !host.is_empty() && host.iter().all(may_stand)
+}
+
+/// Digits alone: a sign or a list is what others may read in another way. 18 of them fit any number.
+pub fn length(value: &[u8]) -> Option<u64> {
+    let is_number = (1..=18).contains(&value.len()) && value.iter().all(u8::is_ascii_digit);
+    is_number.then(|| value.iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0')))
 }
 
 /// Whether both name the same host and port: letters of any case, and the port of the scheme is that of none.
@@ -131,8 +153,24 @@ mod tests {
         for (authority, is_good) in [
             ("a", true),
             ("a:80", true),
+            ("a:", true),
+            ("a:65535", true),
             ("[::1]:80", true),
+            ("[::1]", true),
+            ("a_b.c-d~", true),
             ("", false),
+            (":80", false),
+            ("a:65536", false),
+            ("a:+1", false),
+            ("a:x", false),
+            ("a:b:c", false),
+            ("a:1:2", false),
+            ("[::1", false),
+            ("::1]", false),
+            ("[]", false),
+            ("[::1]x", false),
+            ("a\"b", false),
+            ("a%41", false),
             ("u@a", false),
             ("a/b", false),
             ("a, b", false),

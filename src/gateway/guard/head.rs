@@ -6,7 +6,7 @@
 //! chunks away before anyone sees that it was there.
 
 use super::grammar::{
-    Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token,
+    Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token, length,
 };
 use bytes::BytesMut;
 use memchr::memchr;
@@ -280,12 +280,7 @@ impl HeadReader {
         if self.length.is_some() {
             return Err(BadHead::Framing("Content-Length is there twice"));
         }
-        // Digits alone: a sign or a list is what others may read in another way. 18 of them fit any number.
-        let is_number = (1..=18).contains(&value.len()) && value.iter().all(u8::is_ascii_digit);
-        if !is_number {
-            return Err(BadHead::Framing("Content-Length is no number"));
-        }
-        self.length = Some(value.iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0')));
+        self.length = Some(length(value).ok_or(BadHead::Framing("Content-Length is no number"))?);
         Ok(())
     }
 

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 /// What the table may take, in bytes as section 4.1 counts them: what HTTP/2 begins with. The server never offers more.
-const TABLE_BYTES_MAX: usize = 4096;
+pub const TABLE_BYTES_MAX: usize = 4096;
 /// What an entry takes beside its texts.
 const ENTRY_BYTES: usize = 32;
 /// Bytes that follow the prefix of an integer: 28 bits are more than any length here.

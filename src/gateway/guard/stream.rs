@@ -296,7 +296,7 @@ impl GuardedStream {
     /// Writes what is owed to the client, if no frame of the server's is half written.
     fn poll_owed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(())) };
-        while !frames.owed().is_empty() && written.left_of_frame() == 0 {
+        while !frames.owed().is_empty() && written.is_between() {
             let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, frames.owed()))?;
             frames.owed().advance(sent);
         }
@@ -307,10 +307,8 @@ impl GuardedStream {
     fn poll_write_frames(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.poll_owed(cx))?;
         let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(0)) };
-        let bytes = match written.left_of_frame() {
-            left if left > 0 && !frames.owed().is_empty() => &bytes[..bytes.len().min(left)],
-            _ => bytes,
-        };
+        let may_write = if frames.owed().is_empty() { bytes.len() } else { written.bytes_to_boundary() };
+        let bytes = &bytes[..bytes.len().min(may_write)];
         let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, bytes))?;
         written.follow(&bytes[..sent]);
         Poll::Ready(Ok(sent))
@@ -383,7 +381,10 @@ impl AsyncWrite for GuardedStream {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let polled = Pin::new(&mut this.inner).poll_flush(cx);
+        let polled = match this.poll_owed(cx) {
+            Poll::Ready(Ok(())) => Pin::new(&mut this.inner).poll_flush(cx),
+            other => other,
+        };
         this.unless_stalled(polled, cx)
     }
 

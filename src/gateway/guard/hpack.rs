@@ -26,12 +26,23 @@ pub struct Decoder {
     bytes_max: usize,
     name: Vec<u8>,
     value: Vec<u8>,
+    name_index: u8,
 }
 
 /// Name and value, one behind the other.
 struct Entry {
     text: Box<[u8]>,
     name_len: usize,
+    name_index: u8,
+}
+
+/// A field as it was read.
+#[derive(Clone, Copy, Debug)]
+pub struct Field<'a> {
+    pub name: &'a [u8],
+    pub value: &'a [u8],
+    /// Where the static table has the name, as far as that is known. 0: nowhere.
+    pub name_index: u8,
 }
 
 impl Entry {
@@ -48,24 +59,24 @@ impl Default for Decoder {
             bytes_max: TABLE_BYTES_MAX,
             name: Vec::new(),
             value: Vec::new(),
+            name_index: 0,
         }
     }
 }
 
 impl Decoder {
-    /// Gives each field of a whole block to `each`, name and value.
-    pub fn decode(&mut self, block: &[u8], mut each: impl FnMut(&[u8], &[u8])) -> Result<(), BadBlock> {
+    /// Gives each field of a whole block to `each`.
+    pub fn decode(&mut self, block: &[u8], mut each: impl FnMut(Field<'_>)) -> Result<(), BadBlock> {
         let mut rest = block;
         let mut may_resize = true;
         while let Some(first) = rest.first() {
             match first {
                 0x80.. => {
-                    let (name, value) = self.entry(integer(&mut rest, 7)?)?;
-                    each(name, value);
+                    each(self.entry(integer(&mut rest, 7)?)?);
                 }
                 0x40.. => {
                     self.literal(&mut rest, 6)?;
-                    each(&self.name, &self.value);
+                    each(self.read());
                     self.insert();
                 }
                 0x20.. if may_resize => {
@@ -80,7 +91,7 @@ impl Decoder {
                 0x20.. => return Err(BadBlock),
                 _ => {
                     self.literal(&mut rest, 4)?;
-                    each(&self.name, &self.value);
+                    each(self.read());
                 }
             }
             may_resize = false;
@@ -88,13 +99,19 @@ impl Decoder {
         Ok(())
     }
 
-    fn entry(&self, index: usize) -> Result<(&[u8], &[u8]), BadBlock> {
-        let index = index.checked_sub(1).ok_or(BadBlock)?;
-        if let Some((name, value)) = STATIC_TABLE.get(index) {
-            return Ok((name.as_bytes(), value.as_bytes()));
+    fn entry(&self, index: usize) -> Result<Field<'_>, BadBlock> {
+        let place = index.checked_sub(1).ok_or(BadBlock)?;
+        if let Some((name, value)) = STATIC_TABLE.get(place) {
+            return Ok(Field { name: name.as_bytes(), value: value.as_bytes(), name_index: index as u8 });
         }
-        let entry = self.entries.get(index - STATIC_TABLE.len()).ok_or(BadBlock)?;
-        Ok(entry.text.split_at(entry.name_len))
+        let entry = self.entries.get(place - STATIC_TABLE.len()).ok_or(BadBlock)?;
+        let (name, value) = entry.text.split_at(entry.name_len);
+        Ok(Field { name, value, name_index: entry.name_index })
+    }
+
+    /// The field that was read last as a literal.
+    fn read(&self) -> Field<'_> {
+        Field { name: &self.name, value: &self.value, name_index: self.name_index }
     }
 
     /// Reads a field into `name` and `value`.
@@ -103,10 +120,13 @@ impl Decoder {
         name.clear();
         value.clear();
         let index = integer(rest, prefix)?;
+        self.name_index = 0;
         if index == 0 {
             string(rest, &mut name)?;
         } else {
-            name.extend_from_slice(self.entry(index)?.0);
+            let known = self.entry(index)?;
+            name.extend_from_slice(known.name);
+            self.name_index = known.name_index;
         }
         string(rest, &mut value)?;
         (self.name, self.value) = (name, value);
@@ -117,8 +137,8 @@ impl Decoder {
         let bytes = self.name.len() + self.value.len() + ENTRY_BYTES;
         self.evict(bytes);
         if bytes <= self.bytes_max {
-            let entry =
-                Entry { text: [&*self.name, &*self.value].concat().into(), name_len: self.name.len() };
+            let text = [&*self.name, &*self.value].concat().into();
+            let entry = Entry { text, name_len: self.name.len(), name_index: self.name_index };
             self.bytes += bytes;
             self.entries.push_front(entry);
         }
@@ -231,21 +251,24 @@ static CODE: std::sync::LazyLock<Code> = std::sync::LazyLock::new(|| {
     code
 });
 
-/// Writes a field that refers to nothing. The name may be one of the four of requests that have a name of their own.
-pub fn put_field(to: &mut BytesMut, name: &[u8], value: &[u8]) {
-    // Names that every request has stand in the static table of every reader.
-    let known = match name {
-        b":authority" => 1,
-        b":method" => 2,
-        b":path" => 4,
-        b":scheme" => 6,
-        _ => 0,
-    };
-    to.put_u8(known);
-    if known == 0 {
-        put_string(to, name);
+/// Writes a field that refers to nothing but, where it can, the static table, which every reader has.
+pub fn put_field(to: &mut BytesMut, field: Field<'_>) {
+    // A name by its number fits into a byte up to 14 (section 5.1).
+    const MOST: u8 = 0xf;
+    match field.name_index {
+        0 => {
+            to.put_u8(0);
+            put_string(to, field.name);
+        }
+        index if index < MOST => to.put_u8(index),
+        index => to.put_slice(&[MOST, index - MOST]),
     }
-    put_string(to, value);
+    put_string(to, field.value);
+}
+
+/// Writes a field of the static table.
+pub fn put_index(to: &mut BytesMut, index: u8) {
+    to.put_u8(0x80 | index);
 }
 
 fn put_string(to: &mut BytesMut, text: &[u8]) {
@@ -361,7 +384,7 @@ mod tests {
 
     fn decode(decoder: &mut Decoder, block: &[u8]) -> Result<Vec<String>, BadBlock> {
         let mut fields = Vec::new();
-        decoder.decode(block, |name, value| {
+        decoder.decode(block, |Field { name, value, .. }| {
             fields.push(format!("{}: {}", String::from_utf8_lossy(name), String::from_utf8_lossy(value)));
         })?;
         Ok(fields)
@@ -459,10 +482,14 @@ mod tests {
         for len in [0, 1, 126, 127, 128, 254, 255, 256, 16_000, 70_000] {
             let value = "v".repeat(len);
             let mut block = BytesMut::new();
-            put_field(&mut block, b":path", value.as_bytes());
-            put_field(&mut block, b"x-name", value.as_bytes());
+            for (name, name_index) in [(":path", 4), ("accept-charset", 15), ("via", 60), ("x-name", 0)] {
+                put_field(&mut block, Field { name: name.as_bytes(), value: value.as_bytes(), name_index });
+            }
+            put_index(&mut block, 7);
             let read = decode(&mut Decoder::default(), &block).unwrap();
-            assert_eq!(read, [format!(":path: {value}"), format!("x-name: {value}")], "{len}");
+            let expected =
+                [":path", "accept-charset", "via", "x-name"].map(|name| format!("{name}: {value}"));
+            assert_eq!(read, [&expected[..], &[":scheme: https".to_owned()]].concat(), "{len}");
         }
     }
 
@@ -482,7 +509,7 @@ mod tests {
             let mut decoder = Decoder::default();
             for block in input.split(|b| *b == b'\n') {
                 let mut bytes = 0;
-                let read = decoder.decode(block, |name, value| bytes += name.len() + value.len());
+                let read = decoder.decode(block, |field| bytes += field.name.len() + field.value.len());
                 assert!(decoder.bytes <= TABLE_BYTES_MAX);
                 assert_eq!(decoder.bytes, decoder.entries.iter().map(Entry::bytes).sum::<usize>());
                 assert!(bytes <= block.len() * TABLE_BYTES_MAX);

@@ -9,10 +9,9 @@ use super::grammar::{
     Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token, length,
 };
 use super::head::{BadHead, HeadLimits};
-use super::hpack::{Decoder, TABLE_BYTES_MAX, put_field};
+use super::hpack::{Decoder, Field, TABLE_BYTES_MAX, put_field, put_index};
 use bytes::{Buf, BufMut, BytesMut};
-use http::header::HeaderMap;
-use http::uri::Authority;
+use http::header::{HeaderMap, HeaderName};
 use std::fmt;
 use std::ops::Range;
 
@@ -20,7 +19,7 @@ use std::ops::Range;
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// The field that marks a refused request; clients cannot send it, as it is taken out of what they send.
-const MARK: &str = "x-infra-refused";
+const MARK: HeaderName = HeaderName::from_static("x-infra-refused");
 
 const FRAME_HEAD_BYTES: usize = 9;
 /// Longest payload of a frame: what HTTP/2 begins with. The server never offers more.
@@ -31,6 +30,8 @@ const BLOCK_FRAMES_MAX: usize = 64;
 const BLOCK_TIMES_MAX: usize = 4;
 /// Frames that wait to be written to the client: more are not written.
 const OWED_BYTES_MAX: usize = 4096;
+/// What a buffer keeps from one request to the next.
+const KEPT_BYTES_MAX: usize = 4096;
 /// What a field counts beside its texts (RFC 9113, section 6.5.2).
 const FIELD_BYTES: usize = 32;
 
@@ -98,6 +99,21 @@ pub enum Next {
     Incomplete,
     /// Nothing: the client has broken the connection's own rules, and what was rewritten last says so to the server.
     Over,
+}
+
+/// Where the static table has the names that every request has (RFC 7541, appendix A).
+const AUTHORITY_INDEX: u8 = 1;
+const METHOD_INDEX: u8 = 2;
+const PATH_INDEX: u8 = 4;
+const SCHEME_INDEX: u8 = 6;
+
+/// Writes a pseudo-header field; the table has some of them with their value.
+fn put_pseudo(to: &mut BytesMut, name_index: u8, value: &[u8]) {
+    match (name_index, value) {
+        (METHOD_INDEX, b"GET") | (PATH_INDEX, b"/") | (SCHEME_INDEX, b"http") => put_index(to, name_index),
+        (METHOD_INDEX, b"POST") | (SCHEME_INDEX, b"https") => put_index(to, name_index + 1),
+        _ => put_field(to, Field { name: b"", value, name_index }),
+    }
 }
 
 /// One connection's frames.
@@ -276,11 +292,11 @@ impl Frames {
             if come.len() < FRAME_HEAD_BYTES + head.len {
                 return Next::Incomplete;
             }
-            come.advance(FRAME_HEAD_BYTES);
-            let payload = come.split_to(head.len);
-            if self.fragment(&head, &payload).is_none() {
+            let end = FRAME_HEAD_BYTES + head.len;
+            if self.fragment(&head, &come[FRAME_HEAD_BYTES..end]).is_none() {
                 self.give_up();
             }
+            come.advance(end);
         }
     }
 
@@ -345,14 +361,14 @@ impl Frames {
         request.clear();
         if stream <= self.last_stream {
             // Fields behind a body go no further, as over HTTP/1.1: Pingora reads past them.
-            self.decoder.decode(block, |_, _| {}).ok()?;
+            self.decoder.decode(block, |_| {}).ok()?;
             let kind = if ends_stream { DATA } else { HEADERS };
             let flags = if ends_stream { END_STREAM } else { END_HEADERS };
             put_frame_head(&mut self.rewritten, 0, kind, flags, stream);
             return Some(());
         }
         self.last_stream = stream;
-        self.decoder.decode(block, |name, value| request.field(name, value, limits)).ok()?;
+        self.decoder.decode(block, |field| request.field(field, limits)).ok()?;
         request.end();
         let may_be_told = !self.has_small_table && self.owed.len() < OWED_BYTES_MAX;
         if request.is_awaited && !ends_stream && may_be_told {
@@ -410,40 +426,34 @@ struct Request {
 
 impl Request {
     fn clear(&mut self) {
-        let Self { text, cookie, others, block, .. } = std::mem::take(self);
+        let Self { text, cookie, others, block, .. } = self;
+        text.clear();
+        cookie.clear();
+        others.clear();
+        block.clear();
         // What a request in a thousand needs is not kept for the others.
-        let kept = |mut bytes: Vec<u8>| {
-            bytes.clear();
-            bytes.shrink_to(1024);
-            bytes
-        };
-        let keep = |mut bytes: BytesMut| {
-            if bytes.capacity() > 4096 {
-                BytesMut::new()
-            } else {
-                bytes.clear();
-                bytes
+        text.shrink_to(KEPT_BYTES_MAX);
+        cookie.shrink_to(KEPT_BYTES_MAX);
+        for buffer in [others, block] {
+            if buffer.capacity() > KEPT_BYTES_MAX {
+                *buffer = BytesMut::new();
             }
-        };
-        *self = Self {
-            text: kept(text),
-            cookie: kept(cookie),
-            others: keep(others),
-            block: keep(block),
-            ..Self::default()
-        };
+        }
+        (self.bad, self.list_bytes, self.fields, self.is_awaited) = (None, 0, 0, false);
+        (self.method, self.scheme, self.authority, self.path) = (None, None, None, None);
+        (self.host, self.length) = (None, None);
     }
 
     /// The first fault counts; behind it nothing is kept.
-    fn field(&mut self, name: &[u8], value: &[u8], limits: HeadLimits) {
-        self.list_bytes += name.len() + value.len() + FIELD_BYTES;
-        if self.bad.is_some() {
-            return;
+    fn field(&mut self, field: Field<'_>, limits: HeadLimits) {
+        self.list_bytes += field.name.len() + field.value.len() + FIELD_BYTES;
+        if self.bad.is_none() {
+            self.bad = self.take(field, limits).err();
         }
-        self.bad = self.take(name, value, limits).err();
     }
 
-    fn take(&mut self, name: &[u8], value: &[u8], limits: HeadLimits) -> Result<(), BadHead> {
+    fn take(&mut self, field: Field<'_>, limits: HeadLimits) -> Result<(), BadHead> {
+        let Field { name, value, name_index } = field;
         let is_path = name == b":path";
         if is_path && value.len() > TARGET_BYTES_MAX.min(limits.bytes_max) {
             return Err(BadHead::TargetTooLong);
@@ -497,10 +507,10 @@ impl Request {
                 self.is_awaited = true;
                 return Ok(());
             }
-            _ if name == MARK.as_bytes() => return Ok(()),
+            _ if name == MARK.as_str().as_bytes() => return Ok(()),
             _ => {}
         }
-        put_field(&mut self.others, name, value);
+        put_field(&mut self.others, Field { name, value, name_index });
         Ok(())
     }
 
@@ -533,21 +543,18 @@ impl Request {
         }
         let block = &mut self.block;
         let text = |range: &Option<Range<usize>>| range.clone().map_or(&[][..], |range| &self.text[range]);
-        put_field(block, b":method", text(&self.method));
-        put_field(block, b":scheme", text(&self.scheme));
+        put_pseudo(block, METHOD_INDEX, text(&self.method));
+        put_pseudo(block, SCHEME_INDEX, text(&self.scheme));
         // Without one the Host is what the client calls the server by.
-        put_field(
-            block,
-            b":authority",
-            text(if self.authority.is_some() { &self.authority } else { &self.host }),
-        );
-        put_field(block, b":path", text(&self.path));
+        let host = if self.authority.is_some() { &self.authority } else { &self.host };
+        put_pseudo(block, AUTHORITY_INDEX, text(host));
+        put_pseudo(block, PATH_INDEX, text(&self.path));
         block.extend_from_slice(&self.others);
         if self.length.is_some() {
-            put_field(block, b"content-length", text(&self.length));
+            put_field(block, Field { name: b"content-length", value: text(&self.length), name_index: 28 });
         }
         if !self.cookie.is_empty() {
-            put_field(block, b"cookie", &self.cookie);
+            put_field(block, Field { name: b"cookie", value: &self.cookie, name_index: 32 });
         }
     }
 
@@ -558,11 +565,12 @@ impl Request {
         let method = METHODS.into_iter().find(|known| known.as_bytes() == method).unwrap_or("GET");
         let place = REFUSALS.iter().position(|known| *known == bad).unwrap_or_default();
         let block = &mut self.block;
-        put_field(block, b":method", method.as_bytes());
-        put_field(block, b":scheme", b"https");
-        put_field(block, b":authority", b"refused.invalid");
-        put_field(block, b":path", b"/");
-        put_field(block, MARK.as_bytes(), place.to_string().as_bytes());
+        put_pseudo(block, METHOD_INDEX, method.as_bytes());
+        put_pseudo(block, SCHEME_INDEX, b"https");
+        put_pseudo(block, AUTHORITY_INDEX, b"refused.invalid");
+        put_pseudo(block, PATH_INDEX, b"/");
+        let value = place.to_string();
+        put_field(block, Field { name: MARK.as_str().as_bytes(), value: value.as_bytes(), name_index: 0 });
         if !matches!(bad, BadHead::TooLarge | BadHead::TargetTooLong) {
             block.extend_from_slice(&self.others);
         }
@@ -583,8 +591,7 @@ impl Request {
             return Err(TARGET);
         }
         let (authority, host) = (self.value(self.authority.as_ref()), self.value(self.host.as_ref()));
-        let is_good = |name: &[u8]| is_authority(name) && Authority::try_from(name).is_ok();
-        let name = authority.or(host).filter(|name| is_good(name)).ok_or(AUTHORITY)?;
+        let name = authority.or(host).filter(|name| is_authority(name)).ok_or(AUTHORITY)?;
         let is_same = host.is_none_or(|host| is_same_authority(scheme, host, name));
         is_same.then_some(()).ok_or(HOST)
     }
@@ -609,7 +616,7 @@ mod tests {
     fn block(fields: &[(&str, &str)]) -> Vec<u8> {
         let mut block = BytesMut::new();
         for (name, value) in fields {
-            put_field(&mut block, name.as_bytes(), value.as_bytes());
+            put_field(&mut block, Field { name: name.as_bytes(), value: value.as_bytes(), name_index: 0 });
         }
         block.to_vec()
     }
@@ -650,7 +657,7 @@ mod tests {
             let payload = &bytes[FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len];
             let mut fields = Vec::new();
             if head.kind == HEADERS {
-                let each = |name: &[u8], value: &[u8]| {
+                let each = |Field { name, value, .. }: Field<'_>| {
                     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
                     fields.push(format!("{}: {}", text(name), text(value)));
                 };
@@ -714,7 +721,7 @@ mod tests {
                 &["x-b: 2", "cookie: a=1; c=3; d=4"],
             ),
             (&[("content-length", "12"), ("expect", "100-Continue")], &["content-length: 12"]),
-            (&[(MARK, "3"), ("x-c", "")], &["x-c: "]),
+            (&[("x-infra-refused", "3"), ("x-c", "")], &["x-c: "]),
         ] {
             let read = outcome(&changed("", None, more)).unwrap();
             assert_eq!(read[4..], *then, "{more:?}");
@@ -850,7 +857,7 @@ mod tests {
             ]
         );
         assert_eq!(read[1].3[4..], ["y: z"]);
-        assert!(read[4].3[4].starts_with(MARK), "{:?}", read[4].3);
+        assert!(read[4].3[4].starts_with(MARK.as_str()), "{:?}", read[4].3);
         assert_eq!(read[5].3[4..], ["x-t: v"]);
     }
 
@@ -960,7 +967,7 @@ mod tests {
             while let Some(head) = FrameHead::read(rest) {
                 let Some(payload) = rest.get(FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len) else { return };
                 if matches!(head.kind, HEADERS | CONTINUATION) {
-                    Decoder::default().decode(payload, |_, _| {}).expect("it refers to nothing");
+                    Decoder::default().decode(payload, |_| {}).expect("it refers to nothing");
                 }
                 rest = &rest[FRAME_HEAD_BYTES + head.len..];
             }

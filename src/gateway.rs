@@ -460,6 +460,10 @@ impl ProxyHttp for Gateway {
                 );
                 let reply = self.refused(session, refusal, &id);
                 self.finish(session, ctx, reply, id).await;
+                if !is_http2(session) {
+                    // Pingora would drop the connection, and what the client has sent behind the request would reset it.
+                    session.downstream_session.shutdown().await;
+                }
             }
             // An answer that breaks off is all that can be said. Over HTTP/1 the connection does, too.
             _ if is_http2(session) => session.downstream_session.shutdown().await,

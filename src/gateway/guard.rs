@@ -51,6 +51,9 @@ use tokio::time::Instant;
 /// Streams that a client of HTTP/2 has opened and reset, and that the server has not come to yet; more end the connection.
 const HTTP2_RESETS_MAX: usize = 20;
 
+/// How much longer, at most, a list of header fields is once the guard has written it anew, in bytes.
+const REWRITTEN_MORE_BYTES: u32 = 256;
+
 /// What all listeners share.
 pub struct Guarded {
     proxy: Arc<HttpProxy<Gateway>>,
@@ -78,8 +81,8 @@ impl Guarded {
         let mut options = H2Options::default();
         options
             .max_concurrent_streams(http2.streams_max)
-            // The guard refuses what is larger, and says so; h2 would refuse the largest that fits, and say nothing.
-            .max_header_list_size(http2.header_list_bytes_max.saturating_add(1))
+            // The guard refuses what is larger, and says so; h2 would say nothing. What the guard writes may be longer.
+            .max_header_list_size(http2.header_list_bytes_max.saturating_add(REWRITTEN_MORE_BYTES))
             .max_pending_accept_reset_streams(HTTP2_RESETS_MAX);
         proxy.h2_options = Some(options);
         let closing = watch::Sender::new(false);

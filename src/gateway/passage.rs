@@ -119,7 +119,7 @@ impl Passage {
         }
         if let Some(host) = &conf.host {
             request.insert_header(HOST, host)?;
-        } else if !request.headers.contains_key(HOST) {
+        } else if request.headers.get(HOST).is_none_or(HeaderValue::is_empty) {
             // A client of HTTP/1.0 need not say it, and a server of HTTP/1.1 must be told.
             request.insert_header(HOST, self.address.as_deref().unwrap_or_default())?;
         }
@@ -132,7 +132,7 @@ impl Passage {
 
 /// What the client has called the server.
 fn client_host(received: &RequestHeader) -> Option<HeaderValue> {
-    received.headers.get(HOST).cloned().or_else(|| {
+    received.headers.get(HOST).filter(|host| !host.is_empty()).cloned().or_else(|| {
         let authority = received.uri.authority()?;
         HeaderValue::from_str(authority.as_str()).ok()
     })

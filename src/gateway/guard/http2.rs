@@ -60,6 +60,8 @@ const PSEUDO: BadHead = BadHead::Malformed("a pseudo-header field that is unknow
 const LENGTH_TWICE: BadHead = BadHead::Framing("Content-Length is there twice");
 const LENGTH: BadHead = BadHead::Framing("Content-Length is no number");
 
+/// Fields that the answer to a refused request depends on, also behind its fault.
+const OF_ANSWER: [&[u8]; 2] = [b"x-request-id", b"origin"];
 /// What is written of a refused request's method.
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
 
@@ -444,11 +446,13 @@ impl Request {
         (self.host, self.length) = (None, None);
     }
 
-    /// The first fault counts; behind it nothing is kept.
+    /// The first fault counts; behind it only what the answer needs is kept.
     fn field(&mut self, field: Field<'_>, limits: HeadLimits) {
         self.list_bytes += field.name.len() + field.value.len() + FIELD_BYTES;
         if self.bad.is_none() {
             self.bad = self.take(field, limits).err();
+        } else if self.list_bytes <= limits.bytes_max && OF_ANSWER.contains(&field.name) {
+            let _ = self.take(field, limits);
         }
     }
 
@@ -806,7 +810,7 @@ mod tests {
             "nobody waits for a body"
         );
         // What came before the fault goes with it: the answer bears the client's own id.
-        let more = [("x-request-id", "mine"), ("connection", "x"), ("x-b", "1")];
+        let more = [("connection", "x"), ("x-b", "1"), ("x-request-id", "mine")];
         let put = [&[(":method", "PUT")], &GOOD[1..], &more].concat();
         let sent = with_preface(&[frame(HEADERS, END_HEADERS, 1, &block(&put))]);
         let fields = self::read(&handed_on(&sent)).remove(0).3;

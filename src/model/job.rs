@@ -612,9 +612,12 @@ mod tests {
                 JobDraft { id, template: &template, deadline: AT, request: &request, traceparent: None };
             let message = draft.build().message;
             let text = std::str::from_utf8(&message).expect("a message is UTF-8");
-            let read: serde_json::Value = serde_json::from_str(text).expect("a message is JSON");
-            let sent: serde_json::Value = serde_json::from_str(request.input).expect("the input is JSON");
-            assert_eq!(read["input"], sent);
+            serde_json::from_str::<&RawValue>(text).expect("a message is JSON");
+            // Numbers beyond those of f64 are JSON and pass, but are no `Value`.
+            if let Ok(sent) = serde_json::from_str::<serde_json::Value>(request.input) {
+                let read: serde_json::Value = serde_json::from_str(text).expect("nor has it larger numbers");
+                assert_eq!(read["input"], sent);
+            }
             assert!(!text.contains(['\u{fffe}', '\u{ffff}']), "the queue refuses these");
         });
     }

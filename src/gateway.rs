@@ -40,8 +40,9 @@ use crate::model::Scope;
 use api_key::X_API_KEY;
 use async_trait::async_trait;
 use bytes::Bytes;
+use guard::has_member;
 use http::header::{CONNECTION, EXPECT, HeaderName, HeaderValue, UPGRADE, VARY};
-use http::{HeaderMap, Method, StatusCode, Version};
+use http::{Method, StatusCode, Version};
 use origin::Origin;
 use passage::Passage;
 use pingora::http::{RequestHeader, ResponseHeader};
@@ -511,15 +512,11 @@ fn adapt_to_version(session: &mut Session) {
 }
 
 fn wants_upgrade(request: &RequestHeader) -> bool {
-    request.version == Version::HTTP_11 && names_in(&request.headers, CONNECTION, b"upgrade")
+    request.version == Version::HTTP_11 && connection_names(request, b"upgrade")
 }
 
-/// Whether a field that is a list has a member, in letters of any case.
-fn names_in(fields: &HeaderMap, list: HeaderName, member: &[u8]) -> bool {
-    let has = |value: &HeaderValue| {
-        value.as_bytes().split(|b| *b == b',').any(|name| name.trim_ascii().eq_ignore_ascii_case(member))
-    };
-    fields.get_all(list).iter().any(has)
+fn connection_names(request: &RequestHeader, option: &[u8]) -> bool {
+    request.headers.get_all(CONNECTION).iter().any(|value| has_member(value.as_bytes(), option))
 }
 
 /// Who is on the other side of the connection.

@@ -8,7 +8,7 @@ use http::header::{FORWARDED, HeaderName};
 use ipnet::IpNet;
 use std::net::{IpAddr, SocketAddr};
 
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 pub fn is_trusted(address: IpAddr, proxies: &[IpNet]) -> bool {
     proxies.iter().any(|net| net.contains(&address))

@@ -17,6 +17,7 @@ mod stream;
 mod tls;
 
 pub use census::{Accepted, Place};
+pub use grammar::has_member;
 pub use tls::{Tls, server_config};
 
 use super::client::is_trusted;

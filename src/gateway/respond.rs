@@ -2,12 +2,10 @@
 
 use super::guard::refused_over_http2;
 use super::request_id::{RequestId, X_REQUEST_ID};
-use super::{CLIENT_GONE, Ctx, Gateway, body, cors, fields, is_http2, names_in};
+use super::{CLIENT_GONE, Ctx, Gateway, body, connection_names, cors, fields, is_http2};
 use crate::api::{ApiError, Reply};
 use crate::lifecycle::Phase;
-use http::header::{
-    CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderValue, X_CONTENT_TYPE_OPTIONS,
-};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{HeaderMap, Method, StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::Session;
@@ -55,8 +53,7 @@ impl Gateway {
         let stopping = self.lifecycle.phase() >= Phase::Draining;
         let request = session.req_header();
         // HTTP/1.0 keeps a connection only if asked to.
-        let old =
-            request.version == Version::HTTP_10 && !names_in(&request.headers, CONNECTION, b"keep-alive");
+        let old = request.version == Version::HTTP_10 && !connection_names(request, b"keep-alive");
         session.set_keepalive((!stopping && !old).then_some(self.edge.http.get().keepalive_s));
     }
 

@@ -35,24 +35,22 @@ struct Script {
     accepting: JoinHandle<()>,
 }
 
-type Answers = &'static [(&'static str, &'static str)];
-
 impl Script {
-    async fn start(answers: Answers) -> Self {
+    async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("it is bound");
         let heads = Arc::new(Mutex::new(Vec::new()));
         let seen = Arc::clone(&heads);
         let accepting = spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                spawn(Self::answer(stream, answers, Arc::clone(&seen)));
+                spawn(Self::answer(stream, Arc::clone(&seen)));
             }
         });
         Self { addr, heads, accepting }
     }
 
     /// Its answers come before the bodies of requests, which are read past.
-    async fn answer(mut stream: TcpStream, answers: Answers, heads: Arc<Mutex<Vec<String>>>) {
+    async fn answer(mut stream: TcpStream, heads: Arc<Mutex<Vec<String>>>) {
         let mut bytes = Vec::new();
         while let Some(head) = take_through(&mut stream, &mut bytes, b"\r\n\r\n").await {
             let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
@@ -60,7 +58,7 @@ impl Script {
                 seen(&head, "content-length").first().and_then(|length| length.parse().ok()).unwrap_or(0);
             let is_chunked = !seen(&head, "transfer-encoding").is_empty();
             heads.lock().expect("nobody panics with it").push(head);
-            let answer = answers.iter().find(|(known, _)| *known == path);
+            let answer = ANSWERS.iter().find(|(known, _)| *known == path);
             let _ = stream.write_all(answer.map_or("", |(_, answer)| answer).as_bytes()).await;
             if path.ends_with("/closing") {
                 return;
@@ -122,11 +120,15 @@ struct Edge {
 
 impl Edge {
     async fn start(upstreams: String, server: &str) -> Self {
-        Self::start_with(Conf { upstreams, server: server.into(), ..Conf::default() }).await
+        let conf = Conf { upstreams, server: server.into(), ..Conf::default() };
+        Self { secure: Secure::start_with(conf, "", Authority::new()).await }
     }
 
-    async fn start_with(conf: Conf) -> Self {
-        Self { secure: Secure::start_with(conf, "", Authority::new()).await }
+    /// With a service that answers under `/s`.
+    async fn before_script(server: &str) -> (Script, Self) {
+        let script = Script::start().await;
+        let edge = Self::start(upstream("s", script.addr, ""), server).await;
+        (script, edge)
     }
 
     fn gateway(&self) -> &Gateway {
@@ -212,7 +214,8 @@ fn seen(head: &str, name: &str) -> Vec<String> {
         .collect()
 }
 
-const ANSWERS: Answers = &[
+/// (path, the bytes that answer it)
+const ANSWERS: &[(&str, &str)] = &[
     ("/s/100", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\nvary: accept\r\n\r\nok"),
     (
         "/s/102",
@@ -236,9 +239,7 @@ const ANSWERS: Answers = &[
 /// What a script of another origin may read stands on the answer, and is not spent on what comes before it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn interim_answers() {
-    let script = Script::start(ANSWERS).await;
-    let server = format!("[http]\ncors_origins = [{ORIGIN:?}]\n");
-    let edge = Edge::start(upstream("s", script.addr, ""), &server).await;
+    let (script, edge) = Edge::before_script(&format!("[http]\ncors_origins = [{ORIGIN:?}]\n")).await;
     for (path, interim) in
         [("/s/100", &[100][..]), ("/s/102", &[102]), ("/s/103", &[103, 103]), ("/s/length", &[])]
     {
@@ -276,8 +277,7 @@ async fn interim_answers() {
 /// A client of HTTP/1.0 is sent nothing that it does not know: no chunks, no interim answers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn http_1_0() {
-    let script = Script::start(ANSWERS).await;
-    let edge = Edge::start(upstream("s", script.addr, ""), "").await;
+    let (script, edge) = Edge::before_script("").await;
     let key = edge.gateway().key().to_owned();
     let run = json!({ "functionId": HELLO }).to_string();
     let body = format!("content-type: application/json\r\ncontent-length: {}\r\n", run.len());
@@ -350,8 +350,7 @@ async fn http_1_0() {
 /// A connection that is said to go on goes on; one that ends is said to end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_go_on_if_announced() {
-    let script = Script::start(ANSWERS).await;
-    let edge = Edge::start(upstream("s", script.addr, ""), "[auth]\nfailures_burst = 1000\n").await;
+    let (_script, edge) = Edge::before_script("[auth]\nfailures_burst = 1000\n").await;
     let key = format!("x-api-key: {}\r\n", edge.gateway().key());
     let awaited = "expect: 100-continue\r\ncontent-length: 47\r\n";
     let short = "{\"functionId\":\"no-such-function\",\"inputData\":{}}";
@@ -590,8 +589,7 @@ async fn bodies_in_other_encodings() {
 /// Heads that are unusual and have one reading are taken; what is unknown is told by its name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unusual_heads() {
-    let script = Script::start(ANSWERS).await;
-    let edge = Edge::start(upstream("s", script.addr, ""), "").await;
+    let (script, edge) = Edge::before_script("").await;
     let key = edge.gateway().key().to_owned();
     let run = json!({ "functionId": HELLO }).to_string();
     let chunked = format!(
@@ -647,7 +645,7 @@ async fn unusual_heads() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_scripts_may_send() {
-    let script = Script::start(ANSWERS).await;
+    let script = Script::start().await;
     let server = format!("[http]\ncors_origins = [{ORIGIN:?}]\n");
     let own = "cors_methods = [\"GET\", \"PATCH\"]\ncors_headers = [\"x-thing\", \"x-api-key\"]\n";
     let upstreams = upstream("own", script.addr, own) + &upstream("plain", script.addr, "");
@@ -696,7 +694,7 @@ async fn fields_of_strangers() {
         "forwarded",
     ];
     for (trusted, may_pass) in [("[]", false), ("[\"127.0.0.0/8\"]", true)] {
-        let script = Script::start(ANSWERS).await;
+        let script = Script::start().await;
         let server = format!("[http]\ntrusted_proxies = {trusted}\n");
         let edge =
             Edge::start(upstream("s", script.addr, "add_headers = { x_ours = \"1\" }\n"), &server).await;
@@ -722,8 +720,7 @@ async fn fields_of_strangers() {
 /// A request that comes back goes no further, and one that other gateways have passed on does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn circles() {
-    let script = Script::start(ANSWERS).await;
-    let edge = Edge::start(upstream("s", script.addr, ""), "").await;
+    let (script, edge) = Edge::before_script("").await;
     let circle = upstream("circle", edge.gateway().addr(), "replace_prefix = \"/s\"\n")
         + &upstream("loop", edge.gateway().addr(), "")
         + &upstream("s", script.addr, "");
@@ -757,8 +754,7 @@ async fn circles() {
 /// What may stand once and stands twice is refused, whatever is asked for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fields_that_may_stand_once() {
-    let script = Script::start(ANSWERS).await;
-    let edge = Edge::start(upstream("s", script.addr, ""), "").await;
+    let (script, edge) = Edge::before_script("").await;
     let function = edge.gateway().upload("once").await;
     let (key, put) = (edge.gateway().key().to_owned(), format!("/functions/{function}"));
     let run = json!({ "functionId": HELLO }).to_string().into_bytes();
@@ -816,8 +812,7 @@ async fn fields_that_may_stand_once() {
 /// goes on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn malformed_requests_of_http2() {
-    let script = Script::start(ANSWERS).await;
-    let edge = Edge::start(upstream("s", script.addr, ""), "").await;
+    let (script, edge) = Edge::before_script("").await;
     let mut http2 = edge.http2().await;
     let good = [(":method", "GET"), (":scheme", "https"), (":authority", NAME), (":path", "/s/length")];
     let other = |name: &'static str, value: Option<&'static str>, more: &[(&'static str, &'static str)]| {
@@ -917,7 +912,7 @@ async fn malformed_requests_of_http2() {
 /// A body that does not come holds nobody up: neither before an answer nor after an early one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bodies_that_stall() {
-    let script = Script::start(ANSWERS).await;
+    let script = Script::start().await;
     let upstreams = upstream("s", script.addr, "body_timeout_s = 1\nread_timeout_s = 600\n");
     let edge = Edge::start(upstreams, "[http]\nbody_timeout_s = 1\n").await;
     let of = |path: &'static str| {
@@ -968,9 +963,7 @@ async fn bodies_that_stall() {
 /// No browser reads an answer as anything else than it is, and nobody keeps one that has no tag.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_every_answer_says() {
-    let script = Script::start(ANSWERS).await;
-    let server = format!("[http]\ncors_origins = [{ORIGIN:?}]\n");
-    let edge = Edge::start(upstream("s", script.addr, ""), &server).await;
+    let (_script, edge) = Edge::before_script(&format!("[http]\ncors_origins = [{ORIGIN:?}]\n")).await;
     let function = edge.gateway().upload("says").await;
     let put = format!("/functions/{function}");
     let tag = edge.gateway().get(&put).await.expect(200).need("etag").to_owned();

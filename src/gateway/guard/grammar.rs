@@ -32,6 +32,11 @@ pub fn is_token(name: &[u8]) -> bool {
     !name.is_empty() && name.iter().all(|b| TOKEN[usize::from(*b)])
 }
 
+/// Whether a field that is a list has a member, in letters of any case (RFC 9110, section 5.6.1).
+pub fn has_member(list: &[u8], member: &[u8]) -> bool {
+    list.split(|b| *b == b',').any(|one| one.trim_ascii().eq_ignore_ascii_case(member))
+}
+
 /// Whether a line break, a NUL or another control character stands where none may. A tab may.
 pub fn is_control(byte: u8) -> bool {
     (byte < 0x20 && byte != b'\t') || byte == 0x7f

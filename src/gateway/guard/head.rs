@@ -6,7 +6,8 @@
 //! chunks away before anyone sees that it was there.
 
 use super::grammar::{
-    Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token, length,
+    Scheme, TARGET_BYTES_MAX, has_member, is_authority, is_control, is_same_authority, is_target, is_token,
+    length,
 };
 use bytes::BytesMut;
 use memchr::memchr;
@@ -255,8 +256,7 @@ impl HeadReader {
                 Ok(())
             }
             10 if name.eq_ignore_ascii_case(b"connection") => {
-                let mut tokens = value.split(|b| *b == b',').map(<[u8]>::trim_ascii);
-                self.connection_upgrades |= tokens.any(|token| token.eq_ignore_ascii_case(b"upgrade"));
+                self.connection_upgrades |= has_member(value, b"upgrade");
                 Ok(())
             }
             14 if name.eq_ignore_ascii_case(b"content-length") => self.content_length(value),

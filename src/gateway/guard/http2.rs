@@ -8,12 +8,11 @@
 use super::grammar::{
     Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token, length,
 };
-use super::head::{BadHead, HeadLimits};
+use super::head::{BadHead, HeadLimits, Span};
 use super::hpack::{Decoder, Field, TABLE_BYTES_MAX, put_field, put_index};
 use bytes::{Buf, BufMut, BytesMut};
 use http::header::{HeaderMap, HeaderName};
 use std::fmt;
-use std::ops::Range;
 
 /// What a client says first (RFC 9113, section 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -411,14 +410,14 @@ struct Request {
     fields: usize,
     /// The values of the pseudo-header fields, and of the fields that are looked at as a whole.
     text: Vec<u8>,
-    method: Option<Range<usize>>,
-    scheme: Option<Range<usize>>,
-    authority: Option<Range<usize>>,
-    path: Option<Range<usize>>,
-    host: Option<Range<usize>>,
+    method: Option<Span>,
+    scheme: Option<Span>,
+    authority: Option<Span>,
+    path: Option<Span>,
+    host: Option<Span>,
     /// The crumbs of cookies, which are one field for everybody else (RFC 9113, section 8.2.3).
     cookie: Vec<u8>,
-    length: Option<Range<usize>>,
+    length: Option<Span>,
     /// The client waits to be told that its body is wanted.
     is_awaited: bool,
     /// All other fields, written; at the end all of it.
@@ -533,10 +532,10 @@ impl Request {
         if place.replace(kept).is_some() { Err(repeated) } else { Ok(()) }
     }
 
-    fn keep(&mut self, value: &[u8]) -> Range<usize> {
+    fn keep(&mut self, value: &[u8]) -> Span {
         let from = self.text.len();
         self.text.extend_from_slice(value);
-        from..self.text.len()
+        (from, self.text.len())
     }
 
     /// All fields have come: writes the block.
@@ -546,16 +545,15 @@ impl Request {
             return self.end_refused(bad);
         }
         let block = &mut self.block;
-        let text = |range: &Option<Range<usize>>| range.clone().map_or(&[][..], |range| &self.text[range]);
-        put_pseudo(block, METHOD_INDEX, text(&self.method));
-        put_pseudo(block, SCHEME_INDEX, text(&self.scheme));
+        let text = |span| part(&self.text, span).unwrap_or_default();
+        put_pseudo(block, METHOD_INDEX, text(self.method));
+        put_pseudo(block, SCHEME_INDEX, text(self.scheme));
         // Without one the Host is what the client calls the server by.
-        let host = if self.authority.is_some() { &self.authority } else { &self.host };
-        put_pseudo(block, AUTHORITY_INDEX, text(host));
-        put_pseudo(block, PATH_INDEX, text(&self.path));
+        put_pseudo(block, AUTHORITY_INDEX, text(self.authority.or(self.host)));
+        put_pseudo(block, PATH_INDEX, text(self.path));
         block.extend_from_slice(&self.others);
         if self.length.is_some() {
-            put_field(block, Field { name: b"content-length", value: text(&self.length), name_index: 28 });
+            put_field(block, Field { name: b"content-length", value: text(self.length), name_index: 28 });
         }
         if !self.cookie.is_empty() {
             put_field(block, Field { name: b"cookie", value: &self.cookie, name_index: 32 });
@@ -565,7 +563,7 @@ impl Request {
     /// Writes a request that asks for nothing; what came before the fault tells whose it is.
     fn end_refused(&mut self, bad: BadHead) {
         self.is_awaited = false;
-        let method = self.value(self.method.as_ref()).unwrap_or_default();
+        let method = self.value(self.method).unwrap_or_default();
         let method = METHODS.into_iter().find(|known| known.as_bytes() == method).unwrap_or("GET");
         let place = REFUSALS.iter().position(|known| *known == bad).unwrap_or_default();
         let block = &mut self.block;
@@ -580,25 +578,29 @@ impl Request {
         }
     }
 
-    fn value(&self, range: Option<&Range<usize>>) -> Option<&[u8]> {
-        range.map(|range| &self.text[range.clone()])
+    fn value(&self, span: Option<Span>) -> Option<&[u8]> {
+        part(&self.text, span)
     }
 
     fn check(&self) -> Result<(), BadHead> {
-        let method = self.value(self.method.as_ref()).filter(|method| is_token(method)).ok_or(METHOD)?;
+        let method = self.value(self.method).filter(|method| is_token(method)).ok_or(METHOD)?;
         if method == b"CONNECT" {
             return Err(BadHead::Connect);
         }
-        let scheme = self.value(self.scheme.as_ref()).and_then(Scheme::parse).ok_or(SCHEME)?;
-        let path = self.value(self.path.as_ref()).filter(|path| is_target(path)).ok_or(TARGET)?;
+        let scheme = self.value(self.scheme).and_then(Scheme::parse).ok_or(SCHEME)?;
+        let path = self.value(self.path).filter(|path| is_target(path)).ok_or(TARGET)?;
         if path[0] != b'/' && !(path == b"*" && method == b"OPTIONS") {
             return Err(TARGET);
         }
-        let (authority, host) = (self.value(self.authority.as_ref()), self.value(self.host.as_ref()));
+        let (authority, host) = (self.value(self.authority), self.value(self.host));
         let name = authority.or(host).filter(|name| is_authority(name)).ok_or(AUTHORITY)?;
         let is_same = host.is_none_or(|host| is_same_authority(scheme, host, name));
         is_same.then_some(()).ok_or(HOST)
     }
+}
+
+fn part(text: &[u8], span: Option<Span>) -> Option<&[u8]> {
+    span.map(|(from, to)| &text[from..to])
 }
 
 #[cfg(test)]

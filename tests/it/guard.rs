@@ -378,8 +378,9 @@ async fn what_comes_too_slowly_is_refused() {
     let head = bench.bytes("GET /livez HTTP/1.1\r\nHost: a\r\nX: ", "");
     let body = bench.bytes("POST /run HTTP/1.1\r\nHost: a\r\n{K}Content-Length: 1000\r\n\r\n", "");
     for (what, begin, code) in [("a head", head, "header_timeout"), ("a body", body, "body_timeout")] {
-        let mut conn = bench.open().await;
+        // Before the gateway can begin to count.
         let begun = Instant::now();
+        let mut conn = bench.open().await;
         conn.write(&begin).await.expect("the gateway reads");
         // A byte now and then, which no timeout of a single read would mind.
         while begun.elapsed() < Duration::from_secs(6) && conn.write(b"x").await.is_ok() {

@@ -4,7 +4,6 @@
 //! into a [`Call`] and a [`Reply`] into a response.
 
 mod auto_tuner;
-mod caller;
 mod change;
 mod cursor;
 mod fields;
@@ -27,7 +26,7 @@ mod system;
 mod upload;
 mod workers;
 
-pub use caller::{Caller, Functions as CallerFunctions};
+use crate::model::Caller;
 pub use problem::{ApiError, BODY_BYTES_SLACK};
 pub use routes::{Endpoint, Found, Route, Takes, find, is_local, patterns_with_key};
 pub use system::Health;

@@ -377,8 +377,7 @@ impl Dispatcher {
 mod tests {
     use super::*;
     use crate::audit;
-    use crate::backend::embedded;
-    use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results};
+    use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results, embedded};
     use crate::config::Conf;
     use crate::model::UnixMs;
     use async_trait::async_trait;

@@ -23,6 +23,7 @@ pub mod audit;
 pub mod backend;
 pub mod boot;
 pub mod catalogue;
+pub mod code_archive;
 pub mod config;
 pub mod dispatch;
 pub mod functions;

@@ -481,7 +481,8 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{BackendError, Grant, LeaseCall, Quota};
+    use crate::backend::{BackendError, Grant, LeaseCall};
+    use crate::model::Quota;
     use async_trait::async_trait;
     use http::HeaderName;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -3,30 +3,35 @@
 //! Everything here is plain data. Values that come from outside are parsed once, at the door, into these
 //! types; behind the door their validity is a precondition that no code checks again.
 
-pub mod archive;
+mod caller;
 mod change;
 mod encoding;
 mod escape;
 mod execution;
 mod function;
 mod idempotency;
+mod ids;
 mod job;
 mod outcome;
+mod quota;
 mod recommendation;
+mod run_request;
 mod runtime;
 mod scope;
 mod sums;
 
+pub use caller::{AllowedFunctions, Caller};
 pub use change::{ConfigAction, ConfigRecord, RetiredCode};
 pub use encoding::encoding_problem;
 pub use execution::{Ending, Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowId, RowKey, Status};
 pub use function::{Counters, Function, FunctionId};
 pub use idempotency::{BodyHash, IdempotencyKey};
-pub use job::{
-    Job, JobDraft, JobId, JobTemplate, NodeId, ProcessToken, RunRequest, RunRequestError, TIMEOUT_MS_DEFAULT,
-};
+pub use ids::{JobId, NodeId, ProcessToken};
+pub use job::{Job, JobDraft, JobTemplate, TIMEOUT_MS_DEFAULT};
 pub use outcome::{Outcome, ResultFields};
+pub use quota::Quota;
 pub use recommendation::Recommendation;
+pub use run_request::{RunRequest, RunRequestError};
 pub use runtime::Runtime;
 pub use scope::Scope;
 pub use sums::Sums;

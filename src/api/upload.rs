@@ -4,8 +4,9 @@ use super::form::{Form, Upload};
 use super::functions::changed;
 use super::{ApiError, BodyStream, Call, Reply, fields};
 use crate::audit::{Event, Tail};
+use crate::code_archive;
 use crate::functions::{Editor, NewCode, NewFunction};
-use crate::model::{Runtime, archive, now_ms};
+use crate::model::{Runtime, now_ms};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, SemaphorePermit};
@@ -51,7 +52,7 @@ impl Uploads {
                 tracing::error!(error = %e, "Upload Not Read");
                 ApiError::BackendAway
             })?;
-            let good = archive::check(std::io::BufReader::new(file), runtime);
+            let good = code_archive::check(std::io::BufReader::new(file), runtime);
             good.map_err(|problem| ApiError::BadArchive(problem.to_string()))?;
             Ok(upload)
         });

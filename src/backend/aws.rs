@@ -4,40 +4,20 @@
 //!
 //! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
 //! * [`error`] — what an AWS failure means, by its code
-//! * [`direct`] — the two calls that every run takes part in, without the SDK around them
-//! * [`sqs`], [`functions`] (with [`function_writes`] and [`recommended`]), [`executions`], [`code_list`], [`claims`] (all over
-//!   [`item`]), [`s3`], [`dead_letters`] — the AWS ports
-//! * [`redis`] — the command connection, [`subscriber`] — one that listens, [`beats`] — the proof that it
-//!   receives what the other publishes; [`results`], [`changes`], [`journal`], [`membership`], [`limits`],
-//!   [`workers`] — the Redis ports
-//! * [`start`] — the checks before the first request; [`redis_probe`] — what they ask of Redis
+//! * [`json_call`] — the two calls of every run, without the SDK around them
+//! * [`sqs`], [`dynamodb`], [`s3`], [`redis`] — the ports, by service
+//! * [`start`] — the checks before the first request
 
-mod beats;
-mod changes;
-mod claims;
 mod client;
-mod code_list;
-mod dead_letters;
-mod direct;
+mod dynamodb;
 mod error;
-mod executions;
-mod function_writes;
-mod functions;
-mod item;
-mod journal;
-mod limits;
-mod membership;
-mod recommended;
+mod json_call;
 mod redis;
-mod redis_probe;
-mod results;
 mod s3;
 mod sqs;
 mod start;
-mod subscriber;
-mod workers;
 
-pub use redis::RedisUrl;
+pub use redis::connection::RedisUrl;
 pub use start::{Connected, connect};
 
 use crate::model::ProcessToken;

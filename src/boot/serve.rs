@@ -3,8 +3,7 @@
 use super::node_id::{NodeIdChoice, NodeIdError};
 use super::state_dir::StateDir;
 use super::{ConfSource, Connected, Exit, Plan, SPILL, SPOOL, Settings, explain, node, refuse};
-use crate::backend::{BackendError, StartProblem};
-use crate::backend::{aws, embedded};
+use crate::backend::{BackendError, StartProblem, aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
 use crate::gateway::Pseudonym;
 use crate::model::{NodeId, ProcessToken};

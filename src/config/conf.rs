@@ -9,7 +9,7 @@ use super::origin::normalized;
 use super::place::line_at;
 use super::texts::{ConfPart, ConfText, ConfTexts, TlsTexts};
 use super::upstreams::{UpstreamConf, upstream_problems};
-use crate::backend::Quota;
+use crate::model::Quota;
 use ipnet::IpNet;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};

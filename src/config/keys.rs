@@ -2,8 +2,7 @@
 
 use super::conf::{at_least_one, is_countable};
 use super::{ConfigError, Secret};
-use crate::backend::Quota;
-use crate::model::{FunctionId, Scope, parse_rfc3339_ms, rfc3339_ms};
+use crate::model::{FunctionId, Quota, Scope, parse_rfc3339_ms, rfc3339_ms};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

@@ -4,10 +4,11 @@
 //! can choose a hash. Whoever shows none or a wrong one is counted by address; who shows a right one is let in, whatever others
 //! did behind the same address.
 
-use crate::api::{ApiError, Caller, CallerFunctions};
+use crate::api::ApiError;
 use crate::config::{API_KEY_BYTES_MAX, AuthConf, KeyConf, Live, Secret};
 use crate::limiter::{Failures, TooMany};
-use crate::model::{Scope, UnixMs, now_ms};
+use crate::model::AllowedFunctions;
+use crate::model::{Caller, Scope, UnixMs, now_ms};
 use ahash::AHashMap;
 use http::{HeaderName, HeaderValue};
 use sha2::{Digest, Sha256};
@@ -114,7 +115,7 @@ fn made(master: Option<Hash>, keys: &[KeyConf]) -> Keys {
         let caller = Caller {
             name: conf.name.as_str().into(),
             scopes: conf.scopes.clone(),
-            functions: conf.functions.as_deref().map(CallerFunctions::new),
+            functions: conf.functions.as_deref().map(AllowedFunctions::new),
             jobs_max: conf.jobs_max,
         };
         let (not_before, expires) = (conf.not_before.unwrap_or(0), conf.expires.unwrap_or(UnixMs::MAX));

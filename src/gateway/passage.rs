@@ -9,14 +9,13 @@ use crate::api::ApiError;
 use crate::limiter::Counted;
 use http::header::{CONTENT_LENGTH, HOST, HeaderValue, TRAILER, TRANSFER_ENCODING};
 use http::{StatusCode, Version};
-use pingora::ErrorSource;
 use pingora::ErrorType::{
     ConnectTimedout, ConnectionClosed, HTTPStatus, InvalidHTTPHeader, ReadTimedout, TLSHandshakeTimedout,
     WriteError, WriteTimedout,
 };
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::Session;
-use pingora::{Error, ErrorType};
+use pingora::{Error, ErrorSource, ErrorType};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;

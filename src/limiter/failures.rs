@@ -5,8 +5,8 @@
 use super::fields::seconds_up;
 use super::local::Local;
 use super::who::Who;
-use crate::backend::Quota;
 use crate::config::AuthConf;
+use crate::model::Quota;
 use arc_swap::ArcSwap;
 use std::net::IpAddr;
 use std::time::Duration;

@@ -6,7 +6,8 @@
 //! once when the store took it: how long that answer is under way is no more the limiter's than the client's own network.
 
 use super::lease::{Ask, IDLE, Lease, Micros, Next, Pace, Spend, TTL, Verdict, Worth};
-use crate::backend::{Grant, LeaseCall, Quota};
+use crate::backend::{Grant, LeaseCall};
+use crate::model::Quota;
 use mlua::{Function, Lua, Table, Value, Variadic};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -16,7 +17,7 @@ use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::rc::Rc;
 use std::time::Duration;
 
-const SCRIPT: &str = include_str!("../backend/aws/leases.lua");
+const SCRIPT: &str = include_str!("../backend/aws/redis/leases.lua");
 /// A call unanswered for so long counts as failed.
 const DEADLINE: Micros = 1_000_000;
 /// The store's clock when the simulation begins: Unix time, in 2026.

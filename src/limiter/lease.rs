@@ -9,7 +9,8 @@
 //!
 //! Time is microseconds of any clock that never steps back.
 
-use crate::backend::{Grant, Quota};
+use crate::backend::Grant;
+use crate::model::Quota;
 use std::collections::VecDeque;
 use std::time::Duration;
 

@@ -3,8 +3,9 @@
 use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict, Worth};
 use super::local::Local;
 use super::who::Who;
-use crate::backend::{Grant, LeaseCall, Quota};
+use crate::backend::{Grant, LeaseCall};
 use crate::config::LimitConf;
+use crate::model::Quota;
 use ahash::RandomState;
 use dashmap::DashMap;
 use http::HeaderValue;

@@ -1,7 +1,8 @@
 //! Counting in this process: where nothing is shared, and while the shared store is away.
 
 use super::who::Who;
-use crate::backend::{Decision, Quota};
+use crate::backend::Decision;
+use crate::model::Quota;
 use governor::clock::{Clock, DefaultClock};
 use governor::middleware::StateInformationMiddleware;
 use governor::state::keyed::DashMapStateStore;

@@ -1,8 +1,9 @@
 //! The shared store as the limiter sees it: there or away, and how many nodes use it.
 
 use super::lease::Micros;
-use crate::backend::{Decision, Grant, LeaseCall, LimitStore, Quota};
+use crate::backend::{Decision, Grant, LeaseCall, LimitStore};
 use crate::metrics::Metrics;
+use crate::model::Quota;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use tokio::time::Instant;

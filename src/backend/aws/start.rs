@@ -1,22 +1,22 @@
 //! The checks before the first request: all side by side, each with an error of its own, within one deadline.
 
-use super::beats::Beats;
-use super::changes::RedisChanges;
-use super::claims::ClaimTable;
-use super::code_list::CodeTable;
-use super::dead_letters::DeadLetterQueue;
-use super::direct::CredentialCache;
-use super::executions::ExecutionTable;
-use super::functions::FunctionTable;
-use super::journal::RedisJournal;
-use super::limits::RedisLimits;
-use super::membership::RedisMembership;
-use super::redis::{self, Commands};
-use super::redis_probe::RedisProbe;
-use super::results::RedisResults;
+use super::dynamodb::claims::ClaimTable;
+use super::dynamodb::code_list::CodeTable;
+use super::dynamodb::executions::ExecutionTable;
+use super::dynamodb::functions::FunctionTable;
+use super::json_call::CredentialCache;
+use super::redis::beats::Beats;
+use super::redis::changes::RedisChanges;
+use super::redis::connection::Commands;
+use super::redis::journal::RedisJournal;
+use super::redis::limits::RedisLimits;
+use super::redis::membership::RedisMembership;
+use super::redis::probe::RedisProbe;
+use super::redis::results::RedisResults;
+use super::redis::workers::RedisWorkers;
 use super::s3::CodeBucket;
-use super::sqs::SqsQueue;
-use super::workers::RedisWorkers;
+use super::sqs::dead_letters::DeadLetterQueue;
+use super::sqs::queue::SqsQueue;
 use super::{Settings, client, error, s3};
 use crate::backend::{Backend, BackendError, Membership, StartProblem};
 use crate::https;
@@ -65,7 +65,7 @@ pub struct Connected {
     pub warnings: Vec<String>,
     settings: Settings,
     aws: Aws,
-    redis: ::redis::Client,
+    redis: redis::Client,
     commands: Arc<Commands>,
     membership: Arc<RedisMembership>,
     dead_letters: Option<DeadLetterQueue>,
@@ -214,9 +214,9 @@ fn redis_at(settings: &Settings) -> String {
 async fn connect_redis(
     settings: &Settings,
     deadline: Instant,
-) -> Result<(::redis::Client, Option<String>), StartProblem> {
+) -> Result<(redis::Client, Option<String>), StartProblem> {
     let what = redis_at(settings);
-    let client = redis::client(&settings.redis_url);
+    let client = super::redis::connection::client(&settings.redis_url);
     let client = client.map_err(|error| problem(&what, error.clone(), &redis_mend(settings, &error)))?;
     let commands = Commands::new(client.clone());
     let answered = within(deadline, || commands.ping()).await;

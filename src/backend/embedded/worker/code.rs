@@ -3,7 +3,8 @@
 //! A cache of unpacked code was rejected: runs would then see each other's files, or each would need a copy, which
 //! costs what unpacking costs.
 
-use crate::model::archive::{self, Entry};
+use crate::code_archive;
+use crate::code_archive::Entry;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -48,7 +49,7 @@ impl Drop for RunDir {
 /// Unpacks the zip `from` into the directory `to`. The error is a sentence for the function's owner.
 pub(super) fn unpack(from: &Path, to: &Path) -> Result<(), String> {
     let file = File::open(from).map_err(|e| format!("The code of the function cannot be opened: {e}."))?;
-    let unpacked = archive::walk(file, |path, entry| {
+    let unpacked = code_archive::walk(file, |path, entry| {
         let path = to.join(path);
         let contents = match entry {
             Entry::Directory => return fs::create_dir_all(path),

@@ -1,0 +1,345 @@
+//! The function table (CONTRACT §6).
+
+use super::function_writes;
+use super::item::{self, Item, RawItem, decimal, text, whole};
+use crate::backend::aws::dynamodb::recommendation;
+use crate::backend::aws::error::class;
+use crate::backend::aws::json_call::{CredentialCache, Direct, Seen};
+use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
+use crate::https::HttpsClient;
+use crate::model::{Counters, Function, FunctionId, NodeId, Recommendation, Sums, UnixMs, now_ms};
+use async_trait::async_trait;
+use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::error::SdkError;
+use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
+use aws_sdk_dynamodb::types::AttributeValue;
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+
+const KEY: &[&str] = &["functionId"];
+
+const UPDATE: &str = "DynamoDB_20120810.UpdateItem";
+const CONDITION_NOT_MET: &str = "ConditionalCheckFailedException";
+
+/// Most pages of the table (1 MB each) that one listing reads; what is no function is skipped. Past that the
+/// listing is short, and its `next` goes on where it stopped.
+const LIST_PAGES_MAX: usize = 10;
+/// Items looked at a page once some were skipped: fewer calls for the same functions.
+const SKIPPED_PAGE_ITEMS: usize = 250;
+/// The number of the last sums that a node has added, by its id.
+const MARK: &str = "posted_";
+/// How long it stays when the node adds nothing more.
+const MARK_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+/// Marks removed in one call.
+const MARKS_REMOVED_MAX: usize = 50;
+
+pub struct FunctionTable {
+    client: Client,
+    /// For the sums, of which a busy node writes hundreds a second.
+    direct: Direct,
+    table: String,
+    /// Records of changes and the code list stand there, under hash keys that are no function ids.
+    logs_table: String,
+}
+
+impl FunctionTable {
+    /// Reads an absent function, and so finds out that the table exists and where it is.
+    pub async fn open(
+        client: Client,
+        https: HttpsClient,
+        credentials: Arc<CredentialCache>,
+        table: &str,
+        logs_table: &str,
+    ) -> Result<Self, BackendError> {
+        let seen = Seen::default();
+        item::probe(&client, table, KEY, &seen).await?;
+        let direct = Direct::new(https, credentials, &seen)?;
+        Ok(Self { client, direct, table: table.to_owned(), logs_table: logs_table.to_owned() })
+    }
+}
+
+/// Who adds sums, and under which number; see the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    pub node: NodeId,
+    pub number: u64,
+}
+
+impl FunctionTable {
+    /// Adds to the sums of a function, if it (still) exists and has not been given these, or later ones of the
+    /// node, before.
+    pub async fn add_counters(&self, id: &FunctionId, sums: Sums, stamp: Stamp) -> Result<(), BackendError> {
+        // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
+        let body = json!({
+            "TableName": self.table,
+            "Key": { "functionId": { "S": id.as_str() } },
+            "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t SET #posted = :number",
+            "ConditionExpression": "attribute_exists(functionId) AND (attribute_not_exists(#posted) OR #posted < :number)",
+            "ExpressionAttributeNames": { "#posted": format!("{MARK}{}", stamp.node) },
+            "ExpressionAttributeValues": {
+                ":n": { "N": sums.invocations.to_string() },
+                ":e": { "N": sums.errors.to_string() },
+                ":d": { "N": decimal(sums.duration_ms()) },
+                ":h": { "N": sums.handler_invocations.to_string() },
+                ":t": { "N": decimal(sums.handler_ms()) },
+                ":number": { "N": stamp.number.to_string() },
+            },
+        });
+        // A transaction that holds the function refuses the sums; the caller adds them later.
+        match self.direct.call(UPDATE, body.to_string().into_bytes()).await {
+            Err(error) if error.code() == Some(CONDITION_NOT_MET) => Ok(()),
+            done => done.map(drop).map_err(|error| error.class()),
+        }
+    }
+}
+
+impl FunctionTable {
+    /// Removes marks of nodes that have posted nothing for long: most are gone for good, and the item would grow with
+    /// each node there ever was. Where this fails the next read tries again.
+    async fn forget_marks(&self, id: &FunctionId, marks: Vec<(String, String)>) {
+        if marks.is_empty() {
+            return;
+        }
+        let mut call = self.client.update_item().table_name(&self.table).key("functionId", text(id.as_str()));
+        let (mut removed, mut unchanged) = (Vec::new(), Vec::new());
+        for (n, (name, number)) in marks.into_iter().enumerate() {
+            call = call.expression_attribute_names(format!("#m{n}"), name);
+            call = call.expression_attribute_values(format!(":m{n}"), AttributeValue::N(number));
+            removed.push(format!("#m{n}"));
+            unchanged.push(format!("#m{n} = :m{n}"));
+        }
+        let call = call.update_expression(format!("REMOVE {}", removed.join(", ")));
+        let call = call.condition_expression(unchanged.join(" AND "));
+        if let Err(e) = call.send().await {
+            tracing::debug!(functionId = %id, error = %class(&e), "Old Marks Not Removed");
+        }
+    }
+}
+
+/// Names and numbers of marks that are so old that nothing of theirs can be on its way any more. The numbers begin with
+/// the time in microseconds.
+fn old_marks(raw: &RawItem, now: UnixMs) -> Vec<(String, String)> {
+    let before = now.saturating_sub(u64::try_from(MARK_KEPT.as_millis()).unwrap_or(u64::MAX)) * 1000;
+    let old = raw.iter().filter_map(|(name, value)| {
+        let number = value.as_n().ok().filter(|_| name.starts_with(MARK))?;
+        (number.parse::<u64>().ok()? < before).then(|| (name.clone(), number.clone()))
+    });
+    old.take(MARKS_REMOVED_MAX).collect()
+}
+
+#[async_trait]
+impl FunctionStore for FunctionTable {
+    async fn get(&self, id: &FunctionId) -> Result<Option<Function>, BackendError> {
+        let call = self
+            .client
+            .get_item()
+            .table_name(&self.table)
+            .key("functionId", text(id.as_str()))
+            .consistent_read(true);
+        let output = call.send().await.map_err(|e| class(&e))?;
+        let Some(raw) = output.item else { return Ok(None) };
+        self.forget_marks(id, old_marks(&raw, now_ms())).await;
+        Ok(Some(function(id.clone(), &Item::new(raw))))
+    }
+
+    async fn list(&self, limit: usize, after: Option<&str>) -> Result<FunctionPage, BackendError> {
+        let mut functions: Vec<Function> = Vec::new();
+        let mut after = after.map(key_item);
+        let mut skipped = false;
+        for _ in 0..LIST_PAGES_MAX {
+            // One function more than asked for tells whether there is a next page.
+            let wanted = limit.saturating_add(1) - functions.len();
+            let items = if skipped { wanted.max(SKIPPED_PAGE_ITEMS) } else { wanted };
+            let call = self
+                .client
+                .scan()
+                .table_name(&self.table)
+                .consistent_read(true)
+                .limit(i32::try_from(items).unwrap_or(i32::MAX))
+                .set_exclusive_start_key(after);
+            let output = call.send().await.map_err(|e| class(&e))?;
+            let raws = output.items.unwrap_or_default();
+            let (read, before) = (raws.len(), functions.len());
+            functions.extend(raws.into_iter().filter_map(listed));
+            skipped |= functions.len() - before < read;
+            after = output.last_evaluated_key;
+            if functions.len() > limit || after.is_none() {
+                break;
+            }
+        }
+        let next = if functions.len() > limit {
+            functions.truncate(limit);
+            functions.last().map(|function| function.id.to_string())
+        } else {
+            after.and_then(|key| Item::new(key).text("functionId"))
+        };
+        Ok(FunctionPage { functions, next })
+    }
+
+    async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
+        function_writes::write(&self.client, &self.table, &self.logs_table, write).await
+    }
+
+    async fn recommend(&self, id: &FunctionId, advice: &Recommendation) -> Result<(), BackendError> {
+        let mut call = self
+            .client
+            .update_item()
+            .table_name(&self.table)
+            .set_key(Some(key_item(id.as_str())))
+            .update_expression(recommendation::update_expression(advice))
+            .condition_expression(recommendation::CONDITION);
+        for (name, value) in recommendation::values(advice) {
+            call = call.expression_attribute_values(format!(":{name}"), value);
+        }
+        match call.send().await {
+            Err(SdkError::ServiceError(answer)) if is_refused(answer.err()) => Ok(()),
+            done => done.map(drop).map_err(|e| class(&e)),
+        }
+    }
+
+    async fn probe(&self) -> Result<(), BackendError> {
+        item::probe(&self.client, &self.table, KEY, &Seen::default()).await
+    }
+}
+
+/// Whether the condition of an update was not met.
+fn is_refused(error: &UpdateItemError) -> bool {
+    matches!(error, UpdateItemError::ConditionalCheckFailedException(_))
+}
+
+pub fn key_item(id: &str) -> RawItem {
+    RawItem::from([("functionId".to_owned(), text(id))])
+}
+
+/// `None` if the item's key is no function id.
+fn listed(raw: RawItem) -> Option<Function> {
+    let item = Item::new(raw);
+    let id = FunctionId::parse(&item.text("functionId")?)?;
+    Some(function(id, &item))
+}
+
+fn function(id: FunctionId, item: &Item) -> Function {
+    let text = |name| item.text(name).unwrap_or_default();
+    let text_or = |name, default: &str| match item.text(name) {
+        Some(text) if !text.is_empty() => text,
+        _ => default.to_owned(),
+    };
+    Function {
+        name: text("name"),
+        description: text("description"),
+        runtime: text_or("runtime", Function::RUNTIME_DEFAULT),
+        memory_mb: item.whole("memoryMb").filter(|mb| *mb > 0).unwrap_or(Function::MEMORY_MB_DEFAULT),
+        max_concurrency: item.whole("maxConcurrency").unwrap_or(0),
+        s3_key: text("s3Key"),
+        original_name: text("originalName"),
+        uploaded_at: text("uploadedAt"),
+        updated_at: text("updated_at"),
+        env_vars: Function::env_vars_or_empty(&item.json("envVars").unwrap_or_default()),
+        version: item.whole("version").unwrap_or(0),
+        counters: Counters {
+            invocations: item.whole("invocations").unwrap_or(0),
+            errors: item.whole("errorCount").unwrap_or(0),
+            total_duration_ms: item.float("totalDuration").unwrap_or(0.0),
+            handler_invocations: item.whole("handlerInvocations").unwrap_or(0),
+            total_handler_duration_ms: item.float("totalHandlerDuration").unwrap_or(0.0),
+        },
+        recommendation: recommendation::of(item),
+        id,
+    }
+}
+
+/// What a change of the function writes, as [`function`] reads it; without the key.
+pub fn attributes(f: &Function) -> Vec<(&'static str, AttributeValue)> {
+    vec![
+        ("name", text(f.name.as_str())),
+        ("description", text(f.description.as_str())),
+        ("runtime", text(f.runtime.as_str())),
+        ("memoryMb", whole(f.memory_mb)),
+        ("maxConcurrency", whole(f.max_concurrency)),
+        ("s3Key", text(f.s3_key.as_str())),
+        ("originalName", text(f.original_name.as_str())),
+        ("uploadedAt", text(f.uploaded_at.as_str())),
+        ("updated_at", text(f.updated_at.as_str())),
+        ("envVars", text(f.env_vars.as_str())),
+        ("version", whole(f.version)),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_marks_that_are_old_are_removed() {
+        let now = 2_000_000_000_000;
+        let number = |at: u64| AttributeValue::N((at * 1000).to_string());
+        let raw = RawItem::from([
+            ("posted_00000001".to_owned(), number(now - 8 * 24 * 3_600_000)),
+            ("posted_00000002".to_owned(), number(now - 6 * 24 * 3_600_000)),
+            ("invocations".to_owned(), number(1)),
+            ("posted_x".to_owned(), text("1")),
+        ]);
+        let names: Vec<String> = old_marks(&raw, now).into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["posted_00000001"]);
+    }
+    use std::collections::HashMap;
+
+    fn read(attributes: &[(&str, AttributeValue)]) -> Function {
+        let raw: HashMap<_, _> =
+            attributes.iter().map(|(name, value)| ((*name).to_owned(), value.clone())).collect();
+        function(FunctionId::parse("f").unwrap(), &Item::new(raw))
+    }
+
+    #[test]
+    fn an_item_becomes_a_function() {
+        let f = read(&[
+            ("name", text("n")),
+            ("runtime", text("go")),
+            ("memoryMb", whole(256)),
+            ("s3Key", text("k")),
+            ("envVars", text(r#"{"A":"1"}"#)),
+            ("version", whole(3)),
+            ("invocations", whole(5)),
+            ("errorCount", whole(2)),
+            ("totalDuration", AttributeValue::N(decimal(12.5))),
+        ]);
+        assert_eq!(
+            (f.name.as_str(), f.runtime.as_str(), f.memory_mb, f.s3_key.as_str()),
+            ("n", "go", 256, "k")
+        );
+        assert_eq!((f.env_vars.as_str(), f.version), (r#"{"A":"1"}"#, 3));
+        let sums = f.counters;
+        assert_eq!((sums.invocations, sums.errors, sums.total_duration_ms), (5, 2, 12.5));
+    }
+
+    #[test]
+    fn an_item_with_another_key_is_not_listed() {
+        assert_eq!(listed(key_item("f")).map(|f| f.id.to_string()).as_deref(), Some("f"));
+        for odd in ["", "config#f", "a/b"] {
+            assert_eq!(listed(key_item(odd)), None, "{odd:?}");
+        }
+        assert_eq!(listed(RawItem::new()), None);
+    }
+
+    #[test]
+    fn a_function_survives_the_table() {
+        let f = Function { updated_at: "x".into(), env_vars: r#"{"A":"1"}"#.into(), ..Function::sample("f") };
+        assert_eq!(read(&attributes(&f)), f);
+    }
+
+    #[test]
+    fn an_old_item_has_the_defaults() {
+        let map = HashMap::from([("A".to_owned(), text("1"))]);
+        let odd = read(&[
+            ("runtime", text("")),
+            ("memoryMb", text("512")),
+            ("envVars", AttributeValue::M(map)),
+            ("name", AttributeValue::Null(true)),
+        ]);
+        assert_eq!((odd.runtime.as_str(), odd.memory_mb, odd.name.as_str()), ("python", 512, ""));
+        assert_eq!(odd.env_vars, r#"{"A":"1"}"#);
+        let bare = read(&[("memoryMb", whole(0)), ("envVars", text("oops"))]);
+        assert_eq!((bare.memory_mb, bare.version, bare.env_vars.as_str()), (128, 0, "{}"));
+    }
+}

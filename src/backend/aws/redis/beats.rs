@@ -1,0 +1,206 @@
+//! Beats: messages of this process to itself, which prove that its subscriptions receive what is published.
+//!
+//! After a fail-over a subscription can stay on the old primary for as long as that one answers, PINGs
+//! included, while everybody publishes on the new one. So a beat goes out on the command connection, the way
+//! results and changes are published, and every subscription of the process must receive it. There is at most
+//! one PUBLISH each [`BEAT_EVERY`], however many subscriptions there are: whichever finds it due publishes
+//! it.
+//!
+//! The channel lies outside `result:*`, because an old controller stores whatever it receives there. A
+//! password that does not allow it turns the beats off; they are tried again now and then, in case it does
+//! later.
+
+use super::connection::Commands;
+use crate::backend::BackendError;
+use crate::model::{NodeId, ProcessToken};
+use futures_util::future::{BoxFuture, FutureExt};
+use redis::cmd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Between two beats of a process, at least.
+pub const BEAT_EVERY: Duration = Duration::from_secs(1);
+/// A beat that was published later than this ago may still be on its way.
+const FRESH: Duration = Duration::from_millis(500);
+/// Until beats that were denied are tried again.
+const DENIED_PAUSE: Duration = Duration::from_secs(60);
+
+pub struct Beats {
+    commands: Arc<Commands>,
+    channel: String,
+    process: ProcessToken,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// The beat that was begun last, and when.
+    begun: u64,
+    begun_at: Option<Instant>,
+    /// The last one that Redis has taken, when, and the one before.
+    published: u64,
+    published_at: Option<Instant>,
+    published_before: u64,
+    /// Beats are off, and until when.
+    denied_until: Option<Instant>,
+}
+
+pub fn channel_of(node: NodeId) -> String {
+    format!("beat:{node}")
+}
+
+impl Beats {
+    pub fn new(commands: Arc<Commands>, node: NodeId, process: ProcessToken) -> Self {
+        Self { commands, channel: channel_of(node), process, state: Mutex::default() }
+    }
+
+    pub fn channel(&self) -> &str {
+        &self.channel
+    }
+
+    /// The number of a beat of this process; `None`: it is of another one with the same node id, or no beat.
+    pub fn number(&self, payload: &[u8]) -> Option<u64> {
+        let (process, number) = std::str::from_utf8(payload).ok()?.split_once(':')?;
+        (ProcessToken::parse(process)? == self.process).then(|| number.parse().ok())?
+    }
+
+    /// The beat that was begun last: a subscription that begins now must receive the later ones.
+    pub fn begun(&self) -> u64 {
+        self.state().begun
+    }
+
+    /// The last beat that a subscription must have received by now.
+    pub fn expected(&self) -> u64 {
+        let state = self.state();
+        let is_fresh = state.published_at.is_some_and(|at| at.elapsed() < FRESH);
+        if is_fresh { state.published_before } else { state.published }
+    }
+
+    /// Publishes the next beat, if it is due.
+    pub fn publish_due(self: &Arc<Self>) -> Option<BoxFuture<'static, ()>> {
+        let number = {
+            let mut state = self.state();
+            let is_early = state.begun_at.is_some_and(|at| at.elapsed() < BEAT_EVERY);
+            if is_early || state.denied_until.is_some_and(|until| Instant::now() < until) {
+                return None;
+            }
+            state.begun += 1;
+            state.begun_at = Some(Instant::now());
+            state.begun
+        };
+        let beats = Arc::clone(self);
+        Some(async move { beats.publish(number).await }.boxed())
+    }
+
+    async fn publish(&self, number: u64) {
+        let beat = format!("{}:{number}", self.process);
+        match self.commands.query::<u64>(cmd("PUBLISH").arg(&self.channel).arg(beat)).await {
+            Ok(_) => self.published(number),
+            Err(BackendError::Denied(error)) => self.denied(&error),
+            // Nothing follows for the subscriptions. Whoever needs the commands tells of it.
+            Err(_) => {}
+        }
+    }
+
+    fn published(&self, number: u64) {
+        let mut state = self.state();
+        // Two may be under way, and end in any order.
+        if number > state.published {
+            state.published_before = state.published;
+            (state.published, state.published_at) = (number, Some(Instant::now()));
+        }
+    }
+
+    /// The password does not allow the channel. Said once, until it does.
+    pub fn denied(&self, error: &str) {
+        let was_off = self.state().denied_until.replace(Instant::now() + DENIED_PAUSE).is_some();
+        if !was_off {
+            tracing::warn!(
+                channel = self.channel,
+                error,
+                "Beats Off: the ACL of Redis denies the channel, so a subscription that stays on an old \
+                 primary is not noticed. Allow the user the channels beat:*"
+            );
+        }
+    }
+
+    pub fn are_off(&self) -> bool {
+        self.state().denied_until.is_some()
+    }
+
+    /// Whether beats that are off are to be tried again.
+    pub fn are_due_again(&self) -> bool {
+        self.state().denied_until.is_some_and(|until| Instant::now() >= until)
+    }
+
+    /// A beat has made its way.
+    pub fn arrived(&self) {
+        if self.state().denied_until.take().is_some() {
+            tracing::info!(channel = self.channel, "Beats On Again");
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::aws::redis::connection::{RedisUrl, client};
+
+    fn beats() -> Arc<Beats> {
+        let commands = Commands::new(client(&RedisUrl::new("redis://127.0.0.1:1")).unwrap());
+        Arc::new(Beats::new(Arc::new(commands), NodeId(0xab), ProcessToken(7)))
+    }
+
+    #[test]
+    fn only_the_beats_of_this_process_count() {
+        let beats = beats();
+        assert_eq!(beats.channel(), "beat:000000ab");
+        assert_eq!(beats.number(b"0000000000000007:12"), Some(12));
+        for other in
+            [&b"0000000000000008:12"[..], b"12", b"0000000000000007:", b"0000000000000007:x", b"\xff:1"]
+        {
+            assert_eq!(beats.number(other), None, "{other:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_beat_each_interval_however_many_ask() {
+        let beats = beats();
+        let ask = || beats.publish_due().is_some();
+        assert_eq!([ask(), ask(), ask()], [true, false, false]);
+        tokio::time::advance(BEAT_EVERY).await;
+        assert_eq!([ask(), ask()], [true, false]);
+        assert_eq!((beats.begun(), beats.expected()), (2, 0), "none was taken by Redis");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_beat_has_time_to_arrive() {
+        let beats = beats();
+        beats.published(1);
+        assert_eq!(beats.expected(), 0);
+        tokio::time::advance(FRESH).await;
+        assert_eq!(beats.expected(), 1);
+        beats.published(3);
+        beats.published(2);
+        assert_eq!(beats.expected(), 1, "the third is fresh");
+        tokio::time::advance(FRESH).await;
+        assert_eq!(beats.expected(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn denied_beats_are_tried_again_now_and_then() {
+        let beats = beats();
+        beats.denied("NOPERM");
+        tokio::time::advance(DENIED_PAUSE - Duration::from_secs(1)).await;
+        assert!(beats.are_off() && !beats.are_due_again() && beats.publish_due().is_none());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        assert!(beats.are_off() && beats.are_due_again() && beats.publish_due().is_some());
+        beats.arrived();
+        assert!(!beats.are_off());
+    }
+}

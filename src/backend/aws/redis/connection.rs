@@ -1,0 +1,276 @@
+//! The command connection to Redis: one multiplexed connection, and a deadline around every command.
+//!
+//! `redis::aio::ConnectionManager` was tried and rejected: a reconnect that ends in anything but an I/O error (a password
+//! changed for a moment, `SELECT` on a replica that is still loading) is kept as the connection's state for good,
+//! and while it reconnects every command waits out its retry series. Here whoever finds no connection makes
+//! one, all others wait for that same try, and for a moment after a failure nobody tries.
+
+use crate::backend::BackendError;
+use redis::aio::MultiplexedConnection;
+use redis::io::tcp::TcpSettings;
+use redis::io::tcp::socket2::TcpKeepalive;
+use redis::{AsyncConnectionConfig, Client, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisError};
+use std::future::Future;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::{Instant, timeout};
+
+/// Longest a command may take, connecting included.
+pub const COMMAND_DEADLINE: Duration = Duration::from_secs(1);
+/// Longest a connection may take to stand, greeting included.
+pub const CONNECT_DEADLINE: Duration = Duration::from_millis(500);
+/// After a failure nobody tries to connect for so long; commands fail at once.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(50);
+/// The kernel gives a connection up when what was sent stays unacknowledged for so long.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(3);
+/// Probes of an idle connection, so that a silent firewall does not keep it.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Commands that may wait to be written.
+const PIPELINE_MAX: usize = 1024;
+
+/// A `redis://` or `rediss://` URL. It may hold a password, so its Debug shows only where it leads.
+#[derive(Clone, PartialEq, Eq)]
+pub struct RedisUrl(String);
+
+impl RedisUrl {
+    pub fn new(url: impl Into<String>) -> Self {
+        Self(url.into())
+    }
+}
+
+impl std::fmt::Debug for RedisUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+impl std::fmt::Display for RedisUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(address_of(&self.0).as_deref().unwrap_or("(not a Redis URL)"))
+    }
+}
+
+/// Scheme, host and port, by the text itself: a parser that takes a `/` in the password for the end of the
+/// host would show what stands before it. Nothing up to the last `@` is shown, nor what is no host and port.
+fn address_of(url: &str) -> Option<String> {
+    let (scheme, rest) = url.split_once("://").filter(|(scheme, _)| matches!(*scheme, "redis" | "rediss"))?;
+    let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next()?;
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    let is_of_host = |b: u8| b.is_ascii_alphanumeric() || b"._-:[]%".contains(&b);
+    let is_host = !host.is_empty() && host.bytes().all(is_of_host);
+    let is_port = port.is_none_or(|port| port.parse::<u16>().is_ok());
+    (is_host && is_port).then(|| format!("{scheme}://{authority}"))
+}
+
+/// A client for the URL, which connects to nothing yet.
+pub fn client(url: &RedisUrl) -> Result<Client, BackendError> {
+    // Several providers are linked, so rustls cannot choose; fails if it has been chosen already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let tcp = TcpSettings::default()
+        .set_nodelay(true)
+        .set_user_timeout(UNACKNOWLEDGED_MAX)
+        .set_keepalive(TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE));
+    let info = url.0.as_str().into_connection_info().map_err(|e| class(&e))?;
+    Client::open(info.set_tcp_settings(tcp)).map_err(|e| class(&e))
+}
+
+/// What a failure of Redis means: by its code, never by its text.
+pub fn class(error: &RedisError) -> BackendError {
+    let code = error.code().unwrap_or_default();
+    match error.kind() {
+        ErrorKind::AuthenticationFailed => BackendError::Denied("Redis refused the password".into()),
+        _ if matches!(code, "NOAUTH" | "WRONGPASS" | "NOPERM" | "DENIED") => {
+            BackendError::Denied(format!("Redis answered {code}"))
+        }
+        // The text of an I/O error is the system's own.
+        ErrorKind::Io => BackendError::Unavailable(error.to_string()),
+        ErrorKind::InvalidClientConfig => BackendError::Invalid("the Redis URL cannot be read".into()),
+        ErrorKind::Parse => BackendError::Unavailable("the answer is not in the protocol of Redis".into()),
+        ErrorKind::UnexpectedReturnType => BackendError::Invalid("Redis answered with another type".into()),
+        _ if matches!(code, "ERR" | "WRONGTYPE" | "CROSSSLOT") => {
+            BackendError::Invalid(format!("Redis answered {code}"))
+        }
+        _ if code.is_empty() => BackendError::Unavailable(error.category().to_owned()),
+        _ => BackendError::Unavailable(format!("Redis answered {code}")),
+    }
+}
+
+/// The shared connection for commands; it comes back by itself, driven by the commands that need it.
+pub struct Commands {
+    client: Client,
+    config: AsyncConnectionConfig,
+    state: Mutex<State>,
+    /// Held by the one who connects.
+    connecting: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    connection: Option<MultiplexedConnection>,
+    /// Counts connections, so that a late failure of an old one does not drop its successor.
+    number: u64,
+    failed: Option<(Instant, BackendError)>,
+}
+
+impl Commands {
+    pub fn new(client: Client) -> Self {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_DEADLINE))
+            .set_response_timeout(None) // one deadline around all, in `run`
+            .set_pipeline_buffer_size(PIPELINE_MAX);
+        Self { client, config, state: Mutex::default(), connecting: tokio::sync::Mutex::default() }
+    }
+
+    /// Runs one command.
+    pub async fn query<T: FromRedisValue>(&self, command: &redis::Cmd) -> Result<T, BackendError> {
+        self.run(async |mut connection| command.query_async(&mut connection).await).await
+    }
+
+    /// Runs `command` on the connection, and once more on a new one if the connection broke: Redis may have been
+    /// restarted since the last command. So commands here must bear to run twice. After
+    /// [`BackendError::Unavailable`] it may have run or not.
+    pub async fn run<T, F>(
+        &self,
+        command: impl Fn(MultiplexedConnection) -> F + Send + Sync,
+    ) -> Result<T, BackendError>
+    where
+        F: Future<Output = Result<T, RedisError>> + Send,
+    {
+        // The connection the command runs on: a late time-out must not drop its successor.
+        let used = AtomicU64::new(0);
+        let in_time = timeout(COMMAND_DEADLINE, async {
+            let mut again = true;
+            loop {
+                let (connection, number) = self.connection().await?;
+                used.store(number, Ordering::Relaxed);
+                let error = match command(connection).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(error) => error,
+                };
+                // READONLY: a failover made this server a replica; the name now leads to another one.
+                if error.is_io_error() || error.is_unrecoverable_error() || error.code() == Some("READONLY") {
+                    self.drop_connection(number);
+                }
+                if !(again && error.is_connection_dropped()) {
+                    return Err(class(&error));
+                }
+                again = false;
+            }
+        });
+        in_time.await.unwrap_or_else(|_| {
+            // A connection that says nothing may be dead without knowing; the next command makes a new one.
+            self.drop_connection(used.load(Ordering::Relaxed));
+            Err(BackendError::Unavailable("Redis did not answer in time".into()))
+        })
+    }
+
+    pub async fn ping(&self) -> Result<(), BackendError> {
+        self.query::<()>(&redis::cmd("PING")).await
+    }
+
+    /// The next command makes a new connection, which leads where the name leads now.
+    pub fn reconnect(&self) {
+        self.state().connection = None;
+    }
+
+    async fn connection(&self) -> Result<(MultiplexedConnection, u64), BackendError> {
+        if let Some(standing) = self.standing() {
+            return standing;
+        }
+        let _only_one = self.connecting.lock().await;
+        // Another one may have connected, or failed, while we waited.
+        if let Some(standing) = self.standing() {
+            return standing;
+        }
+        let connected = self.client.get_multiplexed_async_connection_with_config(&self.config).await;
+        let mut state = self.state();
+        match connected {
+            Ok(connection) => {
+                state.number += 1;
+                state.connection = Some(connection.clone());
+                state.failed = None;
+                Ok((connection, state.number))
+            }
+            Err(error) => {
+                let error = class(&error);
+                state.failed = Some((Instant::now(), error.clone()));
+                Err(error)
+            }
+        }
+    }
+
+    /// The connection, or the failure that is too fresh for another try.
+    fn standing(&self) -> Option<Result<(MultiplexedConnection, u64), BackendError>> {
+        let state = self.state();
+        if let Some(connection) = &state.connection {
+            return Some(Ok((connection.clone(), state.number)));
+        }
+        let fresh = state.failed.as_ref().filter(|(at, _)| at.elapsed() < PAUSE_AFTER_FAILURE);
+        fresh.map(|(_, error)| Err(error.clone()))
+    }
+
+    fn drop_connection(&self, number: u64) {
+        let mut state = self.state();
+        if state.number == number {
+            state.connection = None;
+        }
+    }
+
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_shows_no_password() {
+        for (url, shown) in [
+            ("redis://user:secret@host:6380/1", "redis://host:6380"),
+            ("rediss://:secret@host", "rediss://host"),
+            ("redis://u:secret@[::1]:6380", "redis://[::1]:6380"),
+            ("redis://[fe80::1]", "redis://[fe80::1]"),
+            // Not encoded.
+            ("redis://:sec/ret@host:6380", "redis://host:6380"),
+            ("redis://:sec#ret@host", "redis://host"),
+            ("redis://:sec?ret@host/0", "redis://host"),
+            ("redis://:sec@ret@host", "redis://host"),
+            ("redis://:1/secret@host", "redis://host"),
+            ("redis://secret/@x@host", "redis://host"),
+            // No host is left.
+            ("redis://:secret", "(not a Redis URL)"),
+            ("redis://u:secret@", "(not a Redis URL)"),
+            ("redis://host:secret", "(not a Redis URL)"),
+            ("redis://h,secret", "(not a Redis URL)"),
+            ("secret", "(not a Redis URL)"),
+            ("http://secret@host", "(not a Redis URL)"),
+        ] {
+            assert_eq!(format!("{:?}", RedisUrl::new(url)), shown);
+        }
+    }
+
+    #[test]
+    fn a_url_that_cannot_be_read_is_invalid() {
+        for bad in ["", "host:6379", "http://host", "redis://host:port", "redis://host/x"] {
+            assert!(matches!(client(&RedisUrl::new(bad)), Err(BackendError::Invalid(_))), "{bad}");
+        }
+        for good in ["redis://host", "rediss://u:p@host:1/2"] {
+            assert!(client(&RedisUrl::new(good)).is_ok(), "{good}");
+        }
+    }
+
+    #[test]
+    fn codes_have_classes() {
+        let answer = |code: &str| class(&redis::make_extension_error(code.into(), Some("secret".into())));
+        assert_eq!(answer("WRONGPASS"), BackendError::Denied("Redis answered WRONGPASS".into()));
+        assert_eq!(answer("WRONGTYPE"), BackendError::Invalid("Redis answered WRONGTYPE".into()));
+        assert_eq!(answer("OOM"), BackendError::Unavailable("Redis answered OOM".into()));
+    }
+}

@@ -1,0 +1,386 @@
+//! The jobs in flight, one hash a node: `inflight:{<node>}`, job id → `<deadline in Unix ms>:<function id>`, and
+//! `:<idempotency key>` if it has one.
+//! The braces keep all keys of a node in one slot of a Redis Cluster.
+//!
+//! Beside it stand the sums of jobs that have ended, function id → sums, until they are in the function table: those
+//! that are `unposted:{<node>}`, and those under `posting:{<node>}` that have a number. A function keeps the number of
+//! the last sums of a node that it was given, and takes only later ones. So sums are added once, though a call may
+//! be answered late or never, and a node may die between any two steps. The three scripts say more.
+
+use super::connection::Commands;
+use crate::backend::aws::dynamodb::functions::{FunctionTable, Stamp};
+use crate::backend::{
+    BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, POSTED_MAX, Standing,
+    Unposted,
+};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs, now_ms};
+use async_trait::async_trait;
+use futures_util::StreamExt;
+use redis::{Cmd, Script, cmd};
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::Arc;
+
+/// Entries of one page of a hash, roughly.
+const PAGE_ENTRIES: usize = 1000;
+
+/// Room for an entry, in bytes: more is found if it is needed.
+const ENTRY_BYTES: usize = 96;
+
+pub struct RedisJournal {
+    commands: Arc<Commands>,
+    functions: Arc<FunctionTable>,
+    end: Script,
+    number: Script,
+    posted: Script,
+    standing: Script,
+}
+
+/// KEYS: the journal of a node, the mark that it is whole, who has adopted the node. ARGV: a job, and when it was accepted
+/// in Unix milliseconds. Answer: 0 if the journal does not hold it, 3 if it does not and is not whole; 1 if it does; 2 if
+/// the process that accepted it is gone.
+const STANDING: &str = "local mark = redis.call('GET', KEYS[2])
+if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return mark and 0 or 3 end
+local started = tonumber(mark or '') or 0
+if redis.call('EXISTS', KEYS[3]) == 1 or tonumber(ARGV[2]) < started then return 2 end
+return 1";
+
+impl RedisJournal {
+    pub fn new(commands: Arc<Commands>, functions: Arc<FunctionTable>) -> Self {
+        Self {
+            commands,
+            functions,
+            end: Script::new(include_str!("journal_end.lua")),
+            number: Script::new(include_str!("journal_number.lua")),
+            posted: Script::new(include_str!("journal_posted.lua")),
+            standing: Script::new(STANDING),
+        }
+    }
+
+    /// Lets go of sums that are added. Where that fails they are added again, which adds nothing.
+    async fn forget(&self, node: NodeId, added: &[Numbered]) {
+        if added.is_empty() {
+            return;
+        }
+        let mut call = self.posted.prepare_invoke();
+        call.key(key(POSTING, node));
+        for numbered in added {
+            call.arg(numbered.function.as_str()).arg(numbered_text(numbered));
+        }
+        let call = &call;
+        let forgotten: Result<(), _> =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await;
+        if let Err(e) = forgotten {
+            tracing::debug!(error = %e, "Posted Sums Not Forgotten");
+        }
+    }
+}
+
+#[async_trait]
+impl Journal for RedisJournal {
+    async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
+        // Nearly always one call: a job of another node is one that is sent again.
+        for (node, jobs) in by_node(jobs, |job| job.id) {
+            let mut command = Cmd::with_capacity(2 + 2 * jobs.len(), ENTRY_BYTES * (jobs.len() + 1));
+            command.arg("HSET").arg(key(INFLIGHT, node));
+            let mut place = [0; JobId::TEXT_BYTES];
+            for job in jobs {
+                let key = job.idempotency_key.as_deref();
+                command.arg(job.id.text(&mut place)).arg(entry_text(job.deadline, &job.function, key));
+            }
+            self.commands.query::<()>(&command).await?;
+        }
+        Ok(())
+    }
+
+    async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
+        for (node, ids) in by_node(ids, |id| *id) {
+            let mut command = Cmd::with_capacity(2 + ids.len(), JobId::TEXT_BYTES * (ids.len() + 1));
+            command.arg("HDEL").arg(key(INFLIGHT, node));
+            let mut place = [0; JobId::TEXT_BYTES];
+            for id in ids {
+                command.arg(id.text(&mut place));
+            }
+            self.commands.query::<()>(&command).await?;
+        }
+        Ok(())
+    }
+
+    async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+        let mut call = self.end.prepare_invoke();
+        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(UNPOSTED, node)).key(key(GIVEN_UP, node));
+        call.arg(GIVEN_UP_MAX).arg(GIVEN_UP_KEPT.as_secs()).arg(ended_text(ended));
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+        let all: Vec<(Vec<u8>, Vec<u8>)> =
+            self.commands.query(cmd("HGETALL").arg(key(GIVEN_UP, node))).await?;
+        let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
+        let parse = |(id, function): &(Vec<u8>, Vec<u8>)| {
+            Some((JobId::parse(&text(id)?)?, FunctionId::parse(&text(function)?)?))
+        };
+        Ok(all.iter().filter_map(parse).collect())
+    }
+
+    async fn unposted(&self, node: NodeId) -> Result<Option<Unposted>, BackendError> {
+        // In one step: sums that get their number in between would be seen twice, or not at all.
+        let mut all = redis::pipe();
+        all.atomic().cmd("EXISTS").arg(key(WHOLE, node));
+        all.hgetall(key(UNPOSTED, node)).hgetall(key(POSTING, node));
+        let all = &all;
+        let (is_whole, sums, numbered): (bool, Texts, Texts) =
+            self.commands.run(async |mut connection| all.query_async(&mut connection).await).await?;
+        if !is_whole {
+            return Ok(None);
+        }
+        let mut unposted = Unposted::default();
+        for (function, text) in named(&sums) {
+            unposted.sums.push((function, parse_sums(text).ok_or_else(unreadable)?));
+        }
+        for (function, text) in named(&numbered) {
+            let (number, sums) = parse_numbered(text).ok_or_else(unreadable)?;
+            unposted.numbered.push(Numbered { function, number, sums });
+        }
+        Ok(Some(unposted))
+    }
+
+    async fn number(
+        &self,
+        node: NodeId,
+        functions: &[FunctionId],
+        floor: u64,
+    ) -> Result<Option<Unposted>, BackendError> {
+        assert!(functions.len() <= POSTED_MAX, "{} functions at once", functions.len());
+        let mut call = self.number.prepare_invoke();
+        call.key(key(UNPOSTED, node))
+            .key(key(POSTING, node))
+            .key(key(LAST_NUMBER, node))
+            .key(key(WHOLE, node));
+        call.arg(floor);
+        for function in functions {
+            call.arg(function.as_str());
+        }
+        let call = &call;
+        let answer: Option<Vec<(String, String)>> =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        let Some(answer) = answer else { return Ok(None) };
+        let mut unposted = Unposted::default();
+        for (function, (numbered, sums)) in functions.iter().zip(answer) {
+            if !sums.is_empty() {
+                unposted.sums.push((function.clone(), parse_sums(&sums).ok_or_else(unreadable)?));
+            }
+            if !numbered.is_empty() {
+                let (number, sums) = parse_numbered(&numbered).ok_or_else(unreadable)?;
+                unposted.numbered.push(Numbered { function: function.clone(), number, sums });
+            }
+        }
+        Ok(Some(unposted))
+    }
+
+    async fn post(
+        &self,
+        node: NodeId,
+        numbered: Vec<Numbered>,
+        at_a_time: usize,
+    ) -> (Vec<Numbered>, Option<BackendError>) {
+        let adding = numbered.into_iter().map(async |numbered| {
+            let stamp = Stamp { node, number: numbered.number };
+            (self.functions.add_counters(&numbered.function, numbered.sums, stamp).await, numbered)
+        });
+        let mut adding = futures_util::stream::iter(adding).buffer_unordered(at_a_time);
+        let (mut added, mut left, mut failure) = (Vec::new(), Vec::new(), None);
+        while let Some((result, numbered)) = adding.next().await {
+            match result {
+                Ok(()) => added.push(numbered),
+                Err(error) => {
+                    left.push(numbered);
+                    failure = Some(error);
+                }
+            }
+        }
+        self.forget(node, &added).await;
+        (left, failure)
+    }
+
+    async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
+        self.commands.query(cmd("HEXISTS").arg(key(INFLIGHT, id.node())).arg(id.to_string())).await
+    }
+
+    async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+        let node = id.node();
+        let mut call = self.standing.prepare_invoke();
+        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(ADOPTED, node));
+        call.arg(id.to_string()).arg(id.accepted_at());
+        let call = &call;
+        let standing: u8 =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        Ok(match standing {
+            0 => Standing::Absent,
+            1 => Standing::Held,
+            2 => Standing::Left,
+            _ => Standing::Unknown,
+        })
+    }
+
+    async fn started(&self, node: NodeId) -> Result<(), BackendError> {
+        let mut command = cmd("SET");
+        command.arg(key(WHOLE, node)).arg(now_ms()).arg("XX").arg("EX").arg(WHOLE_KEPT_S);
+        self.commands.query::<Option<String>>(&command).await.map(drop)
+    }
+
+    async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
+        // A map: while the hash is being resized HSCAN may give an entry twice.
+        let mut entries = HashMap::new();
+        let mut odd = 0_usize;
+        let mut cursor = 0_u64;
+        loop {
+            let mut command = cmd("HSCAN");
+            command.arg(key(INFLIGHT, node)).arg(cursor).arg("COUNT").arg(PAGE_ENTRIES);
+            let (next, page): (u64, Vec<(Vec<u8>, Vec<u8>)>) = self.commands.query(&command).await?;
+            for (field, value) in page {
+                match entry(&field, &value) {
+                    Some(entry) => drop(entries.insert(entry.id, entry)),
+                    None => odd += 1,
+                }
+            }
+            cursor = next;
+            if cursor == 0 {
+                break;
+            }
+        }
+        if odd > 0 {
+            tracing::warn!(%node, entries = odd, "Foreign Journal Entries Left Alone");
+        }
+        Ok(entries.into_values().collect())
+    }
+}
+
+/// The parts of what Redis keeps of a node.
+pub const INFLIGHT: &str = "inflight";
+/// There while the journal holds all that was entered; gone when Redis has lost its data. Its value is when the process
+/// of the node started, in Unix milliseconds, where an earlier one may have left something.
+pub const WHOLE: &str = "whole";
+/// How long that mark outlives its node, in seconds: longer than anybody would have its jobs wait.
+pub const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
+/// Who looks after the jobs of a node.
+pub const ADOPTED: &str = "adopted";
+pub const UNPOSTED: &str = "unposted";
+pub const POSTING: &str = "posting";
+const LAST_NUMBER: &str = "posting:last";
+pub const GIVEN_UP: &str = "givenup";
+
+/// The items in runs of one node each.
+fn by_node<T>(items: &[T], id: impl Fn(&T) -> JobId + Copy) -> impl Iterator<Item = (NodeId, &[T])> {
+    let node = move |item: &T| id(item).node();
+    items.chunk_by(move |a, b| node(a) == node(b)).map(move |run| (node(&run[0]), run))
+}
+
+pub fn key(part: &str, node: NodeId) -> String {
+    format!("{part}:{{{node}}}")
+}
+
+/// What stands beside the id of a job.
+pub fn entry_text(deadline: UnixMs, function: &FunctionId, key: Option<&IdempotencyKey>) -> String {
+    let mut text = String::with_capacity(ENTRY_BYTES);
+    let _ = write!(text, "{deadline}:{function}"); // to a String: cannot fail
+    if let Some(key) = key {
+        let _ = write!(text, ":{key}");
+    }
+    text
+}
+
+/// Jobs that have ended, a line each. In one text: as arguments of their own each part would be copied three times.
+fn ended_text(ended: &[Ended]) -> String {
+    let mut text = String::with_capacity(ENTRY_BYTES * ended.len());
+    for Ended { id, function, adds, is_lost } in ended {
+        let Sums { errors, duration_us, handler_invocations, handler_us, .. } = adds;
+        text.push_str(id.text(&mut [0; JobId::TEXT_BYTES]));
+        let lost = u8::from(*is_lost);
+        // To a String: cannot fail.
+        let _ =
+            writeln!(text, " {function} {errors} {duration_us} {handler_invocations} {handler_us} {lost}");
+    }
+    text
+}
+
+/// Sums, as the scripts write them.
+pub fn sums_text(sums: &Sums) -> String {
+    let Sums { invocations, errors, duration_us, handler_invocations, handler_us } = sums;
+    format!("{invocations}:{errors}:{duration_us}:{handler_invocations}:{handler_us}")
+}
+
+/// Number and sums, as the scripts write them.
+pub fn numbered_text(numbered: &Numbered) -> String {
+    format!("{}:{}", numbered.number, sums_text(&numbered.sums))
+}
+
+fn parse_numbered(text: &str) -> Option<(u64, Sums)> {
+    let (number, sums) = text.split_once(':')?;
+    Some((number.parse().ok()?, parse_sums(sums)?))
+}
+
+fn parse_sums(text: &str) -> Option<Sums> {
+    let numbers: Option<Vec<i64>> = text.split(':').map(|number| number.parse().ok()).collect();
+    let [invocations, errors, duration_us, handler_invocations, handler_us] = numbers?[..] else {
+        return None;
+    };
+    Some(Sums { invocations, errors, duration_us, handler_invocations, handler_us })
+}
+
+/// Fields and values of a hash.
+type Texts = Vec<(Vec<u8>, Vec<u8>)>;
+
+/// Those whose field is a function.
+fn named(texts: &Texts) -> impl Iterator<Item = (FunctionId, &str)> {
+    let text = |bytes| std::str::from_utf8(bytes).ok();
+    texts.iter().filter_map(move |(name, value)| Some((FunctionId::parse(text(name)?)?, text(value)?)))
+}
+
+fn unreadable() -> BackendError {
+    BackendError::Invalid("sums in Redis cannot be read".into())
+}
+
+fn entry(field: &[u8], value: &[u8]) -> Option<JournalEntry> {
+    let id = JobId::parse(std::str::from_utf8(field).ok()?)?;
+    let mut parts = std::str::from_utf8(value).ok()?.split(':');
+    let (deadline, function) = (parts.next()?.parse().ok()?, FunctionId::parse(parts.next()?)?);
+    let idempotency_key = match parts.next() {
+        Some(text) => Some(Box::new(IdempotencyKey::parse(text)?)),
+        None => None,
+    };
+    Some(JournalEntry { id, function, deadline, idempotency_key })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_are_read_and_others_left() {
+        let id = JobId::new(NodeId(0xab), 5, 6);
+        let read = entry(id.to_string().as_bytes(), b"17:f.1").unwrap();
+        assert_eq!((read.id, read.deadline, read.function.as_str()), (id, 17, "f.1"));
+        assert_eq!(key(INFLIGHT, id.node()), "inflight:{000000ab}");
+        let idempotency_key = IdempotencyKey::of("a", "b");
+        let text = entry_text(17, &read.function, Some(&idempotency_key));
+        let with_key = entry(id.to_string().as_bytes(), text.as_bytes()).unwrap();
+        assert_eq!(with_key, JournalEntry { idempotency_key: Some(Box::new(idempotency_key)), ..read });
+        for bad in ["", "17", ":f", "x:f", "17:", "17:a/b", "17:f:x"] {
+            assert_eq!(entry(id.to_string().as_bytes(), bad.as_bytes()), None, "{bad}");
+        }
+        assert_eq!(entry(b"x", b"17:f"), None);
+    }
+
+    #[test]
+    fn numbered_sums_are_read_as_they_are_written() {
+        let sums =
+            Sums { invocations: 0, errors: -1, duration_us: 7000, handler_invocations: 1, handler_us: 5000 };
+        let numbered = Numbered { function: FunctionId::parse("f").unwrap(), number: 1 << 52, sums };
+        assert_eq!(parse_numbered(&numbered_text(&numbered)), Some((numbered.number, sums)));
+        for bad in ["", "1", "1:2:3:4:5", "1:2:3:4:5:6:7", "1:2:3:4:5:x", "-1:2:3:4:5:6"] {
+            assert_eq!(parse_numbered(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
+//! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is;
+//! `telling:{<node>}`, there while the journal is told again what it has lost.
+//!
+//! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the
+//! token of the process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another
+//! process tries to renew it. A process of an earlier version has no token: it renews the lease and leaves
+//! the holder alone.
+
+use super::connection::Commands;
+use super::journal::{
+    ADOPTED, GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, WHOLE_KEPT_S, entry_text, key, numbered_text,
+    sums_text,
+};
+use crate::backend::{
+    BackendError, GIVEN_UP_KEPT, HeldBy, Membership, Others, Predecessor, Renewal, Taken, Told,
+};
+use crate::model::{NodeId, ProcessToken, UnixMs};
+use async_trait::async_trait;
+use redis::{Cmd, Script, cmd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, who takes it, and from
+/// whom it may be taken before it lapses: a token, `""` (a process without one) or `"-"` (nobody). Answer:
+/// whether it is taken; if not, who holds it, when it lapses, and in how many milliseconds.
+const TAKE: &str = "local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local ends = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0)
+local holder = redis.call('GET', KEYS[2]) or ''
+if ends >= now and holder ~= ARGV[3] and holder ~= ARGV[4] then
+  return {0, holder, string.format('%.0f', ends), string.format('%.0f', ends - now)}
+end
+redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
+redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
+return {1, '', '0', '0'}";
+
+/// The mark that a journal is being told: a Redis that loses its data meanwhile has not heard all.
+const TELLING: &str = "telling";
+
+/// How long that may take, in seconds.
+const TELLING_MAX_S: u64 = 3600;
+
+/// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in
+/// milliseconds, who renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many
+/// live; whether it is contested.
+const RENEW: &str = "local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local holder = redis.call('GET', KEYS[2])
+if holder and holder ~= ARGV[3] then
+  redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[2])
+  return {0, {}, 0, 0}
+end
+redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
+redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
+return {1, redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16),
+  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf'), redis.call('EXISTS', KEYS[3])}";
+
+/// KEYS: who has adopted a node. ARGV: who would, for how many milliseconds. Answer: whether that one has.
+const ADOPT: &str = "local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1";
+
+/// KEYS: the nodes. ARGV: one of them. Answer: 1 if its lease had lapsed and it is off the list.
+const DISMISS: &str = "local time = redis.call('TIME')
+local ends = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if ends and tonumber(ends) >= time[1] * 1000 then return 0 end
+redis.call('ZREM', KEYS[1], ARGV[1])
+return 1";
+
+/// KEYS: the mark that a journal is being told, the mark that it is whole. ARGV: who tells, and for how many seconds the second mark
+/// is kept. Answer: 1 if it is whole now; 0: what was told before is lost, or another one tells.
+const RETOLD: &str = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[2], '1', 'EX', ARGV[2])
+return 1";
+
+pub struct RedisMembership {
+    commands: Arc<Commands>,
+    /// Nodes that share a Redis and not their tables know nothing of each other.
+    nodes: String,
+    process: ProcessToken,
+    take: Script,
+    renew: Script,
+    adopt: Script,
+    dismiss: Script,
+    retold: Script,
+}
+
+impl RedisMembership {
+    /// `process`: this one.
+    pub fn new(commands: Arc<Commands>, logs_table: &str, process: ProcessToken) -> Self {
+        let nodes = format!("nodes:{{{logs_table}}}");
+        let [take, renew, adopt, dismiss, retold] = [TAKE, RENEW, ADOPT, DISMISS, RETOLD].map(Script::new);
+        Self { commands, nodes, process, take, renew, adopt, dismiss, retold }
+    }
+
+    fn holder(&self, node: NodeId) -> String {
+        format!("{}:holder:{node}", self.nodes)
+    }
+
+    fn contested(&self, node: NodeId) -> String {
+        format!("{}:contested:{node}", self.nodes)
+    }
+}
+
+#[async_trait]
+impl Membership for RedisMembership {
+    async fn take(
+        &self,
+        node: NodeId,
+        lease: Duration,
+        predecessor: Predecessor,
+    ) -> Result<Taken, BackendError> {
+        let from = match predecessor {
+            Predecessor::Nobody => "-".to_owned(),
+            Predecessor::Process(token) => token.to_string(),
+            Predecessor::Unnamed => String::new(),
+        };
+        let mut call = self.take.prepare_invoke();
+        call.key(&self.nodes).key(self.holder(node));
+        call.arg(node.to_string()).arg(millis(lease)).arg(self.process.to_string()).arg(from);
+        let call = &call;
+        let (is_taken, process, until, left): (bool, String, UnixMs, u64) =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        if is_taken {
+            return Ok(Taken::Yes);
+        }
+        let process = ProcessToken::parse(&process);
+        Ok(Taken::No(HeldBy { process, until, left: Duration::from_millis(left) }))
+    }
+
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Renewal, BackendError> {
+        let mut call = self.renew.prepare_invoke();
+        call.key(&self.nodes).key(self.holder(node)).key(self.contested(node));
+        call.arg(node.to_string()).arg(millis(lease)).arg(self.process.to_string());
+        let call = &call;
+        let (is_renewed, lapsed, alive, is_contested): (bool, Vec<Vec<u8>>, usize, bool) =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        if !is_renewed {
+            return Ok(Renewal::Lost);
+        }
+        // What is no node is left alone.
+        let lapsed =
+            lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect();
+        Ok(Renewal::Renewed { others: Others { lapsed, alive }, is_contested })
+    }
+
+    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError> {
+        let mut call = self.adopt.prepare_invoke();
+        call.key(key(ADOPTED, dead)).arg(by.to_string()).arg(millis(lease));
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {
+        for part in [INFLIGHT, UNPOSTED, POSTING] {
+            let len: u64 = self.commands.query(cmd("HLEN").arg(key(part, dead))).await?;
+            if len > 0 {
+                return Ok(false);
+            }
+        }
+        let mut call = self.dismiss.prepare_invoke();
+        call.key(&self.nodes).arg(dead.to_string());
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn relist(&self, node: NodeId) -> Result<bool, BackendError> {
+        self.commands.query(cmd("ZADD").arg(&self.nodes).arg("NX").arg(0).arg(node.to_string())).await
+    }
+
+    async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError> {
+        // Says whether it is there, and keeps it there.
+        self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
+    }
+
+    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
+        self.commands.query(cmd("SET").arg(key(TELLING, node)).arg(token).arg("EX").arg(TELLING_MAX_S)).await
+    }
+
+    async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError> {
+        let command = match told {
+            Told::Jobs(jobs) => hset(
+                INFLIGHT,
+                node,
+                jobs.iter().map(|job| {
+                    (
+                        job.id.to_string(),
+                        entry_text(job.deadline, &job.function, job.idempotency_key.as_deref()),
+                    )
+                }),
+            ),
+            Told::Sums(sums) => hset(
+                UNPOSTED,
+                node,
+                sums.iter().map(|(function, sums)| (function.to_string(), sums_text(sums))),
+            ),
+            Told::Numbered(numbered) => {
+                hset(POSTING, node, numbered.iter().map(|n| (n.function.to_string(), numbered_text(n))))
+            }
+            Told::GivenUp(jobs) => {
+                hset(GIVEN_UP, node, jobs.iter().map(|(id, function)| (id.to_string(), function.to_string())))
+            }
+        };
+        if let Some(command) = command {
+            self.commands.query::<()>(&command).await?;
+        }
+        if matches!(told, Told::GivenUp(_)) {
+            let expire = GIVEN_UP_KEPT.as_secs();
+            self.commands.query::<()>(cmd("EXPIRE").arg(key(GIVEN_UP, node)).arg(expire)).await?;
+        }
+        Ok(())
+    }
+
+    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+        let mut call = self.retold.prepare_invoke();
+        call.key(key(TELLING, node)).key(key(WHOLE, node)).arg(token).arg(WHOLE_KEPT_S);
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+}
+
+/// `None`: there is nothing to tell.
+fn hset(part: &str, node: NodeId, fields: impl Iterator<Item = (String, String)>) -> Option<Cmd> {
+    let mut command = cmd("HSET");
+    command.arg(key(part, node));
+    let mut told = 0;
+    for (name, value) in fields {
+        command.arg(name).arg(value);
+        told += 1;
+    }
+    (told > 0).then_some(command)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,288 @@
+//! What `serve` needs of Redis beside an answer: it takes writes, runs scripts, lets this user publish and
+//! subscribe, and keeps what it was given.
+//!
+//! Each step is one that a node takes later, on names of the same kind. So a user that is denied one of them,
+//! or a replica, stops the start and not the first job.
+
+use super::changes::channel_of;
+use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, Commands, class};
+use super::journal::INFLIGHT;
+use super::results::pattern_of;
+use crate::backend::BackendError;
+use crate::model::NodeId;
+use redis::aio::PubSub;
+use redis::{Client, FromRedisValue, RedisError, Script, cmd};
+use std::future::Future;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::{Instant, timeout};
+
+/// As long as the key of a probe that broke off stays.
+const KEPT_MS: u64 = 10_000;
+/// Nodes ignore an announcement that is too long for an id.
+const NO_ANNOUNCEMENT: [u8; 256] = [b'-'; 256];
+
+/// Why this Redis cannot be used, and what to do.
+pub struct Unfit {
+    pub error: BackendError,
+    pub mend: &'static str,
+}
+
+const RIGHTS: &str = "Allow its user the keys and channels of this program: ACL SETUSER <user> ~* &* +@all -@dangerous +info. \
+     A user without all channels (&*) needs &result:<node>* for each node, as Redis compares patterns as text.";
+
+/// (code of Redis, whether an operator has to change something, what it means, what to do)
+const CODES: [(&str, bool, &str, &str); 8] = [
+    (
+        "READONLY",
+        true,
+        "it is a replica, which takes no writes",
+        "Name the primary (of ElastiCache: the primary endpoint).",
+    ),
+    ("NOPERM", true, "its user has too few rights", RIGHTS),
+    (
+        "MISCONF",
+        false,
+        "it takes no writes, as it cannot save to its disk",
+        "Its log says why; mend that, or set stop-writes-on-bgsave-error no.",
+    ),
+    ("OOM", false, "its memory is full", "Raise its maxmemory, or remove keys."),
+    (
+        "NOREPLICAS",
+        false,
+        "it takes no writes, as too few replicas follow it",
+        "Start the replicas, or lower min-replicas-to-write.",
+    ),
+    ("LOADING", false, "it still reads its data", "Wait until it has started."),
+    ("MASTERDOWN", true, "it is a replica without its primary", "Name the primary."),
+    (
+        "MOVED",
+        true,
+        "it is a node of a cluster",
+        "Use a Redis with cluster mode disabled: the commands go to one server.",
+    ),
+];
+
+pub struct RedisProbe<'a> {
+    client: &'a Client,
+    commands: &'a Commands,
+    functions_table: &'a str,
+    deadline: Instant,
+    /// The code of the last answer that was an error.
+    code: Mutex<String>,
+}
+
+impl<'a> RedisProbe<'a> {
+    pub fn new(
+        client: &'a Client,
+        commands: &'a Commands,
+        functions_table: &'a str,
+        deadline: Instant,
+    ) -> Self {
+        Self { client, commands, functions_table, deadline, code: Mutex::default() }
+    }
+
+    /// All steps that need no node id; what is amiss but keeps nobody from starting.
+    pub async fn run(&self) -> Result<Option<String>, Unfit> {
+        self.step("write", || self.write()).await?;
+        self.step("subscribe to changes, and publish changes,", || self.changes()).await?;
+        self.eviction_warning().await
+    }
+
+    /// The first of `nodes` that may subscribe to the results of its jobs, as [`RedisResults`] does.
+    ///
+    /// Redis compares a pattern with the allowed ones as text, unless its user has all channels. So the
+    /// answer for one node id says nothing of another one.
+    ///
+    /// [`RedisResults`]: super::results::RedisResults
+    pub async fn results(&self, nodes: &[NodeId]) -> Result<NodeId, Unfit> {
+        self.step("subscribe to results", || self.first_that_hears(nodes)).await
+    }
+
+    async fn step<T, F>(&self, what: &str, step: impl FnMut() -> F) -> Result<T, Unfit>
+    where
+        F: Future<Output = Result<T, BackendError>>,
+    {
+        self.forget();
+        // What one server refuses in a fail-over another one takes a moment later, so that is tried to the
+        // end, too.
+        crate::backend::aws::start::within(self.deadline, step).await.map_err(|error| self.unfit(what, error))
+    }
+
+    fn unfit(&self, what: &str, error: BackendError) -> Unfit {
+        let code = self.code.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some((_, is_lasting, meaning, mend)) = CODES.iter().find(|(known, ..)| *known == code) else {
+            let mend = "See the log of Redis.";
+            return Unfit { error: in_step(what, &error), mend };
+        };
+        let text = format!("this node cannot {what} there: {meaning} ({code})");
+        let error = match (is_lasting, code.as_str()) {
+            (true, "NOPERM") => BackendError::Denied(text),
+            (true, _) => BackendError::Invalid(text),
+            (false, _) => BackendError::Unavailable(text),
+        };
+        Unfit { error, mend }
+    }
+
+    fn note(&self, error: &RedisError) {
+        let code = error.code().unwrap_or_default();
+        code.clone_into(&mut self.code.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    async fn query<T: FromRedisValue>(&self, command: &redis::Cmd) -> Result<T, BackendError> {
+        self.commands
+            .run(async |mut connection| {
+                command.query_async(&mut connection).await.inspect_err(|error| self.note(error))
+            })
+            .await
+    }
+
+    /// A key beside those of the journals; no node has this id.
+    async fn write(&self) -> Result<(), BackendError> {
+        let key = format!("{INFLIGHT}:{{check}}");
+        self.query::<()>(cmd("SET").arg(&key).arg(1).arg("PX").arg(KEPT_MS)).await?;
+        let script = Script::new("return redis.call('DEL', KEYS[1])");
+        let script = &script;
+        let key = key.as_str();
+        self.commands
+            .run(async |mut connection| {
+                let deleted = script.prepare_invoke().key(key).invoke_async::<i64>(&mut connection).await;
+                deleted.map(drop).inspect_err(|error| self.note(error))
+            })
+            .await
+    }
+
+    async fn first_that_hears(&self, nodes: &[NodeId]) -> Result<NodeId, BackendError> {
+        let mut subscriber = self.subscriber().await?;
+        let mut denied = BackendError::Invalid("there is no node id".into());
+        for node in nodes {
+            match self.answered(subscriber.psubscribe(pattern_of(*node))).await {
+                Ok(()) => return Ok(*node),
+                Err(error @ BackendError::Denied(_)) => denied = error,
+                Err(error) => return Err(error),
+            }
+        }
+        Err(denied)
+    }
+
+    async fn changes(&self) -> Result<(), BackendError> {
+        let changes = channel_of(self.functions_table);
+        let mut subscriber = self.subscriber().await?;
+        self.answered(subscriber.subscribe(&changes)).await?;
+        self.query::<i64>(cmd("PUBLISH").arg(&changes).arg(&NO_ANNOUNCEMENT[..])).await.map(drop)
+    }
+
+    /// A user that was made for an earlier version may not have these channels, and the node can do without.
+    pub async fn beats_warning(&self, node: NodeId) -> Option<String> {
+        let channel = super::beats::channel_of(node);
+        let tried = async {
+            let mut subscriber = self.subscriber().await?;
+            self.answered(subscriber.subscribe(&channel)).await?;
+            self.query::<i64>(cmd("PUBLISH").arg(&channel).arg("")).await
+        };
+        let error = tried.await.err()?;
+        Some(format!(
+            "Redis does not take this node's beats ({error}), so a subscription that stays on an old primary after a \
+             fail-over is not noticed. Allow its user the channels beat:*"
+        ))
+    }
+
+    /// Whether Redis gives up keys when its memory is full: journals of jobs in flight are kept nowhere else.
+    async fn eviction_warning(&self) -> Result<Option<String>, Unfit> {
+        let Ok(info) = self.query::<String>(cmd("INFO").arg("memory")).await else {
+            return Ok(Some(
+                "Redis does not say whether it evicts keys (INFO memory is refused). Make sure that its maxmemory-policy \
+                 is noeviction"
+                    .to_owned(),
+            ));
+        };
+        eviction(&info)
+    }
+
+    async fn subscriber(&self) -> Result<PubSub, BackendError> {
+        within(CONNECT_DEADLINE, self.client.get_async_pubsub()).await.inspect_err(|_| self.forget())
+    }
+
+    async fn answered(
+        &self,
+        asked: impl Future<Output = Result<(), RedisError>>,
+    ) -> Result<(), BackendError> {
+        within(COMMAND_DEADLINE, async { asked.await.inspect_err(|error| self.note(error)) }).await
+    }
+
+    fn forget(&self) {
+        self.code.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+fn in_step(what: &str, error: &BackendError) -> BackendError {
+    let text = format!("this node cannot {what} there: {error}");
+    match error {
+        BackendError::Missing(_) => BackendError::Missing(text),
+        BackendError::Denied(_) => BackendError::Denied(text),
+        BackendError::Invalid(_) => BackendError::Invalid(text),
+        BackendError::Unavailable(_) => BackendError::Unavailable(text),
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    asked: impl Future<Output = Result<T, RedisError>>,
+) -> Result<T, BackendError> {
+    match timeout(limit, asked).await {
+        Ok(answer) => answer.map_err(|e| class(&e)),
+        Err(_) => Err(BackendError::Unavailable("Redis did not answer in time".into())),
+    }
+}
+
+/// What `INFO memory` says of it.
+fn eviction(info: &str) -> Result<Option<String>, Unfit> {
+    let value = |name: &str| info.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':'));
+    let policy = value("maxmemory_policy").unwrap_or("unknown");
+    let is_bounded = value("maxmemory").is_none_or(|bytes| bytes != "0");
+    match policy {
+        "noeviction" => Ok(None),
+        policy if policy.starts_with("allkeys-") && is_bounded => Err(Unfit {
+            error: BackendError::Invalid(format!(
+                "it gives up any key when its memory is full (maxmemory-policy {policy}), and the journals of jobs in flight \
+                 are kept nowhere else"
+            )),
+            mend: "Set its maxmemory-policy to noeviction.",
+        }),
+        policy => Ok(Some(format!(
+            "Redis has the maxmemory-policy {policy}: when its memory is full it may give up results and leases, and jobs \
+             end as LOST. Set it to noeviction"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_gives_up_journals_stops_the_start() {
+        for (policy, maxmemory, expected) in [
+            ("noeviction", "0", "good"),
+            ("noeviction", "100", "good"),
+            ("volatile-lru", "100", "warning"),
+            ("volatile-ttl", "0", "warning"),
+            ("allkeys-lru", "100", "unfit"),
+            ("allkeys-random", "1", "unfit"),
+            // Until somebody bounds it.
+            ("allkeys-lfu", "0", "warning"),
+        ] {
+            let info = format!(
+                "# Memory\r\nmaxmemory:{maxmemory}\r\nmaxmemory_human:0B\r\nmaxmemory_policy:{policy}\r\n"
+            );
+            let found = match eviction(&info) {
+                Ok(None) => "good",
+                Ok(Some(warning)) if warning.contains(policy) => "warning",
+                Err(Unfit { error: BackendError::Invalid(text), .. }) if text.contains(policy) => "unfit",
+                _ => "something else",
+            };
+            assert_eq!(found, expected, "{policy} {maxmemory}");
+        }
+        assert!(matches!(eviction("# Memory\r\n"), Ok(Some(_))), "it does not say");
+    }
+}

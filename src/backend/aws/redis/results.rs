@@ -1,0 +1,435 @@
+//! Results: what workers publish, and the keys where they leave a copy.
+//!
+//! The subscription has a connection of its own, and no task of ours: [`Results::next`] drives it. It serves two:
+//! the pattern with the node's own prefix, and one channel for each job of another node that a long poll waits for.
+//! Those channels are kept as a set of wishes ([`Watches`]) that `next` carries out, so a waiter may come and
+//! go at any time, also while Redis is away, and dropping it leaves nothing behind.
+//!
+//! The crate reads ahead without a bound, so whoever calls `next` must not pause: it hands results on and comes back.
+
+use super::beats::Beats;
+use super::connection::Commands;
+use super::subscriber::{Ended, History, Received, Subscriber};
+use crate::backend::{BackendError, Hearing, ResultEvent, Results, STORED_MAX};
+use crate::model::{JobId, NodeId};
+use async_trait::async_trait;
+use bytes::Bytes;
+use redis::{Client, Msg, cmd};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::time::timeout;
+
+const CHANNEL_PREFIX: &str = "result:";
+/// Most jobs of other nodes waited for at once. Full: [`BackendError::Unavailable`].
+const WATCHES_MAX: usize = 8_192;
+/// How often a waiter looks at the stored key: a result published before the subscription stood may be
+/// stored only after it.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+pub struct RedisResults {
+    client: Client,
+    commands: Arc<Commands>,
+    beats: Arc<Beats>,
+    pattern: String,
+    line: tokio::sync::Mutex<Line>,
+    watches: Watches,
+}
+
+#[derive(Default)]
+struct Line {
+    subscription: Option<Subscription>,
+    history: History,
+}
+
+struct Subscription {
+    subscriber: Subscriber,
+    /// Taken from the watches and not yet carried out; kept here because `next` may be dropped in between.
+    changes: Vec<Change>,
+}
+
+/// The channels of the jobs of a node: their ids begin with its own.
+pub fn pattern_of(node: NodeId) -> String {
+    format!("{CHANNEL_PREFIX}{node}*")
+}
+
+impl RedisResults {
+    pub fn new(client: Client, commands: Arc<Commands>, beats: Arc<Beats>, node: NodeId) -> Self {
+        Self {
+            client,
+            commands,
+            beats,
+            pattern: pattern_of(node),
+            line: tokio::sync::Mutex::default(),
+            watches: Watches::default(),
+        }
+    }
+
+    async fn subscribe(&self, history: &History) -> Result<Subscription, BackendError> {
+        let mut subscriber = history.connect(&self.client, &self.beats).await?;
+        subscriber.hear_pattern(&self.pattern).await?;
+        let channels = self.watches.start();
+        if !channels.is_empty() {
+            subscriber.hear(channels).await?;
+        }
+        Ok(Subscription { subscriber, changes: Vec::new() })
+    }
+
+    /// One try to subscribe, after a pause that grows with each failure.
+    async fn resubscribe(&self, line: &mut Line) -> Option<ResultEvent> {
+        match self.subscribe(&line.history).await {
+            Ok(subscription) => {
+                let failures = line.history.connected();
+                if failures > 0 {
+                    tracing::info!(failures, "Results Heard Again");
+                }
+                line.subscription = Some(subscription);
+                self.watches.tell_all_subscribed();
+                Some(ResultEvent::Subscribed)
+            }
+            Err(error) => {
+                self.watches.stop();
+                let is_first = line.history.failed();
+                if is_first {
+                    tracing::warn!(%error, "Results Not Heard");
+                }
+                is_first.then_some(ResultEvent::Hearing(Hearing::Broken))
+            }
+        }
+    }
+
+    /// What the standing subscription gives next; an error ends it.
+    async fn listen(
+        &self,
+        subscription: &mut Subscription,
+        history: &mut History,
+    ) -> Result<Option<ResultEvent>, Ended> {
+        let Subscription { subscriber, changes } = subscription;
+        changes.append(&mut self.watches.take_changes());
+        if !changes.is_empty() {
+            apply(subscriber, changes).await?;
+            self.watches.tell_subscribed(changes);
+            changes.clear();
+        }
+        tokio::select! {
+            heard = subscriber.next() => match heard? {
+                Received::Message(message) => Ok(self.heard(&message)),
+                Received::Hearing(hearing) => {
+                    history.heard();
+                    Ok(Some(ResultEvent::Hearing(hearing)))
+                }
+            },
+            () = self.watches.changed.notified() => Ok(None),
+        }
+    }
+
+    /// The subscription is over; a new one is made.
+    fn ended(&self, ended: Ended, history: &mut History) -> Hearing {
+        self.watches.stop();
+        match ended {
+            Ended::Broken(error) => {
+                tracing::warn!(%error, "Subscription Ended");
+                Hearing::Broken
+            }
+            Ended::Missed => {
+                tracing::warn!(
+                    subscription = "results",
+                    "Beats Not Heard: subscription and commands lead to two Redis servers. Both reconnect"
+                );
+                history.missed();
+                self.commands.reconnect();
+                Hearing::Missed
+            }
+        }
+    }
+
+    fn heard(&self, message: &Msg) -> Option<ResultEvent> {
+        let id = message.get_channel_name().strip_prefix(CHANNEL_PREFIX).and_then(JobId::parse);
+        let payload = Bytes::copy_from_slice(message.get_payload_bytes());
+        match id {
+            Some(id) if message.from_pattern() => Some(ResultEvent::Published { id, payload }),
+            Some(id) => {
+                self.watches.tell(id, Heard::Published(payload));
+                None
+            }
+            None => Some(ResultEvent::Malformed),
+        }
+    }
+}
+
+#[async_trait]
+impl Results for RedisResults {
+    async fn next(&self) -> ResultEvent {
+        let mut line = self.line.lock().await;
+        loop {
+            let Line { subscription: Some(subscription), history } = &mut *line else {
+                match self.resubscribe(&mut line).await {
+                    Some(event) => return event,
+                    None => continue,
+                }
+            };
+            match self.listen(subscription, history).await {
+                Ok(Some(event)) => return event,
+                Ok(None) => {}
+                Err(ended) => {
+                    let hearing = self.ended(ended, history);
+                    line.subscription = None;
+                    return ResultEvent::Hearing(hearing);
+                }
+            }
+        }
+    }
+
+    async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError> {
+        assert!(ids.len() <= STORED_MAX, "{} ids at once", ids.len());
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut command = cmd("MGET");
+        for id in ids {
+            command.arg(stored_key(&id.to_string()));
+        }
+        self.commands.query(&command).await
+    }
+
+    async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError> {
+        // Not GET: of a key that holds no string MGET says nil instead of failing.
+        let mut values: Vec<Option<Bytes>> =
+            self.commands.query(cmd("MGET").arg(stored_key(request_id))).await?;
+        Ok(values.pop().flatten())
+    }
+
+    async fn wait_for(&self, id: JobId) -> Result<Bytes, BackendError> {
+        let mut watched = self.watches.enter(id)?;
+        loop {
+            let heard = watched.heard.borrow_and_update().clone();
+            match heard {
+                Heard::Published(payload) => return Ok(payload),
+                // Read only after the subscription stands: what was stored before is found, what comes later is heard.
+                Heard::Subscribed => match self.stored(&[id]).await.map(|mut values| values.pop()) {
+                    Ok(Some(Some(payload))) => return Ok(payload),
+                    // While Redis is away there is no news; when it is back there is a new look.
+                    Ok(_) | Err(BackendError::Unavailable(_)) => {}
+                    Err(error) => return Err(error),
+                },
+                Heard::Nothing => {}
+            }
+            // Ends with the next look or the next news; the sender lives as long as we are registered.
+            let _ = timeout(LOOK_EVERY, watched.heard.changed()).await;
+        }
+    }
+
+    fn store_name(&self) -> &'static str {
+        "redis"
+    }
+
+    async fn ping(&self) -> Result<(), BackendError> {
+        self.commands.ping().await
+    }
+}
+
+pub fn stored_key(request_id: &str) -> String {
+    format!("job:{request_id}")
+}
+
+pub fn channel(id: JobId) -> String {
+    format!("{CHANNEL_PREFIX}{id}")
+}
+
+/// Carries out the changes in their order, neighbours of a kind in one command.
+async fn apply(subscriber: &mut Subscriber, changes: &[Change]) -> Result<(), BackendError> {
+    for run in changes.chunk_by(|a, b| a.wanted == b.wanted) {
+        let channels: Vec<_> = run.iter().map(|change| channel(change.id)).collect();
+        if run[0].wanted {
+            subscriber.hear(channels).await?;
+        } else {
+            subscriber.stop_hearing(channels).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What is known of a watched job.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Heard {
+    Nothing,
+    Subscribed,
+    Published(Bytes),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Change {
+    id: JobId,
+    wanted: bool,
+}
+
+/// The jobs of other nodes that somebody waits for, and what the subscription has yet to learn of them.
+#[derive(Default)]
+struct Watches {
+    inner: Mutex<Wishes>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Wishes {
+    jobs: HashMap<JobId, Wish>,
+    /// In their order; empty while no subscription stands, because a new one starts from `jobs`.
+    changes: Vec<Change>,
+    subscribed: bool,
+}
+
+struct Wish {
+    heard: watch::Sender<Heard>,
+    waiters: usize,
+}
+
+impl Watches {
+    fn enter(&self, id: JobId) -> Result<Watched<'_>, BackendError> {
+        let mut inner = self.inner();
+        // The changes are bounded too: each entry brings two at most.
+        if inner.jobs.len() >= WATCHES_MAX || inner.changes.len() >= WATCHES_MAX {
+            return Err(BackendError::Unavailable("too many jobs of other nodes are waited for".into()));
+        }
+        let wish = inner
+            .jobs
+            .entry(id)
+            .or_insert_with(|| Wish { heard: watch::Sender::new(Heard::Nothing), waiters: 0 });
+        wish.waiters += 1;
+        let (heard, is_first) = (wish.heard.subscribe(), wish.waiters == 1);
+        if is_first {
+            self.change(&mut inner, Change { id, wanted: true });
+        }
+        Ok(Watched { watches: self, id, heard })
+    }
+
+    fn leave(&self, id: JobId) {
+        let mut inner = self.inner();
+        let Some(wish) = inner.jobs.get_mut(&id) else { return };
+        wish.waiters -= 1;
+        if wish.waiters == 0 {
+            inner.jobs.remove(&id);
+            self.change(&mut inner, Change { id, wanted: false });
+        }
+    }
+
+    fn change(&self, inner: &mut Wishes, change: Change) {
+        if inner.subscribed {
+            inner.changes.push(change);
+            self.changed.notify_one();
+        }
+    }
+
+    /// The channels a new subscription starts with; from now on changes are kept for it.
+    fn start(&self) -> Vec<String> {
+        let mut inner = self.inner();
+        inner.subscribed = true;
+        inner.changes.clear();
+        inner.jobs.keys().map(|id| channel(*id)).collect()
+    }
+
+    fn stop(&self) {
+        let mut inner = self.inner();
+        inner.subscribed = false;
+        inner.changes.clear();
+    }
+
+    fn take_changes(&self) -> Vec<Change> {
+        std::mem::take(&mut self.inner().changes)
+    }
+
+    fn tell(&self, id: JobId, heard: Heard) {
+        if let Some(wish) = self.inner().jobs.get(&id) {
+            wish.heard.send_replace(heard);
+        }
+    }
+
+    fn tell_subscribed(&self, changes: &[Change]) {
+        for change in changes.iter().filter(|change| change.wanted) {
+            self.tell_unless_published(change.id);
+        }
+    }
+
+    /// A job whose subscription is still to come is told too early, which costs it one look and no result.
+    fn tell_all_subscribed(&self) {
+        let ids: Vec<_> = self.inner().jobs.keys().copied().collect();
+        ids.into_iter().for_each(|id| self.tell_unless_published(id));
+    }
+
+    fn tell_unless_published(&self, id: JobId) {
+        if let Some(wish) = self.inner().jobs.get(&id) {
+            wish.heard.send_if_modified(|heard| {
+                let told = !matches!(heard, Heard::Published(_));
+                if told {
+                    *heard = Heard::Subscribed;
+                }
+                told
+            });
+        }
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Wishes> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One waiter's registration; dropping it undoes it.
+struct Watched<'a> {
+    watches: &'a Watches,
+    id: JobId,
+    heard: watch::Receiver<Heard>,
+}
+
+impl Drop for Watched<'_> {
+    fn drop(&mut self) {
+        self.watches.leave(self.id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(random: u64) -> JobId {
+        JobId::new(NodeId(1), 2, random)
+    }
+
+    #[test]
+    fn waiters_leave_nothing_behind() {
+        let watches = Watches::default();
+        drop(watches.enter(id(1)));
+        assert_eq!(watches.take_changes(), [], "no subscription, no changes");
+
+        let kept = watches.enter(id(1)).unwrap();
+        assert_eq!(watches.start(), [channel(id(1))]);
+        let twin = watches.enter(id(1)).unwrap();
+        assert_eq!(watches.take_changes(), [], "one channel serves both");
+        drop(twin);
+        let other = watches.enter(id(2)).unwrap();
+        drop(kept);
+        let wanted = |random, wanted| Change { id: id(random), wanted };
+        assert_eq!(watches.take_changes(), [wanted(2, true), wanted(1, false)]);
+        drop(other);
+        watches.stop();
+        assert_eq!(watches.take_changes(), []);
+        assert!(watches.inner().jobs.is_empty());
+    }
+
+    #[test]
+    fn a_publication_is_not_overwritten() {
+        let watches = Watches::default();
+        let watched = watches.enter(id(1)).unwrap();
+        watches.tell_all_subscribed();
+        assert_eq!(*watched.heard.borrow(), Heard::Subscribed);
+        watches.tell(id(1), Heard::Published("x".into()));
+        watches.tell_all_subscribed();
+        assert_eq!(*watched.heard.borrow(), Heard::Published("x".into()));
+    }
+
+    #[test]
+    fn full_means_unavailable() {
+        let watches = Watches::default();
+        let _held: Vec<_> = (0..WATCHES_MAX as u64).map(|i| watches.enter(id(i)).unwrap()).collect();
+        assert!(matches!(watches.enter(id(u64::MAX)), Err(BackendError::Unavailable(_))));
+    }
+}

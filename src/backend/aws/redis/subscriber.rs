@@ -1,0 +1,250 @@
+//! A connection to Redis that listens, and the pauses between tries to have one.
+//!
+//! A subscriber that only listens does not notice that its peer is gone, so it asks with a PING each second.
+//! That peer may be the wrong one, so each second it also expects to receive the beats of this process
+//! ([`Beats`]).
+
+use super::beats::{BEAT_EVERY, Beats};
+use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, class};
+use crate::backend::{BackendError, Hearing};
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use redis::aio::{PubSubSink, PubSubStream};
+use redis::{Client, Msg, RedisError, ToRedisArgs};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
+
+const PING_EVERY: Duration = BEAT_EVERY;
+const BACKOFF_FIRST: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Beats that may be missed in a row; doubled with each reconnect that did not help, up to the maximum.
+const MISSED_FIRST: u64 = 2;
+const MISSED_MAX: u64 = 64;
+/// Beats after which a new connection is believed, where the one before it missed them.
+const PROOF: u32 = 2;
+
+pub struct Subscriber {
+    sink: PubSubSink,
+    stream: PubSubStream,
+    tick: Interval,
+    pulse: Pulse,
+}
+
+/// What beats tell of one subscription.
+struct Pulse {
+    beats: Arc<Beats>,
+    /// The last beat received, or the one that was under way when the subscription began.
+    received: u64,
+    /// Whether the channel of the beats is subscribed: not where the password denies it.
+    listens: bool,
+    /// Beats that must arrive before anything is said of the subscription: the one before it was ended for
+    /// want of them.
+    to_prove: u32,
+    missed_max: u64,
+    /// What was said last.
+    said: Option<Hearing>,
+    /// A beat on its way to Redis.
+    publishing: Option<BoxFuture<'static, ()>>,
+}
+
+/// What a subscriber receives.
+pub enum Received {
+    Message(Msg),
+    /// Whether it receives what is published, where that has changed.
+    Hearing(Hearing),
+}
+
+/// Why a subscription is over.
+pub enum Ended {
+    Broken(BackendError),
+    /// It receives no beats.
+    Missed,
+}
+
+impl From<BackendError> for Ended {
+    fn from(error: BackendError) -> Self {
+        Self::Broken(error)
+    }
+}
+
+impl Subscriber {
+    /// `misses`: how many subscriptions in a row were ended because they received no beats.
+    async fn connect(client: &Client, beats: Arc<Beats>, misses: u32) -> Result<Self, BackendError> {
+        let (sink, stream) = within(timeout(CONNECT_DEADLINE, client.get_async_pubsub()).await)?.split();
+        let mut tick = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let missed_max = MISSED_FIRST.saturating_mul(1 << misses.min(16)).min(MISSED_MAX);
+        let (received, to_prove) = (beats.begun(), if misses > 0 { PROOF } else { 0 });
+        let pulse =
+            Pulse { beats, received, listens: false, to_prove, missed_max, said: None, publishing: None };
+        let mut subscriber = Self { sink, stream, tick, pulse };
+        subscriber.listen_for_beats().await?;
+        Ok(subscriber)
+    }
+
+    pub async fn hear_pattern(&mut self, pattern: &str) -> Result<(), BackendError> {
+        within(timeout(COMMAND_DEADLINE, self.sink.psubscribe(pattern)).await)
+    }
+
+    pub async fn hear(&mut self, channels: impl ToRedisArgs) -> Result<(), BackendError> {
+        within(timeout(COMMAND_DEADLINE, self.sink.subscribe(channels)).await)
+    }
+
+    pub async fn stop_hearing(&mut self, channels: impl ToRedisArgs) -> Result<(), BackendError> {
+        within(timeout(COMMAND_DEADLINE, self.sink.unsubscribe(channels)).await)
+    }
+
+    /// The next message, or what has changed. May be dropped while it waits, and then called again.
+    ///
+    /// # Errors
+    /// The connection is gone, or receives nothing.
+    pub async fn next(&mut self) -> Result<Received, Ended> {
+        loop {
+            if let Some(hearing) = self.pulse.news() {
+                return Ok(Received::Hearing(hearing));
+            }
+            tokio::select! {
+                // What has arrived comes first: beats are missed only by one who has nothing left to read.
+                biased;
+                message = self.stream.next() => {
+                    let gone = || BackendError::Unavailable("the connection broke".into());
+                    let message = message.ok_or_else(gone)?;
+                    if !self.pulse.takes(&message) {
+                        return Ok(Received::Message(message));
+                    }
+                }
+                () = ended(&mut self.pulse.publishing) => {}
+                _ = self.tick.tick() => self.tick().await?,
+            }
+        }
+    }
+
+    async fn tick(&mut self) -> Result<(), Ended> {
+        if self.pulse.has_missed() {
+            return Err(Ended::Missed);
+        }
+        if !self.pulse.listens && self.pulse.beats.are_due_again() {
+            self.listen_for_beats().await?;
+        }
+        self.pulse.publish_due();
+        within::<()>(timeout(COMMAND_DEADLINE, self.sink.ping()).await)?;
+        Ok(())
+    }
+
+    async fn listen_for_beats(&mut self) -> Result<(), BackendError> {
+        let channel = self.pulse.beats.channel().to_owned();
+        match self.hear(channel).await {
+            Ok(()) => {
+                self.pulse.listens = true;
+                self.pulse.received = self.pulse.beats.begun();
+                Ok(())
+            }
+            Err(BackendError::Denied(error)) => {
+                self.pulse.beats.denied(&error);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Pulse {
+    /// Whether the message is a beat, and no business of anybody else.
+    fn takes(&mut self, message: &Msg) -> bool {
+        // Many times more are published to a pattern, which the beats are not.
+        if message.from_pattern() || message.get_channel_name() != self.beats.channel() {
+            return false;
+        }
+        if let Some(number) = self.beats.number(message.get_payload_bytes())
+            && number > self.received
+        {
+            self.received = number;
+            self.to_prove = self.to_prove.saturating_sub(1);
+            self.beats.arrived();
+        }
+        true
+    }
+
+    fn has_missed(&self) -> bool {
+        self.listens && !self.beats.are_off() && self.beats.expected() >= self.received + self.missed_max
+    }
+
+    fn publish_due(&mut self) {
+        if self.listens && self.publishing.is_none() {
+            self.publishing = self.beats.publish_due();
+        }
+    }
+
+    /// What is known of the subscription, if it is not what was said last.
+    fn news(&mut self) -> Option<Hearing> {
+        let hearing = if !self.listens || self.beats.are_off() {
+            Hearing::Unproven
+        } else if self.to_prove > 0 {
+            return None;
+        } else {
+            Hearing::Proven
+        };
+        (self.said.replace(hearing) != Some(hearing)).then_some(hearing)
+    }
+}
+
+/// Waits for a future that may be there, and then puts it away.
+async fn ended(future: &mut Option<BoxFuture<'static, ()>>) {
+    match future {
+        Some(running) => {
+            running.await;
+            *future = None;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+fn within<T>(in_time: Result<Result<T, RedisError>, tokio::time::error::Elapsed>) -> Result<T, BackendError> {
+    match in_time {
+        Ok(answer) => answer.map_err(|e| class(&e)),
+        Err(_) => Err(BackendError::Unavailable("Redis did not answer in time".into())),
+    }
+}
+
+/// The history of one subscription's connections.
+#[derive(Default)]
+pub struct History {
+    /// Tries that failed in a row.
+    failures: u32,
+    /// Connections in a row that were ended because they received no beats.
+    misses: u32,
+}
+
+impl History {
+    /// One try to connect, after a pause that grows with each failure: none at first, then it doubles, with
+    /// jitter.
+    pub async fn connect(&self, client: &Client, beats: &Arc<Beats>) -> Result<Subscriber, BackendError> {
+        if self.failures > 0 {
+            let pause = BACKOFF_FIRST * 2_u32.saturating_pow(self.failures.min(10) - 1);
+            sleep(pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.0))).await;
+        }
+        Subscriber::connect(client, Arc::clone(beats), self.misses).await
+    }
+
+    /// One more failure; `true`: it is the first.
+    pub fn failed(&mut self) -> bool {
+        self.failures = self.failures.saturating_add(1);
+        self.failures == 1
+    }
+
+    /// A try succeeded: how many failed before it.
+    pub fn connected(&mut self) -> u32 {
+        std::mem::take(&mut self.failures)
+    }
+
+    /// It received no beats.
+    pub fn missed(&mut self) {
+        self.misses = self.misses.saturating_add(1);
+    }
+
+    /// It receives beats, or they are off.
+    pub fn heard(&mut self) {
+        self.misses = 0;
+    }
+}

@@ -1,0 +1,92 @@
+//! The workers that report, in Redis: a hash of what they say and a sorted set of when they said it, both of one
+//! slot. Times are those of Redis, so that nodes need not agree on theirs.
+//!
+//! A key for each worker with an expiry of its own was rejected: to list them one would have to scan all of Redis.
+
+use super::connection::Commands;
+use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
+use crate::model::UnixMs;
+use async_trait::async_trait;
+use bytes::Bytes;
+use redis::{Script, cmd};
+use std::sync::Arc;
+use std::time::Duration;
+
+const STATES_KEY: &str = "workers:{fleet}";
+const SEEN_KEY: &str = "workers:seen:{fleet}";
+/// What a lone worker writes (CONTRACT §4).
+const LONE_STATUS_KEY: &str = "system:status";
+/// A fleet that is gone leaves nothing; longer than any of its workers is known.
+const KEYS_EXPIRE: Duration = WORKER_FORGOTTEN.saturating_add(Duration::from_secs(60));
+
+pub struct RedisWorkers {
+    commands: Arc<Commands>,
+    put: Script,
+    all: Script,
+}
+
+impl RedisWorkers {
+    pub fn new(commands: Arc<Commands>) -> Self {
+        let put = Script::new(include_str!("workers_put.lua"));
+        let all = Script::new(include_str!("workers_all.lua"));
+        Self { commands, put, all }
+    }
+}
+
+#[async_trait]
+impl WorkerRegistry for RedisWorkers {
+    async fn put(&self, worker_id: &str, state: &str) -> Result<bool, BackendError> {
+        let mut call = self.put.key(STATES_KEY);
+        call.key(SEEN_KEY).arg(worker_id).arg(state);
+        call.arg(ms(WORKER_FORGOTTEN)).arg(WORKERS_MAX).arg(ms(KEYS_EXPIRE));
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+    }
+
+    async fn all(&self) -> Result<Vec<WorkerSeen>, BackendError> {
+        let mut call = self.all.key(STATES_KEY);
+        call.key(SEEN_KEY).arg(ms(WORKER_FORGOTTEN));
+        let call = &call;
+        let answer: Vec<Heard> =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        Ok(by_id(answer))
+    }
+
+    async fn lone_status(&self) -> Result<Option<Bytes>, BackendError> {
+        self.commands.query(cmd("GET").arg(LONE_STATUS_KEY)).await
+    }
+}
+
+/// Id, state, age in milliseconds, when it was said in Unix milliseconds.
+type Heard = (Bytes, Bytes, u64, UnixMs);
+
+fn by_id(mut heard: Vec<Heard>) -> Vec<WorkerSeen> {
+    heard.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+    let seen = |(_, state, age, at)| WorkerSeen { state, age: Duration::from_millis(age), at };
+    heard.into_iter().map(seen).collect()
+}
+
+fn ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_are_listed_by_id() {
+        let seen = |state: &'static str, age| WorkerSeen {
+            state: Bytes::from_static(state.as_bytes()),
+            age: Duration::from_millis(age),
+            at: 100 - age,
+        };
+        let heard = vec![
+            ("w2".into(), "b".into(), 7, 93),
+            ("w10".into(), "c".into(), 0, 100),
+            ("w1".into(), "a".into(), 9, 91),
+        ];
+        assert_eq!(by_id(heard), [seen("a", 9), seen("c", 0), seen("b", 7)]);
+        assert!(ms(KEYS_EXPIRE) > ms(WORKER_FORGOTTEN));
+    }
+}

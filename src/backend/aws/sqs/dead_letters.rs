@@ -1,0 +1,104 @@
+//! The dead-letter queue that the task queue's RedrivePolicy names.
+
+use crate::backend::aws::error::class;
+use crate::backend::aws::redis::connection::Commands;
+use crate::backend::aws::redis::results::{channel, stored_key};
+use crate::backend::{BackendError, DeadLetter, DeadLetters};
+use crate::model::{FunctionId, JobId};
+use async_trait::async_trait;
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::types::{DeleteMessageBatchRequestEntry, Message, MessageSystemAttributeName};
+use bytes::Bytes;
+use redis::cmd;
+use serde::Deserialize;
+use std::sync::Arc;
+
+/// How long a message that was read is hidden from others, in seconds: so briefly that a redrive finds it.
+const HIDDEN_S: i32 = 30;
+/// Most messages of one call; what SQS gives.
+const MESSAGES_MAX: i32 = 10;
+/// How long a result is kept, in seconds: as workers have it.
+const RESULT_KEPT_S: u64 = 3600;
+
+pub struct DeadLetterQueue {
+    client: Client,
+    url: String,
+    commands: Arc<Commands>,
+}
+
+/// The queue attribute, as far as it matters here.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RedrivePolicy {
+    dead_letter_target_arn: String,
+}
+
+impl DeadLetterQueue {
+    /// The queue that a RedrivePolicy names.
+    pub async fn find(client: Client, commands: Arc<Commands>, policy: &str) -> Result<Self, BackendError> {
+        let unclear = || BackendError::Invalid("the RedrivePolicy of the queue names no queue".into());
+        let policy: RedrivePolicy = serde_json::from_str(policy).map_err(|_| unclear())?;
+        // arn:aws:sqs:<region>:<account>:<name>
+        let mut parts = policy.dead_letter_target_arn.rsplit(':');
+        let (Some(name), Some(account)) = (parts.next(), parts.next()) else { return Err(unclear()) };
+        let found = client.get_queue_url().queue_name(name).queue_owner_aws_account_id(account).send().await;
+        let url = found.map_err(|e| class(&e))?.queue_url.ok_or_else(unclear)?;
+        Ok(Self { client, url, commands })
+    }
+}
+
+#[async_trait]
+impl DeadLetters for DeadLetterQueue {
+    async fn read(&self) -> Result<Vec<DeadLetter>, BackendError> {
+        let call = self
+            .client
+            .receive_message()
+            .queue_url(&self.url)
+            .max_number_of_messages(MESSAGES_MAX)
+            .visibility_timeout(HIDDEN_S)
+            .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount);
+        let messages = call.send().await.map_err(|e| class(&e))?.messages.unwrap_or_default();
+        Ok(messages.into_iter().map(dead_letter).collect())
+    }
+
+    async fn answer(&self, id: JobId, result: Bytes) -> Result<bool, BackendError> {
+        let text = result.as_ref();
+        let mut store = cmd("SET");
+        store.arg(stored_key(&id.to_string())).arg(text).arg("NX").arg("EX").arg(RESULT_KEPT_S);
+        let stored: Option<String> = self.commands.query(&store).await?;
+        if stored.is_some() {
+            self.commands.query::<()>(cmd("PUBLISH").arg(channel(id)).arg(text)).await?;
+        }
+        Ok(stored.is_some())
+    }
+
+    async fn delete(&self, letters: &[DeadLetter]) -> Result<(), BackendError> {
+        let mut entries = Vec::with_capacity(letters.len());
+        for (n, letter) in letters.iter().enumerate() {
+            let entry = DeleteMessageBatchRequestEntry::builder();
+            let entry = entry.id(n.to_string()).receipt_handle(&letter.receipt).build();
+            entries.push(entry.map_err(|e| BackendError::Invalid(e.to_string()))?);
+        }
+        let call = self.client.delete_message_batch().queue_url(&self.url).set_entries(Some(entries));
+        let failed = call.send().await.map_err(|e| class(&e))?.failed;
+        match failed.first() {
+            None => Ok(()),
+            Some(entry) => {
+                Err(BackendError::Unavailable(format!("a message was not deleted: {}", entry.code)))
+            }
+        }
+    }
+}
+
+fn dead_letter(message: Message) -> DeadLetter {
+    /// Of a job message, what tells whose it is.
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Named {
+        request_id: String,
+        function_id: String,
+    }
+    let named: Option<Named> = message.body.as_deref().and_then(|body| serde_json::from_str(body).ok());
+    let job = named.and_then(|n| Some((JobId::parse(&n.request_id)?, FunctionId::parse(&n.function_id)?)));
+    DeadLetter { job, receipt: message.receipt_handle.unwrap_or_default() }
+}

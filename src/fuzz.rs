@@ -1,9 +1,9 @@
-//! Inputs nobody thought of, for whatever reads what comes from outside.
+//! Fuzz tests for the parsers of untrusted input.
 //!
-//! Each target is a test beside what it tries, with a name that begins with `fuzz`; its corpus is `tests/corpus/<target>`. The corpus
-//! is tried as it is, then changed at random, a few seconds in `make test` and as long as one likes in `make fuzz`. An input
-//! that fails is made as small as can be and put into the corpus. proptest does all that on the stable compiler this
-//! project is built with; cargo-fuzz would need another one.
+//! A target is a unit test beside its parser, with a name that begins with `fuzz_`. Its corpus is
+//! `tests/corpus/<target>`. The test runs each input of the corpus unchanged, then random mutations of them:
+//! for 2 s in `make test`, for `FUZZ_SECONDS` in `make fuzz`. A failing input is minimized and added to the
+//! corpus. This uses proptest, because cargo-fuzz requires a nightly compiler.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -13,12 +13,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const SECONDS_DEFAULT: u64 = 2;
-/// Shows the same again; `make fuzz` takes another one each time.
+/// Fixed, so that `make test` is reproducible. `make fuzz` uses a new seed for each run.
 const SEED_DEFAULT: u64 = 20_261_123;
 const CASES: u32 = 512;
 const INPUT_BYTES_MAX: usize = 16 << 10;
 
-/// What readers stumble over.
+/// Fragments that are likely to reach edge cases of the parsers.
 const WORDS: &[&[u8]] = &[
     b"\r\n",
     b"\n",
@@ -68,7 +68,7 @@ enum Change {
     Delete(Index, usize),
     Repeat(Index, usize, usize),
     Cut(Index),
-    /// The rest is that of another input of the corpus.
+    /// Replaces the rest by a part of another input of the corpus.
     Splice(Index, Index, Index),
 }
 
@@ -130,7 +130,10 @@ fn variable(name: &str, default: u64) -> u64 {
     value.map_or(default, |value| value.parse().expect("a number"))
 }
 
-/// Tries `property` with the corpus of `target` and all that is made of it. It fails by a panic.
+/// Calls `property` with the corpus of `target` and with mutations of it. The property fails by a panic.
+///
+/// # Panics
+/// An input fails. The message names the file of the minimized input.
 pub fn run(target: &str, property: impl Fn(&[u8])) {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(target);
     let mut files: Vec<PathBuf> =
@@ -150,15 +153,15 @@ pub fn run(target: &str, property: impl Fn(&[u8])) {
         input
     });
     let end = Instant::now() + Duration::from_secs(variable("FUZZ_SECONDS", SECONDS_DEFAULT));
-    let tried = std::cell::Cell::new(0_u64);
+    let inputs = std::cell::Cell::new(0_u64);
     while Instant::now() < end {
-        // A runner stops for good after so many cases.
+        // A runner ends after `CASES` cases, so each round needs a new one.
         let mut runner = TestRunner::new_with_rng(
             config.clone(),
             TestRng::from_seed(RngAlgorithm::ChaCha, &rng.random::<[u8; 32]>()),
         );
         let ran = runner.run(&input, |input| {
-            tried.set(tried.get() + 1);
+            inputs.set(inputs.get() + 1);
             property(&input);
             Ok::<(), TestCaseError>(())
         });
@@ -168,5 +171,5 @@ pub fn run(target: &str, property: impl Fn(&[u8])) {
             panic!("{target}: {why}; the input is {}: {:?}", file.display(), String::from_utf8_lossy(&input));
         }
     }
-    println!("{target}: {} inputs", tried.get());
+    println!("{target}: {} inputs", inputs.get());
 }

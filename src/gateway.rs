@@ -1,13 +1,22 @@
-//! The Pingora side: request id → route → API key → rate limit → capped body → `api` or an upstream → response.
+//! The HTTP edge, as a Pingora application.
 //!
-//! Routes of our own are answered in `request_filter`, which costs no more than a bare HTTP app would; other paths may belong to an
-//! upstream, to which Pingora passes them on. Errors are written as ordinary responses: Pingora's own `respond_error`
-//! always closes the connection.
+//! A request passes these steps: request id, route, API key, rate limit, bounded body, then `api` or an
+//! upstream, and the response. `request_filter` answers the gateway's own routes, without Pingora's proxy
+//! phases. Other paths may belong to an upstream; Pingora forwards those. Errors are written as ordinary
+//! responses, because Pingora's `respond_error` always closes the connection.
 //!
-//! In reading order: [`guard`]: what becomes a request; [`fields`]: those that may stand once; [`client`]: who is calling;
-//! [`api_key`]; [`body`] and [`inflate`]; [`respond`]: the way back; [`upstreams`], [`passage`], [`origin`], [`via`],
-//! [`timed_body`] and [`tunnel`]: what is passed on; [`edge`]: what of all that changes while the process runs;
-//! [`descriptors`]: how many connections there is room for.
+//! In reading order:
+//!
+//! - [`guard`]: the limits on connections, and the only reader of messages from the network
+//! - [`fields`]: header fields that may occur only once
+//! - [`client`]: the client's address behind trusted proxies
+//! - [`api_key`]: authentication
+//! - [`body`] and [`inflate`]: request bodies, bounded in size and time
+//! - [`respond`] and [`cors`]: responses of the gateway itself
+//! - [`upstreams`], [`passage`], [`origin`], [`via`], [`timed_body`] and [`tunnel`]: requests forwarded to
+//!   upstreams
+//! - [`edge`]: the settings that may change while the process runs
+//! - [`descriptors`]: the connection limit that the limit of open files allows
 
 mod api_key;
 mod body;
@@ -58,12 +67,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use upstreams::Upstream;
 
-/// The metric label of a path that is no route.
+/// The metric label of paths that match no route.
 const NO_ROUTE: &str = "(none)";
-/// The metric label of a request whose client left before the answer.
+/// The status label of requests whose client disconnected before the response, as in nginx.
 const CLIENT_GONE: u16 = 499;
 
-/// The server's application.
+/// The Pingora application: the filters in front of the API and the upstreams.
 pub struct Gateway {
     api: Api,
     edge: Edge,
@@ -72,29 +81,29 @@ pub struct Gateway {
     metrics: Arc<Metrics>,
 }
 
-/// One request.
+/// The state of one request, which Pingora hands to each phase.
 pub struct Ctx {
     started: Instant,
     route: &'static str,
-    /// It is passed on.
+    /// Set if the request is forwarded to an upstream.
     passage: Option<Box<Passage>>,
-    /// What a script of another origin is told.
+    /// The CORS fields of the response.
     cors: Vec<(HeaderName, HeaderValue)>,
-    /// The row of the table, if the request leads to one.
+    /// The matching row of the route table, if any.
     found: Option<&'static Route>,
     status: u16,
-    /// No other request can follow on the connection.
+    /// Whether the connection closes after the response.
     is_last: bool,
     _counted: RequestGuard,
 }
 
-/// An answer of our own, and what the limits said.
+/// A response of the gateway itself, and the rate-limit state for its header fields.
 type Answer = (Result<Reply, ApiError>, Counted);
 
-/// Why there is no answer of our own.
+/// Why the gateway itself does not respond.
 enum NoAnswer {
     PassedOn,
-    /// The client has left.
+    /// The client has disconnected.
     Gone,
 }
 
@@ -109,33 +118,33 @@ impl Gateway {
         Self { api, edge, limiter, lifecycle, metrics }
     }
 
-    /// The filters in order, then the handler.
+    /// Runs the filters in order, then the handler.
     async fn answer(&self, session: &mut Session, ctx: &mut Ctx, id: &RequestId) -> Result<Answer, NoAnswer> {
         let mut counted = Counted::default();
         let (route, mut call) = match self.admit(session, ctx, &mut counted).await {
             Ok(admitted) => admitted,
             Err(ApiError::NoSuchRoute) => {
-                // In a box: what is answered here needs no room for it.
+                // Boxed, so that the futures of other requests stay small.
                 return Box::pin(self.pass_on(session, ctx, id)).await;
             }
             Err(e) => return Ok((Err(e), counted)),
         };
         call.counted = counted;
         let reply = match route.takes {
-            // Uploads are few and large: no run is to take their room.
+            // Boxed: uploads are rare, and their large future must not enlarge that of a run.
             Takes::Stream => Box::pin(self.call_streaming(session, route, &call)).await,
             Takes::Nothing if !self.discard_body(session).await => {
                 ctx.is_last = true;
                 self.api.call(route.endpoint, &call).await
             }
-            // A change that has begun goes to its end, whoever waits for it: it must be announced if it was written.
+            // A write runs to completion even if the client disconnects: once stored, it must be announced.
             Takes::Nothing | Takes::Whole if route.scope == Some(Scope::Write) => {
                 self.api.call(route.endpoint, &call).await
             }
             Takes::Nothing | Takes::Whole => tokio::select! {
                 biased;
                 reply = self.api.call(route.endpoint, &call) => reply,
-                // Reading on is how a client that leaves is noticed. The body is done, so this is the next request.
+                // The body has been read, so this read completes only when the client disconnects.
                 _ = session.downstream_session.read_body_or_idle(true) => return Err(NoAnswer::Gone),
             },
         };
@@ -195,17 +204,17 @@ impl Gateway {
     }
 
     fn scope_of(&self, route: &Route) -> Option<Scope> {
-        let asks = route.endpoint == Endpoint::Metrics && self.edge.auth.get().metrics_need_key;
-        if asks { Some(Scope::Metrics) } else { route.scope }
+        let needs_key = route.endpoint == Endpoint::Metrics && self.edge.auth.get().metrics_need_key;
+        if needs_key { Some(Scope::Metrics) } else { route.scope }
     }
 
-    /// The address of the client, as far as it can be known.
+    /// The client's address, behind trusted proxies. `None`: the peer has no IP address.
     fn client_of(&self, session: &Session) -> Option<IpAddr> {
         let peer = peer_of(session)?;
         Some(client::client_of(peer, &session.req_header().headers, &self.edge.http.get().trusted_proxies))
     }
 
-    /// The same filters for a path that is no route here, but an upstream's.
+    /// Runs the same filters for a path that is not a route of the gateway but may belong to an upstream.
     async fn pass_on(
         &self,
         session: &mut Session,
@@ -235,13 +244,13 @@ impl Gateway {
         counted: &mut Counted,
     ) -> Result<Passage, ApiError> {
         via::check(&session.req_header().headers, &self.edge.pseudonym)?;
-        let shown = session.req_header().headers.get(X_API_KEY);
+        let presented = session.req_header().headers.get(X_API_KEY);
         let client = || self.client_of(session);
         let caller =
-            upstream.conf.scope.map(|scope| self.edge.keys.check(shown, scope, client)).transpose()?;
-        // Of use to a tunnel only: every other request shows its key anew.
-        let shown = shown.filter(|_| session.is_upgrade_req());
-        let pass = upstream.conf.scope.zip(shown).map(|(scope, shown)| self.edge.keys.pass(shown, scope));
+            upstream.conf.scope.map(|scope| self.edge.keys.check(presented, scope, client)).transpose()?;
+        // Only a tunnel outlives its request and needs the key later.
+        let presented = presented.filter(|_| session.is_upgrade_req());
+        let pass = upstream.conf.scope.zip(presented).map(|(scope, key)| self.edge.keys.pass(key, scope));
         let key_name = caller.as_ref().map(|caller| &caller.name);
         self.limiter.check(&upstream.pattern, key_name, client, counted).await?;
         let peer = peer_of(session);
@@ -252,7 +261,7 @@ impl Gateway {
         let has_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
         let origin = Origin { peer, is_peer_trusted, has_tls };
         let passage = Passage::new(upstream, origin, id.value().clone(), pass, session.req_header())?;
-        // One that comes byte by byte is met by the deadline of the whole.
+        // Over HTTP/1.1 this timeout bounds each read. The total deadline is checked as each piece arrives.
         if session.is_http2() {
             timed_body::bound_body(session, passage.body_deadline());
         } else {
@@ -261,12 +270,12 @@ impl Gateway {
         Ok(passage)
     }
 
-    /// What bounds the parts of the request that Pingora reads and writes.
+    /// Sets Pingora's timeouts for draining the body and, over HTTP/2, for writing the response.
     fn set_timeouts(&self, session: &mut Session) {
         let http = self.edge.http.get();
         session.set_total_drain_timeout(Some(Duration::from_millis(http.drain_body_timeout_ms)));
         if session.is_http2() {
-            // Over HTTP/1.1 the guard sees to it.
+            // Over HTTP/1.1 the guard enforces it.
             session.set_write_timeout(Some(Duration::from_secs(http.write_timeout_s)));
         }
     }
@@ -289,7 +298,7 @@ impl ProxyHttp for Gateway {
         }
     }
 
-    /// None: Pingora would set up compression for each request, which nobody asked for.
+    /// Adds no module: by default Pingora sets up a disabled compression module for each request.
     fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
     async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
@@ -324,7 +333,7 @@ impl ProxyHttp for Gateway {
         counted.add_fields(&mut reply.headers);
         debug_assert!(
             ctx.found.is_none_or(|route| route.statuses().any(|status| status == reply.status.as_u16())),
-            "{} {} answers {}, which the route table does not say",
+            "{} {} has the response status {}, which the route table does not list",
             session.req_header().method,
             ctx.route,
             reply.status,
@@ -347,8 +356,8 @@ impl ProxyHttp for Gateway {
                 tunnel::tunnel(peer, pass);
             }
         }
-        let none = || pingora::Error::explain(pingora::ErrorType::HTTPStatus(503), "no healthy address");
-        peer.map(Box::new).ok_or_else(none)
+        let no_peer = || pingora::Error::explain(pingora::ErrorType::HTTPStatus(503), "no healthy address");
+        peer.map(Box::new).ok_or_else(no_peer)
     }
 
     async fn request_body_filter(
@@ -359,7 +368,7 @@ impl ProxyHttp for Gateway {
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
         match (&mut ctx.passage, body) {
-            // What goes through a tunnel is no body: it may be as much, and take as long, as it likes.
+            // Tunnel traffic is not a body: neither the size limit nor the deadline applies.
             (Some(passage), Some(bytes)) if !session.was_upgraded() => passage.count_body(bytes.len()),
             _ => Ok(()),
         }
@@ -382,13 +391,13 @@ impl ProxyHttp for Gateway {
         ctx: &mut Ctx,
     ) -> pingora::Result<()> {
         if response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS {
-            return Ok(()); // the answer is still to come
+            return Ok(()); // an interim response; the final one follows
         }
         ctx.status = response.status.as_u16();
         passage::adapt_answer(response, session)?;
         let is_awaited = session.req_header().headers.contains_key(EXPECT);
         if is_awaited && !session.is_body_done() {
-            // The client need not send the body now: what comes next cannot be told from it.
+            // The client may omit the body now, so the next bytes may be body or the next request.
             session.set_keepalive(None);
         }
         let Some(passage) = &ctx.passage else { return Ok(()) };
@@ -396,7 +405,7 @@ impl ProxyHttp for Gateway {
         fields.append(&mut ctx.cors);
         passage.counted.add_fields(&mut fields);
         fields.into_iter().try_for_each(|(name, value)| {
-            // An upstream has reasons of its own to vary.
+            // The upstream may have set a `Vary` of its own.
             if name == VARY {
                 response.append_header(name, value).map(|_| ())
             } else {
@@ -405,7 +414,7 @@ impl ProxyHttp for Gateway {
         })
     }
 
-    /// Nothing was sent yet, so another address may be tried.
+    /// No byte of the request was sent, so it may be retried at another address.
     fn fail_to_connect(
         &self,
         _: &mut Session,
@@ -417,8 +426,8 @@ impl ProxyHttp for Gateway {
         error
     }
 
-    /// A connection that was kept may have been closed by its upstream just now. The request may have been read, so only
-    /// one that changes nothing is sent again.
+    /// The upstream may have closed a pooled connection just before the request. It may also have read the
+    /// request already, so only safe methods are retried.
     fn error_while_proxy(
         &self,
         _: &HttpPeer,
@@ -446,7 +455,7 @@ impl ProxyHttp for Gateway {
             None => (RequestId::ours(), 0),
         };
         session.set_keepalive(None);
-        // What follows a 101 is no HTTP any more.
+        // No further response can follow a 101.
         let is_last =
             |status: StatusCode| !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS;
         let is_answered = session.response_written().is_some_and(|head| is_last(head.status));
@@ -457,16 +466,16 @@ impl ProxyHttp for Gateway {
                     upstream,
                     code = refusal.code(),
                     kind = error.etype().as_str(),
-                    "Passage Failed"
+                    "Forwarded request failed; the client receives the problem that `code` names"
                 );
                 let reply = self.refused(session, refusal, &id);
                 self.finish(session, ctx, reply, id).await;
                 if !is_http2(session) {
-                    // Pingora would drop the connection, and what the client has sent behind the request would reset it.
+                    // Pingora would drop the connection. Unread bytes behind the request would then reset it.
                     session.downstream_session.shutdown().await;
                 }
             }
-            // An answer that breaks off is all that can be said. Over HTTP/1 the connection does, too.
+            // The response has begun, so it is cut short. Over HTTP/1 the end of the connection does that.
             _ if is_http2(session) => session.downstream_session.shutdown().await,
             _ => {}
         }
@@ -474,29 +483,31 @@ impl ProxyHttp for Gateway {
     }
 
     async fn logging(&self, session: &mut Session, _: Option<&pingora::Error>, ctx: &mut Ctx) {
-        // Any method name may be sent; only those we serve become a label.
+        // Clients may send any method name. Only these become labels, which bounds the number of series.
         let method = session.req_header().method.as_str();
         let known = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
         let method = if known.contains(&method) { method } else { "other" };
         let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
         self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
         if !is_http2(session) && !session.is_body_done() {
-            // Pingora would drop the connection: closed with something unread it would be reset, and the client might
-            // never read why.
+            // Pingora would drop the connection. Unread bytes would then reset it, and the client might lose
+            // the response.
             session.set_keepalive(None);
             session.downstream_session.shutdown().await;
         }
     }
 }
 
-/// Also of one that is passed on as a session of ours.
+/// Unlike `Session::is_http2`, this covers sessions that are wrapped to give their body a deadline, too.
 fn is_http2(session: &Session) -> bool {
     session.req_header().version == Version::HTTP_2
 }
 
-/// Removes what the client's version of HTTP does not have: HTTP/1.0 has no interim answers, so none are sent to it and
-/// `Expect` is not meant (RFC 9110, sections 10.1.1 and 15.2); and without `Connection: upgrade`, `Upgrade` is none
-/// (section 7.8), which Pingora does not look at.
+/// Removes fields that have no meaning in the client's version of HTTP.
+///
+/// HTTP/1.0 has no interim responses, so none are sent to it and `Expect` is ignored (RFC 9110, sections
+/// 10.1.1 and 15.2). `Upgrade` without `Connection: upgrade` is ignored too (section 7.8); Pingora does not
+/// check that.
 fn adapt_to_version(session: &mut Session) {
     let request = session.req_header();
     if request.headers.contains_key(UPGRADE) && !wants_upgrade(request) {
@@ -519,12 +530,12 @@ fn connection_names(request: &RequestHeader, option: &[u8]) -> bool {
     request.headers.get_all(CONNECTION).iter().any(|value| has_member(value.as_bytes(), option))
 }
 
-/// Who is on the other side of the connection.
+/// The address at the other end of the connection, which may be a proxy.
 fn peer_of(session: &Session) -> Option<IpAddr> {
     session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip)
 }
 
-/// Whether a request is answered however many connections there are: whoever looks after the process must see it.
+/// Whether a request is answered even at the connection limit: health checks and metrics must work then, too.
 fn is_always_answered(target: &[u8]) -> bool {
     let Ok(target) = std::str::from_utf8(target) else { return false };
     let path = target.split('?').next().unwrap_or_default();

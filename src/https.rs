@@ -1,4 +1,5 @@
-//! The HTTP client for what needs no SDK: HTTP/1.1, over TLS where the address says so, with the system's trust.
+//! The HTTP client for calls without an SDK: HTTP/1.1, over TLS for `https` URLs, with the system's root
+//! certificates.
 
 use bytes::Bytes;
 use http_body_util::Full;
@@ -10,17 +11,21 @@ use rustls::{ClientConfig, RootCertStore};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Below the minute or so after which load balancers drop an idle connection without a word.
+/// How long an idle connection stays in the pool. Load balancers silently drop idle connections after about
+/// 60 s.
 pub const POOL_IDLE: Duration = Duration::from_secs(20);
 
 pub type HttpsClient = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
 
-/// A client with a pool of its own, which connects to nothing yet.
+/// Builds a client with a connection pool of its own. It connects on the first request.
+///
+/// # Errors
+/// The TLS settings are not supported by the provider.
 pub fn client(connect_timeout: Duration) -> Result<HttpsClient, rustls::Error> {
-    // Named, since several providers may be linked and rustls would not choose.
+    // Explicit: if several providers are linked, rustls has no default.
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let tls = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-    // A machine may have no certificates at all; an http:// address works there all the same.
+    // Errors are ignored: `http` URLs must work on a machine without root certificates.
     let mut trusted = RootCertStore::empty();
     trusted.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
     let tls = tls.with_root_certificates(trusted).with_no_client_auth();

@@ -1,23 +1,26 @@
-//! Where the process stands between start and exit, and how many requests it still owes an answer.
+//! The phase of the process between start and exit, and the number of requests in flight.
+//!
+//! Shutdown needs both: each phase starts the next steps, and the exit waits for the last request.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Notify, watch};
 
-/// The phases, in order; the process never goes back.
+/// The phases, in order. The process never returns to an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Connecting to the backends; the port is not bound.
+    /// Connects to the backends; the port is not bound.
     Starting,
-    /// Taking traffic.
+    /// Serves requests.
     Ready,
-    /// Told to stop: `/readyz` says 503, connections close after their answer, runs in flight may finish.
+    /// Shutting down: `/readyz` returns 503, connections close after their response, runs in flight may
+    /// finish.
     Draining,
-    /// The drain time is over: whoever still waits is answered now.
+    /// The drain time is over: clients that still wait for a result get a response now.
     Closing,
 }
 
-/// The phase and the requests in flight, shared by all who look at them.
+/// The phase and the count of requests in flight. Clones share both.
 #[derive(Clone)]
 pub struct Lifecycle {
     phase: watch::Sender<Phase>,
@@ -41,7 +44,7 @@ impl Lifecycle {
         *self.phase.borrow()
     }
 
-    /// Moves on to `phase`; moving back is ignored.
+    /// Advances to `phase`. Ignored if the process is already there or beyond.
     pub fn enter(&self, phase: Phase) {
         self.phase.send_if_modified(|now| {
             let forward = phase > *now;
@@ -52,9 +55,9 @@ impl Lifecycle {
         });
     }
 
-    /// Resolves once `phase` is reached.
+    /// Resolves once `phase` or a later one is reached.
     pub async fn reached(&self, phase: Phase) {
-        // The sender lives in `self`, so the channel cannot close under us.
+        // Cannot fail: `self` holds the sender, so the channel stays open.
         let _ = self.phase.subscribe().wait_for(|now| *now >= phase).await;
     }
 
@@ -71,7 +74,7 @@ impl Lifecycle {
     /// Resolves once no request is in flight.
     pub async fn idle(&self) {
         loop {
-            // Listen first: the last request may end between the look and the wait.
+            // Registered before the check: the last request may end between the check and the wait.
             let ended = self.requests.one_ended.notified();
             if self.requests_in_flight() == 0 {
                 return;
@@ -81,7 +84,7 @@ impl Lifecycle {
     }
 }
 
-/// One request in flight.
+/// Counts one request as in flight until it is dropped.
 pub struct RequestGuard(Arc<Requests>);
 
 impl Drop for RequestGuard {

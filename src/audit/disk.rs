@@ -1,12 +1,12 @@
-//! Rows on this node's disk, in three places:
+//! Holds rows on this node's disk in three places:
 //!
-//! * `waiting`: the log table is away, and they wait for it.
-//! * `failing`: the table takes other rows and not these. Each is tried alone every few seconds, so that none stands behind
-//!   another.
-//! * `aside`: the table has not taken them for long, or has refused them for good. They are kept for the operator, and
-//!   nothing is done with them any more.
+//! * `waiting`: rows that wait because the log table is unavailable.
+//! * `failing`: rows that the table rejects while it accepts others. Each is retried alone every few seconds,
+//!   so that none blocks another.
+//! * `aside`: rows that the table has rejected for a long time, or as invalid. They are kept for the operator
+//!   and not retried.
 //!
-//! All are [`Spill`]s. What one of them moves to another is in both for a moment, and never in none.
+//! All three are [`Spill`]s. A row that moves from one to another is in both for a moment, never in none.
 
 use super::spill::Spill;
 use crate::config::AuditConf;
@@ -20,9 +20,11 @@ use std::time::Duration;
 
 const FAILING: &str = "failing";
 const ASIDE: &str = "aside";
-/// Bytes of rows that fail. Full: more of them stay where they are, in memory or among those that wait.
+/// Size limit of the failing rows, in bytes. When it is reached, more of them stay in memory or among the
+/// waiting rows.
 const FAILING_BYTES_MAX: u64 = 64 << 20;
-/// Bytes of rows that were put aside. Full: more of them stay among those that fail, so that none is ever dropped.
+/// Size limit of the rows put aside, in bytes. When it is reached, more of them stay among the failing rows.
+/// None is dropped.
 const ASIDE_BYTES_MAX: u64 = 64 << 20;
 
 pub struct RowDisk {
@@ -30,14 +32,14 @@ pub struct RowDisk {
     pub(super) failing: Spill,
     pub(super) aside: Spill,
     pub(super) aside_after: Duration,
-    /// The directory of the node, which `dir` stands in.
+    /// The directory of the node, the parent of `dir`.
     home: PathBuf,
-    /// Rows were given up, and their jobs are to be looked up again.
+    /// Rows were abandoned, and their jobs must be looked up again.
     has_lost_rows: AtomicBool,
 }
 
 impl RowDisk {
-    /// Opens what an earlier life has left in `dir`.
+    /// Opens the rows that an earlier process left in `dir`.
     pub fn open(dir: &Path, conf: &AuditConf, metrics: &Arc<Metrics>) -> io::Result<Self> {
         let of = &metrics.audit;
         let open = |dir: &Path, bytes_max, on_disk| Spill::open(dir, bytes_max, on_disk, Arc::clone(metrics));
@@ -51,17 +53,17 @@ impl RowDisk {
         })
     }
 
-    /// The jobs whose rows are to come into the table from here. In the order in which rows move.
+    /// The jobs whose rows here are still to be written to the table. Read in the order in which rows move.
     pub(super) fn jobs(&self) -> impl Iterator<Item = (JobId, FunctionId)> {
         [&self.waiting, &self.failing].into_iter().flat_map(Spill::jobs)
     }
 
-    /// Those whose late rows were here at the start.
+    /// The jobs whose late rows were here at start.
     pub(super) fn late(&self) -> impl Iterator<Item = (JobId, FunctionId)> {
         [&self.waiting, &self.failing].into_iter().flat_map(Spill::late)
     }
 
-    /// Finds out whether a disk that took no rows takes some again, and whether rows have vanished from it.
+    /// Tests whether a disk that rejected rows accepts them again, and whether rows have vanished from it.
     pub fn probe(&self) {
         let spills = [&self.waiting, &self.failing, &self.aside];
         spills.into_iter().for_each(Spill::probe);
@@ -71,7 +73,7 @@ impl RowDisk {
         }
     }
 
-    /// Whether rows were given up since the last call.
+    /// Whether rows were abandoned since the last call.
     pub(super) fn take_has_lost_rows(&self) -> bool {
         self.has_lost_rows.swap(false, Ordering::Relaxed)
     }

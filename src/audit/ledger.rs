@@ -1,25 +1,25 @@
-//! Closes the books of executions whose rows are written: their jobs leave the journal, and what they add is
-//! posted to the functions they belong to, each exactly once.
+//! Finishes executions whose rows are written: removes their jobs from the journal, and adds their counters
+//! to the totals of their functions, each exactly once.
 //!
-//! The journal keeps both durably (see [`Journal`]), so what is held here is only what is to be done next, and a
-//! node that dies leaves nothing behind that its next life, or another node, would not find.
+//! The journal stores both durably (see [`Journal`]). The ledger keeps only the pending work in memory. After
+//! a crash the restarted process, or the node that adopts the jobs, resumes from the journal.
 //!
-//! One update a second for each function with runs was rejected: with 100,000 functions in play it is nearly one call a
-//! run. Here posts have a pace, and the function that has waited longest goes first. A function that waits already only
-//! adds up, so up to [`POSTED_MAX`] functions are written about once a second, and more of them less often, but no sum
-//! is ever dropped for it.
+//! Updating each function once per second was rejected: with 100,000 active functions that is almost one call
+//! per run. Posts are paced instead, and the function that has waited longest goes first. While a function
+//! waits, its new sums are added to the pending ones. So up to [`POSTED_MAX`] functions are updated about
+//! once per second, and more functions less often. Pacing never drops a sum.
 //!
-//! A journal may lose its data, and is then told again what it had (`dispatch::members`). What the books hold for that is
-//! what the journal holds, no more and no less, or something would be counted twice or not at all:
+//! A journal can lose its data. It is then restored from memory (see [`Ledger::tell_outstanding`]). For that
+//! the ledger must hold exactly what the journal holds, or an execution is counted twice or never:
 //!
-//! * Sums without a number, and those with one, are copies of the journal's, made anew by each of its answers. So a lost
-//!   answer costs nothing: the next one says the same.
-//! * A journal that has lost its data gives no numbers. Before this was so, the round that came between the loss and the
-//!   retelling was answered "nothing to be posted", and the books forgot the sums that they alone still had.
-//! * While the answer to an `end` is outstanding nothing is numbered: what it may have added is also still in the books as
-//!   jobs that have ended, and those would be told again beside the sums.
-//! * A job moves from the table of jobs in flight to the spill, and to the books, and is in both for a moment. Whoever looks
-//!   for all jobs looks in that same order, so that none passes behind.
+//! * Sums, numbered or not, are copies of the journal's sums. Each answer of the journal replaces them. A
+//!   lost answer is harmless, because the next one has the complete state.
+//! * A journal that has lost its data assigns no numbers. Otherwise a round between the loss and the restore
+//!   would be answered "nothing to post", and the ledger would discard the only copy of the sums.
+//! * While the outcome of an `end` call is unknown, no sums are numbered. What that call may have added is
+//!   still in the ledger as ended jobs, and a restore would write both.
+//! * A job moves from the table of jobs in flight to the spill, and then to the ledger. For a moment it is in
+//!   two places. To find all jobs, read the places in that order; any other order can miss a job.
 
 use super::{RowDisk, Stores};
 use crate::backend::{
@@ -36,29 +36,30 @@ use std::time::Duration;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
-/// How often jobs leave the journal.
+/// How often ended jobs are removed from the journal.
 const CLOSING_EVERY: Duration = Duration::from_millis(100);
-/// How often sums are posted, at most.
+/// Minimum interval between two rounds of posts.
 pub(super) const ROUND: Duration = Duration::from_secs(1);
-/// How long a round may take before it is given up, and tried again.
+/// Timeout of one round. The next round retries what is left.
 const ROUND_MAX: Duration = Duration::from_secs(10);
-/// Functions, and jobs that have ended, that may wait; about 40 MB of memory each. From half of it on the rounds follow
-/// one another without a pause. Full: no rows are written, so that no more come.
+/// Maximum number of waiting functions, and of ended jobs that are still in the journal; about 40 MB of
+/// memory each. Above half of it rounds follow one another without a pause. When it is reached no more rows
+/// are written.
 pub(super) const WAITING_MAX: usize = 262_144;
-/// Posts in flight at a time; more of them at the end, when somebody waits.
+/// Posts in flight; more of them during shutdown.
 const POSTS_MAX: usize = 8;
 const LAST_POSTS_MAX: usize = 64;
-/// How long the end may take: first for the jobs, then for the sums.
+/// Time limits during shutdown: first for the jobs, then for the sums.
 const CLOSING_END_MAX: Duration = Duration::from_secs(2);
 pub(super) const POSTING_END_MAX: Duration = Duration::from_secs(3);
 
-/// What was counted where: the sums of one function in the journal of one node.
+/// The sums of one function in the journal of one node.
 type Account = (NodeId, FunctionId);
 
-/// The newest of a function, if it has any: few have.
+/// The newest recommendation for a function, if there is one. Boxed because few functions have one.
 type Advice = Option<Box<Recommendation>>;
 
-/// The books of this node, and of those whose jobs it has adopted.
+/// The pending work for the journal of this node, and for those of nodes whose jobs it has adopted.
 pub struct Ledger {
     journal: Arc<dyn Journal>,
     functions: Arc<dyn FunctionStore>,
@@ -66,30 +67,31 @@ pub struct Ledger {
     metrics: Arc<Metrics>,
     max: usize,
     books: Mutex<Books>,
-    /// Held while jobs end, or sums get their numbers, so that what is held here is what the journal holds.
+    /// Held while jobs end or sums are numbered, so that the ledger and the journal agree.
     turn: AsyncMutex<()>,
-    /// Held while sums with a number are added to their functions.
+    /// Held while numbered sums are added to their functions.
     posting: AsyncMutex<()>,
 }
 
 #[derive(Default)]
 struct Books {
-    /// By the node whose journal they are to leave.
+    /// By the node whose journal holds them.
     ended: BTreeMap<NodeId, VecDeque<Ended>>,
     ended_len: usize,
-    /// What is to be written, with what is advised.
+    /// The functions to be written, with their recommendations.
     notes: HashMap<Account, Advice, RandomState>,
-    /// Each of them once, the one that has waited longest first.
+    /// Each account once, the one that has waited longest first.
     order: VecDeque<Account>,
-    /// Sums without a number, as the journal holds them.
+    /// Copies of the journal's sums that have no number yet.
     sums: HashMap<Account, Sums, RandomState>,
-    /// Sums with a number, as the journal holds them.
+    /// Copies of the journal's numbered sums.
     numbered: HashMap<Account, Numbered, RandomState>,
-    /// The largest number that was seen.
+    /// The largest number seen so far.
     last_number: u64,
-    /// The nodes in whose journal jobs may have ended without an answer.
+    /// Nodes with an `end` call whose outcome is unknown.
     unsure: HashSet<NodeId>,
-    /// Jobs with a late result, from when its row is queued until it has left the journal. Bounded as the rows are.
+    /// Jobs with a late result, from the moment its row is queued until the job leaves the journal. The bound
+    /// on queued rows bounds them too.
     late: HashMap<JobId, FunctionId, RandomState>,
 }
 
@@ -109,7 +111,7 @@ impl Books {
         }
     }
 
-    /// Those that have waited longest, by node.
+    /// Takes the accounts that have waited longest, grouped by node.
     fn take_notes(&mut self) -> Vec<(Account, Advice)> {
         let accounts = self.order.drain(..POSTED_MAX.min(self.order.len()));
         let mut notes: Vec<_> = accounts.filter_map(|account| self.notes.remove_entry(&account)).collect();
@@ -117,7 +119,7 @@ impl Books {
         notes
     }
 
-    /// Copies what the journal says of these functions.
+    /// Replaces the sums of these functions by those of the journal.
     fn copy(&mut self, node: NodeId, functions: &[FunctionId], unposted: &Unposted) {
         for function in functions {
             let account = (node, function.clone());
@@ -137,11 +139,12 @@ impl Books {
         }
     }
 
-    /// What the journal of a node should hold for them, but for what is on the disk.
+    /// What the journal of `node` should hold according to the ledger. Rows on the disk are not included.
     fn outstanding(&self, node: NodeId) -> Outstanding {
         let of_node = |(of, function): &Account| (*of == node).then(|| function.clone());
         let ended = self.ended.get(&node).into_iter().flatten();
-        // One with a late result has left as lost before. If it has not, that one is among them, too.
+        // A job with a late result left the journal as LOST before. If it did not, its LOST entry is in this
+        // list too.
         let is_held = |ended: &&Ended| ended.is_lost || !self.late.contains_key(&ended.id);
         let late = self.late.iter().filter(|(id, _)| id.node() == node);
         let sums = self.sums.iter().filter_map(|(account, sums)| Some((of_node(account)?, *sums)));
@@ -156,16 +159,16 @@ impl Books {
     }
 }
 
-/// What a journal should hold for the books.
+/// What a journal should hold for jobs and sums that the ledger and the disk know.
 #[derive(Default)]
 pub struct Outstanding {
-    /// Their rows are written, and they are still in it.
+    /// Jobs whose rows are written, and that are still in the journal.
     pub ended: Vec<Ended>,
     pub sums: Vec<(FunctionId, Sums)>,
     pub numbered: Vec<Numbered>,
-    /// They were given up, and a result has come after all.
+    /// Jobs that ended as LOST and then got a result.
     pub late: Vec<(JobId, FunctionId)>,
-    /// Their rows are on this node's disk.
+    /// Jobs whose rows are on this node's disk.
     pub spilled: Vec<(JobId, FunctionId)>,
 }
 
@@ -178,7 +181,7 @@ impl Ledger {
         Self { journal, functions, disk, metrics, max, books, turn, posting }
     }
 
-    /// Takes executions whose rows are written.
+    /// Adds executions whose rows are written.
     pub(super) fn take(
         &self,
         ids: &[JobId],
@@ -198,17 +201,17 @@ impl Ledger {
         self.publish(&books);
     }
 
-    /// A result of this job has come after it was given up, and its row is queued.
+    /// Remembers that the row of a late result is queued for this job.
     pub(super) fn expect_late(&self, id: JobId, function: &FunctionId) {
         self.books().late.insert(id, function.clone());
     }
 
-    /// Its row found no room.
+    /// Undoes [`Self::expect_late`]: the queue of rows was full.
     pub(super) fn forget_late(&self, id: JobId) {
         self.books().late.remove(&id);
     }
 
-    /// Goes on with sums that a node has left in its journal. Gives of how many functions.
+    /// Resumes posting the sums that a node left in its journal. Returns the number of functions.
     pub async fn take_over(&self, node: NodeId) -> Result<usize, BackendError> {
         let _turn = self.turn.lock().await;
         self.is_sure(node)?;
@@ -228,9 +231,9 @@ impl Ledger {
         Ok(n)
     }
 
-    /// Tells what the journal of a node should hold, which has lost it. `moving` gives what is held of the node's jobs
-    /// where they are before they come to the spill and the books; it is asked first. Nothing of what is told changes in the
-    /// books until `tell` is done.
+    /// Restores the journal of a node, which has lost its data. `moving` returns the node's jobs that have
+    /// not reached the spill or the ledger yet. It is called first, because jobs move in that direction. The
+    /// ledger's copy does not change until `tell` returns.
     pub async fn tell_outstanding<M, T>(
         &self,
         node: NodeId,
@@ -245,7 +248,7 @@ impl Ledger {
         outstanding.spilled = spilled;
         let told = tell(moving, outstanding).await?;
         let mut books = self.books();
-        // What was told is to be posted, whatever became of the notes meanwhile.
+        // All that was restored must be posted, even if its note was removed meanwhile.
         let accounts: Vec<Account> =
             books.sums.keys().chain(books.numbered.keys()).filter(|(of, _)| *of == node).cloned().collect();
         accounts.into_iter().for_each(|account| books.note(account, None));
@@ -253,13 +256,13 @@ impl Ledger {
         Ok(told)
     }
 
-    /// The nodes of which something is to be done in their journals.
+    /// The nodes in whose journals work is pending.
     pub fn nodes(&self) -> BTreeSet<NodeId> {
         let books = self.books();
         books.ended.keys().copied().chain(books.notes.keys().map(|(node, _)| *node)).collect()
     }
 
-    /// The jobs that are still to leave the journal of a node.
+    /// The ended jobs that are still in the journal of `node`.
     pub fn ended(&self, node: NodeId) -> HashSet<JobId> {
         self.books().ended.get(&node).into_iter().flatten().map(|ended| ended.id).collect()
     }
@@ -278,21 +281,23 @@ impl Ledger {
         self.disk.iter().flat_map(|disk| disk.jobs())
     }
 
-    /// An error: jobs may have ended in the journal of this node, and it is not known yet whether.
+    /// Fails while the outcome of an `end` call for the journal of `node` is unknown.
     fn is_sure(&self, node: NodeId) -> Result<(), BackendError> {
         match self.books().unsure.contains(&node) {
             false => Ok(()),
-            true => Err(BackendError::Unavailable("jobs wait to leave the journal".into())),
+            true => Err(BackendError::Unavailable(
+                "the outcome of an earlier journal call is not known yet".into(),
+            )),
         }
     }
 
-    /// Whether more may not come for the time being.
+    /// Whether no more rows may be written for now.
     pub(super) fn is_full(&self) -> bool {
         let books = self.books();
         books.ended_len >= self.max || books.order.len() >= self.max
     }
 
-    /// Runs until `stop` resolves, and then until all is written, but not for ever.
+    /// Runs until `stop` resolves, then finishes the pending work within a time limit.
     pub async fn run(self: Arc<Self>, stop: impl Future<Output = ()>) {
         tokio::select! {
             () = self.close_often() => {}
@@ -304,8 +309,12 @@ impl Ledger {
         let books = self.books();
         let (jobs, functions) = (books.ended_len, books.order.len());
         if jobs + functions > 0 {
-            // The journal has them: the next start, or another node, goes on.
-            tracing::warn!(jobs, functions, "Books Not Closed In Time");
+            // Nothing is lost: the journal has them.
+            tracing::warn!(
+                jobs,
+                functions,
+                "Ledger not finished at shutdown; the next start or another node resumes from the journal"
+            );
         }
     }
 
@@ -318,23 +327,24 @@ impl Ledger {
         }
     }
 
-    /// Takes jobs that have ended out of the journal. What it does not take stays for the next time.
+    /// Removes ended jobs from the journal. Those that it does not accept are retried in the next round.
     async fn close(&self) {
         let nodes: Vec<NodeId> = self.books().ended.keys().copied().collect();
         for node in nodes {
             while let Some(ended) = self.some_ended(node) {
                 let _turn = self.turn.lock().await;
-                // Also where this is broken off.
+                // Set before the call, so that it is also set if the future is dropped.
                 self.books().unsure.insert(node);
                 match self.journal.end(node, &ended).await {
                     Ok(true) => self.closed(node, &ended),
-                    // It has lost what it may have been told, too.
+                    // The journal has lost its data, including the effect of earlier calls.
                     Ok(false) => {
                         self.books().unsure.remove(&node);
                         break;
                     }
                     Err(e) => {
-                        tracing::debug!(jobs = ended.len(), error = %e, "Journal Not Cleared");
+                        let jobs = ended.len();
+                        tracing::debug!(jobs, error = %e, "Ended jobs stay in the journal; retrying");
                         return;
                     }
                 }
@@ -342,14 +352,14 @@ impl Ledger {
         }
     }
 
-    /// They stay in the books until they have left the journal.
+    /// Copies the next ended jobs. They stay in the ledger until they have left the journal.
     fn some_ended(&self, node: NodeId) -> Option<Vec<Ended>> {
         let books = self.books();
         Some(books.ended.get(&node)?.iter().take(ENDED_MAX).cloned().collect())
     }
 
     fn closed(&self, node: NodeId, ended: &[Ended]) {
-        // By function first: they are few, and what follows is looked up for each.
+        // Summed by function first: there are few functions, and the steps below are done for each.
         let mut sums: HashMap<&FunctionId, Sums, RandomState> = HashMap::default();
         for Ended { function, adds, .. } in ended {
             *sums.entry(function).or_default() += *adds;
@@ -393,7 +403,7 @@ impl Ledger {
         }
     }
 
-    /// One round: posts what has waited longest. `false`: something could not be written.
+    /// Posts the functions that have waited longest. Returns `false` if something could not be written.
     async fn round(&self, at_a_time: usize) -> bool {
         let mut taken = Taken { notes: self.books().take_notes(), ledger: self };
         let mut failure = None;
@@ -418,13 +428,13 @@ impl Ledger {
         failure = self.recommend(&mut taken.notes, at_a_time).await.err().or(failure);
         taken.notes.retain(|(account, advice)| advice.is_some() || left.contains(account));
         if let Some(e) = &failure {
-            // One line for all of them: there may be hundreds, of one cause.
-            tracing::warn!(functions = taken.notes.len(), error = %e, "Sums Not Posted");
+            // One line for all functions: there may be hundreds, with one cause.
+            tracing::warn!(functions = taken.notes.len(), error = %e, "Counters not written; retrying");
         }
         failure.is_none()
     }
 
-    /// Gives the functions for which more is to be posted.
+    /// Returns the functions for which more is to be posted.
     async fn post(
         &self,
         node: NodeId,
@@ -458,7 +468,7 @@ impl Ledger {
         Ok(unposted)
     }
 
-    /// Writes what is recommended; what could not be written stays in its note.
+    /// Writes recommendations. One that cannot be written stays in its note.
     async fn recommend(&self, notes: &mut [(Account, Advice)], at_a_time: usize) -> Result<(), BackendError> {
         let mut advised = notes.iter_mut().filter(|(_, advice)| advice.is_some());
         let mut writes = FuturesUnordered::new();
@@ -490,7 +500,7 @@ impl Ledger {
 }
 
 fn lost() -> BackendError {
-    BackendError::Unavailable("the journal has lost its data and is not told again yet".into())
+    BackendError::Unavailable("the journal has lost its data and is not restored yet".into())
 }
 
 fn no_answer() -> BackendError {
@@ -501,7 +511,7 @@ fn gauge(n: usize) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
 
-/// Notes of a round; those that are left in it when it ends, however it ends, wait for another.
+/// The notes of one round. Drop puts what is left back into the ledger, also after a cancellation.
 struct Taken<'a> {
     notes: Vec<(Account, Advice)>,
     ledger: &'a Ledger,

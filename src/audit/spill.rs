@@ -1,11 +1,12 @@
-//! Rows on this node's disk while the log table does not take them.
+//! Stores rows on this node's disk while the log table does not accept them.
 //!
-//! Segments of a few MiB are appended to and replayed, the oldest first; one whose rows are all in the table is
-//! deleted. A row counts as spilled when it is synced to the disk. What is replayed twice, since the process ended in
-//! between, changes nothing: a row is the same whenever it is written, and its job ends once. The jobs stay in the
-//! journal until then, so their counts and their `/status` wait for the table, and not their rows' safety.
+//! Rows are appended to segments of a few MiB, and replayed from the oldest segment on. A segment whose rows
+//! are all in the table is deleted. A row counts as spilled once it is synced to the disk. After a crash some
+//! rows are replayed twice. That is harmless, because row writes are idempotent and a job ends once. A job
+//! stays in the journal until its row is in the table. Its counters and its `/status` wait until then; the
+//! row itself is already safe.
 //!
-//! All calls block: the flusher makes them on threads that may.
+//! All calls block. The flusher makes them on blocking threads.
 
 mod segment;
 
@@ -22,11 +23,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A segment that has grown so large is closed, in bytes.
+/// A segment that has reached this size is closed, in bytes.
 const SEGMENT_BYTES: u64 = 8 << 20;
-/// The file that shows that there is room.
+/// A temporary file that is written to find out whether the disk has room.
 const PROBE: &str = "probe";
-/// Segments whose files have been missing for so long, though their disk is there, are given up.
+/// Segments whose files have been missing for this long, while the node's directory exists, are abandoned.
 const GONE_AFTER: Duration = Duration::from_secs(10);
 
 pub struct Spill {
@@ -34,7 +35,7 @@ pub struct Spill {
     bytes_max: u64,
     state: Mutex<State>,
     is_full: AtomicBool,
-    /// Of these rows.
+    /// The gauges of this spill.
     on_disk: DiskMetrics,
     metrics: Arc<Metrics>,
 }
@@ -43,19 +44,20 @@ pub struct Spill {
 struct State {
     /// By number, the oldest first.
     segments: BTreeMap<u64, Segment>,
-    /// The last of them, while it is appended to.
+    /// The segment that is appended to.
     open: Option<(u64, File)>,
-    /// The number of the next; no number is given twice, also where a segment could not be begun.
+    /// The number of the next segment. No number is used twice, even if a segment could not be created.
     next_number: u64,
-    /// Where a segment is to be read next, and which.
+    /// Segment number and offset of the next read.
     read_at: Option<(u64, u64)>,
-    /// Bytes of the rows that were refused last: the disk takes rows again when it has room for so many.
+    /// Size of the rows that were rejected last. The disk counts as usable again when it has room for that
+    /// many bytes.
     refused_bytes: u64,
-    /// Since when no file of a segment is there, though there are segments.
+    /// Since when the files of all segments have been missing.
     missing_since: Option<Instant>,
-    /// The jobs whose rows are here, but for late ones.
+    /// The jobs whose rows are here, except those with late rows.
     jobs: HashMap<JobId, FunctionId>,
-    /// Those of which late rows were found here at the start.
+    /// The jobs whose late rows were here at start.
     late: Vec<(JobId, FunctionId)>,
     rows: u64,
 }
@@ -66,7 +68,7 @@ impl State {
     }
 }
 
-/// Rows to be replayed, and where they end.
+/// Rows to be replayed, and the offset of their end.
 pub struct Replay {
     pub(super) records: Vec<Record>,
     segment: u64,
@@ -74,7 +76,7 @@ pub struct Replay {
 }
 
 impl Spill {
-    /// Opens what an earlier life has left in `dir`.
+    /// Opens the rows that an earlier process left in `dir`.
     pub(super) fn open(
         dir: &Path,
         bytes_max: u64,
@@ -100,7 +102,11 @@ impl Spill {
             })?;
             if found.torn > 0 {
                 metrics.audit.spill_torn_bytes.inc_by(found.torn);
-                tracing::error!(segment = number, bytes = found.torn, "Spilled Rows Torn");
+                tracing::error!(
+                    segment = number,
+                    bytes = found.torn,
+                    "Spilled rows are damaged and skipped; their jobs are looked up again"
+                );
             }
             *segment = found;
         }
@@ -117,12 +123,12 @@ impl Spill {
         Ok(spill)
     }
 
-    /// The jobs whose rows are here, but for those that have left the journal as lost.
+    /// The jobs whose rows are here, except jobs that have left the journal as LOST.
     pub(super) fn jobs(&self) -> Vec<(JobId, FunctionId)> {
         self.state().jobs.iter().map(|(id, function)| (*id, function.clone())).collect()
     }
 
-    /// Jobs whose late rows were here at the start.
+    /// The jobs whose late rows were here at start.
     pub(super) fn late(&self) -> Vec<(JobId, FunctionId)> {
         self.state().late.clone()
     }
@@ -135,7 +141,7 @@ impl Spill {
         self.state().segments.is_empty()
     }
 
-    /// Appends rows, and syncs them. An error: none of them counts as spilled.
+    /// Appends rows and syncs them. On an error none of them counts as spilled.
     pub(super) fn append(&self, records: &[Record]) -> io::Result<()> {
         if records.is_empty() {
             return Ok(());
@@ -145,8 +151,8 @@ impl Spill {
         appended
     }
 
-    /// Finds out whether a disk that took no rows takes some again: perhaps no more rows come that would show
-    /// it.
+    /// Tests whether a disk that rejected rows accepts rows again. Needed because no further row may arrive
+    /// that would show it.
     pub fn probe(&self) {
         if self.is_full.load(Ordering::Relaxed) {
             let probed = self.try_probe();
@@ -156,12 +162,14 @@ impl Spill {
         }
     }
 
-    /// Gives up segments whose files have vanished: a directory was removed, or another disk is in its place. Call it only
-    /// while the directory of the node is there, as without it all may come back. Gives how many rows are gone.
+    /// Abandons segments whose files have vanished, because a directory was removed or another disk is
+    /// mounted. Call it only while the directory of the node exists; otherwise the files may come back with
+    /// it. Returns the number of abandoned rows.
     pub(super) fn give_up_vanished(&self) -> u64 {
         let mut state = self.state();
         let is_missing = |number: &u64| !self.path(*number).exists();
-        // One that is there is replayed first. Which jobs the others hold is known only when they are all that is left.
+        // Segments that exist are replayed first. The jobs of the missing ones are known only when no other
+        // segment is left.
         if state.segments.is_empty() || !state.segments.keys().all(is_missing) {
             state.missing_since = None;
             return 0;
@@ -177,8 +185,8 @@ impl Spill {
         tracing::error!(
             dir = %self.dir.display(),
             rows,
-            "Spilled Rows Gone: their files have vanished. Their jobs are looked up again; if the files come back, \
-             restart the node"
+            "Spilled rows are gone: their files have vanished. Their jobs are looked up again. If the files \
+             come back, restart the node"
         );
         rows
     }
@@ -186,7 +194,7 @@ impl Spill {
     fn try_probe(&self) -> io::Result<()> {
         let bytes = {
             let state = self.state();
-            // Rows that are more than the bound by themselves never fit: they must not keep the others out.
+            // Rows larger than the limit never fit, so their size must not keep the spill closed.
             let bytes = state.refused_bytes.min(self.bytes_max);
             self.check_bound(&state, bytes, self.bytes_max)?;
             bytes
@@ -203,8 +211,12 @@ impl Spill {
         let is_full = done.is_err();
         if self.is_full.swap(is_full, Ordering::Relaxed) != is_full {
             match done {
-                Ok(()) => tracing::info!(dir = %self.dir.display(), "Rows Can Be Spilled Again"),
-                Err(e) => tracing::error!(dir = %self.dir.display(), error = %e, "Rows Not Spilled"),
+                Ok(()) => tracing::info!(dir = %self.dir.display(), "The disk accepts spilled rows again"),
+                Err(e) => tracing::error!(
+                    dir = %self.dir.display(),
+                    error = %e,
+                    "Rows cannot be spilled and stay in memory; check the disk"
+                ),
             }
         }
         self.on_disk.full.set(is_full.into());
@@ -212,13 +224,13 @@ impl Spill {
 
     fn check_bound(&self, state: &State, bytes: u64, bytes_max: u64) -> io::Result<()> {
         if state.bytes() + bytes > bytes_max {
-            return Err(io::Error::new(io::ErrorKind::StorageFull, "the bound of the spill is reached"));
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the size limit of the spill is reached"));
         }
         Ok(())
     }
 
-    /// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may
-    /// be, too.
+    /// Creates the directory again if it has vanished. Does not create its parents: if they are missing, a
+    /// disk may not be mounted.
     fn make_dir(&self) -> io::Result<()> {
         match fs::create_dir(&self.dir) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(e),
@@ -226,13 +238,13 @@ impl Spill {
         }
     }
 
-    /// Whether what is appended to this file would be found again.
+    /// Whether rows appended to this file can be found again after a restart.
     fn is_in_place(&self, number: u64, file: &File) -> bool {
         self.path(number).exists() && file.metadata().is_ok_and(|file| file.nlink() > 0)
     }
 
-    /// Appends rows that were read here, before they are [`Self::replayed`]. The bound does not hold for them: in a moment they
-    /// are here once again.
+    /// Appends rows that were read from this spill, before [`Self::replayed`] removes the originals. The size
+    /// limit does not apply, because the rows are here twice only for a moment.
     pub(super) fn put_back(&self, records: &[Record]) -> io::Result<()> {
         if records.is_empty() { Ok(()) } else { self.try_append(records, u64::MAX) }
     }
@@ -256,8 +268,8 @@ impl Spill {
         let written = file.write_all(&text).and_then(|()| file.sync_data());
         let segment = state.segments.entry(number).or_default();
         if let Err(e) = written {
-            // What was written of them is taken back, so that a disk that is full for long is not filled with their
-            // beginnings. Where that fails the segment has a torn tail, and the next rows go into another one.
+            // Removes the partial write, so that a disk that stays full is not filled with fragments. If that
+            // fails the segment has a torn tail, and the next rows go to a new segment.
             if file.set_len(segment.len).is_ok() {
                 state.open = Some((number, file));
             }
@@ -281,10 +293,10 @@ impl Spill {
         state.next_number += 1;
         self.make_dir()?;
         let mut file = File::options().create_new(true).append(true).open(self.path(number))?;
-        // So that the file itself is there after a loss of power.
+        // Syncs the directory too, so that the file entry survives a loss of power.
         let synced = || File::open(&self.dir)?.sync_all();
         if let Err(e) = file.write_all(segment::HEAD).and_then(|()| synced()) {
-            // What cannot be removed is found empty by the next start.
+            // If the removal fails the next start finds an empty segment.
             let _ = fs::remove_file(self.path(number));
             return Err(e);
         }
@@ -292,7 +304,8 @@ impl Spill {
         Ok((number, file))
     }
 
-    /// The next rows to be replayed, at most `max`. The same again until they are [`Self::replayed`].
+    /// Returns the next rows to be replayed, at most `max`. Returns the same rows until [`Self::replayed`] is
+    /// called.
     pub(super) fn next(&self, max: usize) -> io::Result<Option<Replay>> {
         loop {
             let (number, len, from) = {
@@ -300,10 +313,10 @@ impl Spill {
                 let Some(oldest) = state.segments.first_key_value().map(|(number, _)| *number) else {
                     return Ok(None);
                 };
-                // A file that has vanished may come back with its disk; it must not hold up the others.
+                // A missing file may come back with its disk. It must not block the segments that exist.
                 let number = state.segments.keys().copied().find(|number| self.path(*number).exists());
                 let number = number.unwrap_or(oldest);
-                // What is replayed is appended to no more.
+                // A segment that is being replayed is not appended to.
                 state.open.take_if(|(open, _)| *open == number);
                 let len = state.segments.get(&number).map_or(0, |segment| segment.len);
                 let read_at = state.read_at.filter(|(of, _)| *of == number).map_or(0, |(_, at)| at);
@@ -320,7 +333,8 @@ impl Spill {
         }
     }
 
-    /// All rows up to `end` are elsewhere: `rows` of them, and `ids` have none here any more.
+    /// All rows of the segment up to `end` are stored elsewhere: `rows` rows. The jobs in `ids` have no row
+    /// here any more.
     pub(super) fn replayed(&self, segment: u64, end: u64, rows: usize, ids: &[JobId]) -> io::Result<()> {
         let is_done = {
             let mut state = self.state();
@@ -338,16 +352,22 @@ impl Spill {
         if is_done { self.end_segment(segment) } else { Ok(()) }
     }
 
-    /// The end of a segment cannot be read any more, though it could be when it was opened or written.
+    /// Reports that the end of a segment is unreadable, although it was readable when it was opened or
+    /// written.
     fn tear(&self, number: u64, bytes: u64) {
         self.metrics.audit.spill_torn_bytes.inc_by(bytes);
-        tracing::error!(segment = number, bytes, "Spilled Rows Torn");
+        tracing::error!(
+            segment = number,
+            bytes,
+            "Spilled rows became unreadable and are skipped; restart the node to look up their jobs again"
+        );
         if let Some(segment) = self.state().segments.get_mut(&number) {
             segment.torn += bytes;
         }
     }
 
-    /// Deletes a segment whose rows are all in the table; one with a torn tail is put aside for whoever wants to look.
+    /// Deletes a segment whose rows are all in the table. A segment with a torn tail is renamed and kept for
+    /// inspection.
     fn end_segment(&self, number: u64) -> io::Result<()> {
         let path = self.path(number);
         let mut state = self.state();
@@ -416,14 +436,14 @@ mod tests {
     }
 
     #[test]
-    fn rows_come_back_in_order_also_in_another_life() {
+    fn rows_are_replayed_in_order_also_after_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let records: Vec<Record> = (0..50).map(record).collect();
         let spill = open(dir.path(), 1 << 20);
         for records in records.chunks(9) {
             spill.append(records).unwrap();
         }
-        // Half of them are replayed, and then the process dies: it begins again with the segment.
+        // The process ends when half of them are replayed: the next one starts at the head of the segment.
         let first = spill.next(25).unwrap().unwrap();
         let (segment, end) = first.place();
         spill.replayed(segment, end, 0, &[]).unwrap();
@@ -439,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_whose_files_have_vanished_are_given_up_after_a_while() {
+    fn rows_whose_files_have_vanished_are_abandoned_after_a_delay() {
         let dir = tempfile::tempdir().unwrap();
         let spill = open(&dir.path().join("spool"), 1 << 20);
         spill.append(&[record(1), record(2)]).unwrap();
@@ -447,25 +467,25 @@ mod tests {
             let since = &mut spill.state().missing_since;
             *since = since.map(|at| at.checked_sub(GONE_AFTER).unwrap());
         };
-        assert_eq!(spill.give_up_vanished(), 0, "they are there");
+        assert_eq!(spill.give_up_vanished(), 0, "the files exist");
         let away = dir.path().join("away");
         fs::rename(&spill.dir, &away).unwrap();
-        assert_eq!(spill.give_up_vanished(), 0, "they may come back");
+        assert_eq!(spill.give_up_vanished(), 0, "the files may come back");
         fs::rename(&away, &spill.dir).unwrap();
-        assert_eq!(spill.give_up_vanished(), 0, "they are back");
+        assert_eq!(spill.give_up_vanished(), 0, "the files are back");
         long_ago(&spill);
         fs::remove_dir_all(&spill.dir).unwrap();
-        assert_eq!(spill.give_up_vanished(), 0, "they have just vanished");
+        assert_eq!(spill.give_up_vanished(), 0, "the files have just vanished");
         long_ago(&spill);
         assert_eq!((spill.give_up_vanished(), spill.rows(), spill.jobs()), (2, 0, Vec::new()));
         assert!(spill.next(1).unwrap().is_none());
-        // A file that comes back in spite of that is not written over.
+        // A file that comes back later is not overwritten.
         spill.append(&[record(3)]).unwrap();
         assert_eq!(replay_all(&spill), [record(3).id]);
     }
 
     #[test]
-    fn the_bound_is_kept_and_rows_fit_again_later() {
+    fn the_size_limit_holds_and_replay_makes_room() {
         let dir = tempfile::tempdir().unwrap();
         let spill = open(dir.path(), 2000);
         let mut fit = 0;
@@ -479,7 +499,7 @@ mod tests {
         assert_eq!(spill.metrics.audit.spill.full.get(), 0);
     }
 
-    /// No row comes any more that would show that there is room again.
+    /// No further row arrives that would show that there is room again.
     #[test]
     fn a_probe_finds_that_there_is_room_again() {
         let dir = tempfile::tempdir().unwrap();
@@ -491,35 +511,35 @@ mod tests {
             fit += 1;
         }
         spill.probe();
-        assert!(is_full(), "the bound is still reached");
+        assert!(is_full(), "the size limit is still reached");
         replay_all(&spill);
         spill.probe();
         assert!(!is_full());
-        assert_eq!(fs::read_dir(&spill_dir).unwrap().count(), 0, "nothing is left of the probe");
+        assert_eq!(fs::read_dir(&spill_dir).unwrap().count(), 0, "the probe file is removed");
 
         fs::remove_dir_all(dir.path().join("node")).unwrap();
         assert!(spill.append(&[record(0)]).is_err());
         spill.probe();
-        assert!(is_full(), "what stands above the directory is missing, too");
+        assert!(is_full(), "the parent directory is missing too");
         fs::create_dir(dir.path().join("node")).unwrap();
         spill.probe();
         assert!(!is_full() && spill_dir.is_dir());
     }
 
-    /// Rows in a file that nobody finds would count as safe, and not be.
+    /// Otherwise rows written to a deleted file would count as safe.
     #[test]
-    fn a_directory_that_vanishes_takes_no_rows_with_it_unseen() {
+    fn rows_are_never_written_to_a_vanished_directory() {
         let dir = tempfile::tempdir().unwrap();
         let (there, away) = (dir.path().join("spill"), dir.path().join("away"));
         let spill = open(&there, 1 << 20);
         spill.append(&[record(0)]).unwrap();
         fs::rename(&there, &away).unwrap();
         spill.append(&[record(1)]).unwrap();
-        assert_eq!(fs::read_dir(&there).unwrap().count(), 1, "in a directory that can be found");
+        assert_eq!(fs::read_dir(&there).unwrap().count(), 1, "the row is in a new directory");
         assert_eq!(
             spill.next(7).unwrap().unwrap().records[0].id,
             record(1).id,
-            "the lost one holds nothing up"
+            "the missing segment does not block the next one"
         );
         fs::rename(away.join(segment::name(0)), there.join(segment::name(0))).unwrap();
         assert_eq!(replay_all(&spill), [0, 1].map(|n| record(n).id));
@@ -527,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_that_cannot_be_read_any_more_are_told_and_put_aside() {
+    fn unreadable_rows_are_counted_and_their_segment_is_kept() {
         let dir = tempfile::tempdir().unwrap();
         let spill = open(dir.path(), 1 << 20);
         spill.append(&(0..3).map(record).collect::<Vec<_>>()).unwrap();
@@ -541,16 +561,16 @@ mod tests {
         assert_eq!(fs::read(dir.path().join(segment::TORN)).unwrap(), bytes);
     }
 
-    /// `/dev/full` takes nothing, as a disk that is full.
+    /// Writes to `/dev/full` fail as on a full disk.
     #[test]
-    fn a_full_disk_leaves_nothing_and_is_used_again() {
+    fn a_full_disk_leaves_no_fragments_and_is_used_again() {
         let dir = tempfile::tempdir().unwrap();
         let spill = open(dir.path(), 1 << 20);
         std::os::unix::fs::symlink("/dev/full", dir.path().join(segment::name(1))).unwrap();
         spill.append(&[record(0)]).unwrap();
         let full = File::options().append(true).open("/dev/full").unwrap();
         spill.state().open = Some((0, full));
-        // The rows have no room, and then the next segment cannot be begun.
+        // First the rows do not fit, then the next segment cannot be created.
         for _ in 0..2 {
             assert!(spill.append(&[record(1)]).is_err());
         }
@@ -561,7 +581,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_tail_costs_the_last_row_only() {
+    fn a_torn_tail_loses_only_the_last_row() {
         let dir = tempfile::tempdir().unwrap();
         let spill = open(dir.path(), 1 << 20);
         let records: Vec<Record> = (0..3).map(record).collect();
@@ -575,7 +595,7 @@ mod tests {
             fs::write(&path, &whole[..cut]).unwrap();
             let spill = open(dir.path(), 1 << 20);
             assert_eq!(spill.metrics.audit.spill_torn_bytes.get(), (cut - two.len()) as u64);
-            // What comes later goes behind it.
+            // Later rows go to the next segment.
             spill.append(&[record(9)]).unwrap();
             assert_eq!(replay_all(&spill), [0, 1, 9].map(|n| record(n).id), "cut at {cut}");
             assert!(spill.is_empty());
@@ -583,7 +603,7 @@ mod tests {
     }
 
     #[test]
-    fn no_flipped_bit_makes_another_row() {
+    fn no_flipped_bit_yields_a_different_row() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(segment::name(0));
         let records: Vec<Record> = (0..3).map(record).collect();
@@ -596,7 +616,10 @@ mod tests {
             let spill = open(dir.path(), 1 << 20);
             while let Some(replay) = spill.next(7).unwrap() {
                 for read in &replay.records {
-                    assert!(records.iter().any(|r| r.id == read.id && r.row == read.row), "bent at {at}");
+                    assert!(
+                        records.iter().any(|r| r.id == read.id && r.row == read.row),
+                        "bit flipped in byte {at}"
+                    );
                 }
                 let (segment, end) = replay.place();
                 spill.replayed(segment, end, 0, &[]).unwrap();

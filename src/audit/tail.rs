@@ -1,7 +1,7 @@
-//! The last events of this node, for people who look on: what the dashboard lists.
+//! Keeps the last events of this node for the dashboard, which lists them under `/logs`.
 //!
-//! It is no log: under load most events are passed over. So many a second are taken that the list is worth
-//! reading, and the others cost one atomic operation and no memory.
+//! This is not a log: under load most events are skipped. A fixed number per second is kept, so that a person
+//! can read the list. A skipped event costs one atomic operation and no memory.
 
 use crate::model::{FunctionId, JobId, Status, UnixMs};
 use serde_json::{Map, Value};
@@ -12,15 +12,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 
-/// Events that are kept; the oldest goes.
+/// Maximum number of events; the oldest is evicted.
 const ENTRIES_MAX: usize = 100;
-/// Executions that are taken in a second, and as many of all other events: neither crowds the other out. More
-/// are passed over.
+/// Executions kept per second, and the same number of all other events, so that neither displaces the other.
+/// Further events are skipped.
 const HALF_A_SECOND_MAX: u64 = 100;
-/// A clock that goes back further was set; threads are later than others by less.
+/// A clock that goes back further than this was set. Differences between threads are smaller.
 const CLOCK_SET_BACK_S: u64 = 10;
 
-/// What happened.
+/// An event, as the dashboard shows it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     Executed(Executed),
@@ -45,16 +45,16 @@ pub struct Executed {
     pub exit_code: Option<i64>,
 }
 
-/// An event that was taken.
+/// An event in the list.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TailEntry {
-    /// Its own: one job has several events.
+    /// Identifies the entry; one job has several.
     pub id: Uuid,
     pub at: UnixMs,
     pub event: Event,
 }
 
-/// A ring of the last events. Cheap to clone; clones share it.
+/// A ring of the last events. Cheap to clone; clones share the ring.
 #[derive(Clone, Default)]
 pub struct Tail(Arc<Shared>);
 
@@ -66,14 +66,14 @@ struct Shared {
 }
 
 impl Tail {
-    /// Takes an event that is no execution, if there is room in its second.
+    /// Adds an event that is not an execution, unless the limit of its second is reached.
     pub fn note(&self, at: UnixMs, event: impl FnOnce() -> Event) {
         if self.0.others.admits(at) {
             self.push(at, event());
         }
     }
 
-    /// Takes an execution, if there is room in its second.
+    /// Adds an execution, unless the limit of its second is reached.
     pub(super) fn note_execution(&self, at: UnixMs, executed: impl FnOnce() -> Executed) {
         if self.0.executions.admits(at) {
             self.push(at, Event::Executed(executed()));
@@ -89,19 +89,18 @@ impl Tail {
         entries.push_back(entry);
     }
 
-    /// The newest first.
+    /// Returns the events, newest first.
     pub fn entries(&self) -> Vec<TailEntry> {
         let entries = self.0.entries.lock().unwrap_or_else(PoisonError::into_inner);
         let mut newest_first: Vec<TailEntry> = entries.iter().rev().cloned().collect();
         drop(entries);
-        // Threads push a little out of order.
+        // Threads append slightly out of order.
         newest_first.sort_by_key(|entry| Reverse(entry.at));
         newest_first
     }
 }
 
-/// Lets [`HALF_A_SECOND_MAX`] through in each second. One word: the second, and how many were let through in
-/// it.
+/// Admits [`HALF_A_SECOND_MAX`] events per second. The word holds the second and the number admitted in it.
 #[derive(Default)]
 struct Gate(AtomicU64);
 
@@ -148,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_hundred_newest_first_each_with_an_id_of_its_own() {
+    fn the_last_hundred_are_listed_newest_first_with_unique_ids() {
         let tail = Tail::default();
         for n in 0..250 {
             tail.note(n * 20, || Event::WaitTimedOut(job(n)));
@@ -162,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_takes_so_many_and_neither_kind_crowds_the_other_out() {
+    fn each_kind_of_event_has_its_own_limit_per_second() {
         let tail = Tail::default();
         let mut made = (0, 0);
         for n in 0..5_000 {
@@ -171,7 +170,7 @@ mod tests {
                 Event::Updated(function())
             });
         }
-        // Whatever came before it in the same second.
+        // Earlier events of the same second do not displace it.
         tail.note_execution(1_999, || executed(7));
         assert_eq!(tail.entries()[0].event, Event::Executed(executed(7)));
         for n in 0..5_000 {
@@ -180,16 +179,16 @@ mod tests {
                 executed(n)
             });
         }
-        // What is passed over is not even made.
+        // Skipped events are not constructed.
         assert_eq!(made, (100, 99));
         tail.note(2_000, || Event::Deleted(function()));
         assert_eq!(tail.entries()[0].event, Event::Deleted(function()), "the next second has room");
     }
 
     #[test]
-    fn late_threads_and_clocks_that_are_set() {
+    fn late_threads_open_no_second_and_a_clock_may_be_set() {
         let gate = Gate::default();
-        // Two threads about the turn of a second: the late one opens no second anew.
+        // Two threads at the end of a second: the late one does not reset the count.
         let admitted = (0..1_000).filter(|n| gate.admits(if n % 2 == 0 { 5_000 } else { 4_999 })).count();
         assert_eq!(admitted, 100);
         for at in [6_000, u64::MAX, 6_000, 30_000, 10_000] {

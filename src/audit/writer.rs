@@ -1,13 +1,16 @@
-//! Writes rows, 25 a call, until the table has them, or, while it takes none, this node's disk.
+//! Writes rows, 25 per call, until each is in the table or, while the table is unavailable, on this node's
+//! disk.
 //!
-//! When nothing could be written for a while the table counts as away. Then rows go to the spill, but for a batch now
-//! and then that tries whether the table is back; and when it is, what was spilled is replayed beside the new rows.
+//! When no write has succeeded for a while the table counts as unavailable. Then rows go to the spill, except
+//! for one batch at intervals that tests the table. When the table is back, spilled rows are replayed beside
+//! new ones.
 //!
-//! One row that the table does not take must hold up no other. Whether it is the row or the table is seen from other rows:
-//! a batch that fails again is written row by row, and a row that fails alone while others are written goes to a place of its
-//! own on the disk (see [`super::disk`]). The table counts as away only if no single row can be the cause of all failures. A row
-//! that fails there for long, though others are written between its tries, is put aside: its run counts, its job leaves the
-//! journal, and the row stays on the disk for the operator. So does a row that the table refuses for good.
+//! One row that the table rejects must not block any other. Other rows show whether the row or the table is
+//! at fault. A batch that fails repeatedly is written row by row. A row that fails alone while others succeed
+//! goes to a separate place on the disk (see [`super::disk`]). The table counts as unavailable only if no
+//! single row can explain all failures. A row that keeps failing there, while others are written between its
+//! attempts, is put aside. A row that the table rejects as invalid is put aside immediately. The execution of
+//! such a row counts, its job leaves the journal, and the row stays on the disk for the operator.
 
 use super::spill::Spill;
 use super::{Kept, Ledger, Record, RowDisk, Stores};
@@ -22,29 +25,29 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Pause before rows that failed are written again: doubles from the first to the last.
+/// Pause before failed rows are retried; doubles from the first value to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_LAST: Duration = Duration::from_secs(5);
-/// The table counts as away when nothing could be written for so long.
+/// The table counts as unavailable when no write has succeeded for this long.
 const AWAY_AFTER: Duration = Duration::from_secs(3);
-/// How often it is tried then.
+/// Interval between attempts while the table is unavailable.
 const TRIED_EVERY: Duration = Duration::from_secs(1);
-/// Every so many tries of a batch its rows are written one by one.
+/// Period, in attempts, at which the rows of a batch are written one by one.
 const TRIES_TOGETHER: u32 = 3;
-/// How many of them at a time.
+/// Single-row calls in flight.
 const ALONE_AT_A_TIME: usize = 8;
-/// How often the rows of a batch that fails again and again are replayed one by one.
+/// Minimum interval between two replays that write a failing batch row by row.
 const REPLAYED_ALONE_EVERY: Duration = Duration::from_secs(5);
-/// How often a row that fails is tried again, as long as they are not too many for that.
+/// Interval between retries of one failing row, unless there are too many of them.
 const RETRIED_EVERY: Duration = Duration::from_secs(5);
-/// Pause between two calls for such rows: so they cost 25 calls a second at most.
+/// Minimum pause between two rounds of such retries: they cost at most 25 calls per second.
 const RETRY_PAUSE_MIN: Duration = Duration::from_secs(1);
-/// A row is put aside after so many tries that failed while others were written.
+/// A row is put aside only after this many failed attempts between which other rows were written.
 const ASIDE_TRIES_MIN: u32 = 3;
-/// Rows that fail and whose tries are counted; more are tried, and not put aside before there is room.
+/// Failing rows whose attempts are counted. More of them are retried, but not put aside until there is room.
 const COUNTED_MAX: usize = 65_536;
 
-/// Rows that are written together, each with what it advises.
+/// Rows that are written together, with their recommendations.
 #[derive(Default)]
 pub(super) struct Batch {
     pub(super) ids: Vec<JobId>,
@@ -52,7 +55,7 @@ pub(super) struct Batch {
     pub(super) recommendations: Vec<Option<Recommendation>>,
     kept: Vec<Option<Box<Kept>>>,
     are_late: Vec<bool>,
-    /// As they were counted when they were queued.
+    /// Size of the rows as counted when they were queued.
     pub(super) bytes: usize,
 }
 
@@ -101,7 +104,7 @@ impl Batch {
         })
     }
 
-    /// Splits off what stands in the batch before: a table takes a key once in a call.
+    /// Moves repeated ids to a second batch: the table accepts each key once per call.
     fn split_repeats(self) -> (Self, Self) {
         let is_repeat = |n: usize| self.ids[..n].contains(&self.ids[n]);
         if !(0..self.ids.len()).any(is_repeat) {
@@ -118,7 +121,7 @@ impl Batch {
         self.ids.is_empty()
     }
 
-    /// By what became of each row.
+    /// Groups the rows by the result of their write.
     fn split(self, results: Vec<Result<(), BackendError>>, metrics: &Metrics) -> Put {
         if results.iter().all(Result::is_ok) {
             metrics.audit.rows.inc_by(results.len() as u64);
@@ -133,7 +136,12 @@ impl Batch {
                 }
                 Err(BackendError::Invalid(e)) => {
                     metrics.audit.rows_refused.inc();
-                    tracing::error!(requestId = %record.id, functionId = %record.row.function, error = e, "Row Refused");
+                    tracing::error!(
+                        requestId = %record.id,
+                        functionId = %record.row.function,
+                        error = e,
+                        "Row Refused: the log table rejects it as invalid"
+                    );
                     put.refused.push(record);
                 }
                 Err(e) => {
@@ -146,13 +154,13 @@ impl Batch {
     }
 }
 
-/// What a call did with a batch.
+/// The outcome of a call for a batch.
 #[derive(Default)]
 struct Put {
     written: Batch,
-    /// For good.
+    /// Rejected as invalid; never retried.
     refused: Vec<Record>,
-    /// To be tried again, and why.
+    /// Rows to be retried, and the last error.
     failed: Batch,
     failure: Option<BackendError>,
 }
@@ -166,7 +174,7 @@ impl Put {
     }
 }
 
-/// What became of a batch.
+/// Where the rows of a batch are now.
 #[derive(Default)]
 pub(super) struct Tried {
     /// In the table, or put aside.
@@ -182,37 +190,37 @@ pub(super) struct Writer {
     metrics: Arc<Metrics>,
     table: Mutex<Table>,
     failing: Mutex<FailingRows>,
-    /// Rows that were written, ever: whether others were while one failed.
+    /// All rows written so far. Shows whether others were written while one failed.
     written: AtomicU64,
-    /// There is no time for retries any more.
+    /// Set at shutdown: there is no time for retries.
     is_ending: AtomicBool,
 }
 
-/// What is known of the log table.
+/// The state of the log table.
 #[derive(Default)]
 struct Table {
     failing_since: Option<Instant>,
-    /// The rows of which one may be the cause of all failures since then.
+    /// Rows that took part in every failed call since then: one of them may be the cause.
     suspects: Vec<JobId>,
-    /// While it is away.
+    /// When the table may be tested next, while it is unavailable.
     next_try: Option<Instant>,
-    /// When rows were replayed one by one.
+    /// When a batch was last replayed row by row.
     alone_at: Option<Instant>,
 }
 
-/// What is known of rows that fail while others are written.
+/// The state of rows that fail while others are written.
 #[derive(Default)]
 struct FailingRows {
     next_try: Option<Instant>,
     tries: HashMap<JobId, Tries>,
 }
 
-/// The tries of one of them.
+/// The attempts of one such row.
 struct Tries {
     first: Instant,
-    /// Rows that were written when the last one failed.
+    /// The value of [`Writer::written`] at the last failure.
     written: u64,
-    /// Those that failed though others were written since the one before.
+    /// Failed attempts that count: other rows were written since the previous failure.
     counted: u32,
 }
 
@@ -235,17 +243,17 @@ impl Writer {
         }
     }
 
-    /// From now on what fails is spilled at once.
+    /// Shutdown begins: rows that fail are spilled immediately.
     pub(super) fn end(&self) {
         self.is_ending.store(true, Ordering::Relaxed);
     }
 
-    /// Whether rows on the disk are to come into the table.
+    /// Whether rows on the disk wait to be written to the table.
     pub(super) fn has_rows_on_disk(&self) -> bool {
         self.disk.as_ref().is_some_and(|disk| !disk.is_empty())
     }
 
-    /// Writes a batch until every row is in the table, on the disk, or refused for good.
+    /// Writes a batch until each row is in the table, on the disk, or rejected as invalid.
     pub(super) async fn write(self: Arc<Self>, batch: Batch) -> Tried {
         let mut pause = RETRY_FIRST;
         let mut tried = Tried::default();
@@ -261,8 +269,8 @@ impl Writer {
                 tried.written.append(written);
                 left = later;
                 let is_well = failed.is_empty();
-                // Others were written since these failed last: it is not the table. One row of which that is not known is
-                // safe on the disk, too.
+                // If others were written since these rows failed last, the table is not at fault. A single
+                // row whose cause is unknown is safe on the disk too.
                 let is_row = self.rows_written() > seen || began.elapsed() >= AWAY_AFTER && !self.is_away();
                 if are_alone && tries >= TRIES_TOGETHER && is_row {
                     match self.spill(failed, |disk| &disk.failing).await {
@@ -296,7 +304,7 @@ impl Writer {
         self.written.load(Ordering::Relaxed)
     }
 
-    /// One try of all in one call.
+    /// Attempts all rows in one call.
     async fn put(&self, batch: Batch) -> Put {
         let ids = batch.ids.clone();
         let put = self.call(batch).await;
@@ -309,7 +317,7 @@ impl Writer {
         self.settle(put).await
     }
 
-    /// One try of each in a call of its own.
+    /// Attempts each row in a call of its own.
     async fn put_alone(&self, batch: Batch) -> Put {
         let (put, failures) = self.call_alone(batch).await;
         if !put.written.is_empty() {
@@ -322,7 +330,7 @@ impl Writer {
         self.settle(failed).await
     }
 
-    /// Each with why it failed.
+    /// Returns the failed rows, each with its error.
     async fn call_alone(&self, batch: Batch) -> (Put, Vec<(Record, BackendError)>) {
         let calls: Vec<_> =
             batch.into_records().map(|record| self.call(Batch::of(std::iter::once(record)))).collect();
@@ -348,30 +356,31 @@ impl Writer {
         put
     }
 
-    /// Keeps what was refused, which needs no other try, and says what does.
+    /// Puts invalid rows aside, because a retry is useless, and logs failures that are retried.
     async fn settle(&self, mut put: Put) -> Put {
         for record in self.put_aside(std::mem::take(&mut put.refused)).await {
-            // Where there is no room it has been logged, and that is all that can be done.
+            // If there is no room for them, that is logged; nothing else can be done.
             put.written.push(record);
         }
         if let Some(error) = put.failure.as_ref().filter(|_| !put.failed.is_empty()) {
             self.metrics.audit.retries.inc_by(put.failed.ids.len() as u64);
-            tracing::warn!(rows = put.failed.ids.len(), %error, "Rows Not Written");
+            tracing::warn!(rows = put.failed.ids.len(), %error, "Log rows not written; retrying");
         }
         put
     }
 
-    /// LOST replaces no row: what another node knew of the job stays, and is what counts.
+    /// LOST never replaces a row. If another node has written a result, that row stays and is the one that
+    /// counts.
     async fn read_kept(&self, row: &mut Execution) {
         match self.stores.executions.get(&row.function, &row.id.request_id()).await {
             Ok(Some(kept)) => *row = kept,
             Ok(None) => {}
-            // It is counted as lost then; seldom is there another row.
-            Err(e) => tracing::debug!(error = %e, "Row Not Read Again"),
+            // The job then counts as lost. It is rare that another row exists.
+            Err(e) => tracing::debug!(error = %e, "Existing row not read; the job counts as lost"),
         }
     }
 
-    /// The batch back if the disk does not take it, or there is none to take it.
+    /// Returns the batch as an error if there is no disk or it does not accept the rows.
     async fn spill(
         &self,
         batch: Batch,
@@ -390,28 +399,32 @@ impl Writer {
         }
     }
 
-    /// Keeps rows for the operator, if there is a disk that takes them. Gives them back.
+    /// Stores rows for the operator if there is a disk that accepts them. Returns the rows.
     async fn put_aside(&self, records: Vec<Record>) -> Vec<Record> {
         let Some(disk) = self.disk.clone().filter(|_| !records.is_empty()) else { return records };
         let (result, records) = blocking(move || (disk.aside.append(&records), records)).await;
         match result {
             Ok(()) => self.metrics.audit.rows_put_aside.inc_by(records.len() as u64),
-            Err(e) => tracing::error!(rows = records.len(), error = %e, "Refused Rows Not Put Aside"),
+            Err(e) => tracing::error!(
+                rows = records.len(),
+                error = %e,
+                "Rejected rows cannot be put aside and are lost; check the disk and spill/aside"
+            ),
         }
         records
     }
 
-    /// Whether some of what was spilled may be replayed now.
+    /// Whether spilled rows may be replayed now.
     pub(super) fn may_replay(&self) -> bool {
         self.disk.as_ref().is_some_and(|disk| !disk.waiting.is_empty()) && self.may_try()
     }
 
-    /// Replays some of what was spilled. Gives the jobs whose rows are in the table now.
+    /// Replays spilled rows. Returns the jobs whose rows are now in the table.
     pub(super) async fn replay(self: Arc<Self>) -> Vec<JobId> {
         match self.try_replay().await {
             Ok(ids) => ids,
             Err(e) => {
-                tracing::error!(error = %e, "Rows Not Replayed");
+                tracing::error!(error = %e, "Spilled rows cannot be replayed; retrying. Check the disk");
                 tokio::time::sleep(TRIED_EVERY).await;
                 Vec::new()
             }
@@ -432,7 +445,7 @@ impl Writer {
             let (now, later) = left.split_repeats();
             let Put { written, failed, .. } = self.put(now).await;
             let Ok(ids) = self.replay_alone(failed, &mut done, !written.is_empty()).await else {
-                // All of them again, later: a row that is written twice is the same.
+                // All of them are replayed again later; row writes are idempotent.
                 return Ok(Vec::new());
             };
             moved.extend(ids);
@@ -441,15 +454,17 @@ impl Writer {
         }
         self.keep(&done).await;
         let ids = done.ids.clone();
-        // Into the books before it is out of the spill: whoever looks at both finds it in one.
+        // Added to the ledger before they leave the spill, so that a reader of both finds each job in at
+        // least one.
         self.ledger.take(&done.ids, done.rows, done.recommendations);
         moved.extend(&ids);
         blocking(move || disk.waiting.replayed(segment, end, rows, &moved)).await?;
         Ok(ids)
     }
 
-    /// Writes rows one by one that failed together; those that still do go to the others that fail, if any other is
-    /// written: then it is not the table. Gives the jobs of those. An error: it may be the table.
+    /// Writes the rows of a failed batch one by one. Rows that still fail move to the failing rows, provided
+    /// that another row is written, because then the table is not at fault. Returns the jobs of the moved
+    /// rows. On an error the table may be at fault.
     async fn replay_alone(
         &self,
         failed: Batch,
@@ -471,7 +486,7 @@ impl Writer {
         Ok(moved.ids)
     }
 
-    /// 25 calls in place of one are for seldom, while the table may be away.
+    /// 25 calls instead of one must be rare while the table may be unavailable.
     fn may_replay_alone(&self) -> bool {
         let mut table = self.table();
         let may = table.alone_at.is_none_or(|at| at.elapsed() >= REPLAYED_ALONE_EVERY);
@@ -481,18 +496,18 @@ impl Writer {
         may
     }
 
-    /// Whether some of the rows that fail may be tried again now.
+    /// Whether failing rows may be retried now.
     pub(super) fn may_retry(&self) -> bool {
         let is_due = self.failing().next_try.is_none_or(|at| at <= Instant::now());
         is_due && !self.is_away() && self.disk.as_ref().is_some_and(|disk| !disk.failing.is_empty())
     }
 
-    /// Tries some of the rows that fail again, each alone. Gives the jobs whose rows are in the table now, or put aside.
+    /// Retries failing rows, each alone. Returns the jobs whose rows are now in the table or put aside.
     pub(super) async fn retry(self: Arc<Self>) -> Vec<JobId> {
         match self.try_retry().await {
             Ok(ids) => ids,
             Err(e) => {
-                tracing::error!(error = %e, "Rows Not Tried Again");
+                tracing::error!(error = %e, "Failing rows cannot be read or moved; retrying. Check the disk");
                 self.failing().next_try = Some(Instant::now() + RETRIED_EVERY);
                 Vec::new()
             }
@@ -506,10 +521,10 @@ impl Writer {
         let (all, Some(replay)) = (next.0, next.1?) else { return Ok(Vec::new()) };
         let (segment, end) = replay.place();
         let rows = replay.records.len();
-        // What these rows do says nothing of the table.
+        // The results of these rows say nothing about the table.
         let (put, failures) = self.call_alone(batch_of(replay.records.into_iter())).await;
         if put.written.is_empty() {
-            // A round through all of them takes as long as one is to wait, or longer.
+            // One round through all failing rows takes at least the retry interval of a row.
             let part = rows as f64 / all.max(1) as f64;
             let pause = RETRIED_EVERY.mul_f64(part.min(1.0)).max(RETRY_PAUSE_MIN);
             self.failing().next_try = Some(Instant::now() + pause);
@@ -517,7 +532,7 @@ impl Writer {
         let mut done = self.settle(put).await.written;
         self.metrics.audit.retries.inc_by(failures.len() as u64);
         for (record, error) in &failures {
-            tracing::debug!(requestId = %record.id, %error, "Row Fails Again");
+            tracing::debug!(requestId = %record.id, %error, "Row failed again");
         }
         let (hopeless, mut failing) = self.count(failures);
         let aside = Arc::clone(&disk);
@@ -531,7 +546,7 @@ impl Writer {
             }
             Err(_) => failing.extend(records),
         }
-        // Behind the others that fail, and then out of their place before.
+        // Appended behind the other failing rows before the originals are removed.
         let again = Arc::clone(&disk);
         blocking(move || again.failing.put_back(&failing)).await?;
         self.keep(&done).await;
@@ -543,7 +558,7 @@ impl Writer {
         Ok(ids)
     }
 
-    /// Counts tries that failed. Gives the rows to be put aside, and the others.
+    /// Counts failed attempts. Returns the rows to be put aside, and the others.
     fn count(&self, failures: Vec<(Record, BackendError)>) -> (Vec<(Record, BackendError)>, Vec<Record>) {
         let after = self.disk.as_ref().map_or(Duration::MAX, |disk| disk.aside_after);
         let (now, written) = (Instant::now(), self.rows_written());
@@ -556,7 +571,7 @@ impl Writer {
             }
             let new = Tries { first: now, written, counted: 0 };
             let tries = known.tries.entry(record.id).or_insert(new);
-            // Else it may be the table that is away.
+            // Otherwise the table may be at fault.
             if written > tries.written {
                 (tries.counted, tries.written) = (tries.counted + 1, written);
             }
@@ -583,19 +598,19 @@ impl Writer {
                 requestId = %id,
                 functionId = %record.row.function,
                 %error,
-                hint = "mend the cause, then move spill/aside/* to spill/failing while the node is stopped",
-                "Row Put Aside"
+                hint = "fix the cause, then move spill/aside/* to spill/failing while the node is stopped",
+                "Row Put Aside: the log table rejects it while it accepts others"
             );
         }
     }
 
-    /// Keeps the results whose requests may be repeated. Few have any, and they are written one by one.
+    /// Stores results for requests with an idempotency key. Few rows have one, so each is written alone.
     async fn keep(&self, batch: &Batch) {
         for (id, kept) in batch.ids.iter().zip(&batch.kept) {
             let Some(kept) = kept else { continue };
             let mut pause = RETRY_FIRST;
             while let Err(e) = self.stores.claims.keep(&kept.key, *id, &kept.result).await {
-                tracing::warn!(requestId = %id, error = %e, "Result Not Kept");
+                tracing::warn!(requestId = %id, error = %e, "Result not stored with its idempotency key");
                 if !e.is_transient() {
                     break;
                 }
@@ -605,7 +620,7 @@ impl Writer {
         }
     }
 
-    /// Whether the table is to be asked: always, but seldom while it is away.
+    /// Whether to call the table: always, but rarely while it is unavailable.
     fn may_try(&self) -> bool {
         if !self.is_away() {
             return true;
@@ -634,7 +649,7 @@ impl Writer {
         *self.table() = Table::default();
     }
 
-    /// A call for these rows has failed, and none of them is written.
+    /// A call for these rows has failed, and none of them was written.
     fn table_failed(&self, ids: &[JobId]) {
         let mut table = self.table();
         if table.failing_since.is_none() {
@@ -660,11 +675,11 @@ fn batch_of(records: impl Iterator<Item = Record>) -> Batch {
     batch
 }
 
-/// Work on files, on a thread that may wait for them.
+/// Runs file I/O on a thread that may block.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
-        // It is never cancelled, so it panicked.
+        // The task is never cancelled, so it panicked.
         Err(e) => std::panic::resume_unwind(e.into_panic()),
     }
 }

@@ -1,4 +1,4 @@
-//! The fleet backend: SQS, DynamoDB, S3 and Redis. Nothing outside this module names a type of theirs.
+//! The fleet backend on SQS, DynamoDB, S3 and Redis. No module outside this one names their types.
 //!
 //! In reading order:
 //!
@@ -23,7 +23,7 @@ pub use start::{Connected, connect};
 use crate::model::ProcessToken;
 use std::time::Duration;
 
-/// Where the fleet's parts are (CONTRACT §1), and who asks.
+/// The addresses of the backend services, and the identity of this process.
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub region: String,
@@ -32,13 +32,14 @@ pub struct Settings {
     pub queue_url: String,
     pub bucket: String,
     pub redis_url: RedisUrl,
-    /// The variables that the URL was made of.
+    /// The environment variables from which `redis_url` was built; named in error messages.
     pub redis_variables: &'static str,
-    /// The old `SQS_ENDPOINT`; used where the SDK's own configuration names no endpoint. So are its two siblings.
+    /// The old `SQS_ENDPOINT`. Used only where the SDK's own configuration names no endpoint, like the two
+    /// below.
     pub sqs_endpoint: Option<String>,
     pub dynamodb_endpoint: Option<String>,
     pub s3_endpoint: Option<String>,
     pub process: ProcessToken,
-    /// How long all the checks together may take; they run side by side.
+    /// Deadline for all checks together; they run in parallel.
     pub start_deadline: Duration,
 }

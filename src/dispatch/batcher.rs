@@ -1,13 +1,15 @@
 //! Group commit for the queue: jobs that arrive together are sent together.
 //!
-//! A fixed linger was rejected: it adds its own length to every call of an idle server. Instead a job goes out
-//! at once while few sends are in flight; under load the batches fill while sends are under way. In numbers (all
-//! of them in `conf/limits.toml`): at once below `sends_eager` sends in flight; else when a batch is full, up to
-//! `sends_max`; else `linger_ms` after the oldest job came. To send what waits at every completion as well was tried:
-//! at 10,000 jobs a second eight sends are in flight, so one completes every millisecond, and batches held seven jobs.
+//! A fixed linger was rejected, because it delays every call on an idle server. Instead a job is sent
+//! immediately while few sends are in flight; under load batches fill while sends are in flight. The rules,
+//! with their settings in `conf/limits.toml`: below `sends_eager` sends in flight, send immediately; up to
+//! `sends_max`, send when a batch is full, or `linger_ms` after its oldest job arrived. Sending the waiting
+//! jobs at each completion was rejected too. At 10,000 jobs per second eight sends are in flight, so one
+//! completes every millisecond, and batches held only seven jobs.
 //!
-//! One loop owns the state. Before a batch goes to the queue its jobs enter the journal; a job whose send has
-//! definitely failed leaves it again. The loop, not the caller, cleans up: a caller may be gone by then.
+//! One loop owns the state. The jobs of a batch enter the journal before the batch is sent. A job whose send
+//! has definitely failed leaves the journal again. The loop does this and not the caller, because the caller
+//! may be gone by then.
 
 use super::breaker::Breaker;
 use super::in_flight::{Fate, InFlight};
@@ -25,40 +27,41 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-/// First pause before a failed job is sent again; doubles up to [`RETRY_MAX`], each with jitter.
+/// Pause before the first retry of a job; doubles up to [`RETRY_MAX`], with jitter.
 const RETRY_FIRST: Duration = Duration::from_millis(25);
 const RETRY_MAX: Duration = Duration::from_secs(1);
-/// How often what is known of a queue that is slow or away is looked at, in case nobody tries it any more.
+/// How often the breaker and the shedder are checked for expiry, in case no job is sent any more.
 const FORGET_EVERY: Duration = Duration::from_secs(1);
 
-/// A batch counts as full at this share of the queue's limit, in percent: the next job would seldom fit.
+/// A batch counts as full at this percentage of the queue's size limit, because the next job would rarely
+/// fit.
 const FULL_PERCENT: usize = 88;
 
-/// Why a job was not (known to be) enqueued.
+/// Why a job is not known to be on the queue.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     #[error("too many jobs wait to be sent")]
     Overloaded,
-    #[error("the queue refused the job")]
+    #[error("the queue rejected the job")]
     Refused,
     #[error("the queue is not available")]
     Unavailable,
-    /// The job may run all the same.
+    /// The job may still run.
     #[error("the queue did not answer in time")]
     Unknown,
     #[error("the server is stopping")]
     Stopping,
 }
 
-/// Hears what became of a send.
+/// Receives the result of a send.
 pub type Sending = oneshot::Receiver<Result<(), SubmitError>>;
 
-/// Hands jobs to the loop.
+/// The handle that passes jobs to the loop.
 #[derive(Clone)]
 pub struct Batcher {
     sender: mpsc::Sender<Pending>,
     conf: Live<BatchConf>,
-    /// Jobs that wait to be sent, or to be sent again.
+    /// Jobs that wait to be sent or retried.
     waiting: Arc<AtomicUsize>,
     breaker: Arc<Breaker>,
 }
@@ -68,30 +71,30 @@ struct Pending {
     done: oneshot::Sender<Result<(), SubmitError>>,
     give_up: Instant,
     attempts: u32,
-    /// It is in the journal. Entered once more it could outlive its end there.
+    /// The job is in the journal. It must not enter twice, or the entry could outlive the job.
     journaled: bool,
-    /// Some attempt may have put the job on the queue.
+    /// An attempt may have put the job on the queue.
     maybe_sent: bool,
-    /// The job was sent before, by this process or another, and nobody knows what became of that.
+    /// The job was sent before, by this or another process, with an unknown result.
     is_resend: bool,
 }
 
-/// Why a send is given up whose job was lost meanwhile.
+/// Why no further attempt is made for a job that ended as LOST meanwhile.
 const LOST: &str = "the deadline of the job has passed";
 
-/// Another attempt to send a job, after one whose outcome nobody knows.
+/// A new attempt to send a job, after one with an unknown result.
 #[derive(Clone, Copy, Debug)]
 pub struct Resend {
-    /// When the attempt was claimed, in Unix milliseconds: its time to send begins there.
+    /// When the attempt was claimed, in Unix milliseconds. Its send deadline counts from then.
     pub since: UnixMs,
     /// The journal holds the job.
     pub is_journaled: bool,
-    /// The queue may hold the job. So it is if the journal does, or if nobody can know what the journal held.
+    /// The queue may hold the job. True if the journal holds it, or if its former contents are unknown.
     pub maybe_sent: bool,
 }
 
 impl Batcher {
-    /// Queues a job to be sent. The receiver hears what became of it; dropping the receiver changes nothing.
+    /// Queues a job to be sent. The receiver gets the result. Dropping it does not cancel the send.
     pub fn send(&self, job: Job, resend: Option<Resend>) -> Result<Sending, SubmitError> {
         if !self.breaker.admits() {
             return Err(SubmitError::Unavailable);
@@ -108,7 +111,7 @@ impl Batcher {
             maybe_sent: resend.is_some_and(|resend| resend.maybe_sent),
             is_resend: resend.is_some(),
         };
-        // Counted here and not by the channel, whose bound could not change while it is in use.
+        // Counted here and not by the channel, because the capacity of a channel cannot change at run time.
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= conf.queue_jobs_max {
             self.waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(SubmitError::Overloaded);
@@ -132,7 +135,7 @@ pub struct BatchLoop {
     counted: Arc<AtomicUsize>,
     waiting: VecDeque<Waiting>,
     delayed: Vec<(Instant, Pending)>,
-    /// FIFO queues only: functions with a batch in flight, or with a job that waits to be sent again.
+    /// FIFO queues only: functions with a batch in flight, or with a job that waits for a retry.
     busy: HashSet<FunctionId>,
 }
 
@@ -141,7 +144,7 @@ struct Waiting {
     pending: Pending,
 }
 
-/// What one send needs.
+/// The dependencies of a send.
 struct BatchSender {
     queue: Arc<dyn JobQueue>,
     journal: Arc<NodeJournal>,
@@ -151,7 +154,7 @@ struct BatchSender {
     metrics: Arc<Metrics>,
 }
 
-/// A handle and its loop.
+/// Creates a handle and its loop.
 pub fn new(
     conf: Live<BatchConf>,
     queue: Arc<dyn JobQueue>,
@@ -179,7 +182,7 @@ pub fn new(
 }
 
 impl BatchLoop {
-    /// Runs until `stop` resolves, and then until everything that was taken is sent or given up.
+    /// Runs until `stop` resolves, then until every queued job is sent or has failed.
     pub async fn run(mut self, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         let mut stopping = false;
@@ -223,14 +226,14 @@ impl BatchLoop {
         metrics.sends_in_flight.set(sends as i64);
     }
 
-    /// When the loop must look again though nothing happened.
+    /// When the loop must act next, even if nothing else happens.
     fn next_timer(&self, sends: usize) -> Option<Instant> {
         let oldest = self
             .waiting
             .front()
             .filter(|_| sends < self.conf.get().sends_max)
             .map(|w| w.since + self.linger());
-        // With a FIFO queue the oldest may be blocked by its function; a timer in the past would spin.
+        // On a FIFO queue the oldest job may be blocked by its function. A timer in the past would spin.
         let oldest = oldest.filter(|at| *at > Instant::now());
         let given_up = self.waiting.front().map(|w| w.pending.give_up);
         self.delayed.iter().map(|(at, _)| *at).chain(oldest).chain(given_up).min()
@@ -240,7 +243,7 @@ impl BatchLoop {
         Duration::from_millis(self.conf.get().linger_ms)
     }
 
-    /// Puts jobs whose pause is over to the front: retries go first.
+    /// Moves jobs whose pause is over to the front, so that retries go first.
     fn wake_delayed(&mut self) {
         let now = Instant::now();
         let due: Vec<_> = self.delayed.extract_if(.., |(at, _)| *at <= now).collect();
@@ -250,16 +253,17 @@ impl BatchLoop {
         }
     }
 
-    /// Ends what has waited in vain: the queue takes less than comes. The oldest stands in front.
+    /// Fails jobs that have waited past their send deadline, because the queue accepts less than arrives. The
+    /// oldest job is in front.
     fn give_up_late(&mut self) {
         let now = Instant::now();
         while let Some(late) = self.waiting.pop_front_if(|waiting| waiting.pending.give_up <= now) {
             self.counted.fetch_sub(1, Ordering::Relaxed);
-            self.sender.give_up(late.pending, &SendError::NotSent("its time was over".into()));
+            self.sender.give_up(late.pending, &SendError::NotSent("the send deadline has passed".into()));
         }
     }
 
-    /// The next batch, if one may go now.
+    /// Returns the next batch, if one may be sent now.
     fn next_batch(&mut self, sends: usize) -> Option<Vec<Pending>> {
         let oldest = self.waiting.front()?;
         let conf = self.conf.get();
@@ -283,7 +287,8 @@ impl BatchLoop {
         self.sender.queue.traits().message_bytes_max
     }
 
-    /// Takes from the front what fits into one call. On a FIFO queue, jobs of a busy function stay, in order.
+    /// Takes jobs from the front until the call is full. On a FIFO queue, jobs of a busy function stay in
+    /// order.
     fn take_batch(&mut self) -> Vec<Pending> {
         let fifo = self.sender.queue.traits().fifo;
         let mut batch: Vec<Pending> = Vec::with_capacity(BATCH_JOBS_MAX);
@@ -306,13 +311,13 @@ impl BatchLoop {
         batch
     }
 
-    /// Frees the functions of a batch, and sets up the retries among them.
+    /// Frees the functions of a batch, and schedules its retries.
     fn after_send(&mut self, tried: Tried) {
         for function in &tried.functions {
             self.busy.remove(function);
         }
         let fifo = self.sender.queue.traits().fifo;
-        // One pause for all of them: jobs of one function keep their order.
+        // One pause for all of them, so that jobs of one function keep their order.
         let attempts = tried.again.iter().map(|pending| pending.attempts).max().unwrap_or_default();
         let at = Instant::now() + retry_pause(attempts);
         self.counted.fetch_add(tried.again.len(), Ordering::Relaxed);
@@ -325,7 +330,7 @@ impl BatchLoop {
     }
 }
 
-/// What is left of a batch after it was sent.
+/// What remains to be done after a batch was sent.
 struct Tried {
     functions: Vec<FunctionId>,
     again: Vec<Pending>,
@@ -335,7 +340,7 @@ impl BatchSender {
     async fn send(self: Arc<Self>, batch: Vec<Pending>) -> Tried {
         let functions = batch.iter().map(|pending| pending.job.function.clone()).collect();
         let mut tried = Tried { functions, again: Vec::new() };
-        // The result of a job that is sent again may have come meanwhile: an answer was late, not the send.
+        // The result of a retried job may have arrived meanwhile: then only the queue's answer was late.
         let mut awaited = Vec::with_capacity(batch.len());
         for pending in batch {
             match self.fate(&pending) {
@@ -356,7 +361,7 @@ impl BatchSender {
             Err(e) => vec![Err(SendError::NotSent(format!("journal: {e}"))); jobs.len()],
         };
         self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
-        // A refusal of a job is an answer, too.
+        // A rejected job counts as an answer of the queue.
         if results.iter().any(|result| matches!(result, Ok(()) | Err(SendError::Refused(_)))) {
             self.breaker.succeeded();
             let youngest = jobs.iter().map(|job| job.id.accepted_at()).max().unwrap_or_default();
@@ -370,7 +375,7 @@ impl BatchSender {
         tried
     }
 
-    /// Has those enter the journal that are not in it.
+    /// Enters those jobs in the journal that are not in it yet.
     async fn enter(&self, batch: &mut [Pending]) -> Result<(), BackendError> {
         let new: Vec<Job> =
             batch.iter().filter(|pending| !pending.journaled).map(|pending| pending.job.clone()).collect();
@@ -393,7 +398,7 @@ impl BatchSender {
         let _ = pending.done.send(Ok(())); // the caller may be gone
     }
 
-    /// The job back if it is to be sent again.
+    /// Handles the result of an attempt. Returns the job if it is to be retried.
     fn after_try(&self, mut pending: Pending, result: Result<(), SendError>) -> Option<Pending> {
         pending.attempts += 1;
         let error = match (result, self.fate(&pending)) {
@@ -402,7 +407,7 @@ impl BatchSender {
                 self.give_up_lost(pending);
                 return None;
             }
-            // A result proves that the queue had the job, whatever it answered.
+            // A result proves that the queue had the job, whatever the queue answered.
             (Ok(()), _) | (Err(_), Fate::HasResult) => {
                 self.sent(pending);
                 return None;
@@ -419,7 +424,7 @@ impl BatchSender {
         None
     }
 
-    /// Ends the tries of a job that was lost meanwhile, and has its row.
+    /// Ends the attempts for a job that ended as LOST meanwhile and has its row.
     fn give_up_lost(&self, pending: Pending) {
         self.give_up(Pending { maybe_sent: true, ..pending }, &SendError::Unknown(LOST.into()));
     }
@@ -427,37 +432,44 @@ impl BatchSender {
     /// Ends a job that was not sent, as far as is known.
     fn give_up(&self, pending: Pending, error: &SendError) {
         let refused = matches!(error, SendError::Refused(_));
-        // A job that is sent again may be of another node. Once it is in that node's journal, others may have taken it
-        // up from there and wait for its result: it must not be withdrawn behind their backs.
+        // A resent job may belong to another node. Once it is in that node's journal, others may have taken
+        // it over and wait for its result, so it must not be withdrawn.
         let is_kept = pending.maybe_sent || pending.is_resend && pending.journaled;
-        let (outcome, told) = match (refused, is_kept) {
+        let (outcome, reply) = match (refused, is_kept) {
             (_, true) => ("unknown", SubmitError::Unknown),
             (true, false) => ("refused", SubmitError::Refused),
             (false, false) => ("not_sent", SubmitError::Unavailable),
         };
         self.metrics.sends.with_label_values(&[outcome]).inc();
-        tracing::warn!(requestId = %pending.job.id, functionId = %pending.job.function, attempts = pending.attempts, error = %error, "Send Failed");
+        tracing::warn!(
+            requestId = %pending.job.id,
+            functionId = %pending.job.function,
+            attempts = pending.attempts,
+            error = %error,
+            "Sending a job to the queue failed"
+        );
         if is_kept {
-            // It stays in flight: its result, or its deadline, ends it.
+            // The job stays in flight until its result or its deadline ends it.
             self.in_flight.note_send(pending.job.id, false);
         } else if pending.job.idempotency_key.is_none() {
             self.in_flight.remove(pending.job.id);
             self.journal.leave(&[pending.job.id]);
         }
-        // A job with an idempotency key leaves when its key is released: until then a repeat may send it again.
-        let _ = pending.done.send(Err(told));
+        // A job with an idempotency key is removed when its key is released; until then a repeat may resend
+        // it.
+        let _ = pending.done.send(Err(reply));
     }
 }
 
-/// How long a job may be tried. With an idempotency key that counts from when the attempt was claimed: a process that
-/// was frozen since then must not send what another process has sent in its place.
+/// How long attempts to send a job may go on. With an idempotency key this counts from the claim of the
+/// attempt: a process that was frozen since then must not send a job that another process has resent.
 fn send_time(job: &Job, resend: Option<Resend>, deadline_ms: u64) -> Duration {
     let claimed_at = job.idempotency_key.as_ref().map(|_| resend.map_or(job.id.accepted_at(), |r| r.since));
     let age = claimed_at.map_or(0, |at| now_ms().saturating_sub(at));
     Duration::from_millis(deadline_ms.saturating_sub(age))
 }
 
-/// Exponential, with full jitter on the upper half.
+/// Exponential backoff with jitter on its upper half.
 fn retry_pause(attempts: u32) -> Duration {
     let pause = RETRY_FIRST.saturating_mul(1 << attempts.saturating_sub(1).min(10)).min(RETRY_MAX);
     pause.mul_f64(rand::random_range(0.5..1.0))
@@ -482,7 +494,7 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// Takes 8 ms a batch, and answers by a script: one entry a batch, `Ok` when it is used up.
+    /// Takes 8 ms per batch. Answers from a script, one entry per batch, then `Ok`.
     struct ScriptedQueue {
         fifo: bool,
         script: Mutex<VecDeque<Result<(), SendError>>>,
@@ -583,7 +595,7 @@ mod tests {
         send_deadline_ms: 2000,
     };
 
-    /// Starts the loop; it ends by itself once the handle is gone.
+    /// Creates the loop; it ends when the handle is dropped.
     fn house(queue: Arc<ScriptedQueue>, journal: SetJournal) -> (House, impl Future<Output = ()>) {
         house_of(CONF, queue, journal)
     }
@@ -626,12 +638,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_idle_batcher_adds_no_wait_and_a_busy_one_fills_batches() {
+    async fn an_idle_batcher_adds_no_delay_and_a_busy_one_fills_batches() {
         let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
         let started = Instant::now();
         let work = async {
             assert_eq!(house.send(0, "f", 1).await.unwrap(), Ok(()));
-            assert_eq!(started.elapsed(), Duration::from_millis(8), "the queue's own time and nothing more");
+            assert_eq!(started.elapsed(), Duration::from_millis(8), "only the time of the queue");
             let results: Vec<_> = (1..=40).map(|n| house.send(n, "f", 1)).collect();
             for result in results {
                 assert_eq!(result.await.unwrap(), Ok(()));
@@ -649,7 +661,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_batch_keeps_to_the_size_limit() {
+    async fn a_batch_respects_the_size_limit() {
         let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
         let work = async {
             let results: Vec<_> = (0..5).map(|n| house.send(n, "f", 400)).collect();
@@ -663,19 +675,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_waits_in_vain_is_given_up_in_time_and_not_sent() {
+    async fn jobs_that_wait_past_their_deadline_fail_and_are_not_sent() {
         let conf = BatchConf { sends_eager: 1, sends_max: 1, send_deadline_ms: 12, ..CONF };
         let (house, run) = house_of(conf, ScriptedQueue::new(false, &[]), SetJournal::default());
         let started = Instant::now();
         let work = async {
-            // One a call, and a call takes 8 ms.
-            let told = (0..5).map(|n| {
+            // One job per call, and a call takes 8 ms.
+            let results = (0..5).map(|n| {
                 let result = house.send(n, "f", 1000);
                 async move { (result.await.unwrap(), started.elapsed().as_millis()) }
             });
-            let told = futures_util::future::join_all(told).await;
+            let results = futures_util::future::join_all(results).await;
             let late = vec![(Err(SubmitError::Unavailable), 12); 3];
-            assert_eq!(told, [vec![(Ok(()), 8), (Ok(()), 16)], late].concat());
+            assert_eq!(results, [vec![(Ok(()), 8), (Ok(()), 16)], late].concat());
             assert_eq!(house.queue.sizes(), [1, 1]);
             assert_eq!(house.in_flight.unsettled().len(), 2);
             drop(house);
@@ -684,9 +696,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn failures_reach_their_callers_and_leave_no_trace() {
+    async fn failures_reach_their_callers_and_are_cleaned_up() {
         let not_sent = Err(SendError::NotSent("x".into()));
-        for (script, told, kept) in [
+        for (script, expected, kept) in [
             (vec![not_sent.clone(), not_sent.clone()], Ok(()), true),
             (vec![Err(SendError::Refused("x".into()))], Err(SubmitError::Refused), false),
             (vec![not_sent.clone(); 100], Err(SubmitError::Unavailable), false),
@@ -700,28 +712,28 @@ mod tests {
             let (house, run) = house(ScriptedQueue::new(false, &script), SetJournal::default());
             let work = async {
                 let id = JobId::new(NodeId(1), 1, 7);
-                assert_eq!(house.send(7, "f", 1).await.unwrap(), told);
-                assert_eq!(house.in_flight.awaited(id).is_some(), kept, "{told:?}");
-                tokio::task::yield_now().await; // the caller hears before the journal does
+                assert_eq!(house.send(7, "f", 1).await.unwrap(), expected);
+                assert_eq!(house.in_flight.awaited(id).is_some(), kept, "{expected:?}");
+                tokio::task::yield_now().await; // the caller gets its result before the journal is updated
                 house.leaves.clear().await;
-                assert_eq!(house.journal.contains(id).await.unwrap(), kept, "{told:?}");
+                assert_eq!(house.journal.contains(id).await.unwrap(), kept, "{expected:?}");
                 drop(house);
             };
             tokio::join!(run, work);
         }
     }
 
-    /// What is left of a job with an idempotency key is its key's to decide, and of one that is sent again nobody knows.
+    /// A job with an idempotency key is kept until its key is released; a resent job has an unknown state.
     #[tokio::test(start_paused = true)]
     async fn a_keyed_job_is_kept_until_its_key_is_released() {
         let not_sent = vec![Err(SendError::NotSent("x".into())); 100];
         let again = |is_journaled| Some(Resend { since: now_ms(), is_journaled, maybe_sent: is_journaled });
-        for (resend, script, told, is_unconfirmed) in [
+        for (resend, script, expected, is_unconfirmed) in [
             (None, &not_sent[..], Err(SubmitError::Unavailable), false),
             (again(false), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &not_sent, Err(SubmitError::Unknown), true),
             (again(true), &[], Ok(()), false),
-            // It is over: the process was frozen since it was claimed.
+            // The send deadline has passed: the process was frozen since the claim.
             (
                 Some(Resend { since: 1, is_journaled: true, maybe_sent: true }),
                 &[],
@@ -744,11 +756,11 @@ mod tests {
                     Some(_) => drop(house.in_flight.enter_again(&job, false).unwrap()),
                 }
                 let sending = house.batcher.send(job, resend).unwrap();
-                // What is being sent again is not given back to its node meanwhile.
+                // A job that is being resent is not returned to its node meanwhile.
                 if resend.is_some() {
                     assert_eq!(house.in_flight.give_back([id]), []);
                 }
-                assert_eq!(sending.await.unwrap(), told, "{resend:?}");
+                assert_eq!(sending.await.unwrap(), expected, "{resend:?}");
                 house.leaves.clear().await;
                 assert_eq!(house.in_flight.is_unconfirmed(id), Some(is_unconfirmed), "{resend:?}");
                 drop(house);
@@ -757,9 +769,10 @@ mod tests {
         }
     }
 
-    /// Its deadline says nothing of the queue: nobody may be told that the queue has it.
+    /// The deadline of a job says nothing about the queue, so no caller may be told that the queue has the
+    /// job.
     #[tokio::test(start_paused = true)]
-    async fn a_job_that_is_lost_while_it_is_sent_is_not_sent() {
+    async fn a_job_that_is_lost_during_its_send_has_an_unknown_result() {
         let failed = Err(SendError::NotSent("throttled".into()));
         for lost_after_ms in [4, 12] {
             let (house, run) =
@@ -778,9 +791,9 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_job_that_ended_is_neither_sent_again_nor_kept_in_the_journal() {
+    async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
         let late = Err(SendError::Unknown("no answer in time".into()));
-        // The row may be written before the retry, or while the late answer is awaited.
+        // The row may be written before the retry, or while the late answer is in flight.
         for ends_after_ms in [4, 12] {
             let (house, run) =
                 house(ScriptedQueue::new(false, &[late.clone(), late.clone()]), SetJournal::default());
@@ -790,7 +803,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
                 house.in_flight.remove(id);
                 house.leaves.leave(&[id]);
-                house.leaves.clear().await; // as its end would
+                house.leaves.clear().await; // as at the end of a job
                 assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
                 house.leaves.clear().await;
                 assert!(!house.journal.contains(id).await.unwrap());
@@ -802,7 +815,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nothing_is_sent_that_is_not_in_the_journal() {
+    async fn a_job_that_cannot_enter_the_journal_is_not_sent() {
         let journal = SetJournal { broken: true, ..Default::default() };
         let (house, run) = house(ScriptedQueue::new(false, &[]), journal);
         let work = async {
@@ -827,7 +840,7 @@ mod tests {
             for function in ["a", "b", "c"] {
                 let mut sent: Vec<u64> =
                     batches.iter().flatten().filter(|j| j.0 == function).map(|j| j.1).collect();
-                sent.dedup(); // a batch that failed as a whole came twice
+                sent.dedup(); // a batch that failed as a whole is sent twice
                 let mut once = sent.clone();
                 once.sort_unstable();
                 once.dedup();
@@ -841,7 +854,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_full_queue_answers_at_once() {
+    async fn a_full_queue_rejects_jobs_immediately() {
         let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
         for n in 0..100 {
             drop(house.send(n, "f", 1));
@@ -857,6 +870,6 @@ mod tests {
         let sent = Arc::clone(&house.queue);
         drop(house);
         run.await;
-        assert_eq!(sent.sizes().iter().sum::<usize>(), 100, "what was taken is sent though nobody waits");
+        assert_eq!(sent.sizes().iter().sum::<usize>(), 100, "queued jobs are sent although no caller waits");
     }
 }

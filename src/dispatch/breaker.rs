@@ -1,6 +1,6 @@
-//! A circuit breaker before the queue: when nothing could be sent for a while, new jobs are refused at once and not
-//! only after their send deadline. A job now and then is let through to see whether the queue is back, and those that
-//! wait go on trying.
+//! A circuit breaker in front of the queue. When no send has succeeded for a while, new jobs are rejected
+//! immediately instead of after their send deadline. Probe jobs are admitted at intervals, and waiting jobs
+//! are still retried.
 
 use crate::metrics::Metrics;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,16 +8,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// It opens when sends have failed for so long without one that succeeded.
+/// The breaker opens when sends have failed for this long without a success.
 const OPENS_AFTER: Duration = Duration::from_secs(2);
-/// While it is open one job in so long is let through.
+/// While it is open, one probe job per interval is admitted.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
-/// It closes when nothing was tried for so long: nothing is known of the queue then. Whoever balances load by
-/// `/health` sends no jobs while that says that the queue is away, and then nobody would ever try.
+/// The breaker closes when no send was attempted for this long, because the state of the queue is unknown
+/// then. A load balancer that checks `/health` sends no jobs while the queue counts as unavailable, so
+/// without this rule no probe would ever be made.
 pub const FORGETS_AFTER: Duration = Duration::from_secs(10);
 
 pub struct Breaker {
-    /// Beside the state, so that the usual case takes no lock.
+    /// Beside the state, so that the common case takes no lock.
     is_open: AtomicBool,
     is_failing: AtomicBool,
     state: Mutex<State>,
@@ -37,7 +38,7 @@ impl Breaker {
         Self { is_open, is_failing, state: Mutex::default(), metrics }
     }
 
-    /// Whether a new job may wait to be sent.
+    /// Whether a new job may be queued for sending.
     pub fn admits(&self) -> bool {
         if !self.is_open.load(Ordering::Relaxed) {
             return true;
@@ -51,7 +52,7 @@ impl Breaker {
         true
     }
 
-    /// A send took a job to the queue.
+    /// A send put a job on the queue, or the queue rejected a job as invalid.
     pub fn succeeded(&self) {
         if !self.is_failing.load(Ordering::Relaxed) {
             return;
@@ -61,11 +62,11 @@ impl Breaker {
         self.is_failing.store(false, Ordering::Relaxed);
         if self.is_open.swap(false, Ordering::Relaxed) {
             self.metrics.queue_refuses.set(0);
-            tracing::info!("Queue Is Back");
+            tracing::info!("The queue accepts jobs again");
         }
     }
 
-    /// A send took no job to the queue, and the jobs were not to blame.
+    /// A send put no job on the queue, and its jobs were not the cause.
     pub fn failed(&self) {
         let now = Instant::now();
         let mut state = self.state();
@@ -75,16 +76,19 @@ impl Breaker {
         if now - since >= OPENS_AFTER && !self.is_open.swap(true, Ordering::Relaxed) {
             state.next_probe = Some(now + PROBE_EVERY);
             self.metrics.queue_refuses.set(1);
-            tracing::error!("Queue Away, Jobs Are Refused");
+            tracing::error!(
+                "The queue accepts no jobs; new jobs are rejected, except four probes per second. Check the \
+                 queue and the network"
+            );
         }
     }
 
-    /// Whether it has something to forget.
+    /// Whether the breaker is open, so that [`Self::forget`] may have something to do.
     pub fn is_open(&self) -> bool {
         self.is_open.load(Ordering::Relaxed)
     }
 
-    /// Closes it if nothing was tried for a while.
+    /// Closes the breaker if no send was attempted for [`FORGETS_AFTER`].
     pub fn forget(&self) {
         let mut state = self.state();
         if self.is_open() && state.failed_last.is_none_or(|at| at.elapsed() >= FORGETS_AFTER) {
@@ -92,7 +96,7 @@ impl Breaker {
             self.is_failing.store(false, Ordering::Relaxed);
             self.is_open.store(false, Ordering::Relaxed);
             self.metrics.queue_refuses.set(0);
-            tracing::info!("Queue Not Tried For A While, Jobs Are Let Through Again");
+            tracing::info!("No send to the queue was attempted for 10 s; new jobs are admitted again");
         }
     }
 
@@ -111,7 +115,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn it_opens_when_nothing_has_succeeded_for_a_while() {
+    async fn it_opens_after_a_time_without_success() {
         let breaker = breaker();
         breaker.failed();
         advance(OPENS_AFTER / 2).await;
@@ -119,7 +123,7 @@ mod tests {
         breaker.failed();
         advance(OPENS_AFTER / 2).await;
         breaker.failed();
-        assert!(breaker.admits(), "not long enough without a success");
+        assert!(breaker.admits(), "the time without success is too short");
         advance(OPENS_AFTER / 2).await;
         breaker.failed();
         assert!(!breaker.admits());
@@ -127,7 +131,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn while_open_a_job_now_and_then_is_let_through_until_one_succeeds() {
+    async fn while_open_probes_are_admitted_until_one_succeeds() {
         let breaker = breaker();
         breaker.failed();
         advance(OPENS_AFTER).await;
@@ -144,7 +148,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_nobody_has_tried_for_a_while_is_forgotten() {
+    async fn it_closes_after_a_time_without_attempts() {
         let breaker = breaker();
         breaker.failed();
         advance(OPENS_AFTER).await;
@@ -155,12 +159,12 @@ mod tests {
         breaker.failed();
         advance(FORGETS_AFTER / 2).await;
         breaker.forget();
-        assert!(breaker.is_open(), "it was tried");
+        assert!(breaker.is_open(), "there was an attempt");
         advance(FORGETS_AFTER / 2).await;
         breaker.forget();
         assert!(!breaker.is_open() && breaker.admits() && breaker.admits());
         assert_eq!(breaker.metrics.queue_refuses.get(), 0);
         breaker.failed();
-        assert!(!breaker.is_open(), "it opens as it did first");
+        assert!(!breaker.is_open(), "the time until it opens starts again");
     }
 }

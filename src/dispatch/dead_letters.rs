@@ -1,9 +1,10 @@
-//! Jobs that the queue has given up, since they came to workers too often and none finished them.
+//! Ends jobs whose messages are in the dead-letter queue, because workers received them too often without
+//! finishing them.
 //!
-//! Such a job gets a result that says so, as a worker would have given it: stored, unless there is one, and then
-//! published. So it takes the one way back that all results take, to whichever node looks after the job, and what a
-//! worker has said is never overruled. The messages stay where they are, for a redrive, unless the operator wants them
-//! consumed.
+//! Such a job gets a FAILED result in the way workers deliver theirs: stored, unless a result exists, and
+//! then published. So it reaches the node that tracks the job like any other result, and never replaces a
+//! worker's result. The messages stay in the queue for a redrive, unless the operator configures that they
+//! are consumed.
 
 use crate::backend::{BackendError, DeadLetter, DeadLetters};
 use crate::config::DeadLetterConf;
@@ -15,12 +16,14 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Calls of one round. What is left is found by a later one: a queue gives its messages in no order.
+/// Maximum number of reads per round. Later rounds find the rest, because a queue returns its messages in no
+/// order.
 const READS_MAX: usize = 20;
-/// Jobs remembered as told. When more come the oldest are told again, which changes nothing.
+/// Maximum number of answered jobs that are remembered. Beyond that the oldest may be answered again, which
+/// has no effect.
 const TOLD_MAX: usize = 16_384;
 
-/// Reads the dead-letter queue from time to time.
+/// Reads the dead-letter queue at intervals.
 pub struct Undertaker {
     queue: Option<Arc<dyn DeadLetters>>,
     metrics: Arc<Metrics>,
@@ -54,16 +57,19 @@ impl Undertaker {
         Self { queue, metrics, every, consume: conf.consume, told: Told::default() }
     }
 
-    /// Never ends.
+    /// Runs forever.
     pub async fn run(mut self) {
         let Some(queue) = self.queue.clone() else { return std::future::pending().await };
         let mut was_well = true;
         loop {
-            // Not all nodes of a fleet at the same time.
+            // Jitter, so that the nodes of a fleet do not read at the same time.
             tokio::time::sleep(self.every.mul_f64(rand::random_range(0.75..1.25))).await;
             let done = self.round(queue.as_ref()).await;
             if let (Err(e), true) = (&done, was_well) {
-                tracing::warn!(error = %e, "Dead Letters Not Read");
+                tracing::warn!(
+                    error = %e,
+                    "Dead letters not processed; retrying. Check the dead-letter queue and Redis"
+                );
             }
             was_well = done.is_ok();
         }
@@ -78,7 +84,7 @@ impl Undertaker {
             for (id, function) in letters.iter().filter_map(|letter| letter.job.as_ref()) {
                 self.tell(queue, *id, function).await?;
             }
-            // What is no job of this kind is not ours to throw away.
+            // Messages that are not jobs are not ours to delete.
             let read: Vec<DeadLetter> = letters.into_iter().filter(|letter| letter.job.is_some()).collect();
             if self.consume && !read.is_empty() {
                 queue.delete(&read).await?;
@@ -97,7 +103,11 @@ impl Undertaker {
             return Ok(());
         }
         if queue.answer(id, given_up(id, function)).await? {
-            tracing::warn!(requestId = %id, functionId = %function, "Job Given Up By The Queue");
+            tracing::warn!(
+                requestId = %id,
+                functionId = %function,
+                "Job failed: its message is in the dead-letter queue"
+            );
             self.metrics.jobs.dead_letters.inc();
         }
         self.told.insert(id);
@@ -105,9 +115,10 @@ impl Undertaker {
     }
 }
 
-/// The result of a job that no worker finished.
+/// The result of a job that no worker has finished.
 fn given_up(id: JobId, function: &FunctionId) -> Bytes {
-    let reason = "no worker finished the job, however often it was delivered: it is in the dead-letter queue";
+    let reason = "no worker finished the job in the allowed number of deliveries; \
+                  its message is in the dead-letter queue";
     let result = json!({
         "requestId": id.to_string(), "functionId": function.as_str(), "status": Status::FAILED, "exitCode": 1,
         "stdout": "", "stderr": reason, "durationMs": 0,

@@ -1,8 +1,9 @@
-//! The node's journal, and the jobs that are to leave it because they were never sent. Those that have run leave it by
-//! the audit's ledger.
+//! The journal of this node, and the jobs that leave it because they were never sent. Jobs that have run are
+//! removed by the ledger of the audit.
 //!
-//! Entering is part of a send and waited for. Leaving is not: ids are collected and leave together, ten times a
-//! second, so that no client waits for it, and what the backend does not take is tried again.
+//! A send waits until its jobs have entered. It does not wait for jobs to leave: their ids are collected and
+//! removed together ten times per second, so that no client waits. Ids that the backend does not accept are
+//! retried.
 
 use super::lease::Lease;
 use crate::backend::{BackendError, Journal, JournalEntry, Standing};
@@ -10,13 +11,13 @@ use crate::model::{FunctionId, Job, JobId, NodeId};
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Most jobs that leave in one call.
+/// Maximum number of jobs removed in one call.
 const LEAVES_MAX: usize = 1024;
 
 pub struct NodeJournal {
     store: Arc<dyn Journal>,
     lease: Arc<Lease>,
-    /// At most as many as are in flight: a job leaves once.
+    /// Bounded by the number of jobs in flight, because a job leaves once.
     leaving: Mutex<Vec<JobId>>,
 }
 
@@ -25,7 +26,7 @@ impl NodeJournal {
         Self { store, lease, leaving: Mutex::default() }
     }
 
-    /// Enters jobs, unless the lease of this node has lapsed: then nobody might look for them.
+    /// Enters jobs. Fails if the lease of this node has lapsed, because then no node might track them.
     pub async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
         if !self.lease.holds() {
             return Err(BackendError::Unavailable("the lease of this node has lapsed".into()));
@@ -33,18 +34,18 @@ impl NodeJournal {
         self.store.enter(jobs).await
     }
 
-    /// The jobs leave with the next [`Self::clear`].
+    /// Removes the jobs with the next [`Self::clear`].
     pub fn leave(&self, ids: &[JobId]) {
         self.leaves().extend_from_slice(ids);
     }
 
-    /// Takes a job out at once.
+    /// Removes a job immediately.
     pub async fn leave_now(&self, id: JobId) -> Result<(), BackendError> {
         self.store.leave(&[id]).await
     }
 
-    /// Takes out what is to leave. What the backend does not take stays for the next time, and so does everything
-    /// where this is broken off. One caller at a time.
+    /// Removes the collected jobs. Jobs that the backend does not accept stay for the next call, also if the
+    /// future is dropped. One caller at a time.
     pub async fn clear(&self) {
         loop {
             let ids: Vec<JobId> = self.leaves().iter().take(LEAVES_MAX).copied().collect();
@@ -52,7 +53,7 @@ impl NodeJournal {
                 return;
             }
             if let Err(e) = self.store.leave(&ids).await {
-                tracing::debug!(jobs = ids.len(), error = %e, "Journal Not Cleared");
+                tracing::debug!(jobs = ids.len(), error = %e, "Unsent jobs stay in the journal; retrying");
                 return;
             }
             self.leaves().drain(..ids.len());
@@ -63,12 +64,12 @@ impl NodeJournal {
         self.store.standing(id).await
     }
 
-    /// Says that what the journal of `node` holds was left by an earlier process.
+    /// Records that an earlier process left what the journal of `node` holds now.
     pub async fn started(&self, node: NodeId) -> Result<(), BackendError> {
         self.store.started(node).await
     }
 
-    /// The jobs that are to leave with the next [`Self::clear`].
+    /// The jobs that the next [`Self::clear`] removes.
     pub fn leaving(&self) -> HashSet<JobId> {
         self.leaves().iter().copied().collect()
     }

@@ -1,24 +1,25 @@
-//! How long this node may admit jobs: while its lease holds, and a moment less.
+//! The period in which this node may admit jobs: slightly shorter than its lease.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A node ends its lease early, by its own clock: clocks differ.
+/// The share of the lease that a node uses, in percent. It ends the lease early by its own clock, because
+/// clocks drift.
 const TRUSTED_PERCENT: u32 = 99;
 
-/// Until when this node may admit jobs.
+/// The time until which this node may admit jobs.
 pub struct Lease {
     epoch: Instant,
-    /// In milliseconds from the epoch.
+    /// In milliseconds since `epoch`.
     until: AtomicU64,
-    /// Nodes that live, this one included, as was heard last.
+    /// The number of live nodes, this one included, at the last renewal.
     nodes: AtomicUsize,
     is_lost: AtomicBool,
 }
 
 impl Lease {
-    /// One that never lapses: there are no other nodes.
+    /// A lease that never lapses, for a node without others.
     pub fn endless() -> Self {
         Self::until(u64::MAX)
     }
@@ -32,7 +33,7 @@ impl Lease {
         Self { epoch: Instant::now(), until, nodes, is_lost: AtomicBool::new(false) }
     }
 
-    /// At least 1.
+    /// The number of live nodes; at least 1.
     pub fn nodes(&self) -> usize {
         self.nodes.load(Ordering::Relaxed).max(1)
     }
@@ -41,18 +42,18 @@ impl Lease {
         u128::from(self.until.load(Ordering::Relaxed)) > self.epoch.elapsed().as_millis()
     }
 
-    /// Another process holds it: nothing is admitted until it is renewed again.
+    /// Another process holds the lease. No jobs are admitted until it is renewed.
     pub fn lost(&self) {
         self.until.store(0, Ordering::Relaxed);
         self.is_lost.store(true, Ordering::Relaxed);
     }
 
-    /// Whether another process holds it, as was heard last.
+    /// Whether another process held the lease at the last attempt to renew it.
     pub fn is_lost(&self) -> bool {
         self.is_lost.load(Ordering::Relaxed)
     }
 
-    /// It was renewed by a call that began at `asked`; then so many nodes lived.
+    /// The lease was renewed by a call that began at `asked`, when `nodes` nodes were alive.
     pub fn renewed(&self, asked: Instant, lease: Duration, nodes: usize) {
         self.nodes.store(nodes, Ordering::Relaxed);
         self.is_lost.store(false, Ordering::Relaxed);
@@ -66,7 +67,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_lease_ends_a_moment_before_others_may_think_so() {
+    async fn a_lease_ends_slightly_before_others_see_it_lapse() {
         let lease = Lease::lapsed();
         assert!(!lease.holds() && Lease::endless().holds());
         let asked = Instant::now();
@@ -79,7 +80,7 @@ mod tests {
         }
         lease.renewed(Instant::now(), Duration::from_secs(10), 3);
         lease.lost();
-        assert!(lease.is_lost() && !lease.holds(), "at once");
+        assert!(lease.is_lost() && !lease.holds(), "immediately");
         lease.renewed(Instant::now(), Duration::from_secs(10), 3);
         assert!(!lease.is_lost() && lease.holds());
     }

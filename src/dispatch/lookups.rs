@@ -1,9 +1,10 @@
-//! When stored results are looked up.
+//! Schedules the look-ups of stored results.
 //!
-//! Publish–subscribe is only a wake-up: a publication can be lost. So each job in flight is looked up as well,
-//! each second while somebody waits for it, else at 1, 2, 4 … 60 s of age, and all jobs after a (re)subscribe.
+//! Publish–subscribe serves only as a wake-up, because a publication can be lost. So each job in flight is
+//! also looked up: every second while a request waits for it, otherwise at an age of 1, 2, 4 … 60 s, and
+//! after each (re)subscribe.
 //!
-//! A heap was rejected: all jobs of one stage wait equally long, so one queue a stage is in order by itself, and
+//! A heap was rejected. All jobs of a stage wait equally long, so one queue per stage is always sorted, and
 //! entering a job costs one push.
 
 use crate::model::JobId;
@@ -12,35 +13,35 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// The pauses between the look-ups of a job, in seconds; the last repeats.
+/// The pauses between the look-ups of a job, in seconds; after them [`LAST_PAUSE_S`] repeats.
 const PAUSES_S: [u64; 7] = [1, 1, 2, 4, 8, 16, 28];
 const LAST_PAUSE_S: u64 = 60;
 
-/// Look-ups taken from a queue under one lock.
+/// Maximum number of look-ups taken from a queue under one lock.
 const TAKEN_MAX: usize = 256;
 
-/// The stage of a job that was just entered, or that somebody waits for.
+/// The stage of a job that has just entered, or that a request waits for.
 pub const FIRST: usize = 0;
-/// The stage of a job that was given up.
+/// The stage of a job that ended as LOST.
 pub const LAST: usize = PAUSES_S.len();
 
-/// What is to be looked up, and when.
+/// The planned look-ups, by stage.
 #[derive(Default)]
 pub struct Schedule {
     stages: [Mutex<VecDeque<Due>>; PAUSES_S.len() + 1],
 }
 
-/// One look-up that is due.
+/// A planned look-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Due {
     at: Instant,
     pub id: JobId,
-    /// The stage the job came from.
+    /// The stage that the job was in.
     pub stage: usize,
 }
 
 impl Schedule {
-    /// Plans the next look-up of a job, after the pause of `stage`.
+    /// Plans the next look-up of a job after the pause of `stage`.
     pub fn plan(&self, id: JobId, stage: usize) {
         let stage = stage.min(PAUSES_S.len());
         let pause = PAUSES_S.get(stage).copied().unwrap_or(LAST_PAUSE_S);
@@ -48,8 +49,8 @@ impl Schedule {
         self.queue(stage).push_back(due);
     }
 
-    /// Takes at most `max` look-ups that are due and still wanted. Those that are not wanted do not count: nearly every
-    /// job has ended by its first look-up, and they must not pile up behind a `max`.
+    /// Takes at most `max` look-ups that are due and wanted. Unwanted ones do not count: nearly every job has
+    /// ended before its first look-up, and those must not accumulate behind `max`.
     pub fn take_due(&self, max: usize, is_wanted: impl Fn(JobId) -> bool) -> Vec<Due> {
         let now = Instant::now();
         let mut wanted = Vec::new();
@@ -65,7 +66,7 @@ impl Schedule {
         wanted
     }
 
-    /// A few at a time: requests that plan their own look-up wait for the queue.
+    /// Takes a few at a time, because requests that plan a look-up wait for the lock.
     fn take_some(&self, stage: usize, now: Instant, max: usize) -> Vec<Due> {
         let mut queue = self.queue(stage);
         let due = queue.iter().take(max.min(TAKEN_MAX)).take_while(|due| due.at <= now).count();
@@ -83,7 +84,7 @@ mod tests {
     use crate::model::NodeId;
 
     #[tokio::test(start_paused = true)]
-    async fn look_ups_come_at_1_2_4_to_60_seconds_of_age() {
+    async fn look_ups_are_due_at_an_age_of_1_2_4_to_60_seconds() {
         let schedule = Schedule::default();
         schedule.plan(JobId::new(NodeId(1), 0, 1), FIRST);
         let started = Instant::now();
@@ -99,7 +100,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn no_more_than_asked_for() {
+    async fn at_most_max_look_ups_are_taken() {
         let schedule = Schedule::default();
         for n in 0..10 {
             schedule.plan(JobId::new(NodeId(1), 0, n), FIRST);
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn jobs_that_have_ended_do_not_count() {
+    async fn unwanted_look_ups_do_not_count() {
         let schedule = Schedule::default();
         let id = |n| JobId::new(NodeId(1), 0, n);
         for n in 0..10 * TAKEN_MAX as u64 {

@@ -1,9 +1,9 @@
-//! Refusing a part of the jobs while the queue confirms them too slowly.
+//! Sheds load while the queue confirms jobs too slowly.
 //!
-//! A queue that has become slow makes everybody wait until nobody is served in time. So when even the quickest confirmation of a while
-//! takes longer than the target, a growing part of the jobs is refused at once, and a shrinking one when it does not: the
-//! standing delay is the sign, as in CoDel (RFC 8289), for a burst makes only some wait; and the steps are additive up and
-//! multiplicative down, so that many nodes find a common part.
+//! A slow queue makes all clients wait until none is served in time. So when even the fastest confirmation in
+//! a window exceeds the target, a growing share of the jobs is rejected immediately; otherwise the share
+//! shrinks. The signal is a standing delay, as in CoDel (RFC 8289), because a burst delays only some jobs.
+//! The share grows additively and shrinks multiplicatively, so that many nodes converge to a common share.
 
 use crate::config::{Live, OverloadConf};
 use crate::metrics::Metrics;
@@ -13,19 +13,19 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// A while.
+/// The window over which the fastest confirmation is taken.
 const WINDOW: Duration = Duration::from_millis(100);
-/// After that nothing is known of the queue any more.
+/// After this time without a confirmation the state of the queue counts as unknown.
 const FORGET_AFTER: Duration = Duration::from_secs(2);
-/// Parts of a thousand: what is refused more after a bad while; what is left of it after a good one; and at most. The rest goes
-/// through and shows how the queue does.
+/// In thousandths: the increase of the share after a slow window; the factor applied after a fast one; and
+/// the maximum share. The remaining jobs show how the queue performs.
 const STEP: u32 = 50;
 const LEFT: u32 = 700;
 const MOST: u32 = 950;
 
 pub struct Shedder {
     conf: Live<OverloadConf>,
-    /// Parts of a thousand that are refused; beside the lock, as every job asks.
+    /// The share of rejected jobs, in thousandths. Beside the lock, because every job reads it.
     part: AtomicU32,
     window: Mutex<Window>,
     metrics: Arc<Metrics>,
@@ -33,9 +33,9 @@ pub struct Shedder {
 
 struct Window {
     began: Instant,
-    /// The quickest confirmation.
+    /// The fastest confirmation in this window.
     least: Option<Duration>,
-    /// That of the window before.
+    /// The fastest confirmation in the window before.
     last: Duration,
 }
 
@@ -45,10 +45,10 @@ impl Shedder {
         Self { conf, part: AtomicU32::new(0), window, metrics }
     }
 
-    /// Whether a job may go on.
+    /// Decides whether a job may proceed.
     ///
     /// # Errors
-    /// How long the queue takes now.
+    /// The current confirmation latency, if the job should be shed.
     pub fn admit(&self) -> Result<(), Duration> {
         self.admit_if(|| rand::random_range(0..1000))
     }
@@ -62,19 +62,19 @@ impl Shedder {
         if self.is_shedding() { Err(self.window.lock().last) } else { Ok(()) }
     }
 
-    /// Whether it has something to forget.
+    /// Whether jobs are being rejected, so that [`Self::forget`] may have something to do.
     pub fn is_shedding(&self) -> bool {
         self.part.load(Ordering::Relaxed) > 0
     }
 
-    /// Refuses nothing any more if nothing was confirmed for a while.
+    /// Stops shedding if nothing was confirmed for `FORGET_AFTER`, or if shedding is switched off.
     pub fn forget(&self) {
         if self.window.lock().began.elapsed() >= FORGET_AFTER || self.target().is_zero() {
             self.set(0);
         }
     }
 
-    /// Jobs were confirmed; the youngest of them after so long.
+    /// Records that jobs were confirmed; `after` is the latency of the youngest of them.
     pub fn confirmed(&self, after: Duration) {
         let mut window = self.window.lock();
         window.least = Some(window.least.map_or(after, |least| least.min(after)));
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_standing_delay_is_shed_and_a_burst_is_not() {
+    async fn a_standing_delay_causes_shedding_and_a_burst_does_not() {
         let shedder = shedder(100);
         confirm(&shedder, 5, &[90]).await;
         assert_eq!(admitted(&shedder), 1000);
@@ -132,12 +132,12 @@ mod tests {
         assert_eq!(admitted(&shedder), 800);
         assert_eq!(shedder.admit_if(|| 0), Err(Duration::from_millis(150)));
         confirm(&shedder, 100, &[500]).await;
-        assert_eq!(admitted(&shedder), 50, "some go through always");
+        assert_eq!(admitted(&shedder), 50, "some jobs are always admitted");
         confirm(&shedder, 1, &[100]).await;
         assert_eq!(admitted(&shedder), 1000 - 665);
         confirm(&shedder, 20, &[10]).await;
         assert_eq!(admitted(&shedder), 1000);
-        // One quick answer in a while shows that the delay does not stand.
+        // One fast confirmation per window shows that the delay is not standing.
         for _ in 0..20 {
             shedder.confirmed(Duration::from_millis(10));
             advance(WINDOW).await;
@@ -147,13 +147,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_was_long_ago_is_forgotten_and_0_turns_it_off() {
+    async fn an_old_state_expires_and_target_0_disables_shedding() {
         let slow = shedder(100);
         confirm(&slow, 10, &[500]).await;
         assert_eq!(admitted(&slow), 500);
         assert!(slow.is_shedding());
         advance(FORGET_AFTER).await;
-        // Also where nobody comes any more.
+        // Even if no more jobs arrive.
         slow.forget();
         assert_eq!((slow.is_shedding(), slow.metrics.queue_shed_permille.get()), (false, 0));
         confirm(&slow, 10, &[500]).await;

@@ -1,33 +1,34 @@
-//! Caps on jobs in flight, by function and by key.
+//! Caps the jobs in flight per function and per API key.
 //!
-//! Only what has a cap is counted, so the rest costs nothing. A slot is held from admission until a result is taken or the job is
-//! given up. Jobs that a restart or an adoption brings along hold none: they were admitted before.
+//! Only holders with a cap are counted, so all others cost nothing. A slot is held from admission until a
+//! result is taken or the job is abandoned. Jobs taken over by a restart or an adoption hold no slot, because
+//! they were admitted before.
 
 use crate::model::FunctionId;
 use ahash::RandomState;
 use dashmap::DashMap;
 use std::sync::Arc;
 
-/// Whose jobs are counted together.
+/// The function or key whose jobs are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Holder {
     Function(FunctionId),
-    /// The name of a key.
+    /// The name of an API key.
     Key(Arc<str>),
 }
 
-/// Those who hold slots, and how many: as many entries as there are holders with a job in flight.
+/// The number of slots per holder. Has one entry per holder with a job in flight.
 #[derive(Clone, Default)]
 pub struct Slots(Arc<DashMap<Holder, usize, RandomState>>);
 
-/// A place among the jobs of its holder; free again when dropped.
+/// One job of a holder; Drop returns the slot.
 pub struct Slot {
     of: Slots,
     holder: Holder,
 }
 
 impl Slots {
-    /// `None`: the holder has `max` already.
+    /// Returns `None` if the holder has `max` slots already.
     pub fn take(&self, holder: Holder, max: usize) -> Option<Slot> {
         let mut count = self.0.entry(holder.clone()).or_default();
         if *count >= max {
@@ -53,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn slots_are_counted_by_holder_and_given_back() {
+    fn slots_are_counted_by_holder_and_returned() {
         let slots = Slots::default();
         let function = || Holder::Function(FunctionId::parse("a").unwrap());
         let key = || Holder::Key("a".into());
@@ -62,7 +63,7 @@ mod tests {
         let other = slots.take(key(), 1).unwrap();
         drop(one);
         let three = slots.take(function(), 2).unwrap();
-        assert!(slots.take(function(), 1).is_none(), "a cap that was lowered counts at once");
+        assert!(slots.take(function(), 1).is_none(), "a lowered cap applies immediately");
         drop((two, three, other));
         assert!(slots.0.is_empty());
     }

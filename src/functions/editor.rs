@@ -1,12 +1,13 @@
-//! Changes to functions.
+//! Creates, changes and deletes functions.
 //!
-//! Every change is one conditional write of the backend, together with its record and with what it means for the
-//! code, so no failure at any step leaves one without the others. Around it stands what a table cannot hold:
+//! Every change is one conditional write of the backend, together with its change record and its effect on
+//! the code list. So a failure at any step never leaves one without the others. The code itself cannot be
+//! part of that write:
 //!
-//! * New code is on the code list before it is stored, and leaves it with the write that points to it. If that write
-//!   never comes, the sweep deletes it.
-//! * Old code goes on the list with the write that no longer points to it, and is deleted when the queue has
-//!   forgotten every job that names it.
+//! * New code is added to the code list before it is stored, and removed from it by the write that points to
+//!   it. If that write never happens, the sweep deletes the code.
+//! * Old code is added to the list by the write that no longer points to it. It is deleted when the queue has
+//!   expired every job that names it.
 
 use super::Functions;
 use crate::backend::{Backend, BackendError, CodeList, CodeStore, FunctionStore, FunctionWrite, Written};
@@ -23,15 +24,16 @@ use uuid::Uuid;
 
 /// How long new code may wait for the write that points to it.
 const ADOPTION_MAX: Duration = Duration::from_secs(3600);
-/// How long code outlives the retention of the last job that names it: jobs that a worker took at the last moment,
-/// caches of other nodes, clocks that differ.
+/// How long code is kept beyond the retention of the last job that names it: for jobs received at the last
+/// moment, caches of other nodes, and clock differences.
 const RETIREMENT_SLACK: Duration = Duration::from_secs(3600);
-/// Tries of a change that other nodes keep getting ahead of, and the pause before the second; it grows with each.
+/// Maximum number of attempts of a change that conflicts with other nodes, and the pause before the second
+/// one. The pause grows with each attempt.
 const TRIES_MAX: u32 = 8;
 const PAUSE: Duration = Duration::from_millis(20);
-/// Places for changes that take turns.
+/// Number of locks that serialize changes on this node.
 const TURNS: usize = 64;
-/// Tries of a write that is not answered; writing it again changes nothing more.
+/// Maximum number of attempts of a write without an answer. The write is idempotent.
 const WRITE_TRIES_MAX: usize = 3;
 
 /// Creates, changes and deletes functions. Cheap to clone.
@@ -41,19 +43,19 @@ pub struct Editor {
     code: Arc<dyn CodeStore>,
     list: Arc<dyn CodeList>,
     cache: Functions,
-    /// How long the queue keeps a job.
+    /// The retention of the queue.
     retention: Duration,
     turns: Arc<Turns>,
 }
 
-/// Code that was uploaded and checked.
+/// Code that was uploaded and validated.
 pub struct NewCode<'a> {
     pub file: &'a Path,
-    /// What its user called it.
+    /// The file name given by the user.
     pub original_name: String,
 }
 
-/// A function to be.
+/// The properties of a new function.
 pub struct NewFunction<'a> {
     pub name: String,
     pub description: String,
@@ -64,23 +66,23 @@ pub struct NewFunction<'a> {
     pub code: NewCode<'a>,
 }
 
-/// What to change; `None` stays as it is.
+/// The changes to a function; `None` leaves a property unchanged.
 #[derive(Default)]
 pub struct Change {
     pub description: Option<String>,
     pub memory_mb: Option<u64>,
-    /// 0 lifts the cap.
+    /// 0 removes the cap.
     pub max_concurrency: Option<u64>,
 }
 
-/// Why a function was not changed; `E` is what the caller's own check says.
+/// Why a function was not changed. `E` is the error of the caller's own check.
 #[derive(Debug)]
 pub enum EditError<E> {
     NoSuchFunction,
     Refused(E),
-    /// Others changed it again and again meanwhile.
+    /// Other writers changed it too often meanwhile.
     Contended,
-    /// The part that failed, and how.
+    /// The part that failed, and its error.
     Backend(&'static str, BackendError),
 }
 
@@ -121,7 +123,8 @@ impl Editor {
         (write == Written::Done).then_some(function).ok_or(EditError::Contended)
     }
 
-    /// Changes a function as `decide` says, which sees it as it is and may refuse; with `code` it gets that as well.
+    /// Changes a function according to `decide`, which sees its current state and may reject the change.
+    /// `code` replaces its code.
     pub async fn change<E>(
         &self,
         by: &str,
@@ -132,7 +135,7 @@ impl Editor {
     ) -> Result<Function, EditError<E>> {
         let stored = match &code {
             Some(code) => {
-                // Refused before anything is stored; and what takes long is done before the turn is taken.
+                // Checked before the code is stored. The slow upload is done before the lock is taken.
                 decide(&self.read(id).await?).map_err(EditError::Refused)?;
                 Some(self.store_code(id, code).await?)
             }
@@ -154,7 +157,7 @@ impl Editor {
         Err(EditError::Contended)
     }
 
-    /// Deletes a function unless `check` refuses. Jobs that are queued already still run.
+    /// Deletes a function unless `check` rejects it. Jobs that are already queued still run.
     pub async fn delete<E>(
         &self,
         by: &str,
@@ -175,17 +178,17 @@ impl Editor {
         Err(EditError::Contended)
     }
 
-    /// As the table has it now: a change must not begin from what the cache still believes.
+    /// Reads the table and not the cache, which may be stale.
     async fn read<E>(&self, id: &FunctionId) -> Result<Function, EditError<E>> {
         let found = self.store.get(id).await.map_err(|e| EditError::Backend("the function table", e))?;
         found.ok_or(EditError::NoSuchFunction)
     }
 
     async fn store_code<E>(&self, id: &FunctionId, code: &NewCode<'_>) -> Result<RetiredCode, EditError<E>> {
-        // A key of its own for each upload: queued jobs name the one they were queued with.
+        // Each upload gets its own key, because queued jobs name the code they were queued with.
         let s3_key = format!("functions/{id}/{}.zip", Uuid::new_v4());
         let entry = RetiredCode { s3_key, function: id.clone(), due: later(now_ms(), ADOPTION_MAX) };
-        // On the list first: whatever happens from here on, the code is swept away or pointed to.
+        // On the list first: after any failure from here on, the code is swept or pointed to.
         self.list.add(&entry).await.map_err(|e| EditError::Backend("the code list", e))?;
         self.code.put(&entry.s3_key, code.file).await.map_err(|e| EditError::Backend("the code store", e))?;
         Ok(entry)
@@ -203,7 +206,7 @@ impl Editor {
         let Some(record) = ConfigRecord::new(action, by, now, before, after) else {
             return Ok(Written::Conflict); // neither before nor after: nothing to write
         };
-        // Too late: the sweep may be about to delete the code.
+        // Too late: the sweep may delete the code at any moment.
         if adopt.as_ref().is_some_and(|code| code.due < later(now, ADOPTION_MAX / 2)) {
             return Err(EditError::Contended);
         }
@@ -217,7 +220,7 @@ impl Editor {
         });
         let write = FunctionWrite { before: before.cloned(), after: after.cloned(), record, retire, adopt };
         let written = self.write_for_sure(&write).await;
-        // Also after a failure: it may have been written all the same, or may yet be.
+        // After a failure too: the write may have taken effect, or may still do so.
         match &written {
             Err(error) if error.is_transient() => self.cache.may_change(&id).await,
             _ => self.cache.changed(&id).await,
@@ -225,7 +228,7 @@ impl Editor {
         written.map_err(|e| EditError::Backend("the function table", e))
     }
 
-    /// An answer that does not come says nothing, so the write is sent again; it takes effect only once.
+    /// A missing answer says nothing about the write, so it is sent again. It takes effect only once.
     async fn write_for_sure(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
         let mut tried = 1;
         loop {
@@ -237,7 +240,7 @@ impl Editor {
     }
 }
 
-/// The function with a change in it.
+/// Returns the function with the change applied.
 fn changed(
     before: &Function,
     change: Change,
@@ -261,20 +264,21 @@ fn changed(
     after
 }
 
-/// Changes of one function on this node take turns, so that they do not get ahead of each other again and again.
-/// Functions share the places; a turn is short.
+/// Serializes changes of one function on this node, so that they do not conflict repeatedly. Functions share
+/// the locks; each is held briefly.
 struct Turns([Mutex<()>; TURNS]);
 
 impl Turns {
     fn of(&self, id: &FunctionId) -> &Mutex<()> {
         let mut hasher = DefaultHasher::new();
         id.hash(&mut hasher);
-        // The remainder fits any integer.
+        // The remainder fits in any integer type.
         &self.0[(hasher.finish() % TURNS as u64) as usize]
     }
 }
 
-/// Another node got ahead: longer with each try, and half of it random, so that nodes do not meet again.
+/// Backoff after a conflict with another node. It grows with each attempt, with ±50 % jitter to avoid
+/// repeated conflicts.
 async fn pause_before(tried: u32) {
     if tried > 0 {
         tokio::time::sleep((PAUSE * tried).mul_f64(rand::random_range(0.5..1.5))).await;

@@ -1,7 +1,7 @@
-//! Deletes code that nothing points to any more, when it is due.
+//! Deletes code that is due and that no function points to.
 //!
-//! Every node sweeps; they need not agree, as each step may be taken twice. An entry leaves the list after its code
-//! is gone, so a sweep that breaks off is taken up by the next.
+//! Every node sweeps without coordination, because each step is idempotent. An entry leaves the list after
+//! its code is deleted, so the next sweep continues an interrupted one.
 
 use crate::backend::{Backend, BackendError, CodeList, CodeStore, FunctionStore};
 use crate::metrics::Metrics;
@@ -9,9 +9,9 @@ use crate::model::{RetiredCode, UnixMs, now_ms};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Between two sweeps, give or take a half: nodes that start together must not sweep together.
+/// Time between two sweeps, with ±50 % jitter: nodes that start together should not sweep together.
 const PERIOD: Duration = Duration::from_secs(600);
-/// Entries of one sweep; the rest comes with the next.
+/// Maximum number of entries per sweep. The next sweep handles the rest.
 const ENTRIES_MAX: usize = 1000;
 
 /// The loop that sweeps.
@@ -32,11 +32,11 @@ impl Sweeper {
         }
     }
 
-    /// Never ends.
+    /// Runs forever.
     pub async fn run(self) {
         loop {
             if let Err(e) = self.sweep(now_ms()).await {
-                tracing::warn!(error = %e, "Code Sweep Failed");
+                tracing::warn!(error = %e, "The list of old code cannot be read; retrying at the next sweep");
             }
             tokio::time::sleep(PERIOD.mul_f64(rand::random_range(0.5..1.5))).await;
         }
@@ -44,9 +44,14 @@ impl Sweeper {
 
     async fn sweep(&self, now: UnixMs) -> Result<(), BackendError> {
         for entry in self.list.due(now, ENTRIES_MAX).await? {
-            // What cannot be deleted must not keep the rest.
+            // An entry that fails must not block the others.
             if let Err(e) = self.sweep_one(&entry).await {
-                tracing::warn!(functionId = %entry.function, s3Key = entry.s3_key, error = %e, "Old Code Not Deleted");
+                tracing::warn!(
+                    functionId = %entry.function,
+                    s3Key = entry.s3_key,
+                    error = %e,
+                    "Old code not deleted; retrying at the next sweep"
+                );
             }
         }
         Ok(())
@@ -54,12 +59,13 @@ impl Sweeper {
 
     async fn sweep_one(&self, entry: &RetiredCode) -> Result<(), BackendError> {
         let function = self.store.get(&entry.function).await?;
-        // The write that retired it may not have happened, or the one that adopted it may have left the entry.
+        // The write that retired the code may not have happened, or the one that adopted it may have left the
+        // entry.
         let is_current = function.is_some_and(|f| f.s3_key == entry.s3_key);
         if !is_current {
             self.code.delete(&entry.s3_key).await?;
             self.metrics.code_deleted.inc();
-            tracing::info!(functionId = %entry.function, s3Key = entry.s3_key, "Old Code Deleted");
+            tracing::info!(functionId = %entry.function, s3Key = entry.s3_key, "Old code deleted");
         }
         self.list.remove(entry).await
     }
@@ -76,7 +82,7 @@ mod tests {
     use std::path::{Path, PathBuf};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// A backend whose nth step fails: before it is done, or after it, as if its answer were lost.
+    /// A backend whose nth step fails: before it is done, or afterwards, as if its answer were lost.
     struct Faulty {
         backend: Backend,
         steps: AtomicUsize,
@@ -151,7 +157,7 @@ mod tests {
     struct Scene {
         dir: tempfile::TempDir,
         backend: Backend,
-        /// The queue keeps jobs for so long, and some slack is added.
+        /// A time after the retention of the queue and the slack.
         past_all: UnixMs,
     }
 
@@ -162,7 +168,7 @@ mod tests {
             Self { dir, backend, past_all: now_ms() + 400 * 24 * 3600 * 1000 }
         }
 
-        /// The backend with a fault at the given step.
+        /// The backend with a fault at step `fails`.
         fn faulty(&self, fails: usize, is_done: bool) -> Backend {
             let faulty = Arc::new(Faulty {
                 backend: self.backend.clone(),
@@ -218,7 +224,7 @@ mod tests {
             Sweeper::new(backend, Arc::new(Metrics::new(1).unwrap())).sweep(now).await
         }
 
-        /// Keys of all code that is stored.
+        /// The keys of all stored code.
         fn stored(&self) -> BTreeSet<String> {
             let root = self.dir.path().join("code");
             let mut keys = BTreeSet::new();
@@ -232,17 +238,18 @@ mod tests {
             keys
         }
 
-        /// Keys that functions point to.
+        /// The keys that functions point to.
         async fn pointed_to(&self) -> BTreeSet<String> {
             let all = self.backend.functions.list(1000, None).await.unwrap().functions;
             all.into_iter().map(|f| f.s3_key).collect()
         }
 
-        /// No function without code; and after all sweeps no code without function, and nothing on the list.
+        /// Asserts that every function has code and, after a sweep, that no other code is stored and the list
+        /// is empty.
         async fn check(&self, when: &str) {
             assert!(self.pointed_to().await.is_subset(&self.stored()), "{when}: lost code");
             self.sweep(&self.backend, self.past_all).await.unwrap();
-            assert_eq!(self.pointed_to().await, self.stored(), "{when}: code left behind, or lost");
+            assert_eq!(self.pointed_to().await, self.stored(), "{when}: orphaned or lost code");
             assert_eq!(self.backend.code_list.due(u64::MAX, 10).await, Ok(vec![]), "{when}");
         }
     }
@@ -269,10 +276,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_cannot_be_deleted_keeps_nothing_else() {
+    async fn an_entry_that_cannot_be_deleted_does_not_block_others() {
         let scene = Scene::new();
         let function = scene.create(&scene.backend).await.unwrap();
-        // A key that leads out of the store is refused by it.
+        // A key that leads out of the store is rejected.
         let bad = RetiredCode { s3_key: "../evil".into(), function: function.id.clone(), due: 0 };
         scene.backend.code_list.add(&bad).await.unwrap();
         scene.delete(&scene.backend, &function.id).await.unwrap();

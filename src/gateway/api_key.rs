@@ -1,8 +1,9 @@
-//! The API key: checked before any body is read.
+//! Authentication by API key, before any body is read.
 //!
-//! Keys are known by their SHA-256 alone. A key is looked up by its hash: how long that takes says nothing of the key, as nobody
-//! can choose a hash. Whoever shows none or a wrong one is counted by address; who shows a right one is let in, whatever others
-//! did behind the same address.
+//! Only the SHA-256 of a key is known. A key is looked up by its hash, so the time of the look-up reveals
+//! nothing about a key: clients cannot choose the hash. Requests with a missing or wrong key are counted by
+//! client address and limited. A valid key is always accepted, also from an address over that limit, since
+//! clients may share an address.
 
 use crate::api::ApiError;
 use crate::config::{API_KEY_BYTES_MAX, AuthConf, KeyConf, Live, Secret};
@@ -17,10 +18,10 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq;
 
 pub const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
-/// The name the master key counts under. Names stand for keys wherever something is stored or shown.
+/// The name of the master key. Stored data, metrics and logs identify keys by name, never by the key itself.
 const MASTER: &str = "master";
 
-/// The keys that are let in.
+/// The accepted keys, and the failures by address.
 pub struct ApiKeys {
     master: Option<Hash>,
     keys: Live<Keys>,
@@ -30,7 +31,7 @@ pub struct ApiKeys {
 type Hash = [u8; 32];
 type Keys = AHashMap<Hash, Key>;
 
-/// Of a key that has opened something once: enough to see later whether it still does.
+/// A key and the scope it was accepted for, to check later whether both are still valid.
 #[derive(Clone, Debug)]
 pub struct Pass {
     hash: Hash,
@@ -45,7 +46,7 @@ struct Key {
 
 impl ApiKeys {
     pub fn new(master: &Secret, keys: &[KeyConf], auth: &AuthConf) -> Self {
-        // Without a master key nobody has it: the empty one opens nothing.
+        // An empty master key means that there is none. It must not accept an empty key.
         let master = (!master.reveal().is_empty()).then(|| Sha256::digest(master.reveal()).into());
         Self { master, keys: Live::new(made(master, keys)), failures: Failures::new(auth) }
     }
@@ -55,7 +56,12 @@ impl ApiKeys {
         self.failures.set_conf(auth);
     }
 
-    /// Who shows this key, if it is one and may do what the route asks for. `client` is asked only if it is not.
+    /// The caller that the key identifies. `client` is called only if the key is missing, unknown or not
+    /// valid now.
+    ///
+    /// # Errors
+    /// `Unauthorized`, `KeyNotValidNow` or, if the scope is missing, `Forbidden`. Once the address has failed
+    /// too often, `TooManyFailures` replaces the first two.
     pub fn check(
         &self,
         presented: Option<&HeaderValue>,
@@ -75,12 +81,12 @@ impl ApiKeys {
         }
     }
 
-    /// To ask later whether the key that was presented still opens what it has opened.
+    /// Remembers an accepted key for `still_opens`.
     pub fn pass(&self, presented: &HeaderValue, scope: Scope) -> Pass {
         Pass { hash: Sha256::digest(presented.as_bytes()).into(), scope }
     }
 
-    /// Whether the key is still there and valid, and may do what it has done.
+    /// Whether the key is still configured and valid, and still has the scope.
     pub fn still_opens(&self, pass: &Pass) -> bool {
         self.find_hash(&pass.hash, now_ms).is_ok_and(|caller| caller.may(pass.scope))
     }
@@ -90,7 +96,7 @@ impl ApiKeys {
         presented: Option<&HeaderValue>,
         now: impl FnOnce() -> UnixMs,
     ) -> Result<Arc<Caller>, ApiError> {
-        // Nothing longer is hashed.
+        // The length is checked first: hashing must cost a bounded time.
         let presented =
             presented.filter(|key| key.len() <= API_KEY_BYTES_MAX).ok_or(ApiError::Unauthorized)?;
         self.find_hash(&Sha256::digest(presented.as_bytes()).into(), now)
@@ -156,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_key_opens() {
+    fn only_the_exact_master_key_is_accepted() {
         let keys = ApiKeys::new(&Secret::new("k-123".into()), &[], &AUTH);
         assert_eq!(show(&keys, "k-123", Scope::Write), Ok("master".into()));
         for wrong in ["", "k-12", "k-1234", "K-123", " k-123", &"k".repeat(5000)] {
@@ -164,11 +170,11 @@ mod tests {
         }
         assert!(keys.check(None, Scope::Run, || None).is_err());
         let none = ApiKeys::new(&Secret::new(String::new()), &[], &AUTH);
-        assert_eq!(show(&none, "", Scope::Run), Err("unauthorized"), "an empty key opens nothing");
+        assert_eq!(show(&none, "", Scope::Run), Err("unauthorized"), "an empty key is rejected");
     }
 
     #[test]
-    fn keys_have_scopes_and_times() {
+    fn scopes_validity_and_removal_are_enforced() {
         let mut late = key("late", "l", &[Scope::Run]);
         late.not_before = Some(now_ms() + 60_000);
         let mut old = key("old", "o", &[Scope::Run]);
@@ -193,12 +199,12 @@ mod tests {
             assert_eq!(show(&keys, shown, scope), expected.map(str::to_owned), "{shown}");
         }
         keys.set_conf(&two[1..], &AUTH);
-        assert_eq!(show(&keys, "a", Scope::Run), Err("unauthorized"), "it was removed");
+        assert_eq!(show(&keys, "a", Scope::Run), Err("unauthorized"), "the key was removed");
         assert_eq!(show(&keys, "m", Scope::Run), Ok("master".into()));
     }
 
     #[test]
-    fn a_pass_ends_with_its_key() {
+    fn a_pass_is_valid_as_long_as_its_key() {
         let mut short = key("short", "s", &[Scope::Read]);
         short.expires = Some(now_ms() + 60_000);
         let keys = ApiKeys::new(&Secret::new("m".into()), &[short.clone()], &AUTH);
@@ -219,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn guessing_is_counted_by_address_and_never_the_right_key() {
+    fn only_failures_count_against_an_address() {
         let keys = ApiKeys::new(&Secret::new("m".into()), &[key("a", "a", &[Scope::Run])], &AUTH);
         let show = |key: &'static str, scope| {
             let client = || Some("10.0.0.1".parse().unwrap());
@@ -229,6 +235,6 @@ mod tests {
             assert_eq!(show("x", Scope::Run), Err(expected));
         }
         assert_eq!(show("a", Scope::Run), Ok(()));
-        assert_eq!(show("a", Scope::Write), Err("forbidden"), "it is known, so it is no guess");
+        assert_eq!(show("a", Scope::Write), Err("forbidden"), "a known key is not a failure");
     }
 }

@@ -1,4 +1,6 @@
-//! The request body: capped, and within one deadline.
+//! Reads request bodies within a size limit and a total deadline.
+//!
+//! Pingora has neither: its timeout is for one read, and a body that is sent byte by byte never exceeds it.
 
 use super::inflate::Inflating;
 use crate::api::{ApiError, BodyStream, whole};
@@ -8,22 +10,22 @@ use pingora::prelude::Session;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Reads the whole body.
+/// Reads the whole body, decompressed, of at most `bytes_max` bytes.
 pub async fn read(session: &mut Session, bytes_max: usize, timeout: Duration) -> Result<Bytes, ApiError> {
     whole(&mut Streamed::wanted(session, bytes_max, timeout)?, bytes_max).await
 }
 
-/// Longest body that is read past, in bytes, on routes that take none.
+/// The longest body that is read and discarded to keep the connection usable, in bytes.
 const UNWANTED_BYTES_MAX: usize = 64 << 10;
 
-/// Reads past a body that nobody wants. `false`: it is still on its way, so the connection cannot be used again, and
-/// must not be listened to: Pingora would take the next bytes of the body for those of a request.
+/// Reads and discards a body that is not needed. `false`: the body is incomplete, so the connection cannot be
+/// reused. It must not be read either: Pingora would take the next bytes of the body for a request.
 pub async fn discard(session: &mut Session, timeout: Duration) -> bool {
     if session.is_body_empty() {
         return true;
     }
     match Streamed::open(session, UNWANTED_BYTES_MAX, timeout) {
-        // A client that waits to be told to send it is not told.
+        // The client waits for a `100 Continue` before it sends the body, and gets none.
         Ok(body) if body.is_awaited => false,
         Ok(mut body) => loop {
             match body.next().await {
@@ -36,8 +38,8 @@ pub async fn discard(session: &mut Session, timeout: Duration) -> bool {
     }
 }
 
-/// Whether nobody waits for what is still to come of the body: it is long, or its client waits to be told to send it, and
-/// need not send it after another answer.
+/// Whether the rest of the body is left unread instead of discarded: it is long, or its client waits for a
+/// `100 Continue` and need not send the body after a final response.
 pub fn is_left_unread(session: &mut Session) -> bool {
     let is_long = |session: &Session| declared(session).is_some_and(|len| len > UNWANTED_BYTES_MAX as u64);
     !session.is_body_done() && (expects(session) || is_long(session))
@@ -52,20 +54,23 @@ fn declared(session: &Session) -> Option<u64> {
     session.req_header().headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
-/// The body as it comes.
+/// The body as a stream of pieces, in the order of arrival.
 pub struct Streamed<'a> {
     session: &'a mut Session,
     bytes_max: usize,
     bytes: usize,
     deadline: Instant,
-    /// The client waits to be told that its body is wanted.
+    /// The client waits for a `100 Continue` before it sends the body.
     is_awaited: bool,
-    /// `None`: it is given on as it comes.
+    /// `None`: the body is not compressed.
     inflating: Option<Inflating>,
 }
 
 impl<'a> Streamed<'a> {
-    /// A declared length that is too large is refused before anything is read.
+    /// Starts the deadline; reads nothing yet.
+    ///
+    /// # Errors
+    /// The declared length exceeds `bytes_max`.
     pub fn open(session: &'a mut Session, bytes_max: usize, timeout: Duration) -> Result<Self, ApiError> {
         if declared(session).is_some_and(|length| length > bytes_max as u64) {
             return Err(ApiError::BodyTooLarge { bytes_max });
@@ -75,7 +80,10 @@ impl<'a> Streamed<'a> {
         Ok(Self { session, bytes_max, bytes: 0, deadline, is_awaited, inflating: None })
     }
 
-    /// As `open`, of a body that is read: what is compressed is inflated, and its length is that in the clear.
+    /// As `open`, but decompresses the body. `bytes_max` bounds both forms.
+    ///
+    /// # Errors
+    /// The declared length exceeds `bytes_max`, or the content coding is not supported.
     pub fn wanted(session: &'a mut Session, bytes_max: usize, timeout: Duration) -> Result<Self, ApiError> {
         let inflating = if session.is_body_empty() {
             None
@@ -87,7 +95,7 @@ impl<'a> Streamed<'a> {
 
     async fn read(&mut self) -> Result<Option<Bytes>, ApiError> {
         if std::mem::take(&mut self.is_awaited) {
-            // Only now, after every filter has let the request through, is the body asked for.
+            // Sent only now: every filter has accepted the request.
             self.session.write_continue_response().await.map_err(|_| ApiError::BodyBroken)?;
         }
         let read = self.session.downstream_session.read_request_body().await;
@@ -99,12 +107,11 @@ impl<'a> Streamed<'a> {
 }
 
 impl Streamed<'_> {
-    /// The next piece, as it was sent.
+    /// The next piece, not decompressed.
     async fn piece(&mut self) -> Result<Option<Bytes>, ApiError> {
         if self.bytes > 0 && self.session.is_body_done() {
-            return Ok(None); // without setting a timer
+            return Ok(None); // saves a timer
         }
-        // Pingora's own timeout is per read; a body sent byte by byte would never meet it.
         tokio::time::timeout_at(self.deadline, self.read()).await.unwrap_or(Err(ApiError::BodyTimeout))
     }
 }

@@ -1,7 +1,8 @@
-//! Who is calling: the address of a client, seen through the proxies that are trusted.
+//! The address of the client, behind trusted proxies.
 //!
-//! Anybody can write `X-Forwarded-For`. It is believed only from a trusted proxy, and then from the right: each proxy adds
-//! the address it was called from, so the right-most one that is no trusted proxy is the last that somebody trusted has seen.
+//! Any client can send `X-Forwarded-For`, so it is used only if the peer is a trusted proxy. Each proxy
+//! appends the address of its own peer. So the list is read from the right, and the first address that is not
+//! a trusted proxy is the client: a trusted proxy saw it.
 
 use http::HeaderMap;
 use http::header::{FORWARDED, HeaderName};
@@ -14,7 +15,9 @@ pub fn is_trusted(address: IpAddr, proxies: &[IpNet]) -> bool {
     proxies.iter().any(|net| net.contains(&address))
 }
 
-/// The client of a request that came from `peer`.
+/// The client of a request that came from `peer`. Reads `X-Forwarded-For` or, without it, `Forwarded`.
+///
+/// An address that cannot be parsed ends the list: the last good one is the client.
 pub fn client_of(peer: IpAddr, headers: &HeaderMap, proxies: &[IpNet]) -> IpAddr {
     let peer = peer.to_canonical();
     if proxies.is_empty() || !is_trusted(peer, proxies) {
@@ -26,7 +29,7 @@ pub fn client_of(peer: IpAddr, headers: &HeaderMap, proxies: &[IpNet]) -> IpAddr
         headers.get_all(&name).iter().map(|value| value.to_str().unwrap_or("?")).collect();
     for hop in values.iter().rev().flat_map(|value| value.rsplit(',')) {
         let hop = if name == FORWARDED { forwarded_for(hop) } else { Some(hop.trim()) };
-        // What cannot be read ends the chain: nobody trusted vouches for what stands left of it.
+        // No trusted proxy vouches for the entries to the left of a malformed one.
         let Some(address) = hop.and_then(address_in) else { break };
         client = address;
         if !is_trusted(client, proxies) {
@@ -43,7 +46,7 @@ fn forwarded_for(element: &str) -> Option<&str> {
     Some(value.trim().trim_matches('"'))
 }
 
-/// An address as proxies write them: with or without a port, of IPv6 with or without brackets.
+/// Parses an address as proxies write it: with or without a port, IPv6 with or without brackets.
 fn address_in(text: &str) -> Option<IpAddr> {
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     let address = bare.parse().ok().or_else(|| text.parse::<SocketAddr>().ok().map(|at| at.ip()))?;
@@ -65,13 +68,13 @@ mod tests {
     }
 
     #[test]
-    fn strangers_are_not_believed() {
+    fn fields_of_untrusted_peers_are_ignored() {
         assert_eq!(client("1.2.3.4", &[("x-forwarded-for", "9.9.9.9")]), "1.2.3.4");
         assert_eq!(client("::ffff:1.2.3.4", &[("forwarded", "for=9.9.9.9")]), "1.2.3.4");
     }
 
     #[test]
-    fn the_right_most_untrusted_address_counts() {
+    fn the_rightmost_untrusted_address_is_the_client() {
         let xff = |value| client("10.0.0.1", &[("x-forwarded-for", value)]);
         for (value, expected) in [
             ("9.9.9.9", "9.9.9.9"),
@@ -96,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn forwarded_is_read_too() {
+    fn forwarded_is_read_without_x_forwarded_for() {
         for (value, expected) in [
             ("for=9.9.9.9", "9.9.9.9"),
             ("for=6.6.6.6, For=\"9.9.9.9:80\";proto=https;by=10.0.0.1", "9.9.9.9"),

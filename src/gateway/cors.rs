@@ -1,4 +1,6 @@
-//! Scripts of other origins (CORS): let in only if the configuration names their origin, or any.
+//! CORS: lets browsers allow scripts of other origins, if the configuration names their origin or `*`.
+//!
+//! Off by default: without configured origins no response has a CORS field.
 
 use crate::config::{ANY_ORIGIN, HttpConf, UpstreamConf};
 use http::header::{
@@ -10,21 +12,24 @@ use http::{HeaderMap, Method};
 
 type Fields = Vec<(HeaderName, HeaderValue)>;
 
-/// What a script may send, and read.
+/// Methods and header fields that a script may send, and fields that it may read.
 const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
-const SENT: &str = "content-type, x-api-key, x-async, prefer, idempotency-key, if-match, if-none-match, x-request-id, traceparent, tracestate, x-runtime, x-memory-mb, x-function-name";
-const READ: &str = "x-request-id, location, retry-after, etag, link, x-ratelimit-limit, x-ratelimit-remaining, ratelimit, ratelimit-policy";
-/// How long a browser may remember the answer, in seconds.
+const SENT: &str = "content-type, x-api-key, x-async, prefer, idempotency-key, if-match, if-none-match, \
+    x-request-id, traceparent, tracestate, x-runtime, x-memory-mb, x-function-name";
+const READ: &str = "x-request-id, location, retry-after, etag, link, x-ratelimit-limit, \
+    x-ratelimit-remaining, ratelimit, ratelimit-policy";
+/// How long a browser may cache the response to a preflight request, in seconds.
 const REMEMBERED_S: u64 = 600;
 
-/// What every answer to a script of a known origin says. Empty: no such request.
+/// The CORS fields of every response. Empty if CORS is off. Only `Vary` if the request has no `Origin`, or
+/// one that is not configured.
 pub fn fields(conf: &HttpConf, headers: &HeaderMap) -> Fields {
     if conf.cors_origins.is_empty() {
         return Fields::new();
     }
     let expose = (ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(READ));
     if conf.cors_origins.iter().any(|origin| origin == ANY_ORIGIN) {
-        // The same for all, with an Origin and without: so caches may give it to anybody.
+        // The same with and without `Origin`, so caches may reuse the response and no `Vary` is needed.
         return vec![(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static(ANY_ORIGIN)), expose];
     }
     let vary = (VARY, HeaderValue::from_static("origin"));
@@ -33,19 +38,20 @@ pub fn fields(conf: &HttpConf, headers: &HeaderMap) -> Fields {
         .filter(|origin| conf.cors_origins.iter().any(|known| known.as_bytes() == origin.as_bytes()))
     {
         Some(origin) => vec![(ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone()), expose, vary],
-        // Caches must not give others what is for some.
+        // Caches must not reuse this response for a configured origin.
         None => vec![vary],
     }
 }
 
-/// Whether a browser asks beforehand what it may send.
+/// Whether the request is a CORS preflight.
 pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
     *method == Method::OPTIONS
         && headers.contains_key(ORIGIN)
         && headers.contains_key(ACCESS_CONTROL_REQUEST_METHOD)
 }
 
-/// What it is told, if its origin is known. `upstream`: whom the request would be passed on to.
+/// Further fields of the response to a preflight request of a known origin. `upstream`: the one that the path
+/// belongs to, whose methods and fields may be configured.
 pub fn preflight_fields(upstream: Option<&UpstreamConf>) -> Fields {
     let list = |set: Option<&Vec<String>>, otherwise: &'static str| {
         let set = set.and_then(|list| HeaderValue::from_str(&list.join(", ")).ok());

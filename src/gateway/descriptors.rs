@@ -1,50 +1,50 @@
-//! How many connections the limit of open files (RLIMIT_NOFILE) has room for.
+//! Fits the connection limits to the limit of open files (RLIMIT_NOFILE).
 //!
-//! Without a descriptor no connection can be accepted, not even one that asks `/livez`, and no backend be
-//! called. So the caps on connections are fitted to the limit, at start and with each change of the settings.
+//! Without a free descriptor the process can neither accept a connection, not even one for `/livez`, nor call
+//! a backend. So the connection limits are reduced to what the process can open, at start and at each reload.
 
 use crate::config::{Conf, HttpConf};
 use nix::sys::resource::{Resource, getrlimit};
 
-/// Kept for what opens later and is no connection of a client: connections to backends (each send and each
-/// write of rows has one), uploads, the spill, files of `conf/`.
+/// The most descriptors reserved for everything but client connections: connections to backends (one for each
+/// send and each write of rows), uploads, the spill, files of `conf/`.
 const OTHERS_MAX: usize = 160;
-/// Connections beyond the cap that are let in all the same, to be answered: health and metrics as always,
-/// others 503.
+/// The most connections accepted beyond the limit, to send a response: health checks and metrics are served,
+/// other requests get a 503.
 const RESERVE_MAX: usize = 128;
-/// The least of it, however low the limit is.
+/// The least size of that reserve, however low the limit of open files is.
 const RESERVE_MIN: usize = 2;
 
-/// What the process has of descriptors.
+/// The file descriptors of the process.
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptors {
     limit: usize,
-    /// When the settings were made for the first time: the backends are connected then, and nothing listens.
+    /// Open at start, when the backends are connected and nothing listens yet.
     open: usize,
 }
 
-/// The caps on connections that are in force.
+/// The connection limits in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
     pub connections_max: usize,
-    /// Beyond those.
+    /// Further connections that are accepted only to be answered.
     pub reserve: usize,
 }
 
 impl Descriptors {
     pub fn of_process() -> Self {
-        // The directory is one itself.
+        // Minus the descriptor of the directory itself.
         let open = std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count().saturating_sub(1));
         Self { limit: limit(), open }
     }
 
-    /// The caps for these settings.
+    /// The limits for these settings and the current limit of open files.
     pub fn fit(self, conf: &Conf) -> Room {
         let now = Self { limit: limit(), ..self };
         now.room(&conf.http, descriptors_of_one(conf))
     }
 
-    /// Says so where the settings ask for more than there is, and what to do.
+    /// Warns if the settings allow more connections than the process can open.
     pub fn report(self, conf: &Conf, room: Room) {
         let configured = conf.http.connections_max;
         if room.connections_max >= configured {
@@ -57,16 +57,16 @@ impl Descriptors {
             reserve = room.reserve,
             open_files_max = limit(),
             open_files_needed = needed.saturating_add(self.open + OTHERS_MAX + RESERVE_MAX),
-            "Fewer Connections Than http.connections_max: The Limit Of Open Files Is Too Low. Raise Its Hard Limit \
-             (ulimit -Hn, LimitNOFILE= Of systemd, --ulimit nofile= Of A Container), Or Lower http.connections_max"
+            "The limit of open files allows fewer connections than http.connections_max. Raise the hard \
+             limit (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of a container) or lower \
+             http.connections_max"
         );
     }
 
-    /// `each`: descriptors of one connection.
+    /// The limits. `each`: descriptors that one connection needs.
     fn room(self, http: &HttpConf, each: usize) -> Room {
         let left = self.limit.saturating_sub(self.open);
-        // They go first where there is little: a connection that is accepted and cannot be served helps
-        // nobody.
+        // Reserved before connections: one that is accepted but cannot be served is of no use.
         let others = OTHERS_MAX.min(left / 2);
         let reserve = RESERVE_MAX.min(left / 4).max(RESERVE_MIN);
         let fit = (left.saturating_sub(others + reserve) / each).max(1);
@@ -74,12 +74,12 @@ impl Descriptors {
     }
 }
 
-/// A request that is passed on has a connection to its upstream, too.
+/// Descriptors that one connection needs: a forwarded request also has a connection to its upstream.
 fn descriptors_of_one(conf: &Conf) -> usize {
     if conf.upstreams.is_empty() { 1 } else { 2 }
 }
 
-/// The soft limit, which was raised as far as it may be.
+/// The soft limit, which was raised to the hard limit at start.
 fn limit() -> usize {
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((u64::MAX, u64::MAX));
     usize::try_from(soft).unwrap_or(usize::MAX)
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_caps_fit_into_the_limit() {
+    fn connection_limits_fit_the_limit_of_open_files() {
         let mut http = Conf::shipped().unwrap().http;
         http.connections_max = 10_000;
         for (limit, open, each, expected) in [

@@ -1,4 +1,6 @@
-//! What of the edge changes while the process runs.
+//! The settings of the edge that may change while the process runs.
+//!
+//! Everything that reads such a setting holds a clone of [`Edge`], so a reload takes effect in one place.
 
 use super::api_key::ApiKeys;
 use super::descriptors::{Descriptors, Room};
@@ -10,21 +12,21 @@ use parking_lot::Mutex;
 use rustls::ServerConfig;
 use std::sync::Arc;
 
-/// The settings of the edge, shared by all who look at them.
+/// The settings in force. Clones share them.
 #[derive(Clone)]
 pub struct Edge {
     pub http: Live<HttpConf>,
-    /// What of `http.connections_max` there are file descriptors for.
+    /// The connection limits that `http.connections_max` and the file descriptors allow.
     pub room: Live<Room>,
     descriptors: Descriptors,
     pub auth: Live<AuthConf>,
     pub keys: Arc<ApiKeys>,
     pub upstreams: Upstreams,
-    /// `None`: there is no such listener.
+    /// `None`: there is no TLS listener.
     pub tls: Option<Tls>,
-    /// What `tls` was made of.
+    /// The configuration and files that `tls` was made from.
     tls_source: Arc<Mutex<Option<TlsSource>>>,
-    /// What this fleet calls itself to upstreams.
+    /// The name of this fleet in `Via`.
     pub pseudonym: Arc<Pseudonym>,
 }
 
@@ -57,11 +59,11 @@ impl Edge {
         })
     }
 
-    /// Puts other settings in force, which were checked.
+    /// Puts new settings in force. They must have passed validation.
     pub fn set_conf(&self, conf: &Conf) {
         let room = self.descriptors.fit(conf);
-        let was_asked = self.http.get().connections_max;
-        if (was_asked, **self.room.get()) != (conf.http.connections_max, room) {
+        let configured = self.http.get().connections_max;
+        if (configured, **self.room.get()) != (conf.http.connections_max, room) {
             self.descriptors.report(conf, room);
         }
         self.room.set(room);
@@ -71,7 +73,7 @@ impl Edge {
         self.upstreams.set_conf(&conf.upstreams);
         let source = tls_source(conf);
         let mut before = self.tls_source.lock();
-        // Sessions are kept with the settings, so clients resume theirs as long as these stay.
+        // Replaced only if changed: rustls keeps TLS sessions with the settings, and clients resume them.
         if *before != source
             && let (Some(tls), Ok(Some(config))) = (&self.tls, tls_of(conf))
         {
@@ -81,7 +83,10 @@ impl Edge {
     }
 }
 
-/// What the TLS listener is to show. Asked wherever settings are made, so that what cannot be used is refused.
+/// The settings of the TLS listener. `None`: `[tls]` is not configured.
+///
+/// # Errors
+/// The files cannot be used. Validation of the configuration calls this, so that it rejects such files.
 pub fn tls_of(conf: &Conf) -> Result<Option<Arc<ServerConfig>>, Problem> {
     let both = conf.tls.as_ref().zip(conf.tls_texts.as_ref());
     both.map(|(tls, texts)| server_config(tls, texts)).transpose()

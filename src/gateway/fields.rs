@@ -1,8 +1,11 @@
-//! Header fields that may stand once: which of two was meant, nobody can tell.
+//! Header fields that may occur only once.
+//!
+//! If such a field is repeated, the gateway and a service behind it might use different values. So the
+//! request is rejected.
 
 use http::HeaderMap;
 
-/// Those that this gateway reads, and that services behind it are likely to.
+/// Single-valued fields that this gateway reads, or that services behind it are likely to read.
 const ONCE: [&str; 8] = [
     "x-api-key",
     "authorization",
@@ -14,10 +17,10 @@ const ONCE: [&str; 8] = [
     "x-runtime",
 ];
 
-/// One of them that stands more than once.
+/// The first of these fields that is repeated.
 pub fn repeated(fields: &HeaderMap) -> Option<&'static str> {
     if fields.keys_len() == fields.len() {
-        return None; // none does, as of nearly all requests
+        return None; // no field at all is repeated, as in nearly all requests
     }
     ONCE.into_iter().find(|name| fields.get_all(*name).iter().nth(1).is_some())
 }
@@ -28,7 +31,7 @@ mod tests {
     use http::HeaderValue;
 
     #[test]
-    fn what_may_stand_once() {
+    fn repeated_single_valued_fields_are_found() {
         for (names, expected) in [
             (&["x-api-key", "content-type"][..], None),
             (&["prefer", "prefer", "x-api-key"], None),

@@ -1,11 +1,17 @@
-//! The connection guard: what stands between the network and the server.
+//! The connection guard, between the network and Pingora's server.
 //!
-//! Pingora reads a header and a body with a deadline for each read and none for the whole, has no cap on connections, and mends some
-//! requests that can be read in two ways. So each connection is counted here, shakes hands (TLS) within a deadline, and over
-//! HTTP/1.1 hands the server only well-formed messages that have arrived in time; HTTP/2 has bounds of its own.
+//! Pingora has a timeout for each read of a header or body but none for the whole. It has no limit on
+//! connections, and repairs some ambiguous requests instead of rejecting them. So each connection is counted
+//! here, and its TLS handshake has a deadline. Over HTTP/1.1 the server sees only well-formed messages whose
+//! heads arrived in time. HTTP/2 is checked frame by frame and has limits of its own.
 //!
-//! In reading order: [`census`] of connections; [`tls`]; [`stream`], with [`head`] and [`chunks`]: one message at a time; or
-//! [`http2`], with [`hpack`]: frame by frame. [`grammar`] is what both read requests by.
+//! In reading order:
+//!
+//! - [`census`]: the number of connections and their limits
+//! - [`tls`]: the settings of the TLS listener
+//! - [`stream`], with [`head`] and [`chunks`]: HTTP/1.1, one message at a time
+//! - [`http2`], with [`hpack`]: HTTP/2, frame by frame
+//! - [`grammar`]: the syntax that both versions share
 
 mod census;
 mod chunks;
@@ -49,28 +55,29 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// Streams that a client of HTTP/2 has opened and reset, and that the server has not come to yet; more end the connection.
+/// The most streams that an HTTP/2 client may open and reset before the server has accepted them. More end
+/// the connection.
 const HTTP2_RESETS_MAX: usize = 20;
 
-/// How much longer, at most, a list of header fields is once the guard has written it anew, in bytes.
+/// How much a header list may grow when the guard rewrites it, in bytes.
 const REWRITTEN_MORE_BYTES: u32 = 256;
 
-/// What all listeners share.
+/// The state that all listeners share.
 pub struct Guarded {
     proxy: Arc<HttpProxy<Gateway>>,
     census: Arc<Census>,
     edge: Edge,
-    /// Of a request over HTTP/2, as RFC 9113 counts it.
+    /// The limit for a request over HTTP/2, counted as in RFC 9113, section 6.5.2.
     header_list_bytes_max: usize,
     metrics: Arc<Metrics>,
-    /// Turns true when connections that wait for a request are to end.
+    /// Becomes true when idle connections must close.
     closing: watch::Sender<bool>,
 }
 
-/// The app of one listener.
+/// The Pingora application of one listener.
 pub struct Guard {
     shared: Arc<Guarded>,
-    /// `None`: it speaks no TLS.
+    /// `None`: a plain-text listener.
     tls: Option<Tls>,
 }
 
@@ -82,7 +89,8 @@ impl Guarded {
         let mut options = H2Options::default();
         options
             .max_concurrent_streams(http2.streams_max)
-            // The guard refuses what is larger, and says so; h2 would say nothing. What the guard writes may be longer.
+            // Above the guard's own limit: the guard rejects larger lists with a problem, h2 would send a
+            // bare 431.
             .max_header_list_size(http2.header_list_bytes_max.saturating_add(REWRITTEN_MORE_BYTES))
             .max_pending_accept_reset_streams(HTTP2_RESETS_MAX);
         proxy.h2_options = Some(options);
@@ -92,12 +100,12 @@ impl Guarded {
         Self { proxy: Arc::new(proxy), census, edge, header_list_bytes_max, metrics, closing }
     }
 
-    /// The app of the listener for everybody.
+    /// The application of the plain-text listener.
     pub fn plain(self: &Arc<Self>) -> Guard {
         Guard { shared: Arc::clone(self), tls: None }
     }
 
-    /// The app of the listener that speaks TLS, if there is one.
+    /// The application of the TLS listener, if one is configured.
     pub fn tls(self: &Arc<Self>) -> Option<Guard> {
         let tls = self.edge.tls.clone()?;
         Some(Guard { shared: Arc::clone(self), tls: Some(tls) })
@@ -110,8 +118,8 @@ impl Guarded {
 
     fn place(&self, client: IpAddr, accepted: Accepted) -> Option<Place> {
         let http = self.edge.http.get();
-        let stranger = (!is_trusted(client.to_canonical(), &http.trusted_proxies)).then_some(client);
-        let place = self.census.enter(stranger, self.caps(), accepted);
+        let untrusted = (!is_trusted(client.to_canonical(), &http.trusted_proxies)).then_some(client);
+        let place = self.census.enter(untrusted, self.caps(), accepted);
         if place.as_ref().is_none_or(|place| place.is_reserve) {
             self.metrics.edge.connections_refused.inc();
         }
@@ -138,8 +146,8 @@ impl Guarded {
                 }
             }
             let is_first = persistent.is_none();
-            let begun = || if is_first { opened } else { Instant::now() };
-            let deadline = || begun() + header_timeout;
+            let start = || if is_first { opened } else { Instant::now() };
+            let deadline = || start() + header_timeout;
             let (head, bytes) = match stream.next_message(limits, deadline).await {
                 Ok(message) => message,
                 Err(NoHead::Closed) => return,
@@ -160,7 +168,7 @@ impl Guarded {
             let Some(reused) = self.proxy.process_new_http(session, shutdown).await else { return };
             let (inner, settings) = reused.consume();
             let Ok(own) = inner.into_any().downcast::<GuardedStream>() else { return };
-            // What is left of a body must never be taken for a head.
+            // The rest of a body must never be parsed as the head of a request.
             if place.is_reserve || !own.is_between_messages() {
                 return own.close().await;
             }
@@ -169,7 +177,7 @@ impl Guarded {
         }
     }
 
-    /// Says why, and waits until the client has read it.
+    /// Sends the problem, and closes the connection so that the client can read it.
     async fn refuse(&self, mut stream: Box<GuardedStream>, error: ApiError) {
         self.metrics.refused.with_label_values(&[error.code()]).inc();
         let id = RequestId::ours();
@@ -183,7 +191,7 @@ impl Guarded {
 struct Timing {
     limits: HeadLimits,
     header_timeout: Duration,
-    /// How long the first byte may take.
+    /// How long the connection may be idle before the first byte of the request.
     idle: Duration,
 }
 
@@ -191,7 +199,7 @@ impl Timing {
     fn of(http: &Live<HttpConf>, is_kept: bool) -> Self {
         let http = http.get();
         let header_timeout = Duration::from_secs(http.header_timeout_s);
-        // 0 is no end, as Pingora has it.
+        // 0 means unlimited, as in Pingora.
         let keepalive = if http.keepalive_s == 0 { u64::from(u32::MAX) } else { http.keepalive_s };
         Self {
             limits: HeadLimits { bytes_max: http.header_bytes_max, fields_max: http.header_fields_max },
@@ -214,12 +222,12 @@ fn refusal(bad: BadHead) -> ApiError {
     }
 }
 
-/// Why a request is refused whose head the guard has read as one of HTTP/2.
+/// The reason why the guard rejected a request over HTTP/2, read from the marker field that it wrote.
 pub fn refused_over_http2(request: &RequestHeader) -> Option<ApiError> {
     http2::refusal_of(&request.headers).map(refusal)
 }
 
-/// An answer after which the connection ends.
+/// The bytes of a response after which the connection closes.
 fn last_answer(mut reply: Reply, id: RequestId) -> Vec<u8> {
     let mut head = format!("HTTP/1.1 {}\r\n", reply.status);
     for (name, value) in &head_of(&mut reply, id) {
@@ -232,7 +240,7 @@ fn last_answer(mut reply: Reply, id: RequestId) -> Vec<u8> {
 }
 
 impl Guard {
-    /// Shakes hands, if the listener speaks TLS.
+    /// Performs the TLS handshake on a TLS listener. `None`: the handshake failed.
     async fn open(&self, tcp: L4Stream) -> Option<Stream> {
         let Some(tls) = &self.tls else { return Some(Box::new(tcp)) };
         let within = Duration::from_secs(self.shared.edge.http.get().header_timeout_s);
@@ -245,17 +253,17 @@ impl Guard {
 }
 
 impl Guard {
-    /// Waits while there is no room for one more connection, be it to be told so.
+    /// Waits until there is room for one more connection, if only to reject it.
     pub async fn has_room(&self) {
         self.shared.census.has_room(self.shared.caps()).await;
     }
 
-    /// Ends the connection that may go first, so that its descriptor is free.
+    /// Closes the oldest idle connection of the reserve, to free its descriptor.
     pub fn evict(&self) {
         self.shared.census.evict();
     }
 
-    /// A place for a connection that was accepted. `None`: it is to be closed without a word.
+    /// Registers an accepted connection. `None`: it must be closed without a response.
     pub fn admit(&self, client: IpAddr, accepted: Accepted) -> Option<Place> {
         self.shared.place(client, accepted)
     }
@@ -290,17 +298,17 @@ impl Guard {
         }
     }
 
-    /// Ends connections that wait for a request; those with one end with its answer.
+    /// Closes idle connections. Connections with a request in flight close after its response.
     pub async fn close(&self) {
         self.shared.closing.send_replace(true);
         self.shared.proxy.cleanup().await;
     }
 }
 
-/// As Pingora makes it where it accepts itself, but without its buffers: [`GuardedStream`] has its own.
+/// A stream as Pingora's own listener makes it, but without its buffers: [`GuardedStream`] has its own.
 fn stream_of(tcp: TcpStream, client: SocketAddr) -> L4Stream {
     let mut stream = L4Stream::from(tcp);
-    // Where it fails the client has left.
+    // Fails only if the client has disconnected.
     let _ = stream.set_nodelay();
     let digest = SocketDigest::from_raw_fd(stream.as_raw_fd());
     let _ = digest.peer_addr.set(Some(client.into()));

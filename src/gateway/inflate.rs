@@ -1,5 +1,6 @@
-//! Bodies that come compressed (`Content-Encoding`, RFC 9110, section 8.4): what is read is bounded as it is inflated, so
-//! that a small body cannot become a large one.
+//! Decompresses request bodies (`Content-Encoding`, RFC 9110, section 8.4).
+//!
+//! The size of the output is bounded during decompression, so that a small body cannot fill the memory.
 
 use crate::api::ApiError;
 use bytes::{Buf, Bytes};
@@ -8,21 +9,21 @@ use http::HeaderMap;
 use http::header::CONTENT_ENCODING;
 use std::io::{self, Write};
 
-/// A body on its way from its coding into the clear.
+/// A body that is decompressed piece by piece.
 pub struct Inflating {
     decoder: Decoder,
     bytes_max: usize,
-    /// What has come and was not inflated yet.
+    /// Received bytes that are not decompressed yet.
     come: Bytes,
 }
 
 enum Decoder {
     Gzip(MultiGzDecoder<Room>),
-    /// What HTTP calls deflate: DEFLATE in the format of zlib (RFC 1950).
+    /// The coding `deflate` of HTTP: the zlib format (RFC 1950), not raw DEFLATE.
     Deflate(ZlibDecoder<Room>),
 }
 
-/// What was inflated, up to a bound.
+/// The output of a decoder: the bytes not taken yet, and how many more may follow.
 struct Room {
     bytes: Vec<u8>,
     left: usize,
@@ -46,10 +47,10 @@ impl Write for Room {
 }
 
 impl Inflating {
-    /// For a body of at most `bytes_max` bytes in the clear. `None`: it comes as it is.
+    /// For a body of at most `bytes_max` bytes once decompressed. `None`: the body is not compressed.
     ///
     /// # Errors
-    /// It comes in a coding that is not known here, or in several.
+    /// The coding is not supported, or there are several.
     pub fn of(fields: &HeaderMap, bytes_max: usize) -> Result<Option<Self>, ApiError> {
         let mut named = fields.get_all(CONTENT_ENCODING).iter();
         let Some(coding) = named.next() else { return Ok(None) };
@@ -70,24 +71,28 @@ impl Inflating {
         Ok(Some(Self { decoder, bytes_max, come: Bytes::new() }))
     }
 
-    /// Takes one more piece; the one before must be done with.
+    /// Adds the next received piece. `next` must have returned `None` for the one before.
     pub fn feed(&mut self, piece: Bytes) {
         self.come = piece;
     }
 
-    /// The next part of what has come, in the clear: some ten KiB at most, however small it was. `None`: more must come.
+    /// The next decompressed part of the received bytes, a few tens of KiB at most. `None`: more input is
+    /// needed.
+    ///
+    /// # Errors
+    /// The body is too large, or not valid in its coding.
     pub fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
         while !self.come.is_empty() {
             let written = match &mut self.decoder {
                 Decoder::Gzip(decoder) => decoder.write(&self.come),
                 Decoder::Deflate(decoder) => decoder.write(&self.come),
             };
-            // It takes nothing behind the end of the compressed data, and nothing may stand there.
+            // A decoder accepts no bytes after the end of the compressed data. Such bytes are an error.
             let written =
                 written.and_then(|n| if n > 0 { Ok(n) } else { Err(io::ErrorKind::InvalidData.into()) });
-            let taken = *written.as_ref().unwrap_or(&0);
+            let consumed = *written.as_ref().unwrap_or(&0);
             let clear = self.taken(written.map(|_| ()))?;
-            self.come.advance(taken);
+            self.come.advance(consumed);
             if !clear.is_empty() {
                 return Ok(Some(clear));
             }
@@ -99,7 +104,10 @@ impl Inflating {
         Ok(Some(self.taken(flushed)?).filter(|clear| !clear.is_empty()))
     }
 
-    /// The body has ended: what is left of it.
+    /// Ends the body, and returns its last decompressed part.
+    ///
+    /// # Errors
+    /// The body is too large, or its compressed data are incomplete.
     pub fn end(&mut self) -> Result<Bytes, ApiError> {
         let ended = match &mut self.decoder {
             Decoder::Gzip(decoder) => decoder.try_finish(),
@@ -141,7 +149,7 @@ mod tests {
         encoder.finish().unwrap()
     }
 
-    /// The body in the clear, or the code of the refusal; however it is cut.
+    /// The decompressed body, or the problem code. The same for each way to cut the body into pieces.
     fn inflate(
         codings: &[&'static str],
         body: &[u8],
@@ -190,34 +198,34 @@ mod tests {
     }
 
     #[test]
-    fn others_are_refused() {
+    fn unknown_codings_and_malformed_bodies_are_rejected() {
         for unknown in [&["br"][..], &["zstd"], &["gzip, gzip"], &["gzip", "identity"], &["compress"], &["*"]]
         {
             assert_eq!(inflate(unknown, b"{}", 9), Err("unsupported_content_coding"), "{unknown:?}");
         }
         let (gzipped, zlibbed) = (gzip(b"hello"), zlib(b"hello"));
-        let mut bent = gzipped.clone();
-        let checksum = bent.len() - 6;
-        bent[checksum] ^= 1;
+        let mut corrupt = gzipped.clone();
+        let checksum = corrupt.len() - 6;
+        corrupt[checksum] ^= 1;
         for (what, coding, body) in [
             ("plain text", "gzip", &b"{\"functionId\":\"hello\"}"[..]),
             ("plain text", "deflate", b"{\"functionId\":\"hello\"}"),
-            ("nothing", "gzip", b""),
-            ("nothing", "deflate", b""),
-            ("half of it", "gzip", &gzipped[..gzipped.len() / 2]),
-            ("all but the checksum", "gzip", &gzipped[..gzipped.len() - 4]),
-            ("half of it", "deflate", &zlibbed[..zlibbed.len() / 2]),
-            ("another checksum", "gzip", &bent),
+            ("an empty body", "gzip", b""),
+            ("an empty body", "deflate", b""),
+            ("a truncated body", "gzip", &gzipped[..gzipped.len() / 2]),
+            ("no checksum", "gzip", &gzipped[..gzipped.len() - 4]),
+            ("a truncated body", "deflate", &zlibbed[..zlibbed.len() / 2]),
+            ("a wrong checksum", "gzip", &corrupt),
             ("the other coding", "gzip", &zlibbed),
             ("the other coding", "deflate", &gzipped),
-            ("more behind it", "gzip", &[&gzipped[..], b"more"].concat()),
-            ("more behind it", "deflate", &[&zlibbed[..], b"more"].concat()),
+            ("trailing bytes", "gzip", &[&gzipped[..], b"more"].concat()),
+            ("trailing bytes", "deflate", &[&zlibbed[..], b"more"].concat()),
         ] {
             assert_eq!(inflate(&[coding], body, 1 << 20), Err("body_undecodable"), "{what} as {coding}");
         }
     }
 
-    /// A body that grows a thousandfold takes no more room than it may.
+    /// A decompression bomb: 64 MiB from less than 100 kB.
     #[test]
     fn a_bomb_is_stopped_at_the_bound() {
         let bomb = gzip(&vec![0; 64 << 20]);
@@ -229,7 +237,7 @@ mod tests {
         let mut bytes = 0;
         let refused = loop {
             match inflating.next() {
-                Ok(clear) => bytes += clear.expect("there is more").len(),
+                Ok(clear) => bytes += clear.expect("more output").len(),
                 Err(e) => break e,
             }
         };

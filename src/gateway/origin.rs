@@ -1,5 +1,7 @@
-//! Where a request that is passed on came from, as its upstream is told: by this gateway and by proxies it trusts, and by
-//! nobody else.
+//! The fields by which an upstream learns where a forwarded request came from.
+//!
+//! Only this gateway and the proxies that it trusts may set them. An upstream would believe a client's forged
+//! fields.
 
 use super::client::X_FORWARDED_FOR;
 use http::header::{HeaderName, HeaderValue};
@@ -9,8 +11,9 @@ use std::net::IpAddr;
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 
-/// Fields by which proxies tell services who the client is, and what it has asked for: anybody can send them, and this
-/// gateway does not rewrite them. In order, as they are searched for each field of a request.
+/// Fields by which proxies pass on the client's identity and original request. Any client can send them, and
+/// this gateway does not set them itself, so it removes them. Sorted: each field of a request is looked up by
+/// binary search.
 const CLAIMS: [&str; 40] = [
     "ali-cdn-real-ip",
     "cdn-src-ip",
@@ -53,7 +56,7 @@ const CLAIMS: [&str; 40] = [
     "x-vercel-forwarded-for",
     "x-vercel-ip",
 ];
-/// How others of them begin.
+/// Prefixes of further such fields.
 const CLAIM_PREFIXES: [&str; 15] = [
     "cf-access-",
     "x-amzn-oidc-",
@@ -76,20 +79,20 @@ const CLAIM_PREFIXES: [&str; 15] = [
 #[derive(Clone, Copy, Debug)]
 pub struct Origin {
     pub peer: Option<IpAddr>,
-    /// The peer is a proxy that says who called it.
+    /// The peer is a trusted proxy, so its fields about the client are kept.
     pub is_peer_trusted: bool,
     pub has_tls: bool,
 }
 
 impl Origin {
-    /// Removes what a stranger claims of itself, and adds what is known here. `host`: what the client has called the
-    /// server.
+    /// Removes untrusted fields about the client, and adds what this gateway knows. `host`: the host that the
+    /// client asked for.
     pub fn write_to(self, request: &mut RequestHeader, host: Option<HeaderValue>) -> pingora::Result<()> {
         let Self { peer, is_peer_trusted, has_tls } = self;
         let mut chain = Vec::new();
         if is_peer_trusted {
-            let said = request.headers.get_all(X_FORWARDED_FOR);
-            chain.extend(said.iter().filter_map(|value| value.to_str().ok().map(str::to_owned)));
+            let received = request.headers.get_all(X_FORWARDED_FOR);
+            chain.extend(received.iter().filter_map(|value| value.to_str().ok().map(str::to_owned)));
         }
         let is_unwanted = |name: &&HeaderName| is_never_passed(name) || (!is_peer_trusted && is_claim(name));
         let unwanted: Vec<HeaderName> = request.headers.keys().filter(is_unwanted).cloned().collect();
@@ -108,14 +111,17 @@ impl Origin {
     }
 }
 
-/// Whether it says who asks, and for what: what only a proxy can know.
+/// Whether the field describes the client or its original request, which only a proxy can do reliably.
 fn is_claim(name: &HeaderName) -> bool {
     let name = name.as_str();
     CLAIMS.binary_search(&name).is_ok() || CLAIM_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// `_` and `-` are the same to services that read fields as variables of CGI, so `x_api_key` would be `x-api-key` there; and
-/// `Proxy` would be where their own requests go (CVE-2016-5385). Nobody needs either.
+/// Whether the field is removed even if a trusted proxy sent it.
+///
+/// Services that read fields as CGI variables do not distinguish `_` from `-`, so `x_api_key` would pass for
+/// `x-api-key`. There, `Proxy` would redirect the service's own requests (CVE-2016-5385). Neither has a
+/// legitimate use.
 fn is_never_passed(name: &HeaderName) -> bool {
     name.as_str().contains('_') || name == "proxy"
 }
@@ -124,7 +130,7 @@ fn is_never_passed(name: &HeaderName) -> bool {
 mod tests {
     use super::*;
 
-    fn told(is_peer_trusted: bool, sent: &[(&'static str, &'static str)]) -> Vec<String> {
+    fn forwarded_fields(is_peer_trusted: bool, sent: &[(&'static str, &'static str)]) -> Vec<String> {
         let mut request = RequestHeader::build("GET", b"/", None).unwrap();
         for (name, value) in sent {
             request.append_header(*name, *value).unwrap();
@@ -141,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn claims_of_strangers_are_removed() {
+    fn fields_about_the_client_are_removed_from_untrusted_peers() {
         assert!(CLAIMS.is_sorted());
         let ours = ["x-forwarded-for: 10.0.0.1", "x-forwarded-host: a.test", "x-forwarded-proto: https"];
         for name in CLAIMS.into_iter().chain([
@@ -171,26 +177,29 @@ mod tests {
             "x_forwarded_for",
             "a_b",
         ]) {
-            assert_eq!(told(false, &[(name, "1.1.1.1"), (name, "2.2.2.2")]), ours, "{name}");
+            let fields = forwarded_fields(false, &[(name, "1.1.1.1"), (name, "2.2.2.2")]);
+            assert_eq!(fields, ours, "{name}");
         }
         for other in ["x-other", "x-original-filename", "user-agent"] {
-            assert!(told(false, &[(other, "1")]).contains(&format!("{other}: 1")), "{other}");
+            let fields = forwarded_fields(false, &[(other, "1")]);
+            assert!(fields.contains(&format!("{other}: 1")), "{other}");
         }
     }
 
     #[test]
-    fn trusted_proxies_are_believed() {
+    fn fields_of_trusted_proxies_are_kept() {
         for name in CLAIMS.into_iter().chain(["x-forwarded-port", "x-forwarded-prefix"]) {
-            let told = told(true, &[(name, "1")]);
-            assert!(told.contains(&format!("{name}: 1")), "{name}: {told:?}");
+            let fields = forwarded_fields(true, &[(name, "1")]);
+            assert!(fields.contains(&format!("{name}: 1")), "{name}: {fields:?}");
         }
         let sent =
             [("x-forwarded-for", "9.9.9.9"), ("x-forwarded-proto", "http"), ("x-forwarded-host", "b.test")];
         let expected =
             ["x-forwarded-for: 9.9.9.9, 10.0.0.1", "x-forwarded-host: b.test", "x-forwarded-proto: http"];
-        assert_eq!(told(true, &sent), expected);
+        assert_eq!(forwarded_fields(true, &sent), expected);
         for never in ["proxy", "x_api_key"] {
-            assert!(!told(true, &[(never, "1")]).contains(&format!("{never}: 1")), "{never}");
+            let fields = forwarded_fields(true, &[(never, "1")]);
+            assert!(!fields.contains(&format!("{never}: 1")), "{never}");
         }
     }
 }

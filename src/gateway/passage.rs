@@ -1,4 +1,5 @@
-//! A request that is passed on: what its upstream sees of it, and what its client hears when the upstream fails.
+//! A forwarded request: how it and its response are adapted, and which error the client gets if the upstream
+//! fails.
 
 use super::api_key::{Pass, X_API_KEY};
 use super::origin::Origin;
@@ -20,23 +21,23 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Addresses that are tried before the client is told that none can be reached.
+/// The most addresses tried before the client gets an error.
 const TRIES_MAX: usize = 3;
 
-/// A request on its way to an upstream.
+/// The state of a request that is forwarded to an upstream.
 pub struct Passage {
     pub upstream: Arc<Upstream>,
     pub origin: Origin,
     pub request_id: HeaderValue,
-    /// The key that let it through. `None`: none is asked for.
+    /// The key that authorized it, for tunnels only. `None`: the request is no upgrade, or needs no key.
     pub pass: Option<Pass>,
-    /// The address that was chosen last, if the client may not have said whom it asks.
+    /// The address chosen last: the `Host` of a request over HTTP/1.0 that has none.
     pub address: Option<String>,
-    /// What the limits said.
+    /// The rate-limit state for the header fields of the response.
     pub counted: Counted,
     body_bytes: usize,
     body_deadline: Instant,
-    /// Connections that could not be made.
+    /// Failed attempts to connect.
     tries: usize,
 }
 
@@ -73,7 +74,7 @@ impl Passage {
         self.body_deadline
     }
 
-    /// A piece of the body, on its way.
+    /// Counts a piece of the body, in bytes, before it is forwarded.
     ///
     /// # Errors
     /// The body is too large, or has taken too long.
@@ -83,18 +84,18 @@ impl Passage {
             return Error::e_explain(HTTPStatus(413), "the body is too large");
         }
         if Instant::now() > self.body_deadline {
-            return Error::e_explain(HTTPStatus(408), "the body has taken too long");
+            return Error::e_explain(HTTPStatus(408), "the body missed its deadline");
         }
         Ok(())
     }
 
-    /// Whether another address may be tried: nothing was sent to the one that could not be reached.
+    /// Counts a failed attempt to connect. Whether another address may be tried.
     pub fn may_try_again(&mut self) -> bool {
         self.tries += 1;
         self.tries < TRIES_MAX
     }
 
-    /// Makes of the request what the upstream is to see; `received` is as it came.
+    /// Adapts the request for the upstream. `received`: the request as the client sent it.
     pub fn adapt(
         &self,
         request: &mut RequestHeader,
@@ -119,7 +120,7 @@ impl Passage {
         if let Some(host) = &conf.host {
             request.insert_header(HOST, host)?;
         } else if request.headers.get(HOST).is_none_or(HeaderValue::is_empty) {
-            // A client of HTTP/1.0 need not say it, and a server of HTTP/1.1 must be told.
+            // Optional in HTTP/1.0, but the upstream is asked over HTTP/1.1, which requires it.
             request.insert_header(HOST, self.address.as_deref().unwrap_or_default())?;
         }
         for (name, value) in &conf.add_headers {
@@ -129,7 +130,7 @@ impl Passage {
     }
 }
 
-/// What the client has called the server.
+/// The host that the client asked for.
 fn client_host(received: &RequestHeader) -> Option<HeaderValue> {
     received.headers.get(HOST).filter(|host| !host.is_empty()).cloned().or_else(|| {
         let authority = received.uri.authority()?;
@@ -137,29 +138,29 @@ fn client_host(received: &RequestHeader) -> Option<HeaderValue> {
     })
 }
 
-/// Makes of an upstream's answer what its client can read.
+/// Adapts the response of an upstream for the client.
 ///
 /// # Errors
-/// The upstream has switched to another protocol that nobody has asked for.
+/// The upstream switched to another protocol, but the client did not ask for that.
 pub fn adapt_answer(answer: &mut ResponseHeader, session: &mut Session) -> pingora::Result<()> {
     if answer.status == StatusCode::SWITCHING_PROTOCOLS {
         if !session.is_upgrade_req() {
-            return Err(Error::explain(InvalidHTTPHeader, "101, and no upgrade was asked for").into_up());
+            return Err(Error::explain(InvalidHTTPHeader, "101 without a request to upgrade").into_up());
         }
-        // In a tunnel the client may be silent for as long as it likes; the upstream may for `read_timeout_s`.
+        // In a tunnel the client may be idle without limit, and the upstream for `read_timeout_s`.
         session.set_read_timeout(None);
     }
-    // Pingora reads past trailers, so they are not announced either.
+    // Pingora drops trailers, so they must not be announced.
     answer.remove_header(&TRAILER);
     if session.req_header().version == Version::HTTP_10 && answer.remove_header(&TRANSFER_ENCODING).is_some()
     {
-        // Chunks are unknown to it: what is sent ends with the connection.
+        // HTTP/1.0 has no chunked coding: the end of the connection ends the body.
         session.set_keepalive(None);
     }
     Ok(())
 }
 
-/// What a client hears of a failure. `None`: it has left.
+/// The error that the client gets if forwarding fails. `None`: the client has disconnected.
 pub fn failure(error: &Error, bytes_max: usize) -> Option<ApiError> {
     let is_timeout = |kind: &ErrorType| {
         matches!(kind, ReadTimedout | WriteTimedout | ConnectTimedout | TLSHandshakeTimedout)
@@ -170,9 +171,9 @@ pub fn failure(error: &Error, bytes_max: usize) -> Option<ApiError> {
         (_, HTTPStatus(503)) => ApiError::UpstreamAway,
         (ErrorSource::Downstream, ReadTimedout) => ApiError::BodyTimeout,
         (ErrorSource::Downstream, WriteTimedout | WriteError | ConnectionClosed) => return None,
-        // Pingora's own look at it, before it is passed on.
+        // Pingora's own check of the request before it is forwarded.
         (ErrorSource::Downstream, InvalidHTTPHeader) => {
-            ApiError::MalformedHeader("fields that cannot be passed on")
+            ApiError::MalformedHeader("fields that cannot be forwarded")
         }
         (ErrorSource::Downstream, _) => ApiError::BodyBroken,
         (_, kind) if is_timeout(kind) => ApiError::UpstreamTimeout,

@@ -1,4 +1,4 @@
-//! `X-Request-Id`: the client's own if it is fit to be shown, else ours.
+//! `X-Request-Id`: the client's own if it is 1 to 128 visible ASCII characters, else one of the gateway.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::{Builder, Uuid};
@@ -6,11 +6,11 @@ use uuid::{Builder, Uuid};
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const LEN_MAX: usize = 128;
 
-/// Visible ASCII, ready to go out again.
+/// The id as a header value: visible ASCII.
 pub struct RequestId(HeaderValue);
 
 impl RequestId {
-    /// Two are as good as none.
+    /// The client's id, or a generated one if the client's is missing, repeated or malformed.
     pub fn of(fields: &HeaderMap) -> Self {
         let fits = |v: &&HeaderValue| {
             (1..=LEN_MAX).contains(&v.len()) && v.as_bytes().iter().all(|b| (0x21..=0x7e).contains(b))
@@ -21,11 +21,13 @@ impl RequestId {
     }
 
     pub fn ours() -> Self {
-        // Not `Uuid::new_v4`: it asks the system for each id, and these ids guard nothing.
+        // Not `Uuid::new_v4`, which reads the system's random source for each id: these ids need not be
+        // secret.
         let id = Builder::from_random_bytes(rand::random()).into_uuid();
         let mut text = Uuid::encode_buffer();
         let text = id.as_hyphenated().encode_lower(&mut text);
-        Self(HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static("none"))) // it is hex and hyphens
+        // The fallback is unreachable: the text is hex digits and hyphens.
+        Self(HeaderValue::from_str(text).unwrap_or_else(|_| HeaderValue::from_static("none")))
     }
 
     pub fn as_str(&self) -> &str {
@@ -41,7 +43,7 @@ impl RequestId {
     }
 }
 
-/// One that was told apart before.
+/// For a value that was an id before, and so is not checked again.
 impl From<&HeaderValue> for RequestId {
     fn from(id: &HeaderValue) -> Self {
         Self(id.clone())
@@ -61,14 +63,14 @@ mod tests {
     }
 
     #[test]
-    fn a_fit_id_is_kept() {
+    fn only_a_single_valid_id_is_kept() {
         let long = "a".repeat(128);
-        for fit in ["a", "~!x", long.as_str()] {
-            assert_eq!(of(&[fit.as_bytes()]), fit);
+        for valid in ["a", "~!x", long.as_str()] {
+            assert_eq!(of(&[valid.as_bytes()]), valid);
         }
         let too_long = "a".repeat(129);
-        for unfit in ["", "a b", "\u{e4}", too_long.as_str()] {
-            assert!(Uuid::try_parse(&of(&[unfit.as_bytes()])).is_ok(), "{unfit:?}");
+        for invalid in ["", "a b", "\u{e4}", too_long.as_str()] {
+            assert!(Uuid::try_parse(&of(&[invalid.as_bytes()])).is_ok(), "{invalid:?}");
         }
         for several in [&[][..], &[&b"a"[..], b"a"], &[b"a", b"b"]] {
             assert!(Uuid::try_parse(&of(several)).is_ok(), "{several:?}");

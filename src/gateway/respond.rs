@@ -1,4 +1,6 @@
-//! The way back: an answer of our own as the client gets it, and whether its connection goes on.
+//! Writes the responses of the gateway itself, and decides whether the connection stays open.
+//!
+//! Responses of upstreams do not pass through here; Pingora writes them.
 
 use super::guard::refused_over_http2;
 use super::request_id::{RequestId, X_REQUEST_ID};
@@ -11,12 +13,12 @@ use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::Session;
 use std::time::Duration;
 
-/// What the server adds: `date` and `connection`.
+/// Fields that Pingora adds: `date` and `connection`. Counted so that the map need not grow.
 const FIELDS_OF_SERVER: usize = 2;
-/// What `head_of` adds.
+/// Fields that `head_of` adds.
 const FIELDS_OF_OURS: usize = 5;
 
-/// The header fields of an answer.
+/// The header fields of a response. Drains `reply.headers`.
 pub fn head_of(reply: &mut Reply, id: RequestId) -> HeaderMap {
     let mut head = HeaderMap::with_capacity(reply.headers.len() + FIELDS_OF_OURS + FIELDS_OF_SERVER);
     head.insert(X_REQUEST_ID, id.into_value());
@@ -27,9 +29,9 @@ pub fn head_of(reply: &mut Reply, id: RequestId) -> HeaderMap {
         head.insert(CONTENT_TYPE, HeaderValue::from_static(reply.content_type));
         head.insert(CONTENT_LENGTH, reply.body.len().into());
     }
-    // A browser is not to take what somebody has put into it for a page or a script.
+    // The body may contain data of any client: browsers must not sniff it as a page or a script.
     head.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    // A cache asks again for what has a tag.
+    // A response with a tag may be cached and revalidated.
     if !head.contains_key(ETAG) {
         head.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     }
@@ -40,26 +42,28 @@ fn is_bodyless(status: StatusCode) -> bool {
     matches!(status, StatusCode::NOT_MODIFIED | StatusCode::NO_CONTENT)
 }
 
-/// Why a request is refused whatever it leads to.
+/// The reason to reject a request by its head alone, whatever its route.
 pub fn refusal_of_head(request: &RequestHeader) -> Option<ApiError> {
     let malformed = (request.version == Version::HTTP_2).then(|| refused_over_http2(request)).flatten();
     malformed.or_else(|| fields::repeated(&request.headers).map(ApiError::RepeatedField))
 }
 
 impl Gateway {
-    /// Must be set on every request, as Pingora starts each with an endless keepalive; and just before the answer, as
-    /// answering `Expect` resets it and a drain may begin while the handler runs.
+    /// Keeps the connection open for the next request, unless the node drains.
+    ///
+    /// Each request needs this, since Pingora starts each with an unlimited keep-alive. It must run just
+    /// before the response: a `100 Continue` resets the value, and a drain may begin while the handler runs.
     pub(super) fn keep_alive(&self, session: &mut Session) {
         let stopping = self.lifecycle.phase() >= Phase::Draining;
         let request = session.req_header();
-        // HTTP/1.0 keeps a connection only if asked to.
-        let old = request.version == Version::HTTP_10 && !connection_names(request, b"keep-alive");
-        session.set_keepalive((!stopping && !old).then_some(self.edge.http.get().keepalive_s));
+        // HTTP/1.0 closes the connection unless the client asks for keep-alive.
+        let closes = request.version == Version::HTTP_10 && !connection_names(request, b"keep-alive");
+        session.set_keepalive((!stopping && !closes).then_some(self.edge.http.get().keepalive_s));
     }
 
-    /// The answer to a browser that asks what a script of a known origin may send.
+    /// The response to a CORS preflight request of a known origin. `None`: the request is not one.
     pub(super) fn preflight(&self, request: &RequestHeader, ctx: &Ctx) -> Option<Reply> {
-        // The first of three fields, which only a known origin gets.
+        // Only a known origin gets more CORS fields than `Vary`.
         let is_known = ctx.cors.len() > 1;
         if !is_known || !cors::is_preflight(&request.method, &request.headers) {
             return None;
@@ -76,14 +80,16 @@ impl Gateway {
             self.api.note_unauthorized(self.client_of(session));
         }
         if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
-            // What follows on this connection cannot be told from the rest of the body.
+            // The next bytes may be the rest of the body, not a request.
             session.set_keepalive(None);
         }
         error.into_reply(id.as_str())
     }
 
-    /// Writes the answer. If the body of the request is still on its way then, it is read past for a moment: the answer says
-    /// whether the connection goes on, and it can only if the body has come to its end.
+    /// Writes the response.
+    ///
+    /// Over HTTP/1, a body that is still arriving is first discarded for a short time. The response states
+    /// whether the connection stays open, and it can stay open only once the body is complete.
     pub(super) async fn finish(&self, session: &mut Session, ctx: &mut Ctx, reply: Reply, id: RequestId) {
         ctx.status = reply.status.as_u16();
         if !is_http2(session) && session.get_keepalive().is_some() {
@@ -96,7 +102,7 @@ impl Gateway {
         let mut reply = reply;
         reply.headers.append(&mut ctx.cors);
         if self.write(session, reply, id).await.is_err() {
-            // The client has left in the middle; nothing more can be said to it.
+            // The client disconnected during the response.
             ctx.status = CLIENT_GONE;
             session.set_keepalive(None);
         }
@@ -108,8 +114,8 @@ impl Gateway {
         head.headers = head_of(&mut reply, id);
         let no_body =
             is_bodyless(reply.status) || reply.body.is_empty() || session.req_header().method == Method::HEAD;
-        // Names go out in small letters, as HTTP/2 wants them: Pingora would keep another spelling in a second map, and
-        // reads each name anew if it is given one by one.
+        // Built from the parts: names stay in lower case, as HTTP/2 requires. Pingora would keep another
+        // spelling in a second map, and `insert_header` would parse each name again.
         let header = Box::new(ResponseHeader::from(head));
         session.write_response_header(header, no_body).await?;
         if !no_body {

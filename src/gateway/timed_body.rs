@@ -1,8 +1,8 @@
-//! Requests over HTTP/2 that are passed on while their body comes, which must have come by a deadline.
+//! A total deadline for the body of a request that is forwarded and came over HTTP/2.
 //!
-//! Over HTTP/1.1 Pingora bounds the time of each read; over HTTP/2 it waits for a client for as long as the connection lasts,
-//! and holds a connection to the upstream meanwhile. So such a request goes on as a session of ours: it does what
-//! Pingora's own does, and gives up waiting in time.
+//! Over HTTP/1.1 Pingora bounds the time of each read. Over HTTP/2 it waits for the client as long as the
+//! connection lasts, and holds a connection to the upstream meanwhile. So the session is wrapped: reads of
+//! the body fail at the deadline, and everything else is delegated to Pingora's session.
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -21,32 +21,32 @@ use std::future::Future;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
-/// Has the body of the request come by `deadline`, if it comes over HTTP/2 and has not come whole yet.
+/// Makes reads of the body fail after `deadline`, if the request came over HTTP/2 and its body is incomplete.
 pub fn bound_body(session: &mut Session, deadline: Instant) {
     if !session.is_http2() || session.is_body_done() {
         return;
     }
-    let place = &mut *session.downstream_session;
-    let nobody = ServerSession::new_custom(Box::new(()));
-    match std::mem::replace(place, nobody) {
+    let slot = &mut *session.downstream_session;
+    let placeholder = ServerSession::new_custom(Box::new(()));
+    match std::mem::replace(slot, placeholder) {
         ServerSession::H2(session) => {
             let timed = TimedBody { session, deadline, read_timeout: None };
-            *place = ServerSession::new_custom(Box::new(timed));
+            *slot = ServerSession::new_custom(Box::new(timed));
         }
-        other => *place = other,
+        other => *slot = other,
     }
 }
 
 struct TimedBody {
     session: HttpSession,
     deadline: Instant,
-    /// Of no use here: the deadline is that of the whole.
+    /// Stored for the getter only: the total deadline replaces it.
     read_timeout: Option<Duration>,
 }
 
-/// What `read` comes to by the deadline.
+/// The result of `read`, or a read timeout at the deadline.
 async fn within<T>(deadline: Instant, read: impl Future<Output = Result<T>>) -> Result<T> {
-    let late = || Error::explain(ErrorType::ReadTimedout, "the body has taken too long").into_down();
+    let late = || Error::explain(ErrorType::ReadTimedout, "the body missed its deadline").into_down();
     timeout_at(deadline, read).await.unwrap_or_else(|_| Err(late()))
 }
 
@@ -187,7 +187,7 @@ impl CustomSession for TimedBody {
         self.session.get_retry_buffer()
     }
 
-    // Messages beside requests and answers, which HTTP/2 has none of.
+    // Custom messages, which HTTP/2 does not have.
 
     fn take_custom_message_reader(
         &mut self,

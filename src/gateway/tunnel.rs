@@ -1,12 +1,13 @@
-//! Connections to upstreams that may become tunnels, for requests that ask for another protocol (WebSocket).
+//! Connections to upstreams for requests that upgrade to another protocol, such as WebSocket.
 //!
-//! Pingora takes the end of the request, which has no body, for the end of the tunnel if it reads the upstream's 101
-//! before it (github.com/cloudflare/pingora/issues/946), and a quick upstream on a busy machine is enough for that. It
-//! looks for both at once; so on these connections the first look for an answer finds none yet, and the end of the
-//! request is what it reads first.
+//! These connections work around a race in Pingora (github.com/cloudflare/pingora/issues/946). Pingora polls
+//! the end of the request and the upstream's 101 at the same time. If it sees the 101 first, it takes the end
+//! of the request for the end of the tunnel. A fast upstream on a busy machine is enough for that. So the
+//! first read after a write reports that no data is available yet, and Pingora sees the end of the request
+//! first.
 //!
-//! A tunnel has no requests any more that would show a key. So the key that has opened it is looked for again and again, and
-//! without it the tunnel ends.
+//! A tunnel carries no further requests that would present a key. So the key that opened it is checked
+//! periodically, and the tunnel ends when the key is removed, expires or loses its scope.
 
 use super::api_key::{ApiKeys, Pass};
 use async_trait::async_trait;
@@ -27,20 +28,20 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Interval, interval_at};
 
-/// How often the key of a tunnel is looked for.
+/// How often the key of a tunnel is checked.
 const KEY_CHECK_EVERY: Duration = Duration::from_secs(15);
 
-/// Has the request go over a connection of its own that may become a tunnel. `key`: what has opened it, if it had to be
-/// opened.
+/// Gives the request a connection of its own, which may become a tunnel. `key`: the key that authorized the
+/// request. `None`: the upstream requires no key.
 pub fn tunnel(peer: &mut HttpPeer, key: Option<(Arc<ApiKeys>, Pass)>) {
     static TUNNELS: AtomicU64 = AtomicU64::new(1);
     peer.options.custom_l4 = Some(Arc::new(Patiently { key }));
-    // None that others left, and none for others.
+    // A unique group and no idle time: the connection is neither taken from the pool nor returned to it.
     peer.group_key = TUNNELS.fetch_add(1, Ordering::Relaxed);
     peer.options.idle_timeout = Some(Duration::ZERO);
 }
 
-/// How such a connection is made.
+/// Makes such connections.
 struct Patiently {
     key: Option<(Arc<ApiKeys>, Pass)>,
 }
@@ -54,8 +55,8 @@ impl fmt::Debug for Patiently {
 #[async_trait]
 impl Connect for Patiently {
     async fn connect(&self, address: &SocketAddr) -> pingora::Result<Stream> {
-        let address = address.as_inet().or_err(ConnectError, "not an internet address")?;
-        let tcp = TcpStream::connect(address).await.or_err(ConnectError, "no connection")?;
+        let address = address.as_inet().or_err(ConnectError, "not an IP address")?;
+        let tcp = TcpStream::connect(address).await.or_err(ConnectError, "cannot connect")?;
         let guard = self.key.clone().map(|(keys, pass)| KeyGuard {
             keys,
             pass,
@@ -68,12 +69,12 @@ impl Connect for Patiently {
 #[derive(Debug)]
 struct Patient {
     tcp: TcpStream,
-    /// Nobody has looked for an answer since.
+    /// No read followed the last write yet.
     has_written: bool,
     guard: Option<KeyGuard>,
 }
 
-/// Looks after the key of a tunnel.
+/// Checks the key of a tunnel periodically.
 struct KeyGuard {
     keys: Arc<ApiKeys>,
     pass: Pass,
@@ -81,7 +82,7 @@ struct KeyGuard {
 }
 
 impl KeyGuard {
-    /// Whether the key is gone, or no longer valid.
+    /// Whether the key was removed, has expired, or has lost its scope. Wakes `cx` for the next check.
     fn has_ended(&mut self, cx: &mut Context<'_>) -> bool {
         while self.timer.poll_tick(cx).is_ready() {
             if !self.keys.still_opens(&self.pass) {
@@ -112,8 +113,8 @@ impl AsyncRead for Patient {
         let this = self.get_mut();
         if this.guard.as_mut().is_some_and(|guard| guard.has_ended(cx)) {
             this.guard = None;
-            tracing::info!("Tunnel Ended: Its Key Is Not Valid Any More");
-            return Poll::Ready(Ok(())); // the upstream has no more to say
+            tracing::info!("Tunnel closed because the key that opened it is no longer valid");
+            return Poll::Ready(Ok(())); // reads as the end of the upstream's data
         }
         if std::mem::take(&mut this.has_written) {
             cx.waker().wake_by_ref();

@@ -1,7 +1,8 @@
-//! What is passed on, and to whom: upstreams by the prefix of their paths.
+//! Upstreams: which paths are forwarded, and to which addresses.
 //!
-//! Pingora's load balancer holds the addresses and their health. Names are looked up again and again, so an upstream may move. Those
-//! that are there when the settings change are kept with what is known of them, if they stay as they are.
+//! An upstream is chosen by the prefix of the path. Pingora's load balancer holds its addresses and their
+//! health. Host names are resolved periodically, so an upstream may move to other addresses. An upstream
+//! whose configuration does not change in a reload keeps its addresses and their health.
 
 use crate::api::is_local;
 use crate::config::{Live, UpstreamConf};
@@ -21,27 +22,27 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-/// How often it is looked whether something is due.
+/// How often the loop checks whether work is due. The intervals below count these ticks.
 const TICK: Duration = Duration::from_secs(1);
-/// How often names are looked up, and how long that may take.
+/// How often host names are resolved, and how long that may take.
 const LOOK_UP_EVERY_S: u64 = 10;
 const LOOK_UP_MAX: Duration = Duration::from_secs(3);
-/// How often it is tried to connect, where no other health check is set.
+/// How often addresses are checked by a TCP or TLS connection, if no HTTP health check is configured.
 const CONNECT_EVERY_S: u64 = 5;
 /// How long an address may take to answer a health check.
 const CHECK_MAX: Duration = Duration::from_secs(2);
-/// How long an idle connection to an upstream is kept.
+/// How long an idle connection to an upstream stays in the pool.
 const IDLE_MAX: Duration = Duration::from_secs(55);
-/// Most addresses that are looked at for a healthy one.
+/// The most addresses considered to find a healthy one.
 const SELECT_MAX: usize = 256;
 
-/// Those that are configured.
+/// The configured upstreams, longest prefix first. Clones share one list.
 #[derive(Clone)]
 pub struct Upstreams(Live<Vec<Arc<Upstream>>>);
 
 pub struct Upstream {
     pub conf: UpstreamConf,
-    /// What metrics and limits call it.
+    /// Its route pattern in metrics and rate limits.
     pub pattern: Arc<str>,
     addresses: LoadBalancer<RoundRobin>,
     ticks: AtomicU64,
@@ -50,35 +51,38 @@ pub struct Upstream {
 
 impl Upstreams {
     pub fn new(conf: &[UpstreamConf]) -> Self {
-        let none = Self(Live::new(Vec::new()));
-        none.set_conf(conf);
-        none
+        let upstreams = Self(Live::new(Vec::new()));
+        upstreams.set_conf(conf);
+        upstreams
     }
 
     pub fn set_conf(&self, conf: &[UpstreamConf]) {
         let before = self.0.get();
-        let same = |conf: &UpstreamConf| before.iter().find(|old| old.conf == *conf).map(Arc::clone);
-        let made = |conf: &UpstreamConf| same(conf).unwrap_or_else(|| Arc::new(Upstream::new(conf.clone())));
+        let kept = |conf: &UpstreamConf| before.iter().find(|old| old.conf == *conf).map(Arc::clone);
+        let made = |conf: &UpstreamConf| kept(conf).unwrap_or_else(|| Arc::new(Upstream::new(conf.clone())));
         let mut all: Vec<_> = conf.iter().map(made).collect();
-        // The longest prefix that fits is the first.
+        // `find` takes the first match, which must be the longest prefix.
         all.sort_by_key(|upstream| std::cmp::Reverse(upstream.conf.prefix.len()));
         drop(before);
         self.0.set(all);
     }
 
-    /// `None` as well for a path that the upstream might read as one of another prefix, which may ask for another scope.
+    /// The upstream for a path, by its longest matching prefix.
+    ///
+    /// Also `None` if a server might normalize the path to one of another upstream, or to a route of the
+    /// gateway. That path may require another scope, so forwarding it would bypass the check of the scope.
     pub fn find(&self, path: &str) -> Option<Arc<Upstream>> {
         let all = self.0.get();
         let find = |path: &str| all.iter().find(|upstream| upstream.is_for(path));
         let found = find(path)?;
-        let read = as_others_read(path)?;
-        // Some servers take capitals for small letters, and do without the last slash.
-        let folded = read.to_ascii_lowercase();
+        let normalized = as_others_read(path)?;
+        // Some servers ignore case or a trailing slash.
+        let folded = normalized.to_ascii_lowercase();
         let bare = folded.strip_suffix('/').unwrap_or(&folded);
         let by_any_case = || all.iter().find(|upstream| upstream.is_for_folded(&folded));
         let is_same = |other: Option<&Arc<Upstream>>| other.is_some_and(|other| Arc::ptr_eq(other, found));
-        let is_ours = is_local(&read) || is_local(&folded) || is_local(bare);
-        (!is_ours && is_same(find(&read)) && is_same(by_any_case())).then(|| Arc::clone(found))
+        let is_ours = is_local(&normalized) || is_local(&folded) || is_local(bare);
+        (!is_ours && is_same(find(&normalized)) && is_same(by_any_case())).then(|| Arc::clone(found))
     }
 
     fn all(&self) -> Vec<Arc<Upstream>> {
@@ -101,13 +105,13 @@ impl Upstream {
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 
-    /// As `is_for`, of a path in small letters.
+    /// As `is_for`, but ignores case. `path` must be in lower case.
     fn is_for_folded(&self, path: &str) -> bool {
         path.strip_prefix(self.conf.prefix.to_ascii_lowercase().as_str())
             .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 
-    /// What the upstream knows the path as.
+    /// The path and query to send to the upstream: the prefix is replaced, if so configured.
     pub fn path(&self, path_and_query: &str) -> String {
         let Some(replaced) = &self.conf.replace_prefix else { return path_and_query.to_owned() };
         let rest = path_and_query.strip_prefix(self.conf.prefix.as_str()).unwrap_or(path_and_query);
@@ -115,10 +119,10 @@ impl Upstream {
         format!("{replaced}{slash}{rest}")
     }
 
-    /// The next address that is healthy. `None`: there is none.
+    /// The next healthy address, in round-robin order. `None`: no address is healthy.
     pub async fn peer(&self) -> Option<HttpPeer> {
         if self.addresses.backends().get_backend().is_empty() {
-            // It was configured a moment ago.
+            // Configured a moment ago: the loop has not resolved its names yet.
             self.look_up().await;
         }
         let backend = self.addresses.select(b"", SELECT_MAX)?;
@@ -136,7 +140,10 @@ impl Upstream {
 
     async fn look_up(&self) {
         if !matches!(timeout(LOOK_UP_MAX, self.addresses.update()).await, Ok(Ok(()))) {
-            tracing::warn!(upstream = self.conf.name, "Upstream Not Found");
+            tracing::warn!(
+                upstream = self.conf.name,
+                "Upstream names not resolved; known addresses stay in use. Check `addresses` and DNS"
+            );
         }
     }
 
@@ -148,7 +155,7 @@ impl Upstream {
         let every = self.conf.health.as_ref().map_or(CONNECT_EVERY_S, |health| health.every_s);
         if tick.is_multiple_of(every) {
             let backends = self.addresses.backends();
-            // It bounds the time of each check itself; this is for a name server that hangs and the like.
+            // Each check has its own timeout. This one bounds everything around it.
             let _ = timeout(2 * CHECK_MAX, backends.run_health_check(true)).await;
             let healthy = backends.get_backend().iter().filter(|backend| backends.ready(backend)).count();
             let healthy = i64::try_from(healthy).unwrap_or(i64::MAX);
@@ -157,11 +164,15 @@ impl Upstream {
     }
 }
 
-/// The path decoded, without the parameters of its segments (`;v=1`), which some servers leave out. `None`: a segment means
-/// "here" or "above", is empty though it is not the last (some merge slashes), or hides a slash, or what is decoded twice.
+/// The path as servers that normalize may read it: decoded, and without the parameters of segments (`;v=1`).
+///
+/// `None` if servers disagree on the path. That is so if a segment
+/// - is `.` or `..`,
+/// - is empty and not the last (some servers merge slashes),
+/// - contains an encoded slash, backslash, NUL or percent sign (some servers decode twice).
 fn as_others_read(path: &str) -> Option<String> {
     let mut segments = path.strip_prefix('/')?.split('/').peekable();
-    let mut read = String::with_capacity(path.len());
+    let mut normalized = String::with_capacity(path.len());
     while let Some(segment) = segments.next() {
         let decoded = percent_encoding::percent_decode_str(segment).decode_utf8_lossy();
         if decoded.contains(['/', '\\', '%', '\0']) {
@@ -171,10 +182,10 @@ fn as_others_read(path: &str) -> Option<String> {
         if matches!(name, "." | "..") || (name.is_empty() && segments.peek().is_some()) {
             return None;
         }
-        read.push('/');
-        read.push_str(name);
+        normalized.push('/');
+        normalized.push_str(name);
     }
-    Some(read)
+    Some(normalized)
 }
 
 fn health_check(conf: &UpstreamConf) -> Box<dyn HealthCheck + Send + Sync> {
@@ -198,7 +209,7 @@ fn health_check(conf: &UpstreamConf) -> Box<dyn HealthCheck + Send + Sync> {
     Box::new(check)
 }
 
-/// Addresses by name.
+/// Resolves the configured `host:port` names.
 struct Names(Vec<String>);
 
 #[async_trait]
@@ -208,14 +219,14 @@ impl ServiceDiscovery for Names {
         let found = found.into_iter().flatten().flatten();
         let backends: BTreeSet<_> = found.filter_map(|at| Backend::new(&at.to_string()).ok()).collect();
         if backends.is_empty() {
-            // What was known is better than nothing.
-            return pingora::Error::e_explain(pingora::ErrorType::ConnectError, "no address is known");
+            // An error makes the load balancer keep the known addresses.
+            return pingora::Error::e_explain(pingora::ErrorType::ConnectError, "no address was resolved");
         }
         Ok((backends, HashMap::new()))
     }
 }
 
-/// Looks names up, and after the health of their addresses.
+/// The background loop that resolves names and checks the health of addresses.
 pub struct Tending {
     pub upstreams: Upstreams,
     pub metrics: Arc<Metrics>,
@@ -228,7 +239,7 @@ impl Tending {
             upstream.tend(metrics).await;
             upstream.is_tended.store(false, Ordering::Relaxed);
         };
-        // None waits for another, which may hang.
+        // Concurrent, so that an upstream that hangs delays no other.
         let mut tending = FuturesUnordered::new();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -236,7 +247,8 @@ impl Tending {
             tokio::select! {
                 _ = tick.tick() => {
                     let all = self.upstreams.all().into_iter();
-                    tending.extend(all.filter(|upstream| !upstream.is_tended.swap(true, Ordering::Relaxed)).map(tend));
+                    let is_due = |upstream: &Arc<Upstream>| !upstream.is_tended.swap(true, Ordering::Relaxed);
+                    tending.extend(all.filter(is_due).map(tend));
                 }
                 Some(()) = tending.next() => {}
             }
@@ -257,7 +269,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_longest_prefix_counts() {
+    async fn longest_prefix_wins_and_ambiguous_paths_are_rejected() {
         let upstreams = Upstreams::new(&[conf("/a", None), conf("/a/b", None), conf("/worker", None)]);
         for (path, prefix) in [
             ("/a", Some("/a")),
@@ -276,7 +288,7 @@ mod tests {
             ("/a/..b/c.d%20e", Some("/a")),
             ("/a/%63;x", Some("/a")),
             ("/a/%ff", Some("/a")),
-            // What others may read as `/a/b`.
+            // Other servers may read these as `/a/b`.
             ("/a/%62", None),
             ("/a/%62/c", None),
             ("/a//b", None),
@@ -285,7 +297,7 @@ mod tests {
             ("/a/;/b", None),
             ("/a/b//", None),
             ("/a/B/c", None),
-            // What others may read as a route of ours.
+            // Other servers may read these as a route of the gateway.
             ("/worker/other", Some("/worker")),
             ("/worker/%73tatus", None),
             ("/worker/status;x", None),

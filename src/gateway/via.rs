@@ -1,24 +1,26 @@
-//! `Via` (RFC 9110, section 7.6.3): who has passed a request on. One that comes back has gone in a circle.
+//! `Via` (RFC 9110, section 7.6.3): the gateways that have forwarded a request.
+//!
+//! It detects loops: a request that already names this fleet is rejected.
 
 use crate::api::ApiError;
 use http::header::{HeaderMap, HeaderValue, VIA};
 use http::{HeaderName, Version};
 use sha2::{Digest, Sha256};
 
-/// What a gateway calls itself there: the same on all nodes of a fleet, and another in every other fleet.
+/// The name of a gateway in `Via`: the same on all nodes of a fleet, and different for each fleet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pseudonym(String);
 
 impl Pseudonym {
-    /// Of the fleet that has this in common, and nobody else. It is hashed, so that its text does not go out; who guesses
-    /// it can see that the guess is right, so it must be no secret.
+    /// The pseudonym of the fleet that `common` identifies uniquely. `common` is hashed, so upstreams do not
+    /// see it. It must not be a secret: a guess can be verified against the hash.
     pub fn of(common: &[u8]) -> Self {
         let hash = Sha256::digest(common);
         let short = u64::from_be_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|n: usize| hash[n]));
         Self(format!("infra-{short:016x}"))
     }
 
-    /// The field of a request that is passed on: who had it before, and this gateway.
+    /// The `Via` field of a forwarded request: the received entries, and this gateway.
     pub fn via(&self, fields: &HeaderMap, received: Version) -> Option<(HeaderName, HeaderValue)> {
         let version = match received {
             Version::HTTP_10 => "1.0",
@@ -35,8 +37,10 @@ impl Pseudonym {
     }
 }
 
+/// Detects a forwarding loop.
+///
 /// # Errors
-/// This fleet has passed the request on already.
+/// This fleet has already forwarded the request.
 pub fn check(fields: &HeaderMap, pseudonym: &Pseudonym) -> Result<(), ApiError> {
     let is_ours = |hop: &[u8]| {
         let received_by =
@@ -60,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn one_more_has_passed_it_on() {
+    fn the_gateway_is_appended_to_via() {
         let ours = Pseudonym::of(b"a queue");
         for (before, version, expected) in [
             (&[][..], Version::HTTP_11, format!("1.1 {}", ours.0)),
@@ -73,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_fleet_is_met_once() {
+    fn a_loop_through_the_same_fleet_is_detected() {
         let (ours, other) = (Pseudonym::of(b"a queue"), Pseudonym::of(b"another queue"));
         assert_ne!(ours, other);
         for (vias, is_loop) in [

@@ -1,6 +1,7 @@
-//! Requests that show no key or a wrong one, counted by address, so that guessing costs the one who guesses.
+//! Counts requests with a missing or wrong key by client address, so that guessing keys is slow.
 //!
-//! Counted in this process: to ask a store that all nodes share would cost more than the refusal itself.
+//! Counts in this process. A shared store was rejected, because a call to it would cost more than the
+//! rejected request.
 
 use super::fields::seconds_up;
 use super::local::Local;
@@ -15,7 +16,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 pub struct Failures(ArcSwap<(Quota, Local)>);
 
-/// When an address may fail again: in so many seconds, at least 1; and how often at once.
+/// When the address may fail again, in seconds and at least 1; and the burst of the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooMany {
     pub retry_after_s: u64,
@@ -27,7 +28,7 @@ impl Failures {
         Self(ArcSwap::from_pointee(buckets(quota(conf))))
     }
 
-    /// Other numbers; what was counted is forgotten if they differ.
+    /// Applies a new configuration. If its numbers differ, all counts are reset.
     pub fn set_conf(&self, conf: &AuthConf) {
         let quota = quota(conf);
         if self.0.load().0 != quota {
@@ -38,7 +39,7 @@ impl Failures {
     /// Counts a failure of `client`.
     ///
     /// # Errors
-    /// It has failed too often.
+    /// The address has failed too often.
     pub fn count(&self, client: IpAddr) -> Result<(), TooMany> {
         let buckets = self.0.load();
         let decision = buckets.1.take(&Who::ip(client), 1);
@@ -60,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_fails_too_often_is_told_when_to_come_again() {
+    fn an_address_with_too_many_failures_gets_a_retry_time() {
         let conf = |burst| AuthConf { failures_a_minute: 6, failures_burst: burst, metrics_need_key: false };
         let failures = Failures::new(&conf(2));
         let count = |ip: &str| failures.count(ip.parse().unwrap());

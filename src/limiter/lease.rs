@@ -1,13 +1,14 @@
-//! One identity's lease on one node: a state machine without clock, lock or connection.
+//! The lease of one identity on one node: a state machine without clock, lock or connection.
 //!
-//! The shared bucket debits tokens when it leases them; until they expire they are this node's to spend. So a request
-//! that finds a token asks nobody. What the node may believe is kept on the safe side:
+//! The shared bucket debits tokens when it leases them. Until the lease expires this node may spend them, so
+//! a request that finds a token needs no call. The node's view of the lease is conservative:
 //!
-//! * A lease ends 1 % before it ends in the shared store, counted from before the call was sent.
-//! * What a call gives back is set aside before it is sent; if the call fails it is lost to us, never doubled.
-//! * One call is under way at a time. Its answer grants an amount in all; what was spent meanwhile is taken off.
+//! * A lease ends 1 % earlier here than in the shared store, counted from before the call was sent.
+//! * Returned tokens are subtracted before the call is sent. If the call fails they are lost, never doubled.
+//! * One call is in flight at a time. Its answer grants a total amount, from which the tokens spent meanwhile
+//!   are subtracted.
 //!
-//! Time is microseconds of any clock that never steps back.
+//! Times are microseconds of a clock that never steps back.
 
 use crate::backend::Grant;
 use crate::model::Quota;
@@ -18,40 +19,40 @@ pub(super) type Micros = u64;
 
 /// How long the shared store keeps a lease.
 pub(super) const TTL: Micros = 1_000_000;
-/// How long the node spends it: clocks may run apart by 1 %.
+/// How long the node uses a lease: clocks may drift by 1 %.
 const LIFE: Micros = TTL / 100 * 99;
-/// Leases are taken for the demand of so long.
+/// Leases cover the expected demand of this period.
 const AHEAD: Micros = 200_000;
-/// A lease that was not renewed for so long is given back, unless it is still wanted.
+/// A lease that was not renewed for this long is returned, unless it is still needed.
 pub(super) const IDLE: Micros = 600_000;
-/// After a renewal that gave less than half of what was wanted the next one waits so long.
+/// The pause before the next renewal, after one that granted less than half of the tokens requested.
 const RENEWAL_PAUSE: Micros = 50_000;
-/// A refusal is remembered a little longer than told, so that nodes do not ask for each token: until so many have
-/// gathered for each of them, and at most so long.
+/// A rejection is remembered slightly longer than the store says, so that nodes do not call for each token:
+/// until this many tokens per node have accumulated, but at most [`REFUSAL_PAUSE_MAX`] longer.
 const GATHERED: u64 = 16;
 const REFUSAL_PAUSE_MAX: Micros = 50_000;
-/// Fewer tokens are not leased, so that one who begins to ask needs no call for the third, the fifth and the ninth
-/// request; and this share of the burst is little enough to lie on a node for [`IDLE`].
+/// The minimum number of tokens per lease, so that a new client does not need a call for its third, fifth and
+/// ninth request. At most the burst divided by [`LEAST_OF_BURST`]: that little may stay unused for [`IDLE`].
 const LEAST: u32 = 32;
 const LEAST_OF_BURST: u32 = 64;
-/// What a bucket gains in so long is not worth a call of its own: it is leased with the first token, and not given back.
-/// As a lease lives for [`TTL`], no more than a hundredth of the rate is lost so.
+/// The tokens that a bucket gains in this time are not worth a call of their own. They are leased with the
+/// first token and not returned. As a lease lives for [`TTL`], at most one hundredth of the rate is lost.
 const TRIFLE: Micros = TTL / 100;
-/// Requests that wait for the answer of one call.
+/// Maximum number of requests that wait for the answer of one call.
 pub(super) const WAITERS_MAX: usize = 1024;
 
-/// What a request is told at once.
+/// The immediate answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Spend {
-    /// `call`: the lease runs low, and [`Lease::begin`] is due. `seq` is for [`Lease::refund`].
+    /// `call`: the lease runs low, and [`Lease::begin`] is due. `seq` is the argument for [`Lease::refund`].
     Allowed { remaining: u32, seq: u64, call: bool },
-    /// Known from an earlier answer.
+    /// Known from an earlier answer of the store.
     Refused { retry: Micros },
-    /// There is nothing to spend: wait for a call, or do without.
+    /// No token is available: wait for a call, or proceed without.
     Empty,
 }
 
-/// What a request that waited is told.
+/// The answer to a request that has waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
     Allowed {
@@ -64,7 +65,7 @@ pub(super) enum Verdict {
     Away,
 }
 
-/// What a call is worth being made for, in tokens.
+/// The thresholds for calls, in tokens.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Worth {
     least: u32,
@@ -89,21 +90,22 @@ pub(super) struct Ask {
     pub want: u32,
 }
 
-/// What follows from an answer.
+/// What follows after an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// Requests still wait: [`Lease::begin`] is due.
+    /// Requests are still waiting: [`Lease::begin`] is due.
     Call,
-    /// Tokens are left; see to them after [`IDLE`].
+    /// Tokens are left; check them after [`IDLE`].
     Watch,
     Rest,
 }
 
-/// How a limit's refusals are paced.
+/// The pacing of a limit's rejections.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
     token: Micros,
-    /// Half the time in which an empty bucket fills but for one token: tokens that gather longer overflow.
+    /// Half the time in which an empty bucket fills up to one token less than full. Tokens that accumulate
+    /// for longer overflow.
     headroom: Micros,
 }
 
@@ -120,21 +122,22 @@ impl Pace {
     }
 }
 
-/// `W` waits for an answer.
+/// The lease state. A `W` is a request that waits for an answer.
 #[derive(Debug)]
 pub(super) struct Lease<W> {
     tokens: u32,
     expires: Micros,
     /// Tokens after the last answer.
     size: u32,
-    /// What the shared bucket had left then.
+    /// Tokens left in the shared bucket at the last answer.
     left: u32,
-    /// No call is made for a refused request before `silent_until`; it is told to come back at `retry_at`.
+    /// No call is made for a rejected request before `silent_until`. The client is told to retry at
+    /// `retry_at`.
     silent_until: Micros,
     retry_at: Micros,
     renew_from: Micros,
     demand: Demand,
-    /// Of the last call.
+    /// The number of the last call.
     seq: u64,
     call: Call,
     waiters: VecDeque<W>,
@@ -143,7 +146,6 @@ pub(super) struct Lease<W> {
 #[derive(Debug)]
 enum Call {
     None,
-    /// Due.
     Due,
     Sent(Sent),
 }
@@ -151,9 +153,9 @@ enum Call {
 #[derive(Debug)]
 struct Sent {
     at: Micros,
-    /// Tokens spent since.
+    /// Tokens spent since the call was sent.
     spent: u32,
-    /// Tokens wished for in all.
+    /// Tokens requested in total.
     wished: u32,
 }
 
@@ -176,7 +178,7 @@ impl<W> Default for Lease<W> {
 }
 
 impl<W> Lease<W> {
-    /// One request.
+    /// Takes a token for one request.
     pub fn spend(&mut self, now: Micros) -> Spend {
         self.demand.count(now);
         if self.tokens > 0 && now < self.expires {
@@ -203,7 +205,7 @@ impl<W> Lease<W> {
             && self.demand.ahead() > 0
     }
 
-    /// A spent token comes back, if it is still ours: after the next call the shared store takes it as spent.
+    /// Returns a spent token, if it is still leased. After the next call the shared store counts it as spent.
     pub fn refund(&mut self, seq: u64, now: Micros) {
         if self.seq == seq && now < self.expires {
             self.tokens += 1;
@@ -213,7 +215,8 @@ impl<W> Lease<W> {
         }
     }
 
-    /// A request that found nothing waits. `Ok(true)`: [`Self::begin`] is due; `Err`: too many wait already.
+    /// Registers a waiting request. `Ok(true)`: [`Self::begin`] is due. `Err`: too many requests wait
+    /// already.
     pub fn wait(&mut self, waiter: W) -> Result<bool, W> {
         if self.waiters.len() >= WAITERS_MAX {
             return Err(waiter);
@@ -222,7 +225,7 @@ impl<W> Lease<W> {
         Ok(self.probe())
     }
 
-    /// Has a call made for nobody. `false`: one is under way.
+    /// Makes a call due without a waiting request. Returns `false` if one is due or in flight.
     pub fn probe(&mut self) -> bool {
         let idle = matches!(self.call, Call::None);
         if idle {
@@ -231,13 +234,13 @@ impl<W> Lease<W> {
         idle
     }
 
-    /// Whether the lease, not renewed since call `seq`, should be given back: then [`Self::begin`] is due.
+    /// Whether a lease not renewed since call `seq` should be returned. If so, [`Self::begin`] is due.
     pub fn is_idle_since(&mut self, seq: u64, worth: Worth) -> bool {
         self.seq == seq && self.tokens > worth.trifle && self.probe()
     }
 
-    /// The call that is due, to be sent now as number `seq`. One that asks for nothing still renews what is held, and tells
-    /// whether the store is there.
+    /// Returns the call that is due, to be sent now with the number `seq`. Even a call that requests nothing
+    /// renews the held tokens and shows whether the store answers.
     pub fn begin(&mut self, now: Micros, seq: u64, worth: Worth) -> Option<Ask> {
         if !matches!(self.call, Call::Due) {
             return None;
@@ -257,8 +260,8 @@ impl<W> Lease<W> {
         Some(ask)
     }
 
-    /// The answer to the call that was sent; `None`: there is none, and whether the call took effect is not known.
-    /// `tell` says whether the one who waited is still there.
+    /// Applies the answer to the call in flight. `None` means that there is no answer, and that the call may
+    /// have taken effect. `tell` passes the verdict to a waiter and returns whether the waiter still exists.
     pub fn settle(
         &mut self,
         now: Micros,
@@ -286,7 +289,7 @@ impl<W> Lease<W> {
         while let Some(waiter) = self.waiters.pop_front() {
             let remaining = self.remaining();
             if taken > 0 {
-                // Where a client has left, the next one gets its token.
+                // If a client has left, its token goes to the next one.
                 taken -= u32::from(tell(waiter, Verdict::Allowed { remaining }));
             } else if self.tokens > 0 && now < self.expires {
                 let remaining = remaining - 1;
@@ -310,7 +313,7 @@ impl<W> Lease<W> {
         if self.tokens > 0 { Next::Watch } else { Next::Rest }
     }
 
-    /// Of the last call.
+    /// The number of the last call.
     pub fn seq(&self) -> u64 {
         self.seq
     }
@@ -320,12 +323,12 @@ impl<W> Lease<W> {
         matches!(self.call, Call::Sent(_))
     }
 
-    /// Requests that would be let through at once, as far as is known.
+    /// Requests that would be admitted immediately, as far as is known.
     fn remaining(&self) -> u32 {
         self.tokens.saturating_add(self.left)
     }
 
-    /// Nothing would be lost with it.
+    /// Whether the lease can be dropped without losing anything.
     pub fn is_spent(&self, now: Micros) -> bool {
         matches!(self.call, Call::None)
             && (self.tokens == 0 || now >= self.expires)
@@ -334,7 +337,7 @@ impl<W> Lease<W> {
     }
 }
 
-/// Requests of this and the last stretch of [`AHEAD`].
+/// Requests in the current and in the previous period of [`AHEAD`].
 #[derive(Debug, Default)]
 struct Demand {
     stretch: u64,
@@ -356,8 +359,8 @@ impl Demand {
         }
     }
 
-    /// Requests expected in the next stretch. One alone promises no other: what would be leased for it is more
-    /// likely to lie idle.
+    /// Requests expected in the next period. A single request predicts no other: tokens leased for it would
+    /// probably stay unused.
     fn ahead(&self) -> u32 {
         match self.before.max(self.now) {
             1 => 0,
@@ -384,7 +387,7 @@ mod tests {
         Pace::of(&Quota { rate: 10, period: Duration::from_secs(1), burst: 1 })
     }
 
-    /// A lease of so many tokens, whose call was sent at [`START`] and answered half a second later.
+    /// A lease of `amount` tokens, whose call was sent at [`START`] and answered half a second later.
     fn leased(amount: u32) -> Lease<()> {
         let mut lease = Lease::default();
         assert_eq!(lease.wait(()), Ok(true));
@@ -399,19 +402,19 @@ mod tests {
 
     fn spendable(lease: &mut Lease<()>, now: Micros) -> usize {
         std::iter::repeat_with(|| lease.spend(now))
-            .take_while(|said| matches!(said, Spend::Allowed { .. }))
+            .take_while(|spend| matches!(spend, Spend::Allowed { .. }))
             .count()
     }
 
     #[test]
-    fn it_ends_early_as_counted_from_before_the_call() {
+    fn it_ends_early_counted_from_before_the_call() {
         for (at, tokens) in [(START + TTL / 100 * 99 - 1, 3), (START + TTL / 100 * 99, 0)] {
             assert_eq!(spendable(&mut leased(3), at), tokens, "{at}");
         }
     }
 
     #[test]
-    fn what_is_spent_meanwhile_is_no_part_of_the_answer() {
+    fn tokens_spent_during_a_call_are_subtracted_from_its_answer() {
         let (mut lease, now) = (leased(3), START + TTL / 2);
         assert_eq!(lease.spend(now), Spend::Allowed { remaining: 11, seq: 1, call: false });
         lease.demand = Demand { stretch: now / AHEAD, before: 3, now: 0 };
@@ -426,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_given_back_is_not_spent_whatever_becomes_of_the_call() {
+    fn returned_tokens_are_not_spent_even_if_the_call_fails() {
         let (mut lease, now) = (leased(3), START + TTL / 2);
         let worth = Worth { least: 0, trifle: 2 };
         assert!(!lease.is_idle_since(0, worth) && !lease.is_idle_since(1, Worth { trifle: 3, ..worth }));
@@ -441,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_comes_back_only_while_the_store_counts_it_as_leased() {
+    fn a_token_is_refunded_only_while_the_store_counts_it_as_leased() {
         let now = START + TTL / 2;
         let (mut kept, mut called) = (leased(1), leased(1));
         for lease in [&mut kept, &mut called] {
@@ -457,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_remembered_and_crowds_are_bounded() {
+    fn rejections_are_remembered_and_waiters_are_bounded() {
         let (mut lease, now) = (Lease::default(), START + TTL);
         for n in 0..WAITERS_MAX {
             assert_eq!(lease.wait(()), Ok(n == 0));

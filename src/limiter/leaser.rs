@@ -1,4 +1,5 @@
-//! The loop that asks the shared store for leases, so that a client that leaves ends no call others wait for.
+//! The loop that calls the shared store for leases. It is separate from the requests, so that a client that
+//! disconnects does not cancel a call that others wait for.
 
 use super::lease::{IDLE, Micros, Next};
 use super::limit::Limit;
@@ -13,18 +14,18 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-/// Calls that are due and not begun; what comes on top counts as unanswered.
+/// Maximum number of calls that are due but not begun. Beyond it calls count as unanswered.
 pub(super) const DUE_MAX: usize = 16_384;
-/// Calls under way.
+/// Maximum number of calls in flight.
 const CALLS_MAX: usize = 1024;
-/// Leases watched, lest they lie idle; those beyond are not given back early, and expire.
+/// Maximum number of leases watched for idleness. Others are not returned early and expire.
 const WATCHED_MAX: usize = 131_072;
-/// How often watched leases are looked at.
+/// How often watched leases are checked.
 const TICK: Duration = Duration::from_millis(100);
-/// Spent leases are forgotten every so many ticks.
+/// Spent leases are removed once in this many ticks.
 const SWEEP_TICKS: u32 = 10;
 
-/// A call is due for a lease.
+/// A lease for which a call is due.
 pub(super) struct Due {
     pub limit: Arc<Limit>,
     pub who: Who,
@@ -36,10 +37,10 @@ struct Watched {
     from: Micros,
 }
 
-/// The limits whose spent leases are swept; those of an old configuration go with their last user.
+/// The limits whose spent leases are swept. Limits of an old configuration are dropped with their last user.
 pub(super) type Swept = Arc<Mutex<Vec<Weak<Limit>>>>;
 
-/// Runs as long as the limiter is used.
+/// The loop. It runs as long as the limiter is used.
 pub struct Leaser {
     pub(super) due: mpsc::Receiver<Due>,
     pub(super) store: Arc<Store>,
@@ -49,7 +50,7 @@ pub struct Leaser {
 impl Leaser {
     pub async fn run(mut self) {
         let mut calls = FuturesUnordered::new();
-        // In the order of time, as all are watched for as long.
+        // Sorted by time, because all leases are watched equally long.
         let mut watched: VecDeque<Watched> = VecDeque::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -86,7 +87,7 @@ impl Leaser {
     }
 }
 
-/// Makes calls for the lease until nobody waits any more. `Some`: tokens are left.
+/// Makes calls for the lease until no request waits. Returns the lease if it has tokens left.
 async fn call(store: &Store, due: Due) -> Option<Watched> {
     let Due { limit, who } = &due;
     while let Some(ask) = limit.begin(who, store.now()) {

@@ -1,4 +1,4 @@
-//! One limit of the configuration, and the leases of its identities on this node.
+//! One configured limit, and the leases of its identities on this node.
 
 use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict, Worth};
 use super::local::Local;
@@ -13,16 +13,17 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
-/// Most identities with a lease, per limit. For those beyond it the shared store is asked on every request.
+/// Maximum number of identities with a lease, per limit. Beyond it each request calls the shared store.
 pub(super) const LEASES_MAX: usize = 131_072;
-/// Parts of the table of leases. While one grows all of its leases move, and its users wait.
+/// Shards of the table of leases. While a shard grows, all its leases move and its users wait.
 const SHARDS: usize = 256;
 
-/// The table is made smaller when it has room for more leases than this, and for so many times those it holds.
+/// The table shrinks when its capacity exceeds this number of leases, and this multiple of the leases it
+/// holds.
 const ROOM_MIN: usize = 16_384;
 const ROOM_MAX_OF_LEFT: usize = 8;
 
-/// What a request is told that does not have to wait; or how it waits.
+/// The immediate answer to a request, or how it waits for one.
 pub(super) enum Tried {
     Allowed {
         remaining: u32,
@@ -38,21 +39,21 @@ pub(super) enum Tried {
         verdict: oneshot::Receiver<Verdict>,
         call: bool,
     },
-    /// The lease is spent, and the shared store is not to be waited for. `call`: a call is due.
+    /// The lease is spent, and the request must not wait for the shared store. `call`: a call is due.
     Nothing {
         call: bool,
     },
-    /// There is no room for a lease.
+    /// The table has no room for another lease.
     Full,
-    /// Too many wait for this lease already.
+    /// Too many requests wait for this lease already.
     Crowded,
 }
 
-/// What to do on finding a spent lease.
+/// What to do if a lease is spent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum OnEmpty {
     Wait,
-    /// Have a call made, but do not wait for it.
+    /// Make a call due, but do not wait for it.
     Probe,
     Leave,
 }
@@ -60,17 +61,18 @@ pub(super) enum OnEmpty {
 pub(super) struct Limit {
     pub conf: LimitConf,
     pub quota: Quota,
-    /// For the header fields.
+    /// The burst as a header value.
     pub burst: HeaderValue,
     pub local: Local,
     pace: Pace,
     worth: Worth,
-    /// Of this limit in this process: leases of an earlier definition are another holder's.
+    /// Identifies this limit in this process. An earlier definition of the limit had another holder id.
     holder: u64,
-    /// Of all leases, so that one that was forgotten and is made anew goes on with greater numbers.
+    /// Shared by all leases, so that a lease that was dropped and created again continues with larger
+    /// numbers.
     seq: AtomicU64,
     leases: DashMap<Who, Lease<oneshot::Sender<Verdict>>, RandomState>,
-    /// As `leases.len()`, which locks all of them.
+    /// The same as `leases.len()`, which would lock all shards.
     count: AtomicUsize,
 }
 
@@ -91,12 +93,13 @@ impl Limit {
         }
     }
 
-    /// One request. Locks a part of the map for the moment, and allocates only where the lease is spent or new.
+    /// Takes one token. Locks one shard briefly, and allocates only if the lease is spent or new.
     pub fn try_take(&self, who: &Who, now: Micros, on_empty: impl FnOnce() -> OnEmpty) -> Tried {
         if let Some(mut lease) = self.leases.get_mut(who) {
             return try_lease(&mut lease, now, on_empty);
         }
-        // Several may pass at once: the bound is one of memory, and gives way by the number of threads.
+        // Several threads may pass at once: the bound limits memory, and may be exceeded by the number of
+        // threads.
         if self.count.load(Ordering::Relaxed) >= LEASES_MAX {
             return Tried::Full;
         }
@@ -107,17 +110,17 @@ impl Limit {
         try_lease(&mut lease, now, on_empty)
     }
 
-    /// Takes back what a request took that another limit refused.
+    /// Returns a token that a request took before another limit rejected it.
     pub fn refund(&self, who: &Who, seq: u64, now: Micros) {
         if let Some(mut lease) = self.leases.get_mut(who) {
             lease.refund(seq, now);
         }
     }
 
-    /// The call that is due for `who`.
+    /// Returns the call that is due for `who`.
     pub fn begin(&self, who: &Who, now: Micros) -> Option<LeaseCall> {
         let mut lease = self.leases.get_mut(who)?;
-        // Under the lock: calls of one lease are numbered in their order.
+        // Numbered under the lock, so that the calls of one lease are numbered in order.
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
         let ask = lease.begin(now, seq, self.worth)?;
         drop(lease);
@@ -140,7 +143,7 @@ impl Limit {
         }
     }
 
-    /// A call for one request that has no lease.
+    /// A call for one request of an identity without a lease.
     pub fn call_without_lease(&self, who: &Who) -> LeaseCall {
         self.call(who, &Ask { seq: 0, held: 0, back: 0, need: 1, want: 0 })
     }
@@ -149,7 +152,7 @@ impl Limit {
         format!("{}:{who}", self.conf.name)
     }
 
-    /// Hands the answer on to those who wait. With it, the number of the call it answers.
+    /// Passes the answer to the waiting requests. Returns the next step and the number of the answered call.
     pub fn settle(&self, who: &Who, now: Micros, grant: Option<&Grant>) -> (Next, u64) {
         let Some(mut lease) = self.leases.get_mut(who) else { return (Next::Rest, 0) };
         let next = lease.settle(now, grant, &self.pace, |waiter: oneshot::Sender<_>, verdict| {
@@ -158,12 +161,12 @@ impl Limit {
         (next, lease.seq())
     }
 
-    /// Whether a lease that was not renewed since call `seq` is to be given back: then a call is due.
+    /// Whether a lease not renewed since call `seq` should be returned. If so, a call is due.
     pub fn is_idle_since(&self, who: &Who, seq: u64) -> bool {
         self.leases.get_mut(who).is_some_and(|mut lease| lease.is_idle_since(seq, self.worth))
     }
 
-    /// Forgets leases that hold nothing.
+    /// Removes leases that hold nothing.
     pub fn sweep(&self, now: Micros) {
         if self.count.load(Ordering::Relaxed) == 0 {
             return;
@@ -171,13 +174,13 @@ impl Limit {
         self.leases.retain(|_, lease| !lease.is_spent(now));
         let left = self.leases.len();
         self.count.store(left, Ordering::Relaxed);
-        // After a crowd has gone the few that stay would lie far apart in its memory.
+        // After many leases have gone, the remaining ones would be scattered in its memory.
         if self.leases.capacity() > ROOM_MIN.max(ROOM_MAX_OF_LEFT * left) {
             self.leases.shrink_to_fit();
         }
     }
 
-    /// As if all leases that may be were there.
+    /// Makes the table appear full.
     #[cfg(test)]
     pub fn fill(&self) {
         self.count.store(LEASES_MAX, Ordering::Relaxed);

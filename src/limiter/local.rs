@@ -1,4 +1,4 @@
-//! Counting in this process: where nothing is shared, and while the shared store is away.
+//! Counts limits in this process: without a shared store, and while the shared store is down.
 
 use super::who::Who;
 use crate::backend::Decision;
@@ -11,15 +11,16 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Most identities counted in this process, per limit; more share one bucket, so that memory is bounded and
-/// nobody is let through uncounted.
+/// Maximum number of identities counted in this process, per limit. Further identities share one bucket, so
+/// that memory is bounded and no request goes uncounted.
 const IDENTITIES_MAX: usize = 100_000;
-/// Where there are so many, those with a full bucket are forgotten so often: looking for them takes milliseconds.
+/// With that many identities, those with a full bucket are removed at this interval; finding them takes
+/// milliseconds.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
 type Buckets = governor::RateLimiter<Who, DashMapStateStore<Who>, DefaultClock, StateInformationMiddleware>;
 
-/// The buckets of one limit, each with this node's part of it.
+/// The buckets of one limit, with this node's share of it.
 pub(super) struct Local {
     quota: Quota,
     buckets: Mutex<Arc<Part>>,
@@ -36,7 +37,7 @@ impl Local {
         Self { quota, buckets: Mutex::new(Arc::new(Part::new(&quota, 1))) }
     }
 
-    /// One request, where `nodes` share the limit.
+    /// Counts one request of a limit that `nodes` nodes share.
     pub fn take(&self, who: &Who, nodes: u32) -> Decision {
         let part = {
             let mut part = self.buckets.lock();
@@ -94,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_counts_its_part_and_never_less_than_one() {
+    fn a_node_admits_its_share_but_at_least_one() {
         let quota = Quota { rate: 8, period: Duration::from_secs(3600), burst: 8 };
         for (nodes, allowed) in [(1, 8), (3, 2), (8, 1), (9, 1)] {
             let local = Local::new(quota);
@@ -113,7 +114,7 @@ mod tests {
         for n in 0..IDENTITIES_MAX {
             assert!(local.take(&who(n), 1).allowed);
         }
-        assert!(local.take(&who(IDENTITIES_MAX), 1).allowed, "the first beyond has a bucket still");
-        assert!(!local.take(&who(IDENTITIES_MAX + 1), 1).allowed, "the second finds it used");
+        assert!(local.take(&who(IDENTITIES_MAX), 1).allowed, "the shared bucket has a token for the first");
+        assert!(!local.take(&who(IDENTITIES_MAX + 1), 1).allowed, "the second finds it empty");
     }
 }

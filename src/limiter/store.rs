@@ -1,4 +1,4 @@
-//! The shared store as the limiter sees it: there or away, and how many nodes use it.
+//! The shared store as the limiter sees it: whether it answers, and how many nodes use it.
 
 use super::lease::Micros;
 use crate::backend::{Decision, Grant, LeaseCall, LimitStore};
@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use tokio::time::Instant;
 
-/// While the store is away one request is let ask so often; the others do not wait for it.
+/// Interval of probes while the store is down. Other requests do not wait for it.
 const PROBE_EVERY: Micros = 100_000;
-/// How long a number of nodes is believed that no bucket shows any more.
+/// How long a node count stays valid after the last bucket that showed it.
 const NODES_KEPT: Micros = 10_000_000;
 
 pub(super) struct Store {
@@ -19,7 +19,7 @@ pub(super) struct Store {
     start: Instant,
     is_away: AtomicBool,
     probe_at: AtomicU64,
-    /// Most nodes lately seen to share a bucket.
+    /// The largest number of nodes recently seen to share a bucket.
     nodes: AtomicU32,
     nodes_at: AtomicU64,
 }
@@ -37,29 +37,29 @@ impl Store {
         }
     }
 
-    /// Of the clock that leases go by.
+    /// The time on the clock of the leases.
     pub fn now(&self) -> Micros {
         Micros::try_from(self.start.elapsed().as_micros()).unwrap_or(Micros::MAX)
     }
 
-    /// `false`: this process counts alone.
+    /// `false`: limits are counted in this process only.
     pub fn is_shared(&self) -> bool {
         self.port.is_some()
     }
 
-    /// Whether the last call went unanswered.
+    /// Whether the last call failed.
     pub fn is_away(&self) -> bool {
         self.is_away.load(Ordering::Relaxed)
     }
 
-    /// Whether it is the caller's turn to see if the store is back.
+    /// Whether the caller is the one that probes the store now.
     pub fn is_probe_due(&self, now: Micros) -> bool {
         let at = self.probe_at.load(Ordering::Relaxed);
         let next = now.saturating_add(PROBE_EVERY);
         now >= at && self.probe_at.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// How many nodes share a limit, as far as is known.
+    /// The number of nodes that share a limit, as far as is known.
     pub fn nodes(&self) -> u32 {
         self.nodes.load(Ordering::Relaxed)
     }
@@ -78,7 +78,8 @@ impl Store {
         self.heard(answer.ok())
     }
 
-    /// That Redis is away is logged where its results are waited for; a line for each request would drown that one.
+    /// Updates the state after a call. Logs nothing: the subscription to results logs an outage of Redis, and
+    /// one line per request would bury that.
     fn heard<T>(&self, answer: Option<T>) -> Option<T> {
         if answer.is_none() && !self.is_away.swap(true, Ordering::Relaxed) {
             self.probe_at.store(self.now() + PROBE_EVERY, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! Who is counted: the identities of limits, cheap to copy and to look up.
+//! The identities by which limits count; cheap to copy and to look up.
 
 use crate::config::Identity;
 use crate::model::FunctionId;
@@ -6,16 +6,16 @@ use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-/// Whose requests are counted together.
+/// The identity whose requests are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Who {
     /// The name of an API key.
     Key(Arc<str>),
-    /// The /64 of an address; one of IPv4 as its IPv6 form.
+    /// The /64 prefix of an address; an IPv4 address in its IPv6-mapped form.
     Ip([u8; 16]),
     Function(FunctionId),
     Global,
-    /// All those for whom there was no room.
+    /// All identities beyond the bound on memory.
     Overflow,
 }
 
@@ -28,7 +28,7 @@ impl Who {
     }
 }
 
-/// The address that counts as one client: a host of IPv6 has at least a /64 to itself.
+/// The address block that counts as one client: an IPv6 host has at least a /64.
 pub fn block_of(client: IpAddr) -> IpAddr {
     match client.to_canonical() {
         IpAddr::V6(ip) => {
@@ -39,7 +39,7 @@ pub fn block_of(client: IpAddr) -> IpAddr {
     }
 }
 
-/// As it stands in the name of a bucket.
+/// The form used in bucket names.
 impl fmt::Display for Who {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -52,17 +52,17 @@ impl fmt::Display for Who {
     }
 }
 
-/// What is known of a request when limits are counted.
+/// The properties of a request when limits are counted.
 #[derive(Clone, Copy, Debug)]
 pub enum Subject<'a> {
-    /// Before the body is read.
+    /// Known before the body is read.
     Caller { key_name: Option<&'a Arc<str>>, client: Option<IpAddr> },
-    /// After.
+    /// Known after the body is read.
     Function(&'a FunctionId),
 }
 
 impl Subject<'_> {
-    /// `None`: there is nothing to count by.
+    /// The identity to count by, or `None` if the request has none of this kind.
     pub(super) fn who(&self, identity: Identity) -> Option<Who> {
         match (identity, self) {
             (Identity::Key, Self::Caller { key_name, .. }) => key_name.map(|name| Who::Key(Arc::clone(name))),
@@ -79,7 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_address_is_one_identity() {
+    fn addresses_are_grouped_into_identities() {
         let name = Arc::from("a");
         let who = |ip: &str| {
             let subject = Subject::Caller { key_name: Some(&name), client: Some(ip.parse().unwrap()) };

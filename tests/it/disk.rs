@@ -128,7 +128,7 @@ async fn a_state_dir_that_was_away_is_used_again() {
     .await;
     std::fs::remove_dir_all(&node).expect("it is there");
     proxy.fail(Faults::default());
-    gateway.until_printed("Spilled Rows Gone").await;
+    gateway.until_printed("Spilled rows are gone").await;
     wait_for_health(gateway, "health in the end", |health| health["status"] == "OK").await;
     platform.fleet().cloud.wait_for_rows(HELLO, 1 + ids.len()).await;
     platform.finish().await;

@@ -52,7 +52,7 @@ impl Stage {
             })
             .await;
         }
-        self.gateway.until_printed("Beats Not Heard").await;
+        self.gateway.until_printed("Beats missed").await;
     }
 
     /// Publishes on the new server until somebody receives it there, as workers do after a fail-over.
@@ -206,7 +206,7 @@ async fn a_user_without_the_channel_of_the_beats() {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     assert_eq!(subscribers().await, before, "nobody reconnects");
-    let said = gateway.log().iter().filter(|line| line["msg"].to_string().contains("Beats Off")).count();
+    let said = gateway.log().iter().filter(|line| line["msg"].to_string().contains("Beats are off")).count();
     assert_eq!(said, 1, "{}", gateway.output().tail(30));
     // What it is subscribed to arrives.
     let run = gateway.run(HELLO, &json!(1));

@@ -78,7 +78,7 @@ async fn a_redis_that_cannot_be_used() {
         ("no pattern", url("deaf"), CONFIG, &["cannot subscribe to results", "NOPERM", "&*"]),
         ("no PUBLISH", url("mute"), CONFIG, &["publish changes", "NOPERM", "ACL SETUSER"]),
         ("no such node", url("literal"), CONFIG, &["cannot subscribe to results", "&result:<node>*"]),
-        ("no INFO", url("blind"), 0, &["warning: Redis does not say whether it evicts keys"]),
+        ("no INFO", url("blind"), 0, &["warning: Redis does not report whether it evicts keys"]),
         ("a wrong user", url("nobody"), CONFIG, &["Put the right user and password into REDIS_URL", "%2F"]),
     ] {
         let mut env = env_without_redis(&cloud);
@@ -279,7 +279,7 @@ fn certificates_as_people_have_them() {
         ("DER", certificate.clone(), der, Some("k.pem: is DER or PKCS #12")),
         ("encrypted", certificate.clone(), encrypted, Some("tls.key is encrypted")),
         ("encrypted", certificate.clone(), old, Some("tls.key is encrypted")),
-        ("swapped", key, certificate, Some("it is the other file that belongs here")),
+        ("swapped", key, certificate, Some("the two files may be swapped")),
     ] {
         let dir = Scratch::new("tls");
         let server = "[tls]\nport = 0\ncertificate = \"c.pem\"\nkey = \"k.pem\"\n".to_owned();

@@ -1,4 +1,5 @@
-//! One file of the spill: a head, and for each row its length, its CRC-32 and itself as JSON.
+//! The file format of a spill segment: a header, then for each row its length, its CRC-32 and the row as
+//! JSON.
 
 use crate::audit::{Kept, Record};
 use crate::model::{Execution, FunctionId, IdempotencyKey, JobId, Recommendation, RowId, Status, UnixMs};
@@ -8,25 +9,25 @@ use std::fs::File;
 use std::io::{self, BufReader, Read as _, Seek, SeekFrom};
 use std::path::Path;
 
-/// What a segment begins with: what it is, and the version of its format.
+/// The header of a segment: file type and format version.
 pub const HEAD: &[u8] = b"icspill1";
-/// The name under which the last segment with a torn tail is put aside.
+/// File name under which the last segment with a torn tail is kept.
 pub const TORN: &str = "torn";
-/// Length and checksum.
+/// Length and checksum, in bytes.
 const FRAME: usize = 8;
-/// No row is longer: its message, every character of it escaped, and as much of a result as is kept, written as
-/// numbers, are 4 MB.
+/// Maximum length of a row, in bytes. The largest possible row is about 4 MB: its message with every
+/// character escaped, and the largest stored result as a JSON array of numbers.
 const RECORD_BYTES_MAX: usize = 8 << 20;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Segment {
-    /// Bytes that hold whole rows, the head included.
+    /// Bytes that hold the header and whole rows.
     pub len: u64,
-    /// Bytes behind them that do not.
+    /// Bytes after them that do not form a whole row.
     pub torn: u64,
 }
 
-/// Rows of a segment, and where they end.
+/// Rows of a segment, and the offset of their end.
 pub struct Read {
     pub records: Vec<Record>,
     pub end: u64,
@@ -36,12 +37,12 @@ pub fn name(number: u64) -> String {
     format!("{number:016}.rows")
 }
 
-/// The number in a name.
+/// The number in a file name.
 pub fn number(name: &str) -> Option<u64> {
     name.strip_suffix(".rows").filter(|digits| digits.len() == 16)?.parse().ok()
 }
 
-/// A row as it is written.
+/// The JSON form of a row.
 #[derive(Serialize, Deserialize)]
 struct Text<'a> {
     id: Cow<'a, str>,
@@ -55,7 +56,7 @@ struct Text<'a> {
     expires_at_s: Option<u64>,
     advice: Option<Advice>,
     kept: Option<(String, Vec<u8>)>,
-    /// Absent in segments of earlier programs.
+    /// Absent in segments of earlier versions.
     #[serde(default)]
     is_late: bool,
 }
@@ -121,7 +122,7 @@ impl<'a> Text<'a> {
     }
 }
 
-/// Appends a row to the bytes of a segment.
+/// Appends a row to `bytes` in the format of a segment.
 pub fn put(bytes: &mut Vec<u8>, record: &Record) -> io::Result<()> {
     let text = serde_json::to_vec(&Text::of(record))?;
     let len = u32::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -131,7 +132,7 @@ pub fn put(bytes: &mut Vec<u8>, record: &Record) -> io::Result<()> {
     Ok(())
 }
 
-/// Looks through a segment, and tells each whole row: whose it is, and whether it is late.
+/// Reads a segment and calls `row` for each whole row with its job, its function and whether it is late.
 pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId, bool)) -> io::Result<Segment> {
     let all = path.metadata()?.len();
     let mut rows = Rows::open(path, 0)?;
@@ -147,7 +148,7 @@ pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId, bool)) -> io::Re
     Ok(Segment { len, torn: all - len })
 }
 
-/// Up to `max` rows between `from` and `to`.
+/// Returns up to `max` rows between the offsets `from` and `to`.
 pub fn read(path: &Path, from: u64, to: u64, max: usize) -> io::Result<Read> {
     let mut rows = Rows::open(path, from)?;
     let (mut records, mut end) = (Vec::new(), from);
@@ -168,7 +169,8 @@ impl Rows {
         Ok(Self(BufReader::new(file)))
     }
 
-    /// The next whole row with its length on the disk; `None`: there is none, or what follows is none.
+    /// The next whole row with its length in the file; `None` at the end of the file or if the next row is
+    /// damaged.
     fn next(&mut self) -> io::Result<Option<(Record, u64)>> {
         let mut frame = [0; FRAME];
         if !self.fill(&mut frame)? {
@@ -187,7 +189,7 @@ impl Rows {
         Ok(record.map(|record| (record, (FRAME + len) as u64)))
     }
 
-    /// `false`: it ends before.
+    /// `false`: the file ends first.
     fn fill(&mut self, bytes: &mut [u8]) -> io::Result<bool> {
         match self.0.read_exact(bytes) {
             Ok(()) => Ok(true),
@@ -201,23 +203,23 @@ impl Rows {
 mod tests {
     use super::*;
 
-    /// Of a file that holds anything, whole rows are told, and where they end; they are read again as they were told.
+    /// Scans a file with arbitrary content and checks that reading returns the rows that the scan reported.
     #[test]
     fn fuzz_spill_segments() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.rows");
         crate::fuzz::run("spill_segment", |input| {
             std::fs::write(&path, input).unwrap();
-            let mut told = Vec::new();
-            let segment = scan(&path, |id, function, _| told.push((id, function))).unwrap();
+            let mut scanned = Vec::new();
+            let segment = scan(&path, |id, function, _| scanned.push((id, function))).unwrap();
             assert_eq!(segment.len + segment.torn, input.len() as u64);
             if segment.len == 0 {
-                return assert!(told.is_empty());
+                return assert!(scanned.is_empty());
             }
             let read = read(&path, HEAD.len() as u64, segment.len, usize::MAX).unwrap();
             let records = read.records.iter().map(|record| (record.id, record.row.function.clone()));
-            assert_eq!((records.collect::<Vec<_>>(), read.end), (told, segment.len));
-            // What was read is written again as bytes that read the same.
+            assert_eq!((records.collect::<Vec<_>>(), read.end), (scanned, segment.len));
+            // Writing these rows again yields a segment with the same rows.
             let mut bytes = HEAD.to_vec();
             read.records.iter().for_each(|record| put(&mut bytes, record).unwrap());
             std::fs::write(&path, &bytes).unwrap();

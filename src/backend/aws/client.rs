@@ -1,4 +1,4 @@
-//! The SDK's set-up. The SDK alone waits forever: every limit here is ours.
+//! Sets up the AWS SDK. Without the limits set here the SDK waits indefinitely.
 
 use super::Settings;
 use crate::https::POOL_IDLE;
@@ -17,18 +17,18 @@ use aws_types::service_config::ServiceConfigKey;
 use std::time::Duration;
 
 pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
-/// One try of one call.
+/// Timeout of one attempt.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
-/// One call with all its tries.
+/// Timeout of one call with all its attempts.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
 const ATTEMPTS_MAX: u32 = 3;
 const BACKOFF_FIRST: Duration = Duration::from_millis(25);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// One try to send a whole file: 50 MB at 1 MB/s.
+/// Timeout of one attempt to upload a file: 50 MB at 1 MB/s.
 const UPLOAD_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// What the three clients share: region, credential chain, HTTP pool, limits.
+/// The configuration that all clients share: region, credential chain, HTTP pool, timeouts.
 pub(super) async fn sdk_config(region: &str) -> SdkConfig {
     let http = aws_smithy_http_client::Builder::new()
         .tls_provider(Provider::Rustls(CryptoMode::Ring))
@@ -48,7 +48,8 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
         .http_client(http)
         .timeout_config(timeouts)
         .retry_config(retries)
-        // Answers are small and the attempt has a deadline, so watching throughput would only cost.
+        // Responses are small and each attempt has a deadline, so monitoring the throughput is a needless
+        // cost.
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled())
         .load()
         .await;
@@ -61,8 +62,8 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
     }
 }
 
-/// The credentials of a provider, without blanks and line ends around them, which files and variables often
-/// have. What no header field can carry is an error here, since the SDK panics when it signs with it.
+/// Trims blanks and line ends from the credentials of a provider; files and variables often have them.
+/// Rejects characters that a header field cannot carry, because the SDK panics when it signs with them.
 #[derive(Debug)]
 struct Usable(SharedCredentialsProvider);
 
@@ -79,9 +80,9 @@ impl ProvideCredentials for Usable {
     }
 }
 
-/// Which part of the credentials cannot be used.
+/// The part of the credentials that is invalid.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} holds a character that is not visible ASCII, as of a line break or a quote of a word processor")]
+#[error("{0} holds a character that is not visible ASCII, such as a line break or a typographic quote")]
 pub(super) struct UnusablePart(&'static str);
 
 fn usable(given: Credentials) -> Provided {
@@ -90,7 +91,7 @@ fn usable(given: Credentials) -> Provided {
     for (name, value) in
         [("the access key id", key_id), ("the secret access key", secret), ("the session token", token)]
     {
-        // The secret itself is never sent, and may hold blanks.
+        // The secret itself is never sent, so it may contain blanks.
         let is_inner_blank = |b: u8| b == b' ' && name == "the secret access key";
         if !value.trim().bytes().all(|b| b.is_ascii_graphic() || is_inner_blank(b)) {
             return Err(CredentialsError::invalid_configuration(UnusablePart(name)));
@@ -103,7 +104,7 @@ fn usable(given: Credentials) -> Provided {
     Ok(Credentials::new(key_id.trim(), secret.trim(), token, given.expiry(), "trimmed"))
 }
 
-/// Limits for a request with a large body, in place of those of [`sdk_config`].
+/// Timeouts for requests with a large body, in place of those of [`sdk_config`].
 pub(super) fn upload_timeouts() -> TimeoutConfig {
     TimeoutConfig::builder()
         .connect_timeout(CONNECT_TIMEOUT)
@@ -112,8 +113,8 @@ pub(super) fn upload_timeouts() -> TimeoutConfig {
         .build()
 }
 
-/// The pause after try number `tried` of what the SDK does not retry. Doubles with each; half of it is random, so
-/// that nodes do not come back in step.
+/// The pause after attempt number `tried` of a call that the SDK does not retry. It doubles with each
+/// attempt. Jitter of ±50 % keeps nodes from retrying in step.
 pub(super) fn backoff(tried: u32) -> Duration {
     let pause = BACKOFF_FIRST * 2_u32.saturating_pow(tried.saturating_sub(1).min(10));
     pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.5))
@@ -140,7 +141,8 @@ pub(super) fn dynamodb(config: &SdkConfig, settings: &Settings) -> aws_sdk_dynam
 pub(super) fn s3(config: &SdkConfig, settings: &Settings) -> aws_sdk_s3::Client {
     let builder = aws_sdk_s3::config::Builder::from(config);
     let old = old_endpoint(config, "S3", settings.s3_endpoint.as_deref());
-    // Names like `bucket.localhost` resolve nowhere, so behind an endpoint of one's own the bucket goes in the path.
+    // Names such as `bucket.localhost` do not resolve, so with a custom endpoint the bucket name goes in the
+    // path.
     let builder = builder.force_path_style(old.is_some() || sdk_endpoint(config, "S3").is_some());
     let builder = match old {
         Some(url) => builder.endpoint_url(url),
@@ -149,14 +151,14 @@ pub(super) fn s3(config: &SdkConfig, settings: &Settings) -> aws_sdk_s3::Client 
     aws_sdk_s3::Client::from_conf(builder.build())
 }
 
-/// The endpoint by its old name, where the SDK's own names say nothing.
+/// The endpoint of the old variable, unless the SDK's own configuration names one.
 fn old_endpoint<'a>(config: &SdkConfig, service: &str, old: Option<&'a str>) -> Option<&'a str> {
     old.filter(|url| !url.is_empty() && sdk_endpoint(config, service).is_none())
 }
 
-/// The endpoint that the SDK itself resolves: `AWS_ENDPOINT_URL_<SERVICE>` or `AWS_ENDPOINT_URL`, from the
-/// environment or the profile. The same steps as in the `From<&SdkConfig>` of each service's builder, which
-/// has no getter for its outcome.
+/// The endpoint that the SDK resolves: `AWS_ENDPOINT_URL_<SERVICE>` or `AWS_ENDPOINT_URL`, from the
+/// environment or the profile. Repeats the steps of `From<&SdkConfig>` of each service's builder, which has
+/// no getter for the result.
 fn sdk_endpoint(config: &SdkConfig, service: &str) -> Option<String> {
     let key = ServiceConfigKey::builder()
         .service_id(service)
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_old_endpoint_names_come_last() {
+    fn old_endpoint_variables_have_the_lowest_precedence() {
         let old = Some("http://old");
         for (own, general, given, used) in [
             (None, None, old, old),
@@ -199,7 +201,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn credentials_are_trimmed_or_refused() {
+    async fn credentials_are_trimmed_or_rejected() {
         for (key_id, secret, token, expected) in [
             ("AKIA", "s/+=", None, Ok(("AKIA", "s/+=", None))),
             ("AKIA\n", "s\r\n", Some("t \n"), Ok(("AKIA", "s", Some("t")))),

@@ -1,4 +1,4 @@
-//! What an AWS failure means: by its code and HTTP status, never by its text.
+//! Classifies AWS failures by their code and HTTP status, never by their text.
 
 use super::client::UnusablePart;
 use crate::backend::BackendError;
@@ -16,7 +16,8 @@ const MISSING: &[&str] = &[
     "ResourceNotFoundException",
 ];
 
-/// What a policy, rather than a credential, refuses. Only here is the text shown: it names the missing action.
+/// Codes for a denial by a policy, not by the credentials. Only their text is shown, because it names the
+/// missing action.
 const NOT_ALLOWED: &[&str] = &["AccessDenied", "AccessDeniedException"];
 
 const DENIED: &[&str] = &[
@@ -42,7 +43,7 @@ const DENIED: &[&str] = &[
     "UnrecognizedClientException",
 ];
 
-/// No, but only for now.
+/// Codes for temporary rejections.
 const THROTTLED: &[&str] = &[
     "KMS.ThrottlingException",
     "KmsThrottled",
@@ -57,12 +58,12 @@ const THROTTLED: &[&str] = &[
     "Throttling",
     "ThrottlingException",
     "TooManyRequestsException",
-    // A transaction holds the item.
+    // A running transaction holds the item.
     "TransactionConflictException",
     "TransactionInProgressException",
 ];
 
-/// The class of a failure. The text holds the code, never keys or bodies.
+/// Classifies a failure. The text holds the code, never keys or bodies.
 pub(super) fn class<E>(error: &SdkError<E, HttpResponse>) -> BackendError
 where
     E: ProvideErrorMetadata + Error + 'static,
@@ -86,11 +87,11 @@ where
                 None => BackendError::Unavailable("no connection".into()),
             }
         }
-        _ => BackendError::Unavailable("a failure of an unknown kind".into()),
+        _ => BackendError::Unavailable("an unknown failure".into()),
     }
 }
 
-/// The class of an answer that says no.
+/// Classifies an error answer.
 pub(super) fn by_code(code: Option<&str>, status: u16, message: Option<&str>) -> BackendError {
     let code = code.unwrap_or("no error code");
     let text = format!("{code} (HTTP {status})");
@@ -100,7 +101,7 @@ pub(super) fn by_code(code: Option<&str>, status: u16, message: Option<&str>) ->
     if NOT_ALLOWED.contains(&code) {
         return BackendError::Denied(message.map_or(text, |m| format!("{code}: {m}")));
     }
-    // Other texts stay hidden: a signature mismatch quotes the request with its session token.
+    // Other texts are hidden: a signature mismatch quotes the request with its session token.
     if DENIED.contains(&code) {
         return BackendError::Denied(text);
     }
@@ -113,11 +114,11 @@ pub(super) fn by_code(code: Option<&str>, status: u16, message: Option<&str>) ->
     }
 }
 
-/// The class of a failure of the credential chain, which never holds the credentials.
+/// Classifies a failure of the credential chain. The text never holds the credentials.
 pub(super) fn credentials_class(error: &CredentialsError) -> BackendError {
     match error {
         CredentialsError::CredentialsNotLoaded(_) => {
-            BackendError::Missing("the credential chain of AWS found no credentials".into())
+            BackendError::Missing("the AWS credential chain found no credentials".into())
         }
         CredentialsError::InvalidConfiguration(_) => {
             let part = find_source::<UnusablePart>(error).map(ToString::to_string);
@@ -131,7 +132,7 @@ pub(super) fn credentials_class(error: &CredentialsError) -> BackendError {
     }
 }
 
-/// Whether the code says: not now, and nothing was done.
+/// Whether the code means that the request was rejected temporarily and had no effect.
 pub(super) fn is_throttle(code: &str) -> bool {
     THROTTLED.contains(&code)
 }
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_have_classes() {
+    fn codes_are_classified() {
         use BackendError::*;
         let denied = "AccessDeniedException: the message";
         for (code, status, expected) in [
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn silence_is_not_refusal() {
+    fn a_missing_answer_is_not_a_rejection() {
         let reset = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
         let chain = CredentialsError::not_loaded("none");
         for (failure, expected) in [
@@ -194,7 +195,7 @@ mod tests {
             (Failure::dispatch_failure(ConnectorError::io(reset.into())), "no connection: connection reset"),
             (
                 Failure::dispatch_failure(ConnectorError::other(chain.into(), None)),
-                "the credential chain of AWS found no credentials",
+                "the AWS credential chain found no credentials",
             ),
         ] {
             assert_eq!(class(&failure).to_string(), expected);

@@ -1,12 +1,12 @@
-//! AwsJson calls without the SDK around them, for those that every run takes part in: SendMessageBatch,
-//! BatchWriteItem (or PutItem), and UpdateItem for the sums of its function.
+//! Calls AWS JSON services without the SDK, for the operations of every run: SendMessageBatch, BatchWriteItem
+//! (or PutItem), and UpdateItem for the counters of a function.
 //!
-//! The SDK's own way of a call (plug-ins, interceptors, endpoint rules, typed values made and dropped) was measured at
-//! 125 µs of CPU, which was a quarter of what an asynchronous run cost in all. Here a call is a text, a signature
-//! and a request. Everything else stays with the SDK, and so does finding out where to send and as whom: the first
-//! call of each service is one of the SDK, and [`Seen`] notes its address and the scope of its signature.
+//! A call through the SDK (plug-ins, interceptors, endpoint rules, typed values) took 125 µs of CPU, a
+//! quarter of the total cost of an asynchronous run. Here a call is a text, a signature and a request.
+//! Everything else uses the SDK, including the discovery of address and identity: the first call to each
+//! service is made by the SDK, and [`Seen`] records its address and the scope of its signature.
 //!
-//! Nothing is tried again here. The batcher and the audit do that, and know what they may.
+//! Nothing is retried here. The batcher and the audit retry, because they know when a retry is allowed.
 
 mod credentials;
 mod signature;
@@ -33,17 +33,17 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// One call, connecting included.
+/// Timeout of one call, including the connection set-up.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
-/// Clocks that differ by less are no hindrance.
+/// Clock differences below this are ignored.
 const SKEW_MIN_MS: i64 = 60_000;
-/// Longest answer that is read; those of these calls name what they were sent.
+/// Maximum length of an answer, in bytes; these answers may repeat the request.
 const ANSWER_BYTES_MAX: usize = 20 << 20;
 
 const X_AMZ_DATE: HeaderName = HeaderName::from_static("x-amz-date");
 const X_AMZ_SECURITY_TOKEN: HeaderName = HeaderName::from_static("x-amz-security-token");
 const X_AMZ_TARGET: HeaderName = HeaderName::from_static("x-amz-target");
-/// Asks SQS for the error codes that its clients have always known.
+/// Makes SQS return its older error codes, which its clients know.
 const X_AMZN_QUERY_MODE: HeaderName = HeaderName::from_static("x-amzn-query-mode");
 const X_AMZN_QUERY_ERROR: HeaderName = HeaderName::from_static("x-amzn-query-error");
 const OURS: HeaderValue = HeaderValue::from_static(concat!("infra-controller/", env!("CARGO_PKG_VERSION")));
@@ -51,11 +51,11 @@ const OURS: HeaderValue = HeaderValue::from_static(concat!("infra-controller/", 
 /// Why a call did not succeed.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum CallError {
-    /// The service said no.
+    /// The service rejected the call.
     Refused { status: u16, code: Option<String>, message: Option<String> },
-    /// It never left.
+    /// The request was not sent.
     NotSent(BackendError),
-    /// It may have been carried out.
+    /// The call may have taken effect.
     Unknown(BackendError),
 }
 
@@ -74,10 +74,11 @@ impl CallError {
         }
     }
 
-    /// Whether the call certainly took no effect: refused by an answer, or never on the wire.
+    /// Whether the call certainly had no effect: the service rejected it, or it was never sent.
     pub(super) fn took_no_effect(&self) -> bool {
         match self {
-            // A 500 may come after the work was done; a throttle or a 503 comes instead of it.
+            // A 500 may follow after the work was done. A throttle or a 503 is sent instead of doing the
+            // work.
             Self::Refused { status, code, .. } => {
                 *status < 500 || *status == 503 || code.as_deref().is_some_and(is_throttle)
             }
@@ -87,7 +88,7 @@ impl CallError {
     }
 }
 
-/// Where a service is, and what its signatures are made for.
+/// The address of a service and the scope of its signatures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Route {
     uri: Uri,
@@ -95,7 +96,7 @@ struct Route {
     service: String,
 }
 
-/// Notes the route of the SDK's call that it is given to.
+/// Records the route of the SDK call that it is attached to.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Seen(Arc<OnceLock<Route>>);
 
@@ -132,25 +133,26 @@ pub(super) struct Direct {
     client: HttpsClient,
     credentials: Arc<CredentialCache>,
     route: Route,
-    /// By how much the clock of the service is ahead of ours, in milliseconds, as far as it matters.
+    /// How far the clock of the service is ahead of ours, in milliseconds; 0 if the difference is small.
     skew_ms: AtomicI64,
 }
 
 impl Direct {
-    /// To where the SDK's call went.
+    /// Creates a caller for the service that the recorded SDK call went to.
     pub(super) fn new(
         client: HttpsClient,
         credentials: Arc<CredentialCache>,
         seen: &Seen,
     ) -> Result<Self, BackendError> {
         let route = seen.0.get().cloned();
-        let route = route.ok_or_else(|| BackendError::Invalid("the SDK's call had no signature".into()))?;
+        let route = route.ok_or_else(|| BackendError::Invalid("the SDK call had no signature".into()))?;
         Ok(Self { client, credentials, route, skew_ms: AtomicI64::new(0) })
     }
 
-    /// One call of the operation `target` (`AmazonSQS.SendMessageBatch`); the body of its answer.
+    /// Makes one call of the operation `target` (such as `AmazonSQS.SendMessageBatch`). Returns the body of
+    /// the answer.
     pub(super) async fn call(&self, target: &'static str, body: Vec<u8>) -> Result<Bytes, CallError> {
-        // Outside the time-out: what is not signed yet is not sent.
+        // Outside the time-out: a request that is not signed yet is not sent.
         let request = self.signed(target, body.into()).await.map_err(CallError::NotSent)?;
         let called = tokio::time::timeout(CALL_TIMEOUT, self.answer(request));
         let slow = || CallError::Unknown(BackendError::Unavailable("no answer in time".into()));
@@ -161,14 +163,14 @@ impl Direct {
         self.learn_skew(&headers);
         let error = refusal(status, &headers, &body);
         if matches!(error.class(), BackendError::Denied(_)) {
-            // New ones may be there already.
+            // Refreshed credentials may be available already.
             self.credentials.forget();
         }
         Err(error)
     }
 
-    /// A signature is good for some minutes around the time of the service. With a clock that is further off all would be
-    /// refused, so calls go by the clock of the last refusal.
+    /// Signatures are valid for some minutes around the service's time. With a larger clock difference all
+    /// calls would be rejected, so later calls use the clock of the last rejection.
     fn learn_skew(&self, headers: &HeaderMap) {
         let date =
             headers.get(DATE).and_then(|date| DateTime::from_str(date.to_str().ok()?, Format::HttpDate).ok());
@@ -176,7 +178,10 @@ impl Direct {
         let ahead = theirs.saturating_sub(i64::try_from(now_ms()).unwrap_or(i64::MAX));
         let ahead = if ahead.abs() < SKEW_MIN_MS { 0 } else { ahead };
         if self.skew_ms.swap(ahead, Ordering::Relaxed) == 0 && ahead != 0 {
-            tracing::warn!(aheadMs = ahead, "Clock Of AWS Differs");
+            tracing::warn!(
+                aheadMs = ahead,
+                "The clock differs from that of AWS; requests are signed with AWS time. Synchronize the clock"
+            );
         }
     }
 
@@ -224,7 +229,7 @@ impl Direct {
     }
 }
 
-/// What a refusal says: its code stands in a header of SQS, else in the body.
+/// Parses a rejection. SQS sends its code in a header, the other services in the body.
 fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> CallError {
     #[derive(Default, Deserialize)]
     struct Said {
@@ -246,8 +251,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn scopes_are_read() {
-        let given = "AWS4-HMAC-SHA256 Credential=AK/2026/20261122/eu-west-1/sqs/aws4_request, SignedHeaders=a;b, Signature=c";
+    fn scopes_are_parsed() {
+        let given = "AWS4-HMAC-SHA256 Credential=AK/2026/20261122/eu-west-1/sqs/aws4_request, \
+                     SignedHeaders=a;b, Signature=c";
         assert_eq!(scope(given), Some(("eu-west-1", "sqs")));
         for bad in ["", "Bearer x", "Credential=", "Credential=a"] {
             assert_eq!(scope(bad), None, "{bad}");
@@ -261,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_have_codes_and_classes() {
+    fn rejections_are_parsed_and_classified() {
         use BackendError::*;
         let dynamodb =
             |kind: &str| format!(r#"{{"__type":"com.amazonaws.dynamodb.v20120810#{kind}","message":"m"}}"#);
@@ -295,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn signatures_go_by_the_clock_of_the_last_refusal() {
+    async fn signatures_use_the_clock_of_the_last_rejection() {
         use aws_credential_types::Credentials;
         use aws_credential_types::provider::SharedCredentialsProvider;
         let keys = SharedCredentialsProvider::new(Credentials::new("AK", "secret", None, None, "test"));
@@ -314,17 +320,17 @@ mod tests {
             let request = direct.signed("AmazonSQS.SendMessageBatch", Bytes::new()).await.unwrap();
             request.headers()[X_AMZ_DATE].to_str().unwrap().to_owned()
         };
-        let told = |date: &'static str| {
+        let reject_at = |date: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(DATE, HeaderValue::from_static(date));
             direct.learn_skew(&headers);
         };
-        told("Fri, 01 Jan 2100 00:00:00 GMT");
+        reject_at("Fri, 01 Jan 2100 00:00:00 GMT");
         assert!(signed_at().await.starts_with("21000101T0000"), "{}", signed_at().await);
-        told("no date");
+        reject_at("no date");
         assert!(signed_at().await.starts_with("21000101T0000"));
         let now = DateTime::from_millis(i64::try_from(now_ms()).unwrap()).fmt(Format::HttpDate).unwrap();
-        told(now.leak());
+        reject_at(now.leak());
         assert!(!signed_at().await.starts_with("2100"), "the clocks agree again");
     }
 }

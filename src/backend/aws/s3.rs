@@ -1,4 +1,4 @@
-//! The code bucket.
+//! Stores the code of functions in an S3 bucket.
 
 use super::client::upload_timeouts;
 use super::error::class;
@@ -10,13 +10,14 @@ use aws_sdk_s3::error::ProvideErrorMetadata;
 use aws_sdk_s3::primitives::ByteStream;
 use std::path::Path;
 
-/// No upload has this key, so reading it costs next to nothing.
+/// A key that no upload has, so that reading it costs little.
 const ABSENT_KEY: &str = "infra-controller/probe";
 
-/// Read from a file at a time while it is sent.
+/// Buffer size for reading a file while it is sent, in bytes.
 const READ_BYTES: usize = 64 * 1024;
 
-/// Reads an absent object. A refusal counts as well: without ListBucket that is what S3 says of an absent key.
+/// Reads an absent object. A denial counts as success, because that is what S3 answers for an absent key
+/// without the ListBucket permission.
 pub(super) async fn probe(client: &Client, bucket: &str) -> Result<(), BackendError> {
     let Err(error) = client.get_object().bucket(bucket).key(ABSENT_KEY).send().await else { return Ok(()) };
     match (error.code(), class(&error)) {
@@ -39,12 +40,11 @@ impl CodeBucket {
 #[async_trait]
 impl CodeStore for CodeBucket {
     async fn put(&self, s3_key: &str, file: &Path) -> Result<(), BackendError> {
-        // A path and not a stream: the SDK opens the file anew for each try, and reads it as it is sent. The checksum
-        // it adds by itself goes behind the body, so the file is read once a try. A store that does not understand
-        // that takes AWS_REQUEST_CHECKSUM_CALCULATION=when_required.
+        // A path instead of a stream: the SDK opens the file for each attempt and reads it while it is sent.
+        // The SDK's checksum follows the body, so each attempt reads the file once. A store that does not
+        // support this needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required.
         let body = ByteStream::read_from().path(file).buffer_size(READ_BYTES).build().await;
-        let body =
-            body.map_err(|_| BackendError::Invalid("the file of the code could not be read".into()))?;
+        let body = body.map_err(|_| BackendError::Invalid("the code file could not be read".into()))?;
         let call = self
             .client
             .put_object()
@@ -59,7 +59,7 @@ impl CodeStore for CodeBucket {
 
     async fn delete(&self, s3_key: &str) -> Result<(), BackendError> {
         match self.client.delete_object().bucket(&self.bucket).key(s3_key).send().await {
-            // S3 itself says nothing of an absent key; what stands in for it may.
+            // S3 itself reports success for an absent key; other implementations may not.
             Err(error) if error.code() == Some("NoSuchKey") => Ok(()),
             done => done.map(drop).map_err(|e| class(&e)),
         }

@@ -1,4 +1,5 @@
-//! The checks before the first request: all side by side, each with an error of its own, within one deadline.
+//! Connects to all services at start: the checks run in parallel within one deadline, each with its own
+//! error.
 
 use super::dynamodb::claims::ClaimTable;
 use super::dynamodb::code_list::CodeTable;
@@ -29,14 +30,14 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
-/// Between two tries of a part that does not answer; it may be starting as well.
+/// Pause between two attempts to reach a service that does not answer; it may be starting too.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Connects to everything and checks that it is there. All problems are reported, not only the first.
+/// Connects to all services and checks them. Reports all problems, not only the first.
 ///
 /// # Errors
-/// One problem for each part that is missing, refuses us or does not answer by the deadline. If there are no
-/// credentials, the parts behind AWS are not asked.
+/// One problem for each service that is missing, denies access or does not answer by the deadline.
+/// Without credentials the AWS services are not asked.
 pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>> {
     let deadline = Instant::now() + settings.start_deadline;
     match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
@@ -59,9 +60,9 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
     }
 }
 
-/// A backend whose every part has answered. It has no node id yet.
+/// A backend whose services have all answered. It has no node id yet.
 pub struct Connected {
-    /// What is amiss but keeps nobody from starting; for the log.
+    /// Problems that do not prevent the start, for the log.
     pub warnings: Vec<String>,
     settings: Settings,
     aws: Aws,
@@ -72,22 +73,22 @@ pub struct Connected {
 }
 
 impl Connected {
-    /// Where the node ids in use are known.
+    /// The store of the node ids in use.
     pub fn membership(&self) -> &dyn Membership {
         self.membership.as_ref()
     }
 
-    /// The first of `nodes` that Redis lets subscribe to the results of its jobs.
+    /// Returns the first of `nodes` whose results Redis allows this user to subscribe to.
     ///
     /// # Errors
-    /// None of them may.
+    /// None of them is allowed.
     pub async fn check_results(&self, nodes: &[NodeId]) -> Result<NodeId, StartProblem> {
         let deadline = Instant::now() + self.settings.start_deadline;
         let what = redis_at(&self.settings);
         self.probe(deadline).results(nodes).await.map_err(|unfit| problem(&what, unfit.error, unfit.mend))
     }
 
-    /// What is amiss with the beats of `node`, which it can do without.
+    /// Returns a warning if the beats of `node` do not work. The node can run without them.
     pub async fn beats_warning(&self, node: NodeId) -> Option<String> {
         self.probe(Instant::now() + self.settings.start_deadline).beats_warning(node).await
     }
@@ -96,7 +97,7 @@ impl Connected {
         RedisProbe::new(&self.redis, &self.commands, &self.settings.functions_table, deadline)
     }
 
-    /// The backend as the node `node`.
+    /// Builds the backend for the node id `node`.
     pub fn backend(self, node: NodeId) -> Backend {
         let Self { settings, aws, redis, commands, membership, dead_letters, .. } = self;
         let beats = Arc::new(Beats::new(Arc::clone(&commands), node, settings.process));
@@ -154,7 +155,7 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
             let table = &settings.logs_table;
             ExecutionTable::open(dynamodb.clone(), https()?, Arc::clone(&credentials), table).await
         }),
-        // Once: a bucket that does not answer is only a warning.
+        // Tried once: a bucket that does not answer is only a warning.
         timeout_at(deadline, s3::probe(&s3, &settings.bucket)),
     );
     let mut problems = Vec::new();
@@ -181,13 +182,13 @@ async fn check_credentials(
     deadline: Instant,
 ) -> Result<SharedCredentialsProvider, StartProblem> {
     let found = match config.credentials_provider() {
-        None => Err(BackendError::Missing("the credential chain of AWS is empty".into())),
-        // Once: the providers in the chain have retries of their own.
+        None => Err(BackendError::Missing("the AWS credential chain is empty".into())),
+        // Tried once: the providers in the chain have their own retries.
         Some(provider) => match timeout_at(deadline, provider.provide_credentials()).await {
             Ok(Ok(_)) => Ok(provider),
-            // A role that may not be assumed, a session that ran out: waiting mends neither.
+            // A role that may not be assumed, or a session that has expired: retries do not help.
             Ok(Err(CredentialsError::ProviderError(_))) => {
-                Err(BackendError::Denied("a provider in the credential chain of AWS was refused".into()))
+                Err(BackendError::Denied("a provider in the AWS credential chain was denied access".into()))
             }
             Ok(Err(error)) => Err(error::credentials_class(&error)),
             Err(_) => Err(no_answer()),
@@ -196,10 +197,11 @@ async fn check_credentials(
     found.map_err(|error| {
         let mend = match &error {
             BackendError::Invalid(_) => {
-                "Copy them again, with no line break or quote in them (AWS_ACCESS_KEY_ID and its like, or the profile)."
+                "Copy them again without line breaks or quotes (the AWS_* variables or the profile)."
             }
             _ => {
-                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine or container a role."
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, \
+                 or give the machine or container a role."
             }
         };
         problem("the AWS credentials", error, mend)
@@ -210,7 +212,7 @@ fn redis_at(settings: &Settings) -> String {
     format!("Redis at {}", settings.redis_url)
 }
 
-/// The client, and what is amiss but keeps nobody from starting.
+/// Returns the client, and a warning about problems that do not prevent the start.
 async fn connect_redis(
     settings: &Settings,
     deadline: Instant,
@@ -226,28 +228,27 @@ async fn connect_redis(
     Ok((client, warning))
 }
 
-/// What to do about a Redis that cannot be reached, with the variables that were set.
+/// The remedy for a Redis that cannot be reached. Names the variables that were set.
 fn redis_mend(settings: &Settings, error: &BackendError) -> String {
     const FORM: &str = "redis://[user:password@]host[:port][/db]";
     let variables = settings.redis_variables;
     match (error, variables) {
-        (BackendError::Denied(_), "REDIS_URL") => {
-            "Put the right user and password into REDIS_URL; write / as %2F, # as %23, ? as %3F, @ as %40 and % as %25 in \
-             them."
-                .to_owned()
-        }
+        (BackendError::Denied(_), "REDIS_URL") => "Put the right user and password into REDIS_URL; \
+             write / as %2F, # as %23, ? as %3F, @ as %40 and % as %25 in them."
+            .to_owned(),
         (BackendError::Denied(_), _) => {
             format!("Put user and password into REDIS_URL ({FORM}), which takes the place of {variables}.")
         }
         (BackendError::Invalid(_), "REDIS_URL") => format!(
-            "Write REDIS_URL as {FORM}, or rediss:// for TLS; what is special in the password is percent-encoded (/ as %2F)."
+            "Write REDIS_URL as {FORM}, or rediss:// for TLS; \
+             percent-encode special characters in the password (/ as %2F)."
         ),
         (BackendError::Invalid(_), _) => format!("Correct {variables}."),
         _ => format!("Start Redis, or correct {variables}."),
     }
 }
 
-/// Tries until `check` succeeds, fails for good, or the deadline comes.
+/// Repeats `check` until it succeeds, fails permanently, or the deadline passes.
 pub(super) async fn within<T, F>(deadline: Instant, mut check: impl FnMut() -> F) -> Result<T, BackendError>
 where
     F: Future<Output = Result<T, BackendError>>,
@@ -290,7 +291,8 @@ fn table_problem(what: &str, table: &str, keys: &str, error: BackendError) -> St
             format!("Create the table with {keys}, or correct TABLE_NAME, LOGS_TABLE_NAME and AWS_REGION.")
         }
         BackendError::Denied(_) => {
-            "Allow dynamodb:GetItem, PutItem, UpdateItem, DeleteItem, Query and Scan on the table, and check the credentials."
+            "Allow dynamodb:GetItem, PutItem, UpdateItem, DeleteItem, Query and Scan on the table, \
+             and check the credentials."
                 .to_owned()
         }
         BackendError::Invalid(_) => format!("Use a table with {keys}."),
@@ -310,10 +312,10 @@ fn bucket_warning(
         Ok(Err(error)) => error.to_string(),
         Err(_) => no_answer().to_string(),
     };
-    vec![format!("the bucket {} does not answer as it should: {text}", settings.bucket)]
+    vec![format!("the bucket {} cannot be used: {text}", settings.bucket)]
 }
 
-/// A URL without what stands between `//` and the last `@`.
+/// The URL without the user and password between `//` and the last `@`.
 fn without_login(url: &str) -> String {
     match url.split_once("//").and_then(|(scheme, rest)| Some((scheme, rest.rsplit_once('@')?.1))) {
         Some((scheme, rest)) => format!("{scheme}//{rest}"),

@@ -1,4 +1,8 @@
-//! How many connections there are, in all and of one address, and whether there may be one more.
+//! Counts connections, in total and by client address, and enforces the limits.
+//!
+//! Beyond the total limit a small reserve of connections is accepted to send a response: health checks and
+//! metrics are served, other requests get a 503. Silent connections must not block the reserve, so they are
+//! evicted.
 
 use crate::limiter::block_of;
 use dashmap::DashMap;
@@ -12,41 +16,44 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, timeout};
 
+/// The counters of all listeners.
 pub struct Census {
     connections: AtomicUsize,
     gauge: IntGauge,
-    /// By address, or /64 of IPv6; only while there is a cap by address.
+    /// Connections by IPv4 address or IPv6 /64 prefix. Counted only while a limit by address is configured.
     by_block: DashMap<IpAddr, usize>,
     reserve: Mutex<Reserve>,
-    /// A connection of the reserve has ended.
+    /// Notified when a connection of the reserve ends.
     one_ended: Notify,
 }
 
-/// Connections of the reserve that have asked nothing yet that is always answered, by their number, the
-/// oldest first. They must not keep out one that does ask: clients that say nothing are cheap to have.
+/// The connections of the reserve that have not yet sent a request that is always answered. By number, oldest
+/// first.
+///
+/// They can be evicted, so that silent clients, which cost an attacker little, do not keep health checks out.
 #[derive(Default)]
 struct Reserve {
     next: u64,
     idle: BTreeMap<u64, (Instant, oneshot::Sender<()>)>,
 }
 
-/// How long a connection of the reserve may take to ask before it may be evicted.
+/// How long a connection of the reserve may stay idle before it can be evicted.
 const GRACE: Duration = Duration::from_millis(250);
-/// How often those who wait for room look whether somebody may be evicted by now.
+/// How often a waiter for room checks whether a connection can be evicted.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// One connection; gives its place back when dropped.
+/// One registered connection. Dropping it frees its slot.
 pub struct Place {
     census: Arc<Census>,
     block: Option<IpAddr>,
-    /// There is room for it only to be told so.
+    /// Accepted beyond the limit, only to be answered.
     pub is_reserve: bool,
-    /// Its number among the idle ones of the reserve.
+    /// Its key among the idle connections of the reserve.
     number: Option<u64>,
     evicted: Option<oneshot::Receiver<()>>,
 }
 
-/// Most connections: in all, beyond those in the reserve, and of one address (0: no cap).
+/// The limits on connections: in total, in the reserve beyond that, and of one address (0: unlimited).
 #[derive(Clone, Copy, Debug)]
 pub struct Caps {
     pub all: usize,
@@ -58,7 +65,7 @@ pub struct Caps {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accepted {
     Usually,
-    /// On a descriptor that was held back: it must be free again soon.
+    /// On a spare descriptor that was held back. The connection must end soon to free it.
     OnSpare,
 }
 
@@ -73,33 +80,34 @@ impl Census {
         }
     }
 
-    /// Waits while there is no room even in the reserve, and makes some.
+    /// Waits until there is room, at least in the reserve. Evicts idle connections to make room.
     pub async fn has_room(&self, caps: Caps) {
         loop {
-            // Before the look: what ends after it counts.
+            // Registered before the check, so that no end is missed.
             let one_ended = self.one_ended.notified();
             if self.connections.load(Ordering::Relaxed) < caps.all.saturating_add(caps.reserve) {
                 return;
             }
             self.evict();
-            // The time is over when somebody may be evicted who might not before.
+            // Wakes early if a connection ends, else when another may have become old enough to evict.
             let _ = timeout(LOOK_EVERY, one_ended).await;
         }
     }
 
-    /// Ends the connection of the reserve that has been idle for longest, unless it is too young.
+    /// Evicts the longest idle connection of the reserve, if it is older than the grace period.
     pub fn evict(&self) {
         let mut reserve = self.reserve.lock();
         if let Some(oldest) = reserve.idle.first_entry()
             && oldest.get().0.elapsed() >= GRACE
         {
-            // One that has just ended needs no word.
+            // Fails only if the connection has just ended.
             let _ = oldest.remove().1.send(());
         }
     }
 
-    /// A place for a connection from `client`, whom the cap by address spares if it is `None`. `None`: there is no room
-    /// even for a refusal.
+    /// Registers a connection. `client`: its address; `None` exempts it from the limit by address.
+    ///
+    /// Returns `None` if there is no room even to send a response.
     pub fn enter(self: &Arc<Self>, client: Option<IpAddr>, caps: Caps, accepted: Accepted) -> Option<Place> {
         let before = self.connections.fetch_add(1, Ordering::Relaxed);
         self.gauge.inc();
@@ -121,7 +129,7 @@ impl Census {
             drop(count);
             place.block = Some(block);
             if of_block > caps.one {
-                // One address may not take the whole reserve either.
+                // One address gets only one connection more than its limit, so it cannot fill the reserve.
                 place.is_reserve = true;
                 return (of_block <= caps.one + 1).then_some(place);
             }
@@ -129,7 +137,8 @@ impl Census {
         Some(place)
     }
 
-    /// Half of it at most is idle; the other half is for those who are on their way out.
+    /// Evicts an idle connection if more than half of the reserve is idle. The rest is for connections that
+    /// are being answered.
     fn enter_reserve(&self, size: usize) -> (u64, oneshot::Receiver<()>) {
         let (evict, evicted) = oneshot::channel();
         let number = {
@@ -148,18 +157,18 @@ impl Census {
 }
 
 impl Place {
-    /// It asks something that is always answered: from now on it is not evicted.
+    /// The connection has sent a request that is always answered, so it is no longer evicted.
     pub fn asks(&self) {
         if let Some(number) = self.number {
             self.census.reserve.lock().idle.remove(&number);
         }
     }
 
-    /// Resolves when it must go, for another one. To be asked for once.
+    /// Resolves when the connection is evicted. May be called once; later futures never resolve.
     pub fn evicted(&mut self) -> impl Future<Output = ()> + Send + use<> {
         let evicted = self.evicted.take();
         async {
-            // A sender that is gone means that it may stay.
+            // A dropped sender means that the connection is not evicted any more.
             let is_evicted = match evicted {
                 Some(evicted) => evicted.await.is_ok(),
                 None => false,
@@ -203,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn places_are_given_back() {
+    fn slots_are_freed_on_drop() {
         let census = census();
         let caps = Caps { all: 2, reserve: RESERVE, one: 0 };
         let places: Vec<_> =
@@ -216,23 +225,23 @@ mod tests {
     }
 
     #[test]
-    fn one_address_has_a_cap_of_its_own() {
+    fn one_address_is_limited() {
         let census = census();
         let caps = Caps { all: 100, reserve: RESERVE, one: 2 };
         let enter = |ip: &str| census.enter(Some(ip.parse().unwrap()), caps, Accepted::Usually);
         let first = (enter("2001:db8::1").unwrap(), enter("2001:db8::2").unwrap());
-        let told = enter("2001:db8::3").unwrap();
-        assert!(!first.0.is_reserve && !first.1.is_reserve && told.is_reserve);
+        let rejected = enter("2001:db8::3").unwrap();
+        assert!(!first.0.is_reserve && !first.1.is_reserve && rejected.is_reserve);
         assert!(enter("2001:db8::4").is_none());
         assert!(!enter("2001:db8:0:1::1").unwrap().is_reserve, "another /64");
         assert!(!enter("10.0.0.1").unwrap().is_reserve);
-        drop((first, told));
+        drop((first, rejected));
         assert!(!enter("2001:db8::4").unwrap().is_reserve);
         assert!(census.by_block.is_empty());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_asks_nothing_makes_room_in_the_reserve() {
+    async fn idle_connections_of_the_reserve_are_evicted() {
         let census = census();
         let caps = Caps { all: 1, reserve: 4, one: 0 };
         let enter = || {
@@ -245,14 +254,14 @@ mod tests {
         let (mut first, mut second) = (enter(), enter());
         advance(GRACE).await;
         let mut third = enter();
-        assert_eq!((&mut first.1).now_or_never(), Some(()), "the one that was idle for longest goes");
+        assert_eq!((&mut first.1).now_or_never(), Some(()), "the longest idle one is evicted");
         for place in [&mut usual, &mut asks, &mut second, &mut third] {
             assert_eq!((&mut place.1).now_or_never(), None);
         }
-        assert!(census.enter(None, caps, Accepted::Usually).is_none(), "it has not left yet");
+        assert!(census.enter(None, caps, Accepted::Usually).is_none(), "it has not ended yet");
         drop((usual, asks, first, second));
         census.evict();
-        assert_eq!((&mut third.1).now_or_never(), None, "it is too young");
+        assert_eq!((&mut third.1).now_or_never(), None, "it is within the grace period");
         advance(GRACE).await;
         census.evict();
         assert_eq!((&mut third.1).now_or_never(), Some(()));
@@ -260,12 +269,12 @@ mod tests {
         assert!(census.reserve.lock().idle.is_empty());
         assert!(
             census.enter(None, caps, Accepted::OnSpare).unwrap().is_reserve,
-            "it must be free again soon"
+            "a spare descriptor must be freed soon"
         );
     }
 
     #[tokio::test(start_paused = true)]
-    async fn room_is_waited_for_and_made() {
+    async fn waiting_for_room_evicts_idle_connections() {
         let census = census();
         let caps = Caps { all: 1, reserve: 2, one: 0 };
         let mut places: Vec<_> =
@@ -283,6 +292,6 @@ mod tests {
             drop(places);
         };
         tokio::join!(census.has_room(caps), leaver);
-        assert!(began.elapsed() >= GRACE, "no sooner");
+        assert!(began.elapsed() >= GRACE, "not within the grace period");
     }
 }

@@ -1,35 +1,35 @@
-//! Chunked bodies (RFC 9112, section 7.1): where they end, and whether they are written as they must be.
+//! Finds the end of a chunked body (RFC 9112, section 7.1), and rejects malformed chunks.
 //!
-//! Bare line feeds, signs, spaces and sizes that overflow are refused: each of them is read by some server in another
-//! way, and then one's body is another's request.
+//! Bare line feeds, signs, stray spaces and sizes that overflow are rejected. Servers differ in how they read
+//! them, and a part of the body could then pass for another request (request smuggling).
 
-/// Longest line of a size with its extensions, in bytes.
+/// The longest chunk-size line with its extensions, in bytes.
 const SIZE_LINE_BYTES_MAX: usize = 256;
-/// All trailer fields together.
+/// The longest trailer section, in bytes.
 const TRAILER_BYTES_MAX: usize = 4096;
-/// Digits of a size: 2^60 bytes.
+/// The most hexadecimal digits of a chunk size. 15 digits are less than 2^60 bytes and cannot overflow.
 const SIZE_DIGITS_MAX: usize = 15;
 
-/// Follows a chunked body through its bytes.
+/// The parser, which takes the body in pieces of any size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunks {
     at: At,
     size: u64,
-    /// Digits of the size, then bytes of the line or of the trailer.
+    /// Counts the digits of the size and the bytes of its line, or the bytes of the trailer section.
     read: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
     Size,
-    /// Blanks before an extension, which old senders write (RFC 9112, section 7.1.1).
+    /// Spaces or tabs before an extension, which some senders write (RFC 9112, section 7.1.1).
     SizeBlank,
     Extension,
     SizeLf,
     Data,
     DataCr,
     DataLf,
-    /// At the start of a line of the trailer; an empty one ends the body.
+    /// At the start of a line of the trailer section. An empty line ends the body.
     Trailer,
     TrailerLine,
     TrailerLf,
@@ -37,7 +37,7 @@ enum At {
     End,
 }
 
-/// The body is not written as chunks are.
+/// The chunked coding of the body is malformed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadChunk;
 
@@ -52,7 +52,7 @@ impl Chunks {
         self.at == At::End
     }
 
-    /// Reads on. How many of the bytes belong to the body: all, unless it ends among them.
+    /// Parses more bytes. The number of bytes that belong to the body: all, unless the body ends within them.
     pub fn advance(&mut self, bytes: &[u8]) -> Result<usize, BadChunk> {
         let mut n = 0;
         while n < bytes.len() && self.at != At::End {
@@ -97,7 +97,7 @@ impl Chunks {
             (At::DataCr, b'\r') => At::DataLf,
             (At::DataLf, b'\n') => At::Size,
             (At::Trailer, b'\r') => At::LastLf,
-            (At::Trailer, b' ' | b'\t') => return Err(BadChunk), // a folded line
+            (At::Trailer, b' ' | b'\t') => return Err(BadChunk), // a folded field
             (At::TrailerLine, b'\r') => At::TrailerLf,
             (At::Trailer | At::TrailerLine, b'\t' | 0x20..=0x7e | 0x80..) => {
                 self.count(TRAILER_BYTES_MAX)?;
@@ -120,11 +120,11 @@ impl Chunks {
 mod tests {
     use super::*;
 
-    /// How many bytes belong to the body; `None`: it goes on.
+    /// The number of bytes that belong to the body. `None`: the body is incomplete.
     fn read(text: &str) -> Result<Option<usize>, BadChunk> {
         let mut at_once = Chunks::default();
         let all = at_once.advance(text.as_bytes()).map(|n| at_once.is_done().then_some(n));
-        // Cut anywhere it is the same.
+        // The result does not depend on where the input is cut.
         for cut in 0..=text.len() {
             let mut chunks = Chunks::default();
             let (one, two) = text.as_bytes().split_at(cut);
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn bodies_end_where_they_end() {
+    fn the_end_of_a_body_is_found() {
         for (body, rest) in [
             ("0\r\n\r\n", "GET"),
             ("3\r\nabc\r\n0\r\n\r\n", ""),
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_read_otherwise_is_refused() {
+    fn malformed_chunks_are_rejected() {
         for bad in [
             "\r\n",
             "g\r\n",

@@ -1,9 +1,9 @@
-//! The grammar that requests of HTTP/1.1 and HTTP/2 share (RFC 9110, RFC 3986): tokens, values, targets, authorities.
+//! The syntax that HTTP/1.1 and HTTP/2 share: tokens, values, targets and authorities (RFC 9110, RFC 3986).
 
-/// Longest target that `http::Uri` takes, in bytes.
+/// The longest target that `http::Uri` accepts, in bytes.
 pub const TARGET_BYTES_MAX: usize = 65_534;
 
-/// How a resource is reached, as far as it says which port is meant.
+/// The scheme of a target, which determines the default port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
     Http,
@@ -32,18 +32,20 @@ pub fn is_token(name: &[u8]) -> bool {
     !name.is_empty() && name.iter().all(|b| TOKEN[usize::from(*b)])
 }
 
-/// Whether a field that is a list has a member, in letters of any case (RFC 9110, section 5.6.1).
+/// Whether a list field (RFC 9110, section 5.6.1) has a member. Ignores case.
 pub fn has_member(list: &[u8], member: &[u8]) -> bool {
     list.split(|b| *b == b',').any(|one| one.trim_ascii().eq_ignore_ascii_case(member))
 }
 
-/// Whether a line break, a NUL or another control character stands where none may. A tab may.
+/// Whether the byte is a control character, such as CR, LF or NUL, that field values must not contain. Tab is
+/// allowed.
 pub fn is_control(byte: u8) -> bool {
     (byte < 0x20 && byte != b'\t') || byte == 0x7f
 }
 
-/// Whether all characters may stand in a target, and `http::Uri` takes them: for what it does not take, Pingora has an
-/// answer of its own, and a fragment it leaves out without a word.
+/// Whether a target has only valid characters that `http::Uri` accepts.
+///
+/// Pingora would answer others with a response of its own, and would silently drop a fragment.
 pub fn is_target(target: &[u8]) -> bool {
     let query = target.iter().position(|b| *b == b'?').unwrap_or(target.len());
     let (path, query) = target.split_at(query);
@@ -55,7 +57,7 @@ pub fn is_target(target: &[u8]) -> bool {
         && std::str::from_utf8(target).is_ok()
 }
 
-/// Whether it names one host, with a port or without, and no user (RFC 3986, section 3.2).
+/// Whether the text is a host with an optional port and no user information (RFC 3986, section 3.2).
 pub fn is_authority(text: &[u8]) -> bool {
     let (host, port) = match text.iter().rposition(|b| *b == b':') {
         Some(colon) if text.last() != Some(&b']') => (&text[..colon], &text[colon + 1..]),
@@ -73,17 +75,19 @@ fn is_host(host: &[u8]) -> bool {
         return !literal.is_empty()
             && literal.iter().all(|b| b.is_ascii_hexdigit() || matches!(b, b':' | b'.'));
     }
-    let may_stand = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=".contains(b);
-    !host.is_empty() && host.iter().all(may_stand)
+    let is_valid = |b: &u8| b.is_ascii_alphanumeric() || b"-._~!$&'()*+;=".contains(b);
+    !host.is_empty() && host.iter().all(is_valid)
 }
 
-/// Digits alone: a sign or a list is what others may read in another way. 18 of them fit any number.
+/// Parses a `Content-Length` of 1 to 18 digits, which fit into a `u64`.
+///
+/// Signs and lists are rejected, since servers differ in how they read them.
 pub fn length(value: &[u8]) -> Option<u64> {
     let is_number = (1..=18).contains(&value.len()) && value.iter().all(u8::is_ascii_digit);
     is_number.then(|| value.iter().fold(0, |sum, digit| sum * 10 + u64::from(digit - b'0')))
 }
 
-/// Whether both name the same host and port: letters of any case, and the port of the scheme is that of none.
+/// Whether both are the same host and port. Ignores case. No port means the default port of the scheme.
 pub fn is_same_authority(scheme: Scheme, one: &[u8], other: &[u8]) -> bool {
     let bare = |authority: &'_ [u8]| -> usize {
         let without_port = authority.strip_suffix(scheme.default_port()).unwrap_or(authority);
@@ -125,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_port_of_the_scheme_is_that_of_none() {
+    fn the_default_port_may_be_omitted() {
         for (scheme, one, other, is_same) in [
             (Scheme::Http, "a", "A", true),
             (Scheme::Http, "a:80", "a", true),
@@ -147,14 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn targets_and_authorities() {
+    fn targets_and_authorities_are_validated() {
         for good in ["/", "*", "/a?b=c&d", "/\u{e4}", "/a|b", "/a\"b", "/?`"] {
             assert!(is_target(good.as_bytes()), "{good}");
         }
         for bad in ["", "/ ", "/#", "/a#b", "/<", "/?>", "/?\"", "/`", "/\t", "/\u{7f}"] {
             assert!(!is_target(bad.as_bytes()), "{bad:?}");
         }
-        assert!(!is_target(b"/\xff"), "no UTF-8");
+        assert!(!is_target(b"/\xff"), "not UTF-8");
         for (authority, is_good) in [
             ("a", true),
             ("a:80", true),

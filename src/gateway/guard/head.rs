@@ -1,9 +1,9 @@
-//! The head of an HTTP/1.1 request, held against the grammar of RFC 9112 to the byte.
+//! Parses the head of an HTTP/1.1 request strictly by the grammar of RFC 9112.
 //!
-//! A request that two servers read differently is how requests are smuggled. So what RFC 9112 lets a server mend or
-//! guess (bare line feeds, folded lines, repeated lengths, a length beside chunks) is refused here, before anybody
-//! has read anything into it: what passes has one reading. Pingora's own parser was not enough: it takes a length beside
-//! chunks away before anyone sees that it was there.
+//! Request smuggling works if two servers read one request differently. RFC 9112 allows a server to repair
+//! some requests: bare line feeds, folded lines, repeated lengths, a length beside chunks. All of these are
+//! rejected here, so an accepted head has only one reading. Pingora's parser does not suffice: it silently
+//! removes a length beside chunks.
 
 use super::grammar::{
     Scheme, TARGET_BYTES_MAX, has_member, is_authority, is_control, is_same_authority, is_target, is_token,
@@ -12,76 +12,76 @@ use super::grammar::{
 use bytes::BytesMut;
 use memchr::memchr;
 
-/// What a head may be.
+/// The limits of a head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeadLimits {
-    /// From the first byte to the empty line.
+    /// From the first byte through the empty line.
     pub bytes_max: usize,
     pub fields_max: usize,
 }
 
-/// Why a head is refused.
+/// Why a head is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BadHead {
-    /// Not as the grammar says; names the part.
+    /// It violates the grammar in the named part.
     Malformed(&'static str),
-    /// Where the body ends could be read in two ways.
+    /// The end of the body is ambiguous, for the given reason.
     Framing(&'static str),
-    /// The body is in a transfer coding that is not known here.
+    /// The transfer coding of the body is not supported.
     TransferCoding,
     TargetTooLong,
     TooLarge,
     /// Not HTTP/1.
     Version,
-    /// A method that would make a tunnel.
+    /// The method CONNECT, which is not supported.
     Connect,
     /// An `Expect` other than `100-continue`.
     Expectation,
 }
 
-/// How long the body is.
+/// The length of the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Length {
-    /// In bytes; 0 as well where there is none.
+    /// In bytes. 0 if there is no body.
     Bytes(u64),
     Chunked,
 }
 
-/// A head that may be read on.
+/// A valid head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
-    /// With the empty line, in bytes.
+    /// Through the empty line, in bytes.
     pub len: usize,
     pub body: Length,
-    /// The client asks for another protocol (WebSocket).
+    /// The client asks to upgrade to another protocol, such as WebSocket.
     pub wants_upgrade: bool,
-    /// Where the target stands.
+    /// The position of the target.
     pub target: Span,
-    /// Where the last digit of the version stands, if it is one that is not known here. Such a request is taken as one of
-    /// HTTP/1.1, the highest that is known (RFC 9110, section 2.5).
+    /// The position of the minor version if it is neither 0 nor 1. Such a request is served as HTTP/1.1, the
+    /// highest supported minor version (RFC 9110, section 2.5).
     unknown_minor: Option<usize>,
     absolute: Option<Absolute>,
 }
 
-/// From and to.
+/// The positions of the first byte and of the byte after the last one.
 pub type Span = (usize, usize);
 
-/// A target that names the host, as it would be sent to a proxy.
+/// A target in absolute form, which contains the scheme and the host. Clients send it to proxies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Absolute {
     scheme: Scheme,
     authority: Span,
-    /// Path and query; empty if there are none.
+    /// Path and query. Empty if there are none.
     path: Span,
-    /// It asks for no resource, but what the server can do.
+    /// The method is OPTIONS, where an absent path means `*`.
     is_options: bool,
-    /// No Host field says the same.
+    /// There is no Host field.
     is_alone: bool,
 }
 
 impl Head {
-    /// The message that begins with this head as the server is to read it: the target without the host, which the Host
-    /// field names as well, and a version that it knows.
+    /// Rewrites the message that begins with this head for the server: a supported version, and a target
+    /// without scheme and host. A missing Host field is added from the target.
     pub fn as_served(&mut self, mut message: BytesMut) -> BytesMut {
         if let Some(at) = self.unknown_minor.take() {
             message[at] = b'1';
@@ -110,12 +110,13 @@ impl Head {
     }
 }
 
-/// Reads a head as it comes in, line by line: no byte is looked at twice, however slowly they come.
+/// Parses a head line by line while it is received. A line end is searched for only in new bytes, so slow
+/// clients cost no more than fast ones.
 #[derive(Debug, Default)]
 pub struct HeadReader {
-    /// Where the line begins that is not complete yet.
+    /// The start of the incomplete line.
     line: usize,
-    /// Where the end of that line is looked for.
+    /// The position from which the end of that line is searched.
     unread: usize,
     has_blank_line: bool,
     has_request_line: bool,
@@ -132,7 +133,8 @@ pub struct HeadReader {
 }
 
 impl HeadReader {
-    /// Reads on in `bytes`, which begin with the request and grow from call to call. `None`: the head goes on.
+    /// Continues in `bytes`, which start with the request and grow from call to call. `None`: the head is
+    /// incomplete.
     pub fn read(&mut self, bytes: &[u8], limits: HeadLimits) -> Result<Option<Head>, BadHead> {
         loop {
             let end = match memchr(b'\n', &bytes[self.unread..]) {
@@ -153,7 +155,7 @@ impl HeadReader {
             (self.line, self.unread) = (end + 1, end + 1);
             if !self.has_request_line {
                 if from == to && !self.has_blank_line {
-                    // Old clients end a body with a line break that is not part of it (RFC 9112, section 2.2).
+                    // Some old clients send an extra line break after a body (RFC 9112, section 2.2).
                     self.has_blank_line = true;
                     continue;
                 }
@@ -171,7 +173,7 @@ impl HeadReader {
         }
     }
 
-    /// Which part does not fit.
+    /// The error for the part that exceeds the limit.
     fn too_large(&self, bytes: &[u8]) -> BadHead {
         let is_in_target = !self.has_request_line && memchr(b' ', &bytes[self.line..]).is_some();
         if is_in_target { BadHead::TargetTooLong } else { BadHead::TooLarge }
@@ -211,7 +213,7 @@ impl HeadReader {
         Ok(())
     }
 
-    /// The parts of a target that names its host.
+    /// The parts of a target in absolute form. `None`: it has another form.
     fn absolute_form(&self, target: &[u8], method: &[u8]) -> Result<Option<Absolute>, BadHead> {
         let is_options = method == b"OPTIONS";
         if target[0] == b'/' || (target == b"*" && is_options) {
@@ -244,7 +246,7 @@ impl HeadReader {
         if line[colon + 1..].iter().any(|b| is_control(*b)) {
             return Err(BadHead::Malformed("the value of a field"));
         }
-        // Few names have these lengths, so most fields end here.
+        // Compared by length first: few other names have these lengths.
         match name.len() {
             4 if name.eq_ignore_ascii_case(b"host") => self.host(bytes, value, from),
             6 if name.eq_ignore_ascii_case(b"expect") => {
@@ -278,9 +280,9 @@ impl HeadReader {
 
     fn content_length(&mut self, value: &[u8]) -> Result<(), BadHead> {
         if self.length.is_some() {
-            return Err(BadHead::Framing("Content-Length is there twice"));
+            return Err(BadHead::Framing("Content-Length is repeated"));
         }
-        self.length = Some(length(value).ok_or(BadHead::Framing("Content-Length is no number"))?);
+        self.length = Some(length(value).ok_or(BadHead::Framing("Content-Length is not a number"))?);
         Ok(())
     }
 
@@ -289,7 +291,7 @@ impl HeadReader {
             return Err(BadHead::Framing("Transfer-Encoding in HTTP/1.0"));
         }
         if self.is_chunked {
-            return Err(BadHead::Framing("Transfer-Encoding is there twice"));
+            return Err(BadHead::Framing("Transfer-Encoding is repeated"));
         }
         if !value.eq_ignore_ascii_case(b"chunked") {
             return Err(bad_codings(value));
@@ -307,10 +309,10 @@ impl HeadReader {
         if let (Some(Absolute { scheme, authority, .. }), Some(host)) = (absolute, host)
             && !is_same_authority(scheme, host, &bytes[authority.0..authority.1])
         {
-            return Err(BadHead::Malformed("the request target, which names another host"));
+            return Err(BadHead::Malformed("the request target, whose host differs from Host"));
         }
         let body = match (self.is_chunked, self.length) {
-            (true, Some(_)) => return Err(BadHead::Framing("Content-Length beside Transfer-Encoding")),
+            (true, Some(_)) => return Err(BadHead::Framing("both Content-Length and Transfer-Encoding")),
             (true, None) => Length::Chunked,
             (false, length) => Length::Bytes(length.unwrap_or(0)),
         };
@@ -320,14 +322,16 @@ impl HeadReader {
     }
 }
 
-/// What is wrong with codings that are not `chunked` alone: if that comes last the body ends where it says, but nobody
-/// here can read it; if it comes before others, the end cannot be told.
+/// The error for transfer codings other than `chunked` alone.
+///
+/// If `chunked` is repeated or not the last one, or a coding is empty, the end of the body is ambiguous.
+/// Otherwise the codings are not supported.
 fn bad_codings(value: &[u8]) -> BadHead {
     let mut codings = value.split(|b| *b == b',').map(<[u8]>::trim_ascii).peekable();
     while let Some(coding) = codings.next() {
         let is_chunked = coding.eq_ignore_ascii_case(b"chunked");
         if coding.is_empty() || (is_chunked && codings.peek().is_some()) {
-            return BadHead::Framing("Transfer-Encoding does not end in \"chunked\"");
+            return BadHead::Framing("Transfer-Encoding has an empty coding, or one after \"chunked\"");
         }
     }
     BadHead::TransferCoding
@@ -344,7 +348,7 @@ mod tests {
     }
 
     fn whole(text: &str) -> Head {
-        // Byte by byte it is the same as at once.
+        // Parsing byte by byte gives the same result.
         let mut reader = HeadReader::default();
         for len in 0..text.len() {
             if let Some(head) = reader.read(&text.as_bytes()[..len], LIMITS).unwrap() {
@@ -352,11 +356,11 @@ mod tests {
                 break;
             }
         }
-        read(text).unwrap().expect("it is whole")
+        read(text).unwrap().expect("a complete head")
     }
 
     #[test]
-    fn good_heads() {
+    fn valid_heads_are_accepted() {
         let get = whole("GET /livez?x=1 HTTP/1.1\r\nHost: a\r\n\r\nrest");
         let target = "GET ".len();
         let expected = Head {
@@ -389,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn what_could_be_read_in_two_ways_is_refused() {
+    fn ambiguous_heads_are_rejected() {
         let post = |fields: &str| format!("POST /run HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n");
         for framing in [
             "Content-Length: 1\r\nTransfer-Encoding: chunked",
@@ -446,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn request_lines() {
+    fn malformed_request_lines_are_rejected() {
         for bad in [
             "\r\n",
             "GET",
@@ -486,9 +490,9 @@ mod tests {
         }
     }
 
-    /// What names the host twice says it once to the server, and a version that it knows.
+    /// The server receives a target without the host, a Host field, and a supported version.
     #[test]
-    fn messages_as_they_are_served() {
+    fn messages_are_rewritten_for_the_server() {
         for (sent, served) in [
             ("GET /a?b HTTP/1.1\r\nHost: a\r\n\r\nbody", "GET /a?b HTTP/1.1\r\nHost: a\r\n\r\nbody"),
             ("GET /a HTTP/1.7\r\nHost: a\r\n\r\n", "GET /a HTTP/1.1\r\nHost: a\r\n\r\n"),
@@ -510,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_too_large_is_refused_before_it_is_whole() {
+    fn large_heads_are_rejected_before_they_are_complete() {
         let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(2000));
         assert_eq!(read(&long), Err(BadHead::TargetTooLong));
         assert_eq!(read(&long[..1024]), Err(BadHead::TargetTooLong));
@@ -527,7 +531,8 @@ mod tests {
         assert_eq!(read("GET / HTTP/1.1\n"), Err(BadHead::Malformed("a line that does not end in CR LF")));
     }
 
-    /// However a head is cut it comes to the same; and what passes is read by another parser in the same way.
+    /// The result does not depend on how the head is cut, and another parser reads accepted heads in the same
+    /// way.
     #[test]
     fn fuzz_request_heads() {
         crate::fuzz::run("request_head", |input| {
@@ -544,11 +549,11 @@ mod tests {
                     let served = served_head.as_served(text.into());
                     let mut fields = [httparse::EMPTY_HEADER; 16];
                     let mut request = httparse::Request::new(&mut fields);
-                    let parsed = request.parse(&served).expect("another parser takes it");
+                    let parsed = request.parse(&served).expect("httparse accepts it");
                     assert_eq!(parsed, httparse::Status::Complete(served.len()));
                     let (from, to) = served_head.target;
                     assert_eq!(request.path.map(str::as_bytes), Some(&served[from..to]));
-                    assert!(matches!(served[from], b'/' | b'*'), "it names no host");
+                    assert!(matches!(served[from], b'/' | b'*'), "not in absolute form");
                     let named = |name: &str| {
                         let of =
                             request.headers.iter().filter(move |field| field.name.eq_ignore_ascii_case(name));
@@ -559,13 +564,13 @@ mod tests {
                         Length::Chunked => assert!(codings.len() == 1 && lengths.is_empty()),
                         Length::Bytes(bytes) => {
                             assert!(codings.is_empty() && lengths.len() <= 1);
-                            let said =
+                            let declared =
                                 lengths.first().map(|length| std::str::from_utf8(length).unwrap().trim());
-                            assert_eq!(said.map_or(0, |length| length.parse().unwrap()), bytes);
+                            assert_eq!(declared.map_or(0, |length| length.parse().unwrap()), bytes);
                         }
                     }
                 }
-                // In one piece it is refused for its size, in pieces for its first fault, or the other way round.
+                // The errors may differ: one for the size, the other for the first fault.
                 (Err(_), Some(Err(_))) => {}
                 other => panic!("{other:?}"),
             }

@@ -1,24 +1,26 @@
-//! HPACK (RFC 7541): reads the header blocks of an HTTP/2 client, and writes plain ones.
+//! HPACK (RFC 7541): decodes the header blocks of HTTP/2 clients, and encodes blocks for the server.
 //!
-//! Blocks are read with the table that the client fills, and written without any: a field is its name and its value, and
-//! refers to nothing. So whoever reads what was written needs no table, and blocks in between can be changed.
+//! Blocks are decoded with the dynamic table that the client fills. They are encoded without it: a field is
+//! written as a literal, or refers to the static table. So each block can be decoded alone, and the guard may
+//! change or replace blocks without affecting later ones.
 
 use bytes::{BufMut, BytesMut};
 use std::collections::VecDeque;
 use std::ops::Range;
 
-/// What the table may take, in bytes as section 4.1 counts them: what HTTP/2 begins with. The server never offers more.
+/// The limit of the dynamic table, in bytes as section 4.1 counts them. It is HTTP/2's initial value; the
+/// server never advertises a larger one.
 pub const TABLE_BYTES_MAX: usize = 4096;
-/// What an entry takes beside its texts.
+/// The overhead of an entry beside its name and value, in bytes (section 4.1).
 const ENTRY_BYTES: usize = 32;
-/// Bytes that follow the prefix of an integer: 28 bits are more than any length here.
+/// The most bytes after the prefix of an integer. Their 28 bits exceed any length that occurs here.
 const INTEGER_BYTES_MAX: usize = 4;
 
-/// The block is not as HPACK says; what comes after it cannot be read either.
+/// The block is malformed. Later blocks cannot be decoded either, since the state of the table is unknown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadBlock;
 
-/// Reads blocks in the order in which they were sent.
+/// Decodes the blocks of one connection, in the order in which they were sent.
 pub struct Decoder {
     /// The newest entry first.
     entries: VecDeque<Entry>,
@@ -29,19 +31,19 @@ pub struct Decoder {
     name_index: u8,
 }
 
-/// Name and value, one behind the other.
+/// An entry of the dynamic table: its name, followed by its value.
 struct Entry {
     text: Box<[u8]>,
     name_len: usize,
     name_index: u8,
 }
 
-/// A field as it was read.
+/// A decoded field.
 #[derive(Clone, Copy, Debug)]
 pub struct Field<'a> {
     pub name: &'a [u8],
     pub value: &'a [u8],
-    /// Where the static table has the name, as far as that is known. 0: nowhere.
+    /// The index of the name in the static table, if it was sent as an index. 0: unknown.
     pub name_index: u8,
 }
 
@@ -65,7 +67,7 @@ impl Default for Decoder {
 }
 
 impl Decoder {
-    /// Gives each field of a whole block to `each`.
+    /// Decodes a complete block and calls `each` for each field.
     pub fn decode(&mut self, block: &[u8], mut each: impl FnMut(Field<'_>)) -> Result<(), BadBlock> {
         let mut rest = block;
         let mut may_resize = true;
@@ -109,12 +111,12 @@ impl Decoder {
         Ok(Field { name, value, name_index: entry.name_index })
     }
 
-    /// The field that was read last as a literal.
+    /// The literal field that was decoded last.
     fn read(&self) -> Field<'_> {
         Field { name: &self.name, value: &self.value, name_index: self.name_index }
     }
 
-    /// Reads a field into `name` and `value`.
+    /// Decodes a literal field into `self.name` and `self.value`.
     fn literal(&mut self, rest: &mut &[u8], prefix: u32) -> Result<(), BadBlock> {
         let (mut name, mut value) = (std::mem::take(&mut self.name), std::mem::take(&mut self.value));
         name.clear();
@@ -144,7 +146,7 @@ impl Decoder {
         }
     }
 
-    /// Makes room for so much more.
+    /// Evicts the oldest entries until `bytes` more fit.
     fn evict(&mut self, bytes: usize) {
         while self.bytes + bytes > self.bytes_max {
             let Some(oldest) = self.entries.pop_back() else { return };
@@ -153,7 +155,7 @@ impl Decoder {
     }
 }
 
-/// Takes an integer whose first byte has it in its last `prefix` bits (section 5.1).
+/// Decodes an integer with a prefix of `prefix` bits (section 5.1).
 fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, BadBlock> {
     let (first, mut behind) = rest.split_first().ok_or(BadBlock)?;
     let most = (1_usize << prefix) - 1;
@@ -174,20 +176,20 @@ fn integer(rest: &mut &[u8], prefix: u32) -> Result<usize, BadBlock> {
     Ok(number)
 }
 
-/// Takes a string (section 5.2).
+/// Decodes a string literal (section 5.2).
 fn string(rest: &mut &[u8], to: &mut Vec<u8>) -> Result<(), BadBlock> {
-    let is_coded = rest.first().is_some_and(|first| first & 0x80 != 0);
+    let is_huffman = rest.first().is_some_and(|first| first & 0x80 != 0);
     let len = integer(rest, 7)?;
     let (text, behind) = rest.split_at_checked(len).ok_or(BadBlock)?;
     *rest = behind;
-    if is_coded {
+    if is_huffman {
         return unpack(text, to);
     }
     to.extend_from_slice(text);
     Ok(())
 }
 
-/// Reads Huffman's code (section 5.2, appendix B).
+/// Decodes a Huffman-encoded string (section 5.2, appendix B).
 fn unpack(text: &[u8], to: &mut Vec<u8>) -> Result<(), BadBlock> {
     let (mut bits, mut held) = (0_u64, 0_u32);
     let mut text = text.iter();
@@ -199,17 +201,19 @@ fn unpack(text: &[u8], to: &mut Vec<u8>) -> Result<(), BadBlock> {
             held += 8;
         }
         let Some((symbol, len)) = next_symbol(bits, held) else {
-            // What is left must be the beginning of the end mark, which is all ones, and less than a byte of it.
+            // The rest must be padding: less than a byte, all ones, as in the code of the end-of-string
+            // symbol.
             let is_padding = held < 8 && bits & ((1 << held) - 1) == (1 << held) - 1;
             return is_padding.then_some(()).ok_or(BadBlock);
         };
         held -= len;
         bits &= (1 << held) - 1;
-        to.push(u8::try_from(symbol).map_err(|_| BadBlock)?); // the end mark must not be written out
+        // 256 is the end-of-string symbol, which must not occur.
+        to.push(u8::try_from(symbol).map_err(|_| BadBlock)?);
     }
 }
 
-/// The first symbol of the bits, and how many of them it takes. `None`: they hold no whole one.
+/// The first symbol and the length of its code in bits. `None`: the bits contain no complete code.
 fn next_symbol(bits: u64, held: u32) -> Option<(u16, u32)> {
     CODE.lengths.iter().filter(|_| held > 0).find_map(|length| {
         let past = held.checked_sub(length.bits)?;
@@ -219,17 +223,18 @@ fn next_symbol(bits: u64, held: u32) -> Option<(u16, u32)> {
     })
 }
 
-/// Huffman's code is canonical: it follows from the lengths, as codes of one length are in the order of their symbols.
+/// The decoding tables of the Huffman code. The code is canonical: codes of one length are in the order of
+/// their symbols, so the lengths alone determine it.
 struct Code {
     lengths: Vec<CodeLength>,
-    /// By length, then by themselves.
+    /// Sorted by the length of their code, then by value.
     symbols: Vec<u16>,
 }
 
 struct CodeLength {
     bits: u32,
     first_code: u32,
-    /// Which of the symbols have codes of this length.
+    /// The range of `Code::symbols` with codes of this length.
     symbols: Range<usize>,
 }
 
@@ -251,9 +256,10 @@ static CODE: std::sync::LazyLock<Code> = std::sync::LazyLock::new(|| {
     code
 });
 
-/// Writes a field that refers to nothing but, where it can, the static table, which every reader has.
+/// Encodes a field as a literal without indexing. Its name refers to the static table if `name_index` is
+/// known.
 pub fn put_field(to: &mut BytesMut, field: Field<'_>) {
-    // A name by its number fits into a byte up to 14 (section 5.1).
+    // An index below this value fits into one byte (section 5.1).
     const MOST: u8 = 0xf;
     match field.name_index {
         0 => {
@@ -266,7 +272,7 @@ pub fn put_field(to: &mut BytesMut, field: Field<'_>) {
     put_string(to, field.value);
 }
 
-/// Writes a field of the static table.
+/// Encodes an indexed field of the static table.
 pub fn put_index(to: &mut BytesMut, index: u8) {
     to.put_u8(0x80 | index);
 }
@@ -287,7 +293,7 @@ fn put_string(to: &mut BytesMut, text: &[u8]) {
     to.put_slice(text);
 }
 
-/// How many bits the code of each byte has, and that of the end mark (appendix B).
+/// The code length of each byte and of the end-of-string symbol, in bits (appendix B).
 const CODE_BITS: [u8; 257] = [
     13, 23, 28, 28, 28, 28, 28, 28, 28, 24, 30, 28, 28, 30, 28, 28, //
     28, 28, 28, 28, 28, 28, 30, 28, 28, 28, 28, 28, 28, 28, 28, 28, //
@@ -308,7 +314,7 @@ const CODE_BITS: [u8; 257] = [
     30,
 ];
 
-/// What every table begins with (appendix A).
+/// The static table (appendix A).
 const STATIC_TABLE: [(&str, &str); 61] = [
     (":authority", ""),
     (":method", "GET"),
@@ -390,9 +396,9 @@ mod tests {
         Ok(fields)
     }
 
-    /// The examples of appendices C.3, C.4 (the same with Huffman's code), and what is in the table after each.
+    /// The examples of appendix C.3 and C.4 (with Huffman coding), and the table size after each.
     #[test]
-    fn the_examples_of_the_standard() {
+    fn examples_of_the_rfc_are_decoded() {
         let expected = [
             &[":method: GET", ":scheme: http", ":path: /", ":authority: www.example.com"][..],
             &[
@@ -431,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn old_entries_make_room_and_the_table_may_shrink() {
+    fn old_entries_are_evicted_and_the_table_can_shrink() {
         let mut decoder = Decoder::default();
         let field = |n: u8| [&[0x40, 1, b'a' + n, 0x7f, 0x81, 0x0e][..], &[b'x'; 1920][..]].concat();
         assert_eq!(field(0)[3..6], [0x7f, 0x81, 0x0e], "127 + 1 + 14 * 128 bytes");
@@ -442,7 +448,7 @@ mod tests {
         assert!(decode(&mut decoder, &[0x80 | 62]).unwrap()[0].starts_with("c: x"));
         assert!(decode(&mut decoder, &[0x80 | 63]).unwrap()[0].starts_with("b: x"));
         assert_eq!(decode(&mut decoder, &[0x80 | 64]), Err(BadBlock));
-        // One that is larger than the table empties it (section 4.4).
+        // An entry larger than the table empties it (section 4.4).
         let large = [&[0x40, 1, b'l', 0x7f, 0x81, 0x1f][..], &[b'x'; 4096][..]].concat();
         decode(&mut decoder, &large).unwrap();
         assert_eq!((decoder.entries.len(), decoder.bytes), (0, 0));
@@ -452,7 +458,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_block_is_refused() {
+    fn malformed_blocks_are_rejected() {
         for bad in [
             "80",
             "be",
@@ -466,7 +472,7 @@ mod tests {
             "7f",
             "3fe2 1f",
             "8220",
-            // Huffman's code: padding of a byte, padding that is no ones, the end mark.
+            // Huffman code: a whole byte of padding, padding that is not all ones, the end-of-string symbol.
             "0081 ff00",
             "0082 1fff 00",
             "0081 1800",
@@ -478,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_the_same() {
+    fn encoded_fields_are_decoded_unchanged() {
         for len in [0, 1, 126, 127, 128, 254, 255, 256, 16_000, 70_000] {
             let value = "v".repeat(len);
             let mut block = BytesMut::new();
@@ -494,15 +500,15 @@ mod tests {
     }
 
     #[test]
-    fn the_code_uses_up_all_bits() {
+    fn the_huffman_code_is_complete() {
         let used: u64 = CODE_BITS.iter().map(|bits| 1 << (30 - bits)).sum();
         assert_eq!(used, 1 << 30);
         let mut text = Vec::new();
         unpack(&[0b1111_1111, 0b1100_0111], &mut text).unwrap();
-        assert_eq!(text, [0], "thirteen bits, and three of padding");
+        assert_eq!(text, [0], "thirteen bits, then three bits of padding");
     }
 
-    /// No block makes it stumble, and its table keeps its bound.
+    /// No input makes the decoder panic, and the table keeps its limit.
     #[test]
     fn fuzz_header_blocks() {
         crate::fuzz::run("header_block", |input| {

@@ -1,9 +1,12 @@
-//! What a client of HTTP/2 sends, frame by frame: its header blocks are read here and handed on rewritten.
+//! Checks what an HTTP/2 client sends, frame by frame, and rewrites its header blocks.
 //!
-//! As over HTTP/1.1 a request has one reading (RFC 9113, section 8): what `h2` would mend without a word (a fragment in the
-//! path), or Pingora and `h2` would answer in their own way (an authority that is missing, or not the Host), is refused
-//! here. A refused request is handed on as one that asks for nothing and bears a mark, so that its stream has an end like
-//! any other and the refusal is answered, counted and measured like any other. All other frames go through as they are.
+//! As over HTTP/1.1, an ambiguous request is rejected (RFC 9113, section 8). `h2` would silently repair some
+//! of them, such as a fragment in the path. To others `h2` or Pingora would send responses of their own, for
+//! example if `:authority` is missing or differs from `Host`.
+//!
+//! A rejected request is replaced by an empty one with a marker field, which the gateway answers with a
+//! problem. So its stream ends in order, and the response is counted and measured like any other. Frames
+//! other than header blocks pass unchanged.
 
 use super::grammar::{
     Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token, length,
@@ -14,24 +17,25 @@ use bytes::{Buf, BufMut, BytesMut};
 use http::header::{HeaderMap, HeaderName};
 use std::fmt;
 
-/// What a client says first (RFC 9113, section 3.4).
+/// The connection preface of the client (RFC 9113, section 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// The field that marks a refused request; clients cannot send it, as it is taken out of what they send.
+/// The marker field of a rejected request. Clients cannot forge it: it is removed from what they send.
 const MARK: HeaderName = HeaderName::from_static("x-infra-refused");
 
 const FRAME_HEAD_BYTES: usize = 9;
-/// Longest payload of a frame: what HTTP/2 begins with. The server never offers more.
+/// The longest payload of a frame, in bytes. It is HTTP/2's initial value; the server never advertises a
+/// larger one.
 const PAYLOAD_BYTES_MAX: usize = 16_384;
-/// Frames of one header block.
+/// The most frames of one header block.
 const BLOCK_FRAMES_MAX: usize = 64;
-/// How many times as long as the largest list of fields a block may be until the connection ends.
+/// The connection ends if a header block exceeds this multiple of the limit for header lists.
 const BLOCK_TIMES_MAX: usize = 4;
-/// Frames that wait to be written to the client: more are not written.
+/// The limit for frames that wait to be written to the client, in bytes. Further ones are dropped.
 const OWED_BYTES_MAX: usize = 4096;
-/// What a buffer keeps from one request to the next.
+/// The most capacity that a buffer keeps for the next request, in bytes.
 const KEPT_BYTES_MAX: usize = 4096;
-/// What a field counts beside its texts (RFC 9113, section 6.5.2).
+/// The overhead of a field in the size of a header list, in bytes (RFC 9113, section 6.5.2).
 const FIELD_BYTES: usize = 32;
 
 const DATA: u8 = 0;
@@ -44,27 +48,27 @@ const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
 
-/// The block of `100 Continue`: the status by its number in the static table, and refers to nothing else.
+/// The header block of a `100 Continue`: `:status` by its index in the static table, and a literal value.
 const CONTINUE: &[u8] = b"\x08\x03100";
 
 const METHOD: BadHead = BadHead::Malformed("the method");
 const SCHEME: BadHead = BadHead::Malformed("the scheme");
 const TARGET: BadHead = BadHead::Malformed("the request target");
 const AUTHORITY: BadHead = BadHead::Malformed("the authority");
-const HOST: BadHead = BadHead::Malformed("the Host, which is not the authority");
+const HOST: BadHead = BadHead::Malformed("the Host, which differs from the authority");
 const NAME: BadHead = BadHead::Malformed("the name of a field");
 const VALUE: BadHead = BadHead::Malformed("the value of a field");
-const OF_CONNECTION: BadHead = BadHead::Malformed("a field about the connection, which HTTP/2 does not have");
+const OF_CONNECTION: BadHead = BadHead::Malformed("a connection-specific field, which HTTP/2 forbids");
 const PSEUDO: BadHead = BadHead::Malformed("a pseudo-header field that is unknown or out of place");
-const LENGTH_TWICE: BadHead = BadHead::Framing("Content-Length is there twice");
-const LENGTH: BadHead = BadHead::Framing("Content-Length is no number");
+const LENGTH_TWICE: BadHead = BadHead::Framing("Content-Length is repeated");
+const LENGTH: BadHead = BadHead::Framing("Content-Length is not a number");
 
-/// Fields that the answer to a refused request depends on, also behind its fault.
+/// Fields that the response to a rejected request needs. They are read even after the first fault.
 const OF_ANSWER: [&[u8]; 2] = [b"x-request-id", b"origin"];
-/// What is written of a refused request's method.
+/// The methods that a rejected request keeps. Any other becomes GET.
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
 
-/// All that a request is refused for; the mark is a place in this list.
+/// All reasons to reject a request. The value of the marker field is an index into this list.
 const REFUSALS: [BadHead; 15] = [
     METHOD,
     SCHEME,
@@ -83,32 +87,32 @@ const REFUSALS: [BadHead; 15] = [
     BadHead::Expectation,
 ];
 
-/// Why a request that came over HTTP/2 is refused.
+/// The reason why the guard rejected a request over HTTP/2. `None`: it was not rejected.
 pub fn refusal_of(fields: &HeaderMap) -> Option<BadHead> {
     let place: usize = fields.get(MARK)?.to_str().ok()?.parse().ok()?;
     REFUSALS.get(place).copied()
 }
 
-/// What comes next of what the client has sent.
+/// The next step for the received bytes.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next {
-    /// So many bytes, as they are.
+    /// Hand on this number of received bytes unchanged.
     AsIs(usize),
-    /// What was written in their place.
+    /// Hand on the rewritten bytes, which replace received ones.
     Rewritten,
-    /// More must come first.
+    /// More bytes must be received first.
     Incomplete,
-    /// Nothing: the client has broken the connection's own rules, and what was rewritten last says so to the server.
+    /// Nothing more: a connection error. The last rewritten bytes made the server end the connection.
     Over,
 }
 
-/// Where the static table has the names that every request has (RFC 7541, appendix A).
+/// Static-table indices of the pseudo-header fields of requests (RFC 7541, appendix A).
 const AUTHORITY_INDEX: u8 = 1;
 const METHOD_INDEX: u8 = 2;
 const PATH_INDEX: u8 = 4;
 const SCHEME_INDEX: u8 = 6;
 
-/// Writes a pseudo-header field; the table has some of them with their value.
+/// Writes a pseudo-header field. The static table contains some of them with their value.
 fn put_pseudo(to: &mut BytesMut, name_index: u8, value: &[u8]) {
     match (name_index, value) {
         (METHOD_INDEX, b"GET") | (PATH_INDEX, b"/") | (SCHEME_INDEX, b"http") => put_index(to, name_index),
@@ -117,43 +121,44 @@ fn put_pseudo(to: &mut BytesMut, name_index: u8, value: &[u8]) {
     }
 }
 
-/// One connection's frames.
+/// Reads the frames of one client connection.
 pub struct Frames {
     limits: HeadLimits,
-    /// Bytes that go through as they are, of the preface or a frame.
+    /// Bytes of the preface or a frame that are still to be handed on unchanged.
     passing: usize,
     decoder: Decoder,
     block: Option<Block>,
-    /// The last stream that the client has opened.
+    /// The highest stream id that the client has opened.
     last_stream: u32,
     rewritten: BytesMut,
-    /// Frames for the client, which waits to be told to send a body.
+    /// `100 Continue` frames to be written to the client.
     owed: BytesMut,
-    /// The client wants a smaller table than HTTP/2 begins with. The next block that it gets must say that the table has
-    /// shrunk (RFC 7541, section 4.2), and only the server knows which block that is.
+    /// The client has reduced its dynamic table below the initial size. The next block sent to it must begin
+    /// with a table size update (RFC 7541, section 4.2). Only the server knows which block that is, so none
+    /// is inserted here.
     has_small_table: bool,
     request: Request,
     is_broken: bool,
 }
 
-/// What the server writes, followed from frame to frame.
+/// Tracks the frames that the server writes, to find the places where another frame may be inserted.
 #[derive(Debug, Default)]
 pub struct Written {
     head: [u8; FRAME_HEAD_BYTES],
     head_bytes: usize,
-    /// Of the payload.
+    /// Remaining bytes of the payload.
     left: usize,
-    /// A header block goes on in the next frame, and nothing may stand between.
+    /// The header block continues in the next frame. No frame may be inserted before that.
     is_in_block: bool,
 }
 
 impl Written {
-    /// Whether another frame may be written now.
+    /// Whether a frame may be inserted now.
     pub fn is_between(&self) -> bool {
         self.head_bytes == 0 && self.left == 0 && !self.is_in_block
     }
 
-    /// How many bytes may be written before it must be looked again whether one may.
+    /// How many bytes the server may write before `is_between` must be checked again.
     pub fn bytes_to_boundary(&self) -> usize {
         match (self.left, FRAME_HEAD_BYTES - self.head_bytes) {
             (0, of_head) => of_head,
@@ -185,13 +190,13 @@ impl Written {
 }
 
 impl fmt::Debug for Frames {
-    /// Without what was read, which may be a key.
+    /// Omits the data, which may contain a key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Frames").field("last_stream", &self.last_stream).finish_non_exhaustive()
     }
 }
 
-/// A header block whose end has not come.
+/// An incomplete header block.
 struct Block {
     stream: u32,
     ends_stream: bool,
@@ -217,7 +222,7 @@ impl FrameHead {
     }
 }
 
-/// Whether a client's settings make the table for what is sent to it smaller (RFC 9113, section 6.5.2).
+/// Whether a client's SETTINGS reduce the dynamic table below its initial size (RFC 9113, section 6.5.2).
 fn asks_for_small_table(settings: &[u8]) -> bool {
     const HEADER_TABLE_SIZE: u16 = 1;
     settings.chunks_exact(6).any(|mut setting| {
@@ -233,7 +238,7 @@ fn put_frame_head(to: &mut BytesMut, len: usize, kind: u8, flags: u8, stream: u3
 }
 
 impl Frames {
-    /// Of a connection that begins with the preface.
+    /// For a connection whose next bytes are the preface.
     pub fn new(limits: HeadLimits) -> Self {
         Self {
             limits,
@@ -249,7 +254,8 @@ impl Frames {
         }
     }
 
-    /// Reads on in what has come and was not taken yet. What goes through is for the caller to take.
+    /// Processes the received bytes. Consumes the frames that it rewrites; the caller consumes what it hands
+    /// on unchanged, and reports that with `passed`.
     pub fn next(&mut self, come: &mut BytesMut) -> Next {
         loop {
             if !self.rewritten.is_empty() {
@@ -268,7 +274,7 @@ impl Frames {
             let continues = self.block.is_some();
             if !matches!(head.kind, HEADERS | CONTINUATION) {
                 if continues {
-                    self.give_up(); // a block is not interrupted
+                    self.give_up(); // another frame within a header block
                     continue;
                 }
                 if head.kind == SETTINGS && head.len <= PAYLOAD_BYTES_MAX {
@@ -281,7 +287,7 @@ impl Frames {
                 continue;
             }
             if head.len > PAYLOAD_BYTES_MAX {
-                // Its head is enough for the server to say so.
+                // The frame head is enough for the server to report a frame size error.
                 self.rewritten.put_slice(&come[..FRAME_HEAD_BYTES]);
                 self.is_broken = true;
                 continue;
@@ -301,28 +307,28 @@ impl Frames {
         }
     }
 
-    /// The first bytes that `next` has called `AsIs` were taken.
+    /// The caller has consumed this number of the bytes that `next` reported as `AsIs`.
     pub fn passed(&mut self, bytes: usize) {
         self.passing -= bytes;
     }
 
-    /// What was rewritten, to be taken.
+    /// The rewritten bytes, which the caller consumes.
     pub fn rewritten(&mut self) -> &mut BytesMut {
         &mut self.rewritten
     }
 
-    /// What is to be written to the client between two frames of the server's, to be taken.
+    /// Bytes to insert between two frames of the server, which the caller consumes.
     pub fn owed(&mut self) -> &mut BytesMut {
         &mut self.owed
     }
 
-    /// Has the server end the connection: a header block of stream 0 is an error that no server takes.
+    /// Makes the server end the connection: a header block on stream 0 is a connection error.
     fn give_up(&mut self) {
         put_frame_head(&mut self.rewritten, 0, HEADERS, END_HEADERS, 0);
         self.is_broken = true;
     }
 
-    /// A part of a header block. `None`: it is none.
+    /// Processes one frame of a header block. `None`: a connection error.
     fn fragment(&mut self, head: &FrameHead, payload: &[u8]) -> Option<()> {
         let mut payload = payload;
         let mut block = match self.block.take() {
@@ -340,7 +346,8 @@ impl Frames {
             }
         };
         block.frames += 1;
-        // What is too large is read all the same, within bounds: the client is told so, and its table is followed.
+        // A list that is too large is still decoded, up to this bound. So the request gets a response, and
+        // the dynamic table stays in step with the client's.
         let bytes_max = BLOCK_TIMES_MAX * self.limits.bytes_max;
         if block.frames > BLOCK_FRAMES_MAX || block.bytes.len() + payload.len() > bytes_max {
             return None;
@@ -361,7 +368,7 @@ impl Frames {
         let (request, limits) = (&mut self.request, self.limits);
         request.clear();
         if stream <= self.last_stream {
-            // Fields behind a body go no further, as over HTTP/1.1: Pingora reads past them.
+            // A trailer section is dropped, as over HTTP/1.1: Pingora does not forward trailers.
             self.decoder.decode(block, |_| {}).ok()?;
             let kind = if ends_stream { DATA } else { HEADERS };
             let flags = if ends_stream { END_STREAM } else { END_HEADERS };
@@ -373,8 +380,9 @@ impl Frames {
         request.end();
         let may_be_told = !self.has_small_table && self.owed.len() < OWED_BYTES_MAX;
         if request.is_awaited && !ends_stream && may_be_told {
-            // Pingora sends no interim answers over HTTP/2, so the client would wait in vain. It may be refused all the
-            // same: what it sends until then is bounded by the window of its stream.
+            // Pingora sends no `100 Continue` over HTTP/2, so the client would wait until its own timeout.
+            // The request may still be rejected later. The body sent until then is bounded by the
+            // flow-control window.
             put_frame_head(&mut self.owed, CONTINUE.len(), HEADERS, END_HEADERS, stream);
             self.owed.put_slice(CONTINUE);
         }
@@ -382,7 +390,7 @@ impl Frames {
         Some(())
     }
 
-    /// Writes the block of the request in frames of its own.
+    /// Writes the rewritten block of the request as HEADERS and CONTINUATION frames.
     fn write(&mut self, stream: u32, ends_stream: bool) {
         let block = &self.request.block;
         let mut fragments = block.chunks(PAYLOAD_BYTES_MAX).peekable();
@@ -401,27 +409,28 @@ impl Frames {
     }
 }
 
-/// The request that is being read, and the block that is written of it.
+/// The request that is being decoded, and its rewritten block. Reused for all requests of a connection.
 #[derive(Default)]
 struct Request {
     bad: Option<BadHead>,
-    /// As RFC 9113 counts them.
+    /// The size of the header list, as RFC 9113, section 6.5.2 counts it.
     list_bytes: usize,
     fields: usize,
-    /// The values of the pseudo-header fields, and of the fields that are looked at as a whole.
+    /// The values that the spans below refer to.
     text: Vec<u8>,
     method: Option<Span>,
     scheme: Option<Span>,
     authority: Option<Span>,
     path: Option<Span>,
     host: Option<Span>,
-    /// The crumbs of cookies, which are one field for everybody else (RFC 9113, section 8.2.3).
+    /// The cookie pairs, joined into one field (RFC 9113, section 8.2.3).
     cookie: Vec<u8>,
     length: Option<Span>,
-    /// The client waits to be told that its body is wanted.
+    /// The client waits for a `100 Continue` before it sends the body.
     is_awaited: bool,
-    /// All other fields, written; at the end all of it.
+    /// All other fields, encoded.
     others: BytesMut,
+    /// The complete block, encoded by `end`.
     block: BytesMut,
 }
 
@@ -432,7 +441,7 @@ impl Request {
         cookie.clear();
         others.clear();
         block.clear();
-        // What a request in a thousand needs is not kept for the others.
+        // A rare large request must not keep its memory for the life of the connection.
         text.shrink_to(KEPT_BYTES_MAX);
         cookie.shrink_to(KEPT_BYTES_MAX);
         for buffer in [others, block] {
@@ -445,7 +454,7 @@ impl Request {
         (self.host, self.length) = (None, None);
     }
 
-    /// The first fault counts; behind it only what the answer needs is kept.
+    /// Adds a field. Only the first fault is kept. After it, only fields that the response needs are read.
     fn field(&mut self, field: Field<'_>, limits: HeadLimits) {
         self.list_bytes += field.name.len() + field.value.len() + FIELD_BYTES;
         if self.bad.is_none() {
@@ -468,7 +477,7 @@ impl Request {
             return self.pseudo(name, value);
         }
         let value = value.trim_ascii();
-        // The crumbs of a cookie are one field.
+        // All cookie pairs together count as one field.
         self.fields += usize::from(name != b"cookie" || self.cookie.is_empty());
         if self.fields > limits.fields_max {
             return Err(BadHead::TooLarge);
@@ -484,7 +493,7 @@ impl Request {
                 return Err(OF_CONNECTION);
             }
             b"te" if !value.eq_ignore_ascii_case(b"trailers") => return Err(OF_CONNECTION),
-            b"te" => return Ok(()), // trailers are not passed on, either way
+            b"te" => return Ok(()), // dropped: trailers are not forwarded
             b"host" if self.host.is_some() => return Err(HOST),
             b"host" => {
                 self.host = Some(self.keep(value));
@@ -538,7 +547,7 @@ impl Request {
         (from, self.text.len())
     }
 
-    /// All fields have come: writes the block.
+    /// Validates the request and encodes its block, after the last field.
     fn end(&mut self) {
         let bad = self.bad.or_else(|| self.check().err());
         if let Some(bad) = bad {
@@ -548,7 +557,7 @@ impl Request {
         let text = |span| part(&self.text, span).unwrap_or_default();
         put_pseudo(block, METHOD_INDEX, text(self.method));
         put_pseudo(block, SCHEME_INDEX, text(self.scheme));
-        // Without one the Host is what the client calls the server by.
+        // Without `:authority`, `Host` takes its place.
         put_pseudo(block, AUTHORITY_INDEX, text(self.authority.or(self.host)));
         put_pseudo(block, PATH_INDEX, text(self.path));
         block.extend_from_slice(&self.others);
@@ -560,7 +569,7 @@ impl Request {
         }
     }
 
-    /// Writes a request that asks for nothing; what came before the fault tells whose it is.
+    /// Encodes a rejected request. Keeps the decoded fields for the response, unless the header is too large.
     fn end_refused(&mut self, bad: BadHead) {
         self.is_awaited = false;
         let method = self.value(self.method).unwrap_or_default();
@@ -609,7 +618,7 @@ mod tests {
 
     const LIMITS: HeadLimits = HeadLimits { bytes_max: 1024, fields_max: 8 };
 
-    /// The fields of a good request.
+    /// The fields of a valid request.
     const GOOD: [(&str, &str); 4] =
         [(":method", "POST"), (":scheme", "https"), (":authority", "a.test"), (":path", "/run?x")];
 
@@ -627,17 +636,17 @@ mod tests {
         block.to_vec()
     }
 
-    /// What the server sees of what a client sends, however it is cut.
+    /// The bytes that the server receives. The same for each way to cut the client's bytes into pieces.
     fn handed_on(sent: &[u8]) -> Vec<u8> {
         let mut all = Vec::new();
         for pieces in [sent.len().max(1), 7, 1] {
-            let (mut frames, mut come, mut seen) = (Frames::new(LIMITS), BytesMut::new(), Vec::new());
+            let (mut frames, mut received, mut seen) = (Frames::new(LIMITS), BytesMut::new(), Vec::new());
             'all: for piece in sent.chunks(pieces) {
-                come.extend_from_slice(piece);
+                received.extend_from_slice(piece);
                 loop {
-                    match frames.next(&mut come) {
+                    match frames.next(&mut received) {
                         Next::AsIs(bytes) => {
-                            seen.extend_from_slice(&come.split_to(bytes));
+                            seen.extend_from_slice(&received.split_to(bytes));
                             frames.passed(bytes);
                         }
                         Next::Rewritten => seen.extend_from_slice(&frames.rewritten().split()),
@@ -649,15 +658,15 @@ mod tests {
             if pieces == sent.len().max(1) {
                 all = seen;
             } else {
-                assert_eq!(seen, all, "in pieces of {pieces} it is another");
+                assert_eq!(seen, all, "the result differs in pieces of {pieces}");
             }
         }
         all
     }
 
-    /// Of the frames that are handed on: kind, flags, stream, and of a header block its fields.
+    /// The frames handed on: kind, flags, stream, and the fields of a header block.
     fn read(mut bytes: &[u8]) -> Vec<(u8, u8, u32, Vec<String>)> {
-        bytes = bytes.strip_prefix(PREFACE).expect("the preface goes through");
+        bytes = bytes.strip_prefix(PREFACE).expect("the preface is handed on");
         let mut read = Vec::new();
         while let Some(head) = FrameHead::read(bytes) {
             let payload = &bytes[FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len];
@@ -667,7 +676,7 @@ mod tests {
                     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
                     fields.push(format!("{}: {}", text(name), text(value)));
                 };
-                Decoder::default().decode(payload, each).expect("it refers to nothing");
+                Decoder::default().decode(payload, each).expect("no dynamic table");
             }
             read.push((head.kind, head.flags, head.stream, fields));
             bytes = &bytes[FRAME_HEAD_BYTES + head.len..];
@@ -680,7 +689,7 @@ mod tests {
         [PREFACE, &frames.concat()].concat()
     }
 
-    /// What becomes of one request.
+    /// The fields that the server receives of one request, or the reason for its rejection.
     fn request(fields: &[(&str, &str)]) -> Result<Vec<String>, BadHead> {
         let sent = with_preface(&[frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(fields))]);
         let mut frames = read(&handed_on(&sent));
@@ -692,10 +701,10 @@ mod tests {
         let Some(mark) = marked else { return Ok(fields) };
         let mut map = HeaderMap::new();
         map.insert(MARK, mark.parse().unwrap());
-        Err(refusal_of(&map).expect("a known refusal"))
+        Err(refusal_of(&map).expect("a known reason"))
     }
 
-    /// A good request with one field in the place of another, or more behind it.
+    /// A valid request with one value replaced or removed, and further fields appended.
     fn changed(
         name: &str,
         value: Option<&'static str>,
@@ -716,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn good_requests_go_through() {
+    fn valid_requests_are_handed_on() {
         let expected = [":method: POST", ":scheme: https", ":authority: a.test", ":path: /run?x"];
         assert_eq!(request(&GOOD).unwrap(), expected);
         for (more, then) in [
@@ -732,14 +741,14 @@ mod tests {
             let read = outcome(&changed("", None, more)).unwrap();
             assert_eq!(read[4..], *then, "{more:?}");
         }
-        // The Host stands for an authority that is missing.
+        // `Host` replaces a missing `:authority`.
         let read = outcome(&changed(":authority", None, &[("host", "b.test:8443")])).unwrap();
         assert_eq!(read[2..], [":authority: b.test:8443", ":path: /run?x"]);
         let star = [(":method", "OPTIONS"), (":scheme", "https"), (":authority", "a"), (":path", "*")];
         assert_eq!(request(&star).unwrap()[3], ":path: *");
     }
 
-    /// (which field, its value, more fields; why the request is refused)
+    /// (field to replace, its value, further fields; the reason for the rejection)
     type BadRequest = (&'static str, Option<&'static str>, &'static [(&'static str, &'static str)], BadHead);
 
     const BAD_REQUESTS: &[BadRequest] = &[
@@ -806,12 +815,8 @@ mod tests {
         let head = [(":method", "HEAD"), (":scheme", "https"), (":path", "/")];
         let sent = with_preface(&[frame(HEADERS, END_HEADERS, 1, &block(&head))]);
         let read = read(&handed_on(&sent));
-        assert_eq!(
-            (read[0].1, read[0].3[0].as_str()),
-            (END_HEADERS, ":method: HEAD"),
-            "nobody waits for a body"
-        );
-        // What came before the fault goes with it: the answer bears the client's own id.
+        assert_eq!((read[0].1, read[0].3[0].as_str()), (END_HEADERS, ":method: HEAD"), "a body may follow");
+        // Fields after the fault are kept if the response needs them, such as the client's request id.
         let more = [("connection", "x"), ("x-b", "1"), ("x-request-id", "mine")];
         let put = [&[(":method", "PUT")], &GOOD[1..], &more].concat();
         let sent = with_preface(&[frame(HEADERS, END_HEADERS, 1, &block(&put))]);
@@ -820,17 +825,18 @@ mod tests {
             (fields[0].as_str(), fields[5..].join(" ")),
             (":method: PUT", "x-request-id: mine".to_owned())
         );
-        // A hundred crumbs are one field.
+        // Many cookie pairs count as one field.
         let crumbs = [&GOOD[..], &[("cookie", "a=1"); 20]].concat();
         assert!(request(&crumbs).is_ok());
     }
 
-    /// Other frames go through, a block may come in parts, and the table is followed through refused requests.
+    /// Other frames pass unchanged, fragments of a block are joined, and rejected requests update the dynamic
+    /// table.
     #[test]
-    fn frames_and_blocks() {
+    fn frames_pass_and_blocks_are_rewritten() {
         let good = block(&GOOD);
         let padded = [&[3, 0, 0, 0, 0, 9][..], &good, &[0; 3]].concat();
-        // `x-t: v` into the table, then the same by its number.
+        // Adds `x-t: v` to the dynamic table, then refers to it by its index.
         let indexed = [&good[..], &[0x40, 3], b"x-t", &[1], b"v"].concat();
         let again = [&good[..], &[0x80 | 62]].concat();
         let bad = [&[0x40, 3], &b"x-t"[..], &[1], b"v", &[0x82]].concat();
@@ -867,43 +873,43 @@ mod tests {
         assert_eq!(read[5].3[4..], ["x-t: v"]);
     }
 
-    /// Who waits to be told to send a body is told so, once its request is found to be one.
+    /// A client that expects a `100 Continue` gets one if its request is valid.
     #[test]
-    fn bodies_that_are_waited_for() {
+    fn expectations_are_answered_with_100_continue() {
         let awaited = [&GOOD[..], &[("expect", "100-continue")]].concat();
-        let told = frame(HEADERS, END_HEADERS, 1, CONTINUE);
+        let continued = frame(HEADERS, END_HEADERS, 1, CONTINUE);
         for (fields, flags, expected) in [
-            (&awaited[..], END_HEADERS, &told[..]),
+            (&awaited[..], END_HEADERS, &continued[..]),
             (&awaited, END_HEADERS | END_STREAM, b""),
             (&GOOD, END_HEADERS, b""),
             (&awaited[1..], END_HEADERS, b""),
         ] {
             let sent = with_preface(&[frame(HEADERS, flags, 1, &block(fields))]);
-            let (mut frames, mut come) = (Frames::new(LIMITS), BytesMut::from(&sent[..]));
-            assert_eq!(frames.next(&mut come), Next::AsIs(PREFACE.len()));
-            come.advance(PREFACE.len());
+            let (mut frames, mut received) = (Frames::new(LIMITS), BytesMut::from(&sent[..]));
+            assert_eq!(frames.next(&mut received), Next::AsIs(PREFACE.len()));
+            received.advance(PREFACE.len());
             frames.passed(PREFACE.len());
-            assert_eq!(frames.next(&mut come), Next::Rewritten);
+            assert_eq!(frames.next(&mut received), Next::Rewritten);
             assert_eq!(frames.owed()[..], *expected, "{fields:?}");
         }
-        // A client that makes its table smaller must be told so in the next block, which is not for us to write.
-        for (size, is_told) in [(4095_u32, false), (0, false), (4096, true), (65_536, true)] {
+        // After a smaller table size the next block must confirm it, and only the server can do that.
+        for (size, is_sent) in [(4095_u32, false), (0, false), (4096, true), (65_536, true)] {
             let settings = [&[0, 3, 0, 0, 0, 9, 0, 1][..], &size.to_be_bytes()].concat();
             let sent =
                 [frame(SETTINGS, 0, 0, &settings), frame(HEADERS, END_HEADERS, 1, &block(&awaited))].concat();
-            let (mut frames, mut come) = (Frames::new(LIMITS), BytesMut::from(&sent[..]));
+            let (mut frames, mut received) = (Frames::new(LIMITS), BytesMut::from(&sent[..]));
             frames.passed(PREFACE.len());
-            while let Next::AsIs(bytes) = frames.next(&mut come) {
-                come.advance(bytes);
+            while let Next::AsIs(bytes) = frames.next(&mut received) {
+                received.advance(bytes);
                 frames.passed(bytes);
             }
-            assert_eq!(frames.owed().is_empty(), !is_told, "{size}");
+            assert_eq!(frames.owed().is_empty(), !is_sent, "{size}");
         }
     }
 
-    /// However the server's writes are cut, it is known where its frames end.
+    /// The ends of frames are found for each way to cut the server's writes into pieces.
     #[test]
-    fn frames_that_are_written_are_followed() {
+    fn ends_of_written_frames_are_tracked() {
         let frames = [
             frame(4, 0, 0, &[]),
             frame(HEADERS, END_HEADERS, 1, &[7; 300]),
@@ -912,7 +918,7 @@ mod tests {
             frame(CONTINUATION, END_HEADERS, 3, &[]),
             frame(0, 1, 1, &[0; 20_000]),
         ];
-        // Nothing may stand between the parts of a block.
+        // No frame may be inserted between the fragments of a block.
         let ends: Vec<usize> = [1, 2, 5, 6].map(|n| frames[..n].concat().len()).into();
         let all = frames.concat();
         for cut in [1, 5, 9, 10, 309, 400] {
@@ -927,36 +933,35 @@ mod tests {
         }
     }
 
-    /// What breaks the connection's own rules ends it.
     #[test]
-    fn broken_connections_end() {
+    fn connection_errors_end_the_connection() {
         let good = block(&GOOD);
         let many = vec![frame(CONTINUATION, 0, 1, &[]); BLOCK_FRAMES_MAX];
         let large: Vec<_> = (0..9).map(|_| frame(CONTINUATION, 0, 1, &[0; 500])).collect();
         for (what, frames) in [
-            ("a block that is none", vec![frame(HEADERS, END_HEADERS, 1, &[0x80])]),
-            ("an entry that is not there", vec![frame(HEADERS, END_HEADERS, 1, &[0xff, 0])]),
-            ("a block that is interrupted", vec![frame(HEADERS, 0, 1, &good), frame(0, 0, 1, b"x")]),
+            ("a malformed block", vec![frame(HEADERS, END_HEADERS, 1, &[0x80])]),
+            ("an unknown table entry", vec![frame(HEADERS, END_HEADERS, 1, &[0xff, 0])]),
+            ("another frame within a block", vec![frame(HEADERS, 0, 1, &good), frame(0, 0, 1, b"x")]),
             (
-                "two blocks at a time",
+                "a block within a block",
                 vec![frame(HEADERS, 0, 1, &good), frame(HEADERS, END_HEADERS, 3, &good)],
             ),
             (
-                "the rest of another block",
+                "a continuation of another stream",
                 vec![frame(HEADERS, 0, 1, &good), frame(CONTINUATION, END_HEADERS, 3, &[])],
             ),
-            ("the rest of no block", vec![frame(CONTINUATION, END_HEADERS, 1, &good)]),
-            ("more padding than there is", vec![frame(HEADERS, END_HEADERS | PADDED, 1, &[9, 0])]),
-            ("half a priority", vec![frame(HEADERS, END_HEADERS | PRIORITY, 1, &[0, 0])]),
+            ("a continuation without a block", vec![frame(CONTINUATION, END_HEADERS, 1, &good)]),
+            ("padding longer than the payload", vec![frame(HEADERS, END_HEADERS | PADDED, 1, &[9, 0])]),
+            ("a truncated priority", vec![frame(HEADERS, END_HEADERS | PRIORITY, 1, &[0, 0])]),
             ("too many frames", [vec![frame(HEADERS, 0, 1, &good)], many].concat()),
-            ("a block that is too long", [vec![frame(HEADERS, 0, 1, &good)], large].concat()),
+            ("a block too long", [vec![frame(HEADERS, 0, 1, &good)], large].concat()),
         ] {
             let seen = handed_on(&with_preface(&[frames, vec![frame(6, 0, 0, &[0; 8])]].concat()));
             assert_eq!(seen[PREFACE.len()..], frame(HEADERS, END_HEADERS, 0, &[]), "{what}");
         }
     }
 
-    /// Of a frame that is too long the server sees the head, which is enough to say so.
+    /// The server receives only the head of a frame that is too long, and reports a frame size error.
     #[test]
     fn frames_that_are_too_long_end_the_connection() {
         let long = frame(HEADERS, END_HEADERS, 1, &vec![0; PAYLOAD_BYTES_MAX + 1]);
@@ -964,7 +969,7 @@ mod tests {
         assert_eq!(seen[PREFACE.len()..], long[..FRAME_HEAD_BYTES]);
     }
 
-    /// What is handed on is frames whose blocks refer to nothing, whatever came.
+    /// For any input, the blocks handed on can be decoded without a dynamic table.
     #[test]
     fn fuzz_http2_clients() {
         crate::fuzz::run("http2_client", |input| {
@@ -973,7 +978,7 @@ mod tests {
             while let Some(head) = FrameHead::read(rest) {
                 let Some(payload) = rest.get(FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len) else { return };
                 if matches!(head.kind, HEADERS | CONTINUATION) {
-                    Decoder::default().decode(payload, |_| {}).expect("it refers to nothing");
+                    Decoder::default().decode(payload, |_| {}).expect("no dynamic table");
                 }
                 rest = &rest[FRAME_HEAD_BYTES + head.len..];
             }

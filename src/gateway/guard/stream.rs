@@ -1,9 +1,11 @@
-//! A connection that hands its server one well-formed message at a time, and nothing beyond it.
+//! A stream that hands the server one well-formed message at a time, and no byte beyond it.
 //!
-//! HTTP/1.1 is a stream of messages whose lengths stand in the messages. Whoever reads on after a message has the next
-//! one in its buffer; two readers that disagree on a length disagree on all that follows. So one reader decides here:
-//! the server sees the bytes of one message, then nothing until it is asked for the next. What a client sends early
-//! (pipelining) waits here, up to a bound, and after that in the kernel.
+//! HTTP/1.1 messages carry their own length. If two readers of a connection disagree on one length, they
+//! disagree on everything after it (request smuggling). So this stream alone decides where a message ends.
+//! The server receives the bytes of one message, then nothing until the guard starts the next. Early
+//! (pipelined) bytes wait here up to a limit, then in the kernel.
+//!
+//! HTTP/2 connections pass through the same type; their frames are checked by `http2`.
 
 use super::chunks::Chunks;
 use super::head::{BadHead, Head, HeadLimits, HeadReader, Length};
@@ -25,27 +27,29 @@ use std::{fmt, io};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufWriter, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
-/// Room for heads of requests, and what comes with them, and when there is too little left of it: most need less.
+/// The size of a new read buffer, and the least free space before it is replaced, in bytes. Most heads need
+/// less.
 const ROOM_BYTES: usize = 4096;
 const ROOM_LEFT_BYTES_MIN: usize = 1024;
-/// Most that is read ahead of the message that is being served.
+/// The most bytes read ahead of the message in service.
 const AHEAD_BYTES_MAX: usize = 16 * 1024;
-/// What a refused client may still send, in bytes and time, before the connection ends for good. Closed with something
-/// unread, the kernel would reset it, and the client might never read why. The largest upload fits.
+/// How much a client may still send while the connection closes, in bytes and time. The kernel resets a
+/// connection that is closed with unread bytes, and the client might lose the response. The largest upload
+/// fits.
 const LINGER_BYTES_MAX: usize = 64 << 20;
 const LINGER_MAX: Duration = Duration::from_secs(2);
-/// How an answer begins that makes the connection a tunnel.
+/// The beginnings of a response that makes the connection a tunnel, and of any interim response.
 const SWITCHING: &[u8] = b"HTTP/1.1 101";
 const INTERIM: &[u8] = b"HTTP/1.1 1";
 
-/// What is still to come of the message that is being served.
+/// The rest of the message in service.
 #[derive(Debug)]
 enum Rest {
     Bytes(u64),
     Chunked(Chunks),
-    /// No messages any more: another protocol, both ways.
+    /// After a 101: no HTTP messages any more, in either direction.
     Tunnel,
-    /// Frames, to the end of the connection: those that come, and those that go.
+    /// HTTP/2 until the end of the connection: the reader of client frames, and the tracker of server frames.
     Http2(Box<Frames>, Written),
 }
 
@@ -62,36 +66,40 @@ impl Rest {
 /// Why there is no next message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NoHead {
-    /// The client has left, or was idle for as long as it may be.
+    /// The client has disconnected.
     Closed,
-    /// The head did not come in time.
+    /// The head was not complete at its deadline.
     Timeout,
     Bad(BadHead),
 }
 
-/// Bytes of an answer that gather before they are sent: a head and a short body go out as one packet.
+/// The size of the write buffer, in bytes. A head and a short body are sent as one packet.
 const ANSWER_GATHER_BYTES: usize = 4096;
 
+/// The stream of one connection, below Pingora's HTTP session.
 pub struct GuardedStream {
     inner: BufWriter<Stream>,
-    /// Read, and not handed on.
+    /// Received bytes that are not handed on yet.
     ahead: BytesMut,
-    /// The client will send no more.
+    /// The client has closed its sending side.
     has_ended: bool,
     rest: Rest,
+    /// The next written bytes may begin a 101.
     wants_upgrade: bool,
-    /// How long a client may take nothing of what is written to it.
+    /// The longest time that a write may make no progress.
     write_timeout: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
     end: End,
 }
 
-/// The end of a connection: nothing more is said, and what still comes is read past, within bounds.
+/// The state of closing: the sending side is shut down, and received bytes are discarded up to a limit.
 #[derive(Default)]
 struct End {
+    /// The sending side is shut down.
     is_said: bool,
-    /// Whether anything may still come.
+    /// The client may still be sending, so the close waits for its end.
     is_owed: bool,
+    /// Discarded bytes.
     past_bytes: usize,
     until: Option<Pin<Box<Sleep>>>,
 }
@@ -110,7 +118,7 @@ impl GuardedStream {
         }
     }
 
-    /// From here on the client speaks HTTP/2, once it has said so. `false`: it has not, in time.
+    /// Switches to HTTP/2 and waits for the preface. `false`: it did not arrive within `within`.
     pub async fn open_http2(&mut self, limits: HeadLimits, within: Duration) -> bool {
         self.rest = Rest::Http2(Box::new(Frames::new(limits)), Written::default());
         let begun = async {
@@ -124,23 +132,25 @@ impl GuardedStream {
         tokio::time::timeout(within, begun).await.unwrap_or(false)
     }
 
-    /// Whether the message that was handed on has been read to its end.
+    /// Whether the last message has been handed on completely.
     pub fn is_between_messages(&self) -> bool {
         self.rest.is_done()
     }
 
-    /// Whether the first byte of the next message is here already.
+    /// Whether bytes of the next message have been received.
     pub fn has_more(&self) -> bool {
         !self.ahead.is_empty()
     }
 
-    /// Waits for the first byte of the next message. `false`: the client has left.
+    /// Waits for the first byte of the next message. `false`: the client has disconnected.
     pub async fn begins(&mut self) -> bool {
         self.has_more() || matches!(self.read_ahead().await, Ok(n) if n > 0)
     }
 
-    /// Reads the next head, which must be whole at `deadline`: asked for if the head does not come in one piece. With the
-    /// head, its bytes and what has come of its body.
+    /// Reads the next head. Returns it with its bytes and those of its body that have been received.
+    ///
+    /// The head must be complete at `deadline`, which is called only if it has not been received completely
+    /// yet.
     pub async fn next_message(
         &mut self,
         limits: HeadLimits,
@@ -186,15 +196,16 @@ impl GuardedStream {
         Ok(n)
     }
 
-    /// What is left behind the message that is being served will do, as a rule: another buffer for each message would be
-    /// cold memory for each.
+    /// Reserves space if little is left. Usually the free space behind the current message suffices: a new
+    /// buffer for each message would be cold memory.
     fn make_room(&mut self) {
         if self.ahead.capacity() - self.ahead.len() < ROOM_LEFT_BYTES_MIN {
             self.ahead.reserve(ROOM_BYTES);
         }
     }
 
-    /// Says no more. A client that is not through with what it sends has a while to be, and to read what it was told.
+    /// Closes the connection. A client that is still sending gets some time to finish and to read the
+    /// response.
     pub async fn close(mut self: Box<Self>) {
         Shutdown::shutdown(&mut *self).await;
     }
@@ -219,15 +230,15 @@ impl GuardedStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Nobody wants what may come: only the end of the connection is looked for.
+    /// Between messages: hands on nothing, and reports only the end of the connection.
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         loop {
             if self.has_ended {
-                // One who has sent its next request already, and said that it was the last, waits for both answers.
+                // A client that closed its sending side after a pipelined request waits for both responses.
                 return if self.ahead.is_empty() { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
             if self.ahead.len() >= AHEAD_BYTES_MAX {
-                return Poll::Pending; // it is polled again when the message is done
+                return Poll::Pending; // the next message resumes reading
             }
             ready!(self.poll_ahead(cx))?;
         }
@@ -237,12 +248,12 @@ impl GuardedStream {
         self.make_room();
         let inner = &mut self.inner;
         let read = std::pin::pin!(inner.read_buf(&mut self.ahead));
-        // Dropped before it is ready it has read nothing.
+        // The future may be dropped: while it is pending it has read nothing.
         self.has_ended |= ready!(read.poll(cx))? == 0;
         Poll::Ready(Ok(()))
     }
 
-    /// Hands on what may be handed on of `ahead`.
+    /// Hands on the bytes in `ahead` that belong to the current message.
     fn take_ahead(&mut self, buf: &mut ReadBuf<'_>) -> io::Result<()> {
         let len = self.ahead.len().min(buf.remaining());
         let len = match &mut self.rest {
@@ -252,7 +263,7 @@ impl GuardedStream {
                 len
             }
             Rest::Chunked(chunks) => chunks.advance(&self.ahead[..len]).map_err(|_| {
-                io::Error::new(io::ErrorKind::InvalidData, "the chunks of the body are malformed")
+                io::Error::new(io::ErrorKind::InvalidData, "the chunked coding of the body is malformed")
             })?,
             Rest::Tunnel | Rest::Http2(..) => len,
         };
@@ -261,7 +272,7 @@ impl GuardedStream {
         Ok(())
     }
 
-    /// Hands on what may be handed on of the frames that have come, and waits for more only if that is nothing.
+    /// Hands on the received frames. Waits for more only if there are none.
     fn poll_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         while buf.remaining() > 0 {
@@ -274,7 +285,8 @@ impl GuardedStream {
                     frames.passed(bytes);
                 }
                 Next::Rewritten => {
-                    // Before the server knows of the request, whose answer must come behind it.
+                    // Written before the server sees the request, since its response must follow the
+                    // `100 Continue`.
                     if self.poll_owed(cx)?.is_ready() {
                         let _ = Pin::new(&mut self.inner).poll_flush(cx)?;
                     }
@@ -292,7 +304,7 @@ impl GuardedStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Writes what is owed to the client, if no frame of the server's is half written.
+    /// Inserts the pending frames for the client, unless the server is within a frame or a header block.
     fn poll_owed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(())) };
         while !frames.owed().is_empty() && written.is_between() {
@@ -302,7 +314,7 @@ impl GuardedStream {
         Poll::Ready(Ok(()))
     }
 
-    /// A write of the server's, at most to the end of its frame if anything is owed to the client.
+    /// Writes bytes of the server, at most up to the end of a frame if a frame must be inserted.
     fn poll_write_frames(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.poll_owed(cx))?;
         let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(0)) };
@@ -313,7 +325,8 @@ impl GuardedStream {
         Poll::Ready(Ok(sent))
     }
 
-    /// An answer begins: Pingora writes its head in one piece. What follows an interim one is another answer.
+    /// Looks for a 101 in the head of a response, which Pingora writes in one piece. After an interim
+    /// response another head follows.
     fn note_answer(&mut self, head: &[u8]) {
         if head.starts_with(SWITCHING) {
             self.rest = Rest::Tunnel;
@@ -321,7 +334,7 @@ impl GuardedStream {
         self.wants_upgrade = head.starts_with(INTERIM) && !head.starts_with(SWITCHING);
     }
 
-    /// An answer that is not taken is given up.
+    /// Makes a write fail that has made no progress for `write_timeout`.
     fn unless_stalled<T>(
         &mut self,
         polled: Poll<io::Result<T>>,
@@ -350,7 +363,7 @@ impl AsyncRead for GuardedStream {
         if this.ahead.is_empty() {
             match &mut this.rest {
                 Rest::Tunnel | Rest::Http2(..) => return Pin::new(&mut this.inner).poll_read(cx, buf),
-                // What may be handed on to the last byte needs no stop here.
+                // The rest of the body belongs to the message, so it is read directly, without this buffer.
                 Rest::Bytes(left) => {
                     let before = buf.filled().len();
                     ready!(Pin::new(&mut (&mut this.inner).take(*left)).poll_read(cx, buf))?;
@@ -387,7 +400,7 @@ impl AsyncWrite for GuardedStream {
         this.unless_stalled(polled, cx)
     }
 
-    /// Done when the client has said that it will send no more, if it has not said all; or after a while.
+    /// Ready when a client that may still be sending has closed its side, or after `LINGER_MAX`.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let polled = this.poll_close(cx);
@@ -413,7 +426,7 @@ impl AsyncWrite for GuardedStream {
     }
 
     fn is_write_vectored(&self) -> bool {
-        // Behind TLS nothing is gained by it.
+        // HTTP/2 writes must be cut at frame boundaries, and TLS gains nothing from vectored writes.
         self.inner.is_write_vectored() && !matches!(self.rest, Rest::Http2(..))
     }
 }
@@ -426,7 +439,7 @@ impl Shutdown for GuardedStream {
 }
 
 impl fmt::Debug for GuardedStream {
-    /// Without what was read, which may be a key.
+    /// Omits the data, which may contain a key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GuardedStream").field("rest", &self.rest).finish_non_exhaustive()
     }

@@ -1,4 +1,4 @@
-//! What the TLS listener shows its clients, and asks of them.
+//! The settings of the TLS listener: certificate, client certificates, protocols. Replaced at a reload.
 
 use crate::config::{ClientCertificates, TlsConf, TlsTexts};
 use arc_swap::ArcSwap;
@@ -13,11 +13,11 @@ use rustls::{RootCertStore, ServerConfig};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// HTTP/2 goes before HTTP/1.1.
+/// Protocols for ALPN, the preferred one first.
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// The settings of the TLS listener, which may change while it listens: connections that stand go on with what they
-/// were made with.
+/// The settings of the TLS listener. They may change while it listens; established connections keep the old
+/// ones.
 #[derive(Clone)]
 pub struct Tls(Arc<ArcSwap<ServerConfig>>);
 
@@ -30,17 +30,17 @@ impl Tls {
         self.0.store(config);
     }
 
-    /// `None`: the client does not speak TLS as it must, or not in time.
+    /// `None`: the handshake failed, or did not complete within `within`.
     pub async fn handshake(&self, stream: TcpStream, within: Duration) -> Option<TlsStream<TcpStream>> {
         let acceptor = Acceptor::from_server_config(self.0.load_full());
         tokio::time::timeout(within, acceptor.tls_handshake(stream)).await.ok()?.ok()
     }
 }
 
-/// Makes the settings of the files.
+/// Builds the settings from the files.
 ///
 /// # Errors
-/// (setting, problem)
+/// (name of the setting, problem): a file cannot be used.
 pub fn server_config(conf: &TlsConf, texts: &TlsTexts) -> Result<Arc<ServerConfig>, (&'static str, String)> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -56,26 +56,26 @@ pub fn server_config(conf: &TlsConf, texts: &TlsTexts) -> Result<Arc<ServerConfi
     let chain = certificates(&texts.own.certificate).map_err(|e| ("tls.certificate", e))?;
     let key = private_key(texts.own.key.reveal()).map_err(|e| ("tls.key", e.to_owned()))?;
     let mut config = builder.with_single_cert(chain, key).map_err(|_| {
-        ("tls.key", "is not the key of tls.certificate, or of a kind that is not known".to_owned())
+        ("tls.key", "does not match tls.certificate, or its type is not supported".to_owned())
     })?;
     config.alpn_protocols = PROTOCOLS.iter().map(|name| name.to_vec()).collect();
     Ok(Arc::new(config))
 }
 
-/// Without the reason of the parser, which may cite the file.
+/// The errors omit the parser's reason, which may quote the key.
 fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>, &'static str> {
     let is_encrypted = |line: &str| {
         line == "-----BEGIN ENCRYPTED PRIVATE KEY-----" || line.starts_with("Proc-Type: 4,ENCRYPTED")
     };
     match PrivateKeyDer::from_pem_slice(pem.as_bytes()) {
         Ok(key) => Ok(key),
-        Err(_) if pem.lines().any(is_encrypted) => Err(
-            "is encrypted, and nobody can be asked for its passphrase; decrypt it: openssl pkey -in FILE -out NEW",
-        ),
-        Err(_) if pem.contains("-----BEGIN CERTIFICATE-----") => {
-            Err("holds a certificate and no private key; it is the other file that belongs here")
+        Err(_) if pem.lines().any(is_encrypted) => {
+            Err("is encrypted, which is not supported; decrypt it: openssl pkey -in FILE -out NEW")
         }
-        Err(_) => Err("is no private key in PEM"),
+        Err(_) if pem.contains("-----BEGIN CERTIFICATE-----") => {
+            Err("contains a certificate instead of a private key; the two files may be swapped")
+        }
+        Err(_) => Err("contains no PEM private key"),
     }
 }
 
@@ -100,10 +100,10 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
     match certificates {
         Ok(certificates) if certificates.is_empty() && pem.contains("PRIVATE KEY-----") => {
-            Err("holds a private key and no certificate; it is the other file that belongs here".to_owned())
+            Err("contains a private key instead of a certificate; the two files may be swapped".to_owned())
         }
-        Ok(certificates) if certificates.is_empty() => Err("holds no certificate in PEM".to_owned()),
+        Ok(certificates) if certificates.is_empty() => Err("contains no PEM certificate".to_owned()),
         Ok(certificates) => Ok(certificates),
-        Err(e) => Err(format!("is no PEM: {e}")),
+        Err(e) => Err(format!("is not valid PEM: {e}")),
     }
 }

@@ -1,5 +1,5 @@
-//! The requests that are carried out once: items `idempotency#<key>` / `request` of the log table, which the table
-//! deletes some time after `expiresAt`; what has expired counts as absent.
+//! Stores the claims of idempotency keys: items `idempotency#<key>` / `request` of the log table. DynamoDB
+//! deletes them some time after `expiresAt`; expired items count as absent.
 
 use super::item::{RawItem, text, whole};
 use crate::backend::aws::error::class;
@@ -13,9 +13,9 @@ use aws_sdk_dynamodb::types::AttributeValue;
 use bytes::Bytes;
 use std::error::Error;
 
-/// The range key; the rows of functions have times there.
+/// The range key of a claim. Rows of functions have times there.
 const RANGE_KEY: &str = "request";
-/// Looks at a claim that is there and is gone again.
+/// Attempts to claim a key whose existing claim is gone when it is read.
 const LOOKS_MAX: u32 = 3;
 
 pub struct ClaimTable {
@@ -35,7 +35,7 @@ impl ClaimTable {
         let is_live = number(&item, "expiresAt").is_some_and(|at| at > now_ms() / 1000);
         match is_live.then(|| claimed(*key, &item)) {
             None => Ok(None),
-            Some(None) => Err(BackendError::Invalid("a claim in the log table cannot be read".into())),
+            Some(None) => Err(BackendError::Invalid("a claim in the log table has an unknown format".into())),
             Some(claimed) => Ok(claimed),
         }
     }
@@ -56,11 +56,11 @@ impl Claims for ClaimTable {
                 return Ok(None);
             }
             if let Some(claimed) = self.get(&claim.key).await? {
-                // The answer of an earlier try may have been lost.
+                // If the claim is for this job, the answer of an earlier call was lost.
                 return Ok(Some(claimed).filter(|claimed| claimed.claim.job != claim.job));
             }
         }
-        Err(BackendError::Unavailable("the claim comes and goes".into()))
+        Err(BackendError::Unavailable("the claim changes too quickly to be read".into()))
     }
 
     async fn find(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
@@ -69,7 +69,8 @@ impl Claims for ClaimTable {
 
     async fn try_again(&self, claimed: &Claimed, attempt: JobId) -> Result<bool, BackendError> {
         let Claimed { claim, attempt: before, .. } = claimed;
-        // Ours: the answer of an earlier try may have been lost. None: an older version has written the claim.
+        // `:ours` matches if the answer of an earlier call was lost. The attribute is absent if an older
+        // version wrote the claim.
         let none = if *before == claim.job { " OR attribute_not_exists(attemptId)" } else { "" };
         let condition = format!(
             "requestId = :job AND wasSent = :no AND (attemptId = :before OR attemptId = :ours{none})"
@@ -107,9 +108,10 @@ impl Claims for ClaimTable {
             .delete_item()
             .table_name(&self.table)
             .set_key(Some(item_key(&claim.key)))
-            // Absent: an earlier try has released it, and its answer was lost.
+            // Absent if an earlier call has released the claim and its answer was lost.
             .condition_expression(
-                "attribute_not_exists(functionId) OR (requestId = :job AND wasSent = :no AND attemptId = :attempt)",
+                "attribute_not_exists(functionId) OR \
+                 (requestId = :job AND wasSent = :no AND attemptId = :attempt)",
             )
             .expression_attribute_values(":no", AttributeValue::Bool(false))
             .expression_attribute_values(":job", text(claim.job.to_string()))
@@ -132,7 +134,7 @@ impl Claims for ClaimTable {
     }
 }
 
-/// `false`: the condition did not hold.
+/// Returns `false` if the condition failed.
 fn done<T, E: ProvideErrorMetadata + Error + 'static>(
     result: Result<T, SdkError<E>>,
 ) -> Result<bool, BackendError> {

@@ -1,8 +1,10 @@
-//! The code list: the range keys `<s3 key>` under the hash key `sweep#code` of the log table, with `ownerId` (S, the
-//! function id) and `due` (N, Unix ms). No TTL attribute: an entry stays until its code is deleted.
+//! The list of code to be deleted: items of the log table with the hash key `sweep#code`, the S3 key as range
+//! key, `ownerId` (S, the function id) and `due` (N, Unix ms). They have no TTL: an entry stays until its code
+//! is deleted.
 //!
-//! Any key of S3 fits: both may be 1024 bytes long. One hash key holds them all, so that what is due is one query; a
-//! few writes per change of code are far from what one partition takes.
+//! Every S3 key fits, because both kinds of key may be 1024 bytes long. All entries share one hash key, so
+//! that one query returns what is due. A few writes per change of code are far below the limit of one
+//! partition.
 
 use super::item::{Item, RawItem, text, whole};
 use crate::backend::aws::error::class;
@@ -13,9 +15,9 @@ use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
 use aws_sdk_dynamodb::operation::delete_item::DeleteItemError;
 
-/// No function id, so no execution stands under it.
+/// Not a function id, so no executions are stored under it.
 const HASH_KEY: &str = "sweep#code";
-/// Most pages (1 MB, some thousand entries each) that one call reads.
+/// Maximum number of pages (1 MB, some thousand entries each) read in one call.
 const DUE_PAGES_MAX: usize = 20;
 
 pub struct CodeTable {
@@ -93,7 +95,7 @@ pub fn to_item(code: &RetiredCode) -> RawItem {
     item
 }
 
-/// `None` if we did not write it.
+/// Returns `None` if this program did not write the item.
 fn from_item(raw: RawItem) -> Option<RetiredCode> {
     let item = Item::new(raw);
     let function = FunctionId::parse(&item.text("ownerId")?)?;
@@ -105,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_survives_the_table() {
+    fn an_entry_survives_a_round_trip() {
         let function = FunctionId::parse("f").unwrap();
         let code = RetiredCode { s3_key: "functions/f/a.zip".into(), function, due: 1_795_305_600_123 };
         assert_eq!(from_item(to_item(&code)), Some(code.clone()));

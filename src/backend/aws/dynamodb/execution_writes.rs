@@ -1,4 +1,5 @@
-//! How rows go into the table: 25 a call, straight from the row to the text of the call (see `direct`).
+//! Writes rows to the log table, 25 per call. Each row is serialized directly into the request (see
+//! `direct`).
 
 use super::item::decimal;
 use crate::backend::BackendError;
@@ -15,14 +16,14 @@ use tokio::time::Instant;
 
 const BATCH_WRITE: &str = "DynamoDB_20120810.BatchWriteItem";
 const PUT: &str = "DynamoDB_20120810.PutItem";
-/// A condition did not hold.
+/// The error code of a failed condition.
 const CONDITION: &str = "ConditionalCheckFailedException";
 
-/// Rows written one by one at once, where batches are not allowed.
+/// Single-row writes in flight where batches are denied.
 const PUTS_IN_FLIGHT_MAX: usize = 8;
-/// Most tries for what a batch leaves unprocessed.
+/// Maximum number of attempts for the rows that a batch leaves unprocessed.
 const BATCH_TRIES_MAX: u32 = 6;
-/// How often batches are tried where they are not allowed: the policy may have changed.
+/// How often a batch is attempted while batches are denied; the policy may have changed.
 const BATCHES_TRIED_EVERY: Duration = Duration::from_secs(60);
 
 pub struct RowWrites {
@@ -31,15 +32,15 @@ pub struct RowWrites {
     batches: BatchPermission,
 }
 
-/// Whether BatchWriteItem is allowed, as far as is known: the old controller's role does not allow it.
+/// Whether BatchWriteItem is allowed, as far as is known. The role of the old controller denies it.
 #[derive(Default)]
 struct BatchPermission {
-    /// `None`: it is. Else when it was tried last.
+    /// `None` while batches are allowed; otherwise the time of the last attempt.
     tried_at: Mutex<Option<Instant>>,
 }
 
 impl BatchPermission {
-    /// Whether to try a batch: always, and one now and then where it was denied.
+    /// Whether to attempt a batch: always if allowed, once per interval if denied.
     fn may_try(&self) -> bool {
         let mut tried_at = self.tried_at();
         let may = tried_at.is_none_or(|at| at.elapsed() >= BATCHES_TRIED_EVERY);
@@ -49,12 +50,12 @@ impl BatchPermission {
         may
     }
 
-    /// Gives whether that is new.
+    /// Records a denial. Returns whether the state changed.
     fn denied(&self) -> bool {
         self.tried_at().replace(Instant::now()).is_none()
     }
 
-    /// Gives whether that is new.
+    /// Records a success. Returns whether the state changed.
     fn allowed(&self) -> bool {
         self.tried_at().take().is_some()
     }
@@ -69,39 +70,44 @@ impl RowWrites {
         Self { direct, table: table.to_owned(), batches: BatchPermission::default() }
     }
 
-    /// One result per row, in order.
+    /// Returns one result per row, in order.
     pub async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
         if rows.is_empty() {
             return Vec::new();
         }
-        // A batch knows no conditions, and LOST must not take the place of a result.
+        // Batches do not support conditions, and LOST must not replace a result.
         if rows.iter().any(is_lost) || !self.batches.may_try() {
             return self.put_one_by_one(rows).await;
         }
         let mut put = self.put_batch(rows).await;
         if matches!(put, Err(BackendError::Denied(_))) {
-            // It may have been the credentials, which were looked up anew by now.
+            // The credentials may have been the cause; they have been refreshed since.
             put = self.put_batch(rows).await;
         }
         match put {
             Ok(left) => {
                 if self.batches.allowed() {
-                    tracing::info!(table = %self.table, "Log rows go in batches: dynamodb:BatchWriteItem is allowed now");
+                    tracing::info!(
+                        table = %self.table,
+                        "dynamodb:BatchWriteItem is allowed now; log rows are written in batches"
+                    );
                 }
                 rows.iter().map(|row| written(row, &left)).collect()
             }
             Err(BackendError::Denied(_)) => {
                 let written = self.put_one_by_one(rows).await;
-                // Only when all rows do pass alone is it the narrow role, and neither the credentials nor one of the rows.
+                // Only if each row succeeds alone is the narrow role the cause, and not the credentials or a
+                // row.
                 if written.iter().all(Result::is_ok) && self.batches.denied() {
                     tracing::warn!(
                         table = %self.table,
-                        "dynamodb:BatchWriteItem is denied, so log rows go one by one; allowing it saves up to 24 of 25 calls"
+                        "dynamodb:BatchWriteItem is denied, so log rows are written one by one. Allow it to \
+                         save up to 24 of 25 calls"
                     );
                 }
                 written
             }
-            // One bad row has the whole batch refused; alone each gets its own answer.
+            // One invalid row causes the rejection of the batch. Alone, each row gets its own result.
             Err(BackendError::Invalid(_)) => self.put_one_by_one(rows).await,
             Err(error) => vec![Err(error); rows.len()],
         }
@@ -129,7 +135,7 @@ impl RowWrites {
         futures_util::stream::iter(puts).buffered(PUTS_IN_FLIGHT_MAX).collect().await
     }
 
-    /// The keys of the rows still unwritten after the last try.
+    /// Returns the keys of the rows that are still unprocessed after the last attempt.
     async fn put_batch(&self, rows: &[Execution]) -> Result<HashSet<Key>, BackendError> {
         let mut left = HashSet::new();
         for tried in 0..BATCH_TRIES_MAX {
@@ -148,7 +154,7 @@ impl RowWrites {
     }
 }
 
-/// Nobody knows how the job ended, so what somebody knew before stays.
+/// A LOST row is written only if no row exists, because its job has no known result.
 fn is_lost(row: &Execution) -> bool {
     row.status.as_str() == Status::LOST
 }
@@ -183,12 +189,12 @@ fn batch(table: &str, rows: &[&Execution]) -> Vec<u8> {
     body
 }
 
-/// Room for a row in a body, roughly.
+/// Approximate size of a row in the request, in bytes.
 fn row_bytes(row: &Execution) -> usize {
     row.message.len() + row.message.len() / 8 + 512
 }
 
-/// The attributes of CONTRACT §6.
+/// The attributes of the log table.
 fn put_item(body: &mut Vec<u8>, row: &Execution) {
     body.extend_from_slice(b"{\"functionId\":{\"S\":");
     put_text(body, row.function.as_str());
@@ -228,7 +234,7 @@ fn put_item(body: &mut Vec<u8>, row: &Execution) {
     body.extend_from_slice(b"}}");
 }
 
-/// Ends the attribute before and begins the next.
+/// Closes the previous attribute and opens the next one.
 fn put_name(body: &mut Vec<u8>, name: &str, kind: char) {
     body.extend_from_slice(b"},\"");
     body.extend_from_slice(name.as_bytes());
@@ -242,7 +248,7 @@ fn put_text(body: &mut Vec<u8>, text: &str) {
     let _ = serde_json::to_writer(body, text);
 }
 
-/// The keys of the rows that a batch left out.
+/// The keys of the rows that a batch did not process.
 fn unprocessed(answer: &[u8]) -> Result<HashSet<Key>, BackendError> {
     #[derive(Deserialize)]
     struct Answer<'a> {
@@ -272,7 +278,7 @@ fn unprocessed(answer: &[u8]) -> Result<HashSet<Key>, BackendError> {
         text: Cow<'a, str>,
     }
     let answer: Answer<'_> = serde_json::from_slice(answer)
-        .map_err(|_| BackendError::Unavailable("the answer could not be read".into()))?;
+        .map_err(|_| BackendError::Unavailable("the answer is malformed".into()))?;
     let left = answer.tables.into_values().flatten().map(|left| left.put.item);
     Ok(left.map(|item| (item.function.text.into_owned(), item.timestamp.text.into_owned())).collect())
 }
@@ -289,7 +295,10 @@ mod tests {
         let function = FunctionId::parse("f").unwrap();
         let id = JobId::new(NodeId(7), 1_795_305_600_123, 9);
         let said = [
-            r#"{"status":"SUCCESS","stdout":"o\n\u0001\ud83d\ude00","durationMs":1.5,"handlerDurationMs":1,"peakMemoryBytes":1048576}"#,
+            concat!(
+                r#"{"status":"SUCCESS","stdout":"o\n\u0001\ud83d\ude00","durationMs":1.5,"#,
+                r#""handlerDurationMs":1,"peakMemoryBytes":1048576}"#
+            ),
             "{}",
         ];
         let mut rows: Vec<_> = said
@@ -300,7 +309,7 @@ mod tests {
         rows
     }
 
-    /// As the table gives an item back.
+    /// Converts an item of a request to the form in which the table returns it.
     fn read(item: &Value) -> HashMap<String, AttributeValue> {
         let attribute = |value: &Value| match (&value["S"], &value["N"]) {
             (Value::String(text), _) => AttributeValue::S(text.clone()),
@@ -311,14 +320,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn batches_that_are_denied_are_tried_again_at_a_pace() {
+    async fn denied_batches_are_retried_once_per_interval() {
         let batches = BatchPermission::default();
         assert!(batches.may_try() && batches.may_try());
-        assert!(batches.denied(), "told once");
+        assert!(batches.denied(), "logged once");
         for _ in 0..3 {
             assert!(!batches.may_try());
             tokio::time::advance(BATCHES_TRIED_EVERY).await;
-            assert!(batches.may_try() && !batches.may_try(), "one a minute");
+            assert!(batches.may_try() && !batches.may_try(), "one per minute");
             assert!(!batches.denied());
         }
         assert!(batches.allowed() && !batches.allowed());
@@ -326,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_survives_the_table() {
+    fn a_row_survives_a_round_trip() {
         let rows = rows();
         let body: Value = serde_json::from_slice(&batch("t\"", &rows.iter().collect::<Vec<_>>())).unwrap();
         let requests = body["RequestItems"]["t\""].as_array().unwrap();
@@ -343,10 +352,10 @@ mod tests {
     }
 
     #[test]
-    fn what_a_batch_left_out_is_known_by_its_key() {
+    fn unprocessed_rows_are_identified_by_their_keys() {
         let row = &rows()[0];
         let sent = String::from_utf8(batch("t", &[row])).unwrap();
-        // The table gives back what it was sent.
+        // The table returns the unprocessed items as they were sent.
         let answer = sent.replace("RequestItems", "UnprocessedItems");
         let left = unprocessed(answer.as_bytes()).unwrap();
         assert_eq!(left, HashSet::from([key_of(row)]));

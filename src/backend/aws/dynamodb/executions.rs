@@ -1,4 +1,4 @@
-//! The execution log (CONTRACT §6).
+//! The execution log table: writes, lists and looks up rows.
 
 use super::execution_writes::RowWrites;
 use super::item::{self, Item, RawItem, text, whole};
@@ -13,12 +13,13 @@ use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// Most pages of a table (1 MB each) that one listing reads. A filter that hides more than that gives a short
-/// page whose `next` goes on where it stopped.
+/// Maximum number of table pages (1 MB each) read for one listing. If a filter hides more, the page is
+/// short and its `next` continues from there.
 const LIST_PAGES_MAX: usize = 10;
-/// Items looked at a page once a filter hides some: a dense run of other or expired rows costs few calls.
+/// Minimum number of items per page once a filter has hidden some, to save calls on dense runs of filtered or
+/// expired rows.
 const FILTERED_PAGE_ITEMS: usize = 250;
-/// Most pages that the look-up of an old controller's request id reads: about 20 MB of a function's newest rows.
+/// Maximum number of pages read to find a request id of the old controller: about 20 MB of the newest rows.
 const FIND_PAGES_MAX: usize = 20;
 
 const KEY: &[&str] = &["functionId", "timestamp"];
@@ -30,7 +31,7 @@ pub struct ExecutionTable {
 }
 
 impl ExecutionTable {
-    /// Reads an absent row, and so finds out that the table exists and where it is.
+    /// Reads an absent row, which shows that the table exists and where it is.
     pub async fn open(
         client: Client,
         https: HttpsClient,
@@ -93,7 +94,7 @@ impl ExecutionStore for ExecutionTable {
         let mut after = query.after.as_ref().map(|key| key_item(&query.function, key));
         let mut is_filtered = query.status.is_some();
         for _ in 0..LIST_PAGES_MAX {
-            // One row more than asked for tells whether there is a next page.
+            // Reads one row more than requested, to find out whether there is a next page.
             let wanted = query.limit + 1 - rows.len();
             let items = if is_filtered { wanted.max(FILTERED_PAGE_ITEMS) } else { wanted };
             let call = range
@@ -121,7 +122,7 @@ impl ExecutionStore for ExecutionTable {
 
     async fn get(&self, function: &FunctionId, request_id: &str) -> Result<Option<Execution>, BackendError> {
         let Some(id) = JobId::parse(request_id) else {
-            // The old controller's ids are UUIDs; a search reads much, and nothing else is worth it.
+            // The old controller's ids are UUIDs. A search is expensive, so no other ids are searched for.
             let is_old = uuid::Uuid::try_parse(request_id).is_ok();
             return if is_old { self.find(function, request_id).await } else { Ok(None) };
         };
@@ -147,8 +148,8 @@ fn key_item(function: &FunctionId, range: &str) -> RawItem {
 
 /// Bounds on the range key: milliseconds without the `Z`.
 ///
-/// A plain key `….123Z` and a long key `….123<25 digits>Z` both sort after `….123` and before `….124`, and no key
-/// equals a bound, so an end that DynamoDB's BETWEEN includes is still exclusive.
+/// A short key `….123Z` and a long key `….123<25 digits>Z` both sort after `….123` and before `….124`. No key
+/// equals a bound, so the inclusive end of BETWEEN is still exclusive here.
 struct Range {
     start: Option<String>,
     end: Option<String>,
@@ -159,7 +160,7 @@ impl Range {
         Self { start: query.start.map(RowKey::bound), end: query.end.map(RowKey::bound) }
     }
 
-    /// DynamoDB refuses a BETWEEN that runs backwards.
+    /// Whether the range is empty. DynamoDB rejects a BETWEEN whose bounds are reversed.
     fn is_empty(&self) -> bool {
         matches!((&self.start, &self.end), (Some(start), Some(end)) if start >= end)
     }
@@ -219,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn an_old_row_is_read() {
+    fn a_row_of_the_old_controller_is_parsed() {
         let mut raw = key_item(&function(), "2024-01-02T03:04:05.678Z");
         raw.insert("duration".into(), text("12"));
         raw.insert("status".into(), text("FAILED"));
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn bounds_cut_between_milliseconds_for_both_kinds_of_key() {
+    fn bounds_separate_milliseconds_for_both_kinds_of_key() {
         let at = 1_795_305_600_123;
         let query = |start, end| LogQuery {
             function: function(),

@@ -1,9 +1,9 @@
-//! A change of a function and all that is written with it: one transaction over both tables.
+//! Writes a change of a function, and everything that belongs to it, in one transaction over both tables.
 //!
-//! The token of the transaction is made of what is written. So a try whose answer was lost, and the same write from
-//! above some minutes later, are one and the same to DynamoDB, and are answered as the first was. A random token
-//! would turn the second into a conflict with the first. DynamoDB knows a token for ten minutes; after that the
-//! condition says Conflict, and nothing is written twice either.
+//! The idempotency token of the transaction is derived from its contents. So a retry after a lost answer is
+//! the same request to DynamoDB, even some minutes later, and gets the first answer. A random token was
+//! rejected: the retry would conflict with the first write. DynamoDB remembers a token for ten minutes. After
+//! that the condition fails with Conflict, and nothing is written twice either.
 
 use super::code_list;
 use super::functions::{attributes, key_item};
@@ -20,9 +20,10 @@ use sha2::{Digest, Sha256};
 use std::fmt::Write;
 use tokio::time::sleep;
 
-/// Tries when another transaction, or the sums of the function, hold an item. The SDK does not retry that.
+/// Maximum number of attempts while another transaction, or a counter update, holds an item. The SDK does not
+/// retry that.
 const TRIES_MAX: u32 = 5;
-/// What DynamoDB takes as a token: 36 characters, here 144 bits.
+/// Length of the token in bytes. DynamoDB accepts at most 36 characters; here 144 bits in hexadecimal.
 const TOKEN_BYTES: usize = 18;
 
 pub async fn write(
@@ -49,7 +50,7 @@ pub async fn write(
             Some(Cancellation::Refused) => return Ok(Written::Conflict),
             Some(Cancellation::Busy) if tried < TRIES_MAX => sleep(backoff(tried)).await,
             Some(Cancellation::Busy) => {
-                return Err(BackendError::Unavailable("other writes held the items too long".into()));
+                return Err(BackendError::Unavailable("other writes held the items for too long".into()));
             }
             Some(Cancellation::Fault(code)) => {
                 return Err(BackendError::Invalid(format!("the transaction was cancelled: {code}")));
@@ -61,9 +62,9 @@ pub async fn write(
 /// Why a transaction was cancelled. Nothing was written.
 #[derive(Debug, PartialEq, Eq)]
 enum Cancellation {
-    /// The function is not as it was read, or the adopted code is not on the list any more.
+    /// The function has changed since it was read, or the adopted code is no longer on the list.
     Refused,
-    /// Another write holds an item, or there is no capacity just now.
+    /// Another write holds an item, or the table is throttled.
     Busy,
     Fault(String),
 }
@@ -78,14 +79,14 @@ fn cancellation<R>(error: &SdkError<TransactWriteItemsError, R>) -> Option<Cance
     }
 }
 
-/// One code for each item, in order; `None` for those that were not at fault.
+/// Combines the codes, one per item and in order. `None` means that the item caused no failure.
 fn of_codes(codes: &[&str]) -> Cancellation {
     let mut busy = false;
     let mut fault = None;
     for &code in codes {
         match code {
             "None" => {}
-            // Surer than all else: waiting does not undo another one's change.
+            // Takes precedence: a retry cannot undo another writer's change.
             "ConditionalCheckFailed" => return Cancellation::Refused,
             "TransactionConflict" | "ThrottlingError" | "ProvisionedThroughputExceeded" => busy = true,
             other => fault = Some(other),
@@ -98,7 +99,7 @@ fn of_codes(codes: &[&str]) -> Cancellation {
     }
 }
 
-/// At most four operations, no two of them on one item, which DynamoDB would refuse.
+/// At most four operations, no two of them on the same item, which DynamoDB would reject.
 fn items(table: &str, logs_table: &str, write: &FunctionWrite) -> Result<Vec<TransactWriteItem>, BuildError> {
     let FunctionWrite { before, after, record, retire, adopt } = write;
     debug_assert!(
@@ -130,7 +131,7 @@ fn put(table: &str, item: RawItem) -> Result<Put, BuildError> {
 
 fn create(table: &str, after: &Function) -> Result<Put, BuildError> {
     let mut item = key_item(after.id.as_str());
-    // A function that was never changed has no such attribute, as the old controller leaves it.
+    // A function that was never changed has no such attributes, as in the old controller.
     let is_kept = |(name, value): &(&str, AttributeValue)| match *name {
         "updated_at" => *value != text(""),
         "maxConcurrency" => *value != whole(0),
@@ -144,8 +145,8 @@ fn create(table: &str, after: &Function) -> Result<Put, BuildError> {
         .build()
 }
 
-/// Sets what differs, and no more: sums and advice change by themselves, and an old item may hold what we would not
-/// write.
+/// Sets only the attributes that differ. Counters and recommendation change independently, and an old item
+/// may hold values that this program would not write.
 fn update(table: &str, before: &Function, after: &Function) -> Result<Update, BuildError> {
     let was = attributes(before);
     let set = attributes(after).into_iter().filter(|new| is_stamp(new.0) || !was.contains(new));
@@ -153,7 +154,7 @@ fn update(table: &str, before: &Function, after: &Function) -> Result<Update, Bu
     let mut parts = Vec::new();
     for (name, value) in set {
         parts.push(format!("#{name} = :{name}"));
-        // Names are never written as they are: some are reserved words.
+        // Placeholders for all names, because some are reserved words.
         update = update
             .expression_attribute_names(format!("#{name}"), name)
             .expression_attribute_values(format!(":{name}"), value);
@@ -180,16 +181,16 @@ fn delete(table: &str, before: &Function) -> Result<Delete, BuildError> {
     delete.build()
 }
 
-/// What tells one state of a function from the next. The version alone would not: the old controller changes
-/// functions without counting it up.
+/// Whether the attribute identifies a state of the function. The version alone does not, because the old
+/// controller changes functions without incrementing it.
 fn is_stamp(name: &str) -> bool {
     matches!(name, "version" | "updated_at")
 }
 
-/// The condition that the function is there and as it was read.
+/// The condition that the function exists and is unchanged since it was read.
 fn unchanged(before: &Function) -> String {
     let is = |name: &str, is_absent: bool| match is_absent {
-        // Absent, null and empty are all read as the same.
+        // Absent, null and empty are all read as empty.
         true => format!(
             "(attribute_not_exists(#{name}) OR attribute_type(#{name}, :null) OR #{name} = :was_{name})"
         ),
@@ -203,14 +204,14 @@ fn unchanged(before: &Function) -> String {
 fn stamp_values(before: &Function) -> Vec<(&'static str, AttributeValue)> {
     let mut values =
         vec![(":was_version", whole(before.version)), (":was_updated_at", text(before.updated_at.as_str()))];
-    // DynamoDB refuses values that no expression uses.
+    // DynamoDB rejects values that no expression uses.
     if before.version == 0 || before.updated_at.is_empty() {
         values.push((":null", text("NULL")));
     }
     values
 }
 
-/// Takes the entry off, which must be there as it was put: without it the code may have been swept away.
+/// Removes the entry from the code list. It must be there unchanged: without it the code may have been swept.
 fn adoption(logs_table: &str, code: &RetiredCode) -> Result<Delete, BuildError> {
     Delete::builder()
         .table_name(logs_table)
@@ -221,7 +222,7 @@ fn adoption(logs_table: &str, code: &RetiredCode) -> Result<Delete, BuildError> 
         .build()
 }
 
-/// In the log table, under a hash key that is no function id.
+/// The item of a change record. Its hash key in the log table is not a function id.
 fn record_item(record: &ConfigRecord) -> RawItem {
     let attributes = [
         ("functionId", text(format!("config#{}", record.function))),
@@ -236,8 +237,9 @@ fn record_item(record: &ConfigRecord) -> RawItem {
     attributes.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
-/// The same for the same write and, since DynamoDB refuses a token that comes with another request, made of all that
-/// goes into one: also of the tables, since all gateways of an account share its tokens.
+/// The idempotency token: equal for equal writes. DynamoDB rejects a token that is reused with a different
+/// request, so the token covers everything in the request. It covers the table names too, because all
+/// gateways of an account share the tokens.
 fn token(table: &str, logs_table: &str, write: &FunctionWrite) -> String {
     let FunctionWrite { before, after, record, retire, adopt } = write;
     let mut hash = Sha256::new();
@@ -297,18 +299,19 @@ mod tests {
     }
 
     #[test]
-    fn an_update_sets_what_differs() {
+    fn an_update_sets_only_attributes_that_differ() {
         let before = Function::sample("f");
         let update = update("t", &before, &after(&before)).unwrap();
         assert_eq!(
             update.update_expression(),
-            "SET #description = :description, #memoryMb = :memoryMb, #updated_at = :updated_at, #version = :version"
+            "SET #description = :description, #memoryMb = :memoryMb, #updated_at = :updated_at, \
+             #version = :version"
         );
         let values = update.expression_attribute_values().unwrap();
         assert_eq!((&values[":version"], &values[":was_version"]), (&whole(2), &whole(1)));
         assert_eq!((&values[":memoryMb"], &values[":description"]), (&whole(512), &text("")));
         let condition = update.condition_expression().unwrap();
-        // DynamoDB refuses names and values that are defined and not used, or used and not defined.
+        // DynamoDB rejects names and values that are defined but unused, or used but undefined.
         let all = format!("{} {condition} ", update.update_expression());
         let used = |sign| {
             let mut found: Vec<_> = all
@@ -328,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn conditions_know_old_items() {
+    fn conditions_match_items_of_the_old_controller() {
         let changed = Function { updated_at: "x".into(), ..Function::sample("f") };
         assert_eq!(
             unchanged(&changed),
@@ -364,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_item_holds_what_the_contract_names() {
+    fn a_new_item_has_the_expected_attributes() {
         let f = Function { env_vars: r#"{"A":"1"}"#.into(), ..Function::sample("f") };
         let item = create("t", &f).unwrap().item().clone();
         assert_eq!((&item["envVars"], &item["memoryMb"]), (&text(r#"{"A":"1"}"#), &whole(256)));
@@ -379,7 +382,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_stands_for_one_write() {
+    fn equal_writes_and_only_those_share_a_token() {
         let before = Function::sample("f");
         let write = change(Some(before.clone()), Some(after(&before)));
         let token = |write: &FunctionWrite| super::token("t", "l", write);
@@ -403,14 +406,14 @@ mod tests {
         tokens.sort();
         tokens.dedup();
         assert_eq!(tokens.len(), others.len() + 3);
-        // What changes by itself is not written, and so is no part of it.
+        // Counters are not written, so they are not part of the token.
         let mut counted = write.clone();
         counted.before.as_mut().unwrap().counters.invocations = 5;
         assert_eq!(token(&counted), token(&write));
     }
 
     #[test]
-    fn a_cancelled_transaction_has_its_reason() {
+    fn cancellation_codes_are_classified() {
         use Cancellation::*;
         for (codes, reason) in [
             (&["ConditionalCheckFailed", "None"][..], Refused),

@@ -1,4 +1,4 @@
-//! The function table (CONTRACT §6).
+//! The function table: reads, lists and updates function items.
 
 use super::function_writes;
 use super::item::{self, Item, RawItem, decimal, text, whole};
@@ -22,29 +22,29 @@ const KEY: &[&str] = &["functionId"];
 const UPDATE: &str = "DynamoDB_20120810.UpdateItem";
 const CONDITION_NOT_MET: &str = "ConditionalCheckFailedException";
 
-/// Most pages of the table (1 MB each) that one listing reads; what is no function is skipped. Past that the
-/// listing is short, and its `next` goes on where it stopped.
+/// Maximum number of table pages (1 MB each) read for one listing. Items that are not functions are skipped.
+/// At the limit the listing ends early, and its `next` continues from there.
 const LIST_PAGES_MAX: usize = 10;
-/// Items looked at a page once some were skipped: fewer calls for the same functions.
+/// Minimum number of items per page once some were skipped, to save calls.
 const SKIPPED_PAGE_ITEMS: usize = 250;
-/// The number of the last sums that a node has added, by its id.
+/// Attribute prefix, followed by a node id: the number of the last sums that the node has added.
 const MARK: &str = "posted_";
-/// How long it stays when the node adds nothing more.
+/// How long such an attribute is kept when its node adds nothing more.
 const MARK_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
-/// Marks removed in one call.
+/// Maximum number of such attributes removed in one call.
 const MARKS_REMOVED_MAX: usize = 50;
 
 pub struct FunctionTable {
     client: Client,
-    /// For the sums, of which a busy node writes hundreds a second.
+    /// For counter updates: a busy node sends hundreds per second.
     direct: Direct,
     table: String,
-    /// Records of changes and the code list stand there, under hash keys that are no function ids.
+    /// Holds change records and the code list under hash keys that are not function ids.
     logs_table: String,
 }
 
 impl FunctionTable {
-    /// Reads an absent function, and so finds out that the table exists and where it is.
+    /// Reads an absent function, which shows that the table exists and where it is.
     pub async fn open(
         client: Client,
         https: HttpsClient,
@@ -59,7 +59,7 @@ impl FunctionTable {
     }
 }
 
-/// Who adds sums, and under which number; see the journal.
+/// The node that adds sums, and their number; see the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
     pub node: NodeId,
@@ -67,15 +67,16 @@ pub struct Stamp {
 }
 
 impl FunctionTable {
-    /// Adds to the sums of a function, if it (still) exists and has not been given these, or later ones of the
-    /// node, before.
+    /// Adds sums to a function, if it exists and has not received these or later sums of the node.
     pub async fn add_counters(&self, id: &FunctionId, sums: Sums, stamp: Stamp) -> Result<(), BackendError> {
-        // ADD creates what is absent: a function deleted meanwhile must not rise from its sums.
+        // ADD creates absent items. The condition prevents it from recreating a deleted function.
         let body = json!({
             "TableName": self.table,
             "Key": { "functionId": { "S": id.as_str() } },
-            "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, totalHandlerDuration :t SET #posted = :number",
-            "ConditionExpression": "attribute_exists(functionId) AND (attribute_not_exists(#posted) OR #posted < :number)",
+            "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, \
+                                 totalHandlerDuration :t SET #posted = :number",
+            "ConditionExpression": "attribute_exists(functionId) AND \
+                                    (attribute_not_exists(#posted) OR #posted < :number)",
             "ExpressionAttributeNames": { "#posted": format!("{MARK}{}", stamp.node) },
             "ExpressionAttributeValues": {
                 ":n": { "N": sums.invocations.to_string() },
@@ -86,7 +87,7 @@ impl FunctionTable {
                 ":number": { "N": stamp.number.to_string() },
             },
         });
-        // A transaction that holds the function refuses the sums; the caller adds them later.
+        // A running transaction on the function rejects the update; the caller retries later.
         match self.direct.call(UPDATE, body.to_string().into_bytes()).await {
             Err(error) if error.code() == Some(CONDITION_NOT_MET) => Ok(()),
             done => done.map(drop).map_err(|error| error.class()),
@@ -95,8 +96,8 @@ impl FunctionTable {
 }
 
 impl FunctionTable {
-    /// Removes marks of nodes that have posted nothing for long: most are gone for good, and the item would grow with
-    /// each node there ever was. Where this fails the next read tries again.
+    /// Removes the attributes of nodes that have posted nothing for a long time. Without this the item would
+    /// grow with each node that ever ran. After a failure the next read tries again.
     async fn forget_marks(&self, id: &FunctionId, marks: Vec<(String, String)>) {
         if marks.is_empty() {
             return;
@@ -112,13 +113,13 @@ impl FunctionTable {
         let call = call.update_expression(format!("REMOVE {}", removed.join(", ")));
         let call = call.condition_expression(unchanged.join(" AND "));
         if let Err(e) = call.send().await {
-            tracing::debug!(functionId = %id, error = %class(&e), "Old Marks Not Removed");
+            tracing::debug!(functionId = %id, error = %class(&e), "Old posted_ attributes not removed");
         }
     }
 }
 
-/// Names and numbers of marks that are so old that nothing of theirs can be on its way any more. The numbers begin with
-/// the time in microseconds.
+/// Names and values of attributes that are too old for any post of their node to be in flight. Their numbers
+/// begin with the time in microseconds.
 fn old_marks(raw: &RawItem, now: UnixMs) -> Vec<(String, String)> {
     let before = now.saturating_sub(u64::try_from(MARK_KEPT.as_millis()).unwrap_or(u64::MAX)) * 1000;
     let old = raw.iter().filter_map(|(name, value)| {
@@ -148,7 +149,7 @@ impl FunctionStore for FunctionTable {
         let mut after = after.map(key_item);
         let mut skipped = false;
         for _ in 0..LIST_PAGES_MAX {
-            // One function more than asked for tells whether there is a next page.
+            // Reads one function more than requested, to find out whether there is a next page.
             let wanted = limit.saturating_add(1) - functions.len();
             let items = if skipped { wanted.max(SKIPPED_PAGE_ITEMS) } else { wanted };
             let call = self
@@ -203,7 +204,7 @@ impl FunctionStore for FunctionTable {
     }
 }
 
-/// Whether the condition of an update was not met.
+/// Whether the condition of an update failed.
 fn is_refused(error: &UpdateItemError) -> bool {
     matches!(error, UpdateItemError::ConditionalCheckFailedException(_))
 }
@@ -212,7 +213,7 @@ pub fn key_item(id: &str) -> RawItem {
     RawItem::from([("functionId".to_owned(), text(id))])
 }
 
-/// `None` if the item's key is no function id.
+/// Returns `None` if the key of the item is not a function id.
 fn listed(raw: RawItem) -> Option<Function> {
     let item = Item::new(raw);
     let id = FunctionId::parse(&item.text("functionId")?)?;
@@ -249,7 +250,7 @@ fn function(id: FunctionId, item: &Item) -> Function {
     }
 }
 
-/// What a change of the function writes, as [`function`] reads it; without the key.
+/// The attributes that a change of the function writes, without the key. [`function`] reads them.
 pub fn attributes(f: &Function) -> Vec<(&'static str, AttributeValue)> {
     vec![
         ("name", text(f.name.as_str())),
@@ -271,7 +272,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_marks_that_are_old_are_removed() {
+    fn only_old_marks_are_removed() {
         let now = 2_000_000_000_000;
         let number = |at: u64| AttributeValue::N((at * 1000).to_string());
         let raw = RawItem::from([
@@ -292,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn an_item_becomes_a_function() {
+    fn an_item_is_parsed_into_a_function() {
         let f = read(&[
             ("name", text("n")),
             ("runtime", text("go")),
@@ -314,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn an_item_with_another_key_is_not_listed() {
+    fn an_item_whose_key_is_no_function_id_is_not_listed() {
         assert_eq!(listed(key_item("f")).map(|f| f.id.to_string()).as_deref(), Some("f"));
         for odd in ["", "config#f", "a/b"] {
             assert_eq!(listed(key_item(odd)), None, "{odd:?}");
@@ -323,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_survives_the_table() {
+    fn a_function_is_read_as_it_was_written() {
         let f = Function { updated_at: "x".into(), env_vars: r#"{"A":"1"}"#.into(), ..Function::sample("f") };
         assert_eq!(read(&attributes(&f)), f);
     }

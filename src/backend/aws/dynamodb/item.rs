@@ -1,4 +1,5 @@
-//! DynamoDB items: written exactly, read leniently, because old items hold what they hold.
+//! Reads and writes DynamoDB items. Writing is exact; reading is lenient, because items of the old controller
+//! vary.
 
 use crate::backend::BackendError;
 use crate::backend::aws::error::class;
@@ -8,14 +9,15 @@ use aws_sdk_dynamodb::types::AttributeValue;
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, HashMap};
 
-/// As it goes over the wire.
+/// An item in the form of the SDK.
 pub type RawItem = HashMap<String, AttributeValue>;
 
-/// Hash key no item has: it is no function id. Reading it tells whether a table exists, and is allowed even
-/// to the narrowest of roles.
+/// A hash key that no item has, because it is not a function id. Reading it shows whether a table exists, and
+/// even the narrowest role allows it.
 const ABSENT_KEY: &str = "#probe";
 
-/// Reads an absent key made of the attributes `key`: fails if the table is missing, closed or keyed otherwise.
+/// Reads an absent key with the key attributes `key`. Fails if the table is missing, inaccessible, or has
+/// other keys.
 pub async fn probe(client: &Client, table: &str, key: &[&str], seen: &Seen) -> Result<(), BackendError> {
     let key: RawItem = key.iter().map(|name| ((*name).to_owned(), text(ABSENT_KEY))).collect();
     let call = client.get_item().table_name(table).set_key(Some(key)).customize();
@@ -31,11 +33,11 @@ pub fn whole(value: u64) -> AttributeValue {
     AttributeValue::N(value.to_string())
 }
 
-/// A number DynamoDB takes: no NaN, no infinity, at most 38 digits, whole numbers without a fraction.
+/// Formats a number for DynamoDB: no NaN, no infinity, at most 38 digits, whole numbers without a fraction.
 pub fn decimal(value: f64) -> String {
-    /// Past this a double has no fraction and is written with an exponent.
+    /// From here on a double has no fraction and is written with an exponent.
     const PLAIN_MAX: f64 = 1e15;
-    /// DynamoDB ends near 1e126 and 1e-130; a sum must have room left.
+    /// DynamoDB's range ends near 1e126 and 1e-130; sums need room below that.
     const MAX: f64 = 1e100;
     const MIN: f64 = 1e-9;
     match value {
@@ -45,7 +47,7 @@ pub fn decimal(value: f64) -> String {
     }
 }
 
-/// An item's attributes, of whatever type they are.
+/// The attributes of an item, of any type.
 pub struct Item(RawItem);
 
 impl Item {
@@ -53,7 +55,7 @@ impl Item {
         Self(raw)
     }
 
-    /// The text of a string or a number; `None` if there is none.
+    /// The text of a string or number attribute; `None` for other types or if it is absent.
     pub fn text(&self, name: &str) -> Option<String> {
         match self.0.get(name)? {
             AttributeValue::S(text) | AttributeValue::N(text) => Some(text.clone()),
@@ -61,7 +63,7 @@ impl Item {
         }
     }
 
-    /// A finite number, also if it is stored as a string.
+    /// A finite number, even if it is stored as a string.
     pub fn float(&self, name: &str) -> Option<f64> {
         let number = match self.0.get(name)? {
             AttributeValue::N(text) | AttributeValue::S(text) => text.trim().parse::<f64>().ok()?,
@@ -70,13 +72,13 @@ impl Item {
         number.is_finite().then_some(number)
     }
 
-    /// A whole number that is not negative; a fraction is rounded.
+    /// A non-negative whole number; a fraction is rounded.
     pub fn whole(&self, name: &str) -> Option<u64> {
         // The cast saturates, and a double is exact up to 2^53.
         self.float(name).filter(|n| *n >= 0.0).map(|n| n.round() as u64)
     }
 
-    /// JSON text, as it stands or made of a map.
+    /// JSON text: a string attribute unchanged, or a map converted.
     pub fn json(&self, name: &str) -> Option<String> {
         match self.0.get(name)? {
             AttributeValue::S(text) => Some(text.clone()),
@@ -86,14 +88,14 @@ impl Item {
     }
 }
 
-/// The JSON of a value; sets and bytes have none and become null. Items nest 32 levels at most.
+/// Converts a value to JSON. Sets and bytes become null. Items nest at most 32 levels.
 fn to_json(value: &AttributeValue) -> Value {
     match value {
         AttributeValue::S(text) => Value::from(text.as_str()),
         AttributeValue::N(number) => serde_json::from_str(number).unwrap_or(Value::Null),
         AttributeValue::Bool(flag) => Value::from(*flag),
         AttributeValue::L(list) => Value::Array(list.iter().map(to_json).collect()),
-        // A map has no order; its text must be the same each time.
+        // Sorted, because a map has no order and its text must be stable.
         AttributeValue::M(map) => {
             let sorted: BTreeMap<_, _> = map.iter().collect();
             Value::Object(sorted.into_iter().map(|(k, v)| (k.clone(), to_json(v))).collect::<Map<_, _>>())
@@ -107,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn floats_are_numbers_dynamodb_takes() {
+    fn floats_are_formatted_for_dynamodb() {
         for (value, written) in [
             (0.0, "0"),
             (12.0, "12"),
@@ -124,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn odd_attributes_are_read_or_absent() {
+    fn unexpected_attribute_types_are_converted_or_ignored() {
         let map = HashMap::from([("A".to_owned(), text("1")), ("B".to_owned(), whole(2))]);
         let item = Item::new(HashMap::from([
             ("s".to_owned(), text(" 7.6 ")),

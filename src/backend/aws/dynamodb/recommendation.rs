@@ -1,6 +1,6 @@
-//! A recommendation as attributes of its function's item: `recommendedMemoryMb` (N), `optimizationTip` (S),
-//! `estimatedSavings` (S, JSON text), `recommendedBy` (S, the request id), `recommendedAt` (N, Unix ms). The old
-//! controller does not know them and leaves them alone.
+//! Stores a recommendation in attributes of its function's item: `recommendedMemoryMb` (N), `optimizationTip`
+//! (S), `estimatedSavings` (S, JSON text), `recommendedBy` (S, the request id), `recommendedAt` (N, Unix ms).
+//! The old controller ignores them and does not remove them.
 
 use super::item::{Item, text, whole};
 use crate::model::Recommendation;
@@ -13,11 +13,12 @@ const SAVINGS: &str = "estimatedSavings";
 const BY: &str = "recommendedBy";
 const AT: &str = "recommendedAt";
 
-/// UpdateItem creates what is absent: a function deleted meanwhile must not rise from its advice. And results do
-/// not come in order: older advice must not take the place of newer.
-pub const CONDITION: &str = "attribute_exists(functionId) AND (attribute_not_exists(recommendedAt) OR recommendedAt < :recommendedAt)";
+/// UpdateItem creates absent items; the condition prevents it from recreating a deleted function. Results
+/// arrive out of order, so an older recommendation must not replace a newer one.
+pub const CONDITION: &str = "attribute_exists(functionId) AND \
+    (attribute_not_exists(recommendedAt) OR recommendedAt < :recommendedAt)";
 
-/// The attributes that hold `advice`. None of the names is reserved, so expressions use them as they are.
+/// The attributes that hold `advice`. None of the names is a reserved word, so expressions use them directly.
 pub fn values(advice: &Recommendation) -> Vec<(&'static str, AttributeValue)> {
     let mut values = vec![(BY, text(advice.request_id.as_str())), (AT, whole(advice.at))];
     values.extend(advice.memory_mb.map(|mb| (MEMORY_MB, whole(mb))));
@@ -26,7 +27,8 @@ pub fn values(advice: &Recommendation) -> Vec<(&'static str, AttributeValue)> {
     values
 }
 
-/// Sets each attribute to the placeholder of its name, and removes what older advice held besides.
+/// Sets each attribute to the placeholder of the same name, and removes attributes that only an older
+/// recommendation had.
 pub fn update_expression(advice: &Recommendation) -> String {
     let values = values(advice);
     let set: Vec<_> = values.iter().map(|(name, _)| format!("{name} = :{name}")).collect();
@@ -36,7 +38,7 @@ pub fn update_expression(advice: &Recommendation) -> String {
     format!("SET {}{remove}", set.join(", "))
 }
 
-/// `None` if the item holds no advice, or any part of it is not what [`values`] writes.
+/// Returns `None` if the item holds no recommendation, or if a part of it has an unknown format.
 pub fn of(item: &Item) -> Option<Recommendation> {
     let memory_mb = match item.text(MEMORY_MB) {
         Some(_) => Some(item.whole(MEMORY_MB).filter(|mb| *mb > 0)?),
@@ -51,7 +53,7 @@ pub fn of(item: &Item) -> Option<Recommendation> {
     advises.then_some(Recommendation { memory_mb, tip, savings, request_id, at })
 }
 
-/// The text is copied into answers as JSON.
+/// Whether the text is a JSON string or number. It is copied into responses as JSON.
 fn is_text_or_number(json: &str) -> bool {
     matches!(serde_json::from_str(json), Ok(Value::String(_) | Value::Number(_)))
 }
@@ -75,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn advice_survives_the_table() {
+    fn a_recommendation_survives_a_round_trip() {
         for advice in [
             advice(),
             Recommendation { memory_mb: None, savings: Some("12.5".into()), ..advice() },
@@ -86,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_advice_is_none() {
+    fn a_malformed_recommendation_is_ignored() {
         for (name, value) in [
             (MEMORY_MB, text("much")),
             (MEMORY_MB, whole(0)),
@@ -105,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_newer_advice_lacks_is_removed() {
+    fn attributes_that_a_newer_recommendation_lacks_are_removed() {
         let bare = Recommendation { tip: None, savings: None, ..advice() };
         assert_eq!(
             update_expression(&bare),

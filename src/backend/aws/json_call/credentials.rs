@@ -1,4 +1,4 @@
-//! The credentials of direct calls: from the SDK's chain, kept until shortly before they run out.
+//! Caches the credentials of direct calls: taken from the SDK's chain and refreshed before they expire.
 
 use crate::backend::BackendError;
 use crate::backend::aws::error::credentials_class;
@@ -7,26 +7,28 @@ use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvid
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// Credentials are asked for anew so long before they run out: a signature must be good when it arrives.
+/// Credentials are refreshed this long before they expire, because a signature must still be valid when it
+/// arrives.
 const REFRESH_EARLY: Duration = Duration::from_secs(60);
-/// Those that do not say when they run out are asked for anew after this, as the SDK does.
+/// Credentials without an expiry are refreshed after this time, as in the SDK.
 const KEPT_MAX: Duration = Duration::from_secs(15 * 60);
-/// How long the chain may take: while the old ones are good, and when there are none.
+/// Timeouts of the credentials chain: while the current credentials are valid, and without any.
 const REFRESHED_WITHIN: Duration = Duration::from_secs(1);
 const FOUND_WITHIN: Duration = Duration::from_secs(5);
-/// Younger ones are not thrown away for a refusal: then it is the policy that refuses, and each call would ask anew.
+/// Younger credentials are not discarded after a rejection. In that case the policy is the cause, and each
+/// call would ask the chain again.
 const TRUSTED_FOR: Duration = Duration::from_secs(10);
-/// After a failure the old ones are used so long before the next try.
+/// After a failure valid credentials are used for this long before the next attempt.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
-/// Without any, so long.
+/// Without valid credentials, callers share a failure for this long.
 const FAILURE_SHARED: Duration = Duration::from_secs(1);
 
 pub(in super::super) struct CredentialCache {
     provider: SharedCredentialsProvider,
     kept: Mutex<Option<Kept>>,
-    /// The last failure: those who wait for the same answer need not ask again.
+    /// The last failure, shared by callers that waited for the same attempt.
     failed: Mutex<Option<(Instant, BackendError)>>,
-    /// Held by the one who asks the provider.
+    /// Held while the provider is asked.
     asking: tokio::sync::Mutex<()>,
 }
 
@@ -47,18 +49,18 @@ impl CredentialCache {
         }
     }
 
-    /// Credentials that are still good.
+    /// Returns valid credentials.
     pub async fn get(&self) -> Result<Arc<Credentials>, BackendError> {
         if let Some(credentials) = self.fresh() {
             return Ok(credentials);
         }
         let _only_one = match (self.asking.try_lock(), self.old()) {
             (Ok(only_one), _) => only_one,
-            // Somebody asks; meanwhile the old ones do.
+            // Another caller asks the provider; meanwhile the current credentials are used.
             (Err(_), Some(old)) => return Ok(old),
             (Err(_), None) => self.asking.lock().await,
         };
-        // Another one may have asked while we waited.
+        // Another caller may have refreshed them while this one waited for the lock.
         if let Some(credentials) = self.fresh() {
             return Ok(credentials);
         }
@@ -68,7 +70,7 @@ impl CredentialCache {
         match self.ask().await {
             Ok(credentials) => Ok(self.keep(credentials)),
             Err(error) => {
-                tracing::warn!(%error, "Credentials Not Refreshed");
+                tracing::warn!(%error, "AWS credentials not refreshed; retrying. Check their source");
                 *self.failed.lock().unwrap_or_else(PoisonError::into_inner) =
                     Some((Instant::now(), error.clone()));
                 self.use_old().ok_or(error)
@@ -91,7 +93,7 @@ impl CredentialCache {
 
     fn keep(&self, credentials: Credentials) -> Arc<Credentials> {
         let refresh_at = match credentials.expiry() {
-            // Those that run out soon are asked for anew soon, but not on each call.
+            // Short-lived credentials are refreshed early, but not on each call.
             Some(at) => {
                 let early = at.checked_sub(REFRESH_EARLY).unwrap_or(SystemTime::UNIX_EPOCH);
                 early.max(SystemTime::now() + PAUSE_AFTER_FAILURE).min(at)
@@ -104,7 +106,8 @@ impl CredentialCache {
         credentials
     }
 
-    /// They were refused: the next call asks the provider, unless it has just been asked.
+    /// Called when the credentials were rejected. The next call asks the provider, unless it was asked very
+    /// recently.
     pub fn forget(&self) {
         if let Some(kept) = self.kept().as_mut().filter(|kept| kept.since.elapsed() >= TRUSTED_FOR) {
             kept.refresh_at = SystemTime::UNIX_EPOCH;
@@ -118,7 +121,7 @@ impl CredentialCache {
             .map(|kept| Arc::clone(&kept.credentials))
     }
 
-    /// The old ones, while they last.
+    /// The current credentials, if they have not expired.
     fn old(&self) -> Option<Arc<Credentials>> {
         let kept = self.kept();
         let old = kept.as_ref()?;
@@ -126,7 +129,7 @@ impl CredentialCache {
         lasts.then(|| Arc::clone(&old.credentials))
     }
 
-    /// The same, and the provider is left alone for a while.
+    /// The same. Also delays the next attempt to refresh them.
     fn use_old(&self) -> Option<Arc<Credentials>> {
         let old = self.old()?;
         if let Some(kept) = self.kept().as_mut() {
@@ -148,7 +151,7 @@ mod tests {
     use aws_credential_types::provider::future;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    /// Gives credentials of these lifetimes, then fails, or does not answer.
+    /// Returns credentials with these lifetimes, then fails or never answers.
     #[derive(Debug)]
     struct Chain {
         lifetimes: Vec<Option<Duration>>,
@@ -187,20 +190,20 @@ mod tests {
         Some(cache.get().await.ok()?.access_key_id().to_owned())
     }
 
-    /// As if the time to ask anew had come.
+    /// Makes a refresh due.
     fn due(cache: &CredentialCache) {
         cache.kept().as_mut().expect("credentials").refresh_at = SystemTime::UNIX_EPOCH;
     }
 
     #[tokio::test]
-    async fn they_are_asked_for_once_while_they_last() {
+    async fn the_chain_is_asked_once_while_credentials_are_fresh() {
         let (cache, asked) = cache(&[None, Some(Duration::from_secs(3600))]);
         for _ in 0..3 {
             assert_eq!(key(&cache).await.as_deref(), Some("AK0"));
         }
         assert_eq!(asked.load(Ordering::SeqCst), 1);
         cache.forget();
-        assert_eq!(key(&cache).await.as_deref(), Some("AK0"), "too young to be the fault");
+        assert_eq!(key(&cache).await.as_deref(), Some("AK0"), "too young to be discarded");
         let aged = Instant::now().checked_sub(TRUSTED_FOR).expect("the machine is up for longer");
         cache.kept().as_mut().expect("credentials").since = aged;
         cache.forget();
@@ -210,7 +213,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_chain_that_hangs_is_not_waited_for_while_the_old_ones_last() {
+    async fn a_chain_that_hangs_delays_one_caller_while_credentials_are_valid() {
         let (cache, asked) = cache_of(&[Some(Duration::from_secs(30))], true);
         assert_eq!(key(&cache).await.as_deref(), Some("AK0"));
         due(&cache);
@@ -219,15 +222,15 @@ mod tests {
             (key(&cache).await, started.elapsed())
         });
         assert_eq!(first.as_deref(), Some("AK0"));
-        assert_eq!(second, (Some("AK0".to_owned()), Duration::ZERO), "only one waits");
+        assert_eq!(second, (Some("AK0".to_owned()), Duration::ZERO), "only one caller waits");
         assert_eq!(asked.load(Ordering::SeqCst), 2);
     }
 
     #[tokio::test]
-    async fn those_about_to_run_out_are_replaced_or_used_to_the_end() {
+    async fn credentials_about_to_expire_are_replaced_or_used_until_they_expire() {
         let (cache, asked) = cache(&[Some(Duration::from_secs(30)), Some(Duration::from_secs(20))]);
         for expected in ["AK0", "AK0"] {
-            assert_eq!(key(&cache).await.as_deref(), Some(expected), "not anew on each call");
+            assert_eq!(key(&cache).await.as_deref(), Some(expected), "not refreshed on each call");
         }
         due(&cache);
         assert_eq!(key(&cache).await.as_deref(), Some("AK1"));
@@ -235,18 +238,18 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(key(&cache).await.as_deref(), Some("AK1"), "the provider fails now");
         }
-        assert_eq!(asked.load(Ordering::SeqCst), 3, "and is left alone for a moment");
+        assert_eq!(asked.load(Ordering::SeqCst), 3, "and is not asked again before the pause has passed");
     }
 
     #[tokio::test]
-    async fn a_failure_is_shared_by_all_who_wait_for_it() {
+    async fn callers_that_wait_share_a_failure() {
         let (cache, asked) = cache(&[]);
         let keys = futures_util::future::join_all((0..10).map(|_| key(&cache))).await;
         assert_eq!((keys, asked.load(Ordering::SeqCst)), (vec![None; 10], 1));
     }
 
     #[tokio::test]
-    async fn those_that_ran_out_are_not_used() {
+    async fn expired_credentials_are_not_used() {
         let (cache, _) = cache(&[Some(Duration::ZERO)]);
         assert!(key(&cache).await.is_some());
         assert_eq!(key(&cache).await, None);

@@ -1,14 +1,13 @@
-//! Beats: messages of this process to itself, which prove that its subscriptions receive what is published.
+//! Beats: messages of this process to itself. They prove that its subscriptions receive what is published.
 //!
-//! After a fail-over a subscription can stay on the old primary for as long as that one answers, PINGs
-//! included, while everybody publishes on the new one. So a beat goes out on the command connection, the way
-//! results and changes are published, and every subscription of the process must receive it. There is at most
-//! one PUBLISH each [`BEAT_EVERY`], however many subscriptions there are: whichever finds it due publishes
-//! it.
+//! After a failover a subscription can stay on the old primary as long as that server answers, PINGs
+//! included, while all others publish on the new primary. So a beat is published on the command connection,
+//! like results and changes, and every subscription of the process must receive it. There is at most one
+//! PUBLISH per [`BEAT_EVERY`], independent of the number of subscriptions: the first subscription that finds
+//! it due publishes it.
 //!
-//! The channel lies outside `result:*`, because an old controller stores whatever it receives there. A
-//! password that does not allow it turns the beats off; they are tried again now and then, in case it does
-//! later.
+//! The channel lies outside `result:*`, because an old controller stores everything it receives there. If the
+//! ACL of the user denies the channel, beats are off. They are retried at intervals.
 
 use super::connection::Commands;
 use crate::backend::BackendError;
@@ -19,11 +18,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Between two beats of a process, at least.
+/// Minimum interval between two beats of a process.
 pub const BEAT_EVERY: Duration = Duration::from_secs(1);
-/// A beat that was published later than this ago may still be on its way.
+/// A beat that was published less than this ago may still be in flight.
 const FRESH: Duration = Duration::from_millis(500);
-/// Until beats that were denied are tried again.
+/// Interval at which denied beats are retried.
 const DENIED_PAUSE: Duration = Duration::from_secs(60);
 
 pub struct Beats {
@@ -35,14 +34,14 @@ pub struct Beats {
 
 #[derive(Default)]
 struct State {
-    /// The beat that was begun last, and when.
+    /// The number of the last beat that was begun, and its time.
     begun: u64,
     begun_at: Option<Instant>,
-    /// The last one that Redis has taken, when, and the one before.
+    /// The last beat that Redis has accepted, its time, and the one before it.
     published: u64,
     published_at: Option<Instant>,
     published_before: u64,
-    /// Beats are off, and until when.
+    /// When beats that are off are retried.
     denied_until: Option<Instant>,
 }
 
@@ -59,13 +58,14 @@ impl Beats {
         &self.channel
     }
 
-    /// The number of a beat of this process; `None`: it is of another one with the same node id, or no beat.
+    /// The number of a beat of this process. `None` for other messages, and for beats of another process with
+    /// the same node id.
     pub fn number(&self, payload: &[u8]) -> Option<u64> {
         let (process, number) = std::str::from_utf8(payload).ok()?.split_once(':')?;
         (ProcessToken::parse(process)? == self.process).then(|| number.parse().ok())?
     }
 
-    /// The beat that was begun last: a subscription that begins now must receive the later ones.
+    /// The last beat that was begun. A subscription that begins now must receive the later ones.
     pub fn begun(&self) -> u64 {
         self.state().begun
     }
@@ -77,7 +77,7 @@ impl Beats {
         if is_fresh { state.published_before } else { state.published }
     }
 
-    /// Publishes the next beat, if it is due.
+    /// Returns a future that publishes the next beat, if it is due.
     pub fn publish_due(self: &Arc<Self>) -> Option<BoxFuture<'static, ()>> {
         let number = {
             let mut state = self.state();
@@ -98,29 +98,29 @@ impl Beats {
         match self.commands.query::<u64>(cmd("PUBLISH").arg(&self.channel).arg(beat)).await {
             Ok(_) => self.published(number),
             Err(BackendError::Denied(error)) => self.denied(&error),
-            // Nothing follows for the subscriptions. Whoever needs the commands tells of it.
+            // Says nothing about the subscriptions. Callers of other commands report the failure.
             Err(_) => {}
         }
     }
 
     fn published(&self, number: u64) {
         let mut state = self.state();
-        // Two may be under way, and end in any order.
+        // Two may be in flight and end in any order.
         if number > state.published {
             state.published_before = state.published;
             (state.published, state.published_at) = (number, Some(Instant::now()));
         }
     }
 
-    /// The password does not allow the channel. Said once, until it does.
+    /// The ACL denies the channel. Logged once, until it is allowed again.
     pub fn denied(&self, error: &str) {
         let was_off = self.state().denied_until.replace(Instant::now() + DENIED_PAUSE).is_some();
         if !was_off {
             tracing::warn!(
                 channel = self.channel,
                 error,
-                "Beats Off: the ACL of Redis denies the channel, so a subscription that stays on an old \
-                 primary is not noticed. Allow the user the channels beat:*"
+                "Beats are off: the ACL of Redis denies the channel, so a subscription that stays on an old \
+                 primary is not detected. Allow the user the channels beat:*"
             );
         }
     }
@@ -129,15 +129,15 @@ impl Beats {
         self.state().denied_until.is_some()
     }
 
-    /// Whether beats that are off are to be tried again.
+    /// Whether it is time to retry beats that are off.
     pub fn are_due_again(&self) -> bool {
         self.state().denied_until.is_some_and(|until| Instant::now() >= until)
     }
 
-    /// A beat has made its way.
+    /// A beat has arrived, so beats are allowed.
     pub fn arrived(&self) {
         if self.state().denied_until.take().is_some() {
-            tracing::info!(channel = self.channel, "Beats On Again");
+            tracing::info!(channel = self.channel, "Beats are on again");
         }
     }
 
@@ -157,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_beats_of_this_process_count() {
+    fn beats_of_other_processes_are_ignored() {
         let beats = beats();
         assert_eq!(beats.channel(), "beat:000000ab");
         assert_eq!(beats.number(b"0000000000000007:12"), Some(12));
@@ -169,17 +169,17 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_beat_each_interval_however_many_ask() {
+    async fn at_most_one_beat_is_published_per_interval() {
         let beats = beats();
         let ask = || beats.publish_due().is_some();
         assert_eq!([ask(), ask(), ask()], [true, false, false]);
         tokio::time::advance(BEAT_EVERY).await;
         assert_eq!([ask(), ask()], [true, false]);
-        assert_eq!((beats.begun(), beats.expected()), (2, 0), "none was taken by Redis");
+        assert_eq!((beats.begun(), beats.expected()), (2, 0), "Redis accepted none");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_beat_has_time_to_arrive() {
+    async fn a_beat_is_expected_only_after_a_delay() {
         let beats = beats();
         beats.published(1);
         assert_eq!(beats.expected(), 0);
@@ -187,13 +187,13 @@ mod tests {
         assert_eq!(beats.expected(), 1);
         beats.published(3);
         beats.published(2);
-        assert_eq!(beats.expected(), 1, "the third is fresh");
+        assert_eq!(beats.expected(), 1, "the third may be in flight");
         tokio::time::advance(FRESH).await;
         assert_eq!(beats.expected(), 3);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn denied_beats_are_tried_again_now_and_then() {
+    async fn denied_beats_are_retried_at_intervals() {
         let beats = beats();
         beats.denied("NOPERM");
         tokio::time::advance(DENIED_PAUSE - Duration::from_secs(1)).await;

@@ -1,4 +1,4 @@
-//! Changes of functions, told from node to node on one channel for each function table.
+//! Announces changes of functions to all nodes over a Redis channel, one per function table.
 
 use super::beats::Beats;
 use super::connection::Commands;
@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use redis::{Client, cmd};
 use std::sync::Arc;
 
-/// Longest announcement that is taken, in bytes: that of an id.
+/// Maximum length of an announcement, in bytes: that of an id.
 const ANNOUNCEMENT_BYTES_MAX: usize = 128;
 
 pub struct RedisChanges {
@@ -41,41 +41,45 @@ impl RedisChanges {
         Ok(subscriber)
     }
 
-    /// One try to subscribe, after a pause that grows with each failure. The subscriber says itself whether
-    /// it can be relied on.
+    /// Tries once to subscribe, after a pause that grows with each failure. A new subscriber proves by its
+    /// beats that it can be relied on, so success returns no event.
     async fn resubscribe(&self, line: &mut Line) -> Option<ChangeEvent> {
         match self.subscribe(&line.history).await {
             Ok(subscriber) => {
                 if line.history.connected() > 0 {
-                    tracing::info!("Changes Heard Again");
+                    tracing::info!("Subscription to function changes restored");
                 }
                 line.subscriber = Some(subscriber);
                 None
             }
             Err(error) => {
-                // Not only while Redis is away: the password may allow other channels and not this one.
+                // Redis may be up and still deny this channel to the user.
                 let is_first = line.history.failed();
                 if is_first {
-                    tracing::warn!(%error, "Changes Not Heard");
+                    tracing::warn!(
+                        %error,
+                        "Subscription to function changes failed; functions are read more often. \
+                         Check Redis and its ACL"
+                    );
                 }
                 is_first.then_some(ChangeEvent::Hearing(Hearing::Broken))
             }
         }
     }
 
-    /// The subscription is over; a new one is made.
+    /// Handles the end of a subscription and prepares the next one.
     fn ended(&self, ended: Ended, history: &mut History) -> Hearing {
         match ended {
             Ended::Broken(error) => {
-                tracing::warn!(%error, "Changes Not Heard");
-                // So that the failures that follow from it are not told as well.
+                tracing::warn!(%error, "Subscription to function changes broke; reconnecting");
+                // The failures that follow from this one are not logged again.
                 history.failed();
                 Hearing::Broken
             }
             Ended::Missed => {
                 tracing::warn!(
                     subscription = "changes",
-                    "Beats Not Heard: subscription and commands lead to two Redis servers. Both reconnect"
+                    "Beats missed: subscription and commands lead to different Redis servers. Both reconnect"
                 );
                 history.missed();
                 self.commands.reconnect();
@@ -114,7 +118,7 @@ impl ChangeFeed for RedisChanges {
             };
             match std::str::from_utf8(message.get_payload_bytes()) {
                 Ok(id) if id.len() <= ANNOUNCEMENT_BYTES_MAX => return ChangeEvent::Changed(id.to_owned()),
-                // Nobody of ours says such a thing.
+                // Not an announcement of this program.
                 _ => {}
             }
         }

@@ -1,9 +1,9 @@
-//! The command connection to Redis: one multiplexed connection, and a deadline around every command.
+//! The command connection to Redis: one multiplexed connection, with a deadline for every command.
 //!
-//! `redis::aio::ConnectionManager` was tried and rejected: a reconnect that ends in anything but an I/O error (a password
-//! changed for a moment, `SELECT` on a replica that is still loading) is kept as the connection's state for good,
-//! and while it reconnects every command waits out its retry series. Here whoever finds no connection makes
-//! one, all others wait for that same try, and for a moment after a failure nobody tries.
+//! `redis::aio::ConnectionManager` was rejected. If a reconnect ends in anything but an I/O error (a password
+//! that is changed for a moment, `SELECT` on a replica that is still loading), it stays in that state. And
+//! while it reconnects, every command waits for its whole series of retries. Here the first command without a
+//! connection makes one, the others wait for that attempt, and for a moment after a failure no command tries.
 
 use crate::backend::BackendError;
 use redis::aio::MultiplexedConnection;
@@ -16,20 +16,21 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
-/// Longest a command may take, connecting included.
+/// Deadline of a command, including the connection set-up.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(1);
-/// Longest a connection may take to stand, greeting included.
+/// Deadline of the connection set-up, including authentication.
 pub const CONNECT_DEADLINE: Duration = Duration::from_millis(500);
-/// After a failure nobody tries to connect for so long; commands fail at once.
+/// Pause between attempts to connect after a failure. Commands fail immediately during it.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(50);
-/// The kernel gives a connection up when what was sent stays unacknowledged for so long.
+/// The kernel closes a connection when sent data stays unacknowledged for this long.
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(3);
-/// Probes of an idle connection, so that a silent firewall does not keep it.
+/// Interval of keepalive probes, so that a firewall that drops packets silently is noticed.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Commands that may wait to be written.
 const PIPELINE_MAX: usize = 1024;
 
-/// A `redis://` or `rediss://` URL. It may hold a password, so its Debug shows only where it leads.
+/// A `redis://` or `rediss://` URL. It may hold a password, so Debug and Display show only scheme, host and
+/// port.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RedisUrl(String);
 
@@ -51,8 +52,9 @@ impl std::fmt::Display for RedisUrl {
     }
 }
 
-/// Scheme, host and port, by the text itself: a parser that takes a `/` in the password for the end of the
-/// host would show what stands before it. Nothing up to the last `@` is shown, nor what is no host and port.
+/// Scheme, host and port, taken from the text. A URL parser would take a `/` in the password for the end of
+/// the host and show what precedes it. Everything up to the last `@` is hidden, and so is a text that is not
+/// a valid host and port.
 fn address_of(url: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://").filter(|(scheme, _)| matches!(*scheme, "redis" | "rediss"))?;
     let rest = rest.rsplit_once('@').map_or(rest, |(_, rest)| rest);
@@ -67,9 +69,10 @@ fn address_of(url: &str) -> Option<String> {
     (is_host && is_port).then(|| format!("{scheme}://{authority}"))
 }
 
-/// A client for the URL, which connects to nothing yet.
+/// Creates a client for the URL without connecting.
 pub fn client(url: &RedisUrl) -> Result<Client, BackendError> {
-    // Several providers are linked, so rustls cannot choose; fails if it has been chosen already.
+    // Several providers are linked, so rustls cannot choose one. The call fails harmlessly if one is
+    // installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let tcp = TcpSettings::default()
         .set_nodelay(true)
@@ -79,19 +82,21 @@ pub fn client(url: &RedisUrl) -> Result<Client, BackendError> {
     Client::open(info.set_tcp_settings(tcp)).map_err(|e| class(&e))
 }
 
-/// What a failure of Redis means: by its code, never by its text.
+/// Classifies a Redis failure by its code, never by its text.
 pub fn class(error: &RedisError) -> BackendError {
     let code = error.code().unwrap_or_default();
     match error.kind() {
-        ErrorKind::AuthenticationFailed => BackendError::Denied("Redis refused the password".into()),
+        ErrorKind::AuthenticationFailed => BackendError::Denied("Redis rejected the password".into()),
         _ if matches!(code, "NOAUTH" | "WRONGPASS" | "NOPERM" | "DENIED") => {
             BackendError::Denied(format!("Redis answered {code}"))
         }
-        // The text of an I/O error is the system's own.
+        // The text of an I/O error comes from the operating system.
         ErrorKind::Io => BackendError::Unavailable(error.to_string()),
-        ErrorKind::InvalidClientConfig => BackendError::Invalid("the Redis URL cannot be read".into()),
-        ErrorKind::Parse => BackendError::Unavailable("the answer is not in the protocol of Redis".into()),
-        ErrorKind::UnexpectedReturnType => BackendError::Invalid("Redis answered with another type".into()),
+        ErrorKind::InvalidClientConfig => BackendError::Invalid("the Redis URL is malformed".into()),
+        ErrorKind::Parse => BackendError::Unavailable("the answer does not follow the Redis protocol".into()),
+        ErrorKind::UnexpectedReturnType => {
+            BackendError::Invalid("Redis answered with an unexpected type".into())
+        }
         _ if matches!(code, "ERR" | "WRONGTYPE" | "CROSSSLOT") => {
             BackendError::Invalid(format!("Redis answered {code}"))
         }
@@ -100,12 +105,12 @@ pub fn class(error: &RedisError) -> BackendError {
     }
 }
 
-/// The shared connection for commands; it comes back by itself, driven by the commands that need it.
+/// The shared connection for commands. The next command re-establishes it after a failure.
 pub struct Commands {
     client: Client,
     config: AsyncConnectionConfig,
     state: Mutex<State>,
-    /// Held by the one who connects.
+    /// Held while a connection is made.
     connecting: tokio::sync::Mutex<()>,
 }
 
@@ -131,9 +136,9 @@ impl Commands {
         self.run(async |mut connection| command.query_async(&mut connection).await).await
     }
 
-    /// Runs `command` on the connection, and once more on a new one if the connection broke: Redis may have been
-    /// restarted since the last command. So commands here must bear to run twice. After
-    /// [`BackendError::Unavailable`] it may have run or not.
+    /// Runs `command` on the connection. Runs it once more on a new one if the connection broke, because
+    /// Redis may have been restarted since the last command. So commands must be idempotent. After
+    /// [`BackendError::Unavailable`] it is not known whether the command ran.
     pub async fn run<T, F>(
         &self,
         command: impl Fn(MultiplexedConnection) -> F + Send + Sync,
@@ -141,7 +146,7 @@ impl Commands {
     where
         F: Future<Output = Result<T, RedisError>> + Send,
     {
-        // The connection the command runs on: a late time-out must not drop its successor.
+        // The connection that the command runs on: a late time-out must not drop its successor.
         let used = AtomicU64::new(0);
         let in_time = timeout(COMMAND_DEADLINE, async {
             let mut again = true;
@@ -152,7 +157,7 @@ impl Commands {
                     Ok(answer) => return Ok(answer),
                     Err(error) => error,
                 };
-                // READONLY: a failover made this server a replica; the name now leads to another one.
+                // READONLY: after a failover this server is a replica, and the name leads to another server.
                 if error.is_io_error() || error.is_unrecoverable_error() || error.code() == Some("READONLY") {
                     self.drop_connection(number);
                 }
@@ -163,7 +168,7 @@ impl Commands {
             }
         });
         in_time.await.unwrap_or_else(|_| {
-            // A connection that says nothing may be dead without knowing; the next command makes a new one.
+            // A silent connection may be dead. The next command makes a new one.
             self.drop_connection(used.load(Ordering::Relaxed));
             Err(BackendError::Unavailable("Redis did not answer in time".into()))
         })
@@ -173,7 +178,7 @@ impl Commands {
         self.query::<()>(&redis::cmd("PING")).await
     }
 
-    /// The next command makes a new connection, which leads where the name leads now.
+    /// Drops the connection. The next command makes a new one to the address that the name resolves to then.
     pub fn reconnect(&self) {
         self.state().connection = None;
     }
@@ -183,7 +188,7 @@ impl Commands {
             return standing;
         }
         let _only_one = self.connecting.lock().await;
-        // Another one may have connected, or failed, while we waited.
+        // Another task may have connected, or failed, while this one waited.
         if let Some(standing) = self.standing() {
             return standing;
         }
@@ -204,7 +209,7 @@ impl Commands {
         }
     }
 
-    /// The connection, or the failure that is too fresh for another try.
+    /// The current connection, or a failure that is too recent for another attempt.
     fn standing(&self) -> Option<Result<(MultiplexedConnection, u64), BackendError>> {
         let state = self.state();
         if let Some(connection) = &state.connection {
@@ -231,20 +236,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_url_shows_no_password() {
+    fn a_url_never_shows_its_password() {
         for (url, shown) in [
             ("redis://user:secret@host:6380/1", "redis://host:6380"),
             ("rediss://:secret@host", "rediss://host"),
             ("redis://u:secret@[::1]:6380", "redis://[::1]:6380"),
             ("redis://[fe80::1]", "redis://[fe80::1]"),
-            // Not encoded.
+            // Special characters that are not percent-encoded.
             ("redis://:sec/ret@host:6380", "redis://host:6380"),
             ("redis://:sec#ret@host", "redis://host"),
             ("redis://:sec?ret@host/0", "redis://host"),
             ("redis://:sec@ret@host", "redis://host"),
             ("redis://:1/secret@host", "redis://host"),
             ("redis://secret/@x@host", "redis://host"),
-            // No host is left.
+            // No valid host remains.
             ("redis://:secret", "(not a Redis URL)"),
             ("redis://u:secret@", "(not a Redis URL)"),
             ("redis://host:secret", "(not a Redis URL)"),
@@ -257,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_that_cannot_be_read_is_invalid() {
+    fn a_malformed_url_is_invalid() {
         for bad in ["", "host:6379", "http://host", "redis://host:port", "redis://host/x"] {
             assert!(matches!(client(&RedisUrl::new(bad)), Err(BackendError::Invalid(_))), "{bad}");
         }
@@ -267,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn codes_have_classes() {
+    fn codes_are_classified() {
         let answer = |code: &str| class(&redis::make_extension_error(code.into(), Some("secret".into())));
         assert_eq!(answer("WRONGPASS"), BackendError::Denied("Redis answered WRONGPASS".into()));
         assert_eq!(answer("WRONGTYPE"), BackendError::Invalid("Redis answered WRONGTYPE".into()));

@@ -1,11 +1,12 @@
-//! The jobs in flight, one hash a node: `inflight:{<node>}`, job id → `<deadline in Unix ms>:<function id>`, and
-//! `:<idempotency key>` if it has one.
-//! The braces keep all keys of a node in one slot of a Redis Cluster.
+//! Stores the jobs in flight in Redis, one hash per node: `inflight:{<node>}`, job id →
+//! `<deadline in Unix ms>:<function id>[:<idempotency key>]`. The braces keep all keys of a node in one slot
+//! of a Redis Cluster.
 //!
-//! Beside it stand the sums of jobs that have ended, function id → sums, until they are in the function table: those
-//! that are `unposted:{<node>}`, and those under `posting:{<node>}` that have a number. A function keeps the number of
-//! the last sums of a node that it was given, and takes only later ones. So sums are added once, though a call may
-//! be answered late or never, and a node may die between any two steps. The three scripts say more.
+//! The sums of ended jobs stay beside it, function id → sums, until they are in the function table: sums
+//! without a number in `unposted:{<node>}`, numbered sums in `posting:{<node>}`. A function stores the number
+//! of the last sums it received from a node, and accepts only higher numbers. So sums are added exactly once,
+//! even if an answer is late or lost, or a node dies between two steps. The three Lua scripts describe the
+//! steps.
 
 use super::connection::Commands;
 use crate::backend::aws::dynamodb::functions::{FunctionTable, Stamp};
@@ -21,10 +22,10 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::Arc;
 
-/// Entries of one page of a hash, roughly.
+/// Entries per page of a hash scan, approximately.
 const PAGE_ENTRIES: usize = 1000;
 
-/// Room for an entry, in bytes: more is found if it is needed.
+/// Initial capacity for an entry, in bytes; the buffer grows if necessary.
 const ENTRY_BYTES: usize = 96;
 
 pub struct RedisJournal {
@@ -36,9 +37,9 @@ pub struct RedisJournal {
     standing: Script,
 }
 
-/// KEYS: the journal of a node, the mark that it is whole, who has adopted the node. ARGV: a job, and when it was accepted
-/// in Unix milliseconds. Answer: 0 if the journal does not hold it, 3 if it does not and is not whole; 1 if it does; 2 if
-/// the process that accepted it is gone.
+/// KEYS: the journal of a node, its completeness marker, the adopter of the node. ARGV: a job id, and its
+/// acceptance time in Unix milliseconds. Answer: 0 if the journal does not hold the job; 3 if it does not and
+/// is incomplete; 1 if it does; 2 if it does and the process that accepted the job is gone.
 const STANDING: &str = "local mark = redis.call('GET', KEYS[2])
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return mark and 0 or 3 end
 local started = tonumber(mark or '') or 0
@@ -57,7 +58,7 @@ impl RedisJournal {
         }
     }
 
-    /// Lets go of sums that are added. Where that fails they are added again, which adds nothing.
+    /// Removes sums that have been added. After a failure they are added again, which has no effect.
     async fn forget(&self, node: NodeId, added: &[Numbered]) {
         if added.is_empty() {
             return;
@@ -71,7 +72,7 @@ impl RedisJournal {
         let forgotten: Result<(), _> =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await;
         if let Err(e) = forgotten {
-            tracing::debug!(error = %e, "Posted Sums Not Forgotten");
+            tracing::debug!(error = %e, "Posted sums not removed from the journal");
         }
     }
 }
@@ -79,7 +80,7 @@ impl RedisJournal {
 #[async_trait]
 impl Journal for RedisJournal {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
-        // Nearly always one call: a job of another node is one that is sent again.
+        // Almost always one call: a job of another node occurs only when it is sent again.
         for (node, jobs) in by_node(jobs, |job| job.id) {
             let mut command = Cmd::with_capacity(2 + 2 * jobs.len(), ENTRY_BYTES * (jobs.len() + 1));
             command.arg("HSET").arg(key(INFLIGHT, node));
@@ -125,7 +126,7 @@ impl Journal for RedisJournal {
     }
 
     async fn unposted(&self, node: NodeId) -> Result<Option<Unposted>, BackendError> {
-        // In one step: sums that get their number in between would be seen twice, or not at all.
+        // Read atomically: sums that are numbered in between would be seen twice or never.
         let mut all = redis::pipe();
         all.atomic().cmd("EXISTS").arg(key(WHOLE, node));
         all.hgetall(key(UNPOSTED, node)).hgetall(key(POSTING, node));
@@ -231,7 +232,7 @@ impl Journal for RedisJournal {
     }
 
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
-        // A map: while the hash is being resized HSCAN may give an entry twice.
+        // A map, because HSCAN may return an entry twice while the hash is resized.
         let mut entries = HashMap::new();
         let mut odd = 0_usize;
         let mut cursor = 0_u64;
@@ -251,27 +252,28 @@ impl Journal for RedisJournal {
             }
         }
         if odd > 0 {
-            tracing::warn!(%node, entries = odd, "Foreign Journal Entries Left Alone");
+            tracing::warn!(%node, entries = odd, "Journal entries of an unknown format skipped");
         }
         Ok(entries.into_values().collect())
     }
 }
 
-/// The parts of what Redis keeps of a node.
+/// The prefixes of the keys that Redis holds for a node.
 pub const INFLIGHT: &str = "inflight";
-/// There while the journal holds all that was entered; gone when Redis has lost its data. Its value is when the process
-/// of the node started, in Unix milliseconds, where an earlier one may have left something.
+/// The completeness marker: exists while the journal holds all jobs that entered it, and vanishes when Redis
+/// loses its data. Jobs accepted before its value, in Unix milliseconds, belong to an earlier process of the
+/// node.
 pub const WHOLE: &str = "whole";
-/// How long that mark outlives its node, in seconds: longer than anybody would have its jobs wait.
+/// Expiry of the marker after its node is gone, in seconds; longer than any job may wait.
 pub const WHOLE_KEPT_S: u64 = 30 * 24 * 3600;
-/// Who looks after the jobs of a node.
+/// The node that has adopted the jobs of a node.
 pub const ADOPTED: &str = "adopted";
 pub const UNPOSTED: &str = "unposted";
 pub const POSTING: &str = "posting";
 const LAST_NUMBER: &str = "posting:last";
 pub const GIVEN_UP: &str = "givenup";
 
-/// The items in runs of one node each.
+/// Splits the items into runs with the same node.
 fn by_node<T>(items: &[T], id: impl Fn(&T) -> JobId + Copy) -> impl Iterator<Item = (NodeId, &[T])> {
     let node = move |item: &T| id(item).node();
     items.chunk_by(move |a, b| node(a) == node(b)).map(move |run| (node(&run[0]), run))
@@ -281,37 +283,38 @@ pub fn key(part: &str, node: NodeId) -> String {
     format!("{part}:{{{node}}}")
 }
 
-/// What stands beside the id of a job.
+/// The value stored under the id of a job.
 pub fn entry_text(deadline: UnixMs, function: &FunctionId, key: Option<&IdempotencyKey>) -> String {
     let mut text = String::with_capacity(ENTRY_BYTES);
-    let _ = write!(text, "{deadline}:{function}"); // to a String: cannot fail
+    let _ = write!(text, "{deadline}:{function}"); // writing to a String cannot fail
     if let Some(key) = key {
         let _ = write!(text, ":{key}");
     }
     text
 }
 
-/// Jobs that have ended, a line each. In one text: as arguments of their own each part would be copied three times.
+/// Ended jobs, one per line. One text, because Redis would copy each part three times if it were a separate
+/// argument.
 fn ended_text(ended: &[Ended]) -> String {
     let mut text = String::with_capacity(ENTRY_BYTES * ended.len());
     for Ended { id, function, adds, is_lost } in ended {
         let Sums { errors, duration_us, handler_invocations, handler_us, .. } = adds;
         text.push_str(id.text(&mut [0; JobId::TEXT_BYTES]));
         let lost = u8::from(*is_lost);
-        // To a String: cannot fail.
+        // Writing to a String cannot fail.
         let _ =
             writeln!(text, " {function} {errors} {duration_us} {handler_invocations} {handler_us} {lost}");
     }
     text
 }
 
-/// Sums, as the scripts write them.
+/// Sums in the format of the scripts.
 pub fn sums_text(sums: &Sums) -> String {
     let Sums { invocations, errors, duration_us, handler_invocations, handler_us } = sums;
     format!("{invocations}:{errors}:{duration_us}:{handler_invocations}:{handler_us}")
 }
 
-/// Number and sums, as the scripts write them.
+/// Number and sums in the format of the scripts.
 pub fn numbered_text(numbered: &Numbered) -> String {
     format!("{}:{}", numbered.number, sums_text(&numbered.sums))
 }
@@ -332,14 +335,14 @@ fn parse_sums(text: &str) -> Option<Sums> {
 /// Fields and values of a hash.
 type Texts = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// Those whose field is a function.
+/// The entries whose field is a function id.
 fn named(texts: &Texts) -> impl Iterator<Item = (FunctionId, &str)> {
     let text = |bytes| std::str::from_utf8(bytes).ok();
     texts.iter().filter_map(move |(name, value)| Some((FunctionId::parse(text(name)?)?, text(value)?)))
 }
 
 fn unreadable() -> BackendError {
-    BackendError::Invalid("sums in Redis cannot be read".into())
+    BackendError::Invalid("the sums in Redis have an unknown format".into())
 }
 
 fn entry(field: &[u8], value: &[u8]) -> Option<JournalEntry> {
@@ -358,7 +361,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn entries_are_read_and_others_left() {
+    fn entries_are_parsed_and_foreign_ones_are_skipped() {
         let id = JobId::new(NodeId(0xab), 5, 6);
         let read = entry(id.to_string().as_bytes(), b"17:f.1").unwrap();
         assert_eq!((read.id, read.deadline, read.function.as_str()), (id, 17, "f.1"));
@@ -374,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn numbered_sums_are_read_as_they_are_written() {
+    fn numbered_sums_survive_a_round_trip() {
         let sums =
             Sums { invocations: 0, errors: -1, duration_us: 7000, handler_invocations: 1, handler_us: 5000 };
         let numbered = Numbered { function: FunctionId::parse("f").unwrap(), number: 1 << 52, sums };

@@ -1,11 +1,12 @@
--- Jobs of a node whose rows are written leave its journal, and what they add to their functions waits to be posted. Each job
--- that was still there adds, and no other: so a second call, or another node's, adds nothing. A job that was given up is
--- remembered: the first result that comes for it after all adds what is still to be added.
+-- Removes jobs of a node whose rows are written from its journal, and adds their counters to the unposted
+-- sums of their functions. Only a job that the journal still held adds, so a second call, or a call of
+-- another node, adds nothing. A job that ended as LOST is remembered: the first late result adds the
+-- difference.
 --
--- KEYS: the journal, the mark that the journal is whole, the sums that are not posted, the jobs that were given up. ARGV: for how
--- many of those there is room, for how many seconds they are remembered, and a line for each job: its id, its function, what it
--- adds (errors, microseconds, runs with a handler's own time, microseconds of those), and 1 if it was given up, else 0. Answer: 1,
--- or 0 if the mark is gone: Redis has lost what it knew, and nothing was done.
+-- KEYS: the journal, its completeness marker, the unposted sums, the lost jobs. ARGV: the maximum number of
+-- lost jobs, their expiry in seconds, and one line per job: its id, its function, what it adds (errors,
+-- microseconds, runs with a handler time, handler microseconds), and 1 if it ended as LOST, else 0. Answer:
+-- 1; or 0 if the marker is gone, because Redis has lost its data. Nothing is done then.
 if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end
 local sums, order, seen = {}, {}, {}
 local room, kept = nil, ARGV[2]
@@ -17,10 +18,11 @@ local function add(name, runs, errors, us, handled, handled_us)
     sums[name] = sum
     order[#order + 1] = name
   end
-  sum[1], sum[2], sum[3], sum[4], sum[5] = sum[1] + runs, sum[2] + errors, sum[3] + us, sum[4] + handled, sum[5] + handled_us
+  sum[1], sum[2], sum[3] = sum[1] + runs, sum[2] + errors, sum[3] + us
+  sum[4], sum[5] = sum[4] + handled, sum[5] + handled_us
 end
 
--- All of them in two commands: one for each would be most of the work.
+-- All jobs in two commands: one command per job would dominate the cost.
 local jobs, ids = {}, {}
 for id, name, errors, us, handled, handled_us, lost in
   string.gmatch(ARGV[3], '(%S+) (%S+) (%d+) (%d+) (%d+) (%d+) (%d)\n')
@@ -46,7 +48,7 @@ for i, job in ipairs(jobs) do
       end
     end
   elseif not is_lost and are_given_up and redis.call('HDEL', KEYS[4], id) == 1 then
-    -- It was counted as a run, and as an error.
+    -- LOST was counted as one run and one error before.
     add(name, 0, errors - 1, us, handled, handled_us)
   end
 end

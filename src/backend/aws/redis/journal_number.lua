@@ -1,19 +1,20 @@
--- Numbers the sums of some functions, under which they are posted. Sums that have a number keep it, and themselves, until they
--- are posted: whoever posts them in the end, their function adds them once.
+-- Assigns numbers to the sums of some functions, under which they are posted. Numbered sums do not change
+-- until they are posted, so their function adds them once, no matter which node posts them or how often.
 --
--- Numbers grow, also where Redis has lost or forgotten the last one: they are above the floor, which is the largest that the
--- caller has seen, and not below the time in microseconds. (The last one is forgotten after a day, by when a clock that was set
--- back has caught up.)
+-- Numbers grow, even if Redis has lost or expired the last one. They are above the floor, which is the
+-- largest number that the caller has seen, and not below the time in microseconds. The last number expires
+-- after a day. By then a clock that was set back has caught up.
 --
--- Nothing is done while the mark is gone. Redis has lost its data then, and an answer that there is nothing to be posted would
--- have the caller forget what it alone still knows.
+-- Nothing is done while the marker is gone. Redis has lost its data then, and the answer "nothing to post"
+-- would make the caller discard the only copy of the sums.
 --
--- KEYS: the sums that are not posted, those that have a number, the last number, the mark that the journal is whole. ARGV: the
--- floor, and functions. Answer: for each function "number:" and its sums, or an empty text, and the sums that have no number
--- yet, or an empty text; nil if the mark is gone.
+-- KEYS: the unposted sums, the numbered sums, the last number, the completeness marker of the journal. ARGV:
+-- the floor, and functions. Answer: for each function "number:sums" or an empty string, and the sums that
+-- have no number yet or an empty string; nil if the marker is gone.
 if redis.call('EXISTS', KEYS[4]) == 0 then return false end
 local time = redis.call('TIME')
-local last = math.max(tonumber(redis.call('GET', KEYS[3]) or '0'), time[1] * 1000000 + time[2], tonumber(ARGV[1]))
+local last = math.max(
+  tonumber(redis.call('GET', KEYS[3]) or '0'), time[1] * 1000000 + time[2], tonumber(ARGV[1]))
 local answer, drawn = {}, false
 for i = 2, #ARGV do
   local name = ARGV[i]

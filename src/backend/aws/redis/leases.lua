@@ -1,17 +1,19 @@
--- One bucket whose tokens are leased to nodes. A call reports what a holder still has, gives back what it no longer
--- wants, takes tokens that are spent at once, and leases more.
+-- One bucket whose tokens are leased to nodes. A call reports what a holder still has, returns tokens that it
+-- does not need, takes tokens that are spent immediately, and leases more.
 --
--- The hash has a field `b` = "at:debt:cost" and for each holder "amount:expiry:seq:taken", times in Unix microseconds.
--- `debt` counts all that was taken and has not drained yet, live leases included; a request adds `cost`, each microsecond
--- takes `rate` away. Debt never drains below the live leases: so what is left plus what is leased never exceeds
--- the burst, and neither do admissions in any window exceed burst + rate * window, whatever nodes or calls are lost. A
--- lease that expires counts as spent. Everything stays below 2^53, where Lua's doubles are exact.
+-- The hash has a field `b` = "at:debt:cost" and for each holder "amount:expiry:seq:taken", times in Unix
+-- microseconds. `debt` counts all tokens taken and not drained yet, live leases included. A request adds
+-- `cost`; each microsecond drains `rate`. Debt never drains below the live leases, so the tokens left plus
+-- the tokens leased never exceed the burst. Therefore the admissions in any window never exceed burst + rate
+-- * window, even if nodes or calls are lost. An expired lease counts as spent. All values stay below 2^53,
+-- where Lua's doubles are exact.
 --
--- A call that comes a second time gets the answer of the first; one that is older than the holder's last changes nothing.
+-- A repeated call gets the answer of the first one. A call that is older than the holder's last one changes
+-- nothing.
 --
--- KEYS: the bucket. ARGV: holder, seq (0: keep no record), held, back, need, want (tokens), rate, cost, burst, lease
--- in microseconds, and the time if it is not that of Redis. Answer: applied, amount leased, taken, left, microseconds until
--- one token is there, nodes.
+-- KEYS: the bucket. ARGV: holder, seq (0: store no lease), held, back, need, want (tokens), rate, cost,
+-- burst, lease in microseconds, and the time if it is not that of Redis. Answer: applied, amount leased,
+-- taken, left, microseconds until one token is available, nodes.
 local key, holder = KEYS[1], ARGV[1]
 local number = {}
 for i = 2, #ARGV do number[i] = tonumber(ARGV[i]) end
@@ -33,12 +35,13 @@ for i = 1, #stored, 2 do
   if field == 'b' then
     local then_at, then_debt, then_cost = string.match(value, '^(%d+):(%d+):(%d+)$')
     at, debt = tonumber(then_at), tonumber(then_debt)
-    -- The quota was changed: what counts is the number of requests owed, rounded up.
+    -- The quota has changed: the number of requests owed is kept, rounded up.
     if tonumber(then_cost) ~= cost then debt = math.ceil(debt / tonumber(then_cost) * cost) + 1 end
   else
     local amount, expiry, its_seq, taken = string.match(value, '^(%d+):(%d+):(%d+):(%d+)$')
     local lease = {
-      field = field, amount = tonumber(amount), expiry = tonumber(expiry), seq = tonumber(its_seq), taken = tonumber(taken),
+      field = field, amount = tonumber(amount), expiry = tonumber(expiry),
+      seq = tonumber(its_seq), taken = tonumber(taken),
     }
     live = live + lease.amount
     others[#others + 1] = lease
@@ -46,9 +49,9 @@ for i = 1, #stored, 2 do
 end
 debt = math.max(live * cost, math.min(debt, capacity))
 
--- Drains up to now. Leases expire on the way, in their order: until then they hold the debt up.
+-- Drains up to now. Leases expire on the way, in order of their expiry; until then they hold the debt up.
 table.sort(others, function(a, b) return a.expiry < b.expiry end)
-local now = math.max(clock, at) -- a clock that steps back drains nothing until it has caught up
+local now = math.max(clock, at) -- after a step back nothing drains until the clock has caught up
 local function drain(till)
   if till > at then
     debt = math.max(live * cost, debt - (till - at) * rate)
@@ -67,13 +70,13 @@ for i, lease in ipairs(others) do
 end
 local nodes = #others + 1
 
--- What a later request would find, and when it would find one token.
+-- The tokens that a later request would find, and the time until one token is available.
 local function answer(applied, amount, taken)
   local left = debt < capacity and quotient(capacity - debt, cost) or 0
   local retry = 0
   if left < 1 then
     retry = at - clock + math.ceil((debt + cost - capacity) / rate)
-    -- Nothing drains under a lease.
+    -- Nothing drains below the live leases.
     if (live + 1) * cost > capacity and others[1] then retry = math.max(retry, others[1].expiry - clock) end
   end
   return { applied, amount, taken, left, retry, nodes }
@@ -82,7 +85,7 @@ end
 if mine and seq == mine.seq then return answer(1, mine.amount, mine.taken) end
 if mine and seq < mine.seq then return answer(0, 0, 0) end
 
--- A holder without a live lease holds nothing, whatever it says.
+-- A holder without a live lease holds nothing, whatever it reports.
 local had = mine and mine.amount or 0
 held = math.min(held, had)
 back = math.min(back, had - held)
@@ -94,11 +97,11 @@ local taken = math.min(need, room)
 local extra = math.min(want, quotient(room - taken, 2 * nodes))
 live = live + extra
 debt = debt + (taken + extra) * cost
--- A refusal changes nothing, so nothing is written: what is stored drains to the same. (Not where something is still
--- held: the holder reckons with a new expiry.)
+-- A rejection changes nothing, so nothing is written: the stored value drains to the same result. It is
+-- written if the holder still holds tokens, because the holder relies on the new expiry.
 if taken + extra + back + held + had == 0 then return answer(1, 0, 0) end
 
--- '%.0f', since tostring() prints 14 digits only.
+-- '%.0f', because tostring() prints only 14 digits.
 local fields = { 'b', string.format('%.0f:%.0f:%.0f', at, debt, cost) }
 if seq > 0 then
   fields[3] = holder
@@ -106,7 +109,7 @@ if seq > 0 then
 end
 if gone[1] then redis.call('HDEL', key, unpack(gone)) end
 redis.call('HSET', key, unpack(fields))
--- Until nothing is owed: what is leased begins to drain when the lease ends.
+-- Expires when nothing is owed: leased tokens begin to drain when the lease ends.
 local full_us = at - clock + ttl + debt / rate
 redis.call('PEXPIRE', key, string.format('%.0f', math.ceil(full_us / 1000) + 1))
 return answer(1, held + extra, taken)

@@ -1,10 +1,11 @@
-//! Rate limits counted in Redis: GCRA, exact or leased.
+//! Counts rate limits in Redis by GCRA, exact or leased.
 //!
-//! Exact, it is one script call a request for all its buckets. One call for several keys means that the buckets of a request must share a slot in a Redis Cluster, which this
-//! design does not draw; a call for each bucket would need a second one to give back what the others refuse.
-//! A call that runs twice, because the connection broke, takes twice: too strict by one, never too lax.
+//! Exact: one script call per request for all its buckets. In a Redis Cluster these buckets would have to
+//! share a slot; cluster mode is not supported. One call per bucket was rejected, because a second call would
+//! be needed to return the tokens when another bucket rejects the request. A call that runs twice, because
+//! the connection broke, counts twice: too strict by one request, never too lax.
 //!
-//! Leased, it is one script call now and then for one bucket, and one that runs twice counts once; see `leases.lua`.
+//! Leased: occasional script calls for one bucket. A call that runs twice counts once; see `leases.lua`.
 
 use super::connection::Commands;
 use crate::backend::{BackendError, Decision, Grant, LeaseCall, LimitStore};
@@ -42,7 +43,9 @@ impl LimitStore for RedisLimits {
         let answer: Vec<i64> =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         if answer.len() != 3 * buckets.len() {
-            return Err(BackendError::Invalid("the limiter's answer has another length".into()));
+            return Err(BackendError::Invalid(
+                "the answer of the limit script has an unexpected length".into(),
+            ));
         }
         Ok(answer.chunks_exact(3).map(decision).collect())
     }
@@ -50,7 +53,7 @@ impl LimitStore for RedisLimits {
     async fn lease(&self, call: &LeaseCall) -> Result<Grant, BackendError> {
         let (rate, cost) = call.quota.drain();
         let mut script = self.lease.prepare_invoke();
-        // The hash tag is the name as a whole; what follows keeps the two kinds of buckets apart.
+        // The hash tag is the whole name. The suffix keeps the two kinds of buckets apart.
         script.key(format!("limit:{{{}}}:lease", call.bucket)).arg(format!("{:016x}", call.holder));
         script.arg(call.seq).arg(call.held).arg(call.back).arg(call.need).arg(call.want);
         script.arg(rate).arg(cost).arg(call.quota.burst.max(1)).arg(micros(call.ttl));
@@ -88,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_become_decisions() {
+    fn answers_are_parsed_into_decisions() {
         let refused = Decision { allowed: false, remaining: 0, retry_after: Duration::from_micros(5) };
         assert_eq!(decision(&[0, 0, 5]), refused);
         assert_eq!(

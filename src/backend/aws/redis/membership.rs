@@ -1,11 +1,16 @@
-//! The nodes of the fleet, in Redis: `nodes:{<log table>}`, a sorted set of node ids by the end of their lease in Unix
-//! milliseconds; `adopted:{<node>}`, who looks after the jobs of a node; `whole:{<node>}`, there while its journal is;
-//! `telling:{<node>}`, there while the journal is told again what it has lost.
+//! Tracks the nodes of the fleet in Redis:
 //!
-//! Beside the set stand, in the same slot and as long as a lease, `nodes:{<log table>}:holder:<node>`, the
-//! token of the process that holds the lease, and `nodes:{<log table>}:contested:<node>`, there while another
-//! process tries to renew it. A process of an earlier version has no token: it renews the lease and leaves
-//! the holder alone.
+//! * `nodes:{<log table>}`: a sorted set of node ids by the end of their lease in Unix milliseconds.
+//! * `adopted:{<node>}`: the node that has adopted the jobs of `<node>`.
+//! * `whole:{<node>}`: the completeness marker of its journal.
+//! * `telling:{<node>}`: exists while its journal is being restored after a loss of data.
+//!
+//! Two more keys per node are in the slot of the set and last as long as a lease:
+//!
+//! * `nodes:{<log table>}:holder:<node>`: the token of the process that holds the lease.
+//! * `nodes:{<log table>}:contested:<node>`: exists while another process tries to renew it.
+//!
+//! A process of an earlier version has no token: it renews the lease and does not change the holder.
 
 use super::connection::Commands;
 use super::journal::{
@@ -21,9 +26,10 @@ use redis::{Cmd, Script, cmd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, who takes it, and from
-/// whom it may be taken before it lapses: a token, `""` (a process without one) or `"-"` (nobody). Answer:
-/// whether it is taken; if not, who holds it, when it lapses, and in how many milliseconds.
+/// KEYS: the nodes; the holder of a node. ARGV: the node, the lease in milliseconds, the token of the caller,
+/// and the holder from which the lease may be taken before it lapses: a token, `""` (a process without one)
+/// or `"-"` (none). Answer: whether the lease was taken; otherwise its holder, the end of the lease, and the
+/// milliseconds until then.
 const TAKE: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local ends = tonumber(redis.call('ZSCORE', KEYS[1], ARGV[1]) or 0)
@@ -35,15 +41,15 @@ redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, '', '0', '0'}";
 
-/// The mark that a journal is being told: a Redis that loses its data meanwhile has not heard all.
+/// The restore marker: if it vanishes, Redis has lost its data again during the restore.
 const TELLING: &str = "telling";
 
-/// How long that may take, in seconds.
+/// Maximum duration of a restore, in seconds.
 const TELLING_MAX_S: u64 = 3600;
 
-/// KEYS: the nodes; the holder of a node; whether that one is contested. ARGV: the node, its lease in
-/// milliseconds, who renews it. Answer: whether it is renewed; up to 16 whose lease has lapsed; how many
-/// live; whether it is contested.
+/// KEYS: the nodes; the holder of a node; its contested marker. ARGV: the node, its lease in milliseconds,
+/// the token of the caller. Answer: whether the lease was renewed; up to 16 nodes whose lease has lapsed; the
+/// number of live nodes; whether the lease is contested.
 const RENEW: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local holder = redis.call('GET', KEYS[2])
@@ -56,21 +62,23 @@ redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16),
   redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf'), redis.call('EXISTS', KEYS[3])}";
 
-/// KEYS: who has adopted a node. ARGV: who would, for how many milliseconds. Answer: whether that one has.
+/// KEYS: the adopter of a node. ARGV: the caller, and the duration in milliseconds. Answer: whether the
+/// caller is the adopter now.
 const ADOPT: &str = "local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1";
 
-/// KEYS: the nodes. ARGV: one of them. Answer: 1 if its lease had lapsed and it is off the list.
+/// KEYS: the nodes. ARGV: one of them. Answer: 1 if its lease had lapsed and it was removed from the set.
 const DISMISS: &str = "local time = redis.call('TIME')
 local ends = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if ends and tonumber(ends) >= time[1] * 1000 then return 0 end
 redis.call('ZREM', KEYS[1], ARGV[1])
 return 1";
 
-/// KEYS: the mark that a journal is being told, the mark that it is whole. ARGV: who tells, and for how many seconds the second mark
-/// is kept. Answer: 1 if it is whole now; 0: what was told before is lost, or another one tells.
+/// KEYS: the restore marker, the completeness marker. ARGV: the token of the restore, and the expiry of the
+/// second marker in seconds. Answer: 1 if the journal is complete now; 0 if the restore was lost or another
+/// one has begun.
 const RETOLD: &str = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 redis.call('SET', KEYS[2], '1', 'EX', ARGV[2])
@@ -78,7 +86,8 @@ return 1";
 
 pub struct RedisMembership {
     commands: Arc<Commands>,
-    /// Nodes that share a Redis and not their tables know nothing of each other.
+    /// The key of the set. It has the table name in it, so that fleets that share Redis but no tables stay
+    /// separate.
     nodes: String,
     process: ProcessToken,
     take: Script,
@@ -89,7 +98,7 @@ pub struct RedisMembership {
 }
 
 impl RedisMembership {
-    /// `process`: this one.
+    /// `process` is the token of this process.
     pub fn new(commands: Arc<Commands>, logs_table: &str, process: ProcessToken) -> Self {
         let nodes = format!("nodes:{{{logs_table}}}");
         let [take, renew, adopt, dismiss, retold] = [TAKE, RENEW, ADOPT, DISMISS, RETOLD].map(Script::new);
@@ -141,7 +150,7 @@ impl Membership for RedisMembership {
         if !is_renewed {
             return Ok(Renewal::Lost);
         }
-        // What is no node is left alone.
+        // Members that are not node ids are ignored.
         let lapsed =
             lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect();
         Ok(Renewal::Renewed { others: Others { lapsed, alive }, is_contested })
@@ -172,7 +181,7 @@ impl Membership for RedisMembership {
     }
 
     async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError> {
-        // Says whether it is there, and keeps it there.
+        // EXPIRE reports whether the key exists, and renews its expiry.
         self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
     }
 
@@ -222,7 +231,7 @@ impl Membership for RedisMembership {
     }
 }
 
-/// `None`: there is nothing to tell.
+/// Returns `None` if there are no fields to write.
 fn hset(part: &str, node: NodeId, fields: impl Iterator<Item = (String, String)>) -> Option<Cmd> {
     let mut command = cmd("HSET");
     command.arg(key(part, node));

@@ -1,8 +1,8 @@
-//! What `serve` needs of Redis beside an answer: it takes writes, runs scripts, lets this user publish and
-//! subscribe, and keeps what it was given.
+//! Checks at start what `serve` requires of Redis beyond a PING: writes, scripts, PUBLISH, subscriptions, and
+//! no eviction of keys.
 //!
-//! Each step is one that a node takes later, on names of the same kind. So a user that is denied one of them,
-//! or a replica, stops the start and not the first job.
+//! Each step is one that a node performs later, with names of the same kind. So a missing permission or a
+//! replica stops the start instead of failing the first job.
 
 use super::changes::channel_of;
 use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, Commands, class};
@@ -17,43 +17,44 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
-/// As long as the key of a probe that broke off stays.
+/// Expiry of the probe's key, in case the probe is interrupted.
 const KEPT_MS: u64 = 10_000;
-/// Nodes ignore an announcement that is too long for an id.
+/// A payload that nodes ignore, because it is too long for an id.
 const NO_ANNOUNCEMENT: [u8; 256] = [b'-'; 256];
 
-/// Why this Redis cannot be used, and what to do.
+/// Why this Redis cannot be used, and the remedy.
 pub struct Unfit {
     pub error: BackendError,
     pub mend: &'static str,
 }
 
-const RIGHTS: &str = "Allow its user the keys and channels of this program: ACL SETUSER <user> ~* &* +@all -@dangerous +info. \
-     A user without all channels (&*) needs &result:<node>* for each node, as Redis compares patterns as text.";
+const RIGHTS: &str = "Allow its user the keys and channels of this program: \
+     ACL SETUSER <user> ~* &* +@all -@dangerous +info. A user without all channels (&*) needs \
+     &result:<node>* for each node, because Redis compares patterns as text.";
 
-/// (code of Redis, whether an operator has to change something, what it means, what to do)
+/// (Redis error code, whether only an operator can fix it, meaning, remedy)
 const CODES: [(&str, bool, &str, &str); 8] = [
     (
         "READONLY",
         true,
-        "it is a replica, which takes no writes",
+        "it is a replica, which rejects writes",
         "Name the primary (of ElastiCache: the primary endpoint).",
     ),
-    ("NOPERM", true, "its user has too few rights", RIGHTS),
+    ("NOPERM", true, "its user lacks permissions", RIGHTS),
     (
         "MISCONF",
         false,
-        "it takes no writes, as it cannot save to its disk",
-        "Its log says why; mend that, or set stop-writes-on-bgsave-error no.",
+        "it rejects writes because it cannot save to its disk",
+        "Fix the cause that its log names, or set stop-writes-on-bgsave-error no.",
     ),
     ("OOM", false, "its memory is full", "Raise its maxmemory, or remove keys."),
     (
         "NOREPLICAS",
         false,
-        "it takes no writes, as too few replicas follow it",
+        "it rejects writes because it has too few replicas",
         "Start the replicas, or lower min-replicas-to-write.",
     ),
-    ("LOADING", false, "it still reads its data", "Wait until it has started."),
+    ("LOADING", false, "it is still loading its data", "Wait until it has started."),
     ("MASTERDOWN", true, "it is a replica without its primary", "Name the primary."),
     (
         "MOVED",
@@ -68,7 +69,7 @@ pub struct RedisProbe<'a> {
     commands: &'a Commands,
     functions_table: &'a str,
     deadline: Instant,
-    /// The code of the last answer that was an error.
+    /// The code of the last error answer.
     code: Mutex<String>,
 }
 
@@ -82,17 +83,17 @@ impl<'a> RedisProbe<'a> {
         Self { client, commands, functions_table, deadline, code: Mutex::default() }
     }
 
-    /// All steps that need no node id; what is amiss but keeps nobody from starting.
+    /// Runs all steps that need no node id. Returns a warning about problems that do not prevent the start.
     pub async fn run(&self) -> Result<Option<String>, Unfit> {
         self.step("write", || self.write()).await?;
         self.step("subscribe to changes, and publish changes,", || self.changes()).await?;
         self.eviction_warning().await
     }
 
-    /// The first of `nodes` that may subscribe to the results of its jobs, as [`RedisResults`] does.
+    /// Returns the first of `nodes` that may subscribe to the results of its jobs, as [`RedisResults`] does.
     ///
-    /// Redis compares a pattern with the allowed ones as text, unless its user has all channels. So the
-    /// answer for one node id says nothing of another one.
+    /// Redis compares a pattern with the allowed patterns as text, unless its user has all channels. So the
+    /// answer for one node id does not hold for another.
     ///
     /// [`RedisResults`]: super::results::RedisResults
     pub async fn results(&self, nodes: &[NodeId]) -> Result<NodeId, Unfit> {
@@ -104,8 +105,8 @@ impl<'a> RedisProbe<'a> {
         F: Future<Output = Result<T, BackendError>>,
     {
         self.forget();
-        // What one server refuses in a fail-over another one takes a moment later, so that is tried to the
-        // end, too.
+        // During a failover one server may reject what another accepts a moment later, so rejections are
+        // retried until the deadline too.
         crate::backend::aws::start::within(self.deadline, step).await.map_err(|error| self.unfit(what, error))
     }
 
@@ -137,7 +138,7 @@ impl<'a> RedisProbe<'a> {
             .await
     }
 
-    /// A key beside those of the journals; no node has this id.
+    /// Writes a key with the prefix of the journals. No node has this id.
     async fn write(&self) -> Result<(), BackendError> {
         let key = format!("{INFLIGHT}:{{check}}");
         self.query::<()>(cmd("SET").arg(&key).arg(1).arg("PX").arg(KEPT_MS)).await?;
@@ -172,7 +173,7 @@ impl<'a> RedisProbe<'a> {
         self.query::<i64>(cmd("PUBLISH").arg(&changes).arg(&NO_ANNOUNCEMENT[..])).await.map(drop)
     }
 
-    /// A user that was made for an earlier version may not have these channels, and the node can do without.
+    /// A user created for an earlier version may lack these channels. The node works without them.
     pub async fn beats_warning(&self, node: NodeId) -> Option<String> {
         let channel = super::beats::channel_of(node);
         let tried = async {
@@ -182,17 +183,18 @@ impl<'a> RedisProbe<'a> {
         };
         let error = tried.await.err()?;
         Some(format!(
-            "Redis does not take this node's beats ({error}), so a subscription that stays on an old primary after a \
-             fail-over is not noticed. Allow its user the channels beat:*"
+            "Redis rejects this node's beats ({error}), so a subscription that stays on an old primary \
+             after a failover is not detected. Allow its user the channels beat:*"
         ))
     }
 
-    /// Whether Redis gives up keys when its memory is full: journals of jobs in flight are kept nowhere else.
+    /// Whether Redis evicts keys when its memory is full: the journals of jobs in flight are stored nowhere
+    /// else.
     async fn eviction_warning(&self) -> Result<Option<String>, Unfit> {
         let Ok(info) = self.query::<String>(cmd("INFO").arg("memory")).await else {
             return Ok(Some(
-                "Redis does not say whether it evicts keys (INFO memory is refused). Make sure that its maxmemory-policy \
-                 is noeviction"
+                "Redis does not report whether it evicts keys (INFO memory is denied). Make sure that its \
+                 maxmemory-policy is noeviction"
                     .to_owned(),
             ));
         };
@@ -235,7 +237,7 @@ async fn within<T>(
     }
 }
 
-/// What `INFO memory` says of it.
+/// Evaluates the answer to `INFO memory`.
 fn eviction(info: &str) -> Result<Option<String>, Unfit> {
     let value = |name: &str| info.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':'));
     let policy = value("maxmemory_policy").unwrap_or("unknown");
@@ -244,14 +246,14 @@ fn eviction(info: &str) -> Result<Option<String>, Unfit> {
         "noeviction" => Ok(None),
         policy if policy.starts_with("allkeys-") && is_bounded => Err(Unfit {
             error: BackendError::Invalid(format!(
-                "it gives up any key when its memory is full (maxmemory-policy {policy}), and the journals of jobs in flight \
-                 are kept nowhere else"
+                "it evicts any key when its memory is full (maxmemory-policy {policy}), and the journals of \
+                 jobs in flight are stored nowhere else"
             )),
             mend: "Set its maxmemory-policy to noeviction.",
         }),
         policy => Ok(Some(format!(
-            "Redis has the maxmemory-policy {policy}: when its memory is full it may give up results and leases, and jobs \
-             end as LOST. Set it to noeviction"
+            "Redis has the maxmemory-policy {policy}: when its memory is full it may evict results and \
+             leases, and jobs end as LOST. Set it to noeviction"
         ))),
     }
 }
@@ -261,7 +263,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_gives_up_journals_stops_the_start() {
+    fn only_a_policy_that_evicts_journals_stops_the_start() {
         for (policy, maxmemory, expected) in [
             ("noeviction", "0", "good"),
             ("noeviction", "100", "good"),
@@ -269,7 +271,7 @@ mod tests {
             ("volatile-ttl", "0", "warning"),
             ("allkeys-lru", "100", "unfit"),
             ("allkeys-random", "1", "unfit"),
-            // Until somebody bounds it.
+            // Allowed as long as its memory is unbounded.
             ("allkeys-lfu", "0", "warning"),
         ] {
             let info = format!(
@@ -283,6 +285,6 @@ mod tests {
             };
             assert_eq!(found, expected, "{policy} {maxmemory}");
         }
-        assert!(matches!(eviction("# Memory\r\n"), Ok(Some(_))), "it does not say");
+        assert!(matches!(eviction("# Memory\r\n"), Ok(Some(_))), "the policy is not reported");
     }
 }

@@ -1,11 +1,12 @@
-//! Results: what workers publish, and the keys where they leave a copy.
+//! Receives results: publications of workers, and the keys in which workers store a copy.
 //!
-//! The subscription has a connection of its own, and no task of ours: [`Results::next`] drives it. It serves two:
-//! the pattern with the node's own prefix, and one channel for each job of another node that a long poll waits for.
-//! Those channels are kept as a set of wishes ([`Watches`]) that `next` carries out, so a waiter may come and
-//! go at any time, also while Redis is away, and dropping it leaves nothing behind.
+//! The subscription has its own connection and no task: [`Results::next`] drives it. It covers the pattern of
+//! this node's job ids, and one channel for each job of another node that a long poll waits for. The set of
+//! these channels ([`Watches`]) is applied by `next`. So a waiter may come and go at any time, even while
+//! Redis is down, and dropping it leaves nothing behind.
 //!
-//! The crate reads ahead without a bound, so whoever calls `next` must not pause: it hands results on and comes back.
+//! The `redis` crate reads ahead without a bound. The caller of `next` must therefore hand results on without
+//! pausing.
 
 use super::beats::Beats;
 use super::connection::Commands;
@@ -22,9 +23,10 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
 const CHANNEL_PREFIX: &str = "result:";
-/// Most jobs of other nodes waited for at once. Full: [`BackendError::Unavailable`].
+/// Maximum number of other nodes' jobs that are waited for. When it is reached:
+/// [`BackendError::Unavailable`].
 const WATCHES_MAX: usize = 8_192;
-/// How often a waiter looks at the stored key: a result published before the subscription stood may be
+/// How often a waiter reads the stored key. A result published before the subscription was active may be
 /// stored only after it.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
@@ -45,11 +47,11 @@ struct Line {
 
 struct Subscription {
     subscriber: Subscriber,
-    /// Taken from the watches and not yet carried out; kept here because `next` may be dropped in between.
+    /// Taken from the watches and not applied yet. Kept here because `next` may be dropped in between.
     changes: Vec<Change>,
 }
 
-/// The channels of the jobs of a node: their ids begin with its own.
+/// The channel pattern for the jobs of a node, whose ids begin with the node id.
 pub fn pattern_of(node: NodeId) -> String {
     format!("{CHANNEL_PREFIX}{node}*")
 }
@@ -76,13 +78,13 @@ impl RedisResults {
         Ok(Subscription { subscriber, changes: Vec::new() })
     }
 
-    /// One try to subscribe, after a pause that grows with each failure.
+    /// Tries once to subscribe, after a pause that grows with each failure.
     async fn resubscribe(&self, line: &mut Line) -> Option<ResultEvent> {
         match self.subscribe(&line.history).await {
             Ok(subscription) => {
                 let failures = line.history.connected();
                 if failures > 0 {
-                    tracing::info!(failures, "Results Heard Again");
+                    tracing::info!(failures, "Subscription to results restored");
                 }
                 line.subscription = Some(subscription);
                 self.watches.tell_all_subscribed();
@@ -92,14 +94,18 @@ impl RedisResults {
                 self.watches.stop();
                 let is_first = line.history.failed();
                 if is_first {
-                    tracing::warn!(%error, "Results Not Heard");
+                    tracing::warn!(
+                        %error,
+                        "Subscription to results failed; results are polled until it is restored. \
+                         Check Redis and its ACL"
+                    );
                 }
                 is_first.then_some(ResultEvent::Hearing(Hearing::Broken))
             }
         }
     }
 
-    /// What the standing subscription gives next; an error ends it.
+    /// Returns the next event of the active subscription. An error ends the subscription.
     async fn listen(
         &self,
         subscription: &mut Subscription,
@@ -124,18 +130,18 @@ impl RedisResults {
         }
     }
 
-    /// The subscription is over; a new one is made.
+    /// Handles the end of a subscription and prepares the next one.
     fn ended(&self, ended: Ended, history: &mut History) -> Hearing {
         self.watches.stop();
         match ended {
             Ended::Broken(error) => {
-                tracing::warn!(%error, "Subscription Ended");
+                tracing::warn!(%error, "Subscription to results broke; reconnecting");
                 Hearing::Broken
             }
             Ended::Missed => {
                 tracing::warn!(
                     subscription = "results",
-                    "Beats Not Heard: subscription and commands lead to two Redis servers. Both reconnect"
+                    "Beats missed: subscription and commands lead to different Redis servers. Both reconnect"
                 );
                 history.missed();
                 self.commands.reconnect();
@@ -194,7 +200,7 @@ impl Results for RedisResults {
     }
 
     async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError> {
-        // Not GET: of a key that holds no string MGET says nil instead of failing.
+        // MGET instead of GET, because GET fails on a key that does not hold a string.
         let mut values: Vec<Option<Bytes>> =
             self.commands.query(cmd("MGET").arg(stored_key(request_id))).await?;
         Ok(values.pop().flatten())
@@ -206,16 +212,17 @@ impl Results for RedisResults {
             let heard = watched.heard.borrow_and_update().clone();
             match heard {
                 Heard::Published(payload) => return Ok(payload),
-                // Read only after the subscription stands: what was stored before is found, what comes later is heard.
+                // Read only while the subscription is active: results stored before are found, later ones are
+                // received.
                 Heard::Subscribed => match self.stored(&[id]).await.map(|mut values| values.pop()) {
                     Ok(Some(Some(payload))) => return Ok(payload),
-                    // While Redis is away there is no news; when it is back there is a new look.
+                    // While Redis is down nothing changes. When it is back the key is read again.
                     Ok(_) | Err(BackendError::Unavailable(_)) => {}
                     Err(error) => return Err(error),
                 },
                 Heard::Nothing => {}
             }
-            // Ends with the next look or the next news; the sender lives as long as we are registered.
+            // Ends at the next look or change. The sender lives as long as this waiter is registered.
             let _ = timeout(LOOK_EVERY, watched.heard.changed()).await;
         }
     }
@@ -237,7 +244,7 @@ pub fn channel(id: JobId) -> String {
     format!("{CHANNEL_PREFIX}{id}")
 }
 
-/// Carries out the changes in their order, neighbours of a kind in one command.
+/// Applies the changes in order. Adjacent changes of one kind go in one command.
 async fn apply(subscriber: &mut Subscriber, changes: &[Change]) -> Result<(), BackendError> {
     for run in changes.chunk_by(|a, b| a.wanted == b.wanted) {
         let channels: Vec<_> = run.iter().map(|change| channel(change.id)).collect();
@@ -250,7 +257,7 @@ async fn apply(subscriber: &mut Subscriber, changes: &[Change]) -> Result<(), Ba
     Ok(())
 }
 
-/// What is known of a watched job.
+/// The state of a watched job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Heard {
     Nothing,
@@ -264,7 +271,7 @@ struct Change {
     wanted: bool,
 }
 
-/// The jobs of other nodes that somebody waits for, and what the subscription has yet to learn of them.
+/// The jobs of other nodes that are waited for, and the changes that the subscription has not applied yet.
 #[derive(Default)]
 struct Watches {
     inner: Mutex<Wishes>,
@@ -274,7 +281,7 @@ struct Watches {
 #[derive(Default)]
 struct Wishes {
     jobs: HashMap<JobId, Wish>,
-    /// In their order; empty while no subscription stands, because a new one starts from `jobs`.
+    /// In order. Empty while there is no subscription, because a new one starts from `jobs`.
     changes: Vec<Change>,
     subscribed: bool,
 }
@@ -287,7 +294,7 @@ struct Wish {
 impl Watches {
     fn enter(&self, id: JobId) -> Result<Watched<'_>, BackendError> {
         let mut inner = self.inner();
-        // The changes are bounded too: each entry brings two at most.
+        // Bounds the changes too: each entry causes at most two.
         if inner.jobs.len() >= WATCHES_MAX || inner.changes.len() >= WATCHES_MAX {
             return Err(BackendError::Unavailable("too many jobs of other nodes are waited for".into()));
         }
@@ -320,7 +327,7 @@ impl Watches {
         }
     }
 
-    /// The channels a new subscription starts with; from now on changes are kept for it.
+    /// Returns the channels of a new subscription. From now on changes are recorded for it.
     fn start(&self) -> Vec<String> {
         let mut inner = self.inner();
         inner.subscribed = true;
@@ -350,7 +357,8 @@ impl Watches {
         }
     }
 
-    /// A job whose subscription is still to come is told too early, which costs it one look and no result.
+    /// A job whose channel is not subscribed yet is notified too early. That costs one look and loses no
+    /// result.
     fn tell_all_subscribed(&self) {
         let ids: Vec<_> = self.inner().jobs.keys().copied().collect();
         ids.into_iter().for_each(|id| self.tell_unless_published(id));
@@ -373,7 +381,7 @@ impl Watches {
     }
 }
 
-/// One waiter's registration; dropping it undoes it.
+/// The registration of one waiter; Drop removes it.
 struct Watched<'a> {
     watches: &'a Watches,
     id: JobId,
@@ -395,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn waiters_leave_nothing_behind() {
+    fn dropped_waiters_leave_nothing_behind() {
         let watches = Watches::default();
         drop(watches.enter(id(1)));
         assert_eq!(watches.take_changes(), [], "no subscription, no changes");
@@ -427,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn full_means_unavailable() {
+    fn a_full_set_of_watches_returns_unavailable() {
         let watches = Watches::default();
         let _held: Vec<_> = (0..WATCHES_MAX as u64).map(|i| watches.enter(id(i)).unwrap()).collect();
         assert!(matches!(watches.enter(id(u64::MAX)), Err(BackendError::Unavailable(_))));

@@ -1,8 +1,8 @@
-//! A connection to Redis that listens, and the pauses between tries to have one.
+//! A subscribed connection to Redis, and the backoff between attempts to connect.
 //!
-//! A subscriber that only listens does not notice that its peer is gone, so it asks with a PING each second.
-//! That peer may be the wrong one, so each second it also expects to receive the beats of this process
-//! ([`Beats`]).
+//! A connection that only receives does not notice that its peer is gone, so it sends a PING every second.
+//! The peer may also be the wrong server. So the connection must receive the beats of this process
+//! ([`Beats`]) every second too.
 
 use super::beats::{BEAT_EVERY, Beats};
 use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, class};
@@ -18,10 +18,10 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, tim
 const PING_EVERY: Duration = BEAT_EVERY;
 const BACKOFF_FIRST: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
-/// Beats that may be missed in a row; doubled with each reconnect that did not help, up to the maximum.
+/// Beats that may be missed in a row: doubled with each reconnect that did not help, up to the maximum.
 const MISSED_FIRST: u64 = 2;
 const MISSED_MAX: u64 = 64;
-/// Beats after which a new connection is believed, where the one before it missed them.
+/// Beats that a new connection must receive before it is trusted, if its predecessor missed them.
 const PROOF: u32 = 2;
 
 pub struct Subscriber {
@@ -31,34 +31,34 @@ pub struct Subscriber {
     pulse: Pulse,
 }
 
-/// What beats tell of one subscription.
+/// The state of one subscription according to its beats.
 struct Pulse {
     beats: Arc<Beats>,
-    /// The last beat received, or the one that was under way when the subscription began.
+    /// The last beat received, or the one in flight when the subscription began.
     received: u64,
-    /// Whether the channel of the beats is subscribed: not where the password denies it.
+    /// Whether the channel of the beats is subscribed; false if the ACL denies it.
     listens: bool,
-    /// Beats that must arrive before anything is said of the subscription: the one before it was ended for
-    /// want of them.
+    /// Beats that must arrive before the subscription is reported as working, because its predecessor missed
+    /// them.
     to_prove: u32,
     missed_max: u64,
-    /// What was said last.
+    /// The state that was reported last.
     said: Option<Hearing>,
-    /// A beat on its way to Redis.
+    /// A beat that is being published.
     publishing: Option<BoxFuture<'static, ()>>,
 }
 
-/// What a subscriber receives.
+/// What [`Subscriber::next`] returns.
 pub enum Received {
     Message(Msg),
-    /// Whether it receives what is published, where that has changed.
+    /// The state of the subscription has changed.
     Hearing(Hearing),
 }
 
-/// Why a subscription is over.
+/// Why a subscription has ended.
 pub enum Ended {
     Broken(BackendError),
-    /// It receives no beats.
+    /// It did not receive the beats.
     Missed,
 }
 
@@ -69,7 +69,7 @@ impl From<BackendError> for Ended {
 }
 
 impl Subscriber {
-    /// `misses`: how many subscriptions in a row were ended because they received no beats.
+    /// `misses` is the number of subscriptions in a row that ended because they received no beats.
     async fn connect(client: &Client, beats: Arc<Beats>, misses: u32) -> Result<Self, BackendError> {
         let (sink, stream) = within(timeout(CONNECT_DEADLINE, client.get_async_pubsub()).await)?.split();
         let mut tick = interval_at(Instant::now() + PING_EVERY, PING_EVERY);
@@ -95,17 +95,17 @@ impl Subscriber {
         within(timeout(COMMAND_DEADLINE, self.sink.unsubscribe(channels)).await)
     }
 
-    /// The next message, or what has changed. May be dropped while it waits, and then called again.
+    /// Returns the next message or change of state. Cancel safe.
     ///
     /// # Errors
-    /// The connection is gone, or receives nothing.
+    /// The connection is broken or receives no beats.
     pub async fn next(&mut self) -> Result<Received, Ended> {
         loop {
             if let Some(hearing) = self.pulse.news() {
                 return Ok(Received::Hearing(hearing));
             }
             tokio::select! {
-                // What has arrived comes first: beats are missed only by one who has nothing left to read.
+                // Messages come first: a beat is missed only if nothing is left to read.
                 biased;
                 message = self.stream.next() => {
                     let gone = || BackendError::Unavailable("the connection broke".into());
@@ -150,9 +150,9 @@ impl Subscriber {
 }
 
 impl Pulse {
-    /// Whether the message is a beat, and no business of anybody else.
+    /// Whether the message is a beat, which is not passed on.
     fn takes(&mut self, message: &Msg) -> bool {
-        // Many times more are published to a pattern, which the beats are not.
+        // Checked first, because most messages arrive by a pattern and beats never do.
         if message.from_pattern() || message.get_channel_name() != self.beats.channel() {
             return false;
         }
@@ -176,7 +176,7 @@ impl Pulse {
         }
     }
 
-    /// What is known of the subscription, if it is not what was said last.
+    /// The state of the subscription, if it differs from the last report.
     fn news(&mut self) -> Option<Hearing> {
         let hearing = if !self.listens || self.beats.are_off() {
             Hearing::Unproven
@@ -189,7 +189,7 @@ impl Pulse {
     }
 }
 
-/// Waits for a future that may be there, and then puts it away.
+/// Waits for the future, if there is one, and then removes it.
 async fn ended(future: &mut Option<BoxFuture<'static, ()>>) {
     match future {
         Some(running) => {
@@ -207,17 +207,17 @@ fn within<T>(in_time: Result<Result<T, RedisError>, tokio::time::error::Elapsed>
     }
 }
 
-/// The history of one subscription's connections.
+/// The connection history of one subscription.
 #[derive(Default)]
 pub struct History {
-    /// Tries that failed in a row.
+    /// Failed attempts in a row.
     failures: u32,
-    /// Connections in a row that were ended because they received no beats.
+    /// Connections in a row that ended because they received no beats.
     misses: u32,
 }
 
 impl History {
-    /// One try to connect, after a pause that grows with each failure: none at first, then it doubles, with
+    /// Tries once to connect, after a pause that grows with each failure: zero at first, then doubling with
     /// jitter.
     pub async fn connect(&self, client: &Client, beats: &Arc<Beats>) -> Result<Subscriber, BackendError> {
         if self.failures > 0 {
@@ -227,23 +227,23 @@ impl History {
         Subscriber::connect(client, Arc::clone(beats), self.misses).await
     }
 
-    /// One more failure; `true`: it is the first.
+    /// Counts a failure. Returns `true` for the first one.
     pub fn failed(&mut self) -> bool {
         self.failures = self.failures.saturating_add(1);
         self.failures == 1
     }
 
-    /// A try succeeded: how many failed before it.
+    /// Records a success. Returns the number of failed attempts before it.
     pub fn connected(&mut self) -> u32 {
         std::mem::take(&mut self.failures)
     }
 
-    /// It received no beats.
+    /// Records that a connection received no beats.
     pub fn missed(&mut self) {
         self.misses = self.misses.saturating_add(1);
     }
 
-    /// It receives beats, or they are off.
+    /// Records that a connection receives beats, or that beats are off.
     pub fn heard(&mut self) {
         self.misses = 0;
     }

@@ -1,7 +1,7 @@
-//! The workers that report, in Redis: a hash of what they say and a sorted set of when they said it, both of one
-//! slot. Times are those of Redis, so that nodes need not agree on theirs.
+//! Registers workers in Redis: a hash with their last heartbeats and a sorted set with the times, both in one
+//! slot. All times are those of Redis, so node clocks need not agree.
 //!
-//! A key for each worker with an expiry of its own was rejected: to list them one would have to scan all of Redis.
+//! One key per worker with its own expiry was rejected: listing them would require a scan of all keys.
 
 use super::connection::Commands;
 use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
@@ -14,9 +14,9 @@ use std::time::Duration;
 
 const STATES_KEY: &str = "workers:{fleet}";
 const SEEN_KEY: &str = "workers:seen:{fleet}";
-/// What a lone worker writes (CONTRACT §4).
+/// Written by a worker that sends no heartbeats.
 const LONE_STATUS_KEY: &str = "system:status";
-/// A fleet that is gone leaves nothing; longer than any of its workers is known.
+/// Expiry of both keys, longer than any worker is listed. The keys of a fleet that is gone expire.
 const KEYS_EXPIRE: Duration = WORKER_FORGOTTEN.saturating_add(Duration::from_secs(60));
 
 pub struct RedisWorkers {
@@ -57,7 +57,7 @@ impl WorkerRegistry for RedisWorkers {
     }
 }
 
-/// Id, state, age in milliseconds, when it was said in Unix milliseconds.
+/// Id, state, age in milliseconds, time of the heartbeat in Unix milliseconds.
 type Heard = (Bytes, Bytes, u64, UnixMs);
 
 fn by_id(mut heard: Vec<Heard>) -> Vec<WorkerSeen> {

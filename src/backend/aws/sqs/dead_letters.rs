@@ -1,4 +1,4 @@
-//! The dead-letter queue that the task queue's RedrivePolicy names.
+//! Reads the dead-letter queue that the RedrivePolicy of the task queue names.
 
 use crate::backend::aws::error::class;
 use crate::backend::aws::redis::connection::Commands;
@@ -13,11 +13,12 @@ use redis::cmd;
 use serde::Deserialize;
 use std::sync::Arc;
 
-/// How long a message that was read is hidden from others, in seconds: so briefly that a redrive finds it.
+/// Visibility timeout of a message that was read, in seconds. It is short, so that a redrive finds the
+/// message.
 const HIDDEN_S: i32 = 30;
-/// Most messages of one call; what SQS gives.
+/// Maximum number of messages per call; the limit of SQS.
 const MESSAGES_MAX: i32 = 10;
-/// How long a result is kept, in seconds: as workers have it.
+/// Expiry of a stored result, in seconds; the same as for results of workers.
 const RESULT_KEPT_S: u64 = 3600;
 
 pub struct DeadLetterQueue {
@@ -26,7 +27,7 @@ pub struct DeadLetterQueue {
     commands: Arc<Commands>,
 }
 
-/// The queue attribute, as far as it matters here.
+/// The members of the queue attribute that are used here.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct RedrivePolicy {
@@ -34,9 +35,10 @@ struct RedrivePolicy {
 }
 
 impl DeadLetterQueue {
-    /// The queue that a RedrivePolicy names.
+    /// Finds the queue that a RedrivePolicy names.
     pub async fn find(client: Client, commands: Arc<Commands>, policy: &str) -> Result<Self, BackendError> {
-        let unclear = || BackendError::Invalid("the RedrivePolicy of the queue names no queue".into());
+        let unclear =
+            || BackendError::Invalid("the RedrivePolicy of the queue names no dead-letter queue".into());
         let policy: RedrivePolicy = serde_json::from_str(policy).map_err(|_| unclear())?;
         // arn:aws:sqs:<region>:<account>:<name>
         let mut parts = policy.dead_letter_target_arn.rsplit(':');
@@ -91,7 +93,7 @@ impl DeadLetters for DeadLetterQueue {
 }
 
 fn dead_letter(message: Message) -> DeadLetter {
-    /// Of a job message, what tells whose it is.
+    /// The members of a job message that identify the job.
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Named {

@@ -1,7 +1,6 @@
 //! The task queue on SQS.
 //!
-//! A send is a direct call (see `direct`), and one call is one attempt, so each outcome says what is known of the
-//! jobs.
+//! A send is a direct call (see `direct`) without retries, so each result describes exactly one attempt.
 
 use super::dead_letters::DeadLetterQueue;
 use crate::backend::aws::error::class;
@@ -20,14 +19,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const SEND: &str = "AmazonSQS.SendMessageBatch";
-/// Largest message SQS takes at all, in bytes.
+/// Maximum message size of SQS, in bytes.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
-/// What a queue takes that does not say, in bytes: the limit before 2025.
+/// Message size limit of a queue that does not report one, in bytes: the SQS limit before 2025.
 const MESSAGE_BYTES_DEFAULT: usize = 256 << 10;
-/// How long a queue keeps a message that does not say: 4 days, the default of SQS.
+/// Retention of a queue that does not report one: 4 days, the default of SQS.
 const RETENTION_DEFAULT: Duration = Duration::from_secs(4 * 24 * 3600);
 
-/// Refusals of a whole batch that one of its jobs has brought about. All others are the queue's state or ours.
+/// Codes for the rejection of a whole batch that one of its jobs has caused. All others concern the queue or
+/// the caller.
 const JOB_AT_FAULT: &[&str] = &[
     "AWS.SimpleQueueService.BatchRequestTooLong",
     "BatchRequestTooLong",
@@ -41,12 +41,12 @@ pub struct SqsQueue {
     direct: Direct,
     url: String,
     traits: QueueTraits,
-    /// Where messages go that are given up, as the queue has it.
+    /// The RedrivePolicy of the queue, if it has one.
     redrive: Option<String>,
 }
 
 impl SqsQueue {
-    /// The queue of messages that this one gives up, if there is one.
+    /// Returns the dead-letter queue of this queue, if it has one.
     pub async fn dead_letters(
         &self,
         commands: Arc<Commands>,
@@ -57,7 +57,7 @@ impl SqsQueue {
         }
     }
 
-    /// Reads what the queue is like, and so finds out that it exists.
+    /// Reads the attributes of the queue, which shows that it exists.
     pub async fn open(
         client: Client,
         https: HttpsClient,
@@ -71,7 +71,8 @@ impl SqsQueue {
             QueueAttributeName::FifoQueue,
             QueueAttributeName::RedrivePolicy,
         ];
-        // A standard queue may answer InvalidAttributeName to FifoQueue; All is always fine.
+        // Some implementations answer InvalidAttributeName if a standard queue is asked for FifoQueue. All is
+        // always accepted.
         let attributes = match attributes(&client, url, &names, &seen).await {
             Err(BackendError::Invalid(_)) => {
                 self::attributes(&client, url, &[QueueAttributeName::All], &seen).await?
@@ -83,12 +84,13 @@ impl SqsQueue {
         Ok(Self { client, direct, url: url.to_owned(), traits: traits(&attributes, url), redrive })
     }
 
-    /// One call: what became of each job, or why none of them is known to be on the queue.
+    /// Makes one call. Returns the result of each job, or the reason why none of them is known to be on the
+    /// queue.
     async fn send(&self, jobs: &[Job]) -> Result<Vec<Result<(), SendError>>, SendError> {
         let body = batch(&self.url, self.traits.fifo, jobs)?;
         let answer = self.direct.call(SEND, body).await.map_err(|error| not_sent(&error))?;
         let answer: Answer<'_> = serde_json::from_slice(&answer)
-            .map_err(|_| SendError::Unknown("the answer could not be read".into()))?;
+            .map_err(|_| SendError::Unknown("the answer is malformed".into()))?;
         Ok(per_job(&answer, jobs.len()))
     }
 }
@@ -102,7 +104,7 @@ fn not_sent(error: &CallError) -> SendError {
     }
 }
 
-/// The body of the call: each entry named by its place.
+/// Serializes the request. The id of each entry is its index.
 fn batch(url: &str, fifo: bool, jobs: &[Job]) -> Result<Vec<u8>, SendError> {
     let bytes: usize = jobs.iter().map(|job| job.message.len() + job.message.len() / 8 + 256).sum();
     let mut body = Vec::with_capacity(bytes + url.len() + 64);
@@ -116,7 +118,7 @@ fn batch(url: &str, fifo: bool, jobs: &[Job]) -> Result<Vec<u8>, SendError> {
         body.extend_from_slice(index.to_string().as_bytes());
         body.extend_from_slice(b"\",\"MessageBody\":");
         put_text(&mut body, message);
-        // On standard queues too: there it shares the queue fairly among functions.
+        // On standard queues too, where the group id enables fair queueing among functions.
         body.extend_from_slice(b",\"MessageGroupId\":");
         put_text(&mut body, job.function.as_str());
         if fifo {
@@ -170,18 +172,20 @@ impl JobQueue for SqsQueue {
         }
         match self.send(jobs).await {
             Ok(results) => results,
-            // One bad job has the whole batch refused. Alone each gets its own answer; in turn, for the order.
+            // One invalid job causes the rejection of the batch. Alone, each job gets its own result;
+            // sequentially, to keep the order.
             Err(SendError::Refused(_)) if jobs.len() > 1 => {
                 let mut results = Vec::with_capacity(jobs.len());
                 for job in jobs {
                     let alone = self.send(std::slice::from_ref(job)).await;
                     results.extend(alone.unwrap_or_else(|error| vec![Err(error)]));
-                    // What follows would overtake it, or wait as long.
+                    // Later jobs would overtake this one, or fail in the same way.
                     if !matches!(results.last(), Some(Ok(()) | Err(SendError::Refused(_)))) {
                         break;
                     }
                 }
-                let not_tried = || Err(SendError::NotSent("one before it could not be sent".into()));
+                let not_tried =
+                    || Err(SendError::NotSent("an earlier job of the batch could not be sent".into()));
                 results.resize_with(jobs.len(), not_tried);
                 results
             }
@@ -231,9 +235,9 @@ fn traits(attributes: &Attributes, url: &str) -> QueueTraits {
     }
 }
 
-/// The answer's word on each of `count` jobs; an Id in neither list is in doubt.
+/// The result of each of `count` jobs. An id in neither list has an unknown result.
 fn per_job(answer: &Answer<'_>, count: usize) -> Vec<Result<(), SendError>> {
-    let silent = || Err(SendError::Unknown("the answer does not name the job".into()));
+    let silent = || Err(SendError::Unknown("the answer does not mention the job".into()));
     let mut results: Vec<_> = (0..count).map(|_| silent()).collect();
     let mut set = |id: &str, result| {
         if let Some(slot) = id.parse::<usize>().ok().and_then(|i| results.get_mut(i)) {
@@ -257,7 +261,7 @@ mod tests {
     use crate::model::{FunctionId, JobId, NodeId};
 
     #[test]
-    fn queues_say_what_they_are_like() {
+    fn queue_attributes_are_parsed() {
         let said = |pairs: &[(QueueAttributeName, &str)], url: &str| {
             let attributes = pairs.iter().map(|(name, value)| (name.clone(), (*value).to_owned())).collect();
             let traits = traits(&attributes, url);
@@ -276,7 +280,8 @@ mod tests {
     #[test]
     fn each_job_has_its_own_result() {
         let answer = r#"{"Successful":[{"Id":"3","MessageId":"m","MD5OfMessageBody":"x"},{"Id":"77"}],
-            "Failed":[{"Id":"0","SenderFault":true,"Code":"Code"},{"Id":"1","Code":"Code","Message":"a \"b\""}]}"#;
+            "Failed":[{"Id":"0","SenderFault":true,"Code":"Code"},
+            {"Id":"1","Code":"Code","Message":"a \"b\""}]}"#;
         let results = per_job(&serde_json::from_str(answer).unwrap(), 4);
         assert_eq!(results[0], Err(SendError::Refused("Code".into())));
         assert_eq!(results[1], Err(SendError::NotSent("Code".into())));
@@ -289,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_what_sqs_reads() {
+    fn a_batch_is_serialized_for_sqs() {
         let job = |n: u64, message: &'static str| Job {
             id: JobId::new(NodeId(1), 0, n),
             function: FunctionId::parse("f").unwrap(),

@@ -17,7 +17,7 @@
 //!                └ attempt is over, outcome unknown ──→ claim the next attempt: send again
 //! ```
 
-use super::{ApiError, CallHeaders};
+use super::error::RunError;
 use crate::backend::{Backend, BackendError, Claim, Claimed, Claims, ExecutionStore, Standing};
 use crate::config::{BatchConf, Live};
 use crate::dispatch::{Dispatcher, JobState, Pending, PendingJob, Resend, Sending, SubmitError};
@@ -30,8 +30,6 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-/// Longest key, in bytes.
-const KEY_BYTES_MAX: usize = 255;
 /// Pauses between two looks at a claim while another node sends its job: doubled from the first to the longest.
 const LOOK_PAUSE_FIRST: Duration = Duration::from_millis(100);
 const LOOK_PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -42,7 +40,7 @@ const NOTE_PAUSE_FIRST: Duration = Duration::from_millis(100);
 const NOTE_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// What is known of the job of a request that came before.
-pub enum Known {
+pub enum KnownState {
     Result(Outcome),
     /// The queue has, or had, the job.
     Pending(Option<PendingJob>),
@@ -51,13 +49,13 @@ pub enum Known {
 }
 
 /// What a request is to do.
-pub enum Turn {
+pub enum ClaimOutcome {
     /// The request is the first of its key: it sends its job.
     First(Attempt),
     /// It came before.
-    Again(Box<Claimed>, Known),
+    Repeated(Box<Claimed>, KnownState),
     /// It came before, and nobody can know whether the queue has its job: it sends that job again.
-    SendAgain(Attempt, Box<Claimed>, Resend),
+    Resend(Attempt, Box<Claimed>, Resend),
 }
 
 /// What became of an attempt. `None`: it is under way.
@@ -83,9 +81,9 @@ impl Drop for Attempt {
 }
 
 /// Hears what becomes of an attempt.
-pub struct Watched(watch::Receiver<AttemptOutcome>);
+pub struct AttemptWatcher(watch::Receiver<AttemptOutcome>);
 
-impl Watched {
+impl AttemptWatcher {
     pub async fn outcome(&mut self) -> Result<(), SubmitError> {
         let outcome = self.0.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
         outcome.unwrap_or(Err(SubmitError::Unknown))
@@ -94,7 +92,7 @@ impl Watched {
 
 /// Cheap to clone.
 #[derive(Clone)]
-pub struct Once(Arc<Inner>);
+pub struct Idempotency(Arc<Inner>);
 
 struct Inner {
     claims: Arc<dyn Claims>,
@@ -106,7 +104,7 @@ struct Inner {
     attempts: Arc<Attempts>,
 }
 
-impl Once {
+impl Idempotency {
     pub fn new(
         backend: &Backend,
         dispatcher: Dispatcher,
@@ -121,11 +119,11 @@ impl Once {
 
     /// Claims the key, or finds the job that has it and waits until it is known what became of its send. A job lasts
     /// `job_lasts` from when it was accepted.
-    pub async fn turn(&self, claim: &Claim, job_lasts: Duration) -> Result<Turn, ApiError> {
+    pub async fn claim(&self, claim: &Claim, job_lasts: Duration) -> Result<ClaimOutcome, RunError> {
         let attempt = self.begin(claim.job, true);
-        let Some(mut before) = self.0.claims.claim(claim).await.map_err(away)? else {
+        let Some(mut before) = self.0.claims.claim(claim).await.map_err(unavailable)? else {
             self.count("new");
-            return Ok(Turn::First(attempt));
+            return Ok(ClaimOutcome::First(attempt));
         };
         drop(attempt);
         let started = Instant::now();
@@ -133,11 +131,11 @@ impl Once {
         loop {
             if before.claim.body != claim.body {
                 self.count("reused");
-                return Err(ApiError::KeyReused);
+                return Err(RunError::KeyReused);
             }
-            if let Some(known) = self.known(&before).await.map_err(away)? {
+            if let Some(known) = self.known(&before).await.map_err(unavailable)? {
                 self.count("repeated");
-                return Ok(Turn::Again(Box::new(before), known));
+                return Ok(ClaimOutcome::Repeated(Box::new(before), known));
             }
             if let Some(mut attempt) = self.watched(before.attempt) {
                 match attempt.outcome().await {
@@ -146,7 +144,7 @@ impl Once {
                         continue;
                     }
                     Err(SubmitError::Unknown) => {}
-                    Err(e) => return Err(ApiError::Submit(e)),
+                    Err(e) => return Err(RunError::Submit(e)),
                 }
             }
             if self.may_send_again(&before, job_lasts).await? {
@@ -155,23 +153,23 @@ impl Once {
                 }
             } else if started.elapsed() > 2 * self.attempt_max() {
                 // By the clocks of the nodes it is younger than it can be, or nobody ends a job that is over.
-                return Err(ApiError::BackendAway);
+                return Err(RunError::AttemptUnresolved);
             } else {
                 tokio::select! {
                     () = sleep(pause) => pause = (2 * pause).min(LOOK_PAUSE_MAX),
                     () = self.0.lifecycle.reached(Phase::Closing) => {
-                        return Err(ApiError::Submit(SubmitError::Stopping));
+                        return Err(RunError::Submit(SubmitError::Stopping));
                     }
                 }
             }
-            let found = self.0.claims.find(&claim.key).await.map_err(away)?;
+            let found = self.0.claims.find(&claim.key).await.map_err(unavailable)?;
             // Released: its send has definitely failed.
-            before = found.ok_or(ApiError::Submit(SubmitError::Unavailable))?;
+            before = found.ok_or(RunError::Submit(SubmitError::Unavailable))?;
         }
     }
 
     /// Whether the last attempt is over, and another one may come.
-    async fn may_send_again(&self, before: &Claimed, job_lasts: Duration) -> Result<bool, ApiError> {
+    async fn may_send_again(&self, before: &Claimed, job_lasts: Duration) -> Result<bool, RunError> {
         if self.0.attempts.contains_key(&before.attempt) || !self.is_over(before.attempt) {
             return Ok(false);
         }
@@ -181,43 +179,43 @@ impl Once {
         if age(job) <= job_lasts {
             return Ok(true);
         }
-        let standing = self.0.dispatcher.standing(job).await.map_err(away)?;
+        let standing = self.0.dispatcher.standing(job).await.map_err(unavailable)?;
         Ok(!standing.is_held() && !self.0.dispatcher.is_in_flight(job))
     }
 
     /// The answer to a request whose function is gone, if it came before.
-    pub async fn before(
+    pub async fn find(
         &self,
         key: IdempotencyKey,
         body: BodyHash,
-    ) -> Result<Option<(Box<Claimed>, Known)>, ApiError> {
-        let Some(before) = self.0.claims.find(&key).await.map_err(away)? else { return Ok(None) };
+    ) -> Result<Option<(Box<Claimed>, KnownState)>, RunError> {
+        let Some(before) = self.0.claims.find(&key).await.map_err(unavailable)? else { return Ok(None) };
         if before.claim.body != body {
-            return Err(ApiError::KeyReused);
+            return Err(RunError::KeyReused);
         }
         if let Some(mut attempt) = self.watched(before.attempt) {
-            attempt.outcome().await.map_err(ApiError::Submit)?;
-            return Ok(Some((Box::new(Claimed { is_sent: true, ..before }), Known::Pending(None))));
+            attempt.outcome().await.map_err(RunError::Submit)?;
+            return Ok(Some((Box::new(Claimed { is_sent: true, ..before }), KnownState::Pending(None))));
         }
         // It was there when the request came first, so it is not said to be missing.
-        let known = self.known(&before).await.map_err(away)?.ok_or(ApiError::Submit(SubmitError::Unknown))?;
+        let known = self.known(&before).await.map_err(unavailable)?.ok_or(RunError::Submit(SubmitError::Unknown))?;
         Ok(Some((Box::new(before), known)))
     }
 
     /// Claims the next attempt. `None`: another request was faster, or the outcome of the last one is known by now.
-    async fn send_again(&self, before: &Claimed) -> Result<Option<Turn>, ApiError> {
+    async fn send_again(&self, before: &Claimed) -> Result<Option<ClaimOutcome>, RunError> {
         let id = before.claim.job;
         let attempt_id = self.0.dispatcher.new_id();
         let mut attempt = self.begin(attempt_id, false);
-        if !self.0.claims.try_again(before, attempt_id).await.map_err(away)? {
+        if !self.0.claims.try_again(before, attempt_id).await.map_err(unavailable)? {
             return Ok(None);
         }
         // In this order: a job leaves the table and the journal after its row is written.
         let is_here = self.0.dispatcher.is_in_flight(id);
-        let standing = self.0.dispatcher.standing(id).await.map_err(away)?;
-        if let Some(known) = self.known(before).await.map_err(away)? {
+        let standing = self.0.dispatcher.standing(id).await.map_err(unavailable)?;
+        if let Some(known) = self.known(before).await.map_err(unavailable)? {
             self.count("repeated");
-            return Ok(Some(Turn::Again(Box::new(before.clone()), known)));
+            return Ok(Some(ClaimOutcome::Repeated(Box::new(before.clone()), known)));
         }
         let is_journaled = standing.is_held();
         let maybe_sent = is_here || standing != Standing::Absent;
@@ -225,7 +223,7 @@ impl Once {
         self.count(if maybe_sent { "sent_again" } else { "taken_over" });
         tracing::info!(requestId = %id, journaled = is_journaled, "Unconfirmed Job Sent Again");
         let resend = Resend { since: attempt_id.accepted_at(), is_journaled, maybe_sent };
-        Ok(Some(Turn::SendAgain(attempt, Box::new(before.clone()), resend)))
+        Ok(Some(ClaimOutcome::Resend(attempt, Box::new(before.clone()), resend)))
     }
 
     fn begin(&self, id: JobId, is_first: bool) -> Attempt {
@@ -235,8 +233,8 @@ impl Once {
     }
 
     /// An attempt that this process makes.
-    fn watched(&self, attempt: JobId) -> Option<Watched> {
-        self.0.attempts.get(&attempt).map(|watched| Watched(watched.clone()))
+    fn watched(&self, attempt: JobId) -> Option<AttemptWatcher> {
+        self.0.attempts.get(&attempt).map(|watched| AttemptWatcher(watched.clone()))
     }
 
     /// Whether an attempt that this process does not make can no longer be under way.
@@ -251,13 +249,13 @@ impl Once {
     }
 
     /// `None`: nothing says that the queue has the job.
-    async fn known(&self, before: &Claimed) -> Result<Option<Known>, BackendError> {
+    async fn known(&self, before: &Claimed) -> Result<Option<KnownState>, BackendError> {
         if let Some(result) = &before.result {
-            return Ok(Some(Known::Result(Outcome::new(result.clone()))));
+            return Ok(Some(KnownState::Result(Outcome::new(result.clone()))));
         }
         let Claim { job, function, .. } = &before.claim;
         let place = match self.0.dispatcher.state(*job).await? {
-            JobState::Done(outcome) => return Ok(Some(Known::Result(outcome))),
+            JobState::Done(outcome) => return Ok(Some(KnownState::Result(outcome))),
             JobState::Pending(Pending { place, .. }) => place,
             JobState::Unknown => None,
         };
@@ -266,10 +264,10 @@ impl Once {
         if place.as_ref().is_none_or(PendingJob::is_foreign)
             && let Some(row) = self.0.executions.get(function, &job.to_string()).await?
         {
-            return Ok(Some(Known::Ended(Box::new(row))));
+            return Ok(Some(KnownState::Ended(Box::new(row))));
         }
         // One that was sent, and of which only the memory is gone, must not be sent again.
-        Ok(before.is_sent.then_some(Known::Pending(place)))
+        Ok(before.is_sent.then_some(KnownState::Pending(place)))
     }
 
     /// Follows an attempt to its end, also if its client leaves, and writes its outcome to the claim: before those who
@@ -279,9 +277,9 @@ impl Once {
         mut attempt: Attempt,
         claim: Claim,
         sending: Result<Sending, SubmitError>,
-    ) -> Watched {
-        let watched = Watched(attempt.outcome.subscribe());
-        let once = self.clone();
+    ) -> AttemptWatcher {
+        let watched = AttemptWatcher(attempt.outcome.subscribe());
+        let this = self.clone();
         // The process does not end before the outcome has been written, or could not be.
         let counted = self.0.lifecycle.request();
         #[expect(
@@ -294,7 +292,7 @@ impl Once {
                 Ok(sending) => sending.await.unwrap_or(Err(SubmitError::Unknown)),
                 Err(e) => Err(e),
             };
-            let mut noted = once.note(&claim, &mut attempt, &sent).await;
+            let mut noted = this.note(&claim, &mut attempt, &sent).await;
             if let Err(e) = &noted {
                 tracing::warn!(requestId = %claim.job, error = %e, "Idempotency Key Not Updated");
             }
@@ -302,10 +300,10 @@ impl Once {
             drop(counted);
             let mut pause = NOTE_PAUSE_FIRST;
             // Bounded by the job: it ends by a result or at its deadline, and the claim with it.
-            while noted.is_err() && once.0.dispatcher.is_in_flight(claim.job) {
+            while noted.is_err() && this.0.dispatcher.is_in_flight(claim.job) {
                 sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
                 pause = (2 * pause).min(NOTE_PAUSE_MAX);
-                noted = once.note(&claim, &mut attempt, &sent).await;
+                noted = this.note(&claim, &mut attempt, &sent).await;
             }
         });
         watched
@@ -364,45 +362,6 @@ fn age(id: JobId) -> Duration {
     Duration::from_millis(now_ms().saturating_sub(id.accepted_at()))
 }
 
-fn away(e: BackendError) -> ApiError {
-    ApiError::backend("the log table", &e)
-}
-
-/// The key that the client sent. The draft wants a string of structured fields (`"…"`); what many send is taken as well:
-/// the text as it stands.
-pub fn key_of(headers: &CallHeaders) -> Result<Option<&str>, ApiError> {
-    let Some(value) = &headers.idempotency_key else { return Ok(None) };
-    let text = value.to_str().unwrap_or_default().trim();
-    let key = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or(text);
-    let is_visible = key.bytes().all(|b| b.is_ascii_graphic() && b != b'"');
-    if key.is_empty() || key.len() > KEY_BYTES_MAX || !is_visible {
-        let detail = format!("Idempotency-Key must be 1 to {KEY_BYTES_MAX} visible ASCII characters");
-        return Err(ApiError::invalid(detail));
-    }
-    Ok(Some(key))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use http::header::HeaderValue;
-
-    #[test]
-    fn keys_are_strings_or_bare() {
-        let key = |text: &str| {
-            let idempotency_key = Some(HeaderValue::from_bytes(text.as_bytes()).unwrap());
-            let headers = CallHeaders { idempotency_key, ..CallHeaders::default() };
-            key_of(&headers).map(|key| key.map(str::to_owned)).ok().flatten()
-        };
-        let long = "x".repeat(KEY_BYTES_MAX);
-        for (sent, read) in
-            [("abc", "abc"), ("\"abc\"", "abc"), (" 8e03978e-40d5 ", "8e03978e-40d5"), (&long, &long)]
-        {
-            assert_eq!(key(sent).as_deref(), Some(read), "{sent}");
-        }
-        for bad in ["", "\"\"", "a b", "\"a", "ä", &format!("{long}x")] {
-            assert_eq!(key(bad), None, "{bad}");
-        }
-        assert!(matches!(key_of(&CallHeaders::default()), Ok(None)));
-    }
+fn unavailable(error: BackendError) -> RunError {
+    RunError::Backend { store: "the log table", error }
 }

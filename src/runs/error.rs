@@ -1,0 +1,36 @@
+//! Why a run was not carried out. `api` gives each error its status and code.
+
+use crate::backend::BackendError;
+use crate::dispatch::{SubmitError, TooManyJobs};
+use crate::limiter::Rejection;
+use std::time::Duration;
+
+/// Why a run was rejected, or why its result is not known.
+#[derive(Debug)]
+pub enum RunError {
+    /// The queue is slow, and this job was shed.
+    Shed {
+        retry_after: Duration,
+    },
+    NoSuchFunction,
+    /// The caller's key may not run this function.
+    FunctionForbidden,
+    /// A rate limit by function rejected the run.
+    RateLimit(Rejection),
+    /// A concurrency cap is reached.
+    TooManyJobs(TooManyJobs),
+    /// The queue message would exceed this many bytes.
+    MessageTooLarge {
+        bytes_max: usize,
+    },
+    /// The idempotency key belongs to a request with another body.
+    KeyReused,
+    Submit(SubmitError),
+    /// A store did not answer.
+    Backend {
+        store: &'static str,
+        error: BackendError,
+    },
+    /// Another node holds the idempotency key, and the state of its attempt did not become known in time.
+    AttemptUnresolved,
+}

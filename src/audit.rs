@@ -5,16 +5,20 @@
 //! rows 25 at a time. Then the books of these executions are closed ([`ledger`]).
 
 mod disk;
+mod flusher;
 mod ledger;
+mod record;
 mod spill;
 mod tail;
 mod writer;
 
+use crate::audit::flusher::{Flusher, ROWS_LINGER, WRITES_MAX, take};
+use crate::audit::record::{Kept, Record, Stores};
 pub use disk::RowDisk;
 pub use ledger::{Ledger, Outstanding};
 pub use tail::{Event, Executed, Tail, TailEntry};
 
-use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
+use crate::backend::{Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
 use crate::model::{Execution, IdempotencyKey, JobId, Recommendation, now_ms};
@@ -27,16 +31,6 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use writer::{Batch, Tried, Writer};
 
-/// How long a row waits for company.
-const ROWS_LINGER: Duration = Duration::from_millis(50);
-/// Row writes in flight at a time: at 5 ms each, 80,000 rows a second.
-const WRITES_MAX: usize = 16;
-/// How often a flusher that may not write looks whether it may.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
-/// How long rows gather before they are taken from the queue: one wake-up for many.
-const ROWS_GATHER: Duration = Duration::from_millis(5);
-/// How long the end may take.
-const ROWS_END_MAX: Duration = Duration::from_secs(7);
 /// The queue is full: the log table does not keep up.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Full;
@@ -55,31 +49,6 @@ pub struct Audit {
     metrics: Arc<Metrics>,
     tail: Tail,
     ledger: Arc<Ledger>,
-}
-
-struct Record {
-    id: JobId,
-    row: Execution,
-    recommendation: Option<Recommendation>,
-    kept: Option<Box<Kept>>,
-    /// The job was given up before: this row takes the place of one that says LOST.
-    is_late: bool,
-}
-
-/// A result that is kept with the idempotency key of its request.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Kept {
-    pub key: IdempotencyKey,
-    pub result: Bytes,
-}
-
-impl Record {
-    /// Memory the row takes, roughly.
-    fn bytes(&self) -> usize {
-        let tip = self.recommendation.as_ref().and_then(|r| r.tip.as_ref()).map_or(0, String::len);
-        let kept = self.kept.as_ref().map_or(0, |kept| kept.result.len());
-        self.row.message.len() + tip + kept + 512
-    }
 }
 
 impl Audit {
@@ -144,35 +113,6 @@ impl Audit {
     }
 }
 
-/// The loop behind [`Audit`].
-pub struct Flusher {
-    receiver: mpsc::Receiver<Record>,
-    bytes: Arc<AtomicUsize>,
-    writer: Arc<Writer>,
-    metrics: Arc<Metrics>,
-    ledger: Arc<Ledger>,
-}
-
-/// Where what an execution leaves is written.
-#[derive(Clone)]
-pub struct Stores {
-    pub executions: Arc<dyn ExecutionStore>,
-    pub claims: Arc<dyn Claims>,
-    pub journal: Arc<dyn Journal>,
-    pub functions: Arc<dyn FunctionStore>,
-}
-
-impl From<&Backend> for Stores {
-    fn from(backend: &Backend) -> Self {
-        Self {
-            executions: Arc::clone(&backend.executions),
-            claims: Arc::clone(&backend.claims),
-            journal: Arc::clone(&backend.journal),
-            functions: Arc::clone(&backend.functions),
-        }
-    }
-}
-
 /// The loops behind [`Audit`]: `flusher` first, as what it writes is then closed by `ledger`.
 pub struct AuditLoops {
     pub flusher: Flusher,
@@ -204,95 +144,6 @@ pub fn new(
     let writer = Writer::new(stores, disk.clone(), Arc::clone(&ledger), Arc::clone(&metrics));
     let flusher = Flusher { receiver, bytes, writer: Arc::new(writer), metrics, ledger: Arc::clone(&ledger) };
     (audit, AuditLoops { flusher, ledger, disk })
-}
-
-impl Flusher {
-    /// Runs until `stop` resolves, and then until every row that was taken is written, but not for ever.
-    pub async fn run(mut self, told: Arc<dyn RowsWritten>, stop: impl Future<Output = ()>) {
-        tokio::pin!(stop);
-        let mut end = None;
-        let mut writes = FuturesUnordered::new();
-        // One at a time: new rows go first.
-        let mut replays = FuturesUnordered::new();
-        let mut retries = FuturesUnordered::new();
-        let mut gathered = Vec::with_capacity(ROWS_MAX);
-        let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
-        // A time, and no pause: rows that keep coming must not put it off again and again.
-        let mut look_at_disk = Instant::now();
-        let mut open = true;
-        while open || !gathered.is_empty() || !writes.is_empty() {
-            let room = ROWS_MAX - gathered.len();
-            let is_full = self.ledger.is_full();
-            let may_write = writes.len() < WRITES_MAX && !is_full;
-            let may_replay = !is_full && end.is_none();
-            let looks = may_replay && self.writer.has_rows_on_disk();
-            tokio::select! {
-                Some(tried) = writes.next() => self.after_write(tried, told.as_ref()),
-                Some::<Vec<JobId>>(ids) = replays.next() => told.rows_written(&ids),
-                Some::<Vec<JobId>>(ids) = retries.next() => told.rows_written(&ids),
-                () = tokio::time::sleep_until(look_at_disk), if looks && (replays.is_empty() || retries.is_empty()) => {
-                    look_at_disk = Instant::now() + LOOK_AGAIN;
-                    if replays.is_empty() && self.writer.may_replay() {
-                        replays.push(Arc::clone(&self.writer).replay());
-                    }
-                    if retries.is_empty() && self.writer.may_retry() {
-                        retries.push(Arc::clone(&self.writer).retry());
-                    }
-                }
-                n = take(&mut self.receiver, &mut gathered, look_at), if open && room > 0 => {
-                    open = n > 0;
-                    if gathered.len() == n {
-                        oldest = Instant::now();
-                    }
-                    if n < room {
-                        look_at = Instant::now() + ROWS_GATHER;
-                    }
-                }
-                () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !gathered.is_empty() && may_write => {}
-                () = tokio::time::sleep(LOOK_AGAIN), if is_full => {}
-                () = &mut stop, if end.is_none() => {
-                    end = Some(Instant::now() + ROWS_END_MAX);
-                    look_at = Instant::now();
-                    self.receiver.close();
-                    self.writer.end();
-                }
-                () = over(end) => break,
-            }
-            let due = gathered.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
-            if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.ledger.is_full() {
-                let batch = Batch::of(gathered.drain(..));
-                writes.push(Arc::clone(&self.writer).write(batch));
-            }
-        }
-        let rows = self.metrics.audit.waiting_rows.get();
-        if rows > 0 {
-            // Their jobs stay in the journal: the next start finds the results again.
-            tracing::error!(rows, "Rows Not Written In Time");
-        }
-    }
-
-    fn after_write(&mut self, tried: Tried, told: &dyn RowsWritten) {
-        let Tried { written, spilled } = tried;
-        self.bytes.fetch_sub(written.bytes + spilled.bytes, Ordering::Relaxed);
-        self.metrics.audit.waiting_rows.sub((written.ids.len() + spilled.ids.len()) as i64);
-        // Into the books before it is out of the table: whoever looks at both finds it in one.
-        self.ledger.take(&written.ids, written.rows, written.recommendations);
-        told.rows_written(&written.ids);
-        told.rows_written(&spilled.ids);
-    }
-}
-
-/// Takes what waits, or waits for the first row, but not before `at`.
-async fn take(receiver: &mut mpsc::Receiver<Record>, gathered: &mut Vec<Record>, at: Instant) -> usize {
-    tokio::time::sleep_until(at).await;
-    receiver.recv_many(gathered, ROWS_MAX - gathered.len()).await
-}
-
-async fn over(end: Option<Instant>) {
-    match end {
-        Some(at) => tokio::time::sleep_until(at).await,
-        None => std::future::pending().await,
-    }
 }
 
 #[cfg(test)]

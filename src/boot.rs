@@ -1,8 +1,8 @@
-//! Wires everything; the only place that chooses a backend.
+//! Builds, starts and stops a process. The only module that chooses a backend.
 //!
-//! A process is one Pingora server with one service (see [`node`]). Its runtime hosts the clients of Redis and
-//! AWS as well as the listener: a hop to another runtime would cost about 10 µs a request. The service connects
-//! first and listens then, so a process that cannot work never binds its port.
+//! A process is one Pingora server with one service (see [`node`]). Its runtime hosts the Redis and AWS
+//! clients as well as the listeners, because a hop to another runtime would cost about 10 µs a request. The
+//! service connects first and listens afterwards, so a process that cannot work never binds its port.
 
 mod accept;
 mod build;
@@ -40,12 +40,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use tokio::sync::watch;
 
-/// How a process ends; the numbers are those of `sysexits.h`.
+/// How a process ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// Stopped as asked.
+    /// The process stopped on request.
     Ok,
-    /// A part of the program failed that must not.
+    /// An internal error (EX_SOFTWARE).
     Internal,
     /// A backend did not answer (EX_UNAVAILABLE).
     Unavailable,
@@ -54,6 +54,7 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// The exit code, as in `sysexits.h`.
     pub fn code(self) -> u8 {
         match self {
             Self::Ok => 0,
@@ -64,35 +65,36 @@ impl Exit {
     }
 }
 
-/// A loop that a backend brings along; it ends some time after the watch turns true.
+/// A background loop of the backend. It ends some time after the watch turns true.
 type BackendLoop = Box<dyn FnOnce(watch::Receiver<bool>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
-/// A backend that is connected, and who we are in it.
+/// A connected backend, and the identity of this node in it.
 struct Connected {
     node: NodeId,
     backend: Backend,
     bucket: String,
-    /// An empty directory for uploads on their way.
+    /// An empty directory for uploads in progress.
     spool_dir: PathBuf,
-    /// Where rows wait for a log table that is away; `None`: the table is on the same disk.
+    /// Directory for rows that wait for the log table. `None`: the table is on the same disk.
     spill_dir: Option<PathBuf>,
     extra_loop: Option<BackendLoop>,
-    /// Held as long as the process runs.
+    /// Held for as long as the process runs.
     claim: Option<Arc<dyn Claim>>,
-    /// What is amiss but keeps nobody from starting.
+    /// Problems that do not prevent the start.
     warnings: Vec<String>,
 }
 
-/// A place that a node takes, and gives back if the start fails.
+/// The claim of a node to its state directory. A start that fails drops it, which removes a new directory.
 trait Claim: Send + Sync {
-    /// The start succeeded.
+    /// Makes the claim permanent, because the start succeeded.
     fn keep(&self);
 
-    /// Sees to it that the place is there and ours, now and then; blocks.
+    /// Checks that the directory exists and is locked by this process, and restores it if not. Called
+    /// periodically; blocks.
     fn tend(&self);
 }
 
-/// Connects; fails with every problem there is.
+/// Connects to the backend. The error lists every problem found.
 type Connect = Box<
     dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<Connected, Vec<StartProblem>>> + Send>> + Send + Sync,
 >;
@@ -103,57 +105,58 @@ struct Plan {
     connect: Connect,
 }
 
-/// What a node is told.
+/// The settings of a node, from the command line, the environment and `conf/`.
 struct Settings {
     conf: Conf,
-    /// Where `conf` came from, and will come from again.
+    /// Where `conf` was read from, and where it is reloaded from.
     source: ConfSource,
     texts: ConfTexts,
     port: u16,
-    /// Where processes that listen on the same port meet; `None`: there is only one.
+    /// Directory in which a successor finds the process on the same port. `None`: there is no handover.
     meet_in: Option<PathBuf>,
-    /// Takes the place of a running process, if there is one.
+    /// Whether to take over the sockets of a running process, if there is one.
     is_upgrade: bool,
     api_key: Secret,
-    /// What this fleet calls itself to the services behind it.
+    /// Name of this fleet in `Via` fields of forwarded requests.
     pseudonym: Pseudonym,
-    /// Where the model catalogue is.
+    /// Address of the model catalogue. `None`: there is no catalogue.
     ai_node: Option<AiNode>,
-    /// Listened on beside `conf.listen.address`, if this machine has it.
+    /// Second listen address, besides `conf.listen.address`. Ignored if this machine does not have it.
     listen_beside: Option<Ipv6Addr>,
-    /// Printed for the person at the terminal once the port is bound; `{url}` stands for where.
+    /// Printed to standard error once the port is bound. `{url}` is replaced by the URL of the server.
     banner: Option<String>,
 }
 
-/// Where uploads on their way lie, in the directory of a node.
+/// Subdirectory of a node's directory for uploads in progress.
 const SPOOL: &str = "spool";
-/// And rows that wait for the log table.
+/// Subdirectory of a node's directory for rows that wait for the log table.
 #[cfg(feature = "aws")]
 const SPILL: &str = "spill";
 
-/// Makes an API key. It goes to standard error, so that `>> conf/keys.toml` takes the lines alone.
+/// Creates an API key. The key goes to standard error and its entry to standard output, so that
+/// `>> conf/keys.toml` appends the entry only.
 pub fn new_key(name: String, scopes: Vec<Scope>, functions: Vec<String>, expires: Option<&str>) -> Exit {
     let functions = (!functions.is_empty()).then_some(functions);
     match config::new_key(name, scopes, functions, expires) {
         Ok(NewKey { key, lines }) => {
             let mut out = std::io::stdout();
-            // The lines first: without them the key opens nothing, and must not look as if it did.
+            // Write the entry first. Without it the key is not valid, so it must not be shown.
             if let Err(e) = out.write_all(lines.as_bytes()).and_then(|()| out.flush()) {
-                eprintln!("infra-controller: no key was made: its lines could not be written: {e}");
+                eprintln!("infra-controller: no key was created: its entry could not be written: {e}");
                 return Exit::Internal;
             }
-            eprintln!("The key, which is shown only now: {}", key.reveal());
+            eprintln!("API key (it is not stored and shown only now): {}", key.reveal());
             Exit::Ok
         }
         Err(ConfigError(problems)) => {
-            eprintln!("infra-controller: no such key can be made");
+            eprintln!("infra-controller: the key cannot be created");
             problems.iter().for_each(|problem| eprintln!("  {problem}"));
             Exit::Config
         }
     }
 }
 
-/// Says what is wrong with the configuration.
+/// Prints the problems of the configuration.
 fn refuse(error: &ConfigError) -> Exit {
     eprintln!("infra-controller: the configuration cannot be used");
     for problem in &error.0 {
@@ -162,7 +165,8 @@ fn refuse(error: &ConfigError) -> Exit {
     Exit::Config
 }
 
-/// Says what keeps the process from starting. What an operator must mend goes before what may pass.
+/// Prints the problems that prevent the start. [`Exit::Unavailable`] if all of them are transient, else
+/// [`Exit::Config`].
 fn explain(problems: &[StartProblem]) -> Exit {
     eprintln!("infra-controller: cannot start");
     for problem in problems {

@@ -3,36 +3,44 @@
 //! Everything is read here and nowhere else; what leaves this module is typed and valid. Every problem is
 //! collected, so that an operator mends them in one round.
 
+mod checks;
 mod conf;
 pub mod dotenv;
 mod env;
+mod error;
+mod files;
 mod keys;
+mod limits;
+mod line;
 mod live;
+mod merge;
 mod origin;
-mod place;
 mod reader;
 mod renewal;
-mod texts;
+mod secret;
+mod server;
 mod upstreams;
 
-pub use conf::{
-    AuditConf, AuthConf, BatchConf, CacheConf, ClientCertificates, Conf, DeadLetterConf, FleetConf,
-    Http2Conf, HttpConf, Identity, LimitConf, LimitMode, ListenConf, MemoryConf, MetricsConf, OnRedisLoss,
-    OverloadConf, ShutdownConf, StartConf, TlsConf, WaitsConf,
-};
+pub use conf::Conf;
 pub use env::{
-    API_KEY_BYTES_MAX, AiNode, Env, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
+    API_KEY_BYTES_MAX, AiNode, Env, api_key_problem, master_key_warning, rate_limit_from_process,
     unreadable_variables,
 };
+pub use error::ConfigError;
+pub use files::{ConfPart, ConfTexts, TlsTexts};
 pub use keys::{KeyConf, KeyHash, KeyLimitConf, NewKey, new_key};
+pub use limits::{
+    BatchConf, CacheConf, Identity, LimitConf, LimitMode, OnRedisLoss, OverloadConf, WaitsConf,
+};
 pub use live::Live;
 pub use origin::ANY as ANY_ORIGIN;
 pub use reader::{CHANGES, FILE_BYTES_MAX, FileError, FileReader, text};
 pub use renewal::Renewal;
-pub use texts::{ConfPart, ConfTexts, TlsTexts};
+pub use secret::Secret;
+pub use server::{
+    AuditConf, AuthConf, ClientCertificates, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf,
+    MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf,
+};
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};
 
-/// What is wrong with the configuration, one line a problem. `serve` and `check` exit with 78 on it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}", .0.join("\n"))]
-pub struct ConfigError(pub Vec<String>);
+

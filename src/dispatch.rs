@@ -10,21 +10,22 @@
 
 mod batcher;
 mod breaker;
+mod caps;
 mod dead_letters;
+mod given_up;
 mod in_flight;
 mod journal;
-mod lease;
-mod lookups;
-mod members;
+mod recent;
+mod result_loops;
+mod schedule;
 mod settler;
 mod shedder;
-mod slots;
 
 pub use batcher::{Resend, Sending, SubmitError};
 pub use dead_letters::Undertaker;
 pub use in_flight::{Held, Waiter};
-pub use members::Members;
-pub use settler::{Lookups, Pump};
+pub use crate::fleet::adoption::Members;
+pub use result_loops::{Lookups, Pump};
 
 use crate::audit::{Audit, Ledger, RowsWritten};
 use crate::backend::{Backend, BackendError, Membership, Standing};
@@ -34,10 +35,10 @@ use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, now_ms};
 use batcher::{BatchLoop, Batcher};
 use in_flight::{EnteredAgain, InFlight, Joined};
 use journal::NodeJournal;
-use lease::Lease;
+use crate::node_lease::Lease;
 use settler::Settler;
 use shedder::Shedder;
-use slots::{Holder, Slots};
+use caps::{Holder, Slots};
 use std::sync::Arc;
 use std::time::Duration;
 

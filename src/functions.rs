@@ -1,13 +1,15 @@
 //! Functions: found by id through a cache, changed, told of to other nodes, and their old code swept away.
 
+mod announcer;
 mod cache;
+mod change_loop;
 mod editor;
-mod feed;
+mod freshness;
 mod sweep;
 
 pub use cache::Functions;
 pub use editor::{Change, EditError, Editor, NewCode, NewFunction};
-pub use feed::ChangeLoop;
+pub use change_loop::ChangeLoop;
 pub use sweep::Sweeper;
 
 use crate::backend::Backend;

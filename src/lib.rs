@@ -30,9 +30,12 @@ pub mod functions;
 #[cfg(test)]
 mod fuzz;
 pub mod gateway;
+pub mod fleet;
 mod https;
 pub mod lifecycle;
 pub mod limiter;
 pub mod log;
 pub mod metrics;
 pub mod model;
+mod node_lease;
+pub mod runs;

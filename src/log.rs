@@ -1,8 +1,8 @@
-//! Log lines: one JSON object a line, `level` and `msg` first.
+//! Log lines: one JSON object per line, with `level` and `msg` first.
 //!
-//! `tracing-subscriber`'s own JSON format was rejected: it nests the message under `fields`, and the lines of
-//! CONTRACT §8 are read by tools that expect `level` and `msg` at the top. `tracing-appender` was tried and rejected: it
-//! makes one system call a line. Here lines gather in a buffer, and one thread writes what has gathered ([`lines`]).
+//! The JSON format of `tracing-subscriber` was rejected: it nests the message under `fields`, but existing
+//! tools expect `level` and `msg` at the top level. `tracing-appender` was rejected because it makes one
+//! system call per line. Here lines are buffered, and one thread writes them in batches ([`lines`]).
 
 mod lines;
 
@@ -20,30 +20,30 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::SubscriberInitExt;
 
-/// What is logged unless `RUST_LOG` says otherwise. Libraries warn of what we handle and report ourselves, some of
-/// them with whole responses; Pingora calls every client that leaves an error.
+/// The default filter, if `RUST_LOG` is not set. Libraries warn of errors that this program handles and logs
+/// itself, some of them with whole responses. Pingora logs every client that disconnects as an error.
 const FILTER_DEFAULT: &str = "error,infra_controller=info,pingora=off,pingora_core=off,pingora_proxy=off";
 
-/// Starts logging to standard output. Call once; dropping the guard writes what is left.
+/// Starts logging to standard output. Must be called once. Dropping the guard writes the remaining lines.
 pub fn start() -> LinesGuard {
     let guard = lines::start();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER_DEFAULT));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter);
     let subscriber = subscriber.with_writer(|| lines::Line).event_format(Json).finish();
     if let Err(e) = subscriber.with(filter_fn(shows_no_secret)).try_init() {
-        eprintln!("logging was started twice: {e}");
+        eprintln!("infra-controller: logging was started twice: {e}");
     }
     guard
 }
 
-/// Whether lines of the kind may be logged, whatever `RUST_LOG` asks for. In their debug and trace lines
-/// libraries show the requests that they carry: header fields with API keys, as text, as numbers, and cut by
-/// frames. Nothing finds all of them there, so these levels are for our own lines alone.
+/// Whether an event may be logged at all, whatever `RUST_LOG` says. Debug and trace events of libraries
+/// contain requests with API keys: as text, as numbers, or split across frames. No filter can redact all of
+/// these forms, so only this program may log at these levels.
 fn shows_no_secret(metadata: &Metadata<'_>) -> bool {
     *metadata.level() <= Level::INFO || metadata.target().starts_with("infra_controller")
 }
 
-/// The format of a line.
+/// Formats an event as one JSON line.
 pub struct Json;
 
 impl<S, N> FormatEvent<S, N> for Json
@@ -61,7 +61,7 @@ where
         };
         out.write_str("{\"level\":\"")?;
         out.write_str(level)?;
-        // The message may be any of the fields, so they are gone through twice.
+        // The message can be at any position among the fields, so they are visited twice.
         out.write_str("\",\"msg\":\"")?;
         let mut message = Fields { out: out.by_ref(), wants_message: true, written: Ok(()) };
         event.record(&mut message);
@@ -86,7 +86,7 @@ struct Fields<'a> {
 impl Fields<'_> {
     fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
         let name = field.name();
-        // Fields that the bridge from the `log` crate adds say where, not what.
+        // The bridge from the `log` crate adds fields with the source location, which are left out.
         if self.written.is_err() || (name == "message") != self.wants_message || name.starts_with("log.") {
             return;
         }
@@ -98,7 +98,7 @@ impl Fields<'_> {
     }
 
     fn write_text(&mut self, field: &Field, text: fmt::Arguments<'_>) {
-        // The quotes of the message stand already.
+        // The quotes around the message are written by the caller.
         let quote = if self.wants_message { "" } else { "\"" };
         self.write(field, |out| {
             out.write_str(quote)?;
@@ -126,7 +126,7 @@ impl Visit for Fields<'_> {
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        // JSON has no other numbers.
+        // JSON has no NaN and no infinity.
         self.write(
             field,
             |out| if value.is_finite() { write!(out, "{value:?}") } else { out.write_str("null") },
@@ -138,7 +138,7 @@ impl Visit for Fields<'_> {
     }
 }
 
-/// What is written to it stands inside a JSON string.
+/// Escapes text for the inside of a JSON string.
 struct Escaped<'a, 'w>(&'a mut Writer<'w>);
 
 impl Write for Escaped<'_, '_> {
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn levels_are_in_capitals() {
+    fn levels_are_upper_case() {
         let sink = Sink::default();
         let writer = sink.clone();
         let subscriber = tracing_subscriber::fmt().with_max_level(Level::TRACE);
@@ -204,14 +204,18 @@ mod tests {
             tracing_subscriber::fmt().with_writer(move || writer.clone()).event_format(Json).finish();
         tracing::subscriber::with_default(subscriber, || {
             let text = "a\"b\\c\n\u{1}\u{e4}";
-            tracing::info!(requestId = text, duration = 1.5, whole = 2.0, n = 3_u64, ok = true, shown = %"x\"", none = f64::NAN, "Execution \"{}\"", 7);
+            tracing::info!(
+                requestId = text, duration = 1.5, whole = 2.0, n = 3_u64, ok = true, shown = %"x\"",
+                none = f64::NAN, "Execution \"{}\"", 7
+            );
         });
         let line = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
         assert!(
             line.starts_with("{\"level\":\"INFO\",\"msg\":\"Execution \\\"7\\\"\",\"time\":\""),
             "{line}"
         );
-        let fields = ",\"requestId\":\"a\\\"b\\\\c\\n\\u0001\u{e4}\",\"duration\":1.5,\"whole\":2.0,\"n\":3,\"ok\":true,\"shown\":\"x\\\"\",\"none\":null}\n";
+        let fields = ",\"requestId\":\"a\\\"b\\\\c\\n\\u0001\u{e4}\",\"duration\":1.5,\"whole\":2.0,\
+                      \"n\":3,\"ok\":true,\"shown\":\"x\\\"\",\"none\":null}\n";
         assert!(line.ends_with(fields), "{line}");
         serde_json::from_str::<serde_json::Value>(&line).unwrap();
     }

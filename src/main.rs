@@ -1,4 +1,5 @@
-//! `infra-controller`: arguments and exit codes.
+//! The `infra-controller` binary: parses the command line, prepares the environment and returns the exit
+//! code.
 
 use clap::{Parser, Subcommand};
 use infra_controller::model::Scope;
@@ -26,21 +27,21 @@ enum Command {
         /// Port to listen on; 0 takes any free one.
         #[arg(long, default_value_t = 8080)]
         port: u16,
-        /// Where functions, logs and unfinished jobs are kept.
+        /// Directory for functions, logs and unfinished jobs.
         #[arg(long, default_value = "./dev-data")]
         data_dir: PathBuf,
-        /// Address to listen on; the loopback addresses (127.0.0.1 and ::1) unless named.
+        /// Address to listen on. Default: the loopback addresses 127.0.0.1 and ::1.
         #[arg(long)]
         listen: Option<IpAddr>,
         /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
         #[arg(long)]
         conf: Option<PathBuf>,
     },
-    /// Run a node of the fleet, on SQS, DynamoDB, S3 and Redis as the environment (or ./.env) says.
+    /// Run a node of the fleet, on the SQS, DynamoDB, S3 and Redis that the environment (or ./.env) names.
     #[cfg(feature = "aws")]
     Serve {
-        /// Take the place of the process that listens on the same port, if there is one: it hands over its socket,
-        /// finishes what it has begun, and ends.
+        /// Replace the process that listens on the same port, if there is one: it hands over its sockets,
+        /// finishes the requests in flight, and exits.
         #[arg(long)]
         upgrade: bool,
         /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
@@ -54,7 +55,7 @@ enum Command {
         #[arg(long)]
         conf: Option<PathBuf>,
     },
-    /// API keys.
+    /// Manage API keys.
     Key {
         #[command(subcommand)]
         command: KeyCommand,
@@ -63,18 +64,19 @@ enum Command {
 
 #[derive(Subcommand)]
 enum KeyCommand {
-    /// Make a key: it is printed once, to standard error; the lines for conf/keys.toml go to standard output.
+    /// Create a key. The key is printed once, to standard error; its entry for conf/keys.toml goes to
+    /// standard output.
     New {
-        /// What stands for the key in limits, logs and records.
+        /// Name of the key in limits, logs and change records.
         #[arg(long)]
         name: String,
-        /// What it may do: run, read, write, worker, metrics, or admin for everything. May be repeated.
+        /// Scope of the key: run, read, write, worker, metrics, or admin for everything. May be repeated.
         #[arg(long = "scope", required = true, value_parser = scope)]
         scopes: Vec<Scope>,
-        /// A function that it may run, or the beginning of names with a * behind. May be repeated; without it: all.
+        /// Function that the key may run, or a prefix followed by *. May be repeated. Default: all functions.
         #[arg(long = "function")]
         functions: Vec<String>,
-        /// When it ends: 2027-01-01T00:00:00Z.
+        /// Expiry time, such as 2027-01-01T00:00:00Z. Default: never.
         #[arg(long)]
         expires: Option<String>,
     },
@@ -82,7 +84,7 @@ enum KeyCommand {
 
 fn scope(name: &str) -> Result<Scope, String> {
     let names = || Scope::ALL.map(Scope::name).join(", ");
-    Scope::parse(name).ok_or_else(|| format!("one of {}", names()))
+    Scope::parse(name).ok_or_else(|| format!("must be one of {}", names()))
 }
 
 fn main() -> ExitCode {
@@ -97,12 +99,12 @@ fn main() -> ExitCode {
     }
     let exit = match args.command {
         Command::Dev { port, data_dir, listen, conf } => {
-            // Before the first thread.
+            // Must run before the first thread starts: threads inherit the signal mask.
             match boot::run_beneath_init() {
                 None => {}
                 Some(Ok(code)) => return ExitCode::from(code),
                 Some(Err(e)) => {
-                    eprintln!("infra-controller: cannot start the server beneath process 1: {e}");
+                    eprintln!("infra-controller: cannot start the server as a child of process 1: {e}");
                     return ExitCode::from(boot::Exit::Internal.code());
                 }
             }
@@ -123,7 +125,8 @@ fn main() -> ExitCode {
     ExitCode::from(exit.code())
 }
 
-/// Takes `./.env` into the environment, where the AWS SDK finds it too. What is set already wins.
+/// Loads `./.env` into the process environment, which the AWS SDK reads too. Variables that are set already
+/// win.
 #[cfg(feature = "aws")]
 fn read_dotenv() -> Result<(), String> {
     for (name, value) in infra_controller::config::dotenv::read(Path::new(".env"))? {
@@ -134,9 +137,9 @@ fn read_dotenv() -> Result<(), String> {
     Ok(())
 }
 
-/// Takes blanks and line ends off the variables that the AWS SDK reads itself: a secret that is read from a
-/// file often ends with a line break, which no header field can carry. What is empty then is unset, as it is
-/// for all other variables; the SDK would take it for a value.
+/// Trims the variables that the AWS SDK reads itself. A secret that was read from a file often ends with a
+/// line break, which no header field can carry. A variable that is then empty is removed, because the SDK
+/// would treat it as a value. All other variables are treated the same way.
 #[cfg(feature = "aws")]
 fn trim_sdk_variables() {
     for (name, value) in std::env::vars_os() {
@@ -148,11 +151,11 @@ fn trim_sdk_variables() {
     }
 }
 
-/// `None`: it is unset from now on.
+/// Sets a variable, or removes it if `value` is `None`.
 #[cfg(feature = "aws")]
 fn set_variable(name: &str, value: Option<&str>) {
     #[expect(unsafe_code, reason = "no other thread runs yet that could read the environment")]
-    // SAFETY: `main` calls it before it starts a thread; the one that read `.env` has ended.
+    // SAFETY: `main` calls this before it starts any thread, and the thread that read `.env` has ended.
     unsafe {
         match value {
             Some(value) => std::env::set_var(name, value),

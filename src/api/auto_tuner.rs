@@ -1,7 +1,5 @@
 //! `/functions/:id/auto-tuner`: what workers recommend, and applying it.
 
-use super::functions::{changed, function_id, read, tagged};
-use super::{ApiError, Call, Reply, precondition};
 use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, Editor};
@@ -9,6 +7,11 @@ use crate::model::{ConfigAction, Function, Recommendation, Runtime, now_ms, rfc3
 use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
+use super::call::{Call, function_id};
+use super::functions::{changed, read, tagged};
+use super::precondition;
+use super::problem::ApiError;
+use super::reply::Reply;
 
 pub struct AutoTuner {
     store: Arc<dyn FunctionStore>,

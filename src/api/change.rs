@@ -1,15 +1,18 @@
 //! `PUT /functions/:id`: changes, by JSON or by a form with new code.
 
-use super::form::{Form, Upload};
-use super::functions::{changed, function_id, read};
-use super::upload::Uploads;
-use super::{ApiError, BodyStream, Call, Reply, fields, object, precondition};
 use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, Editor, NewCode};
 use crate::model::{ConfigAction, Function, FunctionId, Runtime, now_ms};
 use serde::Deserialize;
 use std::sync::Arc;
+use super::call::{BodyStream, Call, function_id};
+use super::{fields, object, precondition};
+use super::form::{Form, Upload};
+use super::functions::{changed, read};
+use super::problem::ApiError;
+use super::reply::Reply;
+use super::upload::Uploads;
 
 /// Longest JSON body of a change, in bytes.
 const CHANGE_BYTES_MAX: usize = 64 << 10;

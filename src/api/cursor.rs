@@ -3,7 +3,9 @@
 //! A cursor is the place to go on from and an HMAC-SHA256 over that and its context, under a key derived from the
 //! master key, so every node of a fleet reads the cursors of all others, and nobody makes one.
 
-use super::{ApiError, Call, Reply};
+use super::problem::ApiError;
+use super::call::Call;
+use super::reply::Reply;
 use crate::config::Secret;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;

@@ -1,6 +1,7 @@
 //! What clients may say of a function: each member's form and bounds, and what they are told otherwise.
 
-use super::{ApiError, CallHeaders};
+use super::problem::ApiError;
+use super::call::CallHeaders;
 use crate::model::{Function, Runtime};
 use http::header::HeaderValue;
 use percent_encoding::percent_decode;

@@ -3,7 +3,8 @@
 //! The file goes to the disk piece by piece, never into memory as a whole: it is checked there before it is stored.
 
 use super::parameters::parameter;
-use super::{ApiError, BodyStream, Call};
+use super::problem::ApiError;
+use super::call::{BodyStream, Call};
 use bytes::Bytes;
 use futures_util::stream;
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderValue};

@@ -1,9 +1,13 @@
 //! `/functions` and `/functions/:id`: list, show and delete functions.
 
+use crate::api::call::function_id;
 use super::cursor::{Cursors, with_next};
-use super::logs::number;
+use super::number::number;
 use super::query::Query;
-use super::{ApiError, Call, Reply, precondition};
+use super::problem::ApiError;
+use super::call::Call;
+use super::reply::Reply;
+use super::precondition;
 use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::Editor;
@@ -86,11 +90,6 @@ impl FunctionRoutes {
         self.tail.note(now_ms(), || Event::Deleted(id.clone()));
         Ok(Reply::value(StatusCode::OK, &json!({ "success": true, "deletedId": id.as_str() })))
     }
-}
-
-/// The id in the path; what cannot be an id cannot be a function.
-pub fn function_id(call: &Call) -> Result<FunctionId, ApiError> {
-    call.params.first().and_then(|raw| FunctionId::parse(raw)).ok_or(ApiError::NoSuchFunction)
 }
 
 /// The function as the table has it.

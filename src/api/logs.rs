@@ -1,10 +1,6 @@
 //! `/functions/:id/logs`, `/functions/:id/logs/:requestId` and `/logs`.
 
-use super::cursor::{Cursors, with_next};
-use super::functions::function_id;
-use super::query::Query;
-use super::run::mode_of;
-use super::{ApiError, Call, Reply};
+use crate::api::number::number;
 use crate::audit::{Event, Executed, Tail, TailEntry};
 use crate::backend::{ExecutionStore, LogQuery};
 use crate::model::{Execution, FunctionId, JobId, parse_rfc3339_ms, rfc3339_ms};
@@ -12,6 +8,12 @@ use http::StatusCode;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::sync::Arc;
+use super::call::{Call, function_id};
+use super::cursor::{Cursors, with_next};
+use super::problem::ApiError;
+use super::query::Query;
+use super::reply::Reply;
+use super::run::mode_of;
 use uuid::Uuid;
 
 /// Rows of a list when the client names no number, and the most there are.
@@ -194,12 +196,6 @@ fn shown(row: &Execution, message: &str) -> Value {
         shown.insert("completedAt".into(), json!(rfc3339_ms(at)));
     }
     Value::Object(shown)
-}
-
-/// Whole numbers without a fraction, as the old controller showed them.
-pub fn number(value: f64) -> Value {
-    // Every whole f64 below 2^53 is exact as an integer.
-    if value.fract() == 0.0 && value.abs() < 9e15 { json!(value as i64) } else { json!(value) }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! `/models`: the model catalogue.
 
-use super::Reply;
+use super::reply::Reply;
 use crate::catalogue::Catalogue;
 use http::StatusCode;
 use serde_json::{Value, json};

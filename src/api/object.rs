@@ -1,6 +1,6 @@
 //! JSON objects that clients send, read strictly, and refused by the member that is wrong.
 
-use super::ApiError;
+use super::problem::ApiError;
 use crate::model::encoding_problem;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};

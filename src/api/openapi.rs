@@ -1,6 +1,6 @@
 //! `/openapi.json`: this API, described in OpenAPI 3.1.
 
-use super::Reply;
+use super::reply::Reply;
 use http::StatusCode;
 
 const DOCUMENT: &str = include_str!("openapi.json");
@@ -14,7 +14,8 @@ pub fn document() -> Reply {
 mod tests {
     use super::*;
     use crate::api::routes::{self, Route, Takes};
-    use crate::api::{ApiError, Endpoint};
+    use crate::api::problem::ApiError;
+    use crate::api::Endpoint;
     use serde_json::Value;
     use std::collections::{BTreeMap, BTreeSet};
 

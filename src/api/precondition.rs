@@ -1,6 +1,7 @@
 //! `If-Match` and `If-None-Match` (RFC 9110, section 13).
 
-use super::{ApiError, CallHeaders};
+use super::problem::ApiError;
+use super::call::CallHeaders;
 use http::header::HeaderValue;
 
 /// Whether the tag that a client has is still that of the function: what a GET answers with 304 for.

@@ -2,7 +2,7 @@
 //!
 //! `code` is stable and for machines; `detail` is for people and never holds a key, a body or a backend's text.
 
-use super::Reply;
+use super::reply::Reply;
 use crate::backend::BackendError;
 use crate::dispatch::{SubmitError, TooManyJobs};
 use crate::functions::EditError;

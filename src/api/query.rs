@@ -1,7 +1,7 @@
 //! The query of a URL, read strictly: what is given twice or cannot be decoded is an error, what nobody knows is
 //! passed over.
 
-use super::ApiError;
+use super::problem::ApiError;
 use http::Uri;
 use percent_encoding::percent_decode_str;
 use std::borrow::Cow;

@@ -2,7 +2,9 @@
 
 use super::prefer::Prefer;
 use super::query::Query;
-use super::{ApiError, Call, Reply};
+use super::problem::ApiError;
+use super::call::Call;
+use super::reply::Reply;
 use crate::config::{Live, WaitsConf};
 use crate::dispatch::{Dispatcher, JobState};
 use crate::lifecycle::{Lifecycle, Phase};

@@ -1,6 +1,8 @@
 //! `/`, `/health`, `/livez`, `/readyz` and `/metrics`.
 
-use super::{ApiError, Reply, routes};
+use super::problem::ApiError;
+use super::reply::Reply;
+use super::routes;
 use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, JobQueue, Results};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::log;

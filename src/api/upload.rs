@@ -2,7 +2,10 @@
 
 use super::form::{Form, Upload};
 use super::functions::changed;
-use super::{ApiError, BodyStream, Call, Reply, fields};
+use super::problem::ApiError;
+use super::call::{BodyStream, Call};
+use super::reply::Reply;
+use super::fields;
 use crate::audit::{Event, Tail};
 use crate::code_archive;
 use crate::functions::{Editor, NewCode, NewFunction};

@@ -1,7 +1,10 @@
 //! `/worker/heartbeat`, `/workers`, `/worker/status` and `/system/status`: the workers, the same on every node.
 
-use super::logs::number;
-use super::{ApiError, Call, Reply, object};
+use super::number::number;
+use super::problem::ApiError;
+use super::call::Call;
+use super::reply::Reply;
+use super::object;
 use crate::audit::{Event, Tail};
 use crate::backend::{WorkerRegistry, WorkerSeen};
 use crate::model::{UnixMs, now_ms, parse_rfc3339_ms};

@@ -21,7 +21,8 @@
 //! * A job moves from the table of jobs in flight to the spill, and then to the ledger. For a moment it is in
 //!   two places. To find all jobs, read the places in that order; any other order can miss a job.
 
-use super::{RowDisk, Stores};
+use super::RowDisk;
+use super::record::Stores;
 use crate::backend::{
     BackendError, ENDED_MAX, Ended, FunctionStore, Journal, Numbered, POSTED_MAX, Unposted,
 };

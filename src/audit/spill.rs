@@ -10,7 +10,7 @@
 
 mod segment;
 
-use super::Record;
+use super::record::Record;
 use crate::metrics::{DiskMetrics, Metrics};
 use crate::model::{FunctionId, JobId};
 use segment::{Read, Segment};

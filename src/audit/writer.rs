@@ -13,7 +13,8 @@
 //! such a row counts, its job leaves the journal, and the row stays on the disk for the operator.
 
 use super::spill::Spill;
-use super::{Kept, Ledger, Record, RowDisk, Stores};
+use super::record::{Kept, Record, Stores};
+use super::{Ledger, RowDisk};
 use crate::backend::{BackendError, ROWS_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Recommendation};

@@ -1,16 +1,18 @@
-//! The single-machine backend: SQLite, and a local worker.
+//! The single-machine backend of `dev`: SQLite and a local worker.
 //!
-//! The same ports as the fleet's over one file, and a worker that runs uploaded zips as child processes. It is a
-//! real mode, not a mock: whatever a call has confirmed is on the disk, and a killed and restarted gateway has its
-//! functions, its logs and its unfinished jobs. An embedded key-value store was rejected: the log is listed by time,
-//! status and request, which are three indexes to SQLite and three hand-kept tables to the others.
+//! It implements the same ports as the fleet backend on one file, and runs uploaded zips as child processes.
+//! It is not a mock: everything that a call has confirmed is on the disk. A gateway that is killed and
+//! restarted keeps its functions, its logs and its unfinished jobs.
 //!
-//! What lies in the directory:
+//! An embedded key-value store was rejected. The log is listed by time, status and request. In SQLite these
+//! are three indexes; in a key-value store, three tables that the code must keep consistent.
 //!
-//! * `infra.sqlite` — every table (see `schema.sql` and the steps beside it)
-//! * `code/<s3Key>` — the zips of the functions; `….part` is one that is being copied in
-//! * `runs/` — private directories of the runs under way
-//! * `lock` — held by the one process that works here
+//! The directory contains:
+//!
+//! * `infra.sqlite` — all tables (see `schema.sql` and the migrations beside it)
+//! * `code/<s3Key>` — the zips of the functions; `….part` is an unfinished copy
+//! * `runs/` — private directories of the runs in progress
+//! * `lock` — locked by the process that uses the directory
 
 mod code_store;
 mod database;
@@ -42,36 +44,37 @@ use std::sync::Arc;
 use store::{Executions, Functions, LocalClaims, RetiredCodes};
 use workers::{Activity, LocalWorkers};
 
-/// What jobs name as their bucket. The code lies in the directory, so it stands for nothing.
+/// Bucket name in the messages of jobs. It has no meaning, because the code is in the directory.
 pub const BUCKET: &str = "local";
 
-/// An opened directory.
+/// An opened data directory.
 pub struct Embedded {
-    /// The name of this gateway, drawn once for the life of the directory: a restarted one goes on with its jobs.
+    /// Node id of this gateway. Chosen once for each directory, so that a restarted gateway resumes its jobs.
     pub node: NodeId,
     pub backend: Backend,
     pub worker: Worker,
 }
 
-/// Opens `dir`, or makes it with two example functions in it. Blocks on the disk, and starts the thread that writes
-/// the database; the worker runs only when its loop is started.
+/// Opens `dir`, or creates it with example functions. Blocks on the disk, and starts the thread that writes
+/// the database. The worker runs only when its loop is started.
 ///
-/// When the backend and the worker are dropped, what waits is written, and the directory is free for another process.
+/// Dropping the backend and the worker commits the pending writes, and then frees the directory.
 ///
 /// # Errors
-/// If another process works there, a later version of the program wrote it, or the disk or its rights do not allow.
+/// If another process uses the directory, a later version of the program wrote it, it is damaged, or the disk
+/// or its permissions do not allow access.
 pub fn open(dir: &Path) -> Result<Embedded, StartProblem> {
     try_open(dir).map_err(|e| start_problem(dir, &e))
 }
 
-/// What keeps a process from working in `dir`, where the disk or its rights do not allow something.
+/// The start problem of an I/O error in `dir`.
 pub fn dir_problem(dir: &Path, error: io::Error) -> StartProblem {
     start_problem(dir, &OpenError::Io(error))
 }
 
 fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
     std::fs::create_dir_all(dir)?;
-    // Runs start in directories of their own, so no path may be relative.
+    // Runs start in other directories, so paths must be absolute.
     let dir = dir.canonicalize()?;
     let code_dir = dir.join("code");
     let has_node = worker::on_path("node").is_some();
@@ -112,7 +115,7 @@ fn node_id(connection: &Connection) -> rusqlite::Result<NodeId> {
     Ok(node)
 }
 
-/// The empty directory `path`, without what a killed process left there.
+/// Creates the directory `path`, and empties it of the files of an earlier process.
 pub fn swept(path: PathBuf) -> io::Result<PathBuf> {
     match std::fs::remove_dir_all(&path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -130,7 +133,7 @@ mod tests {
     use crate::model::FunctionId;
 
     #[tokio::test]
-    async fn a_directory_keeps_its_node_and_examples() {
+    async fn a_directory_keeps_its_node_id_and_is_seeded_once() {
         let scratch = Scratch::new();
         let first = open(scratch.path()).unwrap();
         let hello = FunctionId::parse("hello").unwrap();
@@ -146,15 +149,15 @@ mod tests {
 
         let second = open(scratch.path()).unwrap();
         assert_eq!(second.node, node);
-        assert_eq!(second.backend.functions.get(&hello).await, Ok(None), "what was deleted stays deleted");
+        assert_eq!(second.backend.functions.get(&hello).await, Ok(None), "deleted examples stay deleted");
         assert_eq!(std::fs::read_dir(scratch.path().join("runs")).unwrap().count(), 0);
     }
 
     #[test]
-    fn a_second_process_is_refused() {
+    fn a_second_process_is_rejected() {
         let scratch = Scratch::new();
         let first = open(scratch.path()).unwrap();
-        // A lock belongs to the open file, so a second open in this process meets it as another process would.
+        // The lock belongs to the open file, so it also excludes a second open in the same process.
         let problem = open(scratch.path()).err().unwrap();
         assert!(problem.error.is_transient(), "{problem:?}");
         assert!(problem.error.to_string().contains("another process"), "{problem:?}");
@@ -163,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_refused() {
+    fn unreadable_directories_are_rejected() {
         let scratch = Scratch::new();
         drop(open(scratch.path()).unwrap());
         let file = scratch.path().join("infra.sqlite");

@@ -1,11 +1,13 @@
-//! Takes connections from a socket that listens, until it is told to stop.
+//! Accepts connections from a listening socket until it is stopped.
 //!
-//! Not Pingora's own loop: that one drops what waits in the socket's queue when it stops, turns without a
-//! pause when the whole system is out of file descriptors (ENFILE), and knows no way to answer anybody while
-//! the process is (EMFILE). Here a few descriptors are held back ([`Spares`]): on one of them a connection is
-//! accepted all the same, so that `/livez` still answers and others are told 503. How many connections there
-//! may be is fitted to the limit before (`gateway/descriptors.rs`), so this is for limits that are lowered
-//! later, and for what else takes descriptors.
+//! Pingora's own loop was rejected. It drops the connections in the socket's queue when it stops. It spins
+//! without a pause while the system is out of file descriptors (ENFILE), and it cannot answer any client
+//! while the process is (EMFILE).
+//!
+//! Here a few descriptors are reserved ([`Spares`]). One of them accepts a connection even then, so that
+//! `/livez` still answers and other clients get 503. The maximum number of connections is fitted to the limit
+//! beforehand (`gateway/descriptors.rs`). So the reserve is for limits that are lowered later, and for
+//! descriptors that are used elsewhere.
 
 use crate::gateway::{Accepted, Guard};
 use crate::metrics::Metrics;
@@ -22,39 +24,39 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
-/// Descriptors held back.
+/// Number of reserved descriptors.
 const SPARES: usize = 4;
-/// What is not accepted now waits in the queue of the socket so long.
+/// Pause when no descriptor is left. Connections wait in the queue of the socket.
 const SHORT_PAUSE: Duration = Duration::from_millis(20);
-/// How often a shortage is looked at, and how long nothing may have failed for it to be over.
+/// Interval between checks of a shortage, and the time without a failure after which it is over.
 const SHORT_LOOK_EVERY: Duration = Duration::from_secs(1);
-/// After an error that nobody expects.
+/// Pause after an unexpected error.
 const ERROR_PAUSE: Duration = Duration::from_secs(1);
-/// How long a connection waits for room in the reserve before it is closed: longer than it takes to make
-/// some.
+/// Longest pause between two connections while not even the reserve has room. It is longer than an eviction
+/// takes.
 const ROOM_WAIT_MAX: Duration = Duration::from_millis(500);
-/// Most connections that are taken from the queue of a socket that closes; more come in only while a
-/// successor has it.
+/// Most connections that are accepted from the queue of a socket that closes. Connections arrive meanwhile
+/// only if a successor shares the socket.
 const QUEUE_MAX: usize = 4096;
 
-/// The loop of one socket.
+/// The accept loop of one socket.
 pub struct Acceptor {
     pub listener: TcpListener,
     pub guard: Arc<Guard>,
     pub spares: Arc<Spares>,
     pub stopped: watch::Receiver<bool>,
-    /// How long connections outlive the listener. Where a successor has taken over, clients have no reason to
-    /// fail: the last connections are served for a while, each answer with `Connection: close`.
+    /// How long connections outlive the listener. After a handover, the last connections are served for a
+    /// while, each response with `Connection: close`, so that no client fails.
     pub linger: watch::Receiver<Duration>,
 }
 
 impl Acceptor {
-    /// Returns when the socket is closed, and connections that wait for a request are told to end.
+    /// Returns when the socket is closed and idle connections have been asked to close.
     pub async fn run(mut self) {
         loop {
             let accepted = tokio::select! {
                 biased;
-                // A sender that is gone means that the node is gone.
+                // A dropped sender means that the node is gone.
                 _ = self.stopped.wait_for(|stopped| *stopped) => break,
                 accepted = self.listener.accept() => accepted,
                 () = sleep(SHORT_LOOK_EVERY), if self.spares.is_short() => {
@@ -68,13 +70,13 @@ impl Acceptor {
                         self.spares.look();
                     }
                     self.serve(stream, client, Accepted::Usually);
-                    // It, or the next one, would be closed without a word.
+                    // Without room, the next connection would be closed without a response.
                     let _ = timeout(ROOM_WAIT_MAX, self.guard.has_room()).await;
                 }
                 Err(e) if is_shortage(&e) => self.relieve(&e).await,
                 Err(e) if is_of_one_connection(&e) => {}
                 Err(e) => {
-                    tracing::error!(error = %e, "Connection Not Accepted");
+                    tracing::error!(error = %e, "Connection not accepted; retrying in 1 s");
                     sleep(ERROR_PAUSE).await;
                 }
             }
@@ -87,7 +89,7 @@ impl Acceptor {
         guard.close().await;
     }
 
-    /// No descriptor is left: one that was held back takes the next connection.
+    /// No descriptor is left: a reserved one accepts the next connection.
     async fn relieve(&self, error: &io::Error) {
         self.spares.ran_out(error);
         if self.spares.lend() {
@@ -101,11 +103,12 @@ impl Acceptor {
         sleep(SHORT_PAUSE).await;
     }
 
-    /// Counted before the next one is accepted: else many would be accepted before the first is counted.
+    /// Serves a connection in a task. It is counted here, because the task may start only after many more
+    /// were accepted.
     fn serve(&self, stream: TcpStream, client: SocketAddr, accepted: Accepted) {
         let lent = (accepted == Accepted::OnSpare).then(|| Lent(Arc::clone(&self.spares)));
         let Some(place) = self.guard.admit(client.ip(), accepted) else {
-            // Before `lent`, which takes the descriptor back.
+            // Close it before `lent` is dropped, which reserves the descriptor again.
             return drop(stream);
         };
         let (guard, stopped) = (Arc::clone(&self.guard), self.stopped.clone());
@@ -119,8 +122,8 @@ impl Acceptor {
         });
     }
 
-    /// Who is in the queue has been told by the kernel that it is connected; closed with them in it the
-    /// socket resets them.
+    /// Accepts what is in the queue. The kernel has completed these connections, and would reset them when
+    /// the socket closes.
     fn empty_queue(&self) {
         for _ in 0..QUEUE_MAX {
             match self.listener.accept().now_or_never() {
@@ -135,7 +138,7 @@ fn is_shortage(error: &io::Error) -> bool {
     matches!(errno(error), Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM))
 }
 
-/// Those that accept(2) names: the connection was lost before it was accepted.
+/// The errors that accept(2) names for a connection that was lost before it was accepted.
 fn is_of_one_connection(error: &io::Error) -> bool {
     let lost = [Errno::ECONNABORTED, Errno::ECONNRESET, Errno::EINTR, Errno::EPERM, Errno::EPROTO];
     let network = [Errno::EHOSTDOWN, Errno::EHOSTUNREACH, Errno::ENETDOWN, Errno::ENETUNREACH, Errno::ENONET];
@@ -146,7 +149,7 @@ fn errno(error: &io::Error) -> Option<Errno> {
     error.raw_os_error().map(Errno::from_raw)
 }
 
-/// A descriptor that a connection is on, and that is held back again when that ends.
+/// A reserved descriptor in use by a connection. It is reserved again when the connection ends.
 struct Lent(Arc<Spares>);
 
 impl Drop for Lent {
@@ -155,7 +158,7 @@ impl Drop for Lent {
     }
 }
 
-/// Descriptors that are held back, and whether there are too few; for all sockets of the process.
+/// The reserved descriptors of the process, and whether there is a shortage. Shared by all sockets.
 pub struct Spares {
     held: Mutex<Vec<File>>,
     is_short: AtomicBool,
@@ -175,7 +178,7 @@ impl Spares {
         self.is_short.load(Ordering::Relaxed)
     }
 
-    /// Takes back what was lent. `false`: it is used by others now.
+    /// Reserves descriptors up to [`SPARES`]. `false`: none is left to reserve.
     fn refill(&self) -> bool {
         let mut held = self.held.lock();
         while held.len() < SPARES {
@@ -187,12 +190,12 @@ impl Spares {
         true
     }
 
-    /// Frees one, for the next who needs one. `false`: all are lent.
+    /// Frees a reserved descriptor for the next accept. `false`: all of them are in use.
     fn lend(&self) -> bool {
         self.held.lock().pop().is_some()
     }
 
-    /// A connection could not be accepted. Told once, until it is over.
+    /// A connection could not be accepted. Logged once for each shortage.
     fn ran_out(&self, error: &io::Error) {
         self.metrics.edge.accepts_failed.inc();
         *self.failed_last.lock() = Instant::now();
@@ -200,19 +203,19 @@ impl Spares {
             self.metrics.edge.descriptors_short.set(1);
             tracing::error!(
                 error = %error,
-                "Connections Not Accepted: No File Descriptor Is Left. Raise The Limit Of Open Files (ulimit -n, \
-                 LimitNOFILE= Of systemd), Or Lower http.connections_max; Health Checks Are Still Answered"
+                "Connections not accepted: no file descriptor is left. Raise the limit of open files (ulimit \
+                 -n, or LimitNOFILE= of systemd), or lower http.connections_max. Health checks are answered"
             );
         }
     }
 
-    /// Whether the shortage is over.
+    /// Ends the shortage if nothing has failed lately and descriptors are available.
     fn look(&self) {
         let is_quiet = self.failed_last.lock().elapsed() >= SHORT_LOOK_EVERY;
         let has_one_more = self.refill() && File::open("/dev/null").is_ok();
         if is_quiet && has_one_more && self.is_short.swap(false, Ordering::Relaxed) {
             self.metrics.edge.descriptors_short.set(0);
-            tracing::info!("File Descriptors Suffice Again");
+            tracing::info!("File descriptors are available again");
         }
     }
 }

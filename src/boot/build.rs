@@ -1,4 +1,4 @@
-//! Everything that is built before anything runs.
+//! Builds all parts of a node. No constructor starts a task: [`super::node`] runs the loops afterwards.
 
 use super::reload::{Reload, Targets};
 use super::signals::Hangups;
@@ -21,7 +21,7 @@ pub struct Built {
     pub background: Background,
 }
 
-/// What the listeners are made of.
+/// What the listeners need.
 pub struct Door {
     pub gateway: Gateway,
     pub edge: Edge,
@@ -29,7 +29,7 @@ pub struct Door {
     pub metrics: Arc<Metrics>,
 }
 
-/// What runs beside the listener.
+/// The background loops, not started yet.
 pub struct Background {
     pub dispatcher: Dispatcher,
     pub loops: DispatchLoops,
@@ -52,7 +52,7 @@ impl Built {
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
         let Connected { node, backend, bucket, spool_dir, spill_dir, .. } = connected;
         let disk = spill_dir.as_ref().map(|dir| RowDisk::open(dir, &conf.audit, &metrics));
-        let disk = disk.transpose().context("the rows that wait on the disk cannot be opened")?;
+        let disk = disk.transpose().context("the spill directory cannot be opened")?;
         let (audit, books) = audit::new(&conf.memory, backend.into(), disk, Arc::clone(&metrics));
         let tail = audit.tail();
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));

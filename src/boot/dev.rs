@@ -1,4 +1,4 @@
-//! `dev`: the whole platform on one machine, with nothing else installed.
+//! The `dev` command: the whole platform in one process, with the embedded backend and a local worker.
 
 use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem, embedded};
@@ -17,17 +17,17 @@ use std::time::Duration;
 const KEY_FILE: &str = "api-key";
 const KEY_READ_MAX: Duration = Duration::from_secs(5);
 
-/// What `dev` is told on the command line.
+/// Command-line arguments of `dev`.
 pub struct DevArgs {
     pub port: u16,
     pub data_dir: PathBuf,
-    /// `None`: the loopback addresses, since `dev` runs what is uploaded.
+    /// `None`: the loopback addresses only, because `dev` runs uploaded code without a sandbox.
     pub listen: Option<IpAddr>,
     pub conf: Option<PathBuf>,
 }
 
 pub fn dev(args: DevArgs) -> Exit {
-    // Both: `localhost` is the one or the other, by the client.
+    // Listen on both families: `localhost` is 127.0.0.1 or ::1, depending on the client.
     let listen_beside = args.listen.is_none().then_some(Ipv6Addr::LOCALHOST);
     let listen = args.listen.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
     let unreadable = unreadable_variables(std::env::vars_os());
@@ -50,7 +50,7 @@ pub fn dev(args: DevArgs) -> Exit {
     if let Some(problem) = api_key_problem(api_key.reveal()) {
         return refuse(&ConfigError(vec![problem.to_owned()]));
     }
-    // Not before: a key is made only for settings that can be used.
+    // The length is not known before: a key is created only after the settings were found valid.
     source.master_key_bytes = api_key.reveal().len();
     if let Err(problem) = source.check_master_key(&texts, &conf) {
         return refuse(&problem);
@@ -74,7 +74,7 @@ pub fn dev(args: DevArgs) -> Exit {
         source,
         texts,
         port: args.port,
-        // Its directory is its own.
+        // No handover: the data directory belongs to one process.
         meet_in: None,
         is_upgrade: false,
         api_key,
@@ -102,8 +102,8 @@ async fn open(dir: PathBuf, warnings: Vec<String>) -> Result<Connected, Vec<Star
     })
 }
 
-/// The key from the environment, else the one of the data directory, made at the first start. With it, what to
-/// tell the person at the terminal.
+/// Returns the key from the environment, or else from the data directory, where the first start creates it.
+/// Also returns what the banner shows for it.
 fn api_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
     if let Some(key) =
         std::env::var("INFRA_API_KEY").ok().map(|key| key.trim().to_owned()).filter(|key| !key.is_empty())
@@ -121,13 +121,13 @@ fn kept_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
     let kept = read.map_err(|e| StartProblem {
         what: format!("the API key in {}", path.display()),
         error: BackendError::Invalid(e.to_string()),
-        mend: "Make it a file that this user may read, move it away (a new key is made then), or set \
+        mend: "Make it a file that this user can read, or move it away to get a new key, or set \
                INFRA_API_KEY."
             .to_owned(),
     })?;
     let kept = kept.unwrap_or_default().trim().to_owned();
     let key = if kept.is_empty() { make_key(&path).map_err(of_dir)? } else { kept };
-    // What goes elsewhere than to a terminal is kept, and read by others.
+    // Show the key on a terminal only. Other outputs are stored, and others may read them.
     let shown = if io::stderr().is_terminal() {
         format!("{key} (in {})", path.display())
     } else {
@@ -136,7 +136,7 @@ fn kept_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
     Ok((Secret::new(key), shown))
 }
 
-/// Writes a new key beside the file and moves it there: a file that was cut short would be an empty key.
+/// Creates a key. It is written to a temporary file and renamed, so that a crash never leaves an empty key.
 fn make_key(path: &Path) -> io::Result<String> {
     let key = format!("{:032x}", rand::random::<u128>());
     let draft = path.with_extension("new");
@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_is_made_once_and_never_empty() {
+    fn a_key_is_created_once_and_never_empty() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(KEY_FILE), "\n").unwrap();
         let (first, _) = kept_key(dir.path()).unwrap();

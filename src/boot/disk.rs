@@ -1,5 +1,8 @@
-//! Looks after the node's place on the disk: what was lost, full or read-only comes back, and perhaps nothing
-//! else would show it. A disk may be slow, so one look ends before the next begins.
+//! Periodic check of the node's directory on the disk.
+//!
+//! It restores a directory that is missing, and probes a spill that could not take rows. Without the probe,
+//! nothing shows that the disk has recovered until the next row is written. A disk may be slow, so a check
+//! ends before the next one starts.
 
 use super::Claim;
 use crate::audit::RowDisk;
@@ -23,7 +26,7 @@ impl Disk {
             let (claim, rows) = (self.claim.clone(), self.rows.clone());
             let look = move || {
                 claim.iter().for_each(|claim| claim.tend());
-                // They stand in the directory of the claim.
+                // After the claim, because the spill is in its directory.
                 rows.iter().for_each(|rows| rows.probe());
             };
             if let Err(e) = tokio::task::spawn_blocking(look).await {

@@ -1,7 +1,7 @@
 //! One running node: connect, listen, serve, drain.
 //!
-//! Pingora's own way to stop sleeps through a fixed grace period and then drops its tasks. Here the node drains
-//! by itself, step by step, and only then lets Pingora return: see [`Node::drain`].
+//! Pingora's own shutdown sleeps for a fixed grace period and then drops its tasks. Here the node drains
+//! itself step by step, and only then lets Pingora return: see [`Node::drain`].
 
 use super::accept::{Acceptor, Spares};
 use super::build::{Background, Built, Door};
@@ -28,15 +28,15 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-/// After the drain time: for those who waited until then to be answered.
+/// Time after the drain deadline to answer the clients that still wait.
 const CLOSING_MAX: Duration = Duration::from_secs(5);
-/// How long connections are served after a successor has taken over: each answer sends its client to that one, and
-/// what is still idle then is closed.
+/// How long connections are served after a successor has taken over. Each response closes its connection, so
+/// the client reconnects to the successor. Connections that are still idle afterwards are closed.
 const HANDED_OVER_LINGER: Duration = Duration::from_secs(2);
-/// How long the journal may take at the very end; what stays in it is found settled by the next start.
+/// Deadline for clearing the journal at the very end. The next start finds the remaining entries settled.
 const LAST_CALLS_MAX: Duration = Duration::from_secs(2);
 
-/// Runs a node until it is told to stop.
+/// Runs a node until a signal, a successor or an internal error stops it.
 pub fn run(plan: Plan) -> Exit {
     process::prepare();
     let threads = match plan.settings.conf.listen.threads {
@@ -44,7 +44,7 @@ pub fn run(plan: Plan) -> Exit {
         n => n,
     };
     let conf = ServerConf {
-        daemon: false, // Pingora would fork after boot, and lose every thread
+        daemon: false, // Pingora would fork after boot and lose every thread
         threads,
         work_stealing: true,
         grace_period_seconds: Some(0),
@@ -60,13 +60,13 @@ pub fn run(plan: Plan) -> Exit {
     exit.unwrap_or(Exit::Internal)
 }
 
-/// Tells Pingora to return once the node is done.
+/// Lets Pingora return once the node is done.
 struct Done(watch::Receiver<Option<Exit>>);
 
 #[async_trait]
 impl ShutdownSignalWatch for Done {
     async fn recv(&self) -> ShutdownSignal {
-        // A sender that is gone means that the service panicked: there is nothing to wait for either.
+        // A dropped sender means that the service panicked, so there is nothing left to wait for.
         let _ = self.0.clone().wait_for(Option::is_some).await;
         ShutdownSignal::FastShutdown
     }
@@ -143,7 +143,10 @@ impl Node {
         if let Some(heir) = heir
             && let Err(e) = heir.serves().await
         {
-            tracing::warn!(error = %e, "Predecessor Not Told");
+            tracing::warn!(
+                error = %e,
+                "Predecessor not notified; it may serve beside this process. Stop it if it does not exit"
+            );
         }
         report_start(connected.node, &bound, &settings);
 
@@ -153,7 +156,7 @@ impl Node {
                 Exit::Ok
             }
             () = taken(heritage) => {
-                tracing::info!("Stopping: A Successor Serves");
+                tracing::info!("Stopping, because a successor has taken over");
                 stop.linger.send_replace(HANDED_OVER_LINGER);
                 Exit::Ok
             }
@@ -165,7 +168,7 @@ impl Node {
         exit
     }
 
-    /// The loops of sockets that are bound already.
+    /// Builds an accept loop for each bound socket.
     fn acceptors(&self, door: Door, sockets: Vec<Socket>, stop: &Stop) -> io::Result<Vec<Acceptor>> {
         let Door { gateway, edge, http2, metrics } = door;
         let spares = Arc::new(Spares::new(Arc::clone(&metrics)));
@@ -177,8 +180,8 @@ impl Node {
             let guard = match speaks {
                 Speaks::Plain => Arc::clone(&plain),
                 Speaks::Tls => {
-                    tracing::info!(port = bound.port(), "Listening For TLS");
-                    // Both are made of the same settings.
+                    tracing::info!(port = bound.port(), "Listening for TLS");
+                    // A TLS socket exists only if the settings have TLS, and then the guard exists too.
                     Arc::clone(tls.as_ref().ok_or(io::ErrorKind::InvalidInput)?)
                 }
             };
@@ -194,8 +197,8 @@ impl Node {
         Ok(acceptors)
     }
 
-    /// In order: say that we are leaving; close the listeners; let runs in flight finish; answer those who still
-    /// wait; send what was accepted; write the rows.
+    /// In this order: report not ready; close the listeners; let requests in flight finish; answer the
+    /// clients that still wait; send the accepted jobs; write the rows.
     async fn drain(
         conf: &Conf,
         lifecycle: &Lifecycle,
@@ -204,19 +207,22 @@ impl Node {
         listeners: Vec<JoinHandle<()>>,
     ) {
         lifecycle.enter(Phase::Draining);
-        // With a successor new connections are served already.
+        // A successor serves new connections already, so no load balancer has to notice first.
         let handed_over = !stop.linger.borrow().is_zero();
         if !handed_over {
             tokio::time::sleep(Duration::from_millis(conf.shutdown.lame_duck_ms)).await;
         }
         stop.now.send_replace(true);
-        // Ends the accept loops and closes idle connections; those with a request live on.
+        // The accept loops end and close idle connections. Connections with a request stay open.
         for listener in listeners {
             let _ = listener.await;
         }
         let drain = Duration::from_secs(conf.shutdown.drain_timeout_s);
         if tokio::time::timeout(drain, lifecycle.idle()).await.is_err() {
-            tracing::warn!(requests = lifecycle.requests_in_flight(), "Drain Time Over");
+            tracing::warn!(
+                requests = lifecycle.requests_in_flight(),
+                "Drain deadline passed; clients that still wait are answered now"
+            );
         }
         lifecycle.enter(Phase::Closing);
         let _ = tokio::time::timeout(CLOSING_MAX, lifecycle.idle()).await;
@@ -240,7 +246,7 @@ fn report_start(node: NodeId, bound: &[SocketAddr], settings: &Settings) {
     }
 }
 
-/// Where a person at this machine finds the server. IPv6 addresses stand in brackets (RFC 3986).
+/// URL of the server for a client on this machine. IPv6 addresses are in brackets (RFC 3986).
 fn url(listen: IpAddr, port: u16, is_localhost: bool) -> String {
     if is_localhost || listen.is_unspecified() {
         return format!("http://localhost:{port}");
@@ -248,12 +254,12 @@ fn url(listen: IpAddr, port: u16, is_localhost: bool) -> String {
     format!("http://{}", SocketAddr::new(listen, port))
 }
 
-/// Goes on with what an earlier life of this node has left.
+/// Resumes the jobs that an earlier process of this node left unfinished.
 async fn restore(members: &mut Members) -> Result<(), Exit> {
     match members.begin().await {
         Ok(0) => Ok(()),
         Ok(jobs) => {
-            tracing::info!(jobs, "Unfinished Jobs Restored");
+            tracing::info!(jobs, "Unfinished jobs restored");
             Ok(())
         }
         Err(e) => {
@@ -263,7 +269,7 @@ async fn restore(members: &mut Members) -> Result<(), Exit> {
     }
 }
 
-/// Tells the listener to stop, and how long its connections may stay.
+/// Stops the listeners, and sets how long their connections may stay.
 struct Stop {
     now: watch::Sender<bool>,
     linger: watch::Sender<Duration>,
@@ -282,14 +288,14 @@ async fn taken(heritage: Option<Heritage>) {
     }
 }
 
-/// Connects, unless a signal comes first.
+/// Connects, unless a signal arrives first.
 async fn connect(connect: Connect, signals: &mut Signals) -> Result<Connected, Exit> {
     let connected = tokio::select! {
         connected = connect() => connected.map_err(|problems| explain(&problems))?,
         _ = signals.next() => return Err(Exit::Ok),
     };
     for warning in &connected.warnings {
-        tracing::warn!(warning, "Start Warning");
+        tracing::warn!(warning, "Warning at start");
     }
     Ok(connected)
 }
@@ -297,7 +303,7 @@ async fn connect(connect: Connect, signals: &mut Signals) -> Result<Connected, E
 /// The background loops.
 struct Loops {
     dispatcher: Dispatcher,
-    /// Never end by themselves.
+    /// Loops that never end by themselves.
     endless: JoinSet<()>,
     batches: Option<JoinHandle<()>>,
     flusher: Option<JoinHandle<()>>,
@@ -341,7 +347,7 @@ impl Loops {
         }
     }
 
-    /// Resolves when a loop ends that should not: it has panicked.
+    /// Resolves when a loop has ended that should not end. It has panicked.
     async fn any_ended(&mut self) {
         tokio::select! {
             _ = self.endless.join_next() => {}
@@ -349,14 +355,14 @@ impl Loops {
             _ = ended(&mut self.flusher) => {}
             _ = ended(&mut self.ledger) => {}
         }
-        tracing::error!("A Background Loop Ended");
+        tracing::error!("A background loop ended unexpectedly; the process stops");
     }
 
-    /// From now on a signal ends the process at once.
+    /// From now on, a signal ends the process immediately.
     fn exit_on_second(&mut self, mut signals: Signals) {
         self.endless.spawn(async move {
             let signal = signals.next().await;
-            // There may be nobody to read it any more.
+            // Standard error may be closed.
             let _ = writeln!(std::io::stderr(), "infra-controller: second signal, exiting at once");
             crate::log::finish();
             std::process::exit(128 + signal);
@@ -364,19 +370,19 @@ impl Loops {
     }
 
     async fn stop(&mut self) {
-        // A local worker first: it has worked on through the drain, and its last results are to be written.
+        // The local worker first: it runs jobs during the drain, and their results must still be written.
         self.stop_extra.send_replace(true);
         if let Some(extra) = self.extra.take() {
             let _ = extra.await;
         }
         self.stop_batches.send_replace(true);
         if let Some(batches) = self.batches.take() {
-            // What waits is given up after its deadline, so this ends.
+            // This ends, because jobs that wait are given up at their deadline.
             let _ = batches.await;
         }
         self.stop_flusher.send_replace(true);
         if let Some(flusher) = self.flusher.take() {
-            // It has an end of its own, as the next one has.
+            // The flusher and the ledger have deadlines of their own.
             let _ = flusher.await;
         }
         self.stop_ledger.send_replace(true);
@@ -384,7 +390,7 @@ impl Loops {
             let _ = ledger.await;
         }
         let _ = tokio::time::timeout(LAST_CALLS_MAX, self.dispatcher.clear_journal()).await;
-        // Last, as the one that waits for a second signal is among them.
+        // Last, because the task that waits for a second signal is one of them.
         self.endless.shutdown().await;
     }
 }
@@ -400,7 +406,7 @@ async fn ended(handle: &mut Option<JoinHandle<()>>) {
 }
 
 async fn turned(mut watch: watch::Receiver<bool>) {
-    // A sender that is gone means that the node is gone.
+    // A dropped sender means that the node is gone.
     let _ = watch.wait_for(|stop| *stop).await;
 }
 
@@ -414,7 +420,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn urls_of_either_family() {
+    fn urls_of_both_address_families() {
         for (listen, is_localhost, expected) in [
             ("127.0.0.1", true, "http://localhost:8080"),
             ("127.0.0.1", false, "http://127.0.0.1:8080"),

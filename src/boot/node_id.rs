@@ -1,9 +1,10 @@
-//! Which node id a process has: that of a directory in `STATE_DIR`, if no other process holds its lease.
+//! Chooses the node id of a process: that of a directory in `STATE_DIR` whose lease no other process holds.
 //!
-//! A directory can be copied with its node, so the lock on it is not enough: the lease in the store belongs
-//! to one process, by its token. A restart takes the lease of the process before at once, because the lock
-//! proves that that one is gone. In all other cases a lease that has not lapsed is left alone. If it is
-//! renewed the id is in use, and another one is taken; if it lapses, the process that held it is gone.
+//! The lock on the directory is not enough, because a directory can be copied together with its node id. So
+//! the lease in the store belongs to one process, identified by its token. A restart takes the lease of its
+//! predecessor immediately, because the lock proves that the predecessor is gone. In all other cases, a lease
+//! that has not expired is left alone. If it is renewed, the id is in use, and another id is taken. If it
+//! expires, the process that held it is gone.
 
 use super::state_dir::StateDir;
 use crate::backend::{BackendError, HeldBy, Membership, Predecessor, Taken};
@@ -13,11 +14,11 @@ use std::path::Path;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// Between two looks at a lease that another process holds.
+/// Interval between checks of a lease that another process holds.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
-/// A process without a token, of an earlier version, renews its lease ten times while it lasts. One that has
-/// not done so for this part of it, in tenths, is taken as gone: what it left is mostly a stop for an
-/// upgrade.
+/// After this part of a lease without a renewal, in tenths, a process without a token counts as gone. Such a
+/// process is of an earlier version, which renews its lease ten times per lease. Most of them were stopped
+/// for an upgrade.
 const SILENT_TENTHS: u32 = 3;
 
 /// Why there is no node id.
@@ -32,14 +33,14 @@ impl From<io::Error> for NodeIdError {
     }
 }
 
-/// Takes the directory that was used last, and whose lock and lease are free, or makes one.
+/// Takes the most recently used directory whose lock and lease are free, or creates one.
 pub struct NodeIdChoice<'a> {
     pub root: &'a Path,
     pub membership: &'a dyn Membership,
-    /// This one.
+    /// Token of this process.
     pub process: ProcessToken,
     pub lease: Duration,
-    /// Until then it waits for leases to lapse.
+    /// Until then, it waits for leases to expire.
     pub deadline: Instant,
 }
 
@@ -53,14 +54,14 @@ impl NodeIdChoice<'_> {
         }
         loop {
             let dir = StateDir::make(self.root)?;
-            // Any id may be in use somewhere.
+            // A random id may be in use by another node.
             if self.claim(&dir).await? {
                 return Ok(dir);
             }
         }
     }
 
-    /// Takes the lease of a directory. `false`: another process holds it.
+    /// Takes the lease of a directory's node id. `false`: another process holds it.
     async fn claim(&self, dir: &StateDir) -> Result<bool, NodeIdError> {
         let node = dir.node;
         let mut predecessor = dir.predecessor();
@@ -71,7 +72,7 @@ impl NodeIdChoice<'_> {
                     if let Err(e) = dir.leave_word(self.process) {
                         tracing::warn!(
                             %node, error = %e,
-                            "Process Token Not Kept: the next start may wait for the lease of this one"
+                            "Process token not written; the next start may have to wait for this lease"
                         );
                     }
                     return Ok(true);
@@ -80,19 +81,19 @@ impl NodeIdChoice<'_> {
             };
             let first = first.get_or_insert_with(|| {
                 tracing::warn!(%node, lapsesInMs = u64::try_from(held.left.as_millis()).unwrap_or(u64::MAX),
-                    "Node Id Held By Another Process: waiting for its lease to lapse");
+                    "Node id is held by another process; waiting for its lease to expire");
                 held
             });
             if *first != (HeldBy { left: first.left, ..held }) {
                 tracing::warn!(%node, directory = %dir.path().display(),
-                    "Node Id In Use: another process renews its lease, so this one takes another id. \
+                    "Node id is in use: another process renews its lease. This one takes another id. \
                      Do not run two nodes on copies of one STATE_DIR");
                 return Ok(false);
             }
             if Instant::now() >= self.deadline {
                 tracing::warn!(
                     %node,
-                    "Node Id Not Free: its lease did not lapse within start.deadline_s. Another id is taken"
+                    "The lease of a node id did not expire within start.deadline_s; taking another id"
                 );
                 return Ok(false);
             }
@@ -104,7 +105,7 @@ impl NodeIdChoice<'_> {
         }
     }
 
-    /// The store may be away for a moment.
+    /// Tries to take the lease. Retries transient errors until the deadline.
     async fn try_once(&self, node: NodeId, predecessor: Predecessor) -> Result<Taken, NodeIdError> {
         loop {
             match self.membership.take(node, self.lease, predecessor).await {

@@ -1,15 +1,15 @@
-//! New settings while the process runs: the files of `--conf` and those that they name, watched and read
-//! again on SIGHUP.
+//! Reloads the settings while the process runs: the files of `--conf`, and the files that they name.
 //!
-//! Watched by reading it four times a second. Notifications of the kernel (inotify) were rejected: they miss
-//! files on a network, and behind a link that is moved, as Kubernetes does, they tell of the wrong file; to
-//! read a few kilobytes costs nothing. What changed counts once it was read the same twice, since a file that
-//! is half written can be valid and mean something else: a `limits.toml` cut off after its first lines has no
-//! limits.
+//! The files are read four times a second, and on SIGHUP. Notifications of the kernel (inotify) were
+//! rejected: they miss changes on network file systems, and behind a symbolic link that is switched, as
+//! Kubernetes does, they watch the wrong file. Reading a few kilobytes costs nothing.
 //!
-//! Each file takes force by itself, as far as it depends on no other (see [`Renewal`]). One that cannot be
-//! used is rejected, and what it said before stays in force. A wait or a send that has begun ends as it
-//! began.
+//! A change is applied only after two equal reads, because a half-written file can be valid and mean
+//! something else: a `limits.toml` cut off after its first lines has no limits.
+//!
+//! Each file is applied by itself, unless it depends on another one (see [`Renewal`]). A file that is not
+//! valid is rejected, and its previous contents stay in force. Waits and sends in flight keep the settings
+//! that they started with.
 
 use super::signals::Hangups;
 use crate::api;
@@ -29,17 +29,15 @@ use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 
 const READ_EVERY: Duration = Duration::from_millis(250);
-/// How long the read of a file may take. The others wait for it once, not again while it hangs.
+/// Deadline for reading a file. A file that hangs delays the others once, and not again while it hangs.
 const READ_MAX: Duration = Duration::from_secs(2);
-/// The same at start, where nothing is in force yet.
+/// The same deadline at start, when no settings are in force yet.
 const FIRST_READ_MAX: Duration = Duration::from_secs(5);
-/// What has changed is read until it was the same twice, or so often: a file that goes on changing is
-/// rejected.
+/// Pause between the reads of a changed file, and most reads. A file that keeps changing is rejected.
 const SETTLE_PAUSE: Duration = Duration::from_millis(50);
 const SETTLE_TRIES: usize = 10;
 
-/// Where the settings come from, and what goes before them: one way for the start, for `check`, and for
-/// later.
+/// The source of the settings, and what overrides them. Used at start, by `check`, and for each reload.
 #[derive(Clone, Debug)]
 pub struct ConfSource {
     /// `--conf`
@@ -48,23 +46,22 @@ pub struct ConfSource {
     pub a_minute: Option<u32>,
     /// `--listen`
     pub listen: Option<IpAddr>,
-    /// Length of the master key, in bytes: requests must have room for it. 0: it is not known yet.
+    /// Length of the master key in bytes. It must fit into the header of a request. 0: not known yet.
     pub master_key_bytes: usize,
 }
 
-/// What the header of a request holds beside its key, in bytes, at least: its first line and a few short
-/// fields.
+/// Least size of a request header without its key, in bytes: the request line and a few short fields.
 const HEADER_BYTES_BESIDE_KEY: usize = 256;
 
 impl ConfSource {
-    /// The files, read and made settings of.
+    /// Reads the files and parses them.
     pub fn load(&self) -> Result<(ConfTexts, Conf), ConfigError> {
         let texts = self.read(&mut FileReader::new(FIRST_READ_MAX), None);
         let conf = self.make(&texts)?;
         Ok((texts, conf))
     }
 
-    /// What is amiss in the directory but keeps nobody from starting.
+    /// Problems of the directory that do not prevent the start: files that are not known.
     pub fn warnings(&self) -> Vec<String> {
         self.dir.as_deref().map(ConfTexts::unknown_files).unwrap_or_default()
     }
@@ -94,7 +91,7 @@ impl ConfSource {
         Ok(conf)
     }
 
-    /// A master key that no request can carry opens nothing.
+    /// Rejects a master key that is too long for a request.
     pub fn check_master_key(&self, texts: &ConfTexts, conf: &Conf) -> Result<(), ConfigError> {
         let length = self.master_key_bytes;
         if length > API_KEY_BYTES_MAX {
@@ -111,7 +108,7 @@ impl ConfSource {
     }
 }
 
-/// Those who are told of new settings.
+/// The modules that receive new settings.
 pub struct Targets {
     pub edge: Edge,
     pub waits: Live<WaitsConf>,
@@ -132,18 +129,18 @@ impl Targets {
     }
 }
 
-/// The loop.
+/// The reload loop.
 pub struct Reload {
     source: ConfSource,
     hangups: Hangups,
     targets: Targets,
     metrics: Arc<Metrics>,
-    /// `None` while a read is under way.
+    /// `None` while a read is in progress.
     reader: Option<FileReader>,
     in_force: Conf,
-    /// What `in_force` was made of.
+    /// The texts from which `in_force` was parsed.
     texts: Arc<ConfTexts>,
-    /// What was applied or rejected last: each is reported once.
+    /// The texts that were last applied or rejected. Each outcome is reported once.
     dealt_with: ConfTexts,
     refused: BTreeMap<ConfPart, Vec<String>>,
 }
@@ -185,14 +182,14 @@ impl Reload {
                         let read = self.read_settled().await;
                         self.take(read, true);
                     } else {
-                        tracing::info!("Nothing To Reload: There Is No --conf");
+                        tracing::info!("Nothing to reload: this process was started without --conf");
                     }
                 }
             }
         }
     }
 
-    /// Not on the runtime's own threads: a disk may be slow.
+    /// Reads the files on a blocking thread, because a disk may be slow.
     async fn read(&mut self) -> ConfTexts {
         let mut reader = self.reader.take().unwrap_or_else(|| FileReader::new(READ_MAX));
         let (source, in_force) = (self.source.clone(), Arc::clone(&self.texts));
@@ -203,13 +200,13 @@ impl Reload {
                 texts
             }
             Err(error) => {
-                tracing::error!(%error, "Configuration Not Read");
+                tracing::error!(%error, "Configuration not read, internal error; the settings in force stay");
                 self.dealt_with.clone()
             }
         }
     }
 
-    /// The same twice. What goes on changing cannot be used.
+    /// Reads until two reads are equal. Parts that keep changing are marked as not usable.
     async fn read_settled(&mut self) -> ConfTexts {
         let mut last = self.read().await;
         for n in 1.. {
@@ -230,7 +227,7 @@ impl Reload {
         last
     }
 
-    /// `is_asked`: what is rejected is reported again, though it was before.
+    /// Applies what is valid. `is_asked`: SIGHUP asked for it, so repeated rejections are reported again.
     fn take(&mut self, read: ConfTexts, is_asked: bool) {
         let before = (ConfTexts::clone(&self.texts), self.in_force.clone());
         let Renewal { texts, conf, refused } = Renewal::new(before, &read, |texts| self.source.make(texts));
@@ -244,7 +241,7 @@ impl Reload {
                     }
                     self.metrics.conf_reloads.with_label_values(&[part.name(), REFUSED]).inc();
                 }
-                // Or the file says again what is in force.
+                // Also if the file is back to the contents in force.
                 None if is_new || !texts.is_same(part, &self.texts) => applied.push(part),
                 _ => {}
             }
@@ -287,10 +284,10 @@ fn now_s() -> i64 {
     i64::try_from(crate::model::now_ms() / 1000).unwrap_or(i64::MAX)
 }
 
-/// What differs, as `waits.sync_max_s 290 → 60`.
+/// The settings that differ, each as `waits.sync_max_s 290 → 60`.
 #[derive(Debug, Default, PartialEq)]
 struct Differences {
-    /// What changes while the process runs, by the file it stands in.
+    /// Settings that apply while the process runs, by their file.
     live: BTreeMap<ConfPart, Vec<String>>,
     at_start_only: Vec<String>,
 }
@@ -303,7 +300,7 @@ impl Differences {
         let mut all = Self::default();
         for path in paths.filter(|path| before.get(*path) != after.get(*path)) {
             let change = if path.contains(".add_headers") {
-                "(changed)".to_owned() // an upstream may want a password
+                "(changed)".to_owned() // the value may be a password
             } else {
                 format!("{} → {}", shown(before.get(path)), shown(after.get(path)))
             };
@@ -317,7 +314,7 @@ impl Differences {
     }
 }
 
-/// The file of a setting that changes while the process runs.
+/// The file of a setting that applies while the process runs. `None`: it is read at start only.
 fn live_part(path: &str) -> Option<ConfPart> {
     match path.split('.').next().unwrap_or_default() {
         "limit" | "waits" | "batch" | "cache" | "overload" => Some(ConfPart::Limits),
@@ -328,7 +325,7 @@ fn live_part(path: &str) -> Option<ConfPart> {
     }
 }
 
-/// Every setting by its path; limits by their name.
+/// All settings by path. Elements of a list are identified by their names.
 fn settings(conf: &Conf) -> BTreeMap<String, String> {
     fn put(all: &mut BTreeMap<String, String>, path: &str, value: &toml::Value) {
         match value {

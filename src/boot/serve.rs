@@ -1,4 +1,4 @@
-//! `serve` and `check`: the fleet backend.
+//! The commands `serve` and `check`, on the fleet backend.
 
 use super::node_id::{NodeIdChoice, NodeIdError};
 use super::state_dir::StateDir;
@@ -12,13 +12,13 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// What `serve` and `check` are told on the command line.
+/// Command-line arguments of `serve` and `check`.
 pub struct ServeArgs {
     pub conf: Option<PathBuf>,
     pub upgrade: bool,
 }
 
-/// Most node ids of `STATE_DIR` whose results `check` asks for.
+/// Most node ids of `STATE_DIR` whose result channels `check` probes.
 const NODES_TRIED_MAX: usize = 16;
 
 /// Runs a node of the fleet.
@@ -51,7 +51,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
     }
 }
 
-/// Runs the checks of `serve` and says how they went.
+/// Runs the start-up checks of `serve` and prints their outcome.
 pub fn check(args: &ServeArgs) -> Exit {
     let Told { env, conf, source, .. } = match told(args) {
         Ok(told) => told,
@@ -60,7 +60,7 @@ pub fn check(args: &ServeArgs) -> Exit {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => {
-            eprintln!("infra-controller: no runtime: {e}");
+            eprintln!("infra-controller: the runtime cannot be started: {e}");
             return Exit::Internal;
         }
     };
@@ -81,11 +81,11 @@ pub fn check(args: &ServeArgs) -> Exit {
     }
 }
 
-/// What `serve` asks before it listens. With it, what is amiss with the channels but keeps nobody from
-/// starting.
+/// Runs the checks that `serve` runs before it listens. Also returns a warning if the ACL of Redis denies
+/// beats.
 async fn checked(env: &Env, start: Duration) -> Result<(aws::Connected, Option<String>), Vec<StartProblem>> {
     let connected = aws::connect(settings(env, ProcessToken(rand::random()), start)).await?;
-    // `serve` takes one of these ids, or a new one. Which one is not tried: that would take its lock.
+    // `serve` takes one of these ids or a new one. `check` cannot know which, because it takes no lock.
     let mut nodes = StateDir::used(&env.state_dir).map_err(|e| vec![state_problem(env, &e)])?;
     nodes.truncate(NODES_TRIED_MAX);
     nodes.push(NodeId(rand::random()));
@@ -94,7 +94,7 @@ async fn checked(env: &Env, start: Duration) -> Result<(aws::Connected, Option<S
     Ok((connected, warning))
 }
 
-/// What `serve` and `check` are told, in the environment and in `conf/`.
+/// The settings of `serve` and `check`, from the environment and `conf/`.
 struct Told {
     env: Env,
     source: ConfSource,
@@ -102,7 +102,7 @@ struct Told {
     conf: Conf,
 }
 
-/// Environment and `conf/`, with the problems of both.
+/// Reads the environment and `conf/`. The error lists the problems of both.
 fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     let env = Env::from_process();
     let a_minute = env.as_ref().ok().and_then(|env| env.rate_limit);
@@ -118,7 +118,7 @@ fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
     }
 }
 
-/// What is amiss in the environment and in `conf/` but keeps nobody from starting.
+/// Problems of the environment and of `conf/` that do not prevent the start.
 fn own_warnings(env: &Env, source: &ConfSource) -> Vec<String> {
     let of_key = master_key_warning(env.api_key.reveal());
     env.warnings.iter().cloned().chain(of_key).chain(source.warnings()).collect()
@@ -131,7 +131,7 @@ async fn connect(
     lease: Duration,
 ) -> Result<Connected, Vec<StartProblem>> {
     let process = ProcessToken(rand::random());
-    // Before anybody is asked: what is amiss here, an operator mends first.
+    // Before any call to a backend, because a problem here needs the operator in any case.
     StateDir::probe(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
     let connected = aws::connect(settings(&env, process, start)).await?;
     tracing::info!("Global Redis Connected Successfully");
@@ -139,7 +139,7 @@ async fn connect(
     let (root, membership) = (&env.state_dir, connected.membership());
     let choice = NodeIdChoice { root, membership, process, lease, deadline };
     let state = choice.take().await.map_err(|e| vec![node_id_problem(&env, e)])?;
-    // Not before the id is known: Redis may allow its user the results of some nodes alone.
+    // Needs the node id: the ACL of Redis may allow the result channels of some nodes only.
     connected.check_results(&[state.node]).await.map_err(|problem| vec![problem])?;
     let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
     Ok(Connected {

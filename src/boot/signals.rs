@@ -1,15 +1,18 @@
-//! SIGTERM and SIGINT: the first asks the process to stop, the second makes it. SIGHUP: the configuration is read again.
+//! Signals of the process.
+//!
+//! The first SIGTERM or SIGINT starts the drain, the second one ends the process immediately. SIGHUP reloads
+//! the configuration, except in `dev` without `--conf`, where it stops the process.
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// If it ends the process too: that is how a terminal that is closed says so.
+    /// SIGHUP, if it stops the process: a terminal that is closed sends it.
     hangup: Option<Signal>,
 }
 
-/// Those that ask for the configuration to be read again.
+/// SIGHUP as the request to reload the configuration. `None`: it stops the process instead.
 pub struct Hangups(Option<Signal>);
 
 impl Hangups {
@@ -19,7 +22,7 @@ impl Hangups {
 }
 
 impl Signals {
-    /// Must be called inside a runtime, and early: from now on none of them ends the process by itself.
+    /// Must be called inside a runtime, and early: from then on no signal ends the process by default.
     pub fn listen(hangup_ends: bool) -> std::io::Result<(Self, Hangups)> {
         let hangup = signal(SignalKind::hangup())?;
         let (hangup, reloads) = if hangup_ends { (Some(hangup), None) } else { (None, Some(hangup)) };
@@ -27,7 +30,7 @@ impl Signals {
         Ok((Self { terminate, interrupt: signal(SignalKind::interrupt())?, hangup }, Hangups(reloads)))
     }
 
-    /// The next signal, as its number.
+    /// Waits for the next signal, and returns its number.
     pub async fn next(&mut self) -> i32 {
         tokio::select! {
             _ = self.terminate.recv() => SignalKind::terminate().as_raw_value(),

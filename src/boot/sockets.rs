@@ -1,13 +1,15 @@
-//! The sockets that a node listens on: inherited from its predecessor, or bound.
+//! The sockets that a node listens on: inherited from its predecessor, or newly bound.
 //!
-//! A successor keeps those that listen where it is to listen, binds what is new, and closes its copy of the
-//! others, which end with the predecessor. An address that overlaps an inherited one (`127.0.0.1` beside
-//! `0.0.0.0`, on one port) can be bound only while both sockets say SO_REUSEPORT. They say it for that moment
-//! alone: later it would let a second process listen on the same address by mistake. The kernel gives each
-//! connection to the socket with the narrower address, so nothing is shared out between the two.
+//! A successor keeps the inherited sockets that it needs, binds the missing ones, and closes its copies of
+//! the others, which end with the predecessor.
 //!
-//! `[::]` takes IPv4, too. Where the machine has no IPv6 it is `0.0.0.0`, and an address that is listened on
-//! beside another one is left out.
+//! An address that overlaps an inherited one (`127.0.0.1` and `0.0.0.0` on one port) can be bound only while
+//! both sockets have SO_REUSEPORT set. The option is set for that moment only, because later it would let a
+//! second process listen on the same address by mistake. The kernel gives each connection to the socket with
+//! the narrower address, so connections are not divided between the two.
+//!
+//! `[::]` accepts IPv4 as well. On a machine without IPv6, `[::]` becomes `0.0.0.0`, and a second IPv6
+//! address is left out.
 
 mod matching;
 
@@ -23,12 +25,12 @@ use tokio::net::TcpSocket;
 
 const _: () = assert!(Speaks::ALL.len() * matching::SOCKETS_OF_ONE_MAX <= upgrade::SOCKETS_MAX);
 
-/// Pending connections the kernel holds while the accept loop is busy.
+/// Most connections that the kernel queues while the accept loop is busy.
 const BACKLOG: u32 = 4096;
-/// How often a free port is looked for that all addresses of a listener have.
+/// Most attempts to find a port that is free on all addresses of a listener.
 const PORT_TRIES_MAX: usize = 8;
 
-/// What the clients of a socket speak.
+/// The protocol of a socket's clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Speaks {
     Plain,
@@ -39,7 +41,7 @@ impl Speaks {
     const ALL: [Self; 2] = [Self::Plain, Self::Tls];
 }
 
-/// A socket that listens.
+/// A listening socket.
 pub struct Socket {
     pub listener: TcpListener,
     pub bound: SocketAddr,
@@ -47,13 +49,13 @@ pub struct Socket {
 }
 
 pub struct Listening {
-    /// That of the configured port first.
+    /// The sockets of the configured port come first.
     pub sockets: Vec<Socket>,
-    /// The predecessor whose sockets some of them are.
+    /// The connection to the predecessor, if sockets were inherited.
     pub heir: Option<Heir>,
 }
 
-/// Inherits the sockets of a running process, or binds.
+/// Inherits the sockets of a running process, or binds new ones.
 pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
     let wanted = wanted(settings, has_ipv6);
     let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
@@ -69,7 +71,7 @@ pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
             Ok(Some((sockets, of))) => (inherited, heir) = (sockets, Some(of)),
             Ok(None) => nobody_waits(&upgrade::other_ports(dir, settings.port)),
             Err(e) => {
-                eprintln!("infra-controller: the running process does not hand its socket over: {e}");
+                eprintln!("infra-controller: the running process does not hand over its sockets: {e}");
                 return Err(Exit::Unavailable);
             }
         }
@@ -81,7 +83,7 @@ pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
     Ok(Listening { sockets, heir })
 }
 
-/// Where the settings say that a node listens. `has`: whether this machine has an address of IPv6.
+/// The endpoints that the settings ask for. `has`: whether this machine has an IPv6 address.
 fn wanted(settings: &Settings, has: impl Fn(Ipv6Addr) -> bool) -> Vec<(Endpoint, Speaks)> {
     let on = |address, port, speaks| (Endpoint::new(address, port), speaks);
     let addresses = addresses(settings.conf.listen.address, settings.listen_beside, &has);
@@ -94,7 +96,7 @@ fn wanted(settings: &Settings, has: impl Fn(Ipv6Addr) -> bool) -> Vec<(Endpoint,
     wanted
 }
 
-/// What `listen` and the address beside it are on this machine.
+/// The addresses to listen on, as far as this machine has them.
 fn addresses(listen: IpAddr, beside: Option<Ipv6Addr>, has: impl Fn(Ipv6Addr) -> bool) -> Vec<IpAddr> {
     let any = Ipv6Addr::UNSPECIFIED;
     let first = if listen == IpAddr::V6(any) && !has(any) { Ipv4Addr::UNSPECIFIED.into() } else { listen };
@@ -102,53 +104,54 @@ fn addresses(listen: IpAddr, beside: Option<Ipv6Addr>, has: impl Fn(Ipv6Addr) ->
     std::iter::once(first).chain(beside).collect()
 }
 
-/// Whether sockets can listen on an address of IPv6: the kernel may lack the family, or the interface the
+/// Whether sockets can listen on an IPv6 address. The kernel may lack IPv6, or no interface may have the
 /// address.
 fn has_ipv6(address: Ipv6Addr) -> bool {
     let bound = TcpSocket::new_v6().and_then(|socket| socket.bind(SocketAddr::new(address.into(), 0)));
     let errno = bound.err().and_then(|e| e.raw_os_error()).map(Errno::from_raw);
-    // All else is told by whoever listens on it.
+    // Other errors are reported when the address is bound.
     let is_missing = matches!(errno, Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL));
     if is_missing {
-        tracing::info!(%address, "No IPv6 On This Machine: Listening On IPv4 Alone");
+        tracing::info!(%address, "IPv6 address not available; listening on IPv4 only");
     }
     !is_missing
 }
 
-/// Processes meet by the configured port. Whoever changed that has two of them now, and may not know.
+/// Warns of processes on other ports. An upgrade finds its predecessor by port, so a changed port leaves the
+/// old process running.
 fn nobody_waits(other_ports: &[u16]) {
     if other_ports.is_empty() {
-        return tracing::info!("Nobody To Take Over From");
+        return tracing::info!("No predecessor found; nothing to take over");
     }
     let ports = other_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
     tracing::warn!(
         other_ports = ports,
-        "Nobody To Take Over From On This Port: Processes With Another PORT Go On And Must Be Stopped By Hand"
+        "No predecessor found on this port. Processes on other ports keep running; stop them by hand"
     );
 }
 
-/// What helps against an address that cannot be bound.
+/// Advice for an address that cannot be bound.
 fn bind_advice(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => "Free the port, or set another one.",
         io::ErrorKind::AddrNotAvailable => "Name an address of this machine.",
         io::ErrorKind::PermissionDenied => "Set a port above 1023, or let the process bind such ports.",
-        _ => "Mend the cause; if it is the limit of open files, raise it (ulimit -n, LimitNOFILE=).",
+        _ => "Fix the cause. If it is the limit of open files, raise it (ulimit -n, LimitNOFILE=).",
     }
 }
 
-/// A socket for each wanted endpoint, or why there is none.
+/// Returns a socket for each wanted endpoint. The error says which one cannot be bound, and why.
 fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) -> Result<Vec<Socket>, String> {
     let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
     let held: io::Result<Vec<Endpoint>> = inherited.iter().map(endpoint_of).collect();
     let held =
-        held.map_err(|e| format!("what the running process hands over is no socket that listens: {e}"))?;
+        held.map_err(|e| format!("the running process hands over a socket that does not listen: {e}"))?;
     let Matching { kept, bound } = matched(&endpoints, &held);
     let mut tries = 1;
     let made = loop {
         match bind_all(wanted, &bound, &held, &inherited) {
             Ok(made) => break made,
-            // The port that the kernel chose for one address may be taken on another one.
+            // The port that the kernel chose on one address may be in use on another one.
             Err(unbound) if unbound.is_port_of_kernel && tries < PORT_TRIES_MAX => tries += 1,
             Err(unbound) => return Err(unbound.problem),
         }
@@ -166,17 +169,18 @@ fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) ->
         let bound = listener.local_addr()?;
         Ok(Socket { listener, bound, speaks: wanted[at].1 })
     };
-    all.into_iter().map(socket).collect::<io::Result<_>>().map_err(|e| format!("no socket: {e}"))
+    all.into_iter().map(socket).collect::<io::Result<_>>().map_err(|e| format!("socket without address: {e}"))
 }
 
-/// Why an address is not listened on.
+/// Why an address cannot be bound.
 struct Unbound {
     problem: String,
-    /// Another port may do.
+    /// The kernel chose the port, so another attempt may succeed.
     is_port_of_kernel: bool,
 }
 
-/// A socket for each of `bound`, with the index of what it is for. Those of one listener have one port.
+/// Binds each endpoint of `bound`, and returns the sockets with the indices in `wanted`. All addresses of one
+/// listener get the same port.
 fn bind_all(
     wanted: &[(Endpoint, Speaks)],
     bound: &[(Endpoint, usize)],
@@ -196,8 +200,9 @@ fn bind_all(
             let problem = match beside.first() {
                 None => format!("cannot listen on {endpoint}: {e}. {}", bind_advice(&e)),
                 Some(at) => format!(
-                    "cannot listen on {endpoint} while the running process listens on {}: {e}. Nothing was taken \
-                     over. Stop that process and start this one without --upgrade, or set another port.",
+                    "cannot listen on {endpoint} while the running process listens on {}: {e}. Nothing was \
+                     taken over. Stop that process and start this one without --upgrade, or set another \
+                     port.",
                     held[*at]
                 ),
             };
@@ -218,11 +223,11 @@ fn report(held: &[Endpoint], kept: &[(usize, usize)], bound: &[(Endpoint, usize)
         kept = list(&mut kept.iter().map(|(at, _)| held[*at])),
         bound = list(&mut bound.iter().map(|(endpoint, _)| *endpoint)),
         closed = list(&mut (0..held.len()).filter(|at| !is_kept(at)).map(|at| held[at])),
-        "Sockets Taken Over"
+        "Sockets taken over"
     );
 }
 
-/// Where an inherited socket listens, as the kernel says.
+/// The endpoint of an inherited socket, as the kernel reports it.
 fn endpoint_of(socket: &TcpListener) -> io::Result<Endpoint> {
     if !getsockopt(socket, sockopt::AcceptConn)? {
         return Err(io::ErrorKind::NotConnected.into());
@@ -233,22 +238,22 @@ fn endpoint_of(socket: &TcpListener) -> io::Result<Endpoint> {
     Ok(if is_ipv6_only { endpoint.ipv6_only() } else { endpoint })
 }
 
-/// Offers the sockets to a successor. Without that the process works as well.
+/// Offers the sockets to a successor. Best effort: the process works without it.
 pub fn heritage(settings: &Settings, sockets: &[Socket]) -> Option<Heritage> {
     let dir = settings.meet_in.as_ref()?;
     let clones: io::Result<Vec<_>> =
         sockets.iter().map(|socket| socket.listener.try_clone().map(OwnedFd::from)).collect();
     let offered = clones.and_then(|sockets| Heritage::offer(dir, settings.port, sockets));
-    offered.inspect_err(|e| tracing::warn!(error = %e, "No Successor Can Take Over")).ok()
+    offered.inspect_err(|e| tracing::warn!(error = %e, "Sockets not offered; --upgrade will fail")).ok()
 }
 
-/// Binds before anything is served, so that a taken port is an error message. `beside`: sockets that listen
-/// on a part of it, or it on a part of theirs.
+/// Binds before any request is served, so that a port in use is an error at start. `beside`: sockets whose
+/// endpoints overlap this one.
 fn bind(endpoint: Endpoint, beside: &[&TcpListener]) -> io::Result<TcpListener> {
     let socket = if endpoint.ip.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;
     if endpoint.ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
-        // Else the system's setting says.
+        // The default is a system setting.
         setsockopt(&socket, sockopt::Ipv6V6Only, &!endpoint.takes_ipv4)?;
     }
     if beside.is_empty() {
@@ -275,17 +280,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn without_ipv6_it_is_ipv4_alone() {
+    fn without_ipv6_only_ipv4_addresses_remain() {
         let (all, none) = (&["::", "::1"][..], &[][..]);
         for (listen, beside, has, expected) in [
             ("::", None, all, &["::"][..]),
             ("::", None, none, &["0.0.0.0"]),
-            // The family is there, and no interface has an address of it.
+            // The kernel has IPv6, but no interface has an IPv6 address.
             ("::", None, &["::"], &["::"]),
             ("127.0.0.1", Some("::1"), all, &["127.0.0.1", "::1"]),
             ("127.0.0.1", Some("::1"), none, &["127.0.0.1"]),
             ("127.0.0.1", Some("::1"), &["::"], &["127.0.0.1"]),
-            // What is named is listened on, or an error.
+            // A named address is never replaced.
             ("0.0.0.0", None, all, &["0.0.0.0"]),
             ("::1", None, none, &["::1"]),
         ] {
@@ -297,9 +302,9 @@ mod tests {
         }
     }
 
-    /// A runtime is there for the sockets of tokio.
+    /// The sockets of tokio need a runtime.
     #[tokio::test]
-    async fn the_addresses_of_one_listener_have_one_port() {
+    async fn the_addresses_of_one_listener_share_a_port() {
         let on = |ip: [u8; 4], speaks| (Endpoint::new(IpAddr::from(ip), 0), speaks);
         let wanted = [
             on([127, 0, 0, 1], Speaks::Plain),
@@ -313,9 +318,9 @@ mod tests {
         assert_eq!(bound[1].ip(), IpAddr::from([127, 0, 0, 2]));
     }
 
-    /// Whatever this machine has, the answer is the kernel's.
+    /// Whether this machine has `::1` or not, the result agrees with the kernel.
     #[tokio::test]
-    async fn an_address_that_no_interface_has() {
+    async fn an_ipv6_address_that_no_interface_has_is_reported() {
         assert!(!has_ipv6("2001:db8::7".parse().unwrap()));
         let bound = std::net::TcpListener::bind("[::1]:0");
         assert_eq!(has_ipv6(Ipv6Addr::LOCALHOST), bound.is_ok());

@@ -1,12 +1,14 @@
-//! The node's place on the local disk: one locked subdirectory of `STATE_DIR` for each running node.
+//! The node's directory on the local disk: one locked subdirectory of `STATE_DIR` for each running node.
 //!
-//! Its name is the node's id. A process takes over the directory that was used last and that no process holds, and
-//! so the id, the journal and the unfinished jobs of the one before; several processes on one machine get one each.
-//! A start that fails gives a new directory back: else it would be the one that the next start takes.
+//! Its name is the node id. A process takes over the most recently used directory that no process has locked,
+//! and with it the node id, the journal and the unfinished jobs. Several processes on one machine get one
+//! directory each. A start that fails removes a directory that it created, because the next start would take
+//! that one.
 //!
-//! The lock does not reach a copy of the directory. So a process leaves there who it was and which lock it
-//! held: the boot of the machine, and the inode of the lock file with its time of birth, which no copy has.
-//! Where all of that is the same, the lock proves that the process is gone (see [`StateDir::predecessor`]).
+//! The lock does not protect a copy of the directory. So a process records its token and the identity of its
+//! lock there: the boot id of the machine, and the inode and birth time of the lock file. No copy has the
+//! same identity. If the identity matches, the lock proves that the recorded process is gone (see
+//! [`StateDir::predecessor`]).
 
 use super::Claim;
 use crate::backend::Predecessor;
@@ -21,28 +23,28 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-/// Changes each time the machine starts.
+/// Changes with each boot of the machine.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// The process that used the directory last: its token and its lock.
+/// File with the token and the lock identity of the process that used the directory last.
 const HOLDER: &str = "holder";
 const LOCK: &str = "lock";
 
-/// The lock; given up when dropped, and by the kernel when the process dies.
+/// A locked directory. The lock is released on drop, and by the kernel when the process dies.
 pub struct StateDir {
     pub node: NodeId,
     root: PathBuf,
     dir: PathBuf,
     lock: Mutex<Flock<File>>,
-    /// The process that uses the directory.
+    /// Token of this process, once it is recorded.
     process: OnceLock<ProcessToken>,
-    /// Made by this process, which has not started yet.
+    /// Created by this process, whose start has not succeeded yet.
     is_new: AtomicBool,
-    /// The directory is missing, or another process has it; told once.
+    /// The directory is missing, or another process has locked it. Logged once.
     is_lost: AtomicBool,
 }
 
 impl StateDir {
-    /// The node ids that have a directory under `root`, the one used last first.
+    /// Node ids with a directory under `root`, the most recently used first. Creates `root`.
     pub fn used(root: &Path) -> io::Result<Vec<NodeId>> {
         fs::create_dir_all(root)?;
         let mut nodes: Vec<(SystemTime, NodeId)> = fs::read_dir(root)?
@@ -56,12 +58,12 @@ impl StateDir {
         Ok(nodes.into_iter().map(|(_, node)| node).collect())
     }
 
-    /// The directory of `node`, if no process holds it.
+    /// Locks the directory of `node`. `None`: another process has locked it.
     pub fn take(root: &Path, node: NodeId) -> io::Result<Option<Self>> {
         Self::lock(root, node, false)
     }
 
-    /// A directory with a new id.
+    /// Creates and locks a directory with a new random id.
     pub fn make(root: &Path) -> io::Result<Self> {
         loop {
             let node = NodeId(rand::random());
@@ -70,15 +72,15 @@ impl StateDir {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(e) => return Err(e),
             }
-            // Another process that starts now may have found the new directory before us.
+            // Another process that starts now may have locked the new directory first.
             if let Some(taken) = Self::lock(root, node, true)? {
                 return Ok(taken);
             }
         }
     }
 
-    /// The process that used this directory last, if it is certainly gone: it held the lock that is held here
-    /// now.
+    /// The process that used this directory last, if it is certainly gone. It is, if it held the same lock
+    /// that this process holds now.
     pub fn predecessor(&self) -> Predecessor {
         let left = fs::read_to_string(self.dir.join(HOLDER)).unwrap_or_default();
         let left = left.trim_end().split_once(' ');
@@ -90,15 +92,15 @@ impl StateDir {
         }
     }
 
-    /// Leaves word that `process` uses this directory. Without it the next start may have to wait for its
-    /// lease.
+    /// Records that `process` uses this directory. Without the record, the next start may have to wait until
+    /// the lease of `process` expires.
     pub fn leave_word(&self, process: ProcessToken) -> io::Result<()> {
         let process = self.process.get_or_init(|| process);
         fs::write(self.dir.join(HOLDER), format!("{process} {}\n", self.lock_identity()?))
     }
 
-    /// Which lock it is, and on which machine since when. The number of the device is not part of it where
-    /// the file system knows times of birth: it may change with each mount.
+    /// Boot id, inode and birth time of the lock file. The device number stands in for the birth time only if
+    /// the file system has none, because it may change with each mount.
     fn lock_identity(&self) -> io::Result<String> {
         let boot = fs::read_to_string(BOOT_ID)?;
         let file = self.lock.lock().metadata()?;
@@ -107,12 +109,12 @@ impl StateDir {
         Ok(format!("{} {} {place}", boot.trim_end(), file.ino()))
     }
 
-    /// The directory itself.
+    /// Path of the directory.
     pub fn path(&self) -> &Path {
         &self.dir
     }
 
-    /// Whether a node could have a place under `root`; leaves nothing behind.
+    /// Creates `root` if it is missing, and checks that it is writable.
     pub fn probe(root: &Path) -> io::Result<()> {
         fs::create_dir_all(root)?;
         let probe = root.join(format!("probe-{}", std::process::id()));
@@ -128,15 +130,15 @@ impl StateDir {
         Ok(Some(Self { node, root: root.to_owned(), dir, lock, process, is_new, is_lost }))
     }
 
-    /// Whether the lock that we hold is the one that others find.
+    /// Whether the lock file at the path is the one that this process holds.
     fn is_in_place(&self) -> bool {
         let there = fs::metadata(self.dir.join(LOCK)).map(|there| there.ino());
         let ours = self.lock.lock().metadata().map(|ours| ours.ino());
         matches!((there, ours), (Ok(there), Ok(ours)) if there == ours)
     }
 
-    /// Makes the directory again and locks it. Not `STATE_DIR` itself: where that is missing its disk may be,
-    /// too.
+    /// Recreates the directory and locks it. Never recreates `STATE_DIR` itself: if that is missing, its disk
+    /// may be missing as well.
     fn restore(&self) -> io::Result<()> {
         if !self.root.is_dir() {
             return Err(io::Error::new(io::ErrorKind::NotFound, "STATE_DIR is missing"));
@@ -146,7 +148,7 @@ impl StateDir {
             _ => {}
         }
         let lock = lock_in(&self.dir)?;
-        *self.lock.lock() = lock.ok_or_else(|| io::Error::other("another process has taken it"))?;
+        *self.lock.lock() = lock.ok_or_else(|| io::Error::other("another process has locked it"))?;
         self.process.get().map_or(Ok(()), |process| self.leave_word(*process))
     }
 }
@@ -164,7 +166,7 @@ impl Claim for StateDir {
     fn keep(&self) {
         self.is_new.store(false, Ordering::Relaxed);
         if let Err(e) = self.lock.lock().set_modified(SystemTime::now()) {
-            tracing::warn!(error = %e, "State Directory Not Marked");
+            tracing::warn!(error = %e, "State directory not marked; the next start may choose another");
         }
     }
 
@@ -172,18 +174,25 @@ impl Claim for StateDir {
         let dir = self.dir.display();
         if self.is_in_place() {
             if self.is_lost.swap(false, Ordering::Relaxed) {
-                tracing::info!(%dir, "State Directory Is Back");
+                tracing::info!(%dir, "State directory is back");
             }
             return;
         }
         match self.restore() {
             Ok(()) => {
                 self.is_lost.store(false, Ordering::Relaxed);
-                tracing::warn!(%dir, "State Directory Had Vanished And Was Made Again: Rows That Waited In It May Be Gone");
+                tracing::warn!(
+                    %dir,
+                    "State directory was missing and was recreated; rows that waited in it may be lost"
+                );
             }
             Err(e) => {
                 if !self.is_lost.swap(true, Ordering::Relaxed) {
-                    tracing::error!(%dir, error = %e, "State Directory Is Missing: Put It Back Or Restart This Node");
+                    tracing::error!(
+                        %dir,
+                        error = %e,
+                        "State directory is missing. Restore it, or restart this node"
+                    );
                 }
             }
         }
@@ -193,7 +202,7 @@ impl Claim for StateDir {
 impl Drop for StateDir {
     fn drop(&mut self) {
         if self.is_new.load(Ordering::Relaxed) {
-            // What cannot be removed is an empty directory that some later node takes.
+            // If this fails, an unused directory remains, which a later node takes over.
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
@@ -203,7 +212,7 @@ impl Drop for StateDir {
 mod tests {
     use super::*;
 
-    /// The free directory that was used last, or a new one.
+    /// Takes the most recently used free directory, or a new one.
     fn taken(root: &Path) -> StateDir {
         let used = StateDir::used(root).unwrap();
         let free = used.into_iter().find_map(|node| StateDir::take(root, node).unwrap());
@@ -217,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn each_process_has_its_own_and_a_free_one_is_taken_over() {
+    fn each_process_gets_its_own_directory_or_takes_over_a_free_one() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("not-a-node")).unwrap();
         let one = started(root.path());
@@ -229,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_start_that_fails_leaves_nothing_for_the_next_one_to_take() {
+    fn a_start_that_fails_removes_its_new_directory() {
         let root = tempfile::tempdir().unwrap();
         let running = started(root.path());
         for _ in 0..5 {
@@ -243,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn the_one_used_last_comes_first() {
+    fn the_most_recently_used_directory_comes_first() {
         let root = tempfile::tempdir().unwrap();
         let nodes: Vec<_> = (0..4).map(|_| started(root.path())).collect();
         let last = nodes[2].node;
@@ -253,17 +262,17 @@ mod tests {
     }
 
     #[test]
-    fn the_process_before_is_known_in_its_own_directory_and_in_no_copy() {
+    fn the_predecessor_is_known_in_its_own_directory_but_not_in_a_copy() {
         let root = tempfile::tempdir().unwrap();
         let token = ProcessToken(7);
         let dir = started(root.path());
-        assert_eq!(dir.predecessor(), Predecessor::Nobody, "nobody was here");
+        assert_eq!(dir.predecessor(), Predecessor::Nobody, "no process has used it");
         dir.leave_word(token).unwrap();
         let (node, lock) = (dir.node, dir.path().join("lock"));
         drop(dir);
         assert_eq!(taken(root.path()).predecessor(), Predecessor::Process(token));
 
-        // A copy, and a directory that was put back in the place of the first.
+        // A copy of the directory, and a copy of the lock file in place of the original.
         let copy = root.path().join("copy");
         fs::create_dir_all(copy.join(node.to_string())).unwrap();
         for name in ["lock", HOLDER] {
@@ -277,19 +286,19 @@ mod tests {
         fs::rename(root.path().join("kept"), &lock).unwrap();
         assert_eq!(taken(root.path()).predecessor(), Predecessor::Process(token));
 
-        // Another boot of the machine, and what is torn.
+        // Another boot of the machine, and truncated records.
         let holder = root.path().join(node.to_string()).join(HOLDER);
-        let word = fs::read_to_string(&holder).unwrap();
+        let text = fs::read_to_string(&holder).unwrap();
         let boot = fs::read_to_string(BOOT_ID).unwrap();
-        for other in [word.replace(boot.trim_end(), "another-boot"), word[..20].to_owned(), String::new()] {
+        for other in [text.replace(boot.trim_end(), "another-boot"), text[..20].to_owned(), String::new()] {
             fs::write(&holder, &other).unwrap();
             assert_eq!(taken(root.path()).predecessor(), Predecessor::Nobody, "{other}");
         }
     }
 
-    /// Without its lock the directory would be the next process's as well, and its id.
+    /// Without its lock, the next process would take the same directory and the same node id.
     #[test]
-    fn a_directory_that_has_vanished_is_made_again_and_is_ours() {
+    fn a_missing_directory_is_recreated_and_locked() {
         let parent = tempfile::tempdir().unwrap();
         let (root, away) = (parent.path().join("state"), parent.path().join("away"));
         let running = started(&root);
@@ -302,13 +311,13 @@ mod tests {
 
         fs::rename(&root, &away).unwrap();
         running.tend();
-        assert!(!root.exists(), "it would stand in the way of the one that comes back");
+        assert!(!root.exists(), "it would be in the way of the one that is restored");
         fs::rename(&away, &root).unwrap();
         running.tend();
         assert_ne!(other(&root), running.node);
 
-        // A disk that goes leaves an empty directory, and covers it when it is back: with our first lock on
-        // it.
+        // A disk that is unmounted leaves an empty mount point. Mounted again, it hides what was created
+        // there, and brings back the first lock file, which is locked.
         fs::rename(&root, &away).unwrap();
         fs::create_dir(&root).unwrap();
         running.tend();
@@ -319,11 +328,11 @@ mod tests {
         assert!(running.is_in_place());
         assert_ne!(other(&root), running.node);
 
-        // Another process was quicker.
+        // Another process locks the recreated directory first.
         fs::remove_dir_all(running.path()).unwrap();
         fs::create_dir(running.path()).unwrap();
-        let thief = StateDir::lock(&root, running.node, false).unwrap().unwrap();
+        let other_process = StateDir::lock(&root, running.node, false).unwrap().unwrap();
         running.tend();
-        assert!(!running.is_in_place() && thief.is_in_place());
+        assert!(!running.is_in_place() && other_process.is_in_place());
     }
 }

@@ -1,14 +1,16 @@
-//! How a process hands its listening sockets to its successor, so that a restart drops no request.
+//! Hands the listening sockets of a process to its successor, so that an upgrade drops no request.
 //!
-//! The running process waits at a Unix socket in `STATE_DIR`. Its successor, once it is connected to everything, asks
-//! there for the listening sockets, begins to accept on those that it wants ([`super::sockets`]), and says so; only
-//! then the first one drains. Both share a socket and its queue of connections, so none is lost in between. (Two sockets
-//! of one address with SO_REUSEPORT were rejected: what waits in the queue of one that closes is reset.) A successor that
-//! fails before that is as if it had never been.
+//! The running process waits on a Unix socket in `STATE_DIR`. Its successor first connects to all backends.
+//! Then it asks for the listening sockets, accepts on those that it needs ([`super::sockets`]), and confirms.
+//! Only then does the predecessor drain. Both processes share each socket and its queue, so no connection is
+//! lost in between. A successor that fails before the confirmation has no effect.
 //!
-//! On the wire: one byte ([`HERE`]) with the sockets one way, one byte ([`SERVING`]) the other way. What a
-//! socket is for is not said: the successor knows it by its address. So processes that hand over other
-//! sockets understand each other.
+//! Two sockets of one address with SO_REUSEPORT were rejected: closing one of them resets the connections in
+//! its queue.
+//!
+//! Protocol: the predecessor sends one byte ([`HERE`]) with the sockets, the successor replies with one byte
+//! ([`SERVING`]). The purpose of a socket is not transmitted, because the successor identifies it by its
+//! address. So versions that hand over different sockets stay compatible.
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -23,22 +25,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
-/// How long the other side may take for a step.
+/// Deadline for each step of the other side.
 const STEP_MAX: Duration = Duration::from_secs(10);
-/// After a successor that could not be let in.
+/// Pause after a failed accept.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
-/// Most sockets that are handed over: for each of the two listeners an address that is made of several.
+/// Most sockets that are handed over: several for each of the two listeners.
 pub const SOCKETS_MAX: usize = 8;
-/// What goes with the sockets, and what a successor says when it serves.
+/// The byte that carries the sockets, and the confirmation of a successor that serves.
 const HERE: &[u8] = b"I";
 const SERVING: u8 = b'S';
 
-/// The names of the places where processes wait: this and the port as it is configured.
+/// File name of the Unix socket: the configured port stands between these two parts.
 const NAME_START: &str = "upgrade-";
 const NAME_END: &str = ".sock";
 
-/// Where a process that listens on `port` waits for its successor. The path may be longer than an address of a Unix
-/// socket, so it is named by its open directory.
+/// The Unix socket on which a process with the configured `port` waits for its successor. Its path may be too
+/// long for a Unix socket address, so the path goes by way of the open directory.
 struct Place {
     dir: File,
     port: u16,
@@ -56,7 +58,7 @@ impl Place {
     }
 }
 
-/// The other ports whose processes wait under `dir`, or waited there when they were killed.
+/// Other ports with a Unix socket in `dir`, whose processes run or were killed.
 pub fn other_ports(dir: &Path, port: u16) -> Vec<u16> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
@@ -64,23 +66,24 @@ pub fn other_ports(dir: &Path, port: u16) -> Vec<u16> {
     names.filter_map(port_of).filter(|other| *other != port).collect()
 }
 
-/// Waits for a successor.
+/// The offer of the sockets to a successor.
 pub struct Heritage {
     sockets: Vec<OwnedFd>,
     listener: UnixListener,
     place: Place,
-    /// The file of our place: a successor puts its own there.
+    /// Inode of our Unix socket: a successor replaces the file.
     inode: u64,
 }
 
 impl Heritage {
-    /// `port`: as it is configured; `sockets`: those that listen, at most [`SOCKETS_MAX`], that of `port` first.
+    /// Starts to wait for a successor. `port`: the configured port. `sockets`: the listening sockets, at most
+    /// [`SOCKETS_MAX`], those of `port` first.
     pub fn offer(dir: &Path, port: u16, sockets: Vec<OwnedFd>) -> io::Result<Self> {
         let place = Place::new(dir, port)?;
         let path = place.path();
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            // Left by a process that is gone, or by the one whose successor this is.
+            // Left by a process that is gone, or in use by our predecessor.
             _ => {}
         }
         let listener = UnixListener::bind(&path)?;
@@ -89,20 +92,20 @@ impl Heritage {
         Ok(Self { sockets, listener, place, inode })
     }
 
-    /// Resolves when a successor serves.
+    /// Resolves when a successor has confirmed that it serves.
     pub async fn taken(self) {
         loop {
             let handed = match self.listener.accept().await {
                 Ok((stream, _)) => self.hand_to(stream).await,
                 Err(e) => {
-                    // Without file descriptors it fails again at once.
+                    // Without file descriptors, accept would fail again immediately.
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     Err(e)
                 }
             };
             match handed {
                 Ok(()) => return,
-                Err(e) => tracing::warn!(error = %e, "Successor Failed, This Process Goes On"),
+                Err(e) => tracing::warn!(error = %e, "Successor failed; this process keeps serving"),
             }
         }
     }
@@ -125,7 +128,8 @@ impl Heritage {
 }
 
 impl Drop for Heritage {
-    /// A place where nobody waits would look like a process that goes on.
+    /// Removes the Unix socket, unless a successor has replaced it. Otherwise it looks like a running
+    /// process.
     fn drop(&mut self) {
         let path = self.place.path();
         if std::fs::symlink_metadata(&path).is_ok_and(|there| there.ino() == self.inode) {
@@ -134,21 +138,23 @@ impl Drop for Heritage {
     }
 }
 
-/// The one who inherits; tells the other when it serves.
+/// The successor's side of a handover, which must still be confirmed.
 pub struct Heir(UnixStream);
 
 impl Heir {
+    /// Confirms to the predecessor that this process serves.
     pub async fn serves(mut self) -> io::Result<()> {
         self.0.write_u8(SERVING).await
     }
 }
 
-/// Asks the process that listens on `port` for its sockets, that of `port` first. `None`: there is no such process.
+/// Asks the process on `port` for its listening sockets, those of `port` first. `None`: there is no such
+/// process.
 pub async fn inherit(dir: &Path, port: u16) -> io::Result<Option<(Vec<TcpListener>, Heir)>> {
     let place = Place::new(dir, port)?;
     let stream = match stepped(UnixStream::connect(place.path())).await {
         Ok(stream) => stream,
-        // Nobody has ever waited there, or does any more.
+        // No process has ever waited there, or the process has ended.
         Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
             return Ok(None);
         }
@@ -166,7 +172,7 @@ fn received(stream: RawFd) -> io::Result<Vec<OwnedFd>> {
     let mut space = cmsg_space!([RawFd; SOCKETS_MAX]);
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(stream, &mut into, Some(&mut space), flags)?;
-    // Truncated it is an error: a socket that nobody has would lose what waits in its queue.
+    // A truncated message is an error: the connections in the queue of a lost socket would be lost as well.
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control
             && !fds.is_empty()
@@ -175,19 +181,20 @@ fn received(stream: RawFd) -> io::Result<Vec<OwnedFd>> {
                 unsafe_code,
                 reason = "the kernel has just given us the descriptors, and nix hands them on bare"
             )]
-            // SAFETY: they are open, and nobody else knows of them.
+            // SAFETY: they are open, and nothing else owns them.
             return Ok(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect());
         }
     }
     Err(io::ErrorKind::UnexpectedEof.into())
 }
 
-/// Only processes of the same user hand sockets to each other.
+/// Rejects peers of other users.
 fn is_own(stream: &UnixStream) -> io::Result<()> {
     let is_own = stream.peer_cred()?.uid() == nix::unistd::geteuid().as_raw();
     if is_own { Ok(()) } else { Err(io::ErrorKind::PermissionDenied.into()) }
 }
 
+/// Bounds a step by [`STEP_MAX`].
 async fn stepped<T>(step: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     timeout(STEP_MAX, step).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
 }
@@ -206,8 +213,8 @@ mod tests {
         (listener.into(), address)
     }
 
-    /// What the first version that hands sockets over says: two of them at most, that of `PORT` first, and
-    /// one byte each way.
+    /// The protocol of the first version with a handover: at most two sockets, that of `PORT` first, and one
+    /// byte in each direction.
     #[tokio::test]
     async fn a_predecessor_of_the_first_version_hands_over() {
         let dir = tempfile::tempdir().unwrap();
@@ -225,18 +232,18 @@ mod tests {
             stream.read_u8().await.unwrap()
         };
         let successor = async {
-            let (sockets, heir) = inherit(dir.path(), PORT).await.unwrap().expect("somebody waits");
+            let (sockets, heir) = inherit(dir.path(), PORT).await.unwrap().expect("the predecessor waits");
             heir.serves().await.unwrap();
             sockets
         };
-        let (said, sockets) = tokio::join!(predecessor, successor);
-        assert_eq!(said, b'S');
+        let (confirmation, sockets) = tokio::join!(predecessor, successor);
+        assert_eq!(confirmation, b'S');
         let found: Vec<_> = sockets.iter().map(|socket| socket.local_addr().unwrap()).collect();
         assert_eq!(found, addresses);
     }
 
     #[tokio::test]
-    async fn as_many_as_may_be_are_handed_over_and_the_place_goes_with_its_process() {
+    async fn the_most_sockets_are_handed_over_and_the_unix_socket_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let (sockets, addresses): (Vec<_>, Vec<_>) = (0..SOCKETS_MAX).map(|_| socket()).unzip();
         let heritage = Heritage::offer(dir.path(), PORT, sockets).unwrap();
@@ -252,7 +259,7 @@ mod tests {
         };
         let found: Vec<_> = sockets.iter().map(|socket| socket.local_addr().unwrap()).collect();
         assert_eq!(found, addresses);
-        assert_eq!(other_ports(dir.path(), 80), [PORT], "the successor's place stays");
+        assert_eq!(other_ports(dir.path(), 80), [PORT], "the Unix socket of the successor stays");
         drop(of_successor);
         assert!(other_ports(dir.path(), 80).is_empty());
     }

@@ -1,38 +1,44 @@
-//! `./.env`, read the way the old controller's reader read it.
+//! Parser of `./.env`, compatible with that of the old controller.
 //!
-//! The usual crate was rejected: it expands `$NAME` inside values and refuses unquoted blanks, so a password
-//! that worked for years would change or stop the start. The rules kept here: `NAME=value` or `NAME: value`,
-//! an optional `export`, single, double or back quotes (a quoted value may run over lines), `\n` and `\r`
-//! expanded in double quotes only, `#` starts a comment outside quotes, other lines are ignored, the last of
-//! a name wins. Lines end with LF, CR LF or CR, and a byte order mark at the begin is no part of the first.
+//! The crate `dotenvy` was rejected: it expands `$NAME` in values and rejects unquoted blanks. A password
+//! that has worked so far could change, or prevent the start. The rules:
+//!
+//! * An assignment is `NAME=value` or `NAME: value`, with an optional `export` before it. Other lines are
+//!   ignored.
+//! * A value may be in single, double or back quotes, and then may span lines.
+//! * `\n` and `\r` are expanded in double quotes only.
+//! * `#` starts a comment outside quotes.
+//! * The last assignment of a name wins.
+//! * Lines end with LF, CR LF or CR. A byte order mark at the start is skipped.
 
 use super::reader::{BYTE_ORDER_MARK, FileReader, is_utf16, text};
 use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long the file may take to be read.
+/// Deadline for reading the file.
 const READ_MAX: Duration = Duration::from_secs(5);
 
-/// The variables of the file, if it is there. No thread that was started for it runs on.
+/// Reads the variables of the file; none if the file does not exist. The thread that reads has ended on
+/// return.
 ///
 /// # Errors
-/// Why it cannot be used, as what follows its name.
+/// Why the file cannot be used, as text to append to its name.
 pub fn read(path: &Path) -> Result<HashMap<String, String>, String> {
     let mut reader = FileReader::new(READ_MAX);
     let bytes = reader.read(path).map_err(|e| e.to_string())?.unwrap_or_default();
     if !reader.finish() {
-        return Err("cannot be read: the thread that reads does not end".to_owned());
+        return Err("cannot be read: the reading thread does not end".to_owned());
     }
     match text(bytes.clone()) {
         Ok(text) => Ok(parse(&text)),
         Err(e) if bytes.contains(&0) || is_utf16(&bytes) => Err(e.to_string()),
-        // As the old controller read what is no UTF-8.
+        // The old controller replaced invalid UTF-8 in the same way.
         Err(_) => Ok(parse(&String::from_utf8_lossy(&bytes))),
     }
 }
 
-/// The variables of `text`.
+/// Parses the variables of `text`.
 pub fn parse(text: &str) -> HashMap<String, String> {
     let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text);
     let text = text.replace("\r\n", "\n").replace('\r', "\n");
@@ -50,7 +56,7 @@ pub fn parse(text: &str) -> HashMap<String, String> {
     vars
 }
 
-/// What comes after the first line of `text`.
+/// The text after the first line of `text`.
 fn after_line(text: &str) -> &str {
     text.split_once('\n').map_or("", |(_, after)| after)
 }
@@ -59,7 +65,7 @@ fn first_line(text: &str) -> &str {
     text.split('\n').next().unwrap_or_default()
 }
 
-/// If the first line of `text` assigns: the name, and all of the text from the value on.
+/// If the first line of `text` is an assignment, its name and the rest of the text from the value on.
 fn assignment(text: &str) -> Option<(&str, &str)> {
     let blank = [' ', '\t', '\r'];
     let line = text.trim_start_matches(blank);
@@ -78,7 +84,8 @@ fn assignment(text: &str) -> Option<(&str, &str)> {
     Some((name, value.trim_start_matches(blank)))
 }
 
-/// The value if it stands in quotes that close with nothing but a comment behind them, and what follows.
+/// The quoted value, and the text after it. `None`: there are no quotes, they do not close, or other text
+/// than a comment follows them.
 fn quoted(value: &str) -> Option<(String, &str)> {
     let quote = value.chars().next().filter(|c| "'\"`".contains(*c))?;
     let mut escaped = false;
@@ -105,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines() {
+    fn lines_are_parsed() {
         for (text, name, value) in [
             ("A=b", "A", "b"),
             ("  export A = b c  # note\n", "A", "b c"),
@@ -142,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn encodings() {
+    fn encodings_are_read_or_rejected() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(".env");
         let wide = |text: &str, mark: &[u8], bytes: fn(u16) -> [u8; 2]| {
@@ -152,7 +159,7 @@ mod tests {
         let be: fn(u16) -> [u8; 2] = u16::to_be_bytes;
         for (bytes, expected) in [
             (b"\xef\xbb\xbfA=1\n".to_vec(), Ok("1")),
-            // As the old controller read what is no UTF-8.
+            // The old controller replaced invalid UTF-8 in the same way.
             (b"A=1\nB=\xff\n".to_vec(), Ok("1")),
             (b"\xef\xbb\xbfA=1\nB=\xff\n".to_vec(), Ok("1")),
             (wide("A=1\n", b"\xff\xfe", le), Err("is UTF-16; save it as UTF-8")),
@@ -160,7 +167,7 @@ mod tests {
             (wide("A=1\n", b"", le), Err("is UTF-16; save it as UTF-8")),
             (wide("A=1\n", b"", be), Err("is UTF-16; save it as UTF-8")),
             (wide("\u{4e00}\u{4e01}", b"\xff\xfe", le), Err("is UTF-16; save it as UTF-8")),
-            (b"A=1\n\0".to_vec(), Err("holds a NUL byte in line 2: it is binary, damaged or half written")),
+            (b"A=1\n\0".to_vec(), Err("contains a NUL byte in line 2: it is binary, damaged or incomplete")),
         ] {
             std::fs::write(&path, &bytes).unwrap();
             let read = read(&path).map(|vars| vars.get("A").cloned().unwrap_or_default());

@@ -1,20 +1,28 @@
-//! `keys.toml`: who may call.
+//! `keys.toml`: the API keys with their scopes and limits, and the creation of new keys.
 
-use super::conf::{at_least_one, is_countable};
-use super::{ConfigError, Secret};
-use crate::model::{FunctionId, Quota, Scope, parse_rfc3339_ms, rfc3339_ms};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use crate::config::keys::{KeyConf, key_problems};
+use crate::config::merge::collect;
+use crate::model::{FunctionId, Quota, Scope, parse_rfc3339_ms, rfc3339_ms};
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use std::fmt;
+use std::net::IpAddr;
+use std::path::PathBuf;
 use std::time::Duration;
+use super::checks::{is_countable, within};
+use super::error::ConfigError;
+use super::secret::Secret;
+use toml::Table;
 
-/// The name of the key of the environment.
+/// Name of the key in `INFRA_API_KEY`.
 const MASTER: &str = "master";
 /// Most keys in a file.
 const KEYS_MAX: usize = 10_000;
-/// Most names of functions, and prefixes of names, that a key may name.
+/// Most function names and prefixes that a key may list.
 const FUNCTIONS_MAX: usize = 1_000;
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -23,9 +31,9 @@ pub struct KeyConf {
     pub name: String,
     pub sha256: KeyHash,
     pub scopes: Vec<Scope>,
-    /// Names of functions; one that ends in `*` stands for all that begin so. `None`: all functions.
+    /// Functions that the key may run. A name that ends in `*` is a prefix. `None`: all functions.
     pub functions: Option<Vec<String>>,
-    /// Unix milliseconds.
+    /// Unix milliseconds, as `expires`.
     #[serde(default, deserialize_with = "moment")]
     pub not_before: Option<u64>,
     #[serde(default, deserialize_with = "moment")]
@@ -34,7 +42,7 @@ pub struct KeyConf {
     pub jobs_max: Option<usize>,
 }
 
-/// What a key may ask, in place of the limits by key.
+/// The rate limit of a key. It replaces the limits with the identity `key`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyLimitConf {
@@ -49,7 +57,7 @@ impl KeyLimitConf {
     }
 }
 
-/// The SHA-256 of a key. It is nobody's business: neither shown nor written.
+/// The SHA-256 of a key. Never logged or serialized.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KeyHash(pub [u8; 32]);
 
@@ -80,25 +88,25 @@ impl<'de> Deserialize<'de> for KeyHash {
     }
 }
 
-/// A date and time of TOML, with its offset, as Unix milliseconds.
+/// Parses a TOML date and time with an offset into Unix milliseconds.
 fn moment<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
     let text = toml::value::Datetime::deserialize(from)?.to_string();
-    let bad = || serde::de::Error::custom("must be a date and time with its offset: 2027-01-01T00:00:00Z");
+    let bad = || serde::de::Error::custom("must be a date and time with an offset: 2027-01-01T00:00:00Z");
     parse_rfc3339_ms(&text).map(Some).ok_or_else(bad)
 }
 
-/// A key that was made a moment ago.
+/// A newly created key.
 pub struct NewKey {
-    /// It stands nowhere else: whoever loses it needs another one.
+    /// Not stored. If it is lost, issue a new key.
     pub key: Secret,
-    /// What lets it in, to be appended to `keys.toml`.
+    /// The entry to append to `keys.toml`.
     pub lines: String,
 }
 
-/// Makes a key of 256 random bits.
+/// Creates a key of 256 random bits.
 ///
 /// # Errors
-/// What is asked for cannot stand in `keys.toml`.
+/// If `keys.toml` would be rejected with such an entry.
 pub fn new_key(
     name: String,
     scopes: Vec<Scope>,
@@ -121,12 +129,12 @@ pub fn new_key(
     };
     let problems = key_problems(std::slice::from_ref(&conf));
     if !problems.is_empty() {
-        let told = |(path, problem): (String, String)| format!("{} {problem}", path.replace("key[0].", ""));
-        return Err(ConfigError(problems.into_iter().map(told).collect()));
+        let text = |(path, problem): (String, String)| format!("{} {problem}", path.replace("key[0].", ""));
+        return Err(ConfigError(problems.into_iter().map(text).collect()));
     }
     let digits: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
     let scopes: Vec<_> = conf.scopes.iter().map(|scope| scope.name()).collect();
-    // A line break first: the last line of a file may lack its own, and would take `[[key]]` in.
+    // A line break first, because the last line of the file may lack one.
     let mut lines =
         format!("\n[[key]]\nname = {:?}\nsha256 = \"{digits}\"\nscopes = {scopes:?}\n", conf.name);
     if let Some(functions) = &conf.functions {
@@ -140,11 +148,11 @@ pub fn new_key(
 
 fn bad_moment(text: &str) -> ConfigError {
     ConfigError(vec![format!(
-        "expires must be a date and time with its offset (2027-01-01T00:00:00Z): {text}"
+        "expires must be a date and time with an offset, such as 2027-01-01T00:00:00Z, not {text}"
     )])
 }
 
-/// (path, problem) of each.
+/// Returns every problem as (path, problem).
 pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
     let mut problems = Vec::new();
     if keys.len() > KEYS_MAX {
@@ -159,13 +167,13 @@ pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
             problem("name", "must be 1 to 64 of [A-Za-z0-9._-]");
         }
         if key.name == MASTER {
-            problem("name", "is that of INFRA_API_KEY");
+            problem("name", "is reserved for INFRA_API_KEY");
         }
         if let Some(before) = hashes.insert(key.sha256, n) {
-            problem("sha256", &format!("is that of key[{before}]"));
+            problem("sha256", &format!("is the same as that of key[{before}]"));
         }
         if key.scopes.is_empty() {
-            problem("scopes", "must name a scope");
+            problem("scopes", "must list at least one scope");
         }
         if key.not_before.zip(key.expires).is_some_and(|(from, to)| from >= to) {
             problem("expires", "must be after not_before");
@@ -174,19 +182,19 @@ pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
         if key.functions.as_ref().is_some_and(Vec::is_empty) || functions.len() > FUNCTIONS_MAX {
             problem(
                 "functions",
-                &format!("must name 1 to {FUNCTIONS_MAX} functions; without it the key may run all"),
+                &format!("must list 1 to {FUNCTIONS_MAX} functions; leave it out to allow all"),
             );
         }
         for function in functions {
             let name = function.strip_suffix('*').unwrap_or(function);
             if !(name.is_empty() && function == "*") && FunctionId::parse(name).is_none() {
-                problem("functions", "must be names of functions, or beginnings of them with a * behind");
+                problem("functions", "must be function names, or prefixes followed by *");
             }
         }
         for (name, value) in key.limit.iter().flat_map(|limit| {
             [("rate", limit.rate.into()), ("period_s", limit.period_s), ("burst", limit.burst.into())]
         }) {
-            problems.extend(at_least_one(&format!("key[{n}].limit.{name}"), value));
+            problems.extend(within(&format!("key[{n}].limit.{name}"), value, 1..=u64::MAX));
         }
         if key.limit.as_ref().is_some_and(|limit| limit.rate > 0 && !is_countable(&limit.quota())) {
             problems
@@ -194,6 +202,13 @@ pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
         }
     }
     problems
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct KeysFile {
+    #[serde(default)]
+    key: Vec<KeyConf>,
 }
 
 #[cfg(test)]
@@ -212,7 +227,7 @@ mod tests {
     const HASH: &str = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08";
 
     #[test]
-    fn the_lines_of_a_new_key_let_it_in() {
+    fn the_entry_of_a_new_key_is_valid() {
         let scopes = vec![Scope::Run, Scope::Read];
         let made = new_key(
             "edge".into(),
@@ -240,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_and_never_the_hash() {
+    fn problems_name_the_path_and_never_contain_the_hash() {
         let problems = |lines: &str| key_problems(&read(lines).unwrap());
         let key =
             |more: &str| format!("[[key]]\nname = \"a\"\nsha256 = {HASH:?}\nscopes = [\"run\"]\n{more}");
@@ -257,8 +272,8 @@ mod tests {
             (key("limit = { rate = 1, period_s = 9223372036854775807, burst = 1 }"), "key[0].limit.burst"),
             (key("limit = { rate = 1, period_s = 31536000, burst = 4000000000 }"), "key[0].limit.burst"),
         ] {
-            let told = problems(&lines);
-            assert_eq!(told.first().map(|(path, _)| path.as_str()), Some(path), "{lines}: {told:?}");
+            let found = problems(&lines);
+            assert_eq!(found.first().map(|(path, _)| path.as_str()), Some(path), "{lines}: {found:?}");
         }
         for lines in [
             key("").replace(HASH, "9f86"),
@@ -267,8 +282,8 @@ mod tests {
             key("expires = 2030-01-01T00:00:00"),
             key("").replace("run", "runs"),
         ] {
-            let told = read(&lines).unwrap_err();
-            assert!(!told.contains("81884c7d"), "{told}");
+            let error = read(&lines).unwrap_err();
+            assert!(!error.contains("81884c7d"), "{error}");
         }
         assert!(!format!("{:?}", read(&key("")).unwrap()).contains("81884c7d"));
     }

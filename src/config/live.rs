@@ -1,9 +1,9 @@
-//! Settings that may change while the process runs.
+//! Shared settings that a reload can replace while the process runs.
 
 use arc_swap::{ArcSwap, Guard};
 use std::sync::Arc;
 
-/// A setting as it is now. Reading takes no lock; clones share it.
+/// The current value of a setting. Reads take no lock. Clones share the value.
 #[derive(Debug)]
 pub struct Live<T>(Arc<ArcSwap<T>>);
 
@@ -12,7 +12,7 @@ impl<T> Live<T> {
         Self(Arc::new(ArcSwap::from_pointee(value)))
     }
 
-    /// The setting as it is at this moment. Not to be held over an await: what it was then is kept alive.
+    /// The current value. Do not hold the guard across an await, because it keeps an old value alive.
     pub fn get(&self) -> Guard<Arc<T>> {
         self.0.load()
     }

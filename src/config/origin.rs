@@ -1,20 +1,20 @@
-//! Origins of scripts (RFC 6454), for `cors_origins`.
+//! Normalizes the web origins (RFC 6454) of `cors_origins`.
 //!
-//! A browser sends the one spelling that it has for an origin, and it is compared byte by byte. So what is
-//! written in another spelling is brought into that one, and what no browser sends is an error, not an entry
-//! that never matches.
+//! The `Origin` field of a request is compared byte by byte, and a browser sends one spelling of each origin.
+//! So other spellings are normalized to that one. An entry that no browser sends is an error, because it
+//! would never match.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Any origin.
 pub const ANY: &str = "*";
-/// What a browser sends for a page without an origin, as of a file.
+/// What browsers send for a page without an origin, such as a local file.
 const OPAQUE: &str = "null";
 
-/// The origin in the spelling of browsers.
+/// Returns the origin as browsers spell it.
 ///
 /// # Errors
-/// Why no browser sends it.
+/// Why no browser sends this origin.
 pub(super) fn normalized(text: &str) -> Result<String, String> {
     let problem = |problem: &str| Err(format!("{text:?} {problem}"));
     let origin = text.trim();
@@ -31,20 +31,20 @@ pub(super) fn normalized(text: &str) -> Result<String, String> {
     }
     let authority = rest.strip_suffix('/').unwrap_or(rest);
     if authority.contains(['/', '?', '#']) {
-        return problem("has a path; an origin is scheme, host and port alone");
+        return problem("has a path; an origin has only a scheme, a host and a port");
     }
     if authority.contains('@') {
-        return Err("must not hold a user: an origin is scheme, host and port alone".to_owned());
+        return Err("must not contain a user: an origin has only a scheme, a host and a port".to_owned());
     }
     if authority.contains('*') {
-        return problem("is a pattern; name each origin, or \"*\" alone for any");
+        return problem("is a pattern; list each origin, or use \"*\" for any origin");
     }
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => (host, Some(port)),
         _ => (authority, None),
     };
     let Some(host) = normalized_host(host) else {
-        return problem("has no host as browsers send it: a name in ASCII (xn--… for others) or an address");
+        return problem("has no host that browsers send: use an ASCII name (xn--… for others) or an address");
     };
     let default_port = match scheme.as_str() {
         "http" => Some(80),
@@ -55,7 +55,7 @@ pub(super) fn normalized(text: &str) -> Result<String, String> {
         None => Ok(format!("{scheme}://{host}")),
         Some(Ok(port)) if default_port == Some(port) => Ok(format!("{scheme}://{host}")),
         Some(Ok(port)) if port > 0 => Ok(format!("{scheme}://{host}:{port}")),
-        Some(_) => problem("has no port number behind the colon"),
+        Some(_) => problem("has no valid port number after the colon"),
     }
 }
 
@@ -66,7 +66,7 @@ fn normalized_host(host: &str) -> Option<String> {
     if let Ok(address) = host.parse::<Ipv4Addr>() {
         return Some(address.to_string());
     }
-    // Browsers read a host whose last part is a number as an address, and send it in its long form.
+    // Browsers parse a host whose last label is a number as an IPv4 address, and send its four-part form.
     let last = host.trim_end_matches('.').rsplit('.').next().unwrap_or_default();
     let hex = last.strip_prefix("0x").or_else(|| last.strip_prefix("0X"));
     let is_decimal = !last.is_empty() && last.bytes().all(|b| b.is_ascii_digit());

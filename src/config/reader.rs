@@ -1,12 +1,11 @@
-//! Reads the small files that configure the process: regular files, up to a size, within a deadline.
+//! Reads the small files that configure the process: regular files, with a size limit and a deadline.
 //!
-//! What stands under the name of a file may be anything that others put there. A FIFO, a device or a file
-//! system that does not answer would hold the reader for good. So a thread reads, and the caller waits for it
-//! no longer than the deadline. A thread that hangs cannot be ended; it is left behind with its file, and
-//! that file alone is unreadable until it returns.
+//! A file name may refer to anything. A FIFO, a device or a file system that does not answer would block the
+//! reader forever. So a separate thread reads, and the caller waits for it until the deadline. A thread that
+//! hangs cannot be ended. It is left behind with its file, and only that file is unreadable until it returns.
 //!
-//! Asynchronous file I/O was rejected: it uses such threads too, and the start reads before there is a
-//! runtime.
+//! Asynchronous file I/O was rejected: it uses such threads as well, and the start reads files before there
+//! is a runtime.
 
 use nix::fcntl::OFlag;
 use std::collections::HashMap;
@@ -19,22 +18,22 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Largest file that is read. 10,000 keys of 800 bytes each fit.
+/// Largest file that is read, in bytes. 10,000 keys of 800 bytes fit.
 pub const FILE_BYTES_MAX: u64 = 8 << 20;
-/// Most reads that hang at a time, and so most threads that are left behind.
+/// Most reads that hang at the same time, and so most threads that are left behind.
 pub const HANGING_MAX: usize = 16;
-/// What is said of a file that goes on changing.
-pub const CHANGES: &str = "changes while it is read; write another file, and rename it when it is whole";
-/// How often a file is read that changes while it is read.
+/// The error for a file that keeps changing.
+pub const CHANGES: &str = "changes while it is read; write a temporary file, then rename it";
+/// Most reads of a file that changes meanwhile.
 const TRIES_MAX: usize = 10;
 
-/// What stands in a file. `Ok(None)`: there is no such file.
+/// The contents of a file. `Ok(None)`: there is no such file.
 pub type FileBytes = Result<Option<Vec<u8>>, FileError>;
 
-/// Why a file cannot be used, as what follows its name.
+/// Why a file cannot be used, as text to append to its name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FileError {
-    #[error("is not there: its directory does not exist")]
+    #[error("does not exist, and neither does its directory")]
     NoDirectory,
     #[error("{0}")]
     Unusable(String),
@@ -46,13 +45,13 @@ impl From<String> for FileError {
     }
 }
 
-/// Reads files one after the other. It blocks its caller, for the deadline at most.
+/// Reads files one after the other. Blocks the caller, at most until the deadline.
 pub struct FileReader {
     deadline: Duration,
     read: Arc<dyn Fn(&Path) -> FileBytes + Send + Sync>,
-    /// Idle between two calls. `None`: it is started by the next one.
+    /// Idle between two calls. `None`: the next call starts it.
     worker: Option<Worker>,
-    /// The files whose read has not returned, each with where its result arrives.
+    /// The files whose reads have not returned, with the channels of their results.
     hanging: HashMap<PathBuf, Receiver<FileBytes>>,
 }
 
@@ -71,7 +70,7 @@ impl FileReader {
         Self { deadline, read: Arc::new(read), worker: None, hanging: HashMap::new() }
     }
 
-    /// Reads a file. While an earlier read of it hangs the answer comes at once.
+    /// Reads a file. Fails immediately while an earlier read of the same file hangs.
     pub fn read(&mut self, path: &Path) -> FileBytes {
         if let Some(result) = self.hanging.get(path) {
             match result.try_recv() {
@@ -103,7 +102,7 @@ impl FileReader {
                 self.hanging.insert(path.to_owned(), worker.results);
                 Err(self.hangs())
             }
-            Err(_) => Err("cannot be read: the thread that reads has ended".to_owned().into()),
+            Err(_) => Err("cannot be read: the reading thread has ended".to_owned().into()),
         }
     }
 
@@ -112,7 +111,7 @@ impl FileReader {
             .into()
     }
 
-    /// Ends the thread that reads, and returns once it has ended. `false`: it hangs.
+    /// Ends the reading thread and waits for its end. `false`: it hangs.
     pub fn finish(mut self) -> bool {
         let ended = self.worker.take().is_none_or(|worker| {
             drop(worker.paths);
@@ -123,7 +122,7 @@ impl FileReader {
 }
 
 impl Worker {
-    /// The thread ends when its worker is dropped, or with the read that it hangs in.
+    /// Starts the thread. It ends when its worker is dropped, or else when its current read returns.
     fn start(read: Arc<dyn Fn(&Path) -> FileBytes + Send + Sync>) -> io::Result<Self> {
         let (paths, asked) = sync_channel::<PathBuf>(1);
         let (answer, results) = sync_channel(1);
@@ -139,17 +138,19 @@ impl Worker {
     }
 }
 
-/// Text in UTF-8, without the byte order mark that some editors write before it. `Err`: why it is none, as
-/// what follows the name of the file.
+/// Decodes UTF-8, and removes the byte order mark that some editors write.
+///
+/// # Errors
+/// Why it is not UTF-8 text, as text to append to the name of the file.
 pub fn text(bytes: Vec<u8>) -> Result<String, FileError> {
     let line_at = |offset: usize| 1 + bytes.iter().take(offset).filter(|b| **b == b'\n').count();
     if is_utf16(&bytes) {
         return Err("is UTF-16; save it as UTF-8".to_owned().into());
     }
-    // A crash of the machine may leave blocks of them where data was not written yet.
+    // A crash of the machine may leave blocks of NUL bytes where data was not written yet.
     if let Some(offset) = bytes.iter().position(|b| *b == 0) {
         let line = line_at(offset);
-        return Err(format!("holds a NUL byte in line {line}: it is binary, damaged or half written").into());
+        return Err(format!("contains a NUL byte in line {line}: it is binary, damaged or incomplete").into());
     }
     if let Err(e) = std::str::from_utf8(&bytes) {
         return Err(format!("is not UTF-8 in line {}; save it as UTF-8", line_at(e.valid_up_to())).into());
@@ -158,11 +159,11 @@ pub fn text(bytes: Vec<u8>) -> Result<String, FileError> {
     Ok(text.strip_prefix(BYTE_ORDER_MARK).map(str::to_owned).unwrap_or(text))
 }
 
-/// Before a text it says how that is encoded, and is no part of it.
+/// Marks the encoding at the start of a text. Not a part of the text.
 pub const BYTE_ORDER_MARK: char = '\u{feff}';
 
-/// Whether it begins with the byte order mark of UTF-16, or, as some write it without one, with two
-/// characters of ASCII.
+/// Whether the bytes begin with the byte order mark of UTF-16, or with two ASCII characters in UTF-16, as
+/// some programs write it without the mark.
 pub fn is_utf16(bytes: &[u8]) -> bool {
     match bytes {
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => true,
@@ -177,7 +178,7 @@ fn read_file(path: &Path) -> FileBytes {
     read_unchanged(path, || {})
 }
 
-/// `meanwhile`: what happens before the end of each read.
+/// `meanwhile`: called after the contents are read, so that tests can change the file.
 fn read_unchanged(path: &Path, meanwhile: impl Fn()) -> FileBytes {
     for _ in 0..TRIES_MAX {
         if let Some(read) = read_once(path, &meanwhile) {
@@ -187,12 +188,12 @@ fn read_unchanged(path: &Path, meanwhile: impl Fn()) -> FileBytes {
     Err(FileError::Unusable(CHANGES.to_owned()))
 }
 
-/// `None`: the file has changed meanwhile.
+/// `None`: the file has changed during the read.
 fn read_once(path: &Path, meanwhile: impl Fn()) -> Option<FileBytes> {
     let read = || {
-        // Before it is opened, since to open a device may do something.
+        // Check before the open, because opening a device may have side effects.
         check(&fs::metadata(path)?)?;
-        // The name may stand for something else by now: then the open must not wait for its other end.
+        // The name may refer to a FIFO by now, and then the open must not wait for a writer.
         let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
         let mut file = File::options().read(true).custom_flags(flags.bits()).open(path)?;
         let before = file.metadata()?;
@@ -213,7 +214,7 @@ fn read_once(path: &Path, meanwhile: impl Fn()) -> Option<FileBytes> {
     }
 }
 
-/// Empty: there is no such file.
+/// A problem as text. Empty: there is no such file.
 struct Problem(String);
 
 impl From<io::Error> for Problem {
@@ -222,7 +223,7 @@ impl From<io::Error> for Problem {
             io::ErrorKind::NotFound => String::new(),
             io::ErrorKind::PermissionDenied => {
                 format!(
-                    "may not be read by this user (uid {}); give it the permission",
+                    "is not readable by this user (uid {}); change its permissions",
                     nix::unistd::geteuid()
                 )
             }
@@ -258,7 +259,7 @@ fn version(metadata: &Metadata) -> (u64, i64, i64) {
     (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
-/// A link that leads nowhere is a mistake; to take it for no file would put the defaults in force.
+/// Tells a missing file from a dangling link. The link is a mistake, and must not put the defaults in force.
 fn absent(path: &Path) -> FileBytes {
     match fs::read_link(path) {
         Ok(target) => Err(format!("is a symbolic link to {}, which does not exist", target.display()).into()),
@@ -276,11 +277,11 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Instant;
 
-    /// Long enough for any read on a busy machine.
+    /// Longer than any read takes on a busy machine.
     const LONG: Duration = Duration::from_secs(60);
 
     #[test]
-    fn only_regular_files_of_some_size_are_read() {
+    fn only_regular_files_up_to_the_size_limit_are_read() {
         let scratch = tempfile::tempdir().unwrap();
         let at = |name: &str| scratch.path().join(name);
         fs::write(at("file"), "text").unwrap();
@@ -294,7 +295,7 @@ mod tests {
         File::create(at("large")).unwrap().set_len(FILE_BYTES_MAX + 1).unwrap();
         for (name, target) in [
             ("to-file", "file"),
-            // As Kubernetes mounts a ConfigMap.
+            // Kubernetes mounts a ConfigMap in this way.
             ("to-link", "to-file"),
             ("to-fifo", "fifo"),
             ("to-zero", "/dev/zero"),
@@ -311,7 +312,7 @@ mod tests {
             ("to-link", Ok(Some(4))),
             ("full", Ok(Some(FILE_BYTES_MAX as usize))),
             ("gone", Ok(None)),
-            ("no-directory/file", Err("is not there: its directory does not exist")),
+            ("no-directory/file", Err("does not exist, and neither does its directory")),
             ("directory", Err("is a directory")),
             ("fifo", Err("is a FIFO")),
             ("to-fifo", Err("is a FIFO")),
@@ -322,7 +323,7 @@ mod tests {
             ("to-nothing", Err("is a symbolic link to gone, which does not exist")),
             ("to-itself", Err("cannot be read: Too many levels of symbolic links")),
             ("file/file", Err("cannot be read: Not a directory")),
-            // Regular by its type, and without end.
+            // A regular file by its type, but without an end.
             ("/proc/self/mem", Err("cannot be read")),
         ] {
             let read = reader.read(&at(name)).map(|bytes| bytes.map(|bytes| bytes.len()));
@@ -338,17 +339,17 @@ mod tests {
         }
         assert!(reader.finish());
         let denied = Problem::from(io::Error::from(io::ErrorKind::PermissionDenied)).0;
-        assert!(denied.starts_with("may not be read by this user"), "{denied}");
+        assert!(denied.starts_with("is not readable by this user"), "{denied}");
     }
 
     #[test]
-    fn what_is_no_text_is_named_with_its_line() {
+    fn the_error_for_invalid_text_names_the_line() {
         for (bytes, expected) in [
             (&b"a = 1\n"[..], Ok("a = 1\n".to_owned())),
             ("\u{fc}".as_bytes(), Ok("\u{fc}".to_owned())),
             (b"", Ok(String::new())),
             (b"a\nb\xff", Err("is not UTF-8 in line 2")),
-            (b"a\n\nb\0c", Err("holds a NUL byte in line 3")),
+            (b"a\n\nb\0c", Err("contains a NUL byte in line 3")),
             (b"\xff\xfea\0", Err("is UTF-16")),
         ] {
             let read = text(bytes.to_vec());
@@ -366,7 +367,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("file");
         fs::write(&path, "half").unwrap();
-        // A writer that is done after so many reads, by appending or in place.
+        // A writer that appends during the first reads, and then one that changes the file in place.
         let changes = AtomicUsize::new(0);
         for (writes, expected) in [(0, Ok(Some(b"half".to_vec()))), (3, Ok(Some(b"half...".to_vec())))] {
             changes.store(writes, Ordering::Relaxed);
@@ -385,8 +386,8 @@ mod tests {
         assert!(read_unchanged(&path, touch).is_err_and(|e| e.to_string() == CHANGES));
     }
 
-    /// A read that hangs keeps nobody else from being read, is asked for once, and counts again when it
-    /// returns.
+    /// A read that hangs does not delay other files, is not repeated, and makes its file readable again when
+    /// it returns.
     #[test]
     fn a_read_that_hangs_costs_one_thread_and_its_own_file() {
         let (go, gate) = sync_channel::<()>(0);
@@ -400,11 +401,11 @@ mod tests {
             Ok(Some(path.as_os_str().as_encoded_bytes().to_vec()))
         });
         let hangs = |read: FileBytes| read.is_err_and(|e| e.to_string().contains("has not answered"));
-        // A machine that is busy may take longer than the deadline for any read, but not for ever.
+        // A busy machine may take longer than the deadline for any read, but not forever.
         let until = |reader: &mut FileReader, path: &str| {
             let end = Instant::now() + LONG;
             while reader.read(Path::new(path)) != Ok(Some(path.as_bytes().to_vec())) {
-                assert!(Instant::now() < end, "{path} is never read");
+                assert!(Instant::now() < end, "{path} was not read in time");
                 std::thread::yield_now();
             }
         };
@@ -430,6 +431,6 @@ mod tests {
             Ok(None)
         });
         assert!(hangs(reader.read(Path::new("file"))));
-        assert!(!reader.finish(), "its thread runs on");
+        assert!(!reader.finish(), "its thread still runs");
     }
 }

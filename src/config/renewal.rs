@@ -1,24 +1,25 @@
-//! Which parts of a changed `conf/` take force.
+//! Decides which parts of a changed `conf/` are applied.
 //!
-//! Each part takes force by itself, so that a mistake in one keeps no other out: above all no key in force
-//! that was removed. Parts that depend on each other take force together, or none of them does:
+//! Each part is applied by itself, so that a mistake in one part does not block another. Above all, it must
+//! not keep a removed key in force. Parts that depend on each other are applied together or not at all:
 //!
-//! * `[tls]` of `server.toml` names the certificates. While it stays as it is they are independent.
-//! * A limit may name an upstream. A new upstream waits for a `limits.toml` that can be used, since that may
-//!   limit it. Limits wait for `upstreams.toml` only if they name an upstream, or those in force do.
+//! * `[tls]` of `server.toml` names the certificates. As long as `[tls]` does not change, they are
+//!   independent.
+//! * A limit may name an upstream. A new upstream waits for a valid `limits.toml`, because that file may
+//!   limit it. Limits wait for `upstreams.toml` only if they name an upstream, or if the limits in force do.
 //!
-//! A part that was refused is tried again with each change, as it may fit what has changed.
+//! A rejected part is tried again with each change, because it may be valid together with the new parts.
 
 use super::{Conf, ConfPart, ConfTexts, ConfigError};
 use std::collections::BTreeMap;
 
-/// What has become of changes.
+/// The outcome of a reload.
 #[derive(Debug)]
 pub struct Renewal {
-    /// What is in force now.
+    /// The texts in force after the reload.
     pub texts: ConfTexts,
     pub conf: Conf,
-    /// The parts that differ from what is in force, with the reasons why they were not taken.
+    /// The changed parts that were rejected, with the reasons.
     pub refused: BTreeMap<ConfPart, Vec<String>>,
 }
 
@@ -26,7 +27,7 @@ const TLS_PARTS: [ConfPart; 3] = [ConfPart::Server, ConfPart::Certificate, ConfP
 const ROUTE_PARTS: [ConfPart; 2] = [ConfPart::Upstreams, ConfPart::Limits];
 
 impl Renewal {
-    /// Takes what can be taken of `read`. `make` makes settings of texts; it has made `conf` of `texts`.
+    /// Applies the valid parts of `read` to the settings in force, `texts` and `conf`. `make` parses texts.
     pub fn new(
         (texts, conf): (ConfTexts, Conf),
         read: &ConfTexts,
@@ -34,7 +35,7 @@ impl Renewal {
     ) -> Self {
         let mut trial = Trial { texts, conf, read, make, refused: BTreeMap::new() };
         trial.take_each(&[ConfPart::Keys]);
-        // Where there are no tables the certificates were read where those in force are.
+        // If server.toml is missing or not TOML, the certificates were read from the paths in force.
         if trial.read.has_same_tls(&trial.texts) || !trial.read.has_tables(ConfPart::Server) {
             trial.take_each(&TLS_PARTS);
         } else {
@@ -45,7 +46,7 @@ impl Renewal {
     }
 }
 
-/// Settings that grow by what can be taken.
+/// Settings to which valid parts are applied one by one.
 struct Trial<'a, F> {
     texts: ConfTexts,
     conf: Conf,
@@ -59,7 +60,7 @@ impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
         parts.iter().copied().filter(|part| !self.read.is_same(*part, &self.texts)).collect()
     }
 
-    /// The settings with these parts. `Err`: every problem.
+    /// The settings in force with these parts replaced. The error lists every problem.
     fn with(&self, parts: &[ConfPart]) -> Result<(ConfTexts, Conf), Vec<String>> {
         let problems: Vec<_> = parts.iter().flat_map(|part| self.read.problems(*part)).collect();
         if !problems.is_empty() {
@@ -80,7 +81,7 @@ impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
         }
     }
 
-    /// All of them, or none.
+    /// Applies all of the changed parts, or none.
     fn take_all(&mut self, parts: &[ConfPart]) {
         let changed = self.changed(parts);
         match self.with(&changed) {
@@ -89,6 +90,7 @@ impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
         }
     }
 
+    /// Applies the upstreams and the limits together, or else the limits alone if they name no upstream.
     fn take_routes(&mut self) {
         let changed = self.changed(&ROUTE_PARTS);
         let problems = match self.with(&changed) {
@@ -110,7 +112,7 @@ impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
         }
     }
 
-    /// Each part with the problems of its own, or that it waits for the others.
+    /// Records the problems of each part, or that it waits for the others.
     fn refuse(&mut self, parts: &[ConfPart], problems: &[String]) {
         for part in parts {
             let name = self.read.name(*part);
@@ -120,7 +122,7 @@ impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
                 let others: Vec<_> =
                     parts.iter().filter(|other| *other != part).map(|part| self.read.name(*part)).collect();
                 own.push(format!(
-                    "{name}: takes force only together with {}, which cannot be used",
+                    "{name}: is applied only together with {}, which cannot be used",
                     others.join(", ")
                 ));
             }
@@ -131,10 +133,11 @@ impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::texts::ConfText;
+    use crate::config::files::ConfText;
     use super::*;
 
-    const KEY: &str = "[[key]]\nname = \"a\"\nsha256 = \"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\"\nscopes = [\"run\"]\n";
+    const KEY: &str = "[[key]]\nname = \"a\"\n\
+        sha256 = \"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\"\nscopes = [\"run\"]\n";
     const NO_KEY: &str = "key = []\n";
     const WRONG: &str = "x = 1\n";
     const NO_TOML: &str = "[[\n";
@@ -145,7 +148,8 @@ mod tests {
 
     fn limit(route: &str, rate: u32) -> String {
         format!(
-            "[[limit]]\nname = \"a\"\nidentity = \"ip\"\nroutes = [{route:?}]\nrate = {rate}\nperiod_s = 1\nburst = 1\non_redis_loss = \"local\"\n"
+            "[[limit]]\nname = \"a\"\nidentity = \"ip\"\nroutes = [{route:?}]\nrate = {rate}\nperiod_s = 1\n\
+             burst = 1\non_redis_loss = \"local\"\n"
         )
     }
 
@@ -170,7 +174,7 @@ mod tests {
         texts
     }
 
-    /// As the start and the loop make settings; a certificate that says "bad" cannot be used.
+    /// Parses as the start and the reload loop do. The certificate "bad" is not valid.
     fn make(texts: &ConfTexts) -> Result<Conf, ConfigError> {
         let conf = Conf::of(texts)?;
         conf.check_routes(texts, |_| false, |route| route == "/run")?;
@@ -184,10 +188,9 @@ mod tests {
         }
     }
 
-    /// What is taken of a change is what is named; all else that has changed is refused, with a reason for
-    /// each.
+    /// Exactly the named parts of a change are applied. All other changed parts are rejected with a reason.
     #[test]
-    fn each_part_takes_force_unless_another_one_it_depends_on_is_refused() {
+    fn each_part_is_applied_unless_a_part_it_depends_on_is_rejected() {
         use ConfPart::{Certificate, ClientCa, Keys, Limits, Server, Upstreams};
         let (run_1, run_2) = (limit("/run", 1), limit("/run", 2));
         let (on_u, on_u_2) = (limit("/u/*", 1), limit("/u/*", 2));
@@ -198,24 +201,24 @@ mod tests {
         let limited = [(Upstreams, UP), (Limits, &*on_u)];
         type Parts<'a> = &'a [(ConfPart, &'a str)];
         let cases: [(Parts<'_>, Parts<'_>, &[ConfPart]); 22] = [
-            // What stood in force beside the base, what has changed, what of that is taken.
+            // In force in addition to the base; the change; the parts of it that are applied.
             (
                 &[],
                 &[(Keys, NO_KEY), (Limits, &run_2), (Upstreams, UP), (Server, auth)],
                 &[Keys, Limits, Upstreams, Server],
             ),
-            // A key that is removed is out of force, whatever is wrong with the others.
+            // A removed key is never kept in force by mistakes in other parts.
             (&[], &[(Keys, NO_KEY), (Upstreams, WRONG)], &[Keys]),
             (&[], &[(Keys, NO_KEY), (Upstreams, NO_TOML), (Limits, NO_TOML), (Server, NO_TOML)], &[Keys]),
             (&[], &[(Keys, NO_KEY), (Certificate, "bad"), (ClientCa, "bad"), (Server, WRONG)], &[Keys]),
-            // And what is wrong with the keys keeps nothing else out.
+            // Mistakes in the keys do not block other parts.
             (
                 &[],
                 &[(Keys, WRONG), (Limits, &run_2), (Upstreams, UP), (Server, &tls_auth)],
                 &[Limits, Upstreams, Server],
             ),
             (&[], &[(Keys, ""), (Limits, &run_2)], &[Limits]),
-            // Limits that name no upstream do without them.
+            // Limits that name no upstream do not need upstreams.toml.
             (&[], &[(Limits, &run_2), (Upstreams, WRONG)], &[Limits]),
             (&[], &[(Limits, &on_u), (Upstreams, UP)], &[Limits, Upstreams]),
             (&[], &[(Limits, &on_u), (Upstreams, WRONG)], &[]),
@@ -224,11 +227,11 @@ mod tests {
             (&limited, &[(Limits, &run_1), (Upstreams, WRONG)], &[]),
             (&limited, &[(Limits, &run_1), (Upstreams, NO_UP)], &[Limits, Upstreams]),
             (&limited, &[(Upstreams, NO_UP)], &[]),
-            // A new upstream waits for the limits, which may be on it.
+            // A new upstream waits for the limits, which may name it.
             (&[], &[(Upstreams, UP), (Limits, NO_TOML)], &[]),
             (&[], &[(Upstreams, UP), (Limits, "[waits]\nsync_max_s = 5\n")], &[]),
             (&[], &[(Upstreams, UP)], &[Upstreams]),
-            // While [tls] stays as it is the certificates do not wait for what else stands there, nor for
+            // While [tls] does not change, the certificates wait neither for other keys of the file nor for
             // each other.
             (&[], &[(Server, &tls_auth), (Certificate, "bad"), (ClientCa, "two")], &[Server, ClientCa]),
             (&[], &[(Server, NO_TOML), (Certificate, "two"), (ClientCa, "bad")], &[Certificate]),
@@ -245,23 +248,23 @@ mod tests {
             let read = texts(&[&base[..], more, changes].concat());
             let conf = make(&before).unwrap();
             let renewal = Renewal::new((before.clone(), conf.clone()), &read, make);
-            let told = format!("{changes:?}: {:#?}", renewal.refused);
+            let case = format!("{changes:?}: {:#?}", renewal.refused);
             for part in ConfPart::ALL {
                 let is_changed = changes.iter().any(|(changed, _)| *changed == part);
                 let is_taken = taken.contains(&part);
                 let expected = if is_taken { &read } else { &before };
-                assert!(renewal.texts.is_same(part, expected), "{part:?}, {told}");
-                assert_eq!(renewal.refused.contains_key(&part), is_changed && !is_taken, "{part:?}, {told}");
-                assert!(renewal.refused.get(&part).is_none_or(|problems| !problems.is_empty()), "{told}");
+                assert!(renewal.texts.is_same(part, expected), "{part:?}, {case}");
+                assert_eq!(renewal.refused.contains_key(&part), is_changed && !is_taken, "{part:?}, {case}");
+                assert!(renewal.refused.get(&part).is_none_or(|problems| !problems.is_empty()), "{case}");
             }
-            assert_eq!(Ok(renewal.conf), make(&renewal.texts), "{told}");
+            assert_eq!(Ok(renewal.conf), make(&renewal.texts), "{case}");
         }
     }
 
     #[test]
-    fn each_refusal_names_its_own_file() {
+    fn each_rejection_names_its_own_file() {
         let before = texts(&[(ConfPart::Limits, &limit("/run", 1)), (ConfPart::Upstreams, NO_UP)]);
-        let told = |changes: &[(ConfPart, &str)]| {
+        let refused = |changes: &[(ConfPart, &str)]| {
             let read = changes
                 .iter()
                 .fold(before.clone(), |all, (part, text)| all.with(*part, &texts(&[(*part, text)])));
@@ -270,13 +273,13 @@ mod tests {
         };
         let on_u = limit("/u/*", 1);
         assert_eq!(
-            told(&[(ConfPart::Limits, &on_u), (ConfPart::Upstreams, WRONG)]),
+            refused(&[(ConfPart::Limits, &on_u), (ConfPart::Upstreams, WRONG)]),
             [
-                "limits.toml: takes force only together with upstreams.toml, which cannot be used",
+                "limits.toml: is applied only together with upstreams.toml, which cannot be used",
                 "upstreams.toml:1: x unknown field `x`, expected `upstream`"
             ]
         );
-        assert_eq!(told(&[(ConfPart::Limits, "")]), ["limits.toml: the file is empty"]);
+        assert_eq!(refused(&[(ConfPart::Limits, "")]), ["limits.toml: the file is empty"]);
         let mut unread = before.clone();
         unread.refuse(ConfPart::Keys, "is a FIFO");
         let renewal = Renewal::new((before.clone(), make(&before).unwrap()), &unread, make);

@@ -1,15 +1,23 @@
-//! `upstreams.toml`: what is passed on, and to whom.
+//! `upstreams.toml`: which requests are forwarded, and to which upstreams.
 
-use super::conf::{at_least_one, between};
+use crate::config::merge::collect;
+use crate::config::upstreams::{UpstreamConf, upstream_problems};
 use crate::model::Scope;
 use http::{HeaderName, HeaderValue};
-use serde::{Deserialize, Serialize};
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use super::checks::between;
+use toml::Table;
 
-/// Most upstreams, and addresses of one.
+/// Most upstreams, and most addresses of one upstream.
 const UPSTREAMS_MAX: usize = 100;
 const ADDRESSES_MAX: usize = 100;
-/// A day.
+/// Largest value of a time setting, in seconds: one day.
 const SECONDS_MAX: u64 = 24 * 3600;
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -19,7 +27,7 @@ pub struct UpstreamConf {
     pub prefix: String,
     /// Host or address, and port.
     pub addresses: Vec<String>,
-    /// `None`: no key is asked for.
+    /// `None`: no key is required.
     #[serde(deserialize_with = "scope_or_none", serialize_with = "none_or_scope")]
     pub scope: Option<Scope>,
     pub replace_prefix: Option<String>,
@@ -38,7 +46,8 @@ pub struct UpstreamConf {
     pub add_headers: BTreeMap<String, String>,
     #[serde(default)]
     pub pass_key: bool,
-    /// What a script of a known origin may send there; `None`: what it may send to this gateway itself.
+    /// Methods and header fields that scripts of allowed origins may send. `None`: the same as to this
+    /// gateway.
     pub cors_methods: Option<Vec<String>>,
     pub cors_headers: Option<Vec<String>>,
     pub tls: Option<UpstreamTlsConf>,
@@ -48,7 +57,7 @@ pub struct UpstreamConf {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct UpstreamTlsConf {
-    /// The name that the certificate must be for, by a root of the system (or of SSL_CERT_FILE).
+    /// Host name of the certificate. Its root must be one of the system, or in SSL_CERT_FILE.
     pub name: String,
 }
 
@@ -85,7 +94,7 @@ fn scope_or_none<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Sco
     if text == "none" {
         return Ok(None);
     }
-    Scope::parse(&text).map(Some).ok_or_else(|| serde::de::Error::custom("must be a scope, or \"none\""))
+    Scope::parse(&text).map(Some).ok_or_else(|| serde::de::Error::custom("must be a scope or \"none\""))
 }
 
 #[expect(clippy::ref_option, reason = "serde calls it so")]
@@ -94,7 +103,7 @@ fn none_or_scope<S: serde::Serializer>(scope: &Option<Scope>, to: S) -> Result<S
 }
 
 impl UpstreamConf {
-    /// What limits and metrics call it.
+    /// The route pattern of this upstream in limits and metrics.
     pub fn pattern(&self) -> String {
         format!("{}/*", self.prefix)
     }
@@ -109,31 +118,31 @@ impl UpstreamConf {
         let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
         let is_name = !self.name.is_empty() && self.name.len() <= 64 && self.name.bytes().all(plain);
         unless(is_name, "name", "must be 1 to 64 of [A-Za-z0-9._-]");
-        unless(is_path(&self.prefix), "prefix", "must begin with / and not end with it; of [A-Za-z0-9._~/-]");
+        unless(is_path(&self.prefix), "prefix", "must start, but not end, with /; allowed: [A-Za-z0-9._~/-]");
         let replaced = self.replace_prefix.as_deref().is_none_or(|path| path.is_empty() || is_path(path));
-        unless(replaced, "replace_prefix", "must be empty, or begin with / and not end with it");
+        unless(replaced, "replace_prefix", "must be empty, or start with / and not end with /");
         let are_some = (1..=ADDRESSES_MAX).contains(&self.addresses.len());
-        unless(are_some, "addresses", &format!("must be 1 to {ADDRESSES_MAX}"));
-        let form = "must be host:port each, with neither scheme nor path (tls = { name = … } for https)";
+        unless(are_some, "addresses", &format!("must list 1 to {ADDRESSES_MAX}"));
+        let form = "must be host:port, without a scheme or path (for https, set tls = { name = … })";
         unless(self.addresses.iter().all(|address| is_address(address)), "addresses", form);
         let is_good = self.host.as_deref().is_none_or(|host| is_host(host) || is_address(host));
-        unless(is_good, "host", "must be a host, and a port if it has one, with neither scheme nor path");
+        unless(is_good, "host", "must be a host or host:port, without a scheme or path");
         let is_good = self.tls.as_ref().is_none_or(|tls| is_host(&tls.name));
-        unless(is_good, "tls", "must have the name of a host, with neither scheme nor port");
+        unless(is_good, "tls", "must have a host name, without a scheme or port");
         let are_names = self.remove_headers.iter().all(|name| is_field(name));
         unless(
             are_names,
             "remove_headers",
-            "must be names of header fields that are not about the connection",
+            "must be names of header fields that do not control the connection",
         );
         let are_fields = self
             .add_headers
             .iter()
             .all(|(name, value)| is_field(name) && HeaderValue::from_str(value).is_ok());
-        unless(are_fields, "add_headers", "must be header fields that are not about the connection");
+        unless(are_fields, "add_headers", "must be header fields that do not control the connection");
         let are_methods =
             self.cors_methods.as_ref().is_none_or(|methods| methods.iter().all(|m| is_method(m)));
-        unless(are_methods, "cors_methods", "must be methods, in capitals");
+        unless(are_methods, "cors_methods", "must be methods in upper case");
         let are_names = self
             .cors_headers
             .as_ref()
@@ -141,12 +150,12 @@ impl UpstreamConf {
         unless(are_names, "cors_headers", "must be names of header fields");
         let has_path =
             self.health.as_ref().is_none_or(|health| is_target(&health.path) && health.every_s > 0);
-        unless(has_path, "health", "must have a path that can be asked for, and every_s of at least 1");
+        unless(has_path, "health", "must have a valid path, and every_s must be at least 1");
         problems
     }
 }
 
-/// Host and port. An IPv6 address stands in brackets.
+/// Host and port. IPv6 addresses are in brackets.
 fn is_address(text: &str) -> bool {
     text.rsplit_once(':')
         .is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok_and(|n| n > 0))
@@ -171,24 +180,24 @@ fn is_path(path: &str) -> bool {
     path.starts_with('/') && !path.ends_with('/') && !path.contains("//") && path.bytes().all(plain)
 }
 
-/// Methods that a script can send at all.
+/// Whether a script can send this method. Browsers forbid some.
 fn is_method(name: &str) -> bool {
     let is_forbidden = matches!(name, "CONNECT" | "TRACE" | "TRACK");
     !is_forbidden && !name.is_empty() && name.bytes().all(|b| b.is_ascii_uppercase() || b == b'-')
 }
 
-/// Fields by which a message is framed are nobody's to set.
+/// Whether the settings may add or remove this field. Fields that frame a message are excluded.
 fn is_field(name: &str) -> bool {
     const OURS: [&str; 7] =
         ["connection", "content-length", "host", "keep-alive", "te", "transfer-encoding", "upgrade"];
     HeaderName::from_bytes(name.as_bytes()).is_ok_and(|name| !OURS.contains(&name.as_str()))
 }
 
-/// (path, problem) of each.
+/// Returns every problem as (path, problem).
 pub(super) fn upstream_problems(upstreams: &[UpstreamConf]) -> Vec<(String, String)> {
     let mut problems = Vec::new();
     if upstreams.len() > UPSTREAMS_MAX {
-        problems.push(("upstream".to_owned(), format!("there may be {UPSTREAMS_MAX} at most")));
+        problems.push(("upstream".to_owned(), format!("at most {UPSTREAMS_MAX} are allowed")));
     }
     for (n, upstream) in upstreams.iter().enumerate() {
         let path = |name: &str| format!("upstream[{n}].{name}");
@@ -199,7 +208,7 @@ pub(super) fn upstream_problems(upstreams: &[UpstreamConf]) -> Vec<(String, Stri
         ];
         let twice = twice.into_iter().filter(|(_, is_twice)| *is_twice);
         problems
-            .extend(twice.map(|(name, _)| (path(name), "stands for another upstream already".to_owned())));
+            .extend(twice.map(|(name, _)| (path(name), "is already used by another upstream".to_owned())));
         problems.extend(upstream.problems().into_iter().map(|(name, problem)| (path(name), problem)));
         for (name, value) in
             [("connect_timeout_ms", upstream.connect_timeout_ms), ("body_timeout_s", upstream.body_timeout_s)]
@@ -210,6 +219,13 @@ pub(super) fn upstream_problems(upstreams: &[UpstreamConf]) -> Vec<(String, Stri
         problems.extend(between(&path("read_timeout_s"), upstream.read_timeout_s, 1, SECONDS_MAX));
     }
     problems
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UpstreamsFile {
+    #[serde(default)]
+    upstream: Vec<UpstreamConf>,
 }
 
 #[cfg(test)]

@@ -484,7 +484,7 @@ async fn sleep_until(at: Option<Instant>) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::lease::Lease;
+    use crate::node_lease::Lease;
     use super::*;
     use crate::backend::{Ended, Journal, JournalEntry, QueueTraits};
     use crate::config::Conf;

@@ -6,37 +6,31 @@
 //!
 //! DashMap guards are taken and dropped within one statement or block and never held over an await.
 
-use super::slots::Slot;
-use crate::audit::Kept;
-use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX, JournalEntry, KEPT_BYTES_MAX};
+use ahash::RandomState;
+use crate::audit::record::Kept;
+use crate::backend::{GIVEN_UP_KEPT, JournalEntry, KEPT_BYTES_MAX};
+use crate::dispatch::given_up::GivenUpJobs;
+use crate::dispatch::recent::{Recent, SETTLED_BYTES, SETTLED_KEPT};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs};
-use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use super::caps::Slot;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// Most clients that may wait for one job; one more is told to poll.
 pub const WAITERS_PER_JOB_MAX: usize = 16;
 
-/// How long a settled result is kept for `/status`: the worker stores its own copy a moment after publishing.
-const SETTLED_KEPT: Duration = Duration::from_secs(60);
-
 /// Parts of a table. While one grows all of its entries move, and its users wait: so it holds a few thousand at most.
 const SHARDS: usize = 256;
 /// Tries to count jobs while none comes or goes.
 const RECKONINGS_MAX: usize = 32;
-
-/// What a settled result takes beside its text: its place in table and queue, and what was read of it.
-const SETTLED_BYTES: usize = 256;
-/// Most places for settled results that are set apart at the start.
-const QUEUED_AT_FIRST_MAX: usize = 1 << 20;
 
 /// The table has no room for another job.
 #[derive(Debug, PartialEq, Eq)]
@@ -135,66 +129,6 @@ pub struct InFlight {
     recent: Recent,
     given_up: GivenUpJobs,
     metrics: Arc<Metrics>,
-}
-
-/// Jobs that were given up, for the results that come late; bounded like the store's own list of them.
-struct GivenUpJobs {
-    jobs: DashMap<JobId, GivenUp, RandomState>,
-    /// Beside the map, as nearly always there are none and every job asks.
-    len: AtomicUsize,
-}
-
-struct GivenUp {
-    function: FunctionId,
-    since: Instant,
-    /// A late result was taken; its row is not queued yet.
-    settled: bool,
-}
-
-impl GivenUpJobs {
-    fn insert(&self, id: JobId, function: FunctionId) {
-        if self.len.load(Ordering::Relaxed) >= GIVEN_UP_MAX {
-            return;
-        }
-        if let MapEntry::Vacant(place) = self.jobs.entry(id) {
-            place.insert(GivenUp { function, since: Instant::now(), settled: false });
-            self.len.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    fn remove(&self, id: JobId) {
-        if self.len.load(Ordering::Relaxed) > 0 && self.jobs.remove(&id).is_some() {
-            self.len.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Takes the first late result of a job.
-    fn settle(&self, id: JobId) -> Option<FunctionId> {
-        if self.len.load(Ordering::Relaxed) == 0 {
-            return None;
-        }
-        let mut job = self.jobs.get_mut(&id).filter(|job| !job.settled)?;
-        job.settled = true;
-        Some(job.function.clone())
-    }
-
-    fn unsettle(&self, id: JobId) {
-        if let Some(mut job) = self.jobs.get_mut(&id) {
-            job.settled = false;
-        }
-    }
-
-    /// Whether it is there; one of long ago is forgotten.
-    fn contains(&self, id: JobId) -> bool {
-        if self.len.load(Ordering::Relaxed) == 0 {
-            return false;
-        }
-        let age = self.jobs.get(&id).filter(|job| !job.settled).map(|job| job.since.elapsed());
-        if age.is_some_and(|age| age >= GIVEN_UP_KEPT) {
-            self.remove(id);
-        }
-        age.is_some_and(|age| age < GIVEN_UP_KEPT)
-    }
 }
 
 impl InFlight {
@@ -559,68 +493,6 @@ impl Drop for Waiter {
         self.receiver.iter_mut().for_each(oneshot::Receiver::close);
         self.table.leave(self.id);
         self.table.metrics.waiters.dec();
-    }
-}
-
-/// Settled results, for `/status` in the moment before the worker has stored its copy. Bounded in time and in
-/// bytes: when full, the oldest go first, and `/status` says pending until the stored copy is there.
-struct Recent {
-    outcomes: DashMap<JobId, Outcome, RandomState>,
-    order: Mutex<Order>,
-    bytes_max: usize,
-}
-
-struct Order {
-    queue: VecDeque<(Instant, JobId, usize)>,
-    bytes: usize,
-}
-
-impl Recent {
-    fn new(bytes_max: usize) -> Self {
-        // All the room it may need: the kernel gives memory once it is used, and to grow would mean to copy all.
-        let queue = VecDeque::with_capacity((bytes_max / SETTLED_BYTES).min(QUEUED_AT_FIRST_MAX));
-        Self {
-            outcomes: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
-            order: Mutex::new(Order { queue, bytes: 0 }),
-            bytes_max,
-        }
-    }
-
-    fn get(&self, id: JobId) -> Option<Outcome> {
-        self.outcomes.get(&id).map(|outcome| outcome.clone())
-    }
-
-    fn keep(&self, id: JobId, outcome: Outcome) {
-        let bytes = outcome.published().len() + SETTLED_BYTES;
-        if bytes > self.bytes_max {
-            return;
-        }
-        self.outcomes.insert(id, outcome);
-        let mut order = self.order();
-        order.queue.push_back((Instant::now(), id, bytes));
-        order.bytes += bytes;
-        while order.bytes > self.bytes_max {
-            self.drop_oldest(&mut order);
-        }
-    }
-
-    fn prune(&self, now: Instant) {
-        let mut order = self.order();
-        while order.queue.front().is_some_and(|(kept, _, _)| now.duration_since(*kept) >= SETTLED_KEPT) {
-            self.drop_oldest(&mut order);
-        }
-    }
-
-    fn drop_oldest(&self, order: &mut Order) {
-        if let Some((_, id, bytes)) = order.queue.pop_front() {
-            order.bytes -= bytes;
-            self.outcomes.remove(&id);
-        }
-    }
-
-    fn order(&self) -> std::sync::MutexGuard<'_, Order> {
-        // Nothing panics while the lock is held; if something did, the queue would still be whole.
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -5,7 +5,7 @@
 //! removed together ten times per second, so that no client waits. Ids that the backend does not accept are
 //! retried.
 
-use super::lease::Lease;
+use crate::node_lease::Lease;
 use crate::backend::{BackendError, Journal, JournalEntry, Standing};
 use crate::model::{FunctionId, Job, JobId, NodeId};
 use std::collections::HashSet;

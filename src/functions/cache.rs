@@ -4,25 +4,22 @@
 //! function makes one read. (`moka` did so too, but keeps an entry in five pieces of memory, which is slow with many.) How long an entry is believed is judged here, when it is read, since it depends on whether
 //! the changes of other nodes are heard at that moment.
 
-use super::feed::Feed;
+use ahash::RandomState;
 use crate::backend::{BackendError, FunctionStore};
 use crate::config::CacheConf;
+use crate::functions::freshness::{Ages, CHANGES_KEPT, CHANGES_MAX, Changes};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobTemplate};
-use ahash::RandomState;
 use dashmap::DashMap;
 use quick_cache::UnitWeighter;
 use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction, EntryResult};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
+use super::announcer::Feed;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
-/// How long it is remembered that a function was changed: longer than a load takes.
-const CHANGES_KEPT: Duration = Duration::from_secs(30);
-/// Changes remembered; while so many are fresh, one more means that anything has changed.
-const CHANGES_MAX: usize = 10_000;
 /// While the table is away a function runs as it was known, for so long after it was last read.
 const STALE_MAX: Duration = Duration::from_secs(3600);
 /// Look-ups under way, of all functions and by all who wait for them; what comes on top is refused.
@@ -59,27 +56,6 @@ struct Entry {
     loaded_after: u64,
     /// A new look failed; until then nobody looks again.
     retry_at: Option<Instant>,
-}
-
-/// How long entries are believed.
-struct Ages {
-    /// While the changes of other nodes are heard, in milliseconds.
-    backstop_ms: AtomicU64,
-    /// Otherwise, and for functions that are not there.
-    ttl_ms: AtomicU64,
-    /// Whether the changes of other nodes are heard.
-    heard: AtomicBool,
-}
-
-/// What changed a moment ago. A load that began before a change may end after it, and must not be believed then.
-#[derive(Default)]
-struct Changes {
-    count: AtomicU64,
-    fresh: DashMap<FunctionId, (u64, Instant)>,
-    /// Whatever was loaded before this many changes may have changed: so much is not known any more.
-    unsure_before: AtomicU64,
-    /// Whatever was loaded before this many changes has changed: there were too many to remember which.
-    all_before: AtomicU64,
 }
 
 impl Functions {
@@ -278,62 +254,6 @@ impl Inner {
 
 fn slow() -> BackendError {
     BackendError::Unavailable("the function table did not answer in time".into())
-}
-
-impl Ages {
-    fn of(&self, is_there: bool) -> Duration {
-        let is_told = is_there && self.heard.load(Ordering::Acquire);
-        let age = if is_told { &self.backstop_ms } else { &self.ttl_ms };
-        Duration::from_millis(age.load(Ordering::Relaxed))
-    }
-}
-
-impl Changes {
-    fn note(&self, id: &FunctionId) {
-        let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
-        if self.fresh.len() >= CHANGES_MAX {
-            self.drop_old();
-        }
-        if self.fresh.len() >= CHANGES_MAX {
-            self.all_before.fetch_max(number, Ordering::AcqRel);
-            return;
-        }
-        let mut change = self.fresh.entry(id.clone()).or_insert((number, Instant::now()));
-        // Of two changes at once the later may come here first.
-        if change.0 < number {
-            *change = (number, Instant::now());
-        }
-    }
-
-    fn drop_old(&self) {
-        self.fresh.retain(|_, (number, at)| {
-            let is_fresh = at.elapsed() < CHANGES_KEPT;
-            if !is_fresh {
-                // An entry that was loaded before it may still be there, if nobody has asked for it since.
-                self.unsure_before.fetch_max(*number, Ordering::AcqRel);
-            }
-            is_fresh
-        });
-    }
-
-    fn note_all(&self) {
-        let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
-        self.unsure_before.fetch_max(number, Ordering::AcqRel);
-    }
-
-    /// Whether the function is known to have changed since a load that began after so many changes.
-    fn changed_since(&self, id: &FunctionId, loaded_after: u64) -> bool {
-        // The usual case: nobody has changed anything.
-        if self.count.load(Ordering::Acquire) == loaded_after {
-            return false;
-        }
-        loaded_after < self.all_before.load(Ordering::Acquire)
-            || self.fresh.get(id).is_some_and(|change| loaded_after < change.0)
-    }
-
-    fn may_have_changed_since(&self, loaded_after: u64) -> bool {
-        loaded_after < self.unsure_before.load(Ordering::Acquire)
-    }
 }
 
 #[cfg(test)]

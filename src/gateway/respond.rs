@@ -2,16 +2,16 @@
 //!
 //! Responses of upstreams do not pass through here; Pingora writes them.
 
-use super::guard::refused_over_http2;
-use super::request_id::{RequestId, X_REQUEST_ID};
-use super::{CLIENT_GONE, Ctx, Gateway, body, connection_names, cors, fields, is_http2};
 use crate::api::{ApiError, Reply};
 use crate::lifecycle::Phase;
-use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use http::{HeaderMap, Method, StatusCode, Version};
+use http::header::{CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderValue, X_CONTENT_TYPE_OPTIONS};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::prelude::Session;
 use std::time::Duration;
+use super::{CLIENT_GONE, Ctx, Gateway, body, connection_names, cors, fields, is_http2};
+use super::guard::refused_over_http2;
+use super::request_id::{RequestId, X_REQUEST_ID};
 
 /// Fields that Pingora adds: `date` and `connection`. Counted so that the map need not grow.
 const FIELDS_OF_SERVER: usize = 2;

@@ -1,7 +1,8 @@
 //! What a client is told of the limits its request counted against.
 
 use super::limit::Limit;
-use super::{Counted, Plan};
+use super::Counted;
+use super::plan::Plan;
 use crate::backend::Decision;
 use crate::config::LimitConf;
 use http::header::{HeaderName, HeaderValue};

@@ -1,9 +1,9 @@
-//! Lines on their way to standard output.
+//! The buffer and the thread between log calls and standard output.
 //!
-//! Who logs only appends to a buffer. One thread writes what has gathered, a moment after the first line of
-//! it came: one system call and one wake-up for many lines. When nobody reads our standard output the thread
-//! waits, the buffer fills, and lines are dropped and counted; requests never wait. Lines that standard
-//! output does not take, as it is closed or its disk full, are counted, too.
+//! A log call only appends to a buffer. One thread writes the buffer shortly after its first line arrived, so
+//! many lines share one system call and one wake-up. If standard output blocks, the thread waits, the buffer
+//! fills, and further lines are dropped and counted; requests never wait. Lines that cannot be written,
+//! because standard output is closed or its disk is full, are counted as well.
 
 use nix::errno::Errno;
 use std::io::{self, Write};
@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Most bytes that wait for the writer; a line past them is dropped.
+/// Most bytes in the buffer. A line that does not fit is dropped.
 const WAITING_BYTES_MAX: usize = 16 << 20;
-/// How long lines gather before they are written.
+/// How long lines are buffered before they are written.
 const LINGER: Duration = Duration::from_millis(5);
 
 static LINES: Lines = Lines::new();
@@ -27,14 +27,14 @@ struct Lines {
 struct Waiting {
     bytes: Vec<u8>,
     is_closed: bool,
-    /// The writer has written all and is gone.
+    /// The writer has written everything and has ended.
     is_over: bool,
 }
 
-/// Until a standard output that takes nothing now is tried again; the thread alone waits.
+/// Pause before a retry when standard output would block. Only the writer waits.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// How many lines were lost: nobody read them, or standard output did not take them.
+/// Number of lines that were dropped, because the buffer was full or standard output failed.
 pub fn lines_dropped() -> usize {
     LINES.dropped.load(Ordering::Relaxed)
 }
@@ -43,20 +43,20 @@ pub fn lines_dropped() -> usize {
 pub(super) fn start() -> LinesGuard {
     let write = || LINES.write_to(&mut Stdout);
     if std::thread::Builder::new().name("log".to_owned()).spawn(write).is_err() {
-        LINES.waiting().is_over = true; // nothing is written
+        LINES.waiting().is_over = true; // every line is dropped and counted
     }
     LinesGuard(())
 }
 
-/// Writes what is left, if anybody reads it, and ends the writer.
+/// Writes the buffered lines and ends the writer. Gives up after [`WRITTEN_WITHIN`].
 pub fn finish() {
     LINES.finish(WRITTEN_WITHIN);
 }
 
-/// How long the end waits for somebody to read the last lines.
+/// Deadline for writing the last lines.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(2);
 
-/// Dropping it [`finish`]es.
+/// Calls [`finish`] when dropped.
 pub struct LinesGuard(());
 
 impl Drop for LinesGuard {
@@ -65,7 +65,7 @@ impl Drop for LinesGuard {
     }
 }
 
-/// Standard output without a buffer: what a failed write leaves in one would be neither written nor counted.
+/// Standard output without a buffer. Bytes that a failed write leaves in a buffer would not be counted.
 struct Stdout;
 
 impl Write for Stdout {
@@ -73,7 +73,7 @@ impl Write for Stdout {
         loop {
             match nix::unistd::write(io::stdout(), bytes) {
                 Err(Errno::EINTR) => {}
-                // Whoever shares it with us has said that nobody shall wait for it.
+                // Another process that shares the file has made it non-blocking.
                 Err(Errno::EAGAIN) => {
                     #[expect(clippy::disallowed_methods, reason = "the thread of the log has no runtime")]
                     std::thread::sleep(PAUSE);
@@ -88,7 +88,7 @@ impl Write for Stdout {
     }
 }
 
-/// One line; handed over by a single `write`.
+/// Receives one line in a single `write`.
 pub(super) struct Line;
 
 impl Write for Line {
@@ -115,7 +115,7 @@ impl Lines {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        // The writer sleeps only while there is nothing.
+        // The writer sleeps only while the buffer is empty.
         let is_first = waiting.bytes.is_empty();
         waiting.bytes.extend_from_slice(line);
         drop(waiting);
@@ -132,11 +132,11 @@ impl Lines {
         drop(self.changed.wait_timeout_while(waiting, within, not_over));
     }
 
-    /// Writes lines as they come, until closed.
+    /// Writes lines as they arrive, until the buffer is closed.
     fn write_to(&self, out: &mut dyn Write) {
         let mut bytes = Vec::new();
         while self.gather(&mut bytes) {
-            // A closed standard output is no reason to stop; there is nobody to tell.
+            // A write error does not end the writer, because standard output may work again.
             let lost = write_lines(out, &bytes);
             self.dropped.fetch_add(lost, Ordering::Relaxed);
         }
@@ -144,7 +144,7 @@ impl Lines {
         self.changed.notify_all();
     }
 
-    /// Waits for lines and swaps them in; `false`: closed and nothing is left.
+    /// Waits for lines and swaps them into `bytes`. `false`: the buffer is closed and empty.
     fn gather(&self, bytes: &mut Vec<u8>) -> bool {
         bytes.clear();
         let idle = |waiting: &mut Waiting| waiting.bytes.is_empty() && !waiting.is_closed;
@@ -161,7 +161,7 @@ impl Lines {
     }
 }
 
-/// Writes lines as far as they are taken, and gives the number of those that were not, whole.
+/// Writes as many lines as `out` accepts, and returns the number of lines that were not written completely.
 fn write_lines(out: &mut dyn Write, lines: &[u8]) -> usize {
     let mut rest = lines;
     while !rest.is_empty() {
@@ -178,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_come_whole_and_in_order_and_the_last_ones_too() {
+    fn lines_are_written_completely_and_in_order_including_the_last() {
         let lines = Lines::new();
         let mut out = Vec::new();
         std::thread::scope(|scope| {
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_nobody_reads_is_dropped_and_counted() {
+    fn lines_beyond_the_buffer_are_dropped_and_counted() {
         let lines = Lines::new();
         let line = vec![b'x'; WAITING_BYTES_MAX / 4];
         for _ in 0..6 {
@@ -204,7 +204,7 @@ mod tests {
         assert_eq!(lines.waiting().bytes.len(), WAITING_BYTES_MAX);
     }
 
-    /// Takes so many bytes, three at a time, and then no more.
+    /// Accepts this many bytes, three at a time, and then fails.
     struct Takes(usize);
 
     impl Write for Takes {
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_taken_is_counted() {
+    fn lines_that_cannot_be_written_are_counted() {
         for (taken, lost) in [(0, 4), (3, 4), (4, 3), (5, 3), (16, 0)] {
             assert_eq!(write_lines(&mut Takes(taken), b"one\ntwo\n666\n777\n"), lost, "{taken} bytes");
         }

@@ -108,7 +108,7 @@ async fn without_descriptors_health_is_still_answered() {
         gateway.log().iter().filter(|line| of(line)).count()
     };
     eventually("an error", SOON, || async {
-        if told("No File Descriptor Is Left") > 0 { Ok(()) } else { Err(gateway.output().tail(5)) }
+        if told("no file descriptor is left") > 0 { Ok(()) } else { Err(gateway.output().tail(5)) }
     })
     .await;
     // Not /health: the database of `dev` wants a descriptor as well.
@@ -121,8 +121,8 @@ async fn without_descriptors_health_is_still_answered() {
     assert_eq!(refused.expect_problem(503).json()["code"], "too_many_connections");
     kept.write(&livez).await.expect("the gateway reads");
     kept.answer(false).await.expect("an answer").expect(200);
-    assert_eq!(told("No File Descriptor Is Left"), 1, "once");
-    assert_eq!(told("File Descriptors Suffice Again"), 0);
+    assert_eq!(told("no file descriptor is left"), 1, "once");
+    assert_eq!(told("File descriptors are available again"), 0);
 
     gateway.limit_open_files(limit + 10_000);
     eventually("enough of them", SOON, || async {
@@ -131,12 +131,12 @@ async fn without_descriptors_health_is_still_answered() {
     })
     .await;
     eventually("the word that it is over", SOON, || async {
-        let told = told("File Descriptors Suffice Again");
+        let told = told("File descriptors are available again");
         if told == 1 { Ok(()) } else { Err(format!("{told} times")) }
     })
     .await;
     gateway.run(HELLO, &json!(1)).send().await.expect(200);
-    assert_eq!(told("No File Descriptor Is Left"), 1);
+    assert_eq!(told("no file descriptor is left"), 1);
     drop((held, kept));
     platform.finish().await;
 }

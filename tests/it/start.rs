@@ -293,7 +293,7 @@ fn settings_are_regular_files() {
         (
             ".env",
             &|path| fs::write(path, b"PORT=1\nA=\0\n").expect("writable"),
-            &["./.env holds a NUL byte in line 2"],
+            &["./.env contains a NUL byte in line 2"],
         ),
         (".env", &|path| fs::create_dir(path).expect("writable"), &["./.env is a directory"]),
     ];
@@ -333,8 +333,8 @@ fn a_data_directory_that_cannot_be_used() {
     let file = |dir: &Path| fs::write(dir, "mine").expect("writable");
     type Spoil<'a> = &'a dyn Fn(&Path);
     let cases: [(Spoil<'_>, &str, &str); 2] = [
-        (&garbage, "infra.sqlite in it is no SQLite database", "Keep a copy of it."),
-        (&file, "is a file and no directory", "Name a directory with --data-dir"),
+        (&garbage, "infra.sqlite in it is not an SQLite database", "Copy it first."),
+        (&file, "is not a directory", "Name a directory with --data-dir"),
     ];
     for (spoil, told, advised) in cases {
         // The key is looked for in the directory unless it is given.

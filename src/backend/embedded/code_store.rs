@@ -1,6 +1,7 @@
 //! The code of the functions, as files under their keys.
 //!
-//! What is put is durable before the call returns: the row that will point to it is, too.
+//! A stored file is durable before the call returns, because the row that refers to it will be durable as
+//! well.
 
 use crate::backend::{BackendError, CodeStore};
 use async_trait::async_trait;
@@ -10,29 +11,28 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A clone is the same store.
+/// Clones share one store.
 #[derive(Clone)]
 pub(super) struct LocalCode {
     dir: PathBuf,
-    /// One change at a time, or `delete` could remove a directory that `put` has just made.
+    /// Serializes changes. Otherwise `delete` could remove a directory that `put` has just created.
     turn: Arc<Mutex<()>>,
 }
 
 impl LocalCode {
-    /// The store in `dir`.
     pub(super) fn new(dir: PathBuf) -> Self {
         Self { dir, turn: Arc::new(Mutex::new(())) }
     }
 
-    /// Runs `change` on the path of a key, alone and off the asynchronous threads. Once begun it is done even if
-    /// this future is dropped.
+    /// Runs `change` with the path of a key, one change at a time, on a blocking thread. Once started, it is
+    /// completed even if this future is dropped.
     async fn change(
         &self,
         s3_key: &str,
         change: impl FnOnce(&Path, &Path) -> io::Result<()> + Send + 'static,
     ) -> Result<(), BackendError> {
-        let leads_out = || BackendError::Invalid("the key of the code leads out of the store".into());
-        let path = locate(&self.dir, s3_key).ok_or_else(leads_out)?;
+        let outside = || BackendError::Invalid("the key of the code is outside the store".into());
+        let path = locate(&self.dir, s3_key).ok_or_else(outside)?;
         let store = self.clone();
         let changed = tokio::task::spawn_blocking(move || {
             let _turn = store.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -40,20 +40,20 @@ impl LocalCode {
         });
         match changed.await {
             Ok(changed) => changed.map_err(|e| BackendError::Unavailable(format!("the code store: {e}"))),
-            Err(_) => Err(BackendError::Unavailable("a change of the code store broke off".into())),
+            Err(_) => Err(BackendError::Unavailable("a change of the code store panicked".into())),
         }
     }
 }
 
-/// Where the code of `s3_key` lies; `None` if the key would lead out of the store.
+/// Path of the code of `s3_key`. `None`: the key is outside the store.
 pub(super) fn locate(store: &Path, s3_key: &str) -> Option<PathBuf> {
     let inside = Path::new(s3_key).components().all(|part| matches!(part, Component::Normal(_)));
     (inside && !s3_key.is_empty()).then(|| store.join(s3_key))
 }
 
-/// Makes the names of `path`, and of the directories between it and the store, durable.
+/// Makes the directory entries of `path` durable, and those of the directories above it up to the store.
 pub(super) fn sync_names(store: &Path, path: &Path) -> io::Result<()> {
-    // A new file is only as durable as every directory on the way to it. The store itself may be new as well.
+    // A new file is durable only if every directory above it is. The store itself may be new as well.
     let inside = path.ancestors().skip(1).take_while(|dir| dir.starts_with(store));
     inside.chain(store.parent()).try_for_each(|dir| File::open(dir)?.sync_all())
 }
@@ -62,7 +62,7 @@ fn put(store: &Path, path: &Path, file: &Path) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
-    // The contents before the name: a name that survives a crash must not name half a file.
+    // Sync the contents before the rename, so that after a crash no name refers to a partial file.
     File::open(file)?.sync_all()?;
     match fs::rename(file, path) {
         Err(e) if e.kind() == io::ErrorKind::CrossesDevices => copy(file, path)?,
@@ -71,7 +71,7 @@ fn put(store: &Path, path: &Path, file: &Path) -> io::Result<()> {
     sync_names(store, path)
 }
 
-/// Copies a file by way of a draft beside its place, so that no one ever sees half of it.
+/// Copies to a temporary file beside the target and renames it, so that no partial file is ever visible.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     let draft = draft(to);
     fs::copy(from, &draft)?;
@@ -79,7 +79,8 @@ fn copy(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(&draft, to)
 }
 
-/// What a crash leaves of a copy. The name follows from the key alone, so that deleting the key deletes it too.
+/// Path of the temporary file of a copy. It depends on the key only, so that deleting the key also deletes a
+/// temporary file that a crash has left.
 fn draft(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(".part");
@@ -94,11 +95,11 @@ fn delete(store: &Path, path: &Path) -> io::Result<()> {
         }
     }
     let Some(parent) = path.parent() else { return Ok(()) };
-    // Of `functions/<id>/<file>` the directory of the function goes with its last file; `functions` stays.
+    // Of `functions/<id>/<file>`, the directory `<id>` is removed with its last file; `functions` stays.
     let is_function = parent.strip_prefix(store).is_ok_and(|inside| inside.components().count() == 2);
     let is_removed = is_function && fs::remove_dir(parent).is_ok();
     let touched = if is_removed { parent.parent() } else { Some(parent) };
-    // Else a crash could bring back what no list knows any more.
+    // Otherwise a crash could restore a file that no list contains any more.
     match touched.map(|dir| File::open(dir)?.sync_all()) {
         Some(Err(e)) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
@@ -140,7 +141,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_file_is_moved_in_and_out() {
+    async fn files_are_moved_in_and_deleted() {
         let scratch = Scratch::new();
         let store = store(&scratch);
         for text in ["one", "another under the same key"] {
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn keys_that_lead_out_are_refused() {
+    async fn keys_outside_the_store_are_rejected() {
         let scratch = Scratch::new();
         let store = store(&scratch);
         let file = upload(&scratch, "evil");
@@ -187,7 +188,7 @@ mod tests {
         let shared_memory = Path::new("/dev/shm");
         let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
         if device(shared_memory).is_none_or(|dev| Some(dev) == device(scratch.path())) {
-            return; // a machine with one file system has nothing to cross
+            return; // the machine has one file system only
         }
         let file = tempfile::NamedTempFile::new_in(shared_memory).unwrap();
         fs::write(&file, "far").unwrap();
@@ -196,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_takes_the_place_of_one_that_a_crash_cut_short() {
+    fn a_copy_replaces_one_that_a_crash_interrupted() {
         let scratch = Scratch::new();
         let (from, to) = (upload(&scratch, "whole"), scratch.path().join("place"));
         fs::write(draft(&to), "half, but longer").unwrap();
@@ -206,7 +207,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn deleting_takes_an_unfinished_copy_along() {
+    async fn deleting_removes_an_unfinished_copy() {
         let scratch = Scratch::new();
         let store = store(&scratch);
         let path = locate(&store.dir, KEY).unwrap();

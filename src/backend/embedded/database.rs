@@ -1,11 +1,10 @@
-//! One SQLite file: a writer thread that commits in groups, and a few connections that read.
+//! One SQLite file: a writer thread with group commit, and a few connections for reads.
 //!
-//! A commit waits for the disk, so the rate of commits is bounded and the rate of records is not: whatever
-//! waits while one commit is under way goes into the next. A fixed linger was rejected, since it adds its own
-//! length to every lone call; instead the writer waits for as many writes as the last commit had, and 2 ms at
-//! the most.
+//! A commit waits for the disk. So the rate of commits is bounded, but the rate of records is not: writes
+//! that arrive during a commit go into the next one. A fixed linger was rejected, because it delays every
+//! single write. Instead, the writer waits for as many writes as the last commit had, for at most 2 ms.
 //!
-//! Each write stands in its own savepoint, so one that fails takes no other with it.
+//! Each write has its own savepoint, so that a failed write does not affect the others.
 
 mod writer;
 
@@ -22,15 +21,15 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use writer::{Pending, Queued, Writer};
 
-/// Most writes that wait for the writer. When so many wait, the next caller waits too (asynchronously).
+/// Most pending writes. When it is full, the next caller waits asynchronously.
 const WRITES_MAX: usize = 4_096;
-/// Most reads at once, and most connections that read. Further readers wait.
+/// Most concurrent reads, and most connections for reads. Further readers wait.
 const READS_MAX: usize = 4;
-/// How long SQLite waits for a lock. Only a checkpoint or an outside tool can hold one.
+/// How long SQLite waits for a lock. Only a checkpoint or an external tool can hold one.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Most prepared statements a connection keeps; more than there are statements in this backend.
+/// Most cached prepared statements of a connection. This backend has fewer statements.
 const STATEMENTS_MAX: usize = 64;
-/// The steps from an empty file to today's tables. `PRAGMA user_version` says how many a file has seen.
+/// The migrations from an empty file to the current tables. `PRAGMA user_version` counts those applied.
 const SCHEMA_STEPS: [&str; 6] = [
     include_str!("schema.sql"),
     include_str!("schema_2.sql"),
@@ -41,7 +40,7 @@ const SCHEMA_STEPS: [&str; 6] = [
 ];
 pub(super) const SCHEMA_VERSION: usize = SCHEMA_STEPS.len();
 
-/// Largest file that is looked through for damage at start: that takes some 0.1 s.
+/// Largest file that is checked for damage at start, in bytes. The check of such a file takes about 0.1 s.
 const CHECKED_BYTES_MAX: u64 = 64 << 20;
 
 pub(super) const DATABASE_FILE: &str = "infra.sqlite";
@@ -50,14 +49,14 @@ const LOCK_FILE: &str = "lock";
 /// Why a directory could not be opened.
 #[derive(Debug)]
 pub enum OpenError {
-    /// Another process works in it.
+    /// Another process uses it.
     Locked,
     /// The file was written by a later version of this program, with this schema.
     Newer(i64),
-    /// The file holds other tables than ours.
+    /// The file contains the tables of another program.
     Foreign(String),
     Corrupt(String),
-    /// A file of ours is (name, kind).
+    /// (name, kind): a file of this backend is not a regular file.
     NotAFile(&'static str, &'static str),
     Io(std::io::Error),
     Sqlite(rusqlite::Error),
@@ -67,7 +66,7 @@ impl From<rusqlite::Error> for OpenError {
     fn from(e: rusqlite::Error) -> Self {
         match e.sqlite_error_code() {
             Some(ErrorCode::DatabaseCorrupt) => Self::Corrupt(e.to_string()),
-            // A statement of ours, or what it expects to find, does not fit the tables.
+            // The statements or types of this program do not match the tables.
             Some(ErrorCode::Unknown) | None => Self::Foreign(match e {
                 rusqlite::Error::SqlInputError { msg, .. } => msg,
                 e => e.to_string(),
@@ -83,12 +82,12 @@ impl From<std::io::Error> for OpenError {
     }
 }
 
-/// Why a write is not (known to be) durable.
+/// Why a write is not durable, or not known to be.
 #[derive(Clone, Debug)]
 pub(super) enum WriteError {
-    /// Nothing of it will ever be seen.
+    /// It has no effect.
     NotApplied(BackendError),
-    /// The commit itself failed, or was not heard of.
+    /// The commit failed, or its outcome is not known.
     Unknown(BackendError),
 }
 
@@ -100,18 +99,18 @@ impl From<WriteError> for BackendError {
     }
 }
 
-/// A handle; clones share one file, one writer and one lock. Dropping the last one commits what waits, ends
-/// the writer thread and then frees the directory.
+/// A handle. Clones share one file, one writer and one lock. Dropping the last clone commits the pending
+/// writes, ends the writer thread, and then frees the directory.
 #[derive(Clone)]
 pub(super) struct Database(Arc<Shared>);
 
 struct Shared {
-    /// `None` only while it is being dropped.
+    /// `None` only during the drop.
     inbox: Option<SyncSender<Queued>>,
     room: Arc<Semaphore>,
     writer: Option<JoinHandle<()>>,
     readers: Arc<Readers>,
-    /// The last field, so that it is freed last.
+    /// The last field, so that it is released last.
     _lock: Flock<File>,
 }
 
@@ -122,14 +121,13 @@ struct Readers {
 }
 
 impl Database {
-    /// Locks `dir`, opens or makes the file in it, lets `first` work on it, and starts the writer thread. The
-    /// thread is started here and not by a loop of boot's: it must outlive the runtime, to commit what the
-    /// last tasks wrote.
+    /// Locks `dir`, opens or creates the database in it, calls `first`, and starts the writer thread. `boot`
+    /// does not start the thread, because it must outlive the runtime to commit the writes of the last tasks.
     pub(super) fn open<T>(
         dir: &Path,
         first: impl FnOnce(&Connection) -> Result<T, OpenError>,
     ) -> Result<(Self, T), OpenError> {
-        // To open another kind of file may wait for ever.
+        // Opening a FIFO or a device could block forever.
         [LOCK_FILE, DATABASE_FILE].into_iter().try_for_each(|name| check_kind(dir, name))?;
         let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK_FILE))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
@@ -140,7 +138,7 @@ impl Database {
         let mut connection = Connection::open(&path)?;
         prepare(&connection)?;
         check(&connection, &path)?;
-        // Before anything is written.
+        // Check the version before anything is written.
         let version = schema_version(&connection)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "FULL")?;
@@ -164,8 +162,9 @@ impl Database {
         Ok((database, made))
     }
 
-    /// Runs `op` in the next transaction and returns after its commit. `records` is how many rows it writes,
-    /// for the size of a transaction. Once it has been handed over it is done even if this future is dropped.
+    /// Runs `op` in the next transaction and returns after the commit. `records` is the number of rows that
+    /// it writes, which bounds the size of a transaction. Once queued, it runs even if this future is
+    /// dropped.
     pub(super) async fn write<T: Send + 'static>(
         &self,
         records: usize,
@@ -175,38 +174,37 @@ impl Database {
         let (reply, outcome) = oneshot::channel();
         let write = Pending::new(op, records, reply);
         let inbox = self.0.inbox.as_ref().ok_or_else(stopped)?;
-        // It never blocks: there are as many places as there are permits.
+        // This never blocks, because the channel has a slot for each permit.
         inbox.send(Queued { write: Box::new(write), room }).map_err(|_| stopped())?;
-        let lost = || WriteError::Unknown(BackendError::Unavailable("the writer broke off".into()));
+        let lost = || WriteError::Unknown(BackendError::Unavailable("the database writer panicked".into()));
         outcome.await.map_err(|_| lost())?
     }
 
-    /// Runs `op` on a connection of its own, off the asynchronous threads. It sees every write that has
-    /// returned.
+    /// Runs `op` on a separate connection, on a blocking thread. It sees every write that has returned.
     pub(super) async fn read<T: Send + 'static>(
         &self,
         op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, BackendError> {
         let readers = self.0.readers.clone();
         let turn = readers.turns.clone().acquire_owned().await;
-        let turn = turn.map_err(|_| BackendError::Unavailable("the readers have stopped".into()))?;
-        // The turn goes along: if this future is dropped, the thread still has the connection.
+        let turn = turn.map_err(|_| BackendError::Unavailable("the database readers have stopped".into()))?;
+        // The thread owns the permit, because it uses the connection even if this future is dropped.
         let read = tokio::task::spawn_blocking(move || readers.run(turn, op));
         match read.await {
             Ok(outcome) => outcome.map_err(|e| failed(&e)),
-            Err(_) => Err(BackendError::Unavailable("a read broke off".into())),
+            Err(_) => Err(BackendError::Unavailable("a read of the database panicked".into())),
         }
     }
 }
 
 impl Drop for Shared {
-    /// Blocks for the length of the last commits: who drops the last handle wants them done.
+    /// Blocks until the last commits are done, so that no pending write is lost.
     fn drop(&mut self) {
         drop(self.inbox.take());
         if let Some(writer) = self.writer.take()
             && writer.join().is_err()
         {
-            tracing::error!("Database Writer Panicked");
+            tracing::error!("The database writer panicked; the last writes may be lost");
         }
     }
 }
@@ -225,7 +223,7 @@ impl Readers {
     }
 
     fn connect(&self) -> rusqlite::Result<Connection> {
-        // Not read-only: a reader of a WAL file takes part in its locks.
+        // Not read-only, because a reader of a WAL database takes part in its locking.
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&self.path, flags)?;
         prepare(&connection)?;
@@ -240,7 +238,7 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-/// `dir/name` is a regular file, or nothing yet.
+/// Checks that `dir/name` is a regular file or does not exist yet.
 fn check_kind(dir: &Path, name: &'static str) -> Result<(), OpenError> {
     let kind = match fs::metadata(dir.join(name)) {
         Ok(metadata) => metadata.file_type(),
@@ -255,13 +253,13 @@ fn check_kind(dir: &Path, name: &'static str) -> Result<(), OpenError> {
     }
 }
 
-/// Finds out now what would fail later, while functions run.
+/// Detects problems at start that would fail later, while functions run.
 fn check(connection: &Connection, path: &Path) -> Result<(), OpenError> {
-    // SQLite opens a file that may not be written all the same, to read.
+    // SQLite opens a file that is not writable for reading only.
     if connection.is_readonly("main")? {
         return Err(std::io::Error::from(std::io::ErrorKind::PermissionDenied).into());
     }
-    // In a large one damage shows when it is met.
+    // A large file is not checked. Its damage is detected when it is read.
     if fs::metadata(path)?.len() <= CHECKED_BYTES_MAX {
         let found: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
         if found != "ok" {
@@ -271,12 +269,12 @@ fn check(connection: &Connection, path: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-/// The version of the tables in the file, if they are ours.
+/// The schema version of the file. Rejects the tables of other programs.
 fn schema_version(connection: &Connection) -> Result<usize, OpenError> {
     let found: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
     match usize::try_from(found) {
         Ok(0) if has_tables(connection)? => {
-            Err(OpenError::Foreign("it has tables, and none of the marks of this program".to_owned()))
+            Err(OpenError::Foreign("it has tables, but no schema version of this program".to_owned()))
         }
         Ok(version) if version <= SCHEMA_VERSION => Ok(version),
         _ => Err(OpenError::Newer(found)),
@@ -288,7 +286,7 @@ fn migrate(connection: &mut Connection, found: usize) -> Result<(), OpenError> {
     if steps.is_empty() {
         return Ok(());
     }
-    // All of them or none: a process that is killed here leaves what the older version can still read.
+    // One transaction: if the process is killed here, the older version can still read the file.
     let tx = connection.transaction()?;
     for step in steps {
         tx.execute_batch(step)?;
@@ -301,7 +299,7 @@ fn has_tables(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row("SELECT EXISTS (SELECT * FROM sqlite_master)", [], |row| row.get(0))
 }
 
-/// Our error for SQLite's. Its text names tables and codes, never values.
+/// Converts an error of SQLite. The text contains names of tables and error codes, never values.
 pub(super) fn failed(e: &rusqlite::Error) -> BackendError {
     let text = format!("SQLite: {e}");
     match e.sqlite_error_code() {
@@ -311,15 +309,15 @@ pub(super) fn failed(e: &rusqlite::Error) -> BackendError {
 }
 
 fn stopped() -> WriteError {
-    WriteError::NotApplied(BackendError::Unavailable("the writer has stopped".into()))
+    WriteError::NotApplied(BackendError::Unavailable("the database writer has stopped".into()))
 }
 
-/// SQLite's integers are signed; what is larger is kept as the largest.
+/// Converts to the signed integers of SQLite. Larger values saturate.
 pub(super) fn integer(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
 }
 
-/// The inverse of [`integer`]: no column of ours holds a negative number.
+/// The inverse of [`integer`]. No column contains negative numbers.
 pub(super) fn unsigned(value: i64) -> u64 {
     u64::try_from(value).unwrap_or(0)
 }
@@ -347,14 +345,15 @@ mod tests {
         read.await.unwrap()
     }
 
-    /// What version 1 of this program left in a directory.
+    /// Creates the database that version 1 of this program left in a directory.
     fn version_1(scratch: &Scratch) {
         let file = Connection::open(scratch.path().join(DATABASE_FILE)).unwrap();
         file.execute_batch(SCHEMA_STEPS[0]).unwrap();
         file.execute_batch(
             "PRAGMA user_version = 1;
              INSERT INTO meta VALUES ('node', 7);
-             INSERT INTO functions VALUES ('f', 'the f', 'd', 'python', 256, 'k', 'o', 'up', '', '{}', 3, 5, 1.5, 4, 0.5);
+             INSERT INTO functions VALUES
+               ('f', 'the f', 'd', 'python', 256, 'k', 'o', 'up', '', '{}', 3, 5, 1.5, 4, 0.5);
              INSERT INTO executions VALUES ('f', 'key', 'r', 1, 'SUCCESS', 1, NULL, 2, 'm', NULL, NULL);
              INSERT INTO jobs VALUES (9, x'00', 'f', 1, x'01');",
         )
@@ -362,7 +361,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_of_version_1_keeps_what_it_holds() {
+    async fn a_directory_of_version_1_keeps_its_data() {
         let scratch = Scratch::new();
         version_1(&scratch);
         for _ in 0..2 {
@@ -389,7 +388,7 @@ mod tests {
         let scratch = Scratch::new();
         version_1(&scratch);
         let file = || Connection::open(scratch.path().join(DATABASE_FILE)).unwrap();
-        // In the way of the last table of the step.
+        // Conflicts with the last table of the migration.
         file().execute_batch("CREATE TABLE retired_code (x)").unwrap();
         assert!(matches!(Database::open(scratch.path(), |_| Ok(())), Err(OpenError::Foreign(_))));
         let version: i64 = file().pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
@@ -402,7 +401,7 @@ mod tests {
     async fn one_commit_gives_each_caller_its_own_result() {
         let scratch = Scratch::new();
         let database = scratch.database();
-        // While the first write holds the writer up, the others gather for one transaction.
+        // While the first write blocks the writer, the others are queued for one transaction.
         let (go, gate) = sync_channel(1);
         let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
         let half_done = database.write(1, |c| {
@@ -420,12 +419,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_rollback_of_the_whole_fails_the_whole() {
+    async fn a_rollback_of_the_transaction_fails_all_its_writes() {
         let scratch = Scratch::new();
         let database = scratch.database();
         let (go, gate) = sync_channel(1);
         let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
-        // What SQLite does by itself on a full disk.
+        // SQLite rolls back by itself when the disk is full.
         let fatal = database.write(1, |c| c.execute_batch("ROLLBACK"));
         let writes =
             async { tokio::join!(database.write(1, mark("a")), fatal, database.write(1, mark("b"))) };
@@ -433,17 +432,17 @@ mod tests {
         let (_, (a, fatal, b), ()) = in_time(async { tokio::join!(held, writes, release) }).await;
         assert!(a.is_err() && fatal.is_err() && b.is_err());
         assert!(marks(&database).await.is_empty());
-        assert!(database.write(1, mark("c")).await.is_ok(), "the writer lives on");
+        assert!(database.write(1, mark("c")).await.is_ok(), "the writer keeps working");
     }
 
     #[tokio::test]
-    async fn the_last_handle_flushes_and_frees() {
+    async fn dropping_the_last_handle_commits_and_frees_the_directory() {
         let scratch = Scratch::new();
         let database = scratch.database();
         let (go, gate) = sync_channel(1);
         let held = database.write(1, move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
         let asked = database.write(1, mark("asked"));
-        // Hand both over, and leave before either is done.
+        // Queue both, and drop the futures before either is done.
         let abandoned = tokio::time::timeout(Duration::from_millis(50), async { tokio::join!(held, asked) });
         assert!(abandoned.await.is_err());
         go.send(()).unwrap();

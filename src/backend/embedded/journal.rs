@@ -1,4 +1,5 @@
-//! The jobs in flight, as a table. An id begins with its node, so a node's jobs are one range of keys.
+//! The journal of jobs in flight, as a table. An id begins with its node id, so the jobs of a node are one
+//! range.
 
 use super::database::{Database, integer, unsigned};
 use super::store::add_counters;
@@ -42,7 +43,7 @@ impl Journal for Inflight {
         Ok(write.await?)
     }
 
-    /// The functions are in the same file, so what a job adds is added in the same transaction.
+    /// Adds the counters of the jobs in the same transaction, because the functions are in the same file.
     async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
         let ended = ended.to_vec();
         let write = self.0.write(2 * ended.len(), move |c| {
@@ -92,7 +93,8 @@ impl Journal for Inflight {
         let (first, last) = (key(node, 0), key(node, u8::MAX));
         let read = self.0.read(move |c| {
             let mut select = c.prepare_cached(
-                "SELECT id, function_id, deadline_ms, idempotency_key FROM inflight WHERE id BETWEEN ?1 AND ?2",
+                "SELECT id, function_id, deadline_ms, idempotency_key FROM inflight
+                 WHERE id BETWEEN ?1 AND ?2",
             )?;
             let rows = select.query_map([first, last], |row| {
                 let function: String = row.get(1)?;
@@ -103,7 +105,7 @@ impl Journal for Inflight {
         });
         let entries = read.await?.into_iter().map(|(id, function, deadline, key)| {
             let idempotency_key = key.map(|key| Box::new(IdempotencyKey::from_bytes(key)));
-            // Only valid ids are ever entered.
+            // The table contains valid ids only.
             let function = FunctionId::parse(&function)?;
             Some(JournalEntry { id, function, deadline, idempotency_key })
         });
@@ -111,12 +113,12 @@ impl Journal for Inflight {
     }
 }
 
-/// Whether there was one.
+/// Deletes the row of a job. `false`: there was none.
 fn delete(connection: &Connection, statement: &str, id: JobId) -> rusqlite::Result<bool> {
     Ok(connection.prepare_cached(statement)?.execute([id.as_bytes()])? == 1)
 }
 
-/// Keeps a job that was given up, and forgets those of long ago.
+/// Records a job that was given up, and deletes old records.
 fn remember(connection: &Connection, id: JobId, function: &FunctionId) -> rusqlite::Result<()> {
     let now = now_ms();
     let kept_ms = GIVEN_UP_KEPT.as_secs() * 1000;
@@ -130,7 +132,7 @@ fn remember(connection: &Connection, id: JobId, function: &FunctionId) -> rusqli
     Ok(())
 }
 
-/// The bytes of an id of `node` whose other bytes are all `rest`.
+/// An id of `node` whose other bytes are all `rest`: a bound of the node's range.
 fn key(node: NodeId, rest: u8) -> [u8; 16] {
     let mut key = [rest; 16];
     key[..4].copy_from_slice(&node.0.to_be_bytes());
@@ -146,7 +148,7 @@ mod tests {
     use crate::model::{Counters, Function};
 
     #[tokio::test]
-    async fn the_journal_survives_and_knows_its_nodes() {
+    async fn the_journal_survives_a_restart_and_separates_nodes() {
         let scratch = Scratch::new();
         let ours: Vec<Job> = (0..5).map(|n| job_of(NodeId(7), n, "{}")).collect();
         let others = [job_of(NodeId(6), u64::MAX, "{}"), job_of(NodeId(8), 0, "{}")];
@@ -172,7 +174,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_job_adds_once_to_its_function_however_often_it_ends() {
+    async fn a_job_is_counted_once_however_often_it_ends() {
         let scratch = Scratch::new();
         let functions = Functions(scratch.database());
         let there = Function::sample("f");
@@ -188,7 +190,7 @@ mod tests {
             adds,
             is_lost: false,
         };
-        // The third was never journaled, the second one's function is gone.
+        // The third job was never journaled. The function of the second one does not exist.
         let all = [ended(&jobs[0], "f"), ended(&jobs[0], "f"), ended(&jobs[1], "gone"), ended(&jobs[2], "f")];
         for _ in 0..2 {
             assert_eq!(journal.end(NodeId(7), &all).await, Ok(true));
@@ -200,7 +202,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_late_result_takes_back_what_its_lost_job_has_added() {
+    async fn a_late_result_corrects_the_counters_of_its_lost_job() {
         let scratch = Scratch::new();
         let functions = Functions(scratch.database());
         let there = Function::sample("f");

@@ -1,9 +1,8 @@
-//! The task queue as a table: jobs enter in order, and leave with their result in one transaction.
+//! The task queue as a table. Jobs enter in order, and leave with their result in one transaction.
 //!
-//! Which jobs have been taken is known to the worker alone, in memory: after a crash every job that is still
-//! in the table is run (again), which is what at-least-once asks for, and no lease has to be written or to
-//! expire. Only how often a job was started is written, so that one that ends the gateway does not do so for
-//! ever.
+//! Only the worker knows, in memory, which jobs it has taken. After a crash, every job in the table runs
+//! again, as at-least-once delivery allows. So no leases have to be written or to expire. Only the number of
+//! starts is stored, so that a job that kills the gateway does not do so forever.
 
 use super::database::{Database, WriteError, integer, unsigned};
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
@@ -15,11 +14,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
 
-/// As SQS, so that a function which works here works there.
+/// The limits of SQS, so that a function that works here also works in a fleet.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 const RETENTION: Duration = Duration::from_secs(4 * 24 * 3600);
 
-/// The table `jobs`, as the gateway and the worker see it.
+/// The table `jobs`, shared by the gateway and the worker.
 #[derive(Clone)]
 pub(super) struct Queue {
     database: Database,
@@ -29,12 +28,12 @@ pub(super) struct Queue {
 
 /// A job on the queue.
 pub(super) struct Queued {
-    /// Its number in order of arrival.
+    /// Number of the job in order of arrival.
     pub(super) seq: i64,
     pub(super) id: JobId,
     pub(super) function: String,
     pub(super) deadline: UnixMs,
-    /// Starts whose end was never written.
+    /// Starts whose end was not recorded.
     pub(super) starts: u32,
     pub(super) message: Bytes,
 }
@@ -44,19 +43,20 @@ impl Queue {
         Self { database, arrived: Arc::new(Notify::new()) }
     }
 
-    /// The next jobs after number `seq`, in order of arrival, at most `limit`.
+    /// Returns up to `limit` jobs after number `seq`, in order of arrival.
     pub(super) async fn after(&self, seq: i64, limit: usize) -> Result<Vec<Queued>, BackendError> {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let read = self.database.read(move |c| {
             let mut select = c.prepare_cached(
-                "SELECT seq, id, function_id, deadline_ms, message, starts FROM jobs WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+                "SELECT seq, id, function_id, deadline_ms, message, starts FROM jobs
+                 WHERE seq > ?1 ORDER BY seq LIMIT ?2",
             )?;
             select.query_map([seq, limit], queued)?.collect()
         });
         read.await
     }
 
-    /// Takes a job off the queue without a result.
+    /// Removes a job from the queue without a result.
     pub(super) async fn remove(&self, seq: i64) -> Result<(), BackendError> {
         let write = self
             .database
@@ -64,7 +64,8 @@ impl Queue {
         Ok(write.await?)
     }
 
-    /// Writes how often these jobs (by number) were started without an end. A job that is gone stays so.
+    /// Stores the numbers of starts of these jobs: (`seq`, starts). Jobs that have left the queue are
+    /// ignored.
     pub(super) async fn set_starts(&self, starts: Vec<(i64, u32)>) -> Result<(), BackendError> {
         let write = self.database.write(starts.len(), move |c| {
             let mut update = c.prepare_cached("UPDATE jobs SET starts = ?2 WHERE seq = ?1")?;
@@ -92,7 +93,7 @@ impl JobQueue for Queue {
         let fits = |job: &&Job| job.message.len() <= MESSAGE_BYTES_MAX;
         let sent: Vec<Job> = jobs.iter().filter(fits).cloned().collect();
         let write = self.database.write(sent.len(), move |c| {
-            // A job that is sent again after an unclear answer is still one job.
+            // A job that is sent again after an unknown outcome is still one job.
             let mut insert = c.prepare_cached(
                 "INSERT OR IGNORE INTO jobs (id, function_id, deadline_ms, message) VALUES (?1, ?2, ?3, ?4)",
             )?;
@@ -120,10 +121,10 @@ impl JobQueue for Queue {
         QueueTraits { message_bytes_max: MESSAGE_BYTES_MAX, retention: RETENTION, fifo: false }
     }
 
-    /// Jobs without a result: those that run are among them.
+    /// Number of jobs without a result, including the running ones.
     async fn depth(&self) -> Result<u64, BackendError> {
         let read = self.database.read(|c| {
-            // SQLite counts in the index of the ids, which holds no messages.
+            // SQLite counts in the index on `id`, which contains no messages.
             c.prepare_cached("SELECT count(*) FROM jobs")?.query_row([], |row| row.get(0))
         });
         read.await.map(unsigned)
@@ -158,16 +159,16 @@ mod tests {
         drop(queue);
         let queue = Queue::new(scratch.database());
         let starts: Vec<u32> = queue.after(0, 100).await.unwrap().iter().map(|job| job.starts).collect();
-        assert_eq!(starts, [2, 1, 0, 0, 0, 0, 0, 0, 0, 0], "starts are counted beyond a restart");
+        assert_eq!(starts, [2, 1, 0, 0, 0, 0, 0, 0, 0, 0], "starts are counted across restarts");
 
         queue.remove(rest[5].seq).await.unwrap();
         assert!(queue.send_batch(&[job(77, "{}")]).await[0].is_ok());
         let last = queue.after(rest[4].seq, 1).await.unwrap();
-        assert!(last[0].seq > rest[5].seq, "no number is given twice");
+        assert!(last[0].seq > rest[5].seq, "no number is used twice");
     }
 
     #[tokio::test]
-    async fn a_message_that_is_too_large_fails_alone() {
+    async fn a_message_that_is_too_large_does_not_fail_others() {
         let scratch = Scratch::new();
         let queue = Queue::new(scratch.database());
         let large = "x".repeat(MESSAGE_BYTES_MAX + 1);

@@ -1,7 +1,7 @@
-//! Results: stored with the end of their job, then announced in this process.
+//! Results of jobs: stored when the job leaves the queue, then published in this process.
 //!
-//! The fleet's workers publish first and store then; here the store comes first, because both are ours and an
-//! announcement of what may yet be lost helps nobody.
+//! The workers of a fleet publish first and store afterwards, as the protocol requires. Here the result is
+//! stored first, so that nothing is published that a crash may still lose.
 
 use super::database::{Database, integer};
 use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
@@ -13,22 +13,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::{Mutex, broadcast, mpsc};
 
-/// How long a result is kept, as in Redis. The writer deletes what is older.
+/// How long a result is kept, as in Redis. The writer deletes expired results.
 const KEPT_MS: UnixMs = 3_600_000;
-/// Most publications that wait for [`Results::next`]. When it is full a publication is dropped, and the next event
-/// is `Subscribed`: the dispatcher then looks up what is stored, as it does after a broken subscription.
+/// Most publications that wait for [`Results::next`]. When it is full, a publication is dropped, and the next
+/// event is `Subscribed`. The dispatcher then looks up the stored results, as after a broken subscription.
 const PUBLISHED_MAX: usize = 256;
-/// Most ids a long poll may lag behind before it looks for itself.
+/// Most ids that a waiter may lag behind. A waiter that lags further reads the table instead.
 const STORED_IDS_MAX: usize = 1_024;
 
-/// The table `results`, and who waits for it.
+/// The table `results`, and the channels of its subscribers.
 pub(super) struct LocalResults {
     database: Database,
     publish: mpsc::Sender<(JobId, Bytes)>,
     published: Mutex<mpsc::Receiver<(JobId, Bytes)>>,
-    /// Something was published that [`Results::next`] will not tell of. True at first: a subscription begins so.
+    /// A publication was dropped. Initially true, because a subscription starts with `Subscribed`.
     missed: AtomicBool,
-    /// Ids only, so that a waiter reads the table just for its own.
+    /// Ids only, because a waiter reads its own result from the table.
     stored: broadcast::Sender<JobId>,
 }
 
@@ -44,8 +44,8 @@ impl LocalResults {
         })
     }
 
-    /// Stores the result of job number `seq`, takes the job off the queue in the same transaction, and tells those
-    /// who wait. A second run of the same job replaces the first one's result.
+    /// Stores the result of the job with number `seq`, removes the job from the queue in the same
+    /// transaction, and then publishes the result. A second run of the same job replaces the first result.
     pub(super) async fn finish(&self, seq: i64, id: JobId, payload: Bytes) -> Result<(), BackendError> {
         let stored = payload.clone();
         let expires_at = integer(now_ms() + KEPT_MS);
@@ -60,7 +60,7 @@ impl LocalResults {
         if self.publish.try_send((id, payload)).is_err() {
             self.missed.store(true, Ordering::Release);
         }
-        // An error says that nobody waits.
+        // An error means that there is no waiter.
         let _ = self.stored.send(id);
         Ok(())
     }
@@ -75,7 +75,7 @@ impl Results for LocalResults {
         }
         match published.recv().await {
             Some((id, payload)) => ResultEvent::Published { id, payload },
-            // Cannot be: the sender is beside the receiver. But this must not become a busy loop.
+            // Impossible, because `self` owns the sender. Pending avoids a busy loop.
             None => std::future::pending().await,
         }
     }
@@ -96,19 +96,19 @@ impl Results for LocalResults {
         read.await
     }
 
-    /// Always `None`: no old controller ever worked on this file.
+    /// Always `None`: the old controller never used this database.
     async fn stored_foreign(&self, _request_id: &str) -> Result<Option<Bytes>, BackendError> {
         Ok(None)
     }
 
     async fn wait_for(&self, id: JobId) -> Result<Bytes, BackendError> {
-        // Subscribe first: a result stored between a look-up and the subscription would never be heard of.
+        // Subscribe first: a result that is stored between a look-up and the subscription would be missed.
         let mut stored = self.stored.subscribe();
         loop {
             if let Some(payload) = self.stored(&[id]).await?.pop().flatten() {
                 return Ok(payload);
             }
-            // Whoever has lagged may have missed its own id, and looks again.
+            // A lagging receiver may have missed its id, so it reads the table again.
             while matches!(stored.recv().await, Ok(other) if other != id) {}
         }
     }
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_result_takes_its_job_off_the_queue_and_survives() {
+    async fn a_result_removes_its_job_and_survives_a_restart() {
         let scratch = Scratch::new();
         let database = scratch.database();
         let (queue, results) = (Queue::new(database.clone()), LocalResults::new(database));
@@ -166,12 +166,12 @@ mod tests {
         };
         let (waited, ()) = in_time(async { tokio::join!(results.wait_for(a), finish) }).await;
         assert_eq!(waited, Ok(Bytes::from_static(b"a")));
-        assert_eq!(in_time(results.wait_for(b)).await, Ok(Bytes::from_static(b"b")), "long since stored");
+        assert_eq!(in_time(results.wait_for(b)).await, Ok(Bytes::from_static(b"b")), "stored before");
         assert_eq!(results.stored.receiver_count(), 0);
     }
 
     #[tokio::test]
-    async fn what_nobody_takes_is_dropped_and_told() {
+    async fn publications_beyond_the_buffer_are_dropped_and_reported() {
         let scratch = Scratch::new();
         let results = LocalResults::new(scratch.database());
         assert_eq!(in_time(results.next()).await, ResultEvent::Subscribed);

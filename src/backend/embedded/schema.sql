@@ -1,4 +1,4 @@
--- Version 1 of the single-machine database. A later version adds a step beside this file; this one never changes.
+-- Version 1 of the single-machine database. Must never change: a later version adds a file beside this one.
 
 CREATE TABLE meta (
     name  TEXT PRIMARY KEY,
@@ -23,12 +23,12 @@ CREATE TABLE functions (
     total_handler_duration_ms REAL    NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 
--- Not WITHOUT ROWID: a message may have 380 KB, and would stand inside the key's tree.
+-- Not WITHOUT ROWID, which would store messages of up to 380 KB in the tree of the key.
 CREATE TABLE executions (
     function_id         TEXT    NOT NULL,
     key                 TEXT    NOT NULL,
     request_id          TEXT    NOT NULL,
-    -- 1: the key cannot be computed from request_id, so look-ups need the index below.
+    -- 1: the key cannot be computed from request_id, so look-ups use executions_by_foreign_id.
     foreign_id          INTEGER NOT NULL,
     status              TEXT    NOT NULL,
     duration_ms         REAL    NOT NULL,
@@ -39,12 +39,12 @@ CREATE TABLE executions (
     expires_at_s        INTEGER,
     PRIMARY KEY (function_id, key)
 );
--- A page of a rare status must not walk the whole log.
+-- A page of rows with a rare status must not scan the whole log.
 CREATE INDEX executions_by_status ON executions (function_id, status, key);
 CREATE INDEX executions_by_foreign_id ON executions (function_id, request_id) WHERE foreign_id = 1;
 CREATE INDEX executions_by_expiry ON executions (expires_at_s) WHERE expires_at_s IS NOT NULL;
 
--- AUTOINCREMENT: the worker goes by seq, so a number must never be given twice.
+-- AUTOINCREMENT, because the worker reads jobs in the order of seq, so a number must never be reused.
 CREATE TABLE jobs (
     seq         INTEGER PRIMARY KEY AUTOINCREMENT,
     id          BLOB    NOT NULL UNIQUE,
@@ -53,7 +53,7 @@ CREATE TABLE jobs (
     message     BLOB    NOT NULL
 );
 
--- The id begins with the node, so what a node holds is one range of this tree.
+-- An id begins with the node id, so the jobs of a node are one range of this tree.
 CREATE TABLE inflight (
     id          BLOB    PRIMARY KEY,
     function_id TEXT    NOT NULL,

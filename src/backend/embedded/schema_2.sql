@@ -1,14 +1,14 @@
--- Version 2: functions can be changed. This step never changes; a later version adds another beside it.
+-- Version 2: functions can be changed. Must never change: a later version adds a file beside this one.
 
 ALTER TABLE functions ADD COLUMN errors INTEGER NOT NULL DEFAULT 0;
--- The newest advice of a worker; there is one if recommended_at_ms is not null.
+-- The latest recommendation of a worker. There is one if recommended_at_ms is not null.
 ALTER TABLE functions ADD COLUMN recommended_memory_mb INTEGER;
 ALTER TABLE functions ADD COLUMN optimization_tip TEXT;
 ALTER TABLE functions ADD COLUMN estimated_savings TEXT;
 ALTER TABLE functions ADD COLUMN recommended_by TEXT;
 ALTER TABLE functions ADD COLUMN recommended_at_ms INTEGER;
 
--- Who changed what. Outlives its function.
+-- Records of changes. They outlive their functions.
 CREATE TABLE config_records (
     function_id  TEXT    NOT NULL,
     key          TEXT    NOT NULL,
@@ -22,7 +22,7 @@ CREATE TABLE config_records (
 );
 CREATE INDEX config_records_by_expiry ON config_records (expires_at_s);
 
--- Code that is to be deleted when it is due.
+-- Code to delete at its due time.
 CREATE TABLE retired_code (
     s3_key      TEXT    PRIMARY KEY,
     function_id TEXT    NOT NULL,

@@ -1,13 +1,13 @@
--- Version 3: what is known of a job beyond its life. This step never changes; a later version adds another beside it.
+-- Version 3: data that outlives a job. Must never change: a later version adds a file beside this one.
 
--- Jobs that were given up without a result, for the results that come late.
+-- Jobs that were given up without a result. A late result still replaces LOST.
 CREATE TABLE given_up (
     id          BLOB    NOT NULL PRIMARY KEY,
     function_id TEXT    NOT NULL,
     at_ms       INTEGER NOT NULL
 ) STRICT;
 
--- Requests that are carried out once, by their idempotency key.
+-- Requests with an idempotency key.
 CREATE TABLE idempotency (
     key           BLOB    NOT NULL PRIMARY KEY,
     body          BLOB    NOT NULL,
@@ -18,5 +18,5 @@ CREATE TABLE idempotency (
     expires_at_ms INTEGER NOT NULL
 ) STRICT;
 
--- The key of the request that a job in flight belongs to.
+-- The idempotency key of the request of a job in flight.
 ALTER TABLE inflight ADD COLUMN idempotency_key BLOB;

@@ -1,4 +1,5 @@
--- Version 5: attempts to send the job of an idempotency key. This step never changes; a later version adds another beside it.
+-- Version 5: attempts to send the job of an idempotency key. Must never change: a later version adds a file
+-- beside this one.
 
--- The latest attempt; NULL: the job's own id, for the first one.
+-- Id of the latest attempt. NULL: the first attempt, whose id is that of the job.
 ALTER TABLE idempotency ADD COLUMN attempt BLOB;

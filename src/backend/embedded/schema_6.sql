@@ -1,4 +1,4 @@
--- Version 6: starts of a job are counted. This step never changes; a later version adds another beside it.
+-- Version 6: starts of a job are counted. Must never change: a later version adds a file beside this one.
 
--- How often the local worker has started the job without seeing its end.
+-- Starts of the job by the local worker whose end was not recorded.
 ALTER TABLE jobs ADD COLUMN starts INTEGER NOT NULL DEFAULT 0;

@@ -1,4 +1,4 @@
-//! What the tests of this backend share: a directory that goes away, jobs, zips, and a deadline.
+//! Fixtures for the tests of this backend: a temporary directory, jobs, zips, and a deadline.
 
 use super::database::Database;
 use crate::model::{FunctionId, Job, JobId, NodeId, now_ms};
@@ -9,7 +9,7 @@ use std::time::Duration;
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
 
-/// Longest wait of a test for what must happen.
+/// Deadline for an event that must happen.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 pub(super) struct Scratch(PathBuf);
@@ -61,5 +61,5 @@ pub(super) fn zipped(files: &[(&str, &str)]) -> Vec<u8> {
 }
 
 pub(super) async fn in_time<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, future).await.expect("it did not happen in time")
+    tokio::time::timeout(DEADLINE, future).await.expect("the future did not complete in time")
 }

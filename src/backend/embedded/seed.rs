@@ -1,7 +1,6 @@
-//! What a fresh directory holds: two functions to call, so that the first command is followed by a first run.
+//! Example functions for a new data directory, so that the first run needs no upload.
 //!
-//! It happens once in the life of a directory. The file remembers it, so a function that its user deleted stays
-//! deleted.
+//! A directory is seeded once. The database records it, so that examples which the user deletes stay deleted.
 
 use super::code_store;
 use super::database::OpenError;
@@ -24,7 +23,7 @@ struct Example {
 
 const HELLO: Example = Example {
     id: "hello",
-    description: "Greets whoever the input names (python)",
+    description: "Greets the person named in the input (python)",
     runtime: "python",
     entry: "main.py",
     source: include_str!("seed/hello/main.py"),
@@ -32,20 +31,20 @@ const HELLO: Example = Example {
 
 const HELLO_NODE: Example = Example {
     id: "hello-node",
-    description: "Greets whoever the input names (nodejs)",
+    description: "Greets the person named in the input (nodejs)",
     runtime: "nodejs",
     entry: "index.js",
     source: include_str!("seed/hello-node/index.js"),
 };
 
-/// Puts the examples into a directory that never had them. Without `node` there is no example for it.
+/// Adds the examples to a directory that was not seeded yet. The Node.js example is added only if `has_node`.
 pub(super) fn plant(connection: &Connection, code_dir: &Path, has_node: bool) -> Result<(), OpenError> {
     let mark = connection.query_row("SELECT value FROM meta WHERE name = 'seeded'", [], |_| Ok(()));
     if mark.optional()?.is_some() {
         return Ok(());
     }
     let examples = if has_node { &[HELLO, HELLO_NODE][..] } else { &[HELLO] };
-    // The code first: a row without code would be a function that cannot run.
+    // Write the code first: a row without code is a function that cannot run.
     for example in examples {
         write_code(example, code_dir)?;
     }

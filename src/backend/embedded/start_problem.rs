@@ -1,6 +1,6 @@
-//! Why a data directory cannot be used, and what its owner can do about it.
+//! Describes why a data directory cannot be opened, with advice for its owner.
 //!
-//! Advice never costs data: whatever is damaged is to be kept as it is, since more may be read from it later.
+//! The advice never destroys data. A damaged file must be kept, because more may be recovered from it later.
 
 use super::database::{DATABASE_FILE, OpenError, SCHEMA_VERSION};
 use crate::backend::{BackendError, StartProblem};
@@ -8,13 +8,13 @@ use rusqlite::ErrorCode;
 use std::io;
 use std::path::Path;
 
-const OTHER_DIR: &str = "give this process another directory with --data-dir";
+const OTHER_DIR: &str = "choose another directory with --data-dir";
 
-/// What keeps a process from working in `dir`.
+/// The start problem for an error of opening `dir`.
 pub fn start_problem(dir: &Path, error: &OpenError) -> StartProblem {
     let (error, mend) = match error {
         OpenError::Locked => (
-            BackendError::Unavailable("another process works in it".to_owned()),
+            BackendError::Unavailable("another process uses it".to_owned()),
             format!("Stop the other process, or {OTHER_DIR}."),
         ),
         OpenError::Newer(version) => (
@@ -25,13 +25,13 @@ pub fn start_problem(dir: &Path, error: &OpenError) -> StartProblem {
         ),
         OpenError::Foreign(why) => (
             BackendError::Invalid(format!("{DATABASE_FILE} in it is a database of another program: {why}")),
-            format!("To leave that one as it is, {OTHER_DIR}."),
+            format!("To keep that database, {OTHER_DIR}."),
         ),
         OpenError::Corrupt(why) => (
             BackendError::Invalid(format!("{DATABASE_FILE} in it is damaged: {why}")),
             format!(
-                "Keep a copy of the whole directory first. Then put a backup in its place, or a new file into which \
-                 `.recover` of the sqlite3 shell from sqlite.org has saved what can be read \
+                "Copy the whole directory first. Then restore a backup, or recover the readable data into a \
+                 new file with `.recover` of the sqlite3 shell from sqlite.org \
                  (https://sqlite.org/recovery.html), or {OTHER_DIR}."
             ),
         ),
@@ -49,18 +49,18 @@ fn of_io(e: &io::Error) -> (BackendError, String) {
     use io::ErrorKind as Kind;
     match e.kind() {
         Kind::AlreadyExists | Kind::NotADirectory => (
-            BackendError::Invalid(format!("it, or a part of its path, is a file and no directory: {e}")),
-            "Name a directory with --data-dir; it is made if it does not exist.".to_owned(),
+            BackendError::Invalid(format!("it, or a part of its path, is not a directory: {e}")),
+            "Name a directory with --data-dir. It is created if it does not exist.".to_owned(),
         ),
         Kind::PermissionDenied => not_writable(&e.to_string()),
         Kind::ReadOnlyFilesystem => (
             BackendError::Denied(e.to_string()),
-            format!("Mount the file system so that it can be written, or {OTHER_DIR}."),
+            format!("Mount the file system read-write, or {OTHER_DIR}."),
         ),
         Kind::StorageFull | Kind::QuotaExceeded => no_room(&e.to_string()),
         Kind::NotFound => (
             BackendError::Invalid(e.to_string()),
-            "Name a directory with --data-dir that can be made; a link in its path may lead nowhere."
+            "Name a directory with --data-dir that can be created. A link in its path may be dangling."
                 .to_owned(),
         ),
         _ => failing_disk(&e.to_string()),
@@ -71,16 +71,16 @@ fn of_sqlite(e: &rusqlite::Error) -> (BackendError, String) {
     let text = format!("{DATABASE_FILE} in it: {e}");
     match e.sqlite_error_code() {
         Some(ErrorCode::NotADatabase) => (
-            BackendError::Invalid(format!("{DATABASE_FILE} in it is no SQLite database")),
-            format!("Keep a copy of it. Then put a backup in its place, or {OTHER_DIR}."),
+            BackendError::Invalid(format!("{DATABASE_FILE} in it is not an SQLite database")),
+            format!("Copy it first. Then restore a backup, or {OTHER_DIR}."),
         ),
         Some(ErrorCode::PermissionDenied | ErrorCode::ReadOnly | ErrorCode::CannotOpen) => {
             not_writable(&text)
         }
         Some(ErrorCode::DiskFull) => no_room(&text),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => (
-            BackendError::Unavailable(format!("another program holds {DATABASE_FILE} in it locked")),
-            "Close that program, such as a sqlite3 shell or a backup, and start again.".to_owned(),
+            BackendError::Unavailable(format!("another program has locked {DATABASE_FILE} in it")),
+            "Close that program, for example a sqlite3 shell or a backup, and start again.".to_owned(),
         ),
         _ => failing_disk(&text),
     }
@@ -89,24 +89,22 @@ fn of_sqlite(e: &rusqlite::Error) -> (BackendError, String) {
 fn not_writable(why: &str) -> (BackendError, String) {
     let user = nix::unistd::geteuid();
     (
-        BackendError::Denied(format!("it may not be read and written by this user (uid {user}): {why}")),
-        format!("Give the user the directory and all files in it (chown), or {OTHER_DIR}."),
+        BackendError::Denied(format!("this user (uid {user}) cannot read and write it: {why}")),
+        format!("Change the owner of the directory and of all files in it (chown), or {OTHER_DIR}."),
     )
 }
 
 fn no_room(why: &str) -> (BackendError, String) {
     (
-        BackendError::Unavailable(format!("its disk has no room: {why}")),
-        format!("Free some room (or raise the quota of the user) and start again, or {OTHER_DIR}."),
+        BackendError::Unavailable(format!("its disk is full: {why}")),
+        format!("Free disk space (or raise the quota of the user) and start again, or {OTHER_DIR}."),
     )
 }
 
 fn failing_disk(why: &str) -> (BackendError, String) {
     (
         BackendError::Unavailable(why.to_owned()),
-        format!(
-            "See the log of the kernel for errors of the disk, which must be a local one; or {OTHER_DIR}."
-        ),
+        format!("Check the kernel log for disk errors. The disk must be a local one. Else {OTHER_DIR}."),
     )
 }
 
@@ -120,11 +118,11 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
-    /// What is left of a directory that was in use.
+    /// A directory that was in use.
     fn used() -> Scratch {
         let scratch = Scratch::new();
         drop(open(scratch.path()).unwrap());
-        // All of it in the one file.
+        // Moves all data into the one file.
         let file = Connection::open(scratch.path().join(DATABASE_FILE)).unwrap();
         file.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
         drop(file);
@@ -147,7 +145,7 @@ mod tests {
         by(&file(scratch));
     }
 
-    /// A user who may not write what others own. Only the thread changes, so it must be one of its own.
+    /// Runs `work` without the permissions of root. That applies to a thread, so it runs on a new one.
     fn as_nobody<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let run = || {
@@ -160,12 +158,12 @@ mod tests {
         })
     }
 
-    /// (what is wrong, how it comes about, whether it may pass, what is said, what is advised)
+    /// (name, how to cause it, whether it is transient, a part of the error, a part of the advice)
     type Case = (&'static str, fn(&Scratch), bool, &'static str, &'static str);
 
     const CASES: [Case; 13] = [
-        ("garbage", |s| damage(s, |b| b.fill(b'x')), false, "is no SQLite database", "Keep a copy"),
-        ("a torn header", |s| damage(s, |b| b[..100].fill(0)), false, "is no SQLite database", "Keep a copy"),
+        ("garbage", |s| damage(s, |b| b.fill(b'x')), false, "is not an SQLite database", "Copy it"),
+        ("a torn header", |s| damage(s, |b| b[..100].fill(0)), false, "is not an SQLite database", "Copy it"),
         ("half of it", |s| damage(s, |b| b.truncate(b.len() / 2)), false, "is damaged", ".recover"),
         ("a page that is lost", |s| damage(s, |b| b[4096..8192].fill(0)), false, "is damaged", ".recover"),
         (
@@ -228,7 +226,7 @@ mod tests {
             "a directory of others",
             |s| fs::set_permissions(s.path(), fs::Permissions::from_mode(0o555)).unwrap(),
             false,
-            "may not be read and written by this user",
+            "cannot read and write it",
             "chown",
         ),
         (
@@ -241,22 +239,22 @@ mod tests {
                 fs::set_permissions(file(s), fs::Permissions::from_mode(0o444)).unwrap();
             },
             false,
-            "may not be read and written by this user",
+            "cannot read and write it",
             "chown",
         ),
     ];
 
     #[test]
-    fn what_is_wrong_with_a_directory_is_told_with_advice_that_fits() {
-        for (what, spoil, is_transient, told, advised) in CASES {
+    fn every_problem_of_a_directory_comes_with_its_advice() {
+        for (what, spoil, is_transient, reason, advice) in CASES {
             let scratch = used();
             spoil(&scratch);
             let is_fifo = what == "a FIFO";
             let before = if is_fifo { None } else { fs::read(file(&scratch)).ok() };
             let problem = as_nobody_if(what.ends_with("of others"), || open(scratch.path()).err());
-            let problem = problem.unwrap_or_else(|| panic!("{what}: it starts"));
-            assert!(problem.error.to_string().contains(told), "{what}: {problem:?}");
-            assert!(problem.mend.contains(advised), "{what}: {problem:?}");
+            let problem = problem.unwrap_or_else(|| panic!("{what}: the directory was opened"));
+            assert!(problem.error.to_string().contains(reason), "{what}: {problem:?}");
+            assert!(problem.mend.contains(advice), "{what}: {problem:?}");
             assert_eq!(problem.error.is_transient(), is_transient, "{what}: {problem:?}");
             assert!(is_fifo || fs::read(file(&scratch)).ok() == before, "{what}: the file has changed");
         }
@@ -267,33 +265,33 @@ mod tests {
     }
 
     #[test]
-    fn what_may_pass_is_told_apart() {
+    fn transient_errors_are_distinguished() {
         let sqlite = |code| OpenError::from(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None));
         let io = |kind: io::ErrorKind| OpenError::from(io::Error::from(kind));
-        for (error, is_transient, advised) in [
-            (sqlite(ffi::SQLITE_FULL), true, "Free some room"),
+        for (error, is_transient, advice) in [
+            (sqlite(ffi::SQLITE_FULL), true, "Free disk space"),
             (sqlite(ffi::SQLITE_BUSY), true, "Close that program"),
-            (sqlite(ffi::SQLITE_IOERR_READ), true, "the log of the kernel"),
+            (sqlite(ffi::SQLITE_IOERR_READ), true, "the kernel log"),
             (sqlite(ffi::SQLITE_READONLY_DIRECTORY), false, "chown"),
             (sqlite(ffi::SQLITE_CANTOPEN), false, "chown"),
             (sqlite(ffi::SQLITE_CORRUPT_VTAB), false, ".recover"),
-            (sqlite(ffi::SQLITE_NOTADB), false, "Keep a copy"),
-            (io(io::ErrorKind::StorageFull), true, "Free some room"),
-            (io(io::ErrorKind::QuotaExceeded), true, "Free some room"),
+            (sqlite(ffi::SQLITE_NOTADB), false, "Copy it"),
+            (io(io::ErrorKind::StorageFull), true, "Free disk space"),
+            (io(io::ErrorKind::QuotaExceeded), true, "Free disk space"),
             (io(io::ErrorKind::ReadOnlyFilesystem), false, "Mount"),
             (io(io::ErrorKind::PermissionDenied), false, "chown"),
             (io(io::ErrorKind::NotADirectory), false, "Name a directory"),
-            (io(io::ErrorKind::Other), true, "the log of the kernel"),
+            (io(io::ErrorKind::Other), true, "the kernel log"),
             (OpenError::Locked, true, "Stop the other process"),
         ] {
             let problem = start_problem(Path::new("data"), &error);
             assert_eq!(problem.error.is_transient(), is_transient, "{error:?}: {problem:?}");
-            assert!(problem.mend.contains(advised), "{error:?}: {problem:?}");
+            assert!(problem.mend.contains(advice), "{error:?}: {problem:?}");
         }
     }
 
     #[test]
-    fn a_directory_that_is_a_file() {
+    fn a_file_in_place_of_the_directory_is_left_alone() {
         let scratch = Scratch::new();
         let path = scratch.path().join("data");
         fs::write(&path, "mine").unwrap();

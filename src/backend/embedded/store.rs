@@ -1,4 +1,4 @@
-//! The function metadata with the records of its changes, the code list, and the execution log.
+//! The stores on the database: functions with their change records, the code list, claims, the execution log.
 
 mod claims;
 mod code_list;

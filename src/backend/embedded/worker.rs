@@ -1,7 +1,7 @@
-//! The local worker: takes jobs off the queue in order of arrival and runs them as child processes.
+//! The local worker: runs the jobs of the queue as child processes, in order of arrival.
 //!
-//! It is no sandbox. A run has limits of time and memory, a private directory and an empty environment, but it has
-//! the gateway's user and network: `dev` is for code one would run by hand.
+//! It is not a sandbox. A run has limits of time and memory, a private directory and an empty environment.
+//! But it has the user and the network of the gateway: `dev` is for code that one would run by hand.
 
 mod code;
 mod message;
@@ -32,24 +32,26 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{self, JoinSet};
 
-/// Most jobs that are taken off the table in advance, and most that wait for their last chance: each may have
-/// 1 MiB.
+/// Most jobs that are read from the table in advance. Each may have 1 MiB.
 const TAKEN_MAX: usize = 32;
+/// Most jobs in memory that wait for their last start (see [`STARTS_MAX`]).
 const LAST_CHANCES_MAX: usize = 64;
-/// How often a job is started without an end before it fails: it may be what ends the gateway.
+/// Starts without a recorded end after which a job fails, because it may be the cause that the gateway dies.
 const STARTS_MAX: u32 = 3;
-/// How often the queue is looked at unasked: for a job whose sender left before its commit, and after an error.
+/// Interval between polls of the queue without a notification. They find jobs whose sender left before the
+/// commit, and retry after an error.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// Added to a python run's memory for what it asks for and never touches: the stacks of a thousand threads.
+/// Added to the memory of a Python run for memory that it requests but never touches, such as the stacks of a
+/// thousand threads. In MiB.
 const DATA_ALLOWANCE_MB: u64 = 8 * 1024;
-/// Longest wait for an interpreter to say where it is.
+/// Deadline for an interpreter to print its path.
 const INTERPRETER_ANSWER_MAX: Duration = Duration::from_secs(10);
 
-/// The worker of one directory. [`Worker::run`] is its loop.
+/// The local worker of one data directory. [`Worker::run`] is its loop.
 pub struct Worker {
     runner: Runner,
     activity: Arc<Activity>,
-    /// What all runs together may be promised.
+    /// Memory that all runs together may reserve, in MiB.
     memory_mb: u64,
     /// See [`room::STALL`] and [`room::PASSING_MAX`].
     stall: Duration,
@@ -57,7 +59,7 @@ pub struct Worker {
     busy_max: usize,
 }
 
-/// What each run needs.
+/// The parts that all runs share.
 struct Runner {
     queue: Queue,
     results: Arc<LocalResults>,
@@ -84,12 +86,11 @@ impl Worker {
     }
 
     /// Runs jobs, as many at once as their memory allows, until `stop` turns true or its sender is gone. Runs
-    /// that have not ended by then are killed; their jobs are still on the queue and run again at the next
-    /// start.
+    /// in progress are then killed. Their jobs stay on the queue and run again after the next start.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         if !tree::lists_children(Path::new("/proc")) {
             tracing::warn!(
-                "Memory Of Runs Not Bounded: /proc Lists No Children (kernel option CONFIG_PROC_CHILDREN)"
+                "Memory of runs is not bounded: /proc lists no children. Use a kernel with CONFIG_PROC_CHILDREN"
             );
         }
         let runner = &mut self.runner;
@@ -113,20 +114,20 @@ impl Worker {
     }
 }
 
-/// What runs, and what runs next.
+/// The running jobs, and the jobs that wait for their start.
 struct Schedule {
     runner: Arc<Runner>,
     memory_mb: u64,
-    /// While so many runs compute, another one starts only each [`LOOK_EVERY`].
+    /// While this many runs are busy, another one starts only once per [`LOOK_EVERY`].
     busy_max: usize,
     runs: JoinSet<()>,
     held: HashMap<task::Id, Held>,
-    /// Number of the last job taken off the table.
+    /// Number of the last job that was read from the table.
     last: i64,
-    /// In order of arrival.
+    /// Jobs that were read from the table, in order of arrival.
     taken: VecDeque<Waiting>,
-    /// Jobs that were started so often that the next start decides: one at a time, so that it is known which
-    /// one ends the gateway, and those that happened to run beside it do not fail with it.
+    /// Jobs whose next start is the last one. They run one at a time, so that it is clear which of them kills
+    /// the gateway. Otherwise, jobs that run beside it would fail with it.
     last_chances: VecDeque<Waiting>,
     line: Line,
 }
@@ -134,15 +135,15 @@ struct Schedule {
 /// A job that waits for its start.
 struct Waiting {
     job: Queued,
-    /// Read once: a message may be long.
+    /// Memory of its function in MiB. Parsed once, because a message may be long.
     memory_mb: u64,
 }
 
-/// What a run holds.
+/// The resources of a run in progress.
 struct Held {
     seq: i64,
     memory_mb: u64,
-    /// How often the job had been started before.
+    /// Number of earlier starts of the job.
     starts: u32,
     gauge: Arc<Gauge>,
 }
@@ -162,7 +163,7 @@ impl Schedule {
         }
     }
 
-    /// Starts all that may start.
+    /// Starts all jobs that may start now.
     async fn fill(&mut self) {
         let last_chance = self.start_last_chance();
         let first = self.start_taken(last_chance).await;
@@ -172,8 +173,8 @@ impl Schedule {
         }
     }
 
-    /// Gives a job its last chance, or returns its number if it waits for memory (and not for another one of
-    /// its kind).
+    /// Starts a job for the last time, unless another last start is running. Returns the number of a job that
+    /// waits for memory.
     fn start_last_chance(&mut self) -> Option<i64> {
         let is_one_running = self.held.values().any(|held| held.starts == STARTS_MAX - 1);
         if is_one_running {
@@ -191,8 +192,8 @@ impl Schedule {
         None
     }
 
-    /// Starts those of the jobs in order of arrival that fit. Returns the number of the first that waits for
-    /// memory; `first` is that of a job with a last chance.
+    /// Starts the jobs that fit, in order of arrival. Returns the number of the first job that waits for
+    /// memory. `first`: the number of a job that waits for memory before its last start.
     async fn start_taken(&mut self, mut first: Option<i64>) -> Option<i64> {
         let mut at = 0;
         loop {
@@ -207,7 +208,7 @@ impl Schedule {
             }
             if !is_last_chance && !self.has_memory(memory_mb) {
                 first = first.into_iter().chain([seq]).min();
-                // Now, since others that were taken with it may be the next to pass it.
+                // Set it now, because the next jobs of this loop may pass it.
                 self.line.set_first(first);
                 at += 1;
                 continue;
@@ -227,7 +228,7 @@ impl Schedule {
         }
     }
 
-    /// Whether there are more jobs on the table, and room for them here.
+    /// Reads more jobs from the table. `false`: there are none, or there is no room for them.
     async fn take_more(&mut self) -> bool {
         let room = TAKEN_MAX - self.taken.len();
         if room == 0 {
@@ -243,8 +244,8 @@ impl Schedule {
         is_more
     }
 
-    /// Starts the job with number `seq`, which has waited long enough, if the memory that is really used
-    /// leaves room. If not, it waits for a run to end, as each does at its time limit.
+    /// Starts the stalled job with number `seq`, if the memory in use leaves room. Otherwise it waits until a
+    /// run ends, which happens at its time limit at the latest.
     fn start_beyond(&mut self, seq: i64) {
         let used_mb = self.used_mb();
         if used_mb >= self.memory_mb || !self.has_slot() {
@@ -258,20 +259,20 @@ impl Schedule {
             let (promised_mb, job) = (self.promised_mb(), &waiting.job);
             tracing::info!(
                 job = %job.id, function = job.function, promised_mb, used_mb,
-                "Job Started Beyond Promised Memory"
+                "Job started beyond the reserved memory, because the memory in use leaves room"
             );
             self.start(waiting);
         }
     }
 
-    /// A run that is alone may have whatever its function has.
+    /// Whether the memory can be reserved. A single run may always start, however much its function has.
     fn has_memory(&self, memory_mb: u64) -> bool {
         let promised = self.promised_mb();
         promised == 0 || promised.saturating_add(memory_mb) <= self.memory_mb
     }
 
-    /// Whether there may be one more run, and runs that compute leave some of the CPU. If they do not, one
-    /// starts now and then all the same: those that compute may do so only until it has run.
+    /// Whether one more run may start, and not too many runs are busy. If too many are busy, one still starts
+    /// once per [`LOOK_EVERY`], because the busy runs may poll for its result.
     fn has_slot(&self) -> bool {
         let busy = self.held.values().filter(|held| held.gauge.is_busy()).count();
         self.runs.len() < RUNS_MAX && (busy < self.busy_max || self.line.is_quiet_for(LOOK_EVERY))
@@ -281,7 +282,8 @@ impl Schedule {
         self.held.values().fold(0, |sum, held| sum.saturating_add(held.memory_mb))
     }
 
-    /// The memory that runs really use. One that was not measured yet may use all that it is promised.
+    /// Memory in use by all runs, in MiB. A run that was not measured yet counts with all its reserved
+    /// memory.
     fn used_mb(&self) -> u64 {
         let used = |held: &Held| held.gauge.memory_bytes().map_or(held.memory_mb, |bytes| bytes >> 20);
         self.held.values().fold(0, |sum, held| sum.saturating_add(used(held)))
@@ -299,21 +301,21 @@ impl Schedule {
         let id = match ended {
             Ok((id, ())) => id,
             Err(e) => {
-                // Its job stays on the queue, and is tried again at the next start.
-                tracing::error!(error = %e, "Run Broke Off");
+                // Its job stays on the queue, and runs again after the next start of the gateway.
+                tracing::error!(error = %e, "Run panicked; its job runs again after the next start");
                 e.id()
             }
         };
         self.held.remove(&id);
     }
 
-    /// Kills what runs. That is no fault of the jobs, so the start does not count.
+    /// Kills all runs. Their jobs are not the cause, so these starts do not count.
     async fn stop(&mut self) {
         // Dropping a run kills its processes.
         self.runs.shutdown().await;
         let starts = self.held.drain().map(|(_, held)| (held.seq, held.starts)).collect();
         if let Err(e) = self.runner.queue.set_starts(starts).await {
-            tracing::warn!(error = %e, "Starts Of Jobs Not Written");
+            tracing::warn!(error = %e, "Starts of jobs not corrected; stopped runs count as starts");
         }
     }
 }
@@ -321,15 +323,15 @@ impl Schedule {
 impl Runner {
     async fn take(&self, last: i64, limit: usize) -> Vec<Queued> {
         self.queue.after(last, limit).await.unwrap_or_else(|e| {
-            tracing::warn!(error = %e, "Queue Not Read");
+            tracing::warn!(error = %e, "Queue not read; retrying in 1 s");
             Vec::new()
         })
     }
 
-    /// Runs a job and takes it off the queue. Tries until that is written: in this process no one else will.
+    /// Runs a job and removes it from the queue. Retries until that is written, because nothing else would.
     async fn settle(self: Arc<Self>, job: Queued, gauge: Arc<Gauge>) {
         if job.deadline <= now_ms() {
-            tracing::warn!(job = %job.id, function = job.function, "Job Past Its Deadline Dropped");
+            tracing::warn!(job = %job.id, function = job.function, "Job dropped: its deadline has passed");
             until_written(|| self.queue.remove(job.seq)).await;
             return;
         }
@@ -338,7 +340,7 @@ impl Runner {
                 RunResult::failed(&job, Message::parse(&job.message).ok().map(|m| m.memory_mb), reason)
             }
             None => {
-                // Before it starts: what ends us leaves no time to write.
+                // Write it before the start: a job that kills the gateway leaves no time afterwards.
                 let counted = || self.queue.set_starts(vec![(job.seq, job.starts + 1)]);
                 until_written(counted).await;
                 self.execute(&job, &gauge).await
@@ -377,13 +379,14 @@ impl Runner {
             Ok(ended) => RunResult::ended(job, message.memory_mb, ended),
             Err(e) => failed(format!("the program could not be started: {e}")),
         };
-        // Deleting may take long; if it breaks off, the next start sweeps.
+        // Deleting may take long. If it fails, the next start deletes the directory.
         let _ = tokio::task::spawn_blocking(move || drop(dir)).await;
         result
     }
 
-    /// The interpreter of a message's runtime, its arguments, and the limit of the memory it may ask for.
-    /// Node asks for far more than it uses and dies under such a limit, so its own heap limit has to do.
+    /// The interpreter for a message, its arguments, and the limit of the memory that it may request, in
+    /// bytes. Node.js requests far more than it uses and fails under such a limit, so it gets a heap limit
+    /// instead.
     fn interpreter(&self, message: &Message<'_>) -> Result<(PathBuf, Vec<String>, Option<u64>), String> {
         let (found, name, args, data_mb) = match message.runtime.as_str() {
             "python" => {
@@ -400,15 +403,15 @@ impl Runner {
         Ok((path.clone(), args, data_mb.map(|mb| mb.saturating_mul(1 << 20))))
     }
 
-    /// Unpacks the code, and writes the input beside it if it goes by a file.
+    /// Creates the directory of a run: unpacks the code, and writes the input if it is passed in a file.
     async fn lay_out(&self, job: &Queued, message: &Message<'_>) -> Result<RunDir, String> {
         let zip = code_store::locate(&self.code_dir, &message.s3_key)
-            .ok_or("the key of the function's code leads out of the store")?;
+            .ok_or("the key of the function's code is outside the store")?;
         let path = self.runs_dir.join(job.id.to_string());
         let input = message.input_by_file().then(|| message.input.get().to_owned());
-        // The directory goes along: if this run is dropped, the thread still unpacks into it.
+        // The thread owns the directory, because it still unpacks into it if this future is dropped.
         let laid_out = tokio::task::spawn_blocking(move || {
-            let broken = |e: std::io::Error| format!("the directory of the run could not be made: {e}");
+            let broken = |e: std::io::Error| format!("the directory of the run could not be created: {e}");
             let dir = RunDir::create(path).map_err(broken)?;
             code::unpack(&zip, &dir.code())?;
             if let Some(input) = input {
@@ -420,28 +423,29 @@ impl Runner {
     }
 }
 
-/// Why a job that was started too often is not started again.
+/// The error of a job that was started too often. `None`: it may start.
 fn has_ended_us(job: &Queued) -> Option<String> {
     let reason = || {
         format!(
-            "the run was started {STARTS_MAX} times, and each time the gateway was killed before the run ended; the \
-             function may be what kills it"
+            "the run was started {STARTS_MAX} times, and each time the gateway was killed before the run \
+             ended; the function may be the cause"
         )
     };
     (job.starts >= STARTS_MAX).then(reason)
 }
 
+/// Repeats a write until it succeeds. Logs the first error only.
 async fn until_written<F: Future<Output = Result<(), BackendError>>>(write: impl Fn() -> F) {
-    let mut told = false;
+    let mut is_logged = false;
     while let Err(e) = write().await {
-        if !std::mem::replace(&mut told, true) {
-            tracing::warn!(error = %e, "End Of Job Not Written");
+        if !std::mem::replace(&mut is_logged, true) {
+            tracing::warn!(error = %e, "State of a job not written; retrying every second");
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
 }
 
-/// The first program of that name on our own PATH.
+/// The first executable of this name on the PATH of the gateway.
 pub(super) fn on_path(name: &str) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let runs = |path: &Path| {
@@ -451,16 +455,16 @@ pub(super) fn on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join(name)).find(|path| path.is_absolute() && runs(path))
 }
 
-/// Where an interpreter itself says it is. What stands on PATH may be a version switcher's script (pyenv, asdf),
-/// which finds nothing in the empty environment of a run. Without an answer the path stays what it was.
+/// Asks an interpreter for its own path. The file on PATH may be a script of a version manager (pyenv, asdf),
+/// which does not work in the empty environment of a run. Without an answer, returns `path` unchanged.
 async fn real_path(path: Option<PathBuf>, question: [&str; 2]) -> Option<PathBuf> {
     let path = path?;
     let mut command = tokio::process::Command::new(&path);
     command.args(question).stdin(std::process::Stdio::null()).kill_on_drop(true);
     let answer = tokio::time::timeout(INTERPRETER_ANSWER_MAX, command.output()).await;
-    let said = answer.ok().and_then(Result::ok).and_then(|output| String::from_utf8(output.stdout).ok());
+    let printed = answer.ok().and_then(Result::ok).and_then(|output| String::from_utf8(output.stdout).ok());
     let real =
-        said.map(|text| PathBuf::from(text.trim())).filter(|real| real.is_absolute() && real.is_file());
+        printed.map(|text| PathBuf::from(text.trim())).filter(|real| real.is_absolute() && real.is_file());
     Some(real.unwrap_or(path))
 }
 

@@ -1,5 +1,7 @@
-//! The workers that report, in memory: a restart forgets them as time would. And the one worker that does not
-//! report, because it is a part of this process.
+//! The workers that send heartbeats, and the local worker, which sends none because it is a part of this
+//! process.
+//!
+//! The heartbeats are kept in memory. A restart loses them, but they would soon expire in any case.
 
 use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
 use crate::model::{UnixMs, now_ms};
@@ -12,12 +14,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
 pub(super) struct LocalWorkers {
-    /// What each said last, and when.
+    /// The last heartbeat of each worker, by worker id.
     seen: Mutex<HashMap<String, Said>>,
     own: Arc<Activity>,
 }
 
-/// What a worker said, and when by either clock.
+/// The last heartbeat of a worker, and its time by the monotonic and by the wall clock.
 struct Said {
     state: Bytes,
     since: Instant,
@@ -25,12 +27,12 @@ struct Said {
 }
 
 impl LocalWorkers {
-    /// `own`: what the local worker shows of itself.
+    /// `own`: the state of the local worker.
     pub(super) fn new(own: Arc<Activity>) -> Self {
         Self { seen: Mutex::default(), own }
     }
 
-    /// Those that are not forgotten.
+    /// The workers whose heartbeats have not expired.
     fn known(&self) -> MutexGuard<'_, HashMap<String, Said>> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         seen.retain(|_, said| said.since.elapsed() < WORKER_FORGOTTEN);
@@ -63,20 +65,20 @@ impl WorkerRegistry for LocalWorkers {
     }
 }
 
-/// What the local worker shows of itself while its loop runs.
+/// The state of the local worker while its loop runs.
 #[derive(Default)]
 pub(super) struct Activity {
     since: Mutex<Option<Instant>>,
     runs: AtomicUsize,
 }
 
-/// As the lone worker of the fleet puts it into `system:status`.
+/// The JSON that a lone worker of the fleet writes to `system:status`.
 #[derive(Serialize)]
 struct LoneStatus {
     status: &'static str,
     worker_count: usize,
     active_jobs: usize,
-    /// Each run has a process of its own, so there are none.
+    /// Empty, because each run has a process of its own.
     pools: BTreeMap<String, usize>,
     uptime_seconds: u64,
     /// Epoch seconds.
@@ -84,7 +86,7 @@ struct LoneStatus {
 }
 
 impl Activity {
-    /// The loop begins; it ends with the guard.
+    /// Marks the loop as running, until the guard is dropped.
     pub(super) fn begin(self: &Arc<Self>) -> Active {
         self.set_since(Some(Instant::now()));
         Active(self.clone())
@@ -105,16 +107,16 @@ impl Activity {
             uptime_seconds: since.elapsed().as_secs(),
             timestamp: now_ms() as f64 / 1000.0,
         };
-        // Text and numbers always have JSON.
+        // Text and numbers can always be serialized.
         serde_json::to_vec(&status).ok().map(Bytes::from)
     }
 }
 
-/// The worker's loop is running.
+/// Guard of the running loop of the local worker.
 pub(super) struct Active(Arc<Activity>);
 
 impl Active {
-    /// So many runs are under way.
+    /// Sets the number of runs in progress.
     pub(super) fn show_runs(&self, runs: usize) {
         self.0.runs.store(runs, Ordering::Relaxed);
     }
@@ -140,12 +142,12 @@ mod tests {
     async fn all(workers: &LocalWorkers) -> Vec<(String, Duration)> {
         let text = |state: &Bytes| String::from_utf8(state.to_vec()).unwrap();
         let all = workers.all().await.unwrap();
-        assert!(all.iter().all(|seen| now_ms() - seen.at < 60_000), "the wall clock stands beside");
+        assert!(all.iter().all(|seen| now_ms() - seen.at < 60_000), "the time by the wall clock is recent");
         all.iter().map(|seen| (text(&seen.state), seen.age)).collect()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn workers_are_known_until_they_are_forgotten() {
+    async fn workers_expire_without_heartbeats() {
         let workers = LocalWorkers::new(Arc::default());
         assert_eq!(all(&workers).await, []);
         assert_eq!(workers.put("b", "1").await, Ok(true));
@@ -161,7 +163,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn there_is_room_for_so_many() {
+    async fn the_number_of_workers_is_bounded() {
         let workers = LocalWorkers::new(Arc::default());
         for n in 0..WORKERS_MAX {
             assert_eq!(workers.put(&n.to_string(), "{}").await, Ok(true));
@@ -176,15 +178,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_own_worker_shows_itself_while_its_loop_runs() {
+    async fn the_local_worker_is_shown_while_its_loop_runs() {
         let activity = Arc::new(Activity::default());
         let workers = LocalWorkers::new(activity.clone());
         assert_eq!(workers.lone_status().await, Ok(None));
         let active = activity.begin();
         active.show_runs(3);
         advance(Duration::from_millis(2_900)).await;
-        let said = workers.lone_status().await.unwrap().unwrap();
-        let mut status: Value = serde_json::from_slice(&said).unwrap();
+        let text = workers.lone_status().await.unwrap().unwrap();
+        let mut status: Value = serde_json::from_slice(&text).unwrap();
         let at = status.as_object_mut().unwrap().remove("timestamp").unwrap();
         let at = at.as_f64().unwrap();
         assert!((now_ms() as f64 / 1000.0 - at).abs() < 60.0, "{at}");

@@ -1,27 +1,27 @@
-//! Which inherited sockets serve which wanted addresses, and what is to be bound beside them.
+//! Matches inherited sockets to wanted addresses, and finds the addresses that must still be bound.
 //!
-//! Sockets are known by where they listen, never by their place in a list: a list says nothing of what was
-//! configured when it was made. A socket that listens on a part of a wanted address is kept as well, and what
-//! is missing is bound beside it: closing it would reset what waits in its queue.
+//! A socket is identified by its address, never by its position in a list, because the list of the
+//! predecessor depends on its own settings. A socket that covers only a part of a wanted address is kept, and
+//! the missing part is bound as well. Closing it would reset the connections in its queue.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// Most sockets of one wanted address.
+/// Most sockets for one wanted address.
 pub const SOCKETS_OF_ONE_MAX: usize = 4;
 
-/// Where a socket listens.
+/// The address and port of a listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     pub ip: IpAddr,
-    /// 0, where it is wanted: any.
+    /// 0 in a wanted endpoint: any port.
     pub port: u16,
-    /// Of `[::]` only: IPv4 connections come in, too.
+    /// Only for `[::]`: it accepts IPv4 as well.
     pub takes_ipv4: bool,
 }
 
 impl Endpoint {
-    /// `[::]` takes IPv4, too.
+    /// `[::]` accepts IPv4 as well, unless [`Self::ipv6_only`] is called.
     pub fn new(ip: IpAddr, port: u16) -> Self {
         Self { ip, port, takes_ipv4: ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED) }
     }
@@ -34,7 +34,7 @@ impl Endpoint {
         SocketAddr::new(self.ip, self.port)
     }
 
-    /// Whether every connection that comes to `other` would come to this one without it.
+    /// Whether this endpoint would get every connection of `other` if `other` did not exist.
     fn covers(self, other: Self) -> bool {
         let covers_ip = match (self.ip, other.ip) {
             (IpAddr::V4(ours), IpAddr::V4(theirs)) => ours == theirs || ours.is_unspecified(),
@@ -46,7 +46,7 @@ impl Endpoint {
         covers_ip && self.port == other.port
     }
 
-    /// Whether the kernel refuses to let both listen. Addresses are nested or apart.
+    /// Whether the kernel rejects two sockets on both. Two addresses are either nested or disjoint.
     pub fn overlaps(self, other: Self) -> bool {
         self.covers(other) || other.covers(self)
     }
@@ -59,25 +59,25 @@ impl fmt::Display for Endpoint {
     }
 }
 
-/// What is to be done. Wanted and inherited ones are named by their index.
+/// The result of a match. Numbers are indices into the wanted and the inherited endpoints.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Matching {
-    /// (inherited, wanted): those that are in no pair are closed.
+    /// (inherited, wanted). Inherited sockets in no pair are closed.
     pub kept: Vec<(usize, usize)>,
-    /// (where, wanted)
+    /// (endpoint to bind, wanted)
     pub bound: Vec<(Endpoint, usize)>,
 }
 
-/// Two wanted endpoints that cannot both be listened on.
+/// Returns two wanted endpoints that conflict, if there are any.
 pub fn conflict(wanted: &[Endpoint]) -> Option<(Endpoint, Endpoint)> {
     let pairs = wanted.iter().enumerate().flat_map(|(n, a)| wanted[..n].iter().map(move |b| (*b, *a)));
     pairs.into_iter().find(|(a, b)| a.port != 0 && a.overlaps(*b))
 }
 
-/// `wanted` is without a [`conflict`].
+/// Matches `wanted` to `inherited`. `wanted` must have no [`conflict`].
 pub fn matched(wanted: &[Endpoint], inherited: &[Endpoint]) -> Matching {
     let mut matching = Matching::default();
-    // Those that say which port they want choose before those that take any.
+    // Endpoints with a port choose before those that take any port.
     let (named, any): (Vec<_>, Vec<_>) = wanted.iter().enumerate().partition(|(_, wanted)| wanted.port != 0);
     for (n, wanted) in named.into_iter().chain(any) {
         let is_free = |matching: &Matching, at: usize| matching.kept.iter().all(|(kept, _)| *kept != at);
@@ -85,10 +85,10 @@ pub fn matched(wanted: &[Endpoint], inherited: &[Endpoint]) -> Matching {
         let free: Vec<(usize, Endpoint)> = free.map(|(at, inherited)| (at, *inherited)).collect();
         let wanted = with_port(*wanted, &free);
         let mut parts: Vec<_> = free.into_iter().filter(|(_, part)| wanted.covers(*part)).collect();
-        // The larger ones first, since not all may fit.
+        // Wider addresses first, because not all of them may fit.
         parts.sort_by_key(|(_, part)| (*part != wanted, !part.ip.is_unspecified()));
         if parts.first().is_some_and(|(_, part)| *part == wanted) {
-            // It takes what the others take, but not what waits in their queues.
+            // It covers the others, but they are kept for the connections in their queues.
             parts.truncate(SOCKETS_OF_ONE_MAX);
         } else {
             parts.truncate(SOCKETS_OF_ONE_MAX - 1);
@@ -100,7 +100,7 @@ pub fn matched(wanted: &[Endpoint], inherited: &[Endpoint]) -> Matching {
     matching
 }
 
-/// One that takes any port takes that of the first inherited one that it could be.
+/// An endpoint for any port takes the port of the first inherited endpoint that matches it.
 fn with_port(wanted: Endpoint, inherited: &[(usize, Endpoint)]) -> Endpoint {
     if wanted.port != 0 {
         return wanted;
@@ -111,7 +111,7 @@ fn with_port(wanted: Endpoint, inherited: &[(usize, Endpoint)]) -> Endpoint {
     same.or_else(part).map_or(wanted, |(_, inherited)| on(inherited.port))
 }
 
-/// What of `wanted` has no socket yet.
+/// The part of `wanted` that has no socket yet.
 fn missing(wanted: Endpoint, kept: &[Endpoint]) -> Option<Endpoint> {
     let has = |part: Endpoint| kept.contains(&part);
     if has(wanted) {
@@ -133,7 +133,7 @@ fn missing(wanted: Endpoint, kept: &[Endpoint]) -> Option<Endpoint> {
 mod tests {
     use super::*;
 
-    /// `[::]:80` takes IPv4, too; `[::]:80!6` does not.
+    /// `[::]:80` accepts IPv4 as well; `[::]:80!6` does not.
     fn endpoints(list: &str) -> Vec<Endpoint> {
         let endpoint = |text: &str| {
             let address: SocketAddr = text.trim_end_matches("!6").parse().expect(text);
@@ -144,20 +144,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_and_what_is_bound() {
+    fn sockets_are_kept_or_bound() {
         for (inherited, wanted, kept, bound) in [
-            // A plain start, and the same again.
+            // A first start, and an upgrade with the same settings.
             ("", "0.0.0.0:80 0.0.0.0:443", &[][..], "0.0.0.0:80 0.0.0.0:443"),
             ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80 0.0.0.0:443", &[(0, 0), (1, 1)], ""),
             ("0.0.0.0:443 0.0.0.0:80", "0.0.0.0:80 0.0.0.0:443", &[(1, 0), (0, 1)], ""),
-            // A port or an address is another one, comes, or goes.
+            // A port or an address changes, is added, or is removed.
             ("0.0.0.0:80", "0.0.0.0:80 0.0.0.0:443", &[(0, 0)], "0.0.0.0:443"),
             ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80", &[(0, 0)], ""),
             ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80 0.0.0.0:444", &[(0, 0)], "0.0.0.0:444"),
             ("0.0.0.0:80 0.0.0.0:443", "0.0.0.0:80 127.0.0.1:444", &[(0, 0)], "127.0.0.1:444"),
             ("0.0.0.0:80", "127.0.0.1:80", &[], "127.0.0.1:80"),
             ("127.0.0.1:80", "127.0.0.2:80", &[], "127.0.0.2:80"),
-            // What listens on a part of it stays.
+            // A socket that covers a part stays.
             ("127.0.0.1:80", "0.0.0.0:80", &[(0, 0)], "0.0.0.0:80"),
             ("127.0.0.1:80 0.0.0.0:80", "0.0.0.0:80", &[(1, 0), (0, 0)], ""),
             ("127.0.0.1:80 [::1]:80", "[::]:80", &[(0, 0), (1, 0)], "[::]:80"),
@@ -170,7 +170,7 @@ mod tests {
             ("[::]:80", "[::]:80", &[(0, 0)], ""),
             ("[::]:80", "0.0.0.0:80", &[], "0.0.0.0:80"),
             ("0.0.0.0:80 0.0.0.0:443", "[::]:80 [::]:443", &[(0, 0), (1, 1)], "[::]:80!6 [::]:443!6"),
-            // Any port is that of before; one that is named goes first.
+            // Any port means the port of the predecessor; named ports choose first.
             ("127.0.0.1:9", "127.0.0.1:0", &[(0, 0)], ""),
             ("127.0.0.1:9 127.0.0.1:8", "127.0.0.1:0 127.0.0.1:0", &[(0, 0), (1, 1)], ""),
             ("127.0.0.1:9 127.0.0.1:8", "127.0.0.1:0 127.0.0.1:9", &[(0, 1), (1, 0)], ""),
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_both_be_listened_on() {
+    fn overlapping_endpoints_conflict() {
         for (wanted, is_conflict) in [
             ("0.0.0.0:80 0.0.0.0:443", false),
             ("0.0.0.0:80 127.0.0.1:80", true),

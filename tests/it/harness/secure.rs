@@ -40,7 +40,7 @@ impl Secure {
         let platform = Setup::new(Backend::Dev).conf(conf).start().await;
         let port = eventually("the line that tells the port", SOON, || async {
             let lines = platform.gateway.log();
-            let line = lines.iter().find(|line| line["msg"] == "Listening For TLS");
+            let line = lines.iter().find(|line| line["msg"] == "Listening for TLS");
             line.and_then(|line| line["port"].as_u64()).ok_or_else(|| "no line".to_owned())
         });
         let port = u16::try_from(port.await).expect("a port");

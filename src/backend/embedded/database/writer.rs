@@ -1,4 +1,5 @@
-//! The writer thread: takes what waits, commits it as one transaction, tells each caller its own result.
+//! The writer thread: commits the pending writes as one transaction, and returns to each caller its own
+//! result.
 
 use super::{WriteError, failed, integer};
 use crate::model::now_ms;
@@ -7,16 +8,16 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
-/// Most records in one transaction; a single write of more still goes as a whole.
+/// Most records in one transaction. A single larger write is not split.
 const RECORDS_MAX: usize = 256;
-/// Longest wait for the company of the last commit.
+/// Longest wait for as many writes as the last commit had.
 const LINGER_MAX: Duration = Duration::from_micros(2_000);
-/// How often expired rows are looked for.
+/// Interval between deletions of expired rows.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
-/// Most expired rows of one table deleted at once, so that no write waits long for it.
+/// Most expired rows of a table in one deletion, so that no write waits long for it.
 const PRUNED_ROWS_MAX: usize = 256;
 
-/// A write that waits, with its place in the queue.
+/// A pending write, with its permit for a slot of the channel.
 pub(super) struct Queued {
     pub(super) write: Box<dyn Write>,
     pub(super) room: OwnedSemaphorePermit,
@@ -24,9 +25,9 @@ pub(super) struct Queued {
 
 pub(super) trait Write: Send {
     fn records(&self) -> usize;
-    /// Whether it succeeded; if not, its savepoint is rolled back.
+    /// Runs the write. `false`: it failed, and its savepoint must be rolled back.
     fn apply(&mut self, connection: &Connection) -> bool;
-    /// Tells the caller, after the commit.
+    /// Returns the result to the caller, after the commit.
     fn reply(self: Box<Self>, commit: Result<(), WriteError>);
 }
 
@@ -60,7 +61,7 @@ impl<T: Send, F: FnOnce(&Connection) -> rusqlite::Result<T> + Send> Write for Pe
             (Some(Ok(value)), Ok(())) => Ok(value),
             (None, Ok(())) => unreachable!("a transaction is committed only when every write was applied"),
         };
-        // A caller that left asked for the write all the same.
+        // The write is done even if the caller has left.
         let _ = self.reply.send(outcome);
     }
 }
@@ -76,15 +77,15 @@ impl Writer {
         Self { connection, inbox, prune_at: Instant::now() }
     }
 
-    /// Until every sender is gone and what they sent is committed.
+    /// Runs until every sender is gone and their writes are committed.
     pub(super) fn run(mut self) {
-        let mut company = 1;
+        let mut last_batch_len = 1;
         loop {
-            let quiet = self.prune_at.saturating_duration_since(Instant::now());
-            match self.inbox.recv_timeout(quiet) {
+            let until_prune = self.prune_at.saturating_duration_since(Instant::now());
+            match self.inbox.recv_timeout(until_prune) {
                 Ok(first) => {
-                    let mut batch = self.gather(first, company);
-                    company = batch.len();
+                    let mut batch = self.gather(first, last_batch_len);
+                    last_batch_len = batch.len();
                     let commit = self.commit(&mut batch);
                     batch.into_iter().for_each(|write| write.reply(commit.clone()));
                 }
@@ -103,7 +104,7 @@ impl Writer {
         let mut batch = vec![first.write];
         drop(first.room);
         while records < RECORDS_MAX {
-            // What is there already is taken in any case; only for the missing company does the batch wait.
+            // Pending writes are taken without a wait. The batch waits only up to the size of the last one.
             let patience =
                 if batch.len() < company { until - Instant::now().min(until) } else { Duration::ZERO };
             let Ok(next) = self.inbox.recv_timeout(patience) else { break };
@@ -126,14 +127,15 @@ impl Writer {
             } else {
                 savepoint.rollback().and_then(|()| savepoint.commit())
             };
-            // A full disk and the like make SQLite roll back the whole transaction. The savepoint is gone then and
-            // cannot be closed; to go on would commit what follows one by one, outside of any transaction.
+            // Some errors, such as a full disk, make SQLite roll back the whole transaction. The savepoint is
+            // then gone and cannot be closed. Continuing would commit the next writes one by one, outside a
+            // transaction.
             closed.map_err(not_applied)?;
         }
         tx.commit().map_err(|e| WriteError::Unknown(failed(&e)))
     }
 
-    /// Deletes some expired rows. Readers never see them, so only space is at stake.
+    /// Deletes some expired rows. This only frees space, because readers never return them.
     fn prune(&mut self) {
         let now = now_ms();
         let tables = [
@@ -150,10 +152,10 @@ impl Writer {
             );
             match self.connection.execute(&sql, [integer(now)]) {
                 Ok(deleted) => more |= deleted == PRUNED_ROWS_MAX,
-                Err(e) => tracing::warn!(table, error = %e, "Expired Rows Not Deleted"),
+                Err(e) => tracing::warn!(table, error = %e, "Expired rows not deleted; retrying in 60 s"),
             }
         }
-        // When there is more, the next ones go after the next commit, or at once if nothing waits.
+        // If more rows have expired, continue after the next commit, or now if no write is pending.
         self.prune_at = Instant::now() + if more { Duration::ZERO } else { PRUNE_EVERY };
     }
 }

@@ -1,4 +1,4 @@
-//! The requests that are carried out once: the table `idempotency`.
+//! The claims of idempotency keys: the table `idempotency`.
 
 use crate::backend::embedded::database::{Database, integer};
 use crate::backend::{BackendError, CLAIMED, Claim, Claimed, Claims};
@@ -105,13 +105,13 @@ fn find(connection: &Connection, key: &IdempotencyKey) -> rusqlite::Result<Optio
         let (body, job) = (BodyHash(row.get(0)?), JobId::from_bytes(row.get(1)?));
         let function: String = row.get(2)?;
         let result: Option<Vec<u8>> = row.get(4)?;
-        // None: an older version has written the claim.
+        // NULL if an older version has written the claim, or if this is the first attempt.
         let attempt = row.get::<_, Option<[u8; 16]>>(5)?.map_or(job, JobId::from_bytes);
         Ok((body, job, function, row.get(3)?, result, attempt))
     });
     let found = found.optional()?;
     Ok(found.and_then(|(body, job, function, is_sent, result, attempt)| {
-        // Only valid ids are ever entered.
+        // The table contains valid ids only.
         let claim = Claim { key: *key, body, job, function: FunctionId::parse(&function)? };
         Some(Claimed { claim, attempt, is_sent, result: result.map(Bytes::from) })
     }))

@@ -1,4 +1,4 @@
-//! The code that is to be deleted: the table `retired_code`.
+//! The list of code to delete: the table `retired_code`.
 
 use crate::backend::embedded::database::{Database, integer, unsigned};
 use crate::backend::{BackendError, CodeList};
@@ -9,7 +9,7 @@ use rusqlite::{Connection, params};
 /// The table `retired_code`.
 pub(in crate::backend::embedded) struct RetiredCodes(pub(in crate::backend::embedded) Database);
 
-/// Puts code on the list, in place of an entry for the same key.
+/// Adds code to the list. Replaces an entry for the same key.
 pub(super) fn add(connection: &Connection, code: &RetiredCode) -> rusqlite::Result<()> {
     let mut insert = connection.prepare_cached(
         "INSERT OR REPLACE INTO retired_code (s3_key, function_id, due_ms) VALUES (?1, ?2, ?3)",
@@ -17,14 +17,14 @@ pub(super) fn add(connection: &Connection, code: &RetiredCode) -> rusqlite::Resu
     insert.execute(params![code.s3_key, code.function.as_str(), integer(code.due)]).map(drop)
 }
 
-/// Whether the entry is there, as it was put.
+/// Whether the list contains the entry with this due time.
 pub(super) fn contains(connection: &Connection, code: &RetiredCode) -> rusqlite::Result<bool> {
     let mut select =
         connection.prepare_cached("SELECT 1 FROM retired_code WHERE s3_key = ?1 AND due_ms = ?2")?;
     select.exists(params![code.s3_key, integer(code.due)])
 }
 
-/// Takes an entry off, unless it has another due time by now.
+/// Removes an entry, unless its due time has changed.
 pub(super) fn remove(connection: &Connection, code: &RetiredCode) -> rusqlite::Result<()> {
     let mut delete =
         connection.prepare_cached("DELETE FROM retired_code WHERE s3_key = ?1 AND due_ms = ?2")?;
@@ -51,7 +51,7 @@ impl CodeList for RetiredCodes {
             rows.collect::<rusqlite::Result<Vec<_>>>()
         });
         let entries = read.await?.into_iter().map(|(s3_key, function, due)| {
-            // Only valid ids are ever entered.
+            // The table contains valid ids only.
             FunctionId::parse(&function).map(|function| RetiredCode { s3_key, function, due })
         });
         Ok(entries.flatten().collect())
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_due_comes_in_order_and_survives() {
+    async fn due_entries_are_ordered_and_survive_a_restart() {
         let scratch = Scratch::new();
         let list = RetiredCodes(scratch.database());
         for entry in [code("b", 20), code("a", 30), code("c", 10), code("d", 31)] {
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_entry_that_was_put_off_meanwhile_stays() {
+    async fn an_entry_with_a_new_due_time_is_not_removed() {
         let scratch = Scratch::new();
         let list = RetiredCodes(scratch.database());
         list.add(&code("a", 10)).await.unwrap();

@@ -10,11 +10,12 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 /// The table `executions`.
 pub(in crate::backend::embedded) struct Executions(pub(in crate::backend::embedded) Database);
 
-/// A result replaces what stands under its key; LOST, which only says that none was seen, replaces nothing.
+/// Writes a row. A result replaces the row with the same key. LOST means that no result arrived, and never
+/// replaces a row.
 fn put_execution(connection: &Connection, row: &Execution) -> rusqlite::Result<()> {
     let mut insert = connection.prepare_cached(
-        "INSERT INTO executions (function_id, key, request_id, foreign_id, status, duration_ms, handler_duration_ms,
-             memory_mb, message, completed_at_ms, expires_at_s)
+        "INSERT INTO executions (function_id, key, request_id, foreign_id, status, duration_ms,
+             handler_duration_ms, memory_mb, message, completed_at_ms, expires_at_s)
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
          ON CONFLICT (function_id, key) DO UPDATE SET
              request_id = excluded.request_id, foreign_id = excluded.foreign_id, status = excluded.status,
@@ -40,7 +41,7 @@ fn put_execution(connection: &Connection, row: &Execution) -> rusqlite::Result<(
     Ok(())
 }
 
-/// The key under which the row of a request must stand, if its id is one of ours.
+/// The key of the row of a request. `None`: the id is not a [`JobId`].
 fn computed_key(request_id: &str) -> Option<RowKey> {
     JobId::parse(request_id).map(RowKey::of)
 }
@@ -64,7 +65,7 @@ impl ExecutionStore for Executions {
     async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
         debug_assert!(rows.len() <= ROWS_MAX);
         let writes = rows.iter().cloned().map(|row| self.0.write(1, move |c| put_execution(c, &row)));
-        // Each row is a write of its own, so that each has its own result; they are committed together.
+        // One write for each row, so that each has its own result. They are committed together.
         futures_util::future::join_all(writes).await.into_iter().map(|put| Ok(put?)).collect()
     }
 
@@ -84,7 +85,8 @@ impl ExecutionStore for Executions {
                 ),
                 None => (
                     c.prepare_cached(
-                        "SELECT * FROM executions WHERE function_id = ?1 AND request_id = ?2 AND foreign_id = 1
+                        "SELECT * FROM executions
+                         WHERE function_id = ?1 AND request_id = ?2 AND foreign_id = 1
                          ORDER BY key DESC LIMIT 1",
                     )?,
                     request_id.as_str(),
@@ -100,9 +102,9 @@ impl ExecutionStore for Executions {
     }
 }
 
-/// One page, newest first. It reads one row more than it gives, to know whether there is a next page.
+/// One page, newest first. Reads one row more than it returns, to know whether there is a next page.
 fn page(connection: &Connection, query: &LogQuery, now: UnixMs) -> rusqlite::Result<LogPage> {
-    // Two statements rather than `?5 IS NULL OR …`, which would keep SQLite from the index of the status.
+    // Two statements instead of `?5 IS NULL OR …`, with which SQLite could not use the index on the status.
     let sql = match query.status {
         None => {
             "SELECT * FROM executions WHERE function_id = ?1 AND key >= ?2 AND key < ?3
@@ -114,7 +116,7 @@ fn page(connection: &Connection, query: &LogQuery, now: UnixMs) -> rusqlite::Res
         }
     };
     let from = query.start.map(RowKey::bound).unwrap_or_default();
-    // The last character of all stands after every key.
+    // The highest character sorts after every key.
     let end = query.end.map_or_else(|| char::MAX.to_string(), RowKey::bound);
     let before = query.after.as_ref().map_or(&end, |after| after.min(&end));
     let limit = i64::try_from(query.limit).unwrap_or(i64::MAX).saturating_add(1);
@@ -186,7 +188,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn rows_come_back_as_they_were_written() {
+    async fn rows_are_read_as_they_were_written() {
         let scratch = Scratch::new();
         let log = Executions(scratch.database());
         let mut first = row(AT, 1, "SUCCESS");
@@ -207,7 +209,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lost_replaces_nothing_and_is_replaced() {
+    async fn lost_never_replaces_a_result_and_is_replaced_by_one() {
         let scratch = Scratch::new();
         let log = Executions(scratch.database());
         let (real, lost) = (row(AT, 1, "SUCCESS"), Execution::lost(JobId::new(NodeId(1), AT, 1), f(), false));
@@ -221,7 +223,7 @@ mod tests {
     async fn pages_are_exact() {
         let scratch = Scratch::new();
         let log = Executions(scratch.database());
-        // Twelve rows, four of each millisecond; every third one failed.
+        // Twelve rows, four in each millisecond. Every third one has failed.
         let status = |n: u64| if n.is_multiple_of(3) { "FAILED" } else { "SUCCESS" };
         let rows: Vec<_> = (0..12).map(|n| row(AT + n / 4, n, status(n))).collect();
         put(&log, &rows).await;
@@ -244,7 +246,7 @@ mod tests {
             assert_eq!(walk(&log, query).await, names(expected.rev()), "{start:?} {end:?}");
         }
         let exact = log.list(&LogQuery { limit: 12, ..all() }).await.unwrap();
-        assert_eq!(exact.next, None, "a full last page is still the last");
+        assert_eq!(exact.next, None, "a full last page has no next page");
     }
 
     #[tokio::test]
@@ -254,7 +256,7 @@ mod tests {
         let mut expected = Vec::new();
         let mut rows = Vec::new();
         for n in 0..1_000_u64 {
-            // Ten to a millisecond; each seventh is an old one, which has its millisecond to itself.
+            // Ten rows in each millisecond. Every seventh is an old one with a millisecond of its own.
             let is_old = n % 7 == 3;
             let mut one = if is_old {
                 old_row(&rfc3339_ms(AT + n / 10 * 100 + 1 + n % 10), &format!("old-{n}"))
@@ -293,7 +295,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn expired_rows_are_hidden_and_fill_no_page() {
+    async fn expired_rows_are_hidden_and_do_not_shorten_pages() {
         let scratch = Scratch::new();
         let log = Executions(scratch.database());
         let mut rows: Vec<_> = (0..6).map(|n| row(AT, n, "SUCCESS")).collect();
@@ -314,7 +316,7 @@ mod tests {
         rows.iter_mut().skip(1).for_each(|row| row.expires_at_s = Some(now_ms() / 1000 - LOG_TTL_S));
         put(&log, &rows).await;
         drop(log);
-        // A writer prunes as soon as it has started, and goes on while there is more.
+        // A writer deletes expired rows as soon as it has started, until none are left.
         let database = scratch.database();
         let count = async || {
             let sql = "SELECT count(*) FROM executions";

@@ -1,4 +1,4 @@
-//! The functions, and a record of each change: the tables `functions` and `config_records`.
+//! The functions and the records of their changes: the tables `functions` and `config_records`.
 
 use super::{code_list, probe};
 use crate::backend::embedded::database::{Database, integer, unsigned};
@@ -7,13 +7,13 @@ use crate::model::{ConfigRecord, Counters, Function, FunctionId, Recommendation,
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
-/// Rows that one [`FunctionWrite`] may touch.
+/// Most rows that one [`FunctionWrite`] writes.
 const WRITE_RECORDS: usize = 4;
 
 /// The table `functions`.
 pub(in crate::backend::embedded) struct Functions(pub(in crate::backend::embedded) Database);
 
-/// Adds a function, without counters and advice. `false`: one of its id is there, and stays as it is.
+/// Adds a function without counters and recommendation. `false`: the id exists, and nothing was changed.
 pub(in crate::backend::embedded) fn put_function(
     connection: &Connection,
     f: &Function,
@@ -41,11 +41,11 @@ pub(in crate::backend::embedded) fn put_function(
     Ok(added == 1)
 }
 
-/// Writes what a change may change, if the function still is as it was read.
+/// Updates the fields that a change may set, if the function is still the one that was read.
 fn update(connection: &Connection, before: &Function, after: &Function) -> rusqlite::Result<bool> {
     let mut update = connection.prepare_cached(
-        "UPDATE functions SET description = ?4, memory_mb = ?5, s3_key = ?6, original_name = ?7, updated_at = ?8,
-             version = ?9, max_concurrency = ?10
+        "UPDATE functions SET description = ?4, memory_mb = ?5, s3_key = ?6, original_name = ?7,
+             updated_at = ?8, version = ?9, max_concurrency = ?10
          WHERE function_id = ?1 AND version = ?2 AND updated_at = ?3",
     )?;
     let updated = update.execute(params![
@@ -63,7 +63,7 @@ fn update(connection: &Connection, before: &Function, after: &Function) -> rusql
     Ok(updated == 1)
 }
 
-/// Deletes a function, if it still is as it was read.
+/// Deletes a function, if it is still the one that was read.
 fn delete(connection: &Connection, before: &Function) -> rusqlite::Result<bool> {
     let mut delete = connection.prepare_cached(
         "DELETE FROM functions WHERE function_id = ?1 AND version = ?2 AND updated_at = ?3",
@@ -72,10 +72,10 @@ fn delete(connection: &Connection, before: &Function) -> rusqlite::Result<bool> 
     Ok(deleted == 1)
 }
 
-/// The whole change. It runs in a savepoint, so an error on the way leaves nothing of it.
+/// Applies a whole change. It runs in a savepoint, so an error undoes all of it.
 fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Written> {
-    // The conditions first: when they do not hold, nothing has been written yet. Without its entry the code may
-    // have been swept away.
+    // Check the conditions first, before anything is written. If the list does not contain the adopted code,
+    // it may have been deleted already.
     if let Some(code) = &write.adopt
         && !code_list::contains(connection, code)?
     {
@@ -85,7 +85,7 @@ fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Wri
         (None, Some(after)) => put_function(connection, after)?,
         (Some(before), Some(after)) => update(connection, before, after)?,
         (Some(before), None) => delete(connection, before)?,
-        // Nothing there and nothing to come: there is no such change.
+        // Such a change does not exist.
         (None, None) => false,
     };
     if !held {
@@ -101,7 +101,7 @@ fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Wri
     Ok(Written::Done)
 }
 
-/// Adds to the sums of a function, if it (still) exists.
+/// Adds to the counters of a function, if it still exists.
 pub(in crate::backend::embedded) fn add_counters(
     connection: &Connection,
     id: &FunctionId,
@@ -193,10 +193,10 @@ impl FunctionStore for Functions {
         read.await
     }
 
-    /// By id. It reads one function more than it gives, to know whether there is a next page.
+    /// In order of ids. Reads one function more than it returns, to know whether there is a next page.
     async fn list(&self, limit: usize, after: Option<&str>) -> Result<FunctionPage, BackendError> {
         let limit = limit.max(1);
-        // The empty text stands before every id.
+        // The empty string sorts before every id.
         let after = after.unwrap_or_default().to_owned();
         let read = self.0.read(move |c| {
             let mut select = c.prepare_cached(
@@ -204,7 +204,7 @@ impl FunctionStore for Functions {
             )?;
             let rows = i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1);
             let found = select.query_map(params![after, rows], |row| {
-                // Only valid ids are ever entered.
+                // The table contains valid ids only.
                 let id = FunctionId::parse(row.get_ref("function_id")?.as_str()?);
                 id.map(|id| function(id, row)).transpose()
             })?;
@@ -225,10 +225,10 @@ impl FunctionStore for Functions {
     async fn recommend(&self, id: &FunctionId, advice: &Recommendation) -> Result<(), BackendError> {
         let (id, advice) = (id.clone(), advice.clone());
         let write = self.0.write(1, move |c| {
-            // Results do not come in the order of their executions.
+            // Results arrive in any order, so an older recommendation must not replace a newer one.
             let mut update = c.prepare_cached(
-                "UPDATE functions SET recommended_memory_mb = ?2, optimization_tip = ?3, estimated_savings = ?4,
-                     recommended_by = ?5, recommended_at_ms = ?6
+                "UPDATE functions SET recommended_memory_mb = ?2, optimization_tip = ?3,
+                     estimated_savings = ?4, recommended_by = ?5, recommended_at_ms = ?6
                  WHERE function_id = ?1 AND (recommended_at_ms IS NULL OR recommended_at_ms < ?6)",
             )?;
             update.execute(params![
@@ -262,7 +262,7 @@ mod tests {
         Function::sample("f")
     }
 
-    /// The next version of a function, with another size.
+    /// The next version of a function, with other memory.
     fn changed(before: &Function, memory_mb: u64) -> Function {
         let (version, updated_at) = (before.version + 1, format!("change {}", before.version + 1));
         Function { memory_mb, version, updated_at, ..before.clone() }
@@ -294,7 +294,7 @@ mod tests {
         (functions, RetiredCodes(database))
     }
 
-    /// Action, author, before and after of each record, in order.
+    /// Action, author, before and after of each record, ordered by key.
     async fn records(functions: &Functions) -> Vec<[String; 4]> {
         let read = functions.0.read(|c| {
             let mut select =
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_is_written_with_all_that_belongs_to_it() {
+    async fn a_change_is_written_with_its_record_and_code_entries() {
         let scratch = Scratch::new();
         let (functions, list) = with_f(&scratch).await;
         list.add(&code("new", 50)).await.unwrap();
@@ -342,13 +342,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_writes_neither_counters_nor_advice() {
+    async fn a_change_writes_neither_counters_nor_recommendation() {
         let scratch = Scratch::new();
         let (functions, _) = with_f(&scratch).await;
         let sums = Sums { invocations: 3, errors: 1, ..Sums::default() };
         let counters = Counters { invocations: 3, errors: 1, ..Counters::default() };
         let advice = Recommendation { memory_mb: Some(1), at: 5, ..Recommendation::default() };
-        // Counted and advised after it was read.
+        // Both change after the function was read.
         functions.0.write(1, move |c| add_counters(c, &f().id, sums)).await.unwrap();
         functions.recommend(&f().id, &advice).await.unwrap();
         let other = Function { name: "x".into(), env_vars: "{\"A\":1}".into(), ..changed(&f(), 512) };
@@ -361,18 +361,18 @@ mod tests {
         again = change(None, Some(&expected));
         assert_eq!(functions.write(&again).await, Ok(Written::Done));
         let bare = Function { counters: Counters::default(), recommendation: None, ..expected };
-        assert_eq!(functions.get(&f().id).await, Ok(Some(bare)), "a new function of the name begins at zero");
+        assert_eq!(functions.get(&f().id).await, Ok(Some(bare)), "a new function starts without counters");
     }
 
     #[tokio::test]
-    async fn of_racing_changes_one_is_done() {
+    async fn of_concurrent_changes_one_succeeds() {
         let scratch = Scratch::new();
         let (functions, list) = with_f(&scratch).await;
         let read = functions.get(&f().id).await.unwrap().unwrap();
         let race = (0..40).map(|n| {
             let functions = &functions;
             let after = changed(&read, 300 + n);
-            // A record and an entry of its own for each, so that a loser's would be seen.
+            // Each has its own record and entry, so that those of a loser would be found.
             let mut write = change(Some(&read), Some(&after).filter(|_| n % 4 != 0));
             write.record.key.push_str(&n.to_string());
             write.retire = Some(code(&format!("old{n}"), n));
@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn code_that_was_swept_is_not_adopted() {
+    async fn code_that_is_not_listed_is_not_adopted() {
         let scratch = Scratch::new();
         let (functions, list) = with_f(&scratch).await;
         list.add(&code("new", 60)).await.unwrap();
@@ -423,7 +423,7 @@ mod tests {
         conflict(None, Some(&f())).await;
         conflict(Some(&f()), Some(&next)).await;
         conflict(Some(&f()), None).await;
-        // The old controller changes functions without counting the version up, and the other way round.
+        // The old controller changes `updated_at` without the version. Also the other way round.
         conflict(Some(&Function { updated_at: "earlier".into(), ..now.clone() }), Some(&next)).await;
         conflict(Some(&Function { version: 7, ..now.clone() }), None).await;
         assert_eq!(functions.write(&change(Some(&now), None)).await, Ok(Written::Done));
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_change_that_breaks_off_leaves_nothing() {
+    async fn a_change_that_fails_leaves_nothing() {
         let scratch = Scratch::new();
         let (functions, _) = with_f(&scratch).await;
         functions.0.write(1, |c| c.execute_batch("DROP TABLE retired_code")).await.unwrap();
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pages_hold_every_function_once() {
+    async fn pages_contain_every_function_once() {
         let scratch = Scratch::new();
         let functions = Functions(scratch.database());
         assert_eq!(functions.list(5, None).await, Ok(FunctionPage::default()));
@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn advice_of_an_earlier_execution_is_ignored() {
+    async fn a_recommendation_of_an_earlier_execution_is_ignored() {
         let scratch = Scratch::new();
         let (functions, _) = with_f(&scratch).await;
         let advice = |at, tip: Option<&str>| Recommendation {
@@ -480,24 +480,24 @@ mod tests {
             at,
         };
         let (first, later) = (advice(AT, Some("less")), advice(AT + 1, None));
-        for (said, kept) in [
+        for (received, kept) in [
             (&first, &first),
             (&advice(AT - 1, None), &first),
             (&later, &later),
             (&first, &later),
             (&later, &later),
         ] {
-            functions.recommend(&f().id, said).await.unwrap();
+            functions.recommend(&f().id, received).await.unwrap();
             let known = functions.get(&f().id).await.unwrap().unwrap();
             assert_eq!(known, Function { recommendation: Some(kept.clone()), ..f() });
         }
         let nobody = FunctionId::parse("nobody").unwrap();
         functions.recommend(&nobody, &first).await.unwrap();
-        assert_eq!(functions.get(&nobody).await, Ok(None), "none is made by its advice");
+        assert_eq!(functions.get(&nobody).await, Ok(None), "a recommendation creates no function");
     }
 
     #[tokio::test]
-    async fn sums_are_added_to_what_exists() {
+    async fn sums_are_added_to_existing_functions() {
         let scratch = Scratch::new();
         let (functions, _) = with_f(&scratch).await;
         let sums =
@@ -517,7 +517,7 @@ mod tests {
         drop(functions);
         let functions = Functions(scratch.database());
         assert_eq!(functions.get(&f().id).await, Ok(Some(expected)));
-        assert_eq!(functions.get(&nobody).await, Ok(None), "none is made by its sums");
+        assert_eq!(functions.get(&nobody).await, Ok(None), "sums create no function");
         assert_eq!(functions.probe().await, Ok(()));
     }
 
@@ -529,7 +529,7 @@ mod tests {
         update.record.expires_at_s = now_ms() / 1000 - 1;
         assert_eq!(functions.write(&update).await, Ok(Written::Done));
         drop(functions);
-        // A writer prunes as soon as it has started.
+        // A writer deletes expired rows as soon as it has started.
         let functions = Functions(scratch.database());
         in_time(async {
             while records(&functions).await.len() != 1 {

@@ -1,7 +1,7 @@
-//! A function's code: a zip in the local store, unpacked into a private directory for each run.
+//! The files of a run: the code from its zip in the local store, unpacked into a private directory.
 //!
-//! A cache of unpacked code was rejected: runs would then see each other's files, or each would need a copy, which
-//! costs what unpacking costs.
+//! A cache of unpacked code was rejected. Runs would share files, or each run would need a copy, which costs
+//! as much as unpacking.
 
 use crate::code_archive;
 use crate::code_archive::Entry;
@@ -10,12 +10,12 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-/// The files of one run: `code` (where it starts), `home` (its own place for more) and `payload.json`. Dropping it
-/// deletes them.
+/// The files of one run: `code` (its working directory), `home` (its HOME and TMPDIR) and `payload.json` (a
+/// large input). They are deleted on drop.
 pub(super) struct RunDir(PathBuf);
 
 impl RunDir {
-    /// Makes the directory `path`, which only we may enter.
+    /// Creates the directory `path`, accessible only to the user of the gateway.
     pub(super) fn create(path: PathBuf) -> io::Result<Self> {
         DirBuilder::new().mode(0o700).create(&path)?;
         let dir = Self(path);
@@ -39,9 +39,9 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        // What is left, a later start sweeps away.
+        // The next start deletes the rest.
         if let Err(e) = fs::remove_dir_all(&self.0) {
-            tracing::warn!(error = %e, "Run Directory Not Deleted");
+            tracing::warn!(error = %e, "Directory of a run not deleted; the next start deletes it");
         }
     }
 }
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn good_and_bad_zips() {
+    fn zips_are_unpacked_or_rejected() {
         assert_eq!(
             unpacked(&zipped(&[("main.py", "1"), ("lib/a/b.py", "2"), ("./y", "3"), ("d/", "")])),
             Ok(())
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn links_are_refused() {
+    fn links_are_rejected() {
         let mut zip = ZipWriter::new(io::Cursor::new(Vec::new()));
         zip.add_symlink("out", "/etc", SimpleFileOptions::default()).unwrap();
         zip.start_file("out/passwd", SimpleFileOptions::default()).unwrap();
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bomb_is_refused() {
+    fn a_zip_bomb_is_rejected() {
         let mut zip = ZipWriter::new(io::Cursor::new(Vec::new()));
         let zeros = vec![0_u8; 1 << 20];
         for name in ["a", "b"] {

@@ -1,4 +1,4 @@
-//! What the local worker reads of a queue message (CONTRACT §3).
+//! The members of a queue message that the local worker reads, and the environment that they define.
 
 use crate::model::JobId;
 use serde::Deserialize;
@@ -6,13 +6,13 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 
-/// Longest input passed in the environment, in bytes; Linux takes 128 KiB in one variable, name and all.
+/// Longest input in the environment, in bytes. Linux allows 128 KiB for one variable, including its name.
 pub(super) const ENV_INPUT_BYTES_MAX: usize = 100 * 1024;
 
-/// The only programs a function finds without naming a path.
+/// `PATH` of a run, unless the function sets another one.
 const PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 
-/// The gateway writes every member, so all are required: one that is absent is a message gone bad.
+/// A queue message. The gateway writes every member, so a message that lacks one is corrupt.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Message<'a> {
@@ -27,25 +27,25 @@ pub(super) struct Message<'a> {
 }
 
 impl<'a> Message<'a> {
-    /// The error says where, never what: a message holds the user's data.
+    /// Parses a message. The error contains the position only, because a message contains user data.
     pub(super) fn parse(message: &'a [u8]) -> Result<Self, String> {
         serde_json::from_slice(message).map_err(|e| {
             format!("the message of the job cannot be read (line {}, column {})", e.line(), e.column())
         })
     }
 
-    /// The memory of a message's function, in MiB; 0 if it cannot be read, since then nothing runs.
+    /// Memory of the function in MiB. 0 if the message cannot be parsed, because then nothing runs.
     pub(super) fn memory_mb_of(message: &[u8]) -> u64 {
         Message::parse(message).map_or(0, |message| message.memory_mb)
     }
 
-    /// Whether the input is too long for a variable and goes by a file.
+    /// Whether the input is too long for a variable and is passed in a file.
     pub(super) fn input_by_file(&self) -> bool {
         self.input.get().len() > ENV_INPUT_BYTES_MAX
     }
 
-    /// The whole environment of the run; `home` is its private directory, `input_file` where a long input lies.
-    /// A function may change where programs and files are looked for, but not what was asked of it.
+    /// The complete environment of the run. `home`: its private directory. `input_file`: the path of a long
+    /// input. A function may override `PATH`, `HOME` and the like, but not the variables of the request.
     pub(super) fn environment(
         &self,
         id: JobId,
@@ -56,7 +56,7 @@ impl<'a> Message<'a> {
         let mut env: BTreeMap<String, String> =
             [("PATH", PATH), ("HOME", home), ("TMPDIR", home)].map(|(k, v)| (k.into(), v.into())).into();
         if self.runtime == "python" {
-            // What it keeps back to write at once is lost when it is killed.
+            // Otherwise buffered output is lost when the run is killed.
             env.insert("PYTHONUNBUFFERED".into(), "1".into());
         }
         for (name, value) in &self.env_vars {
@@ -66,7 +66,7 @@ impl<'a> Message<'a> {
                 other => other.to_string(),
             };
             if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-                return Err("envVars holds a name or a value that no environment can hold".into());
+                return Err("envVars contains a name or a value that is not valid in an environment".into());
             }
             env.insert(name.clone(), value);
         }
@@ -75,14 +75,14 @@ impl<'a> Message<'a> {
             true => ("PAYLOAD_FILE", input_file),
             false => ("PAYLOAD", self.input.get()),
         };
-        // One of the two stands for certain, and never the function's own.
+        // Exactly one of the two is set, and never to a value of the function.
         env.remove("PAYLOAD");
         env.remove("PAYLOAD_FILE");
-        let asked = [payload, ("MODEL_ID", &*self.model_id), ("REQUEST_ID", &*id), ("FUNCTION_ID", function)];
+        let fixed = [payload, ("MODEL_ID", &*self.model_id), ("REQUEST_ID", &*id), ("FUNCTION_ID", function)];
         if self.model_id.contains('\0') {
-            return Err("modelId holds a character that no environment can hold".into());
+            return Err("modelId contains a character that is not valid in an environment".into());
         }
-        env.extend(asked.map(|(k, v)| (k.to_owned(), v.to_owned())));
+        env.extend(fixed.map(|(k, v)| (k.to_owned(), v.to_owned())));
         Ok(env)
     }
 }

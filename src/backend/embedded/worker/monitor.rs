@@ -1,4 +1,4 @@
-//! Looks at what a run uses, again and again, and finds when it must be stopped.
+//! Samples the resource usage of a run, and decides when the run must be stopped.
 
 use super::tree::{self, Shares, Usage};
 use nix::unistd::Pid;
@@ -8,36 +8,37 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
-/// First and longest pause between two looks at what a run uses. The longest bounds how far a run gets beyond
-/// its memory: some hundred MiB for one that does nothing but fill it.
+/// First and longest pause between two samples. The longest pause bounds how far a run can exceed its memory:
+/// by some hundred MiB, if it does nothing but allocate.
 const SAMPLE_MIN: Duration = Duration::from_millis(4);
 const SAMPLE_MAX: Duration = Duration::from_millis(100);
-/// The same for a run that uses more than half of its memory.
+/// Longest pause for a run that uses more than half of its memory.
 const SAMPLE_CLOSE: Duration = Duration::from_millis(10);
-/// A look is followed by a pause of so many times what it took, up to [`SAMPLE_MAX`].
+/// The pause after a sample is at least this many times its duration, up to [`SAMPLE_MAX`].
 const SAMPLE_PAUSE_FACTOR: u32 = 9;
-/// The same after the shares were asked for and are within the limit, which costs far more.
+/// Least pause after shares within the limit. Reading the shares costs far more than the rest of a sample.
 const SHARES_PAUSE_MIN: Duration = Duration::from_millis(100);
+/// That pause is also at least this many times the duration of the reading.
 const SHARES_PAUSE_FACTOR: u32 = 20;
-/// So many looks in a row above the limit are enough, even if the processes are others each time: a run that
-/// forks without end never shows the same ones twice.
+/// Consecutive samples above the limit after which a run is stopped, even if its processes differ each time.
+/// A run that forks endlessly never has the same processes twice.
 const LOOKS_MAX: u32 = 3;
-/// A run that has used no CPU for so long waits for something.
+/// A run that has used no CPU for this long is idle.
 const IDLE_AFTER: Duration = Duration::from_millis(200);
-/// Stands for: not measured yet.
+/// Marker for memory that was not measured yet.
 const UNKNOWN: u64 = u64::MAX;
 
-/// What a run uses, for those who start others.
+/// The usage of a run as the scheduler sees it.
 pub(super) struct Gauge {
-    /// Whether it computes, and does not wait.
+    /// Whether the run uses the CPU, and does not wait.
     is_busy: AtomicBool,
     memory_bytes: AtomicU64,
-    /// Notified when it computes no more.
+    /// Notified when the run becomes idle.
     idled: Arc<Notify>,
 }
 
 impl Gauge {
-    /// Of a run that begins: it counts as busy until it is seen to wait.
+    /// The gauge of a new run. It is busy until a sample shows that it is idle.
     pub(super) fn new(idled: Arc<Notify>) -> Self {
         Self { is_busy: AtomicBool::new(true), memory_bytes: AtomicU64::new(UNKNOWN), idled }
     }
@@ -46,26 +47,27 @@ impl Gauge {
         self.is_busy.load(Ordering::Relaxed)
     }
 
-    /// The memory that it used at the last look; `None` before the first.
+    /// Memory in the last sample, in bytes. `None` before the first sample.
     pub(super) fn memory_bytes(&self) -> Option<u64> {
         Some(self.memory_bytes.load(Ordering::Relaxed)).filter(|bytes| *bytes != UNKNOWN)
     }
 }
 
-/// Why a run was stopped.
+/// Why a run is stopped.
 pub(super) enum Stop {
     Time,
+    /// The memory that it used, in bytes.
     Memory(u64),
     Tasks,
 }
 
-/// The watch over one run.
+/// Takes the samples of one run.
 pub(super) struct Watch {
     supervisor: Pid,
     memory_bytes_max: u64,
     pause: Duration,
     cpu_ticks: u64,
-    /// When it was last seen to have used CPU time.
+    /// Time of the last sample that showed CPU usage.
     used_at: Instant,
     peak_bytes: u64,
     looks: Looks,
@@ -84,22 +86,22 @@ impl Watch {
         }
     }
 
-    /// Most resident memory so far, if any was seen.
+    /// Highest resident memory so far, in bytes. `None`: none was sampled.
     pub(super) fn peak_bytes(&self) -> Option<u64> {
         Some(self.peak_bytes).filter(|bytes| *bytes > 0)
     }
 
-    /// Looks once more, after a pause: whether the run must be stopped. May be dropped and called again.
+    /// Takes the next sample after a pause, and returns why the run must be stopped, if it must. Cancel safe.
     pub(super) async fn next(&mut self, gauge: &Gauge) -> Option<Stop> {
         sleep(self.pause).await;
         let (supervisor, most, peak) = (self.supervisor, self.memory_bytes_max, self.peak_bytes);
         let is_due = self.looks.are_due();
-        // The kernel may take a while to count a large run.
+        // The kernel may take long to count the pages of a large run.
         let look = tokio::task::spawn_blocking(move || {
             let began = Instant::now();
             let usage = tree::measure(supervisor);
             let took = began.elapsed();
-            // What one process has, it shares with nobody.
+            // A single process shares no pages, so its shares say nothing new.
             let matters = usage.memory_bytes > most || usage.resident_bytes > peak;
             let shares = (is_due && matters && usage.pids.len() > 1).then(|| tree::shares(&usage.pids));
             (usage, shares, took)
@@ -126,16 +128,16 @@ impl Watch {
         } else if self.used_at.elapsed() >= IDLE_AFTER && gauge.is_busy.swap(false, Ordering::Relaxed) {
             gauge.idled.notify_one();
         }
-        // The sum over processes may be far too large. More than its limit it does not use for long.
+        // The sum over processes may be far too high. A run never exceeds its limit for long, so cap it.
         let memory = shares.map_or(usage.memory_bytes, |shares| shares.memory_bytes);
         gauge.memory_bytes.store(memory.min(self.memory_bytes_max), Ordering::Relaxed);
     }
 }
 
-/// When the shares of a run's processes are asked for, and what they prove.
+/// Decides when the shares of a run's processes are read, and when they prove an excess.
 struct Looks {
     next_at: Instant,
-    /// Looks in a row that were above the limit, and the processes at the last.
+    /// Consecutive samples above the limit, and the processes in the last one.
     above: u32,
     pids: Vec<i32>,
 }
@@ -149,14 +151,14 @@ impl Looks {
         Instant::now() >= self.next_at
     }
 
-    /// The memory of a run that is above its limit without doubt.
+    /// The memory of a run that certainly exceeds its limit, in bytes.
     fn excess(&mut self, most: u64, usage: &Usage, shares: Option<Shares>) -> Option<u64> {
         if usage.largest_bytes > most {
             return Some(usage.largest_bytes);
         }
         if let Some(shares) = shares {
             if shares.memory_bytes > most {
-                // Processes free and take memory between one share and the next, so one look proves nothing.
+                // Processes allocate and free memory while the shares are read, so one sample proves nothing.
                 self.above += 1;
                 let are_same = std::mem::replace(&mut self.pids, usage.pids.clone()) == usage.pids;
                 let is_certain = self.above >= LOOKS_MAX || self.above > 1 && are_same;
@@ -177,7 +179,7 @@ mod tests {
 
     const MOST: u64 = 100;
 
-    /// Processes that share memory: each has the most it may.
+    /// The usage of processes that share memory. Each has as much as the limit allows.
     fn usage(pids: &[i32]) -> Usage {
         let memory_bytes = MOST * pids.len() as u64;
         Usage { pids: pids.to_vec(), memory_bytes, largest_bytes: MOST, ..Usage::default() }
@@ -188,7 +190,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn one_look_above_the_limit_proves_nothing() {
+    async fn one_sample_above_the_limit_proves_nothing() {
         let (within, above) = (shares(MOST, 1), shares(MOST + 1, 1));
         for (what, looks, expected) in [
             ("the same processes", &[(above, &[1, 2][..]), (above, &[1, 2])][..], &[false, true][..]),
@@ -208,7 +210,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn shares_within_the_limit_are_asked_for_seldom() {
+    async fn shares_within_the_limit_are_read_rarely() {
         let mut state = Looks::new();
         for (took_ms, pause_ms) in [(1, 100), (5, 100), (20, 400)] {
             assert!(state.are_due());
@@ -219,6 +221,6 @@ mod tests {
         }
         assert!(state.are_due());
         assert_eq!(state.excess(MOST, &usage(&[1, 2]), shares(MOST + 1, 20)), None);
-        assert!(state.are_due(), "a doubt is settled at once");
+        assert!(state.are_due(), "an excess is verified immediately");
     }
 }

@@ -1,7 +1,7 @@
-//! One run as a child process: supervised, with limits, watched to its end.
+//! One run as a supervised child process with limits.
 //!
-//! `tokio::process` was rejected: it reaps the child itself, and with that goes what the child used (`wait4`) and
-//! the moment in which it can still be signalled by number without hitting a stranger.
+//! `tokio::process` was rejected because it reaps the child itself. Then the resource usage (`wait4`) is
+//! lost, and a signal to the process id may reach another process that reuses the id.
 
 use super::monitor::{Gauge, Stop, Watch};
 use super::supervisor;
@@ -25,52 +25,53 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{ChildStderr, ChildStdout};
 use tokio::time::{sleep, timeout};
 
-/// Most bytes kept of each of stdout and stderr; the rest is read and thrown away, so that no run blocks on it.
+/// Most bytes that are kept of stdout, and of stderr. The rest is read and discarded, so that the run never
+/// blocks.
 const OUTPUT_BYTES_MAX: usize = 1 << 20;
-/// Most open files of a run.
+/// Most open files of each process of a run.
 const OPEN_FILES_MAX: u64 = 1_024;
-/// How long the output of a run that has ended is still read, if somebody else has got hold of it.
+/// How long output is read after the run has ended, in case another process holds the pipe open.
 const DRAIN_MAX: Duration = Duration::from_secs(1);
-/// Exit code of a run that was stopped at its time limit, as `timeout(1)` gives it.
+/// Exit code of a run that was stopped at its time limit, as of `timeout(1)`.
 const TIMED_OUT: i32 = 124;
-/// Exit code of a run that was stopped because it used too much, as of one that the kernel killed.
+/// Exit code of a run that was stopped because it used too much, as after SIGKILL.
 const KILLED: i32 = 137;
-/// `/proc/self/oom_score_adj`: when the machine has no memory left, the kernel ends a run and not the
-/// gateway.
+/// Value for `/proc/self/oom_score_adj`. If the machine runs out of memory, the kernel kills a run and not
+/// the gateway.
 const OOM_SCORE: &[u8] = b"1000";
 
-/// What to run, and within what.
+/// A program to run, with its limits.
 pub(super) struct Program {
     pub(super) interpreter: PathBuf,
     pub(super) args: Vec<String>,
     pub(super) dir: PathBuf,
-    /// The whole environment.
+    /// The complete environment.
     pub(super) env: BTreeMap<String, String>,
-    /// Most memory that its processes may hold together, in MiB; see [`tree`].
+    /// Most memory of all its processes together, in MiB; see [`tree`].
     pub(super) memory_mb: u64,
-    /// Most private memory that one process may ask for, in bytes, used or not: a backstop.
+    /// Backstop: most private memory that one process may request, in bytes, whether it is used or not.
     pub(super) data_bytes_max: Option<u64>,
-    /// Longest run, from start to end.
+    /// Most time from start to end.
     pub(super) time_limit: Duration,
 }
 
 /// How a run ended.
 pub(super) struct Ended {
-    /// The program's own; 128 + the signal that killed it; 124 at the time limit.
+    /// Exit code of the program, or 128 + the signal that killed it, or 124 at the time limit.
     pub(super) exit_code: i32,
     pub(super) stdout: String,
     pub(super) stderr: String,
     pub(super) duration: Duration,
-    /// Most resident memory that one of its processes held, or that all held together at a look, in which a
-    /// page that processes share counts once.
+    /// Highest resident memory, in bytes: of one process, or of all together in one sample, in which a page
+    /// that processes share counts once.
     pub(super) peak_memory_bytes: Option<u64>,
 }
 
-/// Runs the program to its end. Dropping the future kills it and all it started.
+/// Runs the program to its end. Dropping the future kills it and all processes that it started.
 ///
-/// The run dies with the *thread* that started it (`PR_SET_PDEATHSIG`), so this must run on a thread that
-/// lives as long as the runtime: a task's, never one of `spawn_blocking`'s, which ends after ten idle
-/// seconds.
+/// The run is killed when the *thread* that started it exits (`PR_SET_PDEATHSIG`). So this must run on a
+/// thread that lives as long as the runtime: in a task, never in `spawn_blocking`, whose threads exit after
+/// ten idle seconds.
 ///
 /// # Errors
 /// If the program cannot be started, for example because its environment is too large.
@@ -130,7 +131,7 @@ pub(super) async fn run(program: &Program, gauge: &Gauge) -> io::Result<Ended> {
 }
 
 impl Stop {
-    /// The exit code, and what the function's owner is told.
+    /// The exit code, and the reason for the owner of the function.
     fn explain(&self, program: &Program) -> (i32, String) {
         match self {
             Self::Time => {
@@ -140,7 +141,7 @@ impl Stop {
             Self::Memory(bytes) => {
                 let (used, limit) = (bytes >> 20, program.memory_mb);
                 let why = format!(
-                    "the run used {used} MiB of memory, and its function has {limit}; give it more (`memoryMb`)"
+                    "the run used {used} MiB of memory, but its function has {limit} MiB; raise `memoryMb`"
                 );
                 (KILLED, why)
             }
@@ -175,8 +176,9 @@ fn command(program: &Program) -> Command {
     command
 }
 
-/// Called in the child. A limit on processes is left out: it counts all of a user's, ours among them. So is
-/// one on the address space: a thread's stack alone takes 8 MiB of that, and no memory.
+/// Sets the limits in the child. The number of processes is not limited here, because `RLIMIT_NPROC` counts
+/// all processes of the user, including the gateway. Nor is the address space, because the stack of a thread
+/// takes 8 MiB of it without using memory.
 fn confine(data_bytes_max: Option<u64>) -> io::Result<()> {
     prctl::set_no_new_privs()?;
     prefer_for_oom();
@@ -188,10 +190,10 @@ fn confine(data_bytes_max: Option<u64>) -> io::Result<()> {
     Ok(())
 }
 
-/// Where the file cannot be written the run goes on without.
+/// Makes the kernel prefer the run when it runs out of memory. Best effort.
 #[expect(unsafe_code, reason = "the files of std allocate their paths")]
 fn prefer_for_oom() {
-    // SAFETY: the path ends with a zero, and the score is as long as it is said to be.
+    // SAFETY: the path is NUL-terminated, and the length is that of the score.
     unsafe {
         let file = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
         if file >= 0 {
@@ -207,10 +209,10 @@ fn lower(resource: Resource, to: u64) -> nix::Result<()> {
     setrlimit(resource, to, to)
 }
 
-/// A run, by the process that supervises it.
+/// A run, identified by its supervisor process.
 struct Supervised {
     supervisor: Pid,
-    /// Once the supervisor is reaped its number may become a stranger's: no signal may be sent then.
+    /// Once the supervisor is reaped, its process id may be reused, so no signal may be sent any more.
     reaped: Mutex<bool>,
 }
 
@@ -227,28 +229,28 @@ impl Supervised {
     fn kill(&self) {
         let reaped = self.reaped.lock().unwrap_or_else(PoisonError::into_inner);
         if !*reaped {
-            // It fails only if it has ended.
+            // This fails only if the supervisor has ended.
             let _ = kill(self.supervisor, Signal::SIGTERM);
         }
     }
 
-    /// Blocks until the run has ended, and all that it left behind.
+    /// Blocks until the run and all processes that it has left have ended.
     fn wait(&self) -> io::Result<Exit> {
-        // First look without reaping, so that nothing is locked while the program runs.
+        // First wait without reaping, so that the lock is not held while the program runs.
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         while waitid(Id::Pid(self.supervisor), look) == Err(Errno::EINTR) {}
         let mut reaped = self.reaped.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = wait4(self.supervisor);
-        // An error says that there is no such child, and then the number is not ours either.
+        // An error means that there is no such child, so its process id must not be used either.
         *reaped = true;
         let (status, usage) = waited?;
         let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1);
-        // Linux counts in KiB.
+        // Linux reports KiB.
         Ok(Exit { code, max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024 })
     }
 }
 
-#[expect(unsafe_code, reason = "no safe wrapper of wait4 tells the memory that was used")]
+#[expect(unsafe_code, reason = "no safe wrapper of wait4 returns the resource usage")]
 fn wait4(pid: Pid) -> io::Result<(ExitStatus, libc::rusage)> {
     let mut status = 0;
     // SAFETY: `rusage` is a C struct of integers, for which zeros are a value.
@@ -272,9 +274,9 @@ struct Exit {
 }
 
 impl Exit {
-    /// The peak of the supervisor or of what it has waited for. The supervisor is a copy of us, and Linux
-    /// passes the peak of the forking process on through exec, so this is the run's own peak only where it is
-    /// more than ours ever was. Below that the samples have to do.
+    /// Peak memory of the supervisor and of the children that it reaped, if it is above the peak of this
+    /// process. The supervisor is a fork of this process, and Linux keeps the peak across fork and exec. So a
+    /// lower value may not be that of the run, and only the samples count.
     fn peak_above_ours(&self) -> Option<u64> {
         let ours = peak_memory_bytes(Pid::this())?;
         (self.max_rss_bytes > ours).then_some(self.max_rss_bytes)
@@ -291,7 +293,7 @@ impl Capture {
     async fn fill(&mut self, from: Option<impl AsyncRead + Unpin>) {
         let Some(mut from) = from else { return };
         let mut chunk = vec![0; 16 * 1024];
-        // An error is an end too: a pipe gives none that a second try would mend.
+        // An error ends the output as well, because no error of a pipe goes away with a retry.
         while let Ok(read @ 1..) = from.read(&mut chunk).await {
             self.bytes += read as u64;
             let room = OUTPUT_BYTES_MAX - self.kept.len();
@@ -305,7 +307,7 @@ impl Capture {
         if let (true, Err(e)) = (cut, std::str::from_utf8(kept))
             && e.error_len().is_none()
         {
-            // The cut went through a character.
+            // The cut is inside a character.
             kept = &kept[..e.valid_up_to()];
         }
         let mut text = String::from_utf8_lossy(kept).into_owned();

@@ -1,12 +1,12 @@
-//! What the worker leaves of a run: exactly the members of CONTRACT §4.
+//! The result of a run as JSON, with exactly the members that the workers of a fleet write.
 
 use super::process::Ended;
 use crate::backend::embedded::queue::Queued;
 use bytes::Bytes;
 use serde::Serialize;
 
-/// `null` is what this worker does not know. It measures a run from outside, so it knows nothing of handlers or
-/// traffic, and it gives no advice.
+/// Members that this worker does not know are `null`. It measures a run from outside, so it knows neither
+/// handler times nor traffic, and it makes no recommendations.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct RunResult {
@@ -35,7 +35,7 @@ pub(super) struct RunResult {
 }
 
 impl RunResult {
-    /// A run that never began, and why.
+    /// The result of a run that could not start.
     pub(super) fn failed(job: &Queued, memory_mb: Option<u64>, reason: String) -> Self {
         Self {
             request_id: job.id.to_string(),
@@ -62,13 +62,13 @@ impl RunResult {
         }
     }
 
-    /// A run that came to an end, good or bad.
+    /// The result of a run that has ended.
     pub(super) fn ended(job: &Queued, memory_mb: u64, ended: Ended) -> Self {
         Self {
             status: if ended.exit_code == 0 { "SUCCESS" } else { "FAILED" },
             exit_code: Some(ended.exit_code),
             stdout: ended.stdout,
-            // Whole microseconds: more digits would only be noise.
+            // Whole microseconds, because more digits are noise.
             duration_ms: Some(ended.duration.as_micros() as f64 / 1000.0),
             peak_memory_bytes: ended.peak_memory_bytes,
             ..Self::failed(job, Some(memory_mb), ended.stderr)
@@ -76,7 +76,7 @@ impl RunResult {
     }
 
     pub(super) fn to_json(&self) -> Bytes {
-        // A struct of texts and numbers always has a JSON form.
+        // Text and numbers can always be serialized.
         serde_json::to_vec(self).unwrap_or_default().into()
     }
 }

@@ -1,36 +1,39 @@
-//! How much runs at once: as much as the memory of the machine allows, however few its cores are.
+//! Bounds the concurrent runs by the memory of the machine, however few cores it has.
 //!
-//! A function that calls a function waits for it, and takes no CPU meanwhile. Were runs bounded by the cores,
-//! so many callers would wait for ever for a run that cannot begin. The memory that runs are promised is
-//! bounded too, so the same would happen when callers hold all of it. But most use far less than they are
-//! promised: a job that has waited for a while starts beyond the promises if the memory that is really used
-//! leaves room. To wait until all runs idle was rejected: a caller that polls never does.
+//! A function that calls another function waits for it, and uses no CPU meanwhile. If the number of cores
+//! bounded the runs, enough such callers would wait forever for runs that cannot start.
 //!
-//! A job that waits for memory lets later ones that fit pass it, for a limited time, so that it does not
-//! starve. [`Line`] keeps both times.
+//! The memory that runs reserve is bounded as well, so the same could happen when callers reserve all of it.
+//! But most runs use far less than they reserve. So a job that has waited for some time starts beyond the
+//! reserved memory, if the memory in use leaves room. Waiting until all runs are idle was rejected, because a
+//! caller that polls is never idle.
 //!
-//! Runs that compute do share the cores, with the gateway among others. While there are [`BUSY_A_CORE_MAX`]
-//! for each core others begin at a slow pace: they are not held up for good, since those that compute may
-//! wait for them so.
+//! A job that waits for memory lets later jobs that fit pass it, but only for a limited time, so that it does
+//! not starve. [`Line`] measures both times.
+//!
+//! Runs that use the CPU share the cores with each other and with the gateway. While [`BUSY_A_CORE_MAX`] runs
+//! per core are busy, others start slowly. They are not blocked completely, because the busy runs may poll
+//! for their results.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Most runs at once, whatever the memory. Each has a blocking thread of the runtime, which has 512.
+/// Most concurrent runs, whatever the memory. Each needs a blocking thread of the runtime, which has 512.
 pub(super) const RUNS_MAX: usize = 256;
-/// Runs a core that compute at once: enough to use it all, and few enough for the gateway to have its part.
+/// Most busy runs per core: enough to use it fully, and few enough to leave time for the gateway.
 pub(super) const BUSY_A_CORE_MAX: usize = 2;
-/// The part of the memory that runs may be promised; the rest is the gateway's, and the system's.
+/// Fraction of the memory that runs may reserve, as (numerator, denominator). The rest is for the gateway and
+/// the system.
 const PART: (u64, u64) = (3, 4);
-/// How long a job waits for promised memory while nothing starts; then it may start beyond that. It is also
-/// the time in which what started before shows how much it uses.
+/// How long a job waits for memory while nothing starts, until it may start beyond the reserved memory. In
+/// this time, earlier runs show how much memory they use.
 pub(super) const STALL: Duration = Duration::from_secs(5);
-/// How long a job that waits for memory lets others pass.
+/// How long a job that waits for memory lets later jobs pass.
 pub(super) const PASSING_MAX: Duration = Duration::from_secs(10);
 
-/// The memory that runs may be promised together, in MiB: three quarters of the machine's, or of the control
-/// group's if that has less.
+/// Memory that all runs together may reserve, in MiB: three quarters of the memory of the machine, or of the
+/// control group if that has less.
 pub(super) fn memory_mb() -> u64 {
     let read = |path: &Path| std::fs::read_to_string(path).ok();
     let machine = read(Path::new("/proc/meminfo")).and_then(|text| mem_total_bytes(&text));
@@ -44,8 +47,9 @@ fn mem_total_bytes(meminfo: &str) -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// The least limit of our control group and those above it, of version 2 (`0::/path`) or 1
-/// (`4:memory:/path`). In a container the path may be one of the host, of which only the root is seen.
+/// The lowest limit of the control group of this process and of its ancestors, in bytes. Reads version 2
+/// (`0::/path`) and 1 (`4:memory:/path`). In a container, the path may be one of the host, of which only the
+/// root is visible.
 fn group_limit_bytes(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
     let mut least: Option<u64> = None;
     for line in groups.lines() {
@@ -69,11 +73,11 @@ fn group_limit_bytes(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Op
     least
 }
 
-/// The line of jobs that wait for memory, by its first.
+/// The first job that waits for memory, and the times that depend on it.
 pub(super) struct Line {
     stall: Duration,
     passing_max: Duration,
-    /// Number of the first job, and since when it is the first.
+    /// Number of the first job that waits for memory, and since when it is the first.
     first: Option<(i64, Instant)>,
     /// When a run was last started.
     started_at: Option<Instant>,
@@ -84,7 +88,7 @@ impl Line {
         Self { stall, passing_max, first: None, started_at: None }
     }
 
-    /// The job with number `seq` is the first that waits, or none does.
+    /// Sets the first job that waits for memory. `None`: no job waits.
     pub(super) fn set_first(&mut self, seq: Option<i64>) {
         if self.first.map(|(first, _)| first) != seq {
             self.first = seq.map(|seq| (seq, Instant::now()));
@@ -100,12 +104,12 @@ impl Line {
         self.started_at.is_none_or(|at| at.elapsed() >= time)
     }
 
-    /// Whether others may pass the job with number `seq`.
+    /// Whether later jobs may pass the job with number `seq`.
     pub(super) fn may_pass(&self, seq: i64) -> bool {
         self.first.is_none_or(|(first, since)| first != seq || since.elapsed() < self.passing_max)
     }
 
-    /// The first job, if it has waited long enough to start beyond the promised memory.
+    /// The first job, if it has waited long enough to start beyond the reserved memory.
     pub(super) fn stalled(&self) -> Option<i64> {
         let (seq, since) = self.first?;
         (since.elapsed() >= self.stall && self.is_quiet_for(self.stall)).then_some(seq)
@@ -117,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_least_limit_counts() {
+    fn the_lowest_limit_applies() {
         let v1 = "9:name=systemd:/\n4:memory:/a/b\n0::/\n";
         let hybrid = "5:cpu,memory:/\n0::/x\n";
         for (groups, files, expected) in [
@@ -129,7 +133,7 @@ mod tests {
                 Some(7),
             ),
             (v1, &[("/sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", "5")], Some(5)),
-            // In a container: the path is the host's.
+            // In a container, where the path is one of the host.
             (v1, &[("/sys/fs/cgroup/memory/memory.limit_in_bytes", "6")], Some(6)),
             (
                 hybrid,
@@ -153,12 +157,12 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_first_stalls_only_while_nothing_starts() {
+    async fn the_first_job_stalls_only_while_nothing_starts() {
         let second = Duration::from_secs(1);
         let mut line = Line::new(5 * second, 10 * second);
         line.set_first(Some(7));
         for at in 0..20 {
-            // Others pass it until it lets none pass any more.
+            // Others pass it until its passing time is over.
             let passes = line.may_pass(7) && at % 3 == 0;
             assert_eq!(passes, at % 3 == 0 && at < 10, "{at} s");
             assert_eq!(line.stalled(), (at >= 14).then_some(7), "{at} s");
@@ -170,7 +174,7 @@ mod tests {
         }
         line.started();
         line.set_first(Some(8));
-        assert!(line.may_pass(8), "its own time begins");
+        assert!(line.may_pass(8), "its own time starts");
         tokio::time::advance(4 * second).await;
         assert_eq!(line.stalled(), None);
         tokio::time::advance(second).await;

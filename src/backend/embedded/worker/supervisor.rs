@@ -1,12 +1,12 @@
-//! A process between the worker and a run, which leaves nothing of the run behind.
+//! A process between the worker and a run, which makes sure that no process of the run is left behind.
 //!
-//! It is the reaper of everything that the run starts (`PR_SET_CHILD_SUBREAPER`): what leaves the run's
-//! session, or loses its parent, becomes its child. When the run ends, or the worker asks by SIGTERM, or the
-//! worker dies, it kills its children until there are none, and exits with the exit code of the run.
+//! It is the reaper of everything that the run starts (`PR_SET_CHILD_SUBREAPER`). A process that leaves the
+//! session of the run, or loses its parent, becomes its child. When the run ends, when the worker sends
+//! SIGTERM, or when the worker dies, it kills its children until none are left. Then it exits with the exit
+//! code of the run.
 //!
-//! It is a copy of the worker that makes system calls and nothing else. A program of its own was rejected:
-//! the copy shares its memory with the worker, costs no second start, and needs no file that could be
-//! missing.
+//! It is a fork of the worker that makes system calls and nothing else. A separate program was rejected: the
+//! fork shares memory with the worker, needs no second start, and needs no file that could be missing.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -17,23 +17,23 @@ use std::ptr::null;
 
 /// Pause between two rounds of killing.
 static ROUND: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 1_000_000 };
-/// Most rounds, which take 30 s at least. What is alive then hangs in the kernel, and cannot be killed; a job
-/// must not wait for it. It falls to process 1.
+/// Most rounds, which take at least 30 s. A process that is alive after that hangs in the kernel and cannot
+/// be killed. The job must not wait for it, so process 1 inherits it.
 const ROUNDS_MAX: u32 = 30_000;
-/// Exit code of a run that could not be killed, as of one that was.
+/// Exit code of a run that could not be killed: the same as that of a killed one.
 const KILLED: libc::c_int = 128 + libc::SIGKILL;
-/// Descriptors that are closed one by one where the kernel (before 5.9) cannot close them all at once.
+/// Number of descriptors that are closed one by one, if the kernel (before 5.9) cannot close all at once.
 const DESCRIPTORS_MAX: libc::c_int = 65_536;
 
-/// Splits the calling process, a child of the worker `worker` between fork and exec: the caller becomes the
-/// supervisor, and never returns; a child of its own returns, and is the run.
+/// Splits the calling process, which is a child of `worker` between fork and exec. The caller becomes the
+/// supervisor and never returns. Its child returns and becomes the run.
 ///
-/// Only async-signal-safe calls are allowed here: nothing of ours allocates, locks or panics. `fork` is one
-/// that POSIX has taken off its list, since it takes the locks of the C library. Here they are free: the
-/// `fork` that made this process held all of them, and gave them back in it. (`_Fork`, which takes none, was
-/// rejected: glibc has it since 2.34 only.)
+/// Only async-signal-safe calls are allowed here, so this code does not allocate, lock or panic. POSIX has
+/// removed `fork` from the list of such calls, because it takes locks of the C library. Here these locks are
+/// free: the `fork` that created this process took all of them, and released them in the child. `_Fork`,
+/// which takes no locks, was rejected because glibc has it only since 2.34.
 pub(super) fn split(worker: Pid) -> nix::Result<()> {
-    // A terminal's ^C is for the worker, which decides what becomes of its runs.
+    // Ctrl-C in a terminal must reach the worker only, which decides what happens to its runs.
     setsid()?;
     prctl::set_child_subreaper(true)?;
     let mut signals = SigSet::empty();
@@ -41,7 +41,7 @@ pub(super) fn split(worker: Pid) -> nix::Result<()> {
     signals.add(Signal::SIGTERM);
     signals.thread_block()?;
     prctl::set_pdeathsig(Signal::SIGTERM)?;
-    // The worker may have died before the call above, and then no signal will come.
+    // The worker may have died before the call above, and then no signal arrives.
     if getppid() != worker {
         return Err(Errno::ESRCH);
     }
@@ -53,7 +53,7 @@ pub(super) fn split(worker: Pid) -> nix::Result<()> {
         ForkResult::Parent { child } => supervise(child, &signals),
         ForkResult::Child => {
             signals.thread_unblock()?;
-            // A session of its own: one group to kill.
+            // A separate session, so that the run can be killed as one group.
             setsid()?;
             prctl::set_pdeathsig(Signal::SIGKILL)?;
             if getppid() == supervisor { Ok(()) } else { Err(Errno::ESRCH) }
@@ -63,8 +63,8 @@ pub(super) fn split(worker: Pid) -> nix::Result<()> {
 
 fn supervise(run: Pid, signals: &SigSet) -> ! {
     let _ = prctl::set_name(c"run-supervisor");
-    // Among them: the sockets and the lock of the worker, the pipes of the run, and the one by which the
-    // worker learns that the program was started.
+    // They include the sockets and the lock of the worker, the pipes of the run, and the pipe that reports to
+    // the worker that the program was started.
     close_all();
     let mut code = None;
     let mut ending = false;
@@ -77,7 +77,7 @@ fn supervise(run: Pid, signals: &SigSet) -> ! {
         ending |= code.is_some();
         if ending {
             let listed = kill_children(run, code.is_none());
-            // Without a list there is nobody to kill once the run has ended, and no end to wait for.
+            // Without a list of children, there is nothing more to kill or to wait for after the run.
             if rounds == ROUNDS_MAX || listed == Listed::No && code.is_some() {
                 exit(code.unwrap_or(KILLED));
             }
@@ -92,7 +92,7 @@ enum Reaped {
     SomeLeft,
 }
 
-/// Takes what has ended, and keeps the exit code of `run`.
+/// Reaps all children that have ended, and stores the exit code of `run`.
 fn reap(run: Pid, code: &mut Option<libc::c_int>) -> Reaped {
     loop {
         let mut status = 0;
@@ -102,7 +102,7 @@ fn reap(run: Pid, code: &mut Option<libc::c_int>) -> Reaped {
         if pid == 0 {
             return Reaped::SomeLeft;
         }
-        // The only error there can be is ECHILD: WNOHANG is never interrupted.
+        // The only possible error is ECHILD, because WNOHANG is never interrupted.
         if pid < 0 {
             return Reaped::NobodyLeft;
         }
@@ -113,23 +113,24 @@ fn reap(run: Pid, code: &mut Option<libc::c_int>) -> Reaped {
     }
 }
 
-/// Whether the kernel lists children (CONFIG_PROC_CHILDREN), and `/proc` is there.
+/// Whether the kernel lists children (CONFIG_PROC_CHILDREN) and `/proc` is mounted.
 #[derive(PartialEq, Eq)]
 enum Listed {
     Yes,
     No,
 }
 
-/// Kills every child there is; their children become ours, and are killed in the next round.
+/// Kills every child. The children of these become children of this process, and are killed in the next
+/// round.
 fn kill_children(run: Pid, is_run_alive: bool) -> Listed {
     if is_run_alive {
-        // The session as well, where the kernel does not list children. Its number is taken as long as `run`
-        // is.
+        // Also the process group, in case the kernel does not list children. Its id is not reused while `run`
+        // exists.
         let _ = killpg(run, Signal::SIGKILL);
         let _ = kill(run, Signal::SIGKILL);
     }
     #[expect(unsafe_code, reason = "the files of std allocate their paths")]
-    // SAFETY: the path ends with a zero, and the buffer is as long as it is said to be.
+    // SAFETY: the path is NUL-terminated, and the length is that of the buffer.
     unsafe {
         let list = libc::open(c"/proc/thread-self/children".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
         if list < 0 {
@@ -144,7 +145,7 @@ fn kill_children(run: Pid, is_run_alive: bool) -> Listed {
                 if byte.is_ascii_digit() {
                     pid = pid.wrapping_mul(10).wrapping_add(libc::pid_t::from(byte - b'0'));
                 } else if pid > 0 {
-                    // No stranger: it keeps its number until we have reaped it.
+                    // It is our child, because its id is not reused until it is reaped.
                     libc::kill(pid, libc::SIGKILL);
                     pid = 0;
                 }
@@ -155,7 +156,7 @@ fn kill_children(run: Pid, is_run_alive: bool) -> Listed {
     Listed::Yes
 }
 
-/// The next of the blocked signals; `None`: none within a round, if only so long is waited.
+/// Waits for the next blocked signal. With `for_a_round`, returns `None` if none arrives within a round.
 fn wait_for(signals: &SigSet, for_a_round: bool) -> Option<libc::c_int> {
     let timeout = if for_a_round { &raw const ROUND } else { null() };
     #[expect(unsafe_code, reason = "nix has no sigtimedwait")]
@@ -164,7 +165,7 @@ fn wait_for(signals: &SigSet, for_a_round: bool) -> Option<libc::c_int> {
     (signal > 0).then_some(signal)
 }
 
-#[expect(unsafe_code, reason = "every descriptor is meant, whoever owns it in the worker")]
+#[expect(unsafe_code, reason = "all descriptors must be closed, whatever owns them in the worker")]
 fn close_all() {
     // SAFETY: this copy of the process uses none of them from here on.
     unsafe {
@@ -176,7 +177,7 @@ fn close_all() {
     }
 }
 
-#[expect(unsafe_code, reason = "std's exit runs what the worker registered")]
+#[expect(unsafe_code, reason = "std's exit would run the exit handlers of the worker")]
 fn exit(code: libc::c_int) -> ! {
     // SAFETY: it ends this process, and touches nothing.
     unsafe { libc::_exit(code) }

@@ -1,4 +1,4 @@
-//! Real children of real interpreters, from a queue on a real disk.
+//! Tests of the local worker with real interpreters, processes and a database on the disk.
 
 use super::*;
 use crate::backend::embedded::scratch::{Scratch, in_time, job_of, zipped};
@@ -8,7 +8,7 @@ use crate::model::{Job, JobId, NodeId};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
-/// A directory with its worker at work.
+/// A data directory with a running worker.
 struct Floor {
     node: NodeId,
     backend: Backend,
@@ -71,14 +71,14 @@ fn with(changes: Value) -> Value {
     message
 }
 
-/// Puts a function's code where the message above looks for it.
+/// Stores code under the key of [`message`].
 fn install(scratch: &Scratch, entry: &str, source: &str) {
     let code = scratch.path().join("code");
     fs::create_dir_all(&code).unwrap();
     fs::write(code.join("f.zip"), zipped(&[(entry, source)])).unwrap();
 }
 
-/// One run of a python source, in a directory and a process of its own.
+/// Runs a Python source once, in a new directory.
 async fn python(source: &str, changes: Value) -> Value {
     let scratch = Scratch::new();
     install(&scratch, "main.py", source);
@@ -123,15 +123,15 @@ async fn the_examples_run_with_small_and_large_inputs() {
             let message = with(json!({ "runtime": runtime, "s3Key": s3_key, "input": input }));
             let result = floor.call(&message).await;
             assert_eq!(result["status"], "SUCCESS", "{example}: {}", stderr(&result));
-            let said: Value = serde_json::from_str(result["stdout"].as_str().unwrap()).unwrap();
-            assert_eq!(said, json!({ "message": format!("Hello, {name}!"), "input": input }));
+            let output: Value = serde_json::from_str(result["stdout"].as_str().unwrap()).unwrap();
+            assert_eq!(output, json!({ "message": format!("Hello, {name}!"), "input": input }));
         }
     }
     floor.stop().await;
 }
 
 #[tokio::test]
-async fn a_result_has_the_members_of_the_contract() {
+async fn a_result_has_exactly_the_members_of_the_protocol() {
     let scratch = Scratch::new();
     install(&scratch, "main.py", "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)");
     let floor = Floor::start(&scratch);
@@ -145,9 +145,10 @@ async fn a_result_has_the_members_of_the_contract() {
     let result: Value = serde_json::from_slice(&payload).unwrap();
     let mut members: Vec<_> = result.as_object().unwrap().keys().map(String::as_str).collect();
     members.sort_unstable();
-    let mut expected: Vec<_> = "requestId, functionId, workerId, status, exitCode, stdout, stderr, durationMs, \
-        handlerDurationMs, peakMemoryBytes, allocatedMemoryMb, optimizationTip, estimatedSavings, \
-        recommendedMemoryMb, cpuUsage, networkRx, networkTx, diskRead, diskWrite, outputFiles, llm_token_count"
+    let mut expected: Vec<_> = "requestId, functionId, workerId, status, exitCode, stdout, stderr, \
+        durationMs, handlerDurationMs, peakMemoryBytes, allocatedMemoryMb, optimizationTip, \
+        estimatedSavings, recommendedMemoryMb, cpuUsage, networkRx, networkTx, diskRead, diskWrite, \
+        outputFiles, llm_token_count"
         .split(", ")
         .collect();
     expected.sort_unstable();
@@ -163,7 +164,7 @@ async fn a_result_has_the_members_of_the_contract() {
 }
 
 #[tokio::test]
-async fn the_environment_is_empty_but_for_what_was_asked() {
+async fn the_environment_contains_only_the_variables_of_the_run() {
     let source = "import os, json; print(json.dumps(dict(os.environ)))";
     let env_vars = json!({
         "MINE": "ä=1", "NUMBER": 5, "NONE": null, "PAYLOAD_FILE": "theirs", "REQUEST_ID": "theirs",
@@ -171,10 +172,10 @@ async fn the_environment_is_empty_but_for_what_was_asked() {
     let result = python(source, json!({ "envVars": env_vars, "modelId": "m", "input": [1] })).await;
     assert_eq!(result["status"], "SUCCESS", "{}", stderr(&result));
     let env: Value = serde_json::from_str(result["stdout"].as_str().unwrap()).unwrap();
-    // The test's own environment is full of what a run must not see: cargo's variables, to begin with.
+    // The environment of the test has variables that a run must not see, such as those of cargo.
     assert!(std::env::var_os("CARGO_PKG_NAME").is_some());
     let mut names: Vec<_> = env.as_object().unwrap().keys().map(String::as_str).collect();
-    // Python puts it there itself when it finds no locale.
+    // Python sets it when there is no locale.
     names.retain(|name| *name != "LC_CTYPE");
     names.sort_unstable();
     let expected =
@@ -206,14 +207,14 @@ time.sleep(600)";
     floor.stop().await;
 }
 
-/// A zombie is dead: who reaps it is not ours to say.
+/// Whether a process runs. A zombie has ended, and its reaper is not part of the test.
 fn is_alive(pid: &str) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
 #[tokio::test]
-async fn what_a_run_leaves_behind_neither_holds_it_up_nor_lives_on() {
+async fn a_process_that_a_run_leaves_neither_delays_it_nor_survives() {
     let source = "import subprocess
 print(subprocess.Popen(['sleep', '600']).pid)";
     let result = python(source, json!({})).await;
@@ -223,9 +224,9 @@ print(subprocess.Popen(['sleep', '600']).pid)";
     until(|| !is_alive(&pid)).await;
 }
 
-/// Also what leaves the session and has no parent left: it becomes a child of the supervisor.
+/// A process that leaves the session and loses its parent becomes a child of the supervisor.
 #[tokio::test]
-async fn what_leaves_its_session_is_killed_too() {
+async fn a_process_that_leaves_the_session_is_killed() {
     let scratch = Scratch::new();
     let pids = scratch.path().join("pids");
     let source = "import os, subprocess, sys, time
@@ -245,22 +246,22 @@ time.sleep(float(os.environ['REST']))";
         let env_vars = json!({ "PIDS": pids, "REST": rest });
         let result = floor.call(&with(json!({ "timeoutMs": 15_000, "envVars": env_vars }))).await;
         assert_eq!((&result["exitCode"], &result["stdout"]), (&json!(code), &json!("begun\n")), "{result}");
-        // No waiting: they are gone before the run has its result.
+        // No wait: they have ended before the result of the run is written.
         let daemons = fs::read_to_string(&pids).unwrap();
         assert_eq!(daemons.split_whitespace().count(), 3);
-        daemons.split_whitespace().for_each(|pid| assert!(!is_alive(pid), "{pid} lives on"));
+        daemons.split_whitespace().for_each(|pid| assert!(!is_alive(pid), "{pid} still runs"));
     }
     floor.stop().await;
 }
 
 #[tokio::test]
-async fn memory_is_what_is_used() {
+async fn only_memory_in_use_counts() {
     // (source, memoryMb, exit code, in stderr)
     let rest = "
 import time
 time.sleep(20)";
     let cases = [
-        // Addresses are not memory: a thread's stack has 8 MiB of them.
+        // Address space is not memory: the stack of a thread takes 8 MiB of it.
         (
             "import threading
 threads = [threading.Thread(target=threading.Event().wait, args=(0.5,)) for _ in range(64)]
@@ -272,7 +273,7 @@ threads = [threading.Thread(target=threading.Event().wait, args=(0.5,)) for _ in
         ),
         ("import mmap; mmap.mmap(-1, 4 << 30, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)".to_owned(), 128, 0, ""),
         (format!("x = b'x' * (300 << 20){rest}"), 128, 137, "its function has 128"),
-        // All processes of a run together.
+        // The limit is for all processes of a run together.
         (
             format!(
                 "import subprocess, sys
@@ -283,7 +284,7 @@ children = [subprocess.Popen([sys.executable, '-c', hold], start_new_session=Tru
             137,
             "its function has 128",
         ),
-        // What they share counts once.
+        // Pages that they share count once.
         (
             "import os, time
 x = b'x' * (80 << 20)
@@ -294,19 +295,19 @@ time.sleep(0.7)"
             0,
             "",
         ),
-        // Nor can one ask for what no machine has.
+        // A request for more memory than any machine has fails.
         ("x = bytearray(1 << 40)".to_owned(), 128, 1, "MemoryError"),
     ];
-    for (source, memory_mb, code, told) in cases {
+    for (source, memory_mb, code, reason) in cases {
         let result = python(&source, json!({ "memoryMb": memory_mb })).await;
         assert_eq!(result["exitCode"], code, "{source}: {result}");
         assert_eq!(result["status"], if code == 0 { "SUCCESS" } else { "FAILED" });
-        assert!(stderr(&result).contains(told), "{source}: {result}");
+        assert!(stderr(&result).contains(reason), "{source}: {result}");
     }
 }
 
 #[tokio::test]
-async fn memory_is_measured() {
+async fn peak_memory_is_measured() {
     let source = "import time; x = bytearray(200 << 20); time.sleep(0.6)";
     let modest = python(source, json!({ "memoryMb": 512 })).await;
     assert_eq!(modest["status"], "SUCCESS", "{modest}");
@@ -314,9 +315,9 @@ async fn memory_is_measured() {
     assert!((200 << 20..600 << 20).contains(&peak), "{peak}");
 }
 
-/// What processes share counts once, however they come and go.
+/// Shared pages count once, also while processes start and exit.
 #[tokio::test]
-async fn runs_that_fork_have_the_memory_that_they_use() {
+async fn shared_pages_count_once_in_runs_that_fork() {
     const EXITS: &str = "import os, time
 x = b'x' * (80 << 20)
 for _ in range(8):
@@ -336,7 +337,7 @@ if __name__ == '__main__':
         with multiprocessing.get_context('fork').Pool(4) as pool:
             pool.map(length, range(400))
     print('done')";
-    // Others each time, and above the limit all the time.
+    // Other processes in each sample, and always above the limit.
     const CHANGING: &str = "import os, time
 x = b'x' * (70 << 20)
 for _ in range(3):
@@ -364,7 +365,7 @@ while time.monotonic() < end:
     floor.stop().await;
 }
 
-/// Most of Node's resident memory is its own program.
+/// Most of the resident memory of Node.js is its own program.
 #[tokio::test]
 async fn node_runs_in_32_mb() {
     let scratch = Scratch::new();
@@ -390,7 +391,7 @@ os.kill(os.getpid(), 11)";
     for (env_vars, stdout) in [
         (json!({}), "step 1 done\n"),
         (json!({ "PYTHONUNBUFFERED": null }), "step 1 done\n"),
-        // A function may have it otherwise.
+        // A function can override it.
         (json!({ "PYTHONUNBUFFERED": "" }), ""),
     ] {
         let result = python(kill, json!({ "envVars": env_vars })).await;
@@ -401,7 +402,7 @@ os.kill(os.getpid(), 11)";
 #[tokio::test]
 async fn runs_are_bounded_by_memory_and_not_by_cores() {
     let scratch = Scratch::new();
-    // Each waits until all have begun.
+    // Each run waits until all have started.
     let source = "import os, pathlib, time
 dir = pathlib.Path(os.environ['DIR'])
 (dir / os.environ['REQUEST_ID']).write_text('')
@@ -424,10 +425,10 @@ while len(list(dir.iterdir())) < int(os.environ['TOGETHER']):
     floor.stop().await;
 }
 
-/// While many compute others start one by one: the gateway keeps its part of the CPU, and nobody waits for
-/// ever.
+/// While many runs are busy, others start one by one. The gateway keeps its share of the CPU, and no job
+/// waits forever.
 #[tokio::test]
-async fn runs_that_compute_are_few_at_once_but_hold_up_nobody() {
+async fn busy_runs_are_bounded_but_do_not_block_others() {
     const JOBS: usize = 30;
     let scratch = Scratch::new();
     let source = "import os, pathlib, time
@@ -457,7 +458,7 @@ print(most)";
     assert!(most <= JOBS / 2, "{most} at once");
     floor.stop().await;
 
-    // One computes until another one has run.
+    // A run polls until another one has run.
     let source = "import os, pathlib
 begun = pathlib.Path(os.environ['DIR']) / 'begun'
 waits = os.environ['WAITS'] == '1'
@@ -473,8 +474,8 @@ begun.write_text('')";
     floor.stop().await;
 }
 
-/// Writes its `REQUEST_ID` into the directory `DIR`, fills `MB` of memory, and ends when the file `UNTIL` is
-/// there or after `SECONDS`. Prints who else began meanwhile.
+/// Fills `MB` MiB of memory, creates a file `REQUEST_ID` in `DIR`, and ends when the file `UNTIL` exists
+/// there, or after `SECONDS`. Prints the number of other files in `DIR`: one for each other run, and `UNTIL`.
 const HOLDS_ITS_PLACE: &str = "import os, pathlib, time
 env = os.environ
 me = pathlib.Path(env['DIR']) / env['REQUEST_ID']
@@ -485,7 +486,7 @@ while time.monotonic() < end and not (me.parent / env['UNTIL']).exists():
     time.sleep(0.01) if env['WORK'] == 'idle' else sum(range(1000))
 print(len(list(me.parent.iterdir())) - 1)";
 
-/// A message for the function above, and its directory.
+/// A message for [`HOLDS_ITS_PLACE`] with the directory `dir`.
 fn holds(dir: &Path, memory_mb: u64, changes: Value) -> Value {
     let mut env_vars = json!({ "DIR": dir, "MB": 0, "SECONDS": 600, "UNTIL": "end", "WORK": "idle" });
     env_vars.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
@@ -499,9 +500,9 @@ fn place(scratch: &Scratch) -> PathBuf {
     dir
 }
 
-/// The first has all promised memory, and ends only when the second has run, whether it idles or polls.
+/// The first run reserves all memory, and ends only when others have run, whether it idles or polls.
 #[tokio::test]
-async fn a_job_starts_beyond_the_promised_memory_if_it_is_not_used() {
+async fn a_job_starts_beyond_reserved_memory_that_is_not_in_use() {
     for work in ["idle", "busy"] {
         let scratch = Scratch::new();
         let dir = place(&scratch);
@@ -511,7 +512,7 @@ async fn a_job_starts_beyond_the_promised_memory_if_it_is_not_used() {
         });
         let first = floor.send(&holds(&dir, 256, json!({ "WORK": work }))).await;
         until(|| fs::read_dir(&dir).unwrap().count() == 1).await;
-        // Two, one after the other.
+        // Two more jobs, one after the other.
         let seconds = [(); 2].map(|()| holds(&dir, 256, json!({ "SECONDS": 0 })));
         let seconds = [floor.send(&seconds[0]).await, floor.send(&seconds[1]).await];
         for id in seconds {
@@ -525,7 +526,7 @@ async fn a_job_starts_beyond_the_promised_memory_if_it_is_not_used() {
 }
 
 #[tokio::test]
-async fn a_job_waits_for_memory_that_is_used_up() {
+async fn a_job_waits_for_memory_that_is_in_use() {
     let scratch = Scratch::new();
     let dir = place(&scratch);
     let floor = Floor::start_with(&scratch, |worker| {
@@ -540,9 +541,9 @@ async fn a_job_waits_for_memory_that_is_used_up() {
     floor.stop().await;
 }
 
-/// The first job has 200 of 256 MB, the second does not fit, and the third would.
+/// The first job has 200 of 256 MiB. The second one does not fit, and the third one does.
 #[tokio::test]
-async fn small_jobs_pass_one_that_waits_but_not_for_ever() {
+async fn small_jobs_pass_a_waiting_job_for_a_limited_time() {
     for (passing_max, is_passed) in [(Duration::MAX, true), (Duration::ZERO, false)] {
         let scratch = Scratch::new();
         let dir = place(&scratch);
@@ -567,7 +568,7 @@ async fn small_jobs_pass_one_that_waits_but_not_for_ever() {
 }
 
 #[tokio::test]
-async fn starts_are_counted_but_for_those_that_we_end() {
+async fn starts_are_counted_unless_the_worker_stops_the_run() {
     let scratch = Scratch::new();
     let marker = scratch.path().join("marker");
     install(&scratch, "main.py", SLOW_ONCE);
@@ -579,9 +580,9 @@ async fn starts_are_counted_but_for_those_that_we_end() {
     assert_eq!((job.id, job.starts), (id, 1));
     floor.stop().await;
 
-    // Three starts that nobody saw the end of, then: it is not started once more.
+    // After three starts without a recorded end, it is not started again.
     let queue = Queue::new(scratch.database());
-    assert_eq!(queue.after(0, 1).await.unwrap()[0].starts, 0, "an orderly end is not the job's fault");
+    assert_eq!(queue.after(0, 1).await.unwrap()[0].starts, 0, "a start that the worker stops does not count");
     queue.set_starts(vec![(job.seq, STARTS_MAX)]).await.unwrap();
     drop(queue);
     let floor = Floor::start(&scratch);
@@ -592,9 +593,9 @@ async fn starts_are_counted_but_for_those_that_we_end() {
 }
 
 #[tokio::test]
-async fn last_chances_are_given_one_at_a_time_and_hold_up_nobody() {
+async fn last_starts_run_one_at_a_time_and_do_not_block_others() {
     let scratch = Scratch::new();
-    // It ends when another file than its own is there.
+    // Ends when another file than its own exists.
     let source = "import os, pathlib, time
 me = pathlib.Path(os.environ['DIR']) / os.environ['REQUEST_ID']
 me.write_text('')
@@ -620,7 +621,7 @@ me.unlink()";
     }
     floor.stop().await;
 
-    // A fresh job runs beside one: it may be what that one waits for.
+    // A new job runs beside a last start, because that one may wait for it.
     let queue = Queue::new(scratch.database());
     let message = with(json!({ "envVars": { "DIR": dir, "SECONDS": "15" } })).to_string();
     let jobs: Vec<Job> = (10..12).map(|n| job_of(NodeId(1), n, &message)).collect();
@@ -635,7 +636,7 @@ me.unlink()";
 }
 
 #[tokio::test]
-async fn output_is_cut_and_the_run_goes_on() {
+async fn long_output_is_cut_and_the_run_continues() {
     let source = "import sys
 sys.stdout.write('\u{e4}' * 5_000_000)
 sys.stderr.write('e' * 10)
@@ -649,7 +650,7 @@ sys.exit(7)";
 }
 
 #[tokio::test]
-async fn what_cannot_run_fails_with_a_reason() {
+async fn a_job_that_cannot_run_fails_with_a_reason() {
     let scratch = Scratch::new();
     install(&scratch, "other.py", "");
     fs::write(scratch.path().join("code/bad.zip"), "no zip").unwrap();
@@ -660,7 +661,7 @@ async fn what_cannot_run_fails_with_a_reason() {
         (json!({ "s3Key": "absent.zip" }), "cannot be opened"),
         (json!({ "s3Key": "bad.zip" }), "not a good zip"),
         (json!({ "s3Key": "evil.zip" }), "leads out"),
-        (json!({ "s3Key": "../lock" }), "leads out"),
+        (json!({ "s3Key": "../lock" }), "outside the store"),
         (json!({ "s3Key": 5 }), "cannot be read"),
         (json!({ "envVars": { "": "x" } }), "envVars"),
         (json!({ "envVars": { "X": "x".repeat(200_000) } }), "could not be started"),
@@ -687,7 +688,7 @@ async fn without_an_interpreter_a_run_fails() {
     assert!(refused.unwrap_err().contains("no node on the PATH"));
 }
 
-/// Sleeps the first time, and ends at once the second.
+/// Sleeps in its first run, and ends immediately in its second.
 const SLOW_ONCE: &str = "import os, pathlib, time
 marker = pathlib.Path(os.environ['MARKER'])
 if marker.exists():
@@ -713,7 +714,7 @@ async fn an_unfinished_job_runs_again_after_a_restart() {
     let result = floor.result(id).await;
     assert_eq!(result["stdout"], "second run\n", "{result}");
 
-    // Past its deadline nobody waits for it.
+    // A job past its deadline is dropped.
     floor.send_job(&late).await;
     in_time(async {
         while floor.backend.queue.depth().await.unwrap() > 0 {
@@ -726,15 +727,15 @@ async fn an_unfinished_job_runs_again_after_a_restart() {
 }
 
 #[tokio::test]
-async fn the_worker_shows_its_runs() {
+async fn the_status_counts_the_runs_in_progress() {
     let scratch = Scratch::new();
     let marker = scratch.path().join("marker");
     install(&scratch, "main.py", SLOW_ONCE);
     let floor = Floor::start(&scratch);
     let workers = floor.backend.workers.clone();
     let active_jobs = async || {
-        let said = workers.lone_status().await.unwrap()?;
-        serde_json::from_slice::<Value>(&said).unwrap()["active_jobs"].as_u64()
+        let status = workers.lone_status().await.unwrap()?;
+        serde_json::from_slice::<Value>(&status).unwrap()["active_jobs"].as_u64()
     };
     let become_active = async |jobs| {
         in_time(async {
@@ -756,7 +757,7 @@ async fn the_worker_shows_its_runs() {
 }
 
 #[tokio::test]
-async fn jobs_run_side_by_side_up_to_the_limit() {
+async fn many_jobs_run_and_leave_the_queue() {
     let scratch = Scratch::new();
     install(&scratch, "main.py", "print('done')");
     let floor = Floor::start(&scratch);
@@ -781,7 +782,7 @@ const VICTIM_DIR: &str = "INFRA_TEST_VICTIM_DIR";
 
 #[tokio::test]
 async fn a_gateway_killed_outright_loses_no_job_and_leaves_no_run() {
-    // The test starts itself once more as the process that is killed.
+    // The test starts itself again, as the process that is killed.
     if let Some(dir) = std::env::var_os(VICTIM_DIR) {
         return be_the_victim(Path::new(&dir)).await;
     }

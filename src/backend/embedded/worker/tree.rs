@@ -1,53 +1,53 @@
-//! What the processes of a run use, all together, as `/proc` says.
+//! Measures the resource usage of all processes of a run, from `/proc`.
 //!
-//! Memory is what is resident and backed by no file (anonymous pages and shared memory). Address space is not
-//! memory: a thread's stack takes 8 MiB of it. Pages of files are not the run's: the kernel can drop them at
-//! any time, and an interpreter's program is most of them (34 of the 40 MiB of Node.js).
+//! Memory means resident pages that are not backed by a file: anonymous pages and shared memory. Address
+//! space is not memory: the stack of a thread takes 8 MiB of it. Pages of files do not count. The kernel can
+//! drop them at any time, and most of them are the program of the interpreter (34 of the 40 MiB of Node.js).
 
 use nix::unistd::Pid;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Most processes and threads of a run; it is stopped when it has more. It also bounds what a look costs.
+/// Most processes and threads of a run. A run with more is stopped. This also bounds the cost of a sample.
 pub(super) const TASKS_MAX: usize = 4_096;
 
-/// What a run uses at a moment. A page that processes share counts once a process.
+/// The usage of a run in one sample. A page that processes share counts once for each of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Usage {
-    /// Processes and threads, up to one more than there may be.
+    /// Number of processes and threads. Counting stops above [`TASKS_MAX`].
     pub(super) tasks: usize,
-    /// The processes that hold memory, sorted.
+    /// Processes that have memory, sorted.
     pub(super) pids: Vec<i32>,
-    /// The sum over all processes, in bytes.
+    /// Memory, summed over all processes, in bytes.
     pub(super) memory_bytes: u64,
-    /// Of the process that has the most: all together have at least as much.
+    /// Memory of the largest process, in bytes. The run has at least as much.
     pub(super) largest_bytes: u64,
-    /// The sum of resident memory over all processes, with the pages of files, in bytes.
+    /// Resident memory with the pages of files, summed over all processes, in bytes.
     pub(super) resident_bytes: u64,
-    /// The most resident memory that one of the processes ever held, in bytes.
+    /// Highest resident memory that one of the processes has ever had, in bytes.
     pub(super) peak_bytes: u64,
-    /// CPU time of those that live and those they waited for, in clock ticks.
+    /// CPU time of the processes and of the children that they have reaped, in clock ticks.
     pub(super) cpu_ticks: u64,
 }
 
-/// The proportional shares (PSS) of processes: a page that they share counts once.
+/// The proportional set sizes (PSS) of processes, summed. A page that they share counts once.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Shares {
     pub(super) memory_bytes: u64,
-    /// With the pages of files.
+    /// Including the pages of files.
     pub(super) resident_bytes: u64,
-    /// How long it took to ask for them.
+    /// Duration of the reading.
     pub(super) took: Duration,
 }
 
-/// Whether the kernel lists the children of a process (CONFIG_PROC_CHILDREN) in this `/proc`. Without that
-/// nothing is measured.
+/// Whether the kernel lists the children of processes in this `/proc` (CONFIG_PROC_CHILDREN). If not, nothing
+/// can be measured.
 pub(super) fn lists_children(proc: &Path) -> bool {
     proc.join("thread-self/children").exists()
 }
 
-/// Measures all descendants of `root`, without itself. Blocks for some 50 µs a process.
+/// Measures all descendants of `root`, without `root` itself. Blocks for about 50 µs per process.
 pub(super) fn measure(root: Pid) -> Usage {
     let mut usage = Usage::default();
     let mut unseen = children(root.as_raw(), &mut 0);
@@ -56,7 +56,7 @@ pub(super) fn measure(root: Pid) -> Usage {
             break;
         }
         unseen.extend(children(pid, &mut usage.tasks));
-        // It may have ended by now.
+        // It may have ended meanwhile.
         let Some(status) = status(pid) else { continue };
         let memory = memory_bytes(&status);
         usage.memory_bytes += memory;
@@ -72,12 +72,12 @@ pub(super) fn measure(root: Pid) -> Usage {
     usage
 }
 
-/// Asks for the shares of these processes, for which the kernel visits each of their pages: about a
-/// millisecond a process.
+/// Reads the shares of these processes. The kernel visits each of their pages for it, which takes about a
+/// millisecond per process.
 ///
-/// The shares of several processes are no snapshot. The share of one grows when another one exits, so the sum
-/// over those asked before and after an exit would be too large. Hence those that are gone in the end count
-/// nothing: then the sum is too small at most, as far as exits and forks are concerned.
+/// The shares of several processes are not a snapshot. When a process exits, the shares of others grow. So a
+/// sum of shares that were read before and after the exit would be too high. Therefore, processes that have
+/// exited by the end are not counted. Exits and forks can then only make the sum too low.
 pub(super) fn shares(pids: &[i32]) -> Shares {
     let began = Instant::now();
     let asked: Vec<_> = pids.iter().filter_map(|pid| Some((*pid, share(*pid)?))).collect();
@@ -90,7 +90,7 @@ pub(super) fn shares(pids: &[i32]) -> Shares {
     Shares { memory_bytes, resident_bytes, took: began.elapsed() }
 }
 
-/// The children of all threads of a process; adds the number of its threads to `tasks`.
+/// The children of all threads of a process. Adds the number of its threads to `tasks`.
 fn children(pid: i32, tasks: &mut usize) -> Vec<i32> {
     let mut found = Vec::new();
     let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return found };
@@ -113,11 +113,11 @@ fn memory_bytes(status: &str) -> u64 {
     kib(status, "RssAnon:").unwrap_or(0) + kib(status, "RssShmem:").unwrap_or(0)
 }
 
-/// The memory and the resident memory of a process, by its shares.
+/// The shares of a process, in bytes: memory, and resident memory.
 fn share(pid: i32) -> Option<(u64, u64)> {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
     let resident = kib(&rollup, "Pss:")?;
-    // Linux before 5.4 gives the sum only.
+    // Linux before 5.4 reports the sum only.
     let memory = match (kib(&rollup, "Pss_Anon:"), kib(&rollup, "Pss_Shmem:")) {
         (Some(anonymous), Some(shared)) => anonymous + shared,
         _ => resident,
@@ -132,14 +132,15 @@ fn kib(text: &str, name: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// `utime`, `stime`, `cutime` and `cstime` (proc_pid_stat(5)). The name before them may hold anything.
+/// Sum of `utime`, `stime`, `cutime` and `cstime` (proc_pid_stat(5)). The name before them may contain any
+/// byte.
 fn cpu_ticks(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let fields = stat.rsplit_once(") ")?.1.split(' ').skip(11).take(4);
     Some(fields.filter_map(|field| field.parse::<u64>().ok()).sum())
 }
 
-/// The most memory a process has held so far, in bytes.
+/// Highest resident memory of a process so far, in bytes.
 pub(super) fn peak_memory_bytes(pid: Pid) -> Option<u64> {
     kib(&status(pid.as_raw())?, "VmHWM:")
 }
@@ -149,13 +150,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_noticed_where_children_are_not_listed() {
+    fn a_kernel_without_lists_of_children_is_detected() {
         assert!(lists_children(Path::new("/proc")));
         assert!(!lists_children(Path::new("/proc/sys")));
     }
 
     #[test]
-    fn a_process_that_is_gone_has_no_share() {
+    fn an_ended_process_has_no_share() {
         let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         let (us, pid) = (std::process::id().cast_signed(), child.id().cast_signed());
         assert!(shares(&[us]).memory_bytes > 0);

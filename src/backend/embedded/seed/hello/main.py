@@ -1,11 +1,11 @@
-"""Greets whoever the payload names. The smallest complete function: read the payload, print one line of JSON."""
+"""Example function: greets the person named in the payload. Reads the payload and prints one line of JSON."""
 
 import json
 import os
 
 
 def payload():
-    """A payload too large for the environment comes as a file."""
+    """Returns the payload. One that is too large for the environment is in a file."""
     path = os.environ.get("PAYLOAD_FILE")
     if path is None:
         return json.loads(os.environ.get("PAYLOAD", "{}"))

@@ -1,7 +1,8 @@
 //! What counts must survive a store that loses its data at any moment: each test is one way in which it did not.
 
 use super::*;
-use crate::audit::{self, Stores};
+use crate::audit::{self};
+use crate::audit::record::Stores;
 use crate::backend::{
     Claim, Claimed, Claims, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite, Journal,
     LogPage, LogQuery, Numbered, Others, Predecessor, Renewal, ResultEvent, Results, Taken, Unposted,
@@ -10,7 +11,7 @@ use crate::backend::{
 use crate::config::Conf;
 use crate::dispatch::in_flight::{Held, InFlight, Joined};
 use crate::dispatch::journal::NodeJournal;
-use crate::dispatch::settler::Lookups;
+use crate::dispatch::result_loops::Lookups;
 use crate::metrics::Metrics;
 use crate::model::{Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums};
 use async_trait::async_trait;

@@ -11,8 +11,8 @@
 //! any more is taken up by the holder, which reads its own journal again whenever another process may have
 //! entered jobs there.
 
-use super::lease::Lease;
-use super::settler::Settler;
+use crate::node_lease::Lease;
+use crate::dispatch::settler::Settler;
 use crate::audit::{Ledger, Outstanding};
 use crate::backend::{BackendError, JournalEntry, Membership, Others, Renewal, Told};
 use crate::config::FleetConf;

@@ -5,8 +5,8 @@
 use super::api_key::ApiKeys;
 use super::descriptors::{Descriptors, Room};
 use super::guard::{Tls, server_config};
-use super::upstreams::Upstreams;
-use super::via::Pseudonym;
+use super::upstream::pool::Upstreams;
+use super::upstream::via::Pseudonym;
 use crate::config::{AuthConf, Conf, HttpConf, Live, Secret, TlsConf, TlsTexts};
 use parking_lot::Mutex;
 use rustls::ServerConfig;

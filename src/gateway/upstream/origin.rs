@@ -3,7 +3,7 @@
 //! Only this gateway and the proxies that it trusts may set them. An upstream would believe a client's forged
 //! fields.
 
-use super::client::X_FORWARDED_FOR;
+use crate::gateway::client::X_FORWARDED_FOR;
 use http::header::{HeaderName, HeaderValue};
 use pingora::http::RequestHeader;
 use std::net::IpAddr;

@@ -9,7 +9,7 @@
 //! A tunnel carries no further requests that would present a key. So the key that opened it is checked
 //! periodically, and the tunnel ends when the key is removed, expires or loses its scope.
 
-use super::api_key::{ApiKeys, Pass};
+use crate::gateway::api_key::{ApiKeys, Pass};
 use async_trait::async_trait;
 use pingora::ErrorType::ConnectError;
 use pingora::connectors::l4::Connect;

@@ -1,10 +1,10 @@
 //! A forwarded request: how it and its response are adapted, and which error the client gets if the upstream
 //! fails.
 
-use super::api_key::{Pass, X_API_KEY};
+use crate::gateway::api_key::{Pass, X_API_KEY};
 use super::origin::Origin;
-use super::request_id::X_REQUEST_ID;
-use super::upstreams::Upstream;
+use crate::gateway::request_id::X_REQUEST_ID;
+use super::pool::Upstream;
 use super::via::Pseudonym;
 use crate::api::ApiError;
 use crate::limiter::Counted;

@@ -1,8 +1,9 @@
 //! The files of a `conf/` as they stand on the disk.
 
-use super::place::line_of;
+use super::line::line_of;
 use super::reader::{self, FileError, FileReader};
-use super::{ConfigError, Secret};
+use super::error::ConfigError;
+use super::secret::Secret;
 use std::path::Path;
 use toml::Table;
 

@@ -1,0 +1,128 @@
+//! The loop that writes queued rows in batches.
+
+use bytes::Bytes;
+use crate::audit::{RowsWritten, new};
+use crate::audit::record::Record;
+use crate::backend::ROWS_MAX;
+use crate::metrics::Metrics;
+use crate::model::JobId;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use writer::{Batch, Tried, Writer};
+
+/// How long a row waits for company.
+const ROWS_LINGER: Duration = Duration::from_millis(50);
+
+/// Row writes in flight at a time: at 5 ms each, 80,000 rows a second.
+const WRITES_MAX: usize = 16;
+
+/// How often a flusher that may not write looks whether it may.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long rows gather before they are taken from the queue: one wake-up for many.
+const ROWS_GATHER: Duration = Duration::from_millis(5);
+
+/// How long the end may take.
+const ROWS_END_MAX: Duration = Duration::from_secs(7);
+
+/// The loop behind [`Audit`].
+pub struct Flusher {
+    receiver: mpsc::Receiver<Record>,
+    bytes: Arc<AtomicUsize>,
+    writer: Arc<Writer>,
+    metrics: Arc<Metrics>,
+    ledger: Arc<Ledger>,
+}
+
+impl Flusher {
+    /// Runs until `stop` resolves, and then until every row that was taken is written, but not for ever.
+    pub async fn run(mut self, told: Arc<dyn RowsWritten>, stop: impl Future<Output = ()>) {
+        tokio::pin!(stop);
+        let mut end = None;
+        let mut writes = FuturesUnordered::new();
+        // One at a time: new rows go first.
+        let mut replays = FuturesUnordered::new();
+        let mut retries = FuturesUnordered::new();
+        let mut gathered = Vec::with_capacity(ROWS_MAX);
+        let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
+        // A time, and no pause: rows that keep coming must not put it off again and again.
+        let mut look_at_disk = Instant::now();
+        let mut open = true;
+        while open || !gathered.is_empty() || !writes.is_empty() {
+            let room = ROWS_MAX - gathered.len();
+            let is_full = self.ledger.is_full();
+            let may_write = writes.len() < WRITES_MAX && !is_full;
+            let may_replay = !is_full && end.is_none();
+            let looks = may_replay && self.writer.has_rows_on_disk();
+            tokio::select! {
+                Some(tried) = writes.next() => self.after_write(tried, told.as_ref()),
+                Some::<Vec<JobId>>(ids) = replays.next() => told.rows_written(&ids),
+                Some::<Vec<JobId>>(ids) = retries.next() => told.rows_written(&ids),
+                () = tokio::time::sleep_until(look_at_disk), if looks && (replays.is_empty() || retries.is_empty()) => {
+                    look_at_disk = Instant::now() + LOOK_AGAIN;
+                    if replays.is_empty() && self.writer.may_replay() {
+                        replays.push(Arc::clone(&self.writer).replay());
+                    }
+                    if retries.is_empty() && self.writer.may_retry() {
+                        retries.push(Arc::clone(&self.writer).retry());
+                    }
+                }
+                n = take(&mut self.receiver, &mut gathered, look_at), if open && room > 0 => {
+                    open = n > 0;
+                    if gathered.len() == n {
+                        oldest = Instant::now();
+                    }
+                    if n < room {
+                        look_at = Instant::now() + ROWS_GATHER;
+                    }
+                }
+                () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !gathered.is_empty() && may_write => {}
+                () = tokio::time::sleep(LOOK_AGAIN), if is_full => {}
+                () = &mut stop, if end.is_none() => {
+                    end = Some(Instant::now() + ROWS_END_MAX);
+                    look_at = Instant::now();
+                    self.receiver.close();
+                    self.writer.end();
+                }
+                () = over(end) => break,
+            }
+            let due = gathered.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
+            if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.ledger.is_full() {
+                let batch = Batch::of(gathered.drain(..));
+                writes.push(Arc::clone(&self.writer).write(batch));
+            }
+        }
+        let rows = self.metrics.audit.waiting_rows.get();
+        if rows > 0 {
+            // Their jobs stay in the journal: the next start finds the results again.
+            tracing::error!(rows, "Rows Not Written In Time");
+        }
+    }
+
+    fn after_write(&mut self, tried: Tried, told: &dyn RowsWritten) {
+        let Tried { written, spilled } = tried;
+        self.bytes.fetch_sub(written.bytes + spilled.bytes, Ordering::Relaxed);
+        self.metrics.audit.waiting_rows.sub((written.ids.len() + spilled.ids.len()) as i64);
+        // Into the books before it is out of the table: whoever looks at both finds it in one.
+        self.ledger.take(&written.ids, written.rows, written.recommendations);
+        told.rows_written(&written.ids);
+        told.rows_written(&spilled.ids);
+    }
+}
+
+/// Takes what waits, or waits for the first row, but not before `at`.
+async fn take(receiver: &mut mpsc::Receiver<Record>, gathered: &mut Vec<Record>, at: Instant) -> usize {
+    tokio::time::sleep_until(at).await;
+    receiver.recv_many(gathered, ROWS_MAX - gathered.len()).await
+}
+
+async fn over(end: Option<Instant>) {
+    match end {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

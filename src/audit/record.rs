@@ -1,0 +1,57 @@
+//! What the audit takes for one execution, and the stores that it writes to.
+
+use bytes::Bytes;
+use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal};
+use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use writer::{Batch, Tried, Writer};
+
+struct Record {
+    id: JobId,
+    row: Execution,
+    recommendation: Option<Recommendation>,
+    kept: Option<Box<Kept>>,
+    /// The job was given up before: this row takes the place of one that says LOST.
+    is_late: bool,
+}
+
+/// A result that is kept with the idempotency key of its request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    pub key: IdempotencyKey,
+    pub result: Bytes,
+}
+
+impl Record {
+    /// Memory the row takes, roughly.
+    fn bytes(&self) -> usize {
+        let tip = self.recommendation.as_ref().and_then(|r| r.tip.as_ref()).map_or(0, String::len);
+        let kept = self.kept.as_ref().map_or(0, |kept| kept.result.len());
+        self.row.message.len() + tip + kept + 512
+    }
+}
+
+/// Where what an execution leaves is written.
+#[derive(Clone)]
+pub struct Stores {
+    pub executions: Arc<dyn ExecutionStore>,
+    pub claims: Arc<dyn Claims>,
+    pub journal: Arc<dyn Journal>,
+    pub functions: Arc<dyn FunctionStore>,
+}
+
+impl From<&Backend> for Stores {
+    fn from(backend: &Backend) -> Self {
+        Self {
+            executions: Arc::clone(&backend.executions),
+            claims: Arc::clone(&backend.claims),
+            journal: Arc::clone(&backend.journal),
+            functions: Arc::clone(&backend.functions),
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! Which limits apply to a request.
+
+use ahash::AHashMap;
+use arc_swap::ArcSwap;
+use crate::config::{Identity, KeyConf, KeyLimitConf, LimitConf, LimitMode, OnRedisLoss};
+use fields::seconds_up;
+use http::HeaderValue;
+use lease::{Micros, Verdict};
+use leaser::{DUE_MAX, Due, Swept};
+use limit::{Limit, OnEmpty, Tried};
+use prometheus::IntCounter;
+use smallvec::SmallVec;
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use store::Store;
+use tokio::sync::mpsc;
+use who::{Subject, Who};
+
+/// The limits of one route.
+struct Plan {
+    /// Those counted before the body is read come first.
+    limits: Vec<Arc<Limit>>,
+    /// How many these are.
+    early: usize,
+    /// Field values of all limits, and of the early ones.
+    policy: Option<HeaderValue>,
+    policy_early: Option<HeaderValue>,
+}
+
+struct Plans {
+    limits: Vec<Arc<Limit>>,
+    by_route: ByRoute,
+    /// Of keys with a limit of their own, by their name.
+    own: AHashMap<String, Own>,
+}
+
+type ByRoute = AHashMap<String, Arc<Plan>>;
+
+/// What one key counts against.
+struct Own {
+    /// In place of those by key; the others are everybody's.
+    limits: Vec<Arc<Limit>>,
+    by_route: ByRoute,
+}
+
+impl Plans {
+    /// Limits that stay as they are are taken over from `old`.
+    fn new(conf: &[LimitConf], keys: &[KeyConf], old: Option<&Self>) -> Self {
+        let limits = made(conf, old.map_or(&[], |old| &old.limits));
+        let by_route = by_route(&limits);
+        let mut own = AHashMap::new();
+        for key in keys {
+            let Some(numbers) = key.limit else { continue };
+            let before = old.and_then(|old| old.own.get(&key.name));
+            let conf = own_conf(conf, numbers);
+            let own_limits = made(&conf, before.map_or(&[], |own| &own.limits));
+            let others = limits.iter().filter(|limit| limit.conf.identity != Identity::Key).cloned();
+            let all: Vec<_> = own_limits.iter().cloned().chain(others).collect();
+            own.insert(key.name.clone(), Own { limits: own_limits, by_route: self::by_route(&all) });
+        }
+        Self { limits, by_route, own }
+    }
+
+    fn of(&self, key_name: Option<&Arc<str>>, route: &str) -> Option<Arc<Plan>> {
+        let own = if self.own.is_empty() { None } else { key_name.and_then(|name| self.own.get(&**name)) };
+        own.map_or(&self.by_route, |own| &own.by_route).get(route).map(Arc::clone)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Arc<Limit>> {
+        self.limits.iter().chain(self.own.values().flat_map(|own| &own.limits))
+    }
+}
+
+fn made(conf: &[LimitConf], old: &[Arc<Limit>]) -> Vec<Arc<Limit>> {
+    let same = |conf: &LimitConf| old.iter().find(|limit| limit.conf == *conf).map(Arc::clone);
+    conf.iter().map(|conf| same(conf).unwrap_or_else(|| Arc::new(Limit::new(conf.clone())))).collect()
+}
+
+fn by_route(limits: &[Arc<Limit>]) -> ByRoute {
+    let routes = limits.iter().flat_map(|limit| &limit.conf.routes);
+    routes.map(|route| (route.clone(), Arc::new(Plan::new(route, limits)))).collect()
+}
+
+/// The limits by key with other numbers; where there are none, one on what is limited as shipped.
+fn own_conf(conf: &[LimitConf], numbers: KeyLimitConf) -> Vec<LimitConf> {
+    let KeyLimitConf { rate, period_s, burst } = numbers;
+    let mut own: Vec<_> = conf.iter().filter(|limit| limit.identity == Identity::Key).cloned().collect();
+    if own.is_empty() {
+        own.push(LimitConf {
+            name: "api-key".to_owned(),
+            identity: Identity::Key,
+            mode: LimitMode::default(),
+            routes: vec!["/run".to_owned(), "/upload".to_owned()],
+            rate,
+            period_s,
+            burst,
+            on_redis_loss: OnRedisLoss::Local,
+        });
+    }
+    for limit in &mut own {
+        (limit.rate, limit.period_s, limit.burst) = (rate, period_s, burst);
+    }
+    own
+}
+
+impl Plan {
+    fn new(route: &str, limits: &[Arc<Limit>]) -> Self {
+        let here = limits.iter().filter(|limit| limit.conf.routes.iter().any(|r| r == route)).map(Arc::clone);
+        let (late, early): (Vec<_>, Vec<_>) =
+            here.partition(|limit| limit.conf.identity == Identity::Function);
+        let (count, policy_early) =
+            (early.len(), fields::policy(early.iter().map(|limit| fields::quota(limit))));
+        let limits = [early, late].concat();
+        let policy = fields::policy(limits.iter().map(|limit| fields::quota(limit)));
+        Self { limits, early: count, policy, policy_early }
+    }
+}

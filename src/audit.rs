@@ -12,33 +12,20 @@ mod spill;
 mod tail;
 mod writer;
 
-use crate::audit::flusher::{Flusher, ROWS_LINGER, WRITES_MAX, take};
-use crate::audit::record::{Kept, Record, Stores};
 pub use disk::RowDisk;
+pub use flusher::Flusher;
 pub use ledger::{Ledger, Outstanding};
+pub use record::{Full, Kept, RowsWritten, Stores};
 pub use tail::{Event, Executed, Tail, TailEntry};
 
-use crate::backend::{Claims, ExecutionStore, FunctionStore, Journal, ROWS_MAX};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
-use crate::model::{Execution, IdempotencyKey, JobId, Recommendation, now_ms};
-use bytes::Bytes;
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use crate::model::{Execution, JobId, Recommendation, now_ms};
+use record::Record;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
-use writer::{Batch, Tried, Writer};
-
-/// The queue is full: the log table does not keep up.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Full;
-
-/// Who is told that rows are safe: written, or on this node's disk. Must not wait: rows of other jobs stand behind.
-pub trait RowsWritten: Send + Sync {
-    fn rows_written(&self, ids: &[JobId]);
-}
+use writer::Writer;
 
 /// Takes rows. Cheap to clone.
 #[derive(Clone)]
@@ -149,17 +136,27 @@ pub fn new(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::audit::flusher::ROWS_LINGER;
+    use crate::audit::flusher::WRITES_MAX;
+    use crate::backend::Claims;
+    use crate::backend::ExecutionStore;
+    use crate::backend::FunctionStore;
+    use crate::backend::Journal;
+    use crate::backend::ROWS_MAX;
     use crate::backend::{
         BackendError, Claim, Claimed, Ended, FunctionPage, FunctionWrite, JournalEntry, LogPage, LogQuery,
         Numbered, Unposted, Written,
     };
     use crate::config::AuditConf;
+    use crate::model::IdempotencyKey;
     use crate::model::{Function, FunctionId, Job, NodeId, Outcome, RowId, Sums};
     use async_trait::async_trait;
     use std::collections::HashMap;
     use std::path::Path;
     use std::sync::Mutex;
     use std::sync::atomic::AtomicBool;
+    use std::time::Duration;
+    use std::time::Instant;
 
     /// Tables in memory that fail as told: one entry a call, fine when it is used up.
     #[derive(Default)]

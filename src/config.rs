@@ -42,5 +42,3 @@ pub use server::{
     MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf,
 };
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};
-
-

@@ -1,4 +1,5 @@
-//! This node among the others: leases, and the jobs of nodes that are gone.
+//! This node among the others: its lease, and the jobs of nodes that are gone.
 
 mod adoption;
 
+pub use adoption::Adopter;

@@ -8,13 +8,14 @@ mod freshness;
 mod sweep;
 
 pub use cache::Functions;
-pub use editor::{Change, EditError, Editor, NewCode, NewFunction};
 pub use change_loop::ChangeLoop;
+pub use editor::{Change, EditError, Editor, NewCode, NewFunction};
 pub use sweep::Sweeper;
 
 use crate::backend::Backend;
 use crate::config::CacheConf;
 use crate::metrics::Metrics;
+use announcer::Announcer;
 use std::sync::Arc;
 
 /// The cache, and the loop that hears of the changes of other nodes. `bucket`: where jobs find their code.
@@ -24,10 +25,10 @@ pub fn new(
     bucket: String,
     metrics: &Arc<Metrics>,
 ) -> (Functions, ChangeLoop) {
-    let feed = feed::Feed::new(backend.changes.clone());
+    let announcer = Announcer::new(backend.changes.clone());
     let functions =
-        Functions::new(conf, Arc::clone(&backend.functions), bucket, feed.clone(), Arc::clone(metrics));
-    let changes = ChangeLoop::new(feed, functions.clone(), Arc::clone(metrics));
+        Functions::new(conf, Arc::clone(&backend.functions), bucket, announcer.clone(), Arc::clone(metrics));
+    let changes = ChangeLoop::new(announcer, functions.clone(), Arc::clone(metrics));
     (functions, changes)
 }
 

@@ -26,6 +26,7 @@ mod descriptors;
 mod fields;
 mod guard;
 mod inflate;
+mod rate_limit;
 mod request_id;
 mod respond;
 mod settings;
@@ -33,22 +34,22 @@ mod timed_body;
 mod tls;
 mod upstream;
 
-pub use settings::{Edge, tls_of};
 pub use guard::{Accepted, Guard, Guarded};
+pub use settings::{Edge, tls_of};
 pub use upstream::pool::Tending;
 pub use upstream::via::Pseudonym;
 
-use api_key::X_API_KEY;
-use async_trait::async_trait;
-use bytes::Bytes;
 use crate::api::{Api, ApiError, Call, CallHeaders, Endpoint, Found, Reply, Route, Takes, find};
-use crate::lifecycle::{Lifecycle, RequestGuard};
+use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::limiter::{Counted, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::Scope;
-use guard::has_member;
-use http::{Method, StatusCode, Version};
-use http::header::{CONNECTION, EXPECT, HeaderName, HeaderValue, UPGRADE, VARY};
+use api_key::X_API_KEY;
+use async_trait::async_trait;
+use bytes::Bytes;
+use guard::refused_over_http2;
+use http::header::{EXPECT, HeaderName, HeaderValue, UPGRADE, VARY};
+use http::{StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{HttpPeer, ProxyHttp, Session};
@@ -56,7 +57,7 @@ use pingora::protocols::http::ServerSession;
 use pingora::proxy::FailToProxy;
 use pingora::upstreams::peer::Peer;
 use request_id::{RequestId, X_REQUEST_ID};
-use respond::refusal_of_head;
+use respond::{CLIENT_GONE, is_http2};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -66,9 +67,6 @@ use upstream::pool::Upstream;
 
 /// The metric label of paths that match no route.
 const NO_ROUTE: &str = "(none)";
-/// The status label of requests whose client disconnected before the response, as in nginx.
-const CLIENT_GONE: u16 = 499;
-
 /// The Pingora application: the filters in front of the API and the upstreams.
 pub struct Gateway {
     api: Api,
@@ -240,7 +238,7 @@ impl Gateway {
         id: &RequestId,
         counted: &mut Counted,
     ) -> Result<Passage, ApiError> {
-        via::check(&session.req_header().headers, &self.edge.pseudonym)?;
+        upstream::via::check(&session.req_header().headers, &self.edge.pseudonym)?;
         let presented = session.req_header().headers.get(X_API_KEY);
         let client = || self.client_of(session);
         let caller =
@@ -267,10 +265,62 @@ impl Gateway {
         Ok(passage)
     }
 
+    /// Keeps the connection open for the next request, unless the node drains.
+    ///
+    /// Each request needs this, since Pingora starts each with an unlimited keep-alive. It must run just
+    /// before the response: a `100 Continue` resets the value, and a drain may begin while the handler runs.
+    fn keep_alive(&self, session: &mut Session) {
+        let stopping = self.lifecycle.phase() >= Phase::Draining;
+        let request = session.req_header();
+        // HTTP/1.0 closes the connection unless the client asks for keep-alive.
+        let closes =
+            request.version == Version::HTTP_10 && !fields::connection_names(&request.headers, b"keep-alive");
+        session.set_keepalive((!stopping && !closes).then_some(self.edge.http.get().keepalive_s));
+    }
+
+    /// The response to a CORS preflight request of a known origin. `None`: the request is not one.
+    fn preflight(&self, request: &RequestHeader, ctx: &Ctx) -> Option<Reply> {
+        // Only a known origin gets more CORS fields than `Vary`.
+        let is_known = ctx.cors.len() > 1;
+        if !is_known || !cors::is_preflight(&request.method, &request.headers) {
+            return None;
+        }
+        let upstream = self.edge.upstreams.find(request.uri.path());
+        let mut reply = Reply::json(StatusCode::NO_CONTENT, "");
+        reply.headers = cors::preflight_fields(upstream.as_ref().map(|upstream| &upstream.conf));
+        Some(reply)
+    }
+
+    fn refused(&self, session: &mut Session, error: ApiError, id: &RequestId) -> Reply {
+        self.metrics.refused.with_label_values(&[error.code()]).inc();
+        if matches!(error, ApiError::Unauthorized | ApiError::KeyNotValidNow) {
+            self.api.note_unauthorized(self.client_of(session));
+        }
+        if matches!(error, ApiError::BodyTimeout | ApiError::BodyBroken) {
+            // The next bytes may be the rest of the body, not a request.
+            session.set_keepalive(None);
+        }
+        error.into_reply(id.as_str())
+    }
+
+    async fn finish(&self, session: &mut Session, ctx: &mut Ctx, reply: Reply, id: RequestId) {
+        let mut reply = reply;
+        reply.headers.append(&mut ctx.cors);
+        ctx.status = respond::finish(session, reply, id, self.drain_timeout()).await;
+    }
+
+    async fn discard_body(&self, session: &mut Session) -> bool {
+        body::discard(session, self.drain_timeout()).await
+    }
+
+    fn drain_timeout(&self) -> Duration {
+        Duration::from_millis(self.edge.http.get().drain_body_timeout_ms)
+    }
+
     /// Sets Pingora's timeouts for draining the body and, over HTTP/2, for writing the response.
     fn set_timeouts(&self, session: &mut Session) {
         let http = self.edge.http.get();
-        session.set_total_drain_timeout(Some(Duration::from_millis(http.drain_body_timeout_ms)));
+        session.set_total_drain_timeout(Some(self.drain_timeout()));
         if session.is_http2() {
             // Over HTTP/1.1 the guard enforces it.
             session.set_write_timeout(Some(Duration::from_secs(http.write_timeout_s)));
@@ -327,7 +377,7 @@ impl ProxyHttp for Gateway {
             session.set_keepalive(None);
         }
         let mut reply = answer.unwrap_or_else(|error| self.refused(session, error, &id));
-        counted.add_fields(&mut reply.headers);
+        rate_limit::add_fields(&counted, &mut reply.headers);
         debug_assert!(
             ctx.found.is_none_or(|route| route.statuses().any(|status| status == reply.status.as_u16())),
             "{} {} has the response status {}, which the route table does not list",
@@ -350,7 +400,7 @@ impl ProxyHttp for Gateway {
             }
             if session.is_upgrade_req() {
                 let pass = passage.pass.clone().map(|pass| (Arc::clone(&self.edge.keys), pass));
-                tunnel::tunnel(peer, pass);
+                upstream::tunnel::tunnel(peer, pass);
             }
         }
         let no_peer = || pingora::Error::explain(pingora::ErrorType::HTTPStatus(503), "no healthy address");
@@ -391,7 +441,7 @@ impl ProxyHttp for Gateway {
             return Ok(()); // an interim response; the final one follows
         }
         ctx.status = response.status.as_u16();
-        passage::adapt_answer(response, session)?;
+        upstream::forward::adapt_answer(response, session)?;
         let is_awaited = session.req_header().headers.contains_key(EXPECT);
         if is_awaited && !session.is_body_done() {
             // The client may omit the body now, so the next bytes may be body or the next request.
@@ -400,7 +450,7 @@ impl ProxyHttp for Gateway {
         let Some(passage) = &ctx.passage else { return Ok(()) };
         let mut fields = vec![(X_REQUEST_ID, passage.request_id.clone())];
         fields.append(&mut ctx.cors);
-        passage.counted.add_fields(&mut fields);
+        rate_limit::add_fields(&passage.counted, &mut fields);
         fields.into_iter().try_for_each(|(name, value)| {
             // The upstream may have set a `Vary` of its own.
             if name == VARY {
@@ -456,7 +506,7 @@ impl ProxyHttp for Gateway {
         let is_last =
             |status: StatusCode| !status.is_informational() || status == StatusCode::SWITCHING_PROTOCOLS;
         let is_answered = session.response_written().is_some_and(|head| is_last(head.status));
-        match passage::failure(error, bytes_max) {
+        match upstream::forward::failure(error, bytes_max) {
             Some(refusal) if !is_answered => {
                 let upstream = ctx.passage.as_ref().map_or("", |passage| passage.upstream.conf.name.as_str());
                 tracing::warn!(
@@ -495,11 +545,6 @@ impl ProxyHttp for Gateway {
     }
 }
 
-/// Unlike `Session::is_http2`, this covers sessions that are wrapped to give their body a deadline, too.
-fn is_http2(session: &Session) -> bool {
-    session.req_header().version == Version::HTTP_2
-}
-
 /// Removes fields that have no meaning in the client's version of HTTP.
 ///
 /// HTTP/1.0 has no interim responses, so none are sent to it and `Expect` is ignored (RFC 9110, sections
@@ -520,22 +565,16 @@ fn adapt_to_version(session: &mut Session) {
 }
 
 fn wants_upgrade(request: &RequestHeader) -> bool {
-    request.version == Version::HTTP_11 && connection_names(request, b"upgrade")
+    request.version == Version::HTTP_11 && fields::connection_names(&request.headers, b"upgrade")
 }
 
-fn connection_names(request: &RequestHeader, option: &[u8]) -> bool {
-    request.headers.get_all(CONNECTION).iter().any(|value| has_member(value.as_bytes(), option))
+/// The reason to reject a request by its head alone, whatever its route.
+fn refusal_of_head(request: &RequestHeader) -> Option<ApiError> {
+    let malformed = (request.version == Version::HTTP_2).then(|| refused_over_http2(request)).flatten();
+    malformed.or_else(|| fields::repeated(&request.headers).map(ApiError::RepeatedField))
 }
 
 /// The address at the other end of the connection, which may be a proxy.
 fn peer_of(session: &Session) -> Option<IpAddr> {
     session.client_addr().and_then(|address| address.as_inet()).map(std::net::SocketAddr::ip)
-}
-
-/// Whether a request is answered even at the connection limit: health checks and metrics must work then, too.
-fn is_always_answered(target: &[u8]) -> bool {
-    let Ok(target) = std::str::from_utf8(target) else { return false };
-    let path = target.split('?').next().unwrap_or_default();
-    let Found::Route(route, _) = find(&Method::GET, path) else { return false };
-    matches!(route.endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
 }

@@ -26,11 +26,11 @@ pub mod catalogue;
 pub mod code_archive;
 pub mod config;
 pub mod dispatch;
+pub mod fleet;
 pub mod functions;
 #[cfg(test)]
 mod fuzz;
 pub mod gateway;
-pub mod fleet;
 mod https;
 pub mod lifecycle;
 pub mod limiter;

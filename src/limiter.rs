@@ -10,11 +10,10 @@
 //! first step took stays taken if the second refuses.
 //!
 //! In reading order: [`who`] is counted; [`limit`], [`lease`], [`leaser`], [`store`]: the shared count; [`local`]: the
-//! other; [`fields`] of the answer. Apart from all that: [`failures`] to show a key.
+//! other; [`state`] of a request. Apart from all that: [`failures`] to show a key.
 
 mod count;
 mod failures;
-mod fields;
 mod lease;
 mod leaser;
 mod limit;
@@ -22,62 +21,30 @@ mod local;
 mod plan;
 #[cfg(test)]
 mod simulation;
+mod state;
 mod store;
 mod who;
 
-use crate::limiter::count::{Counters, Decisions, Said, Source, Step};
-use crate::limiter::plan::{Plan, Plans, made};
 pub use failures::{Failures, TooMany};
 pub use leaser::Leaser;
+pub use state::{Counted, Rejection, seconds_up};
 pub use who::block_of;
 
-use crate::backend::{Decision, LimitStore};
-use crate::config::{Identity, KeyConf, KeyLimitConf, LimitConf, LimitMode, OnRedisLoss};
+use crate::backend::LimitStore;
+use crate::config::{Identity, KeyConf, LimitConf, LimitMode, OnRedisLoss};
 use crate::metrics::Metrics;
 use crate::model::FunctionId;
-use ahash::AHashMap;
 use arc_swap::ArcSwap;
-use fields::seconds_up;
-use http::HeaderValue;
+use count::{Counters, Said, Source, Step};
 use lease::{Micros, Verdict};
 use leaser::{DUE_MAX, Due, Swept};
 use limit::{Limit, OnEmpty, Tried};
-use prometheus::IntCounter;
-use smallvec::SmallVec;
+use plan::{Plan, Plans};
 use std::net::IpAddr;
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::Arc;
 use store::Store;
 use tokio::sync::mpsc;
 use who::{Subject, Who};
-
-/// Why a request is not let through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refusal {
-    Limited {
-        /// At least 1.
-        retry_after_s: u64,
-    },
-    /// The count cannot be had, and the limit says that nobody is let through then.
-    Away,
-}
-
-/// What the limits of its route said of one request.
-#[derive(Default)]
-pub struct Counted {
-    plan: Option<Arc<Plan>>,
-    early: Decisions,
-    late: OnceLock<Decisions>,
-}
-
-impl std::fmt::Debug for Counted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Counted")
-            .field("early", &self.early)
-            .field("late", &self.late)
-            .finish_non_exhaustive()
-    }
-}
 
 /// All limits of the configuration; cheap to clone.
 #[derive(Clone)]
@@ -126,25 +93,23 @@ impl RateLimiter {
         key_name: Option<&Arc<str>>,
         client: impl FnOnce() -> Option<IpAddr>,
         counted: &mut Counted,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), Rejection> {
         let Some(plan) = self.0.plans.load().of(key_name, route) else { return Ok(()) };
         let mut step = Step::default();
         let by_address = plan.limits.iter().any(|limit| limit.conf.identity == Identity::Ip);
         let subject = Subject::Caller { key_name, client: by_address.then(client).flatten() };
         let result = self.0.count(&plan, 0, plan.early, subject, &mut step).await;
-        *counted = Counted { plan: Some(plan), early: step.decisions, late: OnceLock::new() };
+        *counted = Counted::early(plan, step.decisions);
         result
     }
 
     /// Counts the same request against the limits by function.
-    pub async fn check_function(&self, function: &FunctionId, counted: &Counted) -> Result<(), Refusal> {
-        let Some(plan) = counted.plan.as_ref().filter(|plan| plan.early < plan.limits.len()) else {
-            return Ok(());
-        };
+    pub async fn check_function(&self, function: &FunctionId, counted: &Counted) -> Result<(), Rejection> {
+        let Some(plan) = counted.plan_with_late_limits() else { return Ok(()) };
         let mut step = Step::default();
         let subject = Subject::Function(function);
         let result = self.0.count(plan, plan.early, plan.limits.len(), subject, &mut step).await;
-        let _ = counted.late.set(step.decisions); // a request has one function
+        counted.set_late(step.decisions);
         result
     }
 }
@@ -162,7 +127,7 @@ impl Inner {
         to: usize,
         subject: Subject<'_>,
         step: &mut Step,
-    ) -> Result<(), Refusal> {
+    ) -> Result<(), Rejection> {
         for (n, limit) in plan.limits.iter().enumerate().take(to).skip(from) {
             let Some(who) = subject.who(limit.conf.identity) else { continue };
             if limit.conf.mode == LimitMode::Exact && self.store.is_shared() {
@@ -191,16 +156,16 @@ impl Inner {
         step.decisions.push((n, said.decision));
     }
 
-    fn refuse(&self, plan: &Plan, step: &mut Step) -> Result<(), Refusal> {
+    fn refuse(&self, plan: &Plan, step: &mut Step) -> Result<(), Rejection> {
         self.refund(plan, step);
         let wait = step.decisions.iter().map(|(_, d)| d.retry_after).max().unwrap_or_default();
-        Err(Refusal::Limited { retry_after_s: seconds_up(wait).max(1) })
+        Err(Rejection::Limited { retry_after_s: seconds_up(wait).max(1) })
     }
 
-    fn refuse_unasked(&self, plan: &Plan, step: &mut Step) -> Result<(), Refusal> {
+    fn refuse_unasked(&self, plan: &Plan, step: &mut Step) -> Result<(), Rejection> {
         self.counters.count(Source::Closed, false);
         self.refund(plan, step);
-        Err(Refusal::Away)
+        Err(Rejection::Away)
     }
 
     fn refund(&self, plan: &Plan, step: &mut Step) {
@@ -310,11 +275,14 @@ impl Inner {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Decision;
     use crate::backend::{BackendError, Grant, LeaseCall};
+    use crate::config::KeyLimitConf;
     use crate::model::Quota;
     use async_trait::async_trait;
     use http::HeaderName;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+    use std::time::Duration;
     use tokio::time::{advance, sleep};
 
     fn conf(name: &str, identity: Identity, burst: u32, on_redis_loss: OnRedisLoss) -> LimitConf {
@@ -330,7 +298,7 @@ mod tests {
         limiter
     }
 
-    async fn ask(limiter: &RateLimiter, key: &str, client: Option<&str>) -> (Result<(), Refusal>, Counted) {
+    async fn ask(limiter: &RateLimiter, key: &str, client: Option<&str>) -> (Result<(), Rejection>, Counted) {
         let mut counted = Counted::default();
         let client = client.map(|ip| ip.parse().unwrap());
         let result = limiter.check("/run", Some(&key.into()), || client, &mut counted).await;
@@ -452,7 +420,7 @@ mod tests {
             assert_eq!(field(&fields, "ratelimit-policy"), "\"k\";q=60;w=60");
         }
         let (result, counted) = ask(&limiter, "a", None).await;
-        assert_eq!(result, Err(Refusal::Limited { retry_after_s: 1 }));
+        assert_eq!(result, Err(Rejection::Limited { retry_after_s: 1 }));
         assert_eq!(field(&fields(&counted), "ratelimit"), "\"k\";r=0;t=2");
         assert!(passes(&limiter, "b").await, "another key has its own bucket");
         let mut counted = Counted::default();
@@ -472,7 +440,7 @@ mod tests {
         let function = FunctionId::parse("fn-1").unwrap();
         for (result, state) in [
             (Ok(()), "\"k\";r=8;t=1, \"g\";r=4;t=1, \"f\";r=0;t=1"),
-            (Err(Refusal::Limited { retry_after_s: 1 }), "\"k\";r=7;t=2, \"g\";r=3;t=2, \"f\";r=0;t=1"),
+            (Err(Rejection::Limited { retry_after_s: 1 }), "\"k\";r=7;t=2, \"g\";r=3;t=2, \"f\";r=0;t=1"),
         ] {
             let (early, counted) = ask(&limiter, "a", None).await;
             assert_eq!(early, Ok(()));
@@ -588,7 +556,7 @@ mod tests {
                     "one waits to learn it, the others do not"
                 );
                 let refusal = ask(&limiter, "a", None).await.0.unwrap_err();
-                assert_eq!(refusal == Refusal::Away, on_loss == OnRedisLoss::Closed, "{refusal:?}");
+                assert_eq!(refusal == Rejection::Away, on_loss == OnRedisLoss::Closed, "{refusal:?}");
                 store.is_away.store(false, Ordering::Relaxed);
                 // So long that nobody expects another request: one is let ask all the same.
                 advance(Duration::from_secs(1)).await;
@@ -613,7 +581,7 @@ mod tests {
             passed += 1;
         }
         assert!(passed > 0);
-        assert_eq!(ask(&limiter, "a", None).await.0, Err(Refusal::Away));
+        assert_eq!(ask(&limiter, "a", None).await.0, Err(Rejection::Away));
     }
 
     #[tokio::test(start_paused = true)]

@@ -1,5 +1,6 @@
 //! The period in which this node may admit jobs: slightly shorter than its lease.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
@@ -9,7 +10,7 @@ use tokio::time::Instant;
 const TRUSTED_PERCENT: u32 = 99;
 
 /// The time until which this node may admit jobs.
-pub struct Lease {
+pub struct NodeLease {
     epoch: Instant,
     /// In milliseconds since `epoch`.
     until: AtomicU64,
@@ -18,7 +19,12 @@ pub struct Lease {
     is_lost: AtomicBool,
 }
 
-impl Lease {
+impl NodeLease {
+    /// The lease of a node at its start: lapsed if there are other nodes, else endless.
+    pub fn of_fleet(has_other_nodes: bool) -> Arc<Self> {
+        Arc::new(if has_other_nodes { Self::lapsed() } else { Self::endless() })
+    }
+
     /// A lease that never lapses, for a node without others.
     pub fn endless() -> Self {
         Self::until(u64::MAX)
@@ -68,8 +74,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_lease_ends_slightly_before_others_see_it_lapse() {
-        let lease = Lease::lapsed();
-        assert!(!lease.holds() && Lease::endless().holds());
+        let lease = NodeLease::lapsed();
+        assert!(!lease.holds() && NodeLease::endless().holds());
         let asked = Instant::now();
         tokio::time::advance(Duration::from_secs(1)).await;
         lease.renewed(asked, Duration::from_secs(10), 3);

@@ -1,7 +1,7 @@
-//! The use case behind `POST /run`: admit, look up, claim, submit, wait. Knows nothing of HTTP.
+//! The use case behind `POST /run`: admit, look up, claim, submit, wait. It does not depend on HTTP.
 //!
 //! ```text
-//! admit          shed while the queue is slow
+//! admit          reject a part of the jobs while the queue is slow
 //! look up        the function, its permission and its rate limit
 //! claim          the idempotency key, if the request has one → first attempt, repeat or resend
 //! submit         concurrency caps → journal → queue
@@ -9,8 +9,8 @@
 //! ```
 //!
 //! * [`Runs`] — the use case
-//! * [`idempotency`] — requests with a key: claimed, repeated, sent again
-//! * [`error`] — why a run was not carried out
+//! * [`idempotency`] — requests with an idempotency key: claim, repeat, resend
+//! * [`error`] — the errors of a run
 
 mod error;
 mod idempotency;
@@ -40,7 +40,7 @@ const MODEL_CHARS_SHOWN: usize = 128;
 /// One request for a run.
 pub struct RunOrder<'a> {
     pub request: &'a RunRequest<'a>,
-    /// The whole request body; its hash tells a repeat from a reused idempotency key.
+    /// The whole request body. Its hash distinguishes a repeat from a reused idempotency key.
     pub body: &'a [u8],
     pub idempotency_key: Option<&'a str>,
     pub caller: Option<&'a Caller>,
@@ -73,13 +73,13 @@ pub enum RunOutcome {
     /// The queue has confirmed the job.
     Accepted(JobId),
     Finished(Outcome),
-    /// The job has finished, and only its row is left.
+    /// The job has finished. Only its row is left.
     Recorded(JobId, Box<Execution>),
     /// The wait ended before the job.
     StillRunning(JobId),
 }
 
-/// What [`Runs`] is made of.
+/// The parts of [`Runs`].
 pub struct RunParts<'a> {
     pub backend: &'a Backend,
     pub waits: Live<WaitsConf>,
@@ -92,7 +92,7 @@ pub struct RunParts<'a> {
     pub metrics: Arc<Metrics>,
 }
 
-/// Carries runs out.
+/// Carries out runs.
 pub struct Runs {
     dispatcher: Dispatcher,
     idempotency: Idempotency,
@@ -100,7 +100,7 @@ pub struct Runs {
     limiter: RateLimiter,
     lifecycle: Lifecycle,
     message_bytes_max: usize,
-    /// How long the queue keeps a message.
+    /// The retention period of the queue.
     retention: Duration,
     waits: Live<WaitsConf>,
     tail: Tail,
@@ -108,9 +108,9 @@ pub struct Runs {
 
 impl Runs {
     pub fn new(parts: RunParts<'_>) -> Self {
-        let RunParts { backend, waits, batch, dispatcher, functions, limiter, lifecycle, tail, metrics } = parts;
-        let idempotency =
-            Idempotency::new(backend, dispatcher.clone(), batch, lifecycle.clone(), metrics);
+        let RunParts { backend, waits, batch, dispatcher, functions, limiter, lifecycle, tail, metrics } =
+            parts;
+        let idempotency = Idempotency::new(backend, dispatcher.clone(), batch, lifecycle.clone(), metrics);
         let queue = backend.queue.traits();
         Self {
             dispatcher,
@@ -125,12 +125,16 @@ impl Runs {
         }
     }
 
-    /// Whether a job may come in now. Asked before the body is parsed, so that an overload costs little.
+    /// Checks whether the node accepts a job. Called before the body is parsed, so that overload costs
+    /// little.
+    ///
+    /// # Errors
+    /// `Shed`.
     pub fn admit(&self) -> Result<(), RunError> {
         self.dispatcher.admit().map_err(|retry_after| RunError::Shed { retry_after })
     }
 
-    /// Carries out one request. The job goes on if the returned future is dropped after its submission.
+    /// Carries out one request. The job continues if the returned future is dropped after the submission.
     pub async fn run(&self, order: &RunOrder<'_>) -> Result<RunOutcome, RunError> {
         let template = self.functions.get(&order.request.function).await;
         let template = template.map_err(|error| RunError::Backend { store: "the function table", error })?;
@@ -140,7 +144,7 @@ impl Runs {
         if !order.may_run(&template.function) {
             return Err(RunError::FunctionForbidden);
         }
-        // Only functions that exist are counted: names that a client makes up must not fill the limiter.
+        // Only existing functions are counted: invented names must not fill the limiter.
         self.limiter.check_function(&template.function, order.counted).await.map_err(RunError::RateLimit)?;
         match order.key() {
             None => {
@@ -148,9 +152,13 @@ impl Runs {
                 let job = self.job(order, &template, id, id.accepted_at())?;
                 self.log(order, &template, id, id.accepted_at());
                 let held = self.hold(order, &template)?;
-                if order.is_async { self.accept(job, held).await } else { self.wait_for(job, held, order).await }
+                if order.is_async {
+                    self.accept(job, held).await
+                } else {
+                    self.wait_for(job, held, order).await
+                }
             }
-            // Boxed, so that the future of requests without a key, which are most, stays small.
+            // Boxed, so that the future stays small for requests without a key, which are the majority.
             Some(key) => Box::pin(self.run_once(key, order, &template)).await,
         }
     }
@@ -171,7 +179,7 @@ impl Runs {
             ClaimOutcome::Repeated(before, known) => self.repeat(&before, known, order).await,
             ClaimOutcome::First(attempt) => {
                 self.log(order, template, job.id, job.id.accepted_at());
-                // Only after the claim: a repeat takes no place under a cap.
+                // After the claim, so that a repeat does not count against a cap.
                 let held = match self.hold(order, template) {
                     Ok(held) => held,
                     Err(e) => {
@@ -225,8 +233,8 @@ impl Runs {
         self.wait_with(id, attempt.outcome(), waiter, order).await
     }
 
-    /// A request for a function that does not exist. A repeat of a request that came while the function existed
-    /// still gets its answer.
+    /// Handles a request for a function that does not exist. A repeat of a request from before its deletion
+    /// is still answered.
     async fn repeat_without_function(&self, order: &RunOrder<'_>) -> Result<RunOutcome, RunError> {
         let Some(key) = order.key() else { return Err(RunError::NoSuchFunction) };
         if !order.may_run(&order.request.function) {
@@ -247,7 +255,7 @@ impl Runs {
     ) -> Result<RunOutcome, RunError> {
         let id = before.claim.job;
         let mut pending = match known {
-            // It ended as LOST, and the queue may never have had it: it must not look accepted.
+            // The job ended as LOST and possibly was never queued, so it is not reported as accepted.
             KnownState::Result(lost) if lost.is_unconfirmed() && !before.is_sent => {
                 return Ok(RunOutcome::Finished(lost));
             }
@@ -270,7 +278,7 @@ impl Runs {
         }
     }
 
-    /// The places that a job needs under the caps of its function and its key.
+    /// Reserves the places of a job under the caps of its function and its key.
     fn hold(&self, order: &RunOrder<'_>, template: &JobTemplate) -> Result<Held, RunError> {
         let Some(caller) = order.caller else { return Ok(Held::new()) };
         let held =
@@ -278,7 +286,7 @@ impl Runs {
         held.map_err(RunError::TooManyJobs)
     }
 
-    /// From acceptance until a result is no longer expected.
+    /// Time from acceptance to the deadline of a job.
     fn job_lifetime(&self) -> Duration {
         self.waits.get().job_deadline_s.map_or(self.retention, Duration::from_secs)
     }
@@ -299,6 +307,7 @@ impl Runs {
         (job.message.len() <= bytes_max).then_some(job).ok_or(RunError::MessageTooLarge { bytes_max })
     }
 
+    /// Longest wait for the result.
     fn wait(&self, order: &RunOrder<'_>) -> Duration {
         let waits = self.waits.get();
         Duration::from_secs(order.wait_s.unwrap_or(waits.sync_default_s).min(waits.sync_max_s))
@@ -336,7 +345,7 @@ impl Runs {
         }
         tokio::select! {
             biased;
-            // `None`: the job ended as the waiter came, or too many requests wait for it.
+            // `None`: the job ended while the waiter was registered, or too many requests wait for it.
             outcome = waiter.outcome() => {
                 Ok(outcome.map_or(RunOutcome::StillRunning(id), RunOutcome::Finished))
             }
@@ -366,7 +375,7 @@ pub fn mode_of(is_async: bool) -> &'static str {
     if is_async { "ASYNC" } else { "SYNC" }
 }
 
-/// The loop answers every job; a closed channel means that the loop was stopped.
+/// The outcome of a send. The batch loop answers every job; a closed channel means that it has stopped.
 async fn outcome_of(sending: Sending) -> Result<(), SubmitError> {
     sending.await.unwrap_or(Err(SubmitError::Stopping))
 }

@@ -1,5 +1,10 @@
-//! `/functions/:id/auto-tuner`: what workers recommend, and applying it.
+//! `/functions/:id/auto-tuner`: shows the memory size that workers recommend, and applies it.
 
+use super::call::{Call, function_id};
+use super::functions::{changed, read, tagged};
+use super::precondition;
+use super::problem::ApiError;
+use super::reply::Reply;
 use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, Editor};
@@ -7,12 +12,8 @@ use crate::model::{ConfigAction, Function, Recommendation, Runtime, now_ms, rfc3
 use http::StatusCode;
 use serde_json::{Value, json};
 use std::sync::Arc;
-use super::call::{Call, function_id};
-use super::functions::{changed, read, tagged};
-use super::precondition;
-use super::problem::ApiError;
-use super::reply::Reply;
 
+/// The handlers of the auto-tuner.
 pub struct AutoTuner {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
@@ -24,6 +25,7 @@ impl AutoTuner {
         Self { store, editor, tail }
     }
 
+    /// The newest recommendation. Its members are `null` where there is none.
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
         let f = read(&*self.store, &function_id(call)?).await?;
         let r = f.recommendation.as_ref();
@@ -40,12 +42,16 @@ impl AutoTuner {
         Ok(tagged(Reply::value(StatusCode::OK, &body), &f))
     }
 
+    /// Sets the recommended memory size.
+    ///
+    /// # Errors
+    /// `NoRecommendation`, and `PreconditionFailed` for another `ETag`.
     pub async fn apply(&self, call: &Call) -> Result<Reply, ApiError> {
         let id = function_id(call)?;
         let f = read(&*self.store, &id).await?;
         precondition::check(&call.headers, &f.tag())?;
         if recommended(&f)? == f.memory_mb {
-            // Nothing to change: asked twice, it is done once.
+            // A repeated request writes neither the function nor a change record.
             return Ok(changed(&f));
         }
         let decide = |f: &Function| {
@@ -59,7 +65,7 @@ impl AutoTuner {
     }
 }
 
-/// The recommended memory, within the bounds of the runtime.
+/// The recommended memory size in MiB, clamped to the bounds of the runtime.
 fn recommended(f: &Function) -> Result<u64, ApiError> {
     let memory_mb = f.recommendation.as_ref().and_then(|r: &Recommendation| r.memory_mb);
     let bounds = Runtime::memory_mb_bounds(&f.runtime);

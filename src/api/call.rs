@@ -1,56 +1,55 @@
-//! A request, as handlers read it.
+//! A request as handlers see it: path parameters, header fields, body and caller.
 
-use Call;
-use bytes::{Bytes, BytesMut};
+use super::problem::ApiError;
 use crate::limiter::Counted;
 use crate::model::{Caller, FunctionId};
-use http::{HeaderMap, StatusCode, Uri};
-use http::header::{ETAG, HeaderName, HeaderValue};
-use serde_json::{Value, json};
-use std::net::IpAddr;
-use std::path::PathBuf;
+use bytes::{Bytes, BytesMut};
+use http::header::HeaderValue;
+use http::{HeaderMap, Uri};
 use std::sync::Arc;
-use super::problem::ApiError;
 
-/// What a handler reads of a request.
+/// The parts of a request that handlers use.
 #[derive(Debug, Default)]
 pub struct Call {
-    /// The parts of the path that the route's pattern names, decoded, in order.
+    /// Path parameters in the order of the route's pattern, percent-decoded.
     pub params: Vec<String>,
     pub uri: Uri,
     pub headers: CallHeaders,
-    /// Empty on routes that read it piece by piece, or not at all.
+    /// Empty on routes that stream the body or take none.
     pub body: Bytes,
-    /// `None` on routes that ask for no key.
+    /// `None` on routes without a key.
     pub caller: Option<Arc<Caller>>,
-    /// What the rate limits have said so far.
+    /// The rate-limit state of the request so far.
     pub counted: Counted,
 }
 
 impl Call {
-    /// The prefix of the path that the client used, which what it is pointed to keeps.
+    /// `/api` if the client used that prefix, else empty. `Location` and `Link` keep it.
     pub fn prefix(&self) -> &'static str {
-        routes::split_prefix(self.uri.path()).0
+        super::routes::split_prefix(self.uri.path()).0
     }
 
-    /// The name of the API key, which stands for it; empty on routes that ask for none.
+    /// The name of the API key. Empty on routes without a key.
     pub fn key_name(&self) -> &str {
         self.caller.as_ref().map_or("", |caller| &caller.name)
     }
 }
 
-/// A body that is read piece by piece; whoever gives it has bounded its length and its time.
+/// A request body that is read in pieces. Implementations bound its length and its duration.
 pub trait BodyStream: Send {
-    /// `None`: it has ended.
+    /// The next piece. `None`: the body has ended.
     fn next(&mut self) -> impl Future<Output = Result<Option<Bytes>, ApiError>> + Send;
 }
 
-/// A whole body, of at most `bytes_max` bytes.
+/// Reads a whole body.
+///
+/// # Errors
+/// `BodyTooLarge` above `bytes_max` bytes, and the errors of the stream.
 pub async fn whole(body: &mut impl BodyStream, bytes_max: usize) -> Result<Bytes, ApiError> {
     let fits = |bytes: usize| (bytes <= bytes_max).then_some(()).ok_or(ApiError::BodyTooLarge { bytes_max });
     let Some(first) = body.next().await? else { return Ok(Bytes::new()) };
     fits(first.len())?;
-    // Most bodies come in one piece, which is then not copied.
+    // Most bodies arrive in one piece. It is returned without a copy.
     let Some(second) = body.next().await? else { return Ok(first) };
     let mut whole = BytesMut::from(first);
     let mut next = Some(second);
@@ -62,7 +61,7 @@ pub async fn whole(body: &mut impl BodyStream, bytes_max: usize) -> Result<Bytes
     Ok(whole.freeze())
 }
 
-/// The header fields that handlers read; a few shared values instead of a copy of the map.
+/// The header fields that handlers read. The values are shared, which is cheaper than a copy of the map.
 #[derive(Debug, Default)]
 pub struct CallHeaders {
     pub prefer: Vec<HeaderValue>,
@@ -78,7 +77,8 @@ pub struct CallHeaders {
 }
 
 impl CallHeaders {
-    /// One pass: requests have few fields, and most of these are among none of them. What may stand once does.
+    /// Collects the fields in one pass: requests have few fields, and most of those are not needed here. The
+    /// gateway has already rejected repeated fields that may occur once.
     pub fn of(map: &HeaderMap) -> Self {
         let mut found = Self::default();
         let mut traces = 0;
@@ -100,7 +100,7 @@ impl CallHeaders {
                 "content-type" => &mut found.content_type,
                 "traceparent" => {
                     traces += 1;
-                    // Two are as good as none (W3C Trace Context, section 3.2).
+                    // Several values count as none (W3C Trace Context, section 3.2).
                     found.traceparent = (traces == 1).then(|| value.clone());
                     continue;
                 }
@@ -115,29 +115,29 @@ impl CallHeaders {
         found
     }
 
-    /// Whether the body is said to be JSON. A missing `Content-Type` is taken as JSON, as the body says clearly
-    /// enough whether it is.
+    /// Whether `Content-Type` is JSON. A missing field counts as JSON, because parsing shows whether it is.
     pub fn is_json(&self) -> bool {
         let Some(value) = &self.content_type else { return true };
         if value.as_bytes() == b"application/json" {
-            return true; // the usual case, without a copy
+            return true; // the usual case, without an allocation
         }
         let essence = essence(value);
         essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
     }
 
+    /// Whether `Content-Type` is `multipart/form-data`.
     pub fn is_form(&self) -> bool {
         self.content_type.as_ref().is_some_and(|value| essence(value) == "multipart/form-data")
     }
 }
 
-/// A media type without its parameters, in small letters.
+/// A media type without its parameters, in lower case.
 fn essence(value: &HeaderValue) -> String {
     let essence = value.to_str().unwrap_or_default().split(';').next().unwrap_or_default();
     essence.trim().to_ascii_lowercase()
 }
 
-/// The id in the path; what cannot be an id cannot be a function.
+/// The function id in the path. An invalid id is answered like an unknown function.
 pub fn function_id(call: &Call) -> Result<FunctionId, ApiError> {
     call.params.first().and_then(|raw| FunctionId::parse(raw)).ok_or(ApiError::NoSuchFunction)
 }

@@ -1,25 +1,26 @@
-//! `PUT /functions/:id`: changes, by JSON or by a form with new code.
+//! `PUT /functions/:id`: changes a function, by JSON or by a form with new code.
 
+use super::call::{BodyStream, Call, function_id};
+use super::form::{Form, Upload};
+use super::functions::{changed, read};
+use super::problem::ApiError;
+use super::reply::Reply;
+use super::upload::Uploads;
+use super::{fields, object, precondition};
 use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::{Change, Editor, NewCode};
 use crate::model::{ConfigAction, Function, FunctionId, Runtime, now_ms};
 use serde::Deserialize;
 use std::sync::Arc;
-use super::call::{BodyStream, Call, function_id};
-use super::{fields, object, precondition};
-use super::form::{Form, Upload};
-use super::functions::{changed, read};
-use super::problem::ApiError;
-use super::reply::Reply;
-use super::upload::Uploads;
 
-/// Longest JSON body of a change, in bytes.
+/// Maximum length of a JSON body, in bytes.
 const CHANGE_BYTES_MAX: usize = 64 << 10;
 
-/// The highest cap on the jobs of a function.
+/// Largest `maxConcurrency`.
 const CONCURRENCY_MOST: u64 = 1_000_000;
 
+/// The handler of changes.
 pub struct ChangeRoute {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
@@ -32,9 +33,13 @@ impl ChangeRoute {
         Self { store, editor, uploads, tail }
     }
 
+    /// Applies a change.
+    ///
+    /// # Errors
+    /// `NoSuchFunction`, `PreconditionFailed`, and those of the body.
     pub async fn put(&self, call: &Call, body: &mut impl BodyStream) -> Result<Reply, ApiError> {
         let id = function_id(call)?;
-        // Looked at first: nobody should send 50 MB to hear that it is not wanted.
+        // Checked before the body is read, so that no client uploads 50 MiB in vain.
         let function = read(&*self.store, &id).await?;
         precondition::check(&call.headers, &function.tag())?;
         if call.headers.is_form() {
@@ -64,15 +69,16 @@ impl ChangeRoute {
                 .transpose()?,
         };
         if let Some(name) = &form.unknown {
-            return Err(ApiError::invalid(format!("a change has no field `{name}`")));
+            return Err(ApiError::invalid(format!("unknown field `{name}`")));
         }
         let wanted = wanted.checked(form.file.is_some())?;
         let file = match form.file {
             Some(file) => {
-                // Old items may name any runtime; what it starts with is then not known.
+                // Items of the previous controller may name any runtime. The entry file of an unknown
+                // runtime is not known.
                 let runtime = Runtime::parse(&function.runtime);
                 let runtime =
-                    runtime.ok_or_else(|| ApiError::invalid("the function's runtime takes no code"))?;
+                    runtime.ok_or_else(|| ApiError::invalid("the function has an unknown runtime"))?;
                 Some(self.uploads.checked(file, runtime).await?)
             }
             None => None,
@@ -104,7 +110,7 @@ impl ChangeRoute {
     }
 }
 
-/// What a PUT asks for.
+/// The requested change.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase", expecting = "an object")]
 struct Wanted {
@@ -112,20 +118,20 @@ struct Wanted {
     description: Option<String>,
     #[serde(default, deserialize_with = "given_whole")]
     memory_mb: Option<u64>,
-    /// The same by its old name.
+    /// An older name of `memoryMb`.
     #[serde(default, deserialize_with = "given_whole")]
     memory: Option<u64>,
     #[serde(default, deserialize_with = "given_whole")]
     max_concurrency: Option<u64>,
 }
 
-/// `null` is no value: to leave a member as it is, it is left out.
+/// Rejects `null`. A member that does not change is left out.
 fn given<'de, T: Deserialize<'de>, D: serde::Deserializer<'de>>(d: D) -> Result<Option<T>, D::Error> {
     T::deserialize(d).map(Some)
 }
 
 fn given_whole<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
-    let null = || serde::de::Error::custom("no whole number");
+    let null = || serde::de::Error::custom("not a whole number");
     object::whole(d)?.map(Some).ok_or_else(null)
 }
 
@@ -139,24 +145,24 @@ impl Wanted {
         wanted.checked(false)
     }
 
-    /// Brings the two names of the memory together.
+    /// Merges the two names of the memory size and checks the change.
     fn checked(mut self, has_file: bool) -> Result<Self, ApiError> {
-        // Some clients send both, to be understood by any controller.
+        // Some clients send both names, to be compatible with the previous controller.
         if self.memory_mb.zip(self.memory).is_some_and(|(one, other)| one != other) {
             return Err(ApiError::invalid(
-                "`memory` and `memoryMb` are one member by two names and must be equal; give one of them",
+                "`memory` and `memoryMb` are two names of one member and must be equal; send one of them",
             ));
         }
         self.memory_mb = self.memory_mb.or(self.memory);
         if self.max_concurrency.is_some_and(|max| max > CONCURRENCY_MOST) {
-            let most = format!("`maxConcurrency` must be from 0 to {CONCURRENCY_MOST}; 0 lifts the cap");
+            let most = format!("`maxConcurrency` must be from 0 to {CONCURRENCY_MOST}; 0 removes the cap");
             return Err(ApiError::invalid(most));
         }
         let is_empty =
             self.description.is_none() && self.memory_mb.is_none() && self.max_concurrency.is_none();
         if !has_file && is_empty {
             let names = "`description`, `memoryMb` or `maxConcurrency`";
-            return Err(ApiError::invalid(format!("the change is empty: give {names}")));
+            return Err(ApiError::invalid(format!("the change is empty; set {names}")));
         }
         self.description = self.description.map(fields::description).transpose()?;
         Ok(self)

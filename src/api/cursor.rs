@@ -1,10 +1,11 @@
-//! Cursors of lists: opaque to clients, and good only for the list and filter they were given for.
+//! Cursors of lists. A cursor is opaque to clients and valid for one list with one filter.
 //!
-//! A cursor is the place to go on from and an HMAC-SHA256 over that and its context, under a key derived from the
-//! master key, so every node of a fleet reads the cursors of all others, and nobody makes one.
+//! It consists of the place where the next page starts, and an HMAC-SHA256 over that place and its context.
+//! The HMAC key is derived from the master key. So every node of a fleet accepts the cursors of the others,
+//! and clients cannot forge one.
 
-use super::problem::ApiError;
 use super::call::Call;
+use super::problem::ApiError;
 use super::reply::Reply;
 use crate::config::Secret;
 use base64::Engine;
@@ -16,37 +17,41 @@ use sha2::Sha256;
 
 type HmacSha256 = Hmac<Sha256>;
 
-/// What the derived key is for, so that it is of use for nothing else.
+/// Binds the derived key to this purpose.
 const PURPOSE: &[u8] = b"infra-controller/cursor/1";
-/// Bytes of the tag that are kept: 128 bits, which nobody guesses.
+/// Length of the truncated HMAC, in bytes. 128 bits cannot be guessed.
 const TAG_BYTES: usize = 16;
-/// Longest cursor that is looked at, in characters.
+/// Maximum length of a cursor, in bytes. A longer one is not decoded.
 const LEN_MAX: usize = 2048;
 
-/// What a value of a query is escaped of: all but the unreserved characters of RFC 3986.
+/// The characters to escape in a query value: all but the unreserved ones of RFC 3986.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 
-/// Makes and reads cursors.
+/// Creates and verifies cursors.
 #[derive(Clone)]
 pub struct Cursors {
-    /// With the derived key in it, and nothing else yet.
+    /// Keyed, without input. Each tag starts from a clone.
     mac: HmacSha256,
 }
 
 impl Cursors {
+    /// `api_key` is the master key. Another master key invalidates all cursors.
     pub fn new(api_key: &Secret) -> Self {
         let derived = keyed(api_key.reveal().as_bytes()).chain_update(PURPOSE).finalize().into_bytes();
         Self { mac: keyed(&derived) }
     }
 
-    /// The cursor that goes on after `place` in the list that `context` names.
+    /// Creates the cursor for the page after `place`. `context` names the list and its filter.
     pub fn seal(&self, context: &[&str], place: &str) -> String {
         let mut bytes = self.tag(context, place).to_vec();
         bytes.extend_from_slice(place.as_bytes());
         URL_SAFE_NO_PAD.encode(bytes)
     }
 
-    /// The place in a cursor that was made for this very context.
+    /// The place in a cursor.
+    ///
+    /// # Errors
+    /// `BadCursor` if it is malformed, or was created for another context or master key.
     pub fn open(&self, context: &[&str], cursor: &str) -> Result<String, ApiError> {
         self.try_open(context, cursor).ok_or(ApiError::BadCursor)
     }
@@ -62,7 +67,7 @@ impl Cursors {
     fn tag(&self, context: &[&str], place: &str) -> [u8; TAG_BYTES] {
         let mut mac = self.mac.clone();
         for part in context.iter().chain(&[place]) {
-            // With their lengths, so that no two contexts read the same.
+            // Lengths are included, so that different parts never produce the same input.
             mac.update(&(part.len() as u64).to_be_bytes());
             mac.update(part.as_bytes());
         }
@@ -71,7 +76,7 @@ impl Cursors {
     }
 }
 
-/// A reply with the place of the next page: the request's own path, with this query.
+/// Adds the `Link` to the next page: the path of the request with this query, without absent parameters.
 pub fn with_next(reply: Reply, call: &Call, query: &[(&str, Option<&str>)]) -> Reply {
     let given = query.iter().filter_map(|(name, value)| Some((name, (*value)?)));
     let query: Vec<String> = given.map(|(name, value)| format!("{name}={}", encoded(value))).collect();
@@ -87,7 +92,6 @@ fn encoded(value: &str) -> impl std::fmt::Display + '_ {
 }
 
 fn keyed(key: &[u8]) -> HmacSha256 {
-    // HMAC takes keys of any length.
     HmacSha256::new_from_slice(key).expect("HMAC takes keys of any length")
 }
 
@@ -96,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cursor_is_good_for_its_list_only() {
+    fn a_cursor_is_valid_for_its_list_only() {
         let cursors = Cursors::new(&Secret::new("k".into()));
         let cursor = cursors.seal(&["logs", "f", ""], "place");
         assert_eq!(cursors.open(&["logs", "f", ""], &cursor).unwrap(), "place");
@@ -108,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bent_cursor_is_refused() {
+    fn a_modified_cursor_is_rejected() {
         let cursors = Cursors::new(&Secret::new("k".into()));
         let cursor = cursors.seal(&["x"], "place");
         for at in 0..cursor.len() {
@@ -121,7 +125,7 @@ mod tests {
         }
     }
 
-    /// Nobody makes a cursor, be it of one that is good.
+    /// No input is accepted as a cursor, except one that was created by `seal`.
     #[test]
     fn fuzz_cursors() {
         let cursors = Cursors::new(&Secret::new("k".into()));
@@ -136,7 +140,7 @@ mod tests {
             let sealed = cursors.seal(&["list"], text);
             let opened = cursors.try_open(&["list"], &sealed);
             assert_eq!(opened.as_deref(), (sealed.len() <= LEN_MAX).then_some(text));
-            assert_eq!(cursors.try_open(&["list", ""], &sealed), None, "it is for one list alone");
+            assert_eq!(cursors.try_open(&["list", ""], &sealed), None, "a cursor is valid for one list only");
         });
     }
 }

@@ -1,7 +1,7 @@
-//! What clients may say of a function: each member's form and bounds, and what they are told otherwise.
+//! Parses and checks the properties of a function that clients send: form, bounds and error texts.
 
-use super::problem::ApiError;
 use super::call::CallHeaders;
+use super::problem::ApiError;
 use crate::model::{Function, Runtime};
 use http::header::HeaderValue;
 use percent_encoding::percent_decode;
@@ -11,13 +11,15 @@ use serde_json::value::RawValue;
 use std::collections::HashSet;
 use std::fmt;
 
-/// Longest name and description, in characters.
+/// Maximum length of a name, in characters.
 const NAME_CHARS_MAX: usize = 256;
+/// Maximum length of a description, in characters.
 pub const DESCRIPTION_CHARS_MAX: usize = 4096;
-/// Longest JSON of environment variables, in bytes. It travels in each job, which has room for little more.
+/// Maximum length of the environment variables as JSON, in bytes. They are part of every queue message, whose
+/// size is bounded.
 const ENV_BYTES_MAX: usize = 32 << 10;
 
-/// Runtime and memory of a new function, from the headers of its upload.
+/// Runtime and memory size (MiB) of a new function, from the header fields of its upload.
 pub fn sizes(headers: &CallHeaders) -> Result<(Runtime, u64), ApiError> {
     let runtime = header_text("x-runtime", headers.x_runtime.as_ref())?;
     let runtime = match runtime.as_deref() {
@@ -32,7 +34,7 @@ pub fn sizes(headers: &CallHeaders) -> Result<(Runtime, u64), ApiError> {
     };
     let bounds = runtime.new_memory_mb_bounds();
     let invalid = || {
-        // Clients of the old controller know it by its first words.
+        // Clients of the previous controller recognize this error by its first words.
         let (name, least, most) = (runtime.name(), bounds.start(), bounds.end());
         let wanted = format!("`x-memory-mb` must be a whole number from {least} to {most}");
         ApiError::invalid(format!("Invalid memoryMb for {name}: {wanted}"))
@@ -41,7 +43,7 @@ pub fn sizes(headers: &CallHeaders) -> Result<(Runtime, u64), ApiError> {
     Ok((runtime, memory_mb))
 }
 
-/// Digits and nothing else: no sign, no blank.
+/// Parses a number that consists of digits only. `name` is for the error text.
 pub fn whole_number(name: &str, text: &str) -> Result<u64, ApiError> {
     digits(text).ok_or_else(|| ApiError::invalid(format!("`{name}` must be a whole number")))
 }
@@ -51,6 +53,8 @@ fn digits(text: &str) -> Option<u64> {
     text.parse().ok().filter(|_| is_number)
 }
 
+/// Checks the memory size of an existing function, in MiB, against the bounds of its runtime. `name` is for
+/// the error text.
 pub fn memory(name: &str, memory_mb: u64, runtime: &str) -> Result<(), ApiError> {
     let bounds = Runtime::memory_mb_bounds(runtime);
     let (least, most) = (bounds.start(), bounds.end());
@@ -58,24 +62,29 @@ pub fn memory(name: &str, memory_mb: u64, runtime: &str) -> Result<(), ApiError>
     bounds.contains(&memory_mb).then_some(()).ok_or_else(told)
 }
 
-/// A header field that is percent-encoded UTF-8.
+/// Decodes a header field of percent-encoded UTF-8, without blanks around it.
+///
+/// # Errors
+/// Invalid UTF-8 and control characters.
 pub fn header_text(name: &str, value: Option<&HeaderValue>) -> Result<Option<String>, ApiError> {
     let Some(value) = value else { return Ok(None) };
     let text = percent_decode(value.as_bytes()).decode_utf8();
     let text = text.map_err(|_| ApiError::invalid(format!("`{name}` must be percent-encoded UTF-8")))?;
     if text.chars().any(char::is_control) {
-        return Err(ApiError::invalid(format!("`{name}` must not hold control characters")));
+        return Err(ApiError::invalid(format!("`{name}` must not contain control characters")));
     }
     Ok(Some(text.trim().to_owned()))
 }
 
+/// Checks the length of a description.
 pub fn description(text: String) -> Result<String, ApiError> {
     let fits = text.chars().count() <= DESCRIPTION_CHARS_MAX;
     let told = || format!("`description` is longer than {DESCRIPTION_CHARS_MAX} characters");
     fits.then_some(text).ok_or_else(|| ApiError::invalid(told()))
 }
 
-/// The variables as JSON text: names to strings, numbers or truth values.
+/// Checks environment variables: a JSON object that maps names to strings, numbers or booleans. Returns it as
+/// JSON text; `{}` if it is absent or empty.
 pub fn env_vars(text: Option<String>) -> Result<String, ApiError> {
     let text = text.unwrap_or_default();
     if text.trim().is_empty() {
@@ -86,12 +95,12 @@ pub fn env_vars(text: Option<String>) -> Result<String, ApiError> {
         return Err(bad(&format!("is longer than {ENV_BYTES_MAX} bytes")));
     }
     let variables: Variables = serde_json::from_str(&text).map_err(|_| {
-        bad("must be a JSON object that maps names to strings, numbers or truth values, each name once")
+        bad("must be a JSON object that maps names, each given once, to strings, numbers or booleans")
     })?;
     Ok(variables.0)
 }
 
-/// The text of an object of variables: values byte for byte, since a number may have more digits than a float.
+/// The variables as JSON text. Values are kept byte for byte: a number may have more digits than an `f64`.
 struct Variables(String);
 
 impl<'de> Deserialize<'de> for Variables {
@@ -110,11 +119,11 @@ impl<'de> Deserialize<'de> for Variables {
                 while let Some((name, value)) = map.next_entry::<String, &RawValue>()? {
                     let is_name = !name.is_empty() && !name.contains(['=', '\0']);
                     if !is_name || !is_scalar(value) {
-                        return Err(A::Error::custom("no variable"));
+                        return Err(A::Error::custom("not a variable"));
                     }
                     pairs.push(format!("{}:{}", Value::from(name.as_str()), value.get()));
                     if !seen.insert(name) {
-                        return Err(A::Error::custom("twice"));
+                        return Err(A::Error::custom("duplicate name"));
                     }
                 }
                 Ok(Variables(format!("{{{}}}", pairs.join(","))))
@@ -124,7 +133,7 @@ impl<'de> Deserialize<'de> for Variables {
     }
 }
 
-/// A string, a number or a truth value.
+/// Whether the value is a string without NUL, a number or a boolean.
 fn is_scalar(value: &RawValue) -> bool {
     match value.get().as_bytes().first() {
         Some(b'"') => serde_json::from_str::<String>(value.get()).is_ok_and(|text| !text.contains('\0')),
@@ -133,6 +142,7 @@ fn is_scalar(value: &RawValue) -> bool {
     }
 }
 
+/// Checks the length of a function's name.
 pub fn name(text: String) -> Result<String, ApiError> {
     let fits = (1..=NAME_CHARS_MAX).contains(&text.chars().count());
     let told = || format!("the function's name must have 1 to {NAME_CHARS_MAX} characters");
@@ -162,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_of_an_upload_has_bounds_of_its_own() {
+    fn uploads_have_their_own_memory_bounds() {
         let sizes = |runtime: &'static str, mb: &'static str| {
             let value = |text| Some(HeaderValue::from_static(text));
             sizes(&CallHeaders {

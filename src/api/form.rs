@@ -1,10 +1,11 @@
-//! Forms (`multipart/form-data`, RFC 7578) with one file in them, read as they come in.
+//! Parses forms (`multipart/form-data`, RFC 7578) with one file, as a stream.
 //!
-//! The file goes to the disk piece by piece, never into memory as a whole: it is checked there before it is stored.
+//! The file is written to the disk in pieces, and is never in memory as a whole. It is checked on the disk
+//! before it is stored.
 
+use super::call::{BodyStream, Call};
 use super::parameters::parameter;
 use super::problem::ApiError;
-use super::call::{BodyStream, Call};
 use bytes::Bytes;
 use futures_util::stream;
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderValue};
@@ -16,34 +17,34 @@ use std::sync::{Mutex, PoisonError};
 use tempfile::NamedTempFile;
 use tokio::io::{AsyncWriteExt, BufWriter};
 
-/// Largest file, in bytes.
+/// Maximum size of the file, in bytes.
 const FILE_BYTES_MAX: usize = 50 << 20;
-/// Longest text field, in bytes.
+/// Maximum length of a text field, in bytes.
 const FIELD_BYTES_MAX: usize = 64 << 10;
-/// Most parts of a form.
+/// Maximum number of parts.
 const PARTS_MAX: usize = 32;
-/// Longest form: the file, and room for some fields and what stands between the parts.
+/// Maximum length of a form, in bytes: the file, text fields, and the headers of parts.
 pub const BODY_BYTES_MAX: usize = FILE_BYTES_MAX + (256 << 10);
-/// Most bytes that are given to the parser before it makes something of them.
+/// Maximum number of bytes given to the parser without progress.
 const UNPARSED_BYTES_MAX: usize = 256 << 10;
-/// Bytes of a write to the disk.
+/// Buffer size of writes to the disk, in bytes.
 const WRITE_BYTES: usize = 128 << 10;
-/// Longest file name that is kept, in characters.
+/// Maximum length of a file name, in characters. The rest is cut off.
 const FILE_NAME_CHARS_MAX: usize = 255;
 
-/// A form that was read.
+/// A parsed form.
 #[derive(Default)]
 pub struct Form {
     fields: HashMap<String, String>,
     pub file: Option<Upload>,
-    /// The first field that is none of those asked for.
+    /// The first field that was not requested.
     pub unknown: Option<String>,
 }
 
-/// An uploaded file; gone when dropped.
+/// An uploaded file on the disk. Deleted on drop.
 pub struct Upload {
     file: NamedTempFile,
-    /// As its user called it, without the directories some clients send along; may be empty.
+    /// The client's name of the file, without the directories that some clients send. May be empty.
     pub name: String,
 }
 
@@ -54,7 +55,11 @@ impl Upload {
 }
 
 impl Form {
-    /// Reads the form; the file `file` goes into `spool_dir`. What is neither that nor one of `fields` is passed over.
+    /// Parses `body` with the boundary in the `Content-Type` of `call`. The part `file` is written to
+    /// `spool_dir`. Parts other than `file` and `fields` are ignored.
+    ///
+    /// # Errors
+    /// `Invalid` for a malformed form, `BodyTooLarge`, `BackendAway` if the disk fails, and those of `body`.
     pub async fn read(
         call: &Call,
         body: &mut impl BodyStream,
@@ -65,10 +70,10 @@ impl Form {
         let boundary = parameter(content_type.unwrap_or_default(), "boundary");
         let boundary = boundary
             .filter(|boundary| !boundary.is_empty())
-            .ok_or_else(|| ApiError::invalid(format!("the {CONTENT_TYPE} names no boundary")))?;
+            .ok_or_else(|| ApiError::invalid(format!("the {CONTENT_TYPE} has no boundary")))?;
         let feed = Feed::default();
         let pieces = stream::unfold(body, |body| async {
-            // multer swallows all that is ready before it parses any of it, unless it has to wait.
+            // multer reads every piece that is ready before it parses any. A yield makes it parse each.
             tokio::task::yield_now().await;
             feed.next(&mut *body).await.map(|piece| (piece, body))
         });
@@ -117,18 +122,18 @@ impl Form {
         Ok(form)
     }
 
-    /// Takes a text field out.
+    /// Removes and returns a text field.
     pub fn take(&mut self, name: &str) -> Option<String> {
         self.fields.remove(name)
     }
 }
 
-/// Between the body and the parser.
+/// Feeds the body to the parser.
 #[derive(Default)]
 struct Feed {
-    /// What the body failed with is an answer of its own, and must come out of the parser whole.
+    /// The error of the body. The parser would report it as a malformed form, so it is kept here.
     failure: Mutex<Option<ApiError>>,
-    /// Bytes given to the parser since it last made something of them.
+    /// Bytes given to the parser since its last progress.
     unparsed: AtomicUsize,
 }
 
@@ -136,11 +141,11 @@ impl Feed {
     async fn next(&self, body: &mut impl BodyStream) -> Option<Result<Bytes, std::io::Error>> {
         let failed = match body.next().await {
             Ok(Some(piece)) => {
-                // The head of a part that does not end would be kept in memory as long as it goes on.
+                // The parser buffers the header of a part until it ends.
                 if self.unparsed.fetch_add(piece.len(), Ordering::Relaxed) <= UNPARSED_BYTES_MAX {
                     return Some(Ok(piece));
                 }
-                ApiError::invalid("the form is broken: the head of a part does not end")
+                ApiError::invalid("the form is malformed: the header of a part does not end")
             }
             Ok(None) => return None,
             Err(e) => e,
@@ -164,7 +169,7 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
     let name = name.chars().filter(|c| !c.is_control()).take(FILE_NAME_CHARS_MAX).collect();
     let file = temp_file(dir).map_err(|e| no_room(&e))?;
-    // Each write is a task of its own, and a client may send single bytes.
+    // Buffered, because each write is a task, and a client may send single bytes.
     let out = tokio::fs::File::from_std(file.reopen().map_err(|e| no_room(&e))?);
     let mut out = BufWriter::with_capacity(WRITE_BYTES, out);
     let mut bytes = 0;
@@ -180,8 +185,8 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
     Ok(Upload { file, name })
 }
 
-/// Makes the directory again if it has vanished. Not those above it: where they are missing a disk may be,
-/// too.
+/// Creates a file in `dir`, and recreates `dir` if it is missing. Its parents are not recreated: if they are
+/// missing, a disk may be missing as well.
 fn temp_file(dir: &Path) -> std::io::Result<NamedTempFile> {
     let made = NamedTempFile::new_in(PathBuf::from(dir));
     if !made.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
@@ -189,12 +194,12 @@ fn temp_file(dir: &Path) -> std::io::Result<NamedTempFile> {
     }
     match std::fs::create_dir(dir) {
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(e),
-        _ => tracing::warn!(dir = %dir.display(), "Directory Of Uploads Made Again"),
+        _ => tracing::warn!(dir = %dir.display(), "Upload directory was missing and was recreated"),
     }
     NamedTempFile::new_in(PathBuf::from(dir))
 }
 
-/// Reads past a field that nobody wants.
+/// Discards a part.
 async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
     while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
         feed.parsed();
@@ -215,15 +220,15 @@ async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, Ap
 }
 
 fn twice(name: &str) -> ApiError {
-    ApiError::invalid(format!("the form holds `{name}` twice"))
+    ApiError::invalid(format!("the form contains `{name}` twice"))
 }
 
 fn broken(_: &multer::Error) -> ApiError {
-    ApiError::invalid("the form is broken: its parts and the boundary do not fit")
+    ApiError::invalid("the form is malformed: its parts do not match the boundary")
 }
 
 fn no_room(error: &std::io::Error) -> ApiError {
-    tracing::error!(error = %error, "Upload Not Spooled");
+    tracing::error!(error = %error, "Upload not written to disk; check the space in the state directory");
     ApiError::BackendAway
 }
 
@@ -231,7 +236,7 @@ fn no_room(error: &std::io::Error) -> ApiError {
 mod tests {
     use super::*;
 
-    /// A body in pieces; an error ends it.
+    /// A body in pieces. An error ends it.
     struct Pieces(Vec<Result<Bytes, ApiError>>);
 
     impl BodyStream for Pieces {
@@ -257,7 +262,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_directory_that_has_vanished_is_made_again_but_none_above_it() {
+    async fn a_missing_directory_is_recreated_but_not_its_parents() {
         let root = tempfile::tempdir().unwrap();
         let spool = root.path().join("node").join("spool");
         let body = Bytes::from(part("name=\"file\"; filename=\"x\"", "a\r\nzip") + "--X--\r\n");
@@ -269,7 +274,7 @@ mod tests {
         assert!(matches!(read().await, Err(ApiError::BackendAway)));
         std::fs::create_dir(root.path().join("node")).unwrap();
         assert!(matches!(read().await, Ok(true)));
-        assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 0, "nothing is left behind");
+        assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 0, "no file is left");
     }
 
     fn part(disposition: &str, value: &str) -> String {
@@ -292,7 +297,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn file_names_as_clients_send_them() {
+    async fn file_names_in_the_forms_that_clients_send() {
         for (disposition, expected) in [
             (&b"Name=\"file\"; FileName=\"x.zip\""[..], "x.zip"),
             (b"filename=\"a; name=b=c.zip\"; name=file", "a; name=b=c.zip"),
@@ -311,9 +316,9 @@ mod tests {
         }
     }
 
-    /// However long: it is parsed, so it is no head without end.
+    /// Its length does not matter: it makes progress, unlike a header that does not end.
     #[tokio::test]
-    async fn a_field_that_is_not_asked_for_is_passed_over() {
+    async fn an_unrequested_field_is_ignored() {
         let long = part("name=\"other\"", &"x".repeat(3 * UNPARSED_BYTES_MAX));
         let body = long + &part("name=\"a\"", "1") + "--X--\r\n";
         let mut form = read(body.as_bytes(), 4096).await.unwrap();
@@ -321,22 +326,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_nobody_asks_for_may_be_long() {
+    async fn an_unrequested_field_may_be_long() {
         let body = part("name=\"other\"", &"x".repeat(2 * UNPARSED_BYTES_MAX)) + "--X--\r\n";
         let form = read(body.as_bytes(), 4096).await.unwrap();
         assert!(form.fields.is_empty() && form.file.is_none());
     }
 
     #[tokio::test]
-    async fn what_is_wrong_with_a_form() {
+    async fn malformed_forms_are_rejected() {
         let file = part("name=\"file\"; filename=\"x\"", "a\r\nzip");
         let long = part("name=\"a\"", &"x".repeat(FIELD_BYTES_MAX + 1));
         for (bad, told) in [
             (file.clone() + &file + "--X--\r\n", "`file` twice"),
             (part("name=\"a\"", "1") + &part("name=\"a\"", "1") + "--X--\r\n", "`a` twice"),
-            (file.clone(), "broken"),
-            ("no form".to_owned(), "broken"),
-            (String::new(), "broken"),
+            (file.clone(), "malformed"),
+            ("no form".to_owned(), "malformed"),
+            (String::new(), "malformed"),
             (part("nom=\"a\"", "1") + "--X--\r\n", "no name"),
             (long + "--X--\r\n", "longer than"),
             ("--X\r\n".to_owned() + &"x".repeat(2 * UNPARSED_BYTES_MAX), "does not end"),
@@ -351,12 +356,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_body_fails_with_comes_out() {
+    async fn the_error_of_the_body_is_returned() {
         let dir = tempfile::tempdir().unwrap();
         let head = Bytes::from(part("name=\"file\"; filename=\"x\"", "")[..60].to_owned());
         let mut body = Pieces(vec![Ok(head), Err(ApiError::BodyTimeout)]);
         let failed = Form::read(&call(), &mut body, dir.path(), &[]).await.err();
         assert!(matches!(failed, Some(ApiError::BodyTimeout)), "{failed:?}");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left behind");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no file is left");
     }
 }

@@ -1,13 +1,13 @@
-//! `/functions` and `/functions/:id`: list, show and delete functions.
+//! `/functions`, `/functions/:id` and its `/metrics`: lists, shows and deletes functions.
 
-use crate::api::call::function_id;
+use super::call::Call;
 use super::cursor::{Cursors, with_next};
 use super::number::number;
-use super::query::Query;
-use super::problem::ApiError;
-use super::call::Call;
-use super::reply::Reply;
 use super::precondition;
+use super::problem::ApiError;
+use super::query::Query;
+use super::reply::Reply;
+use crate::api::call::function_id;
 use crate::audit::{Event, Tail};
 use crate::backend::FunctionStore;
 use crate::functions::Editor;
@@ -17,12 +17,13 @@ use http::header::{ETAG, HeaderValue};
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-/// Functions of a page when the client names no number: as many as a page may have, since the old controller
-/// listed all.
+/// Maximum and default number of functions in a page. Both are the same, because the previous controller
+/// listed all functions.
 const LIMIT_MAX: usize = 1000;
-/// The context of cursors.
+/// The context of cursors of this list.
 const LIST: &str = "functions";
 
+/// The handlers that list, show and delete functions.
 pub struct FunctionRoutes {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
@@ -35,6 +36,7 @@ impl FunctionRoutes {
         Self { store, editor, tail, cursors }
     }
 
+    /// One page of functions, with a `Link` to the next one.
     pub async fn list(&self, call: &Call) -> Result<Reply, ApiError> {
         let query = Query::read(&call.uri, &["limit", "cursor"])?;
         let limit = query.limit(LIMIT_MAX)?;
@@ -52,6 +54,7 @@ impl FunctionRoutes {
         })
     }
 
+    /// One function with its `ETag`. 304 if `If-None-Match` names that tag.
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
         let f = read(&*self.store, &function_id(call)?).await?;
         if precondition::is_unchanged(&call.headers, &f.tag())? {
@@ -71,18 +74,21 @@ impl FunctionRoutes {
         Ok(tagged(Reply::value(StatusCode::OK, &body), &f))
     }
 
+    /// The counters of a function. Times are in milliseconds.
     pub async fn metrics(&self, call: &Call) -> Result<Reply, ApiError> {
         let f = read(&*self.store, &function_id(call)?).await?;
         let body = json!({
             "executions": f.counters.invocations,
-            "avgResponseTime": number(average(f.counters.total_duration_ms, f.counters.invocations).unwrap_or(0.0)),
+            "avgResponseTime":
+                number(average(f.counters.total_duration_ms, f.counters.invocations).unwrap_or(0.0)),
             "errors": f.counters.errors,
-            // Workers do not report them.
+            // The counters do not include cold starts.
             "coldStarts": null,
         });
         Ok(Reply::value(StatusCode::OK, &body))
     }
 
+    /// Deletes a function. Jobs that are already queued still run.
     pub async fn delete(&self, call: &Call) -> Result<Reply, ApiError> {
         let id = function_id(call)?;
         let check = |f: &Function| precondition::check(&call.headers, &f.tag());
@@ -92,13 +98,16 @@ impl FunctionRoutes {
     }
 }
 
-/// The function as the table has it.
+/// Reads a function from the table and not from the cache, which may be stale.
+///
+/// # Errors
+/// `NoSuchFunction` and `BackendAway`.
 pub async fn read(store: &dyn FunctionStore, id: &FunctionId) -> Result<Function, ApiError> {
     let found = store.get(id).await.map_err(|e| ApiError::backend("the function table", &e))?;
     found.ok_or(ApiError::NoSuchFunction)
 }
 
-/// A reply with the function's tag.
+/// Adds the function's `ETag`.
 pub fn tagged(reply: Reply, function: &Function) -> Reply {
     match HeaderValue::try_from(function.tag()) {
         Ok(tag) => reply.with(ETAG, tag),
@@ -106,7 +115,7 @@ pub fn tagged(reply: Reply, function: &Function) -> Reply {
     }
 }
 
-/// What a function was changed to.
+/// The reply to a change: the function's id and its new `ETag`.
 pub fn changed(function: &Function) -> Reply {
     let body = json!({ "success": true, "functionId": function.id.as_str() });
     tagged(Reply::value(StatusCode::OK, &body), function)
@@ -123,20 +132,21 @@ fn listed(f: &Function) -> Value {
         "memoryMb": f.memory_mb,
         "invocations": c.invocations,
         "avgDuration": number(average(c.total_duration_ms, c.invocations).map_or(0.0, f64::round)),
-        // Handlers take microseconds, and no data is not 0: the dashboard tells the two apart.
+        // Three decimals, because handlers can take microseconds. `null` and not 0 without data, because the
+        // dashboard shows the two differently.
         "avgHandlerDuration": handler.map(|ms| number((ms * 1000.0).round() / 1000.0)),
         "uploadedAt": f.uploaded_at,
     })
 }
 
-/// Items of the old controller may have none.
+/// Items of the previous controller may have no name.
 fn name_of(f: &Function) -> &str {
     if f.name.is_empty() { "Unknown" } else { &f.name }
 }
 
-/// In milliseconds; `None` if there is nothing to average.
+/// The average in milliseconds. `None` without data.
 fn average(total_ms: f64, count: u64) -> Option<f64> {
-    // A count below 2^53 is exact as a float.
+    // A count below 2^53 is exact as an `f64`.
     (count > 0).then(|| total_ms / count as f64)
 }
 
@@ -146,8 +156,8 @@ mod tests {
     use crate::model::Counters;
 
     #[test]
-    fn averages_are_shown_as_the_dashboard_reads_them() {
-        // (invocations, their milliseconds, those with a handler's time, that in milliseconds)
+    fn averages_are_formatted_for_the_dashboard() {
+        // (invocations, their total ms, those with a handler duration, the total of that in ms, expected)
         for (invocations, total, handlers, handler_total, shown) in [
             (0, 0.0, 0, 0.0, ("0", "null")),
             (3, 100.0, 0, 0.0, ("33", "null")),

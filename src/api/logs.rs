@@ -1,33 +1,34 @@
-//! `/functions/:id/logs`, `/functions/:id/logs/:requestId` and `/logs`.
+//! `/functions/:id/logs` and its `/:requestId`: the execution log. `/logs`: recent events of this node.
 
-use crate::api::number::number;
-use crate::audit::{Event, Executed, Tail, TailEntry};
-use crate::backend::{ExecutionStore, LogQuery};
-use crate::model::{Execution, FunctionId, JobId, parse_rfc3339_ms, rfc3339_ms};
-use http::StatusCode;
-use serde_json::{Map, Value, json};
-use std::borrow::Cow;
-use std::sync::Arc;
 use super::call::{Call, function_id};
 use super::cursor::{Cursors, with_next};
 use super::problem::ApiError;
 use super::query::Query;
 use super::reply::Reply;
-use super::run::mode_of;
+use crate::api::number::number;
+use crate::audit::{Event, Executed, Tail, TailEntry};
+use crate::backend::{ExecutionStore, LogQuery};
+use crate::model::{Execution, FunctionId, JobId, parse_rfc3339_ms, rfc3339_ms};
+use crate::runs::mode_of;
+use http::StatusCode;
+use serde_json::{Map, Value, json};
+use std::borrow::Cow;
+use std::sync::Arc;
 use uuid::Uuid;
 
-/// Rows of a list when the client names no number, and the most there are.
+/// Maximum and default number of rows in a page.
 const LIMIT_MAX: usize = 1000;
-/// A list shows this much of each message, in UTF-16 units: clients count as JavaScript does.
+/// Maximum length of a message in a list, in UTF-16 units: clients count as JavaScript does.
 const MESSAGE_UNITS: usize = 200;
-/// Stands after a message that was cut.
+/// Appended to a message that was cut.
 const CUT: &str = "...";
-/// Length of a date, such as 2026-11-22.
+/// Length of a date such as `2026-11-22`, in bytes.
 const DATE_BYTES: usize = 10;
 
-/// Longest status that is asked for, in characters; none that is kept is longer.
+/// Maximum length of the parameter `status`, in characters. No stored status is longer.
 const STATUS_CHARS_MAX: usize = 64;
 
+/// The handlers of the execution log and of the recent events.
 pub struct Logs {
     executions: Arc<dyn ExecutionStore>,
     tail: Tail,
@@ -39,6 +40,7 @@ impl Logs {
         Self { executions, tail, cursors }
     }
 
+    /// One page of executions of a function, newest first, with cut messages.
     pub async fn list(&self, call: &Call) -> Result<Reply, ApiError> {
         let query = Query::read(&call.uri, &["limit", "startTime", "endTime", "status", "cursor"])?;
         let wanted = self.wanted(call, &query)?;
@@ -53,6 +55,10 @@ impl Logs {
         Ok(with_next(reply, call, &next))
     }
 
+    /// One execution with its whole message.
+    ///
+    /// # Errors
+    /// `NoSuchLog` if it is unknown or expired.
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
         let function = function_id(call)?;
         let request_id = stored_id(call.params.get(1).ok_or(ApiError::NoSuchLog)?);
@@ -61,7 +67,7 @@ impl Logs {
         Ok(Reply::value(StatusCode::OK, &shown(&row, &row.message)))
     }
 
-    /// The last events of this node.
+    /// The recent events of this node, newest first.
     pub fn of_node(&self) -> Reply {
         let entries = self.tail.entries().iter().map(tail_entry).collect();
         Reply::value(StatusCode::OK, &Value::Array(entries))
@@ -89,14 +95,14 @@ impl Logs {
     }
 }
 
-/// What a cursor is bound to: the function and the filter. The page's length may change on the way.
+/// The context of cursors: the function and the filter. The size of pages may change between requests.
 fn context(query: &LogQuery) -> [String; 5] {
     let time = |at: Option<u64>| at.map_or_else(String::new, |at| at.to_string());
     let status = query.status.clone().unwrap_or_default();
     ["logs".to_owned(), query.function.to_string(), time(query.start), time(query.end), status]
 }
 
-/// A bare date is its first moment in UTC.
+/// Parses a time bound into Unix milliseconds. A date stands for its start in UTC.
 fn time(name: &str, value: &str) -> Result<u64, ApiError> {
     let of_date = || parse_rfc3339_ms(&format!("{value}T00:00:00Z"));
     let time = if value.len() == DATE_BYTES { of_date() } else { parse_rfc3339_ms(value) };
@@ -106,13 +112,13 @@ fn time(name: &str, value: &str) -> Result<u64, ApiError> {
     })
 }
 
-/// A request id as rows have it: a UUID, whatever case the client has it in, stands there in small letters.
+/// The request id as stored: UUIDs are stored in lower case, other ids unchanged.
 fn stored_id(given: &str) -> Cow<'_, str> {
     let is_uuid = given.len() == JobId::TEXT_BYTES && Uuid::try_parse(given).is_ok();
     if is_uuid { Cow::Owned(given.to_ascii_lowercase()) } else { Cow::Borrowed(given) }
 }
 
-/// An entry as the dashboard reads it: it tells kinds apart by the text and the level.
+/// An event for the dashboard, which classifies events by their text and level.
 fn tail_entry(entry: &TailEntry) -> Value {
     let (level, msg, members) = described(&entry.event);
     let mut shown = Map::new();
@@ -126,7 +132,7 @@ fn tail_entry(entry: &TailEntry) -> Value {
     Value::Object(shown)
 }
 
-/// Level, text and further members.
+/// Level, text and further members of an event.
 fn described(event: &Event) -> (&'static str, Cow<'static, str>, Value) {
     match event {
         Event::Executed(executed) => {
@@ -171,7 +177,7 @@ fn members_of(executed: &Executed) -> Value {
     })
 }
 
-/// The first units of a message and [`CUT`]. A surrogate pair that would be torn is left out whole.
+/// Cuts a message to [`MESSAGE_UNITS`] and appends [`CUT`]. A surrogate pair is never split.
 fn cut(message: &str) -> Cow<'_, str> {
     let mut units = 0;
     let end = message.char_indices().find_map(|(at, c)| {
@@ -187,7 +193,7 @@ fn shown(row: &Execution, message: &str) -> Value {
     shown.insert("requestId".into(), json!(row.id.request_id()));
     shown.insert("timestamp".into(), json!(row.id.timestamp()));
     shown.insert("status".into(), json!(row.status.as_str()));
-    // As the old controller showed it: the fraction is dropped.
+    // The fraction is dropped, as by the previous controller.
     shown.insert("duration".into(), number(row.duration_ms.trunc()));
     shown.insert("handlerDurationMs".into(), row.handler_duration_ms.map_or(Value::Null, number));
     shown.insert("memory".into(), json!(row.memory_mb));
@@ -204,7 +210,7 @@ mod tests {
     use crate::model::{NodeId, Status};
 
     #[test]
-    fn messages_are_cut_as_javascript_counts() {
+    fn messages_are_cut_by_utf_16_units() {
         for (text, times, kept) in [
             ("x", 200, None),
             ("x", 201, Some(200)),
@@ -221,11 +227,11 @@ mod tests {
             assert_eq!(cut(&text.repeat(times)), expected, "{times} times {text}");
         }
         let torn = format!("{}😀x", "x".repeat(199));
-        assert_eq!(cut(&torn), format!("{}...", "x".repeat(199)), "half a pair would be no text");
+        assert_eq!(cut(&torn), format!("{}...", "x".repeat(199)), "a surrogate pair is not split");
     }
 
     #[test]
-    fn bounds_of_time() {
+    fn time_bounds() {
         for (given, at) in [
             ("2026-11-22", Some(1_795_305_600_000)),
             ("2026-11-22T00:00:00Z", Some(1_795_305_600_000)),
@@ -243,11 +249,11 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_looked_up_in_small_letters() {
+    fn uuids_are_looked_up_in_lower_case() {
         for (given, stored) in [
             ("DEADBEEF-9C2A-8F00-8000-123456789ABC", "deadbeef-9c2a-8f00-8000-123456789abc"),
             ("67E55044-10b1-426f-9247-bb680e5fe0c8", "67e55044-10b1-426f-9247-bb680e5fe0c8"),
-            // Others are what they are.
+            // Other ids are unchanged.
             ("JOB-7", "JOB-7"),
         ] {
             assert_eq!(stored_id(given), stored);
@@ -255,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn events_are_shown_as_the_dashboard_tells_them_apart() {
+    fn events_have_the_form_that_the_dashboard_expects() {
         let id = JobId::new(NodeId(1), 0, 0);
         let function = FunctionId::parse("f").unwrap();
         let executed = |status: &str, exit_code| {
@@ -315,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_shown_as_before() {
+    fn whole_numbers_have_no_fraction() {
         assert_eq!([number(12.0), number(1.5), number(0.0)].map(|n| n.to_string()), ["12", "1.5", "0"]);
     }
 }

@@ -1,14 +1,15 @@
-//! `/models`: the model catalogue.
+//! `/models`: the model catalogue, or a fixed fallback while the catalogue does not answer.
 
 use super::reply::Reply;
 use crate::catalogue::Catalogue;
 use http::StatusCode;
 use serde_json::{Value, json};
 
-/// What there always is, by name.
+/// The only model of the fallback.
 const FALLBACK: &str = "llama3:8b";
 const WARNING: &str = "The model catalogue cannot be reached at the moment.";
 
+/// The handler of the model catalogue.
 pub struct Models {
     catalogue: Catalogue,
 }
@@ -18,6 +19,7 @@ impl Models {
         Self { catalogue }
     }
 
+    /// The models; 200 in any case. The fallback has a `warning`.
     pub async fn get(&self) -> Reply {
         let Some(models) = self.catalogue.models().await else {
             let fallback = shown(FALLBACK, &json!(0), &json!({}), "fallback");

@@ -1,4 +1,4 @@
-//! JSON objects that clients send, read strictly, and refused by the member that is wrong.
+//! Strict parsing of JSON objects that clients send. Errors name the invalid member.
 
 use super::problem::ApiError;
 use crate::model::encoding_problem;
@@ -6,9 +6,10 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde_json::Number;
 
-/// Reads an object. `wanted` says of a member what it must be.
+/// Parses an object. `wanted` describes the valid values of a member, such as `a string`.
 ///
-/// What the refusal says names members and places, and shows no values.
+/// # Errors
+/// `Invalid` with the member or the position, and without any value.
 pub fn parse<T: DeserializeOwned>(
     body: &[u8],
     wanted: impl Fn(&str) -> Option<&'static str>,
@@ -19,7 +20,7 @@ pub fn parse<T: DeserializeOwned>(
             None => problem,
         })
     };
-    // A derived struct would take an array as well.
+    // A derived `Deserialize` of a struct would accept an array as well.
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(unreadable("the body must be a JSON object".to_owned()));
     }
@@ -36,11 +37,11 @@ pub fn parse<T: DeserializeOwned>(
     Ok(value)
 }
 
-/// A whole number from 0 on, however it is written (to JSON `256.0` is the number `256`), or null.
+/// Parses a whole number of at least 0, or null. In JSON `256.0` is the same number as `256`.
 pub fn whole<'de, D: Deserializer<'de>>(d: D) -> Result<Option<u64>, D::Error> {
     let Some(number) = Option::<Number>::deserialize(d)? else { return Ok(None) };
-    // A whole f64 below 2^53 is exact as an integer.
+    // A whole `f64` below 2^53 is exact as an integer.
     let is_whole = |n: &f64| n.fract() == 0.0 && (0.0..9e15).contains(n);
     let whole = number.as_u64().or_else(|| number.as_f64().filter(is_whole).map(|n| n as u64));
-    whole.map(Some).ok_or_else(|| D::Error::custom("no whole number"))
+    whole.map(Some).ok_or_else(|| D::Error::custom("not a whole number"))
 }

@@ -1,21 +1,22 @@
-//! `/openapi.json`: this API, described in OpenAPI 3.1.
+//! `/openapi.json`: the description of this API in OpenAPI 3.1.
 
 use super::reply::Reply;
 use http::StatusCode;
 
 const DOCUMENT: &str = include_str!("openapi.json");
 
+/// The description. It is compiled in.
 pub fn document() -> Reply {
     Reply::json(StatusCode::OK, DOCUMENT)
 }
 
-/// The document says what the route table says, and nothing else.
+/// The document must match the route table and the errors.
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::routes::{self, Route, Takes};
-    use crate::api::problem::ApiError;
     use crate::api::Endpoint;
+    use crate::api::problem::ApiError;
+    use crate::api::routes::{self, Route, Takes};
     use serde_json::Value;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +24,7 @@ mod tests {
         serde_json::from_str(DOCUMENT).unwrap()
     }
 
-    /// By (path, method in small letters).
+    /// By (path, method in lower case).
     fn operations(document: &Value) -> BTreeMap<(String, String), &Value> {
         let mut all = BTreeMap::new();
         for (path, item) in document["paths"].as_object().unwrap() {
@@ -36,7 +37,7 @@ mod tests {
         all
     }
 
-    /// `/status/:jobId` is `/status/{jobId}` there.
+    /// Path and method of a route in the notation of OpenAPI: `/status/{jobId}` for `/status/:jobId`.
     fn place(route: &Route) -> (String, String) {
         let segment = |s: &str| s.strip_prefix(':').map_or(s.to_owned(), |name| format!("{{{name}}}"));
         let path: Vec<String> = route.pattern.split('/').map(segment).collect();
@@ -44,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_of_this_version() {
+    fn the_version_is_that_of_the_crate() {
         let document = read();
         assert_eq!(document["openapi"], "3.1.0");
         assert_eq!(document["info"]["version"], env!("CARGO_PKG_VERSION"));
@@ -52,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn its_operations_are_the_routes() {
+    fn operations_match_the_routes() {
         let document = read();
         let described: BTreeSet<_> = operations(&document).into_keys().collect();
         let routed: BTreeSet<_> = routes::all().map(place).collect();
@@ -60,7 +61,7 @@ mod tests {
     }
 
     #[test]
-    fn each_operation_is_as_its_route() {
+    fn statuses_keys_and_bodies_match_the_routes() {
         let document = read();
         let described = operations(&document);
         let mut ids = BTreeSet::new();
@@ -78,13 +79,12 @@ mod tests {
                 "the body of {told}"
             );
             assert!(operation["summary"].is_string(), "{told} has no summary");
-            assert!(ids.insert(operation["operationId"].as_str().unwrap()), "{told}: its id is another's");
+            assert!(ids.insert(operation["operationId"].as_str().unwrap()), "{told}: not unique");
         }
     }
 
-    /// The parameters in the path are those of the pattern.
     #[test]
-    fn paths_name_their_parameters() {
+    fn path_parameters_match_the_paths() {
         let document = read();
         for (path, item) in document["paths"].as_object().unwrap() {
             let all = item.as_object().unwrap().iter().flat_map(|(name, value)| match name.as_str() {
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn its_codes_are_those_of_the_errors() {
+    fn codes_match_the_errors() {
         let document = read();
         let codes = document["components"]["schemas"]["Problem"]["properties"]["code"]["enum"].as_array();
         let described: BTreeSet<&str> = codes.unwrap().iter().map(|code| code.as_str().unwrap()).collect();
@@ -111,7 +111,7 @@ mod tests {
     fn target<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
         let Some(pointer) = value["$ref"].as_str() else { return value };
         let found = pointer.strip_prefix('#').and_then(|pointer| document.pointer(pointer));
-        found.unwrap_or_else(|| panic!("{pointer} leads nowhere"))
+        found.unwrap_or_else(|| panic!("{pointer} does not exist"))
     }
 
     fn references<'a>(value: &'a Value, found: &mut BTreeSet<&'a str>) {
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn references_lead_somewhere_and_nothing_is_left_over() {
+    fn references_exist_and_all_components_are_used() {
         let document = read();
         let mut used = BTreeSet::new();
         references(&document, &mut used);
@@ -136,17 +136,17 @@ mod tests {
         for (kind, parts) in document["components"].as_object().unwrap() {
             for name in parts.as_object().unwrap().keys().filter(|_| kind != "securitySchemes") {
                 let pointer = format!("#/components/{kind}/{name}");
-                assert!(used.contains(pointer.as_str()), "{pointer} is used nowhere");
+                assert!(used.contains(pointer.as_str()), "{pointer} is unused");
             }
         }
         let ids: Vec<&Value> = operations(&document).values().map(|o| &o["operationId"]).collect();
         for (name, link) in document["components"]["links"].as_object().unwrap() {
-            assert!(ids.contains(&&link["operationId"]), "the link {name} leads nowhere");
+            assert!(ids.contains(&&link["operationId"]), "the link {name} names an unknown operation");
         }
     }
 
     #[test]
-    fn a_job_id_in_the_path_is_asked_for() {
+    fn the_route_for_a_missing_job_id_is_not_described() {
         let left_out = routes::find(&http::Method::GET, "/status");
         let routes::Found::Route(route, _) = left_out else { panic!("{left_out:?}") };
         assert_eq!(route.endpoint, Endpoint::StatusWithoutId);

@@ -1,14 +1,14 @@
-//! Parameters of header fields (`; name="value"`), as clients send them: RFC 9110 section 5.6.6, and what is
-//! in use beyond it.
+//! Parses parameters of header fields (`; name="value"`): RFC 9110 section 5.6.6, and deviations that clients
+//! send.
 //!
-//! The parsers of `multer` and `mime` were rejected: one knows names in small letters and no `filename*`, the
-//! other refuses a boundary with `=` in it that is not quoted, which JavaMail sends.
+//! The parsers of `multer` and `mime` were rejected. The first knows names in lower case only, and no
+//! `filename*`. The second rejects an unquoted boundary that contains `=`, as JavaMail sends it.
 
 use percent_encoding::percent_decode;
 use std::borrow::Cow;
 
-/// The value of parameter `name`, which is in small letters here and in any case in the field. The extended
-/// form (`name*`, RFC 8187) wins where it can be read; the first of several wins.
+/// The value of a parameter. `name` is in lower case; the field may have any case. A valid extended form
+/// (`name*`, RFC 8187) has precedence. Of several values the first counts.
 pub fn parameter(field: &[u8], name: &str) -> Option<String> {
     let mut plain = None;
     let mut extended = None;
@@ -25,14 +25,14 @@ pub fn parameter(field: &[u8], name: &str) -> Option<String> {
     extended.or(plain)
 }
 
-/// Shows the name and the value of each parameter behind the field's own value.
+/// Calls `show` with name and value of each parameter after the field's own value.
 fn each<'a>(field: &'a [u8], mut show: impl FnMut(&'a [u8], Cow<'a, [u8]>)) {
     let mut rest = after(field, b';');
     while !rest.is_empty() {
         let end = rest.iter().position(|b| [b'=', b';'].contains(b)).unwrap_or(rest.len());
         let name = rest[..end].trim_ascii();
         if rest.get(end) != Some(&b'=') {
-            // Nothing but a name, or nothing at all.
+            // A name without a value, or nothing.
             rest = rest.get(end + 1..).unwrap_or_default();
             continue;
         }
@@ -49,14 +49,14 @@ fn each<'a>(field: &'a [u8], mut show: impl FnMut(&'a [u8], Cow<'a, [u8]>)) {
     }
 }
 
-/// What follows the first `separator`.
+/// The bytes after the first `separator`; none without one.
 fn after(bytes: &[u8], separator: u8) -> &[u8] {
     let at = bytes.iter().position(|b| *b == separator);
     at.and_then(|at| bytes.get(at + 1..)).unwrap_or_default()
 }
 
-/// A quoted string, from behind its opening quote: its value, and what follows it. Browsers send a Windows
-/// path without escapes, so a backslash escapes a quote or a backslash only.
+/// Parses a quoted string from after its opening quote. Returns its value and the bytes after it. A backslash
+/// escapes only a quote or a backslash, because browsers send Windows paths without escapes.
 fn unquoted(quoted: &[u8]) -> (Vec<u8>, &[u8]) {
     let mut value = Vec::new();
     let mut bytes = quoted.iter().enumerate().peekable();
@@ -70,11 +70,11 @@ fn unquoted(quoted: &[u8]) -> (Vec<u8>, &[u8]) {
             other => value.push(*other),
         }
     }
-    // It does not end: all of it is the value.
+    // Without a closing quote everything is the value.
     (value, &[])
 }
 
-/// UTF-8, as RFC 7578 wants it; what is not is taken as ISO 8859-1.
+/// Decodes UTF-8, as RFC 7578 requires, and anything else as ISO 8859-1.
 fn text(value: &[u8]) -> String {
     std::str::from_utf8(value).map_or_else(|_| latin_1(value), str::to_owned)
 }
@@ -83,8 +83,8 @@ fn latin_1(value: &[u8]) -> String {
     value.iter().map(|byte| char::from(*byte)).collect()
 }
 
-/// An extended value, `UTF-8'en'%e2%82%ac`; `None` if it is none, or in a character set that nobody must
-/// know.
+/// Decodes an extended value such as `UTF-8'en'%e2%82%ac`. `None` if it is malformed, or in a character set
+/// other than UTF-8 and ISO 8859-1.
 fn decoded(value: &[u8]) -> Option<String> {
     let mut parts = value.splitn(3, |byte| *byte == b'\'');
     let (charset, _language, encoded) = (parts.next()?, parts.next()?, parts.next()?);
@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn parameters_as_clients_send_them() {
+    fn parameters_in_the_forms_that_clients_send() {
         let cases: [(&[u8], Option<&str>); 31] = [
             (b"form-data; filename=a.zip", Some("a.zip")),
             (b"form-data; filename=\"a.zip\"", Some("a.zip")),

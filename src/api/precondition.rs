@@ -1,33 +1,36 @@
-//! `If-Match` and `If-None-Match` (RFC 9110, section 13).
+//! Evaluates `If-Match` and `If-None-Match` (RFC 9110, section 13).
 
-use super::problem::ApiError;
 use super::call::CallHeaders;
+use super::problem::ApiError;
 use http::header::HeaderValue;
 
-/// Whether the tag that a client has is still that of the function: what a GET answers with 304 for.
+/// Whether `If-None-Match` names the tag of the function. A GET is then answered 304.
 pub fn is_unchanged(headers: &CallHeaders, tag: &str) -> Result<bool, ApiError> {
     alone("If-None-Match", &headers.if_none_match)?;
-    // Compared weakly.
+    // Weak comparison: `W/` is ignored.
     Ok(tags(&headers.if_none_match).any(|given| given == "*" || given.trim_start_matches("W/") == tag))
 }
 
-/// Whether a change may go ahead on a function with this tag.
+/// Checks the preconditions of a change against the tag of the function.
+///
+/// # Errors
+/// `PreconditionFailed`, and `StarBesideTags` if a field combines `*` with tags.
 pub fn check(headers: &CallHeaders, tag: &str) -> Result<(), ApiError> {
     alone("If-Match", &headers.if_match)?;
-    // Compared strongly: a weak tag never matches.
+    // Strong comparison: a weak tag never matches.
     let matches =
         headers.if_match.is_empty() || tags(&headers.if_match).any(|given| given == "*" || given == tag);
     let fits = matches && !is_unchanged(headers, tag)?;
     fits.then_some(()).ok_or(ApiError::PreconditionFailed)
 }
 
-/// `*` is any tag, so beside others it says nothing that can be meant.
+/// Rejects `*` beside other tags. `*` matches any tag, so the combination must be a mistake.
 fn alone(name: &'static str, fields: &[HeaderValue]) -> Result<(), ApiError> {
     let is_mixed = tags(fields).any(|tag| tag == "*") && tags(fields).nth(1).is_some();
     if is_mixed { Err(ApiError::StarBesideTags(name)) } else { Ok(()) }
 }
 
-/// Our tags hold no comma, so a comma always stands between two.
+/// The listed tags. No tag of this server contains a comma, so a comma always separates two.
 fn tags(fields: &[HeaderValue]) -> impl Iterator<Item = &str> {
     fields.iter().filter_map(|field| field.to_str().ok()).flat_map(|field| field.split(',')).map(str::trim)
 }
@@ -46,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn conditions() {
+    fn preconditions() {
         let tag = "\"3-abc\"";
         for (if_match, goes) in [
             (&[][..], true),

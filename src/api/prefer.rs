@@ -1,21 +1,21 @@
-//! The `Prefer` header field (RFC 7240), as far as it is used here: `respond-async` and `wait`.
+//! Parses the `Prefer` header field (RFC 7240). Only `respond-async` and `wait` are used.
 
 use http::header::HeaderValue;
 
-/// What a client prefers.
+/// The preferences of a client.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Prefer {
     pub respond_async: bool,
-    /// In seconds.
+    /// Longest wait, in seconds.
     pub wait_s: Option<u64>,
 }
 
 impl Prefer {
-    /// Preferences that are unknown or malformed are ignored, as the RFC wants; the first of a name counts.
+    /// Ignores unknown and malformed preferences, as the RFC requires. The first valid `wait` counts.
     pub fn of(fields: &[HeaderValue]) -> Self {
         let mut prefer = Self::default();
         for preference in fields.iter().filter_map(|f| f.to_str().ok()).flat_map(|f| f.split(',')) {
-            // Parameters of a preference follow a semicolon; none is used here.
+            // Parameters of a preference follow a semicolon. None is used here.
             let preference = preference.split(';').next().unwrap_or_default();
             let (name, value) = preference.split_once('=').unwrap_or((preference, ""));
             match name.trim().to_ascii_lowercase().as_str() {

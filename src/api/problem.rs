@@ -1,13 +1,15 @@
-//! Errors as `application/problem+json` (RFC 9457): the one place where they get a status, a code and words.
+//! Errors as `application/problem+json` (RFC 9457). Only this file gives them a status, a code and a text.
 //!
-//! `code` is stable and for machines; `detail` is for people and never holds a key, a body or a backend's text.
+//! `code` is stable and for programs. `detail` is for people, and never contains a key, a body or the error
+//! text of a backend.
 
 use super::reply::Reply;
 use crate::backend::BackendError;
 use crate::dispatch::{SubmitError, TooManyJobs};
 use crate::functions::EditError;
-use crate::limiter::Refusal;
+use crate::limiter::Rejection;
 use crate::model::Scope;
+use crate::runs::RunError;
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::{ACCEPT_ENCODING, ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
@@ -16,15 +18,15 @@ use serde_json::json;
 const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
 const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 
-/// Room for what a request's body has beside the queue message made of it, in bytes.
+/// How much longer a request body may be than the longest queue message, in bytes.
 pub const BODY_BYTES_SLACK: usize = 16 * 1024;
 
-/// Longest detail, in characters.
+/// Maximum length of a detail, in characters.
 const DETAIL_CHARS_MAX: usize = 300;
-/// Seconds a client should wait before it tries again what failed for a passing reason.
+/// `Retry-After` of transient errors, in seconds.
 const RETRY_AFTER_S: u64 = 1;
 
-/// Everything that can go wrong for a client.
+/// Every error that a client can receive.
 #[derive(Debug)]
 pub enum ApiError {
     NoSuchRoute,
@@ -32,35 +34,36 @@ pub enum ApiError {
         allow: String,
     },
     Unauthorized,
-    /// The key is right, but its time has not come, or has passed.
+    /// The key is known, but is not valid yet, or has expired.
     KeyNotValidNow,
-    /// Too many wrong keys from this address; at least 1.
+    /// Too many requests without a valid key from this address.
     TooManyFailures {
+        /// At least 1.
         retry_after_s: u64,
-        /// How many at once.
+        /// Failures allowed at once.
         burst: u32,
     },
-    /// The key may do other things.
+    /// The key lacks this scope.
     Forbidden {
         scope: Scope,
     },
-    /// The key may run other functions.
+    /// The key may not run this function.
     FunctionForbidden,
-    /// At least 1.
+    /// A rate limit is exhausted. `retry_after_s` is at least 1.
     RateLimited {
         retry_after_s: u64,
     },
-    /// The limiter cannot count, and is configured to refuse then.
+    /// The limiter cannot count, and the limit is configured to reject then.
     LimiterAway,
-    /// The header is not as HTTP wants it; names the part.
+    /// The header is not valid HTTP. Names the part.
     MalformedHeader(&'static str),
-    /// Where the body ends could be read in two ways; says why.
+    /// The end of the body is ambiguous. Gives the reason.
     BadFraming(&'static str),
-    /// A field that may stand once is there more than once; names it.
+    /// A field that may occur once is repeated. Names the field.
     RepeatedField(&'static str),
-    /// `*` stands beside other tags; names the field.
+    /// `*` is combined with other tags. Names the field.
     StarBesideTags(&'static str),
-    /// The body is in a transfer coding that is not known here.
+    /// The body has an unknown transfer coding.
     TransferCodingUnknown,
     TargetTooLong,
     HeaderTooLarge,
@@ -72,26 +75,26 @@ pub enum ApiError {
         bytes_max: usize,
     },
     BodyTimeout,
-    /// The body ended early or its framing is broken.
+    /// The body ended early, or its framing is malformed.
     BodyBroken,
-    /// The body is in a content coding that is not known here.
+    /// The body has an unknown content coding.
     ContentCodingUnknown,
-    /// The body is not in the content coding that it is said to be in.
+    /// The body does not match its content coding.
     BodyUndecodable,
     NotJson,
     NotAForm,
     NotJsonNorForm,
     Invalid(String),
-    /// A cursor that was not made for this list and filter, or not by us.
+    /// The cursor is forged, or belongs to another list or filter.
     BadCursor,
-    /// What is uploaded is no good code; says why.
+    /// The uploaded code is not usable. Gives the reason.
     BadArchive(String),
     NoSuchFunction,
-    /// The function is not (or no longer) as `If-Match` or `If-None-Match` wants it.
+    /// `If-Match` or `If-None-Match` does not hold.
     PreconditionFailed,
-    /// The auto-tuner has nothing to apply.
+    /// The auto-tuner has no recommendation to apply.
     NoRecommendation,
-    /// Others changed the function again and again meanwhile.
+    /// Concurrent changes of the function won every attempt.
     Contended,
     TooManyUploads,
     TooManyWorkers,
@@ -100,34 +103,35 @@ pub enum ApiError {
     NoSuchJob,
     NoSuchLog,
     TooManyJobs(TooManyJobs),
-    /// The queue is slow; at least 1.
+    /// The queue is slow, and this job was shed. `retry_after_s` is at least 1.
     Shed {
         retry_after_s: u64,
     },
     Submit(SubmitError),
-    /// A backend did not answer; the cause was logged where it was met.
+    /// A backend did not answer. The cause is already logged.
     BackendAway,
     /// No address of the upstream can be reached.
     UpstreamAway,
     UpstreamTimeout,
-    /// The upstream's answer is none, or breaks off.
+    /// The upstream's response is malformed or incomplete.
     UpstreamBroken,
-    /// The request has been here before.
+    /// The request has passed through this fleet before.
     Loop,
     NotReady,
 }
 
 impl ApiError {
+    /// An invalid request. `detail` names the member, field or parameter, and is cut to its maximum length.
     pub fn invalid(detail: impl Into<String>) -> Self {
         let mut detail = detail.into();
-        // It may name what the client sent, whose names may be long.
+        // It may contain names that the client sent, of any length.
         if let Some((end, _)) = detail.char_indices().nth(DETAIL_CHARS_MAX) {
             detail.truncate(end);
         }
         Self::Invalid(detail)
     }
 
-    /// Logs the cause, which must not go out, and makes it an answer.
+    /// Logs the cause, which must not reach the client. `what` names the backend.
     pub fn backend(what: &'static str, error: &BackendError) -> Self {
         tracing::warn!(what, error = %error, "Backend Failed");
         Self::BackendAway
@@ -183,7 +187,7 @@ impl ApiError {
         }
     }
 
-    /// Stable, for machines; also the label of the refusals in the metrics.
+    /// Stable, for programs. Also the label of rejections in the metrics.
     pub fn code(&self) -> &'static str {
         match self {
             Self::NoSuchRoute => "no_such_route",
@@ -240,32 +244,32 @@ impl ApiError {
         self.detail_of_case().unwrap_or_else(|| self.detail_of_kind().to_owned())
     }
 
-    /// What names the part that is wrong, or a bound. `None`: all of its kind are told the same.
+    /// The detail that names a part or a bound. `None`: all errors of this kind have one detail.
     fn detail_of_case(&self) -> Option<String> {
         Some(match self {
             Self::Invalid(detail) | Self::BadArchive(detail) => detail.clone(),
             Self::BodyTooLarge { bytes_max } => {
-                format!("The request is too large: at most {bytes_max} bytes fit.")
+                format!("The request is too large: the limit is {bytes_max} bytes.")
             }
-            Self::MethodNotAllowed { allow } => format!("This path answers to {allow}."),
+            Self::MethodNotAllowed { allow } => format!("This path supports {allow}."),
             Self::Forbidden { scope } => {
-                format!("The key has not the scope {scope:?}.", scope = scope.name())
+                format!("The key lacks the scope {scope:?}.", scope = scope.name())
             }
             Self::MalformedHeader(what) => {
-                format!("The request cannot be read as HTTP. What is wrong: {what}.")
+                format!("The request is not valid HTTP: {what}.")
             }
-            Self::RepeatedField(name) => format!("The header field {name} may have one value."),
+            Self::RepeatedField(name) => format!("The header field {name} may occur only once."),
             Self::StarBesideTags(name) => {
-                format!("In {name} the value * is any tag, so no other may stand beside it.")
+                format!("In {name} the value * matches any tag, so it must be the only value.")
             }
             Self::BadFraming(what) => {
-                format!("Where the body ends could be read in two ways: {what}.")
+                format!("The end of the body is ambiguous: {what}.")
             }
             Self::TooManyJobs(TooManyJobs::OfKey { max }) => {
-                format!("The key has {max} jobs in flight, which is as many as it may have.")
+                format!("The key has reached its cap of {max} jobs in flight.")
             }
             Self::TooManyJobs(TooManyJobs::OfFunction { max }) => {
-                format!("The function has as many jobs in flight as it may have: maxConcurrency is {max}.")
+                format!("The function has reached its cap of jobs in flight: maxConcurrency is {max}.")
             }
             _ => return None,
         })
@@ -282,63 +286,62 @@ impl ApiError {
             | Self::RepeatedField(_)
             | Self::StarBesideTags(_)
             | Self::BadFraming(_)
-            | Self::TooManyJobs(_) => "", // each case has its own
-            Self::Shed { .. } => "The queue is slow at the moment. Please wait as long as Retry-After says.",
-            Self::NoSuchRoute => "There is nothing at this path.",
+            | Self::TooManyJobs(_) => "", // see detail_of_case
+            Self::Shed { .. } => "The queue is overloaded. Retry after the time in Retry-After.",
+            Self::NoSuchRoute => "No route has this path.",
             Self::KeyNotValidNow => "The key is not valid yet, or has expired.",
             Self::TooManyFailures { .. } => {
-                "Too many requests without a valid key from this address. Please wait as long as Retry-After says."
+                "Too many requests from this address had no valid key. Retry after the time in Retry-After."
             }
             Self::FunctionForbidden => "The key may not run this function.",
-            Self::TransferCodingUnknown => "Of Transfer-Encoding only chunked is known.",
-            Self::TargetTooLong => "The target of the request is too long.",
-            Self::HeaderTooLarge => "The header of the request is too large, or has too many fields.",
-            Self::HeaderTimeout => "The header of the request did not arrive in time.",
-            Self::VersionNotSupported => "This server speaks HTTP/1.1 here, and HTTP/2 over TLS.",
-            Self::ExpectationFailed => "Of Expect only 100-continue is known.",
-            Self::TooManyConnections => "Too many connections are open. Please try again soon.",
-            Self::UpstreamAway => "The service behind this path does not answer. Please try again soon.",
+            Self::TransferCodingUnknown => "The only supported transfer coding is chunked.",
+            Self::TargetTooLong => "The request target is too long.",
+            Self::HeaderTooLarge => "The request header is too large, or has too many fields.",
+            Self::HeaderTimeout => "The request header did not arrive in time.",
+            Self::VersionNotSupported => "This server supports HTTP/1.0 and HTTP/1.1, and HTTP/2 over TLS.",
+            Self::ExpectationFailed => "The only supported expectation is 100-continue.",
+            Self::TooManyConnections => "Too many connections are open. Retry later.",
+            Self::UpstreamAway => "The service behind this path does not answer. Retry later.",
             Self::UpstreamTimeout => "The service behind this path did not answer in time.",
             Self::UpstreamBroken => {
-                "The answer of the service behind this path broke off or could not be read."
+                "The response of the service behind this path is incomplete or malformed."
             }
             Self::Loop => "The request has passed through this gateway before.",
-            Self::Unauthorized => "The header x-api-key is missing or names no valid key.",
-            Self::RateLimited { .. } => "Too many requests. Please wait as long as Retry-After says.",
-            Self::LimiterAway => "Requests cannot be counted at the moment, so none are let through.",
+            Self::Unauthorized => "The header field x-api-key is missing or is not a valid key.",
+            Self::RateLimited { .. } => "Too many requests. Retry after the time in Retry-After.",
+            Self::LimiterAway => "The rate limiter is not available, so requests are rejected. Retry later.",
             Self::BodyTimeout => "The body did not arrive in time.",
-            Self::BodyBroken => "The body ended early or could not be read.",
+            Self::BodyBroken => "The body ended early or is malformed.",
             Self::ContentCodingUnknown => {
-                "Of Content-Encoding gzip, deflate and identity are known, one at a time."
+                "The supported content codings are gzip, deflate and identity, one at a time."
             }
-            Self::BodyUndecodable => "The body is not in the coding that Content-Encoding names.",
+            Self::BodyUndecodable => "The body does not match its Content-Encoding.",
             Self::NotJson => "The body must be JSON, with Content-Type: application/json.",
             Self::NotAForm => "The body must be a form, with Content-Type: multipart/form-data.",
             Self::NotJsonNorForm => "The body must be JSON or a form (multipart/form-data).",
-            Self::BadCursor => {
-                "The cursor does not belong to this list and filter. Please begin without one."
-            }
-            Self::PreconditionFailed => "The function is not as the request wants it. Please read it again.",
+            Self::BadCursor => "The cursor does not belong to this list and filter. Start without a cursor.",
+            Self::PreconditionFailed => "The function does not match the precondition. Read it again.",
             Self::NoRecommendation => "There is no recommendation for this function yet.",
-            Self::Contended => "The function was changed by others meanwhile. Please try again.",
-            Self::TooManyUploads => "Too many uploads are under way. Please try again soon.",
-            Self::TooManyWorkers => "Too many workers report already.",
+            Self::Contended => "Concurrent changes of the function won every attempt. Retry later.",
+            Self::TooManyUploads => "Too many uploads are in progress. Retry later.",
+            Self::TooManyWorkers => "The maximum number of workers is already registered.",
             Self::NoSuchFunction => "Function not found",
             Self::KeyReused => "This Idempotency-Key belongs to a request with another body.",
-            Self::NoSuchJob => "There is no such job, or its result has expired.",
-            Self::NoSuchLog => "There is no such execution, or its record has expired.",
-            Self::Submit(SubmitError::Overloaded) => "Too many jobs are waiting. Please try again soon.",
-            Self::Submit(SubmitError::Refused) => "The queue refused the job because of its content.",
-            Self::Submit(SubmitError::Unavailable) => "The job could not be queued. Please try again soon.",
+            Self::NoSuchJob => "The job does not exist, or its result has expired.",
+            Self::NoSuchLog => "The execution does not exist, or its record has expired.",
+            Self::Submit(SubmitError::Overloaded) => "Too many jobs are waiting. Retry later.",
+            Self::Submit(SubmitError::Refused) => "The queue rejected the job because of its content.",
+            Self::Submit(SubmitError::Unavailable) => "The job was not queued. Retry later.",
             Self::Submit(SubmitError::Unknown) => {
-                "The queue did not confirm the job in time. It may still run; a second try may run it twice."
+                "The queue did not confirm the job in time, so it may still run. A retry may run it twice, \
+                 unless it repeats the Idempotency-Key."
             }
-            Self::Submit(SubmitError::Stopping) | Self::NotReady => "This server is not taking requests.",
-            Self::BackendAway => "A part of the platform does not answer. Please try again soon.",
+            Self::Submit(SubmitError::Stopping) | Self::NotReady => "This node does not accept requests.",
+            Self::BackendAway => "A part of the platform does not answer. Retry later.",
         }
     }
 
-    /// The answer to the request `request_id`.
+    /// The response to the request with this `X-Request-Id`.
     pub fn into_reply(self, request_id: &str) -> Reply {
         let (status, code, detail) = (self.status(), self.code(), self.detail());
         let body = json!({
@@ -388,7 +391,7 @@ impl ApiError {
 
 #[cfg(test)]
 impl ApiError {
-    /// What a client is told that sent something invalid.
+    /// The detail of an invalid request.
     pub fn refusal<T: std::fmt::Debug>(result: Result<T, Self>) -> String {
         match result {
             Err(Self::Invalid(detail)) => detail,
@@ -397,11 +400,28 @@ impl ApiError {
     }
 }
 
-impl From<Refusal> for ApiError {
-    fn from(refusal: Refusal) -> Self {
+impl From<Rejection> for ApiError {
+    fn from(refusal: Rejection) -> Self {
         match refusal {
-            Refusal::Limited { retry_after_s } => Self::RateLimited { retry_after_s },
-            Refusal::Away => Self::LimiterAway,
+            Rejection::Limited { retry_after_s } => Self::RateLimited { retry_after_s },
+            Rejection::Away => Self::LimiterAway,
+        }
+    }
+}
+
+impl From<RunError> for ApiError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Shed { retry_after } => Self::Shed { retry_after_s: retry_after.as_secs() + 1 },
+            RunError::NoSuchFunction => Self::NoSuchFunction,
+            RunError::FunctionForbidden => Self::FunctionForbidden,
+            RunError::RateLimit(rejection) => rejection.into(),
+            RunError::TooManyJobs(cap) => Self::TooManyJobs(cap),
+            RunError::MessageTooLarge { bytes_max } => Self::BodyTooLarge { bytes_max },
+            RunError::KeyReused => Self::KeyReused,
+            RunError::Submit(error) => Self::Submit(error),
+            RunError::Backend { store, error } => Self::backend(store, &error),
+            RunError::AttemptUnresolved => Self::BackendAway,
         }
     }
 }
@@ -419,12 +439,12 @@ impl From<EditError<ApiError>> for ApiError {
 
 #[cfg(test)]
 impl ApiError {
-    /// One of each kind, for tests.
+    /// One error of each kind.
     pub fn each() -> Vec<Self> {
         std::iter::successors(Some(Self::NoSuchRoute), Self::next).collect()
     }
 
-    /// The kind after this one. A new kind has no arm, so the compiler asks for its place in the row.
+    /// The kind after this one. A new kind has no arm, so the compiler requires one.
     fn next(&self) -> Option<Self> {
         let text = String::new;
         Some(match self {
@@ -498,13 +518,14 @@ mod tests {
         let body: serde_json::Value = serde_json::from_slice(&reply.body).unwrap();
         let expected = json!({
             "type": "urn:infra-controller:problem:no_such_function", "title": "Not Found", "status": 404,
-            "detail": "Function not found", "requestId": "r-1", "code": "no_such_function", "error": "Function not found",
+            "detail": "Function not found", "requestId": "r-1", "code": "no_such_function",
+            "error": "Function not found",
         });
         assert_eq!((reply.status, body), (StatusCode::NOT_FOUND, expected));
     }
 
     #[test]
-    fn each_says_what_is_wrong() {
+    fn each_error_has_a_detail() {
         for error in ApiError::each() {
             let told = format!("{error:?}");
             let is_given = matches!(error, ApiError::Invalid(_) | ApiError::BadArchive(_));
@@ -513,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_pass_says_when_to_try_again() {
+    fn transient_errors_have_retry_after() {
         let limited = ApiError::RateLimited { retry_after_s: 7 }.into_reply("");
         assert_eq!(limited.headers, [(RETRY_AFTER, HeaderValue::from(7))]);
         for error in [ApiError::BackendAway, ApiError::NotReady, ApiError::Submit(SubmitError::Overloaded)] {

@@ -1,16 +1,19 @@
-//! The query of a URL, read strictly: what is given twice or cannot be decoded is an error, what nobody knows is
-//! passed over.
+//! Strict parsing of the query of a URL. Repeated parameters and invalid UTF-8 are errors. Unknown parameters
+//! are ignored.
 
 use super::problem::ApiError;
 use http::Uri;
 use percent_encoding::percent_decode_str;
 use std::borrow::Cow;
 
-/// The first value of each wanted name, decoded.
+/// The parameters that a handler requested, percent-decoded.
 pub struct Query<'a>(Vec<(&'a str, Cow<'a, str>)>);
 
 impl<'a> Query<'a> {
-    /// Reads the parameters `names` of the query.
+    /// Reads the parameters in `names`.
+    ///
+    /// # Errors
+    /// `Invalid` if one of them is repeated or is not UTF-8.
     pub fn read(uri: &'a Uri, names: &[&str]) -> Result<Self, ApiError> {
         let mut found: Vec<(&str, Cow<'_, str>)> = Vec::new();
         for pair in uri.query().unwrap_or_default().split('&') {
@@ -19,7 +22,7 @@ impl<'a> Query<'a> {
                 continue;
             }
             if found.iter().any(|(known, _)| *known == name) {
-                return Err(ApiError::invalid(format!("`{name}` stands twice in the query")));
+                return Err(ApiError::invalid(format!("`{name}` occurs twice in the query")));
             }
             let value = percent_decode_str(raw).decode_utf8();
             found.push((name, value.map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))?));
@@ -27,18 +30,19 @@ impl<'a> Query<'a> {
         Ok(Self(found))
     }
 
+    /// A parameter that [`Self::read`] has read.
     pub fn get(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(known, _)| *known == name).map(|(_, value)| &**value)
     }
 
-    /// A whole number from 1 on. A larger one than `max`, and none, mean `max`: clients of the old
-    /// controller, which listed all, ask for more than a page has.
+    /// The page size, a whole number of at least 1. A larger number than `max`, and no number, mean `max`:
+    /// clients of the previous controller, which listed everything, ask for more than a page has.
     pub fn limit(&self, max: usize) -> Result<usize, ApiError> {
         let Some(text) = self.get("limit") else { return Ok(max) };
         let is_number = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        let limit = is_number.then(|| text.parse().unwrap_or(usize::MAX)); // more digits than a number has
+        let limit = is_number.then(|| text.parse().unwrap_or(usize::MAX)); // too large for a usize
         let limit = limit.filter(|limit| *limit > 0).map(|limit| limit.min(max));
-        limit.ok_or_else(|| ApiError::invalid("`limit` must be a whole number from 1 on"))
+        limit.ok_or_else(|| ApiError::invalid("`limit` must be a whole number of at least 1"))
     }
 }
 

@@ -1,10 +1,10 @@
-//! The route table. One row a pattern and method; everything else about a route follows from it.
+//! The route table: one row per pattern and method. Authorization, body handling and documentation follow it.
 
 use crate::model::Scope;
 use http::Method;
 use percent_encoding::percent_decode_str;
 
-/// Which handler answers.
+/// The handler of a route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     Index,
@@ -33,36 +33,36 @@ pub enum Endpoint {
     Metrics,
 }
 
-/// What becomes of a request's body.
+/// How a route takes the request body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Takes {
     Nothing,
-    /// The handler gets it whole.
+    /// The handler receives the whole body.
     Whole,
-    /// The handler reads it piece by piece.
+    /// The handler reads the body in pieces.
     Stream,
 }
 
 /// One row of the table.
 #[derive(Debug)]
 pub struct Route {
-    /// The label of the metrics, and what limits name.
+    /// Without `/api`. Also the name of the route in metrics and limits.
     pub pattern: &'static str,
     pub method: Method,
     pub endpoint: Endpoint,
-    /// `None`: no key is asked for.
+    /// `None`: no key is required.
     pub scope: Option<Scope>,
     pub takes: Takes,
-    /// The statuses that are this route's own; see [`Route::statuses`].
+    /// The statuses of the handler; see [`Route::statuses`].
     answers: &'static [u16],
 }
 
 impl Route {
-    /// Every status the route may answer with: its own, and those of the filters before it.
+    /// Every status of the route: those of its handler, and those of the checks before it. Has duplicates.
     pub fn statuses(&self) -> impl Iterator<Item = u16> {
         let of_key = match self.scope {
             Some(_) => &[401, 403, 429, 503][..],
-            // It may ask for a key.
+            // `auth.metrics_need_key` makes it require a key.
             None if self.endpoint == Endpoint::Metrics => &[401, 403, 429],
             None => &[],
         };
@@ -138,11 +138,12 @@ static TABLE: &[Route] = &[
     get("/", Endpoint::Index, None, &[200]),
 ];
 
-/// What a path and method lead to.
+/// The result of a look-up.
 #[derive(Debug)]
 pub enum Found {
+    /// A route and its path parameters, percent-decoded.
     Route(&'static Route, Vec<String>),
-    /// The path is known; these methods work there, as the value of `Allow`.
+    /// The path has other methods. `allow` is the value of `Allow`.
     OtherMethod {
         pattern: &'static str,
         allow: String,
@@ -150,7 +151,7 @@ pub enum Found {
     Nothing,
 }
 
-/// Finds the route of a path, with or without the prefix `/api` and a slash at the end.
+/// Finds the route of a path. A prefix `/api` and a slash at the end are ignored. HEAD finds that of GET.
 pub fn find(method: &Method, path: &str) -> Found {
     let (_, path) = split_prefix(path);
     let path = path.strip_suffix('/').unwrap_or(path);
@@ -171,7 +172,7 @@ pub fn find(method: &Method, path: &str) -> Found {
     if others.is_empty() { Found::Nothing } else { Found::OtherMethod { pattern, allow: others.join(", ") } }
 }
 
-/// The prefix `/api`, if `path` has it, and what follows.
+/// Splits off the prefix `/api`. The first part is empty if `path` does not have it.
 pub fn split_prefix(path: &str) -> (&'static str, &str) {
     match path.strip_prefix("/api") {
         Some(rest) if rest.is_empty() || rest.starts_with('/') => ("/api", rest),
@@ -179,7 +180,7 @@ pub fn split_prefix(path: &str) -> (&'static str, &str) {
     }
 }
 
-/// The decoded parameters if `path` is of `pattern`. A slash that was encoded stays part of its parameter.
+/// The decoded parameters, if `path` matches `pattern`. An encoded slash is part of its parameter.
 fn params(pattern: &str, path: &str) -> Option<Vec<String>> {
     let mut params = Vec::new();
     let mut given = path.split('/');
@@ -198,17 +199,17 @@ fn params(pattern: &str, path: &str) -> Option<Vec<String>> {
     given.next().is_none().then_some(params)
 }
 
-/// Whether a path leads to a route here, whatever the method.
+/// Whether a path is a route of the gateway, with any method.
 pub fn is_local(path: &str) -> bool {
     !matches!(find(&Method::GET, path), Found::Nothing)
 }
 
-/// The patterns that limits may name.
+/// The patterns of routes that require a key. Only these can be limited.
 pub fn patterns_with_key() -> impl Iterator<Item = &'static str> {
     all().filter(|route| route.scope.is_some()).map(|route| route.pattern)
 }
 
-/// All rows, for the description of the service.
+/// All rows of the documented API.
 pub fn all() -> impl Iterator<Item = &'static Route> {
     TABLE.iter().filter(|route| route.endpoint != Endpoint::StatusWithoutId)
 }
@@ -218,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_lead_to_routes() {
+    fn paths_match_routes() {
         use Endpoint::{Function, Health, Index, Log, Logs, Run, Status, StatusWithoutId};
         for (method, path, endpoint, params) in [
             ("GET", "/", Index, vec![]),
@@ -244,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn other_paths_and_methods_do_not() {
+    fn other_paths_and_methods_do_not_match() {
         for path in
             ["/runs", "/run/x", "/apirun", "/api/api/run", "//run", "/functions//logs", "/status/%ff", "/RUN"]
         {

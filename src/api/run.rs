@@ -15,6 +15,7 @@ const KEY_BYTES_MAX: usize = 255;
 
 const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 
+/// The handler of runs.
 pub struct RunRoute {
     runs: Runs,
 }
@@ -24,6 +25,10 @@ impl RunRoute {
         Self { runs }
     }
 
+    /// Runs a function. 200 with its result, or 202 with the location of the result.
+    ///
+    /// # Errors
+    /// `NotJson`, `Invalid`, and those of [`Runs::run`].
     pub async fn post(&self, call: &Call) -> Result<Reply, ApiError> {
         let headers = &call.headers;
         if !headers.is_json() {
@@ -72,8 +77,8 @@ fn still_running(id: JobId, prefix: &str) -> Reply {
     later(id, prefix, format!("{{\"status\":\"TIMEOUT\",\"jobId\":\"{id}\",\"message\":\"{message}\"}}"))
 }
 
-/// 202 with the location of the result. It keeps the prefix that the client used: the other one may lead nowhere
-/// through the client's proxy.
+/// 202 with the location of the result. It keeps the prefix that the client used, because the client's proxy
+/// may not forward the other one.
 fn later(id: JobId, prefix: &str, body: String) -> Reply {
     let reply = Reply::json(StatusCode::ACCEPTED, body);
     match HeaderValue::try_from(format!("{prefix}/status/{id}")) {
@@ -86,7 +91,7 @@ fn is_true(value: Option<&HeaderValue>) -> bool {
     value.is_some_and(|v| v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"true"))
 }
 
-/// The client's idempotency key. The draft wants a string of structured fields (`"…"`). Bare text is accepted as
+/// The client's idempotency key. The IETF draft requires a quoted string (`"…"`). Bare text is accepted as
 /// well, because many clients send that.
 fn idempotency_key(headers: &CallHeaders) -> Result<Option<&str>, ApiError> {
     let Some(value) = &headers.idempotency_key else { return Ok(None) };
@@ -138,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_strings_or_bare() {
+    fn keys_may_be_quoted_or_bare() {
         let key = |text: &str| {
             let value = Some(HeaderValue::from_bytes(text.as_bytes()).unwrap());
             let headers = CallHeaders { idempotency_key: value, ..CallHeaders::default() };

@@ -1,9 +1,9 @@
-//! `GET /status/:jobId`: the result of a job, or that it still runs; with a long poll.
+//! `GET /status/:jobId`: the result or the state of a job, with a long poll.
 
-use super::prefer::Prefer;
-use super::query::Query;
-use super::problem::ApiError;
 use super::call::Call;
+use super::prefer::Prefer;
+use super::problem::ApiError;
+use super::query::Query;
 use super::reply::Reply;
 use crate::config::{Live, WaitsConf};
 use crate::dispatch::{Dispatcher, JobState};
@@ -13,6 +13,7 @@ use http::StatusCode;
 use std::time::Duration;
 use uuid::Uuid;
 
+/// The handler of job states.
 pub struct Status {
     dispatcher: Dispatcher,
     lifecycle: Lifecycle,
@@ -24,6 +25,10 @@ impl Status {
         Self { dispatcher, lifecycle, waits }
     }
 
+    /// The result of a job, or `pending` when the wait ends first.
+    ///
+    /// # Errors
+    /// `NoSuchJob` if it is unknown or its result has expired.
     pub async fn get(&self, call: &Call) -> Result<Reply, ApiError> {
         let wait = self.wait(call)?;
         let raw = call.params.first().map_or("", String::as_str);
@@ -46,21 +51,22 @@ impl Status {
         }
     }
 
-    /// A job that an old controller accepted: only its stored result can be known.
+    /// A job that the previous controller accepted. Only its stored result can be found.
     async fn foreign(&self, raw: &str) -> Result<Reply, ApiError> {
-        // It was stored as the old controller printed it; clients may have changed its case.
+        // The previous controller stored ids in lower case. Clients may have changed the case.
         let id = Uuid::try_parse(raw).map_err(|_| ApiError::NoSuchJob)?.hyphenated().to_string();
         let found = self.dispatcher.foreign_result(&id).await;
         let found = found.map_err(|e| ApiError::backend("the result store", &e))?;
         found.map(|outcome| Reply::json(StatusCode::OK, outcome.body())).ok_or(ApiError::NoSuchJob)
     }
 
-    /// `?wait=` goes before `Prefer: wait=`. What is longer than the longest wait is cut to it.
+    /// The length of the long poll. `?wait=` has precedence over `Prefer: wait=`. A longer wait than
+    /// `waits.status_max_s` is reduced to it.
     fn wait(&self, call: &Call) -> Result<Duration, ApiError> {
         let query = Query::read(&call.uri, &["wait"])?;
         let seconds = match query.get("wait") {
             Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
-                text.parse().unwrap_or(u64::MAX) // more digits than a number has
+                text.parse().unwrap_or(u64::MAX) // too large for a u64
             }
             Some(_) => return Err(ApiError::invalid("`wait` must be a whole number of seconds")),
             None => Prefer::of(&call.headers.prefer).wait_s.unwrap_or(0),
@@ -69,7 +75,7 @@ impl Status {
     }
 }
 
-/// The member `confirmed` stands there only where it says something: nobody can know whether the queue has the job.
+/// `confirmed` is present only if it is unknown whether the queue has the job.
 fn still_pending(is_unconfirmed: bool) -> Reply {
     let body = if is_unconfirmed {
         r#"{"status":"pending","message":"The job has not finished yet.","confirmed":false}"#

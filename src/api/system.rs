@@ -1,4 +1,4 @@
-//! `/`, `/health`, `/livez`, `/readyz` and `/metrics`.
+//! `/`, `/health`, `/livez`, `/readyz` and `/metrics`: the state of this node and of its backends.
 
 use super::problem::ApiError;
 use super::reply::Reply;
@@ -15,15 +15,16 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Longest a single check may take.
+/// Deadline of a single check.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a report is shown again before the backends are asked anew: anyone may ask, without a key.
+/// How long a report is reused. Anyone may request it without a key, and that must not load the backends.
 const REPORT_KEPT: Duration = Duration::from_secs(1);
 
-/// The checks of subscriptions, and what the metrics call these.
+/// The checks of subscriptions: (name in the report, label in the metrics).
 const SUBSCRIPTIONS: [(&str, &str); 2] =
     [("resultsSubscription", "results"), ("changesSubscription", "changes")];
 
+/// The handlers of the node's state.
 pub struct System {
     health: Health,
     lifecycle: Lifecycle,
@@ -35,21 +36,28 @@ impl System {
         Self { health, lifecycle, metrics }
     }
 
+    /// 200 or 503 with the result of each check.
     pub async fn health(&self) -> Reply {
         let report = self.health.report().await;
         Reply::value(report.status, &report.body)
     }
 
+    /// 200 while the process runs.
     pub fn livez(&self) -> Reply {
         Reply::json(StatusCode::OK, r#"{"status":"OK"}"#)
     }
 
+    /// 200 if the node accepts requests.
+    ///
+    /// # Errors
+    /// `NotReady` during start and drain, and while another process holds the node id.
     pub fn readyz(&self) -> Result<Reply, ApiError> {
         let is_lost = self.metrics.jobs.node_id_lost.get() != 0;
         let ready = self.lifecycle.phase() == Phase::Ready && !is_lost;
         ready.then(|| Reply::json(StatusCode::OK, r#"{"status":"READY"}"#)).ok_or(ApiError::NotReady)
     }
 
+    /// All metrics in the Prometheus text format.
     pub fn metrics(&self) -> Reply {
         let requests = i64::try_from(self.lifecycle.requests_in_flight()).unwrap_or(i64::MAX);
         self.metrics.requests_in_flight.set(requests);
@@ -60,19 +68,20 @@ impl System {
     }
 }
 
+/// Name, version and routes of the service.
 pub fn index() -> Reply {
     let endpoints: Vec<String> = routes::all().map(|r| format!("{} {}", r.method, r.pattern)).collect();
     let body = json!({ "service": "infra-controller", "version": VERSION, "endpoints": endpoints });
     Reply::value(StatusCode::OK, &body)
 }
 
-/// Asks every backend how it is; at most once in [`REPORT_KEPT`], whoever asks.
+/// Checks every backend, at most once per [`REPORT_KEPT`] for all clients together.
 pub struct Health {
     queue: Arc<dyn JobQueue>,
     results: Arc<dyn Results>,
     functions: Arc<dyn FunctionStore>,
     executions: Arc<dyn ExecutionStore>,
-    /// There may be other nodes, and what is heard of and by them.
+    /// Whether there can be other nodes. If so, node id and subscriptions are checked as well.
     is_fleet: bool,
     metrics: Arc<Metrics>,
     last: Mutex<Option<(Instant, Report)>>,
@@ -98,7 +107,7 @@ impl Health {
     }
 
     async fn report(&self) -> Report {
-        // Held while asking: those who come meanwhile share the answer.
+        // Held during the checks, so that concurrent requests share their report.
         let mut last = self.last.lock().await;
         if let Some((at, report)) = last.as_ref()
             && at.elapsed() < REPORT_KEPT
@@ -118,7 +127,7 @@ impl Health {
             timed(self.executions.probe()),
         );
         let depth = queue.as_ref().ok().copied();
-        let away = || BackendError::Unavailable("nothing can be sent".into());
+        let away = || BackendError::Unavailable("the queue accepts no jobs".into());
         let queue =
             queue.and_then(|_| (self.metrics.queue_refuses.get() == 0).then_some(()).ok_or_else(away));
         let mut checks = Map::new();
@@ -126,18 +135,18 @@ impl Health {
             let healthy = result.is_ok();
             self.metrics.health.with_label_values(&[name]).set(healthy.into());
             if let Err(e) = result {
-                tracing::warn!(check = name, error = %e, "Health Check Failed");
+                tracing::warn!(check = name, error = %e, "Health check failed");
             }
             checks.insert(name.to_owned(), json!({ "status": if healthy { "OK" } else { "ERROR" } }));
             healthy
         };
-        // Without queue or results nothing runs; without the tables cached functions run on, and rows wait.
+        // Without queue or results nothing runs. Without the tables cached functions run, and rows wait.
         let mut vital = vec![check("queue", queue), check(self.results.store_name(), results)];
         let mut useful = vec![check("functionsTable", functions), check("logsTable", executions)];
         if self.is_fleet {
-            // A node whose id another process holds admits nothing.
+            // A node admits nothing while another process holds its id.
             vital.push(check("nodeId", self.node_id()));
-            // Without them results are looked up and functions read more often.
+            // Without subscriptions results are looked up, and functions are read more often.
             useful.extend(SUBSCRIPTIONS.map(|(name, of)| check(name, self.heard(of))));
         }
         if let (Some(depth), Some(Value::Object(queue))) = (depth, checks.get_mut("queue")) {
@@ -170,11 +179,11 @@ impl Health {
     }
 
     fn heard(&self, subscription: &str) -> Result<(), BackendError> {
-        let lost = || BackendError::Unavailable("nothing is received".into());
+        let lost = || BackendError::Unavailable("published messages do not arrive".into());
         self.metrics.subscriptions.is_heard(subscription).then_some(()).ok_or_else(lost)
     }
 
-    /// What is said of rows on this node's disk; nothing if there are none.
+    /// The check of rows on the node's disk. `None` without such rows.
     fn spilled(&self) -> Option<Value> {
         let audit = &self.metrics.audit;
         let (rows, is_full) = (audit.spill.rows.get(), audit.spill.full.get() != 0);

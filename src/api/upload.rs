@@ -1,11 +1,11 @@
-//! `/upload`: new functions; and what every upload of code goes through.
+//! `POST /upload`: creates functions. Also the bounds and checks that all uploads of code share.
 
+use super::call::{BodyStream, Call};
+use super::fields;
 use super::form::{Form, Upload};
 use super::functions::changed;
 use super::problem::ApiError;
-use super::call::{BodyStream, Call};
 use super::reply::Reply;
-use super::fields;
 use crate::audit::{Event, Tail};
 use crate::code_archive;
 use crate::functions::{Editor, NewCode, NewFunction};
@@ -14,12 +14,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// Uploads under way at a time, which bounds the disk they take; more are answered 503.
+/// Maximum number of concurrent uploads, to bound their disk space. Further uploads are answered 503.
 const UPLOADS_MAX: usize = 8;
-/// Uploads that are unpacked at a time, which bounds the cores they take; more wait.
+/// Maximum number of archives that are unpacked concurrently, to bound their CPU time. Further ones wait.
 const CHECKS_MAX: usize = 2;
 
-/// The door for code: how much of it comes in at a time, where it lies, and whether it is good.
+/// Receives code: bounds the number of uploads, writes them to disk and checks them.
 pub struct Uploads {
     spool_dir: PathBuf,
     slots: Semaphore,
@@ -31,12 +31,15 @@ impl Uploads {
         Self { spool_dir, slots: Semaphore::new(UPLOADS_MAX), checks: Semaphore::new(CHECKS_MAX) }
     }
 
-    /// Room for one more upload, to be held until it is done with.
+    /// A slot for one upload. Held until the upload is finished.
+    ///
+    /// # Errors
+    /// `TooManyUploads` if no slot is free.
     pub fn slot(&self) -> Result<SemaphorePermit<'_>, ApiError> {
         self.slots.try_acquire().map_err(|_| ApiError::TooManyUploads)
     }
 
-    /// Reads a form; the caller holds a slot.
+    /// Parses a form. The caller holds a slot.
     pub async fn read(
         &self,
         call: &Call,
@@ -46,13 +49,16 @@ impl Uploads {
         Form::read(call, body, &self.spool_dir, fields).await
     }
 
-    /// The upload, if it is good code. Unpacks it once, off the asynchronous threads.
+    /// Checks an upload by unpacking it once, on a blocking thread.
+    ///
+    /// # Errors
+    /// `BadArchive`, and `BackendAway` if the disk fails.
     pub async fn checked(&self, upload: Upload, runtime: Runtime) -> Result<Upload, ApiError> {
         let _turn = self.checks.acquire().await.map_err(|_| ApiError::BackendAway)?;
         let checked = tokio::task::spawn_blocking(move || {
             let file = std::fs::File::open(upload.path());
             let file = file.map_err(|e| {
-                tracing::error!(error = %e, "Upload Not Read");
+                tracing::error!(error = %e, "Upload not read back from disk; check the state directory");
                 ApiError::BackendAway
             })?;
             let good = code_archive::check(std::io::BufReader::new(file), runtime);
@@ -63,6 +69,7 @@ impl Uploads {
     }
 }
 
+/// The handler of new functions.
 pub struct UploadRoute {
     editor: Editor,
     uploads: Arc<Uploads>,
@@ -74,6 +81,7 @@ impl UploadRoute {
         Self { editor, uploads, tail }
     }
 
+    /// Creates a function from a form.
     pub async fn post(&self, call: &Call, body: &mut impl BodyStream) -> Result<Reply, ApiError> {
         if !call.headers.is_form() {
             return Err(ApiError::NotAForm);
@@ -81,17 +89,17 @@ impl UploadRoute {
         let (runtime, memory_mb) = fields::sizes(&call.headers)?;
         let name = fields::header_text("x-function-name", call.headers.x_function_name.as_ref())?;
         let _slot = self.uploads.slot()?;
-        // Fields nobody knows are passed over: clients of the old controller send some.
+        // Unknown fields are ignored, because clients of the previous controller send some.
         let mut form = self.uploads.read(call, body, &["description", "envVars"]).await?;
         let description = fields::description(form.take("description").unwrap_or_default())?;
         let env_vars = fields::env_vars(form.take("envVars"))?;
-        let file = form.file.ok_or_else(|| ApiError::invalid("the form holds no `file`"))?;
+        let file = form.file.ok_or_else(|| ApiError::invalid("the form has no part `file`"))?;
         let file = self.uploads.checked(file, runtime).await?;
         let name = name.filter(|name| !name.is_empty()).unwrap_or_else(|| file.name.clone());
         if name.is_empty() {
             return Err(ApiError::invalid(
-                "the function has no name: send it in the header `x-function-name` (percent-encoded UTF-8), or give \
-                 the part `file` a `filename`",
+                "the function has no name: send it in the header field `x-function-name` (percent-encoded \
+                 UTF-8), or give the part `file` a `filename`",
             ));
         }
         let name = fields::name(name)?;

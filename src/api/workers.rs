@@ -1,10 +1,11 @@
-//! `/worker/heartbeat`, `/workers`, `/worker/status` and `/system/status`: the workers, the same on every node.
+//! `/worker/heartbeat`, `/workers`, `/worker/status` and `/system/status`: the workers. Every node answers
+//! the same.
 
-use super::number::number;
-use super::problem::ApiError;
 use super::call::Call;
-use super::reply::Reply;
+use super::number::number;
 use super::object;
+use super::problem::ApiError;
+use super::reply::Reply;
 use crate::audit::{Event, Tail};
 use crate::backend::{WorkerRegistry, WorkerSeen};
 use crate::model::{UnixMs, now_ms, parse_rfc3339_ms};
@@ -14,22 +15,24 @@ use serde_json::{Map, Number, Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Longest heartbeat, in bytes.
+/// Maximum length of a heartbeat, in bytes.
 pub const BODY_BYTES_MAX: usize = 16 << 10;
-/// A worker that was not heard of for longer may hang.
+/// A worker is unhealthy when its last heartbeat is older.
 const HEALTHY_WITHIN: Duration = Duration::from_secs(30);
-/// What a worker calls itself when it is not well, in small letters.
+/// Reported statuses that make a worker unhealthy, in lower case.
 const NOT_WELL: [&str; 6] = ["unhealthy", "error", "offline", "stopped", "stopping", "draining"];
 
-/// What is counted of a worker's pools, and always shown: clients read these four.
+/// The pools of `/system/status`. Clients expect all four; others are not counted.
 const POOLS: [&str; 4] = ["python", "nodejs", "cpp", "go"];
 
+// Bounds of the members of a heartbeat.
 const ID_BYTES_MAX: usize = 128;
 const TEXT_CHARS_MAX: usize = 64;
 const POOLS_BYTES_MAX: usize = 8 << 10;
 const JOBS_MAX: u64 = 1_000_000;
 const UPTIME_S_MAX: f64 = 1e10;
 
+/// The handlers of workers.
 pub struct Workers {
     registry: Arc<dyn WorkerRegistry>,
     tail: Tail,
@@ -40,13 +43,17 @@ impl Workers {
         Self { registry, tail }
     }
 
+    /// Records the state of a worker.
+    ///
+    /// # Errors
+    /// `TooManyWorkers` for a new worker beyond the maximum.
     pub async fn heartbeat(&self, call: &Call) -> Result<Reply, ApiError> {
         if !call.headers.is_json() {
             return Err(ApiError::NotJson);
         }
         let state = State::parse(&call.body)?;
         let text =
-            serde_json::to_string(&state).map_err(|_| ApiError::invalid("the heartbeat is no JSON"))?;
+            serde_json::to_string(&state).map_err(|_| ApiError::invalid("the heartbeat is not JSON"))?;
         let known = self.registry.put(&state.worker_id, &text).await;
         let known = known.map_err(|e| ApiError::backend("the worker registry", &e))?;
         if !known {
@@ -60,6 +67,7 @@ impl Workers {
         Ok(Reply::json(StatusCode::OK, r#"{"ok":true}"#))
     }
 
+    /// All known workers with their health.
     pub async fn list(&self) -> Result<Reply, ApiError> {
         let workers = self.workers().await?;
         let body = json!({
@@ -70,6 +78,7 @@ impl Workers {
         Ok(Reply::value(StatusCode::OK, &body))
     }
 
+    /// Sums over the healthy workers, or the status of a lone worker, or `offline`.
     pub async fn system_status(&self) -> Result<Reply, ApiError> {
         let workers = self.workers().await?;
         let healthy: Vec<&Worker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
@@ -85,12 +94,12 @@ impl Workers {
 
     async fn workers(&self) -> Result<Vec<Worker>, ApiError> {
         let seen = self.registry.all().await.map_err(|e| ApiError::backend("the worker registry", &e))?;
-        // What cannot be read was not written by us.
+        // Entries that are not heartbeats were written by another program.
         Ok(seen.iter().filter_map(Worker::of).collect())
     }
 }
 
-/// What a worker says of itself. Members nobody knows are passed over.
+/// The state that a worker reports. Unknown members are ignored.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "an object")]
 struct State {
@@ -103,7 +112,7 @@ struct State {
     timestamp: Option<Timestamp>,
 }
 
-/// By whatever clock and in whatever form the worker has it.
+/// A time by the clock and in the format of the worker.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 enum Timestamp {
@@ -145,7 +154,7 @@ impl State {
     }
 }
 
-/// A worker as it is known now.
+/// A known worker.
 struct Worker {
     state: State,
     age: Duration,
@@ -183,17 +192,17 @@ impl Worker {
     }
 }
 
-/// Epoch seconds, as clients read them.
+/// Epoch seconds with a fraction, as clients expect.
 fn seconds(at: UnixMs) -> Value {
     number(at as f64 / 1000.0)
 }
 
-/// A number from 0 on, or nothing.
+/// The value, if it is a number of at least 0.
 fn amount(value: Option<&Value>) -> Option<&Number> {
     value.and_then(Value::as_number).filter(|n| n.as_f64().is_some_and(|n| n >= 0.0))
 }
 
-/// All of [`POOLS`], each the sum of what these say of it. What is no number counts nothing.
+/// Every pool of [`POOLS`], summed over the workers. A value that is not a number counts as 0.
 fn pools_of(workers: &[&Map<String, Value>]) -> Value {
     let sum = |name: &str| {
         let said = workers.iter().filter_map(|pools| amount(pools.get(name)));
@@ -202,14 +211,14 @@ fn pools_of(workers: &[&Map<String, Value>]) -> Value {
     Value::Object(POOLS.iter().map(|name| ((*name).to_owned(), sum(name))).collect())
 }
 
-/// Whole as long as both are.
+/// The sum of two numbers. It is an integer if both are.
 fn added(one: &Value, other: &Number) -> Value {
     let whole = one.as_u64().zip(other.as_u64()).and_then(|(a, b)| a.checked_add(b));
     let sum = || one.as_f64().unwrap_or(0.0) + other.as_f64().unwrap_or(0.0);
     whole.map_or_else(|| number(sum().min(f64::MAX)), Value::from)
 }
 
-/// Nobody is there.
+/// The status without any worker.
 fn offline() -> Value {
     json!({ "pools": pools_of(&[]), "active_jobs": 0, "status": "offline" })
 }
@@ -225,7 +234,7 @@ fn online(count: u64, jobs: u64, pools: &Value, uptime_s: f64, timestamp: &Value
     })
 }
 
-/// The healthy workers as one.
+/// The status of the healthy workers: sums, and the longest uptime.
 fn summed(healthy: &[&Worker]) -> Value {
     let jobs = healthy.iter().filter_map(|worker| worker.state.active_jobs).sum();
     let pools: Vec<_> = healthy.iter().filter_map(|worker| worker.state.pools.as_ref()).collect();
@@ -234,8 +243,8 @@ fn summed(healthy: &[&Worker]) -> Value {
     online(healthy.len() as u64, jobs, &pools, uptime, &seconds(now_ms()))
 }
 
-/// What a lone worker says, member by member as far as it can be believed. That it says anything is that it
-/// is there.
+/// The status of a lone worker that sends no heartbeats. Invalid members have defaults. It counts as online,
+/// whatever it reports, because its entry has not expired. `None`: the entry is not a JSON object.
 fn lone_status(json: &[u8]) -> Option<Value> {
     let said: Map<String, Value> = serde_json::from_slice(json).ok()?;
     let count = |name: &str| said.get(name).and_then(Value::as_u64);
@@ -257,21 +266,22 @@ mod tests {
 
     #[test]
     fn heartbeats_are_checked() {
-        let full = r#"{"workerId":"w","status":"healthy","pools":{"python":{"warm":2}},"activeJobs":3,"uptimeSeconds":1.5,
-            "timestamp":"2026-11-22T00:00:00Z","other":[1]}"#;
+        let full = r#"{"workerId":"w","status":"healthy","pools":{"python":{"warm":2}},"activeJobs":3,
+            "uptimeSeconds":1.5,"timestamp":"2026-11-22T00:00:00Z","other":[1]}"#;
         let state = State::parse(full.as_bytes()).unwrap();
         assert_eq!((state.worker_id.as_str(), state.active_jobs), ("w", Some(3)));
         assert!(!serde_json::to_string(&state).unwrap().contains("other"));
         for good in [
             r#"{"workerId":"w"}"#,
-            r#"{"workerId":"w","status":null,"pools":null,"activeJobs":null,"uptimeSeconds":null,"timestamp":null}"#,
+            r#"{"workerId":"w","status":null,"pools":null,"activeJobs":null,"uptimeSeconds":null,
+                "timestamp":null}"#,
             r#"{"workerId":"w","activeJobs":7.0}"#,
             r#"{"workerId":"w","timestamp":1795305600.5,"activeJobs":1000000,"uptimeSeconds":10000000000}"#,
         ] {
             assert!(State::parse(good.as_bytes()).is_ok(), "{good}");
         }
         let deep = format!(r#"{{"workerId":"w","pools":{}1{}}}"#, "[".repeat(5000), "]".repeat(5000));
-        // What is passed over is walked without recursion.
+        // Unknown members are skipped without recursion.
         let deep_other = format!(r#"{{"workerId":"w","x":{}1{}}}"#, "[".repeat(5000), "]".repeat(5000));
         assert!(State::parse(deep_other.as_bytes()).is_ok());
         let long = format!(r#"{{"workerId":"w","status":"{}"}}"#, "s".repeat(65));
@@ -310,14 +320,15 @@ mod tests {
     }
 
     #[test]
-    fn the_healthy_add_up() {
+    fn only_healthy_workers_are_summed() {
         let workers = [
             worker(
                 r#"{"workerId":"a","pools":{"python":1,"go":2,"rust":9},"activeJobs":1,"uptimeSeconds":5}"#,
                 0,
             ),
             worker(
-                r#"{"workerId":"b","pools":{"python":2,"go":0.5,"cpp":-3,"nodejs":{"warm":2}},"uptimeSeconds":9}"#,
+                r#"{"workerId":"b","pools":{"python":2,"go":0.5,"cpp":-3,"nodejs":{"warm":2}},
+                    "uptimeSeconds":9}"#,
                 30,
             ),
             worker(r#"{"workerId":"c","activeJobs":4}"#, 31),
@@ -332,7 +343,9 @@ mod tests {
             "pools": { "python": 3, "nodejs": 0, "cpp": 0, "go": 2.5 },
         });
         assert_eq!(sums, expected);
-        let expected = json!({ "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 0 }, "active_jobs": 0, "status": "offline" });
+        let expected = json!({
+            "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 0 }, "active_jobs": 0, "status": "offline",
+        });
         assert_eq!(offline(), expected);
         let huge = worker(r#"{"workerId":"h","pools":{"go":1.7e308}}"#, 0);
         assert_eq!(summed(&[&huge, &huge])["pools"]["go"], f64::MAX);
@@ -341,7 +354,9 @@ mod tests {
     #[test]
     fn a_worker_is_shown_with_its_health() {
         let pools = json!({ "python": { "warm": 2 }, "rust": 1 });
-        let said = json!({ "workerId": "w", "pools": pools, "activeJobs": 3, "uptimeSeconds": 1.5, "timestamp": "t" });
+        let said = json!({
+            "workerId": "w", "pools": pools, "activeJobs": 3, "uptimeSeconds": 1.5, "timestamp": "t",
+        });
         for (age_s, status, health) in [
             (3, "healthy", "healthy"),
             (30, "busy", "healthy"),
@@ -366,11 +381,13 @@ mod tests {
     }
 
     #[test]
-    fn a_lone_worker_is_believed_member_by_member() {
-        let said = br#"{"status":"busy","worker_count":3,"active_jobs":"x","pools":{"go":2,"x":1},"timestamp":7.5,"extra":1}"#;
+    fn invalid_members_of_a_lone_worker_have_defaults() {
+        let said = br#"{"status":"busy","worker_count":3,"active_jobs":"x","pools":{"go":2,"x":1},
+            "timestamp":7.5,"extra":1}"#;
         let status = lone_status(said).unwrap();
         let expected = json!({ "status": "online", "worker_count": 3, "active_jobs": 0,
-            "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 2 }, "uptime_seconds": 0, "timestamp": 7.5 });
+            "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 2 }, "uptime_seconds": 0,
+            "timestamp": 7.5 });
         assert_eq!(status, expected);
         let text = lone_status(br#"{"timestamp":"2026-11-22T00:00:00.500Z","pools":[]}"#).unwrap();
         assert_eq!((&text["timestamp"], &text["worker_count"]), (&json!(1_795_305_600.5), &json!(1)));

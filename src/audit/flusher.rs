@@ -1,8 +1,9 @@
 //! The loop that writes queued rows in batches.
 
-use bytes::Bytes;
-use crate::audit::{RowsWritten, new};
-use crate::audit::record::Record;
+use super::record::Record;
+use super::writer::{Batch, Tried, Writer};
+use crate::audit::Ledger;
+use crate::audit::RowsWritten;
 use crate::backend::ROWS_MAX;
 use crate::metrics::Metrics;
 use crate::model::JobId;
@@ -12,30 +13,29 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
-use writer::{Batch, Tried, Writer};
 
 /// How long a row waits for company.
-const ROWS_LINGER: Duration = Duration::from_millis(50);
+pub const ROWS_LINGER: Duration = Duration::from_millis(50);
 
 /// Row writes in flight at a time: at 5 ms each, 80,000 rows a second.
-const WRITES_MAX: usize = 16;
+pub const WRITES_MAX: usize = 16;
 
 /// How often a flusher that may not write looks whether it may.
-const LOOK_AGAIN: Duration = Duration::from_millis(100);
+pub const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How long rows gather before they are taken from the queue: one wake-up for many.
-const ROWS_GATHER: Duration = Duration::from_millis(5);
+pub const ROWS_GATHER: Duration = Duration::from_millis(5);
 
 /// How long the end may take.
-const ROWS_END_MAX: Duration = Duration::from_secs(7);
+pub const ROWS_END_MAX: Duration = Duration::from_secs(7);
 
 /// The loop behind [`Audit`].
 pub struct Flusher {
-    receiver: mpsc::Receiver<Record>,
-    bytes: Arc<AtomicUsize>,
-    writer: Arc<Writer>,
-    metrics: Arc<Metrics>,
-    ledger: Arc<Ledger>,
+    pub(super) receiver: mpsc::Receiver<Record>,
+    pub(super) bytes: Arc<AtomicUsize>,
+    pub(super) writer: Arc<Writer>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) ledger: Arc<Ledger>,
 }
 
 impl Flusher {
@@ -115,12 +115,12 @@ impl Flusher {
 }
 
 /// Takes what waits, or waits for the first row, but not before `at`.
-async fn take(receiver: &mut mpsc::Receiver<Record>, gathered: &mut Vec<Record>, at: Instant) -> usize {
+pub async fn take(receiver: &mut mpsc::Receiver<Record>, gathered: &mut Vec<Record>, at: Instant) -> usize {
     tokio::time::sleep_until(at).await;
     receiver.recv_many(gathered, ROWS_MAX - gathered.len()).await
 }
 
-async fn over(end: Option<Instant>) {
+pub async fn over(end: Option<Instant>) {
     match end {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,

@@ -1,23 +1,17 @@
 //! What the audit takes for one execution, and the stores that it writes to.
 
-use bytes::Bytes;
 use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal};
 use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
-use futures_util::stream::{FuturesUnordered, StreamExt};
+use bytes::Bytes;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
-use tokio::sync::mpsc;
-use tokio::time::Instant;
-use writer::{Batch, Tried, Writer};
 
-struct Record {
-    id: JobId,
-    row: Execution,
-    recommendation: Option<Recommendation>,
-    kept: Option<Box<Kept>>,
+pub struct Record {
+    pub id: JobId,
+    pub row: Execution,
+    pub recommendation: Option<Recommendation>,
+    pub kept: Option<Box<Kept>>,
     /// The job was given up before: this row takes the place of one that says LOST.
-    is_late: bool,
+    pub is_late: bool,
 }
 
 /// A result that is kept with the idempotency key of its request.
@@ -29,7 +23,7 @@ pub struct Kept {
 
 impl Record {
     /// Memory the row takes, roughly.
-    fn bytes(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         let tip = self.recommendation.as_ref().and_then(|r| r.tip.as_ref()).map_or(0, String::len);
         let kept = self.kept.as_ref().map_or(0, |kept| kept.result.len());
         self.row.message.len() + tip + kept + 512
@@ -54,4 +48,13 @@ impl From<&Backend> for Stores {
             functions: Arc::clone(&backend.functions),
         }
     }
+}
+
+/// The queue is full: the log table does not keep up.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Full;
+
+/// Who is told that rows are safe: written, or on this node's disk. Must not wait: rows of other jobs stand behind.
+pub trait RowsWritten: Send + Sync {
+    fn rows_written(&self, ids: &[JobId]);
 }

@@ -12,8 +12,8 @@
 //! attempts, is put aside. A row that the table rejects as invalid is put aside immediately. The execution of
 //! such a row counts, its job leaves the journal, and the row stays on the disk for the operator.
 
-use super::spill::Spill;
 use super::record::{Kept, Record, Stores};
+use super::spill::Spill;
 use super::{Ledger, RowDisk};
 use crate::backend::{BackendError, ROWS_MAX};
 use crate::metrics::Metrics;

@@ -9,7 +9,7 @@
 //! beforehand (`gateway/descriptors.rs`). So the reserve is for limits that are lowered later, and for
 //! descriptors that are used elsewhere.
 
-use crate::gateway::{Accepted, Guard};
+use crate::gateway::{Accepted, Gateway, Guard};
 use crate::metrics::Metrics;
 use futures_util::FutureExt;
 use nix::errno::Errno;
@@ -42,7 +42,7 @@ const QUEUE_MAX: usize = 4096;
 /// The accept loop of one socket.
 pub struct Acceptor {
     pub listener: TcpListener,
-    pub guard: Arc<Guard>,
+    pub guard: Arc<Guard<Gateway>>,
     pub spares: Arc<Spares>,
     pub stopped: watch::Receiver<bool>,
     /// How long connections outlive the listener. After a handover, the last connections are served for a

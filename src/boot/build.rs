@@ -8,11 +8,14 @@ use crate::audit::{self, AuditLoops, RowDisk};
 use crate::catalogue::Catalogue;
 use crate::config::{Http2Conf, Live};
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
+use crate::fleet::Adopter;
 use crate::functions::{self, ChangeLoop, Editor, Sweeper};
 use crate::gateway::{Edge, Gateway, Tending};
 use crate::lifecycle::Lifecycle;
 use crate::limiter::{Leaser, RateLimiter};
 use crate::metrics::Metrics;
+use crate::node_lease::NodeLease;
+use crate::runs::{RunParts, Runs};
 use anyhow::{Context, anyhow};
 use std::sync::Arc;
 
@@ -39,6 +42,7 @@ pub struct Background {
     pub sweeper: Sweeper,
     pub tending: Tending,
     pub books: AuditLoops,
+    pub adopter: Adopter,
 }
 
 impl Built {
@@ -57,18 +61,27 @@ impl Built {
         let tail = audit.tail();
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
         let overload = Live::new(conf.overload.clone());
+        let lease = NodeLease::of_fleet(backend.membership.is_some());
         let (dispatcher, loops) = dispatch::new(dispatch::Parts {
             node: *node,
             memory: &conf.memory,
-            fleet: &conf.fleet,
             dead_letter: &conf.dead_letter,
             batch: batch.clone(),
             overload: overload.clone(),
             backend,
             audit,
-            ledger: Arc::clone(&books.ledger),
+            lease: Arc::clone(&lease),
             metrics: Arc::clone(&metrics),
         });
+        let adopter = Adopter::new(
+            *node,
+            &conf.fleet,
+            backend.membership.clone(),
+            lease,
+            loops.node_jobs.clone(),
+            Arc::clone(&books.ledger),
+            Arc::clone(&metrics),
+        );
         let (functions, changes) = functions::new(&conf.cache, backend, bucket.clone(), &metrics);
         let editor = Editor::new(backend, functions.clone());
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
@@ -86,16 +99,25 @@ impl Built {
         };
         let loaded = (settings.texts.clone(), conf.clone());
         let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
-        let api = Api::new(api::Parts {
-            waits,
-            batch,
+        let runs = Runs::new(RunParts {
             backend,
+            waits: waits.clone(),
+            batch,
             dispatcher: dispatcher.clone(),
             functions,
+            limiter: limiter.clone(),
+            lifecycle: lifecycle.clone(),
+            tail: tail.clone(),
+            metrics: Arc::clone(&metrics),
+        });
+        let api = Api::new(api::Parts {
+            waits,
+            backend,
+            runs,
+            dispatcher: dispatcher.clone(),
             editor,
             tail,
             catalogue: Catalogue::new(settings.ai_node.as_ref())?,
-            limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             spool_dir: spool_dir.clone(),
@@ -103,7 +125,8 @@ impl Built {
         });
         let tending = Tending { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
-        let background = Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books };
+        let background =
+            Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books, adopter };
         let door = Door { gateway, edge, http2: conf.http2.clone(), metrics };
         Ok(Self { door, background })
     }

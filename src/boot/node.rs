@@ -11,7 +11,8 @@ use super::sockets::{Listening, Socket, Speaks, heritage, listening};
 use super::upgrade::Heritage;
 use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
 use crate::config::Conf;
-use crate::dispatch::{Dispatcher, Members};
+use crate::dispatch::Dispatcher;
+use crate::fleet::Adopter;
 use crate::gateway::Guarded;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::model::NodeId;
@@ -118,7 +119,7 @@ impl Node {
                 return Exit::Internal;
             }
         };
-        if let Err(exit) = restore(&mut built.background.loops.members).await {
+        if let Err(exit) = restore(&mut built.background.adopter).await {
             return exit;
         }
         let Listening { sockets, heir } = match listening(&settings).await {
@@ -255,7 +256,7 @@ fn url(listen: IpAddr, port: u16, is_localhost: bool) -> String {
 }
 
 /// Resumes the jobs that an earlier process of this node left unfinished.
-async fn restore(members: &mut Members) -> Result<(), Exit> {
+async fn restore(members: &mut Adopter) -> Result<(), Exit> {
     match members.begin().await {
         Ok(0) => Ok(()),
         Ok(jobs) => {
@@ -317,7 +318,8 @@ struct Loops {
 
 impl Loops {
     fn start(background: Background, disk: Disk, extra: Option<super::BackendLoop>) -> Self {
-        let Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books } = background;
+        let Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books, adopter } =
+            background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
@@ -325,7 +327,7 @@ impl Loops {
         let mut endless = JoinSet::new();
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
-        endless.spawn(loops.members.run());
+        endless.spawn(adopter.run());
         endless.spawn(loops.undertaker.run());
         endless.spawn(changes.run());
         endless.spawn(reload.run());

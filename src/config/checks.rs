@@ -1,19 +1,9 @@
-//! Checks of single values.
+//! Bounds that several files share, and checks of single values.
 
-use LIMIT_STEPS_MAX;
-use crate::config::checks::is_countable;
 use crate::model::Quota;
-use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
-use serde::de::DeserializeOwned;
-use std::net::IpAddr;
 use std::ops::RangeInclusive;
-use std::path::PathBuf;
-use std::time::Duration;
-use super::checks::within;
-use toml::Table;
 
-/// (path, problem) of a value out of its bounds.
+/// Returns (path, problem) of a value that is out of bounds.
 pub fn within(path: &str, value: u64, bounds: RangeInclusive<u64>) -> Option<(String, String)> {
     let problem = if value > *bounds.end() {
         format!("must be at most {}", bounds.end())
@@ -25,16 +15,17 @@ pub fn within(path: &str, value: u64, bounds: RangeInclusive<u64>) -> Option<(St
     Some((path.to_owned(), problem))
 }
 
-/// Redis counts in steps; see limits.lua.
-pub(super) fn is_countable(quota: &Quota) -> bool {
+/// Whether `limits.lua` can count a full bucket exactly: burst × period in microseconds, divided by the
+/// greatest common divisor of period and rate.
+pub fn is_countable(quota: &Quota) -> bool {
     u128::from(quota.drain().1) * u128::from(quota.burst) <= LIMIT_STEPS_MAX
 }
 
-/// A full bucket, in the smallest steps that are counted: Lua's numbers are exact up to four times that.
-const LIMIT_STEPS_MAX: u128 = 1 << 51;
+/// Largest full bucket, in the steps of `limits.lua`. Numbers in Lua are exact up to four times this value.
+pub const LIMIT_STEPS_MAX: u128 = 1 << 51;
 
-/// A day, as the longest wait of any kind.
-const SECONDS_MAX: u64 = 24 * 3600;
+/// Upper bound of time settings: one day.
+pub const SECONDS_MAX: u64 = 24 * 3600;
 
-/// Most that a queue or table in memory may be said to hold.
-const ENTRIES_MAX: u64 = 1 << 28;
+/// Upper bound of the number of entries of a queue or table in memory.
+pub const ENTRIES_MAX: u64 = 1 << 28;

@@ -1,37 +1,33 @@
-//! `conf/`: `server.toml`, `limits.toml`, `keys.toml` and `upstreams.toml`.
+//! All settings of `conf/`: `server.toml`, `limits.toml`, `keys.toml` and `upstreams.toml`.
 //!
-//! The shipped files are compiled in and are the defaults, so "built-in" and "shipped" cannot differ. A file
-//! that an operator writes may leave out any key; a key nobody knows is an error, not a typo that waits.
+//! The shipped files are compiled in and are the defaults, so the two cannot differ. An operator's file may
+//! omit any key. An unknown key is an error, so that a misspelled key does not go unnoticed.
 
-use crate::config::checks::is_countable;
-use crate::config::keys::KeysFile;
-use crate::config::limits::{BatchConf, CacheConf, Identity, LimitConf, LimitMode, LimitsFile, OverloadConf, WaitsConf};
-use crate::config::merge::{collect, merged};
-use crate::config::server::{AuditConf, AuthConf, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf, MetricsConf, ServerFile, ShutdownConf, StartConf, TlsConf};
-use crate::config::upstreams::UpstreamsFile;
-use crate::model::Quota;
-use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
-use serde::de::DeserializeOwned;
-use std::net::IpAddr;
-use std::path::PathBuf;
-use std::time::Duration;
 use super::error::ConfigError;
-use super::files::{ConfPart, ConfText, ConfTexts, TlsTexts};
+use super::files::{ConfPart, ConfTexts, TlsTexts};
 use super::keys::{KeyConf, key_problems};
 use super::upstreams::{UpstreamConf, upstream_problems};
-use toml::Table;
+use crate::config::keys::KeysFile;
+use crate::config::limits::{BatchConf, CacheConf, Identity, LimitConf, LimitsFile, OverloadConf, WaitsConf};
+use crate::config::merge::{collect, merged};
+use crate::config::server::{
+    AuditConf, AuthConf, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf, MetricsConf,
+    ServerFile, ShutdownConf, StartConf, TlsConf,
+};
+use crate::config::upstreams::UpstreamsFile;
+use serde::Serialize;
 
 const SERVER_SHIPPED: &str = include_str!("../../conf/server.toml");
 const LIMITS_SHIPPED: &str = include_str!("../../conf/limits.toml");
 const KEYS_SHIPPED: &str = include_str!("../../conf/keys.toml");
 const UPSTREAMS_SHIPPED: &str = include_str!("../../conf/upstreams.toml");
 
-/// All of `conf/`.
+/// All settings of `conf/`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Conf {
     pub listen: ListenConf,
     pub tls: Option<TlsConf>,
+    /// The contents of the files that `[tls]` names.
     #[serde(skip)]
     pub tls_texts: Option<TlsTexts>,
     pub http: HttpConf,
@@ -44,7 +40,7 @@ pub struct Conf {
     pub memory: MemoryConf,
     pub audit: AuditConf,
     pub metrics: MetricsConf,
-    /// Those of the other files may change while the process runs, as `http` and `auth` may.
+    // The settings of the other files, `http` and `auth` may change while the process runs.
     #[serde(rename = "key")]
     pub keys: Vec<KeyConf>,
     #[serde(rename = "upstream")]
@@ -58,12 +54,12 @@ pub struct Conf {
 }
 
 impl Conf {
-    /// The shipped `conf/`.
+    /// The shipped settings.
     pub fn shipped() -> Result<Self, ConfigError> {
         Self::of(&ConfTexts::none())
     }
 
-    /// The settings that files make.
+    /// Merges the files into the shipped ones, and checks the result.
     ///
     /// # Errors
     /// Every problem, with file, line and reason.
@@ -74,7 +70,7 @@ impl Conf {
         let keys = collect(&mut problems, merged::<KeysFile>(KEYS_SHIPPED, &texts.keys));
         let upstreams = collect(&mut problems, merged::<UpstreamsFile>(UPSTREAMS_SHIPPED, &texts.upstreams));
         let (Some(s), Some(l), Some(k), Some(u)) = (server, limits, keys, upstreams) else {
-            // The same directory may be missing to all.
+            // A missing directory is reported by every file.
             problems.dedup();
             return Err(ConfigError(problems));
         };
@@ -124,8 +120,12 @@ impl Conf {
         self.limits.iter().flat_map(|limit| &limit.routes).any(|route| patterns.contains(route))
     }
 
-    /// Limits on routes that are none, on those of ours that anybody may ask, or by key where none is asked for, would silently
-    /// be off, and so would upstreams on paths that are answered here.
+    /// Checks that limits and upstreams take effect. A limit must name a route that requires a key
+    /// (`is_route`) or an upstream. A limit by key needs an upstream that requires a key. An upstream must
+    /// not have the path of a route of the gateway (`is_local`).
+    ///
+    /// # Errors
+    /// Every limit and upstream that would have no effect.
     pub fn check_routes(
         &self,
         texts: &ConfTexts,
@@ -140,15 +140,14 @@ impl Conf {
                 self.upstreams.iter().filter(|up| counts(up)).map(UpstreamConf::pattern).collect();
             let is_unknown = |route: &&String| !is_route(route) && !counted.contains(*route);
             for route in limit.routes.iter().filter(is_unknown) {
-                let problem =
-                    format!("(limit {}): there is no route {route:?} that asks for a key", limit.name);
+                let problem = format!("(limit {}): no route {route:?} requires a key", limit.name);
                 problems.push(texts.limits.problem(&format!("limit[{n}].routes"), &problem));
             }
         }
         for (n, upstream) in
             self.upstreams.iter().enumerate().filter(|(_, upstream)| is_local(&upstream.prefix))
         {
-            let problem = format!("{:?} is answered here", upstream.prefix);
+            let problem = format!("{:?} is a route of the gateway", upstream.prefix);
             problems.push(texts.upstreams.problem(&format!("upstream[{n}].prefix"), &problem));
         }
         if problems.is_empty() { Ok(()) } else { Err(ConfigError(problems)) }
@@ -158,6 +157,10 @@ impl Conf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::LimitMode;
+    use crate::config::files::ConfText;
+    use crate::model::Quota;
+    use std::time::Duration;
 
     fn load(server: &str, limits: &str) -> Result<Conf, ConfigError> {
         let file = |name: &str, text: &str| ConfText { name: name.into(), text: Ok(Some(text.into())) };
@@ -166,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn the_shipped_files_are_the_contract() {
+    fn the_shipped_files_have_the_documented_values() {
         let conf = Conf::shipped().unwrap();
         let [limit] = conf.limits.as_slice() else { panic!("one limit") };
         assert_eq!(limit.quota(), Quota { rate: 3000, period: Duration::from_secs(60), burst: 3000 });
@@ -178,24 +181,25 @@ mod tests {
     }
 
     #[test]
-    fn a_file_may_name_only_what_it_changes() {
+    fn a_file_may_contain_only_its_changes() {
         let conf = load("[shutdown]\ndrain_timeout_s = 2", "[waits]\nsync_max_s = 5").unwrap();
         assert_eq!((conf.shutdown.drain_timeout_s, conf.shutdown.lame_duck_ms), (2, 0));
         assert_eq!((conf.waits.sync_max_s, conf.waits.sync_default_s), (5, 290));
-        assert_eq!(conf.limits, [], "a limits.toml without limits has none");
+        assert_eq!(conf.limits, [], "limits are not merged");
     }
 
-    const LIMIT: &str = "[[limit]]\nname = \"a\"\nidentity = \"key\"\nroutes = [\"/run\"]\nrate = 1\nperiod_s = 1\nburst = 1\non_redis_loss = \"local\"\n";
+    const LIMIT: &str = "[[limit]]\nname = \"a\"\nidentity = \"key\"\nroutes = [\"/run\"]\nrate = 1\n\
+                         period_s = 1\nburst = 1\non_redis_loss = \"local\"\n";
 
     fn limit(name: &str, identity: &str, route: &str, burst: u32) -> String {
         format!(
-            "[[limit]]\nname = {name:?}\nidentity = {identity:?}\nroutes = [{route:?}]\nrate = 1\nperiod_s = 86400\n\
-             burst = {burst}\non_redis_loss = \"local\"\n"
+            "[[limit]]\nname = {name:?}\nidentity = {identity:?}\nroutes = [{route:?}]\nrate = 1\n\
+             period_s = 86400\nburst = {burst}\non_redis_loss = \"local\"\n"
         )
     }
 
     #[test]
-    fn limits_are_leased_unless_they_say_exact() {
+    fn limits_are_leased_by_default() {
         let exact = limit("b", "function", "/run", 1) + "mode = \"exact\"\n";
         let conf = load("", &(limit("a", "global", "/upload", 1) + &exact)).unwrap();
         let read: Vec<_> = conf.limits.iter().map(|limit| (limit.identity, limit.mode)).collect();
@@ -203,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_named_with_its_line() {
+    fn problems_are_reported_with_their_line() {
         let in_second = |from: &str, to: &str| format!("{LIMIT}{}", LIMIT.replace(from, to));
         for (server, limits, told) in [
             ("\n[listen]\nport = 1", String::new(), "server.toml:3: listen.port unknown field `port`"),
@@ -235,10 +239,10 @@ mod tests {
             (
                 "",
                 limit("a", "function", "/upload", 1),
-                "limits.toml:4: limit[0].routes may be \"/run\" alone",
+                "limits.toml:4: limit[0].routes must be only \"/run\"",
             ),
             ("", limit("a", "ip", "/run", u32::MAX), "limits.toml:7: limit[0].burst is too large"),
-            ("", LIMIT.replace("[\"/run\"]", "[]"), "limits.toml:4: limit[0].routes must name a route"),
+            ("", LIMIT.replace("[\"/run\"]", "[]"), "limits.toml:4: limit[0].routes must list at least one"),
             (
                 "",
                 "[waits]\njob_deadline_s = 7".into(),
@@ -257,7 +261,7 @@ mod tests {
             (
                 "",
                 [limit("a", "ip", "/run", 1), limit("a", "key", "/run", 1)].concat(),
-                "limits.toml:10: limit[1].name stands for another limit",
+                "limits.toml:10: limit[1].name is already used by another limit",
             ),
         ] {
             let error = load(server, &limits).expect_err(told).to_string();
@@ -268,13 +272,10 @@ mod tests {
         let limits = ConfText { name: "limits.toml".into(), text: Ok(Some(LIMIT.into())) };
         let texts = ConfTexts { limits, ..ConfTexts::none() };
         let error = Conf::of(&texts).unwrap().check_routes(&texts, |_| false, |_| false).unwrap_err();
-        assert_eq!(
-            error.0,
-            ["limits.toml:4: limit[0].routes (limit a): there is no route \"/run\" that asks for a key"]
-        );
+        assert_eq!(error.0, ["limits.toml:4: limit[0].routes (limit a): no route \"/run\" requires a key"]);
     }
 
-    /// Whatever stands in a file, it makes settings that can be used, or it is told what is wrong with which file.
+    /// Any text makes valid settings, or is rejected with problems that name its file.
     #[test]
     fn fuzz_conf_files() {
         crate::fuzz::run("conf", |input| {

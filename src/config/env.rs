@@ -1,60 +1,67 @@
-//! The environment of `serve`: the old controller's `.env`, unchanged.
+//! Environment variables. Names and formats are those of the previous controller's `.env`.
 
-use crate::config::secret::Secret;
 use super::error::ConfigError;
+use crate::config::secret::Secret;
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// What `serve` needs of the environment.
+/// The environment of `serve` and `check`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Env {
-    /// 0: any free port.
+    /// `PORT` of the plain listener. 0: any free port.
     pub port: u16,
+    /// `AWS_REGION`: region of queue, tables and bucket.
     pub region: String,
+    /// `TABLE_NAME`: the function table.
     pub functions_table: String,
+    /// `LOGS_TABLE_NAME`: the execution log table.
     pub logs_table: String,
+    /// `SQS_URL`: the task queue. The URL of a FIFO queue ends in `.fifo`.
     pub queue_url: String,
     pub redis: RedisAddress,
+    /// `INFRA_API_KEY`: the master key.
     pub api_key: Secret,
+    /// `BUCKET_NAME`: bucket of the function code.
     pub bucket: String,
-    /// Overrides the default limit of `conf/`: requests a minute per API key.
+    /// `RATE_LIMIT`, in requests per minute. Replaces the numbers of all limits by key.
     pub rate_limit: Option<u32>,
+    /// `STATE_DIR`: node state and spilled rows.
     pub state_dir: PathBuf,
-    /// The old names; used where the SDK's own `AWS_ENDPOINT_URL_*` is unset.
+    // Older names of endpoints, used where the SDK's own `AWS_ENDPOINT_URL_*` is unset.
     pub sqs_endpoint: Option<String>,
     pub dynamodb_endpoint: Option<String>,
     pub s3_endpoint: Option<String>,
     pub ai_node: AiNode,
-    /// What was read otherwise than it may have been meant.
+    /// Warnings about values that were possibly meant differently.
     pub warnings: Vec<String>,
 }
 
-/// Where Redis is.
+/// The address of Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RedisAddress {
     pub url: Secret,
-    /// The variables that say so, for what is said of it.
+    /// The variables that it comes from, for messages.
     pub variables: &'static str,
 }
 
-/// The node whose models are the catalogue.
+/// The node that provides the model catalogue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AiNode {
-    /// Without a slash at the end. It may hold a password.
+    /// Without a slash at the end. May contain a password.
     pub url: Secret,
+    /// Deadline of a request.
     pub timeout: Duration,
 }
 
 impl AiNode {
-    /// Where it is in the platform's own network: the old controller asked there unless told otherwise.
+    /// The address in the platform's own network, which was the default of the previous controller.
     const URL_DEFAULT: &str = "http://10.0.20.100:11434";
     const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
-    /// Reads the process environment, for a node that needs nothing else of it and stands in no such network:
-    /// without an address there is none. With it, what is to be warned of.
+    /// Reads the process environment of `dev`, which has no default address. Returns the node, if there is
+    /// one, and warnings.
     pub fn from_process() -> Result<(Option<Self>, Vec<String>), ConfigError> {
         let names = ["AI_NODE_URL", "AI_NODE_TIMEOUT"];
         let vars =
@@ -71,20 +78,20 @@ impl AiNode {
     }
 }
 
-/// Why a key cannot be one: it is compared with a header field.
+/// Why a text cannot be an API key.
 pub fn api_key_problem(key: &str) -> Option<&'static str> {
     let fits = !key.is_empty() && key.bytes().all(|b| (0x21..=0x7e).contains(&b));
-    (!fits).then_some("the API key must be visible ASCII without blanks: it is compared with a header field")
+    (!fits).then_some("the API key must be visible ASCII without blanks, as it is sent in a header field")
 }
 
-/// Longest API key, in bytes. A request with a longer one is refused before the key is looked up.
+/// Maximum length of an API key, in bytes. A longer one is rejected without a lookup.
 pub const API_KEY_BYTES_MAX: usize = 4096;
 
-/// A shorter key of visible characters can be guessed by who may try for long enough.
+/// Minimum length of a master key without a warning, in bytes. Shorter keys can be guessed.
 const MASTER_KEY_BYTES_LEAST: usize = 16;
-/// A key of fewer different characters is no random one.
+/// Minimum number of different characters without a warning. A random key has more.
 const MASTER_KEY_CHARACTERS_LEAST: usize = 5;
-/// What examples and copied files have for a key; in small letters, without what is no letter or digit.
+/// Keys of examples and copied files, in lower case, with letters and digits only.
 const MASTER_KEYS_KNOWN: [&str; 22] = [
     "adminadminadminadmin",
     "changeitchangeit",
@@ -109,7 +116,7 @@ const MASTER_KEYS_KNOWN: [&str; 22] = [
     "yoursecretapikeyhere",
     "yoursecretkeyhere",
 ];
-/// Beginnings of the alphabet, the digits and the rows of a keyboard.
+/// Sequences of the alphabet, the digits and the rows of a keyboard. A beginning of one is easy to guess.
 const SEQUENCES: [&str; 5] = [
     "0123456789abcdefghijklmnopqrstuvwxyz",
     "1234567890123456789012345678901234567890",
@@ -118,7 +125,7 @@ const SEQUENCES: [&str; 5] = [
     "1234567890abcdefghijklmnopqrstuvwxyz",
 ];
 
-/// Why a master key is a bad one, though it works.
+/// Why a valid master key is weak.
 pub fn master_key_warning(key: &str) -> Option<String> {
     let plain: String =
         key.chars().filter(char::is_ascii_alphanumeric).map(|c| c.to_ascii_lowercase()).collect();
@@ -129,14 +136,14 @@ pub fn master_key_warning(key: &str) -> Option<String> {
         || different.len() < MASTER_KEY_CHARACTERS_LEAST
         || SEQUENCES.iter().any(|sequence| sequence.starts_with(&plain))
     {
-        "is one that others try first".to_owned()
+        "is easy to guess".to_owned()
     } else {
         return None;
     };
-    Some(format!("INFRA_API_KEY {problem}; it may do everything. Take a random one: openssl rand -hex 32"))
+    Some(format!("INFRA_API_KEY {problem}, and it has every scope. Use a random key: openssl rand -hex 32"))
 }
 
-/// The variables that this program reads, beside those of the AWS SDK.
+/// The variables that this program reads, in addition to those of the AWS SDK.
 const NAMES: [&str; 17] = [
     "AI_NODE_TIMEOUT",
     "AI_NODE_URL",
@@ -157,30 +164,33 @@ const NAMES: [&str; 17] = [
     "RUST_LOG",
 ];
 
-/// The problems of variables that this program reads and whose values are not Unicode. They are not shown: some are
-/// secrets.
+/// Reports variables that this program reads and whose values are not UTF-8. Values are not shown, because
+/// some are secrets.
 pub fn unreadable_variables(vars: impl Iterator<Item = (OsString, OsString)>) -> Vec<String> {
     let of = |(name, value): (OsString, OsString)| {
         let name = name.into_string().ok()?;
         let is_ours = name.starts_with("AWS_") || NAMES.contains(&name.as_str());
-        (is_ours && value.to_str().is_none()).then(|| format!("{name} holds bytes that are not UTF-8"))
+        (is_ours && value.to_str().is_none()).then(|| format!("{name} contains bytes that are not UTF-8"))
     };
     let mut problems: Vec<String> = vars.filter_map(of).collect();
     problems.sort_unstable();
     problems
 }
 
-/// Port of `serve` and `dev` when none is named.
+/// Default port of `serve` and `dev`.
 pub const PORT_DEFAULT: u16 = 8080;
 
 impl Env {
     /// Reads the process environment.
+    ///
+    /// # Errors
+    /// As [`Self::parse`], and variables that are not UTF-8.
     pub fn from_process() -> Result<Self, ConfigError> {
         let problems = unreadable_variables(std::env::vars_os());
         if !problems.is_empty() {
             return Err(ConfigError(problems));
         }
-        // Of other programs' variables those that are not Unicode are left out.
+        // Variables of other programs that are not UTF-8 are left out.
         Self::parse(
             &std::env::vars_os()
                 .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
@@ -188,7 +198,10 @@ impl Env {
         )
     }
 
-    /// All problems at once; the first line names every missing variable.
+    /// Reads the variables.
+    ///
+    /// # Errors
+    /// All problems. The first line names every missing variable.
     pub fn parse(vars: &HashMap<String, String>) -> Result<Self, ConfigError> {
         let mut reader = Reader::new(vars);
         let mut env = Self {
@@ -208,7 +221,7 @@ impl Env {
             ai_node: reader.ai_node(),
             warnings: Vec::new(),
         };
-        // The SDK reads these itself, but would only fail to connect when one is malformed.
+        // The SDK reads these itself, but reports a malformed one only as a failed connection.
         for name in
             ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL_DYNAMODB", "AWS_ENDPOINT_URL_S3"]
         {
@@ -223,6 +236,7 @@ impl Env {
     }
 }
 
+/// Reads variables, and collects their problems and warnings.
 struct Reader<'a> {
     vars: &'a HashMap<String, String>,
     missing: Vec<&'static str>,
@@ -235,7 +249,7 @@ impl<'a> Reader<'a> {
         Self { vars, missing: Vec::new(), problems: Vec::new(), warnings: Vec::new() }
     }
 
-    /// An empty variable is an unset one, as in the old controller.
+    /// The value without blanks around it. An empty variable counts as unset, as in the previous controller.
     fn optional(&self, name: &str) -> Option<String> {
         self.vars.get(name).map(|v| v.trim()).filter(|v| !v.is_empty()).map(str::to_owned)
     }
@@ -247,12 +261,12 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// It becomes a part of addresses and signatures.
+    /// The region. It is part of host names and signatures, so its characters are checked.
     fn region(&mut self) -> String {
         let region = self.required("AWS_REGION");
         if !region.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             self.problems
-                .push(format!("AWS_REGION is {region:?}, which is no region: set one like eu-west-1"));
+                .push(format!("AWS_REGION is {region:?}, which is not a region; set one such as eu-west-1"));
         }
         region
     }
@@ -266,8 +280,9 @@ impl<'a> Reader<'a> {
         value
     }
 
-    /// A number as the old controller read it: by its leading digits, so `100/min` is 100. What follows them
-    /// is warned of. Numbers that the old controller did not read, ports among them, are [`Self::parsed`].
+    /// Reads a number by its leading digits, as the previous controller did: `100/min` is 100. Other
+    /// characters cause a warning. Numbers that it did not read this way, such as ports, use
+    /// [`Self::parsed`].
     fn leading_digits<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
         let text = self.optional(name)?;
         let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
@@ -276,7 +291,7 @@ impl<'a> Reader<'a> {
             let (read, unit) =
                 (&text[..digits], if name == "RATE_LIMIT" { "requests a minute" } else { "ms" });
             let warning =
-                format!("{name} is {text:?} and is read as {read} ({unit}): set it to a number alone");
+                format!("{name} is {text:?} and is read as {read} ({unit}); set it to a plain number");
             self.warnings.push(warning);
         }
         Some(value)
@@ -323,15 +338,15 @@ impl<'a> Reader<'a> {
             }
         };
         if !is_host(&host) {
-            self.problems.push(format!("{variables}: no host name or address; a URL goes into REDIS_URL"));
+            self.problems.push(format!("{variables}: not a host name or address; set a URL in REDIS_URL"));
         }
         // A bare IPv6 address needs brackets in a URL.
         let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
         RedisAddress { url: Secret::new(format!("redis://{host}:{port}")), variables }
     }
 
-    /// `REDIS_PORT`: a number, or `tcp://host:port`, which Kubernetes and Docker set for a service of the
-    /// name `redis`.
+    /// Reads `REDIS_PORT`: a number, or `tcp://host:port`, which Kubernetes and Docker set for a service
+    /// named `redis`.
     fn redis_port(&mut self) -> (Option<String>, u16) {
         const DEFAULT: u16 = 6379;
         let Some(text) = self.optional("REDIS_PORT") else { return (None, DEFAULT) };
@@ -341,7 +356,7 @@ impl<'a> Reader<'a> {
         };
         match port.parse() {
             Ok(port) => (host.map(str::to_owned), port),
-            // Not shown: it may be a URL with a password.
+            // The value is not shown: it may be a URL with a password.
             Err(_) => {
                 self.problems.push("REDIS_PORT must be a port number, or tcp://host:port".to_owned());
                 (host.map(str::to_owned), DEFAULT)
@@ -360,26 +375,26 @@ impl<'a> Reader<'a> {
     fn rate_limit(&mut self) -> Option<u32> {
         let rate = self.leading_digits("RATE_LIMIT")?;
         if rate == 0 {
-            self.problems.push("RATE_LIMIT is 0, which would refuse every request".to_owned());
+            self.problems.push("RATE_LIMIT is 0, which would reject every request".to_owned());
         }
         Some(rate)
     }
 }
 
-/// Why a text is no URL of Redis. What it holds is not shown: it may be the password.
+/// Why a text is not a URL of Redis. The text is not shown: it may contain the password.
 fn redis_url_problem(url: &str) -> Option<&'static str> {
     let is_redis = url.starts_with("redis://") || url.starts_with("rediss://");
     let rest = url.split_once("://").map(|(_, rest)| rest).filter(|_| is_redis);
     let Some(rest) = rest else { return Some("must start with redis:// or rediss://") };
-    // What stands before the last @ is meant as user and password, and these would end before it.
+    // The text before the last @ is meant as user and password. Each of these characters would end it early.
     let login = rest.rsplit_once('@').map_or("", |(login, _)| login);
     login.contains(['/', '?', '#']).then_some(
-        "holds / ? or # in the user or password; write them percent-encoded: / as %2F, ? as %3F, # as %23, @ as %40, \
-         % as %25",
+        "contains / ? or # in the user or password; percent-encode them: / is %2F, ? is %3F, # is %23, \
+         @ is %40, % is %25",
     )
 }
 
-/// A name or an address, whatever it leads to.
+/// Whether a text has the form of a host name or an address.
 fn is_host(text: &str) -> bool {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"._-".contains(&b);
     let address = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
@@ -387,8 +402,7 @@ fn is_host(text: &str) -> bool {
     address.parse::<std::net::Ipv6Addr>().is_ok() || (!text.is_empty() && text.bytes().all(plain))
 }
 
-/// The rate limit of the process environment, for a node that needs nothing else of it. With it, what is to
-/// be warned of.
+/// Reads `RATE_LIMIT` from the process environment, for `dev`. Returns it with warnings.
 pub fn rate_limit_from_process() -> Result<(Option<u32>, Vec<String>), ConfigError> {
     let name = "RATE_LIMIT";
     let vars = std::env::var(name).ok().map(|value| (name.to_owned(), value)).into_iter().collect();
@@ -418,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_are_not_unicode_are_named_and_not_shown() {
+    fn values_that_are_not_utf_8_are_reported_and_not_shown() {
         use std::os::unix::ffi::OsStringExt;
         let bad = || OsString::from_vec(b"ab\xff".to_vec());
         let vars = [
@@ -429,12 +443,12 @@ mod tests {
         ];
         let problems = unreadable_variables(vars.into_iter().map(|(name, value)| (name.into(), value)));
         let expected =
-            ["AWS_ACCESS_KEY_ID", "INFRA_API_KEY"].map(|n| format!("{n} holds bytes that are not UTF-8"));
+            ["AWS_ACCESS_KEY_ID", "INFRA_API_KEY"].map(|n| format!("{n} contains bytes that are not UTF-8"));
         assert_eq!(problems, expected);
     }
 
     #[test]
-    fn the_old_environment_works() {
+    fn the_environment_of_the_previous_controller_works() {
         let env = parse(&[]).unwrap();
         assert_eq!((env.port, env.redis.url.reveal()), (8080, "redis://cache:6379"));
         assert_eq!(env.state_dir, PathBuf::from("./state"));
@@ -443,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn where_redis_is() {
+    fn addresses_of_redis() {
         for (vars, url, variables) in [
             (&[("REDIS_HOST", "::1")][..], "redis://[::1]:6379", "REDIS_HOST"),
             (&[("REDIS_HOST", "[fe80::1%eth0]")], "redis://[fe80::1%eth0]:6379", "REDIS_HOST"),
@@ -486,18 +500,18 @@ mod tests {
     }
 
     #[test]
-    fn weak_master_keys_are_warned_of() {
+    fn weak_master_keys_cause_a_warning() {
         for (key, words) in [
             ("q9", Some("fewer than 16")),
             ("masterkey", Some("fewer than 16")),
             ("fifteen-letters", Some("fewer than 16")),
-            ("your-secret-api-key", Some("others try first")),
-            ("YOUR_INFRA_API_KEY", Some("others try first")),
-            ("change-me-change-me", Some("others try first")),
-            ("aaaaaaaaaaaaaaaaaaaaaaaa", Some("others try first")),
-            ("0123456789abcdef", Some("others try first")),
-            ("1234567890-1234567890", Some("others try first")),
-            ("------------------", Some("others try first")),
+            ("your-secret-api-key", Some("easy to guess")),
+            ("YOUR_INFRA_API_KEY", Some("easy to guess")),
+            ("change-me-change-me", Some("easy to guess")),
+            ("aaaaaaaaaaaaaaaaaaaaaaaa", Some("easy to guess")),
+            ("0123456789abcdef", Some("easy to guess")),
+            ("1234567890-1234567890", Some("easy to guess")),
+            ("------------------", Some("easy to guess")),
             ("test-key-77-0001-7f3c2b", None),
             ("6b1f0c7a9de24b53", None),
         ] {
@@ -509,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_read_by_their_leading_digits_and_a_rest_is_warned_of() {
+    fn numbers_with_other_characters_cause_a_warning() {
         for (name, value, read, is_warned) in [
             ("RATE_LIMIT", "100", 100, false),
             ("RATE_LIMIT", "100/min", 100, true),
@@ -537,7 +551,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ai_node_is_where_the_old_controller_asked() {
+    fn the_ai_node_has_the_previous_default() {
         for (vars, url, timeout_ms) in [
             (&[][..], "http://10.0.20.100:11434", 2000),
             (&[("AI_NODE_URL", "")], "http://10.0.20.100:11434", 2000),
@@ -553,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn all_missing_names_stand_in_one_line() {
+    fn all_missing_variables_are_in_one_line() {
         let error = Env::parse(&HashMap::new()).unwrap_err();
         assert_eq!(
             error.to_string(),
@@ -563,7 +577,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_values_are_told_without_secrets() {
+    fn errors_never_contain_secrets() {
         for (name, value) in [
             ("PORT", "http"),
             ("PORT", "70000"),

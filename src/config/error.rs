@@ -1,4 +1,4 @@
-//! The problems of a configuration.
+//! The error of an invalid configuration.
 
 /// All problems of a configuration, one line each. `serve` and `check` exit with 78.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

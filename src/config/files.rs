@@ -1,13 +1,13 @@
-//! The files of a `conf/` as they stand on the disk.
+//! The files of `conf/` as they are on the disk: their contents, or why they cannot be used.
 
+use super::error::ConfigError;
 use super::line::line_of;
 use super::reader::{self, FileError, FileReader};
-use super::error::ConfigError;
 use super::secret::Secret;
 use std::path::Path;
 use toml::Table;
 
-/// What is read, changed, refused and put in force as one.
+/// A part of the settings that is read, compared, rejected and applied as a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ConfPart {
     Server,
@@ -24,7 +24,7 @@ impl ConfPart {
     pub const ALL: [Self; 6] =
         [Self::Server, Self::Certificate, Self::ClientCa, Self::Limits, Self::Keys, Self::Upstreams];
 
-    /// What logs and metrics call it.
+    /// Its name in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Server => "server.toml",
@@ -48,14 +48,14 @@ pub struct ConfTexts {
     pub(super) client_ca: Result<Option<String>, Vec<String>>,
 }
 
-/// Entries of the directory that are looked at, and files that are warned of.
+/// Maximum number of entries of the directory to examine, and of unknown files to report.
 const ENTRIES_MAX: usize = 1_000;
 const UNKNOWN_MAX: usize = 10;
 
-/// What is said of a file without a setting.
+/// The problem of a file without settings.
 const EMPTY: &str = "the file is empty";
 
-/// One file; `Ok(None)`: it is not there. `Err`: a problem, as it is told.
+/// One file. `Ok(None)`: it does not exist. `Err`: its problem, as a complete message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ConfText {
     pub name: String,
@@ -69,7 +69,7 @@ pub struct CertificateText {
     pub key: Secret,
 }
 
-/// What `[tls]` of `server.toml` names, in PEM.
+/// The contents of the files that `[tls]` of `server.toml` names, in PEM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TlsTexts {
     pub own: CertificateText,
@@ -92,12 +92,12 @@ impl ConfText {
         Self { name, text }
     }
 
-    /// What stands in it. `None`: there is no file, or it is no TOML.
+    /// Its contents. `None`: there is no file, or it is not TOML.
     fn tables(&self) -> Option<Table> {
         self.text.as_ref().ok()?.as_deref()?.parse().ok()
     }
 
-    /// A problem with the setting at `path`, with its line if the file names it.
+    /// The message for a problem of the setting at `path`, with its line if the file contains it.
     pub fn problem(&self, path: &str, problem: &str) -> String {
         let text = self.text.as_ref().ok().and_then(Option::as_deref);
         match text.and_then(|text| line_of(text, path)) {
@@ -106,11 +106,11 @@ impl ConfText {
         }
     }
 
-    /// What nobody means by a change: a file that is gone or empty, as it is for a moment while it is
-    /// written.
+    /// Why a change looks like an accident: the file has vanished or become empty, as it is briefly while it
+    /// is written.
     fn lost_since(&self, before: &Self) -> Option<&'static str> {
         match (&before.text, &self.text) {
-            (Ok(Some(_)), Ok(None)) => Some("the file is gone"),
+            (Ok(Some(_)), Ok(None)) => Some("the file has vanished"),
             _ => {
                 let (before, now) = (before.tables()?, self.tables()?);
                 (now.is_empty() && !before.is_empty()).then_some(EMPTY)
@@ -118,7 +118,7 @@ impl ConfText {
         }
     }
 
-    /// Whether it sets limits, as a `limits.toml`; if there is no file the shipped one does.
+    /// Whether a `limits.toml` contains limits. If it does not exist, the shipped one is used, which does.
     fn has_limits(&self) -> bool {
         self.tables().is_none_or(|tables| {
             tables.get("limit").and_then(toml::Value::as_array).is_some_and(|limits| !limits.is_empty())
@@ -127,7 +127,7 @@ impl ConfText {
 }
 
 impl ConfTexts {
-    /// No files.
+    /// The state without any file.
     pub fn none() -> Self {
         Self {
             server: ConfText::none("conf/server.toml"),
@@ -139,9 +139,9 @@ impl ConfTexts {
         }
     }
 
-    /// Reads the files of `dir`, and those that `[tls]` names. A file that is not there is the shipped one. A
-    /// `server.toml` that cannot be read does not say where certificates are; then they are read where
-    /// `in_force` says.
+    /// Reads the files of `dir`, and those that `[tls]` names. The shipped settings stand for a file that
+    /// does not exist. If `server.toml` cannot be read, the certificates are read from the paths in
+    /// `in_force`.
     pub fn read(reader: &mut FileReader, dir: &Path, in_force: Option<&Self>) -> Self {
         let mut read = |name: &str| ConfText::read(reader, dir, name);
         let (keys, limits) = (read("keys.toml"), read("limits.toml"));
@@ -152,8 +152,8 @@ impl ConfTexts {
         Self { server, limits, keys, upstreams, certificate, client_ca }
     }
 
-    /// What is said of files in `dir` that look like settings and are none of ours: a `limit.toml` sets no
-    /// limit. Empty where the directory cannot be listed; its files have been read.
+    /// Warnings about `.toml` files in `dir` that are not read, such as a misspelled `limit.toml`. Empty if
+    /// the directory cannot be listed.
     pub fn unknown_files(dir: &Path) -> Vec<String> {
         let known = ["server.toml", "limits.toml", "keys.toml", "upstreams.toml"];
         let entries = std::fs::read_dir(dir).into_iter().flatten().take(ENTRIES_MAX).flatten();
@@ -165,7 +165,7 @@ impl ConfTexts {
         unknown.truncate(UNKNOWN_MAX);
         let warning = |name: String| {
             format!(
-                "{}: no such file is read; those that are: {}",
+                "{}: this file is not read. Files of settings are {}",
                 dir.join(name).display(),
                 known.join(", ")
             )
@@ -173,28 +173,29 @@ impl ConfTexts {
         unknown.into_iter().map(warning).collect()
     }
 
-    /// A problem with a setting of `server.toml`.
+    /// The error for a problem of a setting in `server.toml`.
     pub fn of_server(&self, setting: &str, problem: &str) -> ConfigError {
         ConfigError(vec![self.server.problem(setting, problem)])
     }
 
-    /// What `[tls]` names. `None`: it names nothing, or what it names cannot be read.
+    /// The files that `[tls]` names. `None`: it names none, or they cannot be read.
     pub(super) fn tls(&self) -> Option<TlsTexts> {
         let own = self.certificate.clone().ok()??;
         Some(TlsTexts { own, client_ca: self.client_ca.clone().ok()? })
     }
 
-    /// Whether the file of a part is there, and is TOML.
+    /// Whether the file of a part exists and is TOML.
     pub(super) fn has_tables(&self, part: ConfPart) -> bool {
         self.file(part).is_some_and(|file| file.tables().is_some())
     }
 
-    /// Whether `[tls]` of `server.toml` is the same.
+    /// Whether `[tls]` of `server.toml` is the same in both.
     pub(super) fn has_same_tls(&self, other: &Self) -> bool {
         let tls = |texts: &Self| texts.server.tables().as_ref().and_then(tls_of).cloned();
         tls(self) == tls(other)
     }
 
+    /// Whether a part is the same in both.
     pub fn is_same(&self, part: ConfPart, other: &Self) -> bool {
         match part {
             ConfPart::Server => self.server == other.server,
@@ -206,7 +207,7 @@ impl ConfTexts {
         }
     }
 
-    /// These, with one part of others.
+    /// These files, with one part of `other`.
     pub(super) fn with(mut self, part: ConfPart, other: &Self) -> Self {
         match part {
             ConfPart::Server => self.server = other.server.clone(),
@@ -219,7 +220,7 @@ impl ConfTexts {
         self
     }
 
-    /// Makes a part unreadable, for a reason that follows its name.
+    /// Marks a part as unusable. `problem` is appended to its name.
     pub fn refuse(&mut self, part: ConfPart, problem: &str) {
         match part {
             ConfPart::Certificate => {
@@ -233,12 +234,12 @@ impl ConfTexts {
         }
     }
 
-    /// The name of the file of a part, as problems have it.
+    /// The name of the file of a part in messages.
     pub(super) fn name(&self, part: ConfPart) -> &str {
         self.file(part).map_or(part.name(), |file| &file.name)
     }
 
-    /// Why a part cannot be read.
+    /// Why a part cannot be read. Empty if it can.
     pub(super) fn problems(&self, part: ConfPart) -> Vec<String> {
         let of_file = |file: &ConfText| file.text.clone().err().into_iter().collect();
         match part {
@@ -248,19 +249,19 @@ impl ConfTexts {
         }
     }
 
-    /// What nobody means by a change of a part; see [`ConfText::lost_since`]. Limits that are all lifted are
-    /// such a change, too, unless the file says so.
+    /// Why a change of a part looks like an accident; see [`ConfText::lost_since`]. The removal of all limits
+    /// does as well, unless the file contains `limit = []`.
     pub(super) fn lost_since(&self, part: ConfPart, before: &Self) -> Option<String> {
         let (now, before) = self.file(part).zip(before.file(part))?;
         let lifts_all = || {
             let is_silent = now.tables().is_some_and(|tables| !tables.contains_key("limit"));
             let lifts = part == ConfPart::Limits && is_silent && before.has_limits();
-            lifts.then_some("no limit is left; to lift them all, say `limit = []`")
+            lifts.then_some("no limit is left; to remove all limits, write `limit = []`")
         };
         let problem = now.lost_since(before).or_else(lifts_all)?;
         let mend = match part {
-            ConfPart::Keys if problem == EMPTY => "; if there shall be no key, say `key = []`",
-            ConfPart::Upstreams if problem == EMPTY => "; if there shall be no upstream, say `upstream = []`",
+            ConfPart::Keys if problem == EMPTY => "; to remove all keys, write `key = []`",
+            ConfPart::Upstreams if problem == EMPTY => "; to remove all upstreams, write `upstream = []`",
             _ => "",
         };
         Some(format!("{}: {problem}{mend}", now.name))
@@ -277,12 +278,12 @@ impl ConfTexts {
     }
 }
 
-/// The lists of tables that files have.
+/// The lists of tables in all files.
 const LISTS: [&str; 3] = ["key", "limit", "upstream"];
 
-/// `key = []` says that there are no keys, and TOML takes no `[[key]]` after it. Who appends the lines of
-/// `key new` to such a file means the key, so the empty list gives way. Blanks take its place: lines and
-/// columns stay what they are.
+/// Removes an empty list (`key = []`) if blocks of that list (`[[key]]`) follow, which TOML does not allow.
+/// An operator who appends the output of `key new` to such a file wants the key. The list is replaced by
+/// blanks, so that lines and columns stay the same.
 fn with_open_lists(text: String) -> String {
     if text.parse::<Table>().is_ok() {
         return text;
@@ -309,22 +310,22 @@ fn with_open_lists(text: String) -> String {
             " ".repeat(end) + &line[end..]
         })
         .collect();
-    // Whatever else is wrong is told of the file as it stands.
+    // Other mistakes are reported for the original text.
     if open.parse::<Table>().is_ok() { open } else { text }
 }
 
-/// The text of a file of PEM blocks. What stands around them is ignored (RFC 7468), in whatever encoding, and
-/// so are blanks around lines. `Err`: why there are none, as what follows the name of the file.
+/// The text of a file of PEM blocks. Text around the blocks is ignored in any encoding (RFC 7468), and so are
+/// blanks around lines. `Err`: the problem, as text to append to the name of the file.
 fn pem_text(bytes: Vec<u8>) -> Result<String, FileError> {
     if reader::is_utf16(&bytes) {
         return Err(FileError::Unusable("is UTF-16; save it as ASCII or UTF-8".to_owned()));
     }
     let text = String::from_utf8_lossy(&bytes);
-    // A sequence, as each of these begins.
+    // DER and PKCS #12 begin with an ASN.1 SEQUENCE.
     if bytes.first() == Some(&0x30) && !text.contains("-----BEGIN ") {
         return Err(FileError::Unusable(
-            "is DER or PKCS #12 and must be PEM; convert it: openssl x509 (or pkey) -inform DER -in FILE, or openssl pkcs12 \
-             -nodes -in FILE"
+            "is DER or PKCS #12 and must be PEM; convert it: openssl x509 (or pkey) -inform DER -in FILE, or \
+             openssl pkcs12 -nodes -in FILE"
                 .to_owned(),
         ));
     }
@@ -336,8 +337,8 @@ fn tls_of(server: &Table) -> Option<&Table> {
     server.get("tls")?.as_table()
 }
 
-/// Reads what `[tls]` names, relative to the directory of its file. What is wrong with `[tls]` itself is told
-/// when the settings are made of it.
+/// Reads the files that `[tls]` names, relative to the directory of `server.toml`. Problems of `[tls]` itself
+/// are reported when the settings are parsed.
 struct PemReader<'a> {
     reader: &'a mut FileReader,
     dir: &'a Path,
@@ -376,12 +377,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_empty_list_gives_way_to_what_is_appended() {
+    fn an_empty_list_is_removed_before_its_blocks() {
         for (text, expected) in [
             ("key = []\n[[key]]\nname = \"a\"\n", "        \n[[key]]\nname = \"a\"\n"),
             ("# keys\nkey=[ ] # none\r\n\n[[key]]\na = 1", "# keys\n              \r\n\n[[key]]\na = 1"),
             ("upstream = []\n[[ upstream ]]\na = 1", "             \n[[ upstream ]]\na = 1"),
-            // These are as they stand.
+            // Unchanged.
             ("key = []\n", "key = []\n"),
             ("key = []\nlimit = []\n[[upstream]]\na = 1", "key = []\nlimit = []\n[[upstream]]\na = 1"),
             ("key = [1]\n[[key]]\n", "key = [1]\n[[key]]\n"),
@@ -393,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn what_looks_like_settings_is_warned_of() {
+    fn unknown_toml_files_cause_warnings() {
         let dir = tempfile::tempdir().unwrap();
         for name in ["server.toml", "limits.toml", "limit.toml", "Keys.toml", "key.pem", "upstreams.toml.bak"]
         {
@@ -401,8 +402,8 @@ mod tests {
         }
         let warnings = ConfTexts::unknown_files(dir.path());
         assert_eq!(warnings.len(), 2, "{warnings:?}");
-        assert!(warnings[0].contains("/Keys.toml: no such file is read"), "{warnings:?}");
-        assert!(warnings[1].contains("/limit.toml: no such file is read"), "{warnings:?}");
+        assert!(warnings[0].contains("/Keys.toml: this file is not read"), "{warnings:?}");
+        assert!(warnings[1].contains("/limit.toml: this file is not read"), "{warnings:?}");
         for n in 0..2 * UNKNOWN_MAX {
             std::fs::write(dir.path().join(format!("{n}.toml")), "").unwrap();
         }

@@ -1,22 +1,15 @@
 //! `keys.toml`: the API keys with their scopes and limits, and the creation of new keys.
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use crate::config::keys::{KeyConf, key_problems};
-use crate::config::merge::collect;
-use crate::model::{FunctionId, Quota, Scope, parse_rfc3339_ms, rfc3339_ms};
-use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde::de::DeserializeOwned;
-use sha2::{Digest, Sha256};
-use std::fmt;
-use std::net::IpAddr;
-use std::path::PathBuf;
-use std::time::Duration;
 use super::checks::{is_countable, within};
 use super::error::ConfigError;
 use super::secret::Secret;
-use toml::Table;
+use crate::model::{FunctionId, Quota, Scope, parse_rfc3339_ms, rfc3339_ms};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest, Sha256};
+use std::fmt;
+use std::time::Duration;
 
 /// Name of the key in `INFRA_API_KEY`.
 const MASTER: &str = "master";
@@ -25,20 +18,27 @@ const KEYS_MAX: usize = 10_000;
 /// Most function names and prefixes that a key may list.
 const FUNCTIONS_MAX: usize = 1_000;
 
+/// `[[key]]`: an API key.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyConf {
+    /// Name in limits, logs and records: 1 to 64 of `[A-Za-z0-9._-]`. Keys with one name count as one.
     pub name: String,
+    /// SHA-256 of the key. Unique.
     pub sha256: KeyHash,
+    /// What the key may do. Not empty.
     pub scopes: Vec<Scope>,
     /// Functions that the key may run. A name that ends in `*` is a prefix. `None`: all functions.
     pub functions: Option<Vec<String>>,
-    /// Unix milliseconds, as `expires`.
+    /// Start of its validity, in Unix milliseconds.
     #[serde(default, deserialize_with = "moment")]
     pub not_before: Option<u64>,
+    /// End of its validity, in Unix milliseconds.
     #[serde(default, deserialize_with = "moment")]
     pub expires: Option<u64>,
+    /// Replaces the numbers of all limits by key.
     pub limit: Option<KeyLimitConf>,
+    /// Maximum number of jobs in flight on this node. 0: no cap. `None`: `overload.jobs_per_key_max`.
     pub jobs_max: Option<usize>,
 }
 
@@ -46,8 +46,11 @@ pub struct KeyConf {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyLimitConf {
+    /// Requests per period.
     pub rate: u32,
+    /// The period, in seconds.
     pub period_s: u64,
+    /// Requests at once.
     pub burst: u32,
 }
 
@@ -204,11 +207,12 @@ pub(super) fn key_problems(keys: &[KeyConf]) -> Vec<(String, String)> {
     problems
 }
 
+/// The contents of `keys.toml`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct KeysFile {
+pub struct KeysFile {
     #[serde(default)]
-    key: Vec<KeyConf>,
+    pub key: Vec<KeyConf>,
 }
 
 #[cfg(test)]
@@ -217,7 +221,7 @@ mod tests {
 
     #[derive(Deserialize)]
     struct File {
-        key: Vec<KeyConf>,
+        pub key: Vec<KeyConf>,
     }
 
     fn read(lines: &str) -> Result<Vec<KeyConf>, String> {

@@ -1,9 +1,9 @@
-//! Where in a file a setting stands, for messages.
+//! Finds the line of a setting in its file, for error messages.
 
 use toml::de::{DeTable, DeValue};
 
-/// The line (from 1) of the setting at `path` (`batch.linger_ms`, `limit[2].rate`), or of the nearest part of the path
-/// that the text has. `None`: the text has nothing of it, or is no TOML.
+/// The line (from 1) of the setting at `path` (`batch.linger_ms`, `limit[2].rate`), or of the longest part of
+/// the path that the text contains. `None`: the text contains no part of it, or is not TOML.
 pub fn line_of(text: &str, path: &str) -> Option<usize> {
     let document = DeTable::parse(text).ok()?;
     let mut table = document.get_ref();
@@ -29,7 +29,7 @@ pub fn line_of(text: &str, path: &str) -> Option<usize> {
     at.map(|offset| line_at(text, offset))
 }
 
-/// The line (from 1) of a place in the text, in bytes.
+/// The line (from 1) of a byte offset in the text.
 pub fn line_at(text: &str, offset: usize) -> usize {
     1 + text.bytes().take(offset).filter(|b| *b == b'\n').count()
 }
@@ -40,7 +40,8 @@ mod tests {
 
     #[test]
     fn settings_are_found() {
-        let text = "# a comment\n[batch]\nlinger_ms = 1\n\n[[limit]]\nname = \"a\"\n[[limit]]\nname = \"b\"\nrate = 0\n";
+        let text = "# a comment\n[batch]\nlinger_ms = 1\n\n[[limit]]\nname = \"a\"\n\
+                    [[limit]]\nname = \"b\"\nrate = 0\n";
         for (path, line) in [
             ("batch", Some(2)),
             ("batch.linger_ms", Some(3)),

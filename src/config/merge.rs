@@ -1,25 +1,24 @@
-//! An operator's file over the shipped one.
+//! Merges an operator's file into the shipped one.
 
 use crate::config::files::ConfText;
 use crate::config::line::line_at;
-use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
 use serde::de::DeserializeOwned;
-use std::net::IpAddr;
-use std::path::PathBuf;
-use std::time::Duration;
 use toml::Table;
 
-/// From how many characters on a word in an error is not shown: no setting's name is that long.
-const SECRET_CHARS_MIN: usize = 30;
+/// Words of at least so many characters are hidden in errors. No name of a setting is so long.
+pub const SECRET_CHARS_MIN: usize = 30;
 
-fn collect<T>(problems: &mut Vec<String>, read: Result<T, String>) -> Option<T> {
+/// Moves an error to `problems`.
+pub fn collect<T>(problems: &mut Vec<String>, read: Result<T, String>) -> Option<T> {
     read.map_err(|problem| problems.push(problem)).ok()
 }
 
-/// The operator's file over the shipped one, table by table. Lists (`[[limit]]`) are taken whole: they cannot be
-/// merged, so a file without limits has none.
-fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, String> {
+/// Merges the operator's file into the shipped one, table by table, and parses the result. The lists
+/// `[[limit]]`, `[[key]]` and `[[upstream]]` are not merged: a file without entries has an empty list.
+///
+/// # Errors
+/// The problem, with the file and the line.
+pub fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, String> {
     let mut all: Table = shipped.parse().map_err(|e| format!("shipped configuration: {e}"))?;
     let is_there = file.text.as_ref().is_ok_and(Option::is_some);
     let text = file.text.as_ref().map_err(Clone::clone)?.as_deref().unwrap_or_default();
@@ -46,8 +45,8 @@ fn merged<T: DeserializeOwned>(shipped: &str, file: &ConfText) -> Result<T, Stri
     })
 }
 
-/// Errors quote what stands in the wrong place, which may be a key or its hash.
-fn without_secrets(problem: &str) -> String {
+/// Hides long words. Errors of the parser quote invalid values, which may be an API key or its hash.
+pub fn without_secrets(problem: &str) -> String {
     let is_of_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '+' | '=');
     let mut told = String::with_capacity(problem.len());
     let mut rest = problem;

@@ -133,8 +133,8 @@ impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::files::ConfText;
     use super::*;
+    use crate::config::files::ConfText;
 
     const KEY: &str = "[[key]]\nname = \"a\"\n\
         sha256 = \"9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08\"\nscopes = [\"run\"]\n";

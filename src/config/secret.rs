@@ -1,12 +1,8 @@
-//! A value that must never be shown.
+//! Strings that must never be shown.
 
-use std::collections::HashMap;
-use std::ffi::OsString;
 use std::fmt;
-use std::path::PathBuf;
-use std::time::Duration;
 
-/// A value that must not reach a log, a metric or an error.
+/// A string that must not reach a log, a metric or an error. `Debug` hides it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -15,7 +11,7 @@ impl Secret {
         Self(value)
     }
 
-    /// The value itself; the name makes each use stand out in review.
+    /// The value. The name makes each use visible in a review.
     pub fn reveal(&self) -> &str {
         &self.0
     }

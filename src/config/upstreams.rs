@@ -1,18 +1,10 @@
 //! `upstreams.toml`: which requests are forwarded, and to which upstreams.
 
-use crate::config::merge::collect;
-use crate::config::upstreams::{UpstreamConf, upstream_problems};
+use super::checks::within;
 use crate::model::Scope;
 use http::{HeaderName, HeaderValue};
-use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, Serialize};
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::net::IpAddr;
-use std::path::PathBuf;
-use std::time::Duration;
-use super::checks::between;
-use toml::Table;
 
 /// Most upstreams, and most addresses of one upstream.
 const UPSTREAMS_MAX: usize = 100;
@@ -20,40 +12,55 @@ const ADDRESSES_MAX: usize = 100;
 /// Largest value of a time setting, in seconds: one day.
 const SECONDS_MAX: u64 = 24 * 3600;
 
+/// `[[upstream]]`: a service behind the gateway.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct UpstreamConf {
+    /// Unique name: 1 to 64 of `[A-Za-z0-9._-]`.
     pub name: String,
+    /// Paths that are forwarded. Starts, but does not end, with `/`. Unique.
     pub prefix: String,
-    /// Host or address, and port.
+    /// Addresses as `host:port`, used in turn.
     pub addresses: Vec<String>,
-    /// `None`: no key is required.
+    /// The scope that a key needs. `None`: no key is required.
     #[serde(deserialize_with = "scope_or_none", serialize_with = "none_or_scope")]
     pub scope: Option<Scope>,
+    /// Replaces the prefix of forwarded paths. Empty: removes it. `None`: keeps it.
     pub replace_prefix: Option<String>,
+    /// `Host` of forwarded requests, with an optional port. `None`: that of the client.
     pub host: Option<String>,
+    /// Time to connect, in ms.
     #[serde(default = "connect_timeout_ms")]
     pub connect_timeout_ms: u64,
+    /// Longest silence of the service, in seconds.
     #[serde(default = "read_timeout_s")]
     pub read_timeout_s: u64,
+    /// Maximum size of a request body, in bytes.
     #[serde(default = "body_bytes_max")]
     pub body_bytes_max: usize,
+    /// Time for a complete request body, in seconds.
     #[serde(default = "body_timeout_s")]
     pub body_timeout_s: u64,
+    /// Header fields to remove from requests.
     #[serde(default)]
     pub remove_headers: Vec<String>,
+    /// Header fields to set in requests.
     #[serde(default)]
     pub add_headers: BTreeMap<String, String>,
+    /// Whether `x-api-key` is forwarded.
     #[serde(default)]
     pub pass_key: bool,
-    /// Methods and header fields that scripts of allowed origins may send. `None`: the same as to this
-    /// gateway.
+    /// Methods that scripts of allowed origins may use. `None`: the same as for the gateway.
     pub cors_methods: Option<Vec<String>>,
+    /// Header fields that scripts of allowed origins may send. `None`: the same as for the gateway.
     pub cors_headers: Option<Vec<String>>,
+    /// TLS to the service. `None`: plain HTTP.
     pub tls: Option<UpstreamTlsConf>,
+    /// The health check. `None`: an address is healthy if it accepts connections.
     pub health: Option<HealthConf>,
 }
 
+/// `upstream.tls`: TLS to the service.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct UpstreamTlsConf {
@@ -61,10 +68,13 @@ pub struct UpstreamTlsConf {
     pub name: String,
 }
 
+/// `upstream.health`: the health check.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct HealthConf {
+    /// Path of the check. Starts with `/`.
     pub path: String,
+    /// Interval of the check, in seconds.
     #[serde(default = "health_every_s")]
     pub every_s: u64,
 }
@@ -213,19 +223,19 @@ pub(super) fn upstream_problems(upstreams: &[UpstreamConf]) -> Vec<(String, Stri
         for (name, value) in
             [("connect_timeout_ms", upstream.connect_timeout_ms), ("body_timeout_s", upstream.body_timeout_s)]
         {
-            problems.extend(at_least_one(&path(name), value));
-            problems.extend(between(&path(name), value, 0, SECONDS_MAX));
+            problems.extend(within(&path(name), value, 1..=SECONDS_MAX));
         }
-        problems.extend(between(&path("read_timeout_s"), upstream.read_timeout_s, 1, SECONDS_MAX));
+        problems.extend(within(&path("read_timeout_s"), upstream.read_timeout_s, 1..=SECONDS_MAX));
     }
     problems
 }
 
+/// The contents of `upstreams.toml`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct UpstreamsFile {
+pub struct UpstreamsFile {
     #[serde(default)]
-    upstream: Vec<UpstreamConf>,
+    pub upstream: Vec<UpstreamConf>,
 }
 
 #[cfg(test)]
@@ -236,7 +246,7 @@ mod tests {
     fn addresses_are_hosts_and_ports() {
         #[derive(Deserialize)]
         struct File {
-            upstream: Vec<UpstreamConf>,
+            pub upstream: Vec<UpstreamConf>,
         }
         const GOOD: &str = "name = \"u\"\nprefix = \"/u\"\nscope = \"none\"\n";
         for (line, wrong) in [

@@ -484,12 +484,12 @@ async fn sleep_until(at: Option<Instant>) {
 
 #[cfg(test)]
 mod tests {
-    use crate::node_lease::Lease;
     use super::*;
     use crate::backend::{Ended, Journal, JournalEntry, QueueTraits};
     use crate::config::Conf;
     use crate::dispatch::Held;
     use crate::model::{IdempotencyKey, JobId, NodeId, Outcome};
+    use crate::node_lease::NodeLease;
     use async_trait::async_trait;
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -608,7 +608,7 @@ mod tests {
         let metrics = Arc::new(Metrics::new(1).unwrap());
         let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
         let journal = Arc::new(journal);
-        let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _, Arc::new(Lease::endless())));
+        let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _, Arc::new(NodeLease::endless())));
         let overload = Conf::shipped().unwrap().overload;
         let shedder = Arc::new(Shedder::new(Live::new(overload), Arc::clone(&metrics)));
         let (batcher, batch_loop) = new(

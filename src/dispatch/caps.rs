@@ -49,6 +49,13 @@ impl Drop for Slot {
     }
 }
 
+/// There are as many jobs in flight as there may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TooManyJobs {
+    OfKey { max: usize },
+    OfFunction { max: usize },
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

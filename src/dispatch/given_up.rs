@@ -1,34 +1,29 @@
 //! Jobs that ended as LOST, remembered for late results.
 
-use ahash::RandomState;
 use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX};
 use crate::model::{FunctionId, JobId};
+use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
-use smallvec::SmallVec;
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// Jobs that were given up, for the results that come late; bounded like the store's own list of them.
-struct GivenUpJobs {
-    jobs: DashMap<JobId, GivenUp, RandomState>,
+pub struct GivenUpJobs {
+    pub jobs: DashMap<JobId, GivenUp, RandomState>,
     /// Beside the map, as nearly always there are none and every job asks.
-    len: AtomicUsize,
+    pub len: AtomicUsize,
 }
 
-struct GivenUp {
-    function: FunctionId,
-    since: Instant,
+pub struct GivenUp {
+    pub function: FunctionId,
+    pub since: Instant,
     /// A late result was taken; its row is not queued yet.
-    settled: bool,
+    pub settled: bool,
 }
 
 impl GivenUpJobs {
-    fn insert(&self, id: JobId, function: FunctionId) {
+    pub fn insert(&self, id: JobId, function: FunctionId) {
         if self.len.load(Ordering::Relaxed) >= GIVEN_UP_MAX {
             return;
         }
@@ -38,14 +33,14 @@ impl GivenUpJobs {
         }
     }
 
-    fn remove(&self, id: JobId) {
+    pub fn remove(&self, id: JobId) {
         if self.len.load(Ordering::Relaxed) > 0 && self.jobs.remove(&id).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
     /// Takes the first late result of a job.
-    fn settle(&self, id: JobId) -> Option<FunctionId> {
+    pub fn settle(&self, id: JobId) -> Option<FunctionId> {
         if self.len.load(Ordering::Relaxed) == 0 {
             return None;
         }
@@ -54,14 +49,14 @@ impl GivenUpJobs {
         Some(job.function.clone())
     }
 
-    fn unsettle(&self, id: JobId) {
+    pub fn unsettle(&self, id: JobId) {
         if let Some(mut job) = self.jobs.get_mut(&id) {
             job.settled = false;
         }
     }
 
     /// Whether it is there; one of long ago is forgotten.
-    fn contains(&self, id: JobId) -> bool {
+    pub fn contains(&self, id: JobId) -> bool {
         if self.len.load(Ordering::Relaxed) == 0 {
             return false;
         }

@@ -6,21 +6,19 @@
 //!
 //! DashMap guards are taken and dropped within one statement or block and never held over an await.
 
-use ahash::RandomState;
-use crate::audit::record::Kept;
-use crate::backend::{GIVEN_UP_KEPT, JournalEntry, KEPT_BYTES_MAX};
+use super::caps::Slot;
+use crate::audit::Kept;
+use crate::backend::{JournalEntry, KEPT_BYTES_MAX};
 use crate::dispatch::given_up::GivenUpJobs;
-use crate::dispatch::recent::{Recent, SETTLED_BYTES, SETTLED_KEPT};
+use crate::dispatch::recent::Recent;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs};
+use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 use smallvec::SmallVec;
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
-use super::caps::Slot;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -28,7 +26,7 @@ use tokio::time::Instant;
 pub const WAITERS_PER_JOB_MAX: usize = 16;
 
 /// Parts of a table. While one grows all of its entries move, and its users wait: so it holds a few thousand at most.
-const SHARDS: usize = 256;
+pub const SHARDS: usize = 256;
 /// Tries to count jobs while none comes or goes.
 const RECKONINGS_MAX: usize = 32;
 
@@ -499,6 +497,9 @@ impl Drop for Waiter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::GIVEN_UP_KEPT;
+    use crate::dispatch::recent::SETTLED_BYTES;
+    use crate::dispatch::recent::SETTLED_KEPT;
     use crate::model::NodeId;
 
     fn table(jobs_max: usize, settled_bytes_max: usize) -> Arc<InFlight> {

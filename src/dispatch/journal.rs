@@ -5,9 +5,9 @@
 //! removed together ten times per second, so that no client waits. Ids that the backend does not accept are
 //! retried.
 
-use crate::node_lease::Lease;
 use crate::backend::{BackendError, Journal, JournalEntry, Standing};
 use crate::model::{FunctionId, Job, JobId, NodeId};
+use crate::node_lease::NodeLease;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,13 +16,13 @@ const LEAVES_MAX: usize = 1024;
 
 pub struct NodeJournal {
     store: Arc<dyn Journal>,
-    lease: Arc<Lease>,
+    lease: Arc<NodeLease>,
     /// Bounded by the number of jobs in flight, because a job leaves once.
     leaving: Mutex<Vec<JobId>>,
 }
 
 impl NodeJournal {
-    pub fn new(store: Arc<dyn Journal>, lease: Arc<Lease>) -> Self {
+    pub fn new(store: Arc<dyn Journal>, lease: Arc<NodeLease>) -> Self {
         Self { store, lease, leaving: Mutex::default() }
     }
 

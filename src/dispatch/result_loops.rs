@@ -1,61 +1,69 @@
 //! The loops that bring results in: publications, and scheduled look-ups.
 
-use bytes::Bytes;
-use crate::backend::{Hearing, ResultEvent};
-use crate::dispatch::settler::{LOOKUPS_PER_TICK, LOOKUP_TICK, Settler};
+use super::in_flight::InFlight;
+use super::journal::NodeJournal;
+use super::settler::{LOOKUPS_PER_TICK, Settler};
+use crate::backend::{ResultEvent, Results};
 use crate::model::{JobId, Outcome};
-use futures_util::stream::{FuturesUnordered, StreamExt};
-use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use tokio::time::{MissedTickBehavior, interval};
 
-/// Hears the results of this node's jobs. Never pauses: what is published meanwhile would pile up in memory.
-pub struct Pump(Arc<Settler>);
+/// How often due look-ups are collected.
+const LOOKUP_TICK: Duration = Duration::from_millis(100);
+
+/// Receives the results of this node's jobs. Never pauses: publications would pile up in memory.
+pub struct Pump {
+    settler: Arc<Settler>,
+    results: Arc<dyn Results>,
+}
 
 impl Pump {
-    pub fn new(settler: Arc<Settler>) -> Self {
-        Self(settler)
+    pub fn new(settler: Arc<Settler>, results: Arc<dyn Results>) -> Self {
+        Self { settler, results }
     }
 
     pub async fn run(self) {
-        let settler = self.0;
+        let settler = self.settler;
         loop {
-            match settler.results.next().await {
+            match self.results.next().await {
                 ResultEvent::Published { id, payload } => settler.settle(id, Outcome::new(payload)),
-                ResultEvent::Malformed => settler.metrics.results.with_label_values(&["malformed"]).inc(),
-                ResultEvent::Subscribed => settler.resubscribed.store(true, Ordering::Release),
+                ResultEvent::Malformed => settler.count_malformed(),
+                ResultEvent::Subscribed => settler.subscribed(),
                 ResultEvent::Hearing(hearing) => settler.hears(hearing),
             }
         }
     }
 }
 
-/// Finds results whose publication was missed, and clears the journal of jobs that were never sent.
-pub struct Lookups(Arc<Settler>);
+/// Finds results whose publication was missed, and removes jobs that were never sent from the journal.
+pub struct Lookups {
+    settler: Arc<Settler>,
+    in_flight: Arc<InFlight>,
+    journal: Arc<NodeJournal>,
+}
 
 impl Lookups {
-    pub fn new(settler: Arc<Settler>) -> Self {
-        Self(settler)
+    pub fn new(settler: Arc<Settler>, in_flight: Arc<InFlight>, journal: Arc<NodeJournal>) -> Self {
+        Self { settler, in_flight, journal }
     }
 
     pub async fn run(self) {
-        let settler = self.0;
-        let mut tick = tokio::time::interval(LOOKUP_TICK);
-        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // All that were in flight at the last (re)subscribe and are not looked up since.
+        let mut tick = interval(LOOKUP_TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The jobs that were in flight at the last (re)subscribe and have not been looked up since.
         let mut missed: Vec<JobId> = Vec::new();
         loop {
             tick.tick().await;
-            settler.in_flight.forget_old();
-            settler.in_flight.reckon();
-            settler.journal.clear().await;
-            if settler.resubscribed.swap(false, Ordering::AcqRel) {
-                missed = settler.in_flight.unsettled();
+            self.in_flight.forget_old();
+            self.in_flight.reckon();
+            self.journal.clear().await;
+            if self.settler.take_resubscribed() {
+                missed = self.in_flight.unsettled();
             }
             let now = missed.split_off(missed.len().saturating_sub(LOOKUPS_PER_TICK));
-            missed.extend(settler.look_up(&now).await);
-            settler.look_up_due().await;
+            missed.extend(self.settler.look_up(&now).await);
+            self.settler.look_up_due().await;
         }
     }
 }

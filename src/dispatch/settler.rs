@@ -1,10 +1,9 @@
 //! Results on their way back: heard by the pump, found by look-ups, settled once, handed to the audit.
 
 use super::in_flight::{InFlight, Settled};
-use super::journal::NodeJournal;
-use super::schedule::{Schedule, self};
+use super::schedule::{self, Schedule};
+use crate::audit::Kept;
 use crate::audit::{Audit, RowsWritten};
-use crate::audit::record::Kept;
 use crate::backend::{BackendError, Hearing, JournalEntry, Results, STORED_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Ending, Execution, FunctionId, JobId, Outcome, Recommendation, now_ms};
@@ -13,23 +12,19 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 /// Calls for stored results in flight at a time.
 const LOOKUP_CALLS_MAX: usize = 4;
-/// How often due look-ups are collected.
-const LOOKUP_TICK: Duration = Duration::from_millis(100);
 /// Most look-ups of one tick: paces the storm after a resubscribe to about 20,000 keys a second.
-const LOOKUPS_PER_TICK: usize = 2048;
+pub const LOOKUPS_PER_TICK: usize = 2048;
 
 /// What settling a result needs; shared by the pump, the look-ups and `/status`.
 pub struct Settler {
-    pub in_flight: Arc<InFlight>,
-    pub schedule: Schedule,
-    pub results: Arc<dyn Results>,
-    pub journal: Arc<NodeJournal>,
+    in_flight: Arc<InFlight>,
+    schedule: Arc<Schedule>,
+    results: Arc<dyn Results>,
     audit: Audit,
-    pub metrics: Arc<Metrics>,
+    metrics: Arc<Metrics>,
     /// The subscription stands again: every job in flight is to be looked up.
     resubscribed: AtomicBool,
 }
@@ -37,27 +32,24 @@ pub struct Settler {
 impl Settler {
     pub fn new(
         in_flight: Arc<InFlight>,
-        journal: Arc<NodeJournal>,
+        schedule: Arc<Schedule>,
         results: Arc<dyn Results>,
         audit: Audit,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self {
-            in_flight,
-            schedule: Schedule::default(),
-            results,
-            journal,
-            audit,
-            metrics,
-            resubscribed: AtomicBool::new(false),
-        }
+        Self { in_flight, schedule, results, audit, metrics, resubscribed: AtomicBool::new(false) }
+    }
+
+    #[cfg(test)]
+    pub fn plan(&self, id: JobId) {
+        self.schedule.plan(id, schedule::FIRST);
     }
 
     /// Goes on with a job that another life, or another node, has left. `false`: it is known.
     pub fn restore(&self, entry: &JournalEntry) -> bool {
         let is_new = self.in_flight.restore(entry);
         if is_new {
-            self.schedule.plan(entry.id, lookups::FIRST);
+            self.schedule.plan(entry.id, schedule::FIRST);
         }
         is_new
     }
@@ -65,7 +57,7 @@ impl Settler {
     /// Goes on looking for the result of a job that was given up.
     pub fn remember(&self, id: JobId, function: FunctionId) {
         self.in_flight.remember(id, function);
-        self.schedule.plan(id, lookups::LAST);
+        self.schedule.plan(id, schedule::LAST);
     }
 
     pub async fn stored(&self, id: JobId) -> Result<Option<Bytes>, BackendError> {
@@ -95,7 +87,7 @@ impl Settler {
                     self.metrics.results.with_label_values(&["late"]).inc();
                 } else {
                     self.in_flight.unsettle_late(id);
-                    self.schedule.plan(id, lookups::LAST);
+                    self.schedule.plan(id, schedule::LAST);
                     self.metrics.results.with_label_values(&["deferred"]).inc();
                 }
             }
@@ -135,7 +127,7 @@ impl Settler {
                 self.in_flight.forget(id);
             }
         }
-        self.schedule.plan(id, lookups::FIRST);
+        self.schedule.plan(id, schedule::FIRST);
     }
 }
 
@@ -159,7 +151,23 @@ impl RowsWritten for Settler {
 }
 
 impl Settler {
-    fn hears(&self, hearing: Hearing) {
+    /// Counts a payload that belongs to no job.
+    pub fn count_malformed(&self) {
+        self.metrics.results.with_label_values(&["malformed"]).inc();
+    }
+
+    /// The subscription was established. Publications before that may have been missed, so every job in flight
+    /// is to be looked up.
+    pub fn subscribed(&self) {
+        self.resubscribed.store(true, Ordering::Release);
+    }
+
+    /// Whether [`Self::subscribed`] was called since the last call of this.
+    pub fn take_resubscribed(&self) -> bool {
+        self.resubscribed.swap(false, Ordering::AcqRel)
+    }
+
+    pub fn hears(&self, hearing: Hearing) {
         self.metrics.subscriptions.note("results", hearing.is_heard(), hearing == Hearing::Unproven);
         if hearing == Hearing::Missed {
             self.metrics.subscriptions.missed.with_label_values(&["results"]).inc();
@@ -167,7 +175,7 @@ impl Settler {
     }
 
     /// The planned look-ups.
-    async fn look_up_due(&self) {
+    pub async fn look_up_due(&self) {
         // A settled job stays planned until its row is written: it may yet find no room for the row.
         let is_wanted = |id| self.in_flight.contains(id) || self.in_flight.is_remembered(id);
         let due = self.schedule.take_due(LOOKUPS_PER_TICK, is_wanted);
@@ -179,7 +187,7 @@ impl Settler {
                 Some(awaited) if awaited.deadline < now_ms() && !failed.contains(&due.id) => {
                     self.give_up(due.id);
                 }
-                Some(awaited) if awaited.waited_for => self.schedule.plan(due.id, lookups::FIRST),
+                Some(awaited) if awaited.waited_for => self.schedule.plan(due.id, schedule::FIRST),
                 _ => self.schedule.plan(due.id, due.stage + 1),
             }
         }

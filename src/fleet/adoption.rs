@@ -11,12 +11,13 @@
 //! any more is taken up by the holder, which reads its own journal again whenever another process may have
 //! entered jobs there.
 
-use crate::node_lease::Lease;
-use crate::dispatch::settler::Settler;
 use crate::audit::{Ledger, Outstanding};
 use crate::backend::{BackendError, JournalEntry, Membership, Others, Renewal, Told};
 use crate::config::FleetConf;
+use crate::dispatch::NodeJobs;
+use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId, NodeId, now_ms};
+use crate::node_lease::NodeLease;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,13 +38,14 @@ const SPILLED_MAX: Duration = Duration::from_secs(3600);
 const TOLD_MAX: usize = 1000;
 
 /// The loop of this node's membership.
-pub struct Members {
+pub struct Adopter {
     node: NodeId,
     store: Option<Arc<dyn Membership>>,
-    lease: Arc<Lease>,
+    lease: Arc<NodeLease>,
     lasts: Duration,
-    settler: Arc<Settler>,
+    jobs: NodeJobs,
     ledger: Arc<Ledger>,
+    metrics: Arc<Metrics>,
     /// Since when this node has heard of the others without a gap.
     standing_since: Option<Instant>,
     /// The nodes whose jobs are looked after here, and when their journals were read last.
@@ -60,14 +62,15 @@ pub struct Members {
     lost: BTreeMap<NodeId, Instant>,
 }
 
-impl Members {
+impl Adopter {
     pub fn new(
         node: NodeId,
         conf: &FleetConf,
         store: Option<Arc<dyn Membership>>,
-        lease: Arc<Lease>,
-        settler: Arc<Settler>,
+        lease: Arc<NodeLease>,
+        jobs: NodeJobs,
         ledger: Arc<Ledger>,
+        metrics: Arc<Metrics>,
     ) -> Self {
         let lasts = Duration::from_secs(conf.lease_s);
         // A predecessor that was only taken as gone may have entered jobs for as long as its lease was good.
@@ -77,8 +80,9 @@ impl Members {
             store,
             lease,
             lasts,
-            settler,
+            jobs,
             ledger,
+            metrics,
             standing_since: None,
             adopted: BTreeMap::new(),
             to_give_back: Vec::new(),
@@ -92,8 +96,8 @@ impl Members {
     /// Takes the lease, and goes on with what an earlier life of this node has left: gives how many jobs it was. Before the
     /// other loops start.
     pub async fn begin(&mut self) -> Result<usize, BackendError> {
-        self.settler.journal.started(self.node).await?;
-        let entries = self.settler.journal.entries(self.node).await?;
+        self.jobs.started(self.node).await?;
+        let entries = self.jobs.journaled(self.node).await?;
         let restored = self.restore(&entries, usize::MAX);
         if let Some(store) = self.store.clone()
             && self.renew(store.as_ref()).await?.is_none()
@@ -147,7 +151,7 @@ impl Members {
         self.mend(store, self.node).await?;
         if self.lease.is_lost() {
             tracing::warn!(node = %self.node, "Node Id Held Again: this process admits jobs again");
-            self.settler.metrics.jobs.node_id_lost.set(0);
+            self.metrics.jobs.node_id_lost.set(0);
         }
         self.lease.renewed(asked, self.lasts, others.alive);
         self.look_for_strangers().await?;
@@ -162,7 +166,7 @@ impl Members {
                 "Node Id Lost: another process holds the lease of this id, and this one admits no more jobs. \
                  Restart it, and it takes another id. Do not run two nodes on copies of one STATE_DIR"
             );
-            self.settler.metrics.jobs.node_id_lost.set(1);
+            self.metrics.jobs.node_id_lost.set(1);
         }
         self.lease.lost();
     }
@@ -178,22 +182,22 @@ impl Members {
         if self.read_own_at.is_none_or(|at| at > Instant::now()) {
             return Ok(());
         }
-        let mut entries = self.settler.journal.entries(self.node).await?;
+        let mut entries = self.jobs.journaled(self.node).await?;
         self.read_own = Some(Instant::now());
         // In this order: a job of this process leaves the table for one of the others.
-        entries.retain(|entry| !self.settler.in_flight.contains(entry.id));
-        let (ended, leaving) = (self.ledger.ended(self.node), self.settler.journal.leaving());
+        entries.retain(|entry| !self.jobs.contains(entry.id));
+        let (ended, leaving) = (self.ledger.ended(self.node), self.jobs.being_removed());
         entries.retain(|entry| !ended.contains(&entry.id) && !leaving.contains(&entry.id));
         let seen = std::mem::take(&mut self.strangers);
         let (known, new): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| seen.contains(&entry.id));
-        let jobs = self.restore(&known, self.settler.in_flight.room() / 2);
+        let jobs = self.restore(&known, self.jobs.room() / 2);
         if jobs > 0 {
             tracing::warn!(node = %self.node, jobs, "Unknown Jobs In The Journal Of This Node Taken Over");
         }
         // Those without room stay strangers, and so do those whose rows wait on this node's disk: they leave
         // by themselves.
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
-        let left = new.iter().chain(known.iter().filter(|entry| !self.settler.in_flight.contains(entry.id)));
+        let left = new.iter().chain(known.iter().filter(|entry| !self.jobs.contains(entry.id)));
         self.strangers = left.map(|entry| entry.id).filter(|id| !spilled.contains(id)).collect();
         self.read_own_at = (!self.strangers.is_empty()).then(|| Instant::now() + LOOK_TWICE);
         Ok(())
@@ -204,8 +208,7 @@ impl Members {
         if store.is_whole(node).await? {
             return Ok(());
         }
-        let in_flight = &self.settler.in_flight;
-        let moving = || (in_flight.of_node(node), in_flight.given_up_of(node));
+        let moving = || self.jobs.of_node(node);
         let tell = async |moving, books| self.tell(store, node, moving, books).await;
         let jobs = self.ledger.tell_outstanding(node, moving, tell).await?;
         if jobs > 0 {
@@ -262,11 +265,11 @@ impl Members {
     /// for on the way that jobs take.
     fn leave_unsent(&self, node: NodeId, told: &[JournalEntry]) {
         let told = told.iter().map(|entry| entry.id);
-        let mut unsent: Vec<JobId> = told.filter(|id| !self.settler.in_flight.contains(*id)).collect();
+        let mut unsent: Vec<JobId> = told.filter(|id| !self.jobs.contains(*id)).collect();
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
         let ended = self.ledger.ended(node);
         unsent.retain(|id| !spilled.contains(id) && !ended.contains(id));
-        self.settler.journal.leave(&unsent);
+        self.jobs.remove_from_journal(&unsent);
     }
 
     /// Adopts nodes whose lease has lapsed, and leaves those alone that are back.
@@ -278,12 +281,12 @@ impl Members {
             if store.relist(node).await? {
                 self.mend(store, node).await?;
             } else {
-                self.to_give_back.extend(self.settler.in_flight.ids_of_node(node));
+                self.to_give_back.extend(self.jobs.ids_of_node(node));
                 tracing::info!(adopted = %node, "Adopted Node Is Back");
             }
         }
         let jobs = std::mem::take(&mut self.to_give_back);
-        self.to_give_back = self.settler.in_flight.give_back(jobs);
+        self.to_give_back = self.jobs.give_back(jobs);
         // After a gap, for which the store may be to blame, the others first have time to renew theirs.
         if self.standing_since.is_none_or(|since| since.elapsed() < self.lasts) {
             return Ok(());
@@ -327,14 +330,14 @@ impl Members {
             return Ok(());
         }
         self.mend(store, node).await?;
-        let entries = self.settler.journal.entries(node).await?;
+        let entries = self.jobs.journaled(node).await?;
         // Half of the room is for what this node is asked itself.
-        let room = self.settler.in_flight.room() / 2;
+        let room = self.jobs.room() / 2;
         let jobs = self.restore(&entries, room);
         let sums = self.take_over(node).await?;
         if self.adopted.insert(node, Instant::now()).is_none() {
             tracing::warn!(adopted = %node, jobs, sums, "Node Adopted");
-            self.settler.metrics.jobs.adopted_nodes.inc();
+            self.metrics.jobs.adopted_nodes.inc();
         }
         if entries.is_empty() && sums == 0 && store.dismiss(node).await? {
             self.adopted.remove(&node);
@@ -347,13 +350,13 @@ impl Members {
     fn restore(&self, entries: &[JournalEntry], max: usize) -> usize {
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
         let waiting = entries.iter().filter(|entry| !spilled.contains(&entry.id));
-        waiting.filter(|entry| self.settler.restore(entry)).take(max).count()
+        waiting.filter(|entry| self.jobs.restore(entry)).take(max).count()
     }
 
     /// Goes on with what a node has left beside its jobs in flight. Gives how many functions have sums to be posted.
     async fn take_over(&self, node: NodeId) -> Result<usize, BackendError> {
-        for (id, function) in self.settler.journal.given_up(node).await? {
-            self.settler.remember(id, function);
+        for (id, function) in self.jobs.given_up(node).await? {
+            self.jobs.remember(id, function);
         }
         self.ledger.take_over(node).await
     }

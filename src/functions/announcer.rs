@@ -5,17 +5,16 @@
 //! they know until the backstop. A write that was not answered is announced once more when it can no longer take effect:
 //! whoever read after the first announcement may have read too early.
 
-use super::cache::Functions;
 use crate::backend::{ChangeEvent, ChangeFeed};
 use crate::model::FunctionId;
+use parking_lot::Mutex;
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::Instant;
 
 /// Changes that wait to be announced. Full: one announcement that everything may have changed takes their place.
 const UNTOLD_MAX: usize = 1_000;
-const RETRY_EVERY: Duration = Duration::from_millis(250);
 /// Longest a write may still take effect after it was given up.
 const LATE_WRITE_MAX: Duration = Duration::from_secs(10);
 /// Writes that were not answered. Full: they become one, of which nobody knows what it writes.
@@ -25,7 +24,7 @@ const ALL: &str = "*";
 
 /// Tells other nodes. Cheap to clone.
 #[derive(Clone)]
-pub struct Feed(Arc<Inner>);
+pub struct Announcer(Arc<Inner>);
 
 struct Inner {
     /// `None`: there are no other nodes.
@@ -36,24 +35,43 @@ struct Inner {
     doubtful: Mutex<VecDeque<(Instant, Option<FunctionId>)>>,
 }
 
-impl Feed {
-    pub(super) fn new(feed: Option<Arc<dyn ChangeFeed>>) -> Self {
+impl Announcer {
+    pub fn new(feed: Option<Arc<dyn ChangeFeed>>) -> Self {
         Self(Arc::new(Inner { feed, untold: Mutex::default(), doubtful: Mutex::default() }))
     }
 
-    pub(super) fn is_alone(&self) -> bool {
+    pub fn is_alone(&self) -> bool {
         self.0.feed.is_none()
     }
 
     /// Tells the other nodes that a function has changed, now or as soon as they can be told.
-    pub(super) async fn announce(&self, id: &FunctionId) {
-        self.0.announce(id.as_str()).await;
+    pub async fn announce(&self, id: &FunctionId) {
+        self.announce_text(id.as_str()).await;
+    }
+
+    /// The next announcement of another node. `None`: there are no other nodes.
+    pub async fn next(&self) -> Option<ChangeEvent> {
+        match &self.0.feed {
+            Some(feed) => Some(feed.next().await),
+            None => None,
+        }
+    }
+
+    /// Announces that any function may have changed.
+    pub async fn announce_all(&self) {
+        self.announce_text(ALL).await;
+    }
+
+    /// The next unanswered write that can no longer take effect: the function that it may have changed, or
+    /// `None` for any function.
+    pub fn next_settled_write(&self) -> Option<Option<FunctionId>> {
+        self.0.doubtful.lock().pop_front_if(|(due, _)| *due <= Instant::now()).map(|(_, id)| id)
     }
 
     /// A change of the function may take effect later: then it is forgotten, and announced, once more.
-    pub(super) fn doubt(&self, id: &FunctionId) {
+    pub fn doubt(&self, id: &FunctionId) {
         let due = Instant::now() + LATE_WRITE_MAX;
-        let mut doubtful = lock(&self.0.doubtful);
+        let mut doubtful = self.0.doubtful.lock();
         if doubtful.len() >= DOUBTFUL_MAX {
             doubtful.clear();
             doubtful.push_back((due, None));
@@ -63,9 +81,9 @@ impl Feed {
     }
 }
 
-impl Inner {
-    async fn announce(&self, id: &str) {
-        let Some(feed) = &self.feed else { return };
+impl Announcer {
+    async fn announce_text(&self, id: &str) {
+        let Some(feed) = &self.0.feed else { return };
         if let Err(error) = feed.announce(id).await {
             tracing::warn!(functionId = id, %error, "Change Not Announced");
             self.keep(id.to_owned());
@@ -73,7 +91,7 @@ impl Inner {
     }
 
     fn keep(&self, id: String) {
-        let mut untold = lock(&self.untold);
+        let mut untold = self.0.untold.lock();
         if untold.len() >= UNTOLD_MAX {
             untold.clear();
             untold.insert(ALL.to_owned());
@@ -83,38 +101,16 @@ impl Inner {
     }
 
     /// Announces what could not be announced before; stops at the first that cannot be yet.
-    async fn try_again(&self) {
-        let Some(feed) = &self.feed else { return };
+    pub async fn try_again(&self) {
+        let Some(feed) = &self.0.feed else { return };
         loop {
-            let Some(id) = lock(&self.untold).pop_first() else { return };
+            let Some(id) = self.0.untold.lock().pop_first() else { return };
             if feed.announce(&id).await.is_err() {
                 self.keep(id);
                 return;
             }
         }
     }
-
-    /// Forgets and announces what is certain by now.
-    async fn settle_doubts(&self, functions: &Functions) {
-        loop {
-            let next = {
-                let mut doubtful = lock(&self.doubtful);
-                doubtful.pop_front_if(|(due, _)| *due <= Instant::now())
-            };
-            match next {
-                Some((_, Some(id))) => functions.changed(&id).await,
-                Some((_, None)) => {
-                    functions.doubt_all();
-                    self.announce(ALL).await;
-                }
-                None => return,
-            }
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -136,7 +132,7 @@ mod tests {
             if !self.is_there.load(std::sync::atomic::Ordering::SeqCst) {
                 return Err(BackendError::Unavailable("away".into()));
             }
-            self.told.lock().unwrap().push(id.to_owned());
+            self.told.lock().push(id.to_owned());
             Ok(())
         }
 
@@ -149,27 +145,26 @@ mod tests {
     async fn what_could_not_be_told_is_told_later() {
         for (changes, told) in [(3, vec!["f-0", "f-1", "f-2"]), (UNTOLD_MAX + 5, vec![ALL])] {
             let flaky = Arc::new(Flaky::default());
-            let feed = Feed::new(Some(Arc::clone(&flaky) as _));
+            let feed = Announcer::new(Some(Arc::clone(&flaky) as _));
             for n in 0..changes {
                 feed.announce(&FunctionId::parse(&format!("f-{n}")).unwrap()).await;
             }
-            let inner = &feed.0;
-            inner.try_again().await;
-            assert_eq!(*flaky.told.lock().unwrap(), Vec::<String>::new());
+            feed.try_again().await;
+            assert_eq!(*flaky.told.lock(), Vec::<String>::new());
             flaky.is_there.store(true, std::sync::atomic::Ordering::SeqCst);
-            inner.try_again().await;
-            assert_eq!(*flaky.told.lock().unwrap(), told);
-            assert!(lock(&inner.untold).is_empty());
+            feed.try_again().await;
+            assert_eq!(*flaky.told.lock(), told);
+            assert!(feed.0.untold.lock().is_empty());
         }
     }
 
     #[tokio::test]
     async fn too_many_doubts_are_one() {
-        let feed = Feed::new(None);
+        let feed = Announcer::new(None);
         for n in 0..=DOUBTFUL_MAX {
             feed.doubt(&FunctionId::parse(&format!("f-{n}")).unwrap());
         }
-        let doubtful = lock(&feed.0.doubtful);
+        let doubtful = feed.0.doubtful.lock();
         assert!(matches!(doubtful.iter().collect::<Vec<_>>()[..], [(_, None)]), "{}", doubtful.len());
     }
 }

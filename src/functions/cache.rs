@@ -4,19 +4,18 @@
 //! function makes one read. (`moka` did so too, but keeps an entry in five pieces of memory, which is slow with many.) How long an entry is believed is judged here, when it is read, since it depends on whether
 //! the changes of other nodes are heard at that moment.
 
-use ahash::RandomState;
+use super::announcer::Announcer;
 use crate::backend::{BackendError, FunctionStore};
 use crate::config::CacheConf;
-use crate::functions::freshness::{Ages, CHANGES_KEPT, CHANGES_MAX, Changes};
+use crate::functions::freshness::{Ages, Changes};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobTemplate};
-use dashmap::DashMap;
+use ahash::RandomState;
 use quick_cache::UnitWeighter;
 use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction, EntryResult};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-use super::announcer::Feed;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
@@ -37,7 +36,7 @@ struct Inner {
     store: Arc<dyn FunctionStore>,
     /// Where jobs find their code.
     bucket: String,
-    feed: Feed,
+    announcer: Announcer,
     entries: Cache<FunctionId, Entry, UnitWeighter, RandomState>,
     /// Look-ups that may be under way.
     look_ups: Arc<Semaphore>,
@@ -60,17 +59,17 @@ struct Entry {
 
 impl Functions {
     /// Without the changes of other nodes there are none: the process is alone.
-    pub(super) fn new(
+    pub fn new(
         conf: &CacheConf,
         store: Arc<dyn FunctionStore>,
         bucket: String,
-        feed: Feed,
+        announcer: Announcer,
         metrics: Arc<Metrics>,
     ) -> Self {
         let ages = Ages {
             backstop_ms: AtomicU64::new(0),
             ttl_ms: AtomicU64::new(0),
-            heard: AtomicBool::new(feed.is_alone()),
+            heard: AtomicBool::new(announcer.is_alone()),
         };
         let expected = usize::try_from(conf.functions_max).unwrap_or(usize::MAX);
         let entries = Cache::with(
@@ -83,7 +82,7 @@ impl Functions {
         let functions = Self(Arc::new(Inner {
             store,
             bucket,
-            feed,
+            announcer,
             entries,
             look_ups: Arc::new(Semaphore::new(LOOK_UPS_MAX)),
             ages,
@@ -127,37 +126,37 @@ impl Functions {
     }
 
     /// Makes every node forget what it knows of a function, after its table entry was changed by this one.
-    pub(super) async fn changed(&self, id: &FunctionId) {
+    pub async fn changed(&self, id: &FunctionId) {
         self.forget(id);
-        self.0.feed.announce(id).await;
+        self.0.announcer.announce(id).await;
     }
 
     /// [`Self::changed`] after a write that was not answered: it may yet take effect, after others have read.
-    pub(super) async fn may_change(&self, id: &FunctionId) {
-        self.0.feed.doubt(id);
+    pub async fn may_change(&self, id: &FunctionId) {
+        self.0.announcer.doubt(id);
         self.changed(id).await;
     }
 
     /// Forgets a function that has changed.
-    pub(super) fn forget(&self, id: &FunctionId) {
+    pub fn forget(&self, id: &FunctionId) {
         self.0.changes.note(id);
         self.0.entries.remove(id);
     }
 
     /// What is known may have changed: all of it is looked at anew.
-    pub(super) fn doubt_all(&self) {
+    pub fn doubt_all(&self) {
         self.0.changes.note_all();
     }
 
     /// From now on changes of other nodes are heard; what was loaded before may have changed unheard.
-    pub(super) fn hear(&self) {
+    pub fn hear(&self) {
         self.doubt_all();
         self.0.ages.heard.store(true, Ordering::Release);
         self.0.metrics.cache.changes_heard.set(1);
     }
 
     /// Changes of other nodes are not heard any more.
-    pub(super) fn be_deaf(&self) {
+    pub fn be_deaf(&self) {
         self.0.ages.heard.store(false, Ordering::Release);
         self.0.metrics.cache.changes_heard.set(0);
     }
@@ -261,6 +260,8 @@ mod tests {
     use super::super::ChangeLoop;
     use super::*;
     use crate::backend::{ChangeEvent, ChangeFeed, FunctionPage, FunctionWrite, Written};
+    use crate::functions::freshness::CHANGES_KEPT;
+    use crate::functions::freshness::CHANGES_MAX;
     use crate::model::{Function, Recommendation};
     use async_trait::async_trait;
     use std::sync::Mutex;
@@ -354,7 +355,7 @@ mod tests {
     fn functions(table: &Arc<Table>) -> Functions {
         let conf = crate::config::Conf::shipped().unwrap().cache;
         assert_eq!((conf.function_ttl_ms, conf.function_backstop_s), (1000, 300));
-        let feed = Feed::new(Some(Arc::new(Silent)));
+        let feed = Announcer::new(Some(Arc::new(Silent)));
         Functions::new(&conf, Arc::clone(table) as _, String::new(), feed, Arc::new(Metrics::new(1).unwrap()))
     }
 
@@ -524,7 +525,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_write_that_takes_effect_late_is_seen_in_the_end() {
-        for feed in [Feed::new(None), Feed::new(Some(Arc::new(Silent)))] {
+        for feed in [Announcer::new(None), Announcer::new(Some(Arc::new(Silent)))] {
             let table = Table::new();
             let metrics = Arc::new(Metrics::new(1).unwrap());
             let conf = crate::config::Conf::shipped().unwrap().cache;

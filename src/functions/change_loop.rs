@@ -1,49 +1,64 @@
 //! The loop that applies the changes of other nodes.
 
+use super::announcer::Announcer;
 use crate::backend::{ChangeEvent, Hearing};
 use crate::functions::cache::Functions;
 use crate::metrics::Metrics;
 use crate::model::FunctionId;
-use std::collections::{BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
-use super::announcer::{Feed, RETRY_EVERY};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval};
+
+/// How often announcements that failed are retried.
+const RETRY_EVERY: Duration = Duration::from_millis(250);
 
 /// Hears of changes, and announces what could not be announced at once.
 pub struct ChangeLoop {
-    feed: Feed,
+    announcer: Announcer,
     functions: Functions,
     metrics: Arc<Metrics>,
 }
 
 impl ChangeLoop {
-    pub(super) fn new(feed: Feed, functions: Functions, metrics: Arc<Metrics>) -> Self {
-        Self { feed, functions, metrics }
+    pub fn new(announcer: Announcer, functions: Functions, metrics: Arc<Metrics>) -> Self {
+        Self { announcer, functions, metrics }
     }
 
     pub async fn run(self) {
-        tokio::join!(self.hear(), self.tell());
+        tokio::join!(self.receive(), self.announce_pending());
     }
 
-    async fn hear(&self) {
-        let Some(feed) = &self.feed.0.feed else { return };
+    async fn receive(&self) {
         let mut last = None;
-        loop {
-            match feed.next().await {
+        while let Some(event) = self.announcer.next().await {
+            match event {
                 ChangeEvent::Changed(id) => self.changed(&id),
                 ChangeEvent::Hearing(hearing) => self.hears(last.replace(hearing), hearing),
             }
         }
     }
 
-    async fn tell(&self) {
+    async fn announce_pending(&self) {
         let mut tick = interval(RETRY_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            self.feed.0.settle_doubts(&self.functions).await;
-            self.feed.0.try_again().await;
+            self.settle_unanswered_writes().await;
+            self.announcer.try_again().await;
+        }
+    }
+
+    /// Invalidates and announces once more what unanswered writes may have changed, now that their outcome is
+    /// certain.
+    async fn settle_unanswered_writes(&self) {
+        while let Some(write) = self.announcer.next_settled_write() {
+            match write {
+                Some(id) => self.functions.changed(&id).await,
+                None => {
+                    self.functions.doubt_all();
+                    self.announcer.announce_all().await;
+                }
+            }
         }
     }
 

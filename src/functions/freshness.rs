@@ -1,45 +1,40 @@
 //! How long cached functions may be used.
 
-use ahash::RandomState;
 use crate::model::FunctionId;
 use dashmap::DashMap;
-use quick_cache::UnitWeighter;
-use quick_cache::sync::{Cache, DefaultLifecycle, EntryAction, EntryResult};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
 /// How long it is remembered that a function was changed: longer than a load takes.
-const CHANGES_KEPT: Duration = Duration::from_secs(30);
+pub const CHANGES_KEPT: Duration = Duration::from_secs(30);
 
 /// Changes remembered; while so many are fresh, one more means that anything has changed.
-const CHANGES_MAX: usize = 10_000;
+pub const CHANGES_MAX: usize = 10_000;
 
 /// How long entries are believed.
-struct Ages {
+pub struct Ages {
     /// While the changes of other nodes are heard, in milliseconds.
-    backstop_ms: AtomicU64,
+    pub backstop_ms: AtomicU64,
     /// Otherwise, and for functions that are not there.
-    ttl_ms: AtomicU64,
+    pub ttl_ms: AtomicU64,
     /// Whether the changes of other nodes are heard.
-    heard: AtomicBool,
+    pub heard: AtomicBool,
 }
 
 /// What changed a moment ago. A load that began before a change may end after it, and must not be believed then.
 #[derive(Default)]
-struct Changes {
-    count: AtomicU64,
-    fresh: DashMap<FunctionId, (u64, Instant)>,
+pub struct Changes {
+    pub count: AtomicU64,
+    pub fresh: DashMap<FunctionId, (u64, Instant)>,
     /// Whatever was loaded before this many changes may have changed: so much is not known any more.
-    unsure_before: AtomicU64,
+    pub unsure_before: AtomicU64,
     /// Whatever was loaded before this many changes has changed: there were too many to remember which.
-    all_before: AtomicU64,
+    pub all_before: AtomicU64,
 }
 
 impl Ages {
-    fn of(&self, is_there: bool) -> Duration {
+    pub fn of(&self, is_there: bool) -> Duration {
         let is_told = is_there && self.heard.load(Ordering::Acquire);
         let age = if is_told { &self.backstop_ms } else { &self.ttl_ms };
         Duration::from_millis(age.load(Ordering::Relaxed))
@@ -47,7 +42,7 @@ impl Ages {
 }
 
 impl Changes {
-    fn note(&self, id: &FunctionId) {
+    pub fn note(&self, id: &FunctionId) {
         let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
         if self.fresh.len() >= CHANGES_MAX {
             self.drop_old();
@@ -63,7 +58,7 @@ impl Changes {
         }
     }
 
-    fn drop_old(&self) {
+    pub fn drop_old(&self) {
         self.fresh.retain(|_, (number, at)| {
             let is_fresh = at.elapsed() < CHANGES_KEPT;
             if !is_fresh {
@@ -74,13 +69,13 @@ impl Changes {
         });
     }
 
-    fn note_all(&self) {
+    pub fn note_all(&self) {
         let number = self.count.fetch_add(1, Ordering::AcqRel) + 1;
         self.unsure_before.fetch_max(number, Ordering::AcqRel);
     }
 
     /// Whether the function is known to have changed since a load that began after so many changes.
-    fn changed_since(&self, id: &FunctionId, loaded_after: u64) -> bool {
+    pub fn changed_since(&self, id: &FunctionId, loaded_after: u64) -> bool {
         // The usual case: nobody has changed anything.
         if self.count.load(Ordering::Acquire) == loaded_after {
             return false;
@@ -89,7 +84,7 @@ impl Changes {
             || self.fresh.get(id).is_some_and(|change| loaded_after < change.0)
     }
 
-    fn may_have_changed_since(&self, loaded_after: u64) -> bool {
+    pub fn may_have_changed_since(&self, loaded_after: u64) -> bool {
         loaded_after < self.unsure_before.load(Ordering::Acquire)
     }
 }

@@ -5,11 +5,11 @@
 //! client address and limited. A valid key is always accepted, also from an address over that limit, since
 //! clients may share an address.
 
-use ahash::AHashMap;
 use crate::api::ApiError;
 use crate::config::{API_KEY_BYTES_MAX, AuthConf, KeyConf, Live, Secret};
 use crate::limiter::{Failures, TooMany};
 use crate::model::{AllowedFunctions, Caller, Scope, UnixMs, now_ms};
+use ahash::AHashMap;
 use http::{HeaderName, HeaderValue};
 use sha2::{Digest, Sha256};
 use std::net::IpAddr;

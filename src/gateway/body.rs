@@ -2,12 +2,12 @@
 //!
 //! Pingora has neither: its timeout is for one read, and a body that is sent byte by byte never exceeds it.
 
-use bytes::Bytes;
+use super::inflate::Inflating;
 use crate::api::{ApiError, BodyStream, whole};
+use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, EXPECT};
 use pingora::prelude::Session;
 use std::time::Duration;
-use super::inflate::Inflating;
 use tokio::time::Instant;
 
 /// Reads the whole body, decompressed, of at most `bytes_max` bytes.

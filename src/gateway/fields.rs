@@ -1,9 +1,11 @@
-//! Header fields that may occur only once.
+//! Header fields that may occur only once, and members of lists.
 //!
-//! If such a field is repeated, the gateway and a service behind it might use different values. So the
-//! request is rejected.
+//! If a single-valued field is repeated, the gateway and a service behind it might use different values. So
+//! the request is rejected.
 
+use super::guard::has_member;
 use http::HeaderMap;
+use http::header::CONNECTION;
 
 /// Single-valued fields that this gateway reads, or that services behind it are likely to read.
 const ONCE: [&str; 8] = [
@@ -23,6 +25,11 @@ pub fn repeated(fields: &HeaderMap) -> Option<&'static str> {
         return None; // no field at all is repeated, as in nearly all requests
     }
     ONCE.into_iter().find(|name| fields.get_all(*name).iter().nth(1).is_some())
+}
+
+/// Whether `Connection` names the option.
+pub fn connection_names(fields: &HeaderMap, option: &[u8]) -> bool {
+    fields.get_all(CONNECTION).iter().any(|value| has_member(value.as_bytes(), option))
 }
 
 #[cfg(test)]

@@ -8,7 +8,6 @@
 //! In reading order:
 //!
 //! - [`census`]: the number of connections and their limits
-//! - [`tls`]: the settings of the TLS listener
 //! - [`stream`], with [`head`] and [`chunks`]: HTTP/1.1, one message at a time
 //! - [`http2`], with [`hpack`]: HTTP/2, frame by frame
 //! - [`grammar`]: the syntax that both versions share
@@ -20,23 +19,28 @@ mod head;
 mod hpack;
 mod http2;
 mod stream;
-mod tls;
 
 pub use census::{Accepted, Place};
 pub use grammar::has_member;
-pub use super::tls::{Tls, server_config};
 
-use census::{Caps, Census};
-use crate::api::{ApiError, Reply};
+use super::client::is_trusted;
+use super::request_id::RequestId;
+use super::respond::head_of;
+use super::settings::Edge;
+use super::tls::Tls;
+use crate::api::{ApiError, Endpoint, Found, Reply, find};
 use crate::config::{Http2Conf, HttpConf, Live};
 use crate::metrics::Metrics;
+use census::{Caps, Census};
 use head::{BadHead, HeadLimits};
+use http::Method;
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ServerApp};
 use pingora::http::RequestHeader;
-use pingora::protocols::{ALPN, GetSocketDigest, SocketDigest, Stream};
+use pingora::prelude::ProxyHttp;
 use pingora::protocols::http::ServerSession;
 use pingora::protocols::http::v2::server::H2Options;
 use pingora::protocols::l4::stream::Stream as L4Stream;
+use pingora::protocols::{ALPN, GetSocketDigest, SocketDigest, Stream};
 use pingora::proxy::HttpProxy;
 use pingora::server::ShutdownWatch;
 use std::fmt::Write;
@@ -45,11 +49,6 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 use stream::{GuardedStream, NoHead};
-use super::{Gateway, is_always_answered};
-use super::client::is_trusted;
-use super::request_id::RequestId;
-use super::respond::head_of;
-use super::settings::Edge;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -63,8 +62,8 @@ const HTTP2_RESETS_MAX: usize = 20;
 const REWRITTEN_MORE_BYTES: u32 = 256;
 
 /// The state that all listeners share.
-pub struct Guarded {
-    proxy: Arc<HttpProxy<Gateway>>,
+pub struct Guarded<P> {
+    proxy: Arc<HttpProxy<P>>,
     census: Arc<Census>,
     edge: Edge,
     /// The limit for a request over HTTP/2, counted as in RFC 9113, section 6.5.2.
@@ -75,14 +74,18 @@ pub struct Guarded {
 }
 
 /// The Pingora application of one listener.
-pub struct Guard {
-    shared: Arc<Guarded>,
+pub struct Guard<P> {
+    shared: Arc<Guarded<P>>,
     /// `None`: a plain-text listener.
     tls: Option<Tls>,
 }
 
-impl Guarded {
-    pub fn new(mut proxy: HttpProxy<Gateway>, edge: Edge, http2: &Http2Conf, metrics: Arc<Metrics>) -> Self {
+impl<P> Guarded<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
+    pub fn new(mut proxy: HttpProxy<P>, edge: Edge, http2: &Http2Conf, metrics: Arc<Metrics>) -> Self {
         let mut server = HttpServerOptions::default();
         server.h2_idle_timeout = Some(Duration::from_secs(http2.idle_timeout_s));
         proxy.server_options = Some(server);
@@ -101,12 +104,12 @@ impl Guarded {
     }
 
     /// The application of the plain-text listener.
-    pub fn plain(self: &Arc<Self>) -> Guard {
+    pub fn plain(self: &Arc<Self>) -> Guard<P> {
         Guard { shared: Arc::clone(self), tls: None }
     }
 
     /// The application of the TLS listener, if one is configured.
-    pub fn tls(self: &Arc<Self>) -> Option<Guard> {
+    pub fn tls(self: &Arc<Self>) -> Option<Guard<P>> {
         let tls = self.edge.tls.clone()?;
         Some(Guard { shared: Arc::clone(self), tls: Some(tls) })
     }
@@ -227,6 +230,14 @@ pub fn refused_over_http2(request: &RequestHeader) -> Option<ApiError> {
     http2::refusal_of(&request.headers).map(refusal)
 }
 
+/// Whether a request is answered even at the connection limit: health checks and metrics must work then, too.
+fn is_always_answered(target: &[u8]) -> bool {
+    let Ok(target) = std::str::from_utf8(target) else { return false };
+    let path = target.split('?').next().unwrap_or_default();
+    let Found::Route(route, _) = find(&Method::GET, path) else { return false };
+    matches!(route.endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
+}
+
 /// The bytes of a response after which the connection closes.
 fn last_answer(mut reply: Reply, id: RequestId) -> Vec<u8> {
     let mut head = format!("HTTP/1.1 {}\r\n", reply.status);
@@ -239,7 +250,11 @@ fn last_answer(mut reply: Reply, id: RequestId) -> Vec<u8> {
     answer
 }
 
-impl Guard {
+impl<P> Guard<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
     /// Performs the TLS handshake on a TLS listener. `None`: the handshake failed.
     async fn open(&self, tcp: L4Stream) -> Option<Stream> {
         let Some(tls) = &self.tls else { return Some(Box::new(tcp)) };
@@ -252,7 +267,11 @@ impl Guard {
     }
 }
 
-impl Guard {
+impl<P> Guard<P>
+where
+    P: ProxyHttp + Send + Sync + 'static,
+    P::CTX: Send + Sync,
+{
     /// Waits until there is room for one more connection, if only to reject it.
     pub async fn has_room(&self) {
         self.shared.census.has_room(self.shared.caps()).await;

@@ -4,7 +4,7 @@
 
 use super::api_key::ApiKeys;
 use super::descriptors::{Descriptors, Room};
-use super::guard::{Tls, server_config};
+use super::tls::{Tls, server_config};
 use super::upstream::pool::Upstreams;
 use super::upstream::via::Pseudonym;
 use crate::config::{AuthConf, Conf, HttpConf, Live, Secret, TlsConf, TlsTexts};

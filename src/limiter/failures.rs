@@ -3,8 +3,8 @@
 //! Counts in this process. A shared store was rejected, because a call to it would cost more than the
 //! rejected request.
 
-use super::fields::seconds_up;
 use super::local::Local;
+use super::state::seconds_up;
 use super::who::Who;
 use crate::config::AuthConf;
 use crate::model::Quota;

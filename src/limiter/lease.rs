@@ -15,16 +15,16 @@ use crate::model::Quota;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-pub(super) type Micros = u64;
+pub type Micros = u64;
 
 /// How long the shared store keeps a lease.
-pub(super) const TTL: Micros = 1_000_000;
+pub const TTL: Micros = 1_000_000;
 /// How long the node uses a lease: clocks may drift by 1 %.
 const LIFE: Micros = TTL / 100 * 99;
 /// Leases cover the expected demand of this period.
 const AHEAD: Micros = 200_000;
 /// A lease that was not renewed for this long is returned, unless it is still needed.
-pub(super) const IDLE: Micros = 600_000;
+pub const IDLE: Micros = 600_000;
 /// The pause before the next renewal, after one that granted less than half of the tokens requested.
 const RENEWAL_PAUSE: Micros = 50_000;
 /// A rejection is remembered slightly longer than the store says, so that nodes do not call for each token:
@@ -39,11 +39,11 @@ const LEAST_OF_BURST: u32 = 64;
 /// first token and not returned. As a lease lives for [`TTL`], at most one hundredth of the rate is lost.
 const TRIFLE: Micros = TTL / 100;
 /// Maximum number of requests that wait for the answer of one call.
-pub(super) const WAITERS_MAX: usize = 1024;
+pub const WAITERS_MAX: usize = 1024;
 
 /// The immediate answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Spend {
+pub enum Spend {
     /// `call`: the lease runs low, and [`Lease::begin`] is due. `seq` is the argument for [`Lease::refund`].
     Allowed { remaining: u32, seq: u64, call: bool },
     /// Known from an earlier answer of the store.
@@ -54,7 +54,7 @@ pub(super) enum Spend {
 
 /// The answer to a request that has waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
     Allowed {
         remaining: u32,
     },
@@ -67,7 +67,7 @@ pub(super) enum Verdict {
 
 /// The thresholds for calls, in tokens.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Worth {
+pub struct Worth {
     least: u32,
     trifle: u32,
 }
@@ -82,7 +82,7 @@ impl Worth {
 
 /// The numbers of a call, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Ask {
+pub struct Ask {
     pub seq: u64,
     pub held: u32,
     pub back: u32,
@@ -92,7 +92,7 @@ pub(super) struct Ask {
 
 /// What follows after an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Next {
+pub enum Next {
     /// Requests are still waiting: [`Lease::begin`] is due.
     Call,
     /// Tokens are left; check them after [`IDLE`].
@@ -102,7 +102,7 @@ pub(super) enum Next {
 
 /// The pacing of a limit's rejections.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pace {
+pub struct Pace {
     token: Micros,
     /// Half the time in which an empty bucket fills up to one token less than full. Tokens that accumulate
     /// for longer overflow.
@@ -124,7 +124,7 @@ impl Pace {
 
 /// The lease state. A `W` is a request that waits for an answer.
 #[derive(Debug)]
-pub(super) struct Lease<W> {
+pub struct Lease<W> {
     tokens: u32,
     expires: Micros,
     /// Tokens after the last answer.

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 /// Maximum number of calls that are due but not begun. Beyond it calls count as unanswered.
-pub(super) const DUE_MAX: usize = 16_384;
+pub const DUE_MAX: usize = 16_384;
 /// Maximum number of calls in flight.
 const CALLS_MAX: usize = 1024;
 /// Maximum number of leases watched for idleness. Others are not returned early and expire.
@@ -26,7 +26,7 @@ const TICK: Duration = Duration::from_millis(100);
 const SWEEP_TICKS: u32 = 10;
 
 /// A lease for which a call is due.
-pub(super) struct Due {
+pub struct Due {
     pub limit: Arc<Limit>,
     pub who: Who,
 }
@@ -38,13 +38,13 @@ struct Watched {
 }
 
 /// The limits whose spent leases are swept. Limits of an old configuration are dropped with their last user.
-pub(super) type Swept = Arc<Mutex<Vec<Weak<Limit>>>>;
+pub type Swept = Arc<Mutex<Vec<Weak<Limit>>>>;
 
 /// The loop. It runs as long as the limiter is used.
 pub struct Leaser {
-    pub(super) due: mpsc::Receiver<Due>,
-    pub(super) store: Arc<Store>,
-    pub(super) limits: Swept,
+    pub due: mpsc::Receiver<Due>,
+    pub store: Arc<Store>,
+    pub limits: Swept,
 }
 
 impl Leaser {

@@ -8,13 +8,12 @@ use crate::config::LimitConf;
 use crate::model::Quota;
 use ahash::RandomState;
 use dashmap::DashMap;
-use http::HeaderValue;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
 
 /// Maximum number of identities with a lease, per limit. Beyond it each request calls the shared store.
-pub(super) const LEASES_MAX: usize = 131_072;
+pub const LEASES_MAX: usize = 131_072;
 /// Shards of the table of leases. While a shard grows, all its leases move and its users wait.
 const SHARDS: usize = 256;
 
@@ -24,7 +23,7 @@ const ROOM_MIN: usize = 16_384;
 const ROOM_MAX_OF_LEFT: usize = 8;
 
 /// The immediate answer to a request, or how it waits for one.
-pub(super) enum Tried {
+pub enum Tried {
     Allowed {
         remaining: u32,
         seq: u64,
@@ -51,18 +50,16 @@ pub(super) enum Tried {
 
 /// What to do if a lease is spent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum OnEmpty {
+pub enum OnEmpty {
     Wait,
     /// Make a call due, but do not wait for it.
     Probe,
     Leave,
 }
 
-pub(super) struct Limit {
+pub struct Limit {
     pub conf: LimitConf,
     pub quota: Quota,
-    /// The burst as a header value.
-    pub burst: HeaderValue,
     pub local: Local,
     pace: Pace,
     worth: Worth,
@@ -81,7 +78,6 @@ impl Limit {
         let quota = conf.quota();
         Self {
             quota,
-            burst: conf.burst.into(),
             local: Local::new(quota),
             pace: Pace::of(&quota),
             worth: Worth::of(&quota),

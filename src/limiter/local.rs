@@ -21,7 +21,7 @@ const SWEEP_EVERY: Duration = Duration::from_secs(1);
 type Buckets = governor::RateLimiter<Who, DashMapStateStore<Who>, DefaultClock, StateInformationMiddleware>;
 
 /// The buckets of one limit, with this node's share of it.
-pub(super) struct Local {
+pub struct Local {
     quota: Quota,
     buckets: Mutex<Arc<Part>>,
 }

@@ -1,52 +1,41 @@
 //! Which limits apply to a request.
 
-use ahash::AHashMap;
-use arc_swap::ArcSwap;
+use super::limit::Limit;
 use crate::config::{Identity, KeyConf, KeyLimitConf, LimitConf, LimitMode, OnRedisLoss};
-use fields::seconds_up;
-use http::HeaderValue;
-use lease::{Micros, Verdict};
-use leaser::{DUE_MAX, Due, Swept};
-use limit::{Limit, OnEmpty, Tried};
-use prometheus::IntCounter;
-use smallvec::SmallVec;
-use std::net::IpAddr;
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
-use store::Store;
-use tokio::sync::mpsc;
-use who::{Subject, Who};
+use ahash::AHashMap;
+use bytes::Bytes;
+use std::sync::Arc;
 
 /// The limits of one route.
-struct Plan {
+pub struct Plan {
     /// Those counted before the body is read come first.
-    limits: Vec<Arc<Limit>>,
+    pub limits: Vec<Arc<Limit>>,
     /// How many these are.
-    early: usize,
+    pub early: usize,
     /// Field values of all limits, and of the early ones.
-    policy: Option<HeaderValue>,
-    policy_early: Option<HeaderValue>,
+    pub policy: Option<Bytes>,
+    pub policy_early: Option<Bytes>,
 }
 
-struct Plans {
-    limits: Vec<Arc<Limit>>,
-    by_route: ByRoute,
+pub struct Plans {
+    pub limits: Vec<Arc<Limit>>,
+    pub by_route: ByRoute,
     /// Of keys with a limit of their own, by their name.
-    own: AHashMap<String, Own>,
+    pub own: AHashMap<String, Own>,
 }
 
-type ByRoute = AHashMap<String, Arc<Plan>>;
+pub type ByRoute = AHashMap<String, Arc<Plan>>;
 
 /// What one key counts against.
-struct Own {
+pub struct Own {
     /// In place of those by key; the others are everybody's.
-    limits: Vec<Arc<Limit>>,
-    by_route: ByRoute,
+    pub limits: Vec<Arc<Limit>>,
+    pub by_route: ByRoute,
 }
 
 impl Plans {
     /// Limits that stay as they are are taken over from `old`.
-    fn new(conf: &[LimitConf], keys: &[KeyConf], old: Option<&Self>) -> Self {
+    pub fn new(conf: &[LimitConf], keys: &[KeyConf], old: Option<&Self>) -> Self {
         let limits = made(conf, old.map_or(&[], |old| &old.limits));
         let by_route = by_route(&limits);
         let mut own = AHashMap::new();
@@ -62,12 +51,12 @@ impl Plans {
         Self { limits, by_route, own }
     }
 
-    fn of(&self, key_name: Option<&Arc<str>>, route: &str) -> Option<Arc<Plan>> {
+    pub fn of(&self, key_name: Option<&Arc<str>>, route: &str) -> Option<Arc<Plan>> {
         let own = if self.own.is_empty() { None } else { key_name.and_then(|name| self.own.get(&**name)) };
         own.map_or(&self.by_route, |own| &own.by_route).get(route).map(Arc::clone)
     }
 
-    fn all(&self) -> impl Iterator<Item = &Arc<Limit>> {
+    pub fn all(&self) -> impl Iterator<Item = &Arc<Limit>> {
         self.limits.iter().chain(self.own.values().flat_map(|own| &own.limits))
     }
 }
@@ -105,14 +94,23 @@ fn own_conf(conf: &[LimitConf], numbers: KeyLimitConf) -> Vec<LimitConf> {
 }
 
 impl Plan {
-    fn new(route: &str, limits: &[Arc<Limit>]) -> Self {
+    pub fn new(route: &str, limits: &[Arc<Limit>]) -> Self {
         let here = limits.iter().filter(|limit| limit.conf.routes.iter().any(|r| r == route)).map(Arc::clone);
         let (late, early): (Vec<_>, Vec<_>) =
             here.partition(|limit| limit.conf.identity == Identity::Function);
-        let (count, policy_early) =
-            (early.len(), fields::policy(early.iter().map(|limit| fields::quota(limit))));
+        let (count, policy_early) = (early.len(), policy(early.iter()));
         let limits = [early, late].concat();
-        let policy = fields::policy(limits.iter().map(|limit| fields::quota(limit)));
+        let policy = policy(limits.iter());
         Self { limits, early: count, policy, policy_early }
     }
+}
+
+/// The `RateLimit-Policy` of some limits (IETF draft-ietf-httpapi-ratelimit-headers). `None`: there are none.
+pub fn policy<'a>(limits: impl Iterator<Item = &'a Arc<Limit>>) -> Option<Bytes> {
+    let quota = |limit: &Arc<Limit>| {
+        let LimitConf { name, rate, period_s, .. } = &limit.conf;
+        format!("\"{name}\";q={rate};w={period_s}")
+    };
+    let all: Vec<String> = limits.map(quota).collect();
+    (!all.is_empty()).then(|| all.join(", ").into())
 }

@@ -13,7 +13,7 @@ const PROBE_EVERY: Micros = 100_000;
 /// How long a node count stays valid after the last bucket that showed it.
 const NODES_KEPT: Micros = 10_000_000;
 
-pub(super) struct Store {
+pub struct Store {
     port: Option<Arc<dyn LimitStore>>,
     metrics: Arc<Metrics>,
     start: Instant,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// The identity whose requests are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Who {
+pub enum Who {
     /// The name of an API key.
     Key(Arc<str>),
     /// The /64 prefix of an address; an IPv4 address in its IPv6-mapped form.
@@ -20,7 +20,7 @@ pub(super) enum Who {
 }
 
 impl Who {
-    pub(super) fn ip(ip: IpAddr) -> Self {
+    pub fn ip(ip: IpAddr) -> Self {
         Self::Ip(match block_of(ip) {
             IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
             IpAddr::V6(ip) => ip.octets(),
@@ -63,7 +63,7 @@ pub enum Subject<'a> {
 
 impl Subject<'_> {
     /// The identity to count by, or `None` if the request has none of this kind.
-    pub(super) fn who(&self, identity: Identity) -> Option<Who> {
+    pub fn who(&self, identity: Identity) -> Option<Who> {
         match (identity, self) {
             (Identity::Key, Self::Caller { key_name, .. }) => key_name.map(|name| Who::Key(Arc::clone(name))),
             (Identity::Ip, Self::Caller { client, .. }) => client.map(Who::ip),

@@ -1,6 +1,7 @@
 //! A job: its id, the request it came from, and the message the workers read.
 
 use super::{Function, FunctionId, IdempotencyKey, Rfc3339Ms, UnixMs};
+use crate::model::NodeId;
 use crate::model::ids::JobId;
 use crate::model::run_request::RunRequest;
 use bytes::Bytes;
@@ -132,6 +133,8 @@ fn escape_noncharacters(message: Vec<u8>) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::model::Counters;
+    use crate::model::NodeId;
+    use crate::model::ProcessToken;
 
     const AT: UnixMs = 1_795_305_600_123;
 

@@ -1,4 +1,4 @@
-//! Why a run was not carried out. `api` gives each error its status and code.
+//! The errors of a run. `api` gives each its status and code.
 
 use crate::backend::BackendError;
 use crate::dispatch::{SubmitError, TooManyJobs};
@@ -9,9 +9,8 @@ use std::time::Duration;
 #[derive(Debug)]
 pub enum RunError {
     /// The queue is slow, and this job was shed.
-    Shed {
-        retry_after: Duration,
-    },
+    Shed { retry_after: Duration },
+    /// The function does not exist.
     NoSuchFunction,
     /// The caller's key may not run this function.
     FunctionForbidden,
@@ -20,17 +19,13 @@ pub enum RunError {
     /// A concurrency cap is reached.
     TooManyJobs(TooManyJobs),
     /// The queue message would exceed this many bytes.
-    MessageTooLarge {
-        bytes_max: usize,
-    },
+    MessageTooLarge { bytes_max: usize },
     /// The idempotency key belongs to a request with another body.
     KeyReused,
+    /// The job was not queued, or it is unknown whether it was.
     Submit(SubmitError),
     /// A store did not answer.
-    Backend {
-        store: &'static str,
-        error: BackendError,
-    },
+    Backend { store: &'static str, error: BackendError },
     /// Another node holds the idempotency key, and the state of its attempt did not become known in time.
     AttemptUnresolved,
 }

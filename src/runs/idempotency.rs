@@ -1,20 +1,22 @@
-//! Requests that are carried out once: `Idempotency-Key` (draft-ietf-httpapi-idempotency-key-header).
+//! Carries out requests with an `Idempotency-Key` once (draft-ietf-httpapi-idempotency-key-header).
 //!
-//! A request claims its key for its job before the job is sent. A later request with the key and the same body finds
-//! that job, wherever it is: its result with the claim, its result or the job itself in flight on any node, or its row.
+//! A request claims its key for its job before the job is sent. A later request with the same key and body
+//! finds that job: by the result kept with the claim, by its stored result, in flight on any node, or by its
+//! row.
 //!
-//! A claim, a journal entry or an entry in flight is no proof that the queue has the job. Until the claim says that the
-//! queue confirmed it, a repeated request waits for the outcome of the attempt that is under way, and answers as the
-//! first request does. If nobody can know that outcome (the queue did not answer, or the node died), the repeated
-//! request claims the next attempt and sends the same body again, under the same job id. So one key has one job id and
-//! one row; a second message goes out only where the outcome of the first send was never known.
+//! A claim, a journal entry or an entry in flight does not prove that the queue has the job. Until the claim
+//! records the confirmation, a repeated request waits for the outcome of the attempt in flight, and is
+//! answered as the first request is. The outcome stays unknown if the queue does not answer or the node dies.
+//! Then the repeated request claims the next attempt and sends the same body again, under the same job id. So
+//! a key has one job id and one row. A second message is sent only if the outcome of the first send is
+//! unknown.
 //!
 //! ```text
-//! claim ─ none before ──────────────────────────────→ first: send
-//!       └ before ─ confirmed, or a result, or a row ─→ answer
-//!                ├ attempt under way ────────────────→ wait for its outcome, look again
-//!                ├ released ─────────────────────────→ 503, as the first
-//!                └ attempt is over, outcome unknown ──→ claim the next attempt: send again
+//! claim ─ new ──────────────────────────────────────→ first attempt: send
+//!       └ exists ─ confirmed, or a result, or a row ─→ answer
+//!                ├ attempt in flight ────────────────→ wait for its outcome, check again
+//!                ├ released ─────────────────────────→ 503, as the first request
+//!                └ attempt over, outcome unknown ────→ claim the next attempt: send again
 //! ```
 
 use super::error::RunError;
@@ -30,45 +32,45 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
 
-/// Pauses between two looks at a claim while another node sends its job: doubled from the first to the longest.
+/// Pauses between two reads of a claim while another node sends its job. They double up to the maximum.
 const LOOK_PAUSE_FIRST: Duration = Duration::from_millis(100);
 const LOOK_PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Beyond its deadline: how long a send may still be under way, and how far the clocks of nodes may differ.
+/// How long a send may be in flight beyond its deadline, plus the clock differences between nodes.
 const SEND_MARGIN: Duration = Duration::from_secs(5);
-/// Pauses between tries to write the outcome of an attempt to its claim: doubled from the first to the longest.
+/// Pauses between retries to write an outcome to its claim, before jitter. They double up to the maximum.
 const NOTE_PAUSE_FIRST: Duration = Duration::from_millis(100);
 const NOTE_PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// What is known of the job of a request that came before.
+/// The known state of the job of an earlier request.
 pub enum KnownState {
     Result(Outcome),
-    /// The queue has, or had, the job.
+    /// The queue has or had the job. With a place to wait for its result, if there is one.
     Pending(Option<PendingJob>),
-    /// It has ended, and its result is no longer kept.
+    /// The job has ended, and its result is no longer stored.
     Ended(Box<Execution>),
 }
 
-/// What a request is to do.
+/// What the request has to do after its claim.
 pub enum ClaimOutcome {
-    /// The request is the first of its key: it sends its job.
+    /// Send its job: the request is the first with its key.
     First(Attempt),
-    /// It came before.
+    /// Answer with the state of the earlier job.
     Repeated(Box<Claimed>, KnownState),
-    /// It came before, and nobody can know whether the queue has its job: it sends that job again.
+    /// Send the earlier job again: it is unknown whether the queue has it.
     Resend(Attempt, Box<Claimed>, Resend),
 }
 
-/// What became of an attempt. `None`: it is under way.
+/// The outcome of an attempt. `None`: it is in flight.
 type AttemptOutcome = Option<Result<(), SubmitError>>;
 
-/// The attempts that this process makes now. As many as there are requests with a key under way.
+/// The attempts of this process in flight. There are at most as many as requests with a key in flight.
 type Attempts = DashMap<JobId, watch::Receiver<AttemptOutcome>>;
 
-/// An attempt of this process to send a job. Requests with the same key wait for its outcome. It is registered before
-/// it is claimed, so that no request of this process takes a claim for one that nobody works on.
+/// An attempt of this process to send a job. Requests with the same key wait for its outcome. It is
+/// registered before it is claimed, so that no request of this process considers the claim abandoned.
 pub struct Attempt {
     id: JobId,
-    /// If it fails the queue certainly does not have the job.
+    /// No earlier attempt can have reached the queue. If this one fails, the queue does not have the job.
     is_first: bool,
     outcome: watch::Sender<AttemptOutcome>,
     attempts: Arc<Attempts>,
@@ -80,17 +82,18 @@ impl Drop for Attempt {
     }
 }
 
-/// Hears what becomes of an attempt.
+/// Waits for the outcome of an attempt.
 pub struct AttemptWatcher(watch::Receiver<AttemptOutcome>);
 
 impl AttemptWatcher {
+    /// The outcome; `Unknown` if the attempt ended without one.
     pub async fn outcome(&mut self) -> Result<(), SubmitError> {
         let outcome = self.0.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone());
         outcome.unwrap_or(Err(SubmitError::Unknown))
     }
 }
 
-/// Cheap to clone.
+/// Claims idempotency keys, and follows the attempts to send their jobs. Cheap to clone.
 #[derive(Clone)]
 pub struct Idempotency(Arc<Inner>);
 
@@ -117,8 +120,11 @@ impl Idempotency {
         Self(Arc::new(Inner { claims, executions, dispatcher, batch, lifecycle, metrics, attempts }))
     }
 
-    /// Claims the key, or finds the job that has it and waits until it is known what became of its send. A job lasts
-    /// `job_lasts` from when it was accepted.
+    /// Claims the key. If another job has it, waits until the outcome of that job's send is known.
+    /// `job_lasts` is the time from acceptance to the deadline of a job.
+    ///
+    /// # Errors
+    /// `KeyReused`, `AttemptUnresolved`, `Backend`, and `Submit` if the send of the earlier job has failed.
     pub async fn claim(&self, claim: &Claim, job_lasts: Duration) -> Result<ClaimOutcome, RunError> {
         let attempt = self.begin(claim.job, true);
         let Some(mut before) = self.0.claims.claim(claim).await.map_err(unavailable)? else {
@@ -152,7 +158,7 @@ impl Idempotency {
                     return Ok(turn);
                 }
             } else if started.elapsed() > 2 * self.attempt_max() {
-                // By the clocks of the nodes it is younger than it can be, or nobody ends a job that is over.
+                // The clocks of the nodes differ too much, or no node ends a job past its deadline.
                 return Err(RunError::AttemptUnresolved);
             } else {
                 tokio::select! {
@@ -163,18 +169,18 @@ impl Idempotency {
                 }
             }
             let found = self.0.claims.find(&claim.key).await.map_err(unavailable)?;
-            // Released: its send has definitely failed.
+            // No claim any more: it was released, because the send has definitely failed.
             before = found.ok_or(RunError::Submit(SubmitError::Unavailable))?;
         }
     }
 
-    /// Whether the last attempt is over, and another one may come.
+    /// Whether the last attempt is over, and another one may begin.
     async fn may_send_again(&self, before: &Claimed, job_lasts: Duration) -> Result<bool, RunError> {
         if self.0.attempts.contains_key(&before.attempt) || !self.is_over(before.attempt) {
             return Ok(false);
         }
-        // A worker drops what is past its deadline. Whoever has the job in its table ends it as lost; a job that nobody
-        // has is sent with a new deadline.
+        // Workers drop jobs past their deadline. A node that has the job in its table ends it as lost. A job
+        // that no node has is sent with a new deadline.
         let job = before.claim.job;
         if age(job) <= job_lasts {
             return Ok(true);
@@ -183,7 +189,10 @@ impl Idempotency {
         Ok(!standing.is_held() && !self.0.dispatcher.is_in_flight(job))
     }
 
-    /// The answer to a request whose function is gone, if it came before.
+    /// The state of an earlier request whose function no longer exists. `None`: there is no such request.
+    ///
+    /// # Errors
+    /// `KeyReused`, `Backend`, and `Submit` if the send has failed or its outcome is unknown.
     pub async fn find(
         &self,
         key: IdempotencyKey,
@@ -197,12 +206,14 @@ impl Idempotency {
             attempt.outcome().await.map_err(RunError::Submit)?;
             return Ok(Some((Box::new(Claimed { is_sent: true, ..before }), KnownState::Pending(None))));
         }
-        // It was there when the request came first, so it is not said to be missing.
-        let known = self.known(&before).await.map_err(unavailable)?.ok_or(RunError::Submit(SubmitError::Unknown))?;
+        // The function existed when the first request arrived, so it is not reported as missing.
+        let known =
+            self.known(&before).await.map_err(unavailable)?.ok_or(RunError::Submit(SubmitError::Unknown))?;
         Ok(Some((Box::new(before), known)))
     }
 
-    /// Claims the next attempt. `None`: another request was faster, or the outcome of the last one is known by now.
+    /// Claims the next attempt. `None`: another request was faster, or the outcome of the last attempt has
+    /// become known.
     async fn send_again(&self, before: &Claimed) -> Result<Option<ClaimOutcome>, RunError> {
         let id = before.claim.job;
         let attempt_id = self.0.dispatcher.new_id();
@@ -210,7 +221,7 @@ impl Idempotency {
         if !self.0.claims.try_again(before, attempt_id).await.map_err(unavailable)? {
             return Ok(None);
         }
-        // In this order: a job leaves the table and the journal after its row is written.
+        // In this order, because a job leaves the table and the journal after its row is written.
         let is_here = self.0.dispatcher.is_in_flight(id);
         let standing = self.0.dispatcher.standing(id).await.map_err(unavailable)?;
         if let Some(known) = self.known(before).await.map_err(unavailable)? {
@@ -221,34 +232,35 @@ impl Idempotency {
         let maybe_sent = is_here || standing != Standing::Absent;
         attempt.is_first = !maybe_sent;
         self.count(if maybe_sent { "sent_again" } else { "taken_over" });
-        tracing::info!(requestId = %id, journaled = is_journaled, "Unconfirmed Job Sent Again");
+        tracing::info!(requestId = %id, journaled = is_journaled, "Unconfirmed job sent again for a repeat");
         let resend = Resend { since: attempt_id.accepted_at(), is_journaled, maybe_sent };
         Ok(Some(ClaimOutcome::Resend(attempt, Box::new(before.clone()), resend)))
     }
 
+    /// Registers an attempt of this process.
     fn begin(&self, id: JobId, is_first: bool) -> Attempt {
         let (outcome, watched) = watch::channel(None);
         self.0.attempts.insert(id, watched);
         Attempt { id, is_first, outcome, attempts: Arc::clone(&self.0.attempts) }
     }
 
-    /// An attempt that this process makes.
+    /// Watches an attempt, if this process makes it.
     fn watched(&self, attempt: JobId) -> Option<AttemptWatcher> {
         self.0.attempts.get(&attempt).map(|watched| AttemptWatcher(watched.clone()))
     }
 
-    /// Whether an attempt that this process does not make can no longer be under way.
+    /// Whether an attempt that this process does not make can no longer be in flight.
     fn is_over(&self, attempt: JobId) -> bool {
-        // One of this node is over at once: an earlier process of it has ended.
+        // An attempt of this node, but not of this process, is over: the earlier process has ended.
         self.0.dispatcher.is_own(attempt) || age(attempt) > self.attempt_max()
     }
 
-    /// Longest time that a send can be under way.
+    /// Maximum time that a send can be in flight.
     fn attempt_max(&self) -> Duration {
         Duration::from_millis(self.0.batch.get().send_deadline_ms) + SEND_MARGIN
     }
 
-    /// `None`: nothing says that the queue has the job.
+    /// The state of the job. `None`: there is no proof that the queue has it.
     async fn known(&self, before: &Claimed) -> Result<Option<KnownState>, BackendError> {
         if let Some(result) = &before.result {
             return Ok(Some(KnownState::Result(Outcome::new(result.clone()))));
@@ -259,19 +271,19 @@ impl Idempotency {
             JobState::Pending(Pending { place, .. }) => place,
             JobState::Unknown => None,
         };
-        // A job that its node has ended stays in the journal for a moment: with its row, though nobody publishes its
-        // result any more.
+        // A job that its node has ended stays in the journal for a moment. It has a row then, but its result
+        // is not published again.
         if place.as_ref().is_none_or(PendingJob::is_foreign)
             && let Some(row) = self.0.executions.get(function, &job.to_string()).await?
         {
             return Ok(Some(KnownState::Ended(Box::new(row))));
         }
-        // One that was sent, and of which only the memory is gone, must not be sent again.
+        // A job that was sent must not be sent again, even if no node remembers it.
         Ok(before.is_sent.then_some(KnownState::Pending(place)))
     }
 
-    /// Follows an attempt to its end, also if its client leaves, and writes its outcome to the claim: before those who
-    /// wait hear of it, if the claim can be written.
+    /// Follows an attempt to its end, even if its client disconnects, and writes the outcome to the claim.
+    /// Waiting requests receive the outcome after the first write, whether that succeeds or not.
     pub fn follow(
         &self,
         mut attempt: Attempt,
@@ -280,26 +292,29 @@ impl Idempotency {
     ) -> AttemptWatcher {
         let watched = AttemptWatcher(attempt.outcome.subscribe());
         let this = self.clone();
-        // The process does not end before the outcome has been written, or could not be.
+        // Counts as a request, so that the process does not end before the first write.
         let counted = self.0.lifecycle.request();
         #[expect(
             clippy::disallowed_methods,
-            reason = "an attempt outlives its client; there are as many as keyed jobs in flight, and each ends with its job"
+            reason = "an attempt outlives its client; each ends with its job, and jobs in flight are bounded"
         )]
         tokio::spawn(async move {
             let sent = match sending {
-                // A closed channel means that the loop was stopped in the middle.
+                // A closed channel means that the batch loop has stopped during the send.
                 Ok(sending) => sending.await.unwrap_or(Err(SubmitError::Unknown)),
                 Err(e) => Err(e),
             };
             let mut noted = this.note(&claim, &mut attempt, &sent).await;
             if let Err(e) = &noted {
-                tracing::warn!(requestId = %claim.job, error = %e, "Idempotency Key Not Updated");
+                tracing::warn!(
+                    requestId = %claim.job, error = %e,
+                    "Idempotency key not updated; retrying while its job is in flight"
+                );
             }
             attempt.outcome.send_replace(Some(sent.clone()));
             drop(counted);
             let mut pause = NOTE_PAUSE_FIRST;
-            // Bounded by the job: it ends by a result or at its deadline, and the claim with it.
+            // Bounded, because the job ends with a result or at its deadline.
             while noted.is_err() && this.0.dispatcher.is_in_flight(claim.job) {
                 sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
                 pause = (2 * pause).min(NOTE_PAUSE_MAX);
@@ -309,7 +324,10 @@ impl Idempotency {
         watched
     }
 
-    /// An error: the claim could not be written.
+    /// Writes the outcome of an attempt to the claim.
+    ///
+    /// # Errors
+    /// The claim could not be written.
     async fn note(
         &self,
         claim: &Claim,
@@ -318,19 +336,19 @@ impl Idempotency {
     ) -> Result<(), BackendError> {
         match sent {
             Ok(()) => self.0.claims.confirm(claim).await,
-            // The job may be on the queue.
+            // The job may be on the queue, so the claim stays.
             Err(SubmitError::Unknown) => Ok(()),
             Err(_) if !attempt.is_first => Ok(()),
             Err(_) => self.release(claim, attempt).await,
         }
     }
 
-    /// Frees the key of a job that is certainly not on the queue. The job leaves the journal first: if this process
-    /// ends in between, a repeated request finds the claim, and sends the job under its id. The other way round the
-    /// journal would hold a job whose key another one has.
+    /// Releases the key of a job that is certainly not on the queue. The job leaves the journal first. If
+    /// this process ends in between, a repeated request finds the claim and sends the job under its id. In
+    /// the other order the journal could hold a job whose key belongs to another job.
     async fn release(&self, claim: &Claim, attempt: &mut Attempt) -> Result<(), BackendError> {
         let dispatcher = &self.0.dispatcher;
-        // Until the key is free no other request may take this attempt for one that is over.
+        // Until the key is free, no other request may consider this attempt over.
         let renewed = dispatcher.new_id();
         let before = Claimed { claim: claim.clone(), attempt: attempt.id, is_sent: false, result: None };
         self.0.attempts.insert(renewed, attempt.outcome.subscribe());
@@ -345,7 +363,8 @@ impl Idempotency {
                 return Ok(());
             }
         }
-        // Either another request sends the job again by now, or an earlier call has done it and was not answered.
+        // Either another request already sends the job again, or an earlier call released the key without an
+        // answer.
         match self.0.claims.find(&claim.key).await? {
             Some(found) if found.claim.job == claim.job => dispatcher.note_send(claim.job, found.is_sent),
             _ => dispatcher.withdraw(claim.job),
@@ -358,6 +377,7 @@ impl Idempotency {
     }
 }
 
+/// Time since the acceptance in the id.
 fn age(id: JobId) -> Duration {
     Duration::from_millis(now_ms().saturating_sub(id.accepted_at()))
 }

@@ -216,7 +216,7 @@ async fn an_env_file_in_any_dress() {
         ("INFRA_API_KEY", "a-key-of-twenty-letters\n", 0, "in order"),
         ("INFRA_API_KEY", "a-key\nof-twenty-letters", CONFIG, "INFRA_API_KEY"),
         ("INFRA_API_KEY", "letmein", 0, "warning: INFRA_API_KEY has fewer than 16 characters"),
-        ("INFRA_API_KEY", "your-secret-api-key", 0, "warning: INFRA_API_KEY is one that others try first"),
+        ("INFRA_API_KEY", "your-secret-api-key", 0, "warning: INFRA_API_KEY is easy to guess"),
         ("INFRA_API_KEY", &"k7c3-".repeat(900), CONFIG, "INFRA_API_KEY has 4500 bytes"),
     ] {
         let mut env = vars.clone();
@@ -329,7 +329,7 @@ async fn dev_reads_what_it_is_told() {
     gateway.run(HELLO, &json!(1)).send().await.expect(200);
     gateway.run(HELLO, &json!(1)).send().await.expect_problem(429);
     let output = gateway.output();
-    assert!(output.contains("conf/limit.toml: no such file is read"), "{}", output.tail(20));
+    assert!(output.contains("conf/limit.toml: this file is not read"), "{}", output.tail(20));
     let banner = output.lines(Stream::Err).into_iter().find(|line| line.contains("API key:"));
     assert_eq!(banner.expect("a banner").trim(), "API key: in data/api-key");
     gateway.stop().await;

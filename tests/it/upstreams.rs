@@ -350,7 +350,7 @@ fn what_cannot_be_passed_on_is_told_at_start() {
         )
     };
     for (text, told) in [
-        (of("/functions"), "upstreams.toml:3: upstream[0].prefix \"/functions\" is answered here"),
+        (of("/functions"), "upstreams.toml:3: upstream[0].prefix \"/functions\" is a route of the gateway"),
         (of("up"), "upstreams.toml:3: upstream[0].prefix must begin with /"),
         (
             of("/a").replace("127.0.0.1:1", "127.0.0.1"),

@@ -1,7 +1,7 @@
 //! The file format of a spill segment: a header, then for each row its length, its CRC-32 and the row as
 //! JSON.
 
-use crate::audit::record::{Kept, Record};
+use crate::audit::{Kept, Record};
 use crate::model::{Execution, FunctionId, IdempotencyKey, JobId, Recommendation, RowId, Status, UnixMs};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;

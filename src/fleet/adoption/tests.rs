@@ -1,18 +1,14 @@
 //! What counts must survive a store that loses its data at any moment: each test is one way in which it did not.
 
 use super::*;
+use crate::audit::Stores;
 use crate::audit::{self};
-use crate::audit::record::Stores;
 use crate::backend::{
     Claim, Claimed, Claims, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite, Journal,
     LogPage, LogQuery, Numbered, Others, Predecessor, Renewal, ResultEvent, Results, Taken, Unposted,
     Written,
 };
 use crate::config::Conf;
-use crate::dispatch::in_flight::{Held, InFlight, Joined};
-use crate::dispatch::journal::NodeJournal;
-use crate::dispatch::result_loops::Lookups;
-use crate::metrics::Metrics;
 use crate::model::{Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -345,7 +341,7 @@ impl Results for Store {
 /// A node over the store. Its membership does nothing by itself; all other loops run, in virtual time.
 struct House {
     store: Arc<Store>,
-    members: Members,
+    members: Adopter,
     _loops: JoinSet<()>,
 }
 
@@ -363,18 +359,16 @@ impl House {
         let of = || Arc::clone(store);
         let stores = Stores { executions: of(), claims: of(), journal: of(), functions: of() };
         let (audit, books) = audit::new(&conf.memory, stores, None, Arc::clone(&metrics));
-        let in_flight = Arc::new(InFlight::new(1000, 1 << 20, Arc::clone(&metrics)));
-        let lease = Arc::new(Lease::lapsed());
-        let journal = Arc::new(NodeJournal::new(of(), Arc::clone(&lease)));
-        let settler = Arc::new(Settler::new(in_flight, journal, of(), audit, metrics));
+        let lease = Arc::new(NodeLease::lapsed());
+        let (jobs, lookups, rows) = NodeJobs::without_queue(of(), of(), &lease, audit, &metrics);
         let ledger = Arc::clone(&books.ledger);
         let fleet = FleetConf { lease_s: LEASE.as_secs() };
-        let mut members = Members::new(node, &fleet, Some(of()), lease, Arc::clone(&settler), ledger);
+        let mut members = Adopter::new(node, &fleet, Some(of()), lease, jobs, ledger, metrics);
         members.begin().await.unwrap();
         let mut loops = JoinSet::new();
-        loops.spawn(books.flusher.run(Arc::clone(&settler) as _, std::future::pending()));
+        loops.spawn(books.flusher.run(rows, std::future::pending()));
         loops.spawn(books.ledger.run(std::future::pending()));
-        loops.spawn(Lookups::new(settler).run());
+        loops.spawn(lookups.run());
         Self { store: of(), members, _loops: loops }
     }
 
@@ -382,14 +376,13 @@ impl House {
         let id = JobId::new(self.members.node, 1000, n);
         let function = FunctionId::parse("f").unwrap();
         let job = Job { id, function, deadline, idempotency_key: None, message: "{}".into() };
-        self.members.settler.in_flight.enter(&job, Held::new()).unwrap();
-        self.members.settler.schedule.plan(id, 0);
+        self.members.jobs.enter(&job);
         self.store.enter(&[job]).await.unwrap();
         id
     }
 
     fn settle(&self, id: JobId) {
-        self.members.settler.settle(id, Outcome::new(r#"{"status":"SUCCESS","durationMs":1}"#.into()));
+        self.members.jobs.settle(id, Outcome::new(r#"{"status":"SUCCESS","durationMs":1}"#.into()));
     }
 
     async fn run(&self, n: u64) {
@@ -552,7 +545,7 @@ async fn a_job_of_a_node_that_nobody_lists_ends_all_the_same() {
 async fn a_job_that_somebody_waits_for_is_given_back_later() {
     let mut house = House::start(&Arc::default(), NodeId(2)).await;
     let store = Arc::clone(&house.store);
-    let in_flight = Arc::clone(&house.members.settler.in_flight);
+    let jobs = house.members.jobs.clone();
     let function = FunctionId::parse("f").unwrap();
     let job = |n| {
         let id = JobId::new(NODE, 1000, n);
@@ -560,11 +553,11 @@ async fn a_job_that_somebody_waits_for_is_given_back_later() {
     };
     store.enter(&[job(1), job(2)]).await.unwrap();
     house.members.adopt(store.as_ref(), NODE).await.unwrap();
-    let Joined::Pending(waiter) = in_flight.join(job(1).id) else { panic!("it runs") };
+    let waiter = jobs.wait_for(job(1).id);
     store.relist(NODE).await.unwrap();
     house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
-    assert_eq!(in_flight.unsettled(), [job(1).id]);
+    assert_eq!(jobs.ids_of_node(NODE), [job(1).id]);
     drop(waiter);
     house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
-    assert_eq!(in_flight.unsettled(), []);
+    assert_eq!(jobs.ids_of_node(NODE), []);
 }

@@ -1,12 +1,12 @@
 //! A forwarded request: how it and its response are adapted, and which error the client gets if the upstream
 //! fails.
 
-use crate::gateway::api_key::{Pass, X_API_KEY};
 use super::origin::Origin;
-use crate::gateway::request_id::X_REQUEST_ID;
 use super::pool::Upstream;
 use super::via::Pseudonym;
 use crate::api::ApiError;
+use crate::gateway::api_key::{Pass, X_API_KEY};
+use crate::gateway::request_id::X_REQUEST_ID;
 use crate::limiter::Counted;
 use http::header::{CONTENT_LENGTH, HOST, HeaderValue, TRAILER, TRANSFER_ENCODING};
 use http::{StatusCode, Version};

@@ -1,0 +1,116 @@
+//! The jobs of this node and of nodes that it adopts, as `fleet` sees them.
+
+use super::in_flight::InFlight;
+use super::journal::NodeJournal;
+use super::settler::Settler;
+use crate::backend::{BackendError, JournalEntry};
+use crate::model::{FunctionId, JobId, NodeId};
+use std::collections::HashSet;
+use std::sync::Arc;
+
+/// The table of jobs in flight and the journal, by node. Cheap to clone.
+#[derive(Clone)]
+pub struct NodeJobs {
+    settler: Arc<Settler>,
+    in_flight: Arc<InFlight>,
+    journal: Arc<NodeJournal>,
+}
+
+impl NodeJobs {
+    pub fn new(settler: Arc<Settler>, in_flight: Arc<InFlight>, journal: Arc<NodeJournal>) -> Self {
+        Self { settler, in_flight, journal }
+    }
+
+    /// Marks that everything in the journal of `node` was left by an earlier process.
+    pub async fn started(&self, node: NodeId) -> Result<(), BackendError> {
+        self.journal.started(node).await
+    }
+
+    /// The jobs in the journal of `node`.
+    pub async fn journaled(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
+        self.journal.entries(node).await
+    }
+
+    /// The jobs of `node` that ended as LOST lately, and whose result may still come.
+    pub async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+        self.journal.given_up(node).await
+    }
+
+    /// Removes jobs from the journal with the next round of removals.
+    pub fn remove_from_journal(&self, ids: &[JobId]) {
+        self.journal.leave(ids);
+    }
+
+    /// The jobs that the next round removes.
+    pub fn being_removed(&self) -> HashSet<JobId> {
+        self.journal.leaving()
+    }
+
+    /// Takes over a job that an earlier process or another node has left. `false`: it is in the table already.
+    pub fn restore(&self, entry: &JournalEntry) -> bool {
+        self.settler.restore(entry)
+    }
+
+    /// Remembers a job that ended as LOST, for a late result.
+    pub fn remember(&self, id: JobId, function: FunctionId) {
+        self.settler.remember(id, function);
+    }
+
+    pub fn contains(&self, id: JobId) -> bool {
+        self.in_flight.contains(id)
+    }
+
+    /// How many jobs the table still has room for.
+    pub fn room(&self) -> usize {
+        self.in_flight.room()
+    }
+
+    /// The jobs of `node` in the table, as its journal holds them, and those that it remembers as LOST.
+    pub fn of_node(&self, node: NodeId) -> (Vec<JournalEntry>, Vec<(JobId, FunctionId)>) {
+        (self.in_flight.of_node(node), self.in_flight.given_up_of(node))
+    }
+
+    pub fn ids_of_node(&self, node: NodeId) -> Vec<JobId> {
+        self.in_flight.ids_of_node(node)
+    }
+
+    /// Drops jobs whose node is back, and returns those that a client still waits for here.
+    pub fn give_back(&self, ids: impl IntoIterator<Item = JobId>) -> Vec<JobId> {
+        self.in_flight.give_back(ids)
+    }
+}
+
+/// For the tests of `fleet`: a dispatcher without queue and publications.
+#[cfg(test)]
+impl NodeJobs {
+    pub fn without_queue(
+        journal: Arc<dyn crate::backend::Journal>,
+        results: Arc<dyn crate::backend::Results>,
+        lease: &Arc<crate::node_lease::NodeLease>,
+        audit: crate::audit::Audit,
+        metrics: &Arc<crate::metrics::Metrics>,
+    ) -> (Self, super::Lookups, Arc<dyn crate::audit::RowsWritten>) {
+        let in_flight = Arc::new(InFlight::new(1000, 1 << 20, Arc::clone(metrics)));
+        let journal = Arc::new(NodeJournal::new(journal, Arc::clone(lease)));
+        let settler =
+            Settler::new(Arc::clone(&in_flight), Arc::default(), results, audit, Arc::clone(metrics));
+        let settler = Arc::new(settler);
+        let lookups = super::Lookups::new(Arc::clone(&settler), Arc::clone(&in_flight), Arc::clone(&journal));
+        (Self::new(Arc::clone(&settler), in_flight, journal), lookups, settler)
+    }
+
+    pub fn enter(&self, job: &crate::model::Job) {
+        self.in_flight.enter(job, super::Held::new()).unwrap();
+        self.settler.plan(job.id);
+    }
+
+    pub fn settle(&self, id: JobId, outcome: crate::model::Outcome) {
+        self.settler.settle(id, outcome);
+    }
+
+    /// A client that waits for the job.
+    pub fn wait_for(&self, id: JobId) -> super::Waiter {
+        let super::in_flight::Joined::Pending(waiter) = self.in_flight.join(id) else { panic!("pending") };
+        waiter
+    }
+}

@@ -1,0 +1,273 @@
+//! The dispatcher over the embedded backend.
+
+use super::*;
+use crate::audit;
+use crate::backend::BackendError;
+use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results, embedded};
+use crate::config::Conf;
+use crate::model::FunctionId;
+use crate::model::Job;
+use crate::model::JobId;
+use crate::model::Outcome;
+use crate::model::UnixMs;
+use crate::model::now_ms;
+use async_trait::async_trait;
+use bytes::Bytes;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::task::JoinSet;
+
+/// A dispatcher over the embedded backend, with its loops running. The worker does not run: the tests
+/// publish or store what they want to be found.
+struct House {
+    dispatcher: Dispatcher,
+    backend: Backend,
+    node: NodeId,
+    _loops: JoinSet<()>,
+    _dir: tempfile::TempDir,
+}
+
+impl House {
+    async fn start(change: impl FnOnce(&mut Conf)) -> Self {
+        Self::start_all(change, |_| {}, &[]).await
+    }
+
+    async fn start_with(change: impl FnOnce(&mut Backend)) -> Self {
+        Self::start_all(|_| {}, change, &[]).await
+    }
+
+    /// `before`: jobs that an earlier life of the node left in the journal.
+    async fn start_after(before: &[(u64, UnixMs)]) -> Self {
+        Self::start_all(|_| {}, |_| {}, before).await
+    }
+
+    async fn start_all(
+        change_conf: impl FnOnce(&mut Conf),
+        change_backend: impl FnOnce(&mut Backend),
+        before: &[(u64, UnixMs)],
+    ) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let embedded::Embedded { node, mut backend, .. } = embedded::open(dir.path()).unwrap();
+        let mut conf = Conf::shipped().unwrap();
+        change_conf(&mut conf);
+        change_backend(&mut backend);
+        let metrics = Arc::new(Metrics::new(10).unwrap());
+        let (audit, books) = audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&metrics));
+        let (dispatcher, mut loops) = new(Parts {
+            node,
+            memory: &conf.memory,
+            fleet: &conf.fleet,
+            dead_letter: &conf.dead_letter,
+            batch: Live::new(conf.batch),
+            overload: Live::new(conf.overload),
+            backend: &backend,
+            audit,
+            ledger: Arc::clone(&books.ledger),
+            metrics,
+        });
+        let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();
+        backend.journal.enter(&left).await.unwrap();
+        assert_eq!(loops.members.begin().await, Ok(before.len()));
+        let mut running = JoinSet::new();
+        running.spawn(loops.batches.run(std::future::pending()));
+        running.spawn(loops.pump.run());
+        running.spawn(loops.lookups.run());
+        running.spawn(books.flusher.run(loops.rows, std::future::pending()));
+        running.spawn(books.ledger.run(std::future::pending()));
+        Self { dispatcher, backend, node, _loops: running, _dir: dir }
+    }
+
+    async fn row_status(&self, id: JobId) -> String {
+        let function = FunctionId::parse("hello").unwrap();
+        eventually(async || {
+            let row = self.backend.executions.get(&function, &id.to_string()).await.unwrap()?;
+            Some(row.status.to_string())
+        })
+        .await
+    }
+
+    async fn is_forgotten(&self, id: JobId) {
+        eventually(async || (!self.backend.journal.contains(id).await.unwrap()).then_some(())).await;
+    }
+}
+
+async fn eventually<T>(look: impl AsyncFn() -> Option<T>) -> T {
+    let found = async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), found).await.expect("in time")
+}
+
+fn job(node: NodeId, n: u64, deadline: UnixMs) -> Job {
+    let id = JobId::new(node, now_ms(), n);
+    Job {
+        id,
+        function: FunctionId::parse("hello").unwrap(),
+        deadline,
+        idempotency_key: None,
+        message: "{}".into(),
+    }
+}
+
+fn outcome(text: &str) -> Outcome {
+    Outcome::new(text.to_owned().into())
+}
+
+const LATER: UnixMs = 4_000_000_000_000;
+
+#[tokio::test]
+async fn a_result_answers_the_waiter_and_becomes_one_row() {
+    let house = House::start(|_| {}).await;
+    let job = job(house.node, 1, LATER);
+    let id = job.id;
+    let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
+    submitted.sent.await.unwrap().unwrap();
+    for published in [r#"{"status":"SUCCESS"}"#, r#"{"status":"FAILED"}"#] {
+        house.dispatcher.0.settler.settle(id, outcome(published));
+    }
+    assert_eq!(submitted.waiter.outcome().await, Some(outcome(r#"{"status":"SUCCESS"}"#)));
+    assert_eq!(house.row_status(id).await, "SUCCESS");
+    house.is_forgotten(id).await;
+    let function = FunctionId::parse("hello").unwrap();
+    let query = LogQuery { function, limit: 10, start: None, end: None, status: None, after: None };
+    assert_eq!(house.backend.executions.list(&query).await.unwrap().rows.len(), 1);
+    assert!(matches!(house.dispatcher.state(id).await, Ok(JobState::Done(_))), "kept for /status");
+}
+
+#[tokio::test]
+async fn a_job_past_its_deadline_ends_as_lost() {
+    let house = House::start(|_| {}).await;
+    let job = job(house.node, 1, now_ms());
+    let id = job.id;
+    house.dispatcher.submit(job, Held::new()).unwrap().await.unwrap().unwrap();
+    assert_eq!(house.row_status(id).await, "LOST");
+    house.is_forgotten(id).await;
+}
+
+/// Results that cannot be asked for while `away`.
+struct Flaky {
+    inner: Arc<dyn Results>,
+    away: AtomicBool,
+    refused: AtomicUsize,
+}
+
+#[async_trait]
+impl Results for Flaky {
+    /// Without the look at all jobs that follows a subscription: only the planned look-ups are to be seen.
+    async fn next(&self) -> ResultEvent {
+        loop {
+            let event = self.inner.next().await;
+            if event != ResultEvent::Subscribed {
+                return event;
+            }
+        }
+    }
+
+    async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError> {
+        if self.away.load(Ordering::Relaxed) {
+            self.refused.fetch_add(1, Ordering::Relaxed);
+            return Err(BackendError::Unavailable("away".into()));
+        }
+        self.inner.stored(ids).await
+    }
+
+    async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError> {
+        self.inner.stored_foreign(request_id).await
+    }
+
+    async fn wait_for(&self, id: JobId) -> Result<Bytes, BackendError> {
+        self.inner.wait_for(id).await
+    }
+
+    fn store_name(&self) -> &'static str {
+        self.inner.store_name()
+    }
+
+    async fn ping(&self) -> Result<(), BackendError> {
+        self.inner.ping().await
+    }
+}
+
+#[tokio::test]
+async fn no_job_is_lost_because_its_result_could_not_be_asked_for() {
+    let flaky = Arc::new(std::sync::OnceLock::new());
+    let house = House::start_with(|backend| {
+        let flaky = flaky.get_or_init(|| {
+            let (away, refused) = (AtomicBool::new(true), AtomicUsize::new(0));
+            Arc::new(Flaky { inner: Arc::clone(&backend.results), away, refused })
+        });
+        backend.results = Arc::clone(flaky) as _;
+    })
+    .await;
+    let job = job(house.node, 1, now_ms());
+    let id = job.id;
+    house.dispatcher.submit(job, Held::new()).unwrap().await.unwrap().unwrap();
+    let state = house.dispatcher.state(id).await;
+    assert!(matches!(state, Ok(JobState::Pending(_))), "what this node holds is known without the store");
+    let flaky = flaky.get().unwrap();
+    let before = flaky.refused.load(Ordering::Relaxed);
+    // The second look-up is planned only if the first, unanswered, has not ended the job.
+    eventually(async || (flaky.refused.load(Ordering::Relaxed) >= before + 2).then_some(())).await;
+    assert!(house.dispatcher.0.settler.in_flight.awaited(id).is_some());
+    flaky.away.store(false, Ordering::Relaxed);
+    assert_eq!(house.row_status(id).await, "LOST");
+}
+
+#[tokio::test]
+async fn a_restarted_node_goes_on_with_its_jobs() {
+    let house = House::start_after(&[(1, LATER), (2, 1)]).await;
+    let entries: Vec<JournalEntry> = house.backend.journal.entries(house.node).await.unwrap();
+    let due = entries.iter().find(|entry| entry.deadline == 1).unwrap().id;
+    let open = entries.iter().find(|entry| entry.deadline == LATER).unwrap().id;
+    assert_eq!(house.row_status(due).await, "LOST");
+    assert!(matches!(
+        house.dispatcher.state(open).await,
+        Ok(JobState::Pending(Pending { place: Some(_), .. }))
+    ));
+    house.dispatcher.0.settler.settle(open, outcome(r#"{"exitCode":0}"#));
+    assert_eq!(house.row_status(open).await, "SUCCESS");
+}
+
+/// Its result is published for its own node: only look-ups end it here.
+#[tokio::test]
+async fn a_job_of_another_node_that_could_not_be_sent_again_ends() {
+    let house = House::start(|conf| conf.batch.queue_jobs_max = 0).await;
+    let job = job(NodeId(99), 1, now_ms());
+    let id = job.id;
+    house.backend.journal.enter(std::slice::from_ref(&job)).await.unwrap();
+    let resend = Resend { since: now_ms(), is_journaled: true, maybe_sent: true };
+    let sent = house.dispatcher.submit_again(job, resend, false).await;
+    assert_eq!(sent.map(drop), Err(SubmitError::Overloaded));
+    assert_eq!(house.row_status(id).await, "LOST");
+    house.is_forgotten(id).await;
+}
+
+#[tokio::test]
+async fn a_row_without_room_is_taken_up_again_later() {
+    let house = House::start(|conf| conf.memory.audit_bytes_max = 1).await;
+    let job = job(house.node, 1, LATER);
+    let id = job.id;
+    let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
+    submitted.sent.await.unwrap().unwrap();
+    let settler = &house.dispatcher.0.settler;
+    settler.settle(id, outcome("{}"));
+    assert_eq!(submitted.waiter.outcome().await, Some(outcome("{}")), "the client does not wait for the row");
+    assert!(settler.in_flight.awaited(id).is_some(), "but the job is not forgotten");
+    assert_eq!(settler.metrics.results.with_label_values(&["deferred"]).get(), 1);
+}
+
+#[tokio::test]
+async fn no_more_jobs_than_there_is_room_for() {
+    let house = House::start(|conf| conf.memory.jobs_in_flight_max = 1).await;
+    house.dispatcher.submit(job(house.node, 1, LATER), Held::new()).unwrap().await.unwrap().unwrap();
+    assert_eq!(
+        house.dispatcher.submit(job(house.node, 2, LATER), Held::new()).map(drop),
+        Err(SubmitError::Overloaded)
+    );
+    assert!(matches!(house.dispatcher.state(job(house.node, 3, LATER).id).await, Ok(JobState::Unknown)));
+}

@@ -1,0 +1,81 @@
+//! What the limits of its route decided about one request.
+
+use super::count::Decisions;
+use super::limit::Limit;
+use super::plan::{Plan, policy};
+use crate::backend::Decision;
+use crate::config::LimitConf;
+use bytes::Bytes;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// Why a request is not let through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rejection {
+    Limited {
+        /// At least 1.
+        retry_after_s: u64,
+    },
+    /// The count cannot be had, and the limit says that nobody is let through then.
+    Away,
+}
+
+/// What the limits of its route said of one request.
+#[derive(Default)]
+pub struct Counted {
+    plan: Option<Arc<Plan>>,
+    early: Decisions,
+    late: OnceLock<Decisions>,
+}
+
+impl std::fmt::Debug for Counted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Counted")
+            .field("early", &self.early)
+            .field("late", &self.late)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Counted {
+    /// After the limits that need no body.
+    pub fn early(plan: Arc<Plan>, early: Decisions) -> Self {
+        Self { plan: Some(plan), early, late: OnceLock::new() }
+    }
+
+    /// The plan, if it has limits that are counted once the body is known.
+    pub fn plan_with_late_limits(&self) -> Option<&Arc<Plan>> {
+        self.plan.as_ref().filter(|plan| plan.early < plan.limits.len())
+    }
+
+    /// A request has one function, so this is called once.
+    pub fn set_late(&self, late: Decisions) {
+        let _ = self.late.set(late);
+    }
+
+    /// The limits that were counted, each with its decision. Empty: no limit applies to the route.
+    pub fn decisions(&self) -> impl Iterator<Item = (&LimitConf, Decision)> {
+        self.limits().map(|(limit, decision)| (&limit.conf, decision))
+    }
+
+    /// The `RateLimit-Policy` of the limits that were counted. Without an allocation in the usual cases.
+    pub fn policy(&self) -> Option<Bytes> {
+        let plan = self.plan.as_ref()?;
+        match self.limits().count() {
+            n if n == plan.limits.len() => plan.policy.clone(),
+            n if n == plan.early && self.late.get().is_none() => plan.policy_early.clone(),
+            _ => policy(self.limits().map(|(limit, _)| limit)),
+        }
+    }
+
+    fn limits(&self) -> impl Iterator<Item = (&Arc<Limit>, Decision)> {
+        let late = self.late.get().into_iter().flatten();
+        let limits = self.plan.as_ref().map_or(&[][..], |plan| &plan.limits);
+        self.early.iter().chain(late).filter_map(|(n, decision)| Some((limits.get(*n)?, *decision)))
+    }
+}
+
+/// Whole seconds, rounded up: a client that waits as told must not be refused again.
+pub fn seconds_up(duration: Duration) -> u64 {
+    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
+}

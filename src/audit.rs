@@ -151,6 +151,7 @@ mod tests {
     use crate::model::IdempotencyKey;
     use crate::model::{Function, FunctionId, Job, NodeId, Outcome, RowId, Sums};
     use async_trait::async_trait;
+    use bytes::Bytes;
     use std::collections::HashMap;
     use std::path::Path;
     use std::sync::Mutex;

@@ -1,7 +1,8 @@
-//! What a good code archive is: a zip that unpacks to a bounded size, all of it inside the directory it is unpacked
-//! to, with the file its runtime starts with at the top.
+//! Validates and unpacks code archives: zips with a bounded unpacked size, without paths outside the target
+//! directory, and with an entry file of their runtime at the top level.
 //!
-//! Sizes and checksums that a zip states are not believed: it is unpacked once to see.
+//! The sizes and checksums that a zip states are not trusted. It is unpacked once to verify them. Uploads and
+//! the local worker use the same code, so both accept the same archives.
 
 use crate::model::Runtime;
 use std::cell::Cell;
@@ -13,23 +14,24 @@ use std::rc::Rc;
 use zip::read::ZipFile;
 use zip::{System, ZipArchive};
 
-/// Most bytes the code of a function may have unpacked.
+/// Maximum size of the unpacked code, in bytes.
 const UNPACKED_BYTES_MAX: u64 = 256 << 20;
-/// Most files and directories in a zip.
+/// Maximum number of files and directories in a zip.
 const ENTRIES_MAX: usize = 10_000;
-/// Most bytes that are read of a zip to find its entries: as many as that with long names.
+/// Maximum number of bytes read to list the entries of a zip: about 400 bytes for each of them.
 const LIST_BYTES_MAX: u64 = 4 << 20;
-/// Longest path of an entry, and longest name in it, in bytes: what Linux takes, with room for where it is unpacked.
+/// Maximum length of the path of an entry, and of one name in it, in bytes. The limits of Linux, with room
+/// for the path of the target directory.
 const PATH_BYTES_MAX: usize = 2048;
 const NAME_BYTES_MAX: usize = 255;
 
-/// Why an archive is no good, as a sentence for the function's owner.
+/// Why an archive was rejected, as a sentence for the owner of the function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArchiveProblem(String);
 
 impl ArchiveProblem {
     fn new(why: impl fmt::Display) -> Self {
-        Self(format!("The code is not a good zip: {why}."))
+        Self(format!("The code is not a valid zip: {why}."))
     }
 }
 
@@ -39,14 +41,17 @@ impl fmt::Display for ArchiveProblem {
     }
 }
 
-/// One thing in an archive, on its way out of it.
+/// One entry of an archive.
 pub enum Entry<'a> {
     Directory,
-    /// The contents; reading past the bound of the whole archive fails.
+    /// The contents. Reading fails beyond the maximum unpacked size of the whole archive.
     File(&'a mut dyn Read),
 }
 
-/// Checks an archive for `runtime`. Blocks for as long as it takes to unpack.
+/// Validates an archive for `runtime`. Blocks while the archive is unpacked; nothing is written.
+///
+/// # Errors
+/// If the archive is not a valid zip, exceeds a limit, or has no entry file of the runtime.
 pub fn check(archive: impl Read + Seek, runtime: Runtime) -> Result<(), ArchiveProblem> {
     let mut entry_file = false;
     walk(archive, |path, entry| {
@@ -65,7 +70,11 @@ pub fn check(archive: impl Read + Seek, runtime: Runtime) -> Result<(), ArchiveP
     })
 }
 
-/// Shows every entry with its path, which is relative and stays inside.
+/// Calls `each` for every entry, in the order of the zip. Paths are relative and inside the target directory.
+/// Blocks.
+///
+/// # Errors
+/// If the archive is not a valid zip or exceeds a limit, or if `each` fails.
 pub fn walk(
     archive: impl Read + Seek,
     mut each: impl FnMut(&Path, Entry<'_>) -> io::Result<()>,
@@ -87,9 +96,10 @@ pub fn walk(
     Ok(())
 }
 
-/// Opens a zip whose list of entries is of bounded length and names each once.
+/// Opens a zip whose list of entries has a bounded length and no repeated names.
 ///
-/// The reader keeps one entry of a name and all entries in memory, so neither can be seen from its own list.
+/// The `zip` crate loads the list without a bound, and keeps only one of several entries with the same name.
+/// So the bytes that it may read are limited, and the entries are counted separately.
 fn open<R: Read + Seek>(archive: R) -> Result<ZipArchive<Budgeted<R>>, ArchiveProblem> {
     let budget = Rc::new(Cell::new(LIST_BYTES_MAX));
     let reader = Budgeted { from: archive, budget: Rc::clone(&budget) };
@@ -102,7 +112,7 @@ fn open<R: Read + Seek>(archive: R) -> Result<ZipArchive<Budgeted<R>>, ArchivePr
         return Err(ArchiveProblem::new(format_args!("it has more than {ENTRIES_MAX} entries")));
     }
     if listed != known {
-        return Err(ArchiveProblem::new("it holds a name twice"));
+        return Err(ArchiveProblem::new("it contains a name twice"));
     }
     budget.set(LIST_BYTES_MAX);
     let zip = ZipArchive::new(reader).map_err(ArchiveProblem::new)?;
@@ -110,7 +120,7 @@ fn open<R: Read + Seek>(archive: R) -> Result<ZipArchive<Budgeted<R>>, ArchivePr
     Ok(zip)
 }
 
-/// Counts the headers of the central directory (APPNOTE 4.3.12), up to one more than there may be.
+/// Counts the headers of the central directory (APPNOTE 4.3.12), up to one more than [`ENTRIES_MAX`].
 fn entries_listed(reader: &mut (impl Read + Seek), start: u64) -> io::Result<usize> {
     const SIGNATURE: [u8; 4] = *b"PK\x01\x02";
     const FIXED_BYTES: usize = 46;
@@ -123,28 +133,29 @@ fn entries_listed(reader: &mut (impl Read + Seek), start: u64) -> io::Result<usi
             return Ok(count);
         }
         reader.read_exact(&mut header[4..])?;
-        // Lengths of the name, the extra field and the comment.
+        // The lengths of the name, the extra field and the comment.
         let lengths = [28, 30, 32].map(|at| i64::from(u16::from_le_bytes([header[at], header[at + 1]])));
         reader.seek_relative(lengths.iter().sum())?;
     }
     Ok(ENTRIES_MAX + 1)
 }
 
-/// Where an entry goes, and whether it is a directory.
+/// The path of an entry, relative to the target directory, and whether the entry is a directory.
 fn path_inside<R: Read>(entry: &ZipFile<'_, R>) -> Result<(PathBuf, bool), ArchiveProblem> {
-    // A link could lead a later entry, or the run, out of the directory; a pipe could hold it up for good.
+    // A link could redirect a later entry, or the run, outside the directory. Reading a pipe could block
+    // forever.
     let kind = entry.unix_mode().map_or(0, |mode| mode & 0o170_000);
     if ![0, 0o100_000, 0o040_000].contains(&kind) {
-        return Err(ArchiveProblem::new("it holds a link, or what is neither file nor directory"));
+        return Err(ArchiveProblem::new("it contains a link or another special file"));
     }
     let mut name = entry.name().map_err(ArchiveProblem::new)?;
-    // A backslash is a letter of a name here, and a separator where the zip may be unpacked later.
+    // A backslash is part of a name on Linux, and a separator on systems that may unpack the zip later.
     if name.starts_with(['/', '\\'])
         || name.contains('\0')
         || name.split(['/', '\\']).any(|part| part == "..")
         || (has_drives(entry.system()) && name.chars().nth(1) == Some(':'))
     {
-        return Err(ArchiveProblem::new("an entry leads out of it"));
+        return Err(ArchiveProblem::new("the path of an entry leads outside the archive"));
     }
     if has_drives(entry.system()) {
         name = name.replace('\\', "/").into();
@@ -157,20 +168,21 @@ fn path_inside<R: Read>(entry: &ZipFile<'_, R>) -> Result<(PathBuf, bool), Archi
     parts.retain(|part| *part != ".");
     let fits = |part: &&str| (1..=NAME_BYTES_MAX).contains(&part.len());
     if name.ends_with("/.") || name.len() > PATH_BYTES_MAX || !parts.iter().all(fits) {
-        return Err(ArchiveProblem::new("an entry has a name that no file can have"));
+        return Err(ArchiveProblem::new("an entry has an invalid name"));
     }
     Ok((parts.iter().collect(), is_dir))
 }
 
-/// Whether the file system that an entry comes from has drives (`C:`), and separates names by backslashes.
+/// Whether the file system that an entry comes from has drives (`C:`) and uses backslashes as separators.
 ///
-/// APPNOTE 4.4.17 wants slashes, but PowerShell 5 and .NET before 4.6.1 write backslashes. On these systems
-/// no name can hold one, so nothing is lost. 11 is MVS in APPNOTE 4.4.2, and NTFS in the zips of Info-ZIP.
+/// APPNOTE 4.4.17 requires slashes, but PowerShell 5 and .NET before 4.6.1 write backslashes. On these
+/// systems no name can contain a backslash, so the replacement is safe. 11 means MVS in APPNOTE 4.4.2, and
+/// NTFS in zips of Info-ZIP.
 fn has_drives(made_on: System) -> bool {
     matches!(made_on, System::Dos | System::Os2 | System::WindowsNTFS | System::MVS | System::VFAT)
 }
 
-/// The paths so far: each stands once, and no file is a directory as well.
+/// The paths seen so far. No path may occur twice, or be both a file and a directory.
 #[derive(Default)]
 struct Paths {
     files: HashSet<PathBuf>,
@@ -182,24 +194,25 @@ impl Paths {
         let above = path.ancestors().skip(usize::from(!is_dir)).map(Path::to_path_buf);
         for directory in above {
             if self.files.contains(&directory) {
-                return Err(ArchiveProblem::new("a file is a directory as well"));
+                return Err(ArchiveProblem::new("a file has the path of a directory"));
             }
             if !self.directories.insert(directory) {
-                break; // and so are all above it
+                break; // its ancestors are known too
             }
         }
         if is_dir {
             return Ok(());
         }
         if self.directories.contains(path) {
-            return Err(ArchiveProblem::new("a file is a directory as well"));
+            return Err(ArchiveProblem::new("a file has the path of a directory"));
         }
         let is_first = self.files.insert(path.to_path_buf());
-        is_first.then_some(()).ok_or_else(|| ArchiveProblem::new("it holds a name twice"))
+        is_first.then_some(()).ok_or_else(|| ArchiveProblem::new("it contains a name twice"))
     }
 }
 
-/// Reads at most so much, and fails then: what is read while a zip is opened stays in memory.
+/// A reader that fails when its budget is used up. The budget bounds memory, because the `zip` crate keeps
+/// what it reads while it opens a zip.
 struct Budgeted<R> {
     from: R,
     budget: Rc<Cell<u64>>,
@@ -220,6 +233,7 @@ impl<R: Seek> Seek for Budgeted<R> {
     }
 }
 
+/// A reader of one entry. `room` is what remains of the maximum unpacked size, shared by all entries.
 struct Bounded<'a> {
     from: &'a mut dyn Read,
     room: &'a mut u64,
@@ -268,17 +282,17 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_is_no_zip() {
+    fn damaged_zips_are_rejected() {
         let good = zipped(&[("main.py", &b"print(1)\n".repeat(100))]);
         let mut bent = good.clone();
-        bent[45] ^= 0xff; // within the contents: the checksum no longer fits
+        bent[45] ^= 0xff; // inside the contents, so that the checksum does not match
         for bad in [&b""[..], b"no zip", &good[..good.len() / 2], &bent] {
-            assert!(checked(bad, Runtime::Python).unwrap_err().contains("not a good zip"));
+            assert!(checked(bad, Runtime::Python).unwrap_err().contains("not a valid zip"));
         }
     }
 
     #[test]
-    fn nothing_leads_out() {
+    fn paths_outside_the_archive_are_rejected() {
         for name in ["../evil", "a/../../evil", "a/../b", "/etc/evil", "..\\evil", "a\\..\\..\\evil"] {
             let zip = zipped(&[("main.py", b"1"), (name, b"2")]);
             let problem = checked(&zip, Runtime::Python);
@@ -290,7 +304,7 @@ mod tests {
         assert!(checked(&zip, Runtime::Python).unwrap_err().contains("link"));
     }
 
-    /// A zip that says it was made on the system of this number (the upper byte of "version made by").
+    /// A zip whose headers name this system (the upper byte of "version made by").
     fn made_on(system: u8, files: &[(&str, &[u8])]) -> Vec<u8> {
         let mut zip = zipped(files);
         let headers: Vec<usize> =
@@ -298,14 +312,14 @@ mod tests {
         assert_eq!(headers.len(), files.len());
         for at in headers {
             zip[at + 5] = system;
-            // The upper half of the attributes is a Unix mode only where Unix made the zip.
+            // The upper half of the attributes is a Unix mode only in zips made on Unix.
             zip[at + 38..at + 42].fill(0);
         }
         zip
     }
 
     #[test]
-    fn a_backslash_separates_where_the_system_has_drives() {
+    fn a_backslash_is_a_separator_on_systems_with_drives() {
         let files: &[(&str, &[u8])] =
             &[("lib\\", b""), ("lib\\a.py", b"1"), ("lib\\b\\c.py", b"22"), (".\\main.py", b"333")];
         for system in 0..=19 {
@@ -335,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backslash_hides_nothing() {
+    fn a_backslash_does_not_bypass_the_checks() {
         for system in [0, 6, 10, 11, 14] {
             for (name, told) in [
                 ("..\\evil", "leads out"),
@@ -346,9 +360,9 @@ mod tests {
                 ("C:\\evil", "leads out"),
                 ("c:/evil", "leads out"),
                 ("C:evil", "leads out"),
-                ("a\\\\b", "no file can have"),
-                ("a\\.", "no file can have"),
-                ("main.py\\x", "a directory as well"),
+                ("a\\\\b", "an invalid name"),
+                ("a\\.", "an invalid name"),
+                ("main.py\\x", "path of a directory"),
                 (".\\main.py", "a name twice"),
             ] {
                 let zip = made_on(system, &[("main.py", b"1"), (name, b"2")]);
@@ -356,11 +370,12 @@ mod tests {
                 assert!(problem.contains(told), "system {system}, {name}: {problem}");
             }
         }
-        // Elsewhere a colon is a letter like others.
+        // On other systems a colon is an ordinary character.
         assert_eq!(checked(&made_on(3, &[("main.py", b"1"), ("C:x", b"2")]), Runtime::Python), Ok(()));
     }
 
-    /// A zip whose names are replaced, in both its lists, by others of the same length.
+    /// A zip in which a name is replaced, in its local headers and its central directory, by one of the same
+    /// length.
     fn renamed(files: &[(&str, &[u8])], from: &str, to: &str) -> Vec<u8> {
         let mut zip = zipped(files);
         let (from, to) = (from.as_bytes(), to.as_bytes());
@@ -374,22 +389,22 @@ mod tests {
     }
 
     #[test]
-    fn each_name_stands_once() {
+    fn repeated_names_are_rejected() {
         let twice = renamed(&[("main.py", b"1"), ("aaaa", b"2"), ("bbbb", b"3")], "bbbb", "aaaa");
         assert!(checked(&twice, Runtime::Python).unwrap_err().contains("a name twice"));
         for (name, told) in [
             ("./main.py", "a name twice"),
-            ("main.py/x", "a directory as well"),
-            ("main.py/.", "no file can have"),
-            ("a//b", "no file can have"),
-            (&"n".repeat(256), "no file can have"),
+            ("main.py/x", "path of a directory"),
+            ("main.py/.", "an invalid name"),
+            ("a//b", "an invalid name"),
+            (&"n".repeat(256), "an invalid name"),
         ] {
             let zip = zipped(&[("main.py", b"1"), (name, b"2")]);
             let problem = checked(&zip, Runtime::Python).unwrap_err();
             assert!(problem.contains(told), "{name}: {problem}");
         }
         let late = zipped(&[("lib/a", b"1"), ("lib", b"2"), ("main.py", b"3")]);
-        assert!(checked(&late, Runtime::Python).unwrap_err().contains("a directory as well"));
+        assert!(checked(&late, Runtime::Python).unwrap_err().contains("path of a directory"));
         assert_eq!(
             checked(&zipped(&[("./main.py", b"1"), ("lib/a", b"2"), ("lib/b", b"3")]), Runtime::Python),
             Ok(())
@@ -397,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn the_list_of_entries_is_bounded_before_it_is_in_memory() {
+    fn the_list_of_entries_is_bounded_before_it_is_loaded() {
         let names: Vec<String> = (0..=ENTRIES_MAX).map(|n| format!("{n:06}")).collect();
         let mut files: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b""[..])).collect();
         assert!(checked(&zipped(&files), Runtime::Python).unwrap_err().contains("more than 10000"));
@@ -410,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn the_unpacked_size_is_bounded_whatever_the_zip_says() {
+    fn the_unpacked_size_is_bounded_by_the_contents() {
         let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
         let zeros = vec![0_u8; 1 << 20];
         for name in ["main.py", "b"] {

@@ -26,7 +26,7 @@ mod descriptors;
 mod fields;
 mod guard;
 mod inflate;
-mod rate_limit;
+pub mod rate_limit;
 mod request_id;
 mod respond;
 mod settings;

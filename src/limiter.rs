@@ -281,6 +281,7 @@ mod tests {
     use crate::model::Quota;
     use async_trait::async_trait;
     use http::HeaderName;
+    use http::HeaderValue;
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
     use std::time::Duration;
     use tokio::time::{advance, sleep};
@@ -311,7 +312,7 @@ mod tests {
 
     fn fields(counted: &Counted) -> Vec<(HeaderName, HeaderValue)> {
         let mut fields = Vec::new();
-        counted.add_fields(&mut fields);
+        crate::gateway::rate_limit::add_fields(counted, &mut fields);
         fields
     }
 
@@ -520,7 +521,7 @@ mod tests {
             assert!(passes(&limiter, "a").await);
         }
         store.tokens.store(0, Ordering::Relaxed);
-        let remaining = |counted: &Counted| counted.early.first().map(|(_, d)| d.remaining);
+        let remaining = |counted: &Counted| counted.decisions().next().map(|(_, d)| d.remaining);
         let (first, before) = ask(&limiter, "a", None).await;
         let (second, after) = ask(&limiter, "a", None).await;
         assert!(first.is_err() && second.is_err());

@@ -1,4 +1,11 @@
-//! Every metric, in one struct. The names of CONTRACT §7 are fixed; ours begin with `infra_`.
+//! All metrics of the process, in one struct.
+//!
+//! Existing dashboards parse `http_request_duration_seconds` and the metrics `function_*` with regular
+//! expressions, so their names, labels and label order must not change. All others begin with `infra_`,
+//! except `process_*` of the Prometheus crate. `docs/metrics.md` describes every metric with the same words
+//! as its help text here.
+//!
+//! Metrics are fields, not looked up by name, so a misspelled name does not compile.
 
 use crate::model::{Execution, FunctionId};
 use ahash::RandomState;
@@ -12,18 +19,19 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Seconds; from a refusal (0.5 ms) to the longest wait of a synchronous run.
+/// In seconds, from a rejected request (0.5 ms) to the longest wait of a synchronous run.
 const HTTP_BUCKETS: &[f64] = &[
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
     300.0,
 ];
-/// Seconds; from a handler that does nothing to the execution time limit.
+/// In seconds, from a handler that does nothing to the time limit of a run.
 const FUNCTION_BUCKETS: &[f64] =
     &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
 const BATCH_BUCKETS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0];
+/// In seconds.
 const SEND_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0];
 
-/// The label of functions beyond the bound, and of statuses nobody knows.
+/// The label value of functions beyond the bound, of unknown statuses, and of invalid status codes.
 const OTHER: &str = "other";
 
 /// All metrics of the process.
@@ -31,101 +39,112 @@ pub struct Metrics {
     registry: Registry,
     functions: FunctionMetrics,
     http: HistogramVec,
-    /// Requests being answered.
+    /// Set when the metrics are read.
     pub requests_in_flight: IntGauge,
-    /// Synchronous runs and long polls that wait for a result.
     pub waiters: IntGauge,
     pub jobs: JobMetrics,
-    /// Jobs waiting to be sent.
     pub queue_waiting: IntGauge,
     pub sends_in_flight: IntGauge,
-    /// 1 while new jobs are refused because nothing can be sent.
     pub queue_refuses: IntGauge,
     pub batch_jobs: Histogram,
+    /// In seconds; the journal entry is included.
     pub send_seconds: Histogram,
     /// By `outcome`: `sent` ([`Self::jobs_sent`]), `retried`, `refused`, `not_sent`, `unknown`.
     pub sends: IntCounterVec,
-    /// What the usual case counts is looked up once, at start.
+    /// The usual outcome of [`Self::sends`]. Its label is looked up once, at start.
     pub jobs_sent: IntCounter,
-    /// By `kind`: `settled` ([`Self::results_settled`]), `repeated`, `unknown_job`, `malformed`, `deferred`, `lost`,
-    /// `late`.
+    /// By `kind`: `settled` ([`Self::results_settled`]), `repeated`, `unknown_job`, `malformed`, `deferred`,
+    /// `lost`, `late`.
     pub results: IntCounterVec,
+    /// The usual kind of [`Self::results`].
     pub results_settled: IntCounter,
-    /// Requests with an idempotency key, by `outcome`: `new`, `repeated`, `reused` (refused), `taken_over` (the job was
-    /// certainly never sent), `sent_again` (the outcome of its send is unknown: there may be a second message).
+    /// By `outcome`: `new`, `repeated`, `reused` (rejected), `taken_over` (the job was certainly never sent),
+    /// `sent_again` (the outcome of its send is unknown, so the queue may hold two messages).
     pub idempotency: IntCounterVec,
-    /// Jobs whose result was found by a look-up, not by publication.
     pub results_looked_up: IntCounter,
-    /// By `decision`: `allowed`, `limited`, and by `source`: `lease`, `refusal_memory`, `exact`, `local`, `closed`.
+    /// By `decision`: `allowed`, `limited`; and by `source`: `lease`, `refusal_memory`, `exact`, `local`,
+    /// `closed`.
     pub limiter: IntCounterVec,
-    /// Calls to the shared count, by `mode`: `lease`, `exact`.
+    /// By `mode`: `lease`, `exact`.
     pub limiter_calls: IntCounterVec,
     pub queue_shed_permille: IntGauge,
     pub edge: EdgeMetrics,
-    /// By `code`: that of the problem.
+    /// By `code`, that of the problem.
     pub refused: IntCounterVec,
     pub audit: AuditMetrics,
     pub code_deleted: IntCounter,
-    /// Files whose new settings were put in force while the process runs, and those that could not be used.
+    /// By `file`, and by `result`: `applied`, `refused`.
     pub conf_reloads: IntCounterVec,
-    /// Unix seconds.
+    /// In Unix seconds.
     pub conf_applied_at: IntGauge,
     pub cache: CacheMetrics,
     pub subscriptions: SubscriptionMetrics,
-    /// By `check`: 1 healthy, 0 not, as of the last look.
+    /// By `check`. As old as the last request for `/health`.
     pub health: IntGaugeVec,
+    /// Set when the metrics are read.
     pub log_lines_dropped: IntGauge,
 }
 
-/// How functions are found.
+/// The metrics of the function cache.
 pub struct CacheMetrics {
     pub hits: IntCounter,
-    /// Reads of the table that took the place of what was known.
+    /// Reads that replaced an entry. A failed read counts unless the cached function was used instead.
     pub loads: IntCounter,
-    /// Looks at a known function that failed, so that it was used as known.
     pub stale: IntCounter,
-    /// Announcements of changed functions.
+    /// Announcements of changed functions, those of this node included.
     pub changes: IntCounter,
-    /// 1 while such announcements are heard.
     pub changes_heard: IntGauge,
 }
 
 impl CacheMetrics {
     fn new(r: &Registry) -> Result<Self, prometheus::Error> {
         Ok(Self {
-            hits: counter(r, "infra_function_cache_hits_total", "Functions found in the cache")?,
-            loads: counter(r, "infra_function_cache_loads_total", "Functions read from the table")?,
+            hits: counter(r, "infra_function_cache_hits_total", "Lookups answered by the cache.")?,
+            loads: counter(
+                r,
+                "infra_function_cache_loads_total",
+                "Reads of the function table whose outcome was used.",
+            )?,
             stale: counter(
                 r,
                 "infra_function_cache_stale_total",
-                "Failed reads of functions that were then used as known",
+                "Failed reads; the cached function was used.",
             )?,
-            changes: counter(r, "infra_function_changes_total", "Changes of functions heard of")?,
-            changes_heard: gauge(r, "infra_function_changes_heard", "1 while changes are heard of")?,
+            changes: counter(
+                r,
+                "infra_function_changes_total",
+                "Change announcements received, own ones included.",
+            )?,
+            changes_heard: gauge(
+                r,
+                "infra_function_changes_heard",
+                "1 while change announcements are received.",
+            )?,
         })
     }
 }
 
-/// The metrics of what a node is subscribed to, by `subscription`: `results`, `changes`.
+/// The metrics of the subscriptions of this node, by `subscription`: `results`, `changes`.
 pub struct SubscriptionMetrics {
     lost: IntGaugeVec,
     beat_off: IntGaugeVec,
-    /// Subscriptions that were made again because beats did not arrive.
     pub missed: IntCounterVec,
 }
 
 impl SubscriptionMetrics {
     fn new(r: &Registry) -> Result<Self, prometheus::Error> {
         let labels = &["subscription"];
-        let missed = ("infra_subscription_beats_missed_total", "Reconnects because beats did not arrive");
+        let lost = ("infra_subscription_lost", "1 while the subscription receives nothing.");
+        let beat_off = ("infra_subscription_beat_off", "1 while the ACL of Redis denies the beats.");
+        let missed = ("infra_subscription_beats_missed_total", "Reconnects after missed beats.");
         Ok(Self {
-            lost: gauges(r, "infra_subscription_lost", "1 while nothing is received", labels)?,
-            beat_off: gauges(r, "infra_subscription_beat_off", "1 while beats are denied", labels)?,
+            lost: gauges(r, lost.0, lost.1, labels)?,
+            beat_off: gauges(r, beat_off.0, beat_off.1, labels)?,
             missed: counters(r, missed.0, missed.1, labels)?,
         })
     }
 
-    /// What is known of a subscription.
+    /// Sets the state of a subscription.
     pub fn note(&self, subscription: &str, is_heard: bool, is_beat_off: bool) {
         self.lost.with_label_values(&[subscription]).set((!is_heard).into());
         self.beat_off.with_label_values(&[subscription]).set(is_beat_off.into());
@@ -141,30 +160,44 @@ impl SubscriptionMetrics {
 }
 
 impl Metrics {
-    /// At most `function_labels_max` function ids get series of their own.
+    /// Registers all metrics. At most `function_labels_max` function ids get series of their own; the others
+    /// share the label value `other`.
+    ///
+    /// # Errors
+    /// If two metrics have the same name, or a name is invalid.
     pub fn new(function_labels_max: usize) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let r = &registry;
         let http_labels = &["method", "route", "status_code"];
-        let http = ("http_request_duration_seconds", "Time to answer a request");
-        let sends = counters(r, "infra_queue_jobs_total", "Jobs handed to the queue", &["outcome"])?;
-        let results = counters(r, "infra_results_total", "Results, by what became of them", &["kind"])?;
+        let http = ("http_request_duration_seconds", "Response time in seconds.");
+        let sends = ("infra_queue_jobs_total", "Attempts to send a job, by their outcome.");
+        let sends = counters(r, sends.0, sends.1, &["outcome"])?;
+        let results = counters(r, "infra_results_total", "Results, by their outcome.", &["kind"])?;
         let metrics = Self {
             functions: FunctionMetrics::new(r, function_labels_max)?,
             http: histogram_vec(r, http.0, http.1, HTTP_BUCKETS, http_labels)?,
-            requests_in_flight: gauge(r, "infra_requests_in_flight", "Requests being answered")?,
-            waiters: gauge(r, "infra_waiters", "Clients that wait for a result")?,
+            requests_in_flight: gauge(r, "infra_requests_in_flight", "Requests being answered.")?,
+            waiters: gauge(r, "infra_waiters", "Synchronous runs and long polls that wait for a result.")?,
             jobs: JobMetrics::new(r)?,
-            queue_waiting: gauge(r, "infra_queue_waiting_jobs", "Jobs waiting to be sent")?,
-            sends_in_flight: gauge(r, "infra_queue_sends_in_flight", "Batches being sent")?,
+            queue_waiting: gauge(r, "infra_queue_waiting_jobs", "Jobs that wait to be sent or retried.")?,
+            sends_in_flight: gauge(r, "infra_queue_sends_in_flight", "Batches being sent.")?,
             queue_refuses: gauge(
                 r,
                 "infra_queue_breaker_open",
-                "1 while jobs are refused: the queue is away",
+                "1 while new jobs are rejected: nothing can be sent.",
             )?,
-            queue_shed_permille: gauge(r, "infra_queue_shed_permille", "Jobs of 1000 that are refused")?,
-            batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs in a batch", BATCH_BUCKETS)?,
-            send_seconds: histogram(r, "infra_queue_send_seconds", "Time to send a batch", SEND_BUCKETS)?,
+            queue_shed_permille: gauge(
+                r,
+                "infra_queue_shed_permille",
+                "Jobs per thousand that are shed: the queue is slow.",
+            )?,
+            batch_jobs: histogram(r, "infra_queue_batch_jobs", "Jobs per batch, 1 to 10.", BATCH_BUCKETS)?,
+            send_seconds: histogram(
+                r,
+                "infra_queue_send_seconds",
+                "Seconds to journal and send a batch.",
+                SEND_BUCKETS,
+            )?,
             jobs_sent: sends.with_label_values(&["sent"]),
             sends,
             results_settled: results.with_label_values(&["settled"]),
@@ -172,36 +205,55 @@ impl Metrics {
             idempotency: counters(
                 r,
                 "infra_idempotent_requests_total",
-                "Requests with an idempotency key; sent_again: a second message may be on the queue",
+                "Requests with an Idempotency-Key.",
                 &["outcome"],
             )?,
-            results_looked_up: counter(r, "infra_results_looked_up_total", "Results found by a look-up")?,
+            results_looked_up: counter(
+                r,
+                "infra_results_looked_up_total",
+                "Results found by a lookup instead of a publication.",
+            )?,
             limiter: counters(
                 r,
                 "infra_limiter_decisions_total",
-                "Rate limit decisions",
+                "Decisions, one per request and limit.",
                 &["decision", "source"],
             )?,
-            limiter_calls: counters(r, "infra_limiter_calls_total", "Calls to the shared count", &["mode"])?,
+            limiter_calls: counters(
+                r,
+                "infra_limiter_calls_total",
+                "Calls to Redis: lease or exact.",
+                &["mode"],
+            )?,
             edge: EdgeMetrics::new(r)?,
-            refused: counters(r, "infra_requests_refused_total", "Refused requests, by code", &["code"])?,
+            refused: counters(
+                r,
+                "infra_requests_refused_total",
+                "Requests answered with a problem, by its code.",
+                &["code"],
+            )?,
             audit: AuditMetrics::new(r)?,
             conf_reloads: counters(
                 r,
                 "infra_conf_reloads_total",
-                "Files of conf/ read again after a change",
+                "Configuration changes, applied or rejected.",
                 &["file", "result"],
             )?,
             conf_applied_at: gauge(
                 r,
                 "infra_conf_applied_timestamp_seconds",
-                "When the settings in force were put in force",
+                "Unix time of the last applied configuration.",
             )?,
             cache: CacheMetrics::new(r)?,
             subscriptions: SubscriptionMetrics::new(r)?,
-            code_deleted: counter(r, "infra_code_deleted_total", "Code archives swept away")?,
-            health: gauges(r, "infra_healthy", "1 if the last check of this part succeeded", &["check"])?,
-            log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines dropped: nobody read them")?,
+            code_deleted: counter(r, "infra_code_deleted_total", "Unused code archives that were deleted.")?,
+            health: gauges(
+                r,
+                "infra_healthy",
+                "1 if the last health check of this part succeeded, else 0.",
+                &["check"],
+            )?,
+            log_lines_dropped: gauge(r, "infra_log_lines_dropped", "Log lines lost since the start.")?,
             registry,
         };
         #[cfg(target_os = "linux")]
@@ -209,14 +261,15 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// The Prometheus text format.
+    /// All metrics in the Prometheus text format.
     pub fn text(&self) -> Vec<u8> {
         let mut text = Vec::new();
-        // Encoding to memory fails only on a metric without a name; `new` registered them all.
+        // Encoding to memory fails only for a metric without a name, and `new` would have rejected that.
         let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
         text
     }
 
+    /// Counts a request. `route` is the pattern of its route.
     pub fn observe_http(&self, method: &str, route: &str, status: u16, took: Duration) {
         let mut digits = *b"000";
         for (place, value) in digits.iter_mut().zip([status / 100, status / 10, status]) {
@@ -232,56 +285,56 @@ impl Metrics {
     }
 }
 
-/// The metrics of connections.
+/// The metrics of connections and upstreams.
 pub struct EdgeMetrics {
     pub connections: IntGauge,
     pub connections_refused: IntCounter,
     pub handshakes_failed: IntCounter,
-    /// Tries to accept a connection for which there was no file descriptor.
     pub accepts_failed: IntCounter,
-    /// 1 while there are too few.
     pub descriptors_short: IntGauge,
-    /// By `upstream`: its name.
+    /// By `upstream`, its name.
     pub upstream_healthy: IntGaugeVec,
 }
 
 impl EdgeMetrics {
     fn new(r: &Registry) -> Result<Self, prometheus::Error> {
-        let healthy = ("infra_upstream_healthy_addresses", "Addresses of an upstream that are healthy");
+        let healthy = ("infra_upstream_healthy_addresses", "Healthy addresses of an upstream.");
         let counted = |name, what| counter(r, name, what);
         Ok(Self {
-            connections: gauge(r, "infra_connections", "Open connections of clients")?,
-            connections_refused: counted("infra_connections_refused_total", "Connections without room")?,
+            connections: gauge(r, "infra_connections", "Open client connections.")?,
+            connections_refused: counted(
+                "infra_connections_refused_total",
+                "Connections beyond the connection limits.",
+            )?,
             accepts_failed: counted(
                 "infra_accepts_failed_total",
-                "Connections that could not be accepted at once: no file descriptor was left",
+                "Failed accepts: no file descriptor was free.",
             )?,
             descriptors_short: gauge(
                 r,
                 "infra_file_descriptors_short",
-                "1 while too few file descriptors are left to accept connections",
+                "1 while file descriptors are exhausted.",
             )?,
-            handshakes_failed: counted("infra_tls_handshakes_failed_total", "TLS handshakes that failed")?,
+            handshakes_failed: counted(
+                "infra_tls_handshakes_failed_total",
+                "TLS handshakes that failed or timed out.",
+            )?,
             upstream_healthy: gauges(r, healthy.0, healthy.1, &["upstream"])?,
         })
     }
 }
 
-/// The metrics of jobs in flight.
+/// The metrics of jobs in flight and of membership.
 pub struct JobMetrics {
-    /// Accepted jobs whose row is not written yet.
     pub in_flight: IntGauge,
-    /// Jobs that have entered the table, those of earlier lives and of other nodes included.
+    /// Jobs that were restored or adopted are included.
     pub accepted: IntCounter,
-    /// Jobs that have left it again.
     pub finished: IntCounter,
-    /// Accepted, less finished, less those in the table: not 0, and something is amiss.
+    /// A check of the table: accepted − finished − in flight is always 0.
     pub unaccounted: IntGauge,
-    /// Nodes that were gone, and whose jobs this one has looked after.
     pub adopted_nodes: IntCounter,
-    /// Jobs that the queue has given up.
     pub dead_letters: IntCounter,
-    /// 1 while another process holds the lease of this node's id, and this one admits nothing.
+    /// While it is 1, this process admits no jobs.
     pub node_id_lost: IntGauge,
 }
 
@@ -289,63 +342,67 @@ impl JobMetrics {
     fn new(r: &Registry) -> Result<Self, prometheus::Error> {
         let counted = |name, what| counter(r, name, what);
         Ok(Self {
-            in_flight: gauge(r, "infra_jobs_in_flight", "Accepted jobs without a row")?,
-            accepted: counted("infra_jobs_accepted_total", "Jobs that entered the table of jobs in flight")?,
-            finished: counted("infra_jobs_finished_total", "Jobs that left the table of jobs in flight")?,
-            unaccounted: gauge(r, "infra_jobs_unaccounted", "Jobs accepted, not finished and not in flight")?,
-            adopted_nodes: counted("infra_nodes_adopted_total", "Nodes that were gone, and were adopted")?,
-            dead_letters: counted("infra_dead_letters_total", "Jobs that the queue had given up")?,
-            node_id_lost: gauge(r, "infra_node_id_lost", "1 while another process holds this node's id")?,
+            in_flight: gauge(r, "infra_jobs_in_flight", "Accepted jobs whose row is not written yet.")?,
+            accepted: counted("infra_jobs_accepted_total", "Jobs that entered the table of jobs in flight.")?,
+            finished: counted("infra_jobs_finished_total", "Jobs that left the table of jobs in flight.")?,
+            unaccounted: gauge(
+                r,
+                "infra_jobs_unaccounted",
+                "Accepted minus finished minus in flight. Not 0: an internal error.",
+            )?,
+            adopted_nodes: counted(
+                "infra_nodes_adopted_total",
+                "Dead nodes whose jobs this node has adopted.",
+            )?,
+            dead_letters: counted("infra_dead_letters_total", "Jobs ended because the queue gave them up.")?,
+            node_id_lost: gauge(r, "infra_node_id_lost", "1 while another process holds this node's id.")?,
         })
     }
 }
 
-/// The metrics of rows in one place on the disk.
+/// The metrics of the rows in one directory on the disk.
 #[derive(Clone)]
 pub struct DiskMetrics {
     pub rows: IntGauge,
     pub bytes: IntGauge,
-    /// 1 while no more are taken.
+    /// 1 while no more rows can be stored.
     pub full: IntGauge,
-    /// `None`: rows come and go there more than once.
+    /// `None`, here and below: the same row may enter and leave the directory several times.
     pub appended: Option<IntCounter>,
     pub replayed: Option<IntCounter>,
 }
 
 impl DiskMetrics {
+    /// `place` is a part of the names, and `which` completes `rows …` in the help texts.
     fn new(r: &Registry, place: &str, which: &str) -> Result<Self, prometheus::Error> {
         let named = |part: &str, what: String| gauge(r, &format!("infra_audit_{place}_{part}"), &what);
         Ok(Self {
-            rows: named("rows", format!("Rows on the disk {which}"))?,
-            bytes: named("bytes", format!("Bytes of rows on the disk {which}"))?,
-            full: named("full", format!("1 while no more rows are taken of those {which}"))?,
+            rows: named("rows", format!("Rows {which}."))?,
+            bytes: named("bytes", format!("Size of the rows {which}, in bytes."))?,
+            full: named("full", format!("1 while no more rows {which} can be stored."))?,
             appended: None,
             replayed: None,
         })
     }
 }
 
-/// The metrics of rows and sums on their way to the tables.
+/// The metrics of rows and counters that are being written.
 pub struct AuditMetrics {
     pub waiting_rows: IntGauge,
     pub rows: IntCounter,
-    /// Rows on the disk that wait for the table to be there.
+    /// Rows that wait until the log table is available.
     pub spill: DiskMetrics,
-    /// Rows on the disk that the table does not take, though it takes others.
+    /// Rows that the log table rejects while it accepts others.
     pub failing: DiskMetrics,
-    /// Rows on the disk that are for the operator.
+    /// Rows that are kept for the operator.
     pub aside: DiskMetrics,
-    /// Rows that were put there.
     pub rows_put_aside: IntCounter,
-    /// Bytes on the disk that hold no whole row.
+    /// The bytes of incomplete rows.
     pub spill_torn_bytes: IntCounter,
-    /// Writes that failed and are tried again.
     pub retries: IntCounter,
-    /// Rows that the table will never take.
     pub rows_refused: IntCounter,
-    /// Jobs whose rows are written and that have not left the journal.
     pub waiting_ends: IntGauge,
-    /// Functions whose sums, or whose advice, wait to be written.
+    /// Functions with a recommendation that waits are included.
     pub waiting_functions: IntGauge,
 }
 
@@ -353,67 +410,71 @@ impl AuditMetrics {
     fn new(r: &Registry) -> Result<Self, prometheus::Error> {
         Ok(Self {
             spill: DiskMetrics {
-                rows: gauge(r, "infra_audit_spill_rows", "Rows on the disk, waiting for the log table")?,
-                bytes: gauge(r, "infra_audit_spill_bytes", "Bytes of rows on the disk")?,
-                full: gauge(r, "infra_audit_spill_full", "1 while the disk takes no more rows")?,
-                appended: Some(counter(r, "infra_audit_spilled_rows_total", "Rows that went to the disk")?),
+                rows: gauge(r, "infra_audit_spill_rows", "Rows on disk because the log table is away.")?,
+                bytes: gauge(r, "infra_audit_spill_bytes", "Size of the spilled rows, in bytes.")?,
+                full: gauge(r, "infra_audit_spill_full", "1 while no more rows can be spilled.")?,
+                appended: Some(counter(r, "infra_audit_spilled_rows_total", "Rows written to the disk.")?),
                 replayed: Some(counter(
                     r,
                     "infra_audit_replayed_rows_total",
-                    "Rows that came from the disk",
+                    "Rows moved from the disk to the table.",
                 )?),
             },
-            failing: DiskMetrics::new(
-                r,
-                "failing",
-                "that the log table does not take though it takes others; they are tried again",
-            )?,
-            aside: DiskMetrics::new(r, "aside", "that were put aside for the operator")?,
+            failing: DiskMetrics::new(r, "failing", "that fail alone")?,
+            aside: DiskMetrics::new(r, "aside", "set aside for the operator")?,
             rows_put_aside: counter(
                 r,
                 "infra_audit_rows_put_aside_total",
-                "Rows that the log table never took, and that are kept on the disk for the operator",
+                "Rows that were set aside for the operator.",
             )?,
             spill_torn_bytes: counter(
                 r,
                 "infra_audit_spill_torn_bytes_total",
-                "Bytes that hold no whole row",
+                "Bytes on disk that a crash left unreadable.",
             )?,
-            waiting_rows: gauge(r, "infra_audit_waiting_rows", "Rows waiting for the log table")?,
-            rows: counter(r, "infra_audit_rows_total", "Rows written to the log table")?,
-            retries: counter(r, "infra_audit_retries_total", "Row writes that failed and are tried again")?,
-            rows_refused: counter(r, "infra_audit_rows_refused_total", "Rows the table refused for good")?,
+            waiting_rows: gauge(
+                r,
+                "infra_audit_waiting_rows",
+                "Rows in memory that wait for the log table.",
+            )?,
+            rows: counter(r, "infra_audit_rows_total", "Rows written to the log table.")?,
+            retries: counter(r, "infra_audit_retries_total", "Row writes that failed and are retried.")?,
+            rows_refused: counter(
+                r,
+                "infra_audit_rows_refused_total",
+                "Rows that the table rejected as invalid.",
+            )?,
             waiting_ends: gauge(
                 r,
                 "infra_audit_waiting_ends",
-                "Jobs whose rows are written and that wait to leave the journal",
+                "Jobs with a row that are still in the journal.",
             )?,
             waiting_functions: gauge(
                 r,
                 "infra_audit_waiting_functions",
-                "Functions whose sums wait to be written",
+                "Functions whose counters wait to be written.",
             )?,
         })
     }
 }
 
-/// The metrics of executions; the BFF reads them by regular expression.
+/// The metrics of executions. Their names, labels and label order are fixed.
 struct FunctionMetrics {
     duration: HistogramVec,
     handler_duration: HistogramVec,
     invocations: IntCounterVec,
-    /// The function ids that have series of their own, with those of their successes: what nearly every execution counts
-    /// is found by one look-up. First come, first served: a scanner cannot push out a function that runs, because only
-    /// executed functions get here.
+    /// The functions with series of their own, and their series for SUCCESS, which nearly every execution
+    /// needs. So one look-up suffices. Functions are added in the order of their first execution. Requests
+    /// for unknown functions cannot displace them, because only executed functions are added.
     own: DashMap<FunctionId, Successes, RandomState>,
-    /// `DashMap::len` locks every shard; the counter beside it does not.
+    /// The length of `own`. `DashMap::len` would lock every shard.
     own_len: AtomicUsize,
     own_max: usize,
-    /// Of the other functions.
+    /// The series of all other functions.
     other: Successes,
 }
 
-/// The series of one function and the status SUCCESS. Each appears with its first value, not before.
+/// The series of one function with the status SUCCESS. Each series appears with its first value.
 #[derive(Default)]
 struct Successes {
     counted: OnceLock<(IntCounter, Histogram)>,
@@ -423,12 +484,12 @@ struct Successes {
 impl FunctionMetrics {
     fn new(r: &Registry, own_max: usize) -> Result<Self, prometheus::Error> {
         let labels = &["functionId", "status"];
-        let whole = ("function_duration_seconds", "Execution time that workers reported");
-        let handler = ("function_handler_duration_seconds", "Handler time that workers reported");
+        let whole = ("function_duration_seconds", "Seconds of a run, as reported.");
+        let handler = ("function_handler_duration_seconds", "Seconds in the handler alone.");
         Ok(Self {
             duration: histogram_vec(r, whole.0, whole.1, FUNCTION_BUCKETS, labels)?,
             handler_duration: histogram_vec(r, handler.0, handler.1, FUNCTION_BUCKETS, labels)?,
-            invocations: counters(r, "function_invocations_total", "Finished executions", labels)?,
+            invocations: counters(r, "function_invocations_total", "Finished executions.", labels)?,
             own: DashMap::default(),
             own_len: AtomicUsize::new(0),
             own_max,
@@ -545,7 +606,7 @@ mod tests {
     }
 
     #[test]
-    fn fixed_names_and_labels() {
+    fn names_and_labels_are_fixed() {
         let metrics = Metrics::new(1).unwrap();
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":5,"handlerDurationMs":2}"#.into());
         for (n, function) in ["f-1", "f-2", "f-1"].into_iter().enumerate() {

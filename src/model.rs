@@ -1,7 +1,8 @@
-//! The nouns of the house: [`JobId`], [`FunctionId`], [`Function`], [`Job`], [`Outcome`], [`Execution`].
+//! The data types of the crate: [`JobId`], [`FunctionId`], [`Function`], [`Job`], [`Outcome`],
+//! [`Execution`].
 //!
-//! Everything here is plain data. Values that come from outside are parsed once, at the door, into these
-//! types; behind the door their validity is a precondition that no code checks again.
+//! Everything here is plain data without I/O. External input is parsed once, at the boundary, into these
+//! types. Inside, their validity is a precondition that no code checks again.
 
 mod caller;
 mod change;
@@ -40,27 +41,28 @@ use serde::Deserialize;
 use std::borrow::Cow;
 use time::OffsetDateTime;
 
-/// A point in time as Unix milliseconds: what ids, deadlines and rows are reckoned in.
+/// A point in time, in milliseconds since the Unix epoch. The unit of ids, deadlines and rows.
 pub type UnixMs = u64;
 
-/// The present, in Unix milliseconds.
+/// The current time. A clock before 1970 returns 0.
 pub fn now_ms() -> UnixMs {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// RFC 3339 in UTC with exactly three digits of fraction: `2026-11-22T00:00:00.123Z`.
+/// Formats a time as RFC 3339 in UTC with exactly three fractional digits: `2026-11-22T00:00:00.123Z`. A time
+/// after the year 9999 becomes the last millisecond of that year.
 pub fn rfc3339_ms(at: UnixMs) -> String {
     Rfc3339Ms::of(at).as_str().to_owned()
 }
 
-/// What [`rfc3339_ms`] gives, without an allocation: every run writes several of them.
+/// The text of [`rfc3339_ms`], without an allocation: every run writes several times.
 pub struct Rfc3339Ms([u8; 24]);
 
 impl Rfc3339Ms {
     pub fn of(at: UnixMs) -> Self {
         let mut text = *b"9999-12-31T23:59:59.999Z";
-        // Past the year 9999 the format has no answer; no clock that matters is there.
+        // RFC 3339 ends with the year 9999. A later time leaves the text as it is.
         let seconds = i64::try_from(at / 1000).ok();
         if let Some(t) = seconds.and_then(|s| OffsetDateTime::from_unix_timestamp(s).ok()) {
             let (hour, minute, second) = t.to_hms();
@@ -76,12 +78,12 @@ impl Rfc3339Ms {
     }
 
     pub fn as_str(&self) -> &str {
-        // Digits and what the pattern holds between them.
+        // Always valid: ASCII digits and separators.
         std::str::from_utf8(&self.0).unwrap_or_default()
     }
 }
 
-/// Writes a number with leading zeros.
+/// Fills `place` with the last decimal digits of a number, with leading zeros.
 fn digits(place: &mut [u8], mut number: u64) {
     for digit in place.iter_mut().rev() {
         *digit = b'0' + (number % 10) as u8;
@@ -89,14 +91,14 @@ fn digits(place: &mut [u8], mut number: u64) {
     }
 }
 
-/// Reads an RFC 3339 time in any offset, down to the millisecond. What was before 1970 becomes its first moment:
-/// as a bound it means the same, since nothing here is older.
+/// Parses an RFC 3339 time with any offset, rounded down to the millisecond. A time before 1970 becomes 0. As
+/// a bound that is equivalent, because no row is older. Returns `None` if `text` is not such a time.
 pub fn parse_rfc3339_ms(text: &str) -> Option<UnixMs> {
     let at = OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok()?;
     Some(u64::try_from(at.unix_timestamp_nanos().div_euclid(1_000_000)).unwrap_or(0))
 }
 
-/// A JSON string that borrows where it can: `Cow` alone always copies under serde.
+/// A JSON string that borrows from the input if it has no escapes. Serde always copies into a plain `Cow`.
 #[derive(Deserialize)]
 struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -105,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_written_and_read() {
+    fn times_survive_a_round_trip() {
         for (at, written) in [
             (0, "1970-01-01T00:00:00.000Z"),
             (951_782_399_999, "2000-02-28T23:59:59.999Z"),

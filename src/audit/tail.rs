@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn late_threads_open_no_second_and_a_clock_may_be_set() {
+    fn a_late_thread_does_not_reset_the_count_and_the_clock_may_be_set() {
         let gate = Gate::default();
         // Two threads at the end of a second: the late one does not reset the count.
         let admitted = (0..1_000).filter(|n| gate.admits(if n % 2 == 0 { 5_000 } else { 4_999 })).count();

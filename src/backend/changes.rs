@@ -1,25 +1,30 @@
-//! Announcements of changed functions.
+//! The port for announcements of changed functions, with which nodes invalidate each other's caches.
+//!
+//! Delivery is best effort: an announcement is received at most once, and may be lost while a subscription is
+//! interrupted. The port reports the state of its subscription, so that the cache knows when to trust its
+//! entries. `aws` uses one Redis channel per function table. `embedded` has no other nodes and no feed.
 
 use crate::backend::BackendError;
 use crate::backend::results::Hearing;
 use async_trait::async_trait;
 
-/// What is heard of changes to functions.
+/// An event of the subscription to changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ChangeEvent {
-    /// Announced by some node, this one included.
+    /// The text that a node announced: the id of a changed function. A node receives its own announcements
+    /// too. Other texts are possible, because any client of the store can publish.
     Changed(String),
-    /// From now on every announcement is heard, or none is. When they are heard again, some of before may not
-    /// have been.
+    /// The state of the subscription. After an interruption, earlier announcements may have been missed.
     Hearing(Hearing),
 }
 
-/// How nodes tell each other which functions they have changed.
+/// Announces changes to all nodes, and receives their announcements.
 #[async_trait]
 pub trait ChangeFeed: Send + Sync {
-    /// Tells every node that hears.
+    /// Publishes an announcement to all subscribed nodes. `Ok` does not prove that any node received it.
     async fn announce(&self, id: &str) -> Result<(), BackendError>;
 
-    /// The next event. One caller at a time; it must not pause for long.
+    /// Returns the next event. Reconnects by itself and never ends. It must be called by one task at a time,
+    /// without long pauses, because events accumulate in memory.
     async fn next(&self) -> ChangeEvent;
 }

@@ -1,4 +1,8 @@
-//! Idempotency keys and the jobs that hold them.
+//! The port for idempotency keys: which job holds a key, and whether the queue has confirmed that job.
+//!
+//! Each operation is one atomic, conditional write. So of concurrent requests, on any nodes, exactly one
+//! claims a key, and exactly one claims the next attempt to send. `aws` stores claims as items of the log
+//! table, `embedded` in a table of its database. An expired claim does not block its key.
 
 use crate::backend::BackendError;
 use crate::model::{BodyHash, FunctionId, IdempotencyKey, JobId};
@@ -6,14 +10,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use std::time::Duration;
 
-/// How long a request may be repeated under its key.
+/// How long a claim lasts, and so how long a request may be repeated under its key.
 pub const CLAIMED: Duration = Duration::from_secs(24 * 3600);
 
-/// Largest result that is kept with the key, in bytes: what an item of DynamoDB holds, and some room. Larger ones are
-/// found as long as the worker's own copy.
+/// Maximum size of a result that is stored with its claim, in bytes: the item limit of DynamoDB, with some
+/// room. A larger result is available only as long as the copy that the worker stores.
 pub const KEPT_BYTES_MAX: usize = 350 * 1024;
 
-/// A request's claim to be the one of its key.
+/// The claim of a request: its key, its body and its job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claim {
     pub key: IdempotencyKey,
@@ -22,38 +26,42 @@ pub struct Claim {
     pub function: FunctionId,
 }
 
-/// A claim that stands.
+/// A stored claim and its state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claimed {
     pub claim: Claim,
-    /// The latest attempt to send the job: the job's own id for the first one, a new id for each one after it. It says
-    /// which node makes the attempt, and since when.
+    /// The latest attempt to send the job: the id of the job for the first attempt, a new id for each later
+    /// one. It identifies the node that makes the attempt, and the time at which it was claimed.
     pub attempt: JobId,
-    /// The job is known to be on the queue, or to have been.
+    /// The queue is known to have received the job.
     pub is_sent: bool,
+    /// The result, if it has arrived and has at most [`KEPT_BYTES_MAX`] bytes.
     pub result: Option<Bytes>,
 }
 
-/// The requests that are to be carried out once; each is forgotten after [`CLAIMED`].
+/// The store of claims. Each claim expires after [`CLAIMED`]. Every call may be repeated after
+/// [`BackendError::Unavailable`].
 #[async_trait]
 pub trait Claims: Send + Sync {
-    /// Claims the key, if nobody has it. Else gives who has; nothing is written then.
+    /// Claims the key, and returns `None`. If another job holds the key, returns that claim and writes
+    /// nothing.
     async fn claim(&self, claim: &Claim) -> Result<Option<Claimed>, BackendError>;
 
-    /// Who has the key.
+    /// The claim of the key, if there is one.
     async fn find(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError>;
 
-    /// Claims the next attempt to send the job, after the one in `claimed`. `false`: the job is confirmed or released, or
-    /// another attempt came first.
+    /// Claims the next attempt to send the job, after the one in `claimed`. Returns `false` if the job was
+    /// confirmed or released, or if another attempt was claimed first.
     async fn try_again(&self, claimed: &Claimed, attempt: JobId) -> Result<bool, BackendError>;
 
-    /// The job is on the queue.
+    /// Records that the queue has received the job. No effect if the job no longer holds the key.
     async fn confirm(&self, claim: &Claim) -> Result<(), BackendError>;
 
-    /// The job is certainly not on the queue, and the key is free again. `false`: the job is confirmed, or another attempt
-    /// to send it has begun.
+    /// Deletes the claim, because the job is certainly not on the queue. Returns `false`, and changes
+    /// nothing, if the job was confirmed or another attempt was claimed.
     async fn release(&self, claim: &Claim, attempt: JobId) -> Result<bool, BackendError>;
 
-    /// Keeps the result of the job that has the key.
+    /// Stores the result with the claim, which also confirms the job. No effect if the job no longer holds
+    /// the key.
     async fn keep(&self, key: &IdempotencyKey, job: JobId, result: &Bytes) -> Result<(), BackendError>;
 }

@@ -61,8 +61,8 @@ pub struct Embedded {
 /// Dropping the backend and the worker commits the pending writes, and then frees the directory.
 ///
 /// # Errors
-/// If another process uses the directory, a later version of the program wrote it, it is damaged, or the disk
-/// or its permissions do not allow access.
+/// If another process uses the directory, or a later version of the program wrote it. Also if it is damaged,
+/// or the disk or its permissions do not allow access.
 pub fn open(dir: &Path) -> Result<Embedded, StartProblem> {
     try_open(dir).map_err(|e| start_problem(dir, &e))
 }

@@ -1,6 +1,9 @@
-//! Why a backend call failed.
+//! The errors of all ports.
+//!
+//! The variants differ in what the caller can do: retry, correct the request, or ask the operator. Errors of
+//! the SDKs are mapped to them inside each backend, so no other module depends on an SDK.
 
-/// Why a backend did not do what was asked. The text is for the log, never for a client.
+/// Why a backend call failed. The text is for the log, never for a client.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BackendError {
     /// The queue, table or bucket does not exist.
@@ -9,11 +12,11 @@ pub enum BackendError {
     /// The credentials or the password do not allow it.
     #[error("{0}")]
     Denied(String),
-    /// The request itself is at fault; the same request will fail again.
+    /// The request itself is at fault. The same request would fail again.
     #[error("{0}")]
     Invalid(String),
-    /// No answer, a broken connection, throttling, a fault on the other side: may pass. Whether the
-    /// request took effect is not known.
+    /// No answer, a broken connection, throttling or a server error. A retry may succeed. It is not known
+    /// whether the request took effect.
     #[error("{0}")]
     Unavailable(String),
 }
@@ -28,9 +31,9 @@ impl BackendError {
 /// What keeps a backend from starting.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StartProblem {
-    /// Which part: `the queue`, `Redis`, `the log table InfraExecutionLogs`.
+    /// The part that failed, for example `the queue`, `Redis` or `the log table InfraExecutionLogs`.
     pub what: String,
     pub error: BackendError,
-    /// What an operator can do about it, as an imperative sentence.
+    /// How the operator can correct it, as an imperative sentence.
     pub mend: String,
 }

@@ -1,47 +1,54 @@
-//! The execution log.
+//! The port for the execution log: one row per execution, written in batches and listed by time.
+//!
+//! Writes are idempotent: the key of a row is a function of its request id, so a second write of one
+//! execution replaces the first. A row with the status LOST never replaces another row. So any node may write
+//! the row of a job, in any order. `aws` uses a DynamoDB table, `embedded` a table of its database.
 
 use crate::backend::BackendError;
 use crate::model::{Execution, FunctionId, UnixMs};
 use async_trait::async_trait;
 
-/// Most rows in one [`ExecutionStore::put`]: what DynamoDB takes in one call.
+/// Maximum number of rows per [`ExecutionStore::put`]; the limit of BatchWriteItem of DynamoDB.
 pub const ROWS_MAX: usize = 25;
 
 /// Which rows of a function's log to list.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LogQuery {
     pub function: FunctionId,
-    /// Most rows of a page.
+    /// Maximum number of rows of the page.
     pub limit: usize,
     /// Earliest acceptance time, inclusive.
     pub start: Option<UnixMs>,
     /// Latest acceptance time, exclusive.
     pub end: Option<UnixMs>,
+    /// Only rows with exactly this status.
     pub status: Option<String>,
-    /// Range key of the last row of the page before.
+    /// The [`LogPage::next`] of the previous page.
     pub after: Option<String>,
 }
 
-/// One page of a log, newest first.
+/// One page of a log, newest first. It may have fewer rows than the limit although another page follows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LogPage {
     pub rows: Vec<Execution>,
-    /// Range key to go on after; `None`: this was the last page.
+    /// The range key after which the next page begins. `None`: this is the last page.
     pub next: Option<String>,
 }
 
 /// The execution log.
 #[async_trait]
 pub trait ExecutionStore: Send + Sync {
-    /// One result per row, in order; at most [`ROWS_MAX`] rows, no key twice. Writing a row again changes nothing.
+    /// Writes at most [`ROWS_MAX`] rows with distinct keys. Returns one result per row, in order. A row is
+    /// durable when its result is `Ok`.
     async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>>;
 
-    /// Live rows only.
+    /// Lists the rows of a function that have not expired.
     async fn list(&self, query: &LogQuery) -> Result<LogPage, BackendError>;
 
-    /// The live row of a request, also if an old controller wrote it.
+    /// The row of a request, unless it has expired. Rows of the old controller are found too; `aws` searches
+    /// only the newest of them.
     async fn get(&self, function: &FunctionId, request_id: &str) -> Result<Option<Execution>, BackendError>;
 
-    /// Health check: the table exists and may be read.
+    /// Health check: reads the table.
     async fn probe(&self) -> Result<(), BackendError>;
 }

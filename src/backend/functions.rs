@@ -1,82 +1,91 @@
-//! Function metadata and code.
+//! The ports for functions: their metadata, their code, and the list of code to be deleted.
+//!
+//! A change of a function, its audit record and its effect on the code list are one transaction. So a failure
+//! never leaves one without the others. In `aws` that is a DynamoDB transaction over the function table and
+//! the log table, and the code is in S3. In `embedded` it is a transaction of the database, and the code is
+//! in files.
 
 use crate::backend::BackendError;
 use crate::model::{ConfigRecord, Function, FunctionId, Recommendation, RetiredCode, UnixMs};
 use async_trait::async_trait;
 use std::path::Path;
 
-/// A change of one function, with all that must be written with it.
+/// A change of one function, with everything that is written in the same transaction.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FunctionWrite {
-    /// The function as it was read; `None`: it must not exist. The write happens only if its version and time of
-    /// change are still the same.
+    /// The function as it was read. Its version and its time of change must not have changed since. `None`:
+    /// the function must not exist.
     pub before: Option<Function>,
-    /// As it shall be; `None`: deleted. Counters and recommendation are not written: they change by themselves.
+    /// The new state; `None`: the function is deleted. Counters and recommendation are not written, because
+    /// other calls update them.
     pub after: Option<Function>,
     pub record: ConfigRecord,
-    /// Code that nothing points to after this; enters the code list.
+    /// Code that the function no longer uses. It is added to the code list.
     pub retire: Option<RetiredCode>,
-    /// Code that is pointed to after this; its entry leaves the code list. Without the entry there is a conflict:
-    /// the code may have been swept away.
+    /// Code that the function uses from now on. It is removed from the code list. If it is not on the list,
+    /// the write conflicts, because the code may have been deleted.
     pub adopt: Option<RetiredCode>,
 }
 
-/// What became of a [`FunctionWrite`].
+/// The outcome of a [`FunctionWrite`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
     Done,
-    /// The function is no longer (or already) there, or was changed since it was read, or its code was swept away.
+    /// The function was created, changed or deleted since it was read, or its new code is not on the list.
     /// Nothing was written.
     Conflict,
 }
 
-/// One page of the functions.
+/// One page of functions. It may have fewer functions than the limit although another page follows.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FunctionPage {
     pub functions: Vec<Function>,
-    /// Where to go on; `None`: this was the last page.
+    /// The position after which the next page begins. `None`: this is the last page.
     pub next: Option<String>,
 }
 
 /// The function metadata.
 #[async_trait]
 pub trait FunctionStore: Send + Sync {
-    /// A consistent read.
+    /// Reads a function. The read is strongly consistent.
     async fn get(&self, id: &FunctionId) -> Result<Option<Function>, BackendError>;
 
-    /// At most `limit` functions (at least 1), in an order that is the store's own and does not change;
-    /// `after`: the `next` of the page before.
+    /// Lists at most `limit` functions, which is at least 1. The order is that of the store, and is stable.
+    /// `after` is the `next` of the previous page.
     async fn list(&self, limit: usize, after: Option<&str>) -> Result<FunctionPage, BackendError>;
 
-    /// All of it, or nothing. The same write again, after [`BackendError::Unavailable`], changes nothing more.
+    /// Makes a change, completely or not at all. The same write may be repeated after
+    /// [`BackendError::Unavailable`]; it takes effect once.
     async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError>;
 
-    /// Keeps a recommendation, if the function (still) exists and has none of a later execution.
+    /// Stores a recommendation. No effect if the function does not exist, or has a recommendation of a later
+    /// execution.
     async fn recommend(&self, id: &FunctionId, recommendation: &Recommendation) -> Result<(), BackendError>;
 
-    /// Health check: the table exists and may be read.
+    /// Health check: reads the table.
     async fn probe(&self) -> Result<(), BackendError>;
 }
 
-/// The durable list of code that is to be deleted when it is due.
+/// The durable list of code to be deleted when it is due.
 #[async_trait]
 pub trait CodeList: Send + Sync {
-    /// Puts code on the list, in place of an entry for the same key.
+    /// Adds an entry. It replaces an entry with the same key.
     async fn add(&self, code: &RetiredCode) -> Result<(), BackendError>;
 
-    /// At most `limit` entries that are due.
+    /// Returns at most `limit` entries that are due at `now`.
     async fn due(&self, now: UnixMs, limit: usize) -> Result<Vec<RetiredCode>, BackendError>;
 
-    /// Takes an entry off, unless it has another due time by now.
+    /// Removes an entry, unless its due time has changed.
     async fn remove(&self, code: &RetiredCode) -> Result<(), BackendError>;
 }
 
-/// Where the code of functions lies.
+/// The store of the code of functions.
 #[async_trait]
 pub trait CodeStore: Send + Sync {
-    /// Stores the file under the key, durably, without holding it in memory. The file may be moved away.
+    /// Stores a file under the key. It is durable when the call returns, and is never loaded into memory as a
+    /// whole. The store may move the file away.
     async fn put(&self, s3_key: &str, file: &Path) -> Result<(), BackendError>;
 
-    /// Deletes what is there, if anything.
+    /// Deletes the code of the key. No effect if there is none.
     async fn delete(&self, s3_key: &str) -> Result<(), BackendError>;
 }

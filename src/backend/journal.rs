@@ -1,24 +1,34 @@
-//! The journal of jobs in flight.
+//! The port for the journal: the durable set of the jobs in flight of each node, and the counters of ended
+//! jobs until they are added to their functions.
+//!
+//! The journal makes a job survive its process. A job enters before it is sent, and leaves after its row is
+//! written or after its send has definitely failed. A restarted process, or a node that adopts the jobs,
+//! resumes from the entries.
+//!
+//! `aws` uses Redis, which can lose its data. A completeness marker per node shows the loss, and then nothing
+//! ends until the node has restored its journal (see [`Membership`](crate::backend::Membership)). `embedded`
+//! uses a table of its database, which loses nothing, and adds counters in the same transaction. So it has no
+//! sums to post, and the default methods of the trait suffice.
 
 use crate::backend::BackendError;
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs};
 use async_trait::async_trait;
 use std::time::Duration;
 
-/// Most jobs in one [`Journal::end`].
+/// Maximum number of jobs per [`Journal::end`].
 pub const ENDED_MAX: usize = 512;
 
-/// Most functions in one [`Journal::number`].
+/// Maximum number of functions per [`Journal::number`].
 pub const POSTED_MAX: usize = 256;
 
-/// Most jobs of a node that are remembered after they were given up. The results of others that come late are only
-/// counted.
+/// Maximum number of lost jobs of a node that are remembered for late results. A late result of any other job
+/// is counted as unknown and ignored.
 pub const GIVEN_UP_MAX: usize = 65_536;
 
-/// For how long they are remembered.
+/// How long a lost job is remembered.
 pub const GIVEN_UP_KEPT: Duration = Duration::from_secs(6 * 3600);
 
-/// What the journal keeps of one job.
+/// The journal entry of one job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JournalEntry {
     pub id: JobId,
@@ -27,17 +37,17 @@ pub struct JournalEntry {
     pub idempotency_key: Option<Box<IdempotencyKey>>,
 }
 
-/// A job whose row is written, and what its execution adds to its function.
+/// A job whose row is written, and the amounts that it adds to the counters of its function.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
     pub id: JobId,
     pub function: FunctionId,
     pub adds: Sums,
-    /// It was given up without a result. A late one may still come.
+    /// It ended as LOST. A late result may still arrive.
     pub is_lost: bool,
 }
 
-/// Sums of one function under the number by which they are told from others of the same node.
+/// Sums of one function, with a number that identifies them among all sums of the same node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Numbered {
     pub function: FunctionId,
@@ -45,25 +55,26 @@ pub struct Numbered {
     pub sums: Sums,
 }
 
-/// The sums of some functions that are still to be posted.
+/// Sums that are not added to their functions yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Unposted {
-    /// Sums with a number.
+    /// Sums with a number, which do not change any more.
     pub numbered: Vec<Numbered>,
-    /// Sums without a number.
+    /// Sums without a number, to which jobs still add.
     pub sums: Vec<(FunctionId, Sums)>,
 }
 
-/// Where a job stands in the journal of its node.
+/// The state of a job in the journal of its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// It has left the journal, or has never been in it.
+    /// It has left the journal, or was never in it.
     Absent,
-    /// The journal does not hold it, and has lost what it held.
+    /// The journal does not hold it, but has lost its data and is not restored yet.
     Unknown,
-    /// The process that accepted it knows what became of its send.
+    /// The journal holds it. The process that accepted it is running and knows the outcome of its send.
     Held,
-    /// That process has ended, or its lease has: nobody can know whether the queue has the job.
+    /// The journal holds it, but that process has ended or its node was adopted. It is not known whether the
+    /// queue received the job.
     Left,
 }
 
@@ -74,38 +85,43 @@ impl Standing {
     }
 }
 
-/// The durable set of a node's jobs in flight, and what ended jobs add to their functions until that is posted. A
-/// job enters before it is sent, and leaves when its row is written or its send has definitely failed.
+/// The journals of all nodes. Every call may be repeated after a lost answer.
 ///
-/// Sums are posted in two steps: they get a number, and then they are added to their function, which remembers the
-/// number. Until that is known the number stays with them, so whoever posts them, and however often, adds once. A
-/// store that adds at once, with the end of the job, has nothing to post.
+/// Sums are posted in two steps. First they get a number, and from then on they do not change. Then they are
+/// added to their function, which stores the number and accepts only higher ones. The numbered sums are kept
+/// until the function is known to have them. So they are added exactly once, even if several nodes post them,
+/// or one node repeatedly. A store that adds the counters when a job ends has nothing to post.
 ///
-/// A store that has lost its data does nothing with jobs that end, and with sums, until it has been told again what it
-/// had (see [`Membership::retold`]). An answer from before that would be taken for the truth.
+/// A store that has lost its data refuses [`Self::end`] and [`Self::number`] until it is restored (see
+/// [`Membership::retold`](crate::backend::Membership::retold)). Before that its answers would look complete,
+/// and the caller would discard the only copy of its jobs and sums.
 #[async_trait]
 pub trait Journal: Send + Sync {
+    /// Adds jobs to the journals of the nodes that their ids name. `Ok` means that the store has confirmed
+    /// all of them.
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError>;
 
-    /// Takes out jobs that never ran.
+    /// Removes jobs that are certainly not on the queue.
     async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError>;
 
-    /// Takes out jobs of `node` whose rows are written; at most [`ENDED_MAX`]. In the same step it keeps what those of
-    /// them add that were still there, so each job adds once, whoever ends it and however often; and what a result
-    /// changes that came after its job was given up. `false`: the store has lost its data, and nothing was done.
+    /// Removes at most [`ENDED_MAX`] jobs of `node` whose rows are written. In the same step it adds the
+    /// amounts of the jobs that it removed to the unposted sums. So each job adds once, even if several nodes
+    /// end it. A late result of a job that ended as LOST adds the difference, once. Returns `false`, and
+    /// changes nothing, if the store has lost its data.
     async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError>;
 
-    /// Jobs of `node` that were given up lately, and for which no result has come; at most [`GIVEN_UP_MAX`].
+    /// The lost jobs of `node` that are remembered and have no late result; at most [`GIVEN_UP_MAX`].
     async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError>;
 
-    /// All sums of `node` that are to be posted, as they are at one moment. `None`: the store has lost its data.
+    /// An atomic snapshot of all unposted sums of `node`. `None`: the store has lost its data.
     async fn unposted(&self, _node: NodeId) -> Result<Option<Unposted>, BackendError> {
         Ok(Some(Unposted::default()))
     }
 
-    /// Gives the sums of these functions of `node` their numbers, unless earlier ones have a number already; at most
-    /// [`POSTED_MAX`] functions. The numbers are above `floor`, and above all that the store has given. Gives all that is
-    /// to be posted for these functions now. `None`: the store has lost its data, and nothing was done.
+    /// Assigns numbers to the unposted sums of at most [`POSTED_MAX`] functions of `node`. A function whose
+    /// earlier sums have a number keeps it, and its new sums wait. New numbers are above `floor` and above
+    /// all earlier numbers. Returns all unposted sums of these functions. Returns `None`, and changes
+    /// nothing, if the store has lost its data.
     async fn number(
         &self,
         _node: NodeId,
@@ -115,8 +131,8 @@ pub trait Journal: Send + Sync {
         Ok(Some(Unposted::default()))
     }
 
-    /// Adds sums of `node` to their functions, if those (still) exist, up to `at_a_time` side by side. Gives back what
-    /// is not known to be added, and why.
+    /// Adds numbered sums of `node` to their functions, with up to `at_a_time` calls in flight. Sums of
+    /// deleted functions are discarded. Returns the sums that are not known to be added, and the last error.
     async fn post(
         &self,
         _node: NodeId,
@@ -126,24 +142,25 @@ pub trait Journal: Send + Sync {
         (Vec::new(), None)
     }
 
-    /// Whether the node that the id names holds the job.
+    /// Whether the journal of the node that the id names holds the job.
     async fn contains(&self, id: JobId) -> Result<bool, BackendError>;
 
-    /// The same, and what the node can know of it.
+    /// The state of a job in the journal of the node that its id names.
     async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
         Ok(if self.contains(id).await? { Standing::Held } else { Standing::Absent })
     }
 
-    /// The process that runs `node` has started: what the journal holds by now was left by an earlier one.
+    /// Records the start of this process as `node`. Jobs that were accepted before are [`Standing::Left`].
     async fn started(&self, _node: NodeId) -> Result<(), BackendError> {
         Ok(())
     }
 
-    /// All that `node` holds: what a restarted node goes on with.
+    /// All entries of the journal of `node`, in no order. A restarted process, or an adopter, resumes from
+    /// them.
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError>;
 }
 
-/// A part of what a journal should hold.
+/// A part of the contents of a journal that is being restored.
 #[derive(Clone, Copy, Debug)]
 pub enum Told<'a> {
     Jobs(&'a [JournalEntry]),

@@ -1,66 +1,73 @@
-//! The count behind the rate limits.
+//! The port for rate limits that all nodes share.
+//!
+//! A bucket follows GCRA, by the clock of the store. It is used in one of two ways: exact, with one call per
+//! request, or leased, where a node takes tokens in advance and spends them locally. In both, the admissions
+//! in any window never exceed burst + rate × window. The exceptions are a store that loses its data, and a
+//! clock that is set forward. `aws` uses Redis. `embedded` has no port, because its only process counts in
+//! memory.
 
 use crate::backend::BackendError;
 use crate::model::Quota;
 use async_trait::async_trait;
 use std::time::Duration;
 
-/// What a limiter says of one request.
+/// The decision of a bucket about one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
     pub allowed: bool,
-    /// Requests that would be let through at once after this one.
+    /// Further requests that the bucket would admit now.
     pub remaining: u32,
-    /// Until one request would be let through; zero if allowed.
+    /// Time until the bucket admits one request; zero if `allowed`.
     pub retry_after: Duration,
 }
 
-/// A call about a lease: what its holder still has, what it gives back, and what it would like. In tokens; a token
-/// is one request.
+/// A report of a lease holder and its request for more tokens. A token admits one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseCall {
     pub bucket: String,
     pub quota: Quota,
-    /// Never used by two processes, nor by one before and after it lost what it knew.
+    /// A unique id of the holder. A process that has lost its lease state must use a new one.
     pub holder: u64,
-    /// Grows with each call of the holder for the bucket. 0: the call is for `need` alone, and nothing is leased.
+    /// Increases with each call of the holder for the bucket. 0: the call only takes `need`, and stores no
+    /// lease.
     pub seq: u64,
-    /// Tokens kept from the lease before.
+    /// Tokens of the previous lease that the holder keeps.
     pub held: u32,
-    /// Tokens given back.
+    /// Tokens of the previous lease that the holder returns.
     pub back: u32,
-    /// Tokens to be spent at once; as many of them as there are.
+    /// Tokens to be spent immediately. Fewer are granted if the bucket has fewer.
     pub need: u32,
-    /// Tokens to be leased on top of `held`, if there is plenty.
+    /// Tokens to be leased in addition to `held`. Fewer are granted if the bucket is low.
     pub want: u32,
-    /// How long the lease lasts, from when the call takes effect.
+    /// Duration of the lease, from the moment at which the call takes effect.
     pub ttl: Duration,
 }
 
 /// The answer to a [`LeaseCall`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// `false`: a later call of the holder came first, and this one changed nothing.
+    /// `false`: a later call of the holder was applied before, and this one changed nothing.
     pub applied: bool,
-    /// Tokens leased in all, those still held included.
+    /// Tokens of the lease, those that were still held included.
     pub amount: u32,
     /// Tokens of `need` that may be spent.
     pub taken: u32,
-    /// Tokens the bucket has left.
+    /// Tokens that are left in the bucket.
     pub left: u32,
-    /// Until the bucket has a token; zero if it has.
+    /// Time until the bucket has a token; zero if it has one.
     pub retry_after: Duration,
-    /// Holders with a live lease of the bucket, this one included.
+    /// The number of holders with a live lease of the bucket, this one included.
     pub nodes: u32,
 }
 
-/// The count behind the rate limits, shared by all nodes.
+/// The buckets of the rate limits, shared by all nodes.
 #[async_trait]
 pub trait LimitStore: Send + Sync {
-    /// Takes one request from each bucket, unless one of them is empty: then from none. One decision per bucket.
+    /// Takes one token from each bucket, or from none if one of them is empty. Returns one decision per
+    /// bucket, in order. Not idempotent: a repeated call takes tokens again.
     async fn take(&self, buckets: &[(String, Quota)]) -> Result<Vec<Decision>, BackendError>;
 
-    /// Reports on a lease and renews it. The buckets of [`Self::take`] are others, also where they have the same name. A
-    /// call that fails may have taken effect.
+    /// Reports and renews a lease. A repeated call gets the answer of the first one. A call that failed may
+    /// have taken effect. The buckets are separate from those of [`Self::take`], even under the same name.
     async fn lease(&self, call: &LeaseCall) -> Result<Grant, BackendError>;
 }

@@ -1,4 +1,7 @@
-//! The nodes of a fleet and their leases.
+//! The port for the membership of a fleet: leases of node ids, adoption of dead nodes, and restoring a
+//! journal that was lost.
+//!
+//! Only `aws` has it, on Redis. `embedded` has one node, whose data directory is locked.
 
 use crate::backend::BackendError;
 use crate::backend::journal::Told;
@@ -6,16 +9,19 @@ use crate::model::{NodeId, ProcessToken, UnixMs};
 use async_trait::async_trait;
 use std::time::Duration;
 
-/// The nodes of a fleet: who lives, and who goes on with the jobs of those that do not.
+/// The leases of the nodes, and the adoption of nodes whose lease has lapsed.
 ///
-/// A lease says when others may look after a node's jobs. It need not keep two from doing so at once: a row
-/// is the same whoever writes it, and a job ends once (see [`Journal::end`]). But it belongs to one process:
-/// two that admit jobs under one id would leave the jobs of the one that dies to nobody, because the other
-/// renews their lease.
+/// While a lease is valid no other node adopts the jobs of its node. The lease is not a fence: two nodes may
+/// end the same jobs, because rows are idempotent and each job is counted once (see
+/// [`Journal::end`](crate::backend::Journal::end)). But a lease belongs to one process. If two processes
+/// admitted jobs under one id, each would renew the lease of the other. The jobs of the one that dies would
+/// never be adopted.
+///
+/// All times are those of the store, so the clocks of nodes need not agree.
 #[async_trait]
 pub trait Membership: Send + Sync {
-    /// Takes the lease of `node` for this process, if it has lapsed or `predecessor` holds it. By the clock
-    /// of the store.
+    /// Takes the lease of `node` for this process, for the duration `lease`. Succeeds if the lease has
+    /// lapsed, or if this process or `predecessor` holds it.
     async fn take(
         &self,
         node: NodeId,
@@ -23,80 +29,83 @@ pub trait Membership: Send + Sync {
         predecessor: Predecessor,
     ) -> Result<Taken, BackendError>;
 
-    /// Renews the lease of `node`, by the clock of the store, unless another process holds it: that one is
-    /// told.
+    /// Renews the lease of `node`, also after it has lapsed. If another process holds it, marks it as
+    /// contested and returns [`Renewal::Lost`].
     async fn renew(&self, node: NodeId, lease: Duration) -> Result<Renewal, BackendError>;
 
-    /// Takes, or renews, the part of the one that looks after the jobs of `dead`. `false`: another node has it.
+    /// Makes `by` the adopter of `dead` for the duration `lease`, or renews that. Returns `false` if another
+    /// node is its adopter.
     async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError>;
 
-    /// Lists `dead` no more, if its journal is empty and its lease has not been renewed. `false`: it is still listed.
+    /// Removes `dead` from the list of nodes, if its journal has no entries and no unposted sums, and its
+    /// lease has lapsed. Returns `false` if it stays listed.
     async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError>;
 
-    /// Lists a node as one whose lease has lapsed, if it is not listed. `false`: it is.
+    /// Adds a node to the list as one whose lease has lapsed. Returns `false`, and changes nothing, if it is
+    /// listed.
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError>;
 
-    /// Whether the journal of `node` holds all that was told; if not, the store has lost its data, and nothing ends
-    /// there until [`Self::retold`].
+    /// Whether the journal of `node` is complete. If not, the store has lost its data, and no job of the node
+    /// ends until [`Self::retold`] succeeds.
     async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError>;
 
-    /// Begins to tell the journal of `node` again what it has lost. `token`: another one each time.
+    /// Begins to restore the journal of `node`. `token` identifies this restore and must be unique.
     async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError>;
 
-    /// Tells the journal of `node` again what it has lost.
+    /// Writes a part of the journal of `node`.
     async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError>;
 
-    /// The journal of `node` has been told all since it was begun under `token`. `false`: the store has lost its data
-    /// again since then, or another node tells it, and it still counts as incomplete.
+    /// Marks the journal of `node` as complete. Returns `false`, and the journal stays incomplete, if the
+    /// store has lost its data since the restore `token` began, or if another restore has begun.
     async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError>;
 }
 
-/// Whose lease may be taken although it has not lapsed.
+/// The process from which a lease may be taken before it lapses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Predecessor {
     Nobody,
-    /// A process that is known to be gone.
+    /// A process that is known to have ended.
     Process(ProcessToken),
-    /// A process without a token: one of an earlier version.
+    /// A process without a token, which runs an earlier version.
     Unnamed,
 }
 
-/// What becomes of a [`Membership::take`].
+/// The outcome of [`Membership::take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
     Yes,
     No(HeldBy),
 }
 
-/// A lease that another process holds.
+/// The holder of a lease that was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldBy {
-    /// `None`: a process without a token, of an earlier version.
+    /// `None`: a process without a token, which runs an earlier version.
     pub process: Option<ProcessToken>,
-    /// When the lease lapses, by the clock of the store; later with each renewal.
+    /// When the lease lapses, by the clock of the store. Each renewal increases it.
     pub until: UnixMs,
-    /// Until then.
+    /// The time until then.
     pub left: Duration,
 }
 
-/// What becomes of a [`Membership::renew`].
+/// The outcome of [`Membership::renew`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Renewal {
     Renewed {
         others: Others,
-        /// Another process has lately tried to renew the lease: it may have jobs in the journal that only it
-        /// knows.
+        /// Another process has tried to renew the lease within the duration of a lease. It may have entered
+        /// jobs in the journal that this process does not know.
         is_contested: bool,
     },
     /// Another process holds the lease.
     Lost,
 }
 
-/// What a node hears of the others when it renews its lease.
+/// The state of the fleet when a lease was renewed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Others {
-    /// Those whose lease has lapsed, a few at a time.
+    /// Nodes whose lease has lapsed; `aws` returns at most 16 of them.
     pub lapsed: Vec<NodeId>,
-    /// Nodes whose lease holds, the one that asks included.
+    /// The number of nodes with a valid lease, this node included.
     pub alive: usize,
 }

@@ -1,65 +1,75 @@
-//! Where workers publish results.
+//! The port for results: workers publish each one, and store a copy for one hour.
+//!
+//! A publication is only a wake-up and may be lost. The stored copy is authoritative, so callers also look it
+//! up. A fleet worker publishes first and stores afterwards; `embedded` stores first. Either way the same
+//! result may arrive more than once.
+//!
+//! `aws` uses Redis: channels `result:<job id>` and keys `job:<job id>`. `embedded` uses a table of its
+//! database and a channel in the process.
 
 use crate::backend::BackendError;
 use crate::model::JobId;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-/// Most ids in one [`Results::stored`].
+/// Maximum number of ids per [`Results::stored`].
 pub const STORED_MAX: usize = 64;
 
-/// What [`Results::next`] tells.
+/// An event of the subscription to results.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ResultEvent {
-    /// A worker published this result for one of the node's jobs.
+    /// A worker published a result of one of this node's jobs.
     Published { id: JobId, payload: Bytes },
-    /// Something was published under the node's prefix that is no job id.
+    /// A publication under the prefix of this node whose channel is not a job id.
     Malformed,
-    /// The subscription stands (again): whatever was published before this may have been missed.
+    /// The subscription is active, at first or again. Earlier publications may have been missed.
     Subscribed,
-    /// What is known of the subscription has changed.
+    /// The state of the subscription has changed.
     Hearing(Hearing),
 }
 
-/// Whether a subscription receives what is published. A backend proves it with beats: messages to itself that
-/// it publishes the way others publish theirs.
+/// The state of a subscription. Whether it receives what others publish is proven by beats: messages of this
+/// process to itself, published in the same way as theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hearing {
-    /// It stands; after missed beats only once a beat has arrived.
+    /// It is active, and beats are published. After missed beats: beats arrive again.
     Proven,
-    /// It stands, and beats are denied: whether it receives anything is not known.
+    /// It is active, but beats are denied, so it is not known whether it receives anything.
     Unproven,
-    /// Its connection broke, or cannot be made.
+    /// Its connection broke, or could not be established. It reconnects.
     Broken,
-    /// Its connection stands, and beats did not arrive: it is made again.
+    /// Its connection is up, but beats did not arrive. It reconnects.
     Missed,
 }
 
 impl Hearing {
-    /// Whether the subscription may be relied on.
+    /// Whether the subscription counts as receiving. `Unproven` does, because beats are optional.
     pub fn is_heard(self) -> bool {
         matches!(self, Self::Proven | Self::Unproven)
     }
 }
 
-/// Where workers leave their results.
+/// The published and the stored results of workers.
 #[async_trait]
 pub trait Results: Send + Sync {
-    /// The next event for this node. Reconnects by itself and never ends; one caller at a time.
+    /// Returns the next event for this node. Reconnects by itself and never ends. It must be called by one
+    /// task at a time, without long pauses, because publications accumulate in memory.
     async fn next(&self) -> ResultEvent;
 
-    /// The stored result of each job, in order; at most [`STORED_MAX`] ids.
+    /// Reads the stored results of at most [`STORED_MAX`] jobs. Returns one entry per id, in order. `None`:
+    /// no result is stored.
     async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError>;
 
-    /// The result stored under an id that is not of our kind (an old controller's job).
+    /// Reads the stored result of a job of the old controller, whose id is not a [`JobId`].
     async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError>;
 
-    /// Waits for the result of another node's job. Dropping the future ends the subscription.
+    /// Waits for the result of a job of another node, without a time limit. Dropping the future ends the
+    /// wait.
     async fn wait_for(&self, id: JobId) -> Result<Bytes, BackendError>;
 
-    /// What keeps the results, as `/health` names it.
+    /// The name of the store in `/health`: `redis` or `database`.
     fn store_name(&self) -> &'static str;
 
-    /// Health check.
+    /// Health check: reaches the store.
     async fn ping(&self) -> Result<(), BackendError>;
 }

@@ -1,4 +1,8 @@
-//! The registry of workers.
+//! The port for the registry of workers: the last heartbeat of each, the same on every node.
+//!
+//! The registry does not schedule jobs, because workers take them from the queue. It only reports, so losing
+//! it is harmless: workers send the next heartbeat within seconds. `aws` keeps it in Redis, `embedded` in
+//! memory.
 
 use crate::backend::BackendError;
 use crate::model::UnixMs;
@@ -6,33 +10,34 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use std::time::Duration;
 
-/// How long a worker that says nothing more is known.
+/// How long a worker is listed after its last heartbeat.
 pub const WORKER_FORGOTTEN: Duration = Duration::from_secs(300);
 
-/// Most workers that are known at a time.
+/// Maximum number of listed workers.
 pub const WORKERS_MAX: usize = 1000;
 
-/// What a worker last said of itself.
+/// The last heartbeat of a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerSeen {
-    /// The JSON object it was put with.
+    /// The JSON object of the heartbeat.
     pub state: Bytes,
-    /// How long ago, by the clock of the store.
+    /// The age of the heartbeat, by the clock of the store.
     pub age: Duration,
-    /// When, by a clock that all nodes share.
+    /// The time of the heartbeat, by the clock of the store, which all nodes share.
     pub at: UnixMs,
 }
 
-/// The workers that report, as all nodes see them.
+/// The workers that send heartbeats.
 #[async_trait]
 pub trait WorkerRegistry: Send + Sync {
-    /// Keeps what a worker says of itself until it says something else or is forgotten. `false`: there are
-    /// [`WORKERS_MAX`] others.
+    /// Stores the heartbeat of a worker, a JSON object. It replaces the previous one. Returns `false`, and
+    /// stores nothing, if [`WORKERS_MAX`] other workers are listed.
     async fn put(&self, worker_id: &str, state: &str) -> Result<bool, BackendError>;
 
-    /// Those heard of within [`WORKER_FORGOTTEN`], by id.
+    /// The workers whose last heartbeat is at most [`WORKER_FORGOTTEN`] old, sorted by id.
     async fn all(&self) -> Result<Vec<WorkerSeen>, BackendError>;
 
-    /// What a lone worker that does not report says of the system.
+    /// The system status, a JSON object, that a worker without heartbeats has written. In `embedded` that is
+    /// the local worker.
     async fn lone_status(&self) -> Result<Option<Bytes>, BackendError>;
 }

@@ -157,7 +157,7 @@ mod tests {
         let mut texts = ConfTexts::none();
         for (part, text) in parts {
             let text = (*text).to_owned();
-            let pem = super::super::texts::CertificateText {
+            let pem = super::super::files::CertificateText {
                 certificate: text.clone(),
                 key: super::super::Secret::new(text.clone()),
             };

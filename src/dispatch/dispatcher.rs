@@ -97,6 +97,11 @@ impl PendingJob {
 }
 
 impl Dispatcher {
+    #[cfg(test)]
+    pub fn settler(&self) -> &Settler {
+        &self.0.settler
+    }
+
     pub fn new(parts: DispatcherParts) -> Self {
         Self(Arc::new(parts))
     }

@@ -1,4 +1,7 @@
-//! Jobs that ended as LOST, remembered for late results.
+//! Remembers jobs that ended as LOST, so that a late result replaces their row.
+//!
+//! Bounded like the list in the journal: at most [`GIVEN_UP_MAX`] jobs, for [`GIVEN_UP_KEPT`] each. When it
+//! is full, further jobs are not remembered, and their late results are ignored.
 
 use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX};
 use crate::model::{FunctionId, JobId};
@@ -8,17 +11,18 @@ use dashmap::mapref::entry::Entry as MapEntry;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::time::Instant;
 
-/// Jobs that were given up, for the results that come late; bounded like the store's own list of them.
+/// The lost jobs of this node.
 pub struct GivenUpJobs {
     pub jobs: DashMap<JobId, GivenUp, RandomState>,
-    /// Beside the map, as nearly always there are none and every job asks.
+    /// The length of the map, which every job reads. It is nearly always 0, and then no shard is locked.
     pub len: AtomicUsize,
 }
 
+/// A lost job.
 pub struct GivenUp {
     pub function: FunctionId,
     pub since: Instant,
-    /// A late result was taken; its row is not queued yet.
+    /// A late result has arrived, and its row is not queued yet.
     pub settled: bool,
 }
 
@@ -39,7 +43,7 @@ impl GivenUpJobs {
         }
     }
 
-    /// Takes the first late result of a job.
+    /// Accepts the first late result of a job. `None`: the job is not remembered, or has one already.
     pub fn settle(&self, id: JobId) -> Option<FunctionId> {
         if self.len.load(Ordering::Relaxed) == 0 {
             return None;
@@ -55,7 +59,7 @@ impl GivenUpJobs {
         }
     }
 
-    /// Whether it is there; one of long ago is forgotten.
+    /// Whether a late result of the job is still accepted. An expired job is removed.
     pub fn contains(&self, id: JobId) -> bool {
         if self.len.load(Ordering::Relaxed) == 0 {
             return false;

@@ -1,10 +1,10 @@
-//! The table of accepted jobs, and of those who wait for them.
+//! The table of accepted jobs, and of the requests that wait for their results.
 //!
-//! Every accepted job stays here until its row is written. A waiter is registered *before* the job is sent: a
-//! fast worker may publish before the send returns. Its guard frees the oneshot on drop (answered, timed out,
-//! client gone); the job stays.
+//! Every accepted job stays in the table until its row is written. A waiter is registered *before* the job is
+//! sent, because a fast worker may publish the result before the send returns. Dropping a [`Waiter`]
+//! unregisters it, whether it was answered, timed out or its client has left. The job stays.
 //!
-//! DashMap guards are taken and dropped within one statement or block and never held over an await.
+//! A DashMap guard locks a shard, so none is held across an await.
 
 use super::caps::Slot;
 use crate::audit::Kept;
@@ -22,41 +22,43 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
-/// Most clients that may wait for one job; one more is told to poll.
+/// Maximum number of waiters per job. A further client must poll.
 pub const WAITERS_PER_JOB_MAX: usize = 16;
 
-/// Parts of a table. While one grows all of its entries move, and its users wait: so it holds a few thousand at most.
+/// Number of shards of a table. A shard that grows moves all its entries and blocks its users meanwhile, so
+/// each must stay small: a few thousand entries.
 pub const SHARDS: usize = 256;
-/// Tries to count jobs while none comes or goes.
+/// Maximum number of attempts to count the jobs at a moment when none enters or leaves.
 const RECKONINGS_MAX: usize = 32;
 
 /// The table has no room for another job.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Full;
 
-/// One accepted job. 64 bytes with its key, as a queue may hold a million.
+/// One accepted job. It takes 64 bytes with its key, because a million jobs may be in flight.
 struct Entry {
     function: FunctionId,
     deadline: UnixMs,
-    /// What few jobs have.
+    /// Boxed, because few jobs have it.
     more: Option<Box<More>>,
     waiters: Vec<oneshot::Sender<Outcome>>,
-    /// A result was taken; its row is on the way.
+    /// A result has arrived, and its row is not written yet.
     settled: bool,
-    /// Nobody can know whether the queue has the job: its send was not answered, or its process ended.
+    /// It is not known whether the queue received the job, because its send was not answered or its process
+    /// ended.
     unconfirmed: bool,
-    /// This process sends the job again. Meanwhile the entry is not given back to another node.
+    /// This process is sending the job again. Until that is done, the entry is not returned to another node.
     resending: bool,
 }
 
+/// The parts of an entry that few jobs have.
 #[derive(Default)]
 struct More {
     idempotency_key: Option<IdempotencyKey>,
-    /// Its places among the jobs of its function and of its key, if they have caps.
     held: Held,
 }
 
-/// Places that a job holds.
+/// The slots that a job holds under the caps of its function and its API key.
 pub type Held = SmallVec<[Slot; 2]>;
 
 impl Entry {
@@ -80,7 +82,7 @@ impl Entry {
         self.more.as_ref().and_then(|more| more.idempotency_key)
     }
 
-    /// What is to be kept with the key of the request, if it has one.
+    /// The result to be stored with the idempotency key, if the job has one and the result is not too large.
     fn kept(&self, outcome: &Outcome) -> Option<Box<Kept>> {
         let result = outcome.published();
         let key = self.idempotency_key().filter(|_| result.len() <= KEPT_BYTES_MAX)?;
@@ -88,38 +90,39 @@ impl Entry {
     }
 }
 
-/// What [`InFlight::join`] found.
+/// The outcome of [`InFlight::join`].
 pub enum Joined {
     /// The result is known.
     Settled(Outcome),
-    /// The job runs; the waiter hears of its result.
+    /// The job is in flight. The waiter receives its result.
     Pending(Waiter),
-    /// The job runs, but too many wait for it already.
+    /// The job is in flight and has [`WAITERS_PER_JOB_MAX`] waiters.
     Crowded,
-    /// No such job on this node.
+    /// The job is not on this node.
     Unknown,
 }
 
-/// See [`InFlight::enter_again`].
+/// The outcome of [`InFlight::enter_again`].
 pub struct EnteredAgain {
     /// The job was not in the table.
     pub is_new: bool,
     pub waiter: Option<Waiter>,
 }
 
-/// What [`InFlight::settle`] did.
+/// The outcome of [`InFlight::settle`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Settled {
-    /// First result of the job: a row is due.
+    /// The first result of the job. The caller must record a row.
     First(FunctionId, Option<Box<Kept>>),
-    /// First result of a job that was given up: its row is to be replaced.
+    /// The first result of a job that ended as LOST. The caller must replace its row.
     Late(FunctionId),
-    /// A result was taken before.
+    /// The job has a result already.
     Repeated,
-    /// The job is not of this node, or its row is written already.
+    /// The job is not on this node, or its row is written.
     UnknownJob,
 }
 
+/// The table of accepted jobs. Also holds recent results and lost jobs.
 pub struct InFlight {
     jobs: DashMap<JobId, Entry, RandomState>,
     len: AtomicUsize,
@@ -130,6 +133,8 @@ pub struct InFlight {
 }
 
 impl InFlight {
+    /// `jobs_max`: maximum number of jobs, restored ones excepted. `settled_bytes_max`: memory for recent
+    /// results, in bytes.
     pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         let jobs = DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS);
         let given_up =
@@ -144,20 +149,20 @@ impl InFlight {
         }
     }
 
-    /// Enters a job nobody waits for.
+    /// Adds a job without a waiter.
     pub fn enter(&self, job: &Job, held: Held) -> Result<(), Full> {
         self.insert(job, held, Vec::new())
     }
 
-    /// Enters a job together with one who waits for it.
+    /// Adds a job together with a waiter for it.
     pub fn enter_waiting(self: &Arc<Self>, job: &Job, held: Held) -> Result<Waiter, Full> {
         let (sender, receiver) = oneshot::channel();
         self.insert(job, held, vec![sender])?;
         Ok(self.waiter(job.id, receiver))
     }
 
-    /// Enters a job of an earlier life of this node, or of another one that is gone. There is always room: it was
-    /// accepted before. `false`: it is there already.
+    /// Adds a job of an earlier process of this node, or of an adopted node. It was accepted before, so it
+    /// may exceed the maximum. Returns `false` if the table has the job.
     pub fn restore(&self, entry: &JournalEntry) -> bool {
         match self.jobs.entry(entry.id) {
             MapEntry::Occupied(_) => return false,
@@ -165,7 +170,7 @@ impl InFlight {
                 let JournalEntry { function, deadline, idempotency_key, .. } = entry.clone();
                 let key = idempotency_key.map(|key| *key);
                 let mut restored = Entry::new(function, deadline, key, Held::new(), Vec::new());
-                // The journal does not say whether the queue confirmed it: that would cost a command a job.
+                // The journal does not record confirmations: that would cost one Redis command per job.
                 restored.unconfirmed = true;
                 place.insert(restored);
             }
@@ -180,8 +185,8 @@ impl InFlight {
         self.metrics.jobs.in_flight.set(self.len());
     }
 
-    /// Enters a job that is to be sent again, together with one who waits for it if `waits`. The job may be here
-    /// already, and may belong to another node. It holds no place under a cap: it was admitted before.
+    /// Adds a job that is sent again, with a waiter if `waits`. The table may have the job already, and the
+    /// job may belong to another node. It takes no slot under a cap, because it was admitted before.
     pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<EnteredAgain, Full> {
         let (sender, receiver) = oneshot::channel();
         let waiters = if waits { vec![sender] } else { Vec::new() };
@@ -189,7 +194,7 @@ impl InFlight {
             MapEntry::Occupied(mut place) => {
                 let entry = place.get_mut();
                 entry.resending = true;
-                // A waiter that finds no place hears at once that there is none: its sender is dropped.
+                // Without room the sender is dropped, so the waiter gets `None` immediately.
                 let room = WAITERS_PER_JOB_MAX.saturating_sub(entry.waiters.len());
                 entry.waiters.extend(waiters.into_iter().take(if entry.settled { 0 } else { room }));
                 false
@@ -208,14 +213,15 @@ impl InFlight {
         Ok(EnteredAgain { is_new, waiter: waits.then(|| self.waiter(job.id, receiver)) })
     }
 
-    /// Notes what became of the send of a job: it was confirmed, or nobody can know.
+    /// Records the outcome of a send: the queue has confirmed the job, or it is not known whether it received
+    /// it.
     pub fn note_send(&self, id: JobId, is_confirmed: bool) {
         if let Some(mut entry) = self.jobs.get_mut(&id) {
             (entry.unconfirmed, entry.resending) = (!is_confirmed, false);
         }
     }
 
-    /// What is known of a job whose send failed or was not answered.
+    /// The state of a job whose send is about to be attempted or has failed.
     pub fn fate(&self, id: JobId) -> Fate {
         if self.awaited(id).is_some() {
             Fate::Awaited
@@ -226,12 +232,12 @@ impl InFlight {
         }
     }
 
-    /// Whether nobody can know if the queue has the job. `None`: the job is not here.
+    /// Whether it is not known if the queue received the job. `None`: the job is not in the table.
     pub fn is_unconfirmed(&self, id: JobId) -> Option<bool> {
         self.jobs.get(&id).map(|entry| entry.unconfirmed && !entry.settled)
     }
 
-    /// The jobs of a node, as its journal holds them.
+    /// The jobs of a node, as entries of its journal.
     pub fn of_node(&self, node: NodeId) -> Vec<JournalEntry> {
         let jobs = self.jobs.iter().filter(|entry| entry.key().node() == node);
         let entry = |id, of: &Entry| JournalEntry {
@@ -243,8 +249,9 @@ impl InFlight {
         jobs.map(|job| entry(*job.key(), job.value())).collect()
     }
 
-    /// Leaves jobs to the node that they are of, but for those whose result is taken or that are sent again here. Gives
-    /// those that somebody waits for here: they are to be given back later, as their node may withdraw them.
+    /// Removes adopted jobs, because their node is back. Settled jobs and jobs that are being sent again
+    /// stay. Returns the jobs that have waiters here. The caller must try again later, because their node
+    /// tracks them now.
     pub fn give_back(&self, jobs: impl IntoIterator<Item = JobId>) -> Vec<JobId> {
         let mut waited_for = Vec::new();
         for id in jobs {
@@ -269,7 +276,7 @@ impl InFlight {
         self.jobs.iter().map(|job| *job.key()).filter(|id| id.node() == node).collect()
     }
 
-    /// Jobs that may still enter.
+    /// How many more jobs may enter.
     pub fn room(&self) -> usize {
         self.jobs_max.saturating_sub(self.len.load(Ordering::Relaxed))
     }
@@ -280,7 +287,7 @@ impl InFlight {
             return Err(Full);
         }
         if self.jobs.insert(job.id, Entry::of(job, held, waiters)).is_some() {
-            self.len.fetch_sub(1, Ordering::Relaxed); // the same job again: it was counted before
+            self.len.fetch_sub(1, Ordering::Relaxed); // the job was in the table, and counted, before
         } else {
             self.metrics.jobs.accepted.inc();
         }
@@ -288,9 +295,10 @@ impl InFlight {
         Ok(())
     }
 
-    /// Waits for a job that was entered before.
+    /// Registers a waiter for a job that is in the table, or returns its recent result.
     pub fn join(self: &Arc<Self>, id: JobId) -> Joined {
-        // Settled results first: a job that settles between the two looks is then found by the second.
+        // A job may settle, and even leave the table, between two look-ups. So the recent results are read
+        // both before and after the table.
         if let Some(outcome) = self.recent.get(id) {
             return Joined::Settled(outcome);
         }
@@ -314,7 +322,8 @@ impl InFlight {
         Waiter { id, receiver: Some(receiver), table: Arc::clone(self) }
     }
 
-    /// Takes a result: answers those who wait, and says whether a row is due.
+    /// Accepts a result: stores it for `/status`, sends it to the waiters, and returns whether a row must be
+    /// written.
     pub fn settle(&self, id: JobId, outcome: Outcome) -> Settled {
         let (function, kept, told) = match self.jobs.get_mut(&id) {
             None => return self.settle_late(id, outcome).unwrap_or(Settled::UnknownJob),
@@ -325,13 +334,13 @@ impl InFlight {
             Some(mut entry) => {
                 let waiters = std::mem::take(&mut entry.waiters);
                 let kept = entry.kept(&outcome);
-                // The worker is done with it, though its row is not written yet.
+                // The worker has finished, so the slots are free although the row is not written yet.
                 if let Some(more) = &mut entry.more {
                     more.held.clear();
                 }
-                // The first copy of a buffer is an allocation, and mostly nobody waits.
+                // Cloned only if there are waiters, because the first clone of a buffer allocates.
                 let told = (!waiters.is_empty()).then(|| outcome.clone());
-                // Kept before anyone is told, so that a `/status` right after an answer finds it.
+                // Before the waiters are answered, so that a `/status` after the response finds the result.
                 self.recent.keep(id, outcome);
                 entry.settled = true;
                 (entry.function.clone(), kept, told.map(|outcome| (outcome, waiters)))
@@ -339,7 +348,7 @@ impl InFlight {
         };
         if let Some((outcome, waiters)) = told {
             for waiter in waiters {
-                // A receiver that is gone is a client that is gone.
+                // An error means that the client has left.
                 let _ = waiter.send(outcome.clone());
             }
         }
@@ -352,40 +361,40 @@ impl InFlight {
         Some(Settled::Late(function))
     }
 
-    /// Remembers a job that was given up.
+    /// Remembers a job that ended as LOST, for a late result.
     pub fn remember(&self, id: JobId, function: FunctionId) {
         self.given_up.insert(id, function);
     }
 
-    /// The row of a late result is queued (or that of the job as lost is not): the job is remembered no more.
+    /// Forgets a lost job: the row of its late result is queued, or its LOST row could not be queued.
     pub fn forget(&self, id: JobId) {
         self.given_up.remove(id);
     }
 
-    /// Undoes the taking of a late result whose row found no room.
+    /// Undoes [`Self::settle`] for a late result whose row could not be queued.
     pub fn unsettle_late(&self, id: JobId) {
         self.given_up.unsettle(id);
     }
 
-    /// Whether a result of a job that was given up may still come.
+    /// Whether the job ended as LOST and a late result is still accepted.
     pub fn is_remembered(&self, id: JobId) -> bool {
         self.given_up.contains(id)
     }
 
-    /// The jobs of a node that were given up.
+    /// The lost jobs of a node that are remembered.
     pub fn given_up_of(&self, node: NodeId) -> Vec<(JobId, FunctionId)> {
         let jobs = self.given_up.jobs.iter().filter(|job| job.key().node() == node);
         jobs.map(|job| (*job.key(), job.function.clone())).collect()
     }
 
-    /// Undoes the taking of a result whose row found no room: a later look-up takes it again.
+    /// Undoes [`Self::settle`] for a result whose row could not be queued. A later look-up settles it again.
     pub fn unsettle(&self, id: JobId) {
         if let Some(mut entry) = self.jobs.get_mut(&id) {
             entry.settled = false;
         }
     }
 
-    /// Removes a job whose row is written, or that is certainly not on the queue.
+    /// Removes a job whose row is written, or that is certainly not on the queue. Its waiters get `None`.
     pub fn remove(&self, id: JobId) {
         if self.jobs.remove(&id).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed);
@@ -394,40 +403,40 @@ impl InFlight {
         }
     }
 
-    /// If the job waits for a result: its deadline and whether somebody waits for it.
+    /// The state of a job without a result. `None`: it has one, or is not in the table.
     pub fn awaited(&self, id: JobId) -> Option<Awaited> {
         let entry = self.jobs.get(&id).filter(|entry| !entry.settled)?;
         Some(Awaited { deadline: entry.deadline, waited_for: !entry.waiters.is_empty() })
     }
 
-    /// Whether the row of the job is still to be written.
+    /// Whether the job is in the table, with or without a result.
     pub fn contains(&self, id: JobId) -> bool {
         self.jobs.contains_key(&id)
     }
 
-    /// The jobs that wait for a result.
+    /// The jobs without a result.
     pub fn unsettled(&self) -> Vec<JobId> {
         self.jobs.iter().filter(|entry| !entry.settled).map(|entry| *entry.key()).collect()
     }
 
-    /// Forgets settled results that are old enough; called from time to time.
+    /// Evicts expired results. Must be called at intervals.
     pub fn forget_old(&self) {
         self.recent.prune(Instant::now());
     }
 
-    /// Forgets a settled result that the worker's own store has.
+    /// Evicts a result that the worker has stored.
     pub fn forget_settled(&self, id: JobId) {
         self.recent.outcomes.remove(&id);
     }
 
-    /// Reckons whether every accepted job has finished or is in the table, for the metric of it.
+    /// Checks that every accepted job has finished or is in the table, and sets the metric for it.
     pub fn reckon(&self) {
         let counts = || (self.metrics.jobs.accepted.get(), self.metrics.jobs.finished.get());
         let mut unaccounted = 0;
         for _ in 0..RECKONINGS_MAX {
             let before = counts();
             let len = self.jobs.len() as u64;
-            // Jobs that came or went meanwhile stand on one side only.
+            // A job that entered or left in between may be in one of the numbers only.
             if counts() != before {
                 continue;
             }
@@ -439,7 +448,7 @@ impl InFlight {
         self.metrics.jobs.unaccounted.set(unaccounted);
     }
 
-    /// `DashMap::len` locks every shard; the counter beside it does not.
+    /// The number of jobs. `DashMap::len` would lock every shard.
     fn len(&self) -> i64 {
         i64::try_from(self.len.load(Ordering::Relaxed)).unwrap_or(i64::MAX)
     }
@@ -451,34 +460,36 @@ impl InFlight {
     }
 }
 
-/// See [`InFlight::awaited`].
+/// The state of a job without a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Awaited {
     pub deadline: UnixMs,
+    /// The job has a waiter.
     pub waited_for: bool,
 }
 
-/// See [`InFlight::fate`].
+/// The outcome of [`InFlight::fate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
+    /// The job has no result yet.
     Awaited,
-    /// It has a result, which proves that the queue had the job.
+    /// The job has a result, which proves that the queue received it.
     HasResult,
-    /// Its deadline has passed without a result, which says nothing of the queue.
+    /// The job ended as LOST, which does not prove whether the queue received it.
     Lost,
 }
 
-/// One who waits for a result. Dropping it frees its place.
+/// A registered wait for a result. Dropping it unregisters it.
 pub struct Waiter {
     id: JobId,
-    /// `None`: it has been heard, or nothing will be.
+    /// `None` after [`Self::outcome`] has returned.
     receiver: Option<oneshot::Receiver<Outcome>>,
     table: Arc<InFlight>,
 }
 
 impl Waiter {
-    /// The result. `None`: the job was given up (it never reached the queue), or this waiter found no place. May be
-    /// called again after having been cancelled, and after a `None`.
+    /// Waits for the result. Returns `None` if the job was removed because it never reached the queue, or if
+    /// the job had too many waiters. Cancel safe; may be called again after `None`.
     pub async fn outcome(&mut self) -> Option<Outcome> {
         let outcome = self.receiver.as_mut()?.await.ok();
         self.receiver = None;
@@ -522,7 +533,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_waiter_hears_the_first_result() {
+    async fn a_waiter_receives_the_first_result() {
         let table = table(10, 1000);
         let mut waiter = table.enter_waiting(&job(1), Held::new()).unwrap();
         assert_eq!(table.settle(job(1).id, outcome("a")), Settled::First(job(1).function, None));
@@ -533,9 +544,9 @@ mod tests {
         assert_eq!(again, outcome("a"));
     }
 
-    /// As a request does that first waits for the queue and then for the result.
+    /// A request calls `outcome` while it waits for the queue, and again afterwards.
     #[tokio::test]
-    async fn a_waiter_without_a_place_may_ask_twice() {
+    async fn a_waiter_without_room_may_be_polled_twice() {
         let table = table(10, 1000);
         table.enter(&job(1), Held::new()).unwrap();
         let _others: Vec<Joined> = (0..WAITERS_PER_JOB_MAX).map(|_| table.join(job(1).id)).collect();
@@ -558,15 +569,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_job_that_was_lost_takes_one_late_result() {
+    async fn a_lost_job_accepts_one_late_result() {
         let table = table(10, 1000);
         table.enter(&job(1), Held::new()).unwrap();
         assert!(matches!(table.settle(job(1).id, outcome("lost")), Settled::First(..)));
         table.remember(job(1).id, job(1).function);
-        // Its row may be on the way still, or be written.
+        // Its LOST row may be queued or written.
         assert_eq!(table.settle(job(1).id, outcome("a")), Settled::Late(job(1).function));
         assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
-        // Its row found no room.
+        // The row of the late result could not be queued.
         table.unsettle_late(job(1).id);
         table.remove(job(1).id);
         assert!(table.is_remembered(job(1).id));
@@ -577,7 +588,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_job_given_up_wakes_its_waiter() {
+    async fn a_removed_job_wakes_its_waiter() {
         let table = table(10, 1000);
         let mut waiter = table.enter_waiting(&job(1), Held::new()).unwrap();
         table.remove(job(1).id);
@@ -614,7 +625,7 @@ mod tests {
             table.settle(job(n).id, outcome("12345"));
             table.remove(job(n).id);
         }
-        assert!(matches!(table.join(job(1).id), Joined::Unknown), "the oldest made room");
+        assert!(matches!(table.join(job(1).id), Joined::Unknown), "the oldest is evicted");
         assert!(matches!(table.join(job(2).id), Joined::Settled(_)));
         tokio::time::advance(SETTLED_KEPT).await;
         table.forget_old();

@@ -1,4 +1,7 @@
-//! Settled results, kept for a moment.
+//! Keeps recent results in memory for `/status`.
+//!
+//! A worker stores its copy of a result slightly after it publishes it. In between, only this node has the
+//! result. Without it a `/status` request could find neither a job in flight nor a stored result.
 
 use crate::dispatch::in_flight::SHARDS;
 use crate::model::{JobId, Outcome};
@@ -9,17 +12,17 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a settled result is kept for `/status`: the worker stores its own copy a moment after publishing.
+/// How long a result is kept. The worker stores its copy well within this time.
 pub const SETTLED_KEPT: Duration = Duration::from_secs(60);
 
-/// What a settled result takes beside its text: its place in table and queue, and what was read of it.
+/// The overhead of one result in bytes, in addition to its text: its entries in the map and the queue.
 pub const SETTLED_BYTES: usize = 256;
 
-/// Most places for settled results that are set apart at the start.
+/// Maximum initial capacity of the queue, in results.
 pub const QUEUED_AT_FIRST_MAX: usize = 1 << 20;
 
-/// Settled results, for `/status` in the moment before the worker has stored its copy. Bounded in time and in
-/// bytes: when full, the oldest go first, and `/status` says pending until the stored copy is there.
+/// The recent results, bounded in time and in bytes. When it is full the oldest are evicted, and `/status`
+/// then answers `pending` until the worker has stored its copy.
 pub struct Recent {
     pub outcomes: DashMap<JobId, Outcome, RandomState>,
     pub order: Mutex<Order>,
@@ -33,7 +36,7 @@ pub struct Order {
 
 impl Recent {
     pub fn new(bytes_max: usize) -> Self {
-        // All the room it may need: the kernel gives memory once it is used, and to grow would mean to copy all.
+        // Allocated at once, because growing copies all entries. The kernel provides a page on first use.
         let queue = VecDeque::with_capacity((bytes_max / SETTLED_BYTES).min(QUEUED_AT_FIRST_MAX));
         Self {
             outcomes: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
@@ -75,7 +78,7 @@ impl Recent {
     }
 
     pub fn order(&self) -> std::sync::MutexGuard<'_, Order> {
-        // Nothing panics while the lock is held; if something did, the queue would still be whole.
+        // Nothing panics while the lock is held. Even after a panic the queue would be valid.
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -5,6 +5,7 @@ use crate::audit;
 use crate::backend::BackendError;
 use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results, embedded};
 use crate::config::Conf;
+use crate::fleet::Adopter;
 use crate::model::FunctionId;
 use crate::model::Job;
 use crate::model::JobId;
@@ -23,6 +24,7 @@ struct House {
     dispatcher: Dispatcher,
     backend: Backend,
     node: NodeId,
+    metrics: Arc<Metrics>,
     _loops: JoinSet<()>,
     _dir: tempfile::TempDir,
 }
@@ -53,28 +55,38 @@ impl House {
         change_backend(&mut backend);
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let (audit, books) = audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&metrics));
-        let (dispatcher, mut loops) = new(Parts {
+        let lease = NodeLease::of_fleet(false);
+        let (dispatcher, loops) = new(Parts {
             node,
             memory: &conf.memory,
-            fleet: &conf.fleet,
             dead_letter: &conf.dead_letter,
             batch: Live::new(conf.batch),
             overload: Live::new(conf.overload),
             backend: &backend,
             audit,
-            ledger: Arc::clone(&books.ledger),
-            metrics,
+            lease: Arc::clone(&lease),
+            metrics: Arc::clone(&metrics),
         });
         let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();
         backend.journal.enter(&left).await.unwrap();
-        assert_eq!(loops.members.begin().await, Ok(before.len()));
+        let ledger = Arc::clone(&books.ledger);
+        let mut adopter = Adopter::new(
+            node,
+            &conf.fleet,
+            None,
+            lease,
+            loops.node_jobs.clone(),
+            ledger,
+            Arc::clone(&metrics),
+        );
+        assert_eq!(adopter.begin().await, Ok(before.len()));
         let mut running = JoinSet::new();
         running.spawn(loops.batches.run(std::future::pending()));
         running.spawn(loops.pump.run());
         running.spawn(loops.lookups.run());
         running.spawn(books.flusher.run(loops.rows, std::future::pending()));
         running.spawn(books.ledger.run(std::future::pending()));
-        Self { dispatcher, backend, node, _loops: running, _dir: dir }
+        Self { dispatcher, backend, node, metrics, _loops: running, _dir: dir }
     }
 
     async fn row_status(&self, id: JobId) -> String {
@@ -128,7 +140,7 @@ async fn a_result_answers_the_waiter_and_becomes_one_row() {
     let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
     submitted.sent.await.unwrap().unwrap();
     for published in [r#"{"status":"SUCCESS"}"#, r#"{"status":"FAILED"}"#] {
-        house.dispatcher.0.settler.settle(id, outcome(published));
+        house.dispatcher.settler().settle(id, outcome(published));
     }
     assert_eq!(submitted.waiter.outcome().await, Some(outcome(r#"{"status":"SUCCESS"}"#)));
     assert_eq!(house.row_status(id).await, "SUCCESS");
@@ -213,7 +225,7 @@ async fn no_job_is_lost_because_its_result_could_not_be_asked_for() {
     let before = flaky.refused.load(Ordering::Relaxed);
     // The second look-up is planned only if the first, unanswered, has not ended the job.
     eventually(async || (flaky.refused.load(Ordering::Relaxed) >= before + 2).then_some(())).await;
-    assert!(house.dispatcher.0.settler.in_flight.awaited(id).is_some());
+    assert!(house.dispatcher.is_in_flight(id));
     flaky.away.store(false, Ordering::Relaxed);
     assert_eq!(house.row_status(id).await, "LOST");
 }
@@ -229,7 +241,7 @@ async fn a_restarted_node_goes_on_with_its_jobs() {
         house.dispatcher.state(open).await,
         Ok(JobState::Pending(Pending { place: Some(_), .. }))
     ));
-    house.dispatcher.0.settler.settle(open, outcome(r#"{"exitCode":0}"#));
+    house.dispatcher.settler().settle(open, outcome(r#"{"exitCode":0}"#));
     assert_eq!(house.row_status(open).await, "SUCCESS");
 }
 
@@ -254,11 +266,11 @@ async fn a_row_without_room_is_taken_up_again_later() {
     let id = job.id;
     let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
     submitted.sent.await.unwrap().unwrap();
-    let settler = &house.dispatcher.0.settler;
+    let settler = house.dispatcher.settler();
     settler.settle(id, outcome("{}"));
     assert_eq!(submitted.waiter.outcome().await, Some(outcome("{}")), "the client does not wait for the row");
-    assert!(settler.in_flight.awaited(id).is_some(), "but the job is not forgotten");
-    assert_eq!(settler.metrics.results.with_label_values(&["deferred"]).get(), 1);
+    assert!(house.dispatcher.is_in_flight(id), "but the job is not forgotten");
+    assert_eq!(house.metrics.results.with_label_values(&["deferred"]).get(), 1);
 }
 
 #[tokio::test]

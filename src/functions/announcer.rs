@@ -1,9 +1,10 @@
-//! The changes that nodes tell each other of.
+//! Announces changes of functions to the other nodes.
 //!
-//! A change is announced before it is answered, so it is in force on the other nodes a moment later. What cannot be
-//! announced is kept and tried again: others may hear each other while this node does not reach them, and would use what
-//! they know until the backstop. A write that was not answered is announced once more when it can no longer take effect:
-//! whoever read after the first announcement may have read too early.
+//! A change is announced before its request is answered, so other nodes apply it shortly afterwards. A failed
+//! announcement is retried until it succeeds. Otherwise other nodes, whose own subscriptions work, would use
+//! their cached function for up to `cache.function_backstop_s`. A write without an answer is announced twice:
+//! now, and when it can no longer take effect. A node that read after the first announcement may have read
+//! too early.
 
 use crate::backend::{ChangeEvent, ChangeFeed};
 use crate::model::FunctionId;
@@ -13,25 +14,28 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Changes that wait to be announced. Full: one announcement that everything may have changed takes their place.
+/// Maximum number of changes that wait to be announced. When it is reached, one announcement of [`ALL`]
+/// replaces them.
 const UNTOLD_MAX: usize = 1_000;
-/// Longest a write may still take effect after it was given up.
+/// Maximum time after which an abandoned write may still take effect.
 const LATE_WRITE_MAX: Duration = Duration::from_secs(10);
-/// Writes that were not answered. Full: they become one, of which nobody knows what it writes.
+/// Maximum number of unanswered writes. When it is reached, one entry that stands for all functions replaces
+/// them.
 const DOUBTFUL_MAX: usize = 1_000;
-/// Announces that any function may have changed; no id has such a character.
+/// The announcement that any function may have changed. It is not a valid function id.
 const ALL: &str = "*";
 
-/// Tells other nodes. Cheap to clone.
+/// Announces changes. Cheap to clone.
 #[derive(Clone)]
 pub struct Announcer(Arc<Inner>);
 
 struct Inner {
     /// `None`: there are no other nodes.
     feed: Option<Arc<dyn ChangeFeed>>,
+    /// The announcements that have failed.
     untold: Mutex<BTreeSet<String>>,
-    /// What the writes that were not answered change (`None`: anything), and from when on it is certain whether they
-    /// did; in that order.
+    /// The functions of unanswered writes (`None`: any function), and the time after which the write can no
+    /// longer take effect. In the order of that time.
     doubtful: Mutex<VecDeque<(Instant, Option<FunctionId>)>>,
 }
 
@@ -44,7 +48,7 @@ impl Announcer {
         self.0.feed.is_none()
     }
 
-    /// Tells the other nodes that a function has changed, now or as soon as they can be told.
+    /// Announces that a function has changed. If that fails, the announcement is retried in the background.
     pub async fn announce(&self, id: &FunctionId) {
         self.announce_text(id.as_str()).await;
     }
@@ -68,7 +72,8 @@ impl Announcer {
         self.0.doubtful.lock().pop_front_if(|(due, _)| *due <= Instant::now()).map(|(_, id)| id)
     }
 
-    /// A change of the function may take effect later: then it is forgotten, and announced, once more.
+    /// Records a write without an answer. When it can no longer take effect, the function is invalidated and
+    /// announced once more.
     pub fn doubt(&self, id: &FunctionId) {
         let due = Instant::now() + LATE_WRITE_MAX;
         let mut doubtful = self.0.doubtful.lock();
@@ -85,7 +90,11 @@ impl Announcer {
     async fn announce_text(&self, id: &str) {
         let Some(feed) = &self.0.feed else { return };
         if let Err(error) = feed.announce(id).await {
-            tracing::warn!(functionId = id, %error, "Change Not Announced");
+            tracing::warn!(
+                functionId = id,
+                %error,
+                "Change of a function not announced; retrying. Other nodes may use the old version until then"
+            );
             self.keep(id.to_owned());
         }
     }
@@ -100,7 +109,7 @@ impl Announcer {
         }
     }
 
-    /// Announces what could not be announced before; stops at the first that cannot be yet.
+    /// Retries the failed announcements, up to the first one that fails again.
     pub async fn try_again(&self) {
         let Some(feed) = &self.0.feed else { return };
         loop {
@@ -119,7 +128,7 @@ mod tests {
     use crate::backend::BackendError;
     use async_trait::async_trait;
 
-    /// Takes announcements only while it is there.
+    /// Accepts announcements only while `is_there`.
     #[derive(Default)]
     struct Flaky {
         told: Mutex<Vec<String>>,
@@ -142,7 +151,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_could_not_be_told_is_told_later() {
+    async fn failed_announcements_are_retried() {
         for (changes, told) in [(3, vec!["f-0", "f-1", "f-2"]), (UNTOLD_MAX + 5, vec![ALL])] {
             let flaky = Arc::new(Flaky::default());
             let feed = Announcer::new(Some(Arc::clone(&flaky) as _));
@@ -159,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn too_many_doubts_are_one() {
+    async fn too_many_unanswered_writes_become_one() {
         let feed = Announcer::new(None);
         for n in 0..=DOUBTFUL_MAX {
             feed.doubt(&FunctionId::parse(&format!("f-{n}")).unwrap());

@@ -1,8 +1,12 @@
-//! The cache of functions: of each, what its jobs are made of.
+//! Caches the job template of each function, so that a run usually needs no read of the function table.
 //!
-//! `quick_cache` gives it what one of our own would have to: a bound, and single flight, so that a stampede for one cold
-//! function makes one read. (`moka` did so too, but keeps an entry in five pieces of memory, which is slow with many.) How long an entry is believed is judged here, when it is read, since it depends on whether
-//! the changes of other nodes are heard at that moment.
+//! `quick_cache` provides the bound and single flight: concurrent look-ups of one function share one read.
+//! `moka` was rejected, because it spreads an entry over five allocations, which is slow with many entries.
+//! Absent functions are cached too.
+//!
+//! Entries have no fixed expiry. Whether an entry is fresh is decided when it is used. Its maximum age is
+//! longer while this node receives the change announcements of other nodes. While the table is unavailable, a
+//! stale entry is used for up to an hour, unless the function is known to have changed.
 
 use super::announcer::Announcer;
 use crate::backend::{BackendError, FunctionStore};
@@ -19,26 +23,27 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
-/// While the table is away a function runs as it was known, for so long after it was last read.
+/// Maximum age of an entry that is used while the table is unavailable.
 const STALE_MAX: Duration = Duration::from_secs(3600);
-/// Look-ups under way, of all functions and by all who wait for them; what comes on top is refused.
+/// Maximum number of look-ups in flight, counting each caller. Further ones get
+/// [`BackendError::Unavailable`].
 const LOOK_UPS_MAX: usize = 16_384;
-/// How long a run waits for a new look at a function that is known.
+/// Timeout for reading a function that is cached but stale.
 const REFRESH_MAX: Duration = Duration::from_millis(500);
-/// After a look that failed the known function is used so long without another.
+/// After a failed read, the stale entry is used for this long without another read.
 const REFRESH_PAUSE: Duration = Duration::from_secs(1);
 
-/// Looks functions up: a run costs no read of the table in the usual case. Cheap to clone.
+/// Looks up functions. Cheap to clone.
 #[derive(Clone)]
 pub struct Functions(Arc<Inner>);
 
 struct Inner {
     store: Arc<dyn FunctionStore>,
-    /// Where jobs find their code.
+    /// The bucket of the code, for the job templates.
     bucket: String,
     announcer: Announcer,
     entries: Cache<FunctionId, Entry, UnitWeighter, RandomState>,
-    /// Look-ups that may be under way.
+    /// One permit per look-up in flight.
     look_ups: Arc<Semaphore>,
     ages: Ages,
     changes: Changes,
@@ -47,18 +52,19 @@ struct Inner {
 
 #[derive(Clone)]
 struct Entry {
-    /// `Ok(None)`: there is no such function.
+    /// `Ok(None)`: the function does not exist. An error is shared by the callers that waited for this read,
+    /// but never used later.
     found: Result<Option<Arc<JobTemplate>>, BackendError>,
-    /// When the load began: the table may have been read at any time since.
+    /// When the read began. The table may have been read at any time since then.
     loaded_at: Instant,
-    /// How many changes had been heard of when the load began.
+    /// The number of the last change when the read began.
     loaded_after: u64,
-    /// A new look failed; until then nobody looks again.
+    /// The last read failed. The entry counts as fresh until this time.
     retry_at: Option<Instant>,
 }
 
 impl Functions {
-    /// Without the changes of other nodes there are none: the process is alone.
+    /// If `announcer` has no other nodes, changes count as received from the beginning.
     pub fn new(
         conf: &CacheConf,
         store: Arc<dyn FunctionStore>,
@@ -93,7 +99,7 @@ impl Functions {
         functions
     }
 
-    /// New settings.
+    /// Applies new settings. If the capacity shrinks, entries are evicted.
     pub fn set_conf(&self, conf: &CacheConf) {
         let ages = &self.0.ages;
         ages.ttl_ms.store(conf.function_ttl_ms, Ordering::Relaxed);
@@ -101,8 +107,12 @@ impl Functions {
         self.0.entries.set_capacity(conf.functions_max);
     }
 
-    /// The function as of its last change on any node that is heard, or as it was a configured time ago; `None` if there
-    /// is none. While the table is away, as it was last known.
+    /// The job template of a function; `None` if the function does not exist. It includes every change that
+    /// was announced to this node. A change without an announcement is included after the maximum age of an
+    /// entry.
+    ///
+    /// # Errors
+    /// If the table cannot be read and no usable entry is cached, or if too many look-ups are in flight.
     pub async fn get(&self, id: &FunctionId) -> Result<Option<Arc<JobTemplate>>, BackendError> {
         let this = &*self.0;
         let known = this.entries.get(id);
@@ -119,43 +129,46 @@ impl Functions {
             let _permit = permit;
             this.look_up(&id, known).await
         };
-        // A client that leaves must not break off what others wait for.
-        #[expect(clippy::disallowed_methods, reason = "it ends by itself, and they are bounded")]
+        // A task, because other callers wait for the same read. It must not be cancelled when this client
+        // leaves.
+        #[expect(clippy::disallowed_methods, reason = "the task ends by itself, and the tasks are bounded")]
         let look_up = tokio::spawn(look_up);
-        look_up.await.unwrap_or_else(|_| Err(BackendError::Unavailable("the look-up broke off".into())))
+        look_up.await.unwrap_or_else(|_| Err(BackendError::Unavailable("the look-up was aborted".into())))
     }
 
-    /// Makes every node forget what it knows of a function, after its table entry was changed by this one.
+    /// Invalidates a function on all nodes, after this node has changed it in the table.
     pub async fn changed(&self, id: &FunctionId) {
         self.forget(id);
         self.0.announcer.announce(id).await;
     }
 
-    /// [`Self::changed`] after a write that was not answered: it may yet take effect, after others have read.
+    /// The same after a write without an answer. It may take effect later, so the function is invalidated now
+    /// and once more when the write can no longer take effect.
     pub async fn may_change(&self, id: &FunctionId) {
         self.0.announcer.doubt(id);
         self.changed(id).await;
     }
 
-    /// Forgets a function that has changed.
+    /// Invalidates a function on this node.
     pub fn forget(&self, id: &FunctionId) {
         self.0.changes.note(id);
         self.0.entries.remove(id);
     }
 
-    /// What is known may have changed: all of it is looked at anew.
+    /// Marks every entry as stale.
     pub fn doubt_all(&self) {
         self.0.changes.note_all();
     }
 
-    /// From now on changes of other nodes are heard; what was loaded before may have changed unheard.
+    /// Announcements are received from now on. Earlier ones may have been missed, so every entry becomes
+    /// stale.
     pub fn hear(&self) {
         self.doubt_all();
         self.0.ages.heard.store(true, Ordering::Release);
         self.0.metrics.cache.changes_heard.set(1);
     }
 
-    /// Changes of other nodes are not heard any more.
+    /// Announcements are no longer received.
     pub fn be_deaf(&self) {
         self.0.ages.heard.store(false, Ordering::Release);
         self.0.metrics.cache.changes_heard.set(0);
@@ -163,6 +176,7 @@ impl Functions {
 }
 
 impl Inner {
+    /// Whether an entry may be used without a read.
     fn is_believed(&self, id: &FunctionId, entry: &Entry) -> bool {
         if self.changes.changed_since(id, entry.loaded_after) {
             return false;
@@ -178,6 +192,7 @@ impl Inner {
         is_fresh || entry.retry_at.is_some_and(|at| now < at)
     }
 
+    /// Reads a function, or joins a read in flight. `known`: the stale entry, if there is one.
     async fn look_up(
         &self,
         id: &FunctionId,
@@ -187,7 +202,7 @@ impl Inner {
         let mut again = false;
         loop {
             let look = |_: &FunctionId, entry: &mut Entry| {
-                // What came of a load that began since is what another one would bring, a failure as well.
+                // A read of another caller that began after this call can be used, even if it failed.
                 let is_ours =
                     entry.loaded_at > asked_at && !self.changes.changed_since(id, entry.loaded_after);
                 match is_ours || self.is_believed(id, entry) {
@@ -199,13 +214,13 @@ impl Inner {
                 EntryResult::Retained(entry) => (None, Some(entry)),
                 EntryResult::Vacant(place) => (Some(place), None),
                 EntryResult::Replaced(place, entry) => (Some(place), Some(entry)),
-                EntryResult::Removed(..) | EntryResult::Timeout => continue, // not asked for
+                EntryResult::Removed(..) | EntryResult::Timeout => continue, // cannot happen here
             };
             let entry = match (place, before) {
                 (None, Some(entry)) => entry,
                 (place, before) => {
                     let entry = self.load(id, before.as_ref().or(known.as_ref())).await;
-                    // Refused where the function was forgotten meanwhile: then nobody is to find it.
+                    // Fails if the function was invalidated during the read. The entry is then not stored.
                     let _ = place.map(|place| place.insert(entry.clone()));
                     entry
                 }
@@ -213,8 +228,9 @@ impl Inner {
             if !self.changes.changed_since(id, entry.loaded_after) {
                 return entry.found;
             }
-            // A load that began after we were asked has seen all that had changed by then. What changes meanwhile is
-            // worth one more look, and no third: with a function that changes all the time there would be no end.
+            // A read that began after this call includes all changes before the call. A change during the
+            // read causes one more read, but not a third: a function that changes all the time would never be
+            // returned.
             if again && entry.loaded_after >= asked_after {
                 return entry.found;
             }
@@ -222,9 +238,10 @@ impl Inner {
         }
     }
 
+    /// Reads a function from the table. If that fails, returns `known`, if it may still be used.
     async fn load(&self, id: &FunctionId, known: Option<&Entry>) -> Entry {
         let (loaded_at, loaded_after) = (Instant::now(), self.changes.count.load(Ordering::Acquire));
-        // A function that was there is used when the table is away, unless it is known to have changed.
+        // The stale entry may be used if the function exists, and is not known to have changed.
         let known = known.filter(|entry| {
             matches!(entry.found, Ok(Some(_)))
                 && entry.loaded_at.elapsed() < STALE_MAX
@@ -238,7 +255,7 @@ impl Inner {
         match (loaded, known) {
             (Err(error), Some(known)) if error.is_transient() => {
                 self.metrics.cache.stale.inc();
-                tracing::debug!(functionId = %id, %error, "Function Used As Known");
+                tracing::debug!(functionId = %id, %error, "Function not read; using the cached one");
                 Entry { retry_at: Some(Instant::now() + REFRESH_PAUSE), ..known.clone() }
             }
             (loaded, _) => {
@@ -267,12 +284,12 @@ mod tests {
     use std::sync::Mutex;
     use std::sync::atomic::AtomicUsize;
 
-    /// A table that answers with what it held when it was asked, once it may.
+    /// A table that reads its function at once, and answers when it has a permit.
     struct Table {
         function: Mutex<Option<Function>>,
         is_away: AtomicBool,
         asked: AtomicUsize,
-        /// Closed: every answer comes at once.
+        /// Closed: every read is answered immediately.
         may_answer: Semaphore,
     }
 
@@ -338,7 +355,7 @@ mod tests {
         }
     }
 
-    /// Says nothing and takes everything.
+    /// Accepts every announcement and returns no event.
     struct Silent;
 
     #[async_trait]
@@ -378,7 +395,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_stampede_asks_once_whether_cold_or_stale() {
+    async fn concurrent_look_ups_share_one_read() {
         let table = Table::slow();
         let functions = functions(&table);
         for round in 1..=2 {
@@ -395,7 +412,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn entries_live_long_only_while_changes_are_heard() {
+    async fn entries_are_kept_longer_while_announcements_are_received() {
         let table = Table::new();
         let functions = functions(&table);
         functions.hear();
@@ -404,19 +421,19 @@ mod tests {
         pass(Duration::from_secs(299)).await;
         assert_eq!(memory_mb(&functions).await, Some(128));
         functions.be_deaf();
-        assert_eq!(memory_mb(&functions).await, Some(256), "too old for one who hears nothing");
+        assert_eq!(memory_mb(&functions).await, Some(256), "too old without announcements");
         table.resize(512);
         pass(Duration::from_millis(999)).await;
         assert_eq!(memory_mb(&functions).await, Some(256));
         functions.hear();
-        assert_eq!(memory_mb(&functions).await, Some(512), "it may have changed unheard");
+        assert_eq!(memory_mb(&functions).await, Some(512), "an announcement may have been missed");
         table.resize(1024);
         pass(Duration::from_secs(301)).await;
-        assert_eq!(memory_mb(&functions).await, Some(1024), "the backstop");
+        assert_eq!(memory_mb(&functions).await, Some(1024), "the maximum age");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_not_there_is_remembered_for_a_moment() {
+    async fn absent_functions_are_cached_briefly() {
         let table = Table::new();
         let made = table.function.lock().unwrap().take();
         let functions = functions(&table);
@@ -431,7 +448,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn while_the_table_is_away_functions_are_used_as_known() {
+    async fn stale_entries_are_used_while_the_table_is_unavailable() {
         let table = Table::new();
         let functions = functions(&table);
         assert_eq!(memory_mb(&functions).await, Some(128));
@@ -442,7 +459,7 @@ mod tests {
             for _ in 0..10 {
                 assert_eq!(memory_mb(&functions).await, Some(128));
             }
-            assert_eq!(table.asked(), asked + 1, "one look a second");
+            assert_eq!(table.asked(), asked + 1, "one read per second");
         }
         table.resize(256);
         table.is_away.store(false, Ordering::SeqCst);
@@ -453,18 +470,18 @@ mod tests {
         functions.forget(&id());
         assert!(functions.get(&id()).await.is_err(), "it is known to have changed");
         table.is_away.store(false, Ordering::SeqCst);
-        assert_eq!(memory_mb(&functions).await, Some(256), "a failure is not remembered");
+        assert_eq!(memory_mb(&functions).await, Some(256), "a failure is not cached");
         table.is_away.store(true, Ordering::SeqCst);
         pass(STALE_MAX).await;
         assert!(functions.get(&id()).await.is_err(), "it is too old");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_load_that_began_before_a_change_is_not_believed_after_it() {
+    async fn a_read_that_began_before_a_change_is_not_used_after_it() {
         let table = Table::slow();
         let functions = functions(&table);
         functions.hear();
-        // Both join the load of before, which answers only then; the second one asks after the change.
+        // Both join the read from before the change. The second caller asks after the change.
         let change = async {
             table.was_asked(1).await;
             table.resize(512);
@@ -474,13 +491,13 @@ mod tests {
             joined.await
         };
         let both = async { tokio::join!(memory_mb(&functions), change) };
-        let both = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it asks again");
+        let both = tokio::time::timeout(Duration::from_secs(10), both).await.expect("it reads again");
         assert_eq!(both, (Some(512), Some(512)));
         assert_eq!((memory_mb(&functions).await, table.asked()), (Some(512), 2), "from the cache");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn changes_without_end_keep_no_run_waiting() {
+    async fn endless_changes_do_not_block_a_look_up() {
         let table = Table::slow();
         let functions = functions(&table);
         functions.hear();
@@ -499,9 +516,10 @@ mod tests {
         assert_eq!((found, table.asked()), (Some(128), 2));
     }
 
-    /// As a caller leaves it that goes away in the middle: nobody has looked at the entry since it was changed.
+    /// An outdated entry can stay in the cache, for example if a caller is dropped halfway. No look-up has
+    /// used it since the change.
     #[tokio::test(start_paused = true)]
-    async fn a_change_too_old_to_remember_is_not_believed_away() {
+    async fn a_forgotten_change_still_makes_its_entry_stale() {
         let table = Table::new();
         let functions = functions(&table);
         functions.hear();
@@ -515,16 +533,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn of_two_changes_at_once_the_later_counts() {
+    async fn of_two_concurrent_changes_the_later_one_counts() {
         let changes = Changes::default();
         changes.note(&id());
-        changes.fresh.get_mut(&id()).unwrap().0 = 7; // by another thread, after ours was counted as the second
+        changes.fresh.get_mut(&id()).unwrap().0 = 7; // by another thread that got a higher number
         changes.note(&id());
         assert!(changes.changed_since(&id(), 6));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_write_that_takes_effect_late_is_seen_in_the_end() {
+    async fn a_write_that_takes_effect_late_becomes_visible() {
         for feed in [Announcer::new(None), Announcer::new(Some(Arc::new(Silent)))] {
             let table = Table::new();
             let metrics = Arc::new(Metrics::new(1).unwrap());
@@ -542,7 +560,7 @@ mod tests {
                 assert_eq!(memory_mb(&functions).await, Some(128));
                 table.resize(256);
                 tokio::time::sleep(Duration::from_secs(9)).await;
-                assert_eq!(memory_mb(&functions).await, Some(128), "read too early");
+                assert_eq!(memory_mb(&functions).await, Some(128), "read before the write took effect");
                 tokio::time::sleep(Duration::from_secs(2)).await;
                 assert_eq!(memory_mb(&functions).await, Some(256));
             };
@@ -554,7 +572,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_age_counts_from_when_the_table_was_asked() {
+    async fn the_age_of_an_entry_counts_from_the_start_of_its_read() {
         let table = Table::slow();
         let functions = functions(&table);
         let answer = async {
@@ -569,7 +587,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn more_changes_than_are_remembered_empty_the_cache() {
+    async fn too_many_changes_invalidate_the_whole_cache() {
         let table = Table::new();
         let functions = functions(&table);
         functions.hear();
@@ -578,17 +596,17 @@ mod tests {
         note_others(&functions, CHANGES_MAX + 1);
         assert_eq!(memory_mb(&functions).await, Some(256));
         assert_eq!(functions.0.changes.fresh.len(), CHANGES_MAX);
-        // One that finds no place counts as well.
+        // A change without room in the list counts too.
         table.resize(512);
         functions.0.changes.note(&id());
         table.is_away.store(true, Ordering::SeqCst);
-        assert!(functions.get(&id()).await.is_err(), "it may be the one that has changed");
+        assert!(functions.get(&id()).await.is_err(), "it may have changed");
         table.is_away.store(false, Ordering::SeqCst);
         assert_eq!(memory_mb(&functions).await, Some(512));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn settings_change_while_it_runs() {
+    async fn new_settings_apply_immediately() {
         let table = Table::new();
         let functions = functions(&table);
         functions.hear();
@@ -615,7 +633,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_failure_is_shared_by_those_who_wait_for_it() {
+    async fn concurrent_look_ups_share_a_failure() {
         let table = Table::slow();
         let (functions, id) = (functions(&table), id());
         table.is_away.store(true, Ordering::SeqCst);
@@ -626,12 +644,12 @@ mod tests {
         };
         let (all, ()) = tokio::join!(all, open);
         assert!(all.iter().all(Result::is_err));
-        // Those who came while it was under way are served by the next.
+        // Callers that arrived during the first read may need a second one.
         assert!(table.asked() <= 2, "{}", table.asked());
     }
 
     #[tokio::test]
-    async fn a_client_that_leaves_breaks_off_no_look_up() {
+    async fn a_client_that_leaves_does_not_cancel_a_look_up() {
         let table = Table::slow();
         let (functions, id) = (functions(&table), id());
         let others = futures_util::future::join_all((0..10).map(|_| memory_mb(&functions)));

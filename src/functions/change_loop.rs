@@ -1,4 +1,9 @@
-//! The loop that applies the changes of other nodes.
+//! The background loop of the function cache: it receives the announcements of other nodes, and retries the
+//! announcements of this node.
+//!
+//! Both run in one task, so that `boot` has one loop to start. An announcement that is not a function id
+//! means that any function may have changed. So a later version can add kinds of announcements that this one
+//! handles safely.
 
 use super::announcer::Announcer;
 use crate::backend::{ChangeEvent, Hearing};
@@ -12,7 +17,7 @@ use tokio::time::{MissedTickBehavior, interval};
 /// How often announcements that failed are retried.
 const RETRY_EVERY: Duration = Duration::from_millis(250);
 
-/// Hears of changes, and announces what could not be announced at once.
+/// Receives and retries announcements.
 pub struct ChangeLoop {
     announcer: Announcer,
     functions: Functions,
@@ -24,6 +29,7 @@ impl ChangeLoop {
         Self { announcer, functions, metrics }
     }
 
+    /// Never ends.
     pub async fn run(self) {
         tokio::join!(self.receive(), self.announce_pending());
     }
@@ -78,7 +84,7 @@ impl ChangeLoop {
         self.metrics.cache.changes.inc();
         match FunctionId::parse(id) {
             Some(id) => self.functions.forget(&id),
-            // Everything, or something only a later program knows.
+            // All functions, or an announcement of a later version.
             None => self.functions.doubt_all(),
         }
     }

@@ -106,6 +106,7 @@ impl Plan {
 }
 
 /// The `RateLimit-Policy` of some limits (IETF draft-ietf-httpapi-ratelimit-headers). `None`: there are none.
+#[expect(single_use_lifetimes, reason = "an anonymous lifetime is not stable in this position")]
 pub fn policy<'a>(limits: impl Iterator<Item = &'a Arc<Limit>>) -> Option<Bytes> {
     let quota = |limit: &Arc<Limit>| {
         let LimitConf { name, rate, period_s, .. } = &limit.conf;

@@ -1,29 +1,33 @@
-//! Who calls: what an API key stands for.
+//! The caller of a request: the name and the rights of an API key.
+//!
+//! Handlers receive this instead of the key, so that no log or record can reveal the key.
 
 use super::{FunctionId, Scope};
 use std::sync::Arc;
 
-/// A key that is let in; it stands nowhere itself.
+/// The rights of an accepted API key, without the key itself.
 #[derive(Debug)]
 pub struct Caller {
-    /// Stands for the key in limits, logs and records.
+    /// Identifies the key in rate limits, logs and change records.
     pub name: Arc<str>,
     pub scopes: Vec<Scope>,
-    /// `None`: it may run all.
+    /// The functions that it may run. `None`: all functions.
     pub functions: Option<AllowedFunctions>,
-    /// Most jobs in flight on this node; 0: no cap.
+    /// Maximum number of jobs in flight on this node; 0: no cap. `None`: `overload.jobs_per_key_max` applies.
     pub jobs_max: Option<usize>,
 }
 
-/// The functions that a key may run.
+/// The functions that a key may run: an allow-list of ids and prefixes.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct AllowedFunctions {
-    /// Sorted.
+    /// Sorted, for the binary search.
     names: Vec<String>,
+    /// Prefixes of ids.
     beginnings: Vec<String>,
 }
 
 impl Caller {
+    /// Whether the key has this scope, or [`Scope::Admin`], which includes every scope.
     pub fn may(&self, scope: Scope) -> bool {
         self.scopes.iter().any(|has| *has == scope || *has == Scope::Admin)
     }
@@ -34,7 +38,7 @@ impl Caller {
 }
 
 impl AllowedFunctions {
-    /// Of names; one that ends in `*` stands for all that begin so.
+    /// Creates the list from function ids. One that ends in `*` is a prefix.
     pub fn new(names: &[String]) -> Self {
         let beginnings = names.iter().filter_map(|name| name.strip_suffix('*')).map(str::to_owned).collect();
         let mut names: Vec<_> = names.iter().filter(|name| !name.ends_with('*')).cloned().collect();
@@ -53,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_and_beginnings() {
+    fn functions_are_allowed_by_id_or_prefix() {
         let functions = AllowedFunctions::new(&["b".into(), "team-*".into(), "a".into()]);
         for (function, may) in [
             ("a", true),
@@ -70,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn admin_is_every_scope() {
+    fn admin_includes_every_scope() {
         let caller = |scopes: &[Scope]| Caller {
             name: "a".into(),
             scopes: scopes.to_vec(),

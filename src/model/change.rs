@@ -1,17 +1,17 @@
-//! Changes to a function, and the record each leaves.
+//! Changes of functions: their audit records, and the code that a change leaves behind.
 
 use super::{Function, FunctionId, RowKey, UnixMs};
 use serde_json::{Value, json};
 
-/// How long the record of a change is kept, in seconds: 400 days.
+/// How long a change record is kept, in seconds: 400 days.
 const CHANGE_TTL_S: u64 = 400 * 24 * 3600;
 
-/// What was done to a function.
+/// The kind of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConfigAction {
     Create,
     Update,
-    /// An update to what the auto-tuner recommended.
+    /// An update to the recommendation of the auto-tuner.
     Apply,
     Delete,
 }
@@ -27,23 +27,28 @@ impl ConfigAction {
     }
 }
 
-/// Who changed what, and when. The values of environment variables may be secrets, so only their names are in it.
+/// The audit record of one change. It contains only the names of environment variables, because their values
+/// may be secrets.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ConfigRecord {
     pub function: FunctionId,
-    /// Unique within a function: time and version.
+    /// Time and version of the change; unique within a function.
     pub key: String,
     pub at: UnixMs,
     pub action: ConfigAction,
     /// The name of the API key.
     pub by: String,
-    /// JSON objects, as text; `null` where there was, or is, no function.
+    /// The function before the change, a JSON object as text; `null` if there was none.
     pub before: String,
+    /// The function after the change, a JSON object as text; `null` if it was deleted.
     pub after: String,
+    /// When the record may be deleted, in Unix seconds.
     pub expires_at_s: u64,
 }
 
 impl ConfigRecord {
+    /// Creates the record of a change from `before` to `after`. `by` is the name of the API key that made it.
+    /// Returns `None` if there is no function on either side.
     pub fn new(
         action: ConfigAction,
         by: &str,
@@ -52,7 +57,8 @@ impl ConfigRecord {
         after: Option<&Function>,
     ) -> Option<Self> {
         let function = after.or(before)?;
-        // A deletion is a change of its own, and may come in the millisecond of the one before.
+        // A deletion does not increment the stored version. Its key must differ from that of a change in the
+        // same millisecond.
         let version = if after.is_some() { function.version } else { function.version + 1 };
         Some(Self {
             function: function.id.clone(),
@@ -71,19 +77,22 @@ fn shown(function: Option<&Function>) -> Value {
     let Some(f) = function else { return Value::Null };
     let env: serde_json::Map<String, Value> = serde_json::from_str(&f.env_vars).unwrap_or_default();
     json!({
-        "name": f.name, "description": f.description, "runtime": f.runtime, "memoryMb": f.memory_mb, "maxConcurrency": f.max_concurrency,
-        "s3Key": f.s3_key, "version": f.version, "envVars": env.keys().collect::<Vec<_>>(),
+        "name": f.name, "description": f.description, "runtime": f.runtime, "memoryMb": f.memory_mb,
+        "maxConcurrency": f.max_concurrency, "s3Key": f.s3_key, "version": f.version,
+        "envVars": env.keys().collect::<Vec<_>>(),
     })
 }
 
-/// Code that nothing points to any more, or not yet: deleted when it is due, unless its function points to it then.
+/// Code that its function no longer uses, or does not use yet. It is deleted when it is due, unless its
+/// function uses it then.
 ///
-/// Queued jobs carry the key of their code, so code is due only after the queue has forgotten every message that
-/// was sent while it was current.
+/// Queued jobs contain the key of their code. So replaced code is due only after the queue has expired every
+/// message that was sent while the code was current.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RetiredCode {
     pub s3_key: String,
     pub function: FunctionId,
+    /// The earliest time at which it may be deleted.
     pub due: UnixMs,
 }
 
@@ -92,7 +101,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_record_shows_no_value_of_a_variable() {
+    fn a_record_hides_the_values_of_variables() {
         let function = Function { env_vars: r#"{"TOKEN":"hunter2"}"#.into(), ..Function::sample("f") };
         let record =
             ConfigRecord::new(ConfigAction::Create, "master", 1_795_305_600_123, None, Some(&function))

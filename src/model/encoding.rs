@@ -1,14 +1,18 @@
-//! Texts that are said to be JSON and come in another encoding than UTF-8, the only one that JSON has (RFC 8259, section 8.1).
+//! Detects JSON texts that are not encoded in UTF-8, which RFC 8259, section 8.1 requires.
+//!
+//! A parser reports such a text as a syntax error in its first bytes, which does not help the client. The
+//! check runs only after parsing has failed, so valid requests do not pay for it.
 
-/// What is wrong with the encoding of a text that cannot be read. `None`: it is something else.
+/// Describes what is wrong with the encoding of a text that could not be parsed, as a clause for the client.
+/// Returns `None` if the encoding is not at fault.
 pub fn encoding_problem(text: &[u8]) -> Option<&'static str> {
     match text {
-        [0xef, 0xbb, 0xbf, ..] => Some("it begins with a byte order mark (BOM), which JSON does not have"),
+        [0xef, 0xbb, 0xbf, ..] => Some("it begins with a byte order mark (BOM), which JSON does not allow"),
         [0xfe, 0xff, ..] | [0xff, 0xfe, ..] | [0, _, ..] | [_, 0, ..] => {
-            Some("it is encoded as UTF-16 or UTF-32, and JSON is UTF-8")
+            Some("it is encoded in UTF-16 or UTF-32, but JSON must be UTF-8")
         }
         _ if std::str::from_utf8(text).is_err() => {
-            Some("it is not UTF-8, as JSON is; it may be Latin-1 (ISO 8859-1)")
+            Some("it is not UTF-8, which JSON requires; it may be Latin-1 (ISO 8859-1)")
         }
         _ => None,
     }
@@ -19,7 +23,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn other_encodings_are_told() {
+    fn other_encodings_are_named() {
         let json = "{\"a\":1}";
         let utf_16 = |to: fn(u16) -> [u8; 2]| json.encode_utf16().flat_map(to).collect::<Vec<u8>>();
         for (text, told) in [

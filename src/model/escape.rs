@@ -1,18 +1,21 @@
-//! Escapes in JSON strings, as far as they can be halves of a character.
+//! Finds escapes of lone surrogates in JSON strings.
+//!
+//! JSON's grammar allows them (RFC 8259, section 8.2), but they encode no character, and many JSON parsers
+//! reject them.
 
-/// What stands at a backslash in a string of well-formed JSON.
+/// The escape sequence at a backslash in a string of well-formed JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Escape {
-    /// So many bytes that stand for something; a surrogate pair counts as one.
+    /// An escape of one character, and its length in bytes. A surrogate pair is one escape.
     Whole(usize),
-    /// Half a surrogate pair, six bytes that stand for nothing.
+    /// A lone surrogate, [`Self::HALF_LEN`] bytes long. It encodes no character.
     Half,
 }
 
 impl Escape {
     pub const HALF_LEN: usize = 6;
 
-    /// The escape that `bytes` starts with.
+    /// The escape at the start of `bytes`, which begin with a backslash.
     pub fn at(bytes: &[u8]) -> Self {
         match hex(bytes) {
             None => Self::Whole(2),
@@ -26,7 +29,7 @@ impl Escape {
     }
 }
 
-/// The value of a `\uXXXX` that `bytes` starts with.
+/// The value of a `\uXXXX` at the start of `bytes`. `None`: it is another escape.
 fn hex(bytes: &[u8]) -> Option<u32> {
     let digits = bytes.strip_prefix(b"\\u")?.get(..4)?;
     u32::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()

@@ -1,4 +1,7 @@
-//! One row of the execution log, and the fixed mapping from a worker's result to it.
+//! One row of the execution log: its key, its status, and how a worker's result is mapped to it.
+//!
+//! Existing clients and tables rely on the mapping, so it is fixed: `message` is `stderr`, or `stdout` if
+//! `stderr` is empty; `status` is that of the result, or SUCCESS if the exit code is 0, or ERROR.
 
 use super::{FunctionId, JobId, ResultFields, Rfc3339Ms, UnixMs, digits, now_ms, rfc3339_ms};
 use std::borrow::Cow;
@@ -7,30 +10,32 @@ use std::fmt;
 /// How long a row is kept, in seconds: 30 days.
 pub const LOG_TTL_S: u64 = 30 * 24 * 3600;
 
-/// Longest message of a row, in bytes. An item may have 400 KB in all; the rest is for the other attributes.
+/// Maximum length of the message of a row, in bytes. DynamoDB limits an item to 400 KB; the rest is for the
+/// other attributes.
 pub const MESSAGE_BYTES_MAX: usize = 380 * 1024;
 
-/// The range key of a row: a function of the request id alone, so that a second write of one execution
+/// The range key of a row. It is a function of the request id alone. So a second write of one execution
 /// replaces the first, and a look-up by request id is one read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RowKey([u8; Self::BYTES]);
 
 impl RowKey {
     const BYTES: usize = 49;
-    /// Where the digits of the rest begin, behind the milliseconds.
+    /// Where the digits after the milliseconds begin.
     const REST: usize = 23;
 
-    /// Acceptance time in RFC 3339 with milliseconds, then the other 80 bits of the id as 25 decimal
-    /// digits of the fraction, then `Z`.
+    /// The acceptance time in RFC 3339 with milliseconds, the other 80 bits of the id as 25 more decimal
+    /// digits of the fraction, and `Z`.
     pub fn of(id: JobId) -> Self {
         Self::at(id.accepted_at(), id.node_and_random())
     }
 
-    /// The key of something else that happened then: `rest`, below 10^25, tells it from all others of its millisecond.
+    /// The key of another kind of record. `rest`, below 10^25, distinguishes it from other records of the
+    /// same millisecond.
     pub fn at(at: UnixMs, rest: u128) -> Self {
         let mut key = [b'Z'; Self::BYTES];
         key[..Self::REST].copy_from_slice(&Rfc3339Ms::of(at).as_str().as_bytes()[..Self::REST]);
-        // In two halves: dividing 128 bits 25 times would take longer than all the rest of a row.
+        // In two halves: 25 divisions of 128 bits would take longer than all other steps of a row.
         let half = 10_u128.pow(13);
         let (high, low) = ((rest / half) as u64, (rest % half) as u64);
         digits(&mut key[Self::REST..Self::REST + 12], high);
@@ -38,8 +43,9 @@ impl RowKey {
         Self(key)
     }
 
-    /// What stands before every key of this millisecond and after every key of the last: milliseconds without the
-    /// `Z`, since `…678Z` would stand after `…6781…`, its own millisecond's longer keys. It equals no key.
+    /// A bound that sorts before every key of this millisecond and after every key of the previous one. It
+    /// has no `Z`, because `…678Z` would sort after `…6781…`, a longer key of the same millisecond. It equals
+    /// no key.
     pub fn bound(at: UnixMs) -> String {
         let mut text = rfc3339_ms(at);
         text.pop(); // the Z
@@ -47,22 +53,23 @@ impl RowKey {
     }
 
     pub fn as_str(&self) -> &str {
-        // Digits and what RFC 3339 puts between them.
+        // Always valid: ASCII digits and separators.
         std::str::from_utf8(&self.0).unwrap_or_default()
     }
 }
 
-/// What a row is known by. Both its range key and the request id can be had of either.
+/// The identity of a row. Both variants provide its range key and its request id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RowId {
-    /// A job of ours. The texts are made when they are needed: most rows are only ever written.
+    /// A job of this program. Its texts are formatted on demand, because most rows are written once and never
+    /// read.
     Job(JobId),
-    /// As the old controller wrote it: a version 4 UUID, or nothing, under a plain ISO 8601 time.
+    /// A row of the old controller: a version 4 UUID or an empty request id, under a plain ISO 8601 time.
     Old { key: String, request_id: String },
 }
 
 impl RowId {
-    /// As it was read from a table.
+    /// The identity of a row that was read from a table.
     pub fn stored(key: String, request_id: String) -> Self {
         match JobId::parse(&request_id) {
             Some(id) if RowKey::of(id).as_str() == key => Self::Job(id),
@@ -84,7 +91,7 @@ impl RowId {
         }
     }
 
-    /// What readers get: the time cut to milliseconds.
+    /// The timestamp for clients: the range key, truncated to milliseconds.
     pub fn timestamp(&self) -> String {
         let key = self.key();
         match key.split_once('.') {
@@ -96,7 +103,7 @@ impl RowId {
     }
 }
 
-/// How an execution ended. Workers may say anything; what they say is kept as it is.
+/// How an execution ended. A worker may report any text, which is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status(Cow<'static, str>);
 
@@ -104,14 +111,15 @@ impl Status {
     pub const SUCCESS: &'static str = "SUCCESS";
     pub const FAILED: &'static str = "FAILED";
     pub const ERROR: &'static str = "ERROR";
-    /// No result by the deadline, and nobody knows why.
+    /// No result arrived before the deadline, for an unknown reason.
     pub const LOST: &'static str = "LOST";
     pub const TIMEOUT: &'static str = "TIMEOUT";
 
-    /// What nearly every row says, and what a metric may be labelled with.
+    /// The statuses with a defined meaning. Nearly every row has one of them, and only they become labels of
+    /// metrics.
     const KNOWN: [&'static str; 5] = [Self::SUCCESS, Self::FAILED, Self::ERROR, Self::TIMEOUT, Self::LOST];
 
-    /// Longest status kept, in bytes: a broken worker must not fill a row or a metric.
+    /// Maximum length of a status, in bytes; the rest is cut off. A broken worker must not fill a row.
     const LEN_MAX: usize = 64;
 
     pub fn new(text: &str) -> Self {
@@ -119,7 +127,7 @@ impl Status {
         Self(known.map_or_else(|| Cow::Owned(cut(text, Self::LEN_MAX).to_owned()), Cow::Borrowed))
     }
 
-    /// The status, if it is one of those that somebody gave a meaning to.
+    /// The status, if it is one with a defined meaning.
     pub fn known(&self) -> Option<&'static str> {
         match self.0 {
             Cow::Borrowed(known) => Some(known),
@@ -148,17 +156,21 @@ pub struct Execution {
     pub function: FunctionId,
     pub id: RowId,
     pub status: Status,
+    /// The duration that the worker reported; 0 if it reported none.
     pub duration_ms: f64,
+    /// The time in the handler alone, if the worker reported it.
     pub handler_duration_ms: Option<f64>,
+    /// Peak memory, in MiB; 0 if the worker reported none.
     pub memory_mb: u64,
+    /// The output of the run, at most [`MESSAGE_BYTES_MAX`] bytes.
     pub message: String,
-    /// When the result was seen; `None` on rows of the old controller.
+    /// When this program received the result; `None` for rows of the old controller.
     pub completed_at: Option<UnixMs>,
-    /// When the row may be deleted, in epoch seconds; `None`: never.
+    /// When the row may be deleted, in Unix seconds; `None`: never.
     pub expires_at_s: Option<u64>,
 }
 
-/// What a row says of how the run ended; the rest is known before.
+/// The part of a row that is known only when the job ends.
 pub struct Ending {
     status: Status,
     duration_ms: f64,
@@ -168,7 +180,7 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// With a result of these fields.
+    /// The ending of a job with a result of these fields.
     pub fn of(fields: &ResultFields<'_>) -> Self {
         let stderr = fields.stderr.as_deref().filter(|stderr| !stderr.is_empty());
         let message = stderr.or(fields.stdout.as_deref()).unwrap_or_default();
@@ -185,11 +197,11 @@ impl Ending {
         }
     }
 
-    /// Without a result.
+    /// The ending of a job without a result.
     fn lost(is_unconfirmed: bool) -> Self {
         let message = if is_unconfirmed {
-            "unconfirmed: the process that accepted the job ended, or the queue did not answer it, so it is not \
-             known whether the queue had the job; no result arrived before the deadline of the job"
+            "unconfirmed: it is not known whether the queue received the job, because the process that \
+             accepted it ended or the queue did not answer; no result arrived before the deadline of the job"
         } else {
             "no result arrived before the deadline of the job"
         };
@@ -205,12 +217,13 @@ impl Execution {
         Self::ended(id, function, Ending::of(fields))
     }
 
-    /// The row of a job whose result never came. `is_unconfirmed`: nobody can know whether the queue had it.
+    /// The row of a job without a result. `is_unconfirmed`: it is not known whether the queue received the
+    /// job.
     pub fn lost(id: JobId, function: FunctionId, is_unconfirmed: bool) -> Self {
         Self::ended(id, function, Ending::lost(is_unconfirmed))
     }
 
-    /// The row of a job that ended so, now.
+    /// The row of a job that ends now.
     pub fn ended(id: JobId, function: FunctionId, ending: Ending) -> Self {
         let now = now_ms();
         Self {
@@ -226,18 +239,20 @@ impl Execution {
         }
     }
 
-    /// Whether readers may still see the row: DynamoDB deletes expired items hours late.
+    /// Whether the row has not expired. DynamoDB deletes expired rows hours late, so until then they must be
+    /// hidden.
     pub fn is_live(&self, now: UnixMs) -> bool {
         self.expires_at_s.is_none_or(|at| at > now / 1000)
     }
 }
 
-/// `round(bytes / 2^20)`, 0 for what is no size.
+/// `round(bytes / 2^20)`; 0 for a negative number or NaN.
 fn memory_mb(bytes: f64) -> u64 {
     // A float to integer cast saturates and maps NaN to 0.
     (bytes / f64::from(1 << 20)).round() as u64
 }
 
+/// Cuts a message to [`MESSAGE_BYTES_MAX`] bytes, and appends its original length.
 fn cut_with_note(message: &str) -> String {
     if message.len() <= MESSAGE_BYTES_MAX {
         return message.to_owned();
@@ -276,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_the_time_and_the_other_80_bits() {
+    fn a_key_consists_of_the_time_and_the_other_80_bits() {
         let key = RowKey::of(id());
         let rest = (0xdead_beef_u128 << 48) | 0x1234_5678_9abc;
         assert_eq!(key.as_str(), format!("2026-11-22T00:00:00.123{rest:025}Z"));
@@ -286,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_is_known_by_its_job_or_by_what_was_stored() {
+    fn a_row_is_identified_by_its_job_or_by_its_stored_key() {
         let ours = RowId::stored(RowKey::of(id()).as_str().to_owned(), id().to_string());
         assert_eq!(ours, RowId::Job(id()));
         assert_eq!(
@@ -296,7 +311,7 @@ mod tests {
         assert_eq!(ours.timestamp(), "2026-11-22T00:00:00.123Z");
         for (key, request_id, timestamp) in [
             ("2024-01-02T03:04:05.678Z", "junk", "2024-01-02T03:04:05.678Z"),
-            // Under a key that is not its own.
+            // The key does not belong to the id.
             ("2024-01-02T03:04:05.6781Z", &id().to_string(), "2024-01-02T03:04:05.678Z"),
             ("junk", "", "junk"),
         ] {
@@ -307,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn known_statuses_stay_what_they_are_and_others_are_cut() {
+    fn known_statuses_are_kept_and_others_are_cut() {
         for known in ["SUCCESS", "FAILED", "ERROR", "TIMEOUT", "LOST"] {
             assert_eq!((Status::new(known).as_str(), Status::new(known).known()), (known, Some(known)));
         }
@@ -317,16 +332,14 @@ mod tests {
 
     #[test]
     fn a_result_becomes_a_row() {
-        let full = row(
-            r#"{"status":"FAILED","exitCode":1,"stdout":"out","stderr":"err","durationMs":12.5,"handlerDurationMs":3,"peakMemoryBytes":1572864}"#,
-        );
+        let full = row(r#"{"status":"FAILED","exitCode":1,"stdout":"out","stderr":"err","durationMs":12.5,
+                "handlerDurationMs":3,"peakMemoryBytes":1572864}"#);
         assert_eq!(full.status.as_str(), "FAILED");
         assert_eq!(full.message, "err");
         assert_eq!((full.duration_ms, full.handler_duration_ms, full.memory_mb), (12.5, Some(3.0), 2));
 
-        let snake = row(
-            r#"{"exitCode":0,"stdout":"out","stderr":"","duration_ms":7,"handler_duration_ms":1,"peak_memory_bytes":1048576}"#,
-        );
+        let snake = row(r#"{"exitCode":0,"stdout":"out","stderr":"","duration_ms":7,
+                "handler_duration_ms":1,"peak_memory_bytes":1048576}"#);
         assert_eq!(snake.status.as_str(), "SUCCESS");
         assert_eq!(snake.message, "out");
         assert_eq!((snake.duration_ms, snake.handler_duration_ms, snake.memory_mb), (7.0, Some(1.0), 1));

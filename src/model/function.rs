@@ -1,4 +1,4 @@
-//! A function as the metadata table knows it, and the sums kept beside it.
+//! The metadata of a function, as stored in the function table, and the counters of its runs.
 
 use super::Recommendation;
 use sha2::{Digest, Sha256};
@@ -6,17 +6,17 @@ use std::fmt;
 use std::fmt::Write;
 use std::sync::Arc;
 
-/// The name a function is stored and called by: 1–128 of `[A-Za-z0-9._-]`, the first a letter or digit.
+/// The id of a function: 1–128 characters of `[A-Za-z0-9._-]`, the first one a letter or a digit.
 ///
-/// Cheap to clone: it is copied into the in-flight table, the log row and the metrics of every run.
+/// Cheap to clone, because every run copies it into the in-flight table, the log row and the metrics.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FunctionId(Arc<str>);
 
 impl FunctionId {
-    /// Longest id, in characters (all of them ASCII).
+    /// Maximum length of an id, in bytes; all its characters are ASCII.
     pub const LEN_MAX: usize = 128;
 
-    /// `None` if `raw` is not a function id.
+    /// Returns `None` if `raw` is not a valid function id.
     pub fn parse(raw: &str) -> Option<Self> {
         let bytes = raw.as_bytes();
         let (first, _) = bytes.split_first()?;
@@ -26,7 +26,6 @@ impl FunctionId {
         fits.then(|| Self(raw.into()))
     }
 
-    /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -50,25 +49,27 @@ pub struct Function {
     pub id: FunctionId,
     pub name: String,
     pub description: String,
-    /// `python`, `nodejs`, `cpp` or `go`; older items may hold anything, and it is passed on as it is.
+    /// `python`, `nodejs`, `cpp` or `go`. Older items may have any other text, which workers receive
+    /// unchanged.
     pub runtime: String,
+    /// In MiB.
     pub memory_mb: u64,
-    /// Most jobs in flight, on all nodes together; 0: no cap.
+    /// Maximum number of jobs in flight on all nodes together; 0: no cap.
     pub max_concurrency: u64,
-    /// Where the code lies in the bucket (or the local store).
+    /// The key of the code in the bucket, or in the local store.
     pub s3_key: String,
-    /// File name the code was uploaded under.
+    /// The file name of the uploaded code.
     pub original_name: String,
     /// RFC 3339, as stored.
     pub uploaded_at: String,
     /// RFC 3339, as stored; empty if the function was never changed.
     pub updated_at: String,
-    /// A JSON object, as text, ready to be copied into a message. Always valid JSON of one object.
+    /// The environment variables: always one valid JSON object, as text that is copied into messages.
     pub env_vars: String,
-    /// Grows by one with every change; 0 on items the old controller wrote.
+    /// Incremented by each change; 0 for items of the old controller.
     pub version: u64,
     pub counters: Counters,
-    /// The newest advice of a worker about the function's size.
+    /// The newest recommendation of a worker for the memory of the function.
     pub recommendation: Option<Recommendation>,
 }
 
@@ -76,9 +77,11 @@ impl Function {
     pub const RUNTIME_DEFAULT: &'static str = "python";
     pub const MEMORY_MB_DEFAULT: u64 = 128;
 
-    /// The entity tag of the function as clients see it: another one after every change of what they see.
+    /// The entity tag of the function: a quoted strong tag that differs after every change that clients can
+    /// see.
     ///
-    /// The version alone would not do: the old controller changes functions without counting it up.
+    /// The version alone is not sufficient, because the old controller changes functions without
+    /// incrementing it.
     pub fn tag(&self) -> String {
         let mut hash = Sha256::new();
         for part in
@@ -98,7 +101,7 @@ impl Function {
         tag + "\""
     }
 
-    /// `text` if it is a JSON object, else `{}`: an old item may hold anything in `envVars`.
+    /// Returns `text` if it is a JSON object, otherwise `{}`. The `envVars` of an old item may be any text.
     pub fn env_vars_or_empty(text: &str) -> String {
         let object: Result<&serde_json::value::RawValue, _> = serde_json::from_str(text);
         match object {
@@ -108,24 +111,24 @@ impl Function {
     }
 }
 
-/// What the runs of one function add up to. Durations are in milliseconds.
+/// The totals of all runs of one function. Durations are in milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counters {
     pub invocations: u64,
-    /// Those that did not end in SUCCESS; counted since this controller is in charge.
+    /// Runs that did not end with SUCCESS. The old controller did not count them.
     pub errors: u64,
     pub total_duration_ms: f64,
-    /// Runs whose worker reported the handler's own time.
+    /// Runs whose worker reported the time in the handler.
     pub handler_invocations: u64,
     pub total_handler_duration_ms: f64,
 }
 
 #[cfg(test)]
 impl Function {
-    /// Some function, for tests.
+    /// A function for tests.
     pub fn sample(id: &str) -> Self {
         Self {
-            id: FunctionId::parse(id).expect("a test names functions well"),
+            id: FunctionId::parse(id).expect("a valid function id"),
             name: format!("the {id}"),
             description: "a test".to_owned(),
             runtime: "python".to_owned(),
@@ -148,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn function_ids() {
+    fn only_valid_function_ids_are_parsed() {
         let long = "a".repeat(128);
         for good in ["a", "0", "func-123", "A.b_c-d", long.as_str()] {
             assert_eq!(FunctionId::parse(good).expect(good).as_str(), good);
@@ -160,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tag_changes_with_what_is_seen_and_with_nothing_else() {
+    fn a_tag_changes_exactly_with_visible_properties() {
         let f = Function::sample("f");
         let tag = f.tag();
         assert!(tag.starts_with("\"1-") && tag.ends_with('"') && tag.len() == 16, "{tag}");

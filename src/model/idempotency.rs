@@ -1,17 +1,19 @@
-//! What makes two requests the same: the `Idempotency-Key` of a client, as it is kept.
+//! Identifies repeated requests: the stored form of a client's `Idempotency-Key`, and the hash of a body.
+//!
+//! Only hashes are stored, so a table or a journal reveals neither the keys of clients nor their requests.
 
 use sha2::{Digest, Sha256};
 use std::fmt;
 
-/// Stands for a key and the one who sent it; neither can be read from it.
+/// The SHA-256 of an idempotency key together with its owner. Neither can be derived from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct IdempotencyKey([u8; 32]);
 
 impl IdempotencyKey {
-    /// `owner`: whose key it is; the same key of another one is another key.
+    /// `owner`: the name of the API key that sent the idempotency key. Each owner has its own namespace.
     pub fn of(owner: &str, key: &str) -> Self {
         let mut hash = Sha256::new();
-        // The length before it, so that no other two texts make the same row of bytes.
+        // The length prefix prevents another owner and key from producing the same bytes.
         hash.update((owner.len() as u64).to_be_bytes());
         hash.update(owner);
         hash.update(key);
@@ -26,7 +28,7 @@ impl IdempotencyKey {
         &self.0
     }
 
-    /// What [`fmt::Display`] has written.
+    /// Parses the text that [`fmt::Display`] writes: 64 hexadecimal digits.
     pub fn parse(text: &str) -> Option<Self> {
         let mut bytes = [0; 32];
         if text.len() != 2 * bytes.len() {
@@ -45,7 +47,7 @@ impl fmt::Display for IdempotencyKey {
     }
 }
 
-/// SHA-256 of a request's body.
+/// The SHA-256 of a request body. It distinguishes a repeated request from a reused key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BodyHash(pub [u8; 32]);
 
@@ -60,7 +62,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_are_told_apart_and_read_back() {
+    fn keys_are_distinct_and_survive_a_round_trip() {
         let key = IdempotencyKey::of("api-key", "k1");
         assert_eq!(IdempotencyKey::parse(&key.to_string()), Some(key));
         for (owner, other) in [("api-key", "k2"), ("api-keyk", "1"), ("other", "k1")] {

@@ -1,45 +1,50 @@
-//! A job: its id, the request it came from, and the message the workers read.
+//! A job, and the queue message that workers read.
+//!
+//! The message format is a contract with existing workers, so its members are fixed. The message is written
+//! as text, without a JSON tree: every run pays for it, and `input` must not change.
 
+use super::ids::JobId;
 use super::{Function, FunctionId, IdempotencyKey, Rfc3339Ms, UnixMs};
-use crate::model::NodeId;
-use crate::model::ids::JobId;
 use crate::model::run_request::RunRequest;
 use bytes::Bytes;
 
-/// How long a run may take on its worker, in milliseconds; part of the message, enforced by the worker.
+/// The time limit of a run, in milliseconds. It is part of the message, and the worker enforces it.
 pub const TIMEOUT_MS_DEFAULT: u64 = 300_000;
 
-/// One accepted run on its way to the queue.
+/// One accepted run.
 #[derive(Clone, Debug)]
 pub struct Job {
     pub id: JobId,
     pub function: FunctionId,
-    /// After this a result is no longer waited for.
+    /// If no result has arrived by then, the job ends as LOST.
     pub deadline: UnixMs,
-    /// Of the request that it belongs to, if that may be repeated; few have one.
+    /// The key of its request. Boxed, because few jobs have one.
     pub idempotency_key: Option<Box<IdempotencyKey>>,
-    /// The queue message: JSON in UTF-8, of characters every queue accepts.
+    /// The queue message: JSON in UTF-8, without characters that SQS rejects.
     pub message: Bytes,
 }
 
-/// What all jobs of a function have in common, written once. Nothing else of the function is kept, and that in one
-/// piece: there may be a hundred thousand of these, and what is used seldom is read slowly.
+/// The part of the message that all jobs of a function share, written once.
+///
+/// The function cache holds up to a hundred thousand of these. So a template keeps nothing else of the
+/// function, and its text is one allocation: a rarely used entry is not in the CPU caches.
 #[derive(Debug)]
 pub struct JobTemplate {
     pub function: FunctionId,
-    /// Most jobs in flight, on all nodes together; 0: no cap.
+    /// Maximum number of jobs in flight on all nodes together; 0: no cap.
     pub max_concurrency: usize,
     text: Box<str>,
-    /// Where in `text` the input belongs, and where the times.
+    /// The positions in `text` at which the input and the times are inserted.
     input_at: usize,
     times_at: usize,
 }
 
 impl JobTemplate {
+    /// `bucket`: the S3 bucket that contains the code.
     pub fn of(function: &Function, bucket: &str) -> Self {
         let f = function;
         let mut text = String::with_capacity(f.env_vars.len() + f.s3_key.len() + 256);
-        // No character of an id needs an escape.
+        // A function id has no characters that need an escape.
         text.extend(["\",\"functionId\":\"", f.id.as_str(), "\",\"runtime\":", &quoted(&f.runtime)]);
         text.extend([",\"memoryMb\":", &f.memory_mb.to_string()]);
         text.extend([",\"s3Bucket\":", &quoted(bucket), ",\"s3Key\":", &quoted(&f.s3_key)]);
@@ -52,12 +57,12 @@ impl JobTemplate {
         Self { function: f.id.clone(), max_concurrency, text: text.into(), input_at, times_at }
     }
 
-    /// The message of some job, as the workers read it.
+    /// The message of an arbitrary job, for tests.
     #[cfg(test)]
     pub fn sample(&self) -> serde_json::Value {
         let body = format!("{{\"functionId\":\"{}\"}}", self.function);
         let request = RunRequest::parse(body.as_bytes()).unwrap();
-        let id = JobId::new(NodeId(1), 0, 0);
+        let id = JobId::new(super::ids::NodeId(1), 0, 0);
         let draft = JobDraft { id, template: self, deadline: 0, request: &request, traceparent: None };
         serde_json::from_slice(&draft.build().message).unwrap()
     }
@@ -67,18 +72,19 @@ fn quoted(text: &str) -> String {
     serde_json::Value::from(text).to_string()
 }
 
-/// What a job is made of. [`JobDraft::build`] writes the message.
+/// The parts of a job. [`JobDraft::build`] writes its message.
 pub struct JobDraft<'a> {
     pub id: JobId,
     pub template: &'a JobTemplate,
     pub deadline: UnixMs,
     pub request: &'a RunRequest<'a>,
-    /// The client's own `traceparent`, if it sent a valid one: hex and hyphens.
+    /// The `traceparent` of the client, if it sent a valid one: hexadecimal digits and hyphens. `None`: the
+    /// job starts a new trace.
     pub traceparent: Option<&'a str>,
 }
 
 impl JobDraft<'_> {
-    /// Writes the message by hand rather than through a tree: `input` is copied as it came.
+    /// Writes the message. `input` is copied byte for byte.
     pub fn build(&self) -> Job {
         let own_trace = self.id.traceparent();
         let JobTemplate { function, text, input_at, times_at, .. } = self.template;
@@ -91,7 +97,7 @@ impl JobDraft<'_> {
         // Writing a string to memory cannot fail.
         let _ = serde_json::to_writer(&mut m, self.request.model());
         m.extend_from_slice(&text.as_bytes()[*input_at..*times_at]);
-        // No character of these needs an escape.
+        // Times have no characters that need an escape.
         m.extend_from_slice(Rfc3339Ms::of(self.id.accepted_at()).as_str().as_bytes());
         m.extend_from_slice(b"\",\"deadline\":\"");
         m.extend_from_slice(Rfc3339Ms::of(self.deadline).as_str().as_bytes());
@@ -108,8 +114,8 @@ impl JobDraft<'_> {
     }
 }
 
-/// U+FFFE and U+FFFF are fine in JSON, but SQS refuses them: they go as escapes.
-/// They can only stand inside strings, so the replacement keeps the value.
+/// Escapes U+FFFE and U+FFFF, which JSON allows and SQS rejects. They occur only inside strings, so the value
+/// does not change.
 fn escape_noncharacters(message: Vec<u8>) -> Vec<u8> {
     let is_at = |i: usize| message[i] == 0xEF && message[i + 1] == 0xBF && message[i + 2] >= 0xBE;
     let last = message.len().saturating_sub(2);
@@ -132,51 +138,10 @@ fn escape_noncharacters(message: Vec<u8>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Counters;
-    use crate::model::NodeId;
-    use crate::model::ProcessToken;
+    use crate::model::{Counters, NodeId};
+    use serde_json::value::RawValue;
 
     const AT: UnixMs = 1_795_305_600_123;
-
-    #[test]
-    fn a_token_is_read_as_it_is_written() {
-        for token in [0, 0xab, u64::MAX] {
-            assert_eq!(ProcessToken::parse(&ProcessToken(token).to_string()), Some(ProcessToken(token)));
-        }
-        for bad in ["", "00000000000000a", "00000000000000aG", "00000000000000AB", "+0000000000000ab"] {
-            assert_eq!(ProcessToken::parse(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn an_id_carries_node_and_time() {
-        for (node, at, random) in
-            [(0, 0, 0), (u32::MAX, (1 << 42) - 1, u64::MAX), (0xdead_beef, AT, 0x1234_5678_9abc)]
-        {
-            let id = JobId::new(NodeId(node), at, random);
-            assert_eq!((id.node(), id.accepted_at()), (NodeId(node), at));
-            let text = id.to_string();
-            assert!(text.starts_with(&format!("{node:08x}-")), "{text}");
-            assert_eq!(text.as_bytes()[14], b'8', "version of {text}");
-            assert!(b"89ab".contains(&text.as_bytes()[19]), "variant of {text}");
-            assert_eq!(JobId::parse(&text), Some(id));
-            assert_eq!(JobId::parse(&text.to_ascii_uppercase()), Some(id), "in capitals");
-            assert_eq!(
-                id.node_and_random(),
-                (u128::from(node) << 48) | u128::from(random & 0xffff_ffff_ffff)
-            );
-        }
-        for bad in [
-            "",
-            "x",
-            "67e55044-10b1-426f-9247-bb680e5fe0c8",
-            "{deadbeef-9c2a-8f00-8000-123456789abc}",
-            "urn:uuid:deadbeef-9c2a-8f00-8000-123456789abc",
-            "deadbeef9c2a8f008000123456789abc",
-        ] {
-            assert_eq!(JobId::parse(bad), None, "{bad}");
-        }
-    }
 
     fn function() -> Function {
         Function {
@@ -207,17 +172,21 @@ mod tests {
     }
 
     #[test]
-    fn the_message_is_what_workers_read() {
+    fn the_message_has_the_format_that_workers_read() {
         let id = JobId::new(NodeId(1), AT, 2);
         let trace = String::from_utf8(id.traceparent().to_vec()).unwrap();
         let expected = format!(
-            r#"{{"requestId":"{id}","functionId":"f.1","runtime":"python","memoryMb":256,"s3Bucket":"b","s3Key":"functions/\"x\".zip","timeoutMs":300000,"input":{{"a": [1, 2]}},"modelId":"llama3:8b","envVars":{{"A":"1"}},"acceptedAt":"2026-11-22T00:00:00.123Z","deadline":"2026-11-22T00:00:01.123Z","configVersion":7,"traceparent":"{trace}"}}"#
+            "{{\"requestId\":\"{id}\",\"functionId\":\"f.1\",\"runtime\":\"python\",\"memoryMb\":256,\
+             \"s3Bucket\":\"b\",\"s3Key\":\"functions/\\\"x\\\".zip\",\"timeoutMs\":300000,\
+             \"input\":{{\"a\": [1, 2]}},\"modelId\":\"llama3:8b\",\"envVars\":{{\"A\":\"1\"}},\
+             \"acceptedAt\":\"2026-11-22T00:00:00.123Z\",\"deadline\":\"2026-11-22T00:00:01.123Z\",\
+             \"configVersion\":7,\"traceparent\":\"{trace}\"}}"
         );
         assert_eq!(message(r#"{"functionId":"f.1","inputData":{"a": [1, 2]},"other":[]}"#), expected);
     }
 
     #[test]
-    fn input_passes_byte_for_byte() {
+    fn input_is_copied_byte_for_byte() {
         for input in [
             "0",
             "false",
@@ -244,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_sqs_refuses_goes_as_an_escape() {
+    fn noncharacters_are_escaped_for_sqs() {
         let message =
             message("{\"functionId\":\"f.1\",\"inputData\":\"a\u{FFFE}b\u{FFFF}\u{FFFD}\u{FF00}\"}");
         assert!(message.contains("\"input\":\"a\\uFFFEb\\uFFFF\u{FFFD}\u{FF00}\""), "{message}");
@@ -252,61 +221,7 @@ mod tests {
         assert_eq!(read["input"], "a\u{FFFE}b\u{FFFF}\u{FFFD}\u{FF00}");
     }
 
-    #[test]
-    fn bad_bodies_are_refused() {
-        use RunRequestError::{Member, Missing, NotJson, Twice};
-        let kind = |body: &str| RunRequest::parse(body.as_bytes()).expect_err(body);
-        for body in
-            ["", "[]", "1", "{", "{}x", "nul", "{\"functionId\":\"a\",\"inputData\":}", "{\"a\":\u{1}}"]
-        {
-            assert!(matches!(kind(body), NotJson(_)), "{body}: {:?}", kind(body));
-        }
-        assert_eq!(kind("{}"), Missing("functionId"));
-        for body in [
-            "{\"functionId\":1}",
-            "{\"functionId\":null}",
-            "{\"functionId\":\"\"}",
-            "{\"functionId\":\"../a\"}",
-        ] {
-            assert!(matches!(kind(body), Member { member: "functionId", .. }), "{body}");
-        }
-        assert!(matches!(kind(r#"{"functionId":"a","modelId":5}"#), Member { member: "modelId", .. }));
-        for body in [
-            r#"{"functionId":"a","functionId":"b"}"#,
-            r#"{"functionId":"a","x":1,"x":2}"#,
-            r#"{"functionId":"a","\u0066unctionId":"b"}"#,
-        ] {
-            assert_eq!(kind(body), Twice, "{body}");
-        }
-        let nested =
-            |n: usize| format!("{{\"functionId\":\"a\",\"inputData\":{}{}}}", "[".repeat(n), "]".repeat(n));
-        assert!(RunRequest::parse(nested(128).as_bytes()).is_ok());
-        for n in [129, 100_000] {
-            assert!(matches!(kind(&nested(n)), Member { member: "inputData", .. }), "{n}");
-        }
-        for lone in [r"\ud800", r"\udc00", r"\ud800\ud800", r"\ud800x", r"\ud800\n", r"\ud83d\\ude00"] {
-            let body = format!("{{\"functionId\":\"a\",\"inputData\":[\"{lone}\"]}}");
-            assert!(matches!(kind(&body), Member { member: "inputData", .. }), "{body}");
-        }
-        assert!(RunRequest::parse(b"{\"functionId\":\"a\",\"inputData\":\"\xff\"}").is_err());
-    }
-
-    #[test]
-    fn fuzz_job_ids() {
-        crate::fuzz::run("job_id", |input| {
-            let Ok(text) = std::str::from_utf8(input) else { return };
-            if let Some(id) = JobId::parse(text) {
-                assert_eq!(id.to_string(), text.to_ascii_lowercase());
-                assert_eq!(JobId::parse(&id.to_string()), Some(id));
-                assert!(id.accepted_at() < 1 << 42);
-            }
-            if let Some(node) = NodeId::parse(text) {
-                assert_eq!(NodeId::parse(&node.to_string()), Some(node));
-            }
-        });
-    }
-
-    /// Whatever passes becomes a message that holds the input as it came.
+    /// Every request that parses becomes a message that contains its input unchanged.
     #[test]
     fn fuzz_run_requests() {
         let template = JobTemplate::of(&Function::sample("f"), "b");
@@ -318,12 +233,13 @@ mod tests {
             let message = draft.build().message;
             let text = std::str::from_utf8(&message).expect("a message is UTF-8");
             serde_json::from_str::<&RawValue>(text).expect("a message is JSON");
-            // Numbers beyond those of f64 are JSON and pass, but are no `Value`.
+            // Numbers beyond the range of f64 are valid JSON, but not a `Value`.
             if let Ok(sent) = serde_json::from_str::<serde_json::Value>(request.input) {
-                let read: serde_json::Value = serde_json::from_str(text).expect("nor has it larger numbers");
+                let read: serde_json::Value =
+                    serde_json::from_str(text).expect("all numbers are in the range of f64");
                 assert_eq!(read["input"], sent);
             }
-            assert!(!text.contains(['\u{fffe}', '\u{ffff}']), "the queue refuses these");
+            assert!(!text.contains(['\u{fffe}', '\u{ffff}']), "SQS rejects these characters");
         });
     }
 }

@@ -1,7 +1,8 @@
-//! What a worker published: kept byte for byte, read leniently.
+//! The result of a run, as a worker published it: kept byte for byte, and parsed leniently.
 //!
-//! A broken worker may publish anything at all, so no member is trusted to be there or to be of its type. Typed
-//! `serde` structs were rejected: one member of another type, or one that stands twice, would hide all the others.
+//! A broken worker may publish anything, so no member is assumed to be present or to have its type. Typed
+//! `serde` structs were rejected: one member with another type, or one that occurs twice, would hide all
+//! others.
 
 use super::Text;
 use super::escape::Escape;
@@ -12,20 +13,20 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::fmt;
 
-/// Longest duration that is believed, in milliseconds: some months.
+/// Maximum plausible duration, in milliseconds: 115 days. Larger values are ignored, here and below.
 const DURATION_MS_MAX: f64 = 1e10;
-/// Largest memory that is believed, in bytes: 2^50.
+/// Maximum plausible memory, in bytes: 2^50.
 const MEMORY_BYTES_MAX: f64 = (1_u64 << 50) as f64;
-/// Largest recommendation that is believed, in MiB.
+/// Maximum plausible recommendation, in MiB.
 const MEMORY_MB_MAX: f64 = 1e6;
-/// Longest text kept of a member that is a string or a number, in bytes of JSON.
+/// Maximum length of a member that may be a string or a number, in bytes of JSON. A longer one is ignored.
 const SCALAR_BYTES_MAX: usize = 256;
 
-/// The result of one run, as it was published.
+/// The published result of one run, or the substitute for the result of a lost job.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     published: Bytes,
-    /// It was read before, and is JSON.
+    /// It was parsed before and is valid JSON.
     is_known_json: bool,
 }
 
@@ -35,9 +36,9 @@ impl PartialEq for Outcome {
     }
 }
 
-/// What stands for the result of a job that has none at its deadline.
+/// The substitute for the result of a job that has none at its deadline.
 const LOST: &[u8] = br#"{"status":"LOST"}"#;
-/// The same, if nobody knows that the queue ever had the job.
+/// The same, if it is not known whether the queue received the job.
 const LOST_UNCONFIRMED: &[u8] = br#"{"status":"LOST","reason":"unconfirmed"}"#;
 
 impl Outcome {
@@ -45,17 +46,18 @@ impl Outcome {
         Self { published, is_known_json: false }
     }
 
-    /// The outcome of a job that has no result at its deadline.
+    /// The outcome of a job that has no result at its deadline. `is_unconfirmed`: it is not known whether the
+    /// queue received the job.
     pub fn lost(is_unconfirmed: bool) -> Self {
         Self::new(Bytes::from_static(if is_unconfirmed { LOST_UNCONFIRMED } else { LOST }))
     }
 
-    /// Whether it stands for a job that had no result at its deadline.
+    /// Whether the job had no result at its deadline.
     pub fn is_lost(&self) -> bool {
         self.published == LOST || self.is_unconfirmed()
     }
 
-    /// Whether it stands for such a job, and nobody knows that the queue ever had it.
+    /// Whether the job had no result at its deadline, and it is not known whether the queue received the job.
     pub fn is_unconfirmed(&self) -> bool {
         self.published == LOST_UNCONFIRMED
     }
@@ -65,9 +67,10 @@ impl Outcome {
         &self.published
     }
 
-    /// What the client gets: the published bytes if they are JSON, else `{"raw": …}` around them.
+    /// The response body: the published bytes if they are JSON, otherwise `{"raw": …}` with the bytes as
+    /// text.
     pub fn body(&self) -> Bytes {
-        // IgnoredAny walks without recursion, so nesting has no limit here.
+        // IgnoredAny does not recurse, so the nesting depth is not limited.
         if self.is_known_json || serde_json::from_slice::<IgnoredAny>(&self.published).is_ok() {
             return self.published.clone();
         }
@@ -75,15 +78,16 @@ impl Outcome {
         Bytes::from(serde_json::json!({ "raw": raw }).to_string())
     }
 
-    /// The members that a row and the metrics are made of; all absent if it is no object.
+    /// The members for the row and the metrics; all `None` if the result is not a JSON object.
     pub fn fields(&self) -> ResultFields<'_> {
         self.read().unwrap_or_default()
     }
 
-    /// The same, and the outcome itself, which need not be read again for the client.
+    /// Passes [`Self::fields`] to `take`. The returned outcome remembers that it is JSON, so [`Self::body`]
+    /// need not parse it again.
     pub fn into_read<T>(mut self, take: impl FnOnce(&ResultFields<'_>) -> T) -> (Self, T) {
         let read = self.read();
-        // Every object that was read is JSON; what was not may be JSON all the same.
+        // An object that was parsed is JSON. Other values may be JSON too, so they are parsed again.
         let is_known_json = read.is_some();
         let taken = take(&read.unwrap_or_default());
         self.is_known_json = is_known_json;
@@ -91,13 +95,13 @@ impl Outcome {
     }
 
     fn read(&self) -> Option<ResultFields<'_>> {
-        // Looked at once, as a whole, and not at every string in it.
+        // UTF-8 is checked once for the whole text, not for each string in it.
         let text = std::str::from_utf8(&self.published).ok()?;
         serde_json::from_str(text).ok()
     }
 }
 
-/// The members of a result that the gateway reads. `None`: missing, null or of another type.
+/// The members of a result that the gateway reads. `None`: absent, null, of another type or not plausible.
 #[derive(Debug, Default, PartialEq)]
 pub struct ResultFields<'a> {
     pub status: Option<Cow<'a, str>>,
@@ -109,7 +113,7 @@ pub struct ResultFields<'a> {
     pub peak_memory_bytes: Option<f64>,
     pub recommended_memory_mb: Option<f64>,
     pub optimization_tip: Option<Cow<'a, str>>,
-    /// A JSON string or number, as text.
+    /// A JSON string or number, as JSON text.
     pub estimated_savings: Option<&'a str>,
 }
 
@@ -140,7 +144,7 @@ impl<'a> ResultFields<'a> {
     fn take(&mut self, key: &str, value: &'a RawValue) {
         match key {
             "status" => self.status = text(value).filter(|status| !status.is_empty()),
-            // Some write whole numbers as 0.0.
+            // Some workers write whole numbers as 0.0.
             "exitCode" => {
                 self.exit_code = read(value).filter(|code: &f64| code.fract() == 0.0).map(|code| code as i64);
             }
@@ -163,7 +167,7 @@ impl<'a> ResultFields<'a> {
     }
 }
 
-/// A string or a finite number, as JSON text of bounded length.
+/// A string or a finite number, as JSON text of at most [`SCALAR_BYTES_MAX`] bytes.
 fn scalar(value: &RawValue) -> Option<&str> {
     if value.get() == "null" {
         return None;
@@ -177,10 +181,10 @@ fn read<'a, T: Deserialize<'a>>(value: &'a RawValue) -> Option<T> {
     serde_json::from_str(value.get()).ok()
 }
 
-/// A string. Half a surrogate pair, which Python makes of bytes that are no UTF-8, becomes U+FFFD: the rest of a
-/// message is worth keeping.
+/// A string. A lone surrogate becomes U+FFFD, so that the rest of the text is kept. Python writes lone
+/// surrogates for bytes that are not UTF-8.
 fn text(value: &RawValue) -> Option<Cow<'_, str>> {
-    // Most members are null where there is nothing to say, and an error of serde is an allocation.
+    // Skips null, which most absent members are, because an error of serde allocates.
     if !value.get().starts_with('"') {
         return None;
     }
@@ -208,7 +212,7 @@ fn without_halves(json: &str) -> String {
     out + rest
 }
 
-/// A number from 0 to `max`: anything else would spoil sums and histograms for good.
+/// A number from 0 to `max`. Any other number would corrupt sums and histograms permanently.
 fn number(value: &RawValue, max: f64) -> Option<f64> {
     if !value.get().starts_with(|c: char| c.is_ascii_digit() || c == '-') {
         return None;
@@ -225,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn json_passes_byte_for_byte() {
+    fn json_is_returned_byte_for_byte() {
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         for json in ["{ \"a\":1 , \"a\":2}", "null", "[]", " 1e999 ", "\"\\ud800\"", deep.as_str()] {
             assert_eq!(outcome(json).body(), json.as_bytes(), "{}", &json[..json.len().min(20)]);
@@ -233,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_json_is_wrapped() {
+    fn results_that_are_not_json_are_wrapped() {
         assert_eq!(outcome("").body(), r#"{"raw":""}"#);
         assert_eq!(outcome("oh \"no\"").body(), r#"{"raw":"oh \"no\""}"#);
         assert_eq!(outcome(b"\xff\x00".to_vec()).body(), "{\"raw\":\"\u{fffd}\\u0000\"}");
@@ -241,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_is_not_read_again_and_stays_the_same() {
+    fn a_parsed_result_is_not_parsed_again_and_does_not_change() {
         let invalid_key = r#"{"\ud800":1}"#;
         for (published, is_known) in [
             ("{}", true),
@@ -262,9 +266,10 @@ mod tests {
     }
 
     #[test]
-    fn members_are_read_one_by_one() {
+    fn an_invalid_member_does_not_hide_others() {
         let published = outcome(
-            r#"{"status":7,"exitCode":0,"exitCode":3,"stdout":"o","durationMs":null,"duration_ms":2,"handlerDurationMs":-1,"peakMemoryBytes":1e400}"#,
+            r#"{"status":7,"exitCode":0,"exitCode":3,"stdout":"o","durationMs":null,"duration_ms":2,
+                "handlerDurationMs":-1,"peakMemoryBytes":1e400}"#,
         );
         let fields = published.fields();
         let expected = ResultFields {
@@ -275,7 +280,8 @@ mod tests {
         };
         assert_eq!(fields, expected);
         let odd = outcome(
-            r#"{"exitCode":0.0,"durationMs":1e300,"peakMemoryBytes":1e30,"stdout":"\ud800 x\\\ud83d\ude00\udc00"}"#,
+            r#"{"exitCode":0.0,"durationMs":1e300,"peakMemoryBytes":1e30,
+                "stdout":"\ud800 x\\\ud83d\ude00\udc00"}"#,
         );
         let odd = odd.fields();
         assert_eq!((odd.exit_code, odd.duration_ms, odd.peak_memory_bytes), (Some(0), None, None));
@@ -285,7 +291,7 @@ mod tests {
         }
     }
 
-    /// A broken worker may publish anything: there is always an answer and a row.
+    /// Any publication, even of a broken worker, results in a response and a row.
     #[test]
     fn fuzz_worker_results() {
         use crate::model::{Execution, FunctionId, JobId, MESSAGE_BYTES_MAX, NodeId};
@@ -298,7 +304,7 @@ mod tests {
             let body = outcome.body();
             assert!(serde_json::from_slice::<IgnoredAny>(&body).is_ok(), "the client gets JSON");
             let is_json = serde_json::from_slice::<IgnoredAny>(input).is_ok();
-            assert_eq!(is_json, body == input, "JSON passes byte for byte");
+            assert_eq!(is_json, body == input, "JSON is returned byte for byte");
         });
     }
 }

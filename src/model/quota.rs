@@ -1,8 +1,8 @@
-//! A rate limit as numbers.
+//! The numbers of a rate limit, in the form that the limiter and its stores compute with.
 
 use std::time::Duration;
 
-/// A rate limit: `rate` requests each `period`, with up to `burst` at once.
+/// A rate limit: `rate` requests per `period`, and at most `burst` at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Quota {
     pub rate: u32,
@@ -11,9 +11,9 @@ pub struct Quota {
 }
 
 impl Quota {
-    /// What drains from a bucket in a microsecond and what a request costs, in the smallest whole numbers that stand
-    /// in the quota's proportion. A period counts in whole microseconds, and no quota is slower than one request
-    /// in it.
+    /// The amount that drains from a bucket per microsecond, and the cost of one request, as reduced whole
+    /// numbers. So no computation rounds. The period is cut to whole microseconds, at least one. A rate of 0
+    /// counts as 1.
     pub fn drain(&self) -> (u64, u64) {
         let rate = u64::from(self.rate.max(1));
         let period = u64::try_from(self.period.as_micros()).unwrap_or(u64::MAX).max(1);

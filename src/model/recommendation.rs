@@ -1,25 +1,28 @@
-//! What a worker advises about a function's size, kept with the function.
+//! The recommendation of a worker for the memory of a function. It is stored with the function, for the
+//! auto-tuner.
 
 use super::{JobId, ResultFields, UnixMs};
 
-/// The advice of one execution. The newest one that holds any is kept.
+/// The recommendation of one execution. A function keeps the newest one.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Recommendation {
+    /// In MiB, at least 1.
     pub memory_mb: Option<u64>,
+    /// At most [`Self::TIP_BYTES_MAX`] bytes.
     pub tip: Option<String>,
-    /// A JSON string or number, as text, as the worker gave it.
+    /// A JSON string or number, as JSON text of the worker.
     pub savings: Option<String>,
-    /// The execution it comes from.
+    /// The request id of that execution.
     pub request_id: String,
     /// When that execution was accepted.
     pub at: UnixMs,
 }
 
 impl Recommendation {
-    /// Longest tip kept, in bytes.
+    /// Maximum length of a tip, in bytes; the rest is cut off.
     pub const TIP_BYTES_MAX: usize = 1024;
 
-    /// `None` if the result advises nothing.
+    /// Returns `None` if the result has no recommendation.
     pub fn of(id: JobId, fields: &ResultFields<'_>) -> Option<Self> {
         // A float to integer cast saturates.
         let memory_mb = fields.recommended_memory_mb.map(|mb| mb.round() as u64).filter(|mb| *mb > 0);
@@ -42,7 +45,7 @@ mod tests {
     }
 
     #[test]
-    fn advice_is_read_leniently() {
+    fn recommendations_are_parsed_leniently() {
         let full =
             of(r#"{"recommendedMemoryMb":256.4,"optimizationTip":"less","estimatedSavings":"30%"}"#).unwrap();
         assert_eq!((full.memory_mb, full.tip.as_deref()), (Some(256), Some("less")));

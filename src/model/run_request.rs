@@ -1,4 +1,7 @@
-//! The body of `POST /run`, read without a tree.
+//! Parses the body of `POST /run` in one pass, without a JSON tree.
+//!
+//! `inputData` must reach the function byte for byte, so it stays text. A tree was rejected: it would change
+//! numbers beyond f64 and repeated members, and cost an allocation for each value.
 
 use crate::model::escape::Escape;
 use crate::model::{FunctionId, Text, encoding_problem};
@@ -9,21 +12,22 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 
-/// Model a job names when the client names none.
+/// The model of a job whose client names none.
 const MODEL_DEFAULT: &str = "llama3:8b";
 
-/// Deepest nesting of `inputData`, in levels: what common JSON readers accept.
+/// Maximum nesting of `inputData`, in levels; common JSON parsers accept this.
 const INPUT_DEPTH_MAX: usize = 128;
 
-/// The body of `POST /run`. `input` is the client's own text, uninterpreted.
+/// The parsed body of `POST /run`.
 #[derive(Debug)]
 pub struct RunRequest<'a> {
     pub function: FunctionId,
+    /// The JSON text of `inputData`; `{}` if it is absent or null.
     pub input: &'a str,
     pub model: Option<Cow<'a, str>>,
 }
 
-/// Why a body is not a run. The text is for the client and never quotes the body.
+/// Why a body was rejected. The text is for the client and never quotes the body.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RunRequestError {
     #[error("the body is not a JSON object: {0}")]
@@ -32,12 +36,12 @@ pub enum RunRequestError {
     Missing(&'static str),
     #[error("`{member}` {problem}")]
     Member { member: &'static str, problem: &'static str },
-    #[error("a member stands twice in the body")]
+    #[error("a member occurs twice in the body")]
     Twice,
 }
 
 impl<'a> RunRequest<'a> {
-    /// One pass over the body that keeps slices of it, no tree.
+    /// Parses a body. Unknown members are ignored; a repeated one is an error.
     pub fn parse(body: &'a [u8]) -> Result<Self, RunRequestError> {
         let members: Members<'a> =
             serde_json::from_slice(body).map_err(|e| RunRequestError::NotJson(json_problem(body, &e)))?;
@@ -50,7 +54,7 @@ impl<'a> RunRequest<'a> {
             member: "functionId",
             problem: "must be 1 to 128 letters, digits, '.', '_' or '-', the first a letter or digit",
         })?;
-        // Handlers call `event.get`, so no input is an empty object, and `null` is no input.
+        // Handlers call `event.get`, so absent or null input becomes an empty object.
         let input = members.input.map(RawValue::get).filter(|input| *input != "null").unwrap_or("{}");
         check_input(input).map_err(|problem| RunRequestError::Member { member: "inputData", problem })?;
         let model = match members.model {
@@ -60,7 +64,7 @@ impl<'a> RunRequest<'a> {
         Ok(Self { function, input, model })
     }
 
-    /// The model that the job names.
+    /// The model for the job, or the default.
     pub fn model(&self) -> &str {
         self.model.as_deref().unwrap_or(MODEL_DEFAULT)
     }
@@ -70,12 +74,12 @@ fn json_problem(body: &[u8], e: &serde_json::Error) -> String {
     encoding_problem(body).map_or_else(|| json_place(e), str::to_owned)
 }
 
-/// Where the JSON breaks; serde's own text may quote what it read, so only the kind and place are used.
+/// The kind and the place of a syntax error. The message of serde may quote the body, so it is not used.
 fn json_place(e: &serde_json::Error) -> String {
     let kind = match e.classify() {
         serde_json::error::Category::Eof => "it ends too early",
-        serde_json::error::Category::Data => "it is of another type",
-        _ => "it cannot be read",
+        serde_json::error::Category::Data => "it has another type",
+        _ => "it has a syntax error",
     };
     format!("{kind} at line {}, column {}", e.line(), e.column())
 }
@@ -105,7 +109,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
                 let mut members = Members::default();
-                let mut others = HashSet::new(); // allocates only when an unknown member comes
+                let mut others = HashSet::new(); // allocates only if there is an unknown member
                 while let Some(Text(key)) = map.next_key()? {
                     let value: &'de RawValue = map.next_value()?;
                     let before = match &*key {
@@ -123,8 +127,8 @@ impl<'de> Deserialize<'de> for Members<'de> {
     }
 }
 
-/// Refuses what the workers' JSON readers would stumble over, in JSON that is known to be well formed:
-/// nesting past [`INPUT_DEPTH_MAX`], and escapes of half a surrogate pair.
+/// Rejects well-formed JSON that the parsers of workers may not accept: nesting beyond [`INPUT_DEPTH_MAX`],
+/// and escapes of lone surrogates.
 fn check_input(json: &str) -> Result<(), &'static str> {
     let bytes = json.as_bytes();
     let mut depth = 0_usize;
@@ -134,7 +138,7 @@ fn check_input(json: &str) -> Result<(), &'static str> {
         match (in_string, bytes[i]) {
             (true, b'\\') => match Escape::at(&bytes[i..]) {
                 Escape::Whole(len) => i += len - 1,
-                Escape::Half => return Err("holds an escape of half a surrogate pair"),
+                Escape::Half => return Err("contains an escape of a lone surrogate"),
             },
             (_, b'"') => in_string = !in_string,
             (false, b'{' | b'[') => {
@@ -149,4 +153,48 @@ fn check_input(json: &str) -> Result<(), &'static str> {
         i += 1;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn invalid_bodies_are_rejected() {
+        use RunRequestError::{Member, Missing, NotJson, Twice};
+        let kind = |body: &str| RunRequest::parse(body.as_bytes()).expect_err(body);
+        for body in
+            ["", "[]", "1", "{", "{}x", "nul", "{\"functionId\":\"a\",\"inputData\":}", "{\"a\":\u{1}}"]
+        {
+            assert!(matches!(kind(body), NotJson(_)), "{body}: {:?}", kind(body));
+        }
+        assert_eq!(kind("{}"), Missing("functionId"));
+        for body in [
+            "{\"functionId\":1}",
+            "{\"functionId\":null}",
+            "{\"functionId\":\"\"}",
+            "{\"functionId\":\"../a\"}",
+        ] {
+            assert!(matches!(kind(body), Member { member: "functionId", .. }), "{body}");
+        }
+        assert!(matches!(kind(r#"{"functionId":"a","modelId":5}"#), Member { member: "modelId", .. }));
+        for body in [
+            r#"{"functionId":"a","functionId":"b"}"#,
+            r#"{"functionId":"a","x":1,"x":2}"#,
+            r#"{"functionId":"a","\u0066unctionId":"b"}"#,
+        ] {
+            assert_eq!(kind(body), Twice, "{body}");
+        }
+        let nested =
+            |n: usize| format!("{{\"functionId\":\"a\",\"inputData\":{}{}}}", "[".repeat(n), "]".repeat(n));
+        assert!(RunRequest::parse(nested(128).as_bytes()).is_ok());
+        for n in [129, 100_000] {
+            assert!(matches!(kind(&nested(n)), Member { member: "inputData", .. }), "{n}");
+        }
+        for lone in [r"\ud800", r"\udc00", r"\ud800\ud800", r"\ud800x", r"\ud800\n", r"\ud83d\\ude00"] {
+            let body = format!("{{\"functionId\":\"a\",\"inputData\":[\"{lone}\"]}}");
+            assert!(matches!(kind(&body), Member { member: "inputData", .. }), "{body}");
+        }
+        assert!(RunRequest::parse(b"{\"functionId\":\"a\",\"inputData\":\"\xff\"}").is_err());
+    }
 }

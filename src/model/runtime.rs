@@ -1,8 +1,9 @@
-//! The languages functions are written in, and what each asks of its code and its memory.
+//! The languages of functions, with the entry files and the memory bounds of each.
 
 use std::ops::RangeInclusive;
 
-/// A language that workers run. Older items of the table may name others; those are passed on as they are.
+/// A language that workers run. Older items of the function table may name others, which workers receive
+/// unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Runtime {
     Python,
@@ -14,6 +15,7 @@ pub enum Runtime {
 impl Runtime {
     pub const ALL: [Self; 4] = [Self::Python, Self::Nodejs, Self::Cpp, Self::Go];
 
+    /// Returns `None` for an unknown name. Names are lower case.
     pub fn parse(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|runtime| runtime.name() == name)
     }
@@ -27,7 +29,7 @@ impl Runtime {
         }
     }
 
-    /// Files a run starts with; one of them stands at the top of the code.
+    /// The files that can start a run. One of them must be at the top level of the code.
     pub fn entry_files(self) -> &'static [&'static str] {
         match self {
             Self::Python => &["main.py"],
@@ -37,9 +39,10 @@ impl Runtime {
         }
     }
 
-    /// What a function may be changed to, in MiB. A runtime nobody knows gets what all of them may have.
+    /// The memory bounds for a change of a function, in MiB. An unknown runtime has the bounds that all
+    /// runtimes share.
     ///
-    /// The lower bound is the floor of the workers' advice: clients send that advice back as it is.
+    /// The lower bound is the smallest recommendation of workers, because clients apply it unchanged.
     pub fn memory_mb_bounds(name: &str) -> RangeInclusive<u64> {
         const LEAST: u64 = 32;
         match Self::parse(name) {
@@ -48,7 +51,7 @@ impl Runtime {
         }
     }
 
-    /// What a new function may be given, in MiB.
+    /// The memory bounds for a new function, in MiB.
     pub fn new_memory_mb_bounds(self) -> RangeInclusive<u64> {
         128..=*Self::memory_mb_bounds(self.name()).end()
     }

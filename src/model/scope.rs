@@ -1,22 +1,23 @@
-//! What a key may be allowed to do.
+//! The scopes of API keys. Each route requires at most one.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
+/// A right of an API key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
-    /// Run functions, and ask for the results.
+    /// Run functions and read their results.
     Run,
-    /// Look at functions, logs, workers and models.
+    /// Read functions, logs, workers and models.
     Read,
     /// Upload, change and delete functions.
     Write,
-    /// Report as a worker.
+    /// Send the heartbeats of a worker.
     Worker,
-    /// Read the metrics, where they ask for a key.
+    /// Read the metrics, if `auth.metrics_need_key` is set.
     Metrics,
-    /// Everything.
+    /// All of the above.
     Admin,
 }
 

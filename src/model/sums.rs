@@ -1,22 +1,27 @@
-//! What executions add to the counters of their function.
+//! The amounts that executions add to the counters of their function.
+//!
+//! All are whole numbers, so the totals are exact in any order of addition. Floating point was rejected for
+//! that reason: nodes, retries and adopters add in different orders.
 
 use super::{Execution, Status};
 use std::ops::AddAssign;
 
-/// Whole numbers, so that they are exact in whatever order they are added. One that stands for a late result may be
-/// below zero: it takes back what the job had added when it was given up.
+/// The amounts of one or more executions. They may be negative: a late result subtracts the run and the error
+/// that its job added when it ended as LOST.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sums {
     pub invocations: i64,
     pub errors: i64,
+    /// In microseconds.
     pub duration_us: i64,
-    /// Runs whose worker reported the handler's own time.
+    /// Runs whose worker reported the time in the handler.
     pub handler_invocations: i64,
+    /// In microseconds.
     pub handler_us: i64,
 }
 
 impl Sums {
-    /// What one execution adds.
+    /// The amounts of one execution.
     pub fn of(row: &Execution) -> Self {
         Self {
             invocations: 1,
@@ -27,7 +32,7 @@ impl Sums {
         }
     }
 
-    /// What is left to be added of an execution that was counted as lost before.
+    /// The difference to add for a late result, whose job was already counted as LOST.
     pub fn after_lost(self) -> Self {
         Self { invocations: self.invocations - 1, errors: self.errors - 1, ..self }
     }
@@ -61,7 +66,8 @@ fn micros(ms: f64) -> i64 {
 }
 
 impl Execution {
-    /// Nobody knows how the job ended, so what somebody knew before stays, and what somebody learns later counts.
+    /// Whether the job ended without a result. Such a row never replaces another row, and any result replaces
+    /// it.
     pub fn is_lost(&self) -> bool {
         self.status.as_str() == Status::LOST
     }

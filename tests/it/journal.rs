@@ -3,9 +3,9 @@
 
 use crate::harness::redis::{Redis, Reply};
 
-const SCRIPT: &str = include_str!("../../src/backend/aws/journal_end.lua");
+const SCRIPT: &str = include_str!("../../src/backend/aws/redis/journal_end.lua");
 const KEYS: [&str; 4] = ["inflight:{1}", "whole:{1}", "unposted:{1}", "givenup:{1}"];
-const NUMBER: &str = include_str!("../../src/backend/aws/journal_number.lua");
+const NUMBER: &str = include_str!("../../src/backend/aws/redis/journal_number.lua");
 const NUMBER_KEYS: [&str; 4] = ["unposted:{1}", "posting:{1}", "posting:last:{1}", "whole:{1}"];
 
 struct Journal(Redis);

@@ -37,6 +37,8 @@ mod descriptors;
 #[cfg(test)]
 mod disk;
 #[cfg(test)]
+mod documents;
+#[cfg(test)]
 mod edge;
 #[cfg(test)]
 mod edge_clients;
@@ -74,8 +76,6 @@ mod overload;
 mod pages;
 #[cfg(test)]
 mod protocol;
-#[cfg(test)]
-mod readme;
 #[cfg(test)]
 mod reload;
 #[cfg(test)]

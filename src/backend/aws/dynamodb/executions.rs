@@ -194,7 +194,7 @@ impl Range {
     }
 }
 
-fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
+pub fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
     let item = Item::new(raw);
     let text = |name| item.text(name).unwrap_or_default();
     Execution {

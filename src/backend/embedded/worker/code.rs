@@ -99,7 +99,7 @@ mod tests {
             ("absolute", zipped(&[("/tmp-evil-of-the-zip-test", "1")])),
             ("a file as a directory", zipped(&[("a", "1"), ("a/b", "1")])),
         ] {
-            assert!(unpacked(&zip).unwrap_err().contains("not a good zip"), "{name}");
+            assert!(unpacked(&zip).unwrap_err().contains("not a valid zip"), "{name}");
         }
         assert!(!Path::new("/tmp-evil-of-the-zip-test").exists());
         let missing = unpack(Path::new("/nowhere/code.zip"), Path::new("/nowhere")).unwrap_err();

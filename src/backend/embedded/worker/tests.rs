@@ -659,7 +659,7 @@ async fn a_job_that_cannot_run_fails_with_a_reason() {
     for (changes, reason) in [
         (json!({ "runtime": "cpp" }), "runs python and nodejs, not cpp"),
         (json!({ "s3Key": "absent.zip" }), "cannot be opened"),
-        (json!({ "s3Key": "bad.zip" }), "not a good zip"),
+        (json!({ "s3Key": "bad.zip" }), "not a valid zip"),
         (json!({ "s3Key": "evil.zip" }), "leads out"),
         (json!({ "s3Key": "../lock" }), "outside the store"),
         (json!({ "s3Key": 5 }), "cannot be read"),

@@ -1,0 +1,95 @@
+//! Libraries and parts that only some rooms may know.
+
+use super::graph::Graph;
+use super::tree::{Tree, assert_none, is_in, tree};
+
+/// A crate, or all whose names begin so (`*`); where it may be used; why nowhere else.
+const CRATES: [(&str, &[&str], &str); 5] = [
+    ("aws_*", &["src/backend/aws"], "only backend::aws names an AWS type"),
+    ("redis", &["src/backend/aws"], "only backend::aws names a Redis type"),
+    ("rusqlite", &["src/backend/embedded"], "only backend::embedded knows SQLite"),
+    (
+        "pingora*",
+        &["src/gateway", "src/boot", "src/main.rs", "src/log.rs"],
+        "api and below do not know Pingora",
+    ),
+    (
+        "http",
+        &[
+            "src/gateway",
+            "src/api",
+            "src/backend/aws/json_call",
+            "src/catalogue.rs",
+            "src/https.rs",
+            "src/config/upstreams.rs",
+        ],
+        "what is below the interface knows no header and no status",
+    ),
+];
+
+/// A part of this crate; who may use it; why nobody else.
+const PARTS: [(&str, &[&str], &str); 2] = [
+    ("src/backend/aws", &["src/boot", "src/backend"], "only boot knows which backend runs"),
+    ("src/backend/embedded", &["src/boot", "src/backend"], "only boot knows which backend runs"),
+];
+
+fn is_named(name: &str, listed: &str) -> bool {
+    listed.strip_suffix('*').map_or(name == listed, |beginning| name.starts_with(beginning))
+}
+
+/// Uses of crates and parts by files that may not know them.
+pub fn breaches(tree: &Tree) -> Vec<String> {
+    let graph = Graph::new(&tree.sources);
+    let mut wrong = Vec::new();
+    for (file, scope) in graph.scopes() {
+        let imports = scope.uses.iter().map(|import| (&import.path, import.line));
+        let paths = scope.mentions.iter().filter(|mention| mention.path.len() > 1);
+        for (path, line) in imports.chain(paths.map(|mention| (&mention.path, mention.line))) {
+            let wall = CRATES.iter().find(|(listed, _, _)| is_named(&path[0], listed));
+            if let Some((_, allowed, why)) = wall
+                && !allowed.iter().any(|place| is_in(file, place))
+                && !graph.is_local(scope, &path[..1])
+            {
+                wrong.push(format!("{file}:{line}: {} ({why})", path.join("::")));
+            }
+        }
+    }
+    for ((from, to), items) in graph.edges() {
+        for (part, allowed, why) in PARTS {
+            if is_in(&to, part) && !allowed.iter().any(|place| is_in(&from, place)) {
+                let items: Vec<String> = items.into_keys().collect();
+                wrong.push(format!("{from}: {} of {to} ({why})", items.join(", ")));
+                break;
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn walls_hold() {
+    assert_none(&breaches(tree()), "The tables are CRATES and PARTS.");
+}
+
+#[test]
+fn planted_breaches_are_found() {
+    let lib = ("src/lib.rs", "mod api; mod backend; mod limiter; mod model;");
+    let aws = [("src/backend.rs", "pub mod aws;"), ("src/backend/aws.rs", "pub struct Aws;")];
+    for (file, text, is_wrong) in [
+        ("src/limiter.rs", "use http::HeaderValue;", true),
+        ("src/limiter.rs", "use http;", true),
+        ("src/limiter.rs", "fn f() { http::StatusCode::OK; }", true),
+        ("src/limiter.rs", "fn f() { warn!(x = http::StatusCode::OK); }", true),
+        ("src/limiter.rs", "mod http { pub struct A; } use http::A;", false),
+        ("src/limiter.rs", "#[cfg(test)] mod tests { use http::HeaderValue; }", false),
+        ("src/api.rs", "use http::HeaderValue;", false),
+        ("src/api.rs", "use pingora_core::Error;", true),
+        ("src/api.rs", "use aws_sdk_sqs::Client;", true),
+        ("src/api.rs", "use crate::backend::aws::Aws;", true),
+        ("src/boot.rs", "use crate::backend::aws::Aws;", false),
+        ("src/backend/aws.rs", "use redis::Client;", false),
+    ] {
+        let found = breaches(&Tree::planted(&[lib, aws[0], aws[1], (file, text)]));
+        assert_eq!(!found.is_empty(), is_wrong, "{file}: {text}: {found:?}");
+    }
+}

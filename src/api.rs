@@ -31,10 +31,10 @@ mod workers;
 pub use call::{BodyStream, Call, CallHeaders, whole};
 pub use problem::{ApiError, BODY_BYTES_SLACK};
 pub use reply::Reply;
-pub use routes::{Endpoint, Found, Route, Takes, find, is_local, patterns_with_key};
+pub use routes::{BodyMode, Endpoint, Route, RouteMatch, find, is_local, patterns_with_key};
 pub use system::Health;
 
-use crate::audit::{Event, Tail};
+use crate::audit::{Event, RecentEvents};
 use crate::backend::{Backend, QueueTraits};
 use crate::catalogue::Catalogue;
 use crate::config::{Live, Secret, WaitsConf};
@@ -49,13 +49,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What the handlers are made of.
-pub struct Parts<'a> {
+pub struct ApiParts<'a> {
     pub waits: Live<WaitsConf>,
     pub backend: &'a Backend,
     pub runs: Runs,
     pub dispatcher: Dispatcher,
     pub editor: Editor,
-    pub tail: Tail,
+    pub tail: RecentEvents,
     pub catalogue: Catalogue,
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
@@ -68,7 +68,7 @@ pub struct Parts<'a> {
 /// All handlers; each holds only what it uses.
 pub struct Api {
     run: run::RunRoute,
-    status: status::Status,
+    status: status::StatusRoute,
     functions: functions::FunctionRoutes,
     upload: upload::UploadRoute,
     change: change::ChangeRoute,
@@ -78,19 +78,19 @@ pub struct Api {
     workers: workers::Workers,
     system: system::System,
     queue: QueueTraits,
-    tail: Tail,
+    tail: RecentEvents,
 }
 
 impl Api {
-    pub fn new(parts: Parts<'_>) -> Self {
-        let Parts { waits, backend, dispatcher, lifecycle, metrics, tail, .. } = parts;
+    pub fn new(parts: ApiParts<'_>) -> Self {
+        let ApiParts { waits, backend, dispatcher, lifecycle, metrics, tail, .. } = parts;
         let queue = backend.queue.traits();
         let cursors = cursor::Cursors::new(parts.api_key);
-        let uploads = Arc::new(upload::Uploads::new(parts.spool_dir));
+        let uploads = Arc::new(upload::UploadSpool::new(parts.spool_dir));
         let run = run::RunRoute::new(parts.runs);
         Self {
             run,
-            status: status::Status::new(waits, dispatcher, lifecycle.clone()),
+            status: status::StatusRoute::new(waits, dispatcher, lifecycle.clone()),
             functions: functions::FunctionRoutes::new(
                 Arc::clone(&backend.functions),
                 parts.editor.clone(),

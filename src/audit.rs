@@ -12,11 +12,11 @@ mod spill;
 mod tail;
 mod writer;
 
-pub use disk::RowDisk;
+pub use disk::SpillDirs;
 pub use flusher::Flusher;
 pub use ledger::{Ledger, Outstanding};
-pub use record::{Full, Kept, RowsWritten, Stores};
-pub use tail::{Event, Executed, Tail, TailEntry};
+pub use record::{KeyedResult, QueueFull, RowsStored, Stores};
+pub use tail::{Event, EventEntry, Executed, RecentEvents};
 
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
@@ -25,7 +25,7 @@ use record::Record;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::mpsc;
-use writer::Writer;
+use writer::RowWriter;
 
 /// Takes rows. Cheap to clone.
 #[derive(Clone)]
@@ -34,7 +34,7 @@ pub struct Audit {
     bytes: Arc<AtomicUsize>,
     bytes_max: usize,
     metrics: Arc<Metrics>,
-    tail: Tail,
+    tail: RecentEvents,
     ledger: Arc<Ledger>,
 }
 
@@ -47,8 +47,8 @@ impl Audit {
         row: Execution,
         exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
-        kept: Option<Box<Kept>>,
-    ) -> Result<(), Full> {
+        kept: Option<Box<KeyedResult>>,
+    ) -> Result<(), QueueFull> {
         self.queue(Record { id, row, recommendation, kept, is_late: false }, exit_code)
     }
 
@@ -59,22 +59,22 @@ impl Audit {
         row: Execution,
         exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
-    ) -> Result<(), Full> {
+    ) -> Result<(), QueueFull> {
         self.ledger.expect_late(id, &row.function);
         let record = Record { id, row, recommendation, kept: None, is_late: true };
         let queued = self.queue(record, exit_code);
         queued.inspect_err(|_| self.ledger.forget_late(id))
     }
 
-    fn queue(&self, record: Record, exit_code: Option<i64>) -> Result<(), Full> {
+    fn queue(&self, record: Record, exit_code: Option<i64>) -> Result<(), QueueFull> {
         let bytes = record.bytes();
         if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-            return Err(Full);
+            return Err(QueueFull);
         }
         let permit = self.sender.try_reserve().map_err(|_| {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
-            Full
+            QueueFull
         })?;
         self.metrics.observe_execution(&record.row);
         let row = &record.row;
@@ -95,7 +95,7 @@ impl Audit {
 
 impl Audit {
     /// The last executions.
-    pub fn tail(&self) -> Tail {
+    pub fn tail(&self) -> RecentEvents {
         self.tail.clone()
     }
 }
@@ -105,14 +105,14 @@ pub struct AuditLoops {
     pub flusher: Flusher,
     pub ledger: Arc<Ledger>,
     /// To be probed now and then.
-    pub disk: Option<Arc<RowDisk>>,
+    pub disk: Option<Arc<SpillDirs>>,
 }
 
 /// A handle and its loops. `disk`: for rows that the table does not take; without it they stay in memory.
 pub fn new(
     conf: &MemoryConf,
     stores: Stores,
-    disk: Option<RowDisk>,
+    disk: Option<SpillDirs>,
     metrics: Arc<Metrics>,
 ) -> (Audit, AuditLoops) {
     let (sender, receiver) = mpsc::channel(conf.audit_rows_max);
@@ -125,10 +125,10 @@ pub fn new(
         bytes: Arc::clone(&bytes),
         bytes_max: conf.audit_bytes_max,
         metrics: Arc::clone(&metrics),
-        tail: Tail::default(),
+        tail: RecentEvents::default(),
         ledger: Arc::clone(&ledger),
     };
-    let writer = Writer::new(stores, disk.clone(), Arc::clone(&ledger), Arc::clone(&metrics));
+    let writer = RowWriter::new(stores, disk.clone(), Arc::clone(&ledger), Arc::clone(&metrics));
     let flusher = Flusher { receiver, bytes, writer: Arc::new(writer), metrics, ledger: Arc::clone(&ledger) };
     (audit, AuditLoops { flusher, ledger, disk })
 }
@@ -144,8 +144,8 @@ mod tests {
     use crate::backend::Journal;
     use crate::backend::ROWS_MAX;
     use crate::backend::{
-        BackendError, Claim, Claimed, Ended, FunctionPage, FunctionWrite, JournalEntry, LogPage, LogQuery,
-        Numbered, Unposted, Written,
+        BackendError, Claim, EndedJob, FunctionPage, FunctionWrite, FunctionWriteOutcome, JournalEntry,
+        LogPage, LogQuery, NumberedSums, StoredClaim, UnpostedSums,
     };
     use crate::config::AuditConf;
     use crate::model::IdempotencyKey;
@@ -223,8 +223,8 @@ mod tests {
             Ok(FunctionPage::default())
         }
 
-        async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
-            Ok(Written::Conflict)
+        async fn write(&self, _: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
+            Ok(FunctionWriteOutcome::Conflict)
         }
 
         async fn recommend(&self, id: &FunctionId, r: &Recommendation) -> Result<(), BackendError> {
@@ -250,12 +250,12 @@ mod tests {
             Ok(())
         }
 
-        async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+        async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
             if self.ends_fail.load(Ordering::Relaxed) {
                 return Err(BackendError::Unavailable("x".into()));
             }
             let mut unposted = self.unposted.lock().unwrap();
-            for Ended { function, adds, .. } in ended {
+            for EndedJob { function, adds, .. } in ended {
                 *unposted.entry(function.clone()).or_default() += *adds;
             }
             Ok(true)
@@ -270,27 +270,27 @@ mod tests {
             _: NodeId,
             functions: &[FunctionId],
             _: u64,
-        ) -> Result<Option<Unposted>, BackendError> {
+        ) -> Result<Option<UnpostedSums>, BackendError> {
             let unposted = self.unposted.lock().unwrap();
             let numbered = functions.iter().filter_map(|function| {
-                Some(Numbered { function: function.clone(), number: 1, sums: *unposted.get(function)? })
+                Some(NumberedSums { function: function.clone(), number: 1, sums: *unposted.get(function)? })
             });
-            Ok(Some(Unposted { numbered: numbered.collect(), sums: Vec::new() }))
+            Ok(Some(UnpostedSums { numbered: numbered.collect(), sums: Vec::new() }))
         }
 
         async fn post(
             &self,
             _: NodeId,
-            numbered: Vec<Numbered>,
+            numbered: Vec<NumberedSums>,
             _: usize,
-        ) -> (Vec<Numbered>, Option<BackendError>) {
+        ) -> (Vec<NumberedSums>, Option<BackendError>) {
             if self.sums_hang.load(Ordering::Relaxed) {
                 std::future::pending::<()>().await;
             }
             if self.sums_fail.load(Ordering::Relaxed) {
                 return (numbered, Some(BackendError::Unavailable("x".into())));
             }
-            for Numbered { function, sums, .. } in numbered {
+            for NumberedSums { function, sums, .. } in numbered {
                 self.unposted.lock().unwrap().remove(&function);
                 self.updated.lock().unwrap().push((Instant::now(), function.clone()));
                 *self.sums.lock().unwrap().entry(function).or_default() += sums;
@@ -309,15 +309,15 @@ mod tests {
 
     #[async_trait]
     impl Claims for Tables {
-        async fn claim(&self, _: &Claim) -> Result<Option<Claimed>, BackendError> {
+        async fn claim(&self, _: &Claim) -> Result<Option<StoredClaim>, BackendError> {
             Ok(None)
         }
 
-        async fn find(&self, _: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+        async fn find(&self, _: &IdempotencyKey) -> Result<Option<StoredClaim>, BackendError> {
             Ok(None)
         }
 
-        async fn try_again(&self, _: &Claimed, _: JobId) -> Result<bool, BackendError> {
+        async fn try_again(&self, _: &StoredClaim, _: JobId) -> Result<bool, BackendError> {
             Ok(false)
         }
 
@@ -340,7 +340,7 @@ mod tests {
         }
     }
 
-    impl RowsWritten for Tables {
+    impl RowsStored for Tables {
         fn rows_written(&self, ids: &[JobId]) {
             self.left.lock().unwrap().extend_from_slice(ids);
         }
@@ -360,7 +360,7 @@ mod tests {
         (conf.audit_rows_max, conf.audit_bytes_max) = (rows_max, bytes_max);
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let conf_of_disk = AuditConf { spill_bytes_max: 1 << 20, aside_after_s: 60 };
-        let disk = disk.map(|dir| RowDisk::open(dir, &conf_of_disk, &metrics).unwrap());
+        let disk = disk.map(|dir| SpillDirs::open(dir, &conf_of_disk, &metrics).unwrap());
         new(&conf, stores(tables), disk, metrics)
     }
 
@@ -379,11 +379,11 @@ mod tests {
         tokio::join!(rows, loops.ledger.run(async { drop(ledger_stopped.await) }));
     }
 
-    fn record(audit: &Audit, n: u64) -> Result<(), Full> {
+    fn record(audit: &Audit, n: u64) -> Result<(), QueueFull> {
         record_of("f", audit, n)
     }
 
-    fn record_of(function: &str, audit: &Audit, n: u64) -> Result<(), Full> {
+    fn record_of(function: &str, audit: &Audit, n: u64) -> Result<(), QueueFull> {
         let id = JobId::new(NodeId(1), 1, n);
         let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3,"handlerDurationMs":2}"#.into());
         let fields = outcome.fields();
@@ -468,7 +468,7 @@ mod tests {
         let (audit, loops) = audit(&tables, 10, 1 << 20);
         let id = JobId::new(NodeId(1), 1, 1);
         let row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
-        let kept = Kept { key: IdempotencyKey::of("a", "b"), result: "{}".into() };
+        let kept = KeyedResult { key: IdempotencyKey::of("a", "b"), result: "{}".into() };
         audit.record(id, row, None, None, Some(Box::new(kept))).unwrap();
         let (written, left) = (ROWS_LINGER * 2, ROWS_LINGER * 20);
         let load = async {
@@ -758,7 +758,7 @@ mod tests {
         let (stores, metrics) = (stores(&tables), Arc::clone(&audit.metrics));
         loops.ledger = Arc::new(Ledger::new(stores.clone(), None, Arc::clone(&metrics), max));
         loops.flusher.ledger = Arc::clone(&loops.ledger);
-        loops.flusher.writer = Arc::new(Writer::new(stores, None, Arc::clone(&loops.ledger), metrics));
+        loops.flusher.writer = Arc::new(RowWriter::new(stores, None, Arc::clone(&loops.ledger), metrics));
         let load = async {
             record_range(&audit, 0..2000).await;
             tokio::time::sleep(5 * ledger::ROUND).await;
@@ -792,8 +792,11 @@ mod tests {
     async fn the_queue_is_bounded_in_rows_and_bytes() {
         let tables = Arc::new(Tables::default());
         let (audit, _loops) = self::audit(&tables, 2, 1 << 20);
-        assert_eq!([record(&audit, 1), record(&audit, 2), record(&audit, 3)], [Ok(()), Ok(()), Err(Full)]);
+        assert_eq!(
+            [record(&audit, 1), record(&audit, 2), record(&audit, 3)],
+            [Ok(()), Ok(()), Err(QueueFull)]
+        );
         let (audit, _loops) = self::audit(&tables, 10, 1000);
-        assert_eq!([record(&audit, 1), record(&audit, 2)], [Ok(()), Err(Full)]);
+        assert_eq!([record(&audit, 1), record(&audit, 2)], [Ok(()), Err(QueueFull)]);
     }
 }

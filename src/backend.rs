@@ -24,20 +24,20 @@ mod results;
 mod workers;
 
 pub use changes::{ChangeEvent, ChangeFeed};
-pub use claims::{CLAIMED, Claim, Claimed, Claims, KEPT_BYTES_MAX};
+pub use claims::{CLAIM_TTL, Claim, Claims, STORED_RESULT_BYTES_MAX, StoredClaim};
 pub use dead_letters::{DeadLetter, DeadLetters};
 pub use error::{BackendError, StartProblem};
 pub use executions::{ExecutionStore, LogPage, LogQuery, ROWS_MAX};
-pub use functions::{CodeList, CodeStore, FunctionPage, FunctionStore, FunctionWrite, Written};
+pub use functions::{CodeList, CodeStore, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};
 pub use journal::{
-    ENDED_MAX, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, POSTED_MAX, Standing,
-    Told, Unposted,
+    ENDED_MAX, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, JournalPart, JournalState,
+    NumberedSums, POSTED_MAX, UnpostedSums,
 };
 pub use limits::{Decision, Grant, LeaseCall, LimitStore};
-pub use membership::{HeldBy, Membership, Others, Predecessor, Renewal, Taken};
+pub use membership::{FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor};
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
-pub use results::{Hearing, ResultEvent, Results, STORED_MAX};
-pub use workers::{WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
+pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};
+pub use workers::{WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};
 
 use std::sync::Arc;
 

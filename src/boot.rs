@@ -69,7 +69,7 @@ impl Exit {
 type BackendLoop = Box<dyn FnOnce(watch::Receiver<bool>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
 /// A connected backend, and the identity of this node in it.
-struct Connected {
+struct ConnectedBackend {
     node: NodeId,
     backend: Backend,
     bucket: String,
@@ -79,13 +79,13 @@ struct Connected {
     spill_dir: Option<PathBuf>,
     extra_loop: Option<BackendLoop>,
     /// Held for as long as the process runs.
-    claim: Option<Arc<dyn Claim>>,
+    claim: Option<Arc<dyn StateClaim>>,
     /// Problems that do not prevent the start.
     warnings: Vec<String>,
 }
 
 /// The claim of a node to its state directory. A start that fails drops it, which removes a new directory.
-trait Claim: Send + Sync {
+trait StateClaim: Send + Sync {
     /// Makes the claim permanent, because the start succeeded.
     fn keep(&self);
 
@@ -96,17 +96,19 @@ trait Claim: Send + Sync {
 
 /// Connects to the backend. The error lists every problem found.
 type Connect = Box<
-    dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<Connected, Vec<StartProblem>>> + Send>> + Send + Sync,
+    dyn FnOnce() -> Pin<Box<dyn Future<Output = Result<ConnectedBackend, Vec<StartProblem>>> + Send>>
+        + Send
+        + Sync,
 >;
 
 /// Everything a node needs to start.
-struct Plan {
-    settings: Settings,
+struct NodePlan {
+    settings: NodeSettings,
     connect: Connect,
 }
 
 /// The settings of a node, from the command line, the environment and `conf/`.
-struct Settings {
+struct NodeSettings {
     conf: Conf,
     /// Where `conf` was read from, and where it is reloaded from.
     source: ConfSource,
@@ -170,7 +172,7 @@ fn refuse(error: &ConfigError) -> Exit {
 fn explain(problems: &[StartProblem]) -> Exit {
     eprintln!("infra-controller: cannot start");
     for problem in problems {
-        eprintln!("  {}: {}. {}", problem.what, problem.error, problem.mend);
+        eprintln!("  {}: {}. {}", problem.what, problem.error, problem.remedy);
     }
     if problems.iter().all(|p| p.error.is_transient()) { Exit::Unavailable } else { Exit::Config }
 }

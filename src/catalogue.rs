@@ -46,17 +46,17 @@ struct Tags {
 /// Queries the node and caches the result. At most one query is in flight; concurrent callers share its
 /// result.
 pub struct Catalogue {
-    node: Option<Node>,
-    last: Mutex<Option<Asked>>,
+    node: Option<CatalogueNode>,
+    last: Mutex<Option<CachedModels>>,
 }
 
 /// The cached result of a query. `models` is `None` if it failed.
-struct Asked {
+struct CachedModels {
     at: Instant,
     models: Option<Arc<[Model]>>,
 }
 
-struct Node {
+struct CatalogueNode {
     url: String,
     timeout: Duration,
     client: HttpsClient,
@@ -82,7 +82,7 @@ enum Failure {
 impl Catalogue {
     /// `node`: `None` if no node is configured, so there are never any models.
     pub fn new(node: Option<&AiNode>) -> anyhow::Result<Self> {
-        let node = node.map(Node::new).transpose()?;
+        let node = node.map(CatalogueNode::new).transpose()?;
         Ok(Self { node, last: Mutex::const_new(None) })
     }
 
@@ -109,12 +109,12 @@ impl Catalogue {
                 None
             }
         };
-        *last = Some(Asked { at: Instant::now(), models: models.clone() });
+        *last = Some(CachedModels { at: Instant::now(), models: models.clone() });
         models
     }
 }
 
-impl Node {
+impl CatalogueNode {
     fn new(node: &AiNode) -> anyhow::Result<Self> {
         let client = https::client(node.timeout)?;
         Ok(Self { url: format!("{}/api/tags", node.url.reveal()), timeout: node.timeout, client })

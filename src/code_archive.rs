@@ -42,7 +42,7 @@ impl fmt::Display for ArchiveProblem {
 }
 
 /// One entry of an archive.
-pub enum Entry<'a> {
+pub enum ArchiveEntry<'a> {
     Directory,
     /// The contents. Reading fails beyond the maximum unpacked size of the whole archive.
     File(&'a mut dyn Read),
@@ -55,7 +55,7 @@ pub enum Entry<'a> {
 pub fn check(archive: impl Read + Seek, runtime: Runtime) -> Result<(), ArchiveProblem> {
     let mut entry_file = false;
     walk(archive, |path, entry| {
-        if let Entry::File(contents) = entry {
+        if let ArchiveEntry::File(contents) = entry {
             entry_file |= runtime.entry_files().iter().any(|name| path == Path::new(name));
             io::copy(contents, &mut io::sink())?;
         }
@@ -77,7 +77,7 @@ pub fn check(archive: impl Read + Seek, runtime: Runtime) -> Result<(), ArchiveP
 /// If the archive is not a valid zip or exceeds a limit, or if `each` fails.
 pub fn walk(
     archive: impl Read + Seek,
-    mut each: impl FnMut(&Path, Entry<'_>) -> io::Result<()>,
+    mut each: impl FnMut(&Path, ArchiveEntry<'_>) -> io::Result<()>,
 ) -> Result<(), ArchiveProblem> {
     let mut zip = open(archive)?;
     let mut room = UNPACKED_BYTES_MAX;
@@ -87,11 +87,11 @@ pub fn walk(
         let (path, is_dir) = path_inside(&entry)?;
         paths.add(&path, is_dir)?;
         if is_dir {
-            each(&path, Entry::Directory).map_err(ArchiveProblem::new)?;
+            each(&path, ArchiveEntry::Directory).map_err(ArchiveProblem::new)?;
             continue;
         }
-        let mut bounded = Bounded { from: &mut entry, room: &mut room };
-        each(&path, Entry::File(&mut bounded)).map_err(ArchiveProblem::new)?;
+        let mut bounded = EntryReader { from: &mut entry, room: &mut room };
+        each(&path, ArchiveEntry::File(&mut bounded)).map_err(ArchiveProblem::new)?;
     }
     Ok(())
 }
@@ -100,9 +100,9 @@ pub fn walk(
 ///
 /// The `zip` crate loads the list without a bound, and keeps only one of several entries with the same name.
 /// So the bytes that it may read are limited, and the entries are counted separately.
-fn open<R: Read + Seek>(archive: R) -> Result<ZipArchive<Budgeted<R>>, ArchiveProblem> {
+fn open<R: Read + Seek>(archive: R) -> Result<ZipArchive<ListReader<R>>, ArchiveProblem> {
     let budget = Rc::new(Cell::new(LIST_BYTES_MAX));
-    let reader = Budgeted { from: archive, budget: Rc::clone(&budget) };
+    let reader = ListReader { from: archive, budget: Rc::clone(&budget) };
     let zip = ZipArchive::new(reader).map_err(ArchiveProblem::new)?;
     let (known, start) = (zip.len(), zip.central_directory_start());
     budget.set(LIST_BYTES_MAX);
@@ -213,12 +213,12 @@ impl Paths {
 
 /// A reader that fails when its budget is used up. The budget bounds memory, because the `zip` crate keeps
 /// what it reads while it opens a zip.
-struct Budgeted<R> {
+struct ListReader<R> {
     from: R,
     budget: Rc<Cell<u64>>,
 }
 
-impl<R: Read> Read for Budgeted<R> {
+impl<R: Read> Read for ListReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.from.read(buffer)?;
         let left = self.budget.get().checked_sub(read as u64);
@@ -227,19 +227,19 @@ impl<R: Read> Read for Budgeted<R> {
     }
 }
 
-impl<R: Seek> Seek for Budgeted<R> {
+impl<R: Seek> Seek for ListReader<R> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.from.seek(to)
     }
 }
 
 /// A reader of one entry. `room` is what remains of the maximum unpacked size, shared by all entries.
-struct Bounded<'a> {
+struct EntryReader<'a> {
     from: &'a mut dyn Read,
     room: &'a mut u64,
 }
 
-impl Read for Bounded<'_> {
+impl Read for EntryReader<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.from.read(buffer)?;
         *self.room = self
@@ -326,8 +326,8 @@ mod tests {
             let mut seen = Vec::new();
             walk(Cursor::new(made_on(system, files)), |path, entry| {
                 let bytes = match entry {
-                    Entry::Directory => None,
-                    Entry::File(contents) => Some(io::copy(contents, &mut io::sink())?),
+                    ArchiveEntry::Directory => None,
+                    ArchiveEntry::File(contents) => Some(io::copy(contents, &mut io::sink())?),
                 };
                 seen.push((path.to_str().unwrap().to_owned(), bytes));
                 Ok(())

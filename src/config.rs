@@ -35,7 +35,7 @@ pub use limits::{
 pub use live::Live;
 pub use origin::ANY as ANY_ORIGIN;
 pub use reader::{CHANGES, FILE_BYTES_MAX, FileError, FileReader, text};
-pub use renewal::Renewal;
+pub use renewal::ConfReload;
 pub use secret::Secret;
 pub use server::{
     AuditConf, AuthConf, ClientCertificates, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf,

@@ -27,24 +27,24 @@ mod tests;
 
 pub use batcher::{Resend, Sending, SubmitError};
 pub use caps::TooManyJobs;
-pub use dead_letters::Undertaker;
+pub use dead_letters::DeadLetterReader;
 pub use dispatcher::{Dispatcher, JobState, Pending, PendingJob, Submitted};
-pub use in_flight::{Held, Waiter};
+pub use in_flight::{Permits, Waiter};
 pub use node_jobs::NodeJobs;
 pub use result_loops::{Lookups, Pump};
 
-use crate::audit::{Audit, RowsWritten};
+use crate::audit::{Audit, RowsStored};
 use crate::backend::Backend;
 use crate::config::{BatchConf, DeadLetterConf, Live, MemoryConf, OverloadConf};
 use crate::metrics::Metrics;
 use crate::model::NodeId;
 use crate::node_lease::NodeLease;
 use batcher::BatchLoop;
-use caps::Slots;
+use caps::ConcurrencyCaps;
 use dispatcher::DispatcherParts;
 use in_flight::InFlight;
 use journal::NodeJournal;
-use schedule::Schedule;
+use schedule::LookupSchedule;
 use settler::Settler;
 use shedder::Shedder;
 use std::sync::Arc;
@@ -56,13 +56,13 @@ pub struct DispatchLoops {
     pub lookups: Lookups,
     /// The jobs of this node and of nodes that it adopts, for `fleet`.
     pub node_jobs: NodeJobs,
-    pub undertaker: Undertaker,
+    pub undertaker: DeadLetterReader,
     /// Told by the audit when rows are written.
-    pub rows: Arc<dyn RowsWritten>,
+    pub rows: Arc<dyn RowsStored>,
 }
 
 /// What a dispatcher is made of.
-pub struct Parts<'a> {
+pub struct DispatchParts<'a> {
     pub node: NodeId,
     pub memory: &'a MemoryConf,
     pub dead_letter: &'a DeadLetterConf,
@@ -76,13 +76,13 @@ pub struct Parts<'a> {
 }
 
 /// Builds the dispatcher of a node.
-pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
-    let Parts { node, memory, dead_letter, batch, overload, backend, audit, lease, metrics } = parts;
+pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
+    let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, metrics } = parts;
     let shedder = Arc::new(Shedder::new(overload.clone(), Arc::clone(&metrics)));
     let in_flight =
         Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
     let journal = Arc::new(NodeJournal::new(Arc::clone(&backend.journal), Arc::clone(&lease)));
-    let schedule = Arc::new(Schedule::default());
+    let schedule = Arc::new(LookupSchedule::default());
     let (batcher, batches) = batcher::new(
         batch,
         Arc::clone(&backend.queue),
@@ -91,7 +91,7 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&shedder),
         Arc::clone(&metrics),
     );
-    let undertaker = Undertaker::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
+    let undertaker = DeadLetterReader::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
     let settler = Arc::new(Settler::new(
         Arc::clone(&in_flight),
         Arc::clone(&schedule),
@@ -105,7 +105,7 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         lookups: Lookups::new(Arc::clone(&settler), Arc::clone(&in_flight), Arc::clone(&journal)),
         node_jobs: NodeJobs::new(Arc::clone(&settler), Arc::clone(&in_flight), Arc::clone(&journal)),
         undertaker,
-        rows: Arc::clone(&settler) as Arc<dyn RowsWritten>,
+        rows: Arc::clone(&settler) as Arc<dyn RowsStored>,
     };
     let dispatcher = Dispatcher::new(DispatcherParts {
         node,
@@ -116,7 +116,7 @@ pub fn new(parts: Parts<'_>) -> (Dispatcher, DispatchLoops) {
         results: Arc::clone(&backend.results),
         settler,
         shedder,
-        slots: Slots::default(),
+        slots: ConcurrencyCaps::default(),
         lease,
         membership: backend.membership.clone(),
         overload,

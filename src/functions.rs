@@ -7,9 +7,9 @@ mod editor;
 mod freshness;
 mod sweep;
 
-pub use cache::Functions;
+pub use cache::FunctionCache;
 pub use change_loop::ChangeLoop;
-pub use editor::{Change, EditError, Editor, NewCode, NewFunction};
+pub use editor::{EditError, Editor, FunctionChange, NewCode, NewFunction};
 pub use sweep::Sweeper;
 
 use crate::backend::Backend;
@@ -24,10 +24,15 @@ pub fn new(
     backend: &Backend,
     bucket: String,
     metrics: &Arc<Metrics>,
-) -> (Functions, ChangeLoop) {
+) -> (FunctionCache, ChangeLoop) {
     let announcer = Announcer::new(backend.changes.clone());
-    let functions =
-        Functions::new(conf, Arc::clone(&backend.functions), bucket, announcer.clone(), Arc::clone(metrics));
+    let functions = FunctionCache::new(
+        conf,
+        Arc::clone(&backend.functions),
+        bucket,
+        announcer.clone(),
+        Arc::clone(metrics),
+    );
     let changes = ChangeLoop::new(announcer, functions.clone(), Arc::clone(metrics));
     (functions, changes)
 }
@@ -46,7 +51,8 @@ mod tests {
         let (functions, _) = new(&conf, &backend, String::new(), &Arc::new(Metrics::new(1).unwrap()));
         let id = FunctionId::parse("hello").unwrap();
         assert!(functions.get(&id).await.unwrap().is_some());
-        let resize = |_: &Function| Ok::<_, ()>(Change { memory_mb: Some(512), ..Change::default() });
+        let resize =
+            |_: &Function| Ok::<_, ()>(FunctionChange { memory_mb: Some(512), ..FunctionChange::default() });
         let editor = Editor::new(&backend, functions.clone());
         editor.change("tester", &id, ConfigAction::Update, None, resize).await.unwrap();
         assert!(functions.get(&id).await.unwrap().is_some_and(|f| f.sample()["memoryMb"] == 512));

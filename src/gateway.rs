@@ -34,14 +34,14 @@ mod timed_body;
 mod tls;
 mod upstream;
 
-pub use guard::{Accepted, Guard, Guarded};
-pub use settings::{Edge, tls_of};
-pub use upstream::pool::Tending;
+pub use guard::{Accepted, GuardState, ListenerApp};
+pub use settings::{GatewaySettings, tls_of};
+pub use upstream::pool::HealthLoop;
 pub use upstream::via::Pseudonym;
 
-use crate::api::{Api, ApiError, Call, CallHeaders, Endpoint, Found, Reply, Route, Takes, find};
+use crate::api::{Api, ApiError, BodyMode, Call, CallHeaders, Endpoint, Reply, Route, RouteMatch, find};
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
-use crate::limiter::{Counted, RateLimiter};
+use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::Scope;
 use api_key::X_API_KEY;
@@ -61,8 +61,8 @@ use respond::{CLIENT_GONE, is_http2};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use upstream::forward::Passage;
-use upstream::origin::Origin;
+use upstream::forward::ForwardedRequest;
+use upstream::origin::RequestSource;
 use upstream::pool::Upstream;
 
 /// The metric label of paths that match no route.
@@ -70,18 +70,18 @@ const NO_ROUTE: &str = "(none)";
 /// The Pingora application: the filters in front of the API and the upstreams.
 pub struct Gateway {
     api: Api,
-    edge: Edge,
+    edge: GatewaySettings,
     limiter: RateLimiter,
     lifecycle: Lifecycle,
     metrics: Arc<Metrics>,
 }
 
 /// The state of one request, which Pingora hands to each phase.
-pub struct Ctx {
+pub struct RequestContext {
     started: Instant,
     route: &'static str,
     /// Set if the request is forwarded to an upstream.
-    passage: Option<Box<Passage>>,
+    passage: Option<Box<ForwardedRequest>>,
     /// The CORS fields of the response.
     cors: Vec<(HeaderName, HeaderValue)>,
     /// The matching row of the route table, if any.
@@ -93,19 +93,19 @@ pub struct Ctx {
 }
 
 /// A response of the gateway itself, and the rate-limit state for its header fields.
-type Answer = (Result<Reply, ApiError>, Counted);
+type GatewayResponse = (Result<Reply, ApiError>, RateLimitState);
 
 /// Why the gateway itself does not respond.
-enum NoAnswer {
-    PassedOn,
+enum NotAnswered {
+    Forwarded,
     /// The client has disconnected.
-    Gone,
+    ClientDisconnected,
 }
 
 impl Gateway {
     pub fn new(
         api: Api,
-        edge: Edge,
+        edge: GatewaySettings,
         limiter: RateLimiter,
         lifecycle: Lifecycle,
         metrics: Arc<Metrics>,
@@ -114,33 +114,38 @@ impl Gateway {
     }
 
     /// Runs the filters in order, then the handler.
-    async fn answer(&self, session: &mut Session, ctx: &mut Ctx, id: &RequestId) -> Result<Answer, NoAnswer> {
-        let mut counted = Counted::default();
+    async fn answer(
+        &self,
+        session: &mut Session,
+        ctx: &mut RequestContext,
+        id: &RequestId,
+    ) -> Result<GatewayResponse, NotAnswered> {
+        let mut counted = RateLimitState::default();
         let (route, mut call) = match self.admit(session, ctx, &mut counted).await {
             Ok(admitted) => admitted,
             Err(ApiError::NoSuchRoute) => {
                 // Boxed, so that the futures of other requests stay small.
-                return Box::pin(self.pass_on(session, ctx, id)).await;
+                return Box::pin(self.forward(session, ctx, id)).await;
             }
             Err(e) => return Ok((Err(e), counted)),
         };
         call.counted = counted;
         let reply = match route.takes {
             // Boxed: uploads are rare, and their large future must not enlarge that of a run.
-            Takes::Stream => Box::pin(self.call_streaming(session, route, &call)).await,
-            Takes::Nothing if !self.discard_body(session).await => {
+            BodyMode::Stream => Box::pin(self.call_streaming(session, route, &call)).await,
+            BodyMode::Nothing if !self.discard_body(session).await => {
                 ctx.is_last = true;
                 self.api.call(route.endpoint, &call).await
             }
             // A write runs to completion even if the client disconnects: once stored, it must be announced.
-            Takes::Nothing | Takes::Whole if route.scope == Some(Scope::Write) => {
+            BodyMode::Nothing | BodyMode::Whole if route.scope == Some(Scope::Write) => {
                 self.api.call(route.endpoint, &call).await
             }
-            Takes::Nothing | Takes::Whole => tokio::select! {
+            BodyMode::Nothing | BodyMode::Whole => tokio::select! {
                 biased;
                 reply = self.api.call(route.endpoint, &call) => reply,
                 // The body has been read, so this read completes only when the client disconnects.
-                _ = session.downstream_session.read_body_or_idle(true) => return Err(NoAnswer::Gone),
+                _ = session.downstream_session.read_body_or_idle(true) => return Err(NotAnswered::ClientDisconnected),
             },
         };
         Ok((reply, call.counted))
@@ -154,24 +159,24 @@ impl Gateway {
     ) -> Result<Reply, ApiError> {
         let bytes_max = self.api.body_bytes_max(route.endpoint);
         let timeout = Duration::from_secs(self.edge.http.get().upload_timeout_s);
-        let mut body = body::Streamed::wanted(session, bytes_max, timeout)?;
+        let mut body = body::BodyReader::wanted(session, bytes_max, timeout)?;
         self.api.call_streaming(route.endpoint, call, &mut body).await
     }
 
     async fn admit(
         &self,
         session: &mut Session,
-        ctx: &mut Ctx,
-        counted: &mut Counted,
+        ctx: &mut RequestContext,
+        counted: &mut RateLimitState,
     ) -> Result<(&'static Route, Call), ApiError> {
         let header = session.req_header();
         let (route, params) = match find(&header.method, header.uri.path()) {
-            Found::Route(route, params) => (route, params),
-            Found::OtherMethod { pattern, allow } => {
+            RouteMatch::Route(route, params) => (route, params),
+            RouteMatch::OtherMethod { pattern, allow } => {
                 ctx.route = pattern;
                 return Err(ApiError::MethodNotAllowed { allow });
             }
-            Found::Nothing => return Err(ApiError::NoSuchRoute),
+            RouteMatch::Nothing => return Err(ApiError::NoSuchRoute),
         };
         ctx.route = route.pattern;
         ctx.found = Some(route);
@@ -189,9 +194,9 @@ impl Gateway {
             headers: CallHeaders::of(&header.headers),
             body: Bytes::new(),
             caller,
-            counted: Counted::default(),
+            counted: RateLimitState::default(),
         };
-        if route.takes == Takes::Whole {
+        if route.takes == BodyMode::Whole {
             let timeout = Duration::from_secs(self.edge.http.get().body_timeout_s);
             call.body = body::read(session, self.api.body_bytes_max(route.endpoint), timeout).await?;
         }
@@ -210,13 +215,13 @@ impl Gateway {
     }
 
     /// Runs the same filters for a path that is not a route of the gateway but may belong to an upstream.
-    async fn pass_on(
+    async fn forward(
         &self,
         session: &mut Session,
-        ctx: &mut Ctx,
+        ctx: &mut RequestContext,
         id: &RequestId,
-    ) -> Result<Answer, NoAnswer> {
-        let mut counted = Counted::default();
+    ) -> Result<GatewayResponse, NotAnswered> {
+        let mut counted = RateLimitState::default();
         let found = self.edge.upstreams.find(session.req_header().uri.path());
         let Some(upstream) = found else {
             return Ok((Err(ApiError::NoSuchRoute), counted));
@@ -225,7 +230,7 @@ impl Gateway {
             Ok(mut passage) => {
                 passage.counted = counted;
                 ctx.passage = Some(Box::new(passage));
-                Err(NoAnswer::PassedOn)
+                Err(NotAnswered::Forwarded)
             }
             Err(e) => Ok((Err(e), counted)),
         }
@@ -236,8 +241,8 @@ impl Gateway {
         session: &mut Session,
         upstream: Arc<Upstream>,
         id: &RequestId,
-        counted: &mut Counted,
-    ) -> Result<Passage, ApiError> {
+        counted: &mut RateLimitState,
+    ) -> Result<ForwardedRequest, ApiError> {
         upstream::via::check(&session.req_header().headers, &self.edge.pseudonym)?;
         let presented = session.req_header().headers.get(X_API_KEY);
         let client = || self.client_of(session);
@@ -254,8 +259,9 @@ impl Gateway {
             peer.is_some_and(|peer| client::is_trusted(peer.to_canonical(), &http.trusted_proxies))
         };
         let has_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
-        let origin = Origin { peer, is_peer_trusted, has_tls };
-        let passage = Passage::new(upstream, origin, id.value().clone(), pass, session.req_header())?;
+        let origin = RequestSource { peer, is_peer_trusted, has_tls };
+        let passage =
+            ForwardedRequest::new(upstream, origin, id.value().clone(), pass, session.req_header())?;
         // Over HTTP/1.1 this timeout bounds each read. The total deadline is checked as each piece arrives.
         if session.is_http2() {
             timed_body::bound_body(session, passage.body_deadline());
@@ -279,7 +285,7 @@ impl Gateway {
     }
 
     /// The response to a CORS preflight request of a known origin. `None`: the request is not one.
-    fn preflight(&self, request: &RequestHeader, ctx: &Ctx) -> Option<Reply> {
+    fn preflight(&self, request: &RequestHeader, ctx: &RequestContext) -> Option<Reply> {
         // Only a known origin gets more CORS fields than `Vary`.
         let is_known = ctx.cors.len() > 1;
         if !is_known || !cors::is_preflight(&request.method, &request.headers) {
@@ -303,7 +309,7 @@ impl Gateway {
         error.into_reply(id.as_str())
     }
 
-    async fn finish(&self, session: &mut Session, ctx: &mut Ctx, reply: Reply, id: RequestId) {
+    async fn finish(&self, session: &mut Session, ctx: &mut RequestContext, reply: Reply, id: RequestId) {
         let mut reply = reply;
         reply.headers.append(&mut ctx.cors);
         ctx.status = respond::finish(session, reply, id, self.drain_timeout()).await;
@@ -330,10 +336,10 @@ impl Gateway {
 
 #[async_trait]
 impl ProxyHttp for Gateway {
-    type CTX = Ctx;
+    type CTX = RequestContext;
 
-    fn new_ctx(&self) -> Ctx {
-        Ctx {
+    fn new_ctx(&self) -> RequestContext {
+        RequestContext {
             started: Instant::now(),
             route: NO_ROUTE,
             passage: None,
@@ -348,7 +354,7 @@ impl ProxyHttp for Gateway {
     /// Adds no module: by default Pingora sets up a disabled compression module for each request.
     fn init_downstream_modules(&self, _: &mut HttpModules) {}
 
-    async fn request_filter(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<bool> {
+    async fn request_filter(&self, session: &mut Session, ctx: &mut RequestContext) -> pingora::Result<bool> {
         session.set_close_on_response_before_downstream_finish(false);
         self.set_timeouts(session);
         adapt_to_version(session);
@@ -363,11 +369,11 @@ impl ProxyHttp for Gateway {
         }
         let (answer, counted) = match self.answer(session, ctx, &id).await {
             Ok(answer) => answer,
-            Err(NoAnswer::PassedOn) => {
+            Err(NotAnswered::Forwarded) => {
                 self.keep_alive(session);
                 return Ok(false);
             }
-            Err(NoAnswer::Gone) => {
+            Err(NotAnswered::ClientDisconnected) => {
                 session.set_keepalive(None);
                 return Ok(true);
             }
@@ -389,7 +395,11 @@ impl ProxyHttp for Gateway {
         Ok(true)
     }
 
-    async fn upstream_peer(&self, session: &mut Session, ctx: &mut Ctx) -> pingora::Result<Box<HttpPeer>> {
+    async fn upstream_peer(
+        &self,
+        session: &mut Session,
+        ctx: &mut RequestContext,
+    ) -> pingora::Result<Box<HttpPeer>> {
         let mut peer = match &ctx.passage {
             Some(passage) => passage.upstream.peer().await,
             None => None,
@@ -412,7 +422,7 @@ impl ProxyHttp for Gateway {
         session: &mut Session,
         body: &mut Option<Bytes>,
         _: bool,
-        ctx: &mut Ctx,
+        ctx: &mut RequestContext,
     ) -> pingora::Result<()> {
         match (&mut ctx.passage, body) {
             // Tunnel traffic is not a body: neither the size limit nor the deadline applies.
@@ -425,7 +435,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         request: &mut RequestHeader,
-        ctx: &mut Ctx,
+        ctx: &mut RequestContext,
     ) -> pingora::Result<()> {
         let pseudonym = &self.edge.pseudonym;
         ctx.passage.as_ref().map_or(Ok(()), |passage| passage.adapt(request, session.req_header(), pseudonym))
@@ -435,7 +445,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         response: &mut ResponseHeader,
-        ctx: &mut Ctx,
+        ctx: &mut RequestContext,
     ) -> pingora::Result<()> {
         if response.status.is_informational() && response.status != StatusCode::SWITCHING_PROTOCOLS {
             return Ok(()); // an interim response; the final one follows
@@ -466,7 +476,7 @@ impl ProxyHttp for Gateway {
         &self,
         _: &mut Session,
         _: &HttpPeer,
-        ctx: &mut Ctx,
+        ctx: &mut RequestContext,
         mut error: Box<pingora::Error>,
     ) -> Box<pingora::Error> {
         error.set_retry(ctx.passage.as_mut().is_some_and(|passage| passage.may_try_again()));
@@ -480,7 +490,7 @@ impl ProxyHttp for Gateway {
         _: &HttpPeer,
         session: &mut Session,
         mut error: Box<pingora::Error>,
-        _: &mut Ctx,
+        _: &mut RequestContext,
         is_reused: bool,
     ) -> Box<pingora::Error> {
         if session.req_header().method.is_safe() && !session.as_ref().retry_buffer_truncated() {
@@ -495,7 +505,7 @@ impl ProxyHttp for Gateway {
         &self,
         session: &mut Session,
         error: &pingora::Error,
-        ctx: &mut Ctx,
+        ctx: &mut RequestContext,
     ) -> FailToProxy {
         let (id, bytes_max) = match &ctx.passage {
             Some(passage) => (RequestId::from(&passage.request_id), passage.upstream.conf.body_bytes_max),
@@ -529,7 +539,7 @@ impl ProxyHttp for Gateway {
         FailToProxy { error_code: ctx.status, can_reuse_downstream: false }
     }
 
-    async fn logging(&self, session: &mut Session, _: Option<&pingora::Error>, ctx: &mut Ctx) {
+    async fn logging(&self, session: &mut Session, _: Option<&pingora::Error>, ctx: &mut RequestContext) {
         // Clients may send any method name. Only these become labels, which bounds the number of series.
         let method = session.req_header().method.as_str();
         let known = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];

@@ -25,9 +25,9 @@ mod state;
 mod store;
 mod who;
 
-pub use failures::{Failures, TooMany};
+pub use failures::{AuthFailureLimit, TooManyFailures};
 pub use leaser::Leaser;
-pub use state::{Counted, Rejection, seconds_up};
+pub use state::{RateLimitState, Rejection, seconds_up};
 pub use who::block_of;
 
 use crate::backend::LimitStore;
@@ -35,27 +35,27 @@ use crate::config::{Identity, KeyConf, LimitConf, LimitMode, OnRedisLoss};
 use crate::metrics::Metrics;
 use crate::model::FunctionId;
 use arc_swap::ArcSwap;
-use count::{Counters, Said, Source, Step};
+use count::{DecisionCounters, LimitDecision, Source, Step};
 use lease::{Micros, Verdict};
-use leaser::{DUE_MAX, Due, Swept};
-use limit::{Limit, OnEmpty, Tried};
+use leaser::{DUE_MAX, DueCall, Swept};
+use limit::{Limit, OnEmpty, TakeOutcome};
 use plan::{Plan, Plans};
 use std::net::IpAddr;
 use std::sync::Arc;
-use store::Store;
+use store::SharedStore;
 use tokio::sync::mpsc;
-use who::{Subject, Who};
+use who::{LimitIdentity, Subject};
 
 /// All limits of the configuration; cheap to clone.
 #[derive(Clone)]
-pub struct RateLimiter(Arc<Inner>);
+pub struct RateLimiter(Arc<LimiterState>);
 
-struct Inner {
+struct LimiterState {
     plans: ArcSwap<Plans>,
-    store: Arc<Store>,
-    due: mpsc::Sender<Due>,
+    store: Arc<SharedStore>,
+    due: mpsc::Sender<DueCall>,
     swept: Swept,
-    counters: Counters,
+    counters: DecisionCounters,
 }
 
 impl RateLimiter {
@@ -66,13 +66,13 @@ impl RateLimiter {
         shared: Option<Arc<dyn LimitStore>>,
         metrics: Arc<Metrics>,
     ) -> (Self, Leaser) {
-        let counters = Counters::new(&metrics);
-        let store = Arc::new(Store::new(shared, metrics));
+        let counters = DecisionCounters::new(&metrics);
+        let store = Arc::new(SharedStore::new(shared, metrics));
         let (due, dues) = mpsc::channel(DUE_MAX);
         let swept = Swept::default();
         let leaser = Leaser { due: dues, store: Arc::clone(&store), limits: Arc::clone(&swept) };
         let plans = ArcSwap::from_pointee(Plans::new(conf, keys, None));
-        let limiter = Self(Arc::new(Inner { plans, store, due, swept, counters }));
+        let limiter = Self(Arc::new(LimiterState { plans, store, due, swept, counters }));
         limiter.0.have_swept();
         (limiter, leaser)
     }
@@ -92,19 +92,23 @@ impl RateLimiter {
         route: &str,
         key_name: Option<&Arc<str>>,
         client: impl FnOnce() -> Option<IpAddr>,
-        counted: &mut Counted,
+        counted: &mut RateLimitState,
     ) -> Result<(), Rejection> {
         let Some(plan) = self.0.plans.load().of(key_name, route) else { return Ok(()) };
         let mut step = Step::default();
         let by_address = plan.limits.iter().any(|limit| limit.conf.identity == Identity::Ip);
         let subject = Subject::Caller { key_name, client: by_address.then(client).flatten() };
         let result = self.0.count(&plan, 0, plan.early, subject, &mut step).await;
-        *counted = Counted::early(plan, step.decisions);
+        *counted = RateLimitState::early(plan, step.decisions);
         result
     }
 
     /// Counts the same request against the limits by function.
-    pub async fn check_function(&self, function: &FunctionId, counted: &Counted) -> Result<(), Rejection> {
+    pub async fn check_function(
+        &self,
+        function: &FunctionId,
+        counted: &RateLimitState,
+    ) -> Result<(), Rejection> {
         let Some(plan) = counted.plan_with_late_limits() else { return Ok(()) };
         let mut step = Step::default();
         let subject = Subject::Function(function);
@@ -114,7 +118,7 @@ impl RateLimiter {
     }
 }
 
-impl Inner {
+impl LimiterState {
     fn have_swept(&self) {
         *self.swept.lock() = self.plans.load().all().map(Arc::downgrade).collect();
     }
@@ -151,7 +155,7 @@ impl Inner {
         if all.iter().all(|(_, said)| said.decision.allowed) { Ok(()) } else { self.refuse(plan, step) }
     }
 
-    fn note(&self, n: usize, said: &Said, step: &mut Step) {
+    fn note(&self, n: usize, said: &LimitDecision, step: &mut Step) {
         self.counters.count(said.source, said.decision.allowed);
         step.decisions.push((n, said.decision));
     }
@@ -178,37 +182,39 @@ impl Inner {
 
     /// One request of a limit that is counted by leases, or in this process. `None`: it cannot be counted, and so
     /// must not be let through.
-    async fn take(&self, limit: &Arc<Limit>, who: &Who) -> Option<Said> {
+    async fn take(&self, limit: &Arc<Limit>, who: &LimitIdentity) -> Option<LimitDecision> {
         if !self.store.is_shared() {
             return Some(Self::local(limit, who, 1));
         }
         let now = self.store.now();
         match limit.try_take(who, now, || self.on_empty(now)) {
-            Tried::Allowed { remaining, seq, call } => {
+            TakeOutcome::Allowed { remaining, seq, call } => {
                 if call {
                     self.call(limit, who);
                 }
-                Some(Said { lease: Some(seq), ..Said::allowed(remaining, Source::Lease) })
+                Some(LimitDecision { lease: Some(seq), ..LimitDecision::allowed(remaining, Source::Lease) })
             }
-            Tried::Refused { retry } => Some(Said::refused(retry, Source::RefusalMemory)),
-            Tried::Waiting { verdict, call } => {
+            TakeOutcome::Refused { retry } => Some(LimitDecision::refused(retry, Source::RefusalMemory)),
+            TakeOutcome::Waiting { verdict, call } => {
                 if call {
                     self.call(limit, who);
                 }
                 match verdict.await {
-                    Ok(Verdict::Allowed { remaining }) => Some(Said::allowed(remaining, Source::Lease)),
-                    Ok(Verdict::Refused { retry }) => Some(Said::refused(retry, Source::Lease)),
+                    Ok(Verdict::Allowed { remaining }) => {
+                        Some(LimitDecision::allowed(remaining, Source::Lease))
+                    }
+                    Ok(Verdict::Refused { retry }) => Some(LimitDecision::refused(retry, Source::Lease)),
                     Ok(Verdict::Away) | Err(_) => self.without_store(limit, who),
                 }
             }
-            Tried::Nothing { call } => {
+            TakeOutcome::Empty { call } => {
                 if call {
                     self.call(limit, who);
                 }
                 self.without_store(limit, who)
             }
-            Tried::Crowded => self.without_store(limit, who),
-            Tried::Full => self.take_without_lease(limit, who, now).await,
+            TakeOutcome::TooManyWaiters => self.without_store(limit, who),
+            TakeOutcome::Full => self.take_without_lease(limit, who, now).await,
         }
     }
 
@@ -221,14 +227,19 @@ impl Inner {
     }
 
     /// Has the call made that is due. Where too many are due already it counts as unanswered.
-    fn call(&self, limit: &Arc<Limit>, who: &Who) {
-        let due = Due { limit: Arc::clone(limit), who: who.clone() };
+    fn call(&self, limit: &Arc<Limit>, who: &LimitIdentity) {
+        let due = DueCall { limit: Arc::clone(limit), who: who.clone() };
         if self.due.try_send(due).is_err() {
             limit.settle(who, self.store.now(), None);
         }
     }
 
-    async fn take_without_lease(&self, limit: &Limit, who: &Who, now: Micros) -> Option<Said> {
+    async fn take_without_lease(
+        &self,
+        limit: &Limit,
+        who: &LimitIdentity,
+        now: Micros,
+    ) -> Option<LimitDecision> {
         if self.on_empty(now) == OnEmpty::Leave {
             return self.without_store(limit, who);
         }
@@ -237,19 +248,19 @@ impl Inner {
         };
         let retry = Micros::try_from(grant.retry_after.as_micros()).unwrap_or(Micros::MAX);
         Some(match grant.taken {
-            0 => Said::refused(retry, Source::Lease),
-            _ => Said::allowed(grant.left, Source::Lease),
+            0 => LimitDecision::refused(retry, Source::Lease),
+            _ => LimitDecision::allowed(grant.left, Source::Lease),
         })
     }
 
     /// All exact limits of the step, in one call.
-    async fn take_exact(&self, plan: &Plan, step: &Step) -> Option<Vec<(usize, Said)>> {
-        let limits: Vec<(usize, &Arc<Limit>, &Who)> =
+    async fn take_exact(&self, plan: &Plan, step: &Step) -> Option<Vec<(usize, LimitDecision)>> {
+        let limits: Vec<(usize, &Arc<Limit>, &LimitIdentity)> =
             step.exact.iter().filter_map(|(n, who)| Some((*n, plan.limits.get(*n)?, who))).collect();
         if self.on_empty(self.store.now()) != OnEmpty::Leave {
             let buckets: Vec<_> = limits.iter().map(|(_, l, who)| (l.bucket(who), l.quota)).collect();
             if let Some(decisions) = self.store.take(&buckets).await {
-                let said = |decision| Said { decision, source: Source::Exact, lease: None };
+                let said = |decision| LimitDecision { decision, source: Source::Exact, lease: None };
                 return Some(limits.iter().map(|(n, ..)| *n).zip(decisions.into_iter().map(said)).collect());
             }
         }
@@ -260,15 +271,15 @@ impl Inner {
         Some(limits.into_iter().map(|(n, limit, who)| (n, Self::local(limit, who, nodes))).collect())
     }
 
-    fn without_store(&self, limit: &Limit, who: &Who) -> Option<Said> {
+    fn without_store(&self, limit: &Limit, who: &LimitIdentity) -> Option<LimitDecision> {
         match limit.conf.on_redis_loss {
             OnRedisLoss::Local => Some(Self::local(limit, who, self.store.nodes())),
             OnRedisLoss::Closed => None,
         }
     }
 
-    fn local(limit: &Limit, who: &Who, nodes: u32) -> Said {
-        Said { decision: limit.local.take(who, nodes), source: Source::Local, lease: None }
+    fn local(limit: &Limit, who: &LimitIdentity, nodes: u32) -> LimitDecision {
+        LimitDecision { decision: limit.local.take(who, nodes), source: Source::Local, lease: None }
     }
 }
 
@@ -299,8 +310,12 @@ mod tests {
         limiter
     }
 
-    async fn ask(limiter: &RateLimiter, key: &str, client: Option<&str>) -> (Result<(), Rejection>, Counted) {
-        let mut counted = Counted::default();
+    async fn ask(
+        limiter: &RateLimiter,
+        key: &str,
+        client: Option<&str>,
+    ) -> (Result<(), Rejection>, RateLimitState) {
+        let mut counted = RateLimitState::default();
         let client = client.map(|ip| ip.parse().unwrap());
         let result = limiter.check("/run", Some(&key.into()), || client, &mut counted).await;
         (result, counted)
@@ -310,7 +325,7 @@ mod tests {
         ask(limiter, key, None).await.0.is_ok()
     }
 
-    fn fields(counted: &Counted) -> Vec<(HeaderName, HeaderValue)> {
+    fn fields(counted: &RateLimitState) -> Vec<(HeaderName, HeaderValue)> {
         let mut fields = Vec::new();
         crate::gateway::rate_limit::add_fields(counted, &mut fields);
         fields
@@ -424,7 +439,7 @@ mod tests {
         assert_eq!(result, Err(Rejection::Limited { retry_after_s: 1 }));
         assert_eq!(field(&fields(&counted), "ratelimit"), "\"k\";r=0;t=2");
         assert!(passes(&limiter, "b").await, "another key has its own bucket");
-        let mut counted = Counted::default();
+        let mut counted = RateLimitState::default();
         let free = limiter.check("/status/:jobId", Some(&"a".into()), || None, &mut counted).await;
         assert_eq!((free, fields(&counted)), (Ok(()), vec![]), "another route is free");
     }
@@ -521,7 +536,7 @@ mod tests {
             assert!(passes(&limiter, "a").await);
         }
         store.tokens.store(0, Ordering::Relaxed);
-        let remaining = |counted: &Counted| counted.decisions().next().map(|(_, d)| d.remaining);
+        let remaining = |counted: &RateLimitState| counted.decisions().next().map(|(_, d)| d.remaining);
         let (first, before) = ask(&limiter, "a", None).await;
         let (second, after) = ask(&limiter, "a", None).await;
         assert!(first.is_err() && second.is_err());
@@ -543,7 +558,7 @@ mod tests {
                 limiter
                     .0
                     .store
-                    .lease(&limiter.0.plans.load().limits[0].call_without_lease(&Who::Global))
+                    .lease(&limiter.0.plans.load().limits[0].call_without_lease(&LimitIdentity::Global))
                     .await;
                 store.is_away.store(true, Ordering::Relaxed);
                 let start = tokio::time::Instant::now();

@@ -29,7 +29,7 @@ pub fn start() -> LinesGuard {
     let guard = lines::start();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER_DEFAULT));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter);
-    let subscriber = subscriber.with_writer(|| lines::Line).event_format(Json).finish();
+    let subscriber = subscriber.with_writer(|| lines::LogLine).event_format(Json).finish();
     if let Err(e) = subscriber.with(filter_fn(shows_no_secret)).try_init() {
         eprintln!("infra-controller: logging was started twice: {e}");
     }
@@ -63,13 +63,13 @@ where
         out.write_str(level)?;
         // The message can be at any position among the fields, so they are visited twice.
         out.write_str("\",\"msg\":\"")?;
-        let mut message = Fields { out: out.by_ref(), wants_message: true, written: Ok(()) };
+        let mut message = LogFields { out: out.by_ref(), wants_message: true, written: Ok(()) };
         event.record(&mut message);
         message.written?;
         out.write_str("\",\"time\":\"")?;
         out.write_str(Rfc3339Ms::of(now_ms()).as_str())?;
         out.write_char('"')?;
-        let mut others = Fields { out: out.by_ref(), wants_message: false, written: Ok(()) };
+        let mut others = LogFields { out: out.by_ref(), wants_message: false, written: Ok(()) };
         event.record(&mut others);
         others.written?;
         out.write_str("}\n")
@@ -77,13 +77,13 @@ where
 }
 
 /// Writes either the message alone, or `,"name":value` for each other field.
-struct Fields<'a> {
+struct LogFields<'a> {
     out: Writer<'a>,
     wants_message: bool,
     written: fmt::Result,
 }
 
-impl Fields<'_> {
+impl LogFields<'_> {
     fn write(&mut self, field: &Field, value: impl FnOnce(&mut Writer<'_>) -> fmt::Result) {
         let name = field.name();
         // The bridge from the `log` crate adds fields with the source location, which are left out.
@@ -108,7 +108,7 @@ impl Fields<'_> {
     }
 }
 
-impl Visit for Fields<'_> {
+impl Visit for LogFields<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         self.write_text(field, format_args!("{value:?}"));
     }

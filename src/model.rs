@@ -24,8 +24,8 @@ mod sums;
 pub use caller::{AllowedFunctions, Caller};
 pub use change::{ConfigAction, ConfigRecord, RetiredCode};
 pub use encoding::encoding_problem;
-pub use execution::{Ending, Execution, LOG_TTL_S, MESSAGE_BYTES_MAX, RowId, RowKey, Status};
-pub use function::{Counters, Function, FunctionId};
+pub use execution::{Execution, ExecutionEnd, LOG_TTL_S, MESSAGE_BYTES_MAX, RowId, RowKey, Status};
+pub use function::{Function, FunctionCounters, FunctionId};
 pub use idempotency::{BodyHash, IdempotencyKey};
 pub use ids::{JobId, NodeId, ProcessToken};
 pub use job::{Job, JobDraft, JobTemplate, TIMEOUT_MS_DEFAULT};
@@ -100,7 +100,7 @@ pub fn parse_rfc3339_ms(text: &str) -> Option<UnixMs> {
 
 /// A JSON string that borrows from the input if it has no escapes. Serde always copies into a plain `Cow`.
 #[derive(Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+struct JsonText<'a>(#[serde(borrow)] Cow<'a, str>);
 
 #[cfg(test)]
 mod tests {

@@ -17,13 +17,13 @@ mod idempotency;
 
 pub use error::RunError;
 
-use crate::audit::{Event, Tail};
-use crate::backend::{Backend, Claim, Claimed};
+use crate::audit::{Event, RecentEvents};
+use crate::backend::{Backend, Claim, StoredClaim};
 use crate::config::{BatchConf, Live, WaitsConf};
-use crate::dispatch::{Dispatcher, Held, Sending, SubmitError, Submitted, Waiter};
-use crate::functions::Functions;
+use crate::dispatch::{Dispatcher, Permits, Sending, SubmitError, Submitted, Waiter};
+use crate::functions::FunctionCache;
 use crate::lifecycle::{Lifecycle, Phase};
-use crate::limiter::{Counted, RateLimiter};
+use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::{
     BodyHash, Caller, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, Outcome,
@@ -45,7 +45,7 @@ pub struct RunOrder<'a> {
     pub idempotency_key: Option<&'a str>,
     pub caller: Option<&'a Caller>,
     /// The rate-limit state of the request so far.
-    pub counted: &'a Counted,
+    pub counted: &'a RateLimitState,
     /// A valid W3C `traceparent` of the client.
     pub traceparent: Option<&'a str>,
     /// Return once the queue has confirmed the job.
@@ -85,10 +85,10 @@ pub struct RunParts<'a> {
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
     pub dispatcher: Dispatcher,
-    pub functions: Functions,
+    pub functions: FunctionCache,
     pub limiter: RateLimiter,
     pub lifecycle: Lifecycle,
-    pub tail: Tail,
+    pub tail: RecentEvents,
     pub metrics: Arc<Metrics>,
 }
 
@@ -96,14 +96,14 @@ pub struct RunParts<'a> {
 pub struct Runs {
     dispatcher: Dispatcher,
     idempotency: Idempotency,
-    functions: Functions,
+    functions: FunctionCache,
     limiter: RateLimiter,
     lifecycle: Lifecycle,
     message_bytes_max: usize,
     /// The retention period of the queue.
     retention: Duration,
     waits: Live<WaitsConf>,
-    tail: Tail,
+    tail: RecentEvents,
 }
 
 impl Runs {
@@ -249,7 +249,7 @@ impl Runs {
     /// Answers a repeated request with the state of its job.
     async fn repeat(
         &self,
-        before: &Claimed,
+        before: &StoredClaim,
         known: KnownState,
         order: &RunOrder<'_>,
     ) -> Result<RunOutcome, RunError> {
@@ -279,8 +279,8 @@ impl Runs {
     }
 
     /// Reserves the places of a job under the caps of its function and its key.
-    fn hold(&self, order: &RunOrder<'_>, template: &JobTemplate) -> Result<Held, RunError> {
-        let Some(caller) = order.caller else { return Ok(Held::new()) };
+    fn hold(&self, order: &RunOrder<'_>, template: &JobTemplate) -> Result<Permits, RunError> {
+        let Some(caller) = order.caller else { return Ok(Permits::new()) };
         let held =
             self.dispatcher.hold(&template.function, template.max_concurrency, &caller.name, caller.jobs_max);
         held.map_err(RunError::TooManyJobs)
@@ -313,7 +313,7 @@ impl Runs {
         Duration::from_secs(order.wait_s.unwrap_or(waits.sync_default_s).min(waits.sync_max_s))
     }
 
-    async fn accept(&self, job: Job, held: Held) -> Result<RunOutcome, RunError> {
+    async fn accept(&self, job: Job, held: Permits) -> Result<RunOutcome, RunError> {
         let id = job.id;
         // Accepted only after the queue has confirmed the message.
         let sending = self.dispatcher.submit(job, held).map_err(RunError::Submit)?;
@@ -321,7 +321,7 @@ impl Runs {
         Ok(RunOutcome::Accepted(id))
     }
 
-    async fn wait_for(&self, job: Job, held: Held, order: &RunOrder<'_>) -> Result<RunOutcome, RunError> {
+    async fn wait_for(&self, job: Job, held: Permits, order: &RunOrder<'_>) -> Result<RunOutcome, RunError> {
         let id = job.id;
         let Submitted { sent, waiter } =
             self.dispatcher.submit_waiting(job, held).map_err(RunError::Submit)?;

@@ -2,19 +2,19 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use infra_controller::audit::{self, Audit, RowsWritten, Stores};
+use infra_controller::audit::{self, Audit, RowsStored, Stores};
 use infra_controller::backend::{
-    Backend, BackendError, Decision, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
-    Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery, QueueTraits, Quota,
-    ResultEvent, Results, SendError, Written, embedded,
+    Backend, BackendError, Decision, EndedJob, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
+    FunctionWriteOutcome, Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery,
+    QueueTraits, Quota, ResultEvent, Results, SendError, embedded,
 };
 use infra_controller::config::{Conf, Live};
 use infra_controller::dispatch::{self, Dispatcher};
-use infra_controller::functions::{self, Functions};
+use infra_controller::functions::{self, FunctionCache};
 use infra_controller::limiter::RateLimiter;
 use infra_controller::metrics::Metrics;
 use infra_controller::model::{
-    Counters, Execution, Function, FunctionId, Job, JobId, NodeId, Recommendation, now_ms,
+    Execution, Function, FunctionCounters, FunctionId, Job, JobId, NodeId, Recommendation, now_ms,
 };
 use std::hint::black_box;
 use std::sync::Arc;
@@ -58,7 +58,7 @@ impl Journal for Instantly {
         Ok(())
     }
 
-    async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
         black_box(ended);
         Ok(true)
     }
@@ -135,8 +135,8 @@ impl FunctionStore for Instantly {
         Ok(FunctionPage::default())
     }
 
-    async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
-        Ok(Written::Conflict)
+    async fn write(&self, _: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
+        Ok(FunctionWriteOutcome::Conflict)
     }
 
     async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {
@@ -151,7 +151,7 @@ impl FunctionStore for Instantly {
 /// The loops run as long as it lives, on the runtime it was started in.
 pub struct House {
     pub dispatcher: Dispatcher,
-    pub functions: Functions,
+    pub functions: FunctionCache,
     publish: mpsc::Sender<ResultEvent>,
     _loops: JoinSet<()>,
     _dir: tempfile::TempDir,
@@ -180,7 +180,7 @@ impl House {
         let ledger = Arc::clone(&books.ledger);
         let (memory, fleet) = (&conf.memory, &conf.fleet);
         let dead_letter = &conf.dead_letter;
-        let parts = dispatch::Parts {
+        let parts = dispatch::DispatchParts {
             node,
             memory,
             fleet,
@@ -247,7 +247,7 @@ pub fn limiter(loops: &mut JoinSet<()>) -> RateLimiter {
 
 struct Nobody;
 
-impl RowsWritten for Nobody {
+impl RowsStored for Nobody {
     fn rows_written(&self, ids: &[JobId]) {
         black_box(ids);
     }
@@ -289,7 +289,7 @@ pub fn function() -> Function {
         updated_at: String::new(),
         env_vars: r#"{"STAGE":"bench"}"#.into(),
         version: 1,
-        counters: Counters::default(),
+        counters: FunctionCounters::default(),
         recommendation: None,
     }
 }

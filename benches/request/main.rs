@@ -8,8 +8,8 @@ mod house;
 use criterion::{Criterion, Throughput};
 use futures_util::future::join_all;
 use house::{House, RESULT};
-use infra_controller::dispatch::Held;
-use infra_controller::limiter::Counted;
+use infra_controller::dispatch::Permits;
+use infra_controller::limiter::RateLimitState;
 use infra_controller::log;
 use infra_controller::model::{
     Execution, FunctionId, JobDraft, JobId, JobTemplate, NodeId, Outcome, Recommendation, RunRequest, now_ms,
@@ -74,7 +74,7 @@ fn limiter_spend(criterion: &mut Criterion) {
             runtime.block_on(async {
                 let started = Instant::now();
                 for _ in 0..iters {
-                    let mut counted = Counted::default();
+                    let mut counted = RateLimitState::default();
                     limiter
                         .check(black_box("/run"), Some(&key), || None, &mut counted)
                         .await
@@ -115,7 +115,7 @@ fn asynchronous_run(criterion: &mut Criterion) {
     let run = async || {
         let job = house.job();
         let id = job.id;
-        let sending = house.dispatcher.submit(job, Held::new()).expect("there is room");
+        let sending = house.dispatcher.submit(job, Permits::new()).expect("there is room");
         sending.await.expect("the loop runs").expect("the queue takes it");
         house.publish(id).await;
     };
@@ -143,7 +143,7 @@ fn synchronous_run(criterion: &mut Criterion) {
     let run = async || {
         let job = house.job();
         let id = job.id;
-        let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).expect("there is room");
+        let mut submitted = house.dispatcher.submit_waiting(job, Permits::new()).expect("there is room");
         submitted.sent.await.expect("the loop runs").expect("the queue takes it");
         house.publish(id).await;
         black_box(submitted.waiter.outcome().await.expect("a result").body());

@@ -5,9 +5,9 @@ use super::functions::{changed, read, tagged};
 use super::precondition;
 use super::problem::ApiError;
 use super::reply::Reply;
-use crate::audit::{Event, Tail};
+use crate::audit::{Event, RecentEvents};
 use crate::backend::FunctionStore;
-use crate::functions::{Change, Editor};
+use crate::functions::{Editor, FunctionChange};
 use crate::model::{ConfigAction, Function, Recommendation, Runtime, now_ms, rfc3339_ms};
 use http::StatusCode;
 use serde_json::{Value, json};
@@ -17,11 +17,11 @@ use std::sync::Arc;
 pub struct AutoTuner {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
-    tail: Tail,
+    tail: RecentEvents,
 }
 
 impl AutoTuner {
-    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, tail: Tail) -> Self {
+    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, tail: RecentEvents) -> Self {
         Self { store, editor, tail }
     }
 
@@ -56,7 +56,7 @@ impl AutoTuner {
         }
         let decide = |f: &Function| {
             precondition::check(&call.headers, &f.tag())?;
-            Ok(Change { memory_mb: Some(recommended(f)?), ..Change::default() })
+            Ok(FunctionChange { memory_mb: Some(recommended(f)?), ..FunctionChange::default() })
         };
         let done = self.editor.change(call.key_name(), &id, ConfigAction::Apply, None, decide).await;
         let function = done.map_err(ApiError::from)?;

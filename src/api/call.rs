@@ -1,7 +1,7 @@
 //! A request as handlers see it: path parameters, header fields, body and caller.
 
 use super::problem::ApiError;
-use crate::limiter::Counted;
+use crate::limiter::RateLimitState;
 use crate::model::{Caller, FunctionId};
 use bytes::{Bytes, BytesMut};
 use http::header::HeaderValue;
@@ -20,7 +20,7 @@ pub struct Call {
     /// `None` on routes without a key.
     pub caller: Option<Arc<Caller>>,
     /// The rate-limit state of the request so far.
-    pub counted: Counted,
+    pub counted: RateLimitState,
 }
 
 impl Call {

@@ -1,15 +1,15 @@
 //! `PUT /functions/:id`: changes a function, by JSON or by a form with new code.
 
 use super::call::{BodyStream, Call, function_id};
-use super::form::{Form, Upload};
+use super::form::{Form, UploadedFile};
 use super::functions::{changed, read};
 use super::problem::ApiError;
 use super::reply::Reply;
-use super::upload::Uploads;
+use super::upload::UploadSpool;
 use super::{fields, object, precondition};
-use crate::audit::{Event, Tail};
+use crate::audit::{Event, RecentEvents};
 use crate::backend::FunctionStore;
-use crate::functions::{Change, Editor, NewCode};
+use crate::functions::{Editor, FunctionChange, NewCode};
 use crate::model::{ConfigAction, Function, FunctionId, Runtime, now_ms};
 use serde::Deserialize;
 use std::sync::Arc;
@@ -24,12 +24,17 @@ const CONCURRENCY_MOST: u64 = 1_000_000;
 pub struct ChangeRoute {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
-    uploads: Arc<Uploads>,
-    tail: Tail,
+    uploads: Arc<UploadSpool>,
+    tail: RecentEvents,
 }
 
 impl ChangeRoute {
-    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, uploads: Arc<Uploads>, tail: Tail) -> Self {
+    pub fn new(
+        store: Arc<dyn FunctionStore>,
+        editor: Editor,
+        uploads: Arc<UploadSpool>,
+        tail: RecentEvents,
+    ) -> Self {
         Self { store, editor, uploads, tail }
     }
 
@@ -91,7 +96,7 @@ impl ChangeRoute {
         call: &Call,
         id: &FunctionId,
         wanted: &Wanted,
-        file: Option<&Upload>,
+        file: Option<&UploadedFile>,
     ) -> Result<Reply, ApiError> {
         let decide = |f: &Function| {
             precondition::check(&call.headers, &f.tag())?;
@@ -100,7 +105,7 @@ impl ChangeRoute {
                 fields::memory(name, memory_mb, &f.runtime)?;
             }
             let Wanted { description, memory_mb, max_concurrency, .. } = wanted.clone();
-            Ok(Change { description, memory_mb, max_concurrency })
+            Ok(FunctionChange { description, memory_mb, max_concurrency })
         };
         let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
         let done = self.editor.change(call.key_name(), id, ConfigAction::Update, code, decide).await;

@@ -36,19 +36,19 @@ const FILE_NAME_CHARS_MAX: usize = 255;
 #[derive(Default)]
 pub struct Form {
     fields: HashMap<String, String>,
-    pub file: Option<Upload>,
+    pub file: Option<UploadedFile>,
     /// The first field that was not requested.
     pub unknown: Option<String>,
 }
 
 /// An uploaded file on the disk. Deleted on drop.
-pub struct Upload {
+pub struct UploadedFile {
     file: NamedTempFile,
     /// The client's name of the file, without the directories that some clients send. May be empty.
     pub name: String,
 }
 
-impl Upload {
+impl UploadedFile {
     pub fn path(&self) -> &Path {
         self.file.path()
     }
@@ -71,7 +71,7 @@ impl Form {
         let boundary = boundary
             .filter(|boundary| !boundary.is_empty())
             .ok_or_else(|| ApiError::invalid(format!("the {CONTENT_TYPE} has no boundary")))?;
-        let feed = Feed::default();
+        let feed = BodyFeed::default();
         let pieces = stream::unfold(body, |body| async {
             // multer reads every piece that is ready before it parses any. A yield makes it parse each.
             tokio::task::yield_now().await;
@@ -87,7 +87,7 @@ impl Form {
 
     async fn read_parts(
         mut parts: Multipart<'_>,
-        feed: &Feed,
+        feed: &BodyFeed,
         spool_dir: &Path,
         fields: &[&str],
     ) -> Result<Self, ApiError> {
@@ -130,14 +130,14 @@ impl Form {
 
 /// Feeds the body to the parser.
 #[derive(Default)]
-struct Feed {
+struct BodyFeed {
     /// The error of the body. The parser would report it as a malformed form, so it is kept here.
     failure: Mutex<Option<ApiError>>,
     /// Bytes given to the parser since its last progress.
     unparsed: AtomicUsize,
 }
 
-impl Feed {
+impl BodyFeed {
     async fn next(&self, body: &mut impl BodyStream) -> Option<Result<Bytes, std::io::Error>> {
         let failed = match body.next().await {
             Ok(Some(piece)) => {
@@ -164,7 +164,7 @@ fn of_part(part: &Field<'_>, name: &str) -> Option<String> {
     part.headers().get(CONTENT_DISPOSITION).and_then(|value| parameter(value.as_bytes(), name))
 }
 
-async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, ApiError> {
+async fn spool(mut part: Field<'_>, feed: &BodyFeed, dir: &Path) -> Result<UploadedFile, ApiError> {
     let name = of_part(&part, "filename").unwrap_or_default();
     let name = name.rsplit(['/', '\\']).next().unwrap_or_default();
     let name = name.chars().filter(|c| !c.is_control()).take(FILE_NAME_CHARS_MAX).collect();
@@ -182,7 +182,7 @@ async fn spool(mut part: Field<'_>, feed: &Feed, dir: &Path) -> Result<Upload, A
         out.write_all(&piece).await.map_err(|e| no_room(&e))?;
     }
     out.flush().await.map_err(|e| no_room(&e))?;
-    Ok(Upload { file, name })
+    Ok(UploadedFile { file, name })
 }
 
 /// Creates a file in `dir`, and recreates `dir` if it is missing. Its parents are not recreated: if they are
@@ -200,14 +200,14 @@ fn temp_file(dir: &Path) -> std::io::Result<NamedTempFile> {
 }
 
 /// Discards a part.
-async fn skip(mut part: Field<'_>, feed: &Feed) -> Result<(), ApiError> {
+async fn skip(mut part: Field<'_>, feed: &BodyFeed) -> Result<(), ApiError> {
     while part.chunk().await.map_err(|e| broken(&e))?.is_some() {
         feed.parsed();
     }
     Ok(())
 }
 
-async fn text(mut part: Field<'_>, feed: &Feed, name: &str) -> Result<String, ApiError> {
+async fn text(mut part: Field<'_>, feed: &BodyFeed, name: &str) -> Result<String, ApiError> {
     let mut bytes = Vec::new();
     while let Some(piece) = part.chunk().await.map_err(|e| broken(&e))? {
         feed.parsed();

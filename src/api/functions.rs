@@ -8,7 +8,7 @@ use super::problem::ApiError;
 use super::query::Query;
 use super::reply::Reply;
 use crate::api::call::function_id;
-use crate::audit::{Event, Tail};
+use crate::audit::{Event, RecentEvents};
 use crate::backend::FunctionStore;
 use crate::functions::Editor;
 use crate::model::{Function, FunctionId, now_ms};
@@ -27,12 +27,12 @@ const LIST: &str = "functions";
 pub struct FunctionRoutes {
     store: Arc<dyn FunctionStore>,
     editor: Editor,
-    tail: Tail,
+    tail: RecentEvents,
     cursors: Cursors,
 }
 
 impl FunctionRoutes {
-    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, tail: Tail, cursors: Cursors) -> Self {
+    pub fn new(store: Arc<dyn FunctionStore>, editor: Editor, tail: RecentEvents, cursors: Cursors) -> Self {
         Self { store, editor, tail, cursors }
     }
 
@@ -153,7 +153,7 @@ fn average(total_ms: f64, count: u64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Counters;
+    use crate::model::FunctionCounters;
 
     #[test]
     fn averages_are_formatted_for_the_dashboard() {
@@ -166,7 +166,7 @@ mod tests {
             (1, 0.4, 1, 12.0, ("0", "12")),
             (7, 1e9, 7, 12.345_678, ("142857143", "1.764")),
         ] {
-            let counters = Counters {
+            let counters = FunctionCounters {
                 invocations,
                 errors: 0,
                 total_duration_ms: total,

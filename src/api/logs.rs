@@ -6,7 +6,7 @@ use super::problem::ApiError;
 use super::query::Query;
 use super::reply::Reply;
 use crate::api::number::number;
-use crate::audit::{Event, Executed, Tail, TailEntry};
+use crate::audit::{Event, EventEntry, Executed, RecentEvents};
 use crate::backend::{ExecutionStore, LogQuery};
 use crate::model::{Execution, FunctionId, JobId, parse_rfc3339_ms, rfc3339_ms};
 use crate::runs::mode_of;
@@ -31,12 +31,12 @@ const STATUS_CHARS_MAX: usize = 64;
 /// The handlers of the execution log and of the recent events.
 pub struct Logs {
     executions: Arc<dyn ExecutionStore>,
-    tail: Tail,
+    tail: RecentEvents,
     cursors: Cursors,
 }
 
 impl Logs {
-    pub fn new(executions: Arc<dyn ExecutionStore>, tail: Tail, cursors: Cursors) -> Self {
+    pub fn new(executions: Arc<dyn ExecutionStore>, tail: RecentEvents, cursors: Cursors) -> Self {
         Self { executions, tail, cursors }
     }
 
@@ -119,7 +119,7 @@ fn stored_id(given: &str) -> Cow<'_, str> {
 }
 
 /// An event for the dashboard, which classifies events by their text and level.
-fn tail_entry(entry: &TailEntry) -> Value {
+fn tail_entry(entry: &EventEntry) -> Value {
     let (level, msg, members) = described(&entry.event);
     let mut shown = Map::new();
     shown.insert("id".into(), json!(entry.id.to_string()));
@@ -308,7 +308,7 @@ mod tests {
                 json!({ "ip": "10.0.0.1" }),
             ),
         ] {
-            let entry = TailEntry { id: Uuid::from_u128(7), at: 1_795_305_600_123, event };
+            let entry = EventEntry { id: Uuid::from_u128(7), at: 1_795_305_600_123, event };
             let Value::Object(mut shown) = tail_entry(&entry) else { panic!("an object") };
             let first: Vec<String> = shown.keys().take(4).cloned().collect();
             assert_eq!(first, ["id", "level", "timestamp", "msg"]);

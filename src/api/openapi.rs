@@ -16,7 +16,7 @@ mod tests {
     use super::*;
     use crate::api::Endpoint;
     use crate::api::problem::ApiError;
-    use crate::api::routes::{self, Route, Takes};
+    use crate::api::routes::{self, BodyMode, Route};
     use serde_json::Value;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -75,7 +75,7 @@ mod tests {
             assert_eq!(is_open, route.scope.is_none(), "the key of {told}");
             assert_eq!(
                 operation["requestBody"].is_object(),
-                route.takes != Takes::Nothing,
+                route.takes != BodyMode::Nothing,
                 "the body of {told}"
             );
             assert!(operation["summary"].is_string(), "{told} has no summary");
@@ -148,7 +148,7 @@ mod tests {
     #[test]
     fn the_route_for_a_missing_job_id_is_not_described() {
         let left_out = routes::find(&http::Method::GET, "/status");
-        let routes::Found::Route(route, _) = left_out else { panic!("{left_out:?}") };
+        let routes::RouteMatch::Route(route, _) = left_out else { panic!("{left_out:?}") };
         assert_eq!(route.endpoint, Endpoint::StatusWithoutId);
         assert!(!operations(&read()).contains_key(&place(route)));
     }

@@ -35,7 +35,7 @@ pub enum Endpoint {
 
 /// How a route takes the request body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Takes {
+pub enum BodyMode {
     Nothing,
     /// The handler receives the whole body.
     Whole,
@@ -52,7 +52,7 @@ pub struct Route {
     pub endpoint: Endpoint,
     /// `None`: no key is required.
     pub scope: Option<Scope>,
-    pub takes: Takes,
+    pub takes: BodyMode,
     /// The statuses of the handler; see [`Route::statuses`].
     answers: &'static [u16],
 }
@@ -66,7 +66,7 @@ impl Route {
             None if self.endpoint == Endpoint::Metrics => &[401, 403, 429],
             None => &[],
         };
-        let of_body = if self.takes == Takes::Nothing { &[][..] } else { &[400, 408, 413, 415] };
+        let of_body = if self.takes == BodyMode::Nothing { &[][..] } else { &[400, 408, 413, 415] };
         self.answers.iter().chain(of_key).chain(of_body).copied()
     }
 }
@@ -77,24 +77,24 @@ const fn get(
     scope: Option<Scope>,
     answers: &'static [u16],
 ) -> Route {
-    Route { pattern, method: Method::GET, endpoint, scope, takes: Takes::Nothing, answers }
+    Route { pattern, method: Method::GET, endpoint, scope, takes: BodyMode::Nothing, answers }
 }
 
 const fn post(
     pattern: &'static str,
     endpoint: Endpoint,
     scope: Scope,
-    takes: Takes,
+    takes: BodyMode,
     answers: &'static [u16],
 ) -> Route {
     Route { pattern, method: Method::POST, endpoint, scope: Some(scope), takes, answers }
 }
 
 static TABLE: &[Route] = &[
-    post("/run", Endpoint::Run, Scope::Run, Takes::Whole, &[200, 202, 404, 422]),
+    post("/run", Endpoint::Run, Scope::Run, BodyMode::Whole, &[200, 202, 404, 422]),
     get("/status/:jobId", Endpoint::Status, Some(Scope::Run), &[200, 400, 404]),
     get("/status", Endpoint::StatusWithoutId, Some(Scope::Run), &[400]),
-    post("/upload", Endpoint::Upload, Scope::Write, Takes::Stream, &[200]),
+    post("/upload", Endpoint::Upload, Scope::Write, BodyMode::Stream, &[200]),
     get("/functions", Endpoint::Functions, Some(Scope::Read), &[200, 400]),
     get("/functions/:id", Endpoint::Function, Some(Scope::Read), &[200, 304, 400, 404]),
     Route {
@@ -102,7 +102,7 @@ static TABLE: &[Route] = &[
         method: Method::PUT,
         endpoint: Endpoint::ChangeFunction,
         scope: Some(Scope::Write),
-        takes: Takes::Stream,
+        takes: BodyMode::Stream,
         answers: &[200, 404, 412],
     },
     Route {
@@ -110,7 +110,7 @@ static TABLE: &[Route] = &[
         method: Method::DELETE,
         endpoint: Endpoint::DeleteFunction,
         scope: Some(Scope::Write),
-        takes: Takes::Nothing,
+        takes: BodyMode::Nothing,
         answers: &[200, 400, 404, 412],
     },
     get("/functions/:id/logs", Endpoint::Logs, Some(Scope::Read), &[200, 400, 404]),
@@ -121,12 +121,12 @@ static TABLE: &[Route] = &[
         "/functions/:id/auto-tuner/apply",
         Endpoint::ApplyAutoTuner,
         Scope::Write,
-        Takes::Nothing,
+        BodyMode::Nothing,
         &[200, 400, 404, 409, 412],
     ),
     get("/models", Endpoint::Models, Some(Scope::Read), &[200]),
     get("/logs", Endpoint::NodeLogs, Some(Scope::Read), &[200]),
-    post("/worker/heartbeat", Endpoint::Heartbeat, Scope::Worker, Takes::Whole, &[200]),
+    post("/worker/heartbeat", Endpoint::Heartbeat, Scope::Worker, BodyMode::Whole, &[200]),
     get("/workers", Endpoint::Workers, Some(Scope::Read), &[200]),
     get("/worker/status", Endpoint::Workers, Some(Scope::Read), &[200]),
     get("/system/status", Endpoint::SystemStatus, Some(Scope::Read), &[200]),
@@ -140,7 +140,7 @@ static TABLE: &[Route] = &[
 
 /// The result of a look-up.
 #[derive(Debug)]
-pub enum Found {
+pub enum RouteMatch {
     /// A route and its path parameters, percent-decoded.
     Route(&'static Route, Vec<String>),
     /// The path has other methods. `allow` is the value of `Allow`.
@@ -152,7 +152,7 @@ pub enum Found {
 }
 
 /// Finds the route of a path. A prefix `/api` and a slash at the end are ignored. HEAD finds that of GET.
-pub fn find(method: &Method, path: &str) -> Found {
+pub fn find(method: &Method, path: &str) -> RouteMatch {
     let (_, path) = split_prefix(path);
     let path = path.strip_suffix('/').unwrap_or(path);
     let wanted = if method == Method::HEAD { &Method::GET } else { method };
@@ -161,7 +161,7 @@ pub fn find(method: &Method, path: &str) -> Found {
     for route in TABLE {
         let Some(params) = params(route.pattern, path) else { continue };
         if route.method == *wanted {
-            return Found::Route(route, params);
+            return RouteMatch::Route(route, params);
         }
         pattern = route.pattern;
         others.push(route.method.as_str());
@@ -169,7 +169,11 @@ pub fn find(method: &Method, path: &str) -> Found {
             others.push("HEAD");
         }
     }
-    if others.is_empty() { Found::Nothing } else { Found::OtherMethod { pattern, allow: others.join(", ") } }
+    if others.is_empty() {
+        RouteMatch::Nothing
+    } else {
+        RouteMatch::OtherMethod { pattern, allow: others.join(", ") }
+    }
 }
 
 /// Splits off the prefix `/api`. The first part is empty if `path` does not have it.
@@ -201,7 +205,7 @@ fn params(pattern: &str, path: &str) -> Option<Vec<String>> {
 
 /// Whether a path is a route of the gateway, with any method.
 pub fn is_local(path: &str) -> bool {
-    !matches!(find(&Method::GET, path), Found::Nothing)
+    !matches!(find(&Method::GET, path), RouteMatch::Nothing)
 }
 
 /// The patterns of routes that require a key. Only these can be limited.
@@ -235,7 +239,7 @@ mod tests {
             ("GET", "/functions/a/logs/r", Log, vec!["a", "r"]),
         ] {
             let method = Method::from_bytes(method.as_bytes()).unwrap();
-            let Found::Route(route, found) = find(&method, path) else { panic!("{path}") };
+            let RouteMatch::Route(route, found) = find(&method, path) else { panic!("{path}") };
             assert_eq!(
                 (route.endpoint, found.as_slice()),
                 (endpoint, &params.iter().map(ToString::to_string).collect::<Vec<_>>()[..]),
@@ -250,14 +254,14 @@ mod tests {
             ["/runs", "/run/x", "/apirun", "/api/api/run", "//run", "/functions//logs", "/status/%ff", "/RUN"]
         {
             let found = find(&Method::POST, path);
-            assert!(matches!(found, Found::Nothing), "{path}: {found:?}");
+            assert!(matches!(found, RouteMatch::Nothing), "{path}: {found:?}");
         }
         for (method, path, allowed) in [
             (Method::GET, "/run", "POST"),
             (Method::PATCH, "/functions/a", "GET, HEAD, PUT, DELETE"),
             (Method::OPTIONS, "/", "GET, HEAD"),
         ] {
-            let Found::OtherMethod { allow, .. } = find(&method, path) else { panic!("{path}") };
+            let RouteMatch::OtherMethod { allow, .. } = find(&method, path) else { panic!("{path}") };
             assert_eq!(allow, allowed);
         }
     }

@@ -14,13 +14,13 @@ use std::time::Duration;
 use uuid::Uuid;
 
 /// The handler of job states.
-pub struct Status {
+pub struct StatusRoute {
     dispatcher: Dispatcher,
     lifecycle: Lifecycle,
     waits: Live<WaitsConf>,
 }
 
-impl Status {
+impl StatusRoute {
     pub fn new(waits: Live<WaitsConf>, dispatcher: Dispatcher, lifecycle: Lifecycle) -> Self {
         Self { dispatcher, lifecycle, waits }
     }

@@ -2,11 +2,11 @@
 
 use super::call::{BodyStream, Call};
 use super::fields;
-use super::form::{Form, Upload};
+use super::form::{Form, UploadedFile};
 use super::functions::changed;
 use super::problem::ApiError;
 use super::reply::Reply;
-use crate::audit::{Event, Tail};
+use crate::audit::{Event, RecentEvents};
 use crate::code_archive;
 use crate::functions::{Editor, NewCode, NewFunction};
 use crate::model::{Runtime, now_ms};
@@ -20,13 +20,13 @@ const UPLOADS_MAX: usize = 8;
 const CHECKS_MAX: usize = 2;
 
 /// Receives code: bounds the number of uploads, writes them to disk and checks them.
-pub struct Uploads {
+pub struct UploadSpool {
     spool_dir: PathBuf,
     slots: Semaphore,
     checks: Semaphore,
 }
 
-impl Uploads {
+impl UploadSpool {
     pub fn new(spool_dir: PathBuf) -> Self {
         Self { spool_dir, slots: Semaphore::new(UPLOADS_MAX), checks: Semaphore::new(CHECKS_MAX) }
     }
@@ -53,7 +53,7 @@ impl Uploads {
     ///
     /// # Errors
     /// `BadArchive`, and `BackendAway` if the disk fails.
-    pub async fn checked(&self, upload: Upload, runtime: Runtime) -> Result<Upload, ApiError> {
+    pub async fn checked(&self, upload: UploadedFile, runtime: Runtime) -> Result<UploadedFile, ApiError> {
         let _turn = self.checks.acquire().await.map_err(|_| ApiError::BackendAway)?;
         let checked = tokio::task::spawn_blocking(move || {
             let file = std::fs::File::open(upload.path());
@@ -72,12 +72,12 @@ impl Uploads {
 /// The handler of new functions.
 pub struct UploadRoute {
     editor: Editor,
-    uploads: Arc<Uploads>,
-    tail: Tail,
+    uploads: Arc<UploadSpool>,
+    tail: RecentEvents,
 }
 
 impl UploadRoute {
-    pub fn new(editor: Editor, uploads: Arc<Uploads>, tail: Tail) -> Self {
+    pub fn new(editor: Editor, uploads: Arc<UploadSpool>, tail: RecentEvents) -> Self {
         Self { editor, uploads, tail }
     }
 

@@ -6,8 +6,8 @@ use super::number::number;
 use super::object;
 use super::problem::ApiError;
 use super::reply::Reply;
-use crate::audit::{Event, Tail};
-use crate::backend::{WorkerRegistry, WorkerSeen};
+use crate::audit::{Event, RecentEvents};
+use crate::backend::{WorkerRecord, WorkerRegistry};
 use crate::model::{UnixMs, now_ms, parse_rfc3339_ms};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -35,11 +35,11 @@ const UPTIME_S_MAX: f64 = 1e10;
 /// The handlers of workers.
 pub struct Workers {
     registry: Arc<dyn WorkerRegistry>,
-    tail: Tail,
+    tail: RecentEvents,
 }
 
 impl Workers {
-    pub fn new(registry: Arc<dyn WorkerRegistry>, tail: Tail) -> Self {
+    pub fn new(registry: Arc<dyn WorkerRegistry>, tail: RecentEvents) -> Self {
         Self { registry, tail }
     }
 
@@ -51,7 +51,7 @@ impl Workers {
         if !call.headers.is_json() {
             return Err(ApiError::NotJson);
         }
-        let state = State::parse(&call.body)?;
+        let state = Heartbeat::parse(&call.body)?;
         let text =
             serde_json::to_string(&state).map_err(|_| ApiError::invalid("the heartbeat is not JSON"))?;
         let known = self.registry.put(&state.worker_id, &text).await;
@@ -73,7 +73,7 @@ impl Workers {
         let body = json!({
             "totalWorkers": workers.len(),
             "healthyWorkers": workers.iter().filter(|worker| worker.is_healthy()).count(),
-            "workers": workers.iter().map(Worker::shown).collect::<Vec<_>>(),
+            "workers": workers.iter().map(KnownWorker::shown).collect::<Vec<_>>(),
         });
         Ok(Reply::value(StatusCode::OK, &body))
     }
@@ -81,7 +81,7 @@ impl Workers {
     /// Sums over the healthy workers, or the status of a lone worker, or `offline`.
     pub async fn system_status(&self) -> Result<Reply, ApiError> {
         let workers = self.workers().await?;
-        let healthy: Vec<&Worker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
+        let healthy: Vec<&KnownWorker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
         let status = if healthy.is_empty() {
             let lone = self.registry.lone_status().await;
             let lone = lone.map_err(|e| ApiError::backend("the worker registry", &e))?;
@@ -92,17 +92,17 @@ impl Workers {
         Ok(Reply::value(StatusCode::OK, &status))
     }
 
-    async fn workers(&self) -> Result<Vec<Worker>, ApiError> {
+    async fn workers(&self) -> Result<Vec<KnownWorker>, ApiError> {
         let seen = self.registry.all().await.map_err(|e| ApiError::backend("the worker registry", &e))?;
         // Entries that are not heartbeats were written by another program.
-        Ok(seen.iter().filter_map(Worker::of).collect())
+        Ok(seen.iter().filter_map(KnownWorker::of).collect())
     }
 }
 
 /// The state that a worker reports. Unknown members are ignored.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "an object")]
-struct State {
+struct Heartbeat {
     worker_id: String,
     status: Option<String>,
     pools: Option<Map<String, Value>>,
@@ -120,7 +120,7 @@ enum Timestamp {
     Number(Number),
 }
 
-impl State {
+impl Heartbeat {
     fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let state: Self = object::parse(body, |member| match member {
             "workerId" | "status" => Some("a string"),
@@ -155,14 +155,14 @@ impl State {
 }
 
 /// A known worker.
-struct Worker {
-    state: State,
+struct KnownWorker {
+    state: Heartbeat,
     age: Duration,
     last_seen: UnixMs,
 }
 
-impl Worker {
-    fn of(seen: &WorkerSeen) -> Option<Self> {
+impl KnownWorker {
+    fn of(seen: &WorkerRecord) -> Option<Self> {
         let state = serde_json::from_slice(&seen.state).ok()?;
         Some(Self { state, age: seen.age, last_seen: seen.at })
     }
@@ -235,7 +235,7 @@ fn online(count: u64, jobs: u64, pools: &Value, uptime_s: f64, timestamp: &Value
 }
 
 /// The status of the healthy workers: sums, and the longest uptime.
-fn summed(healthy: &[&Worker]) -> Value {
+fn summed(healthy: &[&KnownWorker]) -> Value {
     let jobs = healthy.iter().filter_map(|worker| worker.state.active_jobs).sum();
     let pools: Vec<_> = healthy.iter().filter_map(|worker| worker.state.pools.as_ref()).collect();
     let pools = pools_of(&pools);
@@ -268,7 +268,7 @@ mod tests {
     fn heartbeats_are_checked() {
         let full = r#"{"workerId":"w","status":"healthy","pools":{"python":{"warm":2}},"activeJobs":3,
             "uptimeSeconds":1.5,"timestamp":"2026-11-22T00:00:00Z","other":[1]}"#;
-        let state = State::parse(full.as_bytes()).unwrap();
+        let state = Heartbeat::parse(full.as_bytes()).unwrap();
         assert_eq!((state.worker_id.as_str(), state.active_jobs), ("w", Some(3)));
         assert!(!serde_json::to_string(&state).unwrap().contains("other"));
         for good in [
@@ -278,12 +278,12 @@ mod tests {
             r#"{"workerId":"w","activeJobs":7.0}"#,
             r#"{"workerId":"w","timestamp":1795305600.5,"activeJobs":1000000,"uptimeSeconds":10000000000}"#,
         ] {
-            assert!(State::parse(good.as_bytes()).is_ok(), "{good}");
+            assert!(Heartbeat::parse(good.as_bytes()).is_ok(), "{good}");
         }
         let deep = format!(r#"{{"workerId":"w","pools":{}1{}}}"#, "[".repeat(5000), "]".repeat(5000));
         // Unknown members are skipped without recursion.
         let deep_other = format!(r#"{{"workerId":"w","x":{}1{}}}"#, "[".repeat(5000), "]".repeat(5000));
-        assert!(State::parse(deep_other.as_bytes()).is_ok());
+        assert!(Heartbeat::parse(deep_other.as_bytes()).is_ok());
         let long = format!(r#"{{"workerId":"w","status":"{}"}}"#, "s".repeat(65));
         let pools = format!(r#"{{"workerId":"w","pools":{{"a":"{}"}}}}"#, "p".repeat(8200));
         for (bad, told) in [
@@ -307,16 +307,16 @@ mod tests {
             (&long, "`status`"),
             (&pools, "`pools`"),
         ] {
-            let detail = ApiError::refusal(State::parse(bad.as_bytes()));
+            let detail = ApiError::refusal(Heartbeat::parse(bad.as_bytes()));
             assert!(detail.contains(told), "{bad:.60}: {detail}");
         }
     }
 
     const SEEN_AT: UnixMs = 1_795_305_600_000;
 
-    fn worker(state: &str, age_s: u64) -> Worker {
+    fn worker(state: &str, age_s: u64) -> KnownWorker {
         let age = Duration::from_secs(age_s);
-        Worker::of(&WorkerSeen { state: state.to_owned().into(), age, at: SEEN_AT }).unwrap()
+        KnownWorker::of(&WorkerRecord { state: state.to_owned().into(), age, at: SEEN_AT }).unwrap()
     }
 
     #[test]
@@ -334,7 +334,7 @@ mod tests {
             worker(r#"{"workerId":"c","activeJobs":4}"#, 31),
             worker(r#"{"workerId":"d","status":"Draining","activeJobs":8}"#, 0),
         ];
-        let healthy: Vec<&Worker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
+        let healthy: Vec<&KnownWorker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
         let mut sums = summed(&healthy);
         let at = sums.as_object_mut().unwrap().remove("timestamp").unwrap();
         assert!(at.as_f64().is_some_and(|s| s > 1.7e9 && s < 1e11), "epoch seconds: {at}");

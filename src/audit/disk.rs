@@ -27,7 +27,7 @@ const FAILING_BYTES_MAX: u64 = 64 << 20;
 /// None is dropped.
 const ASIDE_BYTES_MAX: u64 = 64 << 20;
 
-pub struct RowDisk {
+pub struct SpillDirs {
     pub(super) waiting: Spill,
     pub(super) failing: Spill,
     pub(super) aside: Spill,
@@ -38,7 +38,7 @@ pub struct RowDisk {
     has_lost_rows: AtomicBool,
 }
 
-impl RowDisk {
+impl SpillDirs {
     /// Opens the rows that an earlier process left in `dir`.
     pub fn open(dir: &Path, conf: &AuditConf, metrics: &Arc<Metrics>) -> io::Result<Self> {
         let of = &metrics.audit;

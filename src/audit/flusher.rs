@@ -1,9 +1,9 @@
 //! The loop that writes queued rows in batches.
 
 use super::record::Record;
-use super::writer::{Batch, Tried, Writer};
+use super::writer::{Batch, RowWriter, WriteOutcome};
 use crate::audit::Ledger;
-use crate::audit::RowsWritten;
+use crate::audit::RowsStored;
 use crate::backend::ROWS_MAX;
 use crate::metrics::Metrics;
 use crate::model::JobId;
@@ -33,14 +33,14 @@ pub const ROWS_END_MAX: Duration = Duration::from_secs(7);
 pub struct Flusher {
     pub(super) receiver: mpsc::Receiver<Record>,
     pub(super) bytes: Arc<AtomicUsize>,
-    pub(super) writer: Arc<Writer>,
+    pub(super) writer: Arc<RowWriter>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) ledger: Arc<Ledger>,
 }
 
 impl Flusher {
     /// Runs until `stop` resolves, and then until every row that was taken is written, but not for ever.
-    pub async fn run(mut self, told: Arc<dyn RowsWritten>, stop: impl Future<Output = ()>) {
+    pub async fn run(mut self, told: Arc<dyn RowsStored>, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         let mut end = None;
         let mut writes = FuturesUnordered::new();
@@ -103,8 +103,8 @@ impl Flusher {
         }
     }
 
-    fn after_write(&mut self, tried: Tried, told: &dyn RowsWritten) {
-        let Tried { written, spilled } = tried;
+    fn after_write(&mut self, tried: WriteOutcome, told: &dyn RowsStored) {
+        let WriteOutcome { written, spilled } = tried;
         self.bytes.fetch_sub(written.bytes + spilled.bytes, Ordering::Relaxed);
         self.metrics.audit.waiting_rows.sub((written.ids.len() + spilled.ids.len()) as i64);
         // Into the books before it is out of the table: whoever looks at both finds it in one.

@@ -21,10 +21,10 @@
 //! * A job moves from the table of jobs in flight to the spill, and then to the ledger. For a moment it is in
 //!   two places. To find all jobs, read the places in that order; any other order can miss a job.
 
-use super::RowDisk;
+use super::SpillDirs;
 use super::record::Stores;
 use crate::backend::{
-    BackendError, ENDED_MAX, Ended, FunctionStore, Journal, Numbered, POSTED_MAX, Unposted,
+    BackendError, ENDED_MAX, EndedJob, FunctionStore, Journal, NumberedSums, POSTED_MAX, UnpostedSums,
 };
 use crate::metrics::Metrics;
 use crate::model::{Execution, FunctionId, JobId, NodeId, Recommendation, Sums};
@@ -55,19 +55,19 @@ const CLOSING_END_MAX: Duration = Duration::from_secs(2);
 pub(super) const POSTING_END_MAX: Duration = Duration::from_secs(3);
 
 /// The sums of one function in the journal of one node.
-type Account = (NodeId, FunctionId);
+type NodeFunction = (NodeId, FunctionId);
 
 /// The newest recommendation for a function, if there is one. Boxed because few functions have one.
-type Advice = Option<Box<Recommendation>>;
+type PendingRecommendation = Option<Box<Recommendation>>;
 
 /// The pending work for the journal of this node, and for those of nodes whose jobs it has adopted.
 pub struct Ledger {
     journal: Arc<dyn Journal>,
     functions: Arc<dyn FunctionStore>,
-    disk: Option<Arc<RowDisk>>,
+    disk: Option<Arc<SpillDirs>>,
     metrics: Arc<Metrics>,
     max: usize,
-    books: Mutex<Books>,
+    books: Mutex<LedgerState>,
     /// Held while jobs end or sums are numbered, so that the ledger and the journal agree.
     turn: AsyncMutex<()>,
     /// Held while numbered sums are added to their functions.
@@ -75,18 +75,18 @@ pub struct Ledger {
 }
 
 #[derive(Default)]
-struct Books {
+struct LedgerState {
     /// By the node whose journal holds them.
-    ended: BTreeMap<NodeId, VecDeque<Ended>>,
+    ended: BTreeMap<NodeId, VecDeque<EndedJob>>,
     ended_len: usize,
     /// The functions to be written, with their recommendations.
-    notes: HashMap<Account, Advice, RandomState>,
+    notes: HashMap<NodeFunction, PendingRecommendation, RandomState>,
     /// Each account once, the one that has waited longest first.
-    order: VecDeque<Account>,
+    order: VecDeque<NodeFunction>,
     /// Copies of the journal's sums that have no number yet.
-    sums: HashMap<Account, Sums, RandomState>,
+    sums: HashMap<NodeFunction, Sums, RandomState>,
     /// Copies of the journal's numbered sums.
-    numbered: HashMap<Account, Numbered, RandomState>,
+    numbered: HashMap<NodeFunction, NumberedSums, RandomState>,
     /// The largest number seen so far.
     last_number: u64,
     /// Nodes with an `end` call whose outcome is unknown.
@@ -96,11 +96,11 @@ struct Books {
     late: HashMap<JobId, FunctionId, RandomState>,
 }
 
-impl Books {
-    fn note(&mut self, account: Account, advice: Advice) {
+impl LedgerState {
+    fn note(&mut self, account: NodeFunction, advice: PendingRecommendation) {
         match self.notes.entry(account) {
             Entry::Occupied(mut noted) => {
-                let at = |advice: &Advice| advice.as_ref().map(|r| r.at);
+                let at = |advice: &PendingRecommendation| advice.as_ref().map(|r| r.at);
                 if at(&advice) >= at(noted.get()) && advice.is_some() {
                     *noted.get_mut() = advice;
                 }
@@ -113,7 +113,7 @@ impl Books {
     }
 
     /// Takes the accounts that have waited longest, grouped by node.
-    fn take_notes(&mut self) -> Vec<(Account, Advice)> {
+    fn take_notes(&mut self) -> Vec<(NodeFunction, PendingRecommendation)> {
         let accounts = self.order.drain(..POSTED_MAX.min(self.order.len()));
         let mut notes: Vec<_> = accounts.filter_map(|account| self.notes.remove_entry(&account)).collect();
         notes.sort_by_key(|((node, _), _)| *node);
@@ -121,7 +121,7 @@ impl Books {
     }
 
     /// Replaces the sums of these functions by those of the journal.
-    fn copy(&mut self, node: NodeId, functions: &[FunctionId], unposted: &Unposted) {
+    fn copy(&mut self, node: NodeId, functions: &[FunctionId], unposted: &UnpostedSums) {
         for function in functions {
             let account = (node, function.clone());
             self.sums.remove(&account);
@@ -130,7 +130,7 @@ impl Books {
         self.add_copies(node, unposted);
     }
 
-    fn add_copies(&mut self, node: NodeId, unposted: &Unposted) {
+    fn add_copies(&mut self, node: NodeId, unposted: &UnpostedSums) {
         for (function, sums) in &unposted.sums {
             self.sums.insert((node, function.clone()), *sums);
         }
@@ -142,11 +142,11 @@ impl Books {
 
     /// What the journal of `node` should hold according to the ledger. Rows on the disk are not included.
     fn outstanding(&self, node: NodeId) -> Outstanding {
-        let of_node = |(of, function): &Account| (*of == node).then(|| function.clone());
+        let of_node = |(of, function): &NodeFunction| (*of == node).then(|| function.clone());
         let ended = self.ended.get(&node).into_iter().flatten();
         // A job with a late result left the journal as LOST before. If it did not, its LOST entry is in this
         // list too.
-        let is_held = |ended: &&Ended| ended.is_lost || !self.late.contains_key(&ended.id);
+        let is_held = |ended: &&EndedJob| ended.is_lost || !self.late.contains_key(&ended.id);
         let late = self.late.iter().filter(|(id, _)| id.node() == node);
         let sums = self.sums.iter().filter_map(|(account, sums)| Some((of_node(account)?, *sums)));
         let numbered = self.numbered.iter().filter(|((of, _), _)| *of == node);
@@ -164,9 +164,9 @@ impl Books {
 #[derive(Default)]
 pub struct Outstanding {
     /// Jobs whose rows are written, and that are still in the journal.
-    pub ended: Vec<Ended>,
+    pub ended: Vec<EndedJob>,
     pub sums: Vec<(FunctionId, Sums)>,
-    pub numbered: Vec<Numbered>,
+    pub numbered: Vec<NumberedSums>,
     /// Jobs that ended as LOST and then got a result.
     pub late: Vec<(JobId, FunctionId)>,
     /// Jobs whose rows are on this node's disk.
@@ -174,11 +174,16 @@ pub struct Outstanding {
 }
 
 impl Ledger {
-    pub(super) fn new(stores: Stores, disk: Option<Arc<RowDisk>>, metrics: Arc<Metrics>, max: usize) -> Self {
+    pub(super) fn new(
+        stores: Stores,
+        disk: Option<Arc<SpillDirs>>,
+        metrics: Arc<Metrics>,
+        max: usize,
+    ) -> Self {
         let Stores { journal, functions, .. } = stores;
         let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
         let late = disk.iter().flat_map(|disk| disk.late()).collect();
-        let books = Mutex::new(Books { late, ..Books::default() });
+        let books = Mutex::new(LedgerState { late, ..LedgerState::default() });
         Self { journal, functions, disk, metrics, max, books, turn, posting }
     }
 
@@ -195,7 +200,7 @@ impl Ledger {
                 books.note((id.node(), row.function.clone()), Some(Box::new(recommendation)));
             }
             let ended =
-                Ended { id: *id, adds: Sums::of(&row), is_lost: row.is_lost(), function: row.function };
+                EndedJob { id: *id, adds: Sums::of(&row), is_lost: row.is_lost(), function: row.function };
             books.ended.entry(id.node()).or_default().push_back(ended);
             books.ended_len += 1;
         }
@@ -250,7 +255,7 @@ impl Ledger {
         let told = tell(moving, outstanding).await?;
         let mut books = self.books();
         // All that was restored must be posted, even if its note was removed meanwhile.
-        let accounts: Vec<Account> =
+        let accounts: Vec<NodeFunction> =
             books.sums.keys().chain(books.numbered.keys()).filter(|(of, _)| *of == node).cloned().collect();
         accounts.into_iter().for_each(|account| books.note(account, None));
         self.publish(&books);
@@ -354,15 +359,15 @@ impl Ledger {
     }
 
     /// Copies the next ended jobs. They stay in the ledger until they have left the journal.
-    fn some_ended(&self, node: NodeId) -> Option<Vec<Ended>> {
+    fn some_ended(&self, node: NodeId) -> Option<Vec<EndedJob>> {
         let books = self.books();
         Some(books.ended.get(&node)?.iter().take(ENDED_MAX).cloned().collect())
     }
 
-    fn closed(&self, node: NodeId, ended: &[Ended]) {
+    fn closed(&self, node: NodeId, ended: &[EndedJob]) {
         // Summed by function first: there are few functions, and the steps below are done for each.
         let mut sums: HashMap<&FunctionId, Sums, RandomState> = HashMap::default();
-        for Ended { function, adds, .. } in ended {
+        for EndedJob { function, adds, .. } in ended {
             *sums.entry(function).or_default() += *adds;
         }
         let mut books = self.books();
@@ -406,7 +411,7 @@ impl Ledger {
 
     /// Posts the functions that have waited longest. Returns `false` if something could not be written.
     async fn round(&self, at_a_time: usize) -> bool {
-        let mut taken = Taken { notes: self.books().take_notes(), ledger: self };
+        let mut taken = RoundGuard { notes: self.books().take_notes(), ledger: self };
         let mut failure = None;
         let mut left = HashSet::new();
         for notes in taken.notes.chunk_by(|((a, _), _), ((b, _), _)| a == b) {
@@ -443,11 +448,11 @@ impl Ledger {
         at_a_time: usize,
     ) -> Result<Vec<FunctionId>, (Vec<FunctionId>, BackendError)> {
         let _posting = self.posting.lock().await;
-        let Unposted { numbered, sums } = {
+        let UnpostedSums { numbered, sums } = {
             let _turn = self.turn.lock().await;
             self.number(node, functions).await.map_err(|e| (functions.to_vec(), e))?
         };
-        let tried: Vec<Account> = numbered.iter().map(|n| (node, n.function.clone())).collect();
+        let tried: Vec<NodeFunction> = numbered.iter().map(|n| (node, n.function.clone())).collect();
         let (unposted, failure) = self.journal.post(node, numbered, at_a_time).await;
         let unposted: Vec<FunctionId> = unposted.into_iter().map(|numbered| numbered.function).collect();
         let mut books = self.books();
@@ -461,7 +466,7 @@ impl Ledger {
         }
     }
 
-    async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<Unposted, BackendError> {
+    async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<UnpostedSums, BackendError> {
         self.is_sure(node)?;
         let floor = self.books().last_number;
         let unposted = self.journal.number(node, functions, floor).await?.ok_or_else(lost)?;
@@ -470,7 +475,11 @@ impl Ledger {
     }
 
     /// Writes recommendations. One that cannot be written stays in its note.
-    async fn recommend(&self, notes: &mut [(Account, Advice)], at_a_time: usize) -> Result<(), BackendError> {
+    async fn recommend(
+        &self,
+        notes: &mut [(NodeFunction, PendingRecommendation)],
+        at_a_time: usize,
+    ) -> Result<(), BackendError> {
         let mut advised = notes.iter_mut().filter(|(_, advice)| advice.is_some());
         let mut writes = FuturesUnordered::new();
         let mut result = Ok(());
@@ -490,12 +499,12 @@ impl Ledger {
         }
     }
 
-    fn publish(&self, books: &Books) {
+    fn publish(&self, books: &LedgerState) {
         self.metrics.audit.waiting_functions.set(gauge(books.order.len()));
         self.metrics.audit.waiting_ends.set(gauge(books.ended_len));
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
+    fn books(&self) -> MutexGuard<'_, LedgerState> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -513,12 +522,12 @@ fn gauge(n: usize) -> i64 {
 }
 
 /// The notes of one round. Drop puts what is left back into the ledger, also after a cancellation.
-struct Taken<'a> {
-    notes: Vec<(Account, Advice)>,
+struct RoundGuard<'a> {
+    notes: Vec<(NodeFunction, PendingRecommendation)>,
     ledger: &'a Ledger,
 }
 
-impl Drop for Taken<'_> {
+impl Drop for RoundGuard<'_> {
     fn drop(&mut self) {
         let mut books = self.ledger.books();
         self.notes.drain(..).for_each(|(account, advice)| books.note(account, advice));

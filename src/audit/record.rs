@@ -9,14 +9,14 @@ pub struct Record {
     pub id: JobId,
     pub row: Execution,
     pub recommendation: Option<Recommendation>,
-    pub kept: Option<Box<Kept>>,
+    pub kept: Option<Box<KeyedResult>>,
     /// The job was given up before: this row takes the place of one that says LOST.
     pub is_late: bool,
 }
 
 /// A result that is kept with the idempotency key of its request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Kept {
+pub struct KeyedResult {
     pub key: IdempotencyKey,
     pub result: Bytes,
 }
@@ -52,9 +52,9 @@ impl From<&Backend> for Stores {
 
 /// The queue is full: the log table does not keep up.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Full;
+pub struct QueueFull;
 
 /// Who is told that rows are safe: written, or on this node's disk. Must not wait: rows of other jobs stand behind.
-pub trait RowsWritten: Send + Sync {
+pub trait RowsStored: Send + Sync {
     fn rows_written(&self, ids: &[JobId]);
 }

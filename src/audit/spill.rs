@@ -13,7 +13,7 @@ mod segment;
 use super::record::Record;
 use crate::metrics::{DiskMetrics, Metrics};
 use crate::model::{FunctionId, JobId};
-use segment::{Read, Segment};
+use segment::{ReadRows, Segment};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write};
@@ -33,7 +33,7 @@ const GONE_AFTER: Duration = Duration::from_secs(10);
 pub struct Spill {
     dir: PathBuf,
     bytes_max: u64,
-    state: Mutex<State>,
+    state: Mutex<SpillState>,
     is_full: AtomicBool,
     /// The gauges of this spill.
     on_disk: DiskMetrics,
@@ -41,7 +41,7 @@ pub struct Spill {
 }
 
 #[derive(Default)]
-struct State {
+struct SpillState {
     /// By number, the oldest first.
     segments: BTreeMap<u64, Segment>,
     /// The segment that is appended to.
@@ -62,7 +62,7 @@ struct State {
     rows: u64,
 }
 
-impl State {
+impl SpillState {
     fn bytes(&self) -> u64 {
         self.segments.values().map(|segment| segment.len).sum()
     }
@@ -84,7 +84,7 @@ impl Spill {
         metrics: Arc<Metrics>,
     ) -> io::Result<Self> {
         fs::create_dir_all(dir)?;
-        let mut state = State::default();
+        let mut state = SpillState::default();
         for entry in fs::read_dir(dir)? {
             let name = entry?.file_name();
             let Some(number) = name.to_str().and_then(segment::number) else { continue };
@@ -180,7 +180,7 @@ impl Spill {
         }
         let rows = state.rows;
         let next_number = state.next_number;
-        *state = State { next_number, ..State::default() };
+        *state = SpillState { next_number, ..SpillState::default() };
         self.publish(&state);
         tracing::error!(
             dir = %self.dir.display(),
@@ -222,7 +222,7 @@ impl Spill {
         self.on_disk.full.set(is_full.into());
     }
 
-    fn check_bound(&self, state: &State, bytes: u64, bytes_max: u64) -> io::Result<()> {
+    fn check_bound(&self, state: &SpillState, bytes: u64, bytes_max: u64) -> io::Result<()> {
         if state.bytes() + bytes > bytes_max {
             return Err(io::Error::new(io::ErrorKind::StorageFull, "the size limit of the spill is reached"));
         }
@@ -288,7 +288,7 @@ impl Spill {
         Ok(())
     }
 
-    fn begin_segment(&self, state: &mut State) -> io::Result<(u64, File)> {
+    fn begin_segment(&self, state: &mut SpillState) -> io::Result<(u64, File)> {
         let number = state.next_number;
         state.next_number += 1;
         self.make_dir()?;
@@ -322,7 +322,7 @@ impl Spill {
                 let read_at = state.read_at.filter(|(of, _)| *of == number).map_or(0, |(_, at)| at);
                 (number, len, read_at.max(segment::HEAD.len() as u64))
             };
-            let Read { records, end } = segment::read(&self.path(number), from, len, max)?;
+            let ReadRows { records, end } = segment::read(&self.path(number), from, len, max)?;
             if !records.is_empty() {
                 return Ok(Some(Replay { records, segment: number, end }));
             }
@@ -390,13 +390,13 @@ impl Spill {
         self.dir.join(segment::name(number))
     }
 
-    fn publish(&self, state: &State) {
+    fn publish(&self, state: &SpillState) {
         let gauge = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         self.on_disk.rows.set(gauge(state.rows));
         self.on_disk.bytes.set(gauge(state.bytes()));
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, SpillState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

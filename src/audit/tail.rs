@@ -47,7 +47,7 @@ pub struct Executed {
 
 /// An event in the list.
 #[derive(Clone, Debug, PartialEq)]
-pub struct TailEntry {
+pub struct EventEntry {
     /// Identifies the entry; one job has several.
     pub id: Uuid,
     pub at: UnixMs,
@@ -56,16 +56,16 @@ pub struct TailEntry {
 
 /// A ring of the last events. Cheap to clone; clones share the ring.
 #[derive(Clone, Default)]
-pub struct Tail(Arc<Shared>);
+pub struct RecentEvents(Arc<EventList>);
 
 #[derive(Default)]
-struct Shared {
+struct EventList {
     executions: Gate,
     others: Gate,
-    entries: Mutex<VecDeque<TailEntry>>,
+    entries: Mutex<VecDeque<EventEntry>>,
 }
 
-impl Tail {
+impl RecentEvents {
     /// Adds an event that is not an execution, unless the limit of its second is reached.
     pub fn note(&self, at: UnixMs, event: impl FnOnce() -> Event) {
         if self.0.others.admits(at) {
@@ -81,7 +81,7 @@ impl Tail {
     }
 
     fn push(&self, at: UnixMs, event: Event) {
-        let entry = TailEntry { id: Uuid::new_v4(), at, event };
+        let entry = EventEntry { id: Uuid::new_v4(), at, event };
         let mut entries = self.0.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if entries.len() == ENTRIES_MAX {
             entries.pop_front();
@@ -90,9 +90,9 @@ impl Tail {
     }
 
     /// Returns the events, newest first.
-    pub fn entries(&self) -> Vec<TailEntry> {
+    pub fn entries(&self) -> Vec<EventEntry> {
         let entries = self.0.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut newest_first: Vec<TailEntry> = entries.iter().rev().cloned().collect();
+        let mut newest_first: Vec<EventEntry> = entries.iter().rev().cloned().collect();
         drop(entries);
         // Threads append slightly out of order.
         newest_first.sort_by_key(|entry| Reverse(entry.at));
@@ -148,7 +148,7 @@ mod tests {
 
     #[test]
     fn the_last_hundred_are_listed_newest_first_with_unique_ids() {
-        let tail = Tail::default();
+        let tail = RecentEvents::default();
         for n in 0..250 {
             tail.note(n * 20, || Event::WaitTimedOut(job(n)));
         }
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn each_kind_of_event_has_its_own_limit_per_second() {
-        let tail = Tail::default();
+        let tail = RecentEvents::default();
         let mut made = (0, 0);
         for n in 0..5_000 {
             tail.note(1_000 + n / 10, || {

@@ -12,9 +12,9 @@
 //! attempts, is put aside. A row that the table rejects as invalid is put aside immediately. The execution of
 //! such a row counts, its job leaves the journal, and the row stays on the disk for the operator.
 
-use super::record::{Kept, Record, Stores};
+use super::record::{KeyedResult, Record, Stores};
 use super::spill::Spill;
-use super::{Ledger, RowDisk};
+use super::{Ledger, SpillDirs};
 use crate::backend::{BackendError, ROWS_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Recommendation};
@@ -54,7 +54,7 @@ pub(super) struct Batch {
     pub(super) ids: Vec<JobId>,
     pub(super) rows: Vec<Execution>,
     pub(super) recommendations: Vec<Option<Recommendation>>,
-    kept: Vec<Option<Box<Kept>>>,
+    kept: Vec<Option<Box<KeyedResult>>>,
     are_late: Vec<bool>,
     /// Size of the rows as counted when they were queued.
     pub(super) bytes: usize,
@@ -123,12 +123,12 @@ impl Batch {
     }
 
     /// Groups the rows by the result of their write.
-    fn split(self, results: Vec<Result<(), BackendError>>, metrics: &Metrics) -> Put {
+    fn split(self, results: Vec<Result<(), BackendError>>, metrics: &Metrics) -> CallOutcome {
         if results.iter().all(Result::is_ok) {
             metrics.audit.rows.inc_by(results.len() as u64);
-            return Put { written: self, ..Put::default() };
+            return CallOutcome { written: self, ..CallOutcome::default() };
         }
-        let mut put = Put::default();
+        let mut put = CallOutcome::default();
         for (record, result) in self.into_records().zip(results) {
             match result {
                 Ok(()) => {
@@ -157,7 +157,7 @@ impl Batch {
 
 /// The outcome of a call for a batch.
 #[derive(Default)]
-struct Put {
+struct CallOutcome {
     written: Batch,
     /// Rejected as invalid; never retried.
     refused: Vec<Record>,
@@ -166,7 +166,7 @@ struct Put {
     failure: Option<BackendError>,
 }
 
-impl Put {
+impl CallOutcome {
     fn append(&mut self, other: Self) {
         self.written.append(other.written);
         self.refused.extend(other.refused);
@@ -177,19 +177,19 @@ impl Put {
 
 /// Where the rows of a batch are now.
 #[derive(Default)]
-pub(super) struct Tried {
+pub(super) struct WriteOutcome {
     /// In the table, or put aside.
     pub(super) written: Batch,
     /// On this node's disk.
     pub(super) spilled: Batch,
 }
 
-pub(super) struct Writer {
+pub(super) struct RowWriter {
     stores: Stores,
-    disk: Option<Arc<RowDisk>>,
+    disk: Option<Arc<SpillDirs>>,
     ledger: Arc<Ledger>,
     metrics: Arc<Metrics>,
-    table: Mutex<Table>,
+    table: Mutex<TableState>,
     failing: Mutex<FailingRows>,
     /// All rows written so far. Shows whether others were written while one failed.
     written: AtomicU64,
@@ -199,7 +199,7 @@ pub(super) struct Writer {
 
 /// The state of the log table.
 #[derive(Default)]
-struct Table {
+struct TableState {
     failing_since: Option<Instant>,
     /// Rows that took part in every failed call since then: one of them may be the cause.
     suspects: Vec<JobId>,
@@ -213,22 +213,22 @@ struct Table {
 #[derive(Default)]
 struct FailingRows {
     next_try: Option<Instant>,
-    tries: HashMap<JobId, Tries>,
+    tries: HashMap<JobId, FailedAttempts>,
 }
 
 /// The attempts of one such row.
-struct Tries {
+struct FailedAttempts {
     first: Instant,
-    /// The value of [`Writer::written`] at the last failure.
+    /// The value of [`RowWriter::written`] at the last failure.
     written: u64,
     /// Failed attempts that count: other rows were written since the previous failure.
     counted: u32,
 }
 
-impl Writer {
+impl RowWriter {
     pub(super) fn new(
         stores: Stores,
-        disk: Option<Arc<RowDisk>>,
+        disk: Option<Arc<SpillDirs>>,
         ledger: Arc<Ledger>,
         metrics: Arc<Metrics>,
     ) -> Self {
@@ -255,9 +255,9 @@ impl Writer {
     }
 
     /// Writes a batch until each row is in the table, on the disk, or rejected as invalid.
-    pub(super) async fn write(self: Arc<Self>, batch: Batch) -> Tried {
+    pub(super) async fn write(self: Arc<Self>, batch: Batch) -> WriteOutcome {
         let mut pause = RETRY_FIRST;
-        let mut tried = Tried::default();
+        let mut tried = WriteOutcome::default();
         let mut left = batch;
         let (began, mut tries, mut seen) = (Instant::now(), 0, self.rows_written());
         loop {
@@ -265,7 +265,7 @@ impl Writer {
                 let (now, later) = left.split_repeats();
                 tries += 1;
                 let are_alone = now.ids.len() == 1 || tries % TRIES_TOGETHER == 0;
-                let Put { written, failed, .. } =
+                let CallOutcome { written, failed, .. } =
                     if are_alone { self.put_alone(now).await } else { self.put(now).await };
                 tried.written.append(written);
                 left = later;
@@ -306,7 +306,7 @@ impl Writer {
     }
 
     /// Attempts all rows in one call.
-    async fn put(&self, batch: Batch) -> Put {
+    async fn put(&self, batch: Batch) -> CallOutcome {
         let ids = batch.ids.clone();
         let put = self.call(batch).await;
         if !put.written.is_empty() {
@@ -319,7 +319,7 @@ impl Writer {
     }
 
     /// Attempts each row in a call of its own.
-    async fn put_alone(&self, batch: Batch) -> Put {
+    async fn put_alone(&self, batch: Batch) -> CallOutcome {
         let (put, failures) = self.call_alone(batch).await;
         if !put.written.is_empty() {
             self.table_is_there();
@@ -327,16 +327,16 @@ impl Writer {
         for (record, _) in &failures {
             self.table_failed(&[record.id]);
         }
-        let failed = Put { failed: batch_of(failures.into_iter().map(|(record, _)| record)), ..put };
+        let failed = CallOutcome { failed: batch_of(failures.into_iter().map(|(record, _)| record)), ..put };
         self.settle(failed).await
     }
 
     /// Returns the failed rows, each with its error.
-    async fn call_alone(&self, batch: Batch) -> (Put, Vec<(Record, BackendError)>) {
+    async fn call_alone(&self, batch: Batch) -> (CallOutcome, Vec<(Record, BackendError)>) {
         let calls: Vec<_> =
             batch.into_records().map(|record| self.call(Batch::of(std::iter::once(record)))).collect();
         let mut calls = stream::iter(calls).buffer_unordered(ALONE_AT_A_TIME);
-        let (mut all, mut failures) = (Put::default(), Vec::new());
+        let (mut all, mut failures) = (CallOutcome::default(), Vec::new());
         while let Some(mut put) = calls.next().await {
             if let Some(error) = &put.failure {
                 let failed = std::mem::take(&mut put.failed);
@@ -347,7 +347,7 @@ impl Writer {
         (all, failures)
     }
 
-    async fn call(&self, batch: Batch) -> Put {
+    async fn call(&self, batch: Batch) -> CallOutcome {
         let results = self.stores.executions.put(&batch.rows).await;
         let mut put = batch.split(results, &self.metrics);
         self.written.fetch_add(put.written.ids.len() as u64, Ordering::Relaxed);
@@ -358,7 +358,7 @@ impl Writer {
     }
 
     /// Puts invalid rows aside, because a retry is useless, and logs failures that are retried.
-    async fn settle(&self, mut put: Put) -> Put {
+    async fn settle(&self, mut put: CallOutcome) -> CallOutcome {
         for record in self.put_aside(std::mem::take(&mut put.refused)).await {
             // If there is no room for them, that is logged; nothing else can be done.
             put.written.push(record);
@@ -385,7 +385,7 @@ impl Writer {
     async fn spill(
         &self,
         batch: Batch,
-        place: impl FnOnce(&RowDisk) -> &Spill + Send + 'static,
+        place: impl FnOnce(&SpillDirs) -> &Spill + Send + 'static,
     ) -> Result<Batch, Batch> {
         if batch.is_empty() {
             return Ok(batch);
@@ -444,7 +444,7 @@ impl Writer {
         let (mut done, mut moved) = (Batch::default(), Vec::new());
         while !left.is_empty() {
             let (now, later) = left.split_repeats();
-            let Put { written, failed, .. } = self.put(now).await;
+            let CallOutcome { written, failed, .. } = self.put(now).await;
             let Ok(ids) = self.replay_alone(failed, &mut done, !written.is_empty()).await else {
                 // All of them are replayed again later; row writes are idempotent.
                 return Ok(Vec::new());
@@ -478,7 +478,7 @@ impl Writer {
         if !are_some_written && !self.may_replay_alone() {
             return Err(());
         }
-        let Put { written, failed, .. } = self.put_alone(failed).await;
+        let CallOutcome { written, failed, .. } = self.put_alone(failed).await;
         if written.is_empty() && !are_some_written {
             return Err(());
         }
@@ -570,7 +570,7 @@ impl Writer {
                 failing.push(record);
                 continue;
             }
-            let new = Tries { first: now, written, counted: 0 };
+            let new = FailedAttempts { first: now, written, counted: 0 };
             let tries = known.tries.entry(record.id).or_insert(new);
             // Otherwise the table may be at fault.
             if written > tries.written {
@@ -647,7 +647,7 @@ impl Writer {
     }
 
     fn table_is_there(&self) {
-        *self.table() = Table::default();
+        *self.table() = TableState::default();
     }
 
     /// A call for these rows has failed, and none of them was written.
@@ -665,7 +665,7 @@ impl Writer {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, TableState> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

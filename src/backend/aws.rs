@@ -18,14 +18,14 @@ mod sqs;
 mod start;
 
 pub use redis::connection::RedisUrl;
-pub use start::{Connected, connect};
+pub use start::{AwsConnection, connect};
 
 use crate::model::ProcessToken;
 use std::time::Duration;
 
 /// The addresses of the backend services, and the identity of this process.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct AwsSettings {
     pub region: String,
     pub functions_table: String,
     pub logs_table: String,

@@ -5,7 +5,7 @@
 //! entries. `aws` uses one Redis channel per function table. `embedded` has no other nodes and no feed.
 
 use crate::backend::BackendError;
-use crate::backend::results::Hearing;
+use crate::backend::results::SubscriptionState;
 use async_trait::async_trait;
 
 /// An event of the subscription to changes.
@@ -15,7 +15,7 @@ pub enum ChangeEvent {
     /// too. Other texts are possible, because any client of the store can publish.
     Changed(String),
     /// The state of the subscription. After an interruption, earlier announcements may have been missed.
-    Hearing(Hearing),
+    Hearing(SubscriptionState),
 }
 
 /// Announces changes to all nodes, and receives their announcements.

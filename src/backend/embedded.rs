@@ -27,13 +27,13 @@ mod store;
 mod worker;
 mod workers;
 
-pub use worker::Worker;
+pub use worker::LocalWorker;
 
 use super::{Backend, StartProblem};
 use crate::model::NodeId;
 use code_store::LocalCode;
 use database::{Database, OpenError};
-use journal::Inflight;
+use journal::SqliteJournal;
 use queue::Queue;
 use results::LocalResults;
 use rusqlite::{Connection, OptionalExtension};
@@ -41,7 +41,7 @@ use start_problem::start_problem;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use store::{Executions, Functions, LocalClaims, RetiredCodes};
+use store::{SqliteClaims, SqliteCodeList, SqliteExecutions, SqliteFunctions};
 use workers::{Activity, LocalWorkers};
 
 /// Bucket name in the messages of jobs. It has no meaning, because the code is in the directory.
@@ -52,7 +52,7 @@ pub struct Embedded {
     /// Node id of this gateway. Chosen once for each directory, so that a restarted gateway resumes its jobs.
     pub node: NodeId,
     pub backend: Backend,
-    pub worker: Worker,
+    pub worker: LocalWorker,
 }
 
 /// Opens `dir`, or creates it with example functions. Blocks on the disk, and starts the thread that writes
@@ -90,19 +90,19 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
     let backend = Backend {
         queue: Arc::new(queue.clone()),
         results: results.clone(),
-        journal: Arc::new(Inflight(database.clone())),
+        journal: Arc::new(SqliteJournal(database.clone())),
         dead_letters: None,
         membership: None,
-        functions: Arc::new(Functions(database.clone())),
-        executions: Arc::new(Executions(database.clone())),
+        functions: Arc::new(SqliteFunctions(database.clone())),
+        executions: Arc::new(SqliteExecutions(database.clone())),
         code: Arc::new(LocalCode::new(code_dir.clone())),
-        claims: Arc::new(LocalClaims(database.clone())),
-        code_list: Arc::new(RetiredCodes(database)),
+        claims: Arc::new(SqliteClaims(database.clone())),
+        code_list: Arc::new(SqliteCodeList(database)),
         workers: Arc::new(LocalWorkers::new(activity.clone())),
         changes: None,
         limits: None,
     };
-    Ok(Embedded { node, backend, worker: Worker::new(queue, results, activity, code_dir, runs_dir) })
+    Ok(Embedded { node, backend, worker: LocalWorker::new(queue, results, activity, code_dir, runs_dir) })
 }
 
 fn node_id(connection: &Connection) -> rusqlite::Result<NodeId> {

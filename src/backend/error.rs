@@ -35,5 +35,5 @@ pub struct StartProblem {
     pub what: String,
     pub error: BackendError,
     /// How the operator can correct it, as an imperative sentence.
-    pub mend: String,
+    pub remedy: String,
 }

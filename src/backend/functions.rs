@@ -29,7 +29,7 @@ pub struct FunctionWrite {
 
 /// The outcome of a [`FunctionWrite`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Written {
+pub enum FunctionWriteOutcome {
     Done,
     /// The function was created, changed or deleted since it was read, or its new code is not on the list.
     /// Nothing was written.
@@ -56,7 +56,7 @@ pub trait FunctionStore: Send + Sync {
 
     /// Makes a change, completely or not at all. The same write may be repeated after
     /// [`BackendError::Unavailable`]; it takes effect once.
-    async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError>;
+    async fn write(&self, write: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError>;
 
     /// Stores a recommendation. No effect if the function does not exist, or has a recommendation of a later
     /// execution.

@@ -39,7 +39,7 @@ pub struct JournalEntry {
 
 /// A job whose row is written, and the amounts that it adds to the counters of its function.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
+pub struct EndedJob {
     pub id: JobId,
     pub function: FunctionId,
     pub adds: Sums,
@@ -49,7 +49,7 @@ pub struct Ended {
 
 /// Sums of one function, with a number that identifies them among all sums of the same node.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Numbered {
+pub struct NumberedSums {
     pub function: FunctionId,
     pub number: u64,
     pub sums: Sums,
@@ -57,16 +57,16 @@ pub struct Numbered {
 
 /// Sums that are not added to their functions yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Unposted {
+pub struct UnpostedSums {
     /// Sums with a number, which do not change any more.
-    pub numbered: Vec<Numbered>,
+    pub numbered: Vec<NumberedSums>,
     /// Sums without a number, to which jobs still add.
     pub sums: Vec<(FunctionId, Sums)>,
 }
 
 /// The state of a job in the journal of its node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum JournalState {
     /// It has left the journal, or was never in it.
     Absent,
     /// The journal does not hold it, but has lost its data and is not restored yet.
@@ -75,13 +75,13 @@ pub enum Standing {
     Held,
     /// The journal holds it, but that process has ended or its node was adopted. It is not known whether the
     /// queue received the job.
-    Left,
+    Orphaned,
 }
 
-impl Standing {
+impl JournalState {
     /// Whether the journal holds the job.
     pub fn is_held(self) -> bool {
-        matches!(self, Self::Held | Self::Left)
+        matches!(self, Self::Held | Self::Orphaned)
     }
 }
 
@@ -108,14 +108,14 @@ pub trait Journal: Send + Sync {
     /// amounts of the jobs that it removed to the unposted sums. So each job adds once, even if several nodes
     /// end it. A late result of a job that ended as LOST adds the difference, once. Returns `false`, and
     /// changes nothing, if the store has lost its data.
-    async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError>;
+    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError>;
 
     /// The lost jobs of `node` that are remembered and have no late result; at most [`GIVEN_UP_MAX`].
     async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError>;
 
     /// An atomic snapshot of all unposted sums of `node`. `None`: the store has lost its data.
-    async fn unposted(&self, _node: NodeId) -> Result<Option<Unposted>, BackendError> {
-        Ok(Some(Unposted::default()))
+    async fn unposted(&self, _node: NodeId) -> Result<Option<UnpostedSums>, BackendError> {
+        Ok(Some(UnpostedSums::default()))
     }
 
     /// Assigns numbers to the unposted sums of at most [`POSTED_MAX`] functions of `node`. A function whose
@@ -127,8 +127,8 @@ pub trait Journal: Send + Sync {
         _node: NodeId,
         _functions: &[FunctionId],
         _floor: u64,
-    ) -> Result<Option<Unposted>, BackendError> {
-        Ok(Some(Unposted::default()))
+    ) -> Result<Option<UnpostedSums>, BackendError> {
+        Ok(Some(UnpostedSums::default()))
     }
 
     /// Adds numbered sums of `node` to their functions, with up to `at_a_time` calls in flight. Sums of
@@ -136,9 +136,9 @@ pub trait Journal: Send + Sync {
     async fn post(
         &self,
         _node: NodeId,
-        _numbered: Vec<Numbered>,
+        _numbered: Vec<NumberedSums>,
         _at_a_time: usize,
-    ) -> (Vec<Numbered>, Option<BackendError>) {
+    ) -> (Vec<NumberedSums>, Option<BackendError>) {
         (Vec::new(), None)
     }
 
@@ -146,11 +146,11 @@ pub trait Journal: Send + Sync {
     async fn contains(&self, id: JobId) -> Result<bool, BackendError>;
 
     /// The state of a job in the journal of the node that its id names.
-    async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
-        Ok(if self.contains(id).await? { Standing::Held } else { Standing::Absent })
+    async fn standing(&self, id: JobId) -> Result<JournalState, BackendError> {
+        Ok(if self.contains(id).await? { JournalState::Held } else { JournalState::Absent })
     }
 
-    /// Records the start of this process as `node`. Jobs that were accepted before are [`Standing::Left`].
+    /// Records the start of this process as `node`. Jobs that were accepted before are [`JournalState::Orphaned`].
     async fn started(&self, _node: NodeId) -> Result<(), BackendError> {
         Ok(())
     }
@@ -162,9 +162,9 @@ pub trait Journal: Send + Sync {
 
 /// A part of the contents of a journal that is being restored.
 #[derive(Clone, Copy, Debug)]
-pub enum Told<'a> {
+pub enum JournalPart<'a> {
     Jobs(&'a [JournalEntry]),
     Sums(&'a [(FunctionId, Sums)]),
-    Numbered(&'a [Numbered]),
+    Numbered(&'a [NumberedSums]),
     GivenUp(&'a [(JobId, FunctionId)]),
 }

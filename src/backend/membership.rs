@@ -4,7 +4,7 @@
 //! Only `aws` has it, on Redis. `embedded` has one node, whose data directory is locked.
 
 use crate::backend::BackendError;
-use crate::backend::journal::Told;
+use crate::backend::journal::JournalPart;
 use crate::model::{NodeId, ProcessToken, UnixMs};
 use async_trait::async_trait;
 use std::time::Duration;
@@ -27,11 +27,11 @@ pub trait Membership: Send + Sync {
         node: NodeId,
         lease: Duration,
         predecessor: Predecessor,
-    ) -> Result<Taken, BackendError>;
+    ) -> Result<LeaseOutcome, BackendError>;
 
     /// Renews the lease of `node`, also after it has lapsed. If another process holds it, marks it as
-    /// contested and returns [`Renewal::Lost`].
-    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Renewal, BackendError>;
+    /// contested and returns [`LeaseRenewal::Lost`].
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<LeaseRenewal, BackendError>;
 
     /// Makes `by` the adopter of `dead` for the duration `lease`, or renews that. Returns `false` if another
     /// node is its adopter.
@@ -46,18 +46,18 @@ pub trait Membership: Send + Sync {
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError>;
 
     /// Whether the journal of `node` is complete. If not, the store has lost its data, and no job of the node
-    /// ends until [`Self::retold`] succeeds.
-    async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError>;
+    /// ends until [`Self::finish_restore`] succeeds.
+    async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError>;
 
     /// Begins to restore the journal of `node`. `token` identifies this restore and must be unique.
-    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError>;
+    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<(), BackendError>;
 
     /// Writes a part of the journal of `node`.
-    async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError>;
+    async fn restore(&self, node: NodeId, told: JournalPart<'_>) -> Result<(), BackendError>;
 
     /// Marks the journal of `node` as complete. Returns `false`, and the journal stays incomplete, if the
     /// store has lost its data since the restore `token` began, or if another restore has begun.
-    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError>;
+    async fn finish_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError>;
 }
 
 /// The process from which a lease may be taken before it lapses.
@@ -72,14 +72,14 @@ pub enum Predecessor {
 
 /// The outcome of [`Membership::take`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum LeaseOutcome {
     Yes,
-    No(HeldBy),
+    No(LeaseHolder),
 }
 
 /// The holder of a lease that was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HeldBy {
+pub struct LeaseHolder {
     /// `None`: a process without a token, which runs an earlier version.
     pub process: Option<ProcessToken>,
     /// When the lease lapses, by the clock of the store. Each renewal increases it.
@@ -90,9 +90,9 @@ pub struct HeldBy {
 
 /// The outcome of [`Membership::renew`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Renewal {
+pub enum LeaseRenewal {
     Renewed {
-        others: Others,
+        others: FleetState,
         /// Another process has tried to renew the lease within the duration of a lease. It may have entered
         /// jobs in the journal that this process does not know.
         is_contested: bool,
@@ -103,7 +103,7 @@ pub enum Renewal {
 
 /// The state of the fleet when a lease was renewed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Others {
+pub struct FleetState {
     /// Nodes whose lease has lapsed; `aws` returns at most 16 of them.
     pub lapsed: Vec<NodeId>,
     /// The number of nodes with a valid lease, this node included.

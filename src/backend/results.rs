@@ -25,27 +25,27 @@ pub enum ResultEvent {
     /// The subscription is active, at first or again. Earlier publications may have been missed.
     Subscribed,
     /// The state of the subscription has changed.
-    Hearing(Hearing),
+    Hearing(SubscriptionState),
 }
 
 /// The state of a subscription. Whether it receives what others publish is proven by beats: messages of this
 /// process to itself, published in the same way as theirs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Hearing {
+pub enum SubscriptionState {
     /// It is active, and beats are published. After missed beats: beats arrive again.
-    Proven,
+    Verified,
     /// It is active, but beats are denied, so it is not known whether it receives anything.
-    Unproven,
+    Unverified,
     /// Its connection broke, or could not be established. It reconnects.
-    Broken,
+    Disconnected,
     /// Its connection is up, but beats did not arrive. It reconnects.
-    Missed,
+    BeatsMissed,
 }
 
-impl Hearing {
-    /// Whether the subscription counts as receiving. `Unproven` does, because beats are optional.
-    pub fn is_heard(self) -> bool {
-        matches!(self, Self::Proven | Self::Unproven)
+impl SubscriptionState {
+    /// Whether the subscription counts as receiving. `Unverified` does, because beats are optional.
+    pub fn is_receiving(self) -> bool {
+        matches!(self, Self::Verified | Self::Unverified)
     }
 }
 

@@ -11,14 +11,14 @@ use bytes::Bytes;
 use std::time::Duration;
 
 /// How long a worker is listed after its last heartbeat.
-pub const WORKER_FORGOTTEN: Duration = Duration::from_secs(300);
+pub const WORKER_TTL: Duration = Duration::from_secs(300);
 
 /// Maximum number of listed workers.
 pub const WORKERS_MAX: usize = 1000;
 
 /// The last heartbeat of a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WorkerSeen {
+pub struct WorkerRecord {
     /// The JSON object of the heartbeat.
     pub state: Bytes,
     /// The age of the heartbeat, by the clock of the store.
@@ -34,8 +34,8 @@ pub trait WorkerRegistry: Send + Sync {
     /// stores nothing, if [`WORKERS_MAX`] other workers are listed.
     async fn put(&self, worker_id: &str, state: &str) -> Result<bool, BackendError>;
 
-    /// The workers whose last heartbeat is at most [`WORKER_FORGOTTEN`] old, sorted by id.
-    async fn all(&self) -> Result<Vec<WorkerSeen>, BackendError>;
+    /// The workers whose last heartbeat is at most [`WORKER_TTL`] old, sorted by id.
+    async fn all(&self) -> Result<Vec<WorkerRecord>, BackendError>;
 
     /// The system status, a JSON object, that a worker without heartbeats has written. In `embedded` that is
     /// the local worker.

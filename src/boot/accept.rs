@@ -4,12 +4,12 @@
 //! without a pause while the system is out of file descriptors (ENFILE), and it cannot answer any client
 //! while the process is (EMFILE).
 //!
-//! Here a few descriptors are reserved ([`Spares`]). One of them accepts a connection even then, so that
+//! Here a few descriptors are reserved ([`ReservedDescriptors`]). One of them accepts a connection even then, so that
 //! `/livez` still answers and other clients get 503. The maximum number of connections is fitted to the limit
 //! beforehand (`gateway/descriptors.rs`). So the reserve is for limits that are lowered later, and for
 //! descriptors that are used elsewhere.
 
-use crate::gateway::{Accepted, Gateway, Guard};
+use crate::gateway::{Accepted, Gateway, ListenerApp};
 use crate::metrics::Metrics;
 use futures_util::FutureExt;
 use nix::errno::Errno;
@@ -42,8 +42,8 @@ const QUEUE_MAX: usize = 4096;
 /// The accept loop of one socket.
 pub struct Acceptor {
     pub listener: TcpListener,
-    pub guard: Arc<Guard<Gateway>>,
-    pub spares: Arc<Spares>,
+    pub guard: Arc<ListenerApp<Gateway>>,
+    pub spares: Arc<ReservedDescriptors>,
     pub stopped: watch::Receiver<bool>,
     /// How long connections outlive the listener. After a handover, the last connections are served for a
     /// while, each response with `Connection: close`, so that no client fails.
@@ -106,7 +106,7 @@ impl Acceptor {
     /// Serves a connection in a task. It is counted here, because the task may start only after many more
     /// were accepted.
     fn serve(&self, stream: TcpStream, client: SocketAddr, accepted: Accepted) {
-        let lent = (accepted == Accepted::OnSpare).then(|| Lent(Arc::clone(&self.spares)));
+        let lent = (accepted == Accepted::OnSpare).then(|| DescriptorGuard(Arc::clone(&self.spares)));
         let Some(place) = self.guard.admit(client.ip(), accepted) else {
             // Close it before `lent` is dropped, which reserves the descriptor again.
             return drop(stream);
@@ -150,23 +150,23 @@ fn errno(error: &io::Error) -> Option<Errno> {
 }
 
 /// A reserved descriptor in use by a connection. It is reserved again when the connection ends.
-struct Lent(Arc<Spares>);
+struct DescriptorGuard(Arc<ReservedDescriptors>);
 
-impl Drop for Lent {
+impl Drop for DescriptorGuard {
     fn drop(&mut self) {
         self.0.refill();
     }
 }
 
 /// The reserved descriptors of the process, and whether there is a shortage. Shared by all sockets.
-pub struct Spares {
+pub struct ReservedDescriptors {
     held: Mutex<Vec<File>>,
     is_short: AtomicBool,
     failed_last: Mutex<Instant>,
     metrics: Arc<Metrics>,
 }
 
-impl Spares {
+impl ReservedDescriptors {
     pub fn new(metrics: Arc<Metrics>) -> Self {
         let (held, failed_last) = (Mutex::default(), Mutex::new(Instant::now()));
         let spares = Self { held, is_short: AtomicBool::new(false), failed_last, metrics };

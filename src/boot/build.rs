@@ -1,16 +1,16 @@
 //! Builds all parts of a node. No constructor starts a task: [`super::node`] runs the loops afterwards.
 
-use super::reload::{Reload, Targets};
-use super::signals::Hangups;
-use super::{Connected, Settings};
+use super::reload::{Reload, ReloadTargets};
+use super::signals::ReloadSignals;
+use super::{ConnectedBackend, NodeSettings};
 use crate::api::{self, Api};
-use crate::audit::{self, AuditLoops, RowDisk};
+use crate::audit::{self, AuditLoops, SpillDirs};
 use crate::catalogue::Catalogue;
 use crate::config::{Http2Conf, Live};
 use crate::dispatch::{self, DispatchLoops, Dispatcher};
 use crate::fleet::Adopter;
 use crate::functions::{self, ChangeLoop, Editor, Sweeper};
-use crate::gateway::{Edge, Gateway, Tending};
+use crate::gateway::{Gateway, GatewaySettings, HealthLoop};
 use crate::lifecycle::Lifecycle;
 use crate::limiter::{Leaser, RateLimiter};
 use crate::metrics::Metrics;
@@ -20,14 +20,14 @@ use anyhow::{Context, anyhow};
 use std::sync::Arc;
 
 pub struct Built {
-    pub door: Door,
+    pub door: ListenerParts,
     pub background: Background,
 }
 
 /// What the listeners need.
-pub struct Door {
+pub struct ListenerParts {
     pub gateway: Gateway,
-    pub edge: Edge,
+    pub edge: GatewaySettings,
     pub http2: Http2Conf,
     pub metrics: Arc<Metrics>,
 }
@@ -40,29 +40,29 @@ pub struct Background {
     pub reload: Reload,
     pub leaser: Leaser,
     pub sweeper: Sweeper,
-    pub tending: Tending,
+    pub tending: HealthLoop,
     pub books: AuditLoops,
     pub adopter: Adopter,
 }
 
 impl Built {
     pub fn new(
-        settings: &Settings,
-        hangups: Hangups,
-        connected: &Connected,
+        settings: &NodeSettings,
+        hangups: ReloadSignals,
+        connected: &ConnectedBackend,
         lifecycle: &Lifecycle,
     ) -> anyhow::Result<Self> {
         let conf = &settings.conf;
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
-        let Connected { node, backend, bucket, spool_dir, spill_dir, .. } = connected;
-        let disk = spill_dir.as_ref().map(|dir| RowDisk::open(dir, &conf.audit, &metrics));
+        let ConnectedBackend { node, backend, bucket, spool_dir, spill_dir, .. } = connected;
+        let disk = spill_dir.as_ref().map(|dir| SpillDirs::open(dir, &conf.audit, &metrics));
         let disk = disk.transpose().context("the spill directory cannot be opened")?;
         let (audit, books) = audit::new(&conf.memory, backend.into(), disk, Arc::clone(&metrics));
         let tail = audit.tail();
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
         let overload = Live::new(conf.overload.clone());
         let lease = NodeLease::of_fleet(backend.membership.is_some());
-        let (dispatcher, loops) = dispatch::new(dispatch::Parts {
+        let (dispatcher, loops) = dispatch::new(dispatch::DispatchParts {
             node: *node,
             memory: &conf.memory,
             dead_letter: &conf.dead_letter,
@@ -87,9 +87,9 @@ impl Built {
         let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let (limiter, leaser) =
             RateLimiter::new(&conf.limits, &conf.keys, backend.limits.clone(), Arc::clone(&metrics));
-        let edge = Edge::new(conf, &settings.api_key, settings.pseudonym.clone())
+        let edge = GatewaySettings::new(conf, &settings.api_key, settings.pseudonym.clone())
             .map_err(|(setting, e)| anyhow!("{setting} {e}"))?;
-        let targets = Targets {
+        let targets = ReloadTargets {
             waits: waits.clone(),
             batch: batch.clone(),
             overload,
@@ -110,7 +110,7 @@ impl Built {
             tail: tail.clone(),
             metrics: Arc::clone(&metrics),
         });
-        let api = Api::new(api::Parts {
+        let api = Api::new(api::ApiParts {
             waits,
             backend,
             runs,
@@ -123,11 +123,11 @@ impl Built {
             spool_dir: spool_dir.clone(),
             api_key: &settings.api_key,
         });
-        let tending = Tending { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
+        let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
         let background =
             Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books, adopter };
-        let door = Door { gateway, edge, http2: conf.http2.clone(), metrics };
+        let door = ListenerParts { gateway, edge, http2: conf.http2.clone(), metrics };
         Ok(Self { door, background })
     }
 }

@@ -1,6 +1,6 @@
 //! The `dev` command: the whole platform in one process, with the embedded backend and a local worker.
 
-use super::{ConfSource, Connected, Exit, Plan, SPOOL, Settings, explain, node, refuse};
+use super::{ConfSource, ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, node, refuse};
 use crate::backend::{BackendError, StartProblem, embedded};
 use crate::config::{
     AiNode, ConfigError, FileReader, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
@@ -69,7 +69,7 @@ pub fn dev(args: DevArgs) -> Exit {
         args.data_dir.display(),
     );
     let connect = Box::new(move || Box::pin(open(args.data_dir, warnings)) as _);
-    let settings = Settings {
+    let settings = NodeSettings {
         conf,
         source,
         texts,
@@ -83,14 +83,14 @@ pub fn dev(args: DevArgs) -> Exit {
         listen_beside,
         banner: Some(banner),
     };
-    node::run(Plan { settings, connect })
+    node::run(NodePlan { settings, connect })
 }
 
-async fn open(dir: PathBuf, warnings: Vec<String>) -> Result<Connected, Vec<StartProblem>> {
+async fn open(dir: PathBuf, warnings: Vec<String>) -> Result<ConnectedBackend, Vec<StartProblem>> {
     let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
     let spool_dir = embedded::swept(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
     let worker = opened.worker;
-    Ok(Connected {
+    Ok(ConnectedBackend {
         node: opened.node,
         backend: opened.backend,
         bucket: embedded::BUCKET.to_owned(),
@@ -121,7 +121,7 @@ fn kept_key(dir: &Path) -> Result<(Secret, String), StartProblem> {
     let kept = read.map_err(|e| StartProblem {
         what: format!("the API key in {}", path.display()),
         error: BackendError::Invalid(e.to_string()),
-        mend: "Make it a file that this user can read, or move it away to get a new key, or set \
+        remedy: "Make it a file that this user can read, or move it away to get a new key, or set \
                INFRA_API_KEY."
             .to_owned(),
     })?;

@@ -4,20 +4,20 @@
 //! nothing shows that the disk has recovered until the next row is written. A disk may be slow, so a check
 //! ends before the next one starts.
 
-use super::Claim;
-use crate::audit::RowDisk;
+use super::StateClaim;
+use crate::audit::SpillDirs;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 
 const LOOK_EVERY: Duration = Duration::from_secs(2);
 
-pub struct Disk {
-    pub claim: Option<Arc<dyn Claim>>,
-    pub rows: Option<Arc<RowDisk>>,
+pub struct StateDirMonitor {
+    pub claim: Option<Arc<dyn StateClaim>>,
+    pub rows: Option<Arc<SpillDirs>>,
 }
 
-impl Disk {
+impl StateDirMonitor {
     pub async fn run(self) {
         let mut tick = interval(LOOK_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);

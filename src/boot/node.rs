@@ -3,17 +3,17 @@
 //! Pingora's own shutdown sleeps for a fixed grace period and then drops its tasks. Here the node drains
 //! itself step by step, and only then lets Pingora return: see [`Node::drain`].
 
-use super::accept::{Acceptor, Spares};
-use super::build::{Background, Built, Door};
-use super::disk::Disk;
+use super::accept::{Acceptor, ReservedDescriptors};
+use super::build::{Background, Built, ListenerParts};
+use super::disk::StateDirMonitor;
 use super::signals::Signals;
-use super::sockets::{Listening, Socket, Speaks, heritage, listening};
-use super::upgrade::Heritage;
-use super::{Connect, Connected, Exit, Plan, Settings, explain, process};
+use super::sockets::{BoundSockets, Socket, Transport, heritage, listening};
+use super::upgrade::SocketOffer;
+use super::{Connect, ConnectedBackend, Exit, NodePlan, NodeSettings, explain, process};
 use crate::config::Conf;
 use crate::dispatch::Dispatcher;
 use crate::fleet::Adopter;
-use crate::gateway::Guarded;
+use crate::gateway::GuardState;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::model::NodeId;
 use async_trait::async_trait;
@@ -38,7 +38,7 @@ const HANDED_OVER_LINGER: Duration = Duration::from_secs(2);
 const LAST_CALLS_MAX: Duration = Duration::from_secs(2);
 
 /// Runs a node until a signal, a successor or an internal error stops it.
-pub fn run(plan: Plan) -> Exit {
+pub fn run(plan: NodePlan) -> Exit {
     process::prepare();
     let threads = match plan.settings.conf.listen.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -74,7 +74,7 @@ impl ShutdownSignalWatch for Done {
 }
 
 struct Node {
-    plan: Option<Plan>,
+    plan: Option<NodePlan>,
     server_conf: Arc<ServerConf>,
     done: watch::Sender<Option<Exit>>,
 }
@@ -95,8 +95,8 @@ impl Service for Node {
 }
 
 impl Node {
-    async fn live(&self, plan: Plan) -> Exit {
-        let Plan { settings, connect: connect_backend } = plan;
+    async fn live(&self, plan: NodePlan) -> Exit {
+        let NodePlan { settings, connect: connect_backend } = plan;
         let at_a_terminal = settings.banner.is_some();
         let hangup_ends = at_a_terminal && settings.source.dir.is_none();
         let (mut signals, hangups) = match Signals::listen(hangup_ends) {
@@ -122,19 +122,20 @@ impl Node {
         if let Err(exit) = restore(&mut built.background.adopter).await {
             return exit;
         }
-        let Listening { sockets, heir } = match listening(&settings).await {
+        let BoundSockets { sockets, heir } = match listening(&settings).await {
             Ok(listening) => listening,
             Err(exit) => return exit,
         };
         let heritage = heritage(&settings, &sockets);
         let bound: Vec<SocketAddr> = sockets.iter().map(|socket| socket.bound).collect();
 
-        let stop = Stop::default();
+        let stop = StopCause::default();
         let acceptors = match self.acceptors(built.door, sockets, &stop) {
             Ok(acceptors) => acceptors,
             Err(e) => return no_acceptor(&e),
         };
-        let disk = Disk { claim: connected.claim.clone(), rows: built.background.books.disk.clone() };
+        let disk =
+            StateDirMonitor { claim: connected.claim.clone(), rows: built.background.books.disk.clone() };
         let mut loops = Loops::start(built.background, disk, connected.extra_loop);
         let listeners = acceptors.into_iter().map(|acceptor| spawn(acceptor.run())).collect();
         lifecycle.enter(Phase::Ready);
@@ -170,17 +171,22 @@ impl Node {
     }
 
     /// Builds an accept loop for each bound socket.
-    fn acceptors(&self, door: Door, sockets: Vec<Socket>, stop: &Stop) -> io::Result<Vec<Acceptor>> {
-        let Door { gateway, edge, http2, metrics } = door;
-        let spares = Arc::new(Spares::new(Arc::clone(&metrics)));
+    fn acceptors(
+        &self,
+        door: ListenerParts,
+        sockets: Vec<Socket>,
+        stop: &StopCause,
+    ) -> io::Result<Vec<Acceptor>> {
+        let ListenerParts { gateway, edge, http2, metrics } = door;
+        let spares = Arc::new(ReservedDescriptors::new(Arc::clone(&metrics)));
         let proxy = http_proxy(&self.server_conf, gateway);
-        let guarded = Arc::new(Guarded::new(proxy, edge, &http2, metrics));
+        let guarded = Arc::new(GuardState::new(proxy, edge, &http2, metrics));
         let (plain, tls) = (Arc::new(guarded.plain()), guarded.tls().map(Arc::new));
         let mut acceptors = Vec::new();
         for Socket { listener, bound, speaks } in sockets {
             let guard = match speaks {
-                Speaks::Plain => Arc::clone(&plain),
-                Speaks::Tls => {
+                Transport::Plain => Arc::clone(&plain),
+                Transport::Tls => {
                     tracing::info!(port = bound.port(), "Listening for TLS");
                     // A TLS socket exists only if the settings have TLS, and then the guard exists too.
                     Arc::clone(tls.as_ref().ok_or(io::ErrorKind::InvalidInput)?)
@@ -204,7 +210,7 @@ impl Node {
         conf: &Conf,
         lifecycle: &Lifecycle,
         mut loops: Loops,
-        stop: &Stop,
+        stop: &StopCause,
         listeners: Vec<JoinHandle<()>>,
     ) {
         lifecycle.enter(Phase::Draining);
@@ -236,7 +242,7 @@ fn no_acceptor(error: &io::Error) -> Exit {
     Exit::Internal
 }
 
-fn report_start(node: NodeId, bound: &[SocketAddr], settings: &Settings) {
+fn report_start(node: NodeId, bound: &[SocketAddr], settings: &NodeSettings) {
     let port = bound.first().map_or(settings.port, SocketAddr::port);
     let addresses = bound.iter().map(SocketAddr::to_string).collect::<Vec<_>>().join(", ");
     tracing::info!(port, addresses, node = %node, "Infra Controller v{} Started", env!("CARGO_PKG_VERSION"));
@@ -271,18 +277,18 @@ async fn restore(members: &mut Adopter) -> Result<(), Exit> {
 }
 
 /// Stops the listeners, and sets how long their connections may stay.
-struct Stop {
+struct StopCause {
     now: watch::Sender<bool>,
     linger: watch::Sender<Duration>,
 }
 
-impl Default for Stop {
+impl Default for StopCause {
     fn default() -> Self {
         Self { now: watch::Sender::new(false), linger: watch::Sender::new(Duration::ZERO) }
     }
 }
 
-async fn taken(heritage: Option<Heritage>) {
+async fn taken(heritage: Option<SocketOffer>) {
     match heritage {
         Some(heritage) => heritage.taken().await,
         None => std::future::pending().await,
@@ -290,7 +296,7 @@ async fn taken(heritage: Option<Heritage>) {
 }
 
 /// Connects, unless a signal arrives first.
-async fn connect(connect: Connect, signals: &mut Signals) -> Result<Connected, Exit> {
+async fn connect(connect: Connect, signals: &mut Signals) -> Result<ConnectedBackend, Exit> {
     let connected = tokio::select! {
         connected = connect() => connected.map_err(|problems| explain(&problems))?,
         _ = signals.next() => return Err(Exit::Ok),
@@ -317,7 +323,7 @@ struct Loops {
 }
 
 impl Loops {
-    fn start(background: Background, disk: Disk, extra: Option<super::BackendLoop>) -> Self {
+    fn start(background: Background, disk: StateDirMonitor, extra: Option<super::BackendLoop>) -> Self {
         let Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books, adopter } =
             background;
         let (stop_extra, extra_stopped) = watch::channel(false);

@@ -7,7 +7,7 @@
 //! expires, the process that held it is gone.
 
 use super::state_dir::StateDir;
-use crate::backend::{BackendError, HeldBy, Membership, Predecessor, Taken};
+use crate::backend::{BackendError, LeaseHolder, LeaseOutcome, Membership, Predecessor};
 use crate::model::{NodeId, ProcessToken};
 use std::io;
 use std::path::Path;
@@ -68,7 +68,7 @@ impl NodeIdChoice<'_> {
         let (began, mut first) = (Instant::now(), None);
         loop {
             let held = match self.try_once(node, predecessor).await? {
-                Taken::Yes => {
+                LeaseOutcome::Yes => {
                     if let Err(e) = dir.leave_word(self.process) {
                         tracing::warn!(
                             %node, error = %e,
@@ -77,14 +77,14 @@ impl NodeIdChoice<'_> {
                     }
                     return Ok(true);
                 }
-                Taken::No(held) => held,
+                LeaseOutcome::No(held) => held,
             };
             let first = first.get_or_insert_with(|| {
                 tracing::warn!(%node, lapsesInMs = u64::try_from(held.left.as_millis()).unwrap_or(u64::MAX),
                     "Node id is held by another process; waiting for its lease to expire");
                 held
             });
-            if *first != (HeldBy { left: first.left, ..held }) {
+            if *first != (LeaseHolder { left: first.left, ..held }) {
                 tracing::warn!(%node, directory = %dir.path().display(),
                     "Node id is in use: another process renews its lease. This one takes another id. \
                      Do not run two nodes on copies of one STATE_DIR");
@@ -106,7 +106,7 @@ impl NodeIdChoice<'_> {
     }
 
     /// Tries to take the lease. Retries transient errors until the deadline.
-    async fn try_once(&self, node: NodeId, predecessor: Predecessor) -> Result<Taken, NodeIdError> {
+    async fn try_once(&self, node: NodeId, predecessor: Predecessor) -> Result<LeaseOutcome, NodeIdError> {
         loop {
             match self.membership.take(node, self.lease, predecessor).await {
                 Err(e) if e.is_transient() && Instant::now() < self.deadline => sleep(LOOK_EVERY).await,

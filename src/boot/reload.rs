@@ -7,18 +7,18 @@
 //! A change is applied only after two equal reads, because a half-written file can be valid and mean
 //! something else: a `limits.toml` cut off after its first lines has no limits.
 //!
-//! Each file is applied by itself, unless it depends on another one (see [`Renewal`]). A file that is not
+//! Each file is applied by itself, unless it depends on another one (see [`ConfReload`]). A file that is not
 //! valid is rejected, and its previous contents stay in force. Waits and sends in flight keep the settings
 //! that they started with.
 
-use super::signals::Hangups;
+use super::signals::ReloadSignals;
 use crate::api;
 use crate::config::{
-    API_KEY_BYTES_MAX, BatchConf, CHANGES, Conf, ConfPart, ConfTexts, ConfigError, FileReader, Identity,
-    Live, OverloadConf, Renewal, WaitsConf,
+    API_KEY_BYTES_MAX, BatchConf, CHANGES, Conf, ConfPart, ConfReload, ConfTexts, ConfigError, FileReader,
+    Identity, Live, OverloadConf, WaitsConf,
 };
-use crate::functions::Functions;
-use crate::gateway::{self, Edge};
+use crate::functions::FunctionCache;
+use crate::gateway::{self, GatewaySettings};
 use crate::limiter::RateLimiter;
 use crate::metrics::Metrics;
 use std::collections::BTreeMap;
@@ -109,16 +109,16 @@ impl ConfSource {
 }
 
 /// The modules that receive new settings.
-pub struct Targets {
-    pub edge: Edge,
+pub struct ReloadTargets {
+    pub edge: GatewaySettings,
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
     pub overload: Live<OverloadConf>,
-    pub functions: Functions,
+    pub functions: FunctionCache,
     pub limiter: RateLimiter,
 }
 
-impl Targets {
+impl ReloadTargets {
     fn set(&self, conf: &Conf) {
         self.waits.set(conf.waits.clone());
         self.batch.set(conf.batch.clone());
@@ -132,8 +132,8 @@ impl Targets {
 /// The reload loop.
 pub struct Reload {
     source: ConfSource,
-    hangups: Hangups,
-    targets: Targets,
+    hangups: ReloadSignals,
+    targets: ReloadTargets,
     metrics: Arc<Metrics>,
     /// `None` while a read is in progress.
     reader: Option<FileReader>,
@@ -148,9 +148,9 @@ pub struct Reload {
 impl Reload {
     pub fn new(
         source: ConfSource,
-        hangups: Hangups,
+        hangups: ReloadSignals,
         (texts, conf): (ConfTexts, Conf),
-        targets: Targets,
+        targets: ReloadTargets,
         metrics: Arc<Metrics>,
     ) -> Self {
         metrics.conf_applied_at.set(now_s());
@@ -230,7 +230,8 @@ impl Reload {
     /// Applies what is valid. `is_asked`: SIGHUP asked for it, so repeated rejections are reported again.
     fn take(&mut self, read: ConfTexts, is_asked: bool) {
         let before = (ConfTexts::clone(&self.texts), self.in_force.clone());
-        let Renewal { texts, conf, refused } = Renewal::new(before, &read, |texts| self.source.make(texts));
+        let ConfReload { texts, conf, refused } =
+            ConfReload::new(before, &read, |texts| self.source.make(texts));
         let mut applied = Vec::new();
         for part in ConfPart::ALL {
             let is_new = !read.is_same(part, &self.dealt_with);

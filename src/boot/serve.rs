@@ -2,7 +2,9 @@
 
 use super::node_id::{NodeIdChoice, NodeIdError};
 use super::state_dir::StateDir;
-use super::{ConfSource, Connected, Exit, Plan, SPILL, SPOOL, Settings, explain, node, refuse};
+use super::{
+    ConfSource, ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, explain, node, refuse,
+};
 use crate::backend::{BackendError, StartProblem, aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
 use crate::gateway::Pseudonym;
@@ -24,13 +26,13 @@ const NODES_TRIED_MAX: usize = 16;
 /// Runs a node of the fleet.
 pub fn serve(args: &ServeArgs) -> Exit {
     match told(args) {
-        Ok(Told { env, source, texts, conf }) => {
+        Ok(LoadedSettings { env, source, texts, conf }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), Some(env.ai_node.clone()));
             let warnings = own_warnings(&env, &source);
             let start = Duration::from_secs(conf.start.deadline_s);
             let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
-            let settings = Settings {
+            let settings = NodeSettings {
                 conf,
                 source,
                 texts,
@@ -45,7 +47,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
                 banner: None,
             };
             let connect = Box::new(move || Box::pin(connect(env, warnings, start, lease)) as _);
-            node::run(Plan { settings, connect })
+            node::run(NodePlan { settings, connect })
         }
         Err(e) => refuse(&e),
     }
@@ -53,7 +55,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
 
 /// Runs the start-up checks of `serve` and prints their outcome.
 pub fn check(args: &ServeArgs) -> Exit {
-    let Told { env, conf, source, .. } = match told(args) {
+    let LoadedSettings { env, conf, source, .. } = match told(args) {
         Ok(told) => told,
         Err(e) => return refuse(&e),
     };
@@ -83,7 +85,10 @@ pub fn check(args: &ServeArgs) -> Exit {
 
 /// Runs the checks that `serve` runs before it listens. Also returns a warning if the ACL of Redis denies
 /// beats.
-async fn checked(env: &Env, start: Duration) -> Result<(aws::Connected, Option<String>), Vec<StartProblem>> {
+async fn checked(
+    env: &Env,
+    start: Duration,
+) -> Result<(aws::AwsConnection, Option<String>), Vec<StartProblem>> {
     let connected = aws::connect(settings(env, ProcessToken(rand::random()), start)).await?;
     // `serve` takes one of these ids or a new one. `check` cannot know which, because it takes no lock.
     let mut nodes = StateDir::used(&env.state_dir).map_err(|e| vec![state_problem(env, &e)])?;
@@ -95,7 +100,7 @@ async fn checked(env: &Env, start: Duration) -> Result<(aws::Connected, Option<S
 }
 
 /// The settings of `serve` and `check`, from the environment and `conf/`.
-struct Told {
+struct LoadedSettings {
     env: Env,
     source: ConfSource,
     texts: ConfTexts,
@@ -103,13 +108,13 @@ struct Told {
 }
 
 /// Reads the environment and `conf/`. The error lists the problems of both.
-fn told(args: &ServeArgs) -> Result<Told, ConfigError> {
+fn told(args: &ServeArgs) -> Result<LoadedSettings, ConfigError> {
     let env = Env::from_process();
     let a_minute = env.as_ref().ok().and_then(|env| env.rate_limit);
     let master_key_bytes = env.as_ref().map_or(0, |env| env.api_key.reveal().len());
     let source = ConfSource { dir: args.conf.clone(), a_minute, listen: None, master_key_bytes };
     match (env, source.load()) {
-        (Ok(env), Ok((texts, conf))) => Ok(Told { env, source, texts, conf }),
+        (Ok(env), Ok((texts, conf))) => Ok(LoadedSettings { env, source, texts, conf }),
         (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),
         (Err(ConfigError(mut one)), Err(ConfigError(two))) => {
             one.extend(two);
@@ -129,7 +134,7 @@ async fn connect(
     warnings: Vec<String>,
     start: Duration,
     lease: Duration,
-) -> Result<Connected, Vec<StartProblem>> {
+) -> Result<ConnectedBackend, Vec<StartProblem>> {
     let process = ProcessToken(rand::random());
     // Before any call to a backend, because a problem here needs the operator in any case.
     StateDir::probe(&env.state_dir).map_err(|e| vec![state_problem(&env, &e)])?;
@@ -142,7 +147,7 @@ async fn connect(
     // Needs the node id: the ACL of Redis may allow the result channels of some nodes only.
     connected.check_results(&[state.node]).await.map_err(|problem| vec![problem])?;
     let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
-    Ok(Connected {
+    Ok(ConnectedBackend {
         node: state.node,
         warnings: warnings.into_iter().chain(connected.warnings.clone()).collect(),
         backend: connected.backend(state.node),
@@ -154,8 +159,8 @@ async fn connect(
     })
 }
 
-fn settings(env: &Env, process: ProcessToken, start_deadline: Duration) -> aws::Settings {
-    aws::Settings {
+fn settings(env: &Env, process: ProcessToken, start_deadline: Duration) -> aws::AwsSettings {
+    aws::AwsSettings {
         region: env.region.clone(),
         functions_table: env.functions_table.clone(),
         logs_table: env.logs_table.clone(),
@@ -177,7 +182,8 @@ fn node_id_problem(env: &Env, error: NodeIdError) -> StartProblem {
         NodeIdError::Store(error) => StartProblem {
             what: "the lease of this node's id in Redis".to_owned(),
             error,
-            mend: "Start Redis, and allow its user the keys nodes:* and scripts (EVAL, EVALSHA).".to_owned(),
+            remedy: "Start Redis, and allow its user the keys nodes:* and scripts (EVAL, EVALSHA)."
+                .to_owned(),
         },
     }
 }
@@ -186,6 +192,6 @@ fn state_problem(env: &Env, error: &std::io::Error) -> StartProblem {
     StartProblem {
         what: format!("the state directory {}", env.state_dir.display()),
         error: BackendError::Invalid(error.to_string()),
-        mend: "Make it writable, or set STATE_DIR.".to_owned(),
+        remedy: "Make it writable, or set STATE_DIR.".to_owned(),
     }
 }

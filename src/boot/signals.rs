@@ -13,9 +13,9 @@ pub struct Signals {
 }
 
 /// SIGHUP as the request to reload the configuration. `None`: it stops the process instead.
-pub struct Hangups(Option<Signal>);
+pub struct ReloadSignals(Option<Signal>);
 
-impl Hangups {
+impl ReloadSignals {
     pub async fn next(&mut self) {
         heard(&mut self.0).await;
     }
@@ -23,11 +23,11 @@ impl Hangups {
 
 impl Signals {
     /// Must be called inside a runtime, and early: from then on no signal ends the process by default.
-    pub fn listen(hangup_ends: bool) -> std::io::Result<(Self, Hangups)> {
+    pub fn listen(hangup_ends: bool) -> std::io::Result<(Self, ReloadSignals)> {
         let hangup = signal(SignalKind::hangup())?;
         let (hangup, reloads) = if hangup_ends { (Some(hangup), None) } else { (None, Some(hangup)) };
         let terminate = signal(SignalKind::terminate())?;
-        Ok((Self { terminate, interrupt: signal(SignalKind::interrupt())?, hangup }, Hangups(reloads)))
+        Ok((Self { terminate, interrupt: signal(SignalKind::interrupt())?, hangup }, ReloadSignals(reloads)))
     }
 
     /// Waits for the next signal, and returns its number.

@@ -13,9 +13,9 @@
 
 mod matching;
 
-use super::upgrade::{self, Heir, Heritage};
-use super::{Exit, Settings};
-use matching::{Endpoint, Matching, conflict, matched};
+use super::upgrade::{self, Handover, SocketOffer};
+use super::{Exit, NodeSettings};
+use matching::{SocketAddress, SocketPlan, conflict, matched};
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use std::io;
@@ -23,7 +23,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use tokio::net::TcpSocket;
 
-const _: () = assert!(Speaks::ALL.len() * matching::SOCKETS_OF_ONE_MAX <= upgrade::SOCKETS_MAX);
+const _: () = assert!(Transport::ALL.len() * matching::SOCKETS_OF_ONE_MAX <= upgrade::SOCKETS_MAX);
 
 /// Most connections that the kernel queues while the accept loop is busy.
 const BACKLOG: u32 = 4096;
@@ -32,12 +32,12 @@ const PORT_TRIES_MAX: usize = 8;
 
 /// The protocol of a socket's clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Speaks {
+pub enum Transport {
     Plain,
     Tls,
 }
 
-impl Speaks {
+impl Transport {
     const ALL: [Self; 2] = [Self::Plain, Self::Tls];
 }
 
@@ -45,20 +45,20 @@ impl Speaks {
 pub struct Socket {
     pub listener: TcpListener,
     pub bound: SocketAddr,
-    pub speaks: Speaks,
+    pub speaks: Transport,
 }
 
-pub struct Listening {
+pub struct BoundSockets {
     /// The sockets of the configured port come first.
     pub sockets: Vec<Socket>,
     /// The connection to the predecessor, if sockets were inherited.
-    pub heir: Option<Heir>,
+    pub heir: Option<Handover>,
 }
 
 /// Inherits the sockets of a running process, or binds new ones.
-pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
+pub async fn listening(settings: &NodeSettings) -> Result<BoundSockets, Exit> {
     let wanted = wanted(settings, has_ipv6);
-    let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
+    let endpoints: Vec<SocketAddress> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
     if let Some((a, b)) = conflict(&endpoints) {
         eprintln!(
             "infra-controller: cannot listen on both {a} and {b}. Set another port or address for one."
@@ -80,18 +80,20 @@ pub async fn listening(settings: &Settings) -> Result<Listening, Exit> {
         eprintln!("infra-controller: {problem}");
         Exit::Config
     })?;
-    Ok(Listening { sockets, heir })
+    Ok(BoundSockets { sockets, heir })
 }
 
 /// The endpoints that the settings ask for. `has`: whether this machine has an IPv6 address.
-fn wanted(settings: &Settings, has: impl Fn(Ipv6Addr) -> bool) -> Vec<(Endpoint, Speaks)> {
-    let on = |address, port, speaks| (Endpoint::new(address, port), speaks);
+fn wanted(settings: &NodeSettings, has: impl Fn(Ipv6Addr) -> bool) -> Vec<(SocketAddress, Transport)> {
+    let on = |address, port, speaks| (SocketAddress::new(address, port), speaks);
     let addresses = addresses(settings.conf.listen.address, settings.listen_beside, &has);
     let mut wanted: Vec<_> =
-        addresses.iter().map(|address| on(*address, settings.port, Speaks::Plain)).collect();
+        addresses.iter().map(|address| on(*address, settings.port, Transport::Plain)).collect();
     if let Some(tls) = &settings.conf.tls {
         let own = tls.address.map(|address| self::addresses(address, None, &has));
-        wanted.extend(own.unwrap_or(addresses).into_iter().map(|address| on(address, tls.port, Speaks::Tls)));
+        wanted.extend(
+            own.unwrap_or(addresses).into_iter().map(|address| on(address, tls.port, Transport::Tls)),
+        );
     }
     wanted
 }
@@ -141,12 +143,15 @@ fn bind_advice(error: &io::Error) -> &'static str {
 }
 
 /// Returns a socket for each wanted endpoint. The error says which one cannot be bound, and why.
-fn taken_or_bound(wanted: &[(Endpoint, Speaks)], inherited: Vec<TcpListener>) -> Result<Vec<Socket>, String> {
-    let endpoints: Vec<Endpoint> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
-    let held: io::Result<Vec<Endpoint>> = inherited.iter().map(endpoint_of).collect();
+fn taken_or_bound(
+    wanted: &[(SocketAddress, Transport)],
+    inherited: Vec<TcpListener>,
+) -> Result<Vec<Socket>, String> {
+    let endpoints: Vec<SocketAddress> = wanted.iter().map(|(endpoint, _)| *endpoint).collect();
+    let held: io::Result<Vec<SocketAddress>> = inherited.iter().map(endpoint_of).collect();
     let held =
         held.map_err(|e| format!("the running process hands over a socket that does not listen: {e}"))?;
-    let Matching { kept, bound } = matched(&endpoints, &held);
+    let SocketPlan { kept, bound } = matched(&endpoints, &held);
     let mut tries = 1;
     let made = loop {
         match bind_all(wanted, &bound, &held, &inherited) {
@@ -182,9 +187,9 @@ struct Unbound {
 /// Binds each endpoint of `bound`, and returns the sockets with the indices in `wanted`. All addresses of one
 /// listener get the same port.
 fn bind_all(
-    wanted: &[(Endpoint, Speaks)],
-    bound: &[(Endpoint, usize)],
-    held: &[Endpoint],
+    wanted: &[(SocketAddress, Transport)],
+    bound: &[(SocketAddress, usize)],
+    held: &[SocketAddress],
     inherited: &[TcpListener],
 ) -> Result<Vec<(TcpListener, usize)>, Unbound> {
     let mut made: Vec<(TcpListener, usize)> = Vec::new();
@@ -193,7 +198,7 @@ fn bind_all(
         let chosen = of_same.and_then(|(listener, _)| listener.local_addr().ok()).map(|at| at.port());
         let is_port_of_kernel = endpoint.port == 0 && chosen.is_some();
         let port = if endpoint.port == 0 { chosen.unwrap_or(0) } else { endpoint.port };
-        let endpoint = Endpoint { port, ..*endpoint };
+        let endpoint = SocketAddress { port, ..*endpoint };
         let beside: Vec<usize> = (0..held.len()).filter(|at| held[*at].overlaps(endpoint)).collect();
         let sockets: Vec<&TcpListener> = beside.iter().map(|at| &inherited[*at]).collect();
         let listener = bind(endpoint, &sockets).map_err(|e| {
@@ -214,8 +219,8 @@ fn bind_all(
     Ok(made)
 }
 
-fn report(held: &[Endpoint], kept: &[(usize, usize)], bound: &[(Endpoint, usize)]) {
-    let list = |endpoints: &mut dyn Iterator<Item = Endpoint>| {
+fn report(held: &[SocketAddress], kept: &[(usize, usize)], bound: &[(SocketAddress, usize)]) {
+    let list = |endpoints: &mut dyn Iterator<Item = SocketAddress>| {
         endpoints.map(|endpoint| endpoint.to_string()).collect::<Vec<_>>().join(", ")
     };
     let is_kept = |at: &usize| kept.iter().any(|(kept, _)| kept == at);
@@ -228,28 +233,28 @@ fn report(held: &[Endpoint], kept: &[(usize, usize)], bound: &[(Endpoint, usize)
 }
 
 /// The endpoint of an inherited socket, as the kernel reports it.
-fn endpoint_of(socket: &TcpListener) -> io::Result<Endpoint> {
+fn endpoint_of(socket: &TcpListener) -> io::Result<SocketAddress> {
     if !getsockopt(socket, sockopt::AcceptConn)? {
         return Err(io::ErrorKind::NotConnected.into());
     }
     let address = socket.local_addr()?;
-    let endpoint = Endpoint::new(address.ip(), address.port());
+    let endpoint = SocketAddress::new(address.ip(), address.port());
     let is_ipv6_only = address.is_ipv6() && getsockopt(socket, sockopt::Ipv6V6Only)?;
     Ok(if is_ipv6_only { endpoint.ipv6_only() } else { endpoint })
 }
 
 /// Offers the sockets to a successor. Best effort: the process works without it.
-pub fn heritage(settings: &Settings, sockets: &[Socket]) -> Option<Heritage> {
+pub fn heritage(settings: &NodeSettings, sockets: &[Socket]) -> Option<SocketOffer> {
     let dir = settings.meet_in.as_ref()?;
     let clones: io::Result<Vec<_>> =
         sockets.iter().map(|socket| socket.listener.try_clone().map(OwnedFd::from)).collect();
-    let offered = clones.and_then(|sockets| Heritage::offer(dir, settings.port, sockets));
+    let offered = clones.and_then(|sockets| SocketOffer::offer(dir, settings.port, sockets));
     offered.inspect_err(|e| tracing::warn!(error = %e, "Sockets not offered; --upgrade will fail")).ok()
 }
 
 /// Binds before any request is served, so that a port in use is an error at start. `beside`: sockets whose
 /// endpoints overlap this one.
-fn bind(endpoint: Endpoint, beside: &[&TcpListener]) -> io::Result<TcpListener> {
+fn bind(endpoint: SocketAddress, beside: &[&TcpListener]) -> io::Result<TcpListener> {
     let socket = if endpoint.ip.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_reuseaddr(true)?;
     if endpoint.ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED) {
@@ -305,11 +310,11 @@ mod tests {
     /// The sockets of tokio need a runtime.
     #[tokio::test]
     async fn the_addresses_of_one_listener_share_a_port() {
-        let on = |ip: [u8; 4], speaks| (Endpoint::new(IpAddr::from(ip), 0), speaks);
+        let on = |ip: [u8; 4], speaks| (SocketAddress::new(IpAddr::from(ip), 0), speaks);
         let wanted = [
-            on([127, 0, 0, 1], Speaks::Plain),
-            on([127, 0, 0, 2], Speaks::Plain),
-            on([127, 0, 0, 1], Speaks::Tls),
+            on([127, 0, 0, 1], Transport::Plain),
+            on([127, 0, 0, 2], Transport::Plain),
+            on([127, 0, 0, 1], Transport::Tls),
         ];
         let sockets = taken_or_bound(&wanted, Vec::new()).unwrap();
         let bound: Vec<SocketAddr> = sockets.iter().map(|socket| socket.bound).collect();

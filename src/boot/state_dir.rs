@@ -10,7 +10,7 @@
 //! same identity. If the identity matches, the lock proves that the recorded process is gone (see
 //! [`StateDir::predecessor`]).
 
-use super::Claim;
+use super::StateClaim;
 use crate::backend::Predecessor;
 use crate::model::{NodeId, ProcessToken};
 use nix::fcntl::{Flock, FlockArg};
@@ -162,7 +162,7 @@ fn lock_in(dir: &Path) -> io::Result<Option<Flock<File>>> {
     }
 }
 
-impl Claim for StateDir {
+impl StateClaim for StateDir {
     fn keep(&self) {
         self.is_new.store(false, Ordering::Relaxed);
         if let Err(e) = self.lock.lock().set_modified(SystemTime::now()) {

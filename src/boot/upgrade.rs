@@ -41,12 +41,12 @@ const NAME_END: &str = ".sock";
 
 /// The Unix socket on which a process with the configured `port` waits for its successor. Its path may be too
 /// long for a Unix socket address, so the path goes by way of the open directory.
-struct Place {
+struct HandoverPath {
     dir: File,
     port: u16,
 }
 
-impl Place {
+impl HandoverPath {
     fn new(dir: &Path, port: u16) -> io::Result<Self> {
         let dir = OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECTORY).open(dir)?;
         Ok(Self { dir, port })
@@ -67,19 +67,19 @@ pub fn other_ports(dir: &Path, port: u16) -> Vec<u16> {
 }
 
 /// The offer of the sockets to a successor.
-pub struct Heritage {
+pub struct SocketOffer {
     sockets: Vec<OwnedFd>,
     listener: UnixListener,
-    place: Place,
+    place: HandoverPath,
     /// Inode of our Unix socket: a successor replaces the file.
     inode: u64,
 }
 
-impl Heritage {
+impl SocketOffer {
     /// Starts to wait for a successor. `port`: the configured port. `sockets`: the listening sockets, at most
     /// [`SOCKETS_MAX`], those of `port` first.
     pub fn offer(dir: &Path, port: u16, sockets: Vec<OwnedFd>) -> io::Result<Self> {
-        let place = Place::new(dir, port)?;
+        let place = HandoverPath::new(dir, port)?;
         let path = place.path();
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -127,7 +127,7 @@ impl Heritage {
     }
 }
 
-impl Drop for Heritage {
+impl Drop for SocketOffer {
     /// Removes the Unix socket, unless a successor has replaced it. Otherwise it looks like a running
     /// process.
     fn drop(&mut self) {
@@ -139,9 +139,9 @@ impl Drop for Heritage {
 }
 
 /// The successor's side of a handover, which must still be confirmed.
-pub struct Heir(UnixStream);
+pub struct Handover(UnixStream);
 
-impl Heir {
+impl Handover {
     /// Confirms to the predecessor that this process serves.
     pub async fn serves(mut self) -> io::Result<()> {
         self.0.write_u8(SERVING).await
@@ -150,8 +150,8 @@ impl Heir {
 
 /// Asks the process on `port` for its listening sockets, those of `port` first. `None`: there is no such
 /// process.
-pub async fn inherit(dir: &Path, port: u16) -> io::Result<Option<(Vec<TcpListener>, Heir)>> {
-    let place = Place::new(dir, port)?;
+pub async fn inherit(dir: &Path, port: u16) -> io::Result<Option<(Vec<TcpListener>, Handover)>> {
+    let place = HandoverPath::new(dir, port)?;
     let stream = match stepped(UnixStream::connect(place.path())).await {
         Ok(stream) => stream,
         // No process has ever waited there, or the process has ended.
@@ -163,7 +163,7 @@ pub async fn inherit(dir: &Path, port: u16) -> io::Result<Option<(Vec<TcpListene
     is_own(&stream)?;
     let receive = || received(stream.as_raw_fd());
     let sockets = stepped(stream.async_io(Interest::READABLE, receive)).await?;
-    Ok(Some((sockets.into_iter().map(TcpListener::from).collect(), Heir(stream))))
+    Ok(Some((sockets.into_iter().map(TcpListener::from).collect(), Handover(stream))))
 }
 
 fn received(stream: RawFd) -> io::Result<Vec<OwnedFd>> {
@@ -246,12 +246,12 @@ mod tests {
     async fn the_most_sockets_are_handed_over_and_the_unix_socket_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let (sockets, addresses): (Vec<_>, Vec<_>) = (0..SOCKETS_MAX).map(|_| socket()).unzip();
-        let heritage = Heritage::offer(dir.path(), PORT, sockets).unwrap();
+        let heritage = SocketOffer::offer(dir.path(), PORT, sockets).unwrap();
         assert_eq!((other_ports(dir.path(), 80), other_ports(dir.path(), PORT)), (vec![PORT], vec![]));
         let (sockets, of_successor) = {
             let taken = tokio::join!(heritage.taken(), async {
                 let (sockets, heir) = inherit(dir.path(), PORT).await.unwrap().unwrap();
-                let of_successor = Heritage::offer(dir.path(), PORT, vec![]).unwrap();
+                let of_successor = SocketOffer::offer(dir.path(), PORT, vec![]).unwrap();
                 heir.serves().await.unwrap();
                 (sockets, of_successor)
             });

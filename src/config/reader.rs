@@ -50,12 +50,12 @@ pub struct FileReader {
     deadline: Duration,
     read: Arc<dyn Fn(&Path) -> FileBytes + Send + Sync>,
     /// Idle between two calls. `None`: the next call starts it.
-    worker: Option<Worker>,
+    worker: Option<ReaderThread>,
     /// The files whose reads have not returned, with the channels of their results.
     hanging: HashMap<PathBuf, Receiver<FileBytes>>,
 }
 
-struct Worker {
+struct ReaderThread {
     paths: SyncSender<PathBuf>,
     results: Receiver<FileBytes>,
     thread: JoinHandle<()>,
@@ -90,7 +90,9 @@ impl FileReader {
         }
         let worker = match self.worker.take() {
             Some(worker) => worker,
-            None => Worker::start(Arc::clone(&self.read)).map_err(|e| format!("cannot be read: {e}"))?,
+            None => {
+                ReaderThread::start(Arc::clone(&self.read)).map_err(|e| format!("cannot be read: {e}"))?
+            }
         };
         let is_asked = worker.paths.send(path.to_owned()).is_ok();
         match worker.results.recv_timeout(self.deadline) {
@@ -121,7 +123,7 @@ impl FileReader {
     }
 }
 
-impl Worker {
+impl ReaderThread {
     /// Starts the thread. It ends when its worker is dropped, or else when its current read returns.
     fn start(read: Arc<dyn Fn(&Path) -> FileBytes + Send + Sync>) -> io::Result<Self> {
         let (paths, asked) = sync_channel::<PathBuf>(1);
@@ -201,7 +203,7 @@ fn read_once(path: &Path, meanwhile: impl Fn()) -> Option<FileBytes> {
         let mut bytes = Vec::new();
         (&mut file).take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
         if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(Problem(too_large()));
+            return Err(ReadProblem(too_large()));
         }
         meanwhile();
         let after = file.metadata()?;
@@ -209,15 +211,15 @@ fn read_once(path: &Path, meanwhile: impl Fn()) -> Option<FileBytes> {
     };
     match read() {
         Ok(bytes) => bytes.map(|bytes| Ok(Some(bytes))),
-        Err(Problem(problem)) if problem.is_empty() => Some(absent(path)),
-        Err(Problem(problem)) => Some(Err(FileError::Unusable(problem))),
+        Err(ReadProblem(problem)) if problem.is_empty() => Some(absent(path)),
+        Err(ReadProblem(problem)) => Some(Err(FileError::Unusable(problem))),
     }
 }
 
 /// A problem as text. Empty: there is no such file.
-struct Problem(String);
+struct ReadProblem(String);
 
-impl From<io::Error> for Problem {
+impl From<io::Error> for ReadProblem {
     fn from(e: io::Error) -> Self {
         Self(match e.kind() {
             io::ErrorKind::NotFound => String::new(),
@@ -232,11 +234,11 @@ impl From<io::Error> for Problem {
     }
 }
 
-fn check(metadata: &Metadata) -> Result<(), Problem> {
+fn check(metadata: &Metadata) -> Result<(), ReadProblem> {
     let kind = metadata.file_type();
     let is = if kind.is_file() {
         if metadata.len() > FILE_BYTES_MAX {
-            return Err(Problem(too_large()));
+            return Err(ReadProblem(too_large()));
         }
         return Ok(());
     } else if kind.is_dir() {
@@ -248,7 +250,7 @@ fn check(metadata: &Metadata) -> Result<(), Problem> {
     } else {
         "a device"
     };
-    Err(Problem(format!("is {is}; it must be a regular file, or a symbolic link to one")))
+    Err(ReadProblem(format!("is {is}; it must be a regular file, or a symbolic link to one")))
 }
 
 fn too_large() -> String {
@@ -338,7 +340,7 @@ mod tests {
             }
         }
         assert!(reader.finish());
-        let denied = Problem::from(io::Error::from(io::ErrorKind::PermissionDenied)).0;
+        let denied = ReadProblem::from(io::Error::from(io::ErrorKind::PermissionDenied)).0;
         assert!(denied.starts_with("is not readable by this user"), "{denied}");
     }
 

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 
 /// The outcome of a reload.
 #[derive(Debug)]
-pub struct Renewal {
+pub struct ConfReload {
     /// The texts in force after the reload.
     pub texts: ConfTexts,
     pub conf: Conf,
@@ -26,14 +26,14 @@ pub struct Renewal {
 const TLS_PARTS: [ConfPart; 3] = [ConfPart::Server, ConfPart::Certificate, ConfPart::ClientCa];
 const ROUTE_PARTS: [ConfPart; 2] = [ConfPart::Upstreams, ConfPart::Limits];
 
-impl Renewal {
+impl ConfReload {
     /// Applies the valid parts of `read` to the settings in force, `texts` and `conf`. `make` parses texts.
     pub fn new(
         (texts, conf): (ConfTexts, Conf),
         read: &ConfTexts,
         make: impl Fn(&ConfTexts) -> Result<Conf, ConfigError>,
     ) -> Self {
-        let mut trial = Trial { texts, conf, read, make, refused: BTreeMap::new() };
+        let mut trial = ReloadAttempt { texts, conf, read, make, refused: BTreeMap::new() };
         trial.take_each(&[ConfPart::Keys]);
         // If server.toml is missing or not TOML, the certificates were read from the paths in force.
         if trial.read.has_same_tls(&trial.texts) || !trial.read.has_tables(ConfPart::Server) {
@@ -47,7 +47,7 @@ impl Renewal {
 }
 
 /// Settings to which valid parts are applied one by one.
-struct Trial<'a, F> {
+struct ReloadAttempt<'a, F> {
     texts: ConfTexts,
     conf: Conf,
     read: &'a ConfTexts,
@@ -55,7 +55,7 @@ struct Trial<'a, F> {
     refused: BTreeMap<ConfPart, Vec<String>>,
 }
 
-impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> Trial<'_, F> {
+impl<F: Fn(&ConfTexts) -> Result<Conf, ConfigError>> ReloadAttempt<'_, F> {
     fn changed(&self, parts: &[ConfPart]) -> Vec<ConfPart> {
         parts.iter().copied().filter(|part| !self.read.is_same(*part, &self.texts)).collect()
     }
@@ -247,7 +247,7 @@ mod tests {
             let before = texts(&[&base[..], more].concat());
             let read = texts(&[&base[..], more, changes].concat());
             let conf = make(&before).unwrap();
-            let renewal = Renewal::new((before.clone(), conf.clone()), &read, make);
+            let renewal = ConfReload::new((before.clone(), conf.clone()), &read, make);
             let case = format!("{changes:?}: {:#?}", renewal.refused);
             for part in ConfPart::ALL {
                 let is_changed = changes.iter().any(|(changed, _)| *changed == part);
@@ -268,7 +268,7 @@ mod tests {
             let read = changes
                 .iter()
                 .fold(before.clone(), |all, (part, text)| all.with(*part, &texts(&[(*part, text)])));
-            let renewal = Renewal::new((before.clone(), make(&before).unwrap()), &read, make);
+            let renewal = ConfReload::new((before.clone(), make(&before).unwrap()), &read, make);
             renewal.refused.into_values().flatten().collect::<Vec<_>>()
         };
         let on_u = limit("/u/*", 1);
@@ -282,7 +282,7 @@ mod tests {
         assert_eq!(refused(&[(ConfPart::Limits, "")]), ["limits.toml: the file is empty"]);
         let mut unread = before.clone();
         unread.refuse(ConfPart::Keys, "is a FIFO");
-        let renewal = Renewal::new((before.clone(), make(&before).unwrap()), &unread, make);
+        let renewal = ConfReload::new((before.clone(), make(&before).unwrap()), &unread, make);
         assert_eq!(renewal.refused[&ConfPart::Keys], ["conf/keys.toml: is a FIFO"]);
         assert_eq!(renewal.refused.len(), 1);
     }

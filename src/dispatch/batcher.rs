@@ -12,7 +12,7 @@
 //! may be gone by then.
 
 use super::breaker::Breaker;
-use super::in_flight::{Fate, InFlight};
+use super::in_flight::{InFlight, SendEvidence};
 use super::journal::NodeJournal;
 use super::shedder::Shedder;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
@@ -59,14 +59,14 @@ pub type Sending = oneshot::Receiver<Result<(), SubmitError>>;
 /// The handle that passes jobs to the loop.
 #[derive(Clone)]
 pub struct Batcher {
-    sender: mpsc::Sender<Pending>,
+    sender: mpsc::Sender<PendingSend>,
     conf: Live<BatchConf>,
     /// Jobs that wait to be sent or retried.
     waiting: Arc<AtomicUsize>,
     breaker: Arc<Breaker>,
 }
 
-struct Pending {
+struct PendingSend {
     job: Job,
     done: oneshot::Sender<Result<(), SubmitError>>,
     give_up: Instant,
@@ -102,7 +102,7 @@ impl Batcher {
         let (done, result) = oneshot::channel();
         let conf = self.conf.get();
         let give_up = Instant::now() + send_time(&job, resend, conf.send_deadline_ms);
-        let pending = Pending {
+        let pending = PendingSend {
             job,
             done,
             give_up,
@@ -130,18 +130,18 @@ impl Batcher {
 /// The loop behind [`Batcher`].
 pub struct BatchLoop {
     conf: Live<BatchConf>,
-    receiver: mpsc::Receiver<Pending>,
+    receiver: mpsc::Receiver<PendingSend>,
     sender: Arc<BatchSender>,
     counted: Arc<AtomicUsize>,
-    waiting: VecDeque<Waiting>,
-    delayed: Vec<(Instant, Pending)>,
+    waiting: VecDeque<QueuedSend>,
+    delayed: Vec<(Instant, PendingSend)>,
     /// FIFO queues only: functions with a batch in flight, or with a job that waits for a retry.
     busy: HashSet<FunctionId>,
 }
 
-struct Waiting {
+struct QueuedSend {
     since: Instant,
-    pending: Pending,
+    pending: PendingSend,
 }
 
 /// The dependencies of a send.
@@ -204,7 +204,7 @@ impl BatchLoop {
                 n = self.receiver.recv_many(&mut arrived, BATCH_JOBS_MAX), if open => {
                     open = n > 0;
                     let since = Instant::now();
-                    self.waiting.extend(arrived.drain(..).map(|pending| Waiting { since, pending }));
+                    self.waiting.extend(arrived.drain(..).map(|pending| QueuedSend { since, pending }));
                 }
                 () = sleep_until(timer), if timer.is_some() => {}
                 () = tokio::time::sleep(FORGET_EVERY), if is_refusing => {
@@ -249,7 +249,7 @@ impl BatchLoop {
         let due: Vec<_> = self.delayed.extract_if(.., |(at, _)| *at <= now).collect();
         for (_, pending) in due.into_iter().rev() {
             self.busy.remove(&pending.job.function);
-            self.waiting.push_front(Waiting { since: now, pending });
+            self.waiting.push_front(QueuedSend { since: now, pending });
         }
     }
 
@@ -264,7 +264,7 @@ impl BatchLoop {
     }
 
     /// Returns the next batch, if one may be sent now.
-    fn next_batch(&mut self, sends: usize) -> Option<Vec<Pending>> {
+    fn next_batch(&mut self, sends: usize) -> Option<Vec<PendingSend>> {
         let oldest = self.waiting.front()?;
         let conf = self.conf.get();
         let lingered = oldest.since.elapsed() >= Duration::from_millis(conf.linger_ms);
@@ -289,9 +289,9 @@ impl BatchLoop {
 
     /// Takes jobs from the front until the call is full. On a FIFO queue, jobs of a busy function stay in
     /// order.
-    fn take_batch(&mut self) -> Vec<Pending> {
+    fn take_batch(&mut self) -> Vec<PendingSend> {
         let fifo = self.sender.queue.traits().fifo;
-        let mut batch: Vec<Pending> = Vec::with_capacity(BATCH_JOBS_MAX);
+        let mut batch: Vec<PendingSend> = Vec::with_capacity(BATCH_JOBS_MAX);
         let (mut bytes, mut at) = (0, 0);
         while batch.len() < BATCH_JOBS_MAX && at < self.waiting.len() {
             let job = &self.waiting[at].pending.job;
@@ -312,7 +312,7 @@ impl BatchLoop {
     }
 
     /// Frees the functions of a batch, and schedules its retries.
-    fn after_send(&mut self, tried: Tried) {
+    fn after_send(&mut self, tried: BatchOutcome) {
         for function in &tried.functions {
             self.busy.remove(function);
         }
@@ -331,22 +331,22 @@ impl BatchLoop {
 }
 
 /// What remains to be done after a batch was sent.
-struct Tried {
+struct BatchOutcome {
     functions: Vec<FunctionId>,
-    again: Vec<Pending>,
+    again: Vec<PendingSend>,
 }
 
 impl BatchSender {
-    async fn send(self: Arc<Self>, batch: Vec<Pending>) -> Tried {
+    async fn send(self: Arc<Self>, batch: Vec<PendingSend>) -> BatchOutcome {
         let functions = batch.iter().map(|pending| pending.job.function.clone()).collect();
-        let mut tried = Tried { functions, again: Vec::new() };
+        let mut tried = BatchOutcome { functions, again: Vec::new() };
         // The result of a retried job may have arrived meanwhile: then only the queue's answer was late.
         let mut awaited = Vec::with_capacity(batch.len());
         for pending in batch {
             match self.fate(&pending) {
-                Fate::Awaited => awaited.push(pending),
-                Fate::HasResult => self.sent(pending),
-                Fate::Lost => self.give_up_lost(pending),
+                SendEvidence::Awaited => awaited.push(pending),
+                SendEvidence::HasResult => self.sent(pending),
+                SendEvidence::Lost => self.give_up_lost(pending),
             }
         }
         let mut batch = awaited;
@@ -376,7 +376,7 @@ impl BatchSender {
     }
 
     /// Enters those jobs in the journal that are not in it yet.
-    async fn enter(&self, batch: &mut [Pending]) -> Result<(), BackendError> {
+    async fn enter(&self, batch: &mut [PendingSend]) -> Result<(), BackendError> {
         let new: Vec<Job> =
             batch.iter().filter(|pending| !pending.journaled).map(|pending| pending.job.clone()).collect();
         if !new.is_empty() {
@@ -386,11 +386,11 @@ impl BatchSender {
         Ok(())
     }
 
-    fn fate(&self, pending: &Pending) -> Fate {
+    fn fate(&self, pending: &PendingSend) -> SendEvidence {
         self.in_flight.fate(pending.job.id)
     }
 
-    fn sent(&self, pending: Pending) {
+    fn sent(&self, pending: PendingSend) {
         self.metrics.jobs_sent.inc();
         if pending.is_resend {
             self.in_flight.note_send(pending.job.id, true);
@@ -399,16 +399,16 @@ impl BatchSender {
     }
 
     /// Handles the result of an attempt. Returns the job if it is to be retried.
-    fn after_try(&self, mut pending: Pending, result: Result<(), SendError>) -> Option<Pending> {
+    fn after_try(&self, mut pending: PendingSend, result: Result<(), SendError>) -> Option<PendingSend> {
         pending.attempts += 1;
         let error = match (result, self.fate(&pending)) {
-            (Err(e), Fate::Awaited) => e,
-            (Err(_), Fate::Lost) => {
+            (Err(e), SendEvidence::Awaited) => e,
+            (Err(_), SendEvidence::Lost) => {
                 self.give_up_lost(pending);
                 return None;
             }
             // A result proves that the queue had the job, whatever the queue answered.
-            (Ok(()), _) | (Err(_), Fate::HasResult) => {
+            (Ok(()), _) | (Err(_), SendEvidence::HasResult) => {
                 self.sent(pending);
                 return None;
             }
@@ -425,12 +425,12 @@ impl BatchSender {
     }
 
     /// Ends the attempts for a job that ended as LOST meanwhile and has its row.
-    fn give_up_lost(&self, pending: Pending) {
-        self.give_up(Pending { maybe_sent: true, ..pending }, &SendError::Unknown(LOST.into()));
+    fn give_up_lost(&self, pending: PendingSend) {
+        self.give_up(PendingSend { maybe_sent: true, ..pending }, &SendError::Unknown(LOST.into()));
     }
 
     /// Ends a job that was not sent, as far as is known.
-    fn give_up(&self, pending: Pending, error: &SendError) {
+    fn give_up(&self, pending: PendingSend, error: &SendError) {
         let refused = matches!(error, SendError::Refused(_));
         // A resent job may belong to another node. Once it is in that node's journal, others may have taken
         // it over and wait for its result, so it must not be withdrawn.
@@ -485,9 +485,9 @@ async fn sleep_until(at: Option<Instant>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Ended, Journal, JournalEntry, QueueTraits};
+    use crate::backend::{EndedJob, Journal, JournalEntry, QueueTraits};
     use crate::config::Conf;
-    use crate::dispatch::Held;
+    use crate::dispatch::Permits;
     use crate::model::{IdempotencyKey, JobId, NodeId, Outcome};
     use crate::node_lease::NodeLease;
     use async_trait::async_trait;
@@ -562,7 +562,7 @@ mod tests {
             Ok(())
         }
 
-        async fn end(&self, _: NodeId, _: &[Ended]) -> Result<bool, BackendError> {
+        async fn end(&self, _: NodeId, _: &[EndedJob]) -> Result<bool, BackendError> {
             Ok(true)
         }
 
@@ -632,7 +632,7 @@ mod tests {
                 deadline: n,
                 message: vec![b' '; bytes].into(),
             };
-            self.in_flight.enter(&job, Held::new()).unwrap();
+            self.in_flight.enter(&job, Permits::new()).unwrap();
             self.batcher.send(job, None).unwrap()
         }
     }
@@ -752,7 +752,7 @@ mod tests {
                     message: "{}".into(),
                 };
                 match resend {
-                    None => house.in_flight.enter(&job, Held::new()).unwrap(),
+                    None => house.in_flight.enter(&job, Permits::new()).unwrap(),
                     Some(_) => drop(house.in_flight.enter_again(&job, false).unwrap()),
                 }
                 let sending = house.batcher.send(job, resend).unwrap();

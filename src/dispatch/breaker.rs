@@ -21,12 +21,12 @@ pub struct Breaker {
     /// Beside the state, so that the common case takes no lock.
     is_open: AtomicBool,
     is_failing: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<BreakerState>,
     metrics: Arc<Metrics>,
 }
 
 #[derive(Default)]
-struct State {
+struct BreakerState {
     failing_since: Option<Instant>,
     failed_last: Option<Instant>,
     next_probe: Option<Instant>,
@@ -58,7 +58,7 @@ impl Breaker {
             return;
         }
         let mut state = self.state();
-        *state = State::default();
+        *state = BreakerState::default();
         self.is_failing.store(false, Ordering::Relaxed);
         if self.is_open.swap(false, Ordering::Relaxed) {
             self.metrics.queue_refuses.set(0);
@@ -92,7 +92,7 @@ impl Breaker {
     pub fn forget(&self) {
         let mut state = self.state();
         if self.is_open() && state.failed_last.is_none_or(|at| at.elapsed() >= FORGETS_AFTER) {
-            *state = State::default();
+            *state = BreakerState::default();
             self.is_failing.store(false, Ordering::Relaxed);
             self.is_open.store(false, Ordering::Relaxed);
             self.metrics.queue_refuses.set(0);
@@ -100,7 +100,7 @@ impl Breaker {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, BreakerState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

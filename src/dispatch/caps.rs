@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// The function or key whose jobs are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Holder {
+pub enum CapKey {
     Function(FunctionId),
     /// The name of an API key.
     Key(Arc<str>),
@@ -19,28 +19,28 @@ pub enum Holder {
 
 /// The number of slots per holder. Has one entry per holder with a job in flight.
 #[derive(Clone, Default)]
-pub struct Slots(Arc<DashMap<Holder, usize, RandomState>>);
+pub struct ConcurrencyCaps(Arc<DashMap<CapKey, usize, RandomState>>);
 
 /// One job of a holder; Drop returns the slot.
-pub struct Slot {
-    of: Slots,
-    holder: Holder,
+pub struct Permit {
+    of: ConcurrencyCaps,
+    holder: CapKey,
 }
 
-impl Slots {
+impl ConcurrencyCaps {
     /// Returns `None` if the holder has `max` slots already.
-    pub fn take(&self, holder: Holder, max: usize) -> Option<Slot> {
+    pub fn take(&self, holder: CapKey, max: usize) -> Option<Permit> {
         let mut count = self.0.entry(holder.clone()).or_default();
         if *count >= max {
             return None;
         }
         *count += 1;
         drop(count);
-        Some(Slot { of: self.clone(), holder })
+        Some(Permit { of: self.clone(), holder })
     }
 }
 
-impl Drop for Slot {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.of.0.remove_if_mut(&self.holder, |_, count| {
             *count -= 1;
@@ -62,9 +62,9 @@ mod tests {
 
     #[test]
     fn slots_are_counted_by_holder_and_returned() {
-        let slots = Slots::default();
-        let function = || Holder::Function(FunctionId::parse("a").unwrap());
-        let key = || Holder::Key("a".into());
+        let slots = ConcurrencyCaps::default();
+        let function = || CapKey::Function(FunctionId::parse("a").unwrap());
+        let key = || CapKey::Key("a".into());
         let (one, two) = (slots.take(function(), 2).unwrap(), slots.take(function(), 2).unwrap());
         assert!(slots.take(function(), 2).is_none());
         let other = slots.take(key(), 1).unwrap();

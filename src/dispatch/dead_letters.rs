@@ -24,21 +24,21 @@ const READS_MAX: usize = 20;
 const TOLD_MAX: usize = 16_384;
 
 /// Reads the dead-letter queue at intervals.
-pub struct Undertaker {
+pub struct DeadLetterReader {
     queue: Option<Arc<dyn DeadLetters>>,
     metrics: Arc<Metrics>,
     every: Duration,
     consume: bool,
-    told: Told,
+    told: AnsweredJobs,
 }
 
 #[derive(Default)]
-struct Told {
+struct AnsweredJobs {
     jobs: HashSet<JobId>,
     order: VecDeque<JobId>,
 }
 
-impl Told {
+impl AnsweredJobs {
     fn insert(&mut self, id: JobId) {
         if self.jobs.insert(id) {
             self.order.push_back(id);
@@ -51,10 +51,10 @@ impl Told {
     }
 }
 
-impl Undertaker {
+impl DeadLetterReader {
     pub fn new(conf: &DeadLetterConf, queue: Option<Arc<dyn DeadLetters>>, metrics: Arc<Metrics>) -> Self {
         let every = Duration::from_secs(conf.every_s);
-        Self { queue, metrics, every, consume: conf.consume, told: Told::default() }
+        Self { queue, metrics, every, consume: conf.consume, told: AnsweredJobs::default() }
     }
 
     /// Runs forever.

@@ -1,13 +1,13 @@
 //! The handle that requests use: submits jobs, waits for their results, and looks up their state.
 
 use super::batcher::{Batcher, Resend, Sending, SubmitError};
-use super::caps::{Holder, Slots, TooManyJobs};
-use super::in_flight::{EnteredAgain, Held, InFlight, Joined, Waiter};
+use super::caps::{CapKey, ConcurrencyCaps, TooManyJobs};
+use super::in_flight::{EnteredAgain, InFlight, JoinOutcome, Permits, Waiter};
 use super::journal::NodeJournal;
-use super::schedule::{self, Schedule};
+use super::schedule::{self, LookupSchedule};
 use super::settler::Settler;
 use super::shedder::Shedder;
-use crate::backend::{BackendError, Membership, Results, Standing};
+use crate::backend::{BackendError, JournalState, Membership, Results};
 use crate::config::{Live, OverloadConf};
 use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, now_ms};
 use crate::node_lease::NodeLease;
@@ -26,12 +26,12 @@ pub struct DispatcherParts {
     pub node: NodeId,
     pub batcher: Batcher,
     pub in_flight: Arc<InFlight>,
-    pub schedule: Arc<Schedule>,
+    pub schedule: Arc<LookupSchedule>,
     pub journal: Arc<NodeJournal>,
     pub results: Arc<dyn Results>,
     pub settler: Arc<Settler>,
     pub shedder: Arc<Shedder>,
-    pub slots: Slots,
+    pub slots: ConcurrencyCaps,
     pub lease: Arc<NodeLease>,
     pub membership: Option<Arc<dyn Membership>>,
     pub overload: Live<OverloadConf>,
@@ -127,31 +127,31 @@ impl Dispatcher {
         function_max: usize,
         key: &Arc<str>,
         key_max: Option<usize>,
-    ) -> Result<Held, TooManyJobs> {
-        let mut held = Held::new();
+    ) -> Result<Permits, TooManyJobs> {
+        let mut held = Permits::new();
         let key_max = key_max.unwrap_or_else(|| self.0.overload.get().jobs_per_key_max);
         if key_max > 0 {
-            let slot = self.0.slots.take(Holder::Key(Arc::clone(key)), key_max);
+            let slot = self.0.slots.take(CapKey::Key(Arc::clone(key)), key_max);
             held.push(slot.ok_or(TooManyJobs::OfKey { max: key_max })?);
         }
         if function_max > 0 {
             // This node's part.
             let max = function_max.div_ceil(self.0.lease.nodes());
-            let slot = self.0.slots.take(Holder::Function(function.clone()), max);
+            let slot = self.0.slots.take(CapKey::Function(function.clone()), max);
             held.push(slot.ok_or(TooManyJobs::OfFunction { max: function_max })?);
         }
         Ok(held)
     }
 
     /// Sends a job that nobody waits for.
-    pub fn submit(&self, job: Job, held: Held) -> Result<Sending, SubmitError> {
+    pub fn submit(&self, job: Job, held: Permits) -> Result<Sending, SubmitError> {
         self.0.in_flight.enter(&job, held).map_err(|_| SubmitError::Overloaded)?;
         self.send_first(job)
     }
 
     /// Sends a job and waits in line for its result. Registers first: a fast worker may publish before the
     /// send returns.
-    pub fn submit_waiting(&self, job: Job, held: Held) -> Result<Submitted, SubmitError> {
+    pub fn submit_waiting(&self, job: Job, held: Permits) -> Result<Submitted, SubmitError> {
         let waiter = self.0.in_flight.enter_waiting(&job, held).map_err(|_| SubmitError::Overloaded)?;
         let sent = self.send_first(job)?;
         Ok(Submitted { sent, waiter })
@@ -220,7 +220,7 @@ impl Dispatcher {
     }
 
     /// What the journal of the node that the id names says of the job.
-    pub async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+    pub async fn standing(&self, id: JobId) -> Result<JournalState, BackendError> {
         self.0.journal.standing(id).await
     }
 
@@ -239,17 +239,17 @@ impl Dispatcher {
     pub async fn state(&self, id: JobId) -> Result<JobState, BackendError> {
         let settler = &self.0.settler;
         let joined = self.0.in_flight.join(id);
-        if let Joined::Settled(outcome) = joined {
+        if let JoinOutcome::Settled(outcome) = joined {
             return Ok(JobState::Done(outcome));
         }
         let stored = match settler.stored(id).await {
             // It is known to run, whatever the store says when it is back; the waiter will hear.
-            Err(_) if matches!(joined, Joined::Pending(_) | Joined::Crowded) => None,
+            Err(_) if matches!(joined, JoinOutcome::Pending(_) | JoinOutcome::Crowded) => None,
             stored => stored?,
         };
         if let Some(payload) = stored {
             let outcome = Outcome::new(payload);
-            if !matches!(joined, Joined::Unknown) {
+            if !matches!(joined, JoinOutcome::Unknown) {
                 settler.settle(id, outcome.clone());
                 self.0.in_flight.forget_settled(id);
             }
@@ -260,16 +260,16 @@ impl Dispatcher {
         };
         let is_unconfirmed = self.0.in_flight.is_unconfirmed(id).unwrap_or(false);
         match joined {
-            Joined::Pending(waiter) => {
+            JoinOutcome::Pending(waiter) => {
                 return Ok(JobState::Pending(Pending { place: place(Some(waiter)), is_unconfirmed }));
             }
-            Joined::Crowded => return Ok(JobState::Pending(Pending { place: None, is_unconfirmed })),
-            Joined::Settled(_) | Joined::Unknown => {}
+            JoinOutcome::Crowded => return Ok(JobState::Pending(Pending { place: None, is_unconfirmed })),
+            JoinOutcome::Settled(_) | JoinOutcome::Unknown => {}
         }
         match self.0.journal.standing(id).await? {
-            Standing::Absent | Standing::Unknown => {}
+            JournalState::Absent | JournalState::Unknown => {}
             standing => {
-                let is_unconfirmed = standing == Standing::Left;
+                let is_unconfirmed = standing == JournalState::Orphaned;
                 return Ok(JobState::Pending(Pending { place: place(None), is_unconfirmed }));
             }
         }

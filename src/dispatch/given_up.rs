@@ -12,27 +12,27 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::time::Instant;
 
 /// The lost jobs of this node.
-pub struct GivenUpJobs {
-    pub jobs: DashMap<JobId, GivenUp, RandomState>,
+pub struct LostJobs {
+    pub jobs: DashMap<JobId, LostJob, RandomState>,
     /// The length of the map, which every job reads. It is nearly always 0, and then no shard is locked.
     pub len: AtomicUsize,
 }
 
 /// A lost job.
-pub struct GivenUp {
+pub struct LostJob {
     pub function: FunctionId,
     pub since: Instant,
     /// A late result has arrived, and its row is not queued yet.
     pub settled: bool,
 }
 
-impl GivenUpJobs {
+impl LostJobs {
     pub fn insert(&self, id: JobId, function: FunctionId) {
         if self.len.load(Ordering::Relaxed) >= GIVEN_UP_MAX {
             return;
         }
         if let MapEntry::Vacant(place) = self.jobs.entry(id) {
-            place.insert(GivenUp { function, since: Instant::now(), settled: false });
+            place.insert(LostJob { function, since: Instant::now(), settled: false });
             self.len.fetch_add(1, Ordering::Relaxed);
         }
     }

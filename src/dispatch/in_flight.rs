@@ -6,11 +6,11 @@
 //!
 //! A DashMap guard locks a shard, so none is held across an await.
 
-use super::caps::Slot;
-use crate::audit::Kept;
-use crate::backend::{JournalEntry, KEPT_BYTES_MAX};
-use crate::dispatch::given_up::GivenUpJobs;
-use crate::dispatch::recent::Recent;
+use super::caps::Permit;
+use crate::audit::KeyedResult;
+use crate::backend::{JournalEntry, STORED_RESULT_BYTES_MAX};
+use crate::dispatch::given_up::LostJobs;
+use crate::dispatch::recent::RecentResults;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
@@ -33,14 +33,14 @@ const RECKONINGS_MAX: usize = 32;
 
 /// The table has no room for another job.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Full;
+pub struct TableFull;
 
 /// One accepted job. It takes 64 bytes with its key, because a million jobs may be in flight.
-struct Entry {
+struct InFlightJob {
     function: FunctionId,
     deadline: UnixMs,
     /// Boxed, because few jobs have it.
-    more: Option<Box<More>>,
+    more: Option<Box<OptionalParts>>,
     waiters: Vec<oneshot::Sender<Outcome>>,
     /// A result has arrived, and its row is not written yet.
     settled: bool,
@@ -53,16 +53,16 @@ struct Entry {
 
 /// The parts of an entry that few jobs have.
 #[derive(Default)]
-struct More {
+struct OptionalParts {
     idempotency_key: Option<IdempotencyKey>,
-    held: Held,
+    held: Permits,
 }
 
 /// The slots that a job holds under the caps of its function and its API key.
-pub type Held = SmallVec<[Slot; 2]>;
+pub type Permits = SmallVec<[Permit; 2]>;
 
-impl Entry {
-    fn of(job: &Job, held: Held, waiters: Vec<oneshot::Sender<Outcome>>) -> Self {
+impl InFlightJob {
+    fn of(job: &Job, held: Permits, waiters: Vec<oneshot::Sender<Outcome>>) -> Self {
         Self::new(job.function.clone(), job.deadline, job.idempotency_key.as_deref().copied(), held, waiters)
     }
 
@@ -70,11 +70,11 @@ impl Entry {
         function: FunctionId,
         deadline: UnixMs,
         idempotency_key: Option<IdempotencyKey>,
-        held: Held,
+        held: Permits,
         waiters: Vec<oneshot::Sender<Outcome>>,
     ) -> Self {
         let has_more = idempotency_key.is_some() || !held.is_empty();
-        let more = has_more.then(|| Box::new(More { idempotency_key, held }));
+        let more = has_more.then(|| Box::new(OptionalParts { idempotency_key, held }));
         Self { function, deadline, more, waiters, settled: false, unconfirmed: false, resending: false }
     }
 
@@ -83,15 +83,15 @@ impl Entry {
     }
 
     /// The result to be stored with the idempotency key, if the job has one and the result is not too large.
-    fn kept(&self, outcome: &Outcome) -> Option<Box<Kept>> {
+    fn kept(&self, outcome: &Outcome) -> Option<Box<KeyedResult>> {
         let result = outcome.published();
-        let key = self.idempotency_key().filter(|_| result.len() <= KEPT_BYTES_MAX)?;
-        Some(Box::new(Kept { key, result: result.clone() }))
+        let key = self.idempotency_key().filter(|_| result.len() <= STORED_RESULT_BYTES_MAX)?;
+        Some(Box::new(KeyedResult { key, result: result.clone() }))
     }
 }
 
 /// The outcome of [`InFlight::join`].
-pub enum Joined {
+pub enum JoinOutcome {
     /// The result is known.
     Settled(Outcome),
     /// The job is in flight. The waiter receives its result.
@@ -111,9 +111,9 @@ pub struct EnteredAgain {
 
 /// The outcome of [`InFlight::settle`].
 #[derive(Debug, PartialEq, Eq)]
-pub enum Settled {
+pub enum SettleOutcome {
     /// The first result of the job. The caller must record a row.
-    First(FunctionId, Option<Box<Kept>>),
+    First(FunctionId, Option<Box<KeyedResult>>),
     /// The first result of a job that ended as LOST. The caller must replace its row.
     Late(FunctionId),
     /// The job has a result already.
@@ -124,11 +124,11 @@ pub enum Settled {
 
 /// The table of accepted jobs. Also holds recent results and lost jobs.
 pub struct InFlight {
-    jobs: DashMap<JobId, Entry, RandomState>,
+    jobs: DashMap<JobId, InFlightJob, RandomState>,
     len: AtomicUsize,
     jobs_max: usize,
-    recent: Recent,
-    given_up: GivenUpJobs,
+    recent: RecentResults,
+    given_up: LostJobs,
     metrics: Arc<Metrics>,
 }
 
@@ -137,25 +137,24 @@ impl InFlight {
     /// results, in bytes.
     pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
         let jobs = DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS);
-        let given_up =
-            GivenUpJobs { jobs: DashMap::with_hasher(RandomState::new()), len: AtomicUsize::new(0) };
+        let given_up = LostJobs { jobs: DashMap::with_hasher(RandomState::new()), len: AtomicUsize::new(0) };
         Self {
             jobs,
             len: AtomicUsize::new(0),
             jobs_max,
-            recent: Recent::new(settled_bytes_max),
+            recent: RecentResults::new(settled_bytes_max),
             given_up,
             metrics,
         }
     }
 
     /// Adds a job without a waiter.
-    pub fn enter(&self, job: &Job, held: Held) -> Result<(), Full> {
+    pub fn enter(&self, job: &Job, held: Permits) -> Result<(), TableFull> {
         self.insert(job, held, Vec::new())
     }
 
     /// Adds a job together with a waiter for it.
-    pub fn enter_waiting(self: &Arc<Self>, job: &Job, held: Held) -> Result<Waiter, Full> {
+    pub fn enter_waiting(self: &Arc<Self>, job: &Job, held: Permits) -> Result<Waiter, TableFull> {
         let (sender, receiver) = oneshot::channel();
         self.insert(job, held, vec![sender])?;
         Ok(self.waiter(job.id, receiver))
@@ -169,7 +168,7 @@ impl InFlight {
             MapEntry::Vacant(place) => {
                 let JournalEntry { function, deadline, idempotency_key, .. } = entry.clone();
                 let key = idempotency_key.map(|key| *key);
-                let mut restored = Entry::new(function, deadline, key, Held::new(), Vec::new());
+                let mut restored = InFlightJob::new(function, deadline, key, Permits::new(), Vec::new());
                 // The journal does not record confirmations: that would cost one Redis command per job.
                 restored.unconfirmed = true;
                 place.insert(restored);
@@ -187,7 +186,7 @@ impl InFlight {
 
     /// Adds a job that is sent again, with a waiter if `waits`. The table may have the job already, and the
     /// job may belong to another node. It takes no slot under a cap, because it was admitted before.
-    pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<EnteredAgain, Full> {
+    pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<EnteredAgain, TableFull> {
         let (sender, receiver) = oneshot::channel();
         let waiters = if waits { vec![sender] } else { Vec::new() };
         let is_new = match self.jobs.entry(job.id) {
@@ -199,9 +198,9 @@ impl InFlight {
                 entry.waiters.extend(waiters.into_iter().take(if entry.settled { 0 } else { room }));
                 false
             }
-            MapEntry::Vacant(_) if self.room() == 0 => return Err(Full),
+            MapEntry::Vacant(_) if self.room() == 0 => return Err(TableFull),
             MapEntry::Vacant(place) => {
-                let mut entry = Entry::of(job, Held::new(), waiters);
+                let mut entry = InFlightJob::of(job, Permits::new(), waiters);
                 (entry.unconfirmed, entry.resending) = (true, true);
                 place.insert(entry);
                 true
@@ -222,13 +221,13 @@ impl InFlight {
     }
 
     /// The state of a job whose send is about to be attempted or has failed.
-    pub fn fate(&self, id: JobId) -> Fate {
+    pub fn fate(&self, id: JobId) -> SendEvidence {
         if self.awaited(id).is_some() {
-            Fate::Awaited
+            SendEvidence::Awaited
         } else if self.given_up.contains(id) || self.recent.get(id).is_some_and(|outcome| outcome.is_lost()) {
-            Fate::Lost
+            SendEvidence::Lost
         } else {
-            Fate::HasResult
+            SendEvidence::HasResult
         }
     }
 
@@ -240,7 +239,7 @@ impl InFlight {
     /// The jobs of a node, as entries of its journal.
     pub fn of_node(&self, node: NodeId) -> Vec<JournalEntry> {
         let jobs = self.jobs.iter().filter(|entry| entry.key().node() == node);
-        let entry = |id, of: &Entry| JournalEntry {
+        let entry = |id, of: &InFlightJob| JournalEntry {
             id,
             function: of.function.clone(),
             deadline: of.deadline,
@@ -255,7 +254,7 @@ impl InFlight {
     pub fn give_back(&self, jobs: impl IntoIterator<Item = JobId>) -> Vec<JobId> {
         let mut waited_for = Vec::new();
         for id in jobs {
-            let may_leave = |_: &JobId, entry: &Entry| {
+            let may_leave = |_: &JobId, entry: &InFlightJob| {
                 let is_idle = !entry.settled && !entry.resending;
                 if is_idle && !entry.waiters.is_empty() {
                     waited_for.push(id);
@@ -281,12 +280,17 @@ impl InFlight {
         self.jobs_max.saturating_sub(self.len.load(Ordering::Relaxed))
     }
 
-    fn insert(&self, job: &Job, held: Held, waiters: Vec<oneshot::Sender<Outcome>>) -> Result<(), Full> {
+    fn insert(
+        &self,
+        job: &Job,
+        held: Permits,
+        waiters: Vec<oneshot::Sender<Outcome>>,
+    ) -> Result<(), TableFull> {
         if self.len.fetch_add(1, Ordering::Relaxed) >= self.jobs_max {
             self.len.fetch_sub(1, Ordering::Relaxed);
-            return Err(Full);
+            return Err(TableFull);
         }
-        if self.jobs.insert(job.id, Entry::of(job, held, waiters)).is_some() {
+        if self.jobs.insert(job.id, InFlightJob::of(job, held, waiters)).is_some() {
             self.len.fetch_sub(1, Ordering::Relaxed); // the job was in the table, and counted, before
         } else {
             self.metrics.jobs.accepted.inc();
@@ -296,15 +300,15 @@ impl InFlight {
     }
 
     /// Registers a waiter for a job that is in the table, or returns its recent result.
-    pub fn join(self: &Arc<Self>, id: JobId) -> Joined {
+    pub fn join(self: &Arc<Self>, id: JobId) -> JoinOutcome {
         // A job may settle, and even leave the table, between two look-ups. So the recent results are read
         // both before and after the table.
         if let Some(outcome) = self.recent.get(id) {
-            return Joined::Settled(outcome);
+            return JoinOutcome::Settled(outcome);
         }
         let receiver = match self.jobs.get_mut(&id) {
-            None => return self.recent.get(id).map_or(Joined::Unknown, Joined::Settled),
-            Some(entry) if entry.waiters.len() >= WAITERS_PER_JOB_MAX => return Joined::Crowded,
+            None => return self.recent.get(id).map_or(JoinOutcome::Unknown, JoinOutcome::Settled),
+            Some(entry) if entry.waiters.len() >= WAITERS_PER_JOB_MAX => return JoinOutcome::Crowded,
             Some(mut entry) => {
                 let (sender, receiver) = oneshot::channel();
                 entry.waiters.push(sender);
@@ -312,8 +316,8 @@ impl InFlight {
             }
         };
         match self.recent.get(id) {
-            Some(outcome) => Joined::Settled(outcome),
-            None => Joined::Pending(self.waiter(id, receiver)),
+            Some(outcome) => JoinOutcome::Settled(outcome),
+            None => JoinOutcome::Pending(self.waiter(id, receiver)),
         }
     }
 
@@ -324,12 +328,12 @@ impl InFlight {
 
     /// Accepts a result: stores it for `/status`, sends it to the waiters, and returns whether a row must be
     /// written.
-    pub fn settle(&self, id: JobId, outcome: Outcome) -> Settled {
+    pub fn settle(&self, id: JobId, outcome: Outcome) -> SettleOutcome {
         let (function, kept, told) = match self.jobs.get_mut(&id) {
-            None => return self.settle_late(id, outcome).unwrap_or(Settled::UnknownJob),
+            None => return self.settle_late(id, outcome).unwrap_or(SettleOutcome::UnknownJob),
             Some(entry) if entry.settled => {
                 drop(entry);
-                return self.settle_late(id, outcome).unwrap_or(Settled::Repeated);
+                return self.settle_late(id, outcome).unwrap_or(SettleOutcome::Repeated);
             }
             Some(mut entry) => {
                 let waiters = std::mem::take(&mut entry.waiters);
@@ -352,13 +356,13 @@ impl InFlight {
                 let _ = waiter.send(outcome.clone());
             }
         }
-        Settled::First(function, kept)
+        SettleOutcome::First(function, kept)
     }
 
-    fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<Settled> {
+    fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<SettleOutcome> {
         let function = self.given_up.settle(id)?;
         self.recent.keep(id, outcome);
-        Some(Settled::Late(function))
+        Some(SettleOutcome::Late(function))
     }
 
     /// Remembers a job that ended as LOST, for a late result.
@@ -470,7 +474,7 @@ pub struct Awaited {
 
 /// The outcome of [`InFlight::fate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum SendEvidence {
     /// The job has no result yet.
     Awaited,
     /// The job has a result, which proves that the queue received it.
@@ -535,12 +539,12 @@ mod tests {
     #[tokio::test]
     async fn a_waiter_receives_the_first_result() {
         let table = table(10, 1000);
-        let mut waiter = table.enter_waiting(&job(1), Held::new()).unwrap();
-        assert_eq!(table.settle(job(1).id, outcome("a")), Settled::First(job(1).function, None));
-        assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
-        assert_eq!(table.settle(job(2).id, outcome("b")), Settled::UnknownJob);
+        let mut waiter = table.enter_waiting(&job(1), Permits::new()).unwrap();
+        assert_eq!(table.settle(job(1).id, outcome("a")), SettleOutcome::First(job(1).function, None));
+        assert_eq!(table.settle(job(1).id, outcome("b")), SettleOutcome::Repeated);
+        assert_eq!(table.settle(job(2).id, outcome("b")), SettleOutcome::UnknownJob);
         assert_eq!(waiter.outcome().await, Some(outcome("a")));
-        let Joined::Settled(again) = table.join(job(1).id) else { panic!("settled") };
+        let JoinOutcome::Settled(again) = table.join(job(1).id) else { panic!("settled") };
         assert_eq!(again, outcome("a"));
     }
 
@@ -548,8 +552,8 @@ mod tests {
     #[tokio::test]
     async fn a_waiter_without_room_may_be_polled_twice() {
         let table = table(10, 1000);
-        table.enter(&job(1), Held::new()).unwrap();
-        let _others: Vec<Joined> = (0..WAITERS_PER_JOB_MAX).map(|_| table.join(job(1).id)).collect();
+        table.enter(&job(1), Permits::new()).unwrap();
+        let _others: Vec<JoinOutcome> = (0..WAITERS_PER_JOB_MAX).map(|_| table.join(job(1).id)).collect();
         let mut crowded = table.enter_again(&job(1), true).unwrap().waiter.unwrap();
         assert_eq!((crowded.outcome().await, crowded.outcome().await), (None, None));
         table.settle(job(1).id, outcome("a"));
@@ -560,10 +564,10 @@ mod tests {
     #[tokio::test]
     async fn a_dropped_waiter_leaves_the_job() {
         let table = table(10, 1000);
-        drop(table.enter_waiting(&job(1), Held::new()).unwrap());
+        drop(table.enter_waiting(&job(1), Permits::new()).unwrap());
         assert_eq!(table.awaited(job(1).id), Some(Awaited { deadline: 2000, waited_for: false }));
         assert_eq!(table.metrics.waiters.get(), 0);
-        let Joined::Pending(mut late) = table.join(job(1).id) else { panic!("pending") };
+        let JoinOutcome::Pending(mut late) = table.join(job(1).id) else { panic!("pending") };
         table.settle(job(1).id, outcome("a"));
         assert_eq!(late.outcome().await, Some(outcome("a")));
     }
@@ -571,12 +575,12 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_lost_job_accepts_one_late_result() {
         let table = table(10, 1000);
-        table.enter(&job(1), Held::new()).unwrap();
-        assert!(matches!(table.settle(job(1).id, outcome("lost")), Settled::First(..)));
+        table.enter(&job(1), Permits::new()).unwrap();
+        assert!(matches!(table.settle(job(1).id, outcome("lost")), SettleOutcome::First(..)));
         table.remember(job(1).id, job(1).function);
         // Its LOST row may be queued or written.
-        assert_eq!(table.settle(job(1).id, outcome("a")), Settled::Late(job(1).function));
-        assert_eq!(table.settle(job(1).id, outcome("b")), Settled::Repeated);
+        assert_eq!(table.settle(job(1).id, outcome("a")), SettleOutcome::Late(job(1).function));
+        assert_eq!(table.settle(job(1).id, outcome("b")), SettleOutcome::Repeated);
         // The row of the late result could not be queued.
         table.unsettle_late(job(1).id);
         table.remove(job(1).id);
@@ -584,51 +588,51 @@ mod tests {
         assert_eq!(table.given_up_of(NodeId(1)), [(job(1).id, job(1).function)]);
         tokio::time::advance(GIVEN_UP_KEPT).await;
         assert!(!table.is_remembered(job(1).id));
-        assert_eq!(table.settle(job(1).id, outcome("c")), Settled::UnknownJob);
+        assert_eq!(table.settle(job(1).id, outcome("c")), SettleOutcome::UnknownJob);
     }
 
     #[tokio::test]
     async fn a_removed_job_wakes_its_waiter() {
         let table = table(10, 1000);
-        let mut waiter = table.enter_waiting(&job(1), Held::new()).unwrap();
+        let mut waiter = table.enter_waiting(&job(1), Permits::new()).unwrap();
         table.remove(job(1).id);
         assert_eq!(waiter.outcome().await, None);
-        assert!(matches!(table.join(job(1).id), Joined::Unknown));
+        assert!(matches!(table.join(job(1).id), JoinOutcome::Unknown));
         assert_eq!(table.metrics.jobs.in_flight.get(), 0);
     }
 
     #[test]
     fn the_table_is_bounded() {
         let table = table(2, 1000);
-        table.enter(&job(1), Held::new()).unwrap();
-        table.enter(&job(2), Held::new()).unwrap();
-        assert_eq!(table.enter(&job(3), Held::new()), Err(Full));
+        table.enter(&job(1), Permits::new()).unwrap();
+        table.enter(&job(2), Permits::new()).unwrap();
+        assert_eq!(table.enter(&job(3), Permits::new()), Err(TableFull));
         table.remove(job(1).id);
-        table.enter(&job(3), Held::new()).unwrap();
+        table.enter(&job(3), Permits::new()).unwrap();
     }
 
     #[test]
     fn waiters_of_one_job_are_bounded() {
         let table = table(2, 1000);
-        table.enter(&job(1), Held::new()).unwrap();
+        table.enter(&job(1), Permits::new()).unwrap();
         let joined: Vec<_> = (0..WAITERS_PER_JOB_MAX).map(|_| table.join(job(1).id)).collect();
-        assert!(matches!(table.join(job(1).id), Joined::Crowded));
+        assert!(matches!(table.join(job(1).id), JoinOutcome::Crowded));
         drop(joined);
-        assert!(matches!(table.join(job(1).id), Joined::Pending(_)));
+        assert!(matches!(table.join(job(1).id), JoinOutcome::Pending(_)));
     }
 
     #[tokio::test(start_paused = true)]
     async fn settled_results_are_bounded_in_bytes_and_time() {
         let table = table(10, 2 * (5 + SETTLED_BYTES));
         for n in 1..=3 {
-            table.enter(&job(n), Held::new()).unwrap();
+            table.enter(&job(n), Permits::new()).unwrap();
             table.settle(job(n).id, outcome("12345"));
             table.remove(job(n).id);
         }
-        assert!(matches!(table.join(job(1).id), Joined::Unknown), "the oldest is evicted");
-        assert!(matches!(table.join(job(2).id), Joined::Settled(_)));
+        assert!(matches!(table.join(job(1).id), JoinOutcome::Unknown), "the oldest is evicted");
+        assert!(matches!(table.join(job(2).id), JoinOutcome::Settled(_)));
         tokio::time::advance(SETTLED_KEPT).await;
         table.forget_old();
-        assert!(matches!(table.join(job(3).id), Joined::Unknown));
+        assert!(matches!(table.join(job(3).id), JoinOutcome::Unknown));
     }
 }

@@ -5,7 +5,7 @@
 //! removed together ten times per second, so that no client waits. Ids that the backend does not accept are
 //! retried.
 
-use crate::backend::{BackendError, Journal, JournalEntry, Standing};
+use crate::backend::{BackendError, Journal, JournalEntry, JournalState};
 use crate::model::{FunctionId, Job, JobId, NodeId};
 use crate::node_lease::NodeLease;
 use std::collections::HashSet;
@@ -60,7 +60,7 @@ impl NodeJournal {
         }
     }
 
-    pub async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+    pub async fn standing(&self, id: JobId) -> Result<JournalState, BackendError> {
         self.store.standing(id).await
     }
 

@@ -89,7 +89,7 @@ impl NodeJobs {
         lease: &Arc<crate::node_lease::NodeLease>,
         audit: crate::audit::Audit,
         metrics: &Arc<crate::metrics::Metrics>,
-    ) -> (Self, super::Lookups, Arc<dyn crate::audit::RowsWritten>) {
+    ) -> (Self, super::Lookups, Arc<dyn crate::audit::RowsStored>) {
         let in_flight = Arc::new(InFlight::new(1000, 1 << 20, Arc::clone(metrics)));
         let journal = Arc::new(NodeJournal::new(journal, Arc::clone(lease)));
         let settler =
@@ -100,7 +100,7 @@ impl NodeJobs {
     }
 
     pub fn enter(&self, job: &crate::model::Job) {
-        self.in_flight.enter(job, super::Held::new()).unwrap();
+        self.in_flight.enter(job, super::Permits::new()).unwrap();
         self.settler.plan(job.id);
     }
 
@@ -110,7 +110,9 @@ impl NodeJobs {
 
     /// A client that waits for the job.
     pub fn wait_for(&self, id: JobId) -> super::Waiter {
-        let super::in_flight::Joined::Pending(waiter) = self.in_flight.join(id) else { panic!("pending") };
+        let super::in_flight::JoinOutcome::Pending(waiter) = self.in_flight.join(id) else {
+            panic!("pending")
+        };
         waiter
     }
 }

@@ -23,24 +23,24 @@ pub const QUEUED_AT_FIRST_MAX: usize = 1 << 20;
 
 /// The recent results, bounded in time and in bytes. When it is full the oldest are evicted, and `/status`
 /// then answers `pending` until the worker has stored its copy.
-pub struct Recent {
+pub struct RecentResults {
     pub outcomes: DashMap<JobId, Outcome, RandomState>,
-    pub order: Mutex<Order>,
+    pub order: Mutex<KeptOrder>,
     pub bytes_max: usize,
 }
 
-pub struct Order {
+pub struct KeptOrder {
     pub queue: VecDeque<(Instant, JobId, usize)>,
     pub bytes: usize,
 }
 
-impl Recent {
+impl RecentResults {
     pub fn new(bytes_max: usize) -> Self {
         // Allocated at once, because growing copies all entries. The kernel provides a page on first use.
         let queue = VecDeque::with_capacity((bytes_max / SETTLED_BYTES).min(QUEUED_AT_FIRST_MAX));
         Self {
             outcomes: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
-            order: Mutex::new(Order { queue, bytes: 0 }),
+            order: Mutex::new(KeptOrder { queue, bytes: 0 }),
             bytes_max,
         }
     }
@@ -70,14 +70,14 @@ impl Recent {
         }
     }
 
-    pub fn drop_oldest(&self, order: &mut Order) {
+    pub fn drop_oldest(&self, order: &mut KeptOrder) {
         if let Some((_, id, bytes)) = order.queue.pop_front() {
             order.bytes -= bytes;
             self.outcomes.remove(&id);
         }
     }
 
-    pub fn order(&self) -> std::sync::MutexGuard<'_, Order> {
+    pub fn order(&self) -> std::sync::MutexGuard<'_, KeptOrder> {
         // Nothing panics while the lock is held. Even after a panic the queue would be valid.
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }

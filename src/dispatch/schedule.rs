@@ -27,31 +27,31 @@ pub const LAST: usize = PAUSES_S.len();
 
 /// The planned look-ups, by stage.
 #[derive(Default)]
-pub struct Schedule {
-    stages: [Mutex<VecDeque<Due>>; PAUSES_S.len() + 1],
+pub struct LookupSchedule {
+    stages: [Mutex<VecDeque<DueLookup>>; PAUSES_S.len() + 1],
 }
 
 /// A planned look-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Due {
+pub struct DueLookup {
     at: Instant,
     pub id: JobId,
     /// The stage that the job was in.
     pub stage: usize,
 }
 
-impl Schedule {
+impl LookupSchedule {
     /// Plans the next look-up of a job after the pause of `stage`.
     pub fn plan(&self, id: JobId, stage: usize) {
         let stage = stage.min(PAUSES_S.len());
         let pause = PAUSES_S.get(stage).copied().unwrap_or(LAST_PAUSE_S);
-        let due = Due { at: Instant::now() + Duration::from_secs(pause), id, stage };
+        let due = DueLookup { at: Instant::now() + Duration::from_secs(pause), id, stage };
         self.queue(stage).push_back(due);
     }
 
     /// Takes at most `max` look-ups that are due and wanted. Unwanted ones do not count: nearly every job has
     /// ended before its first look-up, and those must not accumulate behind `max`.
-    pub fn take_due(&self, max: usize, is_wanted: impl Fn(JobId) -> bool) -> Vec<Due> {
+    pub fn take_due(&self, max: usize, is_wanted: impl Fn(JobId) -> bool) -> Vec<DueLookup> {
         let now = Instant::now();
         let mut wanted = Vec::new();
         for stage in 0..self.stages.len() {
@@ -67,13 +67,13 @@ impl Schedule {
     }
 
     /// Takes a few at a time, because requests that plan a look-up wait for the lock.
-    fn take_some(&self, stage: usize, now: Instant, max: usize) -> Vec<Due> {
+    fn take_some(&self, stage: usize, now: Instant, max: usize) -> Vec<DueLookup> {
         let mut queue = self.queue(stage);
         let due = queue.iter().take(max.min(TAKEN_MAX)).take_while(|due| due.at <= now).count();
         queue.drain(..due).collect()
     }
 
-    fn queue(&self, stage: usize) -> std::sync::MutexGuard<'_, VecDeque<Due>> {
+    fn queue(&self, stage: usize) -> std::sync::MutexGuard<'_, VecDeque<DueLookup>> {
         self.stages[stage].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -85,7 +85,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn look_ups_are_due_at_an_age_of_1_2_4_to_60_seconds() {
-        let schedule = Schedule::default();
+        let schedule = LookupSchedule::default();
         schedule.plan(JobId::new(NodeId(1), 0, 1), FIRST);
         let started = Instant::now();
         let mut ages = Vec::new();
@@ -101,7 +101,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn at_most_max_look_ups_are_taken() {
-        let schedule = Schedule::default();
+        let schedule = LookupSchedule::default();
         for n in 0..10 {
             schedule.plan(JobId::new(NodeId(1), 0, n), FIRST);
         }
@@ -113,7 +113,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn unwanted_look_ups_do_not_count() {
-        let schedule = Schedule::default();
+        let schedule = LookupSchedule::default();
         let id = |n| JobId::new(NodeId(1), 0, n);
         for n in 0..10 * TAKEN_MAX as u64 {
             schedule.plan(id(n), FIRST);

@@ -1,12 +1,12 @@
 //! Results on their way back: heard by the pump, found by look-ups, settled once, handed to the audit.
 
-use super::in_flight::{InFlight, Settled};
-use super::schedule::{self, Schedule};
-use crate::audit::Kept;
-use crate::audit::{Audit, RowsWritten};
-use crate::backend::{BackendError, Hearing, JournalEntry, Results, STORED_MAX};
+use super::in_flight::{InFlight, SettleOutcome};
+use super::schedule::{self, LookupSchedule};
+use crate::audit::KeyedResult;
+use crate::audit::{Audit, RowsStored};
+use crate::backend::{BackendError, JournalEntry, Results, STORED_MAX, SubscriptionState};
 use crate::metrics::Metrics;
-use crate::model::{Ending, Execution, FunctionId, JobId, Outcome, Recommendation, now_ms};
+use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommendation, now_ms};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::HashSet;
@@ -21,7 +21,7 @@ pub const LOOKUPS_PER_TICK: usize = 2048;
 /// What settling a result needs; shared by the pump, the look-ups and `/status`.
 pub struct Settler {
     in_flight: Arc<InFlight>,
-    schedule: Arc<Schedule>,
+    schedule: Arc<LookupSchedule>,
     results: Arc<dyn Results>,
     audit: Audit,
     metrics: Arc<Metrics>,
@@ -32,7 +32,7 @@ pub struct Settler {
 impl Settler {
     pub fn new(
         in_flight: Arc<InFlight>,
-        schedule: Arc<Schedule>,
+        schedule: Arc<LookupSchedule>,
         results: Arc<dyn Results>,
         audit: Audit,
         metrics: Arc<Metrics>,
@@ -68,18 +68,18 @@ impl Settler {
     pub fn settle(&self, id: JobId, outcome: Outcome) {
         // Read before it is handed on: those who wait then need not read it again.
         let (outcome, (ending, exit_code, recommendation)) = outcome
-            .into_read(|fields| (Ending::of(fields), fields.exit_code, Recommendation::of(id, fields)));
+            .into_read(|fields| (ExecutionEnd::of(fields), fields.exit_code, Recommendation::of(id, fields)));
         match self.in_flight.settle(id, outcome) {
-            Settled::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
-            Settled::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
-            Settled::First(function, kept) => {
+            SettleOutcome::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
+            SettleOutcome::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
+            SettleOutcome::First(function, kept) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
                 if self.record(id, row, exit_code, recommendation, kept) {
                     self.metrics.results_settled.inc();
                 }
             }
-            Settled::Late(function) => {
+            SettleOutcome::Late(function) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
                 if self.audit.record_late(id, row, exit_code, recommendation).is_ok() {
@@ -101,7 +101,7 @@ impl Settler {
         row: Execution,
         exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
-        kept: Option<Box<Kept>>,
+        kept: Option<Box<KeyedResult>>,
     ) -> bool {
         if self.audit.record(id, row, exit_code, recommendation, kept).is_ok() {
             return true;
@@ -117,7 +117,7 @@ impl Settler {
         let is_unconfirmed = self.in_flight.is_unconfirmed(id).unwrap_or(false);
         let lost = Outcome::lost(is_unconfirmed);
         // Not kept with the key of its request: whoever repeats that sees the row, and a late result in it.
-        if let Settled::First(function, _) = self.in_flight.settle(id, lost) {
+        if let SettleOutcome::First(function, _) = self.in_flight.settle(id, lost) {
             tracing::warn!(requestId = %id, functionId = %function, unconfirmed = is_unconfirmed, "Job Lost");
             // Before the row can be written: whoever looks for all jobs finds it here or among those in flight.
             self.in_flight.remember(id, function.clone());
@@ -142,7 +142,7 @@ fn log_execution(id: JobId, row: &Execution) {
     }
 }
 
-impl RowsWritten for Settler {
+impl RowsStored for Settler {
     fn rows_written(&self, ids: &[JobId]) {
         for id in ids {
             self.in_flight.remove(*id);
@@ -167,9 +167,13 @@ impl Settler {
         self.resubscribed.swap(false, Ordering::AcqRel)
     }
 
-    pub fn hears(&self, hearing: Hearing) {
-        self.metrics.subscriptions.note("results", hearing.is_heard(), hearing == Hearing::Unproven);
-        if hearing == Hearing::Missed {
+    pub fn hears(&self, hearing: SubscriptionState) {
+        self.metrics.subscriptions.note(
+            "results",
+            hearing.is_receiving(),
+            hearing == SubscriptionState::Unverified,
+        );
+        if hearing == SubscriptionState::BeatsMissed {
             self.metrics.subscriptions.missed.with_label_values(&["results"]).inc();
         }
     }

@@ -56,7 +56,7 @@ impl House {
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let (audit, books) = audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&metrics));
         let lease = NodeLease::of_fleet(false);
-        let (dispatcher, loops) = new(Parts {
+        let (dispatcher, loops) = new(DispatchParts {
             node,
             memory: &conf.memory,
             dead_letter: &conf.dead_letter,
@@ -137,7 +137,7 @@ async fn a_result_answers_the_waiter_and_becomes_one_row() {
     let house = House::start(|_| {}).await;
     let job = job(house.node, 1, LATER);
     let id = job.id;
-    let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
+    let mut submitted = house.dispatcher.submit_waiting(job, Permits::new()).unwrap();
     submitted.sent.await.unwrap().unwrap();
     for published in [r#"{"status":"SUCCESS"}"#, r#"{"status":"FAILED"}"#] {
         house.dispatcher.settler().settle(id, outcome(published));
@@ -156,7 +156,7 @@ async fn a_job_past_its_deadline_ends_as_lost() {
     let house = House::start(|_| {}).await;
     let job = job(house.node, 1, now_ms());
     let id = job.id;
-    house.dispatcher.submit(job, Held::new()).unwrap().await.unwrap().unwrap();
+    house.dispatcher.submit(job, Permits::new()).unwrap().await.unwrap().unwrap();
     assert_eq!(house.row_status(id).await, "LOST");
     house.is_forgotten(id).await;
 }
@@ -218,7 +218,7 @@ async fn no_job_is_lost_because_its_result_could_not_be_asked_for() {
     .await;
     let job = job(house.node, 1, now_ms());
     let id = job.id;
-    house.dispatcher.submit(job, Held::new()).unwrap().await.unwrap().unwrap();
+    house.dispatcher.submit(job, Permits::new()).unwrap().await.unwrap().unwrap();
     let state = house.dispatcher.state(id).await;
     assert!(matches!(state, Ok(JobState::Pending(_))), "what this node holds is known without the store");
     let flaky = flaky.get().unwrap();
@@ -264,7 +264,7 @@ async fn a_row_without_room_is_taken_up_again_later() {
     let house = House::start(|conf| conf.memory.audit_bytes_max = 1).await;
     let job = job(house.node, 1, LATER);
     let id = job.id;
-    let mut submitted = house.dispatcher.submit_waiting(job, Held::new()).unwrap();
+    let mut submitted = house.dispatcher.submit_waiting(job, Permits::new()).unwrap();
     submitted.sent.await.unwrap().unwrap();
     let settler = house.dispatcher.settler();
     settler.settle(id, outcome("{}"));
@@ -276,9 +276,9 @@ async fn a_row_without_room_is_taken_up_again_later() {
 #[tokio::test]
 async fn no_more_jobs_than_there_is_room_for() {
     let house = House::start(|conf| conf.memory.jobs_in_flight_max = 1).await;
-    house.dispatcher.submit(job(house.node, 1, LATER), Held::new()).unwrap().await.unwrap().unwrap();
+    house.dispatcher.submit(job(house.node, 1, LATER), Permits::new()).unwrap().await.unwrap().unwrap();
     assert_eq!(
-        house.dispatcher.submit(job(house.node, 2, LATER), Held::new()).map(drop),
+        house.dispatcher.submit(job(house.node, 2, LATER), Permits::new()).map(drop),
         Err(SubmitError::Overloaded)
     );
     assert!(matches!(house.dispatcher.state(job(house.node, 3, LATER).id).await, Ok(JobState::Unknown)));

@@ -12,7 +12,7 @@
 //! entered jobs there.
 
 use crate::audit::{Ledger, Outstanding};
-use crate::backend::{BackendError, JournalEntry, Membership, Others, Renewal, Told};
+use crate::backend::{BackendError, FleetState, JournalEntry, JournalPart, LeaseRenewal, Membership};
 use crate::config::FleetConf;
 use crate::dispatch::NodeJobs;
 use crate::metrics::Metrics;
@@ -129,11 +129,11 @@ impl Adopter {
     }
 
     /// `None`: another process holds the lease.
-    async fn renew(&mut self, store: &dyn Membership) -> Result<Option<Others>, BackendError> {
+    async fn renew(&mut self, store: &dyn Membership) -> Result<Option<FleetState>, BackendError> {
         let asked = Instant::now();
         let (others, is_contested) = match store.renew(self.node, self.lasts).await? {
-            Renewal::Renewed { others, is_contested } => (others, is_contested),
-            Renewal::Lost => {
+            LeaseRenewal::Renewed { others, is_contested } => (others, is_contested),
+            LeaseRenewal::Lost => {
                 self.lost();
                 return Ok(None);
             }
@@ -205,7 +205,7 @@ impl Adopter {
 
     /// Tells the journal of a node again what is known of it here, if the store has lost it.
     async fn mend(&self, store: &dyn Membership, node: NodeId) -> Result<(), BackendError> {
-        if store.is_whole(node).await? {
+        if store.is_complete(node).await? {
             return Ok(());
         }
         let moving = || self.jobs.of_node(node);
@@ -226,7 +226,7 @@ impl Adopter {
         books: Outstanding,
     ) -> Result<usize, BackendError> {
         let token = rand::random();
-        store.begin_retelling(node, token).await?;
+        store.begin_restore(node, token).await?;
         let entry = |id, function, deadline| JournalEntry { id, function, deadline, idempotency_key: None };
         // Their rows are written: whoever adopts them has nothing to wait for.
         let ended = books.ended.into_iter().map(|ended| entry(ended.id, ended.function, 0));
@@ -239,18 +239,18 @@ impl Adopter {
         given_up.retain(|(id, _)| !held.contains(id));
         let told = async {
             for entries in entries.chunks(TOLD_MAX) {
-                store.retell(node, Told::Jobs(entries)).await?;
+                store.restore(node, JournalPart::Jobs(entries)).await?;
             }
             for sums in books.sums.chunks(TOLD_MAX) {
-                store.retell(node, Told::Sums(sums)).await?;
+                store.restore(node, JournalPart::Sums(sums)).await?;
             }
             for numbered in books.numbered.chunks(TOLD_MAX) {
-                store.retell(node, Told::Numbered(numbered)).await?;
+                store.restore(node, JournalPart::Numbered(numbered)).await?;
             }
             for given_up in given_up.chunks(TOLD_MAX) {
-                store.retell(node, Told::GivenUp(given_up)).await?;
+                store.restore(node, JournalPart::GivenUp(given_up)).await?;
             }
-            store.retold(node, token).await
+            store.finish_restore(node, token).await
         };
         let told = told.await;
         // Also of what was told in vain: nobody else takes it out.
@@ -313,7 +313,7 @@ impl Adopter {
         self.lost.retain(|node, _| nodes.contains(node));
         let mut alone = Vec::new();
         for node in nodes {
-            if node == self.node || self.adopted.contains_key(&node) || store.is_whole(node).await? {
+            if node == self.node || self.adopted.contains_key(&node) || store.is_complete(node).await? {
                 self.lost.remove(&node);
                 continue;
             }

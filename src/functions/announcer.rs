@@ -27,9 +27,9 @@ const ALL: &str = "*";
 
 /// Announces changes. Cheap to clone.
 #[derive(Clone)]
-pub struct Announcer(Arc<Inner>);
+pub struct Announcer(Arc<AnnouncerState>);
 
-struct Inner {
+struct AnnouncerState {
     /// `None`: there are no other nodes.
     feed: Option<Arc<dyn ChangeFeed>>,
     /// The announcements that have failed.
@@ -41,7 +41,7 @@ struct Inner {
 
 impl Announcer {
     pub fn new(feed: Option<Arc<dyn ChangeFeed>>) -> Self {
-        Self(Arc::new(Inner { feed, untold: Mutex::default(), doubtful: Mutex::default() }))
+        Self(Arc::new(AnnouncerState { feed, untold: Mutex::default(), doubtful: Mutex::default() }))
     }
 
     pub fn is_alone(&self) -> bool {

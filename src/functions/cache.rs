@@ -35,14 +35,14 @@ const REFRESH_PAUSE: Duration = Duration::from_secs(1);
 
 /// Looks up functions. Cheap to clone.
 #[derive(Clone)]
-pub struct Functions(Arc<Inner>);
+pub struct FunctionCache(Arc<CacheState>);
 
-struct Inner {
+struct CacheState {
     store: Arc<dyn FunctionStore>,
     /// The bucket of the code, for the job templates.
     bucket: String,
     announcer: Announcer,
-    entries: Cache<FunctionId, Entry, UnitWeighter, RandomState>,
+    entries: Cache<FunctionId, CacheEntry, UnitWeighter, RandomState>,
     /// One permit per look-up in flight.
     look_ups: Arc<Semaphore>,
     ages: Ages,
@@ -51,7 +51,7 @@ struct Inner {
 }
 
 #[derive(Clone)]
-struct Entry {
+struct CacheEntry {
     /// `Ok(None)`: the function does not exist. An error is shared by the callers that waited for this read,
     /// but never used later.
     found: Result<Option<Arc<JobTemplate>>, BackendError>,
@@ -63,7 +63,7 @@ struct Entry {
     retry_at: Option<Instant>,
 }
 
-impl Functions {
+impl FunctionCache {
     /// If `announcer` has no other nodes, changes count as received from the beginning.
     pub fn new(
         conf: &CacheConf,
@@ -85,7 +85,7 @@ impl Functions {
             RandomState::new(),
             DefaultLifecycle::default(),
         );
-        let functions = Self(Arc::new(Inner {
+        let functions = Self(Arc::new(CacheState {
             store,
             bucket,
             announcer,
@@ -175,9 +175,9 @@ impl Functions {
     }
 }
 
-impl Inner {
+impl CacheState {
     /// Whether an entry may be used without a read.
-    fn is_believed(&self, id: &FunctionId, entry: &Entry) -> bool {
+    fn is_believed(&self, id: &FunctionId, entry: &CacheEntry) -> bool {
         if self.changes.changed_since(id, entry.loaded_after) {
             return false;
         }
@@ -196,17 +196,17 @@ impl Inner {
     async fn look_up(
         &self,
         id: &FunctionId,
-        known: Option<Entry>,
+        known: Option<CacheEntry>,
     ) -> Result<Option<Arc<JobTemplate>>, BackendError> {
         let (asked_at, asked_after) = (Instant::now(), self.changes.count.load(Ordering::Acquire));
         let mut again = false;
         loop {
-            let look = |_: &FunctionId, entry: &mut Entry| {
+            let look = |_: &FunctionId, entry: &mut CacheEntry| {
                 // A read of another caller that began after this call can be used, even if it failed.
                 let is_ours =
                     entry.loaded_at > asked_at && !self.changes.changed_since(id, entry.loaded_after);
                 match is_ours || self.is_believed(id, entry) {
-                    true => EntryAction::<Entry>::Retain(entry.clone()),
+                    true => EntryAction::<CacheEntry>::Retain(entry.clone()),
                     false => EntryAction::ReplaceWithGuard,
                 }
             };
@@ -239,7 +239,7 @@ impl Inner {
     }
 
     /// Reads a function from the table. If that fails, returns `known`, if it may still be used.
-    async fn load(&self, id: &FunctionId, known: Option<&Entry>) -> Entry {
+    async fn load(&self, id: &FunctionId, known: Option<&CacheEntry>) -> CacheEntry {
         let (loaded_at, loaded_after) = (Instant::now(), self.changes.count.load(Ordering::Acquire));
         // The stale entry may be used if the function exists, and is not known to have changed.
         let known = known.filter(|entry| {
@@ -256,13 +256,13 @@ impl Inner {
             (Err(error), Some(known)) if error.is_transient() => {
                 self.metrics.cache.stale.inc();
                 tracing::debug!(functionId = %id, %error, "Function not read; using the cached one");
-                Entry { retry_at: Some(Instant::now() + REFRESH_PAUSE), ..known.clone() }
+                CacheEntry { retry_at: Some(Instant::now() + REFRESH_PAUSE), ..known.clone() }
             }
             (loaded, _) => {
                 self.metrics.cache.loads.inc();
                 let template = |function| Arc::new(JobTemplate::of(&function, &self.bucket));
                 let found = loaded.map(|function| function.map(template));
-                Entry { found, loaded_at, loaded_after, retry_at: None }
+                CacheEntry { found, loaded_at, loaded_after, retry_at: None }
             }
         }
     }
@@ -276,7 +276,7 @@ fn slow() -> BackendError {
 mod tests {
     use super::super::ChangeLoop;
     use super::*;
-    use crate::backend::{ChangeEvent, ChangeFeed, FunctionPage, FunctionWrite, Written};
+    use crate::backend::{ChangeEvent, ChangeFeed, FunctionPage, FunctionWrite, FunctionWriteOutcome};
     use crate::functions::freshness::CHANGES_KEPT;
     use crate::functions::freshness::CHANGES_MAX;
     use crate::model::{Function, Recommendation};
@@ -342,8 +342,8 @@ mod tests {
             Ok(FunctionPage::default())
         }
 
-        async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
-            Ok(Written::Conflict)
+        async fn write(&self, _: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
+            Ok(FunctionWriteOutcome::Conflict)
         }
 
         async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {
@@ -369,22 +369,28 @@ mod tests {
         }
     }
 
-    fn functions(table: &Arc<Table>) -> Functions {
+    fn functions(table: &Arc<Table>) -> FunctionCache {
         let conf = crate::config::Conf::shipped().unwrap().cache;
         assert_eq!((conf.function_ttl_ms, conf.function_backstop_s), (1000, 300));
         let feed = Announcer::new(Some(Arc::new(Silent)));
-        Functions::new(&conf, Arc::clone(table) as _, String::new(), feed, Arc::new(Metrics::new(1).unwrap()))
+        FunctionCache::new(
+            &conf,
+            Arc::clone(table) as _,
+            String::new(),
+            feed,
+            Arc::new(Metrics::new(1).unwrap()),
+        )
     }
 
     fn id() -> FunctionId {
         FunctionId::parse("f").unwrap()
     }
 
-    async fn memory_mb(functions: &Functions) -> Option<u64> {
+    async fn memory_mb(functions: &FunctionCache) -> Option<u64> {
         functions.get(&id()).await.unwrap().and_then(|template| template.sample()["memoryMb"].as_u64())
     }
 
-    fn note_others(functions: &Functions, count: usize) {
+    fn note_others(functions: &FunctionCache, count: usize) {
         for n in 0..count {
             functions.0.changes.note(&FunctionId::parse(&format!("other-{n}")).unwrap());
         }
@@ -547,7 +553,7 @@ mod tests {
             let table = Table::new();
             let metrics = Arc::new(Metrics::new(1).unwrap());
             let conf = crate::config::Conf::shipped().unwrap().cache;
-            let functions = Functions::new(
+            let functions = FunctionCache::new(
                 &conf,
                 Arc::clone(&table) as _,
                 String::new(),
@@ -619,7 +625,7 @@ mod tests {
         assert_eq!(memory_mb(&functions).await, Some(128));
         pass(Duration::from_secs(1)).await;
         assert_eq!(memory_mb(&functions).await, Some(256));
-        let fill = async |functions: &Functions| {
+        let fill = async |functions: &FunctionCache| {
             for n in 0..500 {
                 functions.get(&FunctionId::parse(&format!("f-{n}")).unwrap()).await.unwrap();
             }

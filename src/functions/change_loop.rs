@@ -6,8 +6,8 @@
 //! handles safely.
 
 use super::announcer::Announcer;
-use crate::backend::{ChangeEvent, Hearing};
-use crate::functions::cache::Functions;
+use crate::backend::{ChangeEvent, SubscriptionState};
+use crate::functions::cache::FunctionCache;
 use crate::metrics::Metrics;
 use crate::model::FunctionId;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ const RETRY_EVERY: Duration = Duration::from_millis(250);
 /// Receives and retries announcements.
 pub struct ChangeLoop {
     announcer: Announcer,
-    functions: Functions,
+    functions: FunctionCache,
     metrics: Arc<Metrics>,
 }
 
 impl ChangeLoop {
-    pub fn new(announcer: Announcer, functions: Functions, metrics: Arc<Metrics>) -> Self {
+    pub fn new(announcer: Announcer, functions: FunctionCache, metrics: Arc<Metrics>) -> Self {
         Self { announcer, functions, metrics }
     }
 
@@ -68,12 +68,16 @@ impl ChangeLoop {
         }
     }
 
-    fn hears(&self, before: Option<Hearing>, hearing: Hearing) {
-        self.metrics.subscriptions.note("changes", hearing.is_heard(), hearing == Hearing::Unproven);
-        if hearing == Hearing::Missed {
+    fn hears(&self, before: Option<SubscriptionState>, hearing: SubscriptionState) {
+        self.metrics.subscriptions.note(
+            "changes",
+            hearing.is_receiving(),
+            hearing == SubscriptionState::Unverified,
+        );
+        if hearing == SubscriptionState::BeatsMissed {
             self.metrics.subscriptions.missed.with_label_values(&["changes"]).inc();
         }
-        match (before.is_some_and(Hearing::is_heard), hearing.is_heard()) {
+        match (before.is_some_and(SubscriptionState::is_receiving), hearing.is_receiving()) {
             (false, true) => self.functions.hear(),
             (_, false) => self.functions.be_deaf(),
             (true, true) => {}

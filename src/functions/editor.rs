@@ -9,10 +9,12 @@
 //! * Old code is added to the list by the write that no longer points to it. It is deleted when the queue has
 //!   expired every job that names it.
 
-use super::Functions;
-use crate::backend::{Backend, BackendError, CodeList, CodeStore, FunctionStore, FunctionWrite, Written};
+use super::FunctionCache;
+use crate::backend::{
+    Backend, BackendError, CodeList, CodeStore, FunctionStore, FunctionWrite, FunctionWriteOutcome,
+};
 use crate::model::{
-    ConfigAction, ConfigRecord, Counters, Function, FunctionId, RetiredCode, Runtime, UnixMs, now_ms,
+    ConfigAction, ConfigRecord, Function, FunctionCounters, FunctionId, RetiredCode, Runtime, UnixMs, now_ms,
     rfc3339_ms,
 };
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -42,7 +44,7 @@ pub struct Editor {
     store: Arc<dyn FunctionStore>,
     code: Arc<dyn CodeStore>,
     list: Arc<dyn CodeList>,
-    cache: Functions,
+    cache: FunctionCache,
     /// The retention of the queue.
     retention: Duration,
     turns: Arc<Turns>,
@@ -68,7 +70,7 @@ pub struct NewFunction<'a> {
 
 /// The changes to a function; `None` leaves a property unchanged.
 #[derive(Default)]
-pub struct Change {
+pub struct FunctionChange {
     pub description: Option<String>,
     pub memory_mb: Option<u64>,
     /// 0 removes the cap.
@@ -87,7 +89,7 @@ pub enum EditError<E> {
 }
 
 impl Editor {
-    pub fn new(backend: &Backend, cache: Functions) -> Self {
+    pub fn new(backend: &Backend, cache: FunctionCache) -> Self {
         Self {
             store: Arc::clone(&backend.functions),
             code: Arc::clone(&backend.code),
@@ -116,11 +118,11 @@ impl Editor {
             updated_at: String::new(),
             env_vars: new.env_vars,
             version: 1,
-            counters: Counters::default(),
+            counters: FunctionCounters::default(),
             recommendation: None,
         };
         let write = self.write(ConfigAction::Create, by, now, None, Some(&function), Some(code)).await?;
-        (write == Written::Done).then_some(function).ok_or(EditError::Contended)
+        (write == FunctionWriteOutcome::Done).then_some(function).ok_or(EditError::Contended)
     }
 
     /// Changes a function according to `decide`, which sees its current state and may reject the change.
@@ -131,7 +133,7 @@ impl Editor {
         id: &FunctionId,
         action: ConfigAction,
         code: Option<NewCode<'_>>,
-        decide: impl Fn(&Function) -> Result<Change, E> + Send + Sync,
+        decide: impl Fn(&Function) -> Result<FunctionChange, E> + Send + Sync,
     ) -> Result<Function, EditError<E>> {
         let stored = match &code {
             Some(code) => {
@@ -150,7 +152,9 @@ impl Editor {
             let now = now_ms();
             let after = changed(&before, change, new_code, now);
             let adopt = stored.clone();
-            if self.write(action, by, now, Some(&before), Some(&after), adopt).await? == Written::Done {
+            if self.write(action, by, now, Some(&before), Some(&after), adopt).await?
+                == FunctionWriteOutcome::Done
+            {
                 return Ok(after);
             }
         }
@@ -170,7 +174,7 @@ impl Editor {
             let before = self.read(id).await?;
             check(&before).map_err(EditError::Refused)?;
             if self.write(ConfigAction::Delete, by, now_ms(), Some(&before), None, None).await?
-                == Written::Done
+                == FunctionWriteOutcome::Done
             {
                 return Ok(());
             }
@@ -202,9 +206,9 @@ impl Editor {
         before: Option<&Function>,
         after: Option<&Function>,
         adopt: Option<RetiredCode>,
-    ) -> Result<Written, EditError<E>> {
+    ) -> Result<FunctionWriteOutcome, EditError<E>> {
         let Some(record) = ConfigRecord::new(action, by, now, before, after) else {
-            return Ok(Written::Conflict); // neither before nor after: nothing to write
+            return Ok(FunctionWriteOutcome::Conflict); // neither before nor after: nothing to write
         };
         // Too late: the sweep may delete the code at any moment.
         if adopt.as_ref().is_some_and(|code| code.due < later(now, ADOPTION_MAX / 2)) {
@@ -229,7 +233,7 @@ impl Editor {
     }
 
     /// A missing answer says nothing about the write, so it is sent again. It takes effect only once.
-    async fn write_for_sure(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
+    async fn write_for_sure(&self, write: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
         let mut tried = 1;
         loop {
             match self.store.write(write).await {
@@ -243,7 +247,7 @@ impl Editor {
 /// Returns the function with the change applied.
 fn changed(
     before: &Function,
-    change: Change,
+    change: FunctionChange,
     code: Option<(&RetiredCode, &NewCode<'_>)>,
     now: UnixMs,
 ) -> Function {

@@ -73,9 +73,9 @@ impl Sweeper {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Change, EditError, Editor, NewCode, NewFunction};
+    use super::super::{EditError, Editor, FunctionChange, NewCode, NewFunction};
     use super::*;
-    use crate::backend::{Backend, FunctionPage, FunctionWrite, Written, embedded};
+    use crate::backend::{Backend, FunctionPage, FunctionWrite, FunctionWriteOutcome, embedded};
     use crate::model::{ConfigAction, Function, FunctionId, Recommendation, Runtime};
     use async_trait::async_trait;
     use std::collections::BTreeSet;
@@ -115,7 +115,7 @@ mod tests {
             Ok(FunctionPage::default())
         }
 
-        async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
+        async fn write(&self, write: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
             self.step(self.backend.functions.write(write)).await
         }
 
@@ -212,7 +212,7 @@ mod tests {
         async fn replace(&self, backend: &Backend, id: &FunctionId) -> Result<Function, EditError<()>> {
             let file = self.file();
             let code = NewCode { file: &file, original_name: "new.zip".into() };
-            let decide = |_: &Function| Ok(Change::default());
+            let decide = |_: &Function| Ok(FunctionChange::default());
             self.editor(backend).change("tester", id, ConfigAction::Update, Some(code), decide).await
         }
 

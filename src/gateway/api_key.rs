@@ -7,7 +7,7 @@
 
 use crate::api::ApiError;
 use crate::config::{API_KEY_BYTES_MAX, AuthConf, KeyConf, Live, Secret};
-use crate::limiter::{Failures, TooMany};
+use crate::limiter::{AuthFailureLimit, TooManyFailures};
 use crate::model::{AllowedFunctions, Caller, Scope, UnixMs, now_ms};
 use ahash::AHashMap;
 use http::{HeaderName, HeaderValue};
@@ -24,20 +24,20 @@ const MASTER: &str = "master";
 pub struct ApiKeys {
     master: Option<Hash>,
     keys: Live<Keys>,
-    failures: Failures,
+    failures: AuthFailureLimit,
 }
 
 type Hash = [u8; 32];
-type Keys = AHashMap<Hash, Key>;
+type Keys = AHashMap<Hash, KeyEntry>;
 
 /// A key and the scope it was accepted for, to check later whether both are still valid.
 #[derive(Clone, Debug)]
-pub struct Pass {
+pub struct AuthorizedKey {
     hash: Hash,
     scope: Scope,
 }
 
-struct Key {
+struct KeyEntry {
     caller: Arc<Caller>,
     not_before: UnixMs,
     expires: UnixMs,
@@ -47,7 +47,7 @@ impl ApiKeys {
     pub fn new(master: &Secret, keys: &[KeyConf], auth: &AuthConf) -> Self {
         // An empty master key means that there is none. It must not accept an empty key.
         let master = (!master.reveal().is_empty()).then(|| Sha256::digest(master.reveal()).into());
-        Self { master, keys: Live::new(made(master, keys)), failures: Failures::new(auth) }
+        Self { master, keys: Live::new(made(master, keys)), failures: AuthFailureLimit::new(auth) }
     }
 
     pub fn set_conf(&self, keys: &[KeyConf], auth: &AuthConf) {
@@ -73,7 +73,7 @@ impl ApiKeys {
             Err(failed) => failed,
         };
         match client().map(|client| self.failures.count(client)) {
-            Some(Err(TooMany { retry_after_s, burst })) => {
+            Some(Err(TooManyFailures { retry_after_s, burst })) => {
                 Err(ApiError::TooManyFailures { retry_after_s, burst })
             }
             _ => Err(failed),
@@ -81,12 +81,12 @@ impl ApiKeys {
     }
 
     /// Remembers an accepted key for `still_opens`.
-    pub fn pass(&self, presented: &HeaderValue, scope: Scope) -> Pass {
-        Pass { hash: Sha256::digest(presented.as_bytes()).into(), scope }
+    pub fn pass(&self, presented: &HeaderValue, scope: Scope) -> AuthorizedKey {
+        AuthorizedKey { hash: Sha256::digest(presented.as_bytes()).into(), scope }
     }
 
     /// Whether the key is still configured and valid, and still has the scope.
-    pub fn still_opens(&self, pass: &Pass) -> bool {
+    pub fn still_opens(&self, pass: &AuthorizedKey) -> bool {
         self.find_hash(&pass.hash, now_ms).is_ok_and(|caller| caller.may(pass.scope))
     }
 
@@ -124,13 +124,13 @@ fn made(master: Option<Hash>, keys: &[KeyConf]) -> Keys {
             jobs_max: conf.jobs_max,
         };
         let (not_before, expires) = (conf.not_before.unwrap_or(0), conf.expires.unwrap_or(UnixMs::MAX));
-        (conf.sha256.0, Key { caller: Arc::new(caller), not_before, expires })
+        (conf.sha256.0, KeyEntry { caller: Arc::new(caller), not_before, expires })
     };
     let mut made: Keys = keys.iter().map(of_conf).collect();
     if let Some(master) = master {
         let caller =
             Caller { name: MASTER.into(), scopes: vec![Scope::Admin], functions: None, jobs_max: None };
-        made.insert(master, Key { caller: Arc::new(caller), not_before: 0, expires: UnixMs::MAX });
+        made.insert(master, KeyEntry { caller: Arc::new(caller), not_before: 0, expires: UnixMs::MAX });
     }
     made
 }

@@ -2,7 +2,7 @@
 //!
 //! Pingora has neither: its timeout is for one read, and a body that is sent byte by byte never exceeds it.
 
-use super::inflate::Inflating;
+use super::inflate::BodyDecoder;
 use crate::api::{ApiError, BodyStream, whole};
 use bytes::Bytes;
 use http::header::{CONTENT_LENGTH, EXPECT};
@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 /// Reads the whole body, decompressed, of at most `bytes_max` bytes.
 pub async fn read(session: &mut Session, bytes_max: usize, timeout: Duration) -> Result<Bytes, ApiError> {
-    whole(&mut Streamed::wanted(session, bytes_max, timeout)?, bytes_max).await
+    whole(&mut BodyReader::wanted(session, bytes_max, timeout)?, bytes_max).await
 }
 
 /// The longest body that is read and discarded to keep the connection usable, in bytes.
@@ -24,7 +24,7 @@ pub async fn discard(session: &mut Session, timeout: Duration) -> bool {
     if session.is_body_empty() {
         return true;
     }
-    match Streamed::open(session, UNWANTED_BYTES_MAX, timeout) {
+    match BodyReader::open(session, UNWANTED_BYTES_MAX, timeout) {
         // The client waits for a `100 Continue` before it sends the body, and gets none.
         Ok(body) if body.is_awaited => false,
         Ok(mut body) => loop {
@@ -55,7 +55,7 @@ fn declared(session: &Session) -> Option<u64> {
 }
 
 /// The body as a stream of pieces, in the order of arrival.
-pub struct Streamed<'a> {
+pub struct BodyReader<'a> {
     session: &'a mut Session,
     bytes_max: usize,
     bytes: usize,
@@ -63,10 +63,10 @@ pub struct Streamed<'a> {
     /// The client waits for a `100 Continue` before it sends the body.
     is_awaited: bool,
     /// `None`: the body is not compressed.
-    inflating: Option<Inflating>,
+    inflating: Option<BodyDecoder>,
 }
 
-impl<'a> Streamed<'a> {
+impl<'a> BodyReader<'a> {
     /// Starts the deadline; reads nothing yet.
     ///
     /// # Errors
@@ -88,7 +88,7 @@ impl<'a> Streamed<'a> {
         let inflating = if session.is_body_empty() {
             None
         } else {
-            Inflating::of(&session.req_header().headers, bytes_max)?
+            BodyDecoder::of(&session.req_header().headers, bytes_max)?
         };
         Ok(Self { inflating, ..Self::open(session, bytes_max, timeout)? })
     }
@@ -106,7 +106,7 @@ impl<'a> Streamed<'a> {
     }
 }
 
-impl Streamed<'_> {
+impl BodyReader<'_> {
     /// The next piece, not decompressed.
     async fn piece(&mut self) -> Result<Option<Bytes>, ApiError> {
         if self.bytes > 0 && self.session.is_body_done() {
@@ -116,7 +116,7 @@ impl Streamed<'_> {
     }
 }
 
-impl BodyStream for Streamed<'_> {
+impl BodyStream for BodyReader<'_> {
     async fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
         loop {
             if let Some(inflating) = &mut self.inflating

@@ -10,7 +10,7 @@ use http::header::{
 };
 use http::{HeaderMap, Method};
 
-type Fields = Vec<(HeaderName, HeaderValue)>;
+type CorsFields = Vec<(HeaderName, HeaderValue)>;
 
 /// Methods and header fields that a script may send, and fields that it may read.
 const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
@@ -23,9 +23,9 @@ const REMEMBERED_S: u64 = 600;
 
 /// The CORS fields of every response. Empty if CORS is off. Only `Vary` if the request has no `Origin`, or
 /// one that is not configured.
-pub fn fields(conf: &HttpConf, headers: &HeaderMap) -> Fields {
+pub fn fields(conf: &HttpConf, headers: &HeaderMap) -> CorsFields {
     if conf.cors_origins.is_empty() {
-        return Fields::new();
+        return CorsFields::new();
     }
     let expose = (ACCESS_CONTROL_EXPOSE_HEADERS, HeaderValue::from_static(READ));
     if conf.cors_origins.iter().any(|origin| origin == ANY_ORIGIN) {
@@ -52,7 +52,7 @@ pub fn is_preflight(method: &Method, headers: &HeaderMap) -> bool {
 
 /// Further fields of the response to a preflight request of a known origin. `upstream`: the one that the path
 /// belongs to, whose methods and fields may be configured.
-pub fn preflight_fields(upstream: Option<&UpstreamConf>) -> Fields {
+pub fn preflight_fields(upstream: Option<&UpstreamConf>) -> CorsFields {
     let list = |set: Option<&Vec<String>>, otherwise: &'static str| {
         let set = set.and_then(|list| HeaderValue::from_str(&list.join(", ")).ok());
         set.unwrap_or(HeaderValue::from_static(otherwise))

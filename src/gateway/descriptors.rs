@@ -25,7 +25,7 @@ pub struct Descriptors {
 
 /// The connection limits in force.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Room {
+pub struct ConnectionLimits {
     pub connections_max: usize,
     /// Further connections that are accepted only to be answered.
     pub reserve: usize,
@@ -39,13 +39,13 @@ impl Descriptors {
     }
 
     /// The limits for these settings and the current limit of open files.
-    pub fn fit(self, conf: &Conf) -> Room {
+    pub fn fit(self, conf: &Conf) -> ConnectionLimits {
         let now = Self { limit: limit(), ..self };
         now.room(&conf.http, descriptors_of_one(conf))
     }
 
     /// Warns if the settings allow more connections than the process can open.
-    pub fn report(self, conf: &Conf, room: Room) {
+    pub fn report(self, conf: &Conf, room: ConnectionLimits) {
         let configured = conf.http.connections_max;
         if room.connections_max >= configured {
             return;
@@ -64,13 +64,13 @@ impl Descriptors {
     }
 
     /// The limits. `each`: descriptors that one connection needs.
-    fn room(self, http: &HttpConf, each: usize) -> Room {
+    fn room(self, http: &HttpConf, each: usize) -> ConnectionLimits {
         let left = self.limit.saturating_sub(self.open);
         // Reserved before connections: one that is accepted but cannot be served is of no use.
         let others = OTHERS_MAX.min(left / 2);
         let reserve = RESERVE_MAX.min(left / 4).max(RESERVE_MIN);
         let fit = (left.saturating_sub(others + reserve) / each).max(1);
-        Room { connections_max: http.connections_max.min(fit), reserve }
+        ConnectionLimits { connections_max: http.connections_max.min(fit), reserve }
     }
 }
 

@@ -20,19 +20,19 @@ mod hpack;
 mod http2;
 mod stream;
 
-pub use census::{Accepted, Place};
+pub use census::{Accepted, ConnectionSlot};
 pub use grammar::has_member;
 
 use super::client::is_trusted;
 use super::request_id::RequestId;
 use super::respond::head_of;
-use super::settings::Edge;
+use super::settings::GatewaySettings;
 use super::tls::Tls;
-use crate::api::{ApiError, Endpoint, Found, Reply, find};
+use crate::api::{ApiError, Endpoint, Reply, RouteMatch, find};
 use crate::config::{Http2Conf, HttpConf, Live};
 use crate::metrics::Metrics;
-use census::{Caps, Census};
-use head::{BadHead, HeadLimits};
+use census::{Caps, ConnectionCounter};
+use head::{HeadLimits, HeadRejection};
 use http::Method;
 use pingora::apps::{HttpPersistentSettings, HttpServerApp, HttpServerOptions, ServerApp};
 use pingora::http::RequestHeader;
@@ -48,7 +48,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
-use stream::{GuardedStream, NoHead};
+use stream::{GuardedStream, NextHeadError};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -62,10 +62,10 @@ const HTTP2_RESETS_MAX: usize = 20;
 const REWRITTEN_MORE_BYTES: u32 = 256;
 
 /// The state that all listeners share.
-pub struct Guarded<P> {
+pub struct GuardState<P> {
     proxy: Arc<HttpProxy<P>>,
-    census: Arc<Census>,
-    edge: Edge,
+    census: Arc<ConnectionCounter>,
+    edge: GatewaySettings,
     /// The limit for a request over HTTP/2, counted as in RFC 9113, section 6.5.2.
     header_list_bytes_max: usize,
     metrics: Arc<Metrics>,
@@ -74,18 +74,23 @@ pub struct Guarded<P> {
 }
 
 /// The Pingora application of one listener.
-pub struct Guard<P> {
-    shared: Arc<Guarded<P>>,
+pub struct ListenerApp<P> {
+    shared: Arc<GuardState<P>>,
     /// `None`: a plain-text listener.
     tls: Option<Tls>,
 }
 
-impl<P> Guarded<P>
+impl<P> GuardState<P>
 where
     P: ProxyHttp + Send + Sync + 'static,
     P::CTX: Send + Sync,
 {
-    pub fn new(mut proxy: HttpProxy<P>, edge: Edge, http2: &Http2Conf, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        mut proxy: HttpProxy<P>,
+        edge: GatewaySettings,
+        http2: &Http2Conf,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let mut server = HttpServerOptions::default();
         server.h2_idle_timeout = Some(Duration::from_secs(http2.idle_timeout_s));
         proxy.server_options = Some(server);
@@ -98,20 +103,20 @@ where
             .max_pending_accept_reset_streams(HTTP2_RESETS_MAX);
         proxy.h2_options = Some(options);
         let closing = watch::Sender::new(false);
-        let census = Arc::new(Census::new(metrics.edge.connections.clone()));
+        let census = Arc::new(ConnectionCounter::new(metrics.edge.connections.clone()));
         let header_list_bytes_max = http2.header_list_bytes_max as usize;
         Self { proxy: Arc::new(proxy), census, edge, header_list_bytes_max, metrics, closing }
     }
 
     /// The application of the plain-text listener.
-    pub fn plain(self: &Arc<Self>) -> Guard<P> {
-        Guard { shared: Arc::clone(self), tls: None }
+    pub fn plain(self: &Arc<Self>) -> ListenerApp<P> {
+        ListenerApp { shared: Arc::clone(self), tls: None }
     }
 
     /// The application of the TLS listener, if one is configured.
-    pub fn tls(self: &Arc<Self>) -> Option<Guard<P>> {
+    pub fn tls(self: &Arc<Self>) -> Option<ListenerApp<P>> {
         let tls = self.edge.tls.clone()?;
-        Some(Guard { shared: Arc::clone(self), tls: Some(tls) })
+        Some(ListenerApp { shared: Arc::clone(self), tls: Some(tls) })
     }
 
     fn caps(&self) -> Caps {
@@ -119,7 +124,7 @@ where
         Caps { all: room.connections_max, reserve: room.reserve, one }
     }
 
-    fn place(&self, client: IpAddr, accepted: Accepted) -> Option<Place> {
+    fn place(&self, client: IpAddr, accepted: Accepted) -> Option<ConnectionSlot> {
         let http = self.edge.http.get();
         let untrusted = (!is_trusted(client.to_canonical(), &http.trusted_proxies)).then_some(client);
         let place = self.census.enter(untrusted, self.caps(), accepted);
@@ -130,7 +135,7 @@ where
     }
 
     /// Serves HTTP/1.1, message by message.
-    async fn serve(&self, stream: GuardedStream, place: &Place, shutdown: &ShutdownWatch) {
+    async fn serve(&self, stream: GuardedStream, place: &ConnectionSlot, shutdown: &ShutdownWatch) {
         let mut stream = Box::new(stream);
         let mut persistent: Option<HttpPersistentSettings> = None;
         let mut closing = self.closing.subscribe();
@@ -153,9 +158,9 @@ where
             let deadline = || start() + header_timeout;
             let (head, bytes) = match stream.next_message(limits, deadline).await {
                 Ok(message) => message,
-                Err(NoHead::Closed) => return,
-                Err(NoHead::Timeout) => return self.refuse(stream, ApiError::HeaderTimeout).await,
-                Err(NoHead::Bad(bad)) => return self.refuse(stream, refusal(bad)).await,
+                Err(NextHeadError::Closed) => return,
+                Err(NextHeadError::Timeout) => return self.refuse(stream, ApiError::HeaderTimeout).await,
+                Err(NextHeadError::Bad(bad)) => return self.refuse(stream, refusal(bad)).await,
             };
             if place.is_reserve {
                 if !is_always_answered(&bytes[head.target.0..head.target.1]) {
@@ -212,16 +217,18 @@ impl Timing {
     }
 }
 
-fn refusal(bad: BadHead) -> ApiError {
+fn refusal(bad: HeadRejection) -> ApiError {
     match bad {
-        BadHead::Malformed(what) => ApiError::MalformedHeader(what),
-        BadHead::Framing(what) => ApiError::BadFraming(what),
-        BadHead::TransferCoding => ApiError::TransferCodingUnknown,
-        BadHead::TargetTooLong => ApiError::TargetTooLong,
-        BadHead::TooLarge => ApiError::HeaderTooLarge,
-        BadHead::Version => ApiError::VersionNotSupported,
-        BadHead::Connect => ApiError::MethodNotAllowed { allow: "GET, HEAD, POST, PUT, DELETE".to_owned() },
-        BadHead::Expectation => ApiError::ExpectationFailed,
+        HeadRejection::Malformed(what) => ApiError::MalformedHeader(what),
+        HeadRejection::Framing(what) => ApiError::BadFraming(what),
+        HeadRejection::TransferCoding => ApiError::TransferCodingUnknown,
+        HeadRejection::TargetTooLong => ApiError::TargetTooLong,
+        HeadRejection::TooLarge => ApiError::HeaderTooLarge,
+        HeadRejection::Version => ApiError::VersionNotSupported,
+        HeadRejection::Connect => {
+            ApiError::MethodNotAllowed { allow: "GET, HEAD, POST, PUT, DELETE".to_owned() }
+        }
+        HeadRejection::Expectation => ApiError::ExpectationFailed,
     }
 }
 
@@ -234,7 +241,7 @@ pub fn refused_over_http2(request: &RequestHeader) -> Option<ApiError> {
 fn is_always_answered(target: &[u8]) -> bool {
     let Ok(target) = std::str::from_utf8(target) else { return false };
     let path = target.split('?').next().unwrap_or_default();
-    let Found::Route(route, _) = find(&Method::GET, path) else { return false };
+    let RouteMatch::Route(route, _) = find(&Method::GET, path) else { return false };
     matches!(route.endpoint, Endpoint::Health | Endpoint::Livez | Endpoint::Readyz | Endpoint::Metrics)
 }
 
@@ -250,7 +257,7 @@ fn last_answer(mut reply: Reply, id: RequestId) -> Vec<u8> {
     answer
 }
 
-impl<P> Guard<P>
+impl<P> ListenerApp<P>
 where
     P: ProxyHttp + Send + Sync + 'static,
     P::CTX: Send + Sync,
@@ -267,7 +274,7 @@ where
     }
 }
 
-impl<P> Guard<P>
+impl<P> ListenerApp<P>
 where
     P: ProxyHttp + Send + Sync + 'static,
     P::CTX: Send + Sync,
@@ -283,12 +290,18 @@ where
     }
 
     /// Registers an accepted connection. `None`: it must be closed without a response.
-    pub fn admit(&self, client: IpAddr, accepted: Accepted) -> Option<Place> {
+    pub fn admit(&self, client: IpAddr, accepted: Accepted) -> Option<ConnectionSlot> {
         self.shared.place(client, accepted)
     }
 
     /// Serves a connection to its end.
-    pub async fn serve(&self, tcp: TcpStream, client: SocketAddr, mut place: Place, stop: &ShutdownWatch) {
+    pub async fn serve(
+        &self,
+        tcp: TcpStream,
+        client: SocketAddr,
+        mut place: ConnectionSlot,
+        stop: &ShutdownWatch,
+    ) {
         let evicted = place.evicted();
         tokio::select! {
             biased;
@@ -297,7 +310,7 @@ where
         }
     }
 
-    async fn converse(&self, tcp: L4Stream, place: &Place, stop: &ShutdownWatch) {
+    async fn converse(&self, tcp: L4Stream, place: &ConnectionSlot, stop: &ShutdownWatch) {
         let shared = &self.shared;
         let Some(stream) = self.open(tcp).await else { return };
         let is_http2 = matches!(stream.selected_alpn_proto(), Some(ALPN::H2));

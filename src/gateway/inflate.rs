@@ -10,27 +10,27 @@ use http::header::CONTENT_ENCODING;
 use std::io::{self, Write};
 
 /// A body that is decompressed piece by piece.
-pub struct Inflating {
-    decoder: Decoder,
+pub struct BodyDecoder {
+    decoder: ContentDecoder,
     bytes_max: usize,
     /// Received bytes that are not decompressed yet.
     come: Bytes,
 }
 
-enum Decoder {
-    Gzip(MultiGzDecoder<Room>),
+enum ContentDecoder {
+    Gzip(MultiGzDecoder<BoundedOutput>),
     /// The coding `deflate` of HTTP: the zlib format (RFC 1950), not raw DEFLATE.
-    Deflate(ZlibDecoder<Room>),
+    Deflate(ZlibDecoder<BoundedOutput>),
 }
 
 /// The output of a decoder: the bytes not taken yet, and how many more may follow.
-struct Room {
+struct BoundedOutput {
     bytes: Vec<u8>,
     left: usize,
     is_full: bool,
 }
 
-impl Write for Room {
+impl Write for BoundedOutput {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if bytes.len() > self.left {
             self.is_full = true;
@@ -46,7 +46,7 @@ impl Write for Room {
     }
 }
 
-impl Inflating {
+impl BodyDecoder {
     /// For a body of at most `bytes_max` bytes once decompressed. `None`: the body is not compressed.
     ///
     /// # Errors
@@ -57,15 +57,15 @@ impl Inflating {
         if named.next().is_some() {
             return Err(ApiError::ContentCodingUnknown);
         }
-        let room = Room { bytes: Vec::new(), left: bytes_max, is_full: false };
+        let room = BoundedOutput { bytes: Vec::new(), left: bytes_max, is_full: false };
         let coding = coding.as_bytes().trim_ascii();
         let decoder = match coding {
             b"" => return Ok(None),
             _ if coding.eq_ignore_ascii_case(b"identity") => return Ok(None),
             _ if coding.eq_ignore_ascii_case(b"gzip") || coding.eq_ignore_ascii_case(b"x-gzip") => {
-                Decoder::Gzip(MultiGzDecoder::new(room))
+                ContentDecoder::Gzip(MultiGzDecoder::new(room))
             }
-            _ if coding.eq_ignore_ascii_case(b"deflate") => Decoder::Deflate(ZlibDecoder::new(room)),
+            _ if coding.eq_ignore_ascii_case(b"deflate") => ContentDecoder::Deflate(ZlibDecoder::new(room)),
             _ => return Err(ApiError::ContentCodingUnknown),
         };
         Ok(Some(Self { decoder, bytes_max, come: Bytes::new() }))
@@ -84,8 +84,8 @@ impl Inflating {
     pub fn next(&mut self) -> Result<Option<Bytes>, ApiError> {
         while !self.come.is_empty() {
             let written = match &mut self.decoder {
-                Decoder::Gzip(decoder) => decoder.write(&self.come),
-                Decoder::Deflate(decoder) => decoder.write(&self.come),
+                ContentDecoder::Gzip(decoder) => decoder.write(&self.come),
+                ContentDecoder::Deflate(decoder) => decoder.write(&self.come),
             };
             // A decoder accepts no bytes after the end of the compressed data. Such bytes are an error.
             let written =
@@ -98,8 +98,8 @@ impl Inflating {
             }
         }
         let flushed = match &mut self.decoder {
-            Decoder::Gzip(decoder) => decoder.flush(),
-            Decoder::Deflate(decoder) => decoder.flush(),
+            ContentDecoder::Gzip(decoder) => decoder.flush(),
+            ContentDecoder::Deflate(decoder) => decoder.flush(),
         };
         Ok(Some(self.taken(flushed)?).filter(|clear| !clear.is_empty()))
     }
@@ -110,16 +110,16 @@ impl Inflating {
     /// The body is too large, or its compressed data are incomplete.
     pub fn end(&mut self) -> Result<Bytes, ApiError> {
         let ended = match &mut self.decoder {
-            Decoder::Gzip(decoder) => decoder.try_finish(),
-            Decoder::Deflate(decoder) => decoder.try_finish(),
+            ContentDecoder::Gzip(decoder) => decoder.try_finish(),
+            ContentDecoder::Deflate(decoder) => decoder.try_finish(),
         };
         self.taken(ended)
     }
 
     fn taken(&mut self, written: io::Result<()>) -> Result<Bytes, ApiError> {
         let room = match &mut self.decoder {
-            Decoder::Gzip(decoder) => decoder.get_mut(),
-            Decoder::Deflate(decoder) => decoder.get_mut(),
+            ContentDecoder::Gzip(decoder) => decoder.get_mut(),
+            ContentDecoder::Deflate(decoder) => decoder.get_mut(),
         };
         let (is_full, bytes) = (room.is_full, std::mem::take(&mut room.bytes));
         match written {
@@ -161,7 +161,7 @@ mod tests {
             for coding in codings {
                 fields.append(CONTENT_ENCODING, HeaderValue::from_static(coding));
             }
-            let outcome = Inflating::of(&fields, bytes_max).and_then(|inflating| {
+            let outcome = BodyDecoder::of(&fields, bytes_max).and_then(|inflating| {
                 let Some(mut inflating) = inflating else { return Ok(None) };
                 let mut text = Vec::new();
                 for piece in body.chunks(piece) {
@@ -232,7 +232,7 @@ mod tests {
         assert!(bomb.len() < 100_000);
         let mut fields = HeaderMap::new();
         fields.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
-        let mut inflating = Inflating::of(&fields, 1 << 20).unwrap().unwrap();
+        let mut inflating = BodyDecoder::of(&fields, 1 << 20).unwrap().unwrap();
         inflating.feed(bomb.into());
         let mut bytes = 0;
         let refused = loop {

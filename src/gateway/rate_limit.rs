@@ -1,7 +1,7 @@
 //! The header fields of a response that report the rate limits of its request.
 
 use crate::config::LimitConf;
-use crate::limiter::{Counted, seconds_up};
+use crate::limiter::{RateLimitState, seconds_up};
 use http::header::{HeaderName, HeaderValue};
 use std::fmt::Write;
 use std::time::Duration;
@@ -14,7 +14,7 @@ const RATELIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy")
 const STATE_BYTES: usize = 96;
 
 /// Adds the old `X-RateLimit-*` of the tightest limit, and `RateLimit` and `RateLimit-Policy` (IETF draft) of all.
-pub fn add_fields(counted: &Counted, fields: &mut Vec<(HeaderName, HeaderValue)>) {
+pub fn add_fields(counted: &RateLimitState, fields: &mut Vec<(HeaderName, HeaderValue)>) {
     let Some((tightest, decision)) = counted.decisions().min_by_key(|(_, d)| (d.allowed, d.remaining)) else {
         return;
     };

@@ -1,9 +1,9 @@
 //! The settings of the edge that may change while the process runs.
 //!
-//! Everything that reads such a setting holds a clone of [`Edge`], so a reload takes effect in one place.
+//! Everything that reads such a setting holds a clone of [`GatewaySettings`], so a reload takes effect in one place.
 
 use super::api_key::ApiKeys;
-use super::descriptors::{Descriptors, Room};
+use super::descriptors::{ConnectionLimits, Descriptors};
 use super::tls::{Tls, server_config};
 use super::upstream::pool::Upstreams;
 use super::upstream::via::Pseudonym;
@@ -14,10 +14,10 @@ use std::sync::Arc;
 
 /// The settings in force. Clones share them.
 #[derive(Clone)]
-pub struct Edge {
+pub struct GatewaySettings {
     pub http: Live<HttpConf>,
     /// The connection limits that `http.connections_max` and the file descriptors allow.
-    pub room: Live<Room>,
+    pub room: Live<ConnectionLimits>,
     descriptors: Descriptors,
     pub auth: Live<AuthConf>,
     pub keys: Arc<ApiKeys>,
@@ -37,12 +37,12 @@ fn tls_source(conf: &Conf) -> Option<TlsSource> {
 }
 
 /// (setting, problem)
-type Problem = (&'static str, String);
+type SettingProblem = (&'static str, String);
 
-impl Edge {
+impl GatewaySettings {
     /// # Errors
     /// The files that `[tls]` names cannot be used.
-    pub fn new(conf: &Conf, master: &Secret, pseudonym: Pseudonym) -> Result<Self, Problem> {
+    pub fn new(conf: &Conf, master: &Secret, pseudonym: Pseudonym) -> Result<Self, SettingProblem> {
         let descriptors = Descriptors::of_process();
         let room = descriptors.fit(conf);
         descriptors.report(conf, room);
@@ -87,7 +87,7 @@ impl Edge {
 ///
 /// # Errors
 /// The files cannot be used. Validation of the configuration calls this, so that it rejects such files.
-pub fn tls_of(conf: &Conf) -> Result<Option<Arc<ServerConfig>>, Problem> {
+pub fn tls_of(conf: &Conf) -> Result<Option<Arc<ServerConfig>>, SettingProblem> {
     let both = conf.tls.as_ref().zip(conf.tls_texts.as_ref());
     both.map(|(tls, texts)| server_config(tls, texts)).transpose()
 }

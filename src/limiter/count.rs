@@ -1,7 +1,7 @@
 //! The state of counting one request.
 
 use super::lease::Micros;
-use super::who::Who;
+use super::who::LimitIdentity;
 use crate::backend::Decision;
 use crate::metrics::Metrics;
 use prometheus::IntCounter;
@@ -32,12 +32,12 @@ impl Source {
 }
 
 /// Looked up once, as every request counts.
-pub struct Counters {
+pub struct DecisionCounters {
     pub allowed: [IntCounter; 5],
     pub limited: [IntCounter; 5],
 }
 
-impl Counters {
+impl DecisionCounters {
     pub fn new(metrics: &Metrics) -> Self {
         let all =
             |decision| Source::ALL.map(|(_, name)| metrics.limiter.with_label_values(&[decision, name]));
@@ -53,13 +53,13 @@ impl Counters {
 }
 
 /// What one limit says. `lease`: the call its token came with, for the refund.
-pub struct Said {
+pub struct LimitDecision {
     pub decision: Decision,
     pub source: Source,
     pub lease: Option<u64>,
 }
 
-impl Said {
+impl LimitDecision {
     pub fn allowed(remaining: u32, source: Source) -> Self {
         Self {
             decision: Decision { allowed: true, remaining, retry_after: Duration::ZERO },
@@ -79,6 +79,6 @@ impl Said {
 pub struct Step {
     pub decisions: Decisions,
     /// Tokens from leases, to be given back if another limit refuses.
-    pub spent: SmallVec<[(usize, Who, u64); 2]>,
-    pub exact: SmallVec<[(usize, Who); 1]>,
+    pub spent: SmallVec<[(usize, LimitIdentity, u64); 2]>,
+    pub exact: SmallVec<[(usize, LimitIdentity); 1]>,
 }

@@ -44,7 +44,7 @@ pub const WAITERS_MAX: usize = 1024;
 /// The immediate answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spend {
-    /// `call`: the lease runs low, and [`Lease::begin`] is due. `seq` is the argument for [`Lease::refund`].
+    /// `call`: the lease runs low, and [`TokenLease::begin`] is due. `seq` is the argument for [`TokenLease::refund`].
     Allowed { remaining: u32, seq: u64, call: bool },
     /// Known from an earlier answer of the store.
     Refused { retry: Micros },
@@ -67,12 +67,12 @@ pub enum Verdict {
 
 /// The thresholds for calls, in tokens.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Worth {
+pub struct LeaseThresholds {
     least: u32,
     trifle: u32,
 }
 
-impl Worth {
+impl LeaseThresholds {
     pub fn of(quota: &Quota) -> Self {
         let most = quota.burst / LEAST_OF_BURST;
         let gained = u128::from(quota.rate) * u128::from(TRIFLE) / quota.period.as_micros().max(1);
@@ -82,7 +82,7 @@ impl Worth {
 
 /// The numbers of a call, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ask {
+pub struct CallAmounts {
     pub seq: u64,
     pub held: u32,
     pub back: u32,
@@ -92,8 +92,8 @@ pub struct Ask {
 
 /// What follows after an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// Requests are still waiting: [`Lease::begin`] is due.
+pub enum AfterAnswer {
+    /// Requests are still waiting: [`TokenLease::begin`] is due.
     Call,
     /// Tokens are left; check them after [`IDLE`].
     Watch,
@@ -102,14 +102,14 @@ pub enum Next {
 
 /// The pacing of a limit's rejections.
 #[derive(Clone, Copy, Debug)]
-pub struct Pace {
+pub struct RejectionPacing {
     token: Micros,
     /// Half the time in which an empty bucket fills up to one token less than full. Tokens that accumulate
     /// for longer overflow.
     headroom: Micros,
 }
 
-impl Pace {
+impl RejectionPacing {
     pub fn of(quota: &Quota) -> Self {
         let micros = |d: Duration| Micros::try_from(d.as_micros()).unwrap_or(Micros::MAX);
         let token = micros(quota.period / quota.rate.max(1));
@@ -124,7 +124,7 @@ impl Pace {
 
 /// The lease state. A `W` is a request that waits for an answer.
 #[derive(Debug)]
-pub struct Lease<W> {
+pub struct TokenLease<W> {
     tokens: u32,
     expires: Micros,
     /// Tokens after the last answer.
@@ -139,19 +139,19 @@ pub struct Lease<W> {
     demand: Demand,
     /// The number of the last call.
     seq: u64,
-    call: Call,
+    call: OpenCall,
     waiters: VecDeque<W>,
 }
 
 #[derive(Debug)]
-enum Call {
+enum OpenCall {
     None,
     Due,
-    Sent(Sent),
+    Sent(SentCall),
 }
 
 #[derive(Debug)]
-struct Sent {
+struct SentCall {
     at: Micros,
     /// Tokens spent since the call was sent.
     spent: u32,
@@ -159,7 +159,7 @@ struct Sent {
     wished: u32,
 }
 
-impl<W> Default for Lease<W> {
+impl<W> Default for TokenLease<W> {
     fn default() -> Self {
         Self {
             tokens: 0,
@@ -171,24 +171,24 @@ impl<W> Default for Lease<W> {
             renew_from: 0,
             demand: Demand::default(),
             seq: 0,
-            call: Call::None,
+            call: OpenCall::None,
             waiters: VecDeque::new(),
         }
     }
 }
 
-impl<W> Lease<W> {
+impl<W> TokenLease<W> {
     /// Takes a token for one request.
     pub fn spend(&mut self, now: Micros) -> Spend {
         self.demand.count(now);
         if self.tokens > 0 && now < self.expires {
             self.tokens -= 1;
-            if let Call::Sent(sent) = &mut self.call {
+            if let OpenCall::Sent(sent) = &mut self.call {
                 sent.spent += 1;
             }
             let call = self.is_low(now);
             if call {
-                self.call = Call::Due;
+                self.call = OpenCall::Due;
             }
             return Spend::Allowed { remaining: self.remaining(), seq: self.seq, call };
         }
@@ -199,7 +199,7 @@ impl<W> Lease<W> {
     }
 
     fn is_low(&self, now: Micros) -> bool {
-        matches!(self.call, Call::None)
+        matches!(self.call, OpenCall::None)
             && now >= self.renew_from
             && (self.tokens <= self.size / 4 || now + AHEAD >= self.expires)
             && self.demand.ahead() > 0
@@ -209,7 +209,7 @@ impl<W> Lease<W> {
     pub fn refund(&mut self, seq: u64, now: Micros) {
         if self.seq == seq && now < self.expires {
             self.tokens += 1;
-            if let Call::Sent(sent) = &mut self.call {
+            if let OpenCall::Sent(sent) = &mut self.call {
                 sent.spent = sent.spent.saturating_sub(1);
             }
         }
@@ -227,22 +227,22 @@ impl<W> Lease<W> {
 
     /// Makes a call due without a waiting request. Returns `false` if one is due or in flight.
     pub fn probe(&mut self) -> bool {
-        let idle = matches!(self.call, Call::None);
+        let idle = matches!(self.call, OpenCall::None);
         if idle {
-            self.call = Call::Due;
+            self.call = OpenCall::Due;
         }
         idle
     }
 
     /// Whether a lease not renewed since call `seq` should be returned. If so, [`Self::begin`] is due.
-    pub fn is_idle_since(&mut self, seq: u64, worth: Worth) -> bool {
+    pub fn is_idle_since(&mut self, seq: u64, worth: LeaseThresholds) -> bool {
         self.seq == seq && self.tokens > worth.trifle && self.probe()
     }
 
     /// Returns the call that is due, to be sent now with the number `seq`. Even a call that requests nothing
     /// renews the held tokens and shows whether the store answers.
-    pub fn begin(&mut self, now: Micros, seq: u64, worth: Worth) -> Option<Ask> {
-        if !matches!(self.call, Call::Due) {
+    pub fn begin(&mut self, now: Micros, seq: u64, worth: LeaseThresholds) -> Option<CallAmounts> {
+        if !matches!(self.call, OpenCall::Due) {
             return None;
         }
         self.demand.roll(now);
@@ -253,10 +253,10 @@ impl<W> Lease<W> {
         };
         let held = if now < self.expires { self.tokens.min(wished) } else { 0 };
         let need = u32::try_from(self.waiters.len()).unwrap_or(u32::MAX);
-        let ask = Ask { seq, held, back: self.tokens - held, need, want: wished - held };
+        let ask = CallAmounts { seq, held, back: self.tokens - held, need, want: wished - held };
         self.seq = seq;
         self.tokens = held;
-        self.call = Call::Sent(Sent { at: now, spent: 0, wished });
+        self.call = OpenCall::Sent(SentCall { at: now, spent: 0, wished });
         Some(ask)
     }
 
@@ -266,12 +266,12 @@ impl<W> Lease<W> {
         &mut self,
         now: Micros,
         grant: Option<&Grant>,
-        pace: &Pace,
+        pace: &RejectionPacing,
         mut tell: impl FnMut(W, Verdict) -> bool,
-    ) -> Next {
-        let sent = match std::mem::replace(&mut self.call, Call::None) {
-            Call::Sent(sent) => Some(sent),
-            Call::None | Call::Due => None,
+    ) -> AfterAnswer {
+        let sent = match std::mem::replace(&mut self.call, OpenCall::None) {
+            OpenCall::Sent(sent) => Some(sent),
+            OpenCall::None | OpenCall::Due => None,
         };
         let (Some(sent), Some(grant)) = (sent, grant.filter(|grant| grant.applied)) else {
             for waiter in self.waiters.drain(..) {
@@ -298,8 +298,8 @@ impl<W> Lease<W> {
                 tell(waiter, Verdict::Refused { retry });
             } else {
                 self.waiters.push_front(waiter);
-                self.call = Call::Due;
-                return Next::Call;
+                self.call = OpenCall::Due;
+                return AfterAnswer::Call;
             }
         }
         if self.tokens == 0 && grant.left == 0 {
@@ -309,8 +309,8 @@ impl<W> Lease<W> {
         self.next()
     }
 
-    fn next(&self) -> Next {
-        if self.tokens > 0 { Next::Watch } else { Next::Rest }
+    fn next(&self) -> AfterAnswer {
+        if self.tokens > 0 { AfterAnswer::Watch } else { AfterAnswer::Rest }
     }
 
     /// The number of the last call.
@@ -320,7 +320,7 @@ impl<W> Lease<W> {
 
     #[cfg(test)]
     pub fn is_call_under_way(&self) -> bool {
-        matches!(self.call, Call::Sent(_))
+        matches!(self.call, OpenCall::Sent(_))
     }
 
     /// Requests that would be admitted immediately, as far as is known.
@@ -330,7 +330,7 @@ impl<W> Lease<W> {
 
     /// Whether the lease can be dropped without losing anything.
     pub fn is_spent(&self, now: Micros) -> bool {
-        matches!(self.call, Call::None)
+        matches!(self.call, OpenCall::None)
             && (self.tokens == 0 || now >= self.expires)
             && now >= self.silent_until
             && self.demand.is_over(now)
@@ -383,24 +383,24 @@ mod tests {
         Grant { applied: true, amount, taken, left, retry_after: Duration::from_millis(300), nodes: 1 }
     }
 
-    fn pace() -> Pace {
-        Pace::of(&Quota { rate: 10, period: Duration::from_secs(1), burst: 1 })
+    fn pace() -> RejectionPacing {
+        RejectionPacing::of(&Quota { rate: 10, period: Duration::from_secs(1), burst: 1 })
     }
 
     /// A lease of `amount` tokens, whose call was sent at [`START`] and answered half a second later.
-    fn leased(amount: u32) -> Lease<()> {
-        let mut lease = Lease::default();
+    fn leased(amount: u32) -> TokenLease<()> {
+        let mut lease = TokenLease::default();
         assert_eq!(lease.wait(()), Ok(true));
-        let ask = Ask { seq: 1, held: 0, back: 0, need: 1, want: 0 };
-        assert_eq!(lease.begin(START, 1, Worth::default()), Some(ask));
+        let ask = CallAmounts { seq: 1, held: 0, back: 0, need: 1, want: 0 };
+        assert_eq!(lease.begin(START, 1, LeaseThresholds::default()), Some(ask));
         let next = lease.settle(START + TTL / 2, Some(&grant(amount, 1, 9)), &pace(), |(), verdict| {
             verdict == Verdict::Allowed { remaining: amount + 9 }
         });
-        assert_eq!(next, Next::Watch);
+        assert_eq!(next, AfterAnswer::Watch);
         lease
     }
 
-    fn spendable(lease: &mut Lease<()>, now: Micros) -> usize {
+    fn spendable(lease: &mut TokenLease<()>, now: Micros) -> usize {
         std::iter::repeat_with(|| lease.spend(now))
             .take_while(|spend| matches!(spend, Spend::Allowed { .. }))
             .count()
@@ -420,8 +420,8 @@ mod tests {
         lease.demand = Demand { stretch: now / AHEAD, before: 3, now: 0 };
         assert!(lease.probe());
         assert_eq!(
-            lease.begin(now, 2, Worth::default()),
-            Some(Ask { seq: 2, held: 2, back: 0, need: 0, want: 1 })
+            lease.begin(now, 2, LeaseThresholds::default()),
+            Some(CallAmounts { seq: 2, held: 2, back: 0, need: 0, want: 1 })
         );
         lease.spend(now);
         lease.settle(now, Some(&grant(5, 0, 0)), &pace(), |(), _| true);
@@ -431,15 +431,17 @@ mod tests {
     #[test]
     fn returned_tokens_are_not_spent_even_if_the_call_fails() {
         let (mut lease, now) = (leased(3), START + TTL / 2);
-        let worth = Worth { least: 0, trifle: 2 };
-        assert!(!lease.is_idle_since(0, worth) && !lease.is_idle_since(1, Worth { trifle: 3, ..worth }));
+        let worth = LeaseThresholds { least: 0, trifle: 2 };
+        assert!(
+            !lease.is_idle_since(0, worth) && !lease.is_idle_since(1, LeaseThresholds { trifle: 3, ..worth })
+        );
         assert!(lease.is_idle_since(1, worth));
         assert_eq!(
-            lease.begin(now, 2, Worth::default()),
-            Some(Ask { seq: 2, held: 0, back: 3, need: 0, want: 0 })
+            lease.begin(now, 2, LeaseThresholds::default()),
+            Some(CallAmounts { seq: 2, held: 0, back: 3, need: 0, want: 0 })
         );
         assert_eq!(spendable(&mut lease, now), 0);
-        assert_eq!(lease.settle(now, None, &pace(), |(), _| true), Next::Rest);
+        assert_eq!(lease.settle(now, None, &pace(), |(), _| true), AfterAnswer::Rest);
         assert_eq!(spendable(&mut lease, now), 0);
     }
 
@@ -454,19 +456,19 @@ mod tests {
         assert_eq!(spendable(&mut kept, now), 1);
         kept.refund(1, START + TTL);
         assert_eq!((kept.tokens, called.probe()), (0, true));
-        assert!(called.begin(now, 2, Worth::default()).is_some());
+        assert!(called.begin(now, 2, LeaseThresholds::default()).is_some());
         called.refund(1, now);
         assert_eq!(spendable(&mut called, now), 0);
     }
 
     #[test]
     fn rejections_are_remembered_and_waiters_are_bounded() {
-        let (mut lease, now) = (Lease::default(), START + TTL);
+        let (mut lease, now) = (TokenLease::default(), START + TTL);
         for n in 0..WAITERS_MAX {
             assert_eq!(lease.wait(()), Ok(n == 0));
         }
         assert_eq!(lease.wait(()), Err(()));
-        assert!(lease.begin(now, 2, Worth::default()).is_some());
+        assert!(lease.begin(now, 2, LeaseThresholds::default()).is_some());
         let mut refused = 0;
         lease.settle(now, Some(&grant(0, 1, 0)), &pace(), |(), verdict| {
             refused += usize::from(verdict == Verdict::Refused { retry: 300_000 });

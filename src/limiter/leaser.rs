@@ -1,10 +1,10 @@
 //! The loop that calls the shared store for leases. It is separate from the requests, so that a client that
 //! disconnects does not cancel a call that others wait for.
 
-use super::lease::{IDLE, Micros, Next};
+use super::lease::{AfterAnswer, IDLE, Micros};
 use super::limit::Limit;
-use super::store::Store;
-use super::who::Who;
+use super::store::SharedStore;
+use super::who::LimitIdentity;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
@@ -26,13 +26,13 @@ const TICK: Duration = Duration::from_millis(100);
 const SWEEP_TICKS: u32 = 10;
 
 /// A lease for which a call is due.
-pub struct Due {
+pub struct DueCall {
     pub limit: Arc<Limit>,
-    pub who: Who,
+    pub who: LimitIdentity,
 }
 
-struct Watched {
-    due: Due,
+struct WatchedLease {
+    due: DueCall,
     seq: u64,
     from: Micros,
 }
@@ -42,8 +42,8 @@ pub type Swept = Arc<Mutex<Vec<Weak<Limit>>>>;
 
 /// The loop. It runs as long as the limiter is used.
 pub struct Leaser {
-    pub due: mpsc::Receiver<Due>,
-    pub store: Arc<Store>,
+    pub due: mpsc::Receiver<DueCall>,
+    pub store: Arc<SharedStore>,
     pub limits: Swept,
 }
 
@@ -51,7 +51,7 @@ impl Leaser {
     pub async fn run(mut self) {
         let mut calls = FuturesUnordered::new();
         // Sorted by time, because all leases are watched equally long.
-        let mut watched: VecDeque<Watched> = VecDeque::new();
+        let mut watched: VecDeque<WatchedLease> = VecDeque::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut ticks = 0_u32;
@@ -88,15 +88,15 @@ impl Leaser {
 }
 
 /// Makes calls for the lease until no request waits. Returns the lease if it has tokens left.
-async fn call(store: &Store, due: Due) -> Option<Watched> {
-    let Due { limit, who } = &due;
+async fn call(store: &SharedStore, due: DueCall) -> Option<WatchedLease> {
+    let DueCall { limit, who } = &due;
     while let Some(ask) = limit.begin(who, store.now()) {
         let grant = store.lease(&ask).await;
         let (next, seq) = limit.settle(who, store.now(), grant.as_ref());
         match next {
-            Next::Call => {}
-            Next::Watch => return Some(Watched { seq, from: store.now(), due }),
-            Next::Rest => return None,
+            AfterAnswer::Call => {}
+            AfterAnswer::Watch => return Some(WatchedLease { seq, from: store.now(), due }),
+            AfterAnswer::Rest => return None,
         }
     }
     None

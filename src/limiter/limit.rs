@@ -1,8 +1,10 @@
 //! One configured limit, and the leases of its identities on this node.
 
-use super::lease::{Ask, Lease, Micros, Next, Pace, Spend, TTL, Verdict, Worth};
-use super::local::Local;
-use super::who::Who;
+use super::lease::{
+    AfterAnswer, CallAmounts, LeaseThresholds, Micros, RejectionPacing, Spend, TTL, TokenLease, Verdict,
+};
+use super::local::LocalBuckets;
+use super::who::LimitIdentity;
 use crate::backend::{Grant, LeaseCall};
 use crate::config::LimitConf;
 use crate::model::Quota;
@@ -23,7 +25,7 @@ const ROOM_MIN: usize = 16_384;
 const ROOM_MAX_OF_LEFT: usize = 8;
 
 /// The immediate answer to a request, or how it waits for one.
-pub enum Tried {
+pub enum TakeOutcome {
     Allowed {
         remaining: u32,
         seq: u64,
@@ -39,13 +41,13 @@ pub enum Tried {
         call: bool,
     },
     /// The lease is spent, and the request must not wait for the shared store. `call`: a call is due.
-    Nothing {
+    Empty {
         call: bool,
     },
     /// The table has no room for another lease.
     Full,
     /// Too many requests wait for this lease already.
-    Crowded,
+    TooManyWaiters,
 }
 
 /// What to do if a lease is spent.
@@ -60,15 +62,15 @@ pub enum OnEmpty {
 pub struct Limit {
     pub conf: LimitConf,
     pub quota: Quota,
-    pub local: Local,
-    pace: Pace,
-    worth: Worth,
+    pub local: LocalBuckets,
+    pace: RejectionPacing,
+    worth: LeaseThresholds,
     /// Identifies this limit in this process. An earlier definition of the limit had another holder id.
     holder: u64,
     /// Shared by all leases, so that a lease that was dropped and created again continues with larger
     /// numbers.
     seq: AtomicU64,
-    leases: DashMap<Who, Lease<oneshot::Sender<Verdict>>, RandomState>,
+    leases: DashMap<LimitIdentity, TokenLease<oneshot::Sender<Verdict>>, RandomState>,
     /// The same as `leases.len()`, which would lock all shards.
     count: AtomicUsize,
 }
@@ -78,9 +80,9 @@ impl Limit {
         let quota = conf.quota();
         Self {
             quota,
-            local: Local::new(quota),
-            pace: Pace::of(&quota),
-            worth: Worth::of(&quota),
+            local: LocalBuckets::new(quota),
+            pace: RejectionPacing::of(&quota),
+            worth: LeaseThresholds::of(&quota),
             holder: rand::random(),
             seq: AtomicU64::new(1),
             leases: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
@@ -90,31 +92,36 @@ impl Limit {
     }
 
     /// Takes one token. Locks one shard briefly, and allocates only if the lease is spent or new.
-    pub fn try_take(&self, who: &Who, now: Micros, on_empty: impl FnOnce() -> OnEmpty) -> Tried {
+    pub fn try_take(
+        &self,
+        who: &LimitIdentity,
+        now: Micros,
+        on_empty: impl FnOnce() -> OnEmpty,
+    ) -> TakeOutcome {
         if let Some(mut lease) = self.leases.get_mut(who) {
             return try_lease(&mut lease, now, on_empty);
         }
         // Several threads may pass at once: the bound limits memory, and may be exceeded by the number of
         // threads.
         if self.count.load(Ordering::Relaxed) >= LEASES_MAX {
-            return Tried::Full;
+            return TakeOutcome::Full;
         }
         let mut lease = self.leases.entry(who.clone()).or_insert_with(|| {
             self.count.fetch_add(1, Ordering::Relaxed);
-            Lease::default()
+            TokenLease::default()
         });
         try_lease(&mut lease, now, on_empty)
     }
 
     /// Returns a token that a request took before another limit rejected it.
-    pub fn refund(&self, who: &Who, seq: u64, now: Micros) {
+    pub fn refund(&self, who: &LimitIdentity, seq: u64, now: Micros) {
         if let Some(mut lease) = self.leases.get_mut(who) {
             lease.refund(seq, now);
         }
     }
 
     /// Returns the call that is due for `who`.
-    pub fn begin(&self, who: &Who, now: Micros) -> Option<LeaseCall> {
+    pub fn begin(&self, who: &LimitIdentity, now: Micros) -> Option<LeaseCall> {
         let mut lease = self.leases.get_mut(who)?;
         // Numbered under the lock, so that the calls of one lease are numbered in order.
         let seq = self.seq.fetch_add(1, Ordering::Relaxed);
@@ -123,8 +130,8 @@ impl Limit {
         Some(self.call(who, &ask))
     }
 
-    fn call(&self, who: &Who, ask: &Ask) -> LeaseCall {
-        let Ask { seq, held, back, need, want } = *ask;
+    fn call(&self, who: &LimitIdentity, ask: &CallAmounts) -> LeaseCall {
+        let CallAmounts { seq, held, back, need, want } = *ask;
         let ttl = Duration::from_micros(TTL);
         LeaseCall {
             bucket: self.bucket(who),
@@ -140,17 +147,17 @@ impl Limit {
     }
 
     /// A call for one request of an identity without a lease.
-    pub fn call_without_lease(&self, who: &Who) -> LeaseCall {
-        self.call(who, &Ask { seq: 0, held: 0, back: 0, need: 1, want: 0 })
+    pub fn call_without_lease(&self, who: &LimitIdentity) -> LeaseCall {
+        self.call(who, &CallAmounts { seq: 0, held: 0, back: 0, need: 1, want: 0 })
     }
 
-    pub fn bucket(&self, who: &Who) -> String {
+    pub fn bucket(&self, who: &LimitIdentity) -> String {
         format!("{}:{who}", self.conf.name)
     }
 
     /// Passes the answer to the waiting requests. Returns the next step and the number of the answered call.
-    pub fn settle(&self, who: &Who, now: Micros, grant: Option<&Grant>) -> (Next, u64) {
-        let Some(mut lease) = self.leases.get_mut(who) else { return (Next::Rest, 0) };
+    pub fn settle(&self, who: &LimitIdentity, now: Micros, grant: Option<&Grant>) -> (AfterAnswer, u64) {
+        let Some(mut lease) = self.leases.get_mut(who) else { return (AfterAnswer::Rest, 0) };
         let next = lease.settle(now, grant, &self.pace, |waiter: oneshot::Sender<_>, verdict| {
             waiter.send(verdict).is_ok()
         });
@@ -158,7 +165,7 @@ impl Limit {
     }
 
     /// Whether a lease not renewed since call `seq` should be returned. If so, a call is due.
-    pub fn is_idle_since(&self, who: &Who, seq: u64) -> bool {
+    pub fn is_idle_since(&self, who: &LimitIdentity, seq: u64) -> bool {
         self.leases.get_mut(who).is_some_and(|mut lease| lease.is_idle_since(seq, self.worth))
     }
 
@@ -189,19 +196,21 @@ impl Limit {
 }
 
 fn try_lease(
-    lease: &mut Lease<oneshot::Sender<Verdict>>,
+    lease: &mut TokenLease<oneshot::Sender<Verdict>>,
     now: Micros,
     on_empty: impl FnOnce() -> OnEmpty,
-) -> Tried {
+) -> TakeOutcome {
     match lease.spend(now) {
-        Spend::Allowed { remaining, seq, call } => Tried::Allowed { remaining, seq, call },
-        Spend::Refused { retry } => Tried::Refused { retry },
+        Spend::Allowed { remaining, seq, call } => TakeOutcome::Allowed { remaining, seq, call },
+        Spend::Refused { retry } => TakeOutcome::Refused { retry },
         Spend::Empty => match on_empty() {
-            OnEmpty::Leave => Tried::Nothing { call: false },
-            OnEmpty::Probe => Tried::Nothing { call: lease.probe() },
+            OnEmpty::Leave => TakeOutcome::Empty { call: false },
+            OnEmpty::Probe => TakeOutcome::Empty { call: lease.probe() },
             OnEmpty::Wait => {
                 let (waiter, verdict) = oneshot::channel();
-                lease.wait(waiter).map_or(Tried::Crowded, |call| Tried::Waiting { verdict, call })
+                lease
+                    .wait(waiter)
+                    .map_or(TakeOutcome::TooManyWaiters, |call| TakeOutcome::Waiting { verdict, call })
             }
         },
     }

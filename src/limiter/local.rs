@@ -1,6 +1,6 @@
 //! Counts limits in this process: without a shared store, and while the shared store is down.
 
-use super::who::Who;
+use super::who::LimitIdentity;
 use crate::backend::Decision;
 use crate::model::Quota;
 use governor::clock::{Clock, DefaultClock};
@@ -18,10 +18,15 @@ const IDENTITIES_MAX: usize = 100_000;
 /// milliseconds.
 const SWEEP_EVERY: Duration = Duration::from_secs(1);
 
-type Buckets = governor::RateLimiter<Who, DashMapStateStore<Who>, DefaultClock, StateInformationMiddleware>;
+type Buckets = governor::RateLimiter<
+    LimitIdentity,
+    DashMapStateStore<LimitIdentity>,
+    DefaultClock,
+    StateInformationMiddleware,
+>;
 
 /// The buckets of one limit, with this node's share of it.
-pub struct Local {
+pub struct LocalBuckets {
     quota: Quota,
     buckets: Mutex<Arc<Part>>,
 }
@@ -32,13 +37,13 @@ struct Part {
     swept: Mutex<Option<Instant>>,
 }
 
-impl Local {
+impl LocalBuckets {
     pub fn new(quota: Quota) -> Self {
         Self { quota, buckets: Mutex::new(Arc::new(Part::new(&quota, 1))) }
     }
 
     /// Counts one request of a limit that `nodes` nodes share.
-    pub fn take(&self, who: &Who, nodes: u32) -> Decision {
+    pub fn take(&self, who: &LimitIdentity, nodes: u32) -> Decision {
         let part = {
             let mut part = self.buckets.lock();
             if part.nodes != nodes {
@@ -71,11 +76,11 @@ impl Part {
         is_due
     }
 
-    fn take(&self, who: &Who) -> Decision {
+    fn take(&self, who: &LimitIdentity) -> Decision {
         if self.buckets.len() >= IDENTITIES_MAX && self.is_sweep_due() {
             self.buckets.retain_recent();
         }
-        let who = if self.buckets.len() >= IDENTITIES_MAX { &Who::Overflow } else { who };
+        let who = if self.buckets.len() >= IDENTITIES_MAX { &LimitIdentity::Overflow } else { who };
         match self.buckets.check_key(who) {
             Ok(state) => Decision {
                 allowed: true,
@@ -98,10 +103,10 @@ mod tests {
     fn a_node_admits_its_share_but_at_least_one() {
         let quota = Quota { rate: 8, period: Duration::from_secs(3600), burst: 8 };
         for (nodes, allowed) in [(1, 8), (3, 2), (8, 1), (9, 1)] {
-            let local = Local::new(quota);
-            let through = (0..20).filter(|_| local.take(&Who::Global, nodes).allowed).count();
+            let local = LocalBuckets::new(quota);
+            let through = (0..20).filter(|_| local.take(&LimitIdentity::Global, nodes).allowed).count();
             assert_eq!(through, allowed, "{nodes} nodes");
-            let refused = local.take(&Who::Global, nodes);
+            let refused = local.take(&LimitIdentity::Global, nodes);
             let token = 3600 / 8 * nodes;
             assert!(refused.retry_after > Duration::from_secs(u64::from(token) - 1), "{nodes}: {refused:?}");
         }
@@ -109,8 +114,8 @@ mod tests {
 
     #[test]
     fn identities_beyond_the_bound_share_a_bucket() {
-        let local = Local::new(Quota { rate: 1, period: Duration::from_secs(3600), burst: 1 });
-        let who = |n: usize| Who::Ip(u128::try_from(n).unwrap().to_be_bytes());
+        let local = LocalBuckets::new(Quota { rate: 1, period: Duration::from_secs(3600), burst: 1 });
+        let who = |n: usize| LimitIdentity::Ip(u128::try_from(n).unwrap().to_be_bytes());
         for n in 0..IDENTITIES_MAX {
             assert!(local.take(&who(n), 1).allowed);
         }

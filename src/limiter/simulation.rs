@@ -5,7 +5,9 @@
 //! whole microseconds and steps. A token from a lease is admitted when the node spends it; one that was taken to be spent at
 //! once when the store took it: how long that answer is under way is no more the limiter's than the client's own network.
 
-use super::lease::{Ask, IDLE, Lease, Micros, Next, Pace, Spend, TTL, Verdict, Worth};
+use super::lease::{
+    AfterAnswer, CallAmounts, IDLE, LeaseThresholds, Micros, RejectionPacing, Spend, TTL, TokenLease, Verdict,
+};
 use crate::backend::{Grant, LeaseCall};
 use crate::model::Quota;
 use mlua::{Function, Lua, Table, Value, Variadic};
@@ -116,7 +118,7 @@ impl Shared {
 }
 
 struct Node {
-    lease: Lease<Micros>,
+    lease: TokenLease<Micros>,
     holder: u64,
     seq: u64,
     /// What its clock shows: true time, faster by so many millionths, and this.
@@ -191,7 +193,7 @@ struct World {
     nodes: Vec<Node>,
     shared: Shared,
     quota: Quota,
-    pace: Pace,
+    pace: RejectionPacing,
     faults: Faults,
     demand_max: u64,
     is_quiet: bool,
@@ -208,7 +210,7 @@ impl World {
     fn new(seed: u64, nodes: usize, quota: Quota, demand_max: u64, faults: Faults, script: &str) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         let node = |rng: &mut StdRng| Node {
-            lease: Lease::default(),
+            lease: TokenLease::default(),
             holder: rng.random(),
             seq: 0,
             ppm: rng.random_range(-4900..=4900),
@@ -226,7 +228,7 @@ impl World {
             nodes,
             shared: Shared::new(script),
             quota,
-            pace: Pace::of(&quota),
+            pace: RejectionPacing::of(&quota),
             faults,
             demand_max,
             is_quiet: false,
@@ -313,7 +315,7 @@ impl World {
                     return;
                 }
                 if self.nodes[node].holder == holder
-                    && self.nodes[node].lease.is_idle_since(seq, Worth::of(&self.quota))
+                    && self.nodes[node].lease.is_idle_since(seq, LeaseThresholds::of(&self.quota))
                 {
                     self.send(node);
                 }
@@ -355,7 +357,7 @@ impl World {
             self.nodes[node].is_cut_off = self.chance(cut_off);
             if self.chance(crash) {
                 // What it knew is gone, and so are those who waited; its calls are still on the way.
-                self.nodes[node].lease = Lease::default();
+                self.nodes[node].lease = TokenLease::default();
                 self.nodes[node].holder = self.rng.random();
                 self.nodes[node].seq = 0;
             }
@@ -396,8 +398,8 @@ impl World {
         let (clock, quota) = (self.clock(node), self.quota);
         let it = &mut self.nodes[node];
         it.seq += 1;
-        let Some(ask) = it.lease.begin(clock, it.seq, Worth::of(&quota)) else { return };
-        let Ask { seq, held, back, need, mut want } = ask;
+        let Some(ask) = it.lease.begin(clock, it.seq, LeaseThresholds::of(&quota)) else { return };
+        let CallAmounts { seq, held, back, need, mut want } = ask;
         if self.rng.random_ratio(self.faults.greedy, 1000) {
             want += quota.burst;
         }
@@ -458,12 +460,12 @@ impl World {
         });
         let (seq, holder) = (lease.seq(), nodes[node].holder);
         match next {
-            Next::Call => self.send(node),
-            Next::Watch => {
+            AfterAnswer::Call => self.send(node),
+            AfterAnswer::Watch => {
                 let tick = self.rng.random_range(0..100_000);
                 self.at(IDLE + tick, Event::Watch { node, holder, seq });
             }
-            Next::Rest => {}
+            AfterAnswer::Rest => {}
         }
     }
 

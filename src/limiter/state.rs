@@ -22,13 +22,13 @@ pub enum Rejection {
 
 /// What the limits of its route said of one request.
 #[derive(Default)]
-pub struct Counted {
+pub struct RateLimitState {
     plan: Option<Arc<Plan>>,
     early: Decisions,
     late: OnceLock<Decisions>,
 }
 
-impl std::fmt::Debug for Counted {
+impl std::fmt::Debug for RateLimitState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Counted")
             .field("early", &self.early)
@@ -37,7 +37,7 @@ impl std::fmt::Debug for Counted {
     }
 }
 
-impl Counted {
+impl RateLimitState {
     /// After the limits that need no body.
     pub fn early(plan: Arc<Plan>, early: Decisions) -> Self {
         Self { plan: Some(plan), early, late: OnceLock::new() }

@@ -13,7 +13,7 @@ const PROBE_EVERY: Micros = 100_000;
 /// How long a node count stays valid after the last bucket that showed it.
 const NODES_KEPT: Micros = 10_000_000;
 
-pub struct Store {
+pub struct SharedStore {
     port: Option<Arc<dyn LimitStore>>,
     metrics: Arc<Metrics>,
     start: Instant,
@@ -24,7 +24,7 @@ pub struct Store {
     nodes_at: AtomicU64,
 }
 
-impl Store {
+impl SharedStore {
     pub fn new(port: Option<Arc<dyn LimitStore>>, metrics: Arc<Metrics>) -> Self {
         Self {
             port,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// The identity whose requests are counted together.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub enum Who {
+pub enum LimitIdentity {
     /// The name of an API key.
     Key(Arc<str>),
     /// The /64 prefix of an address; an IPv4 address in its IPv6-mapped form.
@@ -19,7 +19,7 @@ pub enum Who {
     Overflow,
 }
 
-impl Who {
+impl LimitIdentity {
     pub fn ip(ip: IpAddr) -> Self {
         Self::Ip(match block_of(ip) {
             IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
@@ -40,7 +40,7 @@ pub fn block_of(client: IpAddr) -> IpAddr {
 }
 
 /// The form used in bucket names.
-impl fmt::Display for Who {
+impl fmt::Display for LimitIdentity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Key(name) => f.write_str(name),
@@ -63,12 +63,14 @@ pub enum Subject<'a> {
 
 impl Subject<'_> {
     /// The identity to count by, or `None` if the request has none of this kind.
-    pub fn who(&self, identity: Identity) -> Option<Who> {
+    pub fn who(&self, identity: Identity) -> Option<LimitIdentity> {
         match (identity, self) {
-            (Identity::Key, Self::Caller { key_name, .. }) => key_name.map(|name| Who::Key(Arc::clone(name))),
-            (Identity::Ip, Self::Caller { client, .. }) => client.map(Who::ip),
-            (Identity::Global, Self::Caller { .. }) => Some(Who::Global),
-            (Identity::Function, Self::Function(id)) => Some(Who::Function((*id).clone())),
+            (Identity::Key, Self::Caller { key_name, .. }) => {
+                key_name.map(|name| LimitIdentity::Key(Arc::clone(name)))
+            }
+            (Identity::Ip, Self::Caller { client, .. }) => client.map(LimitIdentity::ip),
+            (Identity::Global, Self::Caller { .. }) => Some(LimitIdentity::Global),
+            (Identity::Function, Self::Function(id)) => Some(LimitIdentity::Function((*id).clone())),
             _ => None,
         }
     }

@@ -19,12 +19,12 @@ const LINGER: Duration = Duration::from_millis(5);
 static LINES: Lines = Lines::new();
 
 struct Lines {
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<LineBuffer>,
     changed: Condvar,
     dropped: AtomicUsize,
 }
 
-struct Waiting {
+struct LineBuffer {
     bytes: Vec<u8>,
     is_closed: bool,
     /// The writer has written everything and has ended.
@@ -89,9 +89,9 @@ impl Write for Stdout {
 }
 
 /// Receives one line in a single `write`.
-pub(super) struct Line;
+pub(super) struct LogLine;
 
-impl Write for Line {
+impl Write for LogLine {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         LINES.push(line);
         Ok(line.len())
@@ -104,7 +104,7 @@ impl Write for Line {
 
 impl Lines {
     const fn new() -> Self {
-        let waiting = Waiting { bytes: Vec::new(), is_closed: false, is_over: false };
+        let waiting = LineBuffer { bytes: Vec::new(), is_closed: false, is_over: false };
         Self { waiting: Mutex::new(waiting), changed: Condvar::new(), dropped: AtomicUsize::new(0) }
     }
 
@@ -128,7 +128,7 @@ impl Lines {
         let mut waiting = self.waiting();
         waiting.is_closed = true;
         self.changed.notify_all();
-        let not_over = |waiting: &mut Waiting| !waiting.is_over;
+        let not_over = |waiting: &mut LineBuffer| !waiting.is_over;
         drop(self.changed.wait_timeout_while(waiting, within, not_over));
     }
 
@@ -147,16 +147,16 @@ impl Lines {
     /// Waits for lines and swaps them into `bytes`. `false`: the buffer is closed and empty.
     fn gather(&self, bytes: &mut Vec<u8>) -> bool {
         bytes.clear();
-        let idle = |waiting: &mut Waiting| waiting.bytes.is_empty() && !waiting.is_closed;
+        let idle = |waiting: &mut LineBuffer| waiting.bytes.is_empty() && !waiting.is_closed;
         let waiting = self.changed.wait_while(self.waiting(), idle).unwrap_or_else(PoisonError::into_inner);
-        let open = |waiting: &mut Waiting| !waiting.is_closed;
+        let open = |waiting: &mut LineBuffer| !waiting.is_closed;
         let lingered = self.changed.wait_timeout_while(waiting, LINGER, open);
         let (mut waiting, _) = lingered.unwrap_or_else(PoisonError::into_inner);
         std::mem::swap(&mut waiting.bytes, bytes);
         !bytes.is_empty()
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, LineBuffer> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

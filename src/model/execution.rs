@@ -171,7 +171,7 @@ pub struct Execution {
 }
 
 /// The part of a row that is known only when the job ends.
-pub struct Ending {
+pub struct ExecutionEnd {
     status: Status,
     duration_ms: f64,
     handler_duration_ms: Option<f64>,
@@ -179,7 +179,7 @@ pub struct Ending {
     message: String,
 }
 
-impl Ending {
+impl ExecutionEnd {
     /// The ending of a job with a result of these fields.
     pub fn of(fields: &ResultFields<'_>) -> Self {
         let stderr = fields.stderr.as_deref().filter(|stderr| !stderr.is_empty());
@@ -214,17 +214,17 @@ impl Ending {
 impl Execution {
     /// The row of a job that ended with a result of these fields.
     pub fn of(id: JobId, function: FunctionId, fields: &ResultFields<'_>) -> Self {
-        Self::ended(id, function, Ending::of(fields))
+        Self::ended(id, function, ExecutionEnd::of(fields))
     }
 
     /// The row of a job without a result. `is_unconfirmed`: it is not known whether the queue received the
     /// job.
     pub fn lost(id: JobId, function: FunctionId, is_unconfirmed: bool) -> Self {
-        Self::ended(id, function, Ending::lost(is_unconfirmed))
+        Self::ended(id, function, ExecutionEnd::lost(is_unconfirmed))
     }
 
     /// The row of a job that ends now.
-    pub fn ended(id: JobId, function: FunctionId, ending: Ending) -> Self {
+    pub fn ended(id: JobId, function: FunctionId, ending: ExecutionEnd) -> Self {
         let now = now_ms();
         Self {
             function,

@@ -68,7 +68,7 @@ pub struct Function {
     pub env_vars: String,
     /// Incremented by each change; 0 for items of the old controller.
     pub version: u64,
-    pub counters: Counters,
+    pub counters: FunctionCounters,
     /// The newest recommendation of a worker for the memory of the function.
     pub recommendation: Option<Recommendation>,
 }
@@ -113,7 +113,7 @@ impl Function {
 
 /// The totals of all runs of one function. Durations are in milliseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Counters {
+pub struct FunctionCounters {
     pub invocations: u64,
     /// Runs that did not end with SUCCESS. The old controller did not count them.
     pub errors: u64,
@@ -140,7 +140,7 @@ impl Function {
             updated_at: String::new(),
             env_vars: "{}".to_owned(),
             version: 1,
-            counters: Counters::default(),
+            counters: FunctionCounters::default(),
             recommendation: None,
         }
     }
@@ -167,7 +167,7 @@ mod tests {
         let f = Function::sample("f");
         let tag = f.tag();
         assert!(tag.starts_with("\"1-") && tag.ends_with('"') && tag.len() == 16, "{tag}");
-        let counted = Function { counters: Counters { invocations: 1, ..f.counters }, ..f.clone() };
+        let counted = Function { counters: FunctionCounters { invocations: 1, ..f.counters }, ..f.clone() };
         assert_eq!(counted.tag(), tag);
         for changed in [
             Function { memory_mb: 512, ..f.clone() },

@@ -138,7 +138,7 @@ fn escape_noncharacters(message: Vec<u8>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Counters, NodeId};
+    use crate::model::{FunctionCounters, NodeId};
     use serde_json::value::RawValue;
 
     const AT: UnixMs = 1_795_305_600_123;
@@ -157,7 +157,7 @@ mod tests {
             updated_at: String::new(),
             env_vars: r#"{"A":"1"}"#.into(),
             version: 7,
-            counters: Counters::default(),
+            counters: FunctionCounters::default(),
             recommendation: None,
         }
     }

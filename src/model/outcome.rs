@@ -4,7 +4,7 @@
 //! `serde` structs were rejected: one member with another type, or one that occurs twice, would hide all
 //! others.
 
-use super::Text;
+use super::JsonText;
 use super::escape::Escape;
 use bytes::Bytes;
 use serde::Deserialize;
@@ -129,7 +129,7 @@ impl<'de> Deserialize<'de> for ResultFields<'de> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<ResultFields<'de>, A::Error> {
                 let mut fields = ResultFields::default();
-                while let Some(Text(key)) = map.next_key()? {
+                while let Some(JsonText(key)) = map.next_key()? {
                     let value: &'de RawValue = map.next_value()?;
                     fields.take(&key, value);
                 }
@@ -173,7 +173,8 @@ fn scalar(value: &RawValue) -> Option<&str> {
         return None;
     }
     let is_number = || read(value).is_some_and(|n: f64| n.is_finite());
-    let fits = value.get().len() <= SCALAR_BYTES_MAX && (read::<Text<'_>>(value).is_some() || is_number());
+    let fits =
+        value.get().len() <= SCALAR_BYTES_MAX && (read::<JsonText<'_>>(value).is_some() || is_number());
     fits.then(|| value.get())
 }
 
@@ -188,7 +189,7 @@ fn text(value: &RawValue) -> Option<Cow<'_, str>> {
     if !value.get().starts_with('"') {
         return None;
     }
-    let whole = read(value).map(|Text(text)| text);
+    let whole = read(value).map(|JsonText(text)| text);
     whole.or_else(|| serde_json::from_str(&without_halves(value.get())).map(Cow::Owned).ok())
 }
 

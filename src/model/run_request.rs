@@ -4,7 +4,7 @@
 //! numbers beyond f64 and repeated members, and cost an allocation for each value.
 
 use crate::model::escape::Escape;
-use crate::model::{FunctionId, Text, encoding_problem};
+use crate::model::{FunctionId, JsonText, encoding_problem};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;
@@ -85,7 +85,7 @@ fn json_place(e: &serde_json::Error) -> String {
 }
 
 fn text<'a>(raw: &'a RawValue, member: &'static str) -> Result<Cow<'a, str>, RunRequestError> {
-    let read: Result<Text<'a>, _> = serde_json::from_str(raw.get());
+    let read: Result<JsonText<'a>, _> = serde_json::from_str(raw.get());
     read.map(|t| t.0).map_err(|_| RunRequestError::Member { member, problem: "must be a string" })
 }
 
@@ -110,7 +110,7 @@ impl<'de> Deserialize<'de> for Members<'de> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
                 let mut members = Members::default();
                 let mut others = HashSet::new(); // allocates only if there is an unknown member
-                while let Some(Text(key)) = map.next_key()? {
+                while let Some(JsonText(key)) = map.next_key()? {
                     let value: &'de RawValue = map.next_value()?;
                     let before = match &*key {
                         "functionId" => members.function.replace(value).is_some(),

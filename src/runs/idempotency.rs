@@ -20,7 +20,7 @@
 //! ```
 
 use super::error::RunError;
-use crate::backend::{Backend, BackendError, Claim, Claimed, Claims, ExecutionStore, Standing};
+use crate::backend::{Backend, BackendError, Claim, Claims, ExecutionStore, JournalState, StoredClaim};
 use crate::config::{BatchConf, Live};
 use crate::dispatch::{Dispatcher, JobState, Pending, PendingJob, Resend, Sending, SubmitError};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -55,9 +55,9 @@ pub enum ClaimOutcome {
     /// Send its job: the request is the first with its key.
     First(Attempt),
     /// Answer with the state of the earlier job.
-    Repeated(Box<Claimed>, KnownState),
+    Repeated(Box<StoredClaim>, KnownState),
     /// Send the earlier job again: it is unknown whether the queue has it.
-    Resend(Attempt, Box<Claimed>, Resend),
+    Resend(Attempt, Box<StoredClaim>, Resend),
 }
 
 /// The outcome of an attempt. `None`: it is in flight.
@@ -95,9 +95,9 @@ impl AttemptWatcher {
 
 /// Claims idempotency keys, and follows the attempts to send their jobs. Cheap to clone.
 #[derive(Clone)]
-pub struct Idempotency(Arc<Inner>);
+pub struct Idempotency(Arc<IdempotencyState>);
 
-struct Inner {
+struct IdempotencyState {
     claims: Arc<dyn Claims>,
     executions: Arc<dyn ExecutionStore>,
     dispatcher: Dispatcher,
@@ -117,7 +117,15 @@ impl Idempotency {
     ) -> Self {
         let (claims, executions) = (Arc::clone(&backend.claims), Arc::clone(&backend.executions));
         let attempts = Arc::default();
-        Self(Arc::new(Inner { claims, executions, dispatcher, batch, lifecycle, metrics, attempts }))
+        Self(Arc::new(IdempotencyState {
+            claims,
+            executions,
+            dispatcher,
+            batch,
+            lifecycle,
+            metrics,
+            attempts,
+        }))
     }
 
     /// Claims the key. If another job has it, waits until the outcome of that job's send is known.
@@ -175,7 +183,7 @@ impl Idempotency {
     }
 
     /// Whether the last attempt is over, and another one may begin.
-    async fn may_send_again(&self, before: &Claimed, job_lasts: Duration) -> Result<bool, RunError> {
+    async fn may_send_again(&self, before: &StoredClaim, job_lasts: Duration) -> Result<bool, RunError> {
         if self.0.attempts.contains_key(&before.attempt) || !self.is_over(before.attempt) {
             return Ok(false);
         }
@@ -197,14 +205,14 @@ impl Idempotency {
         &self,
         key: IdempotencyKey,
         body: BodyHash,
-    ) -> Result<Option<(Box<Claimed>, KnownState)>, RunError> {
+    ) -> Result<Option<(Box<StoredClaim>, KnownState)>, RunError> {
         let Some(before) = self.0.claims.find(&key).await.map_err(unavailable)? else { return Ok(None) };
         if before.claim.body != body {
             return Err(RunError::KeyReused);
         }
         if let Some(mut attempt) = self.watched(before.attempt) {
             attempt.outcome().await.map_err(RunError::Submit)?;
-            return Ok(Some((Box::new(Claimed { is_sent: true, ..before }), KnownState::Pending(None))));
+            return Ok(Some((Box::new(StoredClaim { is_sent: true, ..before }), KnownState::Pending(None))));
         }
         // The function existed when the first request arrived, so it is not reported as missing.
         let known =
@@ -214,7 +222,7 @@ impl Idempotency {
 
     /// Claims the next attempt. `None`: another request was faster, or the outcome of the last attempt has
     /// become known.
-    async fn send_again(&self, before: &Claimed) -> Result<Option<ClaimOutcome>, RunError> {
+    async fn send_again(&self, before: &StoredClaim) -> Result<Option<ClaimOutcome>, RunError> {
         let id = before.claim.job;
         let attempt_id = self.0.dispatcher.new_id();
         let mut attempt = self.begin(attempt_id, false);
@@ -229,7 +237,7 @@ impl Idempotency {
             return Ok(Some(ClaimOutcome::Repeated(Box::new(before.clone()), known)));
         }
         let is_journaled = standing.is_held();
-        let maybe_sent = is_here || standing != Standing::Absent;
+        let maybe_sent = is_here || standing != JournalState::Absent;
         attempt.is_first = !maybe_sent;
         self.count(if maybe_sent { "sent_again" } else { "taken_over" });
         tracing::info!(requestId = %id, journaled = is_journaled, "Unconfirmed job sent again for a repeat");
@@ -261,7 +269,7 @@ impl Idempotency {
     }
 
     /// The state of the job. `None`: there is no proof that the queue has it.
-    async fn known(&self, before: &Claimed) -> Result<Option<KnownState>, BackendError> {
+    async fn known(&self, before: &StoredClaim) -> Result<Option<KnownState>, BackendError> {
         if let Some(result) = &before.result {
             return Ok(Some(KnownState::Result(Outcome::new(result.clone()))));
         }
@@ -350,7 +358,7 @@ impl Idempotency {
         let dispatcher = &self.0.dispatcher;
         // Until the key is free, no other request may consider this attempt over.
         let renewed = dispatcher.new_id();
-        let before = Claimed { claim: claim.clone(), attempt: attempt.id, is_sent: false, result: None };
+        let before = StoredClaim { claim: claim.clone(), attempt: attempt.id, is_sent: false, result: None };
         self.0.attempts.insert(renewed, attempt.outcome.subscribe());
         let is_renewed = self.0.claims.try_again(&before, renewed).await;
         let is_claimed = matches!(is_renewed, Ok(true));

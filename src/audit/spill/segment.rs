@@ -1,7 +1,7 @@
 //! The file format of a spill segment: a header, then for each row its length, its CRC-32 and the row as
 //! JSON.
 
-use crate::audit::{Kept, Record};
+use crate::audit::{KeyedResult, Record};
 use crate::model::{Execution, FunctionId, IdempotencyKey, JobId, Recommendation, RowId, Status, UnixMs};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -28,7 +28,7 @@ pub struct Segment {
 }
 
 /// Rows of a segment, and the offset of their end.
-pub struct Read {
+pub struct ReadRows {
     pub records: Vec<Record>,
     pub end: u64,
 }
@@ -44,7 +44,7 @@ pub fn number(name: &str) -> Option<u64> {
 
 /// The JSON form of a row.
 #[derive(Serialize, Deserialize)]
-struct Text<'a> {
+struct RowJson<'a> {
     id: Cow<'a, str>,
     function: Cow<'a, str>,
     status: Cow<'a, str>,
@@ -54,7 +54,7 @@ struct Text<'a> {
     message: Cow<'a, str>,
     completed_at: Option<UnixMs>,
     expires_at_s: Option<u64>,
-    advice: Option<Advice>,
+    advice: Option<StoredRecommendation>,
     kept: Option<(String, Vec<u8>)>,
     /// Absent in segments of earlier versions.
     #[serde(default)]
@@ -62,16 +62,16 @@ struct Text<'a> {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Advice {
+struct StoredRecommendation {
     memory_mb: Option<u64>,
     tip: Option<String>,
     savings: Option<String>,
 }
 
-impl<'a> Text<'a> {
+impl<'a> RowJson<'a> {
     fn of(record: &'a Record) -> Self {
         let row = &record.row;
-        let advice = record.recommendation.as_ref().map(|r| Advice {
+        let advice = record.recommendation.as_ref().map(|r| StoredRecommendation {
             memory_mb: r.memory_mb,
             tip: r.tip.clone(),
             savings: r.savings.clone(),
@@ -103,7 +103,7 @@ impl<'a> Text<'a> {
         });
         let kept = match self.kept {
             Some((key, result)) => {
-                Some(Box::new(Kept { key: IdempotencyKey::parse(&key)?, result: result.into() }))
+                Some(Box::new(KeyedResult { key: IdempotencyKey::parse(&key)?, result: result.into() }))
             }
             None => None,
         };
@@ -124,7 +124,7 @@ impl<'a> Text<'a> {
 
 /// Appends a row to `bytes` in the format of a segment.
 pub fn put(bytes: &mut Vec<u8>, record: &Record) -> io::Result<()> {
-    let text = serde_json::to_vec(&Text::of(record))?;
+    let text = serde_json::to_vec(&RowJson::of(record))?;
     let len = u32::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     bytes.extend_from_slice(&len.to_le_bytes());
     bytes.extend_from_slice(&crc32fast::hash(&text).to_le_bytes());
@@ -149,7 +149,7 @@ pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId, bool)) -> io::Re
 }
 
 /// Returns up to `max` rows between the offsets `from` and `to`.
-pub fn read(path: &Path, from: u64, to: u64, max: usize) -> io::Result<Read> {
+pub fn read(path: &Path, from: u64, to: u64, max: usize) -> io::Result<ReadRows> {
     let mut rows = Rows::open(path, from)?;
     let (mut records, mut end) = (Vec::new(), from);
     while records.len() < max && end < to {
@@ -157,7 +157,7 @@ pub fn read(path: &Path, from: u64, to: u64, max: usize) -> io::Result<Read> {
         end += bytes;
         records.push(record);
     }
-    Ok(Read { records, end })
+    Ok(ReadRows { records, end })
 }
 
 struct Rows(BufReader<File>);
@@ -185,7 +185,7 @@ impl Rows {
         if !self.fill(&mut text)? || crc32fast::hash(&text) != crc {
             return Ok(None);
         }
-        let record = serde_json::from_slice::<Text<'_>>(&text).ok().and_then(Text::into_record);
+        let record = serde_json::from_slice::<RowJson<'_>>(&text).ok().and_then(RowJson::into_record);
         Ok(record.map(|record| (record, (FRAME + len) as u64)))
     }
 

@@ -1,6 +1,6 @@
 //! Sets up the AWS SDK. Without the limits set here the SDK waits indefinitely.
 
-use super::Settings;
+use super::AwsSettings;
 use crate::https::POOL_IDLE;
 use aws_config::retry::RetryConfig;
 use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
@@ -55,7 +55,7 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
         .await;
     match config.credentials_provider() {
         Some(provider) => {
-            let usable = SharedCredentialsProvider::new(Usable(provider));
+            let usable = SharedCredentialsProvider::new(ValidatingProvider(provider));
             config.into_builder().credentials_provider(usable).build()
         }
         None => config,
@@ -65,9 +65,9 @@ pub(super) async fn sdk_config(region: &str) -> SdkConfig {
 /// Trims blanks and line ends from the credentials of a provider; files and variables often have them.
 /// Rejects characters that a header field cannot carry, because the SDK panics when it signs with them.
 #[derive(Debug)]
-struct Usable(SharedCredentialsProvider);
+struct ValidatingProvider(SharedCredentialsProvider);
 
-impl ProvideCredentials for Usable {
+impl ProvideCredentials for ValidatingProvider {
     fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
     where
         Self: 'a,
@@ -120,7 +120,7 @@ pub(super) fn backoff(tried: u32) -> Duration {
     pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.5))
 }
 
-pub(super) fn sqs(config: &SdkConfig, settings: &Settings) -> aws_sdk_sqs::Client {
+pub(super) fn sqs(config: &SdkConfig, settings: &AwsSettings) -> aws_sdk_sqs::Client {
     let builder = aws_sdk_sqs::config::Builder::from(config);
     let builder = match old_endpoint(config, "SQS", settings.sqs_endpoint.as_deref()) {
         Some(url) => builder.endpoint_url(url),
@@ -129,7 +129,7 @@ pub(super) fn sqs(config: &SdkConfig, settings: &Settings) -> aws_sdk_sqs::Clien
     aws_sdk_sqs::Client::from_conf(builder.build())
 }
 
-pub(super) fn dynamodb(config: &SdkConfig, settings: &Settings) -> aws_sdk_dynamodb::Client {
+pub(super) fn dynamodb(config: &SdkConfig, settings: &AwsSettings) -> aws_sdk_dynamodb::Client {
     let builder = aws_sdk_dynamodb::config::Builder::from(config);
     let builder = match old_endpoint(config, "DynamoDB", settings.dynamodb_endpoint.as_deref()) {
         Some(url) => builder.endpoint_url(url),
@@ -138,7 +138,7 @@ pub(super) fn dynamodb(config: &SdkConfig, settings: &Settings) -> aws_sdk_dynam
     aws_sdk_dynamodb::Client::from_conf(builder.build())
 }
 
-pub(super) fn s3(config: &SdkConfig, settings: &Settings) -> aws_sdk_s3::Client {
+pub(super) fn s3(config: &SdkConfig, settings: &AwsSettings) -> aws_sdk_s3::Client {
     let builder = aws_sdk_s3::config::Builder::from(config);
     let old = old_endpoint(config, "S3", settings.s3_endpoint.as_deref());
     // Names such as `bucket.localhost` do not resolve, so with a custom endpoint the bucket name goes in the
@@ -215,7 +215,7 @@ mod tests {
             ("AKIA", "s", Some("t\u{7f}"), Err("the session token")),
         ] {
             let given = Credentials::new(key_id, secret, token.map(str::to_owned), None, "test");
-            let provider = Usable(SharedCredentialsProvider::new(given));
+            let provider = ValidatingProvider(SharedCredentialsProvider::new(given));
             match (provider.provide_credentials().await, expected) {
                 (Ok(credentials), Ok(expected)) => {
                     let (key_id, secret) = (credentials.access_key_id(), credentials.secret_access_key());

@@ -4,7 +4,7 @@
 //! A call through the SDK (plug-ins, interceptors, endpoint rules, typed values) took 125 µs of CPU, a
 //! quarter of the total cost of an asynchronous run. Here a call is a text, a signature and a request.
 //! Everything else uses the SDK, including the discovery of address and identity: the first call to each
-//! service is made by the SDK, and [`Seen`] records its address and the scope of its signature.
+//! service is made by the SDK, and [`RouteRecorder`] records its address and the scope of its signature.
 //!
 //! Nothing is retried here. The batcher and the audit retry, because they know when a retry is allowed.
 
@@ -90,7 +90,7 @@ impl CallError {
 
 /// The address of a service and the scope of its signatures.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Route {
+struct JsonRoute {
     uri: Uri,
     region: String,
     service: String,
@@ -98,9 +98,9 @@ struct Route {
 
 /// Records the route of the SDK call that it is attached to.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Seen(Arc<OnceLock<Route>>);
+pub(super) struct RouteRecorder(Arc<OnceLock<JsonRoute>>);
 
-impl Intercept for Seen {
+impl Intercept for RouteRecorder {
     fn name(&self) -> &'static str {
         "Seen"
     }
@@ -114,7 +114,7 @@ impl Intercept for Seen {
         let request = context.request();
         let scope = request.headers().get(AUTHORIZATION.as_str()).and_then(scope);
         if let (Some((region, service)), Ok(uri)) = (scope, request.uri().parse()) {
-            let _ = self.0.set(Route { uri, region: region.to_owned(), service: service.to_owned() });
+            let _ = self.0.set(JsonRoute { uri, region: region.to_owned(), service: service.to_owned() });
         }
         Ok(())
     }
@@ -129,20 +129,20 @@ fn scope(authorization: &str) -> Option<(&str, &str)> {
 }
 
 /// Calls one service.
-pub(super) struct Direct {
+pub(super) struct JsonClient {
     client: HttpsClient,
     credentials: Arc<CredentialCache>,
-    route: Route,
+    route: JsonRoute,
     /// How far the clock of the service is ahead of ours, in milliseconds; 0 if the difference is small.
     skew_ms: AtomicI64,
 }
 
-impl Direct {
+impl JsonClient {
     /// Creates a caller for the service that the recorded SDK call went to.
     pub(super) fn new(
         client: HttpsClient,
         credentials: Arc<CredentialCache>,
-        seen: &Seen,
+        seen: &RouteRecorder,
     ) -> Result<Self, BackendError> {
         let route = seen.0.get().cloned();
         let route = route.ok_or_else(|| BackendError::Invalid("the SDK call had no signature".into()))?;
@@ -305,12 +305,12 @@ mod tests {
         use aws_credential_types::Credentials;
         use aws_credential_types::provider::SharedCredentialsProvider;
         let keys = SharedCredentialsProvider::new(Credentials::new("AK", "secret", None, None, "test"));
-        let route = Route {
+        let route = JsonRoute {
             uri: Uri::from_static("http://127.0.0.1:1/"),
             region: "eu-west-1".into(),
             service: "sqs".into(),
         };
-        let direct = Direct {
+        let direct = JsonClient {
             client: crate::https::client(CALL_TIMEOUT).unwrap(),
             credentials: Arc::new(CredentialCache::new(keys)),
             route,

@@ -2,13 +2,13 @@
 //! error.
 
 use super::dynamodb::claims::ClaimTable;
-use super::dynamodb::code_list::CodeTable;
+use super::dynamodb::code_list::CodeListTable;
 use super::dynamodb::executions::ExecutionTable;
 use super::dynamodb::functions::FunctionTable;
 use super::json_call::CredentialCache;
 use super::redis::beats::Beats;
 use super::redis::changes::RedisChanges;
-use super::redis::connection::Commands;
+use super::redis::connection::CommandConnection;
 use super::redis::journal::RedisJournal;
 use super::redis::limits::RedisLimits;
 use super::redis::membership::RedisMembership;
@@ -18,7 +18,7 @@ use super::redis::workers::RedisWorkers;
 use super::s3::CodeBucket;
 use super::sqs::dead_letters::DeadLetterQueue;
 use super::sqs::queue::SqsQueue;
-use super::{Settings, client, error, s3};
+use super::{AwsSettings, client, error, s3};
 use crate::backend::{Backend, BackendError, Membership, StartProblem};
 use crate::https;
 use crate::model::NodeId;
@@ -38,11 +38,11 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// # Errors
 /// One problem for each service that is missing, denies access or does not answer by the deadline.
 /// Without credentials the AWS services are not asked.
-pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>> {
+pub async fn connect(settings: AwsSettings) -> Result<AwsConnection, Vec<StartProblem>> {
     let deadline = Instant::now() + settings.start_deadline;
     match tokio::join!(connect_aws(&settings, deadline), connect_redis(&settings, deadline)) {
         (Ok(mut aws), Ok((redis, of_redis))) => {
-            let commands = Arc::new(Commands::new(redis.clone()));
+            let commands = Arc::new(CommandConnection::new(redis.clone()));
             let membership =
                 Arc::new(RedisMembership::new(Arc::clone(&commands), &settings.logs_table, settings.process));
             let dead_letters = aws.queue.dead_letters(Arc::clone(&commands)).await.unwrap_or_else(|error| {
@@ -50,7 +50,7 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
                 None
             });
             let warnings = std::mem::take(&mut aws.warnings).into_iter().chain(of_redis).collect();
-            Ok(Connected { warnings, settings, aws, redis, commands, membership, dead_letters })
+            Ok(AwsConnection { warnings, settings, aws, redis, commands, membership, dead_letters })
         }
         (aws, redis) => {
             let mut problems = aws.err().unwrap_or_default();
@@ -61,18 +61,18 @@ pub async fn connect(settings: Settings) -> Result<Connected, Vec<StartProblem>>
 }
 
 /// A backend whose services have all answered. It has no node id yet.
-pub struct Connected {
+pub struct AwsConnection {
     /// Problems that do not prevent the start, for the log.
     pub warnings: Vec<String>,
-    settings: Settings,
+    settings: AwsSettings,
     aws: Aws,
     redis: redis::Client,
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     membership: Arc<RedisMembership>,
     dead_letters: Option<DeadLetterQueue>,
 }
 
-impl Connected {
+impl AwsConnection {
     /// The store of the node ids in use.
     pub fn membership(&self) -> &dyn Membership {
         self.membership.as_ref()
@@ -126,13 +126,13 @@ struct Aws {
     queue: SqsQueue,
     functions: FunctionTable,
     executions: ExecutionTable,
-    code_list: CodeTable,
+    code_list: CodeListTable,
     claims: ClaimTable,
     code: CodeBucket,
     warnings: Vec<String>,
 }
 
-async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<StartProblem>> {
+async fn connect_aws(settings: &AwsSettings, deadline: Instant) -> Result<Aws, Vec<StartProblem>> {
     let config = client::sdk_config(&settings.region).await;
     let provider = check_credentials(&config, deadline).await.map_err(|problem| vec![problem])?;
     let credentials = Arc::new(CredentialCache::new(provider));
@@ -141,7 +141,7 @@ async fn connect_aws(settings: &Settings, deadline: Instant) -> Result<Aws, Vec<
     let sqs = client::sqs(&config, settings);
     let dynamodb = client::dynamodb(&config, settings);
     let s3 = client::s3(&config, settings);
-    let code_list = CodeTable::new(dynamodb.clone(), &settings.logs_table);
+    let code_list = CodeListTable::new(dynamodb.clone(), &settings.logs_table);
     let claims = ClaimTable::new(dynamodb.clone(), &settings.logs_table);
     let (queue, functions, executions, bucket) = tokio::join!(
         within(deadline, async || {
@@ -208,19 +208,19 @@ async fn check_credentials(
     })
 }
 
-fn redis_at(settings: &Settings) -> String {
+fn redis_at(settings: &AwsSettings) -> String {
     format!("Redis at {}", settings.redis_url)
 }
 
 /// Returns the client, and a warning about problems that do not prevent the start.
 async fn connect_redis(
-    settings: &Settings,
+    settings: &AwsSettings,
     deadline: Instant,
 ) -> Result<(redis::Client, Option<String>), StartProblem> {
     let what = redis_at(settings);
     let client = super::redis::connection::client(&settings.redis_url);
     let client = client.map_err(|error| problem(&what, error.clone(), &redis_mend(settings, &error)))?;
-    let commands = Commands::new(client.clone());
+    let commands = CommandConnection::new(client.clone());
     let answered = within(deadline, || commands.ping()).await;
     answered.map_err(|error| problem(&what, error.clone(), &redis_mend(settings, &error)))?;
     let probe = RedisProbe::new(&client, &commands, &settings.functions_table, deadline);
@@ -229,7 +229,7 @@ async fn connect_redis(
 }
 
 /// The remedy for a Redis that cannot be reached. Names the variables that were set.
-fn redis_mend(settings: &Settings, error: &BackendError) -> String {
+fn redis_mend(settings: &AwsSettings, error: &BackendError) -> String {
     const FORM: &str = "redis://[user:password@]host[:port][/db]";
     let variables = settings.redis_variables;
     match (error, variables) {
@@ -271,7 +271,7 @@ fn no_answer() -> BackendError {
     BackendError::Unavailable("no answer before the start-up deadline".into())
 }
 
-fn queue_problem(settings: &Settings, error: BackendError) -> StartProblem {
+fn queue_problem(settings: &AwsSettings, error: BackendError) -> StartProblem {
     let mend = match &error {
         BackendError::Missing(_) => "Create the queue, or correct SQS_URL and AWS_REGION.",
         BackendError::Denied(_) => {
@@ -304,7 +304,7 @@ fn table_problem(what: &str, table: &str, keys: &str, error: BackendError) -> St
 }
 
 fn bucket_warning(
-    settings: &Settings,
+    settings: &AwsSettings,
     probed: Result<Result<(), BackendError>, tokio::time::error::Elapsed>,
 ) -> Vec<String> {
     let text = match probed {
@@ -324,5 +324,5 @@ fn without_login(url: &str) -> String {
 }
 
 fn problem(what: &str, error: BackendError, mend: &str) -> StartProblem {
-    StartProblem { what: what.to_owned(), error, mend: mend.to_owned() }
+    StartProblem { what: what.to_owned(), error, remedy: mend.to_owned() }
 }

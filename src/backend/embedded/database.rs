@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use writer::{Pending, Queued, Writer};
+use writer::{DatabaseWriter, PendingWrite, QueuedWrite};
 
 /// Most pending writes. When it is full, the next caller waits asynchronously.
 const WRITES_MAX: usize = 4_096;
@@ -102,11 +102,11 @@ impl From<WriteError> for BackendError {
 /// A handle. Clones share one file, one writer and one lock. Dropping the last clone commits the pending
 /// writes, ends the writer thread, and then frees the directory.
 #[derive(Clone)]
-pub(super) struct Database(Arc<Shared>);
+pub(super) struct Database(Arc<SharedDatabase>);
 
-struct Shared {
+struct SharedDatabase {
     /// `None` only during the drop.
-    inbox: Option<SyncSender<Queued>>,
+    inbox: Option<SyncSender<QueuedWrite>>,
     room: Arc<Semaphore>,
     writer: Option<JoinHandle<()>>,
     readers: Arc<Readers>,
@@ -146,9 +146,9 @@ impl Database {
         let made = first(&connection)?;
 
         let (inbox, outbox) = sync_channel(WRITES_MAX);
-        let writer = Writer::new(connection, outbox);
+        let writer = DatabaseWriter::new(connection, outbox);
         let writer = std::thread::Builder::new().name("sqlite-writer".into()).spawn(move || writer.run())?;
-        let database = Self(Arc::new(Shared {
+        let database = Self(Arc::new(SharedDatabase {
             inbox: Some(inbox),
             room: Arc::new(Semaphore::new(WRITES_MAX)),
             writer: Some(writer),
@@ -172,10 +172,10 @@ impl Database {
     ) -> Result<T, WriteError> {
         let room = self.0.room.clone().acquire_owned().await.map_err(|_| stopped())?;
         let (reply, outcome) = oneshot::channel();
-        let write = Pending::new(op, records, reply);
+        let write = PendingWrite::new(op, records, reply);
         let inbox = self.0.inbox.as_ref().ok_or_else(stopped)?;
         // This never blocks, because the channel has a slot for each permit.
-        inbox.send(Queued { write: Box::new(write), room }).map_err(|_| stopped())?;
+        inbox.send(QueuedWrite { write: Box::new(write), room }).map_err(|_| stopped())?;
         let lost = || WriteError::Unknown(BackendError::Unavailable("the database writer panicked".into()));
         outcome.await.map_err(|_| lost())?
     }
@@ -197,7 +197,7 @@ impl Database {
     }
 }
 
-impl Drop for Shared {
+impl Drop for SharedDatabase {
     /// Blocks until the last commits are done, so that no pending write is lost.
     fn drop(&mut self) {
         drop(self.inbox.take());
@@ -327,8 +327,8 @@ mod tests {
     use super::*;
     use crate::backend::FunctionStore;
     use crate::backend::embedded::scratch::{Scratch, in_time};
-    use crate::backend::embedded::store::Functions;
-    use crate::model::{Counters, FunctionId};
+    use crate::backend::embedded::store::SqliteFunctions;
+    use crate::model::{FunctionCounters, FunctionId};
     use std::sync::mpsc::sync_channel;
 
     fn mark(
@@ -366,9 +366,13 @@ mod tests {
         version_1(&scratch);
         for _ in 0..2 {
             let database = scratch.database();
-            let f = Functions(database.clone()).get(&FunctionId::parse("f").unwrap()).await.unwrap().unwrap();
+            let f = SqliteFunctions(database.clone())
+                .get(&FunctionId::parse("f").unwrap())
+                .await
+                .unwrap()
+                .unwrap();
             assert_eq!((f.name.as_str(), f.memory_mb, f.version), ("the f", 256, 3));
-            let Counters { invocations, errors, total_duration_ms, .. } = f.counters;
+            let FunctionCounters { invocations, errors, total_duration_ms, .. } = f.counters;
             assert_eq!((invocations, errors, total_duration_ms, f.recommendation), (5, 0, 1.5, None));
             let counts = database.read(|c| {
                 c.query_row(

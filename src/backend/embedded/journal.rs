@@ -3,17 +3,17 @@
 
 use super::database::{Database, integer, unsigned};
 use super::store::add_counters;
-use crate::backend::{BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry};
+use crate::backend::{BackendError, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry};
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, now_ms};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::BTreeMap;
 
 /// The table `inflight`.
-pub(super) struct Inflight(pub(super) Database);
+pub(super) struct SqliteJournal(pub(super) Database);
 
 #[async_trait]
-impl Journal for Inflight {
+impl Journal for SqliteJournal {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
         let entry = |job: &Job| (job.id, job.function.clone(), job.deadline, job.idempotency_key.clone());
         let entries: Vec<_> = jobs.iter().map(entry).collect();
@@ -44,11 +44,11 @@ impl Journal for Inflight {
     }
 
     /// Adds the counters of the jobs in the same transaction, because the functions are in the same file.
-    async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
         let ended = ended.to_vec();
         let write = self.0.write(2 * ended.len(), move |c| {
             let mut sums: BTreeMap<FunctionId, Sums> = BTreeMap::new();
-            for Ended { id, function, adds, is_lost } in ended {
+            for EndedJob { id, function, adds, is_lost } in ended {
                 let mut adds = adds;
                 if delete(c, "DELETE FROM inflight WHERE id = ?1", id)? {
                     if is_lost {
@@ -144,21 +144,21 @@ mod tests {
     use super::*;
     use crate::backend::FunctionStore;
     use crate::backend::embedded::scratch::{Scratch, job, job_of};
-    use crate::backend::embedded::store::{Functions, put_function};
-    use crate::model::{Counters, Function};
+    use crate::backend::embedded::store::{SqliteFunctions, put_function};
+    use crate::model::{Function, FunctionCounters};
 
     #[tokio::test]
     async fn the_journal_survives_a_restart_and_separates_nodes() {
         let scratch = Scratch::new();
         let ours: Vec<Job> = (0..5).map(|n| job_of(NodeId(7), n, "{}")).collect();
         let others = [job_of(NodeId(6), u64::MAX, "{}"), job_of(NodeId(8), 0, "{}")];
-        let journal = Inflight(scratch.database());
+        let journal = SqliteJournal(scratch.database());
         journal.enter(&ours).await.unwrap();
         journal.enter(&others).await.unwrap();
         journal.leave(&[ours[1].id, job(99, "{}").id]).await.unwrap();
         drop(journal);
 
-        let journal = Inflight(scratch.database());
+        let journal = SqliteJournal(scratch.database());
         let entry = |job: &Job| JournalEntry {
             id: job.id,
             function: job.function.clone(),
@@ -176,15 +176,15 @@ mod tests {
     #[tokio::test]
     async fn a_job_is_counted_once_however_often_it_ends() {
         let scratch = Scratch::new();
-        let functions = Functions(scratch.database());
+        let functions = SqliteFunctions(scratch.database());
         let there = Function::sample("f");
         let made = there.clone();
         assert_eq!(functions.0.write(1, move |c| put_function(c, &made)).await.ok(), Some(true));
-        let journal = Inflight(functions.0.clone());
+        let journal = SqliteJournal(functions.0.clone());
         let jobs: Vec<Job> = (0..3).map(|n| job_of(NodeId(7), n, "{}")).collect();
         journal.enter(&jobs[..2]).await.unwrap();
         let adds = Sums { invocations: 1, duration_us: 1500, ..Sums::default() };
-        let ended = |job: &Job, function: &str| Ended {
+        let ended = |job: &Job, function: &str| EndedJob {
             id: job.id,
             function: FunctionId::parse(function).unwrap(),
             adds,
@@ -196,7 +196,8 @@ mod tests {
             assert_eq!(journal.end(NodeId(7), &all).await, Ok(true));
         }
         let counters = functions.get(&there.id).await.unwrap().unwrap().counters;
-        let expected = Counters { invocations: 1, total_duration_ms: 1.5, ..Counters::default() };
+        let expected =
+            FunctionCounters { invocations: 1, total_duration_ms: 1.5, ..FunctionCounters::default() };
         assert_eq!(counters, expected);
         assert_eq!(journal.entries(NodeId(7)).await, Ok(Vec::new()));
     }
@@ -204,15 +205,19 @@ mod tests {
     #[tokio::test]
     async fn a_late_result_corrects_the_counters_of_its_lost_job() {
         let scratch = Scratch::new();
-        let functions = Functions(scratch.database());
+        let functions = SqliteFunctions(scratch.database());
         let there = Function::sample("f");
         let made = there.clone();
         assert_eq!(functions.0.write(1, move |c| put_function(c, &made)).await.ok(), Some(true));
-        let journal = Inflight(functions.0.clone());
+        let journal = SqliteJournal(functions.0.clone());
         let jobs: Vec<Job> = (0..2).map(|n| job_of(NodeId(7), n, "{}")).collect();
         journal.enter(&jobs).await.unwrap();
-        let ended =
-            |job: &Job, adds: Sums, is_lost| Ended { id: job.id, function: there.id.clone(), adds, is_lost };
+        let ended = |job: &Job, adds: Sums, is_lost| EndedJob {
+            id: job.id,
+            function: there.id.clone(),
+            adds,
+            is_lost,
+        };
         let lost = Sums { invocations: 1, errors: 1, ..Sums::default() };
         let real = Sums { invocations: 1, duration_us: 2000, ..Sums::default() };
         for _ in 0..2 {
@@ -230,7 +235,12 @@ mod tests {
         }
         assert_eq!(journal.given_up(NodeId(7)).await, Ok(vec![(jobs[0].id, there.id.clone())]));
         let counters = functions.get(&there.id).await.unwrap().unwrap().counters;
-        let expected = Counters { invocations: 2, errors: 1, total_duration_ms: 2.0, ..Counters::default() };
+        let expected = FunctionCounters {
+            invocations: 2,
+            errors: 1,
+            total_duration_ms: 2.0,
+            ..FunctionCounters::default()
+        };
         assert_eq!(counters, expected);
     }
 }

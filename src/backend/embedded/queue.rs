@@ -27,7 +27,7 @@ pub(super) struct Queue {
 }
 
 /// A job on the queue.
-pub(super) struct Queued {
+pub(super) struct QueuedJob {
     /// Number of the job in order of arrival.
     pub(super) seq: i64,
     pub(super) id: JobId,
@@ -44,7 +44,7 @@ impl Queue {
     }
 
     /// Returns up to `limit` jobs after number `seq`, in order of arrival.
-    pub(super) async fn after(&self, seq: i64, limit: usize) -> Result<Vec<Queued>, BackendError> {
+    pub(super) async fn after(&self, seq: i64, limit: usize) -> Result<Vec<QueuedJob>, BackendError> {
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let read = self.database.read(move |c| {
             let mut select = c.prepare_cached(
@@ -75,8 +75,8 @@ impl Queue {
     }
 }
 
-fn queued(row: &Row<'_>) -> rusqlite::Result<Queued> {
-    Ok(Queued {
+fn queued(row: &Row<'_>) -> rusqlite::Result<QueuedJob> {
+    Ok(QueuedJob {
         seq: row.get(0)?,
         id: JobId::from_bytes(row.get(1)?),
         function: row.get(2)?,

@@ -5,7 +5,7 @@
 use super::code_store;
 use super::database::OpenError;
 use super::store::put_function;
-use crate::model::{Counters, Function, FunctionId, now_ms, rfc3339_ms};
+use crate::model::{Function, FunctionCounters, FunctionId, now_ms, rfc3339_ms};
 use rusqlite::{Connection, OptionalExtension};
 use std::fs::File;
 use std::io::{self, Write};
@@ -77,7 +77,7 @@ impl Example {
             updated_at: String::new(),
             env_vars: "{}".to_owned(),
             version: 1,
-            counters: Counters::default(),
+            counters: FunctionCounters::default(),
             recommendation: None,
         })
     }

@@ -42,7 +42,7 @@ pub fn start_problem(dir: &Path, error: &OpenError) -> StartProblem {
         OpenError::Io(e) => of_io(e),
         OpenError::Sqlite(e) => of_sqlite(e),
     };
-    StartProblem { what: format!("the data directory {}", dir.display()), error, mend }
+    StartProblem { what: format!("the data directory {}", dir.display()), error, remedy: mend }
 }
 
 fn of_io(e: &io::Error) -> (BackendError, String) {
@@ -254,7 +254,7 @@ mod tests {
             let problem = as_nobody_if(what.ends_with("of others"), || open(scratch.path()).err());
             let problem = problem.unwrap_or_else(|| panic!("{what}: the directory was opened"));
             assert!(problem.error.to_string().contains(reason), "{what}: {problem:?}");
-            assert!(problem.mend.contains(advice), "{what}: {problem:?}");
+            assert!(problem.remedy.contains(advice), "{what}: {problem:?}");
             assert_eq!(problem.error.is_transient(), is_transient, "{what}: {problem:?}");
             assert!(is_fifo || fs::read(file(&scratch)).ok() == before, "{what}: the file has changed");
         }
@@ -286,7 +286,7 @@ mod tests {
         ] {
             let problem = start_problem(Path::new("data"), &error);
             assert_eq!(problem.error.is_transient(), is_transient, "{error:?}: {problem:?}");
-            assert!(problem.mend.contains(advice), "{error:?}: {problem:?}");
+            assert!(problem.remedy.contains(advice), "{error:?}: {problem:?}");
         }
     }
 
@@ -298,7 +298,7 @@ mod tests {
         for dir in [path.clone(), path.join("below")] {
             let problem = open(&dir).err().unwrap();
             assert!(matches!(problem.error, BackendError::Invalid(_)), "{problem:?}");
-            assert!(problem.mend.contains("Name a directory"), "{problem:?}");
+            assert!(problem.remedy.contains("Name a directory"), "{problem:?}");
         }
         assert_eq!(fs::read(path).unwrap(), b"mine");
         assert!(Database::open(scratch.path(), |_| Ok(())).is_ok());

@@ -5,10 +5,10 @@ mod code_list;
 mod executions;
 mod functions;
 
-pub(super) use claims::LocalClaims;
-pub(super) use code_list::RetiredCodes;
-pub(super) use executions::Executions;
-pub(super) use functions::{Functions, add_counters, put_function};
+pub(super) use claims::SqliteClaims;
+pub(super) use code_list::SqliteCodeList;
+pub(super) use executions::SqliteExecutions;
+pub(super) use functions::{SqliteFunctions, add_counters, put_function};
 
 use super::database::Database;
 use crate::backend::BackendError;

@@ -13,17 +13,17 @@ mod supervisor;
 mod tree;
 
 use super::code_store;
-use super::queue::{Queue, Queued};
+use super::queue::{Queue, QueuedJob};
 use super::results::LocalResults;
 use super::workers::Activity;
 use crate::backend::BackendError;
 use crate::model::now_ms;
 use code::RunDir;
 use message::Message;
-use monitor::Gauge;
+use monitor::RunUsage;
 use process::Program;
 use result::RunResult;
-use room::{Line, RUNS_MAX};
+use room::{AdmissionQueue, RUNS_MAX};
 use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -47,8 +47,8 @@ const DATA_ALLOWANCE_MB: u64 = 8 * 1024;
 /// Deadline for an interpreter to print its path.
 const INTERPRETER_ANSWER_MAX: Duration = Duration::from_secs(10);
 
-/// The local worker of one data directory. [`Worker::run`] is its loop.
-pub struct Worker {
+/// The local worker of one data directory. [`LocalWorker::run`] is its loop.
+pub struct LocalWorker {
     runner: Runner,
     activity: Arc<Activity>,
     /// Memory that all runs together may reserve, in MiB.
@@ -69,7 +69,7 @@ struct Runner {
     node: Option<PathBuf>,
 }
 
-impl Worker {
+impl LocalWorker {
     pub(super) fn new(
         queue: Queue,
         results: Arc<LocalResults>,
@@ -98,8 +98,8 @@ impl Worker {
         runner.node = real_path(runner.node.take(), ["-p", "process.execPath"]).await;
         let runner = Arc::new(self.runner);
         let active = self.activity.begin();
-        let line = Line::new(self.stall, self.passing_max);
-        let mut schedule = Schedule::new(runner.clone(), self.memory_mb, line, self.busy_max);
+        let line = AdmissionQueue::new(self.stall, self.passing_max);
+        let mut schedule = RunScheduler::new(runner.clone(), self.memory_mb, line, self.busy_max);
         loop {
             schedule.fill().await;
             active.show_runs(schedule.runs.len());
@@ -115,41 +115,41 @@ impl Worker {
 }
 
 /// The running jobs, and the jobs that wait for their start.
-struct Schedule {
+struct RunScheduler {
     runner: Arc<Runner>,
     memory_mb: u64,
     /// While this many runs are busy, another one starts only once per [`LOOK_EVERY`].
     busy_max: usize,
     runs: JoinSet<()>,
-    held: HashMap<task::Id, Held>,
+    held: HashMap<task::Id, RunReservation>,
     /// Number of the last job that was read from the table.
     last: i64,
     /// Jobs that were read from the table, in order of arrival.
-    taken: VecDeque<Waiting>,
+    taken: VecDeque<WaitingJob>,
     /// Jobs whose next start is the last one. They run one at a time, so that it is clear which of them kills
     /// the gateway. Otherwise, jobs that run beside it would fail with it.
-    last_chances: VecDeque<Waiting>,
-    line: Line,
+    last_chances: VecDeque<WaitingJob>,
+    line: AdmissionQueue,
 }
 
 /// A job that waits for its start.
-struct Waiting {
-    job: Queued,
+struct WaitingJob {
+    job: QueuedJob,
     /// Memory of its function in MiB. Parsed once, because a message may be long.
     memory_mb: u64,
 }
 
 /// The resources of a run in progress.
-struct Held {
+struct RunReservation {
     seq: i64,
     memory_mb: u64,
     /// Number of earlier starts of the job.
     starts: u32,
-    gauge: Arc<Gauge>,
+    gauge: Arc<RunUsage>,
 }
 
-impl Schedule {
-    fn new(runner: Arc<Runner>, memory_mb: u64, line: Line, busy_max: usize) -> Self {
+impl RunScheduler {
+    fn new(runner: Arc<Runner>, memory_mb: u64, line: AdmissionQueue, busy_max: usize) -> Self {
         Self {
             runner,
             memory_mb,
@@ -200,7 +200,7 @@ impl Schedule {
             if at == self.taken.len() && !self.take_more().await {
                 return first;
             }
-            let Waiting { job, memory_mb } = &self.taken[at];
+            let WaitingJob { job, memory_mb } = &self.taken[at];
             let (seq, memory_mb) = (job.seq, *memory_mb);
             let is_last_chance = job.starts == STARTS_MAX - 1;
             if is_last_chance && self.last_chances.len() == LAST_CHANCES_MAX {
@@ -239,7 +239,7 @@ impl Schedule {
         let is_more = !more.is_empty();
         self.taken.extend(more.into_iter().map(|job| {
             let memory_mb = Message::memory_mb_of(&job.message);
-            Waiting { job, memory_mb }
+            WaitingJob { job, memory_mb }
         }));
         is_more
     }
@@ -285,14 +285,15 @@ impl Schedule {
     /// Memory in use by all runs, in MiB. A run that was not measured yet counts with all its reserved
     /// memory.
     fn used_mb(&self) -> u64 {
-        let used = |held: &Held| held.gauge.memory_bytes().map_or(held.memory_mb, |bytes| bytes >> 20);
+        let used =
+            |held: &RunReservation| held.gauge.memory_bytes().map_or(held.memory_mb, |bytes| bytes >> 20);
         self.held.values().fold(0, |sum, held| sum.saturating_add(used(held)))
     }
 
-    fn start(&mut self, Waiting { job, memory_mb }: Waiting) {
+    fn start(&mut self, WaitingJob { job, memory_mb }: WaitingJob) {
         self.line.started();
-        let gauge = Arc::new(Gauge::new(Arc::clone(&self.runner.queue.arrived)));
-        let held = Held { seq: job.seq, memory_mb, starts: job.starts, gauge: Arc::clone(&gauge) };
+        let gauge = Arc::new(RunUsage::new(Arc::clone(&self.runner.queue.arrived)));
+        let held = RunReservation { seq: job.seq, memory_mb, starts: job.starts, gauge: Arc::clone(&gauge) };
         let run = self.runs.spawn(self.runner.clone().settle(job, gauge));
         self.held.insert(run.id(), held);
     }
@@ -321,7 +322,7 @@ impl Schedule {
 }
 
 impl Runner {
-    async fn take(&self, last: i64, limit: usize) -> Vec<Queued> {
+    async fn take(&self, last: i64, limit: usize) -> Vec<QueuedJob> {
         self.queue.after(last, limit).await.unwrap_or_else(|e| {
             tracing::warn!(error = %e, "Queue not read; retrying in 1 s");
             Vec::new()
@@ -329,7 +330,7 @@ impl Runner {
     }
 
     /// Runs a job and removes it from the queue. Retries until that is written, because nothing else would.
-    async fn settle(self: Arc<Self>, job: Queued, gauge: Arc<Gauge>) {
+    async fn settle(self: Arc<Self>, job: QueuedJob, gauge: Arc<RunUsage>) {
         if job.deadline <= now_ms() {
             tracing::warn!(job = %job.id, function = job.function, "Job dropped: its deadline has passed");
             until_written(|| self.queue.remove(job.seq)).await;
@@ -350,7 +351,7 @@ impl Runner {
         until_written(|| self.results.finish(job.seq, job.id, result.clone())).await;
     }
 
-    async fn execute(&self, job: &Queued, gauge: &Gauge) -> RunResult {
+    async fn execute(&self, job: &QueuedJob, gauge: &RunUsage) -> RunResult {
         let message = match Message::parse(&job.message) {
             Ok(message) => message,
             Err(reason) => return RunResult::failed(job, None, reason),
@@ -404,7 +405,7 @@ impl Runner {
     }
 
     /// Creates the directory of a run: unpacks the code, and writes the input if it is passed in a file.
-    async fn lay_out(&self, job: &Queued, message: &Message<'_>) -> Result<RunDir, String> {
+    async fn lay_out(&self, job: &QueuedJob, message: &Message<'_>) -> Result<RunDir, String> {
         let zip = code_store::locate(&self.code_dir, &message.s3_key)
             .ok_or("the key of the function's code is outside the store")?;
         let path = self.runs_dir.join(job.id.to_string());
@@ -424,7 +425,7 @@ impl Runner {
 }
 
 /// The error of a job that was started too often. `None`: it may start.
-fn has_ended_us(job: &Queued) -> Option<String> {
+fn has_ended_us(job: &QueuedJob) -> Option<String> {
     let reason = || {
         format!(
             "the run was started {STARTS_MAX} times, and each time the gateway was killed before the run \

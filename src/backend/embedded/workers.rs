@@ -3,7 +3,7 @@
 //!
 //! The heartbeats are kept in memory. A restart loses them, but they would soon expire in any case.
 
-use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
+use crate::backend::{BackendError, WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};
 use crate::model::{UnixMs, now_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -15,12 +15,12 @@ use tokio::time::Instant;
 
 pub(super) struct LocalWorkers {
     /// The last heartbeat of each worker, by worker id.
-    seen: Mutex<HashMap<String, Said>>,
+    seen: Mutex<HashMap<String, LastHeartbeat>>,
     own: Arc<Activity>,
 }
 
 /// The last heartbeat of a worker, and its time by the monotonic and by the wall clock.
-struct Said {
+struct LastHeartbeat {
     state: Bytes,
     since: Instant,
     at: UnixMs,
@@ -33,9 +33,9 @@ impl LocalWorkers {
     }
 
     /// The workers whose heartbeats have not expired.
-    fn known(&self) -> MutexGuard<'_, HashMap<String, Said>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<String, LastHeartbeat>> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.retain(|_, said| said.since.elapsed() < WORKER_FORGOTTEN);
+        seen.retain(|_, said| said.since.elapsed() < WORKER_TTL);
         seen
     }
 }
@@ -48,15 +48,18 @@ impl WorkerRegistry for LocalWorkers {
             return Ok(false);
         }
         let state = Bytes::copy_from_slice(state.as_bytes());
-        known.insert(worker_id.to_owned(), Said { state, since: Instant::now(), at: now_ms() });
+        known.insert(worker_id.to_owned(), LastHeartbeat { state, since: Instant::now(), at: now_ms() });
         Ok(true)
     }
 
-    async fn all(&self) -> Result<Vec<WorkerSeen>, BackendError> {
+    async fn all(&self) -> Result<Vec<WorkerRecord>, BackendError> {
         let known = self.known();
         let by_id: BTreeMap<_, _> = known.iter().collect();
-        let seen =
-            |said: &Said| WorkerSeen { state: said.state.clone(), age: said.since.elapsed(), at: said.at };
+        let seen = |said: &LastHeartbeat| WorkerRecord {
+            state: said.state.clone(),
+            age: said.since.elapsed(),
+            at: said.at,
+        };
         Ok(by_id.into_values().map(seen).collect())
     }
 
@@ -169,10 +172,10 @@ mod tests {
             assert_eq!(workers.put(&n.to_string(), "{}").await, Ok(true));
         }
         assert_eq!(workers.put("one more", "{}").await, Ok(false));
-        advance(WORKER_FORGOTTEN / 2).await;
+        advance(WORKER_TTL / 2).await;
         assert_eq!(workers.put("7", "still there").await, Ok(true));
         assert_eq!(workers.all().await.unwrap().len(), WORKERS_MAX);
-        advance(WORKER_FORGOTTEN / 2).await;
+        advance(WORKER_TTL / 2).await;
         assert_eq!(workers.put("one more", "{}").await, Ok(true));
         assert_eq!(workers.all().await.unwrap().len(), 2);
     }

@@ -12,7 +12,7 @@ pub const SOCKETS_OF_ONE_MAX: usize = 4;
 
 /// The address and port of a listening socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Endpoint {
+pub struct SocketAddress {
     pub ip: IpAddr,
     /// 0 in a wanted endpoint: any port.
     pub port: u16,
@@ -20,7 +20,7 @@ pub struct Endpoint {
     pub takes_ipv4: bool,
 }
 
-impl Endpoint {
+impl SocketAddress {
     /// `[::]` accepts IPv4 as well, unless [`Self::ipv6_only`] is called.
     pub fn new(ip: IpAddr, port: u16) -> Self {
         Self { ip, port, takes_ipv4: ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED) }
@@ -52,7 +52,7 @@ impl Endpoint {
     }
 }
 
-impl fmt::Display for Endpoint {
+impl fmt::Display for SocketAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let is_ipv6_only = self.ip == IpAddr::V6(Ipv6Addr::UNSPECIFIED) && !self.takes_ipv4;
         write!(f, "{}{}", self.address(), if is_ipv6_only { " (IPv6 only)" } else { "" })
@@ -61,28 +61,28 @@ impl fmt::Display for Endpoint {
 
 /// The result of a match. Numbers are indices into the wanted and the inherited endpoints.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Matching {
+pub struct SocketPlan {
     /// (inherited, wanted). Inherited sockets in no pair are closed.
     pub kept: Vec<(usize, usize)>,
     /// (endpoint to bind, wanted)
-    pub bound: Vec<(Endpoint, usize)>,
+    pub bound: Vec<(SocketAddress, usize)>,
 }
 
 /// Returns two wanted endpoints that conflict, if there are any.
-pub fn conflict(wanted: &[Endpoint]) -> Option<(Endpoint, Endpoint)> {
+pub fn conflict(wanted: &[SocketAddress]) -> Option<(SocketAddress, SocketAddress)> {
     let pairs = wanted.iter().enumerate().flat_map(|(n, a)| wanted[..n].iter().map(move |b| (*b, *a)));
     pairs.into_iter().find(|(a, b)| a.port != 0 && a.overlaps(*b))
 }
 
 /// Matches `wanted` to `inherited`. `wanted` must have no [`conflict`].
-pub fn matched(wanted: &[Endpoint], inherited: &[Endpoint]) -> Matching {
-    let mut matching = Matching::default();
+pub fn matched(wanted: &[SocketAddress], inherited: &[SocketAddress]) -> SocketPlan {
+    let mut matching = SocketPlan::default();
     // Endpoints with a port choose before those that take any port.
     let (named, any): (Vec<_>, Vec<_>) = wanted.iter().enumerate().partition(|(_, wanted)| wanted.port != 0);
     for (n, wanted) in named.into_iter().chain(any) {
-        let is_free = |matching: &Matching, at: usize| matching.kept.iter().all(|(kept, _)| *kept != at);
+        let is_free = |matching: &SocketPlan, at: usize| matching.kept.iter().all(|(kept, _)| *kept != at);
         let free = inherited.iter().enumerate().filter(|(at, _)| is_free(&matching, *at));
-        let free: Vec<(usize, Endpoint)> = free.map(|(at, inherited)| (at, *inherited)).collect();
+        let free: Vec<(usize, SocketAddress)> = free.map(|(at, inherited)| (at, *inherited)).collect();
         let wanted = with_port(*wanted, &free);
         let mut parts: Vec<_> = free.into_iter().filter(|(_, part)| wanted.covers(*part)).collect();
         // Wider addresses first, because not all of them may fit.
@@ -93,7 +93,7 @@ pub fn matched(wanted: &[Endpoint], inherited: &[Endpoint]) -> Matching {
         } else {
             parts.truncate(SOCKETS_OF_ONE_MAX - 1);
         }
-        let endpoints: Vec<Endpoint> = parts.iter().map(|(_, part)| *part).collect();
+        let endpoints: Vec<SocketAddress> = parts.iter().map(|(_, part)| *part).collect();
         matching.bound.extend(missing(wanted, &endpoints).map(|missing| (missing, n)));
         matching.kept.extend(parts.iter().map(|(at, _)| (*at, n)));
     }
@@ -101,26 +101,26 @@ pub fn matched(wanted: &[Endpoint], inherited: &[Endpoint]) -> Matching {
 }
 
 /// An endpoint for any port takes the port of the first inherited endpoint that matches it.
-fn with_port(wanted: Endpoint, inherited: &[(usize, Endpoint)]) -> Endpoint {
+fn with_port(wanted: SocketAddress, inherited: &[(usize, SocketAddress)]) -> SocketAddress {
     if wanted.port != 0 {
         return wanted;
     }
-    let on = |port| Endpoint { port, ..wanted };
+    let on = |port| SocketAddress { port, ..wanted };
     let same = inherited.iter().find(|(_, inherited)| on(inherited.port) == *inherited);
     let part = || inherited.iter().find(|(_, inherited)| on(inherited.port).covers(*inherited));
     same.or_else(part).map_or(wanted, |(_, inherited)| on(inherited.port))
 }
 
 /// The part of `wanted` that has no socket yet.
-fn missing(wanted: Endpoint, kept: &[Endpoint]) -> Option<Endpoint> {
-    let has = |part: Endpoint| kept.contains(&part);
+fn missing(wanted: SocketAddress, kept: &[SocketAddress]) -> Option<SocketAddress> {
+    let has = |part: SocketAddress| kept.contains(&part);
     if has(wanted) {
         return None;
     }
     if !wanted.takes_ipv4 {
         return Some(wanted);
     }
-    let ipv4 = Endpoint::new(Ipv4Addr::UNSPECIFIED.into(), wanted.port);
+    let ipv4 = SocketAddress::new(Ipv4Addr::UNSPECIFIED.into(), wanted.port);
     match (has(ipv4), has(wanted.ipv6_only())) {
         (true, true) => None,
         (true, false) => Some(wanted.ipv6_only()),
@@ -134,10 +134,10 @@ mod tests {
     use super::*;
 
     /// `[::]:80` accepts IPv4 as well; `[::]:80!6` does not.
-    fn endpoints(list: &str) -> Vec<Endpoint> {
+    fn endpoints(list: &str) -> Vec<SocketAddress> {
         let endpoint = |text: &str| {
             let address: SocketAddr = text.trim_end_matches("!6").parse().expect(text);
-            let endpoint = Endpoint::new(address.ip(), address.port());
+            let endpoint = SocketAddress::new(address.ip(), address.port());
             if text.ends_with("!6") { endpoint.ipv6_only() } else { endpoint }
         };
         list.split_whitespace().map(endpoint).collect()
@@ -178,7 +178,7 @@ mod tests {
             ("0.0.0.0:9", "127.0.0.1:0", &[], "127.0.0.1:0"),
         ] {
             let matching = matched(&endpoints(wanted), &endpoints(inherited));
-            let found: Vec<Endpoint> = matching.bound.iter().map(|(endpoint, _)| *endpoint).collect();
+            let found: Vec<SocketAddress> = matching.bound.iter().map(|(endpoint, _)| *endpoint).collect();
             let mut sorted = matching.kept.clone();
             sorted.sort_unstable();
             let mut expected = kept.to_vec();
@@ -204,8 +204,8 @@ mod tests {
 
     #[test]
     fn one_address_has_a_bounded_number_of_sockets() {
-        let inherited: Vec<Endpoint> =
-            (1..9).map(|n| Endpoint::new(Ipv4Addr::new(127, 0, 0, n).into(), 80)).collect();
+        let inherited: Vec<SocketAddress> =
+            (1..9).map(|n| SocketAddress::new(Ipv4Addr::new(127, 0, 0, n).into(), 80)).collect();
         let matching = matched(&endpoints("0.0.0.0:80"), &inherited);
         assert_eq!(matching.kept.len() + matching.bound.len(), SOCKETS_OF_ONE_MAX);
     }

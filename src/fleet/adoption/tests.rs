@@ -4,9 +4,9 @@ use super::*;
 use crate::audit::Stores;
 use crate::audit::{self};
 use crate::backend::{
-    Claim, Claimed, Claims, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite, Journal,
-    LogPage, LogQuery, Numbered, Others, Predecessor, Renewal, ResultEvent, Results, Taken, Unposted,
-    Written,
+    Claim, Claims, EndedJob, ExecutionStore, FleetState, FunctionPage, FunctionStore, FunctionWrite,
+    FunctionWriteOutcome, Journal, LeaseOutcome, LeaseRenewal, LogPage, LogQuery, NumberedSums, Predecessor,
+    ResultEvent, Results, StoredClaim, UnpostedSums,
 };
 use crate::config::Conf;
 use crate::model::{Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums};
@@ -26,7 +26,7 @@ struct Data {
     telling: Option<u64>,
     in_flight: HashMap<JobId, JournalEntry>,
     sums: HashMap<FunctionId, Sums>,
-    numbered: HashMap<FunctionId, Numbered>,
+    numbered: HashMap<FunctionId, NumberedSums>,
     last_number: u64,
     given_up: HashMap<JobId, FunctionId>,
 }
@@ -91,12 +91,12 @@ impl Journal for Store {
         Ok(())
     }
 
-    async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
         if self.ends_fail.load(Ordering::Relaxed) {
             return Err(unavailable());
         }
         let is_whole = self.with(node, |data| {
-            for Ended { id, function, adds, is_lost } in ended.iter().filter(|_| data.is_whole) {
+            for EndedJob { id, function, adds, is_lost } in ended.iter().filter(|_| data.is_whole) {
                 let adds = if data.in_flight.remove(id).is_some() {
                     if *is_lost {
                         data.given_up.insert(*id, function.clone());
@@ -118,11 +118,11 @@ impl Journal for Store {
         Ok(self.with(node, |data| data.given_up.clone().into_iter().collect()))
     }
 
-    async fn unposted(&self, node: NodeId) -> Result<Option<Unposted>, BackendError> {
+    async fn unposted(&self, node: NodeId) -> Result<Option<UnpostedSums>, BackendError> {
         Ok(self.with(node, |data| {
             let sums = data.sums.clone().into_iter().collect();
             let numbered = data.numbered.values().cloned().collect();
-            data.is_whole.then_some(Unposted { numbered, sums })
+            data.is_whole.then_some(UnpostedSums { numbered, sums })
         }))
     }
 
@@ -131,16 +131,17 @@ impl Journal for Store {
         node: NodeId,
         functions: &[FunctionId],
         floor: u64,
-    ) -> Result<Option<Unposted>, BackendError> {
+    ) -> Result<Option<UnpostedSums>, BackendError> {
         let clock = self.clock.fetch_add(1, Ordering::Relaxed);
         let unposted = self.with(node, |data| {
-            let mut unposted = Unposted::default();
+            let mut unposted = UnpostedSums::default();
             for function in functions {
                 if !data.numbered.contains_key(function)
                     && let Some(sums) = data.sums.remove(function)
                 {
                     data.last_number = data.last_number.max(clock).max(floor) + 1;
-                    let numbered = Numbered { function: function.clone(), number: data.last_number, sums };
+                    let numbered =
+                        NumberedSums { function: function.clone(), number: data.last_number, sums };
                     data.numbered.insert(function.clone(), numbered);
                 }
                 unposted.numbered.extend(data.numbered.get(function).cloned());
@@ -154,9 +155,9 @@ impl Journal for Store {
     async fn post(
         &self,
         node: NodeId,
-        numbered: Vec<Numbered>,
+        numbered: Vec<NumberedSums>,
         _: usize,
-    ) -> (Vec<Numbered>, Option<BackendError>) {
+    ) -> (Vec<NumberedSums>, Option<BackendError>) {
         for posted in numbered {
             let mut functions = self.functions.lock().unwrap();
             let (number, sums) = functions.entry((posted.function.clone(), node)).or_default();
@@ -184,14 +185,14 @@ impl Journal for Store {
 
 #[async_trait]
 impl Membership for Store {
-    async fn take(&self, _: NodeId, _: Duration, _: Predecessor) -> Result<Taken, BackendError> {
-        Ok(Taken::Yes)
+    async fn take(&self, _: NodeId, _: Duration, _: Predecessor) -> Result<LeaseOutcome, BackendError> {
+        Ok(LeaseOutcome::Yes)
     }
 
-    async fn renew(&self, node: NodeId, _: Duration) -> Result<Renewal, BackendError> {
+    async fn renew(&self, node: NodeId, _: Duration) -> Result<LeaseRenewal, BackendError> {
         self.listed.lock().unwrap().insert(node);
-        let others = Others { lapsed: Vec::new(), alive: 1 };
-        Ok(Renewal::Renewed { others, is_contested: false })
+        let others = FleetState { lapsed: Vec::new(), alive: 1 };
+        Ok(LeaseRenewal::Renewed { others, is_contested: false })
     }
 
     async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<bool, BackendError> {
@@ -206,21 +207,23 @@ impl Membership for Store {
         Ok(self.listed.lock().unwrap().insert(node))
     }
 
-    async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError> {
+    async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError> {
         Ok(self.with(node, |data| data.is_whole))
     }
 
-    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
+    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
         self.with(node, |data| data.telling = Some(token));
         Ok(())
     }
 
-    async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError> {
+    async fn restore(&self, node: NodeId, told: JournalPart<'_>) -> Result<(), BackendError> {
         self.with(node, |data| match told {
-            Told::Jobs(jobs) => data.in_flight.extend(jobs.iter().map(|job| (job.id, job.clone()))),
-            Told::Sums(sums) => data.sums.extend(sums.iter().cloned()),
-            Told::Numbered(all) => data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone()))),
-            Told::GivenUp(jobs) => data.given_up.extend(jobs.iter().cloned()),
+            JournalPart::Jobs(jobs) => data.in_flight.extend(jobs.iter().map(|job| (job.id, job.clone()))),
+            JournalPart::Sums(sums) => data.sums.extend(sums.iter().cloned()),
+            JournalPart::Numbered(all) => {
+                data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone())))
+            }
+            JournalPart::GivenUp(jobs) => data.given_up.extend(jobs.iter().cloned()),
         });
         if self.lost_after.load(Ordering::Relaxed) > 0 && self.lost_after.fetch_sub(1, Ordering::Relaxed) == 1
         {
@@ -229,7 +232,7 @@ impl Membership for Store {
         Ok(())
     }
 
-    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+    async fn finish_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
         Ok(self.with(node, |data| {
             let is_told = data.telling.take() == Some(token);
             data.is_whole |= is_told;
@@ -271,8 +274,8 @@ impl FunctionStore for Store {
         Ok(FunctionPage::default())
     }
 
-    async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
-        Ok(Written::Conflict)
+    async fn write(&self, _: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
+        Ok(FunctionWriteOutcome::Conflict)
     }
 
     async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {
@@ -286,15 +289,15 @@ impl FunctionStore for Store {
 
 #[async_trait]
 impl Claims for Store {
-    async fn claim(&self, _: &Claim) -> Result<Option<Claimed>, BackendError> {
+    async fn claim(&self, _: &Claim) -> Result<Option<StoredClaim>, BackendError> {
         Ok(None)
     }
 
-    async fn find(&self, _: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+    async fn find(&self, _: &IdempotencyKey) -> Result<Option<StoredClaim>, BackendError> {
         Ok(None)
     }
 
-    async fn try_again(&self, _: &Claimed, _: JobId) -> Result<bool, BackendError> {
+    async fn try_again(&self, _: &StoredClaim, _: JobId) -> Result<bool, BackendError> {
         Ok(false)
     }
 

@@ -17,7 +17,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, timeout};
 
 /// The counters of all listeners.
-pub struct Census {
+pub struct ConnectionCounter {
     connections: AtomicUsize,
     gauge: IntGauge,
     /// Connections by IPv4 address or IPv6 /64 prefix. Counted only while a limit by address is configured.
@@ -43,8 +43,8 @@ const GRACE: Duration = Duration::from_millis(250);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// One registered connection. Dropping it frees its slot.
-pub struct Place {
-    census: Arc<Census>,
+pub struct ConnectionSlot {
+    census: Arc<ConnectionCounter>,
     block: Option<IpAddr>,
     /// Accepted beyond the limit, only to be answered.
     pub is_reserve: bool,
@@ -69,7 +69,7 @@ pub enum Accepted {
     OnSpare,
 }
 
-impl Census {
+impl ConnectionCounter {
     pub fn new(gauge: IntGauge) -> Self {
         Self {
             connections: AtomicUsize::new(0),
@@ -108,12 +108,17 @@ impl Census {
     /// Registers a connection. `client`: its address; `None` exempts it from the limit by address.
     ///
     /// Returns `None` if there is no room even to send a response.
-    pub fn enter(self: &Arc<Self>, client: Option<IpAddr>, caps: Caps, accepted: Accepted) -> Option<Place> {
+    pub fn enter(
+        self: &Arc<Self>,
+        client: Option<IpAddr>,
+        caps: Caps,
+        accepted: Accepted,
+    ) -> Option<ConnectionSlot> {
         let before = self.connections.fetch_add(1, Ordering::Relaxed);
         self.gauge.inc();
         let is_reserve = before >= caps.all || accepted == Accepted::OnSpare;
         let mut place =
-            Place { census: Arc::clone(self), block: None, is_reserve, number: None, evicted: None };
+            ConnectionSlot { census: Arc::clone(self), block: None, is_reserve, number: None, evicted: None };
         if before >= caps.all.saturating_add(caps.reserve) {
             return None;
         }
@@ -156,7 +161,7 @@ impl Census {
     }
 }
 
-impl Place {
+impl ConnectionSlot {
     /// The connection has sent a request that is always answered, so it is no longer evicted.
     pub fn asks(&self) {
         if let Some(number) = self.number {
@@ -180,7 +185,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         if self.is_reserve {
             self.asks();
@@ -207,8 +212,8 @@ mod tests {
 
     const RESERVE: usize = 128;
 
-    fn census() -> Arc<Census> {
-        Arc::new(Census::new(IntGauge::new("connections", "open").unwrap()))
+    fn census() -> Arc<ConnectionCounter> {
+        Arc::new(ConnectionCounter::new(IntGauge::new("connections", "open").unwrap()))
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub struct HeadLimits {
 
 /// Why a head is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BadHead {
+pub enum HeadRejection {
     /// It violates the grammar in the named part.
     Malformed(&'static str),
     /// The end of the body is ambiguous, for the given reason.
@@ -135,7 +135,7 @@ pub struct HeadReader {
 impl HeadReader {
     /// Continues in `bytes`, which start with the request and grow from call to call. `None`: the head is
     /// incomplete.
-    pub fn read(&mut self, bytes: &[u8], limits: HeadLimits) -> Result<Option<Head>, BadHead> {
+    pub fn read(&mut self, bytes: &[u8], limits: HeadLimits) -> Result<Option<Head>, HeadRejection> {
         loop {
             let end = match memchr(b'\n', &bytes[self.unread..]) {
                 Some(at) => self.unread + at,
@@ -150,7 +150,7 @@ impl HeadReader {
             }
             let (from, to) = (self.line, end.wrapping_sub(1));
             if end == from || bytes[to] != b'\r' {
-                return Err(BadHead::Malformed("a line that does not end in CR LF"));
+                return Err(HeadRejection::Malformed("a line that does not end in CR LF"));
             }
             (self.line, self.unread) = (end + 1, end + 1);
             if !self.has_request_line {
@@ -166,7 +166,7 @@ impl HeadReader {
             } else {
                 self.fields += 1;
                 if self.fields > limits.fields_max {
-                    return Err(BadHead::TooLarge);
+                    return Err(HeadRejection::TooLarge);
                 }
                 self.field(bytes, from, to)?;
             }
@@ -174,13 +174,13 @@ impl HeadReader {
     }
 
     /// The error for the part that exceeds the limit.
-    fn too_large(&self, bytes: &[u8]) -> BadHead {
+    fn too_large(&self, bytes: &[u8]) -> HeadRejection {
         let is_in_target = !self.has_request_line && memchr(b' ', &bytes[self.line..]).is_some();
-        if is_in_target { BadHead::TargetTooLong } else { BadHead::TooLarge }
+        if is_in_target { HeadRejection::TargetTooLong } else { HeadRejection::TooLarge }
     }
 
-    fn request_line(&mut self, bytes: &[u8], from: usize, to: usize) -> Result<(), BadHead> {
-        const BAD: BadHead = BadHead::Malformed("the request line");
+    fn request_line(&mut self, bytes: &[u8], from: usize, to: usize) -> Result<(), HeadRejection> {
+        const BAD: HeadRejection = HeadRejection::Malformed("the request line");
         let line = &bytes[from..to];
         let method = memchr(b' ', line).ok_or(BAD)?;
         let version = line.iter().rposition(|b| *b == b' ').filter(|at| *at > method).ok_or(BAD)?;
@@ -195,18 +195,18 @@ impl HeadReader {
             }
             other => {
                 let is_version = other.starts_with(b"HTTP/") && other.len() == 8;
-                return Err(if is_version { BadHead::Version } else { BAD });
+                return Err(if is_version { HeadRejection::Version } else { BAD });
             }
         }
         if &line[..method] == b"CONNECT" {
-            return Err(BadHead::Connect);
+            return Err(HeadRejection::Connect);
         }
         let target = &line[method + 1..version];
         if target.len() > TARGET_BYTES_MAX {
-            return Err(BadHead::TargetTooLong);
+            return Err(HeadRejection::TargetTooLong);
         }
         if !is_target(target) {
-            return Err(BadHead::Malformed("the request target"));
+            return Err(HeadRejection::Malformed("the request target"));
         }
         self.target = (from + method + 1, from + version);
         self.absolute = self.absolute_form(target, &line[..method])?;
@@ -214,12 +214,12 @@ impl HeadReader {
     }
 
     /// The parts of a target in absolute form. `None`: it has another form.
-    fn absolute_form(&self, target: &[u8], method: &[u8]) -> Result<Option<Absolute>, BadHead> {
+    fn absolute_form(&self, target: &[u8], method: &[u8]) -> Result<Option<Absolute>, HeadRejection> {
         let is_options = method == b"OPTIONS";
         if target[0] == b'/' || (target == b"*" && is_options) {
             return Ok(None);
         }
-        const BAD: BadHead = BadHead::Malformed("the request target");
+        const BAD: HeadRejection = HeadRejection::Malformed("the request target");
         let colon = memchr(b':', target).ok_or(BAD)?;
         let scheme = Scheme::parse(&target[..colon]).ok_or(BAD)?;
         let rest = target[colon..].strip_prefix(b"://").ok_or(BAD)?;
@@ -232,26 +232,26 @@ impl HeadReader {
         Ok(Some(Absolute { scheme, authority, path, is_options, is_alone: false }))
     }
 
-    fn field(&mut self, bytes: &[u8], from: usize, to: usize) -> Result<(), BadHead> {
+    fn field(&mut self, bytes: &[u8], from: usize, to: usize) -> Result<(), HeadRejection> {
         let line = &bytes[from..to];
         if matches!(line[0], b' ' | b'\t') {
-            return Err(BadHead::Malformed("a folded line"));
+            return Err(HeadRejection::Malformed("a folded line"));
         }
-        let colon = memchr(b':', line).ok_or(BadHead::Malformed("a line without a colon"))?;
+        let colon = memchr(b':', line).ok_or(HeadRejection::Malformed("a line without a colon"))?;
         let name = &line[..colon];
         if !is_token(name) {
-            return Err(BadHead::Malformed("the name of a field"));
+            return Err(HeadRejection::Malformed("the name of a field"));
         }
         let value = line[colon + 1..].trim_ascii();
         if line[colon + 1..].iter().any(|b| is_control(*b)) {
-            return Err(BadHead::Malformed("the value of a field"));
+            return Err(HeadRejection::Malformed("the value of a field"));
         }
         // Compared by length first: few other names have these lengths.
         match name.len() {
             4 if name.eq_ignore_ascii_case(b"host") => self.host(bytes, value, from),
             6 if name.eq_ignore_ascii_case(b"expect") => {
                 let is_known = value.eq_ignore_ascii_case(b"100-continue");
-                is_known.then_some(()).ok_or(BadHead::Expectation)
+                is_known.then_some(()).ok_or(HeadRejection::Expectation)
             }
             7 if name.eq_ignore_ascii_case(b"upgrade") => {
                 self.has_upgrade = true;
@@ -267,8 +267,8 @@ impl HeadReader {
         }
     }
 
-    fn host(&mut self, bytes: &[u8], value: &[u8], from: usize) -> Result<(), BadHead> {
-        const BAD: BadHead = BadHead::Malformed("the Host");
+    fn host(&mut self, bytes: &[u8], value: &[u8], from: usize) -> Result<(), HeadRejection> {
+        const BAD: HeadRejection = HeadRejection::Malformed("the Host");
         if self.host.is_some() || !(value.is_empty() || is_authority(value)) {
             return Err(BAD);
         }
@@ -278,20 +278,20 @@ impl HeadReader {
         Ok(())
     }
 
-    fn content_length(&mut self, value: &[u8]) -> Result<(), BadHead> {
+    fn content_length(&mut self, value: &[u8]) -> Result<(), HeadRejection> {
         if self.length.is_some() {
-            return Err(BadHead::Framing("Content-Length is repeated"));
+            return Err(HeadRejection::Framing("Content-Length is repeated"));
         }
-        self.length = Some(length(value).ok_or(BadHead::Framing("Content-Length is not a number"))?);
+        self.length = Some(length(value).ok_or(HeadRejection::Framing("Content-Length is not a number"))?);
         Ok(())
     }
 
-    fn transfer_encoding(&mut self, value: &[u8]) -> Result<(), BadHead> {
+    fn transfer_encoding(&mut self, value: &[u8]) -> Result<(), HeadRejection> {
         if self.is_http_10 {
-            return Err(BadHead::Framing("Transfer-Encoding in HTTP/1.0"));
+            return Err(HeadRejection::Framing("Transfer-Encoding in HTTP/1.0"));
         }
         if self.is_chunked {
-            return Err(BadHead::Framing("Transfer-Encoding is repeated"));
+            return Err(HeadRejection::Framing("Transfer-Encoding is repeated"));
         }
         if !value.eq_ignore_ascii_case(b"chunked") {
             return Err(bad_codings(value));
@@ -300,19 +300,21 @@ impl HeadReader {
         Ok(())
     }
 
-    fn end(&self, bytes: &[u8]) -> Result<Head, BadHead> {
+    fn end(&self, bytes: &[u8]) -> Result<Head, HeadRejection> {
         let host = self.host.map(|(from, to)| &bytes[from..to]);
         if host.is_none_or(<[u8]>::is_empty) && !self.is_http_10 {
-            return Err(BadHead::Malformed("the Host"));
+            return Err(HeadRejection::Malformed("the Host"));
         }
         let absolute = self.absolute.map(|absolute| Absolute { is_alone: host.is_none(), ..absolute });
         if let (Some(Absolute { scheme, authority, .. }), Some(host)) = (absolute, host)
             && !is_same_authority(scheme, host, &bytes[authority.0..authority.1])
         {
-            return Err(BadHead::Malformed("the request target, whose host differs from Host"));
+            return Err(HeadRejection::Malformed("the request target, whose host differs from Host"));
         }
         let body = match (self.is_chunked, self.length) {
-            (true, Some(_)) => return Err(BadHead::Framing("both Content-Length and Transfer-Encoding")),
+            (true, Some(_)) => {
+                return Err(HeadRejection::Framing("both Content-Length and Transfer-Encoding"));
+            }
             (true, None) => Length::Chunked,
             (false, length) => Length::Bytes(length.unwrap_or(0)),
         };
@@ -326,15 +328,15 @@ impl HeadReader {
 ///
 /// If `chunked` is repeated or not the last one, or a coding is empty, the end of the body is ambiguous.
 /// Otherwise the codings are not supported.
-fn bad_codings(value: &[u8]) -> BadHead {
+fn bad_codings(value: &[u8]) -> HeadRejection {
     let mut codings = value.split(|b| *b == b',').map(<[u8]>::trim_ascii).peekable();
     while let Some(coding) = codings.next() {
         let is_chunked = coding.eq_ignore_ascii_case(b"chunked");
         if coding.is_empty() || (is_chunked && codings.peek().is_some()) {
-            return BadHead::Framing("Transfer-Encoding has an empty coding, or one after \"chunked\"");
+            return HeadRejection::Framing("Transfer-Encoding has an empty coding, or one after \"chunked\"");
         }
     }
-    BadHead::TransferCoding
+    HeadRejection::TransferCoding
 }
 
 #[cfg(test)]
@@ -343,7 +345,7 @@ mod tests {
 
     const LIMITS: HeadLimits = HeadLimits { bytes_max: 1024, fields_max: 8 };
 
-    fn read(text: &str) -> Result<Option<Head>, BadHead> {
+    fn read(text: &str) -> Result<Option<Head>, HeadRejection> {
         HeadReader::default().read(text.as_bytes(), LIMITS)
     }
 
@@ -413,17 +415,17 @@ mod tests {
             "Transfer-Encoding:",
         ] {
             assert!(
-                matches!(read(&post(framing)), Err(BadHead::Framing(_))),
+                matches!(read(&post(framing)), Err(HeadRejection::Framing(_))),
                 "{framing:?}: {:?}",
                 read(&post(framing))
             );
         }
         for unknown in ["gzip, chunked", "gzip", "identity", "xchunked", "chunked;q=1"] {
             let text = post(&format!("Transfer-Encoding: {unknown}"));
-            assert_eq!(read(&text), Err(BadHead::TransferCoding), "{unknown}");
+            assert_eq!(read(&text), Err(HeadRejection::TransferCoding), "{unknown}");
         }
         let old = "POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n";
-        assert!(matches!(read(old), Err(BadHead::Framing(_))));
+        assert!(matches!(read(old), Err(HeadRejection::Framing(_))));
         for fields in [
             "A: b\r\n c",
             "A: b\r\n\tc",
@@ -441,12 +443,12 @@ mod tests {
             "Transfer-Encoding\t: chunked",
         ] {
             assert!(
-                matches!(read(&post(fields)), Err(BadHead::Malformed(_))),
+                matches!(read(&post(fields)), Err(HeadRejection::Malformed(_))),
                 "{fields:?}: {:?}",
                 read(&post(fields))
             );
         }
-        assert_eq!(read(&post("Expect: 200-maybe")), Err(BadHead::Expectation));
+        assert_eq!(read(&post("Expect: 200-maybe")), Err(HeadRejection::Expectation));
     }
 
     #[test]
@@ -476,17 +478,17 @@ mod tests {
             "G\0T / HTTP/1.1",
         ] {
             let text = format!("{bad}\r\nHost: a\r\n\r\n");
-            assert!(matches!(read(&text), Err(BadHead::Malformed(_))), "{bad:?}: {:?}", read(&text));
+            assert!(matches!(read(&text), Err(HeadRejection::Malformed(_))), "{bad:?}: {:?}", read(&text));
         }
         for version in ["HTTP/2.0", "HTTP/0.9", "HTTP/1.x"] {
-            assert_eq!(read(&format!("PRI * {version}\r\n\r\n")), Err(BadHead::Version));
+            assert_eq!(read(&format!("PRI * {version}\r\n\r\n")), Err(HeadRejection::Version));
         }
-        assert_eq!(read("CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"), Err(BadHead::Connect));
+        assert_eq!(read("CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n"), Err(HeadRejection::Connect));
         for host in
             ["", "Host:\r\n", "Host: a\r\nHost: b\r\n", "Host: a/b\r\n", "Host: a, b\r\n", "Host: a@b\r\n"]
         {
             let text = format!("GET / HTTP/1.1\r\n{host}\r\n");
-            assert_eq!(read(&text), Err(BadHead::Malformed("the Host")), "{host:?}");
+            assert_eq!(read(&text), Err(HeadRejection::Malformed("the Host")), "{host:?}");
         }
     }
 
@@ -516,19 +518,22 @@ mod tests {
     #[test]
     fn large_heads_are_rejected_before_they_are_complete() {
         let long = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(2000));
-        assert_eq!(read(&long), Err(BadHead::TargetTooLong));
-        assert_eq!(read(&long[..1024]), Err(BadHead::TargetTooLong));
+        assert_eq!(read(&long), Err(HeadRejection::TargetTooLong));
+        assert_eq!(read(&long[..1024]), Err(HeadRejection::TargetTooLong));
         assert_eq!(read(&long[..1023]), Ok(None));
-        assert_eq!(read(&"X".repeat(1024)), Err(BadHead::TooLarge));
+        assert_eq!(read(&"X".repeat(1024)), Err(HeadRejection::TooLarge));
         let field = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}", "x".repeat(2000));
-        assert_eq!(read(&field), Err(BadHead::TooLarge));
+        assert_eq!(read(&field), Err(HeadRejection::TooLarge));
         let wide = HeadLimits { bytes_max: 1 << 20, fields_max: 8 };
         let target = format!("GET /{} HTTP/1.1\r\nHost: a\r\n\r\n", "x".repeat(TARGET_BYTES_MAX));
-        assert_eq!(HeadReader::default().read(target.as_bytes(), wide), Err(BadHead::TargetTooLong));
+        assert_eq!(HeadReader::default().read(target.as_bytes(), wide), Err(HeadRejection::TargetTooLong));
         let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "A: b\r\n".repeat(7));
         assert!(read(&many).unwrap().is_some());
-        assert_eq!(read(&many.replacen("A: b", "A: b\r\nA: b", 1)), Err(BadHead::TooLarge));
-        assert_eq!(read("GET / HTTP/1.1\n"), Err(BadHead::Malformed("a line that does not end in CR LF")));
+        assert_eq!(read(&many.replacen("A: b", "A: b\r\nA: b", 1)), Err(HeadRejection::TooLarge));
+        assert_eq!(
+            read("GET / HTTP/1.1\n"),
+            Err(HeadRejection::Malformed("a line that does not end in CR LF"))
+        );
     }
 
     /// The result does not depend on how the head is cut, and another parser reads accepted heads in the same

@@ -21,9 +21,9 @@ const INTEGER_BYTES_MAX: usize = 4;
 pub struct BadBlock;
 
 /// Decodes the blocks of one connection, in the order in which they were sent.
-pub struct Decoder {
+pub struct HpackDecoder {
     /// The newest entry first.
-    entries: VecDeque<Entry>,
+    entries: VecDeque<HeaderEntry>,
     bytes: usize,
     bytes_max: usize,
     name: Vec<u8>,
@@ -32,7 +32,7 @@ pub struct Decoder {
 }
 
 /// An entry of the dynamic table: its name, followed by its value.
-struct Entry {
+struct HeaderEntry {
     text: Box<[u8]>,
     name_len: usize,
     name_index: u8,
@@ -47,13 +47,13 @@ pub struct Field<'a> {
     pub name_index: u8,
 }
 
-impl Entry {
+impl HeaderEntry {
     fn bytes(&self) -> usize {
         self.text.len() + ENTRY_BYTES
     }
 }
 
-impl Default for Decoder {
+impl Default for HpackDecoder {
     fn default() -> Self {
         Self {
             entries: VecDeque::new(),
@@ -66,7 +66,7 @@ impl Default for Decoder {
     }
 }
 
-impl Decoder {
+impl HpackDecoder {
     /// Decodes a complete block and calls `each` for each field.
     pub fn decode(&mut self, block: &[u8], mut each: impl FnMut(Field<'_>)) -> Result<(), BadBlock> {
         let mut rest = block;
@@ -140,7 +140,7 @@ impl Decoder {
         self.evict(bytes);
         if bytes <= self.bytes_max {
             let text = [&*self.name, &*self.value].concat().into();
-            let entry = Entry { text, name_len: self.name.len(), name_index: self.name_index };
+            let entry = HeaderEntry { text, name_len: self.name.len(), name_index: self.name_index };
             self.bytes += bytes;
             self.entries.push_front(entry);
         }
@@ -388,7 +388,7 @@ mod tests {
         digits.chunks(2).map(|pair| (pair[0] << 4 | pair[1]) as u8).collect()
     }
 
-    fn decode(decoder: &mut Decoder, block: &[u8]) -> Result<Vec<String>, BadBlock> {
+    fn decode(decoder: &mut HpackDecoder, block: &[u8]) -> Result<Vec<String>, BadBlock> {
         let mut fields = Vec::new();
         decoder.decode(block, |Field { name, value, .. }| {
             fields.push(format!("{}: {}", String::from_utf8_lossy(name), String::from_utf8_lossy(value)));
@@ -428,7 +428,7 @@ mod tests {
                 "8287 85bf 4088 25a8 49e9 5ba9 7d7f 8925 a849 e95b b8e8 b4bf",
             ],
         ] {
-            let mut decoder = Decoder::default();
+            let mut decoder = HpackDecoder::default();
             for (block, (expected, bytes)) in blocks.iter().zip(expected.iter().zip([57, 110, 164])) {
                 assert_eq!(decode(&mut decoder, &hex(block)).unwrap(), *expected);
                 assert_eq!(decoder.bytes, bytes);
@@ -438,7 +438,7 @@ mod tests {
 
     #[test]
     fn old_entries_are_evicted_and_the_table_can_shrink() {
-        let mut decoder = Decoder::default();
+        let mut decoder = HpackDecoder::default();
         let field = |n: u8| [&[0x40, 1, b'a' + n, 0x7f, 0x81, 0x0e][..], &[b'x'; 1920][..]].concat();
         assert_eq!(field(0)[3..6], [0x7f, 0x81, 0x0e], "127 + 1 + 14 * 128 bytes");
         for n in 0..3 {
@@ -478,9 +478,9 @@ mod tests {
             "0081 1800",
             "0084 ffff ffff 00",
         ] {
-            assert_eq!(decode(&mut Decoder::default(), &hex(bad)), Err(BadBlock), "{bad}");
+            assert_eq!(decode(&mut HpackDecoder::default(), &hex(bad)), Err(BadBlock), "{bad}");
         }
-        assert_eq!(decode(&mut Decoder::default(), &hex("3fe1 1f82")).unwrap(), [":method: GET"]);
+        assert_eq!(decode(&mut HpackDecoder::default(), &hex("3fe1 1f82")).unwrap(), [":method: GET"]);
     }
 
     #[test]
@@ -492,7 +492,7 @@ mod tests {
                 put_field(&mut block, Field { name: name.as_bytes(), value: value.as_bytes(), name_index });
             }
             put_index(&mut block, 7);
-            let read = decode(&mut Decoder::default(), &block).unwrap();
+            let read = decode(&mut HpackDecoder::default(), &block).unwrap();
             let expected =
                 [":path", "accept-charset", "via", "x-name"].map(|name| format!("{name}: {value}"));
             assert_eq!(read, [&expected[..], &[":scheme: https".to_owned()]].concat(), "{len}");
@@ -512,12 +512,12 @@ mod tests {
     #[test]
     fn fuzz_header_blocks() {
         crate::fuzz::run("header_block", |input| {
-            let mut decoder = Decoder::default();
+            let mut decoder = HpackDecoder::default();
             for block in input.split(|b| *b == b'\n') {
                 let mut bytes = 0;
                 let read = decoder.decode(block, |field| bytes += field.name.len() + field.value.len());
                 assert!(decoder.bytes <= TABLE_BYTES_MAX);
-                assert_eq!(decoder.bytes, decoder.entries.iter().map(Entry::bytes).sum::<usize>());
+                assert_eq!(decoder.bytes, decoder.entries.iter().map(HeaderEntry::bytes).sum::<usize>());
                 assert!(bytes <= block.len() * TABLE_BYTES_MAX);
                 if read.is_err() {
                     break;

@@ -11,8 +11,8 @@
 use super::grammar::{
     Scheme, TARGET_BYTES_MAX, is_authority, is_control, is_same_authority, is_target, is_token, length,
 };
-use super::head::{BadHead, HeadLimits, Span};
-use super::hpack::{Decoder, Field, TABLE_BYTES_MAX, put_field, put_index};
+use super::head::{HeadLimits, HeadRejection, Span};
+use super::hpack::{Field, HpackDecoder, TABLE_BYTES_MAX, put_field, put_index};
 use bytes::{Buf, BufMut, BytesMut};
 use http::header::{HeaderMap, HeaderName};
 use std::fmt;
@@ -51,17 +51,19 @@ const PRIORITY: u8 = 0x20;
 /// The header block of a `100 Continue`: `:status` by its index in the static table, and a literal value.
 const CONTINUE: &[u8] = b"\x08\x03100";
 
-const METHOD: BadHead = BadHead::Malformed("the method");
-const SCHEME: BadHead = BadHead::Malformed("the scheme");
-const TARGET: BadHead = BadHead::Malformed("the request target");
-const AUTHORITY: BadHead = BadHead::Malformed("the authority");
-const HOST: BadHead = BadHead::Malformed("the Host, which differs from the authority");
-const NAME: BadHead = BadHead::Malformed("the name of a field");
-const VALUE: BadHead = BadHead::Malformed("the value of a field");
-const OF_CONNECTION: BadHead = BadHead::Malformed("a connection-specific field, which HTTP/2 forbids");
-const PSEUDO: BadHead = BadHead::Malformed("a pseudo-header field that is unknown or out of place");
-const LENGTH_TWICE: BadHead = BadHead::Framing("Content-Length is repeated");
-const LENGTH: BadHead = BadHead::Framing("Content-Length is not a number");
+const METHOD: HeadRejection = HeadRejection::Malformed("the method");
+const SCHEME: HeadRejection = HeadRejection::Malformed("the scheme");
+const TARGET: HeadRejection = HeadRejection::Malformed("the request target");
+const AUTHORITY: HeadRejection = HeadRejection::Malformed("the authority");
+const HOST: HeadRejection = HeadRejection::Malformed("the Host, which differs from the authority");
+const NAME: HeadRejection = HeadRejection::Malformed("the name of a field");
+const VALUE: HeadRejection = HeadRejection::Malformed("the value of a field");
+const OF_CONNECTION: HeadRejection =
+    HeadRejection::Malformed("a connection-specific field, which HTTP/2 forbids");
+const PSEUDO: HeadRejection =
+    HeadRejection::Malformed("a pseudo-header field that is unknown or out of place");
+const LENGTH_TWICE: HeadRejection = HeadRejection::Framing("Content-Length is repeated");
+const LENGTH: HeadRejection = HeadRejection::Framing("Content-Length is not a number");
 
 /// Fields that the response to a rejected request needs. They are read even after the first fault.
 const OF_ANSWER: [&[u8]; 2] = [b"x-request-id", b"origin"];
@@ -69,7 +71,7 @@ const OF_ANSWER: [&[u8]; 2] = [b"x-request-id", b"origin"];
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
 
 /// All reasons to reject a request. The value of the marker field is an index into this list.
-const REFUSALS: [BadHead; 15] = [
+const REFUSALS: [HeadRejection; 15] = [
     METHOD,
     SCHEME,
     TARGET,
@@ -81,21 +83,21 @@ const REFUSALS: [BadHead; 15] = [
     PSEUDO,
     LENGTH_TWICE,
     LENGTH,
-    BadHead::TargetTooLong,
-    BadHead::TooLarge,
-    BadHead::Connect,
-    BadHead::Expectation,
+    HeadRejection::TargetTooLong,
+    HeadRejection::TooLarge,
+    HeadRejection::Connect,
+    HeadRejection::Expectation,
 ];
 
 /// The reason why the guard rejected a request over HTTP/2. `None`: it was not rejected.
-pub fn refusal_of(fields: &HeaderMap) -> Option<BadHead> {
+pub fn refusal_of(fields: &HeaderMap) -> Option<HeadRejection> {
     let place: usize = fields.get(MARK)?.to_str().ok()?.parse().ok()?;
     REFUSALS.get(place).copied()
 }
 
 /// The next step for the received bytes.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum NextFrame {
     /// Hand on this number of received bytes unchanged.
     AsIs(usize),
     /// Hand on the rewritten bytes, which replace received ones.
@@ -122,11 +124,11 @@ fn put_pseudo(to: &mut BytesMut, name_index: u8, value: &[u8]) {
 }
 
 /// Reads the frames of one client connection.
-pub struct Frames {
+pub struct ClientFrames {
     limits: HeadLimits,
     /// Bytes of the preface or a frame that are still to be handed on unchanged.
     passing: usize,
-    decoder: Decoder,
+    decoder: HpackDecoder,
     block: Option<Block>,
     /// The highest stream id that the client has opened.
     last_stream: u32,
@@ -143,7 +145,7 @@ pub struct Frames {
 
 /// Tracks the frames that the server writes, to find the places where another frame may be inserted.
 #[derive(Debug, Default)]
-pub struct Written {
+pub struct ServerFrameTracker {
     head: [u8; FRAME_HEAD_BYTES],
     head_bytes: usize,
     /// Remaining bytes of the payload.
@@ -152,7 +154,7 @@ pub struct Written {
     is_in_block: bool,
 }
 
-impl Written {
+impl ServerFrameTracker {
     /// Whether a frame may be inserted now.
     pub fn is_between(&self) -> bool {
         self.head_bytes == 0 && self.left == 0 && !self.is_in_block
@@ -189,7 +191,7 @@ impl Written {
     }
 }
 
-impl fmt::Debug for Frames {
+impl fmt::Debug for ClientFrames {
     /// Omits the data, which may contain a key.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Frames").field("last_stream", &self.last_stream).finish_non_exhaustive()
@@ -237,13 +239,13 @@ fn put_frame_head(to: &mut BytesMut, len: usize, kind: u8, flags: u8, stream: u3
     to.put_u32(stream);
 }
 
-impl Frames {
+impl ClientFrames {
     /// For a connection whose next bytes are the preface.
     pub fn new(limits: HeadLimits) -> Self {
         Self {
             limits,
             passing: PREFACE.len(),
-            decoder: Decoder::default(),
+            decoder: HpackDecoder::default(),
             block: None,
             last_stream: 0,
             rewritten: BytesMut::new(),
@@ -256,21 +258,21 @@ impl Frames {
 
     /// Processes the received bytes. Consumes the frames that it rewrites; the caller consumes what it hands
     /// on unchanged, and reports that with `passed`.
-    pub fn next(&mut self, come: &mut BytesMut) -> Next {
+    pub fn next(&mut self, come: &mut BytesMut) -> NextFrame {
         loop {
             if !self.rewritten.is_empty() {
-                return Next::Rewritten;
+                return NextFrame::Rewritten;
             }
             if self.is_broken {
-                return Next::Over;
+                return NextFrame::Over;
             }
             if self.passing > 0 {
                 return match self.passing.min(come.len()) {
-                    0 => Next::Incomplete,
-                    bytes => Next::AsIs(bytes),
+                    0 => NextFrame::Incomplete,
+                    bytes => NextFrame::AsIs(bytes),
                 };
             }
-            let Some(head) = FrameHead::read(come) else { return Next::Incomplete };
+            let Some(head) = FrameHead::read(come) else { return NextFrame::Incomplete };
             let continues = self.block.is_some();
             if !matches!(head.kind, HEADERS | CONTINUATION) {
                 if continues {
@@ -279,7 +281,7 @@ impl Frames {
                 }
                 if head.kind == SETTINGS && head.len <= PAYLOAD_BYTES_MAX {
                     let Some(settings) = come.get(FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len) else {
-                        return Next::Incomplete;
+                        return NextFrame::Incomplete;
                     };
                     self.has_small_table |= asks_for_small_table(settings);
                 }
@@ -297,7 +299,7 @@ impl Frames {
                 continue;
             }
             if come.len() < FRAME_HEAD_BYTES + head.len {
-                return Next::Incomplete;
+                return NextFrame::Incomplete;
             }
             let end = FRAME_HEAD_BYTES + head.len;
             if self.fragment(&head, &come[FRAME_HEAD_BYTES..end]).is_none() {
@@ -412,7 +414,7 @@ impl Frames {
 /// The request that is being decoded, and its rewritten block. Reused for all requests of a connection.
 #[derive(Default)]
 struct Request {
-    bad: Option<BadHead>,
+    bad: Option<HeadRejection>,
     /// The size of the header list, as RFC 9113, section 6.5.2 counts it.
     list_bytes: usize,
     fields: usize,
@@ -464,14 +466,14 @@ impl Request {
         }
     }
 
-    fn take(&mut self, field: Field<'_>, limits: HeadLimits) -> Result<(), BadHead> {
+    fn take(&mut self, field: Field<'_>, limits: HeadLimits) -> Result<(), HeadRejection> {
         let Field { name, value, name_index } = field;
         let is_path = name == b":path";
         if is_path && value.len() > TARGET_BYTES_MAX.min(limits.bytes_max) {
-            return Err(BadHead::TargetTooLong);
+            return Err(HeadRejection::TargetTooLong);
         }
         if self.list_bytes > limits.bytes_max {
-            return Err(if is_path { BadHead::TargetTooLong } else { BadHead::TooLarge });
+            return Err(if is_path { HeadRejection::TargetTooLong } else { HeadRejection::TooLarge });
         }
         if name.first() == Some(&b':') {
             return self.pseudo(name, value);
@@ -480,7 +482,7 @@ impl Request {
         // All cookie pairs together count as one field.
         self.fields += usize::from(name != b"cookie" || self.cookie.is_empty());
         if self.fields > limits.fields_max {
-            return Err(BadHead::TooLarge);
+            return Err(HeadRejection::TooLarge);
         }
         if !is_token(name) || name.iter().any(u8::is_ascii_uppercase) {
             return Err(NAME);
@@ -514,7 +516,9 @@ impl Request {
                 self.length = Some(self.keep(value));
                 return Ok(());
             }
-            b"expect" if !value.eq_ignore_ascii_case(b"100-continue") => return Err(BadHead::Expectation),
+            b"expect" if !value.eq_ignore_ascii_case(b"100-continue") => {
+                return Err(HeadRejection::Expectation);
+            }
             b"expect" => {
                 self.is_awaited = true;
                 return Ok(());
@@ -526,7 +530,7 @@ impl Request {
         Ok(())
     }
 
-    fn pseudo(&mut self, name: &[u8], value: &[u8]) -> Result<(), BadHead> {
+    fn pseudo(&mut self, name: &[u8], value: &[u8]) -> Result<(), HeadRejection> {
         if self.fields > 0 {
             return Err(PSEUDO);
         }
@@ -570,7 +574,7 @@ impl Request {
     }
 
     /// Encodes a rejected request. Keeps the decoded fields for the response, unless the header is too large.
-    fn end_refused(&mut self, bad: BadHead) {
+    fn end_refused(&mut self, bad: HeadRejection) {
         self.is_awaited = false;
         let method = self.value(self.method).unwrap_or_default();
         let method = METHODS.into_iter().find(|known| known.as_bytes() == method).unwrap_or("GET");
@@ -582,7 +586,7 @@ impl Request {
         put_pseudo(block, PATH_INDEX, b"/");
         let value = place.to_string();
         put_field(block, Field { name: MARK.as_str().as_bytes(), value: value.as_bytes(), name_index: 0 });
-        if !matches!(bad, BadHead::TooLarge | BadHead::TargetTooLong) {
+        if !matches!(bad, HeadRejection::TooLarge | HeadRejection::TargetTooLong) {
             block.extend_from_slice(&self.others);
         }
     }
@@ -591,10 +595,10 @@ impl Request {
         part(&self.text, span)
     }
 
-    fn check(&self) -> Result<(), BadHead> {
+    fn check(&self) -> Result<(), HeadRejection> {
         let method = self.value(self.method).filter(|method| is_token(method)).ok_or(METHOD)?;
         if method == b"CONNECT" {
-            return Err(BadHead::Connect);
+            return Err(HeadRejection::Connect);
         }
         let scheme = self.value(self.scheme).and_then(Scheme::parse).ok_or(SCHEME)?;
         let path = self.value(self.path).filter(|path| is_target(path)).ok_or(TARGET)?;
@@ -640,18 +644,19 @@ mod tests {
     fn handed_on(sent: &[u8]) -> Vec<u8> {
         let mut all = Vec::new();
         for pieces in [sent.len().max(1), 7, 1] {
-            let (mut frames, mut received, mut seen) = (Frames::new(LIMITS), BytesMut::new(), Vec::new());
+            let (mut frames, mut received, mut seen) =
+                (ClientFrames::new(LIMITS), BytesMut::new(), Vec::new());
             'all: for piece in sent.chunks(pieces) {
                 received.extend_from_slice(piece);
                 loop {
                     match frames.next(&mut received) {
-                        Next::AsIs(bytes) => {
+                        NextFrame::AsIs(bytes) => {
                             seen.extend_from_slice(&received.split_to(bytes));
                             frames.passed(bytes);
                         }
-                        Next::Rewritten => seen.extend_from_slice(&frames.rewritten().split()),
-                        Next::Incomplete => break,
-                        Next::Over => break 'all,
+                        NextFrame::Rewritten => seen.extend_from_slice(&frames.rewritten().split()),
+                        NextFrame::Incomplete => break,
+                        NextFrame::Over => break 'all,
                     }
                 }
             }
@@ -676,7 +681,7 @@ mod tests {
                     let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
                     fields.push(format!("{}: {}", text(name), text(value)));
                 };
-                Decoder::default().decode(payload, each).expect("no dynamic table");
+                HpackDecoder::default().decode(payload, each).expect("no dynamic table");
             }
             read.push((head.kind, head.flags, head.stream, fields));
             bytes = &bytes[FRAME_HEAD_BYTES + head.len..];
@@ -690,7 +695,7 @@ mod tests {
     }
 
     /// The fields that the server receives of one request, or the reason for its rejection.
-    fn request(fields: &[(&str, &str)]) -> Result<Vec<String>, BadHead> {
+    fn request(fields: &[(&str, &str)]) -> Result<Vec<String>, HeadRejection> {
         let sent = with_preface(&[frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(fields))]);
         let mut frames = read(&handed_on(&sent));
         assert_eq!(frames.len(), 1);
@@ -719,7 +724,7 @@ mod tests {
         fields
     }
 
-    fn outcome(fields: &[(String, String)]) -> Result<Vec<String>, BadHead> {
+    fn outcome(fields: &[(String, String)]) -> Result<Vec<String>, HeadRejection> {
         let fields: Vec<(&str, &str)> = fields.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
         request(&fields)
     }
@@ -749,13 +754,14 @@ mod tests {
     }
 
     /// (field to replace, its value, further fields; the reason for the rejection)
-    type BadRequest = (&'static str, Option<&'static str>, &'static [(&'static str, &'static str)], BadHead);
+    type BadRequest =
+        (&'static str, Option<&'static str>, &'static [(&'static str, &'static str)], HeadRejection);
 
     const BAD_REQUESTS: &[BadRequest] = &[
         (":method", None, &[], METHOD),
         (":method", Some(""), &[], METHOD),
         (":method", Some("G T"), &[], METHOD),
-        (":method", Some("CONNECT"), &[], BadHead::Connect),
+        (":method", Some("CONNECT"), &[], HeadRejection::Connect),
         (":scheme", None, &[], SCHEME),
         (":scheme", Some("ftp"), &[], SCHEME),
         (":path", None, &[], TARGET),
@@ -800,8 +806,8 @@ mod tests {
         ("", None, &[("content-length", "1"), ("content-length", "1")], LENGTH_TWICE),
         ("", None, &[("content-length", "+1")], LENGTH),
         ("", None, &[("content-length", "1, 1")], LENGTH),
-        ("", None, &[("expect", "200-maybe")], BadHead::Expectation),
-        ("", None, &[("x", "1"); 9], BadHead::TooLarge),
+        ("", None, &[("expect", "200-maybe")], HeadRejection::Expectation),
+        ("", None, &[("x", "1"); 9], HeadRejection::TooLarge),
     ];
 
     #[test]
@@ -810,8 +816,8 @@ mod tests {
             assert_eq!(outcome(&changed(name, *value, more)), Err(*expected), "{name:?} {value:?} {more:?}");
         }
         let long: &'static str = "x".repeat(1000).leak();
-        assert_eq!(outcome(&changed("", None, &[("x", long)])), Err(BadHead::TooLarge));
-        assert_eq!(outcome(&changed(":path", Some(long), &[])), Err(BadHead::TargetTooLong));
+        assert_eq!(outcome(&changed("", None, &[("x", long)])), Err(HeadRejection::TooLarge));
+        assert_eq!(outcome(&changed(":path", Some(long), &[])), Err(HeadRejection::TargetTooLong));
         let head = [(":method", "HEAD"), (":scheme", "https"), (":path", "/")];
         let sent = with_preface(&[frame(HEADERS, END_HEADERS, 1, &block(&head))]);
         let read = read(&handed_on(&sent));
@@ -885,11 +891,11 @@ mod tests {
             (&awaited[1..], END_HEADERS, b""),
         ] {
             let sent = with_preface(&[frame(HEADERS, flags, 1, &block(fields))]);
-            let (mut frames, mut received) = (Frames::new(LIMITS), BytesMut::from(&sent[..]));
-            assert_eq!(frames.next(&mut received), Next::AsIs(PREFACE.len()));
+            let (mut frames, mut received) = (ClientFrames::new(LIMITS), BytesMut::from(&sent[..]));
+            assert_eq!(frames.next(&mut received), NextFrame::AsIs(PREFACE.len()));
             received.advance(PREFACE.len());
             frames.passed(PREFACE.len());
-            assert_eq!(frames.next(&mut received), Next::Rewritten);
+            assert_eq!(frames.next(&mut received), NextFrame::Rewritten);
             assert_eq!(frames.owed()[..], *expected, "{fields:?}");
         }
         // After a smaller table size the next block must confirm it, and only the server can do that.
@@ -897,9 +903,9 @@ mod tests {
             let settings = [&[0, 3, 0, 0, 0, 9, 0, 1][..], &size.to_be_bytes()].concat();
             let sent =
                 [frame(SETTINGS, 0, 0, &settings), frame(HEADERS, END_HEADERS, 1, &block(&awaited))].concat();
-            let (mut frames, mut received) = (Frames::new(LIMITS), BytesMut::from(&sent[..]));
+            let (mut frames, mut received) = (ClientFrames::new(LIMITS), BytesMut::from(&sent[..]));
             frames.passed(PREFACE.len());
-            while let Next::AsIs(bytes) = frames.next(&mut received) {
+            while let NextFrame::AsIs(bytes) = frames.next(&mut received) {
                 received.advance(bytes);
                 frames.passed(bytes);
             }
@@ -922,7 +928,7 @@ mod tests {
         let ends: Vec<usize> = [1, 2, 5, 6].map(|n| frames[..n].concat().len()).into();
         let all = frames.concat();
         for cut in [1, 5, 9, 10, 309, 400] {
-            let (mut written, mut bytes) = (Written::default(), 0);
+            let (mut written, mut bytes) = (ServerFrameTracker::default(), 0);
             for part in all.chunks(cut) {
                 written.follow(part);
                 bytes += part.len();
@@ -978,7 +984,7 @@ mod tests {
             while let Some(head) = FrameHead::read(rest) {
                 let Some(payload) = rest.get(FRAME_HEAD_BYTES..FRAME_HEAD_BYTES + head.len) else { return };
                 if matches!(head.kind, HEADERS | CONTINUATION) {
-                    Decoder::default().decode(payload, |_| {}).expect("no dynamic table");
+                    HpackDecoder::default().decode(payload, |_| {}).expect("no dynamic table");
                 }
                 rest = &rest[FRAME_HEAD_BYTES + head.len..];
             }

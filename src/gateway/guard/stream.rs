@@ -8,8 +8,8 @@
 //! HTTP/2 connections pass through the same type; their frames are checked by `http2`.
 
 use super::chunks::Chunks;
-use super::head::{BadHead, Head, HeadLimits, HeadReader, Length};
-use super::http2::{Frames, Next, PREFACE, Written};
+use super::head::{Head, HeadLimits, HeadReader, HeadRejection, Length};
+use super::http2::{ClientFrames, NextFrame, PREFACE, ServerFrameTracker};
 use async_trait::async_trait;
 use bytes::{Buf, BytesMut};
 use pingora::protocols::raw_connect::ProxyDigest;
@@ -44,16 +44,16 @@ const INTERIM: &[u8] = b"HTTP/1.1 1";
 
 /// The rest of the message in service.
 #[derive(Debug)]
-enum Rest {
+enum RemainingMessage {
     Bytes(u64),
     Chunked(Chunks),
     /// After a 101: no HTTP messages any more, in either direction.
     Tunnel,
     /// HTTP/2 until the end of the connection: the reader of client frames, and the tracker of server frames.
-    Http2(Box<Frames>, Written),
+    Http2(Box<ClientFrames>, ServerFrameTracker),
 }
 
-impl Rest {
+impl RemainingMessage {
     fn is_done(&self) -> bool {
         match self {
             Self::Bytes(left) => *left == 0,
@@ -65,12 +65,12 @@ impl Rest {
 
 /// Why there is no next message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NoHead {
+pub enum NextHeadError {
     /// The client has disconnected.
     Closed,
     /// The head was not complete at its deadline.
     Timeout,
-    Bad(BadHead),
+    Bad(HeadRejection),
 }
 
 /// The size of the write buffer, in bytes. A head and a short body are sent as one packet.
@@ -83,7 +83,7 @@ pub struct GuardedStream {
     ahead: BytesMut,
     /// The client has closed its sending side.
     has_ended: bool,
-    rest: Rest,
+    rest: RemainingMessage,
     /// The next written bytes may begin a 101.
     wants_upgrade: bool,
     /// The longest time that a write may make no progress.
@@ -110,7 +110,7 @@ impl GuardedStream {
             inner: BufWriter::with_capacity(ANSWER_GATHER_BYTES, inner),
             ahead: BytesMut::new(),
             has_ended: false,
-            rest: Rest::Bytes(0),
+            rest: RemainingMessage::Bytes(0),
             wants_upgrade: false,
             write_timeout,
             stalled: None,
@@ -120,7 +120,8 @@ impl GuardedStream {
 
     /// Switches to HTTP/2 and waits for the preface. `false`: it did not arrive within `within`.
     pub async fn open_http2(&mut self, limits: HeadLimits, within: Duration) -> bool {
-        self.rest = Rest::Http2(Box::new(Frames::new(limits)), Written::default());
+        self.rest =
+            RemainingMessage::Http2(Box::new(ClientFrames::new(limits)), ServerFrameTracker::default());
         let begun = async {
             while self.ahead.len() < PREFACE.len() {
                 if !matches!(self.read_ahead().await, Ok(n) if n > 0) {
@@ -155,13 +156,13 @@ impl GuardedStream {
         &mut self,
         limits: HeadLimits,
         deadline: impl FnOnce() -> Instant,
-    ) -> Result<(Head, BytesMut), NoHead> {
+    ) -> Result<(Head, BytesMut), NextHeadError> {
         let mut reader = HeadReader::default();
-        let mut head = match reader.read(&self.ahead, limits).map_err(NoHead::Bad)? {
+        let mut head = match reader.read(&self.ahead, limits).map_err(NextHeadError::Bad)? {
             Some(head) => head,
             None => match tokio::time::timeout_at(deadline(), self.rest_of_head(reader, limits)).await {
                 Ok(read) => read?,
-                Err(_) => return Err(NoHead::Timeout),
+                Err(_) => return Err(NextHeadError::Timeout),
             },
         };
         self.wants_upgrade = head.wants_upgrade;
@@ -170,20 +171,24 @@ impl GuardedStream {
             Length::Bytes(bytes) => {
                 let here = usize::try_from(bytes).unwrap_or(usize::MAX).min(self.ahead.len() - head.len);
                 len += here;
-                Rest::Bytes(bytes - here as u64)
+                RemainingMessage::Bytes(bytes - here as u64)
             }
-            Length::Chunked => Rest::Chunked(Chunks::default()),
+            Length::Chunked => RemainingMessage::Chunked(Chunks::default()),
         };
         let message = head.as_served(self.ahead.split_to(len));
         Ok((head, message))
     }
 
-    async fn rest_of_head(&mut self, mut reader: HeadReader, limits: HeadLimits) -> Result<Head, NoHead> {
+    async fn rest_of_head(
+        &mut self,
+        mut reader: HeadReader,
+        limits: HeadLimits,
+    ) -> Result<Head, NextHeadError> {
         loop {
             if !matches!(self.read_ahead().await, Ok(n) if n > 0) {
-                return Err(NoHead::Closed);
+                return Err(NextHeadError::Closed);
             }
-            if let Some(head) = reader.read(&self.ahead, limits).map_err(NoHead::Bad)? {
+            if let Some(head) = reader.read(&self.ahead, limits).map_err(NextHeadError::Bad)? {
                 return Ok(head);
             }
         }
@@ -257,15 +262,15 @@ impl GuardedStream {
     fn take_ahead(&mut self, buf: &mut ReadBuf<'_>) -> io::Result<()> {
         let len = self.ahead.len().min(buf.remaining());
         let len = match &mut self.rest {
-            Rest::Bytes(left) => {
+            RemainingMessage::Bytes(left) => {
                 let len = usize::try_from(*left).unwrap_or(usize::MAX).min(len);
                 *left -= len as u64;
                 len
             }
-            Rest::Chunked(chunks) => chunks.advance(&self.ahead[..len]).map_err(|_| {
+            RemainingMessage::Chunked(chunks) => chunks.advance(&self.ahead[..len]).map_err(|_| {
                 io::Error::new(io::ErrorKind::InvalidData, "the chunked coding of the body is malformed")
             })?,
-            Rest::Tunnel | Rest::Http2(..) => len,
+            RemainingMessage::Tunnel | RemainingMessage::Http2(..) => len,
         };
         buf.put_slice(&self.ahead[..len]);
         self.ahead.advance(len);
@@ -276,29 +281,29 @@ impl GuardedStream {
     fn poll_frames(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         while buf.remaining() > 0 {
-            let Rest::Http2(frames, _) = &mut self.rest else { break };
+            let RemainingMessage::Http2(frames, _) = &mut self.rest else { break };
             match frames.next(&mut self.ahead) {
-                Next::AsIs(bytes) => {
+                NextFrame::AsIs(bytes) => {
                     let bytes = bytes.min(buf.remaining());
                     buf.put_slice(&self.ahead[..bytes]);
                     self.ahead.advance(bytes);
                     frames.passed(bytes);
                 }
-                Next::Rewritten => {
+                NextFrame::Rewritten => {
                     // Written before the server sees the request, since its response must follow the
                     // `100 Continue`.
                     if self.poll_owed(cx)?.is_ready() {
                         let _ = Pin::new(&mut self.inner).poll_flush(cx)?;
                     }
-                    let Rest::Http2(frames, _) = &mut self.rest else { break };
+                    let RemainingMessage::Http2(frames, _) = &mut self.rest else { break };
                     let rewritten = frames.rewritten();
                     let bytes = rewritten.len().min(buf.remaining());
                     buf.put_slice(&rewritten[..bytes]);
                     rewritten.advance(bytes);
                 }
-                Next::Over => break,
-                Next::Incomplete if self.has_ended || buf.filled().len() > before => break,
-                Next::Incomplete => ready!(self.poll_ahead(cx))?,
+                NextFrame::Over => break,
+                NextFrame::Incomplete if self.has_ended || buf.filled().len() > before => break,
+                NextFrame::Incomplete => ready!(self.poll_ahead(cx))?,
             }
         }
         Poll::Ready(Ok(()))
@@ -306,7 +311,7 @@ impl GuardedStream {
 
     /// Inserts the pending frames for the client, unless the server is within a frame or a header block.
     fn poll_owed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(())) };
+        let RemainingMessage::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(())) };
         while !frames.owed().is_empty() && written.is_between() {
             let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, frames.owed()))?;
             frames.owed().advance(sent);
@@ -317,7 +322,7 @@ impl GuardedStream {
     /// Writes bytes of the server, at most up to the end of a frame if a frame must be inserted.
     fn poll_write_frames(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         ready!(self.poll_owed(cx))?;
-        let Rest::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(0)) };
+        let RemainingMessage::Http2(frames, written) = &mut self.rest else { return Poll::Ready(Ok(0)) };
         let may_write = if frames.owed().is_empty() { bytes.len() } else { written.bytes_to_boundary() };
         let bytes = &bytes[..bytes.len().min(may_write)];
         let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, bytes))?;
@@ -329,7 +334,7 @@ impl GuardedStream {
     /// response another head follows.
     fn note_answer(&mut self, head: &[u8]) {
         if head.starts_with(SWITCHING) {
-            self.rest = Rest::Tunnel;
+            self.rest = RemainingMessage::Tunnel;
         }
         self.wants_upgrade = head.starts_with(INTERIM) && !head.starts_with(SWITCHING);
     }
@@ -357,20 +362,22 @@ impl AsyncRead for GuardedStream {
         if this.rest.is_done() {
             return this.poll_end(cx);
         }
-        if matches!(this.rest, Rest::Http2(..)) {
+        if matches!(this.rest, RemainingMessage::Http2(..)) {
             return this.poll_frames(cx, buf);
         }
         if this.ahead.is_empty() {
             match &mut this.rest {
-                Rest::Tunnel | Rest::Http2(..) => return Pin::new(&mut this.inner).poll_read(cx, buf),
+                RemainingMessage::Tunnel | RemainingMessage::Http2(..) => {
+                    return Pin::new(&mut this.inner).poll_read(cx, buf);
+                }
                 // The rest of the body belongs to the message, so it is read directly, without this buffer.
-                Rest::Bytes(left) => {
+                RemainingMessage::Bytes(left) => {
                     let before = buf.filled().len();
                     ready!(Pin::new(&mut (&mut this.inner).take(*left)).poll_read(cx, buf))?;
                     *left -= (buf.filled().len() - before) as u64;
                     return Poll::Ready(Ok(()));
                 }
-                Rest::Chunked(_) => ready!(this.poll_ahead(cx))?,
+                RemainingMessage::Chunked(_) => ready!(this.poll_ahead(cx))?,
             }
         }
         Poll::Ready(this.take_ahead(buf))
@@ -383,7 +390,7 @@ impl AsyncWrite for GuardedStream {
         if this.wants_upgrade {
             this.note_answer(buf);
         }
-        let polled = if matches!(this.rest, Rest::Http2(..)) {
+        let polled = if matches!(this.rest, RemainingMessage::Http2(..)) {
             this.poll_write_frames(cx, buf)
         } else {
             Pin::new(&mut this.inner).poll_write(cx, buf)
@@ -417,7 +424,7 @@ impl AsyncWrite for GuardedStream {
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if matches!(this.rest, Rest::Http2(..)) {
+        if matches!(this.rest, RemainingMessage::Http2(..)) {
             let first = bufs.iter().find(|buf| !buf.is_empty());
             return Pin::new(this).poll_write(cx, first.map_or(&[], |buf| &buf[..]));
         }
@@ -427,7 +434,7 @@ impl AsyncWrite for GuardedStream {
 
     fn is_write_vectored(&self) -> bool {
         // HTTP/2 writes must be cut at frame boundaries, and TLS gains nothing from vectored writes.
-        self.inner.is_write_vectored() && !matches!(self.rest, Rest::Http2(..))
+        self.inner.is_write_vectored() && !matches!(self.rest, RemainingMessage::Http2(..))
     }
 }
 

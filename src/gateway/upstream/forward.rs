@@ -1,13 +1,13 @@
 //! A forwarded request: how it and its response are adapted, and which error the client gets if the upstream
 //! fails.
 
-use super::origin::Origin;
+use super::origin::RequestSource;
 use super::pool::Upstream;
 use super::via::Pseudonym;
 use crate::api::ApiError;
-use crate::gateway::api_key::{Pass, X_API_KEY};
+use crate::gateway::api_key::{AuthorizedKey, X_API_KEY};
 use crate::gateway::request_id::X_REQUEST_ID;
-use crate::limiter::Counted;
+use crate::limiter::RateLimitState;
 use http::header::{CONTENT_LENGTH, HOST, HeaderValue, TRAILER, TRANSFER_ENCODING};
 use http::{StatusCode, Version};
 use pingora::ErrorType::{
@@ -25,30 +25,30 @@ use tokio::time::Instant;
 const TRIES_MAX: usize = 3;
 
 /// The state of a request that is forwarded to an upstream.
-pub struct Passage {
+pub struct ForwardedRequest {
     pub upstream: Arc<Upstream>,
-    pub origin: Origin,
+    pub origin: RequestSource,
     pub request_id: HeaderValue,
     /// The key that authorized it, for tunnels only. `None`: the request is no upgrade, or needs no key.
-    pub pass: Option<Pass>,
+    pub pass: Option<AuthorizedKey>,
     /// The address chosen last: the `Host` of a request over HTTP/1.0 that has none.
     pub address: Option<String>,
     /// The rate-limit state for the header fields of the response.
-    pub counted: Counted,
+    pub counted: RateLimitState,
     body_bytes: usize,
     body_deadline: Instant,
     /// Failed attempts to connect.
     tries: usize,
 }
 
-impl Passage {
+impl ForwardedRequest {
     /// # Errors
     /// The declared length of the body is too large.
     pub fn new(
         upstream: Arc<Upstream>,
-        origin: Origin,
+        origin: RequestSource,
         request_id: HeaderValue,
-        pass: Option<Pass>,
+        pass: Option<AuthorizedKey>,
         request: &RequestHeader,
     ) -> Result<Self, ApiError> {
         let bytes_max = upstream.conf.body_bytes_max;
@@ -63,7 +63,7 @@ impl Passage {
             request_id,
             pass,
             address: None,
-            counted: Counted::default(),
+            counted: RateLimitState::default(),
             body_bytes: 0,
             body_deadline,
             tries: 0,

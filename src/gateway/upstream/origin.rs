@@ -77,14 +77,14 @@ const CLAIM_PREFIXES: [&str; 15] = [
 
 /// Where a request came from.
 #[derive(Clone, Copy, Debug)]
-pub struct Origin {
+pub struct RequestSource {
     pub peer: Option<IpAddr>,
     /// The peer is a trusted proxy, so its fields about the client are kept.
     pub is_peer_trusted: bool,
     pub has_tls: bool,
 }
 
-impl Origin {
+impl RequestSource {
     /// Removes untrusted fields about the client, and adds what this gateway knows. `host`: the host that the
     /// client asked for.
     pub fn write_to(self, request: &mut RequestHeader, host: Option<HeaderValue>) -> pingora::Result<()> {
@@ -135,7 +135,7 @@ mod tests {
         for (name, value) in sent {
             request.append_header(*name, *value).unwrap();
         }
-        let origin = Origin { peer: "::ffff:10.0.0.1".parse().ok(), is_peer_trusted, has_tls: true };
+        let origin = RequestSource { peer: "::ffff:10.0.0.1".parse().ok(), is_peer_trusted, has_tls: true };
         origin.write_to(&mut request, Some(HeaderValue::from_static("a.test"))).unwrap();
         let mut fields: Vec<String> = request
             .headers

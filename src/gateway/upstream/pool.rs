@@ -227,12 +227,12 @@ impl ServiceDiscovery for Names {
 }
 
 /// The background loop that resolves names and checks the health of addresses.
-pub struct Tending {
+pub struct HealthLoop {
     pub upstreams: Upstreams,
     pub metrics: Arc<Metrics>,
 }
 
-impl Tending {
+impl HealthLoop {
     pub async fn run(self) {
         let metrics = &self.metrics;
         let tend = |upstream: Arc<Upstream>| async move {

@@ -9,7 +9,7 @@
 //! A tunnel carries no further requests that would present a key. So the key that opened it is checked
 //! periodically, and the tunnel ends when the key is removed, expires or loses its scope.
 
-use crate::gateway::api_key::{ApiKeys, Pass};
+use crate::gateway::api_key::{ApiKeys, AuthorizedKey};
 use async_trait::async_trait;
 use pingora::ErrorType::ConnectError;
 use pingora::connectors::l4::Connect;
@@ -33,27 +33,27 @@ const KEY_CHECK_EVERY: Duration = Duration::from_secs(15);
 
 /// Gives the request a connection of its own, which may become a tunnel. `key`: the key that authorized the
 /// request. `None`: the upstream requires no key.
-pub fn tunnel(peer: &mut HttpPeer, key: Option<(Arc<ApiKeys>, Pass)>) {
+pub fn tunnel(peer: &mut HttpPeer, key: Option<(Arc<ApiKeys>, AuthorizedKey)>) {
     static TUNNELS: AtomicU64 = AtomicU64::new(1);
-    peer.options.custom_l4 = Some(Arc::new(Patiently { key }));
+    peer.options.custom_l4 = Some(Arc::new(TunnelConnector { key }));
     // A unique group and no idle time: the connection is neither taken from the pool nor returned to it.
     peer.group_key = TUNNELS.fetch_add(1, Ordering::Relaxed);
     peer.options.idle_timeout = Some(Duration::ZERO);
 }
 
 /// Makes such connections.
-struct Patiently {
-    key: Option<(Arc<ApiKeys>, Pass)>,
+struct TunnelConnector {
+    key: Option<(Arc<ApiKeys>, AuthorizedKey)>,
 }
 
-impl fmt::Debug for Patiently {
+impl fmt::Debug for TunnelConnector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Patiently").finish_non_exhaustive()
     }
 }
 
 #[async_trait]
-impl Connect for Patiently {
+impl Connect for TunnelConnector {
     async fn connect(&self, address: &SocketAddr) -> pingora::Result<Stream> {
         let address = address.as_inet().or_err(ConnectError, "not an IP address")?;
         let tcp = TcpStream::connect(address).await.or_err(ConnectError, "cannot connect")?;
@@ -77,7 +77,7 @@ struct Patient {
 /// Checks the key of a tunnel periodically.
 struct KeyGuard {
     keys: Arc<ApiKeys>,
-    pass: Pass,
+    pass: AuthorizedKey,
     timer: Interval,
 }
 

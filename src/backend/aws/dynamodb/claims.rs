@@ -3,7 +3,7 @@
 
 use super::item::{RawItem, text, whole};
 use crate::backend::aws::error::class;
-use crate::backend::{BackendError, CLAIMED, Claim, Claimed, Claims};
+use crate::backend::{BackendError, CLAIM_TTL, Claim, Claims, StoredClaim};
 use crate::model::{BodyHash, FunctionId, IdempotencyKey, JobId, now_ms};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
@@ -28,7 +28,7 @@ impl ClaimTable {
         Self { client, table: logs_table.to_owned() }
     }
 
-    async fn get(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+    async fn get(&self, key: &IdempotencyKey) -> Result<Option<StoredClaim>, BackendError> {
         let call = self.client.get_item().table_name(&self.table).set_key(Some(item_key(key)));
         let output = call.consistent_read(true).send().await.map_err(|e| class(&e))?;
         let Some(item) = output.item else { return Ok(None) };
@@ -43,7 +43,7 @@ impl ClaimTable {
 
 #[async_trait]
 impl Claims for ClaimTable {
-    async fn claim(&self, claim: &Claim) -> Result<Option<Claimed>, BackendError> {
+    async fn claim(&self, claim: &Claim) -> Result<Option<StoredClaim>, BackendError> {
         for _ in 0..LOOKS_MAX {
             let call = self
                 .client
@@ -63,12 +63,12 @@ impl Claims for ClaimTable {
         Err(BackendError::Unavailable("the claim changes too quickly to be read".into()))
     }
 
-    async fn find(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+    async fn find(&self, key: &IdempotencyKey) -> Result<Option<StoredClaim>, BackendError> {
         self.get(key).await
     }
 
-    async fn try_again(&self, claimed: &Claimed, attempt: JobId) -> Result<bool, BackendError> {
-        let Claimed { claim, attempt: before, .. } = claimed;
+    async fn try_again(&self, claimed: &StoredClaim, attempt: JobId) -> Result<bool, BackendError> {
+        let StoredClaim { claim, attempt: before, .. } = claimed;
         // `:ours` matches if the answer of an earlier call was lost. The attribute is absent if an older
         // version wrote the claim.
         let none = if *before == claim.job { " OR attribute_not_exists(attemptId)" } else { "" };
@@ -160,7 +160,7 @@ fn to_item(claim: &Claim) -> RawItem {
         ("ofFunction".to_owned(), text(claim.function.as_str())),
         ("attemptId".to_owned(), text(claim.job.to_string())),
         ("wasSent".to_owned(), AttributeValue::Bool(false)),
-        ("expiresAt".to_owned(), whole(now_ms() / 1000 + CLAIMED.as_secs())),
+        ("expiresAt".to_owned(), whole(now_ms() / 1000 + CLAIM_TTL.as_secs())),
     ]);
     item
 }
@@ -169,13 +169,13 @@ fn number(item: &RawItem, name: &str) -> Option<u64> {
     item.get(name)?.as_n().ok()?.parse().ok()
 }
 
-fn claimed(key: IdempotencyKey, item: &RawItem) -> Option<Claimed> {
+fn claimed(key: IdempotencyKey, item: &RawItem) -> Option<StoredClaim> {
     let text = |name: &str| item.get(name)?.as_s().ok();
     let body = BodyHash(item.get("bodyHash")?.as_b().ok()?.as_ref().try_into().ok()?);
     let (job, function) = (JobId::parse(text("requestId")?)?, FunctionId::parse(text("ofFunction")?)?);
     let attempt = text("attemptId").map_or(Some(job), |attempt| JobId::parse(attempt))?;
     let result = item.get("keptResult").and_then(|kept| kept.as_b().ok());
-    Some(Claimed {
+    Some(StoredClaim {
         claim: Claim { key, body, job, function },
         attempt,
         is_sent: *item.get("wasSent")?.as_bool().ok()?,

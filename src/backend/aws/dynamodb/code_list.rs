@@ -20,19 +20,19 @@ const HASH_KEY: &str = "sweep#code";
 /// Maximum number of pages (1 MB, some thousand entries each) read in one call.
 const DUE_PAGES_MAX: usize = 20;
 
-pub struct CodeTable {
+pub struct CodeListTable {
     client: Client,
     table: String,
 }
 
-impl CodeTable {
+impl CodeListTable {
     pub fn new(client: Client, logs_table: &str) -> Self {
         Self { client, table: logs_table.to_owned() }
     }
 }
 
 #[async_trait]
-impl CodeList for CodeTable {
+impl CodeList for CodeListTable {
     async fn add(&self, code: &RetiredCode) -> Result<(), BackendError> {
         let call = self.client.put_item().table_name(&self.table).set_item(Some(to_item(code)));
         call.send().await.map(drop).map_err(|e| class(&e))

@@ -4,7 +4,7 @@
 use super::item::decimal;
 use crate::backend::BackendError;
 use crate::backend::aws::client::backoff;
-use crate::backend::aws::json_call::Direct;
+use crate::backend::aws::json_call::JsonClient;
 use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey, Status};
 use futures_util::StreamExt;
 use serde::Deserialize;
@@ -27,7 +27,7 @@ const BATCH_TRIES_MAX: u32 = 6;
 const BATCHES_TRIED_EVERY: Duration = Duration::from_secs(60);
 
 pub struct RowWrites {
-    direct: Direct,
+    direct: JsonClient,
     table: String,
     batches: BatchPermission,
 }
@@ -66,7 +66,7 @@ impl BatchPermission {
 }
 
 impl RowWrites {
-    pub fn new(direct: Direct, table: &str) -> Self {
+    pub fn new(direct: JsonClient, table: &str) -> Self {
         Self { direct, table: table.to_owned(), batches: BatchPermission::default() }
     }
 
@@ -136,7 +136,7 @@ impl RowWrites {
     }
 
     /// Returns the keys of the rows that are still unprocessed after the last attempt.
-    async fn put_batch(&self, rows: &[Execution]) -> Result<HashSet<Key>, BackendError> {
+    async fn put_batch(&self, rows: &[Execution]) -> Result<HashSet<ItemKey>, BackendError> {
         let mut left = HashSet::new();
         for tried in 0..BATCH_TRIES_MAX {
             if tried > 0 {
@@ -160,13 +160,13 @@ fn is_lost(row: &Execution) -> bool {
 }
 
 /// A row's hash and range key.
-type Key = (String, String);
+type ItemKey = (String, String);
 
-fn key_of(row: &Execution) -> Key {
+fn key_of(row: &Execution) -> ItemKey {
     (row.function.as_str().to_owned(), row.id.key().into_owned())
 }
 
-fn written(row: &Execution, left: &HashSet<Key>) -> Result<(), BackendError> {
+fn written(row: &Execution, left: &HashSet<ItemKey>) -> Result<(), BackendError> {
     if !left.is_empty() && left.contains(&key_of(row)) {
         return Err(BackendError::Unavailable("DynamoDB left the row unprocessed".into()));
     }
@@ -249,7 +249,7 @@ fn put_text(body: &mut Vec<u8>, text: &str) {
 }
 
 /// The keys of the rows that a batch did not process.
-fn unprocessed(answer: &[u8]) -> Result<HashSet<Key>, BackendError> {
+fn unprocessed(answer: &[u8]) -> Result<HashSet<ItemKey>, BackendError> {
     #[derive(Deserialize)]
     struct Answer<'a> {
         #[serde(rename = "UnprocessedItems", borrow, default)]

@@ -3,7 +3,7 @@
 use super::execution_writes::RowWrites;
 use super::item::{self, Item, RawItem, text, whole};
 use crate::backend::aws::error::class;
-use crate::backend::aws::json_call::{CredentialCache, Direct, Seen};
+use crate::backend::aws::json_call::{CredentialCache, JsonClient, RouteRecorder};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 use crate::https::HttpsClient;
 use crate::model::{Execution, FunctionId, JobId, RowId, RowKey, Status, now_ms, parse_rfc3339_ms};
@@ -38,9 +38,9 @@ impl ExecutionTable {
         credentials: Arc<CredentialCache>,
         table: &str,
     ) -> Result<Self, BackendError> {
-        let seen = Seen::default();
+        let seen = RouteRecorder::default();
         item::probe(&client, table, KEY, &seen).await?;
-        let writes = RowWrites::new(Direct::new(https, credentials, &seen)?, table);
+        let writes = RowWrites::new(JsonClient::new(https, credentials, &seen)?, table);
         Ok(Self { client, table: table.to_owned(), writes })
     }
 
@@ -138,7 +138,7 @@ impl ExecutionStore for ExecutionTable {
     }
 
     async fn probe(&self) -> Result<(), BackendError> {
-        item::probe(&self.client, &self.table, KEY, &Seen::default()).await
+        item::probe(&self.client, &self.table, KEY, &RouteRecorder::default()).await
     }
 }
 

@@ -10,7 +10,7 @@ use super::functions::{attributes, key_item};
 use super::item::{RawItem, text, whole};
 use crate::backend::aws::client::backoff;
 use crate::backend::aws::error::class;
-use crate::backend::{BackendError, FunctionWrite, Written};
+use crate::backend::{BackendError, FunctionWrite, FunctionWriteOutcome};
 use crate::model::{ConfigRecord, Function, RetiredCode, rfc3339_ms};
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::{BuildError, SdkError};
@@ -31,7 +31,7 @@ pub async fn write(
     table: &str,
     logs_table: &str,
     write: &FunctionWrite,
-) -> Result<Written, BackendError> {
+) -> Result<FunctionWriteOutcome, BackendError> {
     if write.before.is_none() && write.after.is_none() {
         return Err(BackendError::Invalid("a change needs a function".into()));
     }
@@ -43,11 +43,11 @@ pub async fn write(
         tried += 1;
         let call = client.transact_write_items().client_request_token(&token);
         let Err(error) = call.set_transact_items(Some(items.clone())).send().await else {
-            return Ok(Written::Done);
+            return Ok(FunctionWriteOutcome::Done);
         };
         match cancellation(&error) {
             None => return Err(class(&error)),
-            Some(Cancellation::Refused) => return Ok(Written::Conflict),
+            Some(Cancellation::Refused) => return Ok(FunctionWriteOutcome::Conflict),
             Some(Cancellation::Busy) if tried < TRIES_MAX => sleep(backoff(tried)).await,
             Some(Cancellation::Busy) => {
                 return Err(BackendError::Unavailable("other writes held the items for too long".into()));

@@ -4,10 +4,10 @@ use super::function_writes;
 use super::item::{self, Item, RawItem, decimal, text, whole};
 use crate::backend::aws::dynamodb::recommendation;
 use crate::backend::aws::error::class;
-use crate::backend::aws::json_call::{CredentialCache, Direct, Seen};
-use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
+use crate::backend::aws::json_call::{CredentialCache, JsonClient, RouteRecorder};
+use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};
 use crate::https::HttpsClient;
-use crate::model::{Counters, Function, FunctionId, NodeId, Recommendation, Sums, UnixMs, now_ms};
+use crate::model::{Function, FunctionCounters, FunctionId, NodeId, Recommendation, Sums, UnixMs, now_ms};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
@@ -37,7 +37,7 @@ const MARKS_REMOVED_MAX: usize = 50;
 pub struct FunctionTable {
     client: Client,
     /// For counter updates: a busy node sends hundreds per second.
-    direct: Direct,
+    direct: JsonClient,
     table: String,
     /// Holds change records and the code list under hash keys that are not function ids.
     logs_table: String,
@@ -52,23 +52,28 @@ impl FunctionTable {
         table: &str,
         logs_table: &str,
     ) -> Result<Self, BackendError> {
-        let seen = Seen::default();
+        let seen = RouteRecorder::default();
         item::probe(&client, table, KEY, &seen).await?;
-        let direct = Direct::new(https, credentials, &seen)?;
+        let direct = JsonClient::new(https, credentials, &seen)?;
         Ok(Self { client, direct, table: table.to_owned(), logs_table: logs_table.to_owned() })
     }
 }
 
 /// The node that adds sums, and their number; see the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stamp {
+pub struct PostNumber {
     pub node: NodeId,
     pub number: u64,
 }
 
 impl FunctionTable {
     /// Adds sums to a function, if it exists and has not received these or later sums of the node.
-    pub async fn add_counters(&self, id: &FunctionId, sums: Sums, stamp: Stamp) -> Result<(), BackendError> {
+    pub async fn add_counters(
+        &self,
+        id: &FunctionId,
+        sums: Sums,
+        stamp: PostNumber,
+    ) -> Result<(), BackendError> {
         // ADD creates absent items. The condition prevents it from recreating a deleted function.
         let body = json!({
             "TableName": self.table,
@@ -178,7 +183,7 @@ impl FunctionStore for FunctionTable {
         Ok(FunctionPage { functions, next })
     }
 
-    async fn write(&self, write: &FunctionWrite) -> Result<Written, BackendError> {
+    async fn write(&self, write: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
         function_writes::write(&self.client, &self.table, &self.logs_table, write).await
     }
 
@@ -200,7 +205,7 @@ impl FunctionStore for FunctionTable {
     }
 
     async fn probe(&self) -> Result<(), BackendError> {
-        item::probe(&self.client, &self.table, KEY, &Seen::default()).await
+        item::probe(&self.client, &self.table, KEY, &RouteRecorder::default()).await
     }
 }
 
@@ -238,7 +243,7 @@ fn function(id: FunctionId, item: &Item) -> Function {
         updated_at: text("updated_at"),
         env_vars: Function::env_vars_or_empty(&item.json("envVars").unwrap_or_default()),
         version: item.whole("version").unwrap_or(0),
-        counters: Counters {
+        counters: FunctionCounters {
             invocations: item.whole("invocations").unwrap_or(0),
             errors: item.whole("errorCount").unwrap_or(0),
             total_duration_ms: item.float("totalDuration").unwrap_or(0.0),

@@ -3,7 +3,7 @@
 
 use crate::backend::BackendError;
 use crate::backend::aws::error::class;
-use crate::backend::aws::json_call::Seen;
+use crate::backend::aws::json_call::RouteRecorder;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::types::AttributeValue;
 use serde_json::{Map, Value};
@@ -18,7 +18,12 @@ const ABSENT_KEY: &str = "#probe";
 
 /// Reads an absent key with the key attributes `key`. Fails if the table is missing, inaccessible, or has
 /// other keys.
-pub async fn probe(client: &Client, table: &str, key: &[&str], seen: &Seen) -> Result<(), BackendError> {
+pub async fn probe(
+    client: &Client,
+    table: &str,
+    key: &[&str],
+    seen: &RouteRecorder,
+) -> Result<(), BackendError> {
     let key: RawItem = key.iter().map(|name| ((*name).to_owned(), text(ABSENT_KEY))).collect();
     let call = client.get_item().table_name(table).set_key(Some(key)).customize();
     call.interceptor(seen.clone()).send().await.map_err(|e| class(&e))?;

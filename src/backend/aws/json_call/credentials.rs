@@ -25,7 +25,7 @@ const FAILURE_SHARED: Duration = Duration::from_secs(1);
 
 pub(in super::super) struct CredentialCache {
     provider: SharedCredentialsProvider,
-    kept: Mutex<Option<Kept>>,
+    kept: Mutex<Option<CachedCredentials>>,
     /// The last failure, shared by callers that waited for the same attempt.
     failed: Mutex<Option<(Instant, BackendError)>>,
     /// Held while the provider is asked.
@@ -33,7 +33,7 @@ pub(in super::super) struct CredentialCache {
 }
 
 #[derive(Clone)]
-struct Kept {
+struct CachedCredentials {
     credentials: Arc<Credentials>,
     since: Instant,
     refresh_at: SystemTime,
@@ -101,8 +101,11 @@ impl CredentialCache {
             None => SystemTime::now() + KEPT_MAX,
         };
         let credentials = Arc::new(credentials);
-        *self.kept() =
-            Some(Kept { credentials: Arc::clone(&credentials), since: Instant::now(), refresh_at });
+        *self.kept() = Some(CachedCredentials {
+            credentials: Arc::clone(&credentials),
+            since: Instant::now(),
+            refresh_at,
+        });
         credentials
     }
 
@@ -139,7 +142,7 @@ impl CredentialCache {
         Some(old)
     }
 
-    fn kept(&self) -> MutexGuard<'_, Option<Kept>> {
+    fn kept(&self) -> MutexGuard<'_, Option<CachedCredentials>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

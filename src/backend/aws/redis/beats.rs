@@ -9,7 +9,7 @@
 //! The channel lies outside `result:*`, because an old controller stores everything it receives there. If the
 //! ACL of the user denies the channel, beats are off. They are retried at intervals.
 
-use super::connection::Commands;
+use super::connection::CommandConnection;
 use crate::backend::BackendError;
 use crate::model::{NodeId, ProcessToken};
 use futures_util::future::{BoxFuture, FutureExt};
@@ -26,14 +26,14 @@ const FRESH: Duration = Duration::from_millis(500);
 const DENIED_PAUSE: Duration = Duration::from_secs(60);
 
 pub struct Beats {
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     channel: String,
     process: ProcessToken,
-    state: Mutex<State>,
+    state: Mutex<BeatState>,
 }
 
 #[derive(Default)]
-struct State {
+struct BeatState {
     /// The number of the last beat that was begun, and its time.
     begun: u64,
     begun_at: Option<Instant>,
@@ -50,7 +50,7 @@ pub fn channel_of(node: NodeId) -> String {
 }
 
 impl Beats {
-    pub fn new(commands: Arc<Commands>, node: NodeId, process: ProcessToken) -> Self {
+    pub fn new(commands: Arc<CommandConnection>, node: NodeId, process: ProcessToken) -> Self {
         Self { commands, channel: channel_of(node), process, state: Mutex::default() }
     }
 
@@ -141,7 +141,7 @@ impl Beats {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, BeatState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -152,7 +152,7 @@ mod tests {
     use crate::backend::aws::redis::connection::{RedisUrl, client};
 
     fn beats() -> Arc<Beats> {
-        let commands = Commands::new(client(&RedisUrl::new("redis://127.0.0.1:1")).unwrap());
+        let commands = CommandConnection::new(client(&RedisUrl::new("redis://127.0.0.1:1")).unwrap());
         Arc::new(Beats::new(Arc::new(commands), NodeId(0xab), ProcessToken(7)))
     }
 

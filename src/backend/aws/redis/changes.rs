@@ -1,9 +1,9 @@
 //! Announces changes of functions to all nodes over a Redis channel, one per function table.
 
 use super::beats::Beats;
-use super::connection::Commands;
-use super::subscriber::{Ended, History, Received, Subscriber};
-use crate::backend::{BackendError, ChangeEvent, ChangeFeed, Hearing};
+use super::connection::CommandConnection;
+use super::subscriber::{Received, ReconnectHistory, Subscriber, SubscriptionError};
+use crate::backend::{BackendError, ChangeEvent, ChangeFeed, SubscriptionState};
 use async_trait::async_trait;
 use redis::{Client, cmd};
 use std::sync::Arc;
@@ -13,16 +13,16 @@ const ANNOUNCEMENT_BYTES_MAX: usize = 128;
 
 pub struct RedisChanges {
     client: Client,
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     beats: Arc<Beats>,
     channel: String,
-    line: tokio::sync::Mutex<Line>,
+    line: tokio::sync::Mutex<ChangesSlot>,
 }
 
 #[derive(Default)]
-struct Line {
+struct ChangesSlot {
     subscriber: Option<Subscriber>,
-    history: History,
+    history: ReconnectHistory,
 }
 
 pub fn channel_of(functions_table: &str) -> String {
@@ -30,12 +30,17 @@ pub fn channel_of(functions_table: &str) -> String {
 }
 
 impl RedisChanges {
-    pub fn new(client: Client, commands: Arc<Commands>, beats: Arc<Beats>, functions_table: &str) -> Self {
+    pub fn new(
+        client: Client,
+        commands: Arc<CommandConnection>,
+        beats: Arc<Beats>,
+        functions_table: &str,
+    ) -> Self {
         let channel = channel_of(functions_table);
         Self { client, commands, beats, channel, line: tokio::sync::Mutex::default() }
     }
 
-    async fn subscribe(&self, history: &History) -> Result<Subscriber, BackendError> {
+    async fn subscribe(&self, history: &ReconnectHistory) -> Result<Subscriber, BackendError> {
         let mut subscriber = history.connect(&self.client, &self.beats).await?;
         subscriber.hear(&self.channel).await?;
         Ok(subscriber)
@@ -43,7 +48,7 @@ impl RedisChanges {
 
     /// Tries once to subscribe, after a pause that grows with each failure. A new subscriber proves by its
     /// beats that it can be relied on, so success returns no event.
-    async fn resubscribe(&self, line: &mut Line) -> Option<ChangeEvent> {
+    async fn resubscribe(&self, line: &mut ChangesSlot) -> Option<ChangeEvent> {
         match self.subscribe(&line.history).await {
             Ok(subscriber) => {
                 if line.history.connected() > 0 {
@@ -62,28 +67,28 @@ impl RedisChanges {
                          Check Redis and its ACL"
                     );
                 }
-                is_first.then_some(ChangeEvent::Hearing(Hearing::Broken))
+                is_first.then_some(ChangeEvent::Hearing(SubscriptionState::Disconnected))
             }
         }
     }
 
     /// Handles the end of a subscription and prepares the next one.
-    fn ended(&self, ended: Ended, history: &mut History) -> Hearing {
+    fn ended(&self, ended: SubscriptionError, history: &mut ReconnectHistory) -> SubscriptionState {
         match ended {
-            Ended::Broken(error) => {
+            SubscriptionError::Broken(error) => {
                 tracing::warn!(%error, "Subscription to function changes broke; reconnecting");
                 // The failures that follow from this one are not logged again.
                 history.failed();
-                Hearing::Broken
+                SubscriptionState::Disconnected
             }
-            Ended::Missed => {
+            SubscriptionError::Missed => {
                 tracing::warn!(
                     subscription = "changes",
                     "Beats missed: subscription and commands lead to different Redis servers. Both reconnect"
                 );
                 history.missed();
                 self.commands.reconnect();
-                Hearing::Missed
+                SubscriptionState::BeatsMissed
             }
         }
     }
@@ -98,7 +103,7 @@ impl ChangeFeed for RedisChanges {
     async fn next(&self) -> ChangeEvent {
         let mut line = self.line.lock().await;
         loop {
-            let Line { subscriber: Some(subscriber), history } = &mut *line else {
+            let ChangesSlot { subscriber: Some(subscriber), history } = &mut *line else {
                 match self.resubscribe(&mut line).await {
                     Some(event) => return event,
                     None => continue,

@@ -106,23 +106,23 @@ pub fn class(error: &RedisError) -> BackendError {
 }
 
 /// The shared connection for commands. The next command re-establishes it after a failure.
-pub struct Commands {
+pub struct CommandConnection {
     client: Client,
     config: AsyncConnectionConfig,
-    state: Mutex<State>,
+    state: Mutex<ConnectionState>,
     /// Held while a connection is made.
     connecting: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
-struct State {
+struct ConnectionState {
     connection: Option<MultiplexedConnection>,
     /// Counts connections, so that a late failure of an old one does not drop its successor.
     number: u64,
     failed: Option<(Instant, BackendError)>,
 }
 
-impl Commands {
+impl CommandConnection {
     pub fn new(client: Client) -> Self {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_DEADLINE))
@@ -226,7 +226,7 @@ impl Commands {
         }
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, ConnectionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

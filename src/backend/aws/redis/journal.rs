@@ -8,11 +8,11 @@
 //! even if an answer is late or lost, or a node dies between two steps. The three Lua scripts describe the
 //! steps.
 
-use super::connection::Commands;
-use crate::backend::aws::dynamodb::functions::{FunctionTable, Stamp};
+use super::connection::CommandConnection;
+use crate::backend::aws::dynamodb::functions::{FunctionTable, PostNumber};
 use crate::backend::{
-    BackendError, Ended, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, Numbered, POSTED_MAX, Standing,
-    Unposted,
+    BackendError, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, JournalState, NumberedSums,
+    POSTED_MAX, UnpostedSums,
 };
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs, now_ms};
 use async_trait::async_trait;
@@ -29,7 +29,7 @@ const PAGE_ENTRIES: usize = 1000;
 const ENTRY_BYTES: usize = 96;
 
 pub struct RedisJournal {
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     functions: Arc<FunctionTable>,
     end: Script,
     number: Script,
@@ -47,7 +47,7 @@ if redis.call('EXISTS', KEYS[3]) == 1 or tonumber(ARGV[2]) < started then return
 return 1";
 
 impl RedisJournal {
-    pub fn new(commands: Arc<Commands>, functions: Arc<FunctionTable>) -> Self {
+    pub fn new(commands: Arc<CommandConnection>, functions: Arc<FunctionTable>) -> Self {
         Self {
             commands,
             functions,
@@ -59,7 +59,7 @@ impl RedisJournal {
     }
 
     /// Removes sums that have been added. After a failure they are added again, which has no effect.
-    async fn forget(&self, node: NodeId, added: &[Numbered]) {
+    async fn forget(&self, node: NodeId, added: &[NumberedSums]) {
         if added.is_empty() {
             return;
         }
@@ -107,7 +107,7 @@ impl Journal for RedisJournal {
         Ok(())
     }
 
-    async fn end(&self, node: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
         let mut call = self.end.prepare_invoke();
         call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(UNPOSTED, node)).key(key(GIVEN_UP, node));
         call.arg(GIVEN_UP_MAX).arg(GIVEN_UP_KEPT.as_secs()).arg(ended_text(ended));
@@ -125,7 +125,7 @@ impl Journal for RedisJournal {
         Ok(all.iter().filter_map(parse).collect())
     }
 
-    async fn unposted(&self, node: NodeId) -> Result<Option<Unposted>, BackendError> {
+    async fn unposted(&self, node: NodeId) -> Result<Option<UnpostedSums>, BackendError> {
         // Read atomically: sums that are numbered in between would be seen twice or never.
         let mut all = redis::pipe();
         all.atomic().cmd("EXISTS").arg(key(WHOLE, node));
@@ -136,13 +136,13 @@ impl Journal for RedisJournal {
         if !is_whole {
             return Ok(None);
         }
-        let mut unposted = Unposted::default();
+        let mut unposted = UnpostedSums::default();
         for (function, text) in named(&sums) {
             unposted.sums.push((function, parse_sums(text).ok_or_else(unreadable)?));
         }
         for (function, text) in named(&numbered) {
             let (number, sums) = parse_numbered(text).ok_or_else(unreadable)?;
-            unposted.numbered.push(Numbered { function, number, sums });
+            unposted.numbered.push(NumberedSums { function, number, sums });
         }
         Ok(Some(unposted))
     }
@@ -152,7 +152,7 @@ impl Journal for RedisJournal {
         node: NodeId,
         functions: &[FunctionId],
         floor: u64,
-    ) -> Result<Option<Unposted>, BackendError> {
+    ) -> Result<Option<UnpostedSums>, BackendError> {
         assert!(functions.len() <= POSTED_MAX, "{} functions at once", functions.len());
         let mut call = self.number.prepare_invoke();
         call.key(key(UNPOSTED, node))
@@ -167,14 +167,14 @@ impl Journal for RedisJournal {
         let answer: Option<Vec<(String, String)>> =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         let Some(answer) = answer else { return Ok(None) };
-        let mut unposted = Unposted::default();
+        let mut unposted = UnpostedSums::default();
         for (function, (numbered, sums)) in functions.iter().zip(answer) {
             if !sums.is_empty() {
                 unposted.sums.push((function.clone(), parse_sums(&sums).ok_or_else(unreadable)?));
             }
             if !numbered.is_empty() {
                 let (number, sums) = parse_numbered(&numbered).ok_or_else(unreadable)?;
-                unposted.numbered.push(Numbered { function: function.clone(), number, sums });
+                unposted.numbered.push(NumberedSums { function: function.clone(), number, sums });
             }
         }
         Ok(Some(unposted))
@@ -183,11 +183,11 @@ impl Journal for RedisJournal {
     async fn post(
         &self,
         node: NodeId,
-        numbered: Vec<Numbered>,
+        numbered: Vec<NumberedSums>,
         at_a_time: usize,
-    ) -> (Vec<Numbered>, Option<BackendError>) {
+    ) -> (Vec<NumberedSums>, Option<BackendError>) {
         let adding = numbered.into_iter().map(async |numbered| {
-            let stamp = Stamp { node, number: numbered.number };
+            let stamp = PostNumber { node, number: numbered.number };
             (self.functions.add_counters(&numbered.function, numbered.sums, stamp).await, numbered)
         });
         let mut adding = futures_util::stream::iter(adding).buffer_unordered(at_a_time);
@@ -209,7 +209,7 @@ impl Journal for RedisJournal {
         self.commands.query(cmd("HEXISTS").arg(key(INFLIGHT, id.node())).arg(id.to_string())).await
     }
 
-    async fn standing(&self, id: JobId) -> Result<Standing, BackendError> {
+    async fn standing(&self, id: JobId) -> Result<JournalState, BackendError> {
         let node = id.node();
         let mut call = self.standing.prepare_invoke();
         call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(ADOPTED, node));
@@ -218,10 +218,10 @@ impl Journal for RedisJournal {
         let standing: u8 =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         Ok(match standing {
-            0 => Standing::Absent,
-            1 => Standing::Held,
-            2 => Standing::Left,
-            _ => Standing::Unknown,
+            0 => JournalState::Absent,
+            1 => JournalState::Held,
+            2 => JournalState::Orphaned,
+            _ => JournalState::Unknown,
         })
     }
 
@@ -295,9 +295,9 @@ pub fn entry_text(deadline: UnixMs, function: &FunctionId, key: Option<&Idempote
 
 /// Ended jobs, one per line. One text, because Redis would copy each part three times if it were a separate
 /// argument.
-fn ended_text(ended: &[Ended]) -> String {
+fn ended_text(ended: &[EndedJob]) -> String {
     let mut text = String::with_capacity(ENTRY_BYTES * ended.len());
-    for Ended { id, function, adds, is_lost } in ended {
+    for EndedJob { id, function, adds, is_lost } in ended {
         let Sums { errors, duration_us, handler_invocations, handler_us, .. } = adds;
         text.push_str(id.text(&mut [0; JobId::TEXT_BYTES]));
         let lost = u8::from(*is_lost);
@@ -315,7 +315,7 @@ pub fn sums_text(sums: &Sums) -> String {
 }
 
 /// Number and sums in the format of the scripts.
-pub fn numbered_text(numbered: &Numbered) -> String {
+pub fn numbered_text(numbered: &NumberedSums) -> String {
     format!("{}:{}", numbered.number, sums_text(&numbered.sums))
 }
 
@@ -380,7 +380,7 @@ mod tests {
     fn numbered_sums_survive_a_round_trip() {
         let sums =
             Sums { invocations: 0, errors: -1, duration_us: 7000, handler_invocations: 1, handler_us: 5000 };
-        let numbered = Numbered { function: FunctionId::parse("f").unwrap(), number: 1 << 52, sums };
+        let numbered = NumberedSums { function: FunctionId::parse("f").unwrap(), number: 1 << 52, sums };
         assert_eq!(parse_numbered(&numbered_text(&numbered)), Some((numbered.number, sums)));
         for bad in ["", "1", "1:2:3:4:5", "1:2:3:4:5:6:7", "1:2:3:4:5:x", "-1:2:3:4:5:6"] {
             assert_eq!(parse_numbered(bad), None, "{bad}");

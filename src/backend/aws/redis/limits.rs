@@ -7,7 +7,7 @@
 //!
 //! Leased: occasional script calls for one bucket. A call that runs twice counts once; see `leases.lua`.
 
-use super::connection::Commands;
+use super::connection::CommandConnection;
 use crate::backend::{BackendError, Decision, Grant, LeaseCall, LimitStore};
 use crate::model::Quota;
 use async_trait::async_trait;
@@ -16,13 +16,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub struct RedisLimits {
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     take: Script,
     lease: Script,
 }
 
 impl RedisLimits {
-    pub fn new(commands: Arc<Commands>) -> Self {
+    pub fn new(commands: Arc<CommandConnection>) -> Self {
         let take = Script::new(include_str!("limits.lua"));
         Self { commands, take, lease: Script::new(include_str!("leases.lua")) }
     }

@@ -12,13 +12,14 @@
 //!
 //! A process of an earlier version has no token: it renews the lease and does not change the holder.
 
-use super::connection::Commands;
+use super::connection::CommandConnection;
 use super::journal::{
     ADOPTED, GIVEN_UP, INFLIGHT, POSTING, UNPOSTED, WHOLE, WHOLE_KEPT_S, entry_text, key, numbered_text,
     sums_text,
 };
 use crate::backend::{
-    BackendError, GIVEN_UP_KEPT, HeldBy, Membership, Others, Predecessor, Renewal, Taken, Told,
+    BackendError, FleetState, GIVEN_UP_KEPT, JournalPart, LeaseHolder, LeaseOutcome, LeaseRenewal,
+    Membership, Predecessor,
 };
 use crate::model::{NodeId, ProcessToken, UnixMs};
 use async_trait::async_trait;
@@ -85,7 +86,7 @@ redis.call('SET', KEYS[2], '1', 'EX', ARGV[2])
 return 1";
 
 pub struct RedisMembership {
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     /// The key of the set. It has the table name in it, so that fleets that share Redis but no tables stay
     /// separate.
     nodes: String,
@@ -99,7 +100,7 @@ pub struct RedisMembership {
 
 impl RedisMembership {
     /// `process` is the token of this process.
-    pub fn new(commands: Arc<Commands>, logs_table: &str, process: ProcessToken) -> Self {
+    pub fn new(commands: Arc<CommandConnection>, logs_table: &str, process: ProcessToken) -> Self {
         let nodes = format!("nodes:{{{logs_table}}}");
         let [take, renew, adopt, dismiss, retold] = [TAKE, RENEW, ADOPT, DISMISS, RETOLD].map(Script::new);
         Self { commands, nodes, process, take, renew, adopt, dismiss, retold }
@@ -121,7 +122,7 @@ impl Membership for RedisMembership {
         node: NodeId,
         lease: Duration,
         predecessor: Predecessor,
-    ) -> Result<Taken, BackendError> {
+    ) -> Result<LeaseOutcome, BackendError> {
         let from = match predecessor {
             Predecessor::Nobody => "-".to_owned(),
             Predecessor::Process(token) => token.to_string(),
@@ -134,13 +135,13 @@ impl Membership for RedisMembership {
         let (is_taken, process, until, left): (bool, String, UnixMs, u64) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         if is_taken {
-            return Ok(Taken::Yes);
+            return Ok(LeaseOutcome::Yes);
         }
         let process = ProcessToken::parse(&process);
-        Ok(Taken::No(HeldBy { process, until, left: Duration::from_millis(left) }))
+        Ok(LeaseOutcome::No(LeaseHolder { process, until, left: Duration::from_millis(left) }))
     }
 
-    async fn renew(&self, node: NodeId, lease: Duration) -> Result<Renewal, BackendError> {
+    async fn renew(&self, node: NodeId, lease: Duration) -> Result<LeaseRenewal, BackendError> {
         let mut call = self.renew.prepare_invoke();
         call.key(&self.nodes).key(self.holder(node)).key(self.contested(node));
         call.arg(node.to_string()).arg(millis(lease)).arg(self.process.to_string());
@@ -148,12 +149,12 @@ impl Membership for RedisMembership {
         let (is_renewed, lapsed, alive, is_contested): (bool, Vec<Vec<u8>>, usize, bool) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         if !is_renewed {
-            return Ok(Renewal::Lost);
+            return Ok(LeaseRenewal::Lost);
         }
         // Members that are not node ids are ignored.
         let lapsed =
             lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect();
-        Ok(Renewal::Renewed { others: Others { lapsed, alive }, is_contested })
+        Ok(LeaseRenewal::Renewed { others: FleetState { lapsed, alive }, is_contested })
     }
 
     async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError> {
@@ -180,18 +181,18 @@ impl Membership for RedisMembership {
         self.commands.query(cmd("ZADD").arg(&self.nodes).arg("NX").arg(0).arg(node.to_string())).await
     }
 
-    async fn is_whole(&self, node: NodeId) -> Result<bool, BackendError> {
+    async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError> {
         // EXPIRE reports whether the key exists, and renews its expiry.
         self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
     }
 
-    async fn begin_retelling(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
+    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
         self.commands.query(cmd("SET").arg(key(TELLING, node)).arg(token).arg("EX").arg(TELLING_MAX_S)).await
     }
 
-    async fn retell(&self, node: NodeId, told: Told<'_>) -> Result<(), BackendError> {
+    async fn restore(&self, node: NodeId, told: JournalPart<'_>) -> Result<(), BackendError> {
         let command = match told {
-            Told::Jobs(jobs) => hset(
+            JournalPart::Jobs(jobs) => hset(
                 INFLIGHT,
                 node,
                 jobs.iter().map(|job| {
@@ -201,29 +202,29 @@ impl Membership for RedisMembership {
                     )
                 }),
             ),
-            Told::Sums(sums) => hset(
+            JournalPart::Sums(sums) => hset(
                 UNPOSTED,
                 node,
                 sums.iter().map(|(function, sums)| (function.to_string(), sums_text(sums))),
             ),
-            Told::Numbered(numbered) => {
+            JournalPart::Numbered(numbered) => {
                 hset(POSTING, node, numbered.iter().map(|n| (n.function.to_string(), numbered_text(n))))
             }
-            Told::GivenUp(jobs) => {
+            JournalPart::GivenUp(jobs) => {
                 hset(GIVEN_UP, node, jobs.iter().map(|(id, function)| (id.to_string(), function.to_string())))
             }
         };
         if let Some(command) = command {
             self.commands.query::<()>(&command).await?;
         }
-        if matches!(told, Told::GivenUp(_)) {
+        if matches!(told, JournalPart::GivenUp(_)) {
             let expire = GIVEN_UP_KEPT.as_secs();
             self.commands.query::<()>(cmd("EXPIRE").arg(key(GIVEN_UP, node)).arg(expire)).await?;
         }
         Ok(())
     }
 
-    async fn retold(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+    async fn finish_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
         let mut call = self.retold.prepare_invoke();
         call.key(key(TELLING, node)).key(key(WHOLE, node)).arg(token).arg(WHOLE_KEPT_S);
         let call = &call;

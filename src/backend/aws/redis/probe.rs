@@ -5,7 +5,7 @@
 //! replica stops the start instead of failing the first job.
 
 use super::changes::channel_of;
-use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, Commands, class};
+use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, CommandConnection, class};
 use super::journal::INFLIGHT;
 use super::results::pattern_of;
 use crate::backend::BackendError;
@@ -23,7 +23,7 @@ const KEPT_MS: u64 = 10_000;
 const NO_ANNOUNCEMENT: [u8; 256] = [b'-'; 256];
 
 /// Why this Redis cannot be used, and the remedy.
-pub struct Unfit {
+pub struct RedisProblem {
     pub error: BackendError,
     pub mend: &'static str,
 }
@@ -66,7 +66,7 @@ const CODES: [(&str, bool, &str, &str); 8] = [
 
 pub struct RedisProbe<'a> {
     client: &'a Client,
-    commands: &'a Commands,
+    commands: &'a CommandConnection,
     functions_table: &'a str,
     deadline: Instant,
     /// The code of the last error answer.
@@ -76,7 +76,7 @@ pub struct RedisProbe<'a> {
 impl<'a> RedisProbe<'a> {
     pub fn new(
         client: &'a Client,
-        commands: &'a Commands,
+        commands: &'a CommandConnection,
         functions_table: &'a str,
         deadline: Instant,
     ) -> Self {
@@ -84,7 +84,7 @@ impl<'a> RedisProbe<'a> {
     }
 
     /// Runs all steps that need no node id. Returns a warning about problems that do not prevent the start.
-    pub async fn run(&self) -> Result<Option<String>, Unfit> {
+    pub async fn run(&self) -> Result<Option<String>, RedisProblem> {
         self.step("write", || self.write()).await?;
         self.step("subscribe to changes, and publish changes,", || self.changes()).await?;
         self.eviction_warning().await
@@ -96,11 +96,11 @@ impl<'a> RedisProbe<'a> {
     /// answer for one node id does not hold for another.
     ///
     /// [`RedisResults`]: super::results::RedisResults
-    pub async fn results(&self, nodes: &[NodeId]) -> Result<NodeId, Unfit> {
+    pub async fn results(&self, nodes: &[NodeId]) -> Result<NodeId, RedisProblem> {
         self.step("subscribe to results", || self.first_that_hears(nodes)).await
     }
 
-    async fn step<T, F>(&self, what: &str, step: impl FnMut() -> F) -> Result<T, Unfit>
+    async fn step<T, F>(&self, what: &str, step: impl FnMut() -> F) -> Result<T, RedisProblem>
     where
         F: Future<Output = Result<T, BackendError>>,
     {
@@ -110,11 +110,11 @@ impl<'a> RedisProbe<'a> {
         crate::backend::aws::start::within(self.deadline, step).await.map_err(|error| self.unfit(what, error))
     }
 
-    fn unfit(&self, what: &str, error: BackendError) -> Unfit {
+    fn unfit(&self, what: &str, error: BackendError) -> RedisProblem {
         let code = self.code.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((_, is_lasting, meaning, mend)) = CODES.iter().find(|(known, ..)| *known == code) else {
             let mend = "See the log of Redis.";
-            return Unfit { error: in_step(what, &error), mend };
+            return RedisProblem { error: in_step(what, &error), mend };
         };
         let text = format!("this node cannot {what} there: {meaning} ({code})");
         let error = match (is_lasting, code.as_str()) {
@@ -122,7 +122,7 @@ impl<'a> RedisProbe<'a> {
             (true, _) => BackendError::Invalid(text),
             (false, _) => BackendError::Unavailable(text),
         };
-        Unfit { error, mend }
+        RedisProblem { error, mend }
     }
 
     fn note(&self, error: &RedisError) {
@@ -190,7 +190,7 @@ impl<'a> RedisProbe<'a> {
 
     /// Whether Redis evicts keys when its memory is full: the journals of jobs in flight are stored nowhere
     /// else.
-    async fn eviction_warning(&self) -> Result<Option<String>, Unfit> {
+    async fn eviction_warning(&self) -> Result<Option<String>, RedisProblem> {
         let Ok(info) = self.query::<String>(cmd("INFO").arg("memory")).await else {
             return Ok(Some(
                 "Redis does not report whether it evicts keys (INFO memory is denied). Make sure that its \
@@ -238,13 +238,13 @@ async fn within<T>(
 }
 
 /// Evaluates the answer to `INFO memory`.
-fn eviction(info: &str) -> Result<Option<String>, Unfit> {
+fn eviction(info: &str) -> Result<Option<String>, RedisProblem> {
     let value = |name: &str| info.lines().find_map(|line| line.trim().strip_prefix(name)?.strip_prefix(':'));
     let policy = value("maxmemory_policy").unwrap_or("unknown");
     let is_bounded = value("maxmemory").is_none_or(|bytes| bytes != "0");
     match policy {
         "noeviction" => Ok(None),
-        policy if policy.starts_with("allkeys-") && is_bounded => Err(Unfit {
+        policy if policy.starts_with("allkeys-") && is_bounded => Err(RedisProblem {
             error: BackendError::Invalid(format!(
                 "it evicts any key when its memory is full (maxmemory-policy {policy}), and the journals of \
                  jobs in flight are stored nowhere else"
@@ -280,7 +280,9 @@ mod tests {
             let found = match eviction(&info) {
                 Ok(None) => "good",
                 Ok(Some(warning)) if warning.contains(policy) => "warning",
-                Err(Unfit { error: BackendError::Invalid(text), .. }) if text.contains(policy) => "unfit",
+                Err(RedisProblem { error: BackendError::Invalid(text), .. }) if text.contains(policy) => {
+                    "unfit"
+                }
                 _ => "something else",
             };
             assert_eq!(found, expected, "{policy} {maxmemory}");

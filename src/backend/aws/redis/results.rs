@@ -2,16 +2,16 @@
 //!
 //! The subscription has its own connection and no task: [`Results::next`] drives it. It covers the pattern of
 //! this node's job ids, and one channel for each job of another node that a long poll waits for. The set of
-//! these channels ([`Watches`]) is applied by `next`. So a waiter may come and go at any time, even while
+//! these channels ([`ForeignWaits`]) is applied by `next`. So a waiter may come and go at any time, even while
 //! Redis is down, and dropping it leaves nothing behind.
 //!
 //! The `redis` crate reads ahead without a bound. The caller of `next` must therefore hand results on without
 //! pausing.
 
 use super::beats::Beats;
-use super::connection::Commands;
-use super::subscriber::{Ended, History, Received, Subscriber};
-use crate::backend::{BackendError, Hearing, ResultEvent, Results, STORED_MAX};
+use super::connection::CommandConnection;
+use super::subscriber::{Received, ReconnectHistory, Subscriber, SubscriptionError};
+use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX, SubscriptionState};
 use crate::model::{JobId, NodeId};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -32,23 +32,23 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub struct RedisResults {
     client: Client,
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     beats: Arc<Beats>,
     pattern: String,
-    line: tokio::sync::Mutex<Line>,
-    watches: Watches,
+    line: tokio::sync::Mutex<ResultsSlot>,
+    watches: ForeignWaits,
 }
 
 #[derive(Default)]
-struct Line {
+struct ResultsSlot {
     subscription: Option<Subscription>,
-    history: History,
+    history: ReconnectHistory,
 }
 
 struct Subscription {
     subscriber: Subscriber,
     /// Taken from the watches and not applied yet. Kept here because `next` may be dropped in between.
-    changes: Vec<Change>,
+    changes: Vec<SubscriptionChange>,
 }
 
 /// The channel pattern for the jobs of a node, whose ids begin with the node id.
@@ -57,18 +57,18 @@ pub fn pattern_of(node: NodeId) -> String {
 }
 
 impl RedisResults {
-    pub fn new(client: Client, commands: Arc<Commands>, beats: Arc<Beats>, node: NodeId) -> Self {
+    pub fn new(client: Client, commands: Arc<CommandConnection>, beats: Arc<Beats>, node: NodeId) -> Self {
         Self {
             client,
             commands,
             beats,
             pattern: pattern_of(node),
             line: tokio::sync::Mutex::default(),
-            watches: Watches::default(),
+            watches: ForeignWaits::default(),
         }
     }
 
-    async fn subscribe(&self, history: &History) -> Result<Subscription, BackendError> {
+    async fn subscribe(&self, history: &ReconnectHistory) -> Result<Subscription, BackendError> {
         let mut subscriber = history.connect(&self.client, &self.beats).await?;
         subscriber.hear_pattern(&self.pattern).await?;
         let channels = self.watches.start();
@@ -79,7 +79,7 @@ impl RedisResults {
     }
 
     /// Tries once to subscribe, after a pause that grows with each failure.
-    async fn resubscribe(&self, line: &mut Line) -> Option<ResultEvent> {
+    async fn resubscribe(&self, line: &mut ResultsSlot) -> Option<ResultEvent> {
         match self.subscribe(&line.history).await {
             Ok(subscription) => {
                 let failures = line.history.connected();
@@ -100,7 +100,7 @@ impl RedisResults {
                          Check Redis and its ACL"
                     );
                 }
-                is_first.then_some(ResultEvent::Hearing(Hearing::Broken))
+                is_first.then_some(ResultEvent::Hearing(SubscriptionState::Disconnected))
             }
         }
     }
@@ -109,8 +109,8 @@ impl RedisResults {
     async fn listen(
         &self,
         subscription: &mut Subscription,
-        history: &mut History,
-    ) -> Result<Option<ResultEvent>, Ended> {
+        history: &mut ReconnectHistory,
+    ) -> Result<Option<ResultEvent>, SubscriptionError> {
         let Subscription { subscriber, changes } = subscription;
         changes.append(&mut self.watches.take_changes());
         if !changes.is_empty() {
@@ -131,21 +131,21 @@ impl RedisResults {
     }
 
     /// Handles the end of a subscription and prepares the next one.
-    fn ended(&self, ended: Ended, history: &mut History) -> Hearing {
+    fn ended(&self, ended: SubscriptionError, history: &mut ReconnectHistory) -> SubscriptionState {
         self.watches.stop();
         match ended {
-            Ended::Broken(error) => {
+            SubscriptionError::Broken(error) => {
                 tracing::warn!(%error, "Subscription to results broke; reconnecting");
-                Hearing::Broken
+                SubscriptionState::Disconnected
             }
-            Ended::Missed => {
+            SubscriptionError::Missed => {
                 tracing::warn!(
                     subscription = "results",
                     "Beats missed: subscription and commands lead to different Redis servers. Both reconnect"
                 );
                 history.missed();
                 self.commands.reconnect();
-                Hearing::Missed
+                SubscriptionState::BeatsMissed
             }
         }
     }
@@ -156,7 +156,7 @@ impl RedisResults {
         match id {
             Some(id) if message.from_pattern() => Some(ResultEvent::Published { id, payload }),
             Some(id) => {
-                self.watches.tell(id, Heard::Published(payload));
+                self.watches.tell(id, WatchState::Published(payload));
                 None
             }
             None => Some(ResultEvent::Malformed),
@@ -169,7 +169,7 @@ impl Results for RedisResults {
     async fn next(&self) -> ResultEvent {
         let mut line = self.line.lock().await;
         loop {
-            let Line { subscription: Some(subscription), history } = &mut *line else {
+            let ResultsSlot { subscription: Some(subscription), history } = &mut *line else {
                 match self.resubscribe(&mut line).await {
                     Some(event) => return event,
                     None => continue,
@@ -211,16 +211,16 @@ impl Results for RedisResults {
         loop {
             let heard = watched.heard.borrow_and_update().clone();
             match heard {
-                Heard::Published(payload) => return Ok(payload),
+                WatchState::Published(payload) => return Ok(payload),
                 // Read only while the subscription is active: results stored before are found, later ones are
                 // received.
-                Heard::Subscribed => match self.stored(&[id]).await.map(|mut values| values.pop()) {
+                WatchState::Subscribed => match self.stored(&[id]).await.map(|mut values| values.pop()) {
                     Ok(Some(Some(payload))) => return Ok(payload),
                     // While Redis is down nothing changes. When it is back the key is read again.
                     Ok(_) | Err(BackendError::Unavailable(_)) => {}
                     Err(error) => return Err(error),
                 },
-                Heard::Nothing => {}
+                WatchState::Nothing => {}
             }
             // Ends at the next look or change. The sender lives as long as this waiter is registered.
             let _ = timeout(LOOK_EVERY, watched.heard.changed()).await;
@@ -245,7 +245,7 @@ pub fn channel(id: JobId) -> String {
 }
 
 /// Applies the changes in order. Adjacent changes of one kind go in one command.
-async fn apply(subscriber: &mut Subscriber, changes: &[Change]) -> Result<(), BackendError> {
+async fn apply(subscriber: &mut Subscriber, changes: &[SubscriptionChange]) -> Result<(), BackendError> {
     for run in changes.chunk_by(|a, b| a.wanted == b.wanted) {
         let channels: Vec<_> = run.iter().map(|change| channel(change.id)).collect();
         if run[0].wanted {
@@ -259,40 +259,40 @@ async fn apply(subscriber: &mut Subscriber, changes: &[Change]) -> Result<(), Ba
 
 /// The state of a watched job.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Heard {
+enum WatchState {
     Nothing,
     Subscribed,
     Published(Bytes),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Change {
+struct SubscriptionChange {
     id: JobId,
     wanted: bool,
 }
 
 /// The jobs of other nodes that are waited for, and the changes that the subscription has not applied yet.
 #[derive(Default)]
-struct Watches {
-    inner: Mutex<Wishes>,
+struct ForeignWaits {
+    inner: Mutex<WaitTable>,
     changed: Notify,
 }
 
 #[derive(Default)]
-struct Wishes {
-    jobs: HashMap<JobId, Wish>,
+struct WaitTable {
+    jobs: HashMap<JobId, JobWait>,
     /// In order. Empty while there is no subscription, because a new one starts from `jobs`.
-    changes: Vec<Change>,
+    changes: Vec<SubscriptionChange>,
     subscribed: bool,
 }
 
-struct Wish {
-    heard: watch::Sender<Heard>,
+struct JobWait {
+    heard: watch::Sender<WatchState>,
     waiters: usize,
 }
 
-impl Watches {
-    fn enter(&self, id: JobId) -> Result<Watched<'_>, BackendError> {
+impl ForeignWaits {
+    fn enter(&self, id: JobId) -> Result<JobWaitGuard<'_>, BackendError> {
         let mut inner = self.inner();
         // Bounds the changes too: each entry causes at most two.
         if inner.jobs.len() >= WATCHES_MAX || inner.changes.len() >= WATCHES_MAX {
@@ -301,13 +301,13 @@ impl Watches {
         let wish = inner
             .jobs
             .entry(id)
-            .or_insert_with(|| Wish { heard: watch::Sender::new(Heard::Nothing), waiters: 0 });
+            .or_insert_with(|| JobWait { heard: watch::Sender::new(WatchState::Nothing), waiters: 0 });
         wish.waiters += 1;
         let (heard, is_first) = (wish.heard.subscribe(), wish.waiters == 1);
         if is_first {
-            self.change(&mut inner, Change { id, wanted: true });
+            self.change(&mut inner, SubscriptionChange { id, wanted: true });
         }
-        Ok(Watched { watches: self, id, heard })
+        Ok(JobWaitGuard { watches: self, id, heard })
     }
 
     fn leave(&self, id: JobId) {
@@ -316,11 +316,11 @@ impl Watches {
         wish.waiters -= 1;
         if wish.waiters == 0 {
             inner.jobs.remove(&id);
-            self.change(&mut inner, Change { id, wanted: false });
+            self.change(&mut inner, SubscriptionChange { id, wanted: false });
         }
     }
 
-    fn change(&self, inner: &mut Wishes, change: Change) {
+    fn change(&self, inner: &mut WaitTable, change: SubscriptionChange) {
         if inner.subscribed {
             inner.changes.push(change);
             self.changed.notify_one();
@@ -341,17 +341,17 @@ impl Watches {
         inner.changes.clear();
     }
 
-    fn take_changes(&self) -> Vec<Change> {
+    fn take_changes(&self) -> Vec<SubscriptionChange> {
         std::mem::take(&mut self.inner().changes)
     }
 
-    fn tell(&self, id: JobId, heard: Heard) {
+    fn tell(&self, id: JobId, heard: WatchState) {
         if let Some(wish) = self.inner().jobs.get(&id) {
             wish.heard.send_replace(heard);
         }
     }
 
-    fn tell_subscribed(&self, changes: &[Change]) {
+    fn tell_subscribed(&self, changes: &[SubscriptionChange]) {
         for change in changes.iter().filter(|change| change.wanted) {
             self.tell_unless_published(change.id);
         }
@@ -367,28 +367,28 @@ impl Watches {
     fn tell_unless_published(&self, id: JobId) {
         if let Some(wish) = self.inner().jobs.get(&id) {
             wish.heard.send_if_modified(|heard| {
-                let told = !matches!(heard, Heard::Published(_));
+                let told = !matches!(heard, WatchState::Published(_));
                 if told {
-                    *heard = Heard::Subscribed;
+                    *heard = WatchState::Subscribed;
                 }
                 told
             });
         }
     }
 
-    fn inner(&self) -> MutexGuard<'_, Wishes> {
+    fn inner(&self) -> MutexGuard<'_, WaitTable> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The registration of one waiter; Drop removes it.
-struct Watched<'a> {
-    watches: &'a Watches,
+struct JobWaitGuard<'a> {
+    watches: &'a ForeignWaits,
     id: JobId,
-    heard: watch::Receiver<Heard>,
+    heard: watch::Receiver<WatchState>,
 }
 
-impl Drop for Watched<'_> {
+impl Drop for JobWaitGuard<'_> {
     fn drop(&mut self) {
         self.watches.leave(self.id);
     }
@@ -404,7 +404,7 @@ mod tests {
 
     #[test]
     fn dropped_waiters_leave_nothing_behind() {
-        let watches = Watches::default();
+        let watches = ForeignWaits::default();
         drop(watches.enter(id(1)));
         assert_eq!(watches.take_changes(), [], "no subscription, no changes");
 
@@ -415,7 +415,7 @@ mod tests {
         drop(twin);
         let other = watches.enter(id(2)).unwrap();
         drop(kept);
-        let wanted = |random, wanted| Change { id: id(random), wanted };
+        let wanted = |random, wanted| SubscriptionChange { id: id(random), wanted };
         assert_eq!(watches.take_changes(), [wanted(2, true), wanted(1, false)]);
         drop(other);
         watches.stop();
@@ -425,18 +425,18 @@ mod tests {
 
     #[test]
     fn a_publication_is_not_overwritten() {
-        let watches = Watches::default();
+        let watches = ForeignWaits::default();
         let watched = watches.enter(id(1)).unwrap();
         watches.tell_all_subscribed();
-        assert_eq!(*watched.heard.borrow(), Heard::Subscribed);
-        watches.tell(id(1), Heard::Published("x".into()));
+        assert_eq!(*watched.heard.borrow(), WatchState::Subscribed);
+        watches.tell(id(1), WatchState::Published("x".into()));
         watches.tell_all_subscribed();
-        assert_eq!(*watched.heard.borrow(), Heard::Published("x".into()));
+        assert_eq!(*watched.heard.borrow(), WatchState::Published("x".into()));
     }
 
     #[test]
     fn a_full_set_of_watches_returns_unavailable() {
-        let watches = Watches::default();
+        let watches = ForeignWaits::default();
         let _held: Vec<_> = (0..WATCHES_MAX as u64).map(|i| watches.enter(id(i)).unwrap()).collect();
         assert!(matches!(watches.enter(id(u64::MAX)), Err(BackendError::Unavailable(_))));
     }

@@ -6,7 +6,7 @@
 
 use super::beats::{BEAT_EVERY, Beats};
 use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, class};
-use crate::backend::{BackendError, Hearing};
+use crate::backend::{BackendError, SubscriptionState};
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use redis::aio::{PubSubSink, PubSubStream};
@@ -28,11 +28,11 @@ pub struct Subscriber {
     sink: PubSubSink,
     stream: PubSubStream,
     tick: Interval,
-    pulse: Pulse,
+    pulse: BeatMonitor,
 }
 
 /// The state of one subscription according to its beats.
-struct Pulse {
+struct BeatMonitor {
     beats: Arc<Beats>,
     /// The last beat received, or the one in flight when the subscription began.
     received: u64,
@@ -43,7 +43,7 @@ struct Pulse {
     to_prove: u32,
     missed_max: u64,
     /// The state that was reported last.
-    said: Option<Hearing>,
+    said: Option<SubscriptionState>,
     /// A beat that is being published.
     publishing: Option<BoxFuture<'static, ()>>,
 }
@@ -52,17 +52,17 @@ struct Pulse {
 pub enum Received {
     Message(Msg),
     /// The state of the subscription has changed.
-    Hearing(Hearing),
+    Hearing(SubscriptionState),
 }
 
 /// Why a subscription has ended.
-pub enum Ended {
+pub enum SubscriptionError {
     Broken(BackendError),
     /// It did not receive the beats.
     Missed,
 }
 
-impl From<BackendError> for Ended {
+impl From<BackendError> for SubscriptionError {
     fn from(error: BackendError) -> Self {
         Self::Broken(error)
     }
@@ -76,8 +76,15 @@ impl Subscriber {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let missed_max = MISSED_FIRST.saturating_mul(1 << misses.min(16)).min(MISSED_MAX);
         let (received, to_prove) = (beats.begun(), if misses > 0 { PROOF } else { 0 });
-        let pulse =
-            Pulse { beats, received, listens: false, to_prove, missed_max, said: None, publishing: None };
+        let pulse = BeatMonitor {
+            beats,
+            received,
+            listens: false,
+            to_prove,
+            missed_max,
+            said: None,
+            publishing: None,
+        };
         let mut subscriber = Self { sink, stream, tick, pulse };
         subscriber.listen_for_beats().await?;
         Ok(subscriber)
@@ -99,7 +106,7 @@ impl Subscriber {
     ///
     /// # Errors
     /// The connection is broken or receives no beats.
-    pub async fn next(&mut self) -> Result<Received, Ended> {
+    pub async fn next(&mut self) -> Result<Received, SubscriptionError> {
         loop {
             if let Some(hearing) = self.pulse.news() {
                 return Ok(Received::Hearing(hearing));
@@ -120,9 +127,9 @@ impl Subscriber {
         }
     }
 
-    async fn tick(&mut self) -> Result<(), Ended> {
+    async fn tick(&mut self) -> Result<(), SubscriptionError> {
         if self.pulse.has_missed() {
-            return Err(Ended::Missed);
+            return Err(SubscriptionError::Missed);
         }
         if !self.pulse.listens && self.pulse.beats.are_due_again() {
             self.listen_for_beats().await?;
@@ -149,7 +156,7 @@ impl Subscriber {
     }
 }
 
-impl Pulse {
+impl BeatMonitor {
     /// Whether the message is a beat, which is not passed on.
     fn takes(&mut self, message: &Msg) -> bool {
         // Checked first, because most messages arrive by a pattern and beats never do.
@@ -177,13 +184,13 @@ impl Pulse {
     }
 
     /// The state of the subscription, if it differs from the last report.
-    fn news(&mut self) -> Option<Hearing> {
+    fn news(&mut self) -> Option<SubscriptionState> {
         let hearing = if !self.listens || self.beats.are_off() {
-            Hearing::Unproven
+            SubscriptionState::Unverified
         } else if self.to_prove > 0 {
             return None;
         } else {
-            Hearing::Proven
+            SubscriptionState::Verified
         };
         (self.said.replace(hearing) != Some(hearing)).then_some(hearing)
     }
@@ -209,14 +216,14 @@ fn within<T>(in_time: Result<Result<T, RedisError>, tokio::time::error::Elapsed>
 
 /// The connection history of one subscription.
 #[derive(Default)]
-pub struct History {
+pub struct ReconnectHistory {
     /// Failed attempts in a row.
     failures: u32,
     /// Connections in a row that ended because they received no beats.
     misses: u32,
 }
 
-impl History {
+impl ReconnectHistory {
     /// Tries once to connect, after a pause that grows with each failure: zero at first, then doubling with
     /// jitter.
     pub async fn connect(&self, client: &Client, beats: &Arc<Beats>) -> Result<Subscriber, BackendError> {

@@ -3,8 +3,8 @@
 //!
 //! One key per worker with its own expiry was rejected: listing them would require a scan of all keys.
 
-use super::connection::Commands;
-use crate::backend::{BackendError, WORKER_FORGOTTEN, WORKERS_MAX, WorkerRegistry, WorkerSeen};
+use super::connection::CommandConnection;
+use crate::backend::{BackendError, WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};
 use crate::model::UnixMs;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -17,16 +17,16 @@ const SEEN_KEY: &str = "workers:seen:{fleet}";
 /// Written by a worker that sends no heartbeats.
 const LONE_STATUS_KEY: &str = "system:status";
 /// Expiry of both keys, longer than any worker is listed. The keys of a fleet that is gone expire.
-const KEYS_EXPIRE: Duration = WORKER_FORGOTTEN.saturating_add(Duration::from_secs(60));
+const KEYS_EXPIRE: Duration = WORKER_TTL.saturating_add(Duration::from_secs(60));
 
 pub struct RedisWorkers {
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
     put: Script,
     all: Script,
 }
 
 impl RedisWorkers {
-    pub fn new(commands: Arc<Commands>) -> Self {
+    pub fn new(commands: Arc<CommandConnection>) -> Self {
         let put = Script::new(include_str!("workers_put.lua"));
         let all = Script::new(include_str!("workers_all.lua"));
         Self { commands, put, all }
@@ -38,16 +38,16 @@ impl WorkerRegistry for RedisWorkers {
     async fn put(&self, worker_id: &str, state: &str) -> Result<bool, BackendError> {
         let mut call = self.put.key(STATES_KEY);
         call.key(SEEN_KEY).arg(worker_id).arg(state);
-        call.arg(ms(WORKER_FORGOTTEN)).arg(WORKERS_MAX).arg(ms(KEYS_EXPIRE));
+        call.arg(ms(WORKER_TTL)).arg(WORKERS_MAX).arg(ms(KEYS_EXPIRE));
         let call = &call;
         self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
 
-    async fn all(&self) -> Result<Vec<WorkerSeen>, BackendError> {
+    async fn all(&self) -> Result<Vec<WorkerRecord>, BackendError> {
         let mut call = self.all.key(STATES_KEY);
-        call.key(SEEN_KEY).arg(ms(WORKER_FORGOTTEN));
+        call.key(SEEN_KEY).arg(ms(WORKER_TTL));
         let call = &call;
-        let answer: Vec<Heard> =
+        let answer: Vec<HeartbeatRow> =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         Ok(by_id(answer))
     }
@@ -58,11 +58,11 @@ impl WorkerRegistry for RedisWorkers {
 }
 
 /// Id, state, age in milliseconds, time of the heartbeat in Unix milliseconds.
-type Heard = (Bytes, Bytes, u64, UnixMs);
+type HeartbeatRow = (Bytes, Bytes, u64, UnixMs);
 
-fn by_id(mut heard: Vec<Heard>) -> Vec<WorkerSeen> {
+fn by_id(mut heard: Vec<HeartbeatRow>) -> Vec<WorkerRecord> {
     heard.sort_by(|(a, ..), (b, ..)| a.cmp(b));
-    let seen = |(_, state, age, at)| WorkerSeen { state, age: Duration::from_millis(age), at };
+    let seen = |(_, state, age, at)| WorkerRecord { state, age: Duration::from_millis(age), at };
     heard.into_iter().map(seen).collect()
 }
 
@@ -76,7 +76,7 @@ mod tests {
 
     #[test]
     fn workers_are_listed_by_id() {
-        let seen = |state: &'static str, age| WorkerSeen {
+        let seen = |state: &'static str, age| WorkerRecord {
             state: Bytes::from_static(state.as_bytes()),
             age: Duration::from_millis(age),
             at: 100 - age,
@@ -87,6 +87,6 @@ mod tests {
             ("w1".into(), "a".into(), 9, 91),
         ];
         assert_eq!(by_id(heard), [seen("a", 9), seen("c", 0), seen("b", 7)]);
-        assert!(ms(KEYS_EXPIRE) > ms(WORKER_FORGOTTEN));
+        assert!(ms(KEYS_EXPIRE) > ms(WORKER_TTL));
     }
 }

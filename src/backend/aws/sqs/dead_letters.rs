@@ -1,7 +1,7 @@
 //! Reads the dead-letter queue that the RedrivePolicy of the task queue names.
 
 use crate::backend::aws::error::class;
-use crate::backend::aws::redis::connection::Commands;
+use crate::backend::aws::redis::connection::CommandConnection;
 use crate::backend::aws::redis::results::{channel, stored_key};
 use crate::backend::{BackendError, DeadLetter, DeadLetters};
 use crate::model::{FunctionId, JobId};
@@ -24,7 +24,7 @@ const RESULT_KEPT_S: u64 = 3600;
 pub struct DeadLetterQueue {
     client: Client,
     url: String,
-    commands: Arc<Commands>,
+    commands: Arc<CommandConnection>,
 }
 
 /// The members of the queue attribute that are used here.
@@ -36,7 +36,11 @@ struct RedrivePolicy {
 
 impl DeadLetterQueue {
     /// Finds the queue that a RedrivePolicy names.
-    pub async fn find(client: Client, commands: Arc<Commands>, policy: &str) -> Result<Self, BackendError> {
+    pub async fn find(
+        client: Client,
+        commands: Arc<CommandConnection>,
+        policy: &str,
+    ) -> Result<Self, BackendError> {
         let unclear =
             || BackendError::Invalid("the RedrivePolicy of the queue names no dead-letter queue".into());
         let policy: RedrivePolicy = serde_json::from_str(policy).map_err(|_| unclear())?;

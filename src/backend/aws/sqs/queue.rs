@@ -4,8 +4,8 @@
 
 use super::dead_letters::DeadLetterQueue;
 use crate::backend::aws::error::class;
-use crate::backend::aws::json_call::{CallError, CredentialCache, Direct, Seen};
-use crate::backend::aws::redis::connection::Commands;
+use crate::backend::aws::json_call::{CallError, CredentialCache, JsonClient, RouteRecorder};
+use crate::backend::aws::redis::connection::CommandConnection;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
 use crate::https::HttpsClient;
 use crate::model::Job;
@@ -38,7 +38,7 @@ const JOB_AT_FAULT: &[&str] = &[
 
 pub struct SqsQueue {
     client: Client,
-    direct: Direct,
+    direct: JsonClient,
     url: String,
     traits: QueueTraits,
     /// The RedrivePolicy of the queue, if it has one.
@@ -49,7 +49,7 @@ impl SqsQueue {
     /// Returns the dead-letter queue of this queue, if it has one.
     pub async fn dead_letters(
         &self,
-        commands: Arc<Commands>,
+        commands: Arc<CommandConnection>,
     ) -> Result<Option<DeadLetterQueue>, BackendError> {
         match &self.redrive {
             None => Ok(None),
@@ -64,7 +64,7 @@ impl SqsQueue {
         credentials: Arc<CredentialCache>,
         url: &str,
     ) -> Result<Self, BackendError> {
-        let seen = Seen::default();
+        let seen = RouteRecorder::default();
         let names = [
             QueueAttributeName::MaximumMessageSize,
             QueueAttributeName::MessageRetentionPeriod,
@@ -79,7 +79,7 @@ impl SqsQueue {
             }
             other => other?,
         };
-        let direct = Direct::new(https, credentials, &seen)?;
+        let direct = JsonClient::new(https, credentials, &seen)?;
         let redrive = attributes.get(&QueueAttributeName::RedrivePolicy).cloned();
         Ok(Self { client, direct, url: url.to_owned(), traits: traits(&attributes, url), redrive })
     }
@@ -89,7 +89,7 @@ impl SqsQueue {
     async fn send(&self, jobs: &[Job]) -> Result<Vec<Result<(), SendError>>, SendError> {
         let body = batch(&self.url, self.traits.fifo, jobs)?;
         let answer = self.direct.call(SEND, body).await.map_err(|error| not_sent(&error))?;
-        let answer: Answer<'_> = serde_json::from_slice(&answer)
+        let answer: SendBatchResponse<'_> = serde_json::from_slice(&answer)
             .map_err(|_| SendError::Unknown("the answer is malformed".into()))?;
         Ok(per_job(&answer, jobs.len()))
     }
@@ -138,16 +138,16 @@ fn put_text(body: &mut Vec<u8>, text: &str) {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Answer<'a> {
+struct SendBatchResponse<'a> {
     #[serde(borrow, default)]
-    successful: Vec<Sent<'a>>,
+    successful: Vec<SentEntry<'a>>,
     #[serde(borrow, default)]
     failed: Vec<Failed<'a>>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Sent<'a> {
+struct SentEntry<'a> {
     #[serde(borrow)]
     id: Cow<'a, str>,
 }
@@ -200,7 +200,7 @@ impl JobQueue for SqsQueue {
     async fn depth(&self) -> Result<u64, BackendError> {
         let name = QueueAttributeName::ApproximateNumberOfMessages;
         let names = std::slice::from_ref(&name);
-        let attributes = attributes(&self.client, &self.url, names, &Seen::default()).await?;
+        let attributes = attributes(&self.client, &self.url, names, &RouteRecorder::default()).await?;
         Ok(number(&attributes, &name).unwrap_or(0))
     }
 }
@@ -211,7 +211,7 @@ async fn attributes(
     client: &Client,
     url: &str,
     names: &[QueueAttributeName],
-    seen: &Seen,
+    seen: &RouteRecorder,
 ) -> Result<Attributes, BackendError> {
     let call = client.get_queue_attributes().queue_url(url).set_attribute_names(Some(names.to_vec()));
     let output = call.customize().interceptor(seen.clone()).send().await.map_err(|e| class(&e))?;
@@ -236,7 +236,7 @@ fn traits(attributes: &Attributes, url: &str) -> QueueTraits {
 }
 
 /// The result of each of `count` jobs. An id in neither list has an unknown result.
-fn per_job(answer: &Answer<'_>, count: usize) -> Vec<Result<(), SendError>> {
+fn per_job(answer: &SendBatchResponse<'_>, count: usize) -> Vec<Result<(), SendError>> {
     let silent = || Err(SendError::Unknown("the answer does not mention the job".into()));
     let mut results: Vec<_> = (0..count).map(|_| silent()).collect();
     let mut set = |id: &str, result| {

@@ -18,7 +18,7 @@ const PRUNE_EVERY: Duration = Duration::from_secs(60);
 const PRUNED_ROWS_MAX: usize = 256;
 
 /// A pending write, with its permit for a slot of the channel.
-pub(super) struct Queued {
+pub(super) struct QueuedWrite {
     pub(super) write: Box<dyn Write>,
     pub(super) room: OwnedSemaphorePermit,
 }
@@ -31,20 +31,20 @@ pub(super) trait Write: Send {
     fn reply(self: Box<Self>, commit: Result<(), WriteError>);
 }
 
-pub(super) struct Pending<T, F> {
+pub(super) struct PendingWrite<T, F> {
     op: Option<F>,
     records: usize,
     outcome: Option<rusqlite::Result<T>>,
     reply: oneshot::Sender<Result<T, WriteError>>,
 }
 
-impl<T, F: FnOnce(&Connection) -> rusqlite::Result<T>> Pending<T, F> {
+impl<T, F: FnOnce(&Connection) -> rusqlite::Result<T>> PendingWrite<T, F> {
     pub(super) fn new(op: F, records: usize, reply: oneshot::Sender<Result<T, WriteError>>) -> Self {
         Self { op: Some(op), records, outcome: None, reply }
     }
 }
 
-impl<T: Send, F: FnOnce(&Connection) -> rusqlite::Result<T> + Send> Write for Pending<T, F> {
+impl<T: Send, F: FnOnce(&Connection) -> rusqlite::Result<T> + Send> Write for PendingWrite<T, F> {
     fn records(&self) -> usize {
         self.records
     }
@@ -66,14 +66,14 @@ impl<T: Send, F: FnOnce(&Connection) -> rusqlite::Result<T> + Send> Write for Pe
     }
 }
 
-pub(super) struct Writer {
+pub(super) struct DatabaseWriter {
     connection: Connection,
-    inbox: Receiver<Queued>,
+    inbox: Receiver<QueuedWrite>,
     prune_at: Instant,
 }
 
-impl Writer {
-    pub(super) fn new(connection: Connection, inbox: Receiver<Queued>) -> Self {
+impl DatabaseWriter {
+    pub(super) fn new(connection: Connection, inbox: Receiver<QueuedWrite>) -> Self {
         Self { connection, inbox, prune_at: Instant::now() }
     }
 
@@ -98,7 +98,7 @@ impl Writer {
         }
     }
 
-    fn gather(&self, first: Queued, company: usize) -> Vec<Box<dyn Write>> {
+    fn gather(&self, first: QueuedWrite, company: usize) -> Vec<Box<dyn Write>> {
         let until = Instant::now() + LINGER_MAX;
         let mut records = first.write.records();
         let mut batch = vec![first.write];

@@ -1,18 +1,18 @@
 //! The claims of idempotency keys: the table `idempotency`.
 
 use crate::backend::embedded::database::{Database, integer};
-use crate::backend::{BackendError, CLAIMED, Claim, Claimed, Claims};
+use crate::backend::{BackendError, CLAIM_TTL, Claim, Claims, StoredClaim};
 use crate::model::{BodyHash, FunctionId, IdempotencyKey, JobId, now_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
 use rusqlite::{Connection, OptionalExtension, params};
 
 /// The table `idempotency`.
-pub(in crate::backend::embedded) struct LocalClaims(pub(in crate::backend::embedded) Database);
+pub(in crate::backend::embedded) struct SqliteClaims(pub(in crate::backend::embedded) Database);
 
 #[async_trait]
-impl Claims for LocalClaims {
-    async fn claim(&self, claim: &Claim) -> Result<Option<Claimed>, BackendError> {
+impl Claims for SqliteClaims {
+    async fn claim(&self, claim: &Claim) -> Result<Option<StoredClaim>, BackendError> {
         let claim = claim.clone();
         let write = self.0.write(1, move |c| {
             let mut forget =
@@ -27,14 +27,14 @@ impl Claims for LocalClaims {
         Ok(write.await?)
     }
 
-    async fn find(&self, key: &IdempotencyKey) -> Result<Option<Claimed>, BackendError> {
+    async fn find(&self, key: &IdempotencyKey) -> Result<Option<StoredClaim>, BackendError> {
         let key = *key;
         let found = self.0.read(move |c| find(c, &key)).await?;
         Ok(found)
     }
 
-    async fn try_again(&self, claimed: &Claimed, attempt: JobId) -> Result<bool, BackendError> {
-        let Claimed { claim, attempt: before, .. } = claimed;
+    async fn try_again(&self, claimed: &StoredClaim, attempt: JobId) -> Result<bool, BackendError> {
+        let StoredClaim { claim, attempt: before, .. } = claimed;
         let (key, job, before) = (claim.key, claim.job, *before);
         let write = self.0.write(1, move |c| {
             let mut update = c.prepare_cached(
@@ -86,7 +86,7 @@ fn insert(connection: &Connection, claim: &Claim) -> rusqlite::Result<()> {
         "INSERT INTO idempotency (key, body, job, function_id, sent, expires_at_ms)
          VALUES (?1, ?2, ?3, ?4, FALSE, ?5)",
     )?;
-    let expires_at = now_ms() + CLAIMED.as_secs() * 1000;
+    let expires_at = now_ms() + CLAIM_TTL.as_secs() * 1000;
     insert.execute(params![
         claim.key.as_bytes(),
         claim.body.0,
@@ -97,7 +97,7 @@ fn insert(connection: &Connection, claim: &Claim) -> rusqlite::Result<()> {
     Ok(())
 }
 
-fn find(connection: &Connection, key: &IdempotencyKey) -> rusqlite::Result<Option<Claimed>> {
+fn find(connection: &Connection, key: &IdempotencyKey) -> rusqlite::Result<Option<StoredClaim>> {
     let mut select = connection.prepare_cached(
         "SELECT body, job, function_id, sent, result, attempt FROM idempotency WHERE key = ?1",
     )?;
@@ -113,6 +113,6 @@ fn find(connection: &Connection, key: &IdempotencyKey) -> rusqlite::Result<Optio
     Ok(found.and_then(|(body, job, function, is_sent, result, attempt)| {
         // The table contains valid ids only.
         let claim = Claim { key: *key, body, job, function: FunctionId::parse(&function)? };
-        Some(Claimed { claim, attempt, is_sent, result: result.map(Bytes::from) })
+        Some(StoredClaim { claim, attempt, is_sent, result: result.map(Bytes::from) })
     }))
 }

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, params};
 
 /// The table `retired_code`.
-pub(in crate::backend::embedded) struct RetiredCodes(pub(in crate::backend::embedded) Database);
+pub(in crate::backend::embedded) struct SqliteCodeList(pub(in crate::backend::embedded) Database);
 
 /// Adds code to the list. Replaces an entry for the same key.
 pub(super) fn add(connection: &Connection, code: &RetiredCode) -> rusqlite::Result<()> {
@@ -32,7 +32,7 @@ pub(super) fn remove(connection: &Connection, code: &RetiredCode) -> rusqlite::R
 }
 
 #[async_trait]
-impl CodeList for RetiredCodes {
+impl CodeList for SqliteCodeList {
     async fn add(&self, code: &RetiredCode) -> Result<(), BackendError> {
         let code = code.clone();
         Ok(self.0.write(1, move |c| add(c, &code)).await?)
@@ -75,12 +75,12 @@ mod tests {
     #[tokio::test]
     async fn due_entries_are_ordered_and_survive_a_restart() {
         let scratch = Scratch::new();
-        let list = RetiredCodes(scratch.database());
+        let list = SqliteCodeList(scratch.database());
         for entry in [code("b", 20), code("a", 30), code("c", 10), code("d", 31)] {
             list.add(&entry).await.unwrap();
         }
         drop(list);
-        let list = RetiredCodes(scratch.database());
+        let list = SqliteCodeList(scratch.database());
         assert_eq!(list.due(9, 100).await, Ok(vec![]));
         assert_eq!(list.due(30, 100).await.unwrap(), [code("c", 10), code("b", 20), code("a", 30)]);
         assert_eq!(list.due(30, 2).await.unwrap(), [code("c", 10), code("b", 20)]);
@@ -89,7 +89,7 @@ mod tests {
     #[tokio::test]
     async fn an_entry_with_a_new_due_time_is_not_removed() {
         let scratch = Scratch::new();
-        let list = RetiredCodes(scratch.database());
+        let list = SqliteCodeList(scratch.database());
         list.add(&code("a", 10)).await.unwrap();
         let seen = list.due(10, 1).await.unwrap();
         list.add(&code("a", 20)).await.unwrap();

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 /// The table `executions`.
-pub(in crate::backend::embedded) struct Executions(pub(in crate::backend::embedded) Database);
+pub(in crate::backend::embedded) struct SqliteExecutions(pub(in crate::backend::embedded) Database);
 
 /// Writes a row. A result replaces the row with the same key. LOST means that no result arrived, and never
 /// replaces a row.
@@ -61,7 +61,7 @@ fn execution(function: FunctionId, row: &Row<'_>) -> rusqlite::Result<Execution>
 }
 
 #[async_trait]
-impl ExecutionStore for Executions {
+impl ExecutionStore for SqliteExecutions {
     async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
         debug_assert!(rows.len() <= ROWS_MAX);
         let writes = rows.iter().cloned().map(|row| self.0.write(1, move |c| put_execution(c, &row)));
@@ -164,13 +164,13 @@ mod tests {
         LogQuery { function: f(), limit: 100, start: None, end: None, status: None, after: None }
     }
 
-    async fn put(log: &Executions, rows: &[Execution]) {
+    async fn put(log: &SqliteExecutions, rows: &[Execution]) {
         for rows in rows.chunks(ROWS_MAX) {
             assert!(log.put(rows).await.iter().all(Result::is_ok));
         }
     }
 
-    async fn walk(log: &Executions, mut query: LogQuery) -> Vec<String> {
+    async fn walk(log: &SqliteExecutions, mut query: LogQuery) -> Vec<String> {
         let mut messages = Vec::new();
         loop {
             let page = log.list(&query).await.unwrap();
@@ -190,7 +190,7 @@ mod tests {
     #[tokio::test]
     async fn rows_are_read_as_they_were_written() {
         let scratch = Scratch::new();
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         let mut first = row(AT, 1, "SUCCESS");
         first.handler_duration_ms = Some(0.5);
         let old = old_row("2024-01-02T03:04:05.678Z", "67e55044-10b1-426f-9247-bb680e5fe0c8");
@@ -198,7 +198,7 @@ mod tests {
         put(&log, &[first.clone()]).await;
         drop(log);
 
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         assert_eq!(log.get(&f(), &first.id.request_id()).await, Ok(Some(first.clone())));
         assert_eq!(log.get(&f(), &old.id.request_id()).await, Ok(Some(old.clone())));
         let unknown = JobId::new(NodeId(1), AT, 9).to_string();
@@ -211,7 +211,7 @@ mod tests {
     #[tokio::test]
     async fn lost_never_replaces_a_result_and_is_replaced_by_one() {
         let scratch = Scratch::new();
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         let (real, lost) = (row(AT, 1, "SUCCESS"), Execution::lost(JobId::new(NodeId(1), AT, 1), f(), false));
         for (written, kept) in [(&lost, &lost), (&real, &real), (&lost, &real)] {
             put(&log, std::slice::from_ref(written)).await;
@@ -222,7 +222,7 @@ mod tests {
     #[tokio::test]
     async fn pages_are_exact() {
         let scratch = Scratch::new();
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         // Twelve rows, four in each millisecond. Every third one has failed.
         let status = |n: u64| if n.is_multiple_of(3) { "FAILED" } else { "SUCCESS" };
         let rows: Vec<_> = (0..12).map(|n| row(AT + n / 4, n, status(n))).collect();
@@ -252,7 +252,7 @@ mod tests {
     #[tokio::test]
     async fn a_thousand_rows_in_pages_of_seven() {
         let scratch = Scratch::new();
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         let mut expected = Vec::new();
         let mut rows = Vec::new();
         for n in 0..1_000_u64 {
@@ -282,7 +282,7 @@ mod tests {
     #[tokio::test]
     async fn bounds_hold_for_rows_of_the_old_controller() {
         let scratch = Scratch::new();
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         let old = old_row(&rfc3339_ms(AT), "old");
         put(&log, &[old.clone(), row(AT, 1, "SUCCESS")]).await;
         let count = async |start, end| {
@@ -297,7 +297,7 @@ mod tests {
     #[tokio::test]
     async fn expired_rows_are_hidden_and_do_not_shorten_pages() {
         let scratch = Scratch::new();
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         let mut rows: Vec<_> = (0..6).map(|n| row(AT, n, "SUCCESS")).collect();
         for row in rows.iter_mut().skip(1).step_by(2) {
             row.expires_at_s = Some(now_ms() / 1000);
@@ -311,7 +311,7 @@ mod tests {
     #[tokio::test]
     async fn the_writer_deletes_expired_rows() {
         let scratch = Scratch::new();
-        let log = Executions(scratch.database());
+        let log = SqliteExecutions(scratch.database());
         let mut rows: Vec<_> = (0..600).map(|n| row(AT, n, "SUCCESS")).collect();
         rows.iter_mut().skip(1).for_each(|row| row.expires_at_s = Some(now_ms() / 1000 - LOG_TTL_S));
         put(&log, &rows).await;

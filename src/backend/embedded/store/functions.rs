@@ -2,8 +2,8 @@
 
 use super::{code_list, probe};
 use crate::backend::embedded::database::{Database, integer, unsigned};
-use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, Written};
-use crate::model::{ConfigRecord, Counters, Function, FunctionId, Recommendation, Sums};
+use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};
+use crate::model::{ConfigRecord, Function, FunctionCounters, FunctionId, Recommendation, Sums};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -11,7 +11,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 const WRITE_RECORDS: usize = 4;
 
 /// The table `functions`.
-pub(in crate::backend::embedded) struct Functions(pub(in crate::backend::embedded) Database);
+pub(in crate::backend::embedded) struct SqliteFunctions(pub(in crate::backend::embedded) Database);
 
 /// Adds a function without counters and recommendation. `false`: the id exists, and nothing was changed.
 pub(in crate::backend::embedded) fn put_function(
@@ -73,13 +73,13 @@ fn delete(connection: &Connection, before: &Function) -> rusqlite::Result<bool> 
 }
 
 /// Applies a whole change. It runs in a savepoint, so an error undoes all of it.
-fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Written> {
+fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<FunctionWriteOutcome> {
     // Check the conditions first, before anything is written. If the list does not contain the adopted code,
     // it may have been deleted already.
     if let Some(code) = &write.adopt
         && !code_list::contains(connection, code)?
     {
-        return Ok(Written::Conflict);
+        return Ok(FunctionWriteOutcome::Conflict);
     }
     let held = match (&write.before, &write.after) {
         (None, Some(after)) => put_function(connection, after)?,
@@ -89,7 +89,7 @@ fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Wri
         (None, None) => false,
     };
     if !held {
-        return Ok(Written::Conflict);
+        return Ok(FunctionWriteOutcome::Conflict);
     }
     put_record(connection, &write.record)?;
     if let Some(code) = &write.retire {
@@ -98,7 +98,7 @@ fn write(connection: &Connection, write: &FunctionWrite) -> rusqlite::Result<Wri
     if let Some(code) = &write.adopt {
         code_list::remove(connection, code)?;
     }
-    Ok(Written::Done)
+    Ok(FunctionWriteOutcome::Done)
 }
 
 /// Adds to the counters of a function, if it still exists.
@@ -160,7 +160,7 @@ fn function(id: FunctionId, row: &Row<'_>) -> rusqlite::Result<Function> {
         updated_at: row.get("updated_at")?,
         env_vars: row.get("env_vars")?,
         version: unsigned(row.get("version")?),
-        counters: Counters {
+        counters: FunctionCounters {
             invocations: unsigned(row.get("invocations")?),
             errors: unsigned(row.get("errors")?),
             total_duration_ms: row.get("total_duration_ms")?,
@@ -183,7 +183,7 @@ fn recommendation(row: &Row<'_>) -> rusqlite::Result<Option<Recommendation>> {
 }
 
 #[async_trait]
-impl FunctionStore for Functions {
+impl FunctionStore for SqliteFunctions {
     async fn get(&self, id: &FunctionId) -> Result<Option<Function>, BackendError> {
         let id = id.clone();
         let read = self.0.read(move |c| {
@@ -217,7 +217,7 @@ impl FunctionStore for Functions {
         Ok(FunctionPage { functions, next })
     }
 
-    async fn write(&self, change: &FunctionWrite) -> Result<Written, BackendError> {
+    async fn write(&self, change: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
         let change = change.clone();
         Ok(self.0.write(WRITE_RECORDS, move |c| write(c, &change)).await?)
     }
@@ -253,7 +253,7 @@ mod tests {
     use super::*;
     use crate::backend::CodeList;
     use crate::backend::embedded::scratch::{Scratch, in_time};
-    use crate::backend::embedded::store::RetiredCodes;
+    use crate::backend::embedded::store::SqliteCodeList;
     use crate::model::{ConfigAction, RetiredCode, UnixMs, now_ms};
 
     const AT: UnixMs = 1_795_305_600_123;
@@ -287,15 +287,15 @@ mod tests {
         RetiredCode { s3_key: s3_key.to_owned(), function: f().id, due }
     }
 
-    async fn with_f(scratch: &Scratch) -> (Functions, RetiredCodes) {
+    async fn with_f(scratch: &Scratch) -> (SqliteFunctions, SqliteCodeList) {
         let database = scratch.database();
-        let functions = Functions(database.clone());
-        assert_eq!(functions.write(&change(None, Some(&f()))).await, Ok(Written::Done));
-        (functions, RetiredCodes(database))
+        let functions = SqliteFunctions(database.clone());
+        assert_eq!(functions.write(&change(None, Some(&f()))).await, Ok(FunctionWriteOutcome::Done));
+        (functions, SqliteCodeList(database))
     }
 
     /// Action, author, before and after of each record, ordered by key.
-    async fn records(functions: &Functions) -> Vec<[String; 4]> {
+    async fn records(functions: &SqliteFunctions) -> Vec<[String; 4]> {
         let read = functions.0.read(|c| {
             let mut select =
                 c.prepare("SELECT action, changed_by, before, after FROM config_records ORDER BY key")?;
@@ -322,17 +322,17 @@ mod tests {
             adopt: Some(code("new", 50)),
             ..change(Some(&f()), Some(&after))
         };
-        assert_eq!(functions.write(&update).await, Ok(Written::Done));
+        assert_eq!(functions.write(&update).await, Ok(FunctionWriteOutcome::Done));
         drop((functions, list));
 
         let database = scratch.database();
-        let (functions, list) = (Functions(database.clone()), RetiredCodes(database));
+        let (functions, list) = (SqliteFunctions(database.clone()), SqliteCodeList(database));
         assert_eq!(functions.get(&f().id).await, Ok(Some(after.clone())));
         assert_eq!(list.due(u64::MAX, 9).await.unwrap(), [code("old", 70)]);
         let mut delete = change(Some(&after), None);
         delete.record =
             ConfigRecord::new(ConfigAction::Delete, "tester", AT + 1, Some(&after), None).unwrap();
-        assert_eq!(functions.write(&delete).await, Ok(Written::Done));
+        assert_eq!(functions.write(&delete).await, Ok(FunctionWriteOutcome::Done));
         assert_eq!(functions.get(&f().id).await, Ok(None));
         let records = records(&functions).await;
         let actions: Vec<_> = records.iter().map(|[action, by, ..]| (action.as_str(), by.as_str())).collect();
@@ -346,21 +346,21 @@ mod tests {
         let scratch = Scratch::new();
         let (functions, _) = with_f(&scratch).await;
         let sums = Sums { invocations: 3, errors: 1, ..Sums::default() };
-        let counters = Counters { invocations: 3, errors: 1, ..Counters::default() };
+        let counters = FunctionCounters { invocations: 3, errors: 1, ..FunctionCounters::default() };
         let advice = Recommendation { memory_mb: Some(1), at: 5, ..Recommendation::default() };
         // Both change after the function was read.
         functions.0.write(1, move |c| add_counters(c, &f().id, sums)).await.unwrap();
         functions.recommend(&f().id, &advice).await.unwrap();
         let other = Function { name: "x".into(), env_vars: "{\"A\":1}".into(), ..changed(&f(), 512) };
-        assert_eq!(functions.write(&change(Some(&f()), Some(&other))).await, Ok(Written::Done));
+        assert_eq!(functions.write(&change(Some(&f()), Some(&other))).await, Ok(FunctionWriteOutcome::Done));
         let expected = Function { counters, recommendation: Some(advice), ..changed(&f(), 512) };
         assert_eq!(functions.get(&f().id).await, Ok(Some(expected.clone())));
 
         let mut again = change(Some(&expected), None);
-        assert_eq!(functions.write(&again).await, Ok(Written::Done));
+        assert_eq!(functions.write(&again).await, Ok(FunctionWriteOutcome::Done));
         again = change(None, Some(&expected));
-        assert_eq!(functions.write(&again).await, Ok(Written::Done));
-        let bare = Function { counters: Counters::default(), recommendation: None, ..expected };
+        assert_eq!(functions.write(&again).await, Ok(FunctionWriteOutcome::Done));
+        let bare = Function { counters: FunctionCounters::default(), recommendation: None, ..expected };
         assert_eq!(functions.get(&f().id).await, Ok(Some(bare)), "a new function starts without counters");
     }
 
@@ -379,7 +379,8 @@ mod tests {
             async move { (n, functions.write(&write).await.unwrap()) }
         });
         let done = in_time(futures_util::future::join_all(race)).await;
-        let won: Vec<u64> = done.into_iter().filter(|(_, w)| *w == Written::Done).map(|(n, _)| n).collect();
+        let won: Vec<u64> =
+            done.into_iter().filter(|(_, w)| *w == FunctionWriteOutcome::Done).map(|(n, _)| n).collect();
         let [winner] = won[..] else { panic!("{won:?}") };
         let left = functions.get(&f().id).await.unwrap().map(|f| f.memory_mb);
         assert_eq!(left, (winner % 4 != 0).then_some(300 + winner));
@@ -395,12 +396,13 @@ mod tests {
         let after = Function { s3_key: "new".into(), ..changed(&f(), 512) };
         for due in [50, 60] {
             let write = FunctionWrite { adopt: Some(code("new", due)), ..change(Some(&f()), Some(&after)) };
-            let expected = if due == 60 { Written::Done } else { Written::Conflict };
+            let expected =
+                if due == 60 { FunctionWriteOutcome::Done } else { FunctionWriteOutcome::Conflict };
             assert_eq!(functions.write(&write).await, Ok(expected), "{due}");
         }
         let again =
             FunctionWrite { adopt: Some(code("new", 60)), ..change(Some(&after), Some(&changed(&after, 1))) };
-        assert_eq!(functions.write(&again).await, Ok(Written::Conflict));
+        assert_eq!(functions.write(&again).await, Ok(FunctionWriteOutcome::Conflict));
     }
 
     #[tokio::test]
@@ -409,14 +411,14 @@ mod tests {
         let (functions, list) = with_f(&scratch).await;
         list.add(&code("kept", 50)).await.unwrap();
         let (now, next) = (changed(&f(), 512), changed(&changed(&f(), 512), 1024));
-        assert_eq!(functions.write(&change(Some(&f()), Some(&now))).await, Ok(Written::Done));
+        assert_eq!(functions.write(&change(Some(&f()), Some(&now))).await, Ok(FunctionWriteOutcome::Done));
         let conflict = async |before: Option<&Function>, after: Option<&Function>| {
             let known = (functions.get(&f().id).await, records(&functions).await);
             let mut write = change(before, after);
             write.record.key = "a conflict's".into();
             write.retire = Some(code("retired", 9));
             write.adopt = Some(code("kept", 50));
-            assert_eq!(functions.write(&write).await, Ok(Written::Conflict), "{write:?}");
+            assert_eq!(functions.write(&write).await, Ok(FunctionWriteOutcome::Conflict), "{write:?}");
             assert_eq!((functions.get(&f().id).await, records(&functions).await), known);
             assert_eq!(list.due(u64::MAX, 9).await.unwrap(), [code("kept", 50)]);
         };
@@ -426,7 +428,7 @@ mod tests {
         // The old controller changes `updated_at` without the version. Also the other way round.
         conflict(Some(&Function { updated_at: "earlier".into(), ..now.clone() }), Some(&next)).await;
         conflict(Some(&Function { version: 7, ..now.clone() }), None).await;
-        assert_eq!(functions.write(&change(Some(&now), None)).await, Ok(Written::Done));
+        assert_eq!(functions.write(&change(Some(&now), None)).await, Ok(FunctionWriteOutcome::Done));
         conflict(Some(&now), Some(&next)).await;
         conflict(Some(&now), None).await;
     }
@@ -446,10 +448,13 @@ mod tests {
     #[tokio::test]
     async fn pages_contain_every_function_once() {
         let scratch = Scratch::new();
-        let functions = Functions(scratch.database());
+        let functions = SqliteFunctions(scratch.database());
         assert_eq!(functions.list(5, None).await, Ok(FunctionPage::default()));
         for id in ["b", "B", "a.2", "a-1", "0", "z"] {
-            assert_eq!(functions.write(&change(None, Some(&Function::sample(id)))).await, Ok(Written::Done));
+            assert_eq!(
+                functions.write(&change(None, Some(&Function::sample(id)))).await,
+                Ok(FunctionWriteOutcome::Done)
+            );
         }
         for limit in 1..=7 {
             let (mut ids, mut after, mut pages) = (Vec::new(), None, 0);
@@ -507,7 +512,7 @@ mod tests {
             functions.0.write(1, move |c| add_counters(c, &id, sums)).await.unwrap();
         }
         let mut expected = f();
-        expected.counters = Counters {
+        expected.counters = FunctionCounters {
             invocations: 4,
             errors: 2,
             total_duration_ms: 1.0,
@@ -515,7 +520,7 @@ mod tests {
             total_handler_duration_ms: 0.5,
         };
         drop(functions);
-        let functions = Functions(scratch.database());
+        let functions = SqliteFunctions(scratch.database());
         assert_eq!(functions.get(&f().id).await, Ok(Some(expected)));
         assert_eq!(functions.get(&nobody).await, Ok(None), "sums create no function");
         assert_eq!(functions.probe().await, Ok(()));
@@ -527,10 +532,10 @@ mod tests {
         let (functions, _) = with_f(&scratch).await;
         let mut update = change(Some(&f()), Some(&changed(&f(), 512)));
         update.record.expires_at_s = now_ms() / 1000 - 1;
-        assert_eq!(functions.write(&update).await, Ok(Written::Done));
+        assert_eq!(functions.write(&update).await, Ok(FunctionWriteOutcome::Done));
         drop(functions);
         // A writer deletes expired rows as soon as it has started.
-        let functions = Functions(scratch.database());
+        let functions = SqliteFunctions(scratch.database());
         in_time(async {
             while records(&functions).await.len() != 1 {
                 tokio::task::yield_now().await;

@@ -4,7 +4,7 @@
 //! as much as unpacking.
 
 use crate::code_archive;
-use crate::code_archive::Entry;
+use crate::code_archive::ArchiveEntry;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -52,8 +52,8 @@ pub(super) fn unpack(from: &Path, to: &Path) -> Result<(), String> {
     let unpacked = code_archive::walk(file, |path, entry| {
         let path = to.join(path);
         let contents = match entry {
-            Entry::Directory => return fs::create_dir_all(path),
-            Entry::File(contents) => contents,
+            ArchiveEntry::Directory => return fs::create_dir_all(path),
+            ArchiveEntry::File(contents) => contents,
         };
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;

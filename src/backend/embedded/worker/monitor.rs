@@ -29,7 +29,7 @@ const IDLE_AFTER: Duration = Duration::from_millis(200);
 const UNKNOWN: u64 = u64::MAX;
 
 /// The usage of a run as the scheduler sees it.
-pub(super) struct Gauge {
+pub(super) struct RunUsage {
     /// Whether the run uses the CPU, and does not wait.
     is_busy: AtomicBool,
     memory_bytes: AtomicU64,
@@ -37,7 +37,7 @@ pub(super) struct Gauge {
     idled: Arc<Notify>,
 }
 
-impl Gauge {
+impl RunUsage {
     /// The gauge of a new run. It is busy until a sample shows that it is idle.
     pub(super) fn new(idled: Arc<Notify>) -> Self {
         Self { is_busy: AtomicBool::new(true), memory_bytes: AtomicU64::new(UNKNOWN), idled }
@@ -54,7 +54,7 @@ impl Gauge {
 }
 
 /// Why a run is stopped.
-pub(super) enum Stop {
+pub(super) enum StopReason {
     Time,
     /// The memory that it used, in bytes.
     Memory(u64),
@@ -62,7 +62,7 @@ pub(super) enum Stop {
 }
 
 /// Takes the samples of one run.
-pub(super) struct Watch {
+pub(super) struct RunMonitor {
     supervisor: Pid,
     memory_bytes_max: u64,
     pause: Duration,
@@ -70,10 +70,10 @@ pub(super) struct Watch {
     /// Time of the last sample that showed CPU usage.
     used_at: Instant,
     peak_bytes: u64,
-    looks: Looks,
+    looks: ExcessDetector,
 }
 
-impl Watch {
+impl RunMonitor {
     pub(super) fn new(supervisor: Pid, memory_mb: u64) -> Self {
         Self {
             supervisor,
@@ -82,7 +82,7 @@ impl Watch {
             cpu_ticks: 0,
             used_at: Instant::now(),
             peak_bytes: 0,
-            looks: Looks::new(),
+            looks: ExcessDetector::new(),
         }
     }
 
@@ -92,7 +92,7 @@ impl Watch {
     }
 
     /// Takes the next sample after a pause, and returns why the run must be stopped, if it must. Cancel safe.
-    pub(super) async fn next(&mut self, gauge: &Gauge) -> Option<Stop> {
+    pub(super) async fn next(&mut self, gauge: &RunUsage) -> Option<StopReason> {
         sleep(self.pause).await;
         let (supervisor, most, peak) = (self.supervisor, self.memory_bytes_max, self.peak_bytes);
         let is_due = self.looks.are_due();
@@ -114,12 +114,12 @@ impl Watch {
         self.peak_bytes =
             self.peak_bytes.max(usage.peak_bytes).max(shares.map_or(0, |shares| shares.resident_bytes));
         if usage.tasks > tree::TASKS_MAX {
-            return Some(Stop::Tasks);
+            return Some(StopReason::Tasks);
         }
-        self.looks.excess(most, &usage, shares).map(Stop::Memory)
+        self.looks.excess(most, &usage, shares).map(StopReason::Memory)
     }
 
-    fn show(&mut self, usage: &Usage, shares: Option<Shares>, gauge: &Gauge) {
+    fn show(&mut self, usage: &Usage, shares: Option<Shares>, gauge: &RunUsage) {
         let ticks = usage.cpu_ticks.saturating_sub(self.cpu_ticks);
         self.cpu_ticks = usage.cpu_ticks;
         if ticks > 0 {
@@ -135,14 +135,14 @@ impl Watch {
 }
 
 /// Decides when the shares of a run's processes are read, and when they prove an excess.
-struct Looks {
+struct ExcessDetector {
     next_at: Instant,
     /// Consecutive samples above the limit, and the processes in the last one.
     above: u32,
     pids: Vec<i32>,
 }
 
-impl Looks {
+impl ExcessDetector {
     fn new() -> Self {
         Self { next_at: Instant::now(), above: 0, pids: Vec::new() }
     }
@@ -198,7 +198,7 @@ mod tests {
             ("fork bomb", &[(above, &[1, 2]), (above, &[1, 3]), (above, &[1, 4])], &[false, false, true]),
             ("not in a row", &[(above, &[1, 2]), (within, &[1, 2]), (above, &[1, 2])], &[false; 3]),
         ] {
-            let mut state = Looks::new();
+            let mut state = ExcessDetector::new();
             let found: Vec<_> = looks
                 .iter()
                 .map(|(shares, pids)| state.excess(MOST, &usage(pids), *shares).is_some())
@@ -206,12 +206,12 @@ mod tests {
             assert_eq!(found, expected, "{what}");
         }
         let one = Usage { memory_bytes: MOST + 1, largest_bytes: MOST + 1, ..usage(&[1]) };
-        assert_eq!(Looks::new().excess(MOST, &one, None), Some(MOST + 1), "one process is certain");
+        assert_eq!(ExcessDetector::new().excess(MOST, &one, None), Some(MOST + 1), "one process is certain");
     }
 
     #[tokio::test(start_paused = true)]
     async fn shares_within_the_limit_are_read_rarely() {
-        let mut state = Looks::new();
+        let mut state = ExcessDetector::new();
         for (took_ms, pause_ms) in [(1, 100), (5, 100), (20, 400)] {
             assert!(state.are_due());
             assert_eq!(state.excess(MOST, &usage(&[1, 2]), shares(MOST, took_ms)), None);

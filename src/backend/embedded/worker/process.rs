@@ -3,7 +3,7 @@
 //! `tokio::process` was rejected because it reaps the child itself. Then the resource usage (`wait4`) is
 //! lost, and a signal to the process id may reach another process that reuses the id.
 
-use super::monitor::{Gauge, Stop, Watch};
+use super::monitor::{RunMonitor, RunUsage, StopReason};
 use super::supervisor;
 use super::tree::{self, peak_memory_bytes};
 use nix::errno::Errno;
@@ -56,7 +56,7 @@ pub(super) struct Program {
 }
 
 /// How a run ended.
-pub(super) struct Ended {
+pub(super) struct RunEnd {
     /// Exit code of the program, or 128 + the signal that killed it, or 124 at the time limit.
     pub(super) exit_code: i32,
     pub(super) stdout: String,
@@ -75,7 +75,7 @@ pub(super) struct Ended {
 ///
 /// # Errors
 /// If the program cannot be started, for example because its environment is too large.
-pub(super) async fn run(program: &Program, gauge: &Gauge) -> io::Result<Ended> {
+pub(super) async fn run(program: &Program, gauge: &RunUsage) -> io::Result<RunEnd> {
     let started = Instant::now();
     let mut child = command(program).spawn()?;
     let supervised = Arc::new(Supervised {
@@ -89,7 +89,7 @@ pub(super) async fn run(program: &Program, gauge: &Gauge) -> io::Result<Ended> {
     let (mut stdout, mut stderr) = (Capture::default(), Capture::default());
     let out = child.stdout.take().map(ChildStdout::from_std).transpose()?;
     let err = child.stderr.take().map(ChildStderr::from_std).transpose()?;
-    let mut watch = Watch::new(supervised.supervisor, program.memory_mb);
+    let mut watch = RunMonitor::new(supervised.supervisor, program.memory_mb);
     let mut stopped = None;
     let exit = {
         let mut drain = pin!(async { tokio::join!(stdout.fill(out), stderr.fill(err)) });
@@ -102,7 +102,7 @@ pub(super) async fn run(program: &Program, gauge: &Gauge) -> io::Result<Ended> {
                     drained = true;
                     None
                 }
-                () = &mut limit, if stopped.is_none() => Some(Stop::Time),
+                () = &mut limit, if stopped.is_none() => Some(StopReason::Time),
                 found = watch.next(gauge), if stopped.is_none() => found,
             };
             if let Some(found) = found {
@@ -115,7 +115,7 @@ pub(super) async fn run(program: &Program, gauge: &Gauge) -> io::Result<Ended> {
         }
         exit
     };
-    let mut ended = Ended {
+    let mut ended = RunEnd {
         exit_code: exit.code,
         stdout: stdout.text(),
         stderr: stderr.text(),
@@ -130,7 +130,7 @@ pub(super) async fn run(program: &Program, gauge: &Gauge) -> io::Result<Ended> {
     Ok(ended)
 }
 
-impl Stop {
+impl StopReason {
     /// The exit code, and the reason for the owner of the function.
     fn explain(&self, program: &Program) -> (i32, String) {
         match self {
@@ -235,7 +235,7 @@ impl Supervised {
     }
 
     /// Blocks until the run and all processes that it has left have ended.
-    fn wait(&self) -> io::Result<Exit> {
+    fn wait(&self) -> io::Result<ChildExit> {
         // First wait without reaping, so that the lock is not held while the program runs.
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         while waitid(Id::Pid(self.supervisor), look) == Err(Errno::EINTR) {}
@@ -246,7 +246,7 @@ impl Supervised {
         let (status, usage) = waited?;
         let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1);
         // Linux reports KiB.
-        Ok(Exit { code, max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024 })
+        Ok(ChildExit { code, max_rss_bytes: u64::try_from(usage.ru_maxrss).unwrap_or(0) * 1024 })
     }
 }
 
@@ -268,12 +268,12 @@ fn wait4(pid: Pid) -> io::Result<(ExitStatus, libc::rusage)> {
     }
 }
 
-struct Exit {
+struct ChildExit {
     code: i32,
     max_rss_bytes: u64,
 }
 
-impl Exit {
+impl ChildExit {
     /// Peak memory of the supervisor and of the children that it reaped, if it is above the peak of this
     /// process. The supervisor is a fork of this process, and Linux keeps the peak across fork and exec. So a
     /// lower value may not be that of the run, and only the samples count.

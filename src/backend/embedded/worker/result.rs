@@ -1,7 +1,7 @@
 //! The result of a run as JSON, with exactly the members that the workers of a fleet write.
 
-use super::process::Ended;
-use crate::backend::embedded::queue::Queued;
+use super::process::RunEnd;
+use crate::backend::embedded::queue::QueuedJob;
 use bytes::Bytes;
 use serde::Serialize;
 
@@ -36,7 +36,7 @@ pub(super) struct RunResult {
 
 impl RunResult {
     /// The result of a run that could not start.
-    pub(super) fn failed(job: &Queued, memory_mb: Option<u64>, reason: String) -> Self {
+    pub(super) fn failed(job: &QueuedJob, memory_mb: Option<u64>, reason: String) -> Self {
         Self {
             request_id: job.id.to_string(),
             function_id: job.function.clone(),
@@ -63,7 +63,7 @@ impl RunResult {
     }
 
     /// The result of a run that has ended.
-    pub(super) fn ended(job: &Queued, memory_mb: u64, ended: Ended) -> Self {
+    pub(super) fn ended(job: &QueuedJob, memory_mb: u64, ended: RunEnd) -> Self {
         Self {
             status: if ended.exit_code == 0 { "SUCCESS" } else { "FAILED" },
             exit_code: Some(ended.exit_code),

@@ -9,7 +9,7 @@
 //! caller that polls is never idle.
 //!
 //! A job that waits for memory lets later jobs that fit pass it, but only for a limited time, so that it does
-//! not starve. [`Line`] measures both times.
+//! not starve. [`AdmissionQueue`] measures both times.
 //!
 //! Runs that use the CPU share the cores with each other and with the gateway. While [`BUSY_A_CORE_MAX`] runs
 //! per core are busy, others start slowly. They are not blocked completely, because the busy runs may poll
@@ -74,7 +74,7 @@ fn group_limit_bytes(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Op
 }
 
 /// The first job that waits for memory, and the times that depend on it.
-pub(super) struct Line {
+pub(super) struct AdmissionQueue {
     stall: Duration,
     passing_max: Duration,
     /// Number of the first job that waits for memory, and since when it is the first.
@@ -83,7 +83,7 @@ pub(super) struct Line {
     started_at: Option<Instant>,
 }
 
-impl Line {
+impl AdmissionQueue {
     pub(super) fn new(stall: Duration, passing_max: Duration) -> Self {
         Self { stall, passing_max, first: None, started_at: None }
     }
@@ -159,7 +159,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_first_job_stalls_only_while_nothing_starts() {
         let second = Duration::from_secs(1);
-        let mut line = Line::new(5 * second, 10 * second);
+        let mut line = AdmissionQueue::new(5 * second, 10 * second);
         line.set_first(Some(7));
         for at in 0..20 {
             // Others pass it until its passing time is over.

@@ -23,7 +23,7 @@ impl Floor {
     }
 
     #[expect(clippy::disallowed_methods, reason = "the test stands in for boot")]
-    fn start_with(scratch: &Scratch, change: impl FnOnce(&mut Worker)) -> Self {
+    fn start_with(scratch: &Scratch, change: impl FnOnce(&mut LocalWorker)) -> Self {
         let Embedded { node, backend, mut worker } = open(scratch.path()).unwrap();
         change(&mut worker);
         let (stop, stopped) = watch::channel(false);
@@ -443,7 +443,7 @@ print(most)";
     install(&scratch, "main.py", source);
     let dir = scratch.path().join("begun");
     fs::create_dir(&dir).unwrap();
-    let few = |worker: &mut Worker| (worker.busy_max, worker.memory_mb) = (1, 128 * JOBS as u64);
+    let few = |worker: &mut LocalWorker| (worker.busy_max, worker.memory_mb) = (1, 128 * JOBS as u64);
     let floor = Floor::start_with(&scratch, few);
     let message = with(json!({ "envVars": { "DIR": dir } }));
     let mut ids = Vec::new();
@@ -681,7 +681,7 @@ async fn without_an_interpreter_a_run_fails() {
     let queue = Queue::new(database.clone());
     let results = LocalResults::new(database);
     let (code, runs) = (scratch.path().into(), scratch.path().into());
-    let mut worker = Worker::new(queue, results, Arc::default(), code, runs);
+    let mut worker = LocalWorker::new(queue, results, Arc::default(), code, runs);
     worker.runner.node = None;
     let text = with(json!({ "runtime": "nodejs" })).to_string();
     let refused = worker.runner.interpreter(&Message::parse(text.as_bytes()).unwrap());

@@ -19,6 +19,7 @@ mod functions;
 mod journal;
 mod limits;
 mod membership;
+mod ports;
 mod queue;
 mod results;
 mod workers;
@@ -35,30 +36,7 @@ pub use journal::{
 };
 pub use limits::{Decision, Grant, LeaseCall, LimitStore};
 pub use membership::{FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor};
+pub use ports::Backend;
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
 pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};
 pub use workers::{WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};
-
-use std::sync::Arc;
-
-/// Everything a backend gives, for `boot` to hand on piece by piece.
-#[derive(Clone)]
-pub struct Backend {
-    pub queue: Arc<dyn JobQueue>,
-    pub results: Arc<dyn Results>,
-    pub journal: Arc<dyn Journal>,
-    /// `None`: there is one node.
-    pub claims: Arc<dyn Claims>,
-    /// `None`: the queue gives no message up.
-    pub dead_letters: Option<Arc<dyn DeadLetters>>,
-    pub membership: Option<Arc<dyn Membership>>,
-    pub functions: Arc<dyn FunctionStore>,
-    pub executions: Arc<dyn ExecutionStore>,
-    pub code: Arc<dyn CodeStore>,
-    pub code_list: Arc<dyn CodeList>,
-    pub workers: Arc<dyn WorkerRegistry>,
-    /// `None`: the process is alone.
-    pub changes: Option<Arc<dyn ChangeFeed>>,
-    /// `None`: limits are counted in this process.
-    pub limits: Option<Arc<dyn LimitStore>>,
-}

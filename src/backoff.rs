@@ -36,7 +36,9 @@ mod tests {
     #[test]
     fn pauses_double_up_to_the_maximum() {
         let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
-        for (attempt, longest_ms) in [(0, 100), (1, 100), (2, 200), (3, 400), (4, 800), (5, 1000), (u32::MAX, 1000)] {
+        for (attempt, longest_ms) in
+            [(0, 100), (1, 100), (2, 200), (3, 400), (4, 800), (5, 1000), (u32::MAX, 1000)]
+        {
             for _ in 0..100 {
                 let pause = backoff.pause(attempt);
                 let longest = Duration::from_millis(longest_ms);

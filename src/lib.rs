@@ -20,7 +20,9 @@
 
 pub mod api;
 pub mod audit;
+mod availability;
 pub mod backend;
+mod backoff;
 pub mod boot;
 pub mod catalogue;
 pub mod code_archive;

@@ -161,15 +161,16 @@ impl Write for Escaped<'_, '_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use parking_lot::Mutex;
     use std::io;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
 
     #[derive(Clone, Default)]
     struct Sink(Arc<Mutex<Vec<u8>>>);
 
     impl io::Write for Sink {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
 
@@ -191,7 +192,7 @@ mod tests {
             tracing::debug!("x");
             tracing::trace!("x");
         });
-        let text = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        let text = String::from_utf8(sink.0.lock().clone()).unwrap();
         let levels: Vec<&str> = text.lines().map(|line| line.split('"').nth(3).unwrap_or(line)).collect();
         assert_eq!(levels, ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"]);
     }
@@ -209,7 +210,7 @@ mod tests {
                 none = f64::NAN, "Execution \"{}\"", 7
             );
         });
-        let line = String::from_utf8(sink.0.lock().unwrap().clone()).unwrap();
+        let line = String::from_utf8(sink.0.lock().clone()).unwrap();
         assert!(
             line.starts_with("{\"level\":\"INFO\",\"msg\":\"Execution \\\"7\\\"\",\"time\":\""),
             "{line}"

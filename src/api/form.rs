@@ -10,10 +10,10 @@ use bytes::Bytes;
 use futures_util::stream;
 use http::header::{CONTENT_DISPOSITION, CONTENT_TYPE, HeaderValue};
 use multer::{Field, Multipart};
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
 use tempfile::NamedTempFile;
 use tokio::io::{AsyncWriteExt, BufWriter};
 
@@ -59,7 +59,8 @@ impl Form {
     /// `spool_dir`. Parts other than `file` and `fields` are ignored.
     ///
     /// # Errors
-    /// `Invalid` for a malformed form, `BodyTooLarge`, `BackendAway` if the disk fails, and those of `body`.
+    /// `Invalid` for a malformed form, `BodyTooLarge`, `BackendUnavailable` if the disk fails, and those of
+    /// `body`.
     pub async fn read(
         call: &Call,
         body: &mut impl BodyStream,
@@ -79,7 +80,7 @@ impl Form {
         });
         let parts = Multipart::new(Box::pin(pieces), boundary);
         let read = Self::read_parts(parts, &feed, spool_dir, fields).await;
-        match feed.failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        match feed.failure.into_inner() {
             Some(of_body) => Err(of_body),
             None => read,
         }
@@ -150,7 +151,7 @@ impl BodyFeed {
             Ok(None) => return None,
             Err(e) => e,
         };
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failed);
+        *self.failure.lock() = Some(failed);
         Some(Err(std::io::Error::other("the body failed")))
     }
 
@@ -229,7 +230,7 @@ fn broken(_: &multer::Error) -> ApiError {
 
 fn no_room(error: &std::io::Error) -> ApiError {
     tracing::error!(error = %error, "Upload not written to disk; check the space in the state directory");
-    ApiError::BackendAway
+    ApiError::BackendUnavailable
 }
 
 #[cfg(test)]
@@ -271,7 +272,7 @@ mod tests {
                 .await
                 .map(|form| form.file.is_some())
         };
-        assert!(matches!(read().await, Err(ApiError::BackendAway)));
+        assert!(matches!(read().await, Err(ApiError::BackendUnavailable)));
         std::fs::create_dir(root.path().join("node")).unwrap();
         assert!(matches!(read().await, Ok(true)));
         assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 0, "no file is left");

@@ -101,7 +101,7 @@ impl FunctionRoutes {
 /// Reads a function from the table and not from the cache, which may be stale.
 ///
 /// # Errors
-/// `NoSuchFunction` and `BackendAway`.
+/// `NoSuchFunction` and `BackendUnavailable`.
 pub async fn read(store: &dyn FunctionStore, id: &FunctionId) -> Result<Function, ApiError> {
     let found = store.get(id).await.map_err(|e| ApiError::backend("the function table", &e))?;
     found.ok_or(ApiError::NoSuchFunction)

@@ -14,7 +14,7 @@ pub fn is_unchanged(headers: &CallHeaders, tag: &str) -> Result<bool, ApiError> 
 /// Checks the preconditions of a change against the tag of the function.
 ///
 /// # Errors
-/// `PreconditionFailed`, and `StarBesideTags` if a field combines `*` with tags.
+/// `PreconditionFailed`, and `MixedWildcard` if a field combines `*` with tags.
 pub fn check(headers: &CallHeaders, tag: &str) -> Result<(), ApiError> {
     alone("If-Match", &headers.if_match)?;
     // Strong comparison: a weak tag never matches.
@@ -27,7 +27,7 @@ pub fn check(headers: &CallHeaders, tag: &str) -> Result<(), ApiError> {
 /// Rejects `*` beside other tags. `*` matches any tag, so the combination must be a mistake.
 fn alone(name: &'static str, fields: &[HeaderValue]) -> Result<(), ApiError> {
     let is_mixed = tags(fields).any(|tag| tag == "*") && tags(fields).nth(1).is_some();
-    if is_mixed { Err(ApiError::StarBesideTags(name)) } else { Ok(()) }
+    if is_mixed { Err(ApiError::MixedWildcard(name)) } else { Ok(()) }
 }
 
 /// The listed tags. No tag of this server contains a comma, so a comma always separates two.

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use http::StatusCode;
 use http::header::{ACCEPT_ENCODING, ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
 use serde_json::json;
+use std::fmt::Display;
 
 const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
 const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
@@ -54,7 +55,7 @@ pub enum ApiError {
         retry_after_s: u64,
     },
     /// The limiter cannot count, and the limit is configured to reject then.
-    LimiterAway,
+    LimiterUnavailable,
     /// The header is not valid HTTP. Names the part.
     MalformedHeader(&'static str),
     /// The end of the body is ambiguous. Gives the reason.
@@ -62,7 +63,7 @@ pub enum ApiError {
     /// A field that may occur once is repeated. Names the field.
     RepeatedField(&'static str),
     /// `*` is combined with other tags. Names the field.
-    StarBesideTags(&'static str),
+    MixedWildcard(&'static str),
     /// The body has an unknown transfer coding.
     TransferCodingUnknown,
     TargetTooLong,
@@ -99,7 +100,7 @@ pub enum ApiError {
     TooManyUploads,
     TooManyWorkers,
     /// The idempotency key belongs to a request with another body.
-    KeyReused,
+    IdempotencyKeyReused,
     NoSuchJob,
     NoSuchLog,
     TooManyJobs(TooManyJobs),
@@ -109,15 +110,43 @@ pub enum ApiError {
     },
     Submit(SubmitError),
     /// A backend did not answer. The cause is already logged.
-    BackendAway,
+    BackendUnavailable,
     /// No address of the upstream can be reached.
-    UpstreamAway,
+    UpstreamUnavailable,
     UpstreamTimeout,
     /// The upstream's response is malformed or incomplete.
     UpstreamBroken,
     /// The request has passed through this fleet before.
-    Loop,
+    LoopDetected,
     NotReady,
+}
+
+/// Status, code and detail of an error.
+struct Row<'a> {
+    status: StatusCode,
+    code: &'static str,
+    /// `{}` stands for the value.
+    template: &'static str,
+    /// The part or bound that the detail names. Only `detail` formats it, so `code` does not allocate.
+    value: Option<&'a dyn Display>,
+}
+
+fn row(status: u16, code: &'static str, template: &'static str) -> Row<'static> {
+    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    Row { status, code, template, value: None }
+}
+
+impl<'a> Row<'a> {
+    fn with(self, value: &'a dyn Display) -> Self {
+        Self { value: Some(value), ..self }
+    }
+
+    fn detail(&self) -> String {
+        match self.value {
+            Some(value) => self.template.replace("{}", &value.to_string()),
+            None => self.template.to_owned(),
+        }
+    }
 }
 
 impl ApiError {
@@ -134,216 +163,229 @@ impl ApiError {
     /// Logs the cause, which must not reach the client. `what` names the backend.
     pub fn backend(what: &'static str, error: &BackendError) -> Self {
         tracing::warn!(what, error = %error, "Backend Failed");
-        Self::BackendAway
-    }
-
-    fn status(&self) -> StatusCode {
-        match self {
-            Self::NoSuchRoute | Self::NoSuchFunction | Self::NoSuchJob | Self::NoSuchLog => {
-                StatusCode::NOT_FOUND
-            }
-            Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Unauthorized | Self::KeyNotValidNow => StatusCode::UNAUTHORIZED,
-            Self::Forbidden { .. } | Self::FunctionForbidden => StatusCode::FORBIDDEN,
-            Self::RateLimited { .. } | Self::TooManyFailures { .. } | Self::TooManyJobs(_) => {
-                StatusCode::TOO_MANY_REQUESTS
-            }
-            Self::TargetTooLong => StatusCode::URI_TOO_LONG,
-            Self::TransferCodingUnknown => StatusCode::NOT_IMPLEMENTED,
-            Self::Loop => StatusCode::LOOP_DETECTED,
-            Self::HeaderTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            Self::VersionNotSupported => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
-            Self::ExpectationFailed => StatusCode::EXPECTATION_FAILED,
-            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::BodyTimeout | Self::HeaderTimeout => StatusCode::REQUEST_TIMEOUT,
-            Self::UpstreamBroken => StatusCode::BAD_GATEWAY,
-            Self::UpstreamTimeout => StatusCode::GATEWAY_TIMEOUT,
-            Self::MalformedHeader(_)
-            | Self::BadFraming(_)
-            | Self::RepeatedField(_)
-            | Self::StarBesideTags(_) => StatusCode::BAD_REQUEST,
-            Self::BodyBroken
-            | Self::BodyUndecodable
-            | Self::Invalid(_)
-            | Self::BadCursor
-            | Self::BadArchive(_)
-            | Self::Submit(SubmitError::Refused) => StatusCode::BAD_REQUEST,
-            Self::NotJson | Self::NotAForm | Self::NotJsonNorForm | Self::ContentCodingUnknown => {
-                StatusCode::UNSUPPORTED_MEDIA_TYPE
-            }
-            Self::PreconditionFailed => StatusCode::PRECONDITION_FAILED,
-            Self::NoRecommendation => StatusCode::CONFLICT,
-            Self::KeyReused => StatusCode::UNPROCESSABLE_ENTITY,
-            Self::Submit(_)
-            | Self::Shed { .. }
-            | Self::BackendAway
-            | Self::UpstreamAway
-            | Self::TooManyConnections
-            | Self::LimiterAway
-            | Self::NotReady
-            | Self::Contended
-            | Self::TooManyUploads
-            | Self::TooManyWorkers => StatusCode::SERVICE_UNAVAILABLE,
-        }
+        Self::BackendUnavailable
     }
 
     /// Stable, for programs. Also the label of rejections in the metrics.
     pub fn code(&self) -> &'static str {
-        match self {
-            Self::NoSuchRoute => "no_such_route",
-            Self::MethodNotAllowed { .. } => "method_not_allowed",
-            Self::Unauthorized => "unauthorized",
-            Self::KeyNotValidNow => "key_not_valid_now",
-            Self::TooManyFailures { .. } => "too_many_failures",
-            Self::Forbidden { .. } => "forbidden",
-            Self::FunctionForbidden => "function_forbidden",
-            Self::MalformedHeader(_) => "malformed_header",
-            Self::BadFraming(_) => "bad_framing",
-            Self::RepeatedField(_) | Self::StarBesideTags(_) => "repeated_field",
-            Self::TransferCodingUnknown => "unsupported_transfer_coding",
-            Self::TargetTooLong => "target_too_long",
-            Self::HeaderTooLarge => "header_too_large",
-            Self::HeaderTimeout => "header_timeout",
-            Self::VersionNotSupported => "version_not_supported",
-            Self::ExpectationFailed => "expectation_failed",
-            Self::TooManyConnections => "too_many_connections",
-            Self::UpstreamAway => "upstream_unavailable",
-            Self::UpstreamTimeout => "upstream_timeout",
-            Self::UpstreamBroken => "upstream_broken",
-            Self::Loop => "loop_detected",
-            Self::RateLimited { .. } => "rate_limited",
-            Self::LimiterAway => "limiter_unavailable",
-            Self::BodyTooLarge { .. } => "body_too_large",
-            Self::BodyTimeout => "body_timeout",
-            Self::BodyBroken => "body_broken",
-            Self::BodyUndecodable => "body_undecodable",
-            Self::ContentCodingUnknown => "unsupported_content_coding",
-            Self::NotJson | Self::NotAForm | Self::NotJsonNorForm => "unsupported_media_type",
-            Self::BadCursor => "bad_cursor",
-            Self::BadArchive(_) => "bad_archive",
-            Self::PreconditionFailed => "precondition_failed",
-            Self::NoRecommendation => "no_recommendation",
-            Self::Contended => "contended",
-            Self::TooManyUploads | Self::TooManyWorkers => "overloaded",
-            Self::Invalid(_) => "invalid_request",
-            Self::NoSuchFunction => "no_such_function",
-            Self::KeyReused => "idempotency_key_reused",
-            Self::NoSuchJob => "no_such_job",
-            Self::NoSuchLog => "no_such_log",
-            Self::TooManyJobs(_) => "too_many_jobs",
-            Self::Shed { .. } | Self::Submit(SubmitError::Overloaded) => "overloaded",
-            Self::Submit(SubmitError::Refused) => "refused_by_queue",
-            Self::Submit(SubmitError::Unavailable) => "queue_unavailable",
-            Self::Submit(SubmitError::Unknown) => "queue_timeout",
-            Self::Submit(SubmitError::Stopping) | Self::NotReady => "not_ready",
-            Self::BackendAway => "backend_unavailable",
-        }
+        self.row().code
     }
 
-    fn detail(&self) -> String {
-        self.detail_of_case().unwrap_or_else(|| self.detail_of_kind().to_owned())
+    /// The row of this error. The rows are split by topic because a function is at most one page long.
+    fn row(&self) -> Row<'_> {
+        let row = self.message_row().or_else(|| self.body_row()).or_else(|| self.key_row());
+        let row = row.or_else(|| self.resource_row()).or_else(|| self.platform_row());
+        row.or_else(|| self.upstream_row()).expect("a test requires a row for each error")
     }
 
-    /// The detail that names a part or a bound. `None`: all errors of this kind have one detail.
-    fn detail_of_case(&self) -> Option<String> {
+    /// Connection and message: these checks do not depend on the route.
+    fn message_row(&self) -> Option<Row<'_>> {
         Some(match self {
-            Self::Invalid(detail) | Self::BadArchive(detail) => detail.clone(),
-            Self::BodyTooLarge { bytes_max } => {
-                format!("The request is too large: the limit is {bytes_max} bytes.")
-            }
-            Self::MethodNotAllowed { allow } => format!("This path supports {allow}."),
-            Self::Forbidden { scope } => {
-                format!("The key lacks the scope {scope:?}.", scope = scope.name())
-            }
             Self::MalformedHeader(what) => {
-                format!("The request is not valid HTTP: {what}.")
-            }
-            Self::RepeatedField(name) => format!("The header field {name} may occur only once."),
-            Self::StarBesideTags(name) => {
-                format!("In {name} the value * matches any tag, so it must be the only value.")
+                row(400, "malformed_header", "The request is not valid HTTP: {}.").with(what)
             }
             Self::BadFraming(what) => {
-                format!("The end of the body is ambiguous: {what}.")
+                row(400, "bad_framing", "The end of the body is ambiguous: {}.").with(what)
             }
-            Self::TooManyJobs(TooManyJobs::OfKey { max }) => {
-                format!("The key has reached its cap of {max} jobs in flight.")
+            Self::RepeatedField(name) => {
+                row(400, "repeated_field", "The header field {} may occur only once.").with(name)
             }
-            Self::TooManyJobs(TooManyJobs::OfFunction { max }) => {
-                format!("The function has reached its cap of jobs in flight: maxConcurrency is {max}.")
+            Self::MixedWildcard(name) => {
+                row(400, "repeated_field", "In {} the value * matches any tag, so it must be the only value.")
+                    .with(name)
+            }
+            Self::TargetTooLong => row(414, "target_too_long", "The request target is too long."),
+            Self::HeaderTooLarge => {
+                row(431, "header_too_large", "The request header is too large, or has too many fields.")
+            }
+            Self::HeaderTimeout => row(408, "header_timeout", "The request header did not arrive in time."),
+            Self::VersionNotSupported => row(
+                505,
+                "version_not_supported",
+                "This server supports HTTP/1.0 and HTTP/1.1, and HTTP/2 over TLS.",
+            ),
+            Self::ExpectationFailed => {
+                row(417, "expectation_failed", "The only supported expectation is 100-continue.")
+            }
+            Self::TooManyConnections => {
+                row(503, "too_many_connections", "Too many connections are open. Retry later.")
             }
             _ => return None,
         })
     }
 
-    fn detail_of_kind(&self) -> &'static str {
-        match self {
-            Self::Invalid(_)
-            | Self::BadArchive(_)
-            | Self::BodyTooLarge { .. }
-            | Self::MethodNotAllowed { .. }
-            | Self::Forbidden { .. }
-            | Self::MalformedHeader(_)
-            | Self::RepeatedField(_)
-            | Self::StarBesideTags(_)
-            | Self::BadFraming(_)
-            | Self::TooManyJobs(_) => "", // see detail_of_case
-            Self::Shed { .. } => "The queue is overloaded. Retry after the time in Retry-After.",
-            Self::NoSuchRoute => "No route has this path.",
-            Self::KeyNotValidNow => "The key is not valid yet, or has expired.",
-            Self::TooManyFailures { .. } => {
-                "Too many requests from this address had no valid key. Retry after the time in Retry-After."
+    /// The transfer and the format of the body.
+    fn body_row(&self) -> Option<Row<'_>> {
+        Some(match self {
+            Self::TransferCodingUnknown => {
+                row(501, "unsupported_transfer_coding", "The only supported transfer coding is chunked.")
             }
-            Self::FunctionForbidden => "The key may not run this function.",
-            Self::TransferCodingUnknown => "The only supported transfer coding is chunked.",
-            Self::TargetTooLong => "The request target is too long.",
-            Self::HeaderTooLarge => "The request header is too large, or has too many fields.",
-            Self::HeaderTimeout => "The request header did not arrive in time.",
-            Self::VersionNotSupported => "This server supports HTTP/1.0 and HTTP/1.1, and HTTP/2 over TLS.",
-            Self::ExpectationFailed => "The only supported expectation is 100-continue.",
-            Self::TooManyConnections => "Too many connections are open. Retry later.",
-            Self::UpstreamAway => "The service behind this path does not answer. Retry later.",
-            Self::UpstreamTimeout => "The service behind this path did not answer in time.",
-            Self::UpstreamBroken => {
-                "The response of the service behind this path is incomplete or malformed."
+            Self::BodyTooLarge { bytes_max } => {
+                row(413, "body_too_large", "The request is too large: the limit is {} bytes.").with(bytes_max)
             }
-            Self::Loop => "The request has passed through this gateway before.",
-            Self::Unauthorized => "The header field x-api-key is missing or is not a valid key.",
-            Self::RateLimited { .. } => "Too many requests. Retry after the time in Retry-After.",
-            Self::LimiterAway => "The rate limiter is not available, so requests are rejected. Retry later.",
-            Self::BodyTimeout => "The body did not arrive in time.",
-            Self::BodyBroken => "The body ended early or is malformed.",
-            Self::ContentCodingUnknown => {
-                "The supported content codings are gzip, deflate and identity, one at a time."
+            Self::BodyTimeout => row(408, "body_timeout", "The body did not arrive in time."),
+            Self::BodyBroken => row(400, "body_broken", "The body ended early or is malformed."),
+            Self::ContentCodingUnknown => row(
+                415,
+                "unsupported_content_coding",
+                "The supported content codings are gzip, deflate and identity, one at a time.",
+            ),
+            Self::BodyUndecodable => {
+                row(400, "body_undecodable", "The body does not match its Content-Encoding.")
             }
-            Self::BodyUndecodable => "The body does not match its Content-Encoding.",
-            Self::NotJson => "The body must be JSON, with Content-Type: application/json.",
-            Self::NotAForm => "The body must be a form, with Content-Type: multipart/form-data.",
-            Self::NotJsonNorForm => "The body must be JSON or a form (multipart/form-data).",
-            Self::BadCursor => "The cursor does not belong to this list and filter. Start without a cursor.",
-            Self::PreconditionFailed => "The function does not match the precondition. Read it again.",
-            Self::NoRecommendation => "There is no recommendation for this function yet.",
-            Self::Contended => "Concurrent changes of the function won every attempt. Retry later.",
-            Self::TooManyUploads => "Too many uploads are in progress. Retry later.",
-            Self::TooManyWorkers => "The maximum number of workers is already registered.",
-            Self::NoSuchFunction => "Function not found",
-            Self::KeyReused => "This Idempotency-Key belongs to a request with another body.",
-            Self::NoSuchJob => "The job does not exist, or its result has expired.",
-            Self::NoSuchLog => "The execution does not exist, or its record has expired.",
-            Self::Submit(SubmitError::Overloaded) => "Too many jobs are waiting. Retry later.",
-            Self::Submit(SubmitError::Refused) => "The queue rejected the job because of its content.",
-            Self::Submit(SubmitError::Unavailable) => "The job was not queued. Retry later.",
-            Self::Submit(SubmitError::Unknown) => {
+            Self::NotJson => row(
+                415,
+                "unsupported_media_type",
+                "The body must be JSON, with Content-Type: application/json.",
+            ),
+            Self::NotAForm => row(
+                415,
+                "unsupported_media_type",
+                "The body must be a form, with Content-Type: multipart/form-data.",
+            ),
+            Self::NotJsonNorForm => {
+                row(415, "unsupported_media_type", "The body must be JSON or a form (multipart/form-data).")
+            }
+            Self::Invalid(detail) => row(400, "invalid_request", "{}").with(detail),
+            Self::BadArchive(detail) => row(400, "bad_archive", "{}").with(detail),
+            _ => return None,
+        })
+    }
+
+    /// API keys and limits.
+    fn key_row(&self) -> Option<Row<'_>> {
+        Some(match self {
+            Self::Unauthorized => {
+                row(401, "unauthorized", "The header field x-api-key is missing or is not a valid key.")
+            }
+            Self::KeyNotValidNow => {
+                row(401, "key_not_valid_now", "The key is not valid yet, or has expired.")
+            }
+            Self::Forbidden { scope } => row(403, "forbidden", "The key lacks the scope \"{}\".").with(scope),
+            Self::FunctionForbidden => row(403, "function_forbidden", "The key may not run this function."),
+            Self::RateLimited { .. } => {
+                row(429, "rate_limited", "Too many requests. Retry after the time in Retry-After.")
+            }
+            Self::TooManyFailures { .. } => row(
+                429,
+                "too_many_failures",
+                "Too many requests from this address had no valid key. Retry after the time in Retry-After.",
+            ),
+            Self::TooManyJobs(TooManyJobs::OfKey { max }) => {
+                row(429, "too_many_jobs", "The key has reached its cap of {} jobs in flight.").with(max)
+            }
+            Self::TooManyJobs(TooManyJobs::OfFunction { max }) => row(
+                429,
+                "too_many_jobs",
+                "The function has reached its cap of jobs in flight: maxConcurrency is {}.",
+            )
+            .with(max),
+            Self::LimiterUnavailable => row(
+                503,
+                "limiter_unavailable",
+                "The rate limiter is not available, so requests are rejected. Retry later.",
+            ),
+            _ => return None,
+        })
+    }
+
+    /// Routes, functions, jobs and lists.
+    fn resource_row(&self) -> Option<Row<'_>> {
+        Some(match self {
+            Self::NoSuchRoute => row(404, "no_such_route", "No route has this path."),
+            Self::NoSuchFunction => row(404, "no_such_function", "Function not found"),
+            Self::NoSuchJob => row(404, "no_such_job", "The job does not exist, or its result has expired."),
+            Self::NoSuchLog => {
+                row(404, "no_such_log", "The execution does not exist, or its record has expired.")
+            }
+            Self::MethodNotAllowed { allow } => {
+                row(405, "method_not_allowed", "This path supports {}.").with(allow)
+            }
+            Self::BadCursor => row(
+                400,
+                "bad_cursor",
+                "The cursor does not belong to this list and filter. Start without a cursor.",
+            ),
+            Self::NoRecommendation => {
+                row(409, "no_recommendation", "There is no recommendation for this function yet.")
+            }
+            Self::PreconditionFailed => row(
+                412,
+                "precondition_failed",
+                "The function does not match the precondition. Read it again.",
+            ),
+            Self::Contended => {
+                row(503, "contended", "Concurrent changes of the function won every attempt. Retry later.")
+            }
+            _ => return None,
+        })
+    }
+
+    /// Runs, and the bounds and backends of the node.
+    fn platform_row(&self) -> Option<Row<'_>> {
+        Some(match self {
+            Self::IdempotencyKeyReused => row(
+                422,
+                "idempotency_key_reused",
+                "This Idempotency-Key belongs to a request with another body.",
+            ),
+            Self::Shed { .. } => {
+                row(503, "overloaded", "The queue is overloaded. Retry after the time in Retry-After.")
+            }
+            Self::TooManyUploads => row(503, "overloaded", "Too many uploads are in progress. Retry later."),
+            Self::TooManyWorkers => {
+                row(503, "overloaded", "The maximum number of workers is already registered.")
+            }
+            Self::Submit(SubmitError::Overloaded) => {
+                row(503, "overloaded", "Too many jobs are waiting. Retry later.")
+            }
+            Self::Submit(SubmitError::Refused) => {
+                row(400, "refused_by_queue", "The queue rejected the job because of its content.")
+            }
+            Self::Submit(SubmitError::Unavailable) => {
+                row(503, "queue_unavailable", "The job was not queued. Retry later.")
+            }
+            Self::Submit(SubmitError::Unknown) => row(
+                503,
+                "queue_timeout",
                 "The queue did not confirm the job in time, so it may still run. A retry may run it twice, \
-                 unless it repeats the Idempotency-Key."
+                 unless it repeats the Idempotency-Key.",
+            ),
+            Self::Submit(SubmitError::Stopping) | Self::NotReady => {
+                row(503, "not_ready", "This node does not accept requests.")
             }
-            Self::Submit(SubmitError::Stopping) | Self::NotReady => "This node does not accept requests.",
-            Self::BackendAway => "A part of the platform does not answer. Retry later.",
-        }
+            Self::BackendUnavailable => {
+                row(503, "backend_unavailable", "A part of the platform does not answer. Retry later.")
+            }
+            _ => return None,
+        })
+    }
+
+    /// Upstreams.
+    fn upstream_row(&self) -> Option<Row<'_>> {
+        Some(match self {
+            Self::UpstreamBroken => row(
+                502,
+                "upstream_broken",
+                "The response of the service behind this path is incomplete or malformed.",
+            ),
+            Self::UpstreamUnavailable => {
+                row(503, "upstream_unavailable", "The service behind this path does not answer. Retry later.")
+            }
+            Self::UpstreamTimeout => {
+                row(504, "upstream_timeout", "The service behind this path did not answer in time.")
+            }
+            Self::LoopDetected => {
+                row(508, "loop_detected", "The request has passed through this gateway before.")
+            }
+            _ => return None,
+        })
     }
 
     /// The response to the request with this `X-Request-Id`.
     pub fn into_reply(self, request_id: &str) -> Reply {
-        let (status, code, detail) = (self.status(), self.code(), self.detail());
+        let row = self.row();
+        let (status, code, detail) = (row.status, row.code, row.detail());
         let body = json!({
             "type": format!("urn:infra-controller:problem:{code}"),
             "title": status.canonical_reason().unwrap_or("Error"),
@@ -404,7 +446,7 @@ impl From<Rejection> for ApiError {
     fn from(refusal: Rejection) -> Self {
         match refusal {
             Rejection::Limited { retry_after_s } => Self::RateLimited { retry_after_s },
-            Rejection::Away => Self::LimiterAway,
+            Rejection::Away => Self::LimiterUnavailable,
         }
     }
 }
@@ -418,10 +460,10 @@ impl From<RunError> for ApiError {
             RunError::RateLimit(rejection) => rejection.into(),
             RunError::TooManyJobs(cap) => Self::TooManyJobs(cap),
             RunError::MessageTooLarge { bytes_max } => Self::BodyTooLarge { bytes_max },
-            RunError::KeyReused => Self::KeyReused,
+            RunError::KeyReused => Self::IdempotencyKeyReused,
             RunError::Submit(error) => Self::Submit(error),
             RunError::Backend { store, error } => Self::backend(store, &error),
-            RunError::AttemptUnresolved => Self::BackendAway,
+            RunError::AttemptUnresolved => Self::BackendUnavailable,
         }
     }
 }
@@ -438,79 +480,42 @@ impl From<EditError<ApiError>> for ApiError {
 }
 
 #[cfg(test)]
-impl ApiError {
-    /// One error of each kind.
-    pub fn each() -> Vec<Self> {
-        std::iter::successors(Some(Self::NoSuchRoute), Self::next).collect()
-    }
-
-    /// The kind after this one. A new kind has no arm, so the compiler requires one.
-    fn next(&self) -> Option<Self> {
-        let text = String::new;
-        Some(match self {
-            Self::NoSuchRoute => Self::MethodNotAllowed { allow: text() },
-            Self::MethodNotAllowed { .. } => Self::Unauthorized,
-            Self::Unauthorized => Self::KeyNotValidNow,
-            Self::KeyNotValidNow => Self::TooManyFailures { retry_after_s: 1, burst: 1 },
-            Self::TooManyFailures { .. } => Self::Forbidden { scope: Scope::Run },
-            Self::Forbidden { .. } => Self::FunctionForbidden,
-            Self::FunctionForbidden => Self::RateLimited { retry_after_s: 1 },
-            Self::RateLimited { .. } => Self::LimiterAway,
-            Self::LimiterAway => Self::MalformedHeader(""),
-            Self::MalformedHeader(_) => Self::BadFraming(""),
-            Self::BadFraming(_) => Self::RepeatedField(""),
-            Self::RepeatedField(_) => Self::StarBesideTags(""),
-            Self::StarBesideTags(_) => Self::TransferCodingUnknown,
-            Self::TransferCodingUnknown => Self::TargetTooLong,
-            Self::TargetTooLong => Self::HeaderTooLarge,
-            Self::HeaderTooLarge => Self::HeaderTimeout,
-            Self::HeaderTimeout => Self::VersionNotSupported,
-            Self::VersionNotSupported => Self::ExpectationFailed,
-            Self::ExpectationFailed => Self::TooManyConnections,
-            Self::TooManyConnections => Self::UpstreamAway,
-            Self::UpstreamAway => Self::UpstreamTimeout,
-            Self::UpstreamTimeout => Self::UpstreamBroken,
-            Self::UpstreamBroken => Self::Loop,
-            Self::Loop => Self::BodyTooLarge { bytes_max: 1 },
-            Self::BodyTooLarge { .. } => Self::BodyTimeout,
-            Self::BodyTimeout => Self::BodyBroken,
-            Self::BodyBroken => Self::ContentCodingUnknown,
-            Self::ContentCodingUnknown => Self::BodyUndecodable,
-            Self::BodyUndecodable => Self::NotJson,
-            Self::NotJson => Self::NotAForm,
-            Self::NotAForm => Self::NotJsonNorForm,
-            Self::NotJsonNorForm => Self::Invalid(text()),
-            Self::Invalid(_) => Self::BadCursor,
-            Self::BadCursor => Self::BadArchive(text()),
-            Self::BadArchive(_) => Self::NoSuchFunction,
-            Self::NoSuchFunction => Self::PreconditionFailed,
-            Self::PreconditionFailed => Self::NoRecommendation,
-            Self::NoRecommendation => Self::Contended,
-            Self::Contended => Self::TooManyUploads,
-            Self::TooManyUploads => Self::TooManyWorkers,
-            Self::TooManyWorkers => Self::KeyReused,
-            Self::KeyReused => Self::NoSuchJob,
-            Self::NoSuchJob => Self::NoSuchLog,
-            Self::NoSuchLog => Self::TooManyJobs(TooManyJobs::OfKey { max: 1 }),
-            Self::TooManyJobs(TooManyJobs::OfKey { .. }) => {
-                Self::TooManyJobs(TooManyJobs::OfFunction { max: 1 })
-            }
-            Self::TooManyJobs(TooManyJobs::OfFunction { .. }) => Self::Shed { retry_after_s: 1 },
-            Self::Shed { .. } => Self::Submit(SubmitError::Overloaded),
-            Self::Submit(SubmitError::Overloaded) => Self::Submit(SubmitError::Refused),
-            Self::Submit(SubmitError::Refused) => Self::Submit(SubmitError::Unavailable),
-            Self::Submit(SubmitError::Unavailable) => Self::Submit(SubmitError::Unknown),
-            Self::Submit(SubmitError::Unknown) => Self::Submit(SubmitError::Stopping),
-            Self::Submit(SubmitError::Stopping) => Self::BackendAway,
-            Self::BackendAway => Self::NotReady,
-            Self::NotReady => return None,
-        })
-    }
-}
-
-#[cfg(test)]
 mod tests {
     use super::*;
+
+    /// One error of each variant. It does not compile while a variant is missing.
+    macro_rules! one_of_each {
+        ($($variant:ident $(($($value:tt)*))? $({ $($field:tt)* })?),* $(,)?) => {{
+            let _exhaustive: fn(&ApiError) = |error| match error { $(ApiError::$variant { .. } => {})* };
+            vec![$(ApiError::$variant $(($($value)*))? $({ $($field)* })?),*]
+        }};
+    }
+
+    impl ApiError {
+        /// One error of each row.
+        pub fn each() -> Vec<Self> {
+            let mut errors = one_of_each! {
+                MalformedHeader(""), BadFraming(""), RepeatedField(""), MixedWildcard(""), TargetTooLong,
+                HeaderTooLarge, HeaderTimeout, VersionNotSupported, ExpectationFailed, TooManyConnections,
+                TransferCodingUnknown, BodyTooLarge { bytes_max: 1 }, BodyTimeout, BodyBroken,
+                ContentCodingUnknown, BodyUndecodable, NotJson, NotAForm, NotJsonNorForm,
+                Invalid(String::new()), BadArchive(String::new()),
+                Unauthorized, KeyNotValidNow, Forbidden { scope: Scope::Run }, FunctionForbidden,
+                RateLimited { retry_after_s: 1 }, TooManyFailures { retry_after_s: 1, burst: 1 },
+                TooManyJobs(TooManyJobs::OfKey { max: 1 }), LimiterUnavailable,
+                NoSuchRoute, NoSuchFunction, NoSuchJob, NoSuchLog, MethodNotAllowed { allow: String::new() },
+                BadCursor, NoRecommendation, PreconditionFailed, Contended,
+                IdempotencyKeyReused, Shed { retry_after_s: 1 }, TooManyUploads, TooManyWorkers,
+                Submit(SubmitError::Overloaded), NotReady, BackendUnavailable,
+                UpstreamBroken, UpstreamUnavailable, UpstreamTimeout, LoopDetected,
+            };
+            errors.push(Self::TooManyJobs(TooManyJobs::OfFunction { max: 1 }));
+            let of_queue =
+                [SubmitError::Refused, SubmitError::Unavailable, SubmitError::Unknown, SubmitError::Stopping];
+            errors.extend(of_queue.map(Self::Submit));
+            errors
+        }
+    }
 
     #[test]
     fn a_problem_has_all_members() {
@@ -525,19 +530,34 @@ mod tests {
     }
 
     #[test]
-    fn each_error_has_a_detail() {
+    fn each_error_has_a_status_and_a_detail() {
         for error in ApiError::each() {
-            let told = format!("{error:?}");
+            let row = error.row();
+            assert_ne!(row.status, StatusCode::INTERNAL_SERVER_ERROR, "{error:?}: invalid status");
+            assert!(row.status.canonical_reason().is_some(), "{error:?}: no title");
+            assert_eq!(row.template.matches("{}").count(), row.value.iter().count(), "{error:?}");
             let is_given = matches!(error, ApiError::Invalid(_) | ApiError::BadArchive(_));
-            assert!(is_given || error.detail().len() > 10, "{told}");
+            assert!(is_given || row.detail().len() > 10, "{error:?}: no detail");
         }
+    }
+
+    #[test]
+    fn a_detail_names_the_value() {
+        let error = ApiError::Forbidden { scope: Scope::Run };
+        assert_eq!(error.row().detail(), "The key lacks the scope \"run\".");
+        let cap = ApiError::TooManyJobs(TooManyJobs::OfKey { max: 5 });
+        assert_eq!(cap.row().detail(), "The key has reached its cap of 5 jobs in flight.");
+        // The text of the client is not a template.
+        assert_eq!(ApiError::invalid("a{}b").row().detail(), "a{}b");
     }
 
     #[test]
     fn transient_errors_have_retry_after() {
         let limited = ApiError::RateLimited { retry_after_s: 7 }.into_reply("");
         assert_eq!(limited.headers, [(RETRY_AFTER, HeaderValue::from(7))]);
-        for error in [ApiError::BackendAway, ApiError::NotReady, ApiError::Submit(SubmitError::Overloaded)] {
+        for error in
+            [ApiError::BackendUnavailable, ApiError::NotReady, ApiError::Submit(SubmitError::Overloaded)]
+        {
             assert_eq!(error.into_reply("").headers, [(RETRY_AFTER, HeaderValue::from(1))]);
         }
     }

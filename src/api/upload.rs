@@ -52,20 +52,20 @@ impl UploadSpool {
     /// Checks an upload by unpacking it once, on a blocking thread.
     ///
     /// # Errors
-    /// `BadArchive`, and `BackendAway` if the disk fails.
+    /// `BadArchive`, and `BackendUnavailable` if the disk fails.
     pub async fn checked(&self, upload: UploadedFile, runtime: Runtime) -> Result<UploadedFile, ApiError> {
-        let _turn = self.checks.acquire().await.map_err(|_| ApiError::BackendAway)?;
+        let _turn = self.checks.acquire().await.map_err(|_| ApiError::BackendUnavailable)?;
         let checked = tokio::task::spawn_blocking(move || {
             let file = std::fs::File::open(upload.path());
             let file = file.map_err(|e| {
                 tracing::error!(error = %e, "Upload not read back from disk; check the state directory");
-                ApiError::BackendAway
+                ApiError::BackendUnavailable
             })?;
             let good = code_archive::check(std::io::BufReader::new(file), runtime);
             good.map_err(|problem| ApiError::BadArchive(problem.to_string()))?;
             Ok(upload)
         });
-        checked.await.unwrap_or(Err(ApiError::BackendAway))
+        checked.await.unwrap_or(Err(ApiError::BackendUnavailable))
     }
 }
 

@@ -2,8 +2,7 @@
 
 use super::record::Record;
 use super::writer::{Batch, RowWriter, WriteOutcome};
-use crate::audit::Ledger;
-use crate::audit::RowsStored;
+use crate::audit::{Ledger, RowsStored};
 use crate::backend::ROWS_MAX;
 use crate::metrics::Metrics;
 use crate::model::JobId;

@@ -30,9 +30,10 @@ use crate::metrics::Metrics;
 use crate::model::{Execution, FunctionId, JobId, NodeId, Recommendation, Sums};
 use ahash::RandomState;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
@@ -505,7 +506,7 @@ impl Ledger {
     }
 
     fn books(&self) -> MutexGuard<'_, LedgerState> {
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+        self.books.lock()
     }
 }
 

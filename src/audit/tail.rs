@@ -4,12 +4,13 @@
 //! can read the list. A skipped event costs one atomic operation and no memory.
 
 use crate::model::{FunctionId, JobId, Status, UnixMs};
+use parking_lot::Mutex;
 use serde_json::{Map, Value};
 use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 
 /// Maximum number of events; the oldest is evicted.
@@ -82,7 +83,7 @@ impl RecentEvents {
 
     fn push(&self, at: UnixMs, event: Event) {
         let entry = EventEntry { id: Uuid::new_v4(), at, event };
-        let mut entries = self.0.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = self.0.entries.lock();
         if entries.len() == ENTRIES_MAX {
             entries.pop_front();
         }
@@ -91,7 +92,7 @@ impl RecentEvents {
 
     /// Returns the events, newest first.
     pub fn entries(&self) -> Vec<EventEntry> {
-        let entries = self.0.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = self.0.entries.lock();
         let mut newest_first: Vec<EventEntry> = entries.iter().rev().cloned().collect();
         drop(entries);
         // Threads append slightly out of order.

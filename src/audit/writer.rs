@@ -19,10 +19,11 @@ use crate::backend::{BackendError, ROWS_MAX};
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Recommendation};
 use futures_util::stream::{self, StreamExt};
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -662,11 +663,11 @@ impl RowWriter {
     }
 
     fn failing(&self) -> MutexGuard<'_, FailingRows> {
-        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.failing.lock()
     }
 
     fn table(&self) -> MutexGuard<'_, TableState> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 }
 

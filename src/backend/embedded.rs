@@ -29,7 +29,8 @@ mod workers;
 
 pub use worker::LocalWorker;
 
-use super::{Backend, StartProblem};
+use super::StartProblem;
+use super::ports::Backend;
 use crate::model::NodeId;
 use code_store::LocalCode;
 use database::{Database, OpenError};

@@ -1,8 +1,8 @@
 //! Builds all parts of a node. No constructor starts a task: [`super::node`] runs the loops afterwards.
 
+use super::plan::{ConnectedBackend, NodeSettings};
 use super::reload::{Reload, ReloadTargets};
 use super::signals::ReloadSignals;
-use super::{ConnectedBackend, NodeSettings};
 use crate::api::{self, Api};
 use crate::audit::{self, AuditLoops, SpillDirs};
 use crate::catalogue::Catalogue;

@@ -1,6 +1,7 @@
 //! The `dev` command: the whole platform in one process, with the embedded backend and a local worker.
 
-use super::{ConfSource, ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, node, refuse};
+use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, refuse};
+use super::{ConfSource, node};
 use crate::backend::{BackendError, StartProblem, embedded};
 use crate::config::{
     AiNode, ConfigError, FileReader, Secret, api_key_problem, master_key_warning, rate_limit_from_process,

@@ -4,7 +4,7 @@
 //! nothing shows that the disk has recovered until the next row is written. A disk may be slow, so a check
 //! ends before the next one starts.
 
-use super::StateClaim;
+use super::plan::StateClaim;
 use crate::audit::SpillDirs;
 use std::sync::Arc;
 use std::time::Duration;

@@ -6,10 +6,12 @@
 use super::accept::{Acceptor, ReservedDescriptors};
 use super::build::{Background, Built, ListenerParts};
 use super::disk::StateDirMonitor;
+use super::plan::{Connect, ConnectedBackend, Exit, NodePlan, NodeSettings, explain};
+use super::process;
 use super::signals::Signals;
 use super::sockets::{BoundSockets, Socket, Transport, heritage, listening};
 use super::upgrade::SocketOffer;
-use super::{Connect, ConnectedBackend, Exit, NodePlan, NodeSettings, explain, process};
+use crate::boot::plan::BackendLoop;
 use crate::config::Conf;
 use crate::dispatch::Dispatcher;
 use crate::fleet::Adopter;
@@ -323,7 +325,7 @@ struct Loops {
 }
 
 impl Loops {
-    fn start(background: Background, disk: StateDirMonitor, extra: Option<super::BackendLoop>) -> Self {
+    fn start(background: Background, disk: StateDirMonitor, extra: Option<BackendLoop>) -> Self {
         let Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books, adopter } =
             background;
         let (stop_extra, extra_stopped) = watch::channel(false);

@@ -1,10 +1,9 @@
 //! The commands `serve` and `check`, on the fleet backend.
 
 use super::node_id::{NodeIdChoice, NodeIdError};
+use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, explain, refuse};
 use super::state_dir::StateDir;
-use super::{
-    ConfSource, ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, explain, node, refuse,
-};
+use super::{ConfSource, node};
 use crate::backend::{BackendError, StartProblem, aws, embedded};
 use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
 use crate::gateway::Pseudonym;

@@ -13,8 +13,8 @@
 
 mod matching;
 
+use super::plan::{Exit, NodeSettings};
 use super::upgrade::{self, Handover, SocketOffer};
-use super::{Exit, NodeSettings};
 use matching::{SocketAddress, SocketPlan, conflict, matched};
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};

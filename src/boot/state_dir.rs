@@ -10,7 +10,7 @@
 //! same identity. If the identity matches, the lock proves that the recorded process is gone (see
 //! [`StateDir::predecessor`]).
 
-use super::StateClaim;
+use super::plan::StateClaim;
 use crate::backend::Predecessor;
 use crate::model::{NodeId, ProcessToken};
 use nix::fcntl::{Flock, FlockArg};

@@ -1,8 +1,7 @@
 //! `limits.toml`: rate limits, waits, batches, cache and overload.
 
 use super::checks::within;
-use crate::config::checks::SECONDS_MAX;
-use crate::config::checks::is_countable;
+use crate::config::checks::{SECONDS_MAX, is_countable};
 use crate::model::Quota;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;

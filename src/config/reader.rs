@@ -273,9 +273,9 @@ fn absent(path: &Path) -> FileBytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use parking_lot::Mutex;
     use std::io::Write;
     use std::os::unix::fs::symlink;
-    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
     use std::time::Instant;
 
@@ -398,7 +398,7 @@ mod tests {
         let mut reader = FileReader::with(Duration::from_millis(20), move |path| {
             if path.starts_with("hangs") {
                 count.fetch_add(1, Ordering::SeqCst);
-                let _ = gate.lock().unwrap().recv();
+                let _ = gate.lock().recv();
             }
             Ok(Some(path.as_os_str().as_encoded_bytes().to_vec()))
         });
@@ -429,7 +429,7 @@ mod tests {
         let (_held, gate) = sync_channel::<()>(0);
         let gate = Mutex::new(gate);
         let mut reader = FileReader::with(Duration::ZERO, move |_| {
-            let _ = gate.lock().unwrap().recv();
+            let _ = gate.lock().recv();
             Ok(None)
         });
         assert!(hangs(reader.read(Path::new("file"))));

@@ -1,8 +1,7 @@
 //! `server.toml`: listeners, connections, timeouts, leases, memory and disk.
 
 use super::checks::within;
-use crate::config::checks::ENTRIES_MAX;
-use crate::config::checks::SECONDS_MAX;
+use crate::config::checks::{ENTRIES_MAX, SECONDS_MAX};
 use crate::config::origin::normalized;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, Serialize};

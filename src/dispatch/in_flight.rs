@@ -10,7 +10,7 @@ use super::caps::Permit;
 use crate::audit::KeyedResult;
 use crate::backend::{JournalEntry, STORED_RESULT_BYTES_MAX};
 use crate::dispatch::given_up::LostJobs;
-use crate::dispatch::recent::RecentResults;
+use crate::dispatch::recent::{RecentResults, SHARDS};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
@@ -25,9 +25,6 @@ use tokio::time::Instant;
 /// Maximum number of waiters per job. A further client must poll.
 pub const WAITERS_PER_JOB_MAX: usize = 16;
 
-/// Number of shards of a table. A shard that grows moves all its entries and blocks its users meanwhile, so
-/// each must stay small: a few thousand entries.
-pub const SHARDS: usize = 256;
 /// Maximum number of attempts to count the jobs at a moment when none enters or leaves.
 const RECKONINGS_MAX: usize = 32;
 
@@ -513,8 +510,7 @@ impl Drop for Waiter {
 mod tests {
     use super::*;
     use crate::backend::GIVEN_UP_KEPT;
-    use crate::dispatch::recent::SETTLED_BYTES;
-    use crate::dispatch::recent::SETTLED_KEPT;
+    use crate::dispatch::recent::{SETTLED_BYTES, SETTLED_KEPT};
     use crate::model::NodeId;
 
     fn table(jobs_max: usize, settled_bytes_max: usize) -> Arc<InFlight> {

@@ -8,8 +8,9 @@
 use crate::backend::{BackendError, Journal, JournalEntry, JournalState};
 use crate::model::{FunctionId, Job, JobId, NodeId};
 use crate::node_lease::NodeLease;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// Maximum number of jobs removed in one call.
 const LEAVES_MAX: usize = 1024;
@@ -83,6 +84,6 @@ impl NodeJournal {
     }
 
     fn leaves(&self) -> MutexGuard<'_, Vec<JobId>> {
-        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+        self.leaving.lock()
     }
 }

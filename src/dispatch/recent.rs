@@ -3,12 +3,11 @@
 //! A worker stores its copy of a result slightly after it publishes it. In between, only this node has the
 //! result. Without it a `/status` request could find neither a job in flight nor a stored result.
 
-use crate::dispatch::in_flight::SHARDS;
 use crate::model::{JobId, Outcome};
 use ahash::RandomState;
 use dashmap::DashMap;
+use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -77,8 +76,11 @@ impl RecentResults {
         }
     }
 
-    pub fn order(&self) -> std::sync::MutexGuard<'_, KeptOrder> {
-        // Nothing panics while the lock is held. Even after a panic the queue would be valid.
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn order(&self) -> parking_lot::MutexGuard<'_, KeptOrder> {
+        self.order.lock()
     }
 }
+
+/// Number of shards of a table. A shard that grows moves all its entries and blocks its users meanwhile, so
+/// each must stay small: a few thousand entries.
+pub const SHARDS: usize = 256;

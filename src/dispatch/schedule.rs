@@ -8,8 +8,8 @@
 //! entering a job costs one push.
 
 use crate::model::JobId;
+use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -73,8 +73,8 @@ impl LookupSchedule {
         queue.drain(..due).collect()
     }
 
-    fn queue(&self, stage: usize) -> std::sync::MutexGuard<'_, VecDeque<DueLookup>> {
-        self.stages[stage].lock().unwrap_or_else(PoisonError::into_inner)
+    fn queue(&self, stage: usize) -> parking_lot::MutexGuard<'_, VecDeque<DueLookup>> {
+        self.stages[stage].lock()
     }
 }
 

@@ -2,8 +2,7 @@
 
 use super::in_flight::{InFlight, SettleOutcome};
 use super::schedule::{self, LookupSchedule};
-use crate::audit::KeyedResult;
-use crate::audit::{Audit, RowsStored};
+use crate::audit::{Audit, KeyedResult, RowsStored};
 use crate::backend::{BackendError, JournalEntry, Results, STORED_MAX, SubscriptionState};
 use crate::metrics::Metrics;
 use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommendation, now_ms};

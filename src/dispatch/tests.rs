@@ -2,16 +2,10 @@
 
 use super::*;
 use crate::audit;
-use crate::backend::BackendError;
-use crate::backend::{JournalEntry, LogQuery, ResultEvent, Results, embedded};
+use crate::backend::{BackendError, JournalEntry, LogQuery, ResultEvent, Results, embedded};
 use crate::config::Conf;
 use crate::fleet::Adopter;
-use crate::model::FunctionId;
-use crate::model::Job;
-use crate::model::JobId;
-use crate::model::Outcome;
-use crate::model::UnixMs;
-use crate::model::now_ms;
+use crate::model::{FunctionId, Job, JobId, Outcome, UnixMs, now_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

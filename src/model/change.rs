@@ -1,6 +1,7 @@
 //! Changes of functions: their audit records, and the code that a change leaves behind.
 
-use super::{Function, FunctionId, RowKey, UnixMs};
+use super::time::UnixMs;
+use super::{Function, FunctionId, RowKey};
 use serde_json::{Value, json};
 
 /// How long a change record is kept, in seconds: 400 days.

@@ -3,7 +3,9 @@
 //! Existing clients and tables rely on the mapping, so it is fixed: `message` is `stderr`, or `stdout` if
 //! `stderr` is empty; `status` is that of the result, or SUCCESS if the exit code is 0, or ERROR.
 
-use super::{FunctionId, JobId, ResultFields, Rfc3339Ms, UnixMs, digits, now_ms, rfc3339_ms};
+use super::time::{Rfc3339Ms, UnixMs, digits, now_ms, rfc3339_ms};
+use super::{FunctionId, JobId, ResultFields};
+use crate::model::text::cut;
 use std::borrow::Cow;
 use std::fmt;
 
@@ -261,18 +263,6 @@ fn cut_with_note(message: &str) -> String {
     let mut kept = cut(message, MESSAGE_BYTES_MAX - note.len()).to_owned();
     kept.push_str(&note);
     kept
-}
-
-/// The longest prefix of at most `bytes_max` bytes that ends on a character boundary.
-pub(super) fn cut(text: &str, bytes_max: usize) -> &str {
-    if text.len() <= bytes_max {
-        return text;
-    }
-    let mut end = bytes_max;
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! A job id contains the node that tracks the job and the acceptance time. So both are known without a
 //! look-up: a node subscribes to the prefix of its own ids, and any node can compute the key of a row.
 
-use crate::model::UnixMs;
+use super::time::UnixMs;
 use std::fmt;
 use uuid::Uuid;
 

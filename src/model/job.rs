@@ -4,7 +4,8 @@
 //! as text, without a JSON tree: every run pays for it, and `input` must not change.
 
 use super::ids::JobId;
-use super::{Function, FunctionId, IdempotencyKey, Rfc3339Ms, UnixMs};
+use super::time::{Rfc3339Ms, UnixMs};
+use super::{Function, FunctionId, IdempotencyKey};
 use crate::model::run_request::RunRequest;
 use bytes::Bytes;
 

@@ -4,8 +4,8 @@
 //! `serde` structs were rejected: one member with another type, or one that occurs twice, would hide all
 //! others.
 
-use super::JsonText;
 use super::escape::Escape;
+use super::text::JsonText;
 use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};

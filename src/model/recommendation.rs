@@ -1,7 +1,8 @@
 //! The recommendation of a worker for the memory of a function. It is stored with the function, for the
 //! auto-tuner.
 
-use super::{JobId, ResultFields, UnixMs};
+use super::time::UnixMs;
+use super::{JobId, ResultFields};
 
 /// The recommendation of one execution. A function keeps the newest one.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -27,7 +28,7 @@ impl Recommendation {
         // A float to integer cast saturates.
         let memory_mb = fields.recommended_memory_mb.map(|mb| mb.round() as u64).filter(|mb| *mb > 0);
         let tip = fields.optimization_tip.as_deref().filter(|tip| !tip.is_empty());
-        let tip = tip.map(|tip| super::execution::cut(tip, Self::TIP_BYTES_MAX).to_owned());
+        let tip = tip.map(|tip| super::text::cut(tip, Self::TIP_BYTES_MAX).to_owned());
         let savings = fields.estimated_savings.map(str::to_owned);
         let advises = memory_mb.is_some() || tip.is_some() || savings.is_some();
         advises.then(|| Self { memory_mb, tip, savings, request_id: id.to_string(), at: id.accepted_at() })

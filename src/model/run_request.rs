@@ -3,8 +3,9 @@
 //! `inputData` must reach the function byte for byte, so it stays text. A tree was rejected: it would change
 //! numbers beyond f64 and repeated members, and cost an allocation for each value.
 
+use super::text::JsonText;
 use crate::model::escape::Escape;
-use crate::model::{FunctionId, JsonText, encoding_problem};
+use crate::model::{FunctionId, encoding_problem};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::RawValue;

@@ -1,6 +1,6 @@
 //! Sets up the AWS SDK. Without the limits set here the SDK waits indefinitely.
 
-use super::AwsSettings;
+use super::settings::AwsSettings;
 use crate::https::POOL_IDLE;
 use aws_config::retry::RetryConfig;
 use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;

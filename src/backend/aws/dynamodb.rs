@@ -9,6 +9,7 @@ pub mod claims;
 pub mod code_list;
 mod execution_writes;
 pub mod executions;
+mod function_item;
 mod function_writes;
 pub mod functions;
 pub mod item;

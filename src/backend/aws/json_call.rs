@@ -9,8 +9,10 @@
 //! Nothing is retried here. The batcher and the audit retry, because they know when a retry is allowed.
 
 mod credentials;
+mod route;
 mod signature;
 
+use crate::backend::aws::json_call::route::JsonRoute;
 pub(super) use credentials::CredentialCache;
 
 use super::error::{by_code, is_throttle};
@@ -26,7 +28,7 @@ use aws_smithy_types::config_bag::ConfigBag;
 use aws_smithy_types::date_time::Format;
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, DATE, HOST, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
-use http::{Request, StatusCode, Uri};
+use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
 use serde::Deserialize;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -86,14 +88,6 @@ impl CallError {
             Self::Unknown(_) => false,
         }
     }
-}
-
-/// The address of a service and the scope of its signatures.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct JsonRoute {
-    uri: Uri,
-    region: String,
-    service: String,
 }
 
 /// Records the route of the SDK call that it is attached to.
@@ -249,6 +243,7 @@ fn refusal(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> CallError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::Uri;
 
     #[test]
     fn scopes_are_parsed() {

@@ -16,22 +16,20 @@ use super::redis::probe::RedisProbe;
 use super::redis::results::RedisResults;
 use super::redis::workers::RedisWorkers;
 use super::s3::CodeBucket;
+use super::settings::AwsSettings;
 use super::sqs::dead_letters::DeadLetterQueue;
 use super::sqs::queue::SqsQueue;
-use super::{AwsSettings, client, error, s3};
-use crate::backend::{Backend, BackendError, Membership, StartProblem};
+use super::{client, error, s3};
+use crate::backend::aws::retry::{no_answer, within};
+use crate::backend::ports::Backend;
+use crate::backend::{BackendError, Membership, StartProblem};
 use crate::https;
 use crate::model::NodeId;
 use aws_config::SdkConfig;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
-use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::time::{Instant, sleep, timeout_at};
-
-/// Pause between two attempts to reach a service that does not answer; it may be starting too.
-const PAUSE: Duration = Duration::from_millis(200);
+use tokio::time::{Instant, timeout_at};
 
 /// Connects to all services and checks them. Reports all problems, not only the first.
 ///
@@ -246,29 +244,6 @@ fn redis_mend(settings: &AwsSettings, error: &BackendError) -> String {
         (BackendError::Invalid(_), _) => format!("Correct {variables}."),
         _ => format!("Start Redis, or correct {variables}."),
     }
-}
-
-/// Repeats `check` until it succeeds, fails permanently, or the deadline passes.
-pub(super) async fn within<T, F>(deadline: Instant, mut check: impl FnMut() -> F) -> Result<T, BackendError>
-where
-    F: Future<Output = Result<T, BackendError>>,
-{
-    let mut last = no_answer();
-    loop {
-        match timeout_at(deadline, check()).await {
-            Ok(Err(error)) if error.is_transient() => last = error,
-            Ok(done) => return done,
-            Err(_) => return Err(last),
-        }
-        if Instant::now() + PAUSE >= deadline {
-            return Err(last);
-        }
-        sleep(PAUSE).await;
-    }
-}
-
-fn no_answer() -> BackendError {
-    BackendError::Unavailable("no answer before the start-up deadline".into())
 }
 
 fn queue_problem(settings: &AwsSettings, error: BackendError) -> StartProblem {

@@ -5,11 +5,12 @@
 
 use crate::backend::{BackendError, CodeStore};
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Component, Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Clones share one store.
 #[derive(Clone)]
@@ -35,7 +36,7 @@ impl LocalCode {
         let path = locate(&self.dir, s3_key).ok_or_else(outside)?;
         let store = self.clone();
         let changed = tokio::task::spawn_blocking(move || {
-            let _turn = store.turn.lock().unwrap_or_else(PoisonError::into_inner);
+            let _turn = store.turn.lock();
             change(&store.dir, &path)
         });
         match changed.await {

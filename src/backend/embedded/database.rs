@@ -6,16 +6,19 @@
 //!
 //! Each write has its own savepoint, so that a failed write does not affect the others.
 
+pub mod error;
 mod writer;
 
 use crate::backend::BackendError;
+use crate::backend::embedded::database::error::{WriteError, failed, integer};
 use nix::fcntl::{Flock, FlockArg};
+use parking_lot::Mutex;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 use std::fs::{self, File};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -80,15 +83,6 @@ impl From<std::io::Error> for OpenError {
     fn from(e: std::io::Error) -> Self {
         Self::Io(e)
     }
-}
-
-/// Why a write is not durable, or not known to be.
-#[derive(Clone, Debug)]
-pub(super) enum WriteError {
-    /// It has no effect.
-    NotApplied(BackendError),
-    /// The commit failed, or its outcome is not known.
-    Unknown(BackendError),
 }
 
 impl From<WriteError> for BackendError {
@@ -215,10 +209,10 @@ impl Readers {
         _turn: OwnedSemaphorePermit,
         op: impl FnOnce(&Connection) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let idle = self.idle.lock().pop();
         let connection = idle.map_or_else(|| self.connect(), Ok)?;
         let outcome = op(&connection);
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(connection);
+        self.idle.lock().push(connection);
         outcome
     }
 
@@ -299,22 +293,8 @@ fn has_tables(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row("SELECT EXISTS (SELECT * FROM sqlite_master)", [], |row| row.get(0))
 }
 
-/// Converts an error of SQLite. The text contains names of tables and error codes, never values.
-pub(super) fn failed(e: &rusqlite::Error) -> BackendError {
-    let text = format!("SQLite: {e}");
-    match e.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::TooBig | rusqlite::ErrorCode::NotADatabase) => BackendError::Invalid(text),
-        _ => BackendError::Unavailable(text),
-    }
-}
-
 fn stopped() -> WriteError {
     WriteError::NotApplied(BackendError::Unavailable("the database writer has stopped".into()))
-}
-
-/// Converts to the signed integers of SQLite. Larger values saturate.
-pub(super) fn integer(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
 }
 
 /// The inverse of [`integer`]. No column contains negative numbers.

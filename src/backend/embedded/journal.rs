@@ -1,7 +1,8 @@
 //! The journal of jobs in flight, as a table. An id begins with its node id, so the jobs of a node are one
 //! range.
 
-use super::database::{Database, integer, unsigned};
+use super::database::error::integer;
+use super::database::{Database, unsigned};
 use super::store::add_counters;
 use crate::backend::{BackendError, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry};
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, now_ms};

@@ -4,7 +4,8 @@
 //! again, as at-least-once delivery allows. So no leases have to be written or to expire. Only the number of
 //! starts is stored, so that a job that kills the gateway does not do so forever.
 
-use super::database::{Database, WriteError, integer, unsigned};
+use super::database::error::{WriteError, integer};
+use super::database::{Database, unsigned};
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
 use crate::model::{Job, JobId, UnixMs};
 use async_trait::async_trait;

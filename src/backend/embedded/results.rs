@@ -3,7 +3,8 @@
 //! The workers of a fleet publish first and store afterwards, as the protocol requires. Here the result is
 //! stored first, so that nothing is published that a crash may still lose.
 
-use super::database::{Database, integer};
+use super::database::Database;
+use super::database::error::integer;
 use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX};
 use crate::model::{JobId, UnixMs, now_ms};
 use async_trait::async_trait;

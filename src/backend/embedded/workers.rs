@@ -7,10 +7,11 @@ use crate::backend::{BackendError, WORKER_TTL, WORKERS_MAX, WorkerRecord, Worker
 use crate::model::{UnixMs, now_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
 pub(super) struct LocalWorkers {
@@ -34,7 +35,7 @@ impl LocalWorkers {
 
     /// The workers whose heartbeats have not expired.
     fn known(&self) -> MutexGuard<'_, HashMap<String, LastHeartbeat>> {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = self.seen.lock();
         seen.retain(|_, said| said.since.elapsed() < WORKER_TTL);
         seen
     }
@@ -96,12 +97,12 @@ impl Activity {
     }
 
     fn set_since(&self, since: Option<Instant>) {
-        *self.since.lock().unwrap_or_else(PoisonError::into_inner) = since;
+        *self.since.lock() = since;
         self.runs.store(0, Ordering::Relaxed);
     }
 
     fn status(&self) -> Option<Bytes> {
-        let since = (*self.since.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let since = (*self.since.lock())?;
         let status = LoneStatus {
             status: "healthy",
             worker_count: 1,

@@ -1,8 +1,7 @@
 //! What counts must survive a store that loses its data at any moment: each test is one way in which it did not.
 
 use super::*;
-use crate::audit::Stores;
-use crate::audit::{self};
+use crate::audit::{self, Stores};
 use crate::backend::{
     Claim, Claims, EndedJob, ExecutionStore, FleetState, FunctionPage, FunctionStore, FunctionWrite,
     FunctionWriteOutcome, Journal, LeaseOutcome, LeaseRenewal, LogPage, LogQuery, NumberedSums, Predecessor,
@@ -12,8 +11,8 @@ use crate::config::Conf;
 use crate::model::{Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums};
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use tokio::task::JoinSet;
 
@@ -56,12 +55,12 @@ fn unavailable() -> BackendError {
 
 impl Store {
     fn with<T>(&self, node: NodeId, work: impl FnOnce(&mut Data) -> T) -> T {
-        work(self.nodes.lock().unwrap().entry(node).or_default())
+        work(self.nodes.lock().entry(node).or_default())
     }
 
     fn lose_all(&self) {
-        self.nodes.lock().unwrap().clear();
-        self.listed.lock().unwrap().clear();
+        self.nodes.lock().clear();
+        self.listed.lock().clear();
     }
 
     fn answer<T>(&self, is_lost: &AtomicBool, answer: T) -> Result<T, BackendError> {
@@ -70,7 +69,7 @@ impl Store {
 
     /// Invocations and errors, as the function has them.
     fn counted(&self) -> (i64, i64) {
-        let functions = self.functions.lock().unwrap();
+        let functions = self.functions.lock();
         functions.values().fold((0, 0), |(n, e), (_, sums)| (n + sums.invocations, e + sums.errors))
     }
 }
@@ -159,7 +158,7 @@ impl Journal for Store {
         _: usize,
     ) -> (Vec<NumberedSums>, Option<BackendError>) {
         for posted in numbered {
-            let mut functions = self.functions.lock().unwrap();
+            let mut functions = self.functions.lock();
             let (number, sums) = functions.entry((posted.function.clone(), node)).or_default();
             if posted.number > *number {
                 *number = posted.number;
@@ -190,7 +189,7 @@ impl Membership for Store {
     }
 
     async fn renew(&self, node: NodeId, _: Duration) -> Result<LeaseRenewal, BackendError> {
-        self.listed.lock().unwrap().insert(node);
+        self.listed.lock().insert(node);
         let others = FleetState { lapsed: Vec::new(), alive: 1 };
         Ok(LeaseRenewal::Renewed { others, is_contested: false })
     }
@@ -200,11 +199,11 @@ impl Membership for Store {
     }
 
     async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {
-        Ok(self.listed.lock().unwrap().remove(&dead))
+        Ok(self.listed.lock().remove(&dead))
     }
 
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError> {
-        Ok(self.listed.lock().unwrap().insert(node))
+        Ok(self.listed.lock().insert(node))
     }
 
     async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError> {
@@ -247,7 +246,7 @@ impl ExecutionStore for Store {
         if self.rows_fail.load(Ordering::Relaxed) {
             return vec![Err(unavailable()); rows.len()];
         }
-        self.rows.lock().unwrap().extend(rows.iter().map(|row| (row.id.key().into_owned(), row.clone())));
+        self.rows.lock().extend(rows.iter().map(|row| (row.id.key().into_owned(), row.clone())));
         vec![Ok(()); rows.len()]
     }
 
@@ -539,7 +538,7 @@ async fn a_job_of_a_node_that_nobody_lists_ends_all_the_same() {
     }
     assert_eq!(house.counted().await, (1, 0));
     assert!(house.members.ledger.nodes().is_empty());
-    assert!(store.rows.lock().unwrap().contains_key(&*RowId::Job(id).key()));
+    assert!(store.rows.lock().contains_key(&*RowId::Job(id).key()));
 }
 
 /// Its node is back and withdraws it, which nobody else hears of: a job that somebody asked for at that moment must not

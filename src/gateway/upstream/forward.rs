@@ -168,7 +168,7 @@ pub fn failure(error: &Error, bytes_max: usize) -> Option<ApiError> {
     Some(match (error.esource(), error.etype()) {
         (_, HTTPStatus(413)) => ApiError::BodyTooLarge { bytes_max },
         (_, HTTPStatus(408)) => ApiError::BodyTimeout,
-        (_, HTTPStatus(503)) => ApiError::UpstreamAway,
+        (_, HTTPStatus(503)) => ApiError::UpstreamUnavailable,
         (ErrorSource::Downstream, ReadTimedout) => ApiError::BodyTimeout,
         (ErrorSource::Downstream, WriteTimedout | WriteError | ConnectionClosed) => return None,
         // Pingora's own check of the request before it is forwarded.
@@ -178,7 +178,7 @@ pub fn failure(error: &Error, bytes_max: usize) -> Option<ApiError> {
         (ErrorSource::Downstream, _) => ApiError::BodyBroken,
         (_, kind) if is_timeout(kind) => ApiError::UpstreamTimeout,
         (_, ErrorType::ConnectRefused | ErrorType::ConnectNoRoute | ErrorType::ConnectError) => {
-            ApiError::UpstreamAway
+            ApiError::UpstreamUnavailable
         }
         _ => ApiError::UpstreamBroken,
     })

@@ -48,7 +48,7 @@ pub fn check(fields: &HeaderMap, pseudonym: &Pseudonym) -> Result<(), ApiError> 
         received_by.is_some_and(|name| name.eq_ignore_ascii_case(pseudonym.0.as_bytes()))
     };
     let mut hops = fields.get_all(VIA).iter().flat_map(|value| value.as_bytes().split(|b| *b == b','));
-    if hops.any(is_ours) { Err(ApiError::Loop) } else { Ok(()) }
+    if hops.any(is_ours) { Err(ApiError::LoopDetected) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -7,10 +7,10 @@ use crate::backend::aws::client::backoff;
 use crate::backend::aws::json_call::JsonClient;
 use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey, Status};
 use futures_util::StreamExt;
+use parking_lot::{Mutex, MutexGuard};
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -61,7 +61,7 @@ impl BatchPermission {
     }
 
     fn tried_at(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.tried_at.lock().unwrap_or_else(PoisonError::into_inner)
+        self.tried_at.lock()
     }
 }
 

@@ -6,7 +6,7 @@
 //! that the condition fails with Conflict, and nothing is written twice either.
 
 use super::code_list;
-use super::functions::{attributes, key_item};
+use super::function_item::{attributes, key_item};
 use super::item::{RawItem, text, whole};
 use crate::backend::aws::client::backoff;
 use crate::backend::aws::error::class;

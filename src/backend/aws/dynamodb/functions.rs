@@ -1,13 +1,14 @@
 //! The function table: reads, lists and updates function items.
 
 use super::function_writes;
-use super::item::{self, Item, RawItem, decimal, text, whole};
+use super::item::{self, Item, RawItem, decimal, text};
+use crate::backend::aws::dynamodb::function_item::{KEY, function, key_item, listed};
 use crate::backend::aws::dynamodb::recommendation;
 use crate::backend::aws::error::class;
 use crate::backend::aws::json_call::{CredentialCache, JsonClient, RouteRecorder};
 use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};
 use crate::https::HttpsClient;
-use crate::model::{Function, FunctionCounters, FunctionId, NodeId, Recommendation, Sums, UnixMs, now_ms};
+use crate::model::{Function, FunctionId, NodeId, Recommendation, Sums, UnixMs, now_ms};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::error::SdkError;
@@ -16,8 +17,6 @@ use aws_sdk_dynamodb::types::AttributeValue;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
-
-const KEY: &[&str] = &["functionId"];
 
 const UPDATE: &str = "DynamoDB_20120810.UpdateItem";
 const CONDITION_NOT_MET: &str = "ConditionalCheckFailedException";
@@ -214,67 +213,11 @@ fn is_refused(error: &UpdateItemError) -> bool {
     matches!(error, UpdateItemError::ConditionalCheckFailedException(_))
 }
 
-pub fn key_item(id: &str) -> RawItem {
-    RawItem::from([("functionId".to_owned(), text(id))])
-}
-
-/// Returns `None` if the key of the item is not a function id.
-fn listed(raw: RawItem) -> Option<Function> {
-    let item = Item::new(raw);
-    let id = FunctionId::parse(&item.text("functionId")?)?;
-    Some(function(id, &item))
-}
-
-fn function(id: FunctionId, item: &Item) -> Function {
-    let text = |name| item.text(name).unwrap_or_default();
-    let text_or = |name, default: &str| match item.text(name) {
-        Some(text) if !text.is_empty() => text,
-        _ => default.to_owned(),
-    };
-    Function {
-        name: text("name"),
-        description: text("description"),
-        runtime: text_or("runtime", Function::RUNTIME_DEFAULT),
-        memory_mb: item.whole("memoryMb").filter(|mb| *mb > 0).unwrap_or(Function::MEMORY_MB_DEFAULT),
-        max_concurrency: item.whole("maxConcurrency").unwrap_or(0),
-        s3_key: text("s3Key"),
-        original_name: text("originalName"),
-        uploaded_at: text("uploadedAt"),
-        updated_at: text("updated_at"),
-        env_vars: Function::env_vars_or_empty(&item.json("envVars").unwrap_or_default()),
-        version: item.whole("version").unwrap_or(0),
-        counters: FunctionCounters {
-            invocations: item.whole("invocations").unwrap_or(0),
-            errors: item.whole("errorCount").unwrap_or(0),
-            total_duration_ms: item.float("totalDuration").unwrap_or(0.0),
-            handler_invocations: item.whole("handlerInvocations").unwrap_or(0),
-            total_handler_duration_ms: item.float("totalHandlerDuration").unwrap_or(0.0),
-        },
-        recommendation: recommendation::of(item),
-        id,
-    }
-}
-
-/// The attributes that a change of the function writes, without the key. [`function`] reads them.
-pub fn attributes(f: &Function) -> Vec<(&'static str, AttributeValue)> {
-    vec![
-        ("name", text(f.name.as_str())),
-        ("description", text(f.description.as_str())),
-        ("runtime", text(f.runtime.as_str())),
-        ("memoryMb", whole(f.memory_mb)),
-        ("maxConcurrency", whole(f.max_concurrency)),
-        ("s3Key", text(f.s3_key.as_str())),
-        ("originalName", text(f.original_name.as_str())),
-        ("uploadedAt", text(f.uploaded_at.as_str())),
-        ("updated_at", text(f.updated_at.as_str())),
-        ("envVars", text(f.env_vars.as_str())),
-        ("version", whole(f.version)),
-    ]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use super::super::function_item::attributes;
+    use super::super::item::whole;
 
     #[test]
     fn only_old_marks_are_removed() {

@@ -4,7 +4,8 @@ use crate::backend::BackendError;
 use crate::backend::aws::error::credentials_class;
 use aws_credential_types::Credentials;
 use aws_credential_types::provider::{ProvideCredentials, SharedCredentialsProvider};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 /// Credentials are refreshed this long before they expire, because a signature must still be valid when it
@@ -71,15 +72,14 @@ impl CredentialCache {
             Ok(credentials) => Ok(self.keep(credentials)),
             Err(error) => {
                 tracing::warn!(%error, "AWS credentials not refreshed; retrying. Check their source");
-                *self.failed.lock().unwrap_or_else(PoisonError::into_inner) =
-                    Some((Instant::now(), error.clone()));
+                *self.failed.lock() = Some((Instant::now(), error.clone()));
                 self.use_old().ok_or(error)
             }
         }
     }
 
     fn just_failed(&self) -> Option<BackendError> {
-        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = self.failed.lock();
         failed.as_ref().filter(|(at, _)| at.elapsed() < FAILURE_SHARED).map(|(_, error)| error.clone())
     }
 
@@ -143,7 +143,7 @@ impl CredentialCache {
     }
 
     fn kept(&self) -> MutexGuard<'_, Option<CachedCredentials>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+        self.kept.lock()
     }
 }
 

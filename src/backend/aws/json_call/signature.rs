@@ -3,7 +3,7 @@
 //!
 //! The crate `aws-sigv4` was rejected because it took 24 µs per call. The tests compare with its results.
 
-use super::JsonRoute;
+use super::route::JsonRoute;
 use crate::model::{Rfc3339Ms, UnixMs};
 use aws_credential_types::Credentials;
 use hmac::{Hmac, KeyInit, Mac};

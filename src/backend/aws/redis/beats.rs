@@ -13,8 +13,9 @@ use super::connection::CommandConnection;
 use crate::backend::BackendError;
 use crate::model::{NodeId, ProcessToken};
 use futures_util::future::{BoxFuture, FutureExt};
+use parking_lot::{Mutex, MutexGuard};
 use redis::cmd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -142,7 +143,7 @@ impl Beats {
     }
 
     fn state(&self) -> MutexGuard<'_, BeatState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

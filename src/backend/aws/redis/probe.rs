@@ -10,10 +10,10 @@ use super::journal::INFLIGHT;
 use super::results::pattern_of;
 use crate::backend::BackendError;
 use crate::model::NodeId;
+use parking_lot::Mutex;
 use redis::aio::PubSub;
 use redis::{Client, FromRedisValue, RedisError, Script, cmd};
 use std::future::Future;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
@@ -107,11 +107,11 @@ impl<'a> RedisProbe<'a> {
         self.forget();
         // During a failover one server may reject what another accepts a moment later, so rejections are
         // retried until the deadline too.
-        crate::backend::aws::start::within(self.deadline, step).await.map_err(|error| self.unfit(what, error))
+        crate::backend::aws::retry::within(self.deadline, step).await.map_err(|error| self.unfit(what, error))
     }
 
     fn unfit(&self, what: &str, error: BackendError) -> RedisProblem {
-        let code = self.code.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let code = self.code.lock().clone();
         let Some((_, is_lasting, meaning, mend)) = CODES.iter().find(|(known, ..)| *known == code) else {
             let mend = "See the log of Redis.";
             return RedisProblem { error: in_step(what, &error), mend };
@@ -127,7 +127,7 @@ impl<'a> RedisProbe<'a> {
 
     fn note(&self, error: &RedisError) {
         let code = error.code().unwrap_or_default();
-        code.clone_into(&mut self.code.lock().unwrap_or_else(PoisonError::into_inner));
+        code.clone_into(&mut self.code.lock());
     }
 
     async fn query<T: FromRedisValue>(&self, command: &redis::Cmd) -> Result<T, BackendError> {
@@ -213,7 +213,7 @@ impl<'a> RedisProbe<'a> {
     }
 
     fn forget(&self) {
-        self.code.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.code.lock().clear();
     }
 }
 

@@ -15,9 +15,10 @@ use crate::backend::{BackendError, ResultEvent, Results, STORED_MAX, Subscriptio
 use crate::model::{JobId, NodeId};
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
 use redis::{Client, Msg, cmd};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
@@ -377,7 +378,7 @@ impl ForeignWaits {
     }
 
     fn inner(&self) -> MutexGuard<'_, WaitTable> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 

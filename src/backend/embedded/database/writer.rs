@@ -1,7 +1,7 @@
 //! The writer thread: commits the pending writes as one transaction, and returns to each caller its own
 //! result.
 
-use super::{WriteError, failed, integer};
+use super::error::{WriteError, failed, integer};
 use crate::model::now_ms;
 use rusqlite::{Connection, TransactionBehavior};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};

@@ -1,6 +1,7 @@
 //! The claims of idempotency keys: the table `idempotency`.
 
-use crate::backend::embedded::database::{Database, integer};
+use crate::backend::embedded::database::Database;
+use crate::backend::embedded::database::error::integer;
 use crate::backend::{BackendError, CLAIM_TTL, Claim, Claims, StoredClaim};
 use crate::model::{BodyHash, FunctionId, IdempotencyKey, JobId, now_ms};
 use async_trait::async_trait;

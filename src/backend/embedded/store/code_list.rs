@@ -1,6 +1,7 @@
 //! The list of code to delete: the table `retired_code`.
 
-use crate::backend::embedded::database::{Database, integer, unsigned};
+use crate::backend::embedded::database::error::integer;
+use crate::backend::embedded::database::{Database, unsigned};
 use crate::backend::{BackendError, CodeList};
 use crate::model::{FunctionId, RetiredCode, UnixMs};
 use async_trait::async_trait;

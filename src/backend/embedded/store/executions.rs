@@ -1,7 +1,8 @@
 //! The execution log: the table `executions`.
 
-use super::probe;
-use crate::backend::embedded::database::{Database, integer, unsigned};
+use super::probe::probe;
+use crate::backend::embedded::database::error::integer;
+use crate::backend::embedded::database::{Database, unsigned};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 use crate::model::{Execution, FunctionId, JobId, RowId, RowKey, Status, UnixMs, now_ms};
 use async_trait::async_trait;

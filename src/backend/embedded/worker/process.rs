@@ -13,13 +13,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::pin::pin;
 use std::process::{Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{ChildStderr, ChildStdout};
@@ -227,7 +228,7 @@ impl Drop for KillOnDrop {
 impl Supervised {
     /// Asks the supervisor to kill everything.
     fn kill(&self) {
-        let reaped = self.reaped.lock().unwrap_or_else(PoisonError::into_inner);
+        let reaped = self.reaped.lock();
         if !*reaped {
             // This fails only if the supervisor has ended.
             let _ = kill(self.supervisor, Signal::SIGTERM);
@@ -239,7 +240,7 @@ impl Supervised {
         // First wait without reaping, so that the lock is not held while the program runs.
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
         while waitid(Id::Pid(self.supervisor), look) == Err(Errno::EINTR) {}
-        let mut reaped = self.reaped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reaped = self.reaped.lock();
         let waited = wait4(self.supervisor);
         // An error means that there is no such child, so its process id must not be used either.
         *reaped = true;

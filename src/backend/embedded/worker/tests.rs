@@ -1,9 +1,10 @@
 //! Tests of the local worker with real interpreters, processes and a database on the disk.
 
 use super::*;
+use crate::backend::ResultEvent;
 use crate::backend::embedded::scratch::{Scratch, in_time, job_of, zipped};
 use crate::backend::embedded::{Embedded, open};
-use crate::backend::{Backend, ResultEvent};
+use crate::backend::ports::Backend;
 use crate::model::{Job, JobId, NodeId};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;

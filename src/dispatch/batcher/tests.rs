@@ -1,0 +1,378 @@
+use super::*;
+use crate::backend::{EndedJob, Journal, JournalEntry, QueueTraits};
+use crate::config::Conf;
+use crate::dispatch::Permits;
+use crate::model::{IdempotencyKey, JobId, NodeId, Outcome};
+use crate::node_lease::NodeLease;
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Takes 8 ms per batch. Answers from a script, one entry per batch, then `Ok`.
+struct ScriptedQueue {
+    fifo: bool,
+    script: Mutex<VecDeque<Result<(), SendError>>>,
+    batches: Mutex<Vec<Vec<(String, u64)>>>,
+    in_flight: AtomicUsize,
+    in_flight_most: AtomicUsize,
+}
+
+impl ScriptedQueue {
+    fn new(fifo: bool, script: &[Result<(), SendError>]) -> Arc<Self> {
+        Arc::new(Self {
+            fifo,
+            script: Mutex::new(script.iter().cloned().collect()),
+            batches: Mutex::default(),
+            in_flight: AtomicUsize::new(0),
+            in_flight_most: AtomicUsize::new(0),
+        })
+    }
+
+    fn sizes(&self) -> Vec<usize> {
+        self.batches.lock().iter().map(Vec::len).collect()
+    }
+}
+
+#[async_trait]
+impl JobQueue for ScriptedQueue {
+    async fn send_batch(&self, jobs: &[Job]) -> Vec<Result<(), SendError>> {
+        let seen = jobs.iter().map(|job| (job.function.to_string(), job.deadline)).collect();
+        self.batches.lock().push(seen);
+        let now = self.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+        self.in_flight_most.fetch_max(now, Ordering::SeqCst);
+        tokio::time::sleep(Duration::from_millis(8)).await;
+        self.in_flight.fetch_sub(1, Ordering::SeqCst);
+        let result = self.script.lock().pop_front().unwrap_or(Ok(()));
+        vec![result; jobs.len()]
+    }
+
+    fn traits(&self) -> QueueTraits {
+        QueueTraits { message_bytes_max: 1000, retention: Duration::from_secs(60), fifo: self.fifo }
+    }
+
+    async fn depth(&self) -> Result<u64, BackendError> {
+        Ok(0)
+    }
+}
+
+#[derive(Default)]
+struct SetJournal {
+    held: Mutex<HashSet<JobId>>,
+    broken: bool,
+}
+
+#[async_trait]
+impl Journal for SetJournal {
+    async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
+        if self.broken {
+            return Err(BackendError::Unavailable("broken".into()));
+        }
+        self.held.lock().extend(jobs.iter().map(|job| job.id));
+        Ok(())
+    }
+
+    async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
+        self.held.lock().retain(|id| !ids.contains(id));
+        Ok(())
+    }
+
+    async fn end(&self, _: NodeId, _: &[EndedJob]) -> Result<bool, BackendError> {
+        Ok(true)
+    }
+
+    async fn given_up(&self, _: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
+        Ok(Vec::new())
+    }
+
+    async fn contains(&self, id: JobId) -> Result<bool, BackendError> {
+        Ok(self.held.lock().contains(&id))
+    }
+
+    async fn entries(&self, _: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
+        Ok(Vec::new())
+    }
+}
+
+struct House {
+    batcher: Batcher,
+    queue: Arc<ScriptedQueue>,
+    journal: Arc<SetJournal>,
+    leaves: Arc<NodeJournal>,
+    in_flight: Arc<InFlight>,
+}
+
+const CONF: BatchConf =
+    BatchConf { linger_ms: 10, sends_eager: 2, sends_max: 4, queue_jobs_max: 100, send_deadline_ms: 2000 };
+
+/// Creates the loop; it ends when the handle is dropped.
+fn house(queue: Arc<ScriptedQueue>, journal: SetJournal) -> (House, impl Future<Output = ()>) {
+    house_of(CONF, queue, journal)
+}
+
+fn house_of(
+    conf: BatchConf,
+    queue: Arc<ScriptedQueue>,
+    journal: SetJournal,
+) -> (House, impl Future<Output = ()>) {
+    let metrics = Arc::new(Metrics::new(1).unwrap());
+    let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
+    let journal = Arc::new(journal);
+    let leaves = Arc::new(NodeJournal::new(Arc::clone(&journal) as _, Arc::new(NodeLease::endless())));
+    let overload = Conf::shipped().unwrap().overload;
+    let shedder = Arc::new(Shedder::new(Live::new(overload), Arc::clone(&metrics)));
+    let (batcher, batch_loop) = new(
+        Live::new(conf),
+        Arc::clone(&queue) as _,
+        Arc::clone(&leaves),
+        Arc::clone(&in_flight),
+        shedder,
+        metrics,
+    );
+    (House { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
+}
+
+impl House {
+    fn send(&self, n: u64, function: &str, bytes: usize) -> oneshot::Receiver<Result<(), SubmitError>> {
+        let function = FunctionId::parse(function).unwrap();
+        let job = Job {
+            id: JobId::new(NodeId(1), 1, n),
+            function,
+            idempotency_key: None,
+            deadline: n,
+            message: vec![b' '; bytes].into(),
+        };
+        self.in_flight.enter(&job, Permits::new()).unwrap();
+        self.batcher.send(job, None).unwrap()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_batcher_adds_no_delay_and_a_busy_one_fills_batches() {
+    let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let started = Instant::now();
+    let work = async {
+        assert_eq!(house.send(0, "f", 1).await.unwrap(), Ok(()));
+        assert_eq!(started.elapsed(), Duration::from_millis(8), "only the time of the queue");
+        let results: Vec<_> = (1..=40).map(|n| house.send(n, "f", 1)).collect();
+        for result in results {
+            assert_eq!(result.await.unwrap(), Ok(()));
+        }
+        assert_eq!(house.queue.sizes(), [1, 10, 10, 10, 10]);
+        assert_eq!(house.queue.in_flight_most.load(Ordering::SeqCst), 4);
+        assert_eq!(house.journal.held.lock().len(), 41, "jobs stay until their rows are written");
+        drop(house);
+    };
+    tokio::join!(run, work);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_respects_the_size_limit() {
+    let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let work = async {
+        let results: Vec<_> = (0..5).map(|n| house.send(n, "f", 400)).collect();
+        for result in results {
+            assert_eq!(result.await.unwrap(), Ok(()));
+        }
+        assert_eq!(house.queue.sizes(), [2, 2, 1]);
+        drop(house);
+    };
+    tokio::join!(run, work);
+}
+
+#[tokio::test(start_paused = true)]
+async fn jobs_that_wait_past_their_deadline_fail_and_are_not_sent() {
+    let conf = BatchConf { sends_eager: 1, sends_max: 1, send_deadline_ms: 12, ..CONF };
+    let (house, run) = house_of(conf, ScriptedQueue::new(false, &[]), SetJournal::default());
+    let started = Instant::now();
+    let work = async {
+        // One job per call, and a call takes 8 ms.
+        let results = (0..5).map(|n| {
+            let result = house.send(n, "f", 1000);
+            async move { (result.await.unwrap(), started.elapsed().as_millis()) }
+        });
+        let results = futures_util::future::join_all(results).await;
+        let late = vec![(Err(SubmitError::Unavailable), 12); 3];
+        assert_eq!(results, [vec![(Ok(()), 8), (Ok(()), 16)], late].concat());
+        assert_eq!(house.queue.sizes(), [1, 1]);
+        assert_eq!(house.in_flight.unsettled().len(), 2);
+        drop(house);
+    };
+    tokio::join!(run, work);
+}
+
+#[tokio::test(start_paused = true)]
+async fn failures_reach_their_callers_and_are_cleaned_up() {
+    let not_sent = Err(SendError::NotSent("x".into()));
+    for (script, expected, kept) in [
+        (vec![not_sent.clone(), not_sent.clone()], Ok(()), true),
+        (vec![Err(SendError::Refused("x".into()))], Err(SubmitError::Refused), false),
+        (vec![not_sent.clone(); 100], Err(SubmitError::Unavailable), false),
+        (vec![Err(SendError::Unknown("x".into())); 100], Err(SubmitError::Unknown), true),
+        (
+            [vec![Err(SendError::Unknown("x".into()))], vec![not_sent; 100]].concat(),
+            Err(SubmitError::Unknown),
+            true,
+        ),
+    ] {
+        let (house, run) = house(ScriptedQueue::new(false, &script), SetJournal::default());
+        let work = async {
+            let id = JobId::new(NodeId(1), 1, 7);
+            assert_eq!(house.send(7, "f", 1).await.unwrap(), expected);
+            assert_eq!(house.in_flight.awaited(id).is_some(), kept, "{expected:?}");
+            tokio::task::yield_now().await; // the caller gets its result before the journal is updated
+            house.leaves.clear().await;
+            assert_eq!(house.journal.contains(id).await.unwrap(), kept, "{expected:?}");
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+}
+
+/// A job with an idempotency key is kept until its key is released; a resent job has an unknown state.
+#[tokio::test(start_paused = true)]
+async fn a_keyed_job_is_kept_until_its_key_is_released() {
+    let not_sent = vec![Err(SendError::NotSent("x".into())); 100];
+    let again = |is_journaled| Some(Resend { since: now_ms(), is_journaled, maybe_sent: is_journaled });
+    for (resend, script, expected, is_unconfirmed) in [
+        (None, &not_sent[..], Err(SubmitError::Unavailable), false),
+        (again(false), &not_sent, Err(SubmitError::Unknown), true),
+        (again(true), &not_sent, Err(SubmitError::Unknown), true),
+        (again(true), &[], Ok(()), false),
+        // The send deadline has passed: the process was frozen since the claim.
+        (
+            Some(Resend { since: 1, is_journaled: true, maybe_sent: true }),
+            &[],
+            Err(SubmitError::Unknown),
+            true,
+        ),
+    ] {
+        let (house, run) = house(ScriptedQueue::new(false, script), SetJournal::default());
+        let work = async {
+            let id = JobId::new(NodeId(2), now_ms(), 7);
+            let job = Job {
+                id,
+                function: FunctionId::parse("f").unwrap(),
+                deadline: 0,
+                idempotency_key: Some(Box::new(IdempotencyKey::of("a", "b"))),
+                message: "{}".into(),
+            };
+            match resend {
+                None => house.in_flight.enter(&job, Permits::new()).unwrap(),
+                Some(_) => drop(house.in_flight.enter_again(&job, false).unwrap()),
+            }
+            let sending = house.batcher.send(job, resend).unwrap();
+            // A job that is being resent is not returned to its node meanwhile.
+            if resend.is_some() {
+                assert_eq!(house.in_flight.give_back([id]), []);
+            }
+            assert_eq!(sending.await.unwrap(), expected, "{resend:?}");
+            house.leaves.clear().await;
+            assert_eq!(house.in_flight.is_unconfirmed(id), Some(is_unconfirmed), "{resend:?}");
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+}
+
+/// The deadline of a job says nothing about the queue, so no caller may be told that the queue has the
+/// job.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_is_lost_during_its_send_has_an_unknown_result() {
+    let failed = Err(SendError::NotSent("throttled".into()));
+    for lost_after_ms in [4, 12] {
+        let (house, run) =
+            house(ScriptedQueue::new(false, std::slice::from_ref(&failed)), SetJournal::default());
+        let work = async {
+            let id = JobId::new(NodeId(1), 1, 7);
+            let sending = house.send(7, "f", 1);
+            tokio::time::sleep(Duration::from_millis(lost_after_ms)).await;
+            house.in_flight.settle(id, Outcome::lost(true));
+            house.in_flight.remember(id, FunctionId::parse("f").unwrap());
+            assert_eq!(sending.await.unwrap(), Err(SubmitError::Unknown));
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
+    let late = Err(SendError::Unknown("no answer in time".into()));
+    // The row may be written before the retry, or while the late answer is in flight.
+    for ends_after_ms in [4, 12] {
+        let (house, run) =
+            house(ScriptedQueue::new(false, &[late.clone(), late.clone()]), SetJournal::default());
+        let work = async {
+            let id = JobId::new(NodeId(1), 1, 7);
+            let mut sent = house.send(7, "f", 1);
+            tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
+            house.in_flight.remove(id);
+            house.leaves.leave(&[id]);
+            house.leaves.clear().await; // as at the end of a job
+            assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
+            house.leaves.clear().await;
+            assert!(!house.journal.contains(id).await.unwrap());
+            assert_eq!(house.queue.sizes(), [1]);
+            drop(house);
+        };
+        tokio::join!(run, work);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_cannot_enter_the_journal_is_not_sent() {
+    let journal = SetJournal { broken: true, ..Default::default() };
+    let (house, run) = house(ScriptedQueue::new(false, &[]), journal);
+    let work = async {
+        assert_eq!(house.send(1, "f", 1).await.unwrap(), Err(SubmitError::Unavailable));
+        assert!(house.queue.sizes().is_empty());
+        drop(house);
+    };
+    tokio::join!(run, work);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_fifo_queue_keeps_the_order_of_each_function() {
+    let script = [Err(SendError::NotSent("x".into())), Ok(()), Err(SendError::NotSent("x".into()))];
+    let (house, run) = house(ScriptedQueue::new(true, &script), SetJournal::default());
+    let work = async {
+        let results: Vec<_> = (0..60).map(|n| house.send(n, ["a", "b", "c"][n as usize % 3], 1)).collect();
+        for result in results {
+            assert_eq!(result.await.unwrap(), Ok(()));
+        }
+        let batches = house.queue.batches.lock().clone();
+        for function in ["a", "b", "c"] {
+            let mut sent: Vec<u64> =
+                batches.iter().flatten().filter(|j| j.0 == function).map(|j| j.1).collect();
+            sent.dedup(); // a batch that failed as a whole is sent twice
+            let mut once = sent.clone();
+            once.sort_unstable();
+            once.dedup();
+            assert!(sent.windows(2).all(|w| w[0] < w[1] || once.contains(&w[1])), "{function}: {sent:?}");
+            assert_eq!(once.len(), 20);
+            assert_eq!(sent.last(), once.last());
+        }
+        drop(house);
+    };
+    tokio::join!(run, work);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_queue_rejects_jobs_immediately() {
+    let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+    for n in 0..100 {
+        drop(house.send(n, "f", 1));
+    }
+    let job = Job {
+        id: JobId::new(NodeId(1), 1, 200),
+        function: FunctionId::parse("f").unwrap(),
+        idempotency_key: None,
+        deadline: 0,
+        message: "{}".into(),
+    };
+    assert_eq!(house.batcher.send(job, None).err(), Some(SubmitError::Overloaded));
+    let sent = Arc::clone(&house.queue);
+    drop(house);
+    run.await;
+    assert_eq!(sent.sizes().iter().sum::<usize>(), 100, "queued jobs are sent although no caller waits");
+}

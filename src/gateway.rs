@@ -8,14 +8,14 @@
 //! In reading order:
 //!
 //! - [`guard`]: the limits on connections, and the only reader of messages from the network
+//! - [`tls`]: the settings of the TLS listener
 //! - [`fields`]: header fields that may occur only once
 //! - [`client`]: the client's address behind trusted proxies
 //! - [`api_key`]: authentication
 //! - [`body`] and [`inflate`]: request bodies, bounded in size and time
-//! - [`respond`] and [`cors`]: responses of the gateway itself
-//! - [`upstreams`], [`passage`], [`origin`], [`via`], [`timed_body`] and [`tunnel`]: requests forwarded to
-//!   upstreams
-//! - [`edge`]: the settings that may change while the process runs
+//! - [`respond`], [`rate_limit`] and [`cors`]: responses of the gateway itself and their header fields
+//! - [`upstream`] and [`timed_body`]: requests forwarded to upstreams
+//! - [`settings`]: the settings that may change while the process runs
 //! - [`descriptors`]: the connection limit that the limit of open files allows
 
 mod api_key;

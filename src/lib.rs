@@ -2,21 +2,26 @@
 //!
 //! The modules, in reading order, each using only those below it:
 //!
-//! * [`lifecycle`] — the phases from start to exit
-//! * [`boot`] — wires everything, the only place that chooses a backend
+//! * [`boot`] — builds and runs a process; the only place that chooses a backend
+//! * [`fleet`] — this node among the others: its lease, and the jobs of nodes that are gone
 //! * [`gateway`] — the Pingora side: the filters around the API
 //! * [`api`] — the route table, the handlers, and errors as clients see them
+//! * [`runs`] — the use case of a run: admit, look up, claim, submit, wait
+//! * [`dispatch`] — the life of a job: submitted, waited for, settled
+//! * [`functions`] — functions: cached, changed, their old code deleted
 //! * [`limiter`] — rate limits, counted by all nodes together
-//! * [`functions`] — functions: cached, changed, their old code swept
 //! * [`catalogue`] — the models of an AI node
-//! * [`dispatch`] — submit, wait, settle: the way of a job
 //! * [`audit`] — execution rows and counters, written in the background
-//! * [`https`] — the HTTP client for what needs no SDK
-//! * [`metrics`] — every metric, in one struct
-//! * [`log`] — log lines
-//! * [`config`] — one parse of environment and `conf/`
 //! * [`backend`] — the ports to the outside, and the two backends behind them
-//! * [`model`] — the nouns: jobs, functions, outcomes, executions
+//!
+//! Used by many of them:
+//!
+//! * [`config`] — one parse of the environment and of `conf/`
+//! * [`metrics`] — every metric; [`log`] — log lines
+//! * [`lifecycle`] — the phases from start to exit; [`node_lease`] — how long this node may admit jobs
+//! * [`backoff`] — the pauses of retries; [`availability`] — when to try what is down
+//! * [`code_archive`] — checks of uploaded code; [`https`] — the HTTP client for what needs no SDK
+//! * [`model`] — plain data: ids, jobs, functions, outcomes, executions
 
 pub mod api;
 pub mod audit;

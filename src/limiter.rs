@@ -187,7 +187,7 @@ impl LimiterState {
             return Some(Self::local(limit, who, 1));
         }
         let now = self.store.now();
-        match limit.try_take(who, now, || self.on_empty(now)) {
+        match limit.try_take(who, now, || self.on_empty()) {
             TakeOutcome::Allowed { remaining, seq, call } => {
                 if call {
                     self.call(limit, who);
@@ -218,10 +218,10 @@ impl LimiterState {
         }
     }
 
-    fn on_empty(&self, now: Micros) -> OnEmpty {
+    fn on_empty(&self) -> OnEmpty {
         match self.store.is_away() {
             false => OnEmpty::Wait,
-            true if self.store.is_probe_due(now) => OnEmpty::Probe,
+            true if self.store.take_probe() => OnEmpty::Probe,
             true => OnEmpty::Leave,
         }
     }
@@ -240,7 +240,7 @@ impl LimiterState {
         who: &LimitIdentity,
         now: Micros,
     ) -> Option<LimitDecision> {
-        if self.on_empty(now) == OnEmpty::Leave {
+        if self.on_empty() == OnEmpty::Leave {
             return self.without_store(limit, who);
         }
         let Some(grant) = self.store.lease(&limit.call_without_lease(who)).await else {
@@ -257,7 +257,7 @@ impl LimiterState {
     async fn take_exact(&self, plan: &Plan, step: &Step) -> Option<Vec<(usize, LimitDecision)>> {
         let limits: Vec<(usize, &Arc<Limit>, &LimitIdentity)> =
             step.exact.iter().filter_map(|(n, who)| Some((*n, plan.limits.get(*n)?, who))).collect();
-        if self.on_empty(self.store.now()) != OnEmpty::Leave {
+        if self.on_empty() != OnEmpty::Leave {
             let buckets: Vec<_> = limits.iter().map(|(_, l, who)| (l.bucket(who), l.quota)).collect();
             if let Some(decisions) = self.store.take(&buckets).await {
                 let said = |decision| LimitDecision { decision, source: Source::Exact, lease: None };

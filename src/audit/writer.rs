@@ -15,7 +15,9 @@
 use super::record::{KeyedResult, Record, Stores};
 use super::spill::Spill;
 use super::{Ledger, SpillDirs};
+use crate::availability::Availability;
 use crate::backend::{BackendError, ROWS_MAX};
+use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Recommendation};
 use futures_util::stream::{self, StreamExt};
@@ -27,9 +29,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Pause before failed rows are retried; doubles from the first value to the last.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
-const RETRY_LAST: Duration = Duration::from_secs(5);
+/// The pauses before failed rows are retried.
+const RETRIES: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
 /// The table counts as unavailable when no write has succeeded for this long.
 const AWAY_AFTER: Duration = Duration::from_secs(3);
 /// Interval between attempts while the table is unavailable.
@@ -190,6 +191,8 @@ pub(super) struct RowWriter {
     disk: Option<Arc<SpillDirs>>,
     ledger: Arc<Ledger>,
     metrics: Arc<Metrics>,
+    /// The log table, where a disk can take its rows.
+    availability: Availability,
     table: Mutex<TableState>,
     failing: Mutex<FailingRows>,
     /// All rows written so far. Shows whether others were written while one failed.
@@ -201,11 +204,8 @@ pub(super) struct RowWriter {
 /// The state of the log table.
 #[derive(Default)]
 struct TableState {
-    failing_since: Option<Instant>,
-    /// Rows that took part in every failed call since then: one of them may be the cause.
+    /// Rows that took part in every failed call since the last success: one of them may be the cause.
     suspects: Vec<JobId>,
-    /// When the table may be tested next, while it is unavailable.
-    next_try: Option<Instant>,
     /// When a batch was last replayed row by row.
     alone_at: Option<Instant>,
 }
@@ -238,6 +238,7 @@ impl RowWriter {
             disk,
             ledger,
             metrics,
+            availability: Availability::new(AWAY_AFTER, TRIED_EVERY),
             table: Mutex::default(),
             failing: Mutex::default(),
             written: AtomicU64::new(0),
@@ -257,7 +258,7 @@ impl RowWriter {
 
     /// Writes a batch until each row is in the table, on the disk, or rejected as invalid.
     pub(super) async fn write(self: Arc<Self>, batch: Batch) -> WriteOutcome {
-        let mut pause = RETRY_FIRST;
+        let mut attempt = 0;
         let mut tried = WriteOutcome::default();
         let mut left = batch;
         let (began, mut tries, mut seen) = (Instant::now(), 0, self.rows_written());
@@ -297,8 +298,8 @@ impl RowWriter {
                     Err(back) => left = back,
                 }
             }
-            tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-            pause = (pause * 2).min(RETRY_LAST);
+            attempt += 1;
+            RETRIES.sleep(attempt).await;
         }
     }
 
@@ -610,14 +611,14 @@ impl RowWriter {
     async fn keep(&self, batch: &Batch) {
         for (id, kept) in batch.ids.iter().zip(&batch.kept) {
             let Some(kept) = kept else { continue };
-            let mut pause = RETRY_FIRST;
+            let mut attempt = 0;
             while let Err(e) = self.stores.claims.keep(&kept.key, *id, &kept.result).await {
                 tracing::warn!(requestId = %id, error = %e, "Result not stored with its idempotency key");
                 if !e.is_transient() {
                     break;
                 }
-                tokio::time::sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-                pause = (pause * 2).min(RETRY_LAST);
+                attempt += 1;
+                RETRIES.sleep(attempt).await;
             }
         }
     }
@@ -627,13 +628,7 @@ impl RowWriter {
         if !self.is_away() {
             return true;
         }
-        let now = Instant::now();
-        let mut table = self.table();
-        if table.next_try.is_some_and(|at| now < at) {
-            return false;
-        }
-        table.next_try = Some(now + TRIED_EVERY);
-        true
+        self.availability.take_probe()
     }
 
     fn is_away(&self) -> bool {
@@ -641,25 +636,25 @@ impl RowWriter {
             return false;
         }
         let is_ending = self.is_ending.load(Ordering::Relaxed);
-        let table = self.table();
         let after = if is_ending { Duration::ZERO } else { AWAY_AFTER };
-        let is_failing = table.failing_since.is_some_and(|since| since.elapsed() >= after);
-        is_failing && (is_ending || table.suspects.is_empty())
+        let is_failing = self.availability.failing_for().is_some_and(|failing| failing >= after);
+        is_failing && (is_ending || self.table().suspects.is_empty())
     }
 
     fn table_is_there(&self) {
+        self.availability.succeeded();
         *self.table() = TableState::default();
     }
 
     /// A call for these rows has failed, and none of them was written.
     fn table_failed(&self, ids: &[JobId]) {
         let mut table = self.table();
-        if table.failing_since.is_none() {
-            table.failing_since = Some(Instant::now());
+        if self.availability.failing_for().is_none() {
             table.suspects = ids.to_vec();
         } else {
             table.suspects.retain(|id| ids.contains(id));
         }
+        self.availability.failed();
     }
 
     fn failing(&self) -> MutexGuard<'_, FailingRows> {

@@ -21,10 +21,10 @@ pub struct Backend {
     pub queue: Arc<dyn JobQueue>,
     pub results: Arc<dyn Results>,
     pub journal: Arc<dyn Journal>,
-    /// `None`: there is one node.
     pub claims: Arc<dyn Claims>,
     /// `None`: the queue gives no message up.
     pub dead_letters: Option<Arc<dyn DeadLetters>>,
+    /// `None`: there is one node.
     pub membership: Option<Arc<dyn Membership>>,
     pub functions: Arc<dyn FunctionStore>,
     pub executions: Arc<dyn ExecutionStore>,

@@ -16,6 +16,7 @@ use super::in_flight::{InFlight, SendEvidence};
 use super::journal::NodeJournal;
 use super::shedder::Shedder;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
+use crate::backoff::Backoff;
 use crate::config::{BatchConf, Live};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job, UnixMs, now_ms};
@@ -27,9 +28,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
-/// Pause before the first retry of a job; doubles up to [`RETRY_MAX`], with jitter.
-const RETRY_FIRST: Duration = Duration::from_millis(25);
-const RETRY_MAX: Duration = Duration::from_secs(1);
+/// The pauses before retries of a job.
+const RETRIES: Backoff = Backoff::new(Duration::from_millis(25), Duration::from_secs(1));
 /// How often the breaker and the shedder are checked for expiry, in case no job is sent any more.
 const FORGET_EVERY: Duration = Duration::from_secs(1);
 
@@ -208,7 +208,7 @@ impl BatchLoop {
                 }
                 () = sleep_until(timer), if timer.is_some() => {}
                 () = tokio::time::sleep(FORGET_EVERY), if is_refusing => {
-                    self.sender.breaker.forget();
+                    self.sender.breaker.expire();
                     self.sender.shedder.forget();
                 }
                 () = &mut stop, if !stopping => {
@@ -319,7 +319,7 @@ impl BatchLoop {
         let fifo = self.sender.queue.traits().fifo;
         // One pause for all of them, so that jobs of one function keep their order.
         let attempts = tried.again.iter().map(|pending| pending.attempts).max().unwrap_or_default();
-        let at = Instant::now() + retry_pause(attempts);
+        let at = Instant::now() + RETRIES.pause(attempts);
         self.counted.fetch_add(tried.again.len(), Ordering::Relaxed);
         for pending in tried.again {
             if fifo {
@@ -415,7 +415,7 @@ impl BatchSender {
         };
         pending.maybe_sent |= matches!(error, SendError::Unknown(_));
         let refused = matches!(error, SendError::Refused(_));
-        let in_time = Instant::now() + retry_pause(pending.attempts) < pending.give_up;
+        let in_time = Instant::now() + RETRIES.pause(pending.attempts) < pending.give_up;
         if !refused && in_time {
             self.metrics.sends.with_label_values(&["retried"]).inc();
             return Some(pending);
@@ -467,12 +467,6 @@ fn send_time(job: &Job, resend: Option<Resend>, deadline_ms: u64) -> Duration {
     let claimed_at = job.idempotency_key.as_ref().map(|_| resend.map_or(job.id.accepted_at(), |r| r.since));
     let age = claimed_at.map_or(0, |at| now_ms().saturating_sub(at));
     Duration::from_millis(deadline_ms.saturating_sub(age))
-}
-
-/// Exponential backoff with jitter on its upper half.
-fn retry_pause(attempts: u32) -> Duration {
-    let pause = RETRY_FIRST.saturating_mul(1 << attempts.saturating_sub(1).min(10)).min(RETRY_MAX);
-    pause.mul_f64(rand::random_range(0.5..1.0))
 }
 
 async fn sleep_until(at: Option<Instant>) {

@@ -2,12 +2,10 @@
 //! immediately instead of after their send deadline. Probe jobs are admitted at intervals, and waiting jobs
 //! are still retried.
 
+use crate::availability::Availability;
 use crate::metrics::Metrics;
-use parking_lot::{Mutex, MutexGuard};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::time::Instant;
 
 /// The breaker opens when sends have failed for this long without a success.
 const OPENS_AFTER: Duration = Duration::from_secs(2);
@@ -19,49 +17,23 @@ const PROBE_EVERY: Duration = Duration::from_millis(250);
 pub const FORGETS_AFTER: Duration = Duration::from_secs(10);
 
 pub struct Breaker {
-    /// Beside the state, so that the common case takes no lock.
-    is_open: AtomicBool,
-    is_failing: AtomicBool,
-    state: Mutex<BreakerState>,
+    queue: Availability,
     metrics: Arc<Metrics>,
-}
-
-#[derive(Default)]
-struct BreakerState {
-    failing_since: Option<Instant>,
-    failed_last: Option<Instant>,
-    next_probe: Option<Instant>,
 }
 
 impl Breaker {
     pub fn new(metrics: Arc<Metrics>) -> Self {
-        let (is_open, is_failing) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { is_open, is_failing, state: Mutex::default(), metrics }
+        Self { queue: Availability::new(OPENS_AFTER, PROBE_EVERY), metrics }
     }
 
     /// Whether a new job may be queued for sending.
     pub fn admits(&self) -> bool {
-        if !self.is_open.load(Ordering::Relaxed) {
-            return true;
-        }
-        let now = Instant::now();
-        let mut state = self.state();
-        if state.next_probe.is_some_and(|at| now < at) {
-            return false;
-        }
-        state.next_probe = Some(now + PROBE_EVERY);
-        true
+        self.queue.may_try()
     }
 
     /// A send put a job on the queue, or the queue rejected a job as invalid.
     pub fn succeeded(&self) {
-        if !self.is_failing.load(Ordering::Relaxed) {
-            return;
-        }
-        let mut state = self.state();
-        *state = BreakerState::default();
-        self.is_failing.store(false, Ordering::Relaxed);
-        if self.is_open.swap(false, Ordering::Relaxed) {
+        if self.queue.succeeded() {
             self.metrics.queue_refuses.set(0);
             tracing::info!("The queue accepts jobs again");
         }
@@ -69,13 +41,7 @@ impl Breaker {
 
     /// A send put no job on the queue, and its jobs were not the cause.
     pub fn failed(&self) {
-        let now = Instant::now();
-        let mut state = self.state();
-        self.is_failing.store(true, Ordering::Relaxed);
-        state.failed_last = Some(now);
-        let since = *state.failing_since.get_or_insert(now);
-        if now - since >= OPENS_AFTER && !self.is_open.swap(true, Ordering::Relaxed) {
-            state.next_probe = Some(now + PROBE_EVERY);
+        if self.queue.failed() {
             self.metrics.queue_refuses.set(1);
             tracing::error!(
                 "The queue accepts no jobs; new jobs are rejected, except four probes per second. Check the \
@@ -84,25 +50,17 @@ impl Breaker {
         }
     }
 
-    /// Whether the breaker is open, so that [`Self::forget`] may have something to do.
+    /// Whether the breaker is open, so that [`Self::expire`] may have something to do.
     pub fn is_open(&self) -> bool {
-        self.is_open.load(Ordering::Relaxed)
+        self.queue.is_down()
     }
 
     /// Closes the breaker if no send was attempted for [`FORGETS_AFTER`].
-    pub fn forget(&self) {
-        let mut state = self.state();
-        if self.is_open() && state.failed_last.is_none_or(|at| at.elapsed() >= FORGETS_AFTER) {
-            *state = BreakerState::default();
-            self.is_failing.store(false, Ordering::Relaxed);
-            self.is_open.store(false, Ordering::Relaxed);
+    pub fn expire(&self) {
+        if self.queue.expire(FORGETS_AFTER) {
             self.metrics.queue_refuses.set(0);
             tracing::info!("No send to the queue was attempted for 10 s; new jobs are admitted again");
         }
-    }
-
-    fn state(&self) -> MutexGuard<'_, BreakerState> {
-        self.state.lock()
     }
 }
 
@@ -155,14 +113,14 @@ mod tests {
         advance(OPENS_AFTER).await;
         breaker.failed();
         advance(FORGETS_AFTER / 2).await;
-        breaker.forget();
+        breaker.expire();
         assert!(breaker.is_open());
         breaker.failed();
         advance(FORGETS_AFTER / 2).await;
-        breaker.forget();
+        breaker.expire();
         assert!(breaker.is_open(), "there was an attempt");
         advance(FORGETS_AFTER / 2).await;
-        breaker.forget();
+        breaker.expire();
         assert!(!breaker.is_open() && breaker.admits() && breaker.admits());
         assert_eq!(breaker.metrics.queue_refuses.get(), 0);
         breaker.failed();

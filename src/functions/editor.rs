@@ -13,6 +13,7 @@ use super::FunctionCache;
 use crate::backend::{
     Backend, BackendError, CodeList, CodeStore, FunctionStore, FunctionWrite, FunctionWriteOutcome,
 };
+use crate::backoff::Backoff;
 use crate::model::{
     ConfigAction, ConfigRecord, Function, FunctionCounters, FunctionId, RetiredCode, Runtime, UnixMs, now_ms,
     rfc3339_ms,
@@ -32,7 +33,7 @@ const RETIREMENT_SLACK: Duration = Duration::from_secs(3600);
 /// Maximum number of attempts of a change that conflicts with other nodes, and the pause before the second
 /// one. The pause grows with each attempt.
 const TRIES_MAX: u32 = 8;
-const PAUSE: Duration = Duration::from_millis(20);
+const CONFLICTS: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
 /// Number of locks that serialize changes on this node.
 const TURNS: usize = 64;
 /// Maximum number of attempts of a write without an answer. The write is idempotent.
@@ -146,7 +147,9 @@ impl Editor {
         let new_code = stored.as_ref().zip(code.as_ref());
         let _turn = self.turns.of(id).lock().await;
         for tried in 0..TRIES_MAX {
-            pause_before(tried).await;
+            if tried > 0 {
+                CONFLICTS.sleep(tried).await;
+            }
             let before = self.read(id).await?;
             let change = decide(&before).map_err(EditError::Refused)?;
             let now = now_ms();
@@ -170,7 +173,9 @@ impl Editor {
     ) -> Result<(), EditError<E>> {
         let _turn = self.turns.of(id).lock().await;
         for tried in 0..TRIES_MAX {
-            pause_before(tried).await;
+            if tried > 0 {
+                CONFLICTS.sleep(tried).await;
+            }
             let before = self.read(id).await?;
             check(&before).map_err(EditError::Refused)?;
             if self.write(ConfigAction::Delete, by, now_ms(), Some(&before), None, None).await?
@@ -278,14 +283,6 @@ impl Turns {
         id.hash(&mut hasher);
         // The remainder fits in any integer type.
         &self.0[(hasher.finish() % TURNS as u64) as usize]
-    }
-}
-
-/// Backoff after a conflict with another node. It grows with each attempt, with ±50 % jitter to avoid
-/// repeated conflicts.
-async fn pause_before(tried: u32) {
-    if tried > 0 {
-        tokio::time::sleep((PAUSE * tried).mul_f64(rand::random_range(0.5..1.5))).await;
     }
 }
 

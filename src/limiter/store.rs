@@ -1,15 +1,17 @@
 //! The shared store as the limiter sees it: whether it answers, and how many nodes use it.
 
 use super::lease::Micros;
+use crate::availability::Availability;
 use crate::backend::{Decision, Grant, LeaseCall, LimitStore};
 use crate::metrics::Metrics;
 use crate::model::Quota;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::time::Instant;
 
 /// Interval of probes while the store is down. Other requests do not wait for it.
-const PROBE_EVERY: Micros = 100_000;
+const PROBE_EVERY: Duration = Duration::from_millis(100);
 /// How long a node count stays valid after the last bucket that showed it.
 const NODES_KEPT: Micros = 10_000_000;
 
@@ -17,8 +19,7 @@ pub struct SharedStore {
     port: Option<Arc<dyn LimitStore>>,
     metrics: Arc<Metrics>,
     start: Instant,
-    is_away: AtomicBool,
-    probe_at: AtomicU64,
+    availability: Availability,
     /// The largest number of nodes recently seen to share a bucket.
     nodes: AtomicU32,
     nodes_at: AtomicU64,
@@ -30,8 +31,7 @@ impl SharedStore {
             port,
             metrics,
             start: Instant::now(),
-            is_away: AtomicBool::new(false),
-            probe_at: AtomicU64::new(0),
+            availability: Availability::new(Duration::ZERO, PROBE_EVERY),
             nodes: AtomicU32::new(1),
             nodes_at: AtomicU64::new(0),
         }
@@ -49,14 +49,12 @@ impl SharedStore {
 
     /// Whether the last call failed.
     pub fn is_away(&self) -> bool {
-        self.is_away.load(Ordering::Relaxed)
+        self.availability.is_down()
     }
 
     /// Whether the caller is the one that probes the store now.
-    pub fn is_probe_due(&self, now: Micros) -> bool {
-        let at = self.probe_at.load(Ordering::Relaxed);
-        let next = now.saturating_add(PROBE_EVERY);
-        now >= at && self.probe_at.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    pub fn take_probe(&self) -> bool {
+        self.availability.take_probe()
     }
 
     /// The number of nodes that share a limit, as far as is known.
@@ -81,12 +79,8 @@ impl SharedStore {
     /// Updates the state after a call. Logs nothing: the subscription to results logs an outage of Redis, and
     /// one line per request would bury that.
     fn heard<T>(&self, answer: Option<T>) -> Option<T> {
-        if answer.is_none() && !self.is_away.swap(true, Ordering::Relaxed) {
-            self.probe_at.store(self.now() + PROBE_EVERY, Ordering::Relaxed);
-        }
-        if answer.is_some() && self.is_away() {
-            self.is_away.store(false, Ordering::Relaxed);
-        }
+        // Whether this changed the state does not matter here.
+        let _ = if answer.is_some() { self.availability.succeeded() } else { self.availability.failed() };
         answer
     }
 

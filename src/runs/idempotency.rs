@@ -21,6 +21,7 @@
 
 use super::error::RunError;
 use crate::backend::{Backend, BackendError, Claim, Claims, ExecutionStore, JournalState, StoredClaim};
+use crate::backoff::Backoff;
 use crate::config::{BatchConf, Live};
 use crate::dispatch::{Dispatcher, JobState, Pending, PendingJob, Resend, Sending, SubmitError};
 use crate::lifecycle::{Lifecycle, Phase};
@@ -30,16 +31,14 @@ use dashmap::DashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::Instant;
 
-/// Pauses between two reads of a claim while another node sends its job. They double up to the maximum.
-const LOOK_PAUSE_FIRST: Duration = Duration::from_millis(100);
-const LOOK_PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Pauses between two reads of a claim while another node sends its job.
+const POLLS: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
 /// How long a send may be in flight beyond its deadline, plus the clock differences between nodes.
 const SEND_MARGIN: Duration = Duration::from_secs(5);
-/// Pauses between retries to write an outcome to its claim, before jitter. They double up to the maximum.
-const NOTE_PAUSE_FIRST: Duration = Duration::from_millis(100);
-const NOTE_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pauses between retries to write an outcome to its claim.
+const WRITES: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
 
 /// The known state of the job of an earlier request.
 pub enum KnownState {
@@ -141,7 +140,7 @@ impl Idempotency {
         };
         drop(attempt);
         let started = Instant::now();
-        let mut pause = LOOK_PAUSE_FIRST;
+        let mut polls = 1;
         loop {
             if before.claim.body != claim.body {
                 self.count("reused");
@@ -170,7 +169,7 @@ impl Idempotency {
                 return Err(RunError::AttemptUnresolved);
             } else {
                 tokio::select! {
-                    () = sleep(pause) => pause = (2 * pause).min(LOOK_PAUSE_MAX),
+                    () = POLLS.sleep(polls) => polls += 1,
                     () = self.0.lifecycle.reached(Phase::Closing) => {
                         return Err(RunError::Submit(SubmitError::Stopping));
                     }
@@ -321,11 +320,11 @@ impl Idempotency {
             }
             attempt.outcome.send_replace(Some(sent.clone()));
             drop(counted);
-            let mut pause = NOTE_PAUSE_FIRST;
+            let mut writes = 1;
             // Bounded, because the job ends with a result or at its deadline.
             while noted.is_err() && this.0.dispatcher.is_in_flight(claim.job) {
-                sleep(pause.mul_f64(rand::random_range(0.5..1.0))).await;
-                pause = (2 * pause).min(NOTE_PAUSE_MAX);
+                WRITES.sleep(writes).await;
+                writes += 1;
                 noted = this.note(&claim, &mut attempt, &sent).await;
             }
         });

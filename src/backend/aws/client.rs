@@ -1,6 +1,7 @@
 //! Sets up the AWS SDK. Without the limits set here the SDK waits indefinitely.
 
 use super::settings::AwsSettings;
+use crate::backoff::Backoff;
 use crate::https::POOL_IDLE;
 use aws_config::retry::RetryConfig;
 use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
@@ -24,6 +25,8 @@ const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
 const ATTEMPTS_MAX: u32 = 3;
 const BACKOFF_FIRST: Duration = Duration::from_millis(25);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// The pauses after attempts of calls that the SDK does not retry.
+pub(super) const RETRIES: Backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_MAX);
 /// Timeout of one attempt to upload a file: 50 MB at 1 MB/s.
 const UPLOAD_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
@@ -111,13 +114,6 @@ pub(super) fn upload_timeouts() -> TimeoutConfig {
         .operation_attempt_timeout(UPLOAD_ATTEMPT_TIMEOUT)
         .operation_timeout(UPLOAD_TIMEOUT)
         .build()
-}
-
-/// The pause after attempt number `tried` of a call that the SDK does not retry. It doubles with each
-/// attempt. Jitter of ±50 % keeps nodes from retrying in step.
-pub(super) fn backoff(tried: u32) -> Duration {
-    let pause = BACKOFF_FIRST * 2_u32.saturating_pow(tried.saturating_sub(1).min(10));
-    pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.5))
 }
 
 pub(super) fn sqs(config: &SdkConfig, settings: &AwsSettings) -> aws_sdk_sqs::Client {

@@ -1,18 +1,17 @@
 //! Writes rows to the log table, 25 per call. Each row is serialized directly into the request (see
-//! `direct`).
+//! `json_call`).
 
 use super::item::decimal;
+use crate::availability::Availability;
 use crate::backend::BackendError;
-use crate::backend::aws::client::backoff;
+use crate::backend::aws::client::RETRIES;
 use crate::backend::aws::json_call::JsonClient;
 use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey, Status};
 use futures_util::StreamExt;
-use parking_lot::{Mutex, MutexGuard};
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
-use tokio::time::Instant;
 
 const BATCH_WRITE: &str = "DynamoDB_20120810.BatchWriteItem";
 const PUT: &str = "DynamoDB_20120810.PutItem";
@@ -29,45 +28,17 @@ const BATCHES_TRIED_EVERY: Duration = Duration::from_secs(60);
 pub struct RowWrites {
     direct: JsonClient,
     table: String,
-    batches: BatchPermission,
-}
-
-/// Whether BatchWriteItem is allowed, as far as is known. The role of the old controller denies it.
-#[derive(Default)]
-struct BatchPermission {
-    /// `None` while batches are allowed; otherwise the time of the last attempt.
-    tried_at: Mutex<Option<Instant>>,
-}
-
-impl BatchPermission {
-    /// Whether to attempt a batch: always if allowed, once per interval if denied.
-    fn may_try(&self) -> bool {
-        let mut tried_at = self.tried_at();
-        let may = tried_at.is_none_or(|at| at.elapsed() >= BATCHES_TRIED_EVERY);
-        if may && tried_at.is_some() {
-            *tried_at = Some(Instant::now());
-        }
-        may
-    }
-
-    /// Records a denial. Returns whether the state changed.
-    fn denied(&self) -> bool {
-        self.tried_at().replace(Instant::now()).is_none()
-    }
-
-    /// Records a success. Returns whether the state changed.
-    fn allowed(&self) -> bool {
-        self.tried_at().take().is_some()
-    }
-
-    fn tried_at(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.tried_at.lock()
-    }
+    /// Whether BatchWriteItem is allowed, as far as is known. The role of the old controller denies it.
+    batches: Availability,
 }
 
 impl RowWrites {
     pub fn new(direct: JsonClient, table: &str) -> Self {
-        Self { direct, table: table.to_owned(), batches: BatchPermission::default() }
+        Self {
+            direct,
+            table: table.to_owned(),
+            batches: Availability::new(Duration::ZERO, BATCHES_TRIED_EVERY),
+        }
     }
 
     /// Returns one result per row, in order.
@@ -86,7 +57,7 @@ impl RowWrites {
         }
         match put {
             Ok(left) => {
-                if self.batches.allowed() {
+                if self.batches.succeeded() {
                     tracing::info!(
                         table = %self.table,
                         "dynamodb:BatchWriteItem is allowed now; log rows are written in batches"
@@ -98,7 +69,7 @@ impl RowWrites {
                 let written = self.put_one_by_one(rows).await;
                 // Only if each row succeeds alone is the narrow role the cause, and not the credentials or a
                 // row.
-                if written.iter().all(Result::is_ok) && self.batches.denied() {
+                if written.iter().all(Result::is_ok) && self.batches.failed() {
                     tracing::warn!(
                         table = %self.table,
                         "dynamodb:BatchWriteItem is denied, so log rows are written one by one. Allow it to \
@@ -140,7 +111,7 @@ impl RowWrites {
         let mut left = HashSet::new();
         for tried in 0..BATCH_TRIES_MAX {
             if tried > 0 {
-                tokio::time::sleep(backoff(tried)).await;
+                RETRIES.sleep(tried).await;
             }
             let wanted: Vec<_> =
                 rows.iter().filter(|row| tried == 0 || left.contains(&key_of(row))).collect();
@@ -317,21 +288,6 @@ mod tests {
             _ => panic!("{value}"),
         };
         item.as_object().unwrap().iter().map(|(name, value)| (name.clone(), attribute(value))).collect()
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn denied_batches_are_retried_once_per_interval() {
-        let batches = BatchPermission::default();
-        assert!(batches.may_try() && batches.may_try());
-        assert!(batches.denied(), "logged once");
-        for _ in 0..3 {
-            assert!(!batches.may_try());
-            tokio::time::advance(BATCHES_TRIED_EVERY).await;
-            assert!(batches.may_try() && !batches.may_try(), "one per minute");
-            assert!(!batches.denied());
-        }
-        assert!(batches.allowed() && !batches.allowed());
-        assert!(batches.may_try() && batches.may_try());
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use super::code_list;
 use super::function_item::{attributes, key_item};
 use super::item::{RawItem, text, whole};
-use crate::backend::aws::client::backoff;
+use crate::backend::aws::client::RETRIES;
 use crate::backend::aws::error::class;
 use crate::backend::{BackendError, FunctionWrite, FunctionWriteOutcome};
 use crate::model::{ConfigRecord, Function, RetiredCode, rfc3339_ms};
@@ -18,7 +18,6 @@ use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError;
 use aws_sdk_dynamodb::types::{AttributeValue, CancellationReason, Delete, Put, TransactWriteItem, Update};
 use sha2::{Digest, Sha256};
 use std::fmt::Write;
-use tokio::time::sleep;
 
 /// Maximum number of attempts while another transaction, or a counter update, holds an item. The SDK does not
 /// retry that.
@@ -48,7 +47,7 @@ pub async fn write(
         match cancellation(&error) {
             None => return Err(class(&error)),
             Some(Cancellation::Refused) => return Ok(FunctionWriteOutcome::Conflict),
-            Some(Cancellation::Busy) if tried < TRIES_MAX => sleep(backoff(tried)).await,
+            Some(Cancellation::Busy) if tried < TRIES_MAX => RETRIES.sleep(tried).await,
             Some(Cancellation::Busy) => {
                 return Err(BackendError::Unavailable("other writes held the items for too long".into()));
             }

@@ -215,9 +215,9 @@ fn is_refused(error: &UpdateItemError) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use super::super::function_item::attributes;
     use super::super::item::whole;
+    use super::*;
 
     #[test]
     fn only_old_marks_are_removed() {

@@ -7,17 +7,18 @@
 use super::beats::{BEAT_EVERY, Beats};
 use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, class};
 use crate::backend::{BackendError, SubscriptionState};
+use crate::backoff::Backoff;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use redis::aio::{PubSubSink, PubSubStream};
 use redis::{Client, Msg, RedisError, ToRedisArgs};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
 
 const PING_EVERY: Duration = BEAT_EVERY;
-const BACKOFF_FIRST: Duration = Duration::from_millis(50);
-const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// The pauses before attempts to connect.
+const RECONNECTS: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
 /// Beats that may be missed in a row: doubled with each reconnect that did not help, up to the maximum.
 const MISSED_FIRST: u64 = 2;
 const MISSED_MAX: u64 = 64;
@@ -228,8 +229,7 @@ impl ReconnectHistory {
     /// jitter.
     pub async fn connect(&self, client: &Client, beats: &Arc<Beats>) -> Result<Subscriber, BackendError> {
         if self.failures > 0 {
-            let pause = BACKOFF_FIRST * 2_u32.saturating_pow(self.failures.min(10) - 1);
-            sleep(pause.min(BACKOFF_MAX).mul_f64(rand::random_range(0.5..1.0))).await;
+            RECONNECTS.sleep(self.failures).await;
         }
         Subscriber::connect(client, Arc::clone(beats), self.misses).await
     }

@@ -1,6 +1,6 @@
 //! The task queue on SQS.
 //!
-//! A send is a direct call (see `direct`) without retries, so each result describes exactly one attempt.
+//! A send is a direct call (see `json_call`) without retries, so each result describes exactly one attempt.
 
 use super::dead_letters::DeadLetterQueue;
 use crate::backend::aws::error::class;

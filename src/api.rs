@@ -1,7 +1,7 @@
-//! What clients see: the route table, the handlers, and the one place that makes errors of them.
+//! The HTTP API: the route table, the handlers, and the mapping of errors to problem responses.
 //!
-//! Every handler has one shape: parse → call → reply. Nothing here knows the server: `gateway` turns a request
-//! into a [`Call`] and a [`Reply`] into a response.
+//! Every handler has the same structure: parse → call → reply. This module is independent of the HTTP server:
+//! `gateway` turns a request into a [`Call`], and a [`Reply`] into a response.
 
 mod auto_tuner;
 mod call;
@@ -48,7 +48,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What the handlers are made of.
+/// The dependencies and settings of the handlers.
 pub struct ApiParts<'a> {
     pub waits: Live<WaitsConf>,
     pub backend: &'a Backend,
@@ -59,13 +59,13 @@ pub struct ApiParts<'a> {
     pub catalogue: Catalogue,
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
-    /// Where uploads lie until they are checked and stored.
+    /// The directory for uploads until they are validated and stored.
     pub spool_dir: PathBuf,
-    /// What cursors are signed with is derived from it.
+    /// The key that signs cursors is derived from it.
     pub api_key: &'a Secret,
 }
 
-/// All handlers; each holds only what it uses.
+/// All handlers. Each holds only its own dependencies.
 pub struct Api {
     run: run::RunRoute,
     status: status::StatusRoute,
@@ -118,12 +118,12 @@ impl Api {
         }
     }
 
-    /// Somebody showed no key, or a wrong one.
+    /// Records a request without a key or with a wrong key in the recent events.
     pub fn note_unauthorized(&self, ip: Option<IpAddr>) {
         self.tail.note(now_ms(), || Event::Unauthorized { ip });
     }
 
-    /// Largest body that a route takes, in bytes.
+    /// The maximum size of a request body of a route, in bytes.
     pub fn body_bytes_max(&self, endpoint: Endpoint) -> usize {
         match endpoint {
             Endpoint::Upload | Endpoint::ChangeFunction => form::BODY_BYTES_MAX,
@@ -132,11 +132,12 @@ impl Api {
         }
     }
 
-    /// Answers a request whose body, if its route takes one, is read.
+    /// Handles a request. Its body has been read, if the route has one.
     pub async fn call(&self, endpoint: Endpoint, call: &Call) -> Result<Reply, ApiError> {
         match endpoint {
             Endpoint::Run => self.run.post(call).await,
-            // Set apart: a request would else take the room of the largest of all handlers, run for run.
+            // Boxed, because otherwise the future of every run would be as large as that of the largest
+            // handler.
             _ => Box::pin(self.call_other(endpoint, call)).await,
         }
     }
@@ -164,12 +165,12 @@ impl Api {
             Endpoint::Livez => Ok(self.system.livez()),
             Endpoint::Readyz => self.system.readyz(),
             Endpoint::Metrics => Ok(self.system.metrics()),
-            // Runs are answered above, and the bodies of the others are streams.
+            // `call` handles runs, and `call_streaming` handles the other two.
             Endpoint::Run | Endpoint::Upload | Endpoint::ChangeFunction => Err(ApiError::BodyBroken),
         }
     }
 
-    /// Answers a request whose handler reads the body itself.
+    /// Handles a request whose handler reads the body as a stream.
     pub async fn call_streaming(
         &self,
         endpoint: Endpoint,

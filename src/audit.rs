@@ -1,10 +1,13 @@
 //! Execution rows and counters, written in the background.
 //!
-//! A bounded queue in front: [`Audit::record`] never waits. When it is full the caller keeps the job in flight
-//! and comes again, so a slow log table costs memory up to the bound and nothing else. Behind it one loop writes
-//! rows 25 at a time. Then the books of these executions are closed ([`ledger`]).
+//! [`Audit::record`] puts a row into a bounded queue and never waits. When the queue is full, the caller
+//! keeps the job in flight and retries. So a slow log table costs a bounded amount of memory and delays no
+//! client. One loop writes the rows in batches of 25. Then the [`ledger`] counts the executions and removes
+//! their jobs from the journal.
 
+mod batch;
 mod disk;
+mod failing;
 mod flusher;
 mod ledger;
 mod record;
@@ -27,7 +30,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::mpsc;
 use writer::RowWriter;
 
-/// Takes rows. Cheap to clone.
+/// Accepts rows. Cheap to clone.
 #[derive(Clone)]
 pub struct Audit {
     sender: mpsc::Sender<Record>,
@@ -39,8 +42,12 @@ pub struct Audit {
 }
 
 impl Audit {
-    /// Queues a row with what the execution recommends and what is to be kept of it, and counts it. The exit
-    /// code is only shown to those who look on: rows have none.
+    /// Queues a row, with the recommendation of the execution and the result to be stored with its
+    /// idempotency key, and counts it. The exit code appears only in the recent events, because rows have no
+    /// such field.
+    ///
+    /// # Errors
+    /// The queue is full. The caller must retry later.
     pub fn record(
         &self,
         id: JobId,
@@ -52,7 +59,7 @@ impl Audit {
         self.queue(Record { id, row, recommendation, kept, is_late: false }, exit_code)
     }
 
-    /// The same for a job whose row says LOST, or will.
+    /// Like [`Self::record`], for a job that ended as LOST. The row replaces the LOST row.
     pub fn record_late(
         &self,
         id: JobId,
@@ -94,21 +101,23 @@ impl Audit {
 }
 
 impl Audit {
-    /// The last executions.
+    /// The recent events, with the last executions.
     pub fn tail(&self) -> RecentEvents {
         self.tail.clone()
     }
 }
 
-/// The loops behind [`Audit`]: `flusher` first, as what it writes is then closed by `ledger`.
+/// The loops behind [`Audit`]. `flusher` must stop before `ledger`, because it passes its executions on to
+/// it.
 pub struct AuditLoops {
     pub flusher: Flusher,
     pub ledger: Arc<Ledger>,
-    /// To be probed now and then.
+    /// The directory for rows that the table does not accept. Must be probed at intervals.
     pub disk: Option<Arc<SpillDirs>>,
 }
 
-/// A handle and its loops. `disk`: for rows that the table does not take; without it they stay in memory.
+/// Creates the handle and its loops. `disk`: stores rows that the table does not accept; without it they stay
+/// in memory.
 pub fn new(
     conf: &MemoryConf,
     stores: Stores,

@@ -1,15 +1,15 @@
 //! Whether a dependency is available, and when to probe it while it is not.
 //!
-//! One type for everything that is tried less often while it fails: the queue's circuit breaker, the shared
-//! store of the limiter, the log table, batch writes, and the beats of subscriptions.
+//! One type for all dependencies that are tried less often while they fail: the queue's circuit breaker, the
+//! shared store of the limiter, the log table, batch writes, and the beats of subscriptions.
 
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Counts a dependency as down when it has failed for a time without a success. While it is down, one attempt
-/// per interval is a probe. The common case, a dependency that does not fail, takes no lock.
+/// Counts a dependency as down when it has failed for a given time without a success. While it is down, one
+/// attempt per interval is a probe. The common case, a dependency that does not fail, takes no lock.
 pub struct Availability {
     down_after: Duration,
     probe_every: Duration,
@@ -82,8 +82,8 @@ impl Availability {
         self.reset(&mut self.state.lock())
     }
 
-    /// Counts a dependency as up again that nobody has tried for `after`: its state is unknown. Returns whether
-    /// it was down.
+    /// Counts the dependency as up again if its last failure is at least `after` ago, because its state is
+    /// then unknown. Returns whether it was down.
     pub fn expire(&self, after: Duration) -> bool {
         let mut state = self.state.lock();
         let is_old = state.failed_last.is_none_or(|at| at.elapsed() >= after);

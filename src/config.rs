@@ -1,7 +1,7 @@
-//! One parse of the environment and of `conf/`.
+//! Parses the environment and `conf/`.
 //!
-//! Everything is read here and nowhere else; what leaves this module is typed and valid. Every problem is
-//! collected, so that an operator mends them in one round.
+//! Settings are read only in this module. The values that it returns are typed and valid. It collects all
+//! problems instead of stopping at the first, so that an operator can fix them in one round.
 
 mod checks;
 mod conf;

@@ -1,12 +1,13 @@
-//! Submit, wait, settle: the way of a job from acceptance to its row. Knows nothing of HTTP.
+//! The path of a job from acceptance to its row: submit, wait, settle. Independent of HTTP.
 //!
 //! ```text
 //! submit  enter the table (with the waiter) → batcher → journal → queue
-//! settle  pump or look-up → waiters → audit row
-//! end     row written → journal and table forget the job
+//! settle  publication or look-up → waiters → audit row
+//! end     row written → job leaves the table and the journal
 //! ```
 //!
-//! [`new`] builds a [`Dispatcher`], the handle that requests use, and the [`DispatchLoops`] that `boot` starts.
+//! [`new`] builds a [`Dispatcher`], the handle that requests use, and the [`DispatchLoops`] that `boot`
+//! starts.
 
 mod batcher;
 mod breaker;
@@ -49,19 +50,19 @@ use settler::Settler;
 use shedder::Shedder;
 use std::sync::Arc;
 
-/// The loops of the dispatcher. `boot` runs each: `batches` ends when it is stopped, the others never do.
+/// The loops of the dispatcher, started by `boot`. `batches` ends when it is stopped; the others never end.
 pub struct DispatchLoops {
     pub batches: BatchLoop,
     pub pump: Pump,
     pub lookups: Lookups,
-    /// The jobs of this node and of nodes that it adopts, for `fleet`.
+    /// The jobs of this node and of the nodes that it adopts, for `fleet`.
     pub node_jobs: NodeJobs,
     pub undertaker: DeadLetterReader,
-    /// Told by the audit when rows are written.
+    /// Receives the ids of jobs whose rows are written, from the audit.
     pub rows: Arc<dyn RowsStored>,
 }
 
-/// What a dispatcher is made of.
+/// The dependencies and settings of a dispatcher.
 pub struct DispatchParts<'a> {
     pub node: NodeId,
     pub memory: &'a MemoryConf,
@@ -70,12 +71,12 @@ pub struct DispatchParts<'a> {
     pub overload: Live<OverloadConf>,
     pub backend: &'a Backend,
     pub audit: Audit,
-    /// The lease of this node: without it nothing is admitted.
+    /// The lease of this node. Without it no jobs are admitted.
     pub lease: Arc<NodeLease>,
     pub metrics: Arc<Metrics>,
 }
 
-/// Builds the dispatcher of a node.
+/// Builds the dispatcher of a node and its loops. Starts nothing.
 pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
     let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, metrics } = parts;
     let shedder = Arc::new(Shedder::new(overload.clone(), Arc::clone(&metrics)));

@@ -1,4 +1,4 @@
-//! This node among the others: its lease, and the jobs of nodes that are gone.
+//! The membership of this node in the fleet: its lease, and the adoption of dead nodes.
 
 mod adoption;
 

@@ -1,4 +1,4 @@
-//! Functions: found by id through a cache, changed, told of to other nodes, and their old code swept away.
+//! Functions: cached lookup by id, changes, change notices to other nodes, and the deletion of old code.
 
 mod announcer;
 mod cache;
@@ -18,7 +18,8 @@ use crate::metrics::Metrics;
 use announcer::Announcer;
 use std::sync::Arc;
 
-/// The cache, and the loop that hears of the changes of other nodes. `bucket`: where jobs find their code.
+/// Creates the cache, and the loop that receives the changes of other nodes. `bucket`: the S3 bucket with the
+/// code of the functions.
 pub fn new(
     conf: &CacheConf,
     backend: &Backend,
@@ -44,7 +45,7 @@ mod tests {
     use crate::model::{ConfigAction, Function, FunctionId};
 
     #[tokio::test]
-    async fn a_change_here_is_seen_at_once() {
+    async fn a_local_change_is_visible_immediately() {
         let dir = tempfile::tempdir().unwrap();
         let backend = embedded::open(dir.path()).unwrap().backend;
         let conf = crate::config::Conf::shipped().unwrap().cache;

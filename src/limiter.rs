@@ -1,16 +1,19 @@
-//! Rate limits: which of them a request counts against, and what they say.
+//! Rate limits: which limits apply to a request, and how they are counted.
 //!
-//! A limit is counted by all nodes together, in the [`LimitStore`]. *Exact*, the store is asked on every request.
-//! *Leased*, the node takes tokens in advance and spends them without asking (see [`lease`]); refusals are remembered, so
-//! that a storm of refused requests asks nobody either. Where nothing is shared (a single machine), or while the store is
-//! away and leases are spent, a bucket in this process counts, or nobody is let through, as the limit says.
+//! All nodes count a limit together, in the [`LimitStore`]. In mode *exact* the store is called on every
+//! request. In mode *leased* the node takes tokens in advance and spends them without a call (see [`lease`]).
+//! It also remembers rejections, so that a burst of rejected requests causes no calls. A single node has no
+//! shared store and counts in this process. While the store is unavailable and no lease is left, a limit
+//! either counts in this process or rejects all requests, as configured.
 //!
-//! A request counts against a route's limits in two steps: those by key, address and all together before its body is
-//! read, those by function when the body has told which. Within a step a request counts against all limits or none; what the
-//! first step took stays taken if the second refuses.
+//! A request is counted in two steps. Limits by key, by address and of the whole route are checked before the
+//! body is read. Limits by function follow once the body has named the function. Within a step a request
+//! counts against all limits or none. Tokens of the first step are not returned if the second step rejects
+//! the request.
 //!
-//! In reading order: [`who`] is counted; [`limit`], [`lease`], [`leaser`], [`store`]: the shared count; [`local`]: the
-//! other; [`state`] of a request. Apart from all that: [`failures`] to show a key.
+//! In reading order: [`who`] identifies the holder of a count; [`limit`], [`lease`], [`leaser`] and [`store`]
+//! are the shared count; [`local`] is the count of this process; [`state`] belongs to one request.
+//! [`failures`] is independent: it limits failed authentications.
 
 mod count;
 mod failures;
@@ -46,7 +49,7 @@ use store::SharedStore;
 use tokio::sync::mpsc;
 use who::{LimitIdentity, Subject};
 
-/// All limits of the configuration; cheap to clone.
+/// All configured limits. Cheap to clone.
 #[derive(Clone)]
 pub struct RateLimiter(Arc<LimiterState>);
 
@@ -59,7 +62,8 @@ struct LimiterState {
 }
 
 impl RateLimiter {
-    /// `shared`: where all nodes count together, if they do.
+    /// Creates the limits and the loop that makes their calls. `shared`: the store in which all nodes count;
+    /// `None`: a single node.
     pub fn new(
         conf: &[LimitConf],
         keys: &[KeyConf],
@@ -77,16 +81,20 @@ impl RateLimiter {
         (limiter, leaser)
     }
 
-    /// Puts other limits in force. A limit that stays as it is keeps its leases; one whose numbers change goes on with the
-    /// count of the shared store, as a holder of its own: what was leased before may be spent until it expires.
+    /// Replaces the limits. An unchanged limit keeps its leases. A changed limit continues the count of the
+    /// shared store under a new holder. Tokens leased before remain valid until they expire.
     pub fn set_conf(&self, conf: &[LimitConf], keys: &[KeyConf]) {
         let plans = Plans::new(conf, keys, Some(&self.0.plans.load()));
         self.0.plans.store(Arc::new(plans));
         self.0.have_swept();
     }
 
-    /// Counts a request against the limits of `route` that need no body. What they say goes into `counted`. Limits by key
-    /// pass over a request that shows none. `client` is asked only if a limit is by address.
+    /// Counts a request against the limits of `route` that need no body, and stores the decisions in
+    /// `counted`. Limits by key ignore a request without a key. `client` is called only if a limit is by
+    /// address.
+    ///
+    /// # Errors
+    /// A limit is exceeded, or it cannot be counted and is configured to reject requests then.
     pub async fn check(
         &self,
         route: &str,
@@ -103,7 +111,7 @@ impl RateLimiter {
         result
     }
 
-    /// Counts the same request against the limits by function.
+    /// Counts the same request against the limits by function. Errors as for [`Self::check`].
     pub async fn check_function(
         &self,
         function: &FunctionId,
@@ -123,7 +131,7 @@ impl LimiterState {
         *self.swept.lock() = self.plans.load().all().map(Arc::downgrade).collect();
     }
 
-    /// Counts against the limits `from..to` of the plan: against all of them or none.
+    /// Counts a request against the limits `from..to` of the plan: all of them or none.
     async fn count(
         &self,
         plan: &Plan,
@@ -180,8 +188,8 @@ impl LimiterState {
         }
     }
 
-    /// One request of a limit that is counted by leases, or in this process. `None`: it cannot be counted, and so
-    /// must not be let through.
+    /// Counts one request by leases or in this process. Returns `None` if it cannot be counted and must be
+    /// rejected.
     async fn take(&self, limit: &Arc<Limit>, who: &LimitIdentity) -> Option<LimitDecision> {
         if !self.store.is_shared() {
             return Some(Self::local(limit, who, 1));
@@ -214,7 +222,7 @@ impl LimiterState {
                 self.without_store(limit, who)
             }
             TakeOutcome::TooManyWaiters => self.without_store(limit, who),
-            TakeOutcome::Full => self.take_without_lease(limit, who, now).await,
+            TakeOutcome::Full => self.take_without_lease(limit, who).await,
         }
     }
 
@@ -226,7 +234,7 @@ impl LimiterState {
         }
     }
 
-    /// Has the call made that is due. Where too many are due already it counts as unanswered.
+    /// Queues the call that is due. If the queue is full, the call counts as unanswered.
     fn call(&self, limit: &Arc<Limit>, who: &LimitIdentity) {
         let due = DueCall { limit: Arc::clone(limit), who: who.clone() };
         if self.due.try_send(due).is_err() {
@@ -234,12 +242,7 @@ impl LimiterState {
         }
     }
 
-    async fn take_without_lease(
-        &self,
-        limit: &Limit,
-        who: &LimitIdentity,
-        now: Micros,
-    ) -> Option<LimitDecision> {
+    async fn take_without_lease(&self, limit: &Limit, who: &LimitIdentity) -> Option<LimitDecision> {
         if self.on_empty() == OnEmpty::Leave {
             return self.without_store(limit, who);
         }
@@ -253,7 +256,8 @@ impl LimiterState {
         })
     }
 
-    /// All exact limits of the step, in one call.
+    /// Counts against all exact limits of the step in one call. Returns `None` if a limit cannot be counted
+    /// and the request must be rejected.
     async fn take_exact(&self, plan: &Plan, step: &Step) -> Option<Vec<(usize, LimitDecision)>> {
         let limits: Vec<(usize, &Arc<Limit>, &LimitIdentity)> =
             step.exact.iter().filter_map(|(n, who)| Some((*n, plan.limits.get(*n)?, who))).collect();

@@ -30,6 +30,7 @@ impl NodeLease {
         Self::until(u64::MAX)
     }
 
+    /// A lease that has lapsed. It must be renewed before jobs are admitted.
     pub fn lapsed() -> Self {
         Self::until(0)
     }
@@ -44,6 +45,7 @@ impl NodeLease {
         self.nodes.load(Ordering::Relaxed).max(1)
     }
 
+    /// Whether jobs may be admitted now.
     pub fn holds(&self) -> bool {
         u128::from(self.until.load(Ordering::Relaxed)) > self.epoch.elapsed().as_millis()
     }

@@ -1,7 +1,8 @@
 //! The loop that writes queued rows in batches.
 
+use super::batch::{Batch, WriteOutcome};
 use super::record::Record;
-use super::writer::{Batch, RowWriter, WriteOutcome};
+use super::writer::RowWriter;
 use crate::audit::{Ledger, RowsStored};
 use crate::backend::ROWS_MAX;
 use crate::metrics::Metrics;
@@ -13,22 +14,22 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-/// How long a row waits for company.
+/// Maximum time that a row waits for its batch to fill.
 pub const ROWS_LINGER: Duration = Duration::from_millis(50);
 
-/// Row writes in flight at a time: at 5 ms each, 80,000 rows a second.
+/// Maximum number of batches in flight. At 5 ms per write that is 80,000 rows per second.
 pub const WRITES_MAX: usize = 16;
 
-/// How often a flusher that may not write looks whether it may.
+/// Interval at which the flusher checks whether it may write, replay or retry.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// How long rows gather before they are taken from the queue: one wake-up for many.
+/// Time for which rows accumulate in the queue, so that one wake-up takes many.
 pub const ROWS_GATHER: Duration = Duration::from_millis(5);
 
-/// How long the end may take.
+/// Deadline for the remaining rows during shutdown.
 pub const ROWS_END_MAX: Duration = Duration::from_secs(7);
 
-/// The loop behind [`Audit`].
+/// The loop that writes the rows of an [`Audit`](super::Audit).
 pub struct Flusher {
     pub(super) receiver: mpsc::Receiver<Record>,
     pub(super) bytes: Arc<AtomicUsize>,
@@ -38,17 +39,18 @@ pub struct Flusher {
 }
 
 impl Flusher {
-    /// Runs until `stop` resolves, and then until every row that was taken is written, but not for ever.
+    /// Runs until `stop` resolves, then writes the rows that were accepted, for at most [`ROWS_END_MAX`].
+    /// `told` receives the ids of jobs whose rows are stored.
     pub async fn run(mut self, told: Arc<dyn RowsStored>, stop: impl Future<Output = ()>) {
         tokio::pin!(stop);
         let mut end = None;
         let mut writes = FuturesUnordered::new();
-        // One at a time: new rows go first.
+        // At most one replay and one retry at a time, because new rows have priority.
         let mut replays = FuturesUnordered::new();
         let mut retries = FuturesUnordered::new();
         let mut gathered = Vec::with_capacity(ROWS_MAX);
         let (mut oldest, mut look_at) = (Instant::now(), Instant::now());
-        // A time, and no pause: rows that keep coming must not put it off again and again.
+        // A deadline instead of a pause, because each new row would restart a pause.
         let mut look_at_disk = Instant::now();
         let mut open = true;
         while open || !gathered.is_empty() || !writes.is_empty() {
@@ -61,7 +63,9 @@ impl Flusher {
                 Some(tried) = writes.next() => self.after_write(tried, told.as_ref()),
                 Some::<Vec<JobId>>(ids) = replays.next() => told.rows_written(&ids),
                 Some::<Vec<JobId>>(ids) = retries.next() => told.rows_written(&ids),
-                () = tokio::time::sleep_until(look_at_disk), if looks && (replays.is_empty() || retries.is_empty()) => {
+                () = tokio::time::sleep_until(look_at_disk),
+                    if looks && (replays.is_empty() || retries.is_empty()) =>
+                {
                     look_at_disk = Instant::now() + LOOK_AGAIN;
                     if replays.is_empty() && self.writer.may_replay() {
                         replays.push(Arc::clone(&self.writer).replay());
@@ -79,7 +83,8 @@ impl Flusher {
                         look_at = Instant::now() + ROWS_GATHER;
                     }
                 }
-                () = tokio::time::sleep_until(oldest + ROWS_LINGER), if !gathered.is_empty() && may_write => {}
+                () = tokio::time::sleep_until(oldest + ROWS_LINGER),
+                    if !gathered.is_empty() && may_write => {}
                 () = tokio::time::sleep(LOOK_AGAIN), if is_full => {}
                 () = &mut stop, if end.is_none() => {
                     end = Some(Instant::now() + ROWS_END_MAX);
@@ -97,8 +102,11 @@ impl Flusher {
         }
         let rows = self.metrics.audit.waiting_rows.get();
         if rows > 0 {
-            // Their jobs stay in the journal: the next start finds the results again.
-            tracing::error!(rows, "Rows Not Written In Time");
+            // Their jobs stay in the journal, so the next start finds their results again.
+            tracing::error!(
+                rows,
+                "Log rows not written before the deadline; the next start writes them. Check the log table"
+            );
         }
     }
 
@@ -106,19 +114,21 @@ impl Flusher {
         let WriteOutcome { written, spilled } = tried;
         self.bytes.fetch_sub(written.bytes + spilled.bytes, Ordering::Relaxed);
         self.metrics.audit.waiting_rows.sub((written.ids.len() + spilled.ids.len()) as i64);
-        // Into the books before it is out of the table: whoever looks at both finds it in one.
+        // Into the ledger before out of the table of jobs, so that a snapshot of both finds every job.
         self.ledger.take(&written.ids, written.rows, written.recommendations);
         told.rows_written(&written.ids);
         told.rows_written(&spilled.ids);
     }
 }
 
-/// Takes what waits, or waits for the first row, but not before `at`.
+/// Waits until `at` and for the first row, then takes the queued rows that fit the batch. Returns their
+/// number; 0: the queue is closed.
 pub async fn take(receiver: &mut mpsc::Receiver<Record>, gathered: &mut Vec<Record>, at: Instant) -> usize {
     tokio::time::sleep_until(at).await;
     receiver.recv_many(gathered, ROWS_MAX - gathered.len()).await
 }
 
+/// Resolves at `end`; never if it is `None`.
 pub async fn over(end: Option<Instant>) {
     match end {
         Some(at) => tokio::time::sleep_until(at).await,

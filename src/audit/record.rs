@@ -1,20 +1,21 @@
-//! What the audit takes for one execution, and the stores that it writes to.
+//! The record of one execution, and the stores to which the audit writes it.
 
 use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal};
 use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
 use bytes::Bytes;
 use std::sync::Arc;
 
+/// The record of one execution.
 pub struct Record {
     pub id: JobId,
     pub row: Execution,
     pub recommendation: Option<Recommendation>,
     pub kept: Option<Box<KeyedResult>>,
-    /// The job was given up before: this row takes the place of one that says LOST.
+    /// The job ended as LOST before. This row replaces its LOST row.
     pub is_late: bool,
 }
 
-/// A result that is kept with the idempotency key of its request.
+/// A result to be stored with the idempotency key of its request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyedResult {
     pub key: IdempotencyKey,
@@ -22,7 +23,7 @@ pub struct KeyedResult {
 }
 
 impl Record {
-    /// Memory the row takes, roughly.
+    /// Approximate memory size of the record, in bytes.
     pub fn bytes(&self) -> usize {
         let tip = self.recommendation.as_ref().and_then(|r| r.tip.as_ref()).map_or(0, String::len);
         let kept = self.kept.as_ref().map_or(0, |kept| kept.result.len());
@@ -30,7 +31,7 @@ impl Record {
     }
 }
 
-/// Where what an execution leaves is written.
+/// The stores to which the audit writes.
 #[derive(Clone)]
 pub struct Stores {
     pub executions: Arc<dyn ExecutionStore>,
@@ -54,7 +55,8 @@ impl From<&Backend> for Stores {
 #[derive(Debug, PartialEq, Eq)]
 pub struct QueueFull;
 
-/// Who is told that rows are safe: written, or on this node's disk. Must not wait: rows of other jobs stand behind.
+/// Receives the ids of jobs whose rows are stored: written, or on this node's disk. Must not block, because
+/// the rows of other jobs wait.
 pub trait RowsStored: Send + Sync {
     fn rows_written(&self, ids: &[JobId]);
 }

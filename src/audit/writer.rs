@@ -12,17 +12,21 @@
 //! attempts, is put aside. A row that the table rejects as invalid is put aside immediately. The execution of
 //! such a row counts, its job leaves the journal, and the row stays on the disk for the operator.
 
-use super::record::{KeyedResult, Record, Stores};
+use super::record::{Record, Stores};
 use super::spill::Spill;
 use super::{Ledger, SpillDirs};
+use crate::audit::batch::Batch;
+use crate::audit::batch::CallOutcome;
+use crate::audit::batch::WriteOutcome;
+use crate::audit::batch::batch_of;
+use crate::audit::failing::FailingRows;
 use crate::availability::Availability;
 use crate::backend::{BackendError, ROWS_MAX};
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, Recommendation};
+use crate::model::{Execution, JobId};
 use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, MutexGuard};
-use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -41,150 +45,6 @@ const TRIES_TOGETHER: u32 = 3;
 const ALONE_AT_A_TIME: usize = 8;
 /// Minimum interval between two replays that write a failing batch row by row.
 const REPLAYED_ALONE_EVERY: Duration = Duration::from_secs(5);
-/// Interval between retries of one failing row, unless there are too many of them.
-const RETRIED_EVERY: Duration = Duration::from_secs(5);
-/// Minimum pause between two rounds of such retries: they cost at most 25 calls per second.
-const RETRY_PAUSE_MIN: Duration = Duration::from_secs(1);
-/// A row is put aside only after this many failed attempts between which other rows were written.
-const ASIDE_TRIES_MIN: u32 = 3;
-/// Failing rows whose attempts are counted. More of them are retried, but not put aside until there is room.
-const COUNTED_MAX: usize = 65_536;
-
-/// Rows that are written together, with their recommendations.
-#[derive(Default)]
-pub(super) struct Batch {
-    pub(super) ids: Vec<JobId>,
-    pub(super) rows: Vec<Execution>,
-    pub(super) recommendations: Vec<Option<Recommendation>>,
-    kept: Vec<Option<Box<KeyedResult>>>,
-    are_late: Vec<bool>,
-    /// Size of the rows as counted when they were queued.
-    pub(super) bytes: usize,
-}
-
-impl Batch {
-    pub(super) fn of(records: impl ExactSizeIterator<Item = Record>) -> Self {
-        let n = records.len();
-        let (ids, rows) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let (recommendations, kept) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let mut batch = Self { ids, rows, recommendations, kept, are_late: Vec::with_capacity(n), bytes: 0 };
-        for record in records {
-            batch.push(record);
-        }
-        batch
-    }
-
-    fn push(&mut self, record: Record) {
-        self.bytes += record.bytes();
-        self.ids.push(record.id);
-        self.rows.push(record.row);
-        self.recommendations.push(record.recommendation);
-        self.kept.push(record.kept);
-        self.are_late.push(record.is_late);
-    }
-
-    fn append(&mut self, mut other: Self) {
-        if self.ids.is_empty() {
-            *self = other;
-            return;
-        }
-        self.bytes += other.bytes;
-        self.ids.append(&mut other.ids);
-        self.rows.append(&mut other.rows);
-        self.recommendations.append(&mut other.recommendations);
-        self.kept.append(&mut other.kept);
-        self.are_late.append(&mut other.are_late);
-    }
-
-    fn into_records(self) -> impl Iterator<Item = Record> {
-        let records = self.ids.into_iter().zip(self.rows).zip(self.recommendations).zip(self.kept);
-        records.zip(self.are_late).map(|((((id, row), recommendation), kept), is_late)| Record {
-            id,
-            row,
-            recommendation,
-            kept,
-            is_late,
-        })
-    }
-
-    /// Moves repeated ids to a second batch: the table accepts each key once per call.
-    fn split_repeats(self) -> (Self, Self) {
-        let is_repeat = |n: usize| self.ids[..n].contains(&self.ids[n]);
-        if !(0..self.ids.len()).any(is_repeat) {
-            return (self, Self::default());
-        }
-        let (mut first, mut repeats) = (Self::default(), Self::default());
-        for record in self.into_records() {
-            if first.ids.contains(&record.id) { repeats.push(record) } else { first.push(record) }
-        }
-        (first, repeats)
-    }
-
-    fn is_empty(&self) -> bool {
-        self.ids.is_empty()
-    }
-
-    /// Groups the rows by the result of their write.
-    fn split(self, results: Vec<Result<(), BackendError>>, metrics: &Metrics) -> CallOutcome {
-        if results.iter().all(Result::is_ok) {
-            metrics.audit.rows.inc_by(results.len() as u64);
-            return CallOutcome { written: self, ..CallOutcome::default() };
-        }
-        let mut put = CallOutcome::default();
-        for (record, result) in self.into_records().zip(results) {
-            match result {
-                Ok(()) => {
-                    metrics.audit.rows.inc();
-                    put.written.push(record);
-                }
-                Err(BackendError::Invalid(e)) => {
-                    metrics.audit.rows_refused.inc();
-                    tracing::error!(
-                        requestId = %record.id,
-                        functionId = %record.row.function,
-                        error = e,
-                        "Row Refused: the log table rejects it as invalid"
-                    );
-                    put.refused.push(record);
-                }
-                Err(e) => {
-                    put.failure = Some(e);
-                    put.failed.push(record);
-                }
-            }
-        }
-        put
-    }
-}
-
-/// The outcome of a call for a batch.
-#[derive(Default)]
-struct CallOutcome {
-    written: Batch,
-    /// Rejected as invalid; never retried.
-    refused: Vec<Record>,
-    /// Rows to be retried, and the last error.
-    failed: Batch,
-    failure: Option<BackendError>,
-}
-
-impl CallOutcome {
-    fn append(&mut self, other: Self) {
-        self.written.append(other.written);
-        self.refused.extend(other.refused);
-        self.failed.append(other.failed);
-        self.failure = self.failure.take().or(other.failure);
-    }
-}
-
-/// Where the rows of a batch are now.
-#[derive(Default)]
-pub(super) struct WriteOutcome {
-    /// In the table, or put aside.
-    pub(super) written: Batch,
-    /// On this node's disk.
-    pub(super) spilled: Batch,
-}
 
 pub(super) struct RowWriter {
     stores: Stores,
@@ -208,22 +68,6 @@ struct TableState {
     suspects: Vec<JobId>,
     /// When a batch was last replayed row by row.
     alone_at: Option<Instant>,
-}
-
-/// The state of rows that fail while others are written.
-#[derive(Default)]
-struct FailingRows {
-    next_try: Option<Instant>,
-    tries: HashMap<JobId, FailedAttempts>,
-}
-
-/// The attempts of one such row.
-struct FailedAttempts {
-    first: Instant,
-    /// The value of [`RowWriter::written`] at the last failure.
-    written: u64,
-    /// Failed attempts that count: other rows were written since the previous failure.
-    counted: u32,
 }
 
 impl RowWriter {
@@ -501,8 +345,9 @@ impl RowWriter {
 
     /// Whether failing rows may be retried now.
     pub(super) fn may_retry(&self) -> bool {
-        let is_due = self.failing().next_try.is_none_or(|at| at <= Instant::now());
-        is_due && !self.is_away() && self.disk.as_ref().is_some_and(|disk| !disk.failing.is_empty())
+        self.failing().is_due()
+            && !self.is_away()
+            && self.disk.as_ref().is_some_and(|disk| !disk.failing.is_empty())
     }
 
     /// Retries failing rows, each alone. Returns the jobs whose rows are now in the table or put aside.
@@ -511,7 +356,7 @@ impl RowWriter {
             Ok(ids) => ids,
             Err(e) => {
                 tracing::error!(error = %e, "Failing rows cannot be read or moved; retrying. Check the disk");
-                self.failing().next_try = Some(Instant::now() + RETRIED_EVERY);
+                self.failing().pause();
                 Vec::new()
             }
         }
@@ -527,17 +372,14 @@ impl RowWriter {
         // The results of these rows say nothing about the table.
         let (put, failures) = self.call_alone(batch_of(replay.records.into_iter())).await;
         if put.written.is_empty() {
-            // One round through all failing rows takes at least the retry interval of a row.
-            let part = rows as f64 / all.max(1) as f64;
-            let pause = RETRIED_EVERY.mul_f64(part.min(1.0)).max(RETRY_PAUSE_MIN);
-            self.failing().next_try = Some(Instant::now() + pause);
+            self.failing().pause_for(rows, all);
         }
         let mut done = self.settle(put).await.written;
         self.metrics.audit.retries.inc_by(failures.len() as u64);
         for (record, error) in &failures {
             tracing::debug!(requestId = %record.id, %error, "Row failed again");
         }
-        let (hopeless, mut failing) = self.count(failures);
+        let (hopeless, mut failing) = self.failing().count(failures, self.rows_written(), disk.aside_after);
         let aside = Arc::clone(&disk);
         let (reports, records): (Vec<_>, Vec<Record>) =
             hopeless.into_iter().map(|(record, error)| ((record.id, error), record)).unzip();
@@ -555,43 +397,10 @@ impl RowWriter {
         self.keep(&done).await;
         let ids = done.ids.clone();
         self.ledger.take(&done.ids, done.rows, done.recommendations);
-        self.forget(&ids);
+        self.failing().remove(&ids);
         let left = ids.clone();
         blocking(move || disk.failing.replayed(segment, end, rows, &left)).await?;
         Ok(ids)
-    }
-
-    /// Counts failed attempts. Returns the rows to be put aside, and the others.
-    fn count(&self, failures: Vec<(Record, BackendError)>) -> (Vec<(Record, BackendError)>, Vec<Record>) {
-        let after = self.disk.as_ref().map_or(Duration::MAX, |disk| disk.aside_after);
-        let (now, written) = (Instant::now(), self.rows_written());
-        let mut known = self.failing();
-        let (mut hopeless, mut failing) = (Vec::new(), Vec::new());
-        for (record, error) in failures {
-            if known.tries.len() >= COUNTED_MAX && !known.tries.contains_key(&record.id) {
-                failing.push(record);
-                continue;
-            }
-            let new = FailedAttempts { first: now, written, counted: 0 };
-            let tries = known.tries.entry(record.id).or_insert(new);
-            // Otherwise the table may be at fault.
-            if written > tries.written {
-                (tries.counted, tries.written) = (tries.counted + 1, written);
-            }
-            if tries.counted >= ASIDE_TRIES_MIN && now - tries.first >= after {
-                hopeless.push((record, error));
-            } else {
-                failing.push(record);
-            }
-        }
-        (hopeless, failing)
-    }
-
-    fn forget(&self, ids: &[JobId]) {
-        let mut known = self.failing();
-        for id in ids {
-            known.tries.remove(id);
-        }
     }
 
     fn report_aside(&self, reports: &[(JobId, BackendError)], records: &[Record]) {
@@ -664,12 +473,6 @@ impl RowWriter {
     fn table(&self) -> MutexGuard<'_, TableState> {
         self.table.lock()
     }
-}
-
-fn batch_of(records: impl Iterator<Item = Record>) -> Batch {
-    let mut batch = Batch::default();
-    records.for_each(|record| batch.push(record));
-    batch
 }
 
 /// Runs file I/O on a thread that may block.

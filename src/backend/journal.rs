@@ -92,9 +92,9 @@ impl JournalState {
 /// until the function is known to have them. So they are added exactly once, even if several nodes post them,
 /// or one node repeatedly. A store that adds the counters when a job ends has nothing to post.
 ///
-/// A store that has lost its data refuses [`Self::end`] and [`Self::number`] until it is restored (see
-/// [`Membership::retold`](crate::backend::Membership::retold)). Before that its answers would look complete,
-/// and the caller would discard the only copy of its jobs and sums.
+/// A store that has lost its data rejects [`Self::end`] and [`Self::number`] until it is restored (see
+/// [`Membership::finish_restore`](crate::backend::Membership::finish_restore)). Before that its answers would
+/// look complete, and the caller would discard the only copy of its jobs and sums.
 #[async_trait]
 pub trait Journal: Send + Sync {
     /// Adds jobs to the journals of the nodes that their ids name. `Ok` means that the store has confirmed
@@ -150,7 +150,8 @@ pub trait Journal: Send + Sync {
         Ok(if self.contains(id).await? { JournalState::Held } else { JournalState::Absent })
     }
 
-    /// Records the start of this process as `node`. Jobs that were accepted before are [`JournalState::Orphaned`].
+    /// Records the start of this process as `node`. Jobs that were accepted before are
+    /// [`JournalState::Orphaned`].
     async fn started(&self, _node: NodeId) -> Result<(), BackendError> {
         Ok(())
     }

@@ -4,10 +4,10 @@
 //! without a pause while the system is out of file descriptors (ENFILE), and it cannot answer any client
 //! while the process is (EMFILE).
 //!
-//! Here a few descriptors are reserved ([`ReservedDescriptors`]). One of them accepts a connection even then, so that
-//! `/livez` still answers and other clients get 503. The maximum number of connections is fitted to the limit
-//! beforehand (`gateway/descriptors.rs`). So the reserve is for limits that are lowered later, and for
-//! descriptors that are used elsewhere.
+//! Here a few descriptors are reserved ([`ReservedDescriptors`]). One of them accepts a connection even then,
+//! so that `/livez` still answers and other clients get 503. The maximum number of connections is fitted to
+//! the limit beforehand (`gateway/descriptors.rs`). So the reserve is for limits that are lowered later, and
+//! for descriptors that are used elsewhere.
 
 use crate::gateway::{Accepted, Gateway, ListenerApp};
 use crate::metrics::Metrics;

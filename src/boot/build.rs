@@ -3,7 +3,7 @@
 use super::plan::{ConnectedBackend, NodeSettings};
 use super::reload::{Reload, ReloadTargets};
 use super::signals::ReloadSignals;
-use crate::api::{self, Api};
+use crate::api::{Api, ApiParts};
 use crate::audit::{self, AuditLoops, SpillDirs};
 use crate::catalogue::Catalogue;
 use crate::config::{Http2Conf, Live};
@@ -17,6 +17,7 @@ use crate::metrics::Metrics;
 use crate::node_lease::NodeLease;
 use crate::runs::{RunParts, Runs};
 use anyhow::{Context, anyhow};
+use std::path::Path;
 use std::sync::Arc;
 
 pub struct Built {
@@ -99,30 +100,18 @@ impl Built {
         };
         let loaded = (settings.texts.clone(), conf.clone());
         let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
-        let runs = Runs::new(RunParts {
+        let run_parts = RunParts {
             backend,
-            waits: waits.clone(),
+            waits,
             batch,
             dispatcher: dispatcher.clone(),
             functions,
             limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
-            tail: tail.clone(),
-            metrics: Arc::clone(&metrics),
-        });
-        let api = Api::new(api::ApiParts {
-            waits,
-            backend,
-            runs,
-            dispatcher: dispatcher.clone(),
-            editor,
             tail,
-            catalogue: Catalogue::new(settings.ai_node.as_ref())?,
-            lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
-            spool_dir: spool_dir.clone(),
-            api_key: &settings.api_key,
-        });
+        };
+        let api = api(settings, run_parts, editor, spool_dir)?;
         let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
         let background =
@@ -130,4 +119,22 @@ impl Built {
         let door = ListenerParts { gateway, edge, http2: conf.http2.clone(), metrics };
         Ok(Self { door, background })
     }
+}
+
+/// The handlers, and the use case of runs behind one of them.
+fn api(settings: &NodeSettings, runs: RunParts<'_>, editor: Editor, spool_dir: &Path) -> anyhow::Result<Api> {
+    let parts = ApiParts {
+        waits: runs.waits.clone(),
+        backend: runs.backend,
+        dispatcher: runs.dispatcher.clone(),
+        editor,
+        tail: runs.tail.clone(),
+        catalogue: Catalogue::new(settings.ai_node.as_ref())?,
+        lifecycle: runs.lifecycle.clone(),
+        metrics: Arc::clone(&runs.metrics),
+        spool_dir: spool_dir.to_owned(),
+        api_key: &settings.api_key,
+        runs: Runs::new(runs),
+    };
+    Ok(Api::new(parts))
 }

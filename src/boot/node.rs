@@ -10,6 +10,7 @@ use super::plan::{Connect, ConnectedBackend, Exit, NodePlan, NodeSettings, expla
 use super::process;
 use super::signals::Signals;
 use super::sockets::{BoundSockets, Socket, Transport, heritage, listening};
+use super::upgrade::Handover;
 use super::upgrade::SocketOffer;
 use crate::boot::plan::BackendLoop;
 use crate::config::Conf;
@@ -144,13 +145,8 @@ impl Node {
         if let Some(claim) = &connected.claim {
             claim.keep();
         }
-        if let Some(heir) = heir
-            && let Err(e) = heir.serves().await
-        {
-            tracing::warn!(
-                error = %e,
-                "Predecessor not notified; it may serve beside this process. Stop it if it does not exit"
-            );
+        if let Some(heir) = heir {
+            notify_predecessor(heir).await;
         }
         report_start(connected.node, &bound, &settings);
 
@@ -307,6 +303,16 @@ async fn connect(connect: Connect, signals: &mut Signals) -> Result<ConnectedBac
         tracing::warn!(warning, "Warning at start");
     }
     Ok(connected)
+}
+
+/// Tells the process whose sockets were taken over that this one serves.
+async fn notify_predecessor(heir: Handover) {
+    if let Err(e) = heir.serves().await {
+        tracing::warn!(
+            error = %e,
+            "Predecessor not notified; it may serve beside this process. Stop it if it does not exit"
+        );
+    }
 }
 
 /// The background loops.

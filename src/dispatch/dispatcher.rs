@@ -1,4 +1,4 @@
-//! The handle that requests use: submits jobs, waits for their results, and looks up their state.
+//! The handle that requests use to submit jobs, wait for their results, and query their state.
 
 use super::batcher::{Batcher, Resend, Sending, SubmitError};
 use super::caps::{CapKey, ConcurrencyCaps, TooManyJobs};
@@ -14,14 +14,14 @@ use crate::node_lease::NodeLease;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often a long poll looks for the stored result of its job.
+/// Interval at which a long poll looks up the stored result of its job.
 const POLLED_EVERY: Duration = Duration::from_secs(1);
 
-/// The handle that requests use.
+/// Submits jobs and finds their results. Cheap to clone.
 #[derive(Clone)]
 pub struct Dispatcher(Arc<DispatcherParts>);
 
-/// What a [`Dispatcher`] is made of.
+/// The parts of a [`Dispatcher`].
 pub struct DispatcherParts {
     pub node: NodeId,
     pub batcher: Batcher,
@@ -37,14 +37,14 @@ pub struct DispatcherParts {
     pub overload: Live<OverloadConf>,
 }
 
-/// A job on its way to the queue, and the place of the one who waits for it.
+/// A job that is being sent, and the waiter for its result.
 pub struct Submitted {
-    /// What became of the send.
+    /// Resolves with the outcome of the send.
     pub sent: Sending,
     pub waiter: Waiter,
 }
 
-/// What is known of a job.
+/// The state of a job, as far as this node can find out.
 pub enum JobState {
     Done(Outcome),
     Pending(Pending),
@@ -53,19 +53,19 @@ pub enum JobState {
 
 /// A job without a result.
 pub struct Pending {
-    /// A place to wait in, if there was one.
+    /// The wait for its result. `None`: the job has the maximum number of waiters.
     pub place: Option<PendingJob>,
-    /// Nobody can know whether the queue has the job: its send was not answered, or its process ended. `false` also
-    /// where another node knows more.
+    /// It is not known whether the queue received the job, because its send was not answered or its process
+    /// ended. Also `false` if only another node knows the outcome of the send.
     pub is_unconfirmed: bool,
 }
 
-/// A place to wait in.
+/// A wait for the result of a job.
 pub struct PendingJob {
     id: JobId,
     results: Arc<dyn Results>,
     settler: Arc<Settler>,
-    /// `None`: a job of another node.
+    /// `None`: the job is not in the table of this node.
     own: Option<Waiter>,
 }
 
@@ -75,12 +75,13 @@ impl PendingJob {
         self.own.is_none()
     }
 
-    /// The result; `None` if it cannot be waited for any longer.
+    /// Waits for the result. Returns `None` if waiting is no longer possible: the job was removed, it has too
+    /// many waiters, or the store of results failed.
     pub async fn outcome(&mut self) -> Option<Outcome> {
         let Some(waiter) = &mut self.own else {
             let heard = self.results.wait_for(self.id).await;
             let heard = heard.inspect_err(
-                |e| tracing::warn!(requestId = %self.id, error = %e, "Foreign Job Not Waited For"),
+                |e| tracing::warn!(requestId = %self.id, error = %e, "Wait for a foreign job failed"),
             );
             return heard.ok().map(Outcome::new);
         };
@@ -90,7 +91,7 @@ impl PendingJob {
                 outcome = waiter.outcome() => return outcome,
                 () = tokio::time::sleep(POLLED_EVERY) => {}
             }
-            // The job may be so old that its next planned look-up is a minute away.
+            // For an old job the next scheduled look-up may be a minute away.
             self.settler.look_up(&[self.id]).await;
         }
     }
@@ -106,21 +107,25 @@ impl Dispatcher {
         Self(Arc::new(parts))
     }
 
-    /// A new id for a job accepted now.
+    /// Returns a new id for a job accepted now.
     pub fn new_id(&self) -> JobId {
         JobId::new(self.0.node, now_ms(), rand::random())
     }
 
-    /// Whether a job may come in now.
+    /// Decides whether a new job is admitted or shed.
     ///
     /// # Errors
-    /// The queue is slow, and takes so long.
+    /// The current confirmation latency of the queue, if the job should be shed.
     pub fn admit(&self) -> Result<(), Duration> {
         self.0.shedder.admit()
     }
 
-    /// The places that a job needs. `function_max`: most jobs of the function on all nodes together, 0 for no cap; `key_max`: most of the
-    /// key on this node, if that is said for this key.
+    /// Takes the slots that a job needs under its caps. `function_max`: maximum number of jobs of the
+    /// function on all nodes together; 0: no cap. `key_max`: maximum number of jobs of the key on this node;
+    /// 0: no cap; `None`: the configured default.
+    ///
+    /// # Errors
+    /// A cap is reached. Slots that were already taken are returned.
     pub fn hold(
         &self,
         function: &FunctionId,
@@ -135,7 +140,7 @@ impl Dispatcher {
             held.push(slot.ok_or(TooManyJobs::OfKey { max: key_max })?);
         }
         if function_max > 0 {
-            // This node's part.
+            // The share of this node.
             let max = function_max.div_ceil(self.0.lease.nodes());
             let slot = self.0.slots.take(CapKey::Function(function.clone()), max);
             held.push(slot.ok_or(TooManyJobs::OfFunction { max: function_max })?);
@@ -143,21 +148,21 @@ impl Dispatcher {
         Ok(held)
     }
 
-    /// Sends a job that nobody waits for.
+    /// Sends a job without a waiter.
     pub fn submit(&self, job: Job, held: Permits) -> Result<Sending, SubmitError> {
         self.0.in_flight.enter(&job, held).map_err(|_| SubmitError::Overloaded)?;
         self.send_first(job)
     }
 
-    /// Sends a job and waits in line for its result. Registers first: a fast worker may publish before the
-    /// send returns.
+    /// Sends a job and registers a waiter for its result. Registers first, because a fast worker may publish
+    /// before the send returns.
     pub fn submit_waiting(&self, job: Job, held: Permits) -> Result<Submitted, SubmitError> {
         let waiter = self.0.in_flight.enter_waiting(&job, held).map_err(|_| SubmitError::Overloaded)?;
         let sent = self.send_first(job)?;
         Ok(Submitted { sent, waiter })
     }
 
-    /// Sends a job again, under the id that it has; `waits`: somebody waits for its result here.
+    /// Sends a job again under its existing id. `waits`: whether to register a waiter.
     pub async fn submit_again(
         &self,
         job: Job,
@@ -166,8 +171,8 @@ impl Dispatcher {
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
         let node = job.id.node();
         if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {
-            // A node that is listed no more has left nothing, as far as anybody knew. Now others must look after it
-            // if this one ends, too.
+            // A node that is not listed was dismissed, because it had no jobs left. Its journal gets one now,
+            // so it is listed again: if this node dies, another one adopts the job.
             membership.relist(node).await.map_err(|_| SubmitError::Unavailable)?;
         }
         let entered = self.0.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
@@ -179,7 +184,7 @@ impl Dispatcher {
                 return;
             }
             self.0.in_flight.note_send(id, false);
-            // Nothing else would end it here: its result is published for its own node.
+            // Only look-ups can end it here, because its result may be published to its own node.
             if is_new {
                 self.0.schedule.plan(id, schedule::FIRST);
             }
@@ -193,10 +198,10 @@ impl Dispatcher {
         self.hand_over(job, None).inspect_err(|_| self.0.in_flight.remove(id))
     }
 
-    /// A job that is not taken stays in the table.
+    /// Passes a job to the batcher. A job that is rejected stays in the table.
     fn hand_over(&self, job: Job, resend: Option<Resend>) -> Result<Sending, SubmitError> {
         let id = job.id;
-        // A node whose id another process holds does not let its clients wait for a send that cannot be made.
+        // A send is impossible while another process holds the id of this node. Clients must not wait for it.
         let is_lost = self.0.lease.is_lost();
         let sent = if is_lost { Err(SubmitError::Stopping) } else { self.0.batcher.send(job, resend) };
         let sent = sent?;
@@ -204,38 +209,39 @@ impl Dispatcher {
         Ok(sent)
     }
 
-    /// Takes a job whose send has definitely failed out of the journal.
+    /// Removes a job whose send has definitely failed from the journal.
     pub async fn leave_journal(&self, id: JobId) -> Result<(), BackendError> {
         self.0.journal.leave_now(id).await
     }
 
-    /// Forgets a job whose send has definitely failed, once it is out of the journal and its key is free.
+    /// Removes a job whose send has definitely failed from the table. Must be called after the job has left
+    /// the journal and its idempotency key is released.
     pub fn withdraw(&self, id: JobId) {
         self.0.in_flight.remove(id);
     }
 
-    /// Notes what is known of the send of a job: that the queue confirmed it, or nothing.
+    /// Records the outcome of a send: the queue confirmed the job, or the outcome is unknown.
     pub fn note_send(&self, id: JobId, is_confirmed: bool) {
         self.0.in_flight.note_send(id, is_confirmed);
     }
 
-    /// What the journal of the node that the id names says of the job.
+    /// The state of a job in the journal of the node that its id names.
     pub async fn standing(&self, id: JobId) -> Result<JournalState, BackendError> {
         self.0.journal.standing(id).await
     }
 
-    /// Whether this node has the job, until its row is written.
+    /// Whether the job is in the table of this node. It stays there until its row is written.
     pub fn is_in_flight(&self, id: JobId) -> bool {
         self.0.in_flight.contains(id)
     }
 
-    /// Whether this node is the one of the id.
+    /// Whether the id names this node.
     pub fn is_own(&self, id: JobId) -> bool {
         id.node() == self.0.node
     }
 
-    /// What is known of a job, asked in order: a settled result, the stored result, this node's table, the
-    /// journal of the node that the id names.
+    /// Finds the state of a job. Sources, in order: the recent results of this node, the stored result, the
+    /// table of this node, and the journal of the node that the id names.
     pub async fn state(&self, id: JobId) -> Result<JobState, BackendError> {
         let settler = &self.0.settler;
         let joined = self.0.in_flight.join(id);
@@ -243,7 +249,8 @@ impl Dispatcher {
             return Ok(JobState::Done(outcome));
         }
         let stored = match settler.stored(id).await {
-            // It is known to run, whatever the store says when it is back; the waiter will hear.
+            // The job is in the table, so it is pending even if the store does not answer. Its waiter gets
+            // the result later.
             Err(_) if matches!(joined, JoinOutcome::Pending(_) | JoinOutcome::Crowded) => None,
             stored => stored?,
         };
@@ -273,17 +280,18 @@ impl Dispatcher {
                 return Ok(JobState::Pending(Pending { place: place(None), is_unconfirmed }));
             }
         }
-        // The job may have ended between the two looks.
+        // The job may have ended between the reads of the stored result and of the journal.
         let stored = settler.stored(id).await?;
         Ok(stored.map_or(JobState::Unknown, |payload| JobState::Done(Outcome::new(payload))))
     }
 
-    /// The stored result of a job whose id is not of our kind.
+    /// The stored result for a request id that is not a [`JobId`].
     pub async fn foreign_result(&self, request_id: &str) -> Result<Option<Outcome>, BackendError> {
         Ok(self.0.results.stored_foreign(request_id).await?.map(Outcome::new))
     }
 
-    /// Takes the jobs that were never sent out of the journal; the look-ups do so from time to time. For the end.
+    /// Removes jobs that were never sent from the journal. The loop of look-ups does that at intervals; the
+    /// shutdown calls this for the rest.
     pub async fn clear_journal(&self) {
         self.0.journal.clear().await;
     }

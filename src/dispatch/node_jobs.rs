@@ -1,4 +1,4 @@
-//! The jobs of this node and of nodes that it adopts, as `fleet` sees them.
+//! The jobs of this node and of the nodes that it adopts, for `fleet`.
 
 use super::in_flight::InFlight;
 use super::journal::NodeJournal;
@@ -21,7 +21,8 @@ impl NodeJobs {
         Self { settler, in_flight, journal }
     }
 
-    /// Marks that everything in the journal of `node` was left by an earlier process.
+    /// Records the start of this process as `node`. All entries in its journal now count as left by an
+    /// earlier process.
     pub async fn started(&self, node: NodeId) -> Result<(), BackendError> {
         self.journal.started(node).await
     }
@@ -31,22 +32,22 @@ impl NodeJobs {
         self.journal.entries(node).await
     }
 
-    /// The jobs of `node` that ended as LOST lately, and whose result may still come.
+    /// The jobs of `node` that ended as LOST and may still get a late result.
     pub async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
         self.journal.given_up(node).await
     }
 
-    /// Removes jobs from the journal with the next round of removals.
+    /// Queues jobs for the next round of removals from the journal.
     pub fn remove_from_journal(&self, ids: &[JobId]) {
         self.journal.leave(ids);
     }
 
-    /// The jobs that the next round removes.
+    /// The jobs that are queued for removal from the journal.
     pub fn being_removed(&self) -> HashSet<JobId> {
         self.journal.leaving()
     }
 
-    /// Takes over a job that an earlier process or another node has left. `false`: it is in the table already.
+    /// Resumes a job of an earlier process or of another node. Returns `false` if the table has it.
     pub fn restore(&self, entry: &JournalEntry) -> bool {
         self.settler.restore(entry)
     }
@@ -60,12 +61,12 @@ impl NodeJobs {
         self.in_flight.contains(id)
     }
 
-    /// How many jobs the table still has room for.
+    /// The number of jobs for which the table still has room.
     pub fn room(&self) -> usize {
         self.in_flight.room()
     }
 
-    /// The jobs of `node` in the table, as its journal holds them, and those that it remembers as LOST.
+    /// The jobs of `node` in the table, as journal entries, and its jobs that are remembered as LOST.
     pub fn of_node(&self, node: NodeId) -> (Vec<JournalEntry>, Vec<(JobId, FunctionId)>) {
         (self.in_flight.of_node(node), self.in_flight.given_up_of(node))
     }
@@ -74,13 +75,13 @@ impl NodeJobs {
         self.in_flight.ids_of_node(node)
     }
 
-    /// Drops jobs whose node is back, and returns those that a client still waits for here.
+    /// Removes adopted jobs whose node is back. Returns those for which clients still wait here.
     pub fn give_back(&self, ids: impl IntoIterator<Item = JobId>) -> Vec<JobId> {
         self.in_flight.give_back(ids)
     }
 }
 
-/// For the tests of `fleet`: a dispatcher without queue and publications.
+/// For the tests of `fleet`: a dispatcher without a queue and without publications.
 #[cfg(test)]
 impl NodeJobs {
     pub fn without_queue(

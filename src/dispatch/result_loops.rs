@@ -1,4 +1,4 @@
-//! The loops that bring results in: publications, and scheduled look-ups.
+//! The loops that receive results: the pump for publications, and the scheduled look-ups.
 
 use super::in_flight::InFlight;
 use super::journal::NodeJournal;
@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
 
-/// How often due look-ups are collected.
+/// Interval at which due look-ups are done.
 const LOOKUP_TICK: Duration = Duration::from_millis(100);
 
-/// Receives the results of this node's jobs. Never pauses: publications would pile up in memory.
+/// Receives the published results of this node's jobs. It must not pause, because unread publications
+/// accumulate in memory.
 pub struct Pump {
     settler: Arc<Settler>,
     results: Arc<dyn Results>,
@@ -36,7 +37,8 @@ impl Pump {
     }
 }
 
-/// Finds results whose publication was missed, and removes jobs that were never sent from the journal.
+/// Finds results whose publication was missed, and ends jobs as LOST. Also removes jobs that were never sent
+/// from the journal.
 pub struct Lookups {
     settler: Arc<Settler>,
     in_flight: Arc<InFlight>,
@@ -51,7 +53,7 @@ impl Lookups {
     pub async fn run(self) {
         let mut tick = interval(LOOKUP_TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // The jobs that were in flight at the last (re)subscribe and have not been looked up since.
+        // The jobs that were in flight at the last (re)subscription and have not been looked up since.
         let mut missed: Vec<JobId> = Vec::new();
         loop {
             tick.tick().await;

@@ -1,4 +1,5 @@
-//! Results on their way back: heard by the pump, found by look-ups, settled once, handed to the audit.
+//! Settles results: each result from a publication or a look-up answers the waiters and becomes one audit
+//! row.
 
 use super::in_flight::{InFlight, SettleOutcome};
 use super::schedule::{self, LookupSchedule};
@@ -12,19 +13,20 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Calls for stored results in flight at a time.
+/// Maximum number of calls for stored results in flight.
 const LOOKUP_CALLS_MAX: usize = 4;
-/// Most look-ups of one tick: paces the storm after a resubscribe to about 20,000 keys a second.
+/// Maximum number of look-ups per tick. It limits the burst after a resubscription to about 20,000 keys per
+/// second.
 pub const LOOKUPS_PER_TICK: usize = 2048;
 
-/// What settling a result needs; shared by the pump, the look-ups and `/status`.
+/// Settles results. Shared by the pump, the look-ups and `/status`.
 pub struct Settler {
     in_flight: Arc<InFlight>,
     schedule: Arc<LookupSchedule>,
     results: Arc<dyn Results>,
     audit: Audit,
     metrics: Arc<Metrics>,
-    /// The subscription stands again: every job in flight is to be looked up.
+    /// The subscription was established again, so every job in flight must be looked up.
     resubscribed: AtomicBool,
 }
 
@@ -44,7 +46,7 @@ impl Settler {
         self.schedule.plan(id, schedule::FIRST);
     }
 
-    /// Goes on with a job that another life, or another node, has left. `false`: it is known.
+    /// Resumes a job of an earlier process or of another node. Returns `false` if the table has it.
     pub fn restore(&self, entry: &JournalEntry) -> bool {
         let is_new = self.in_flight.restore(entry);
         if is_new {
@@ -53,7 +55,7 @@ impl Settler {
         is_new
     }
 
-    /// Goes on looking for the result of a job that was given up.
+    /// Keeps looking up the result of a job that ended as LOST.
     pub fn remember(&self, id: JobId, function: FunctionId) {
         self.in_flight.remember(id, function);
         self.schedule.plan(id, schedule::LAST);
@@ -63,9 +65,9 @@ impl Settler {
         Ok(self.results.stored(&[id]).await?.pop().flatten())
     }
 
-    /// Takes a result from wherever it came: answers those who wait, and hands the row to the audit.
+    /// Accepts a result from any source. Answers the waiters, and queues the row in the audit.
     pub fn settle(&self, id: JobId, outcome: Outcome) {
-        // Read before it is handed on: those who wait then need not read it again.
+        // Parsed before the waiters get it, so that they need not parse it again.
         let (outcome, (ending, exit_code, recommendation)) = outcome
             .into_read(|fields| (ExecutionEnd::of(fields), fields.exit_code, Recommendation::of(id, fields)));
         match self.in_flight.settle(id, outcome) {
@@ -93,7 +95,7 @@ impl Settler {
         }
     }
 
-    /// `false`: the audit has no room, and the job is to be settled again.
+    /// Queues a row. Returns `false` if the audit is full; the job is then unsettled and settled again later.
     fn record(
         &self,
         id: JobId,
@@ -105,20 +107,29 @@ impl Settler {
         if self.audit.record(id, row, exit_code, recommendation, kept).is_ok() {
             return true;
         }
-        // Full means that the log table does not keep up. The stored result outlives the jam: look again later.
+        // The log table does not keep up. The stored result outlives that, so a later look-up settles the
+        // job.
         self.in_flight.unsettle(id);
         self.metrics.results.with_label_values(&["deferred"]).inc();
         false
     }
 
-    /// Ends a job whose deadline has passed without a result. It stays planned in case its row finds no room.
+    /// Ends a job as LOST whose deadline has passed without a result. A look-up stays scheduled, because the
+    /// audit may have no room for the row.
     fn give_up(&self, id: JobId) {
         let is_unconfirmed = self.in_flight.is_unconfirmed(id).unwrap_or(false);
         let lost = Outcome::lost(is_unconfirmed);
-        // Not kept with the key of its request: whoever repeats that sees the row, and a late result in it.
+        // LOST is not stored with the idempotency key. A repeated request reads the row instead, which may
+        // show a late result.
         if let SettleOutcome::First(function, _) = self.in_flight.settle(id, lost) {
-            tracing::warn!(requestId = %id, functionId = %function, unconfirmed = is_unconfirmed, "Job Lost");
-            // Before the row can be written: whoever looks for all jobs finds it here or among those in flight.
+            tracing::warn!(
+                requestId = %id,
+                functionId = %function,
+                unconfirmed = is_unconfirmed,
+                "Job lost: no result by its deadline"
+            );
+            // Before the row can be written, so that a snapshot of all jobs finds the job here or in the
+            // table.
             self.in_flight.remember(id, function.clone());
             if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None, None) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
@@ -155,17 +166,18 @@ impl Settler {
         self.metrics.results.with_label_values(&["malformed"]).inc();
     }
 
-    /// The subscription was established. Publications before that may have been missed, so every job in flight
-    /// is to be looked up.
+    /// Records that the subscription was established. Publications before that may have been missed, so every
+    /// job in flight is looked up.
     pub fn subscribed(&self) {
         self.resubscribed.store(true, Ordering::Release);
     }
 
-    /// Whether [`Self::subscribed`] was called since the last call of this.
+    /// Whether [`Self::subscribed`] was called since the last call of this method.
     pub fn take_resubscribed(&self) -> bool {
         self.resubscribed.swap(false, Ordering::AcqRel)
     }
 
+    /// Updates the metrics of the subscription.
     pub fn hears(&self, hearing: SubscriptionState) {
         self.metrics.subscriptions.note(
             "results",
@@ -177,16 +189,16 @@ impl Settler {
         }
     }
 
-    /// The planned look-ups.
+    /// Does the look-ups that are due. Ends jobs as LOST whose deadline has passed.
     pub async fn look_up_due(&self) {
-        // A settled job stays planned until its row is written: it may yet find no room for the row.
+        // A settled job stays scheduled until its row is written, because the audit may have no room for it.
         let is_wanted = |id| self.in_flight.contains(id) || self.in_flight.is_remembered(id);
         let due = self.schedule.take_due(LOOKUPS_PER_TICK, is_wanted);
         let ids: Vec<JobId> = due.iter().map(|due| due.id).collect();
         let failed: HashSet<JobId> = self.look_up(&ids).await.into_iter().collect();
         for due in due {
             match self.in_flight.awaited(due.id) {
-                // Only a look-up that was answered tells that there is no result.
+                // Only a look-up that was answered proves that there is no result.
                 Some(awaited) if awaited.deadline < now_ms() && !failed.contains(&due.id) => {
                     self.give_up(due.id);
                 }
@@ -196,7 +208,7 @@ impl Settler {
         }
     }
 
-    /// The jobs that could not be looked up.
+    /// Looks up the results of jobs and settles them. Returns the jobs that could not be looked up.
     pub async fn look_up(&self, ids: &[JobId]) -> Vec<JobId> {
         let mut chunks = ids.chunks(STORED_MAX);
         let mut calls = FuturesUnordered::new();
@@ -212,16 +224,16 @@ impl Settler {
         }
     }
 
-    /// The chunk back if the call was not answered.
+    /// Looks up one chunk. Returns it as the error if the call failed.
     async fn look_up_chunk<'a>(&self, ids: &'a [JobId]) -> Result<(), &'a [JobId]> {
         let found = self.results.stored(ids).await.map_err(|e| {
-            // The subscriber tells the operator that Redis is away; once is enough.
-            tracing::debug!(error = %e, "Results Not Looked Up");
+            // At debug level, because the subscriber already warns that the store is unavailable.
+            tracing::debug!(error = %e, "Look-up of results failed; retrying");
             ids
         })?;
         for (id, payload) in ids.iter().zip(found) {
             let Some(payload) = payload else { continue };
-            // A row that is already on its way needs no second look.
+            // A job whose row is queued is already settled.
             if self.in_flight.awaited(*id).is_some() || self.in_flight.is_remembered(*id) {
                 self.metrics.results_looked_up.inc();
                 self.settle(*id, Outcome::new(payload));

@@ -1,4 +1,4 @@
-//! The dispatcher over the embedded backend.
+//! Tests of the dispatcher over the embedded backend.
 
 use super::*;
 use crate::audit;
@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// A dispatcher over the embedded backend, with its loops running. The worker does not run: the tests
-/// publish or store what they want to be found.
-struct House {
+/// A dispatcher over the embedded backend, with its loops running. The worker does not run, so the tests
+/// publish or store the results themselves.
+struct Fixture {
     dispatcher: Dispatcher,
     backend: Backend,
     node: NodeId,
@@ -23,7 +23,7 @@ struct House {
     _dir: tempfile::TempDir,
 }
 
-impl House {
+impl Fixture {
     async fn start(change: impl FnOnce(&mut Conf)) -> Self {
         Self::start_all(change, |_| {}, &[]).await
     }
@@ -32,7 +32,7 @@ impl House {
         Self::start_all(|_| {}, change, &[]).await
     }
 
-    /// `before`: jobs that an earlier life of the node left in the journal.
+    /// `before`: the jobs that an earlier process of the node left in the journal.
     async fn start_after(before: &[(u64, UnixMs)]) -> Self {
         Self::start_all(|_| {}, |_| {}, before).await
     }
@@ -128,34 +128,34 @@ const LATER: UnixMs = 4_000_000_000_000;
 
 #[tokio::test]
 async fn a_result_answers_the_waiter_and_becomes_one_row() {
-    let house = House::start(|_| {}).await;
-    let job = job(house.node, 1, LATER);
+    let fixture = Fixture::start(|_| {}).await;
+    let job = job(fixture.node, 1, LATER);
     let id = job.id;
-    let mut submitted = house.dispatcher.submit_waiting(job, Permits::new()).unwrap();
+    let mut submitted = fixture.dispatcher.submit_waiting(job, Permits::new()).unwrap();
     submitted.sent.await.unwrap().unwrap();
     for published in [r#"{"status":"SUCCESS"}"#, r#"{"status":"FAILED"}"#] {
-        house.dispatcher.settler().settle(id, outcome(published));
+        fixture.dispatcher.settler().settle(id, outcome(published));
     }
     assert_eq!(submitted.waiter.outcome().await, Some(outcome(r#"{"status":"SUCCESS"}"#)));
-    assert_eq!(house.row_status(id).await, "SUCCESS");
-    house.is_forgotten(id).await;
+    assert_eq!(fixture.row_status(id).await, "SUCCESS");
+    fixture.is_forgotten(id).await;
     let function = FunctionId::parse("hello").unwrap();
     let query = LogQuery { function, limit: 10, start: None, end: None, status: None, after: None };
-    assert_eq!(house.backend.executions.list(&query).await.unwrap().rows.len(), 1);
-    assert!(matches!(house.dispatcher.state(id).await, Ok(JobState::Done(_))), "kept for /status");
+    assert_eq!(fixture.backend.executions.list(&query).await.unwrap().rows.len(), 1);
+    assert!(matches!(fixture.dispatcher.state(id).await, Ok(JobState::Done(_))), "kept for /status");
 }
 
 #[tokio::test]
 async fn a_job_past_its_deadline_ends_as_lost() {
-    let house = House::start(|_| {}).await;
-    let job = job(house.node, 1, now_ms());
+    let fixture = Fixture::start(|_| {}).await;
+    let job = job(fixture.node, 1, now_ms());
     let id = job.id;
-    house.dispatcher.submit(job, Permits::new()).unwrap().await.unwrap().unwrap();
-    assert_eq!(house.row_status(id).await, "LOST");
-    house.is_forgotten(id).await;
+    fixture.dispatcher.submit(job, Permits::new()).unwrap().await.unwrap().unwrap();
+    assert_eq!(fixture.row_status(id).await, "LOST");
+    fixture.is_forgotten(id).await;
 }
 
-/// Results that cannot be asked for while `away`.
+/// Results whose look-ups fail while `away`.
 struct Flaky {
     inner: Arc<dyn Results>,
     away: AtomicBool,
@@ -164,7 +164,7 @@ struct Flaky {
 
 #[async_trait]
 impl Results for Flaky {
-    /// Without the look at all jobs that follows a subscription: only the planned look-ups are to be seen.
+    /// Hides the event that triggers a look-up of all jobs, so that only scheduled look-ups occur.
     async fn next(&self) -> ResultEvent {
         loop {
             let event = self.inner.next().await;
@@ -200,9 +200,9 @@ impl Results for Flaky {
 }
 
 #[tokio::test]
-async fn no_job_is_lost_because_its_result_could_not_be_asked_for() {
+async fn a_job_is_not_lost_while_its_look_ups_fail() {
     let flaky = Arc::new(std::sync::OnceLock::new());
-    let house = House::start_with(|backend| {
+    let fixture = Fixture::start_with(|backend| {
         let flaky = flaky.get_or_init(|| {
             let (away, refused) = (AtomicBool::new(true), AtomicUsize::new(0));
             Arc::new(Flaky { inner: Arc::clone(&backend.results), away, refused })
@@ -210,70 +210,70 @@ async fn no_job_is_lost_because_its_result_could_not_be_asked_for() {
         backend.results = Arc::clone(flaky) as _;
     })
     .await;
-    let job = job(house.node, 1, now_ms());
+    let job = job(fixture.node, 1, now_ms());
     let id = job.id;
-    house.dispatcher.submit(job, Permits::new()).unwrap().await.unwrap().unwrap();
-    let state = house.dispatcher.state(id).await;
-    assert!(matches!(state, Ok(JobState::Pending(_))), "what this node holds is known without the store");
+    fixture.dispatcher.submit(job, Permits::new()).unwrap().await.unwrap().unwrap();
+    let state = fixture.dispatcher.state(id).await;
+    assert!(matches!(state, Ok(JobState::Pending(_))), "a job in the table is known without the store");
     let flaky = flaky.get().unwrap();
     let before = flaky.refused.load(Ordering::Relaxed);
-    // The second look-up is planned only if the first, unanswered, has not ended the job.
+    // A second look-up occurs only if the first, which failed, has not ended the job.
     eventually(async || (flaky.refused.load(Ordering::Relaxed) >= before + 2).then_some(())).await;
-    assert!(house.dispatcher.is_in_flight(id));
+    assert!(fixture.dispatcher.is_in_flight(id));
     flaky.away.store(false, Ordering::Relaxed);
-    assert_eq!(house.row_status(id).await, "LOST");
+    assert_eq!(fixture.row_status(id).await, "LOST");
 }
 
 #[tokio::test]
-async fn a_restarted_node_goes_on_with_its_jobs() {
-    let house = House::start_after(&[(1, LATER), (2, 1)]).await;
-    let entries: Vec<JournalEntry> = house.backend.journal.entries(house.node).await.unwrap();
+async fn a_restarted_node_resumes_its_jobs() {
+    let fixture = Fixture::start_after(&[(1, LATER), (2, 1)]).await;
+    let entries: Vec<JournalEntry> = fixture.backend.journal.entries(fixture.node).await.unwrap();
     let due = entries.iter().find(|entry| entry.deadline == 1).unwrap().id;
     let open = entries.iter().find(|entry| entry.deadline == LATER).unwrap().id;
-    assert_eq!(house.row_status(due).await, "LOST");
+    assert_eq!(fixture.row_status(due).await, "LOST");
     assert!(matches!(
-        house.dispatcher.state(open).await,
+        fixture.dispatcher.state(open).await,
         Ok(JobState::Pending(Pending { place: Some(_), .. }))
     ));
-    house.dispatcher.settler().settle(open, outcome(r#"{"exitCode":0}"#));
-    assert_eq!(house.row_status(open).await, "SUCCESS");
+    fixture.dispatcher.settler().settle(open, outcome(r#"{"exitCode":0}"#));
+    assert_eq!(fixture.row_status(open).await, "SUCCESS");
 }
 
-/// Its result is published for its own node: only look-ups end it here.
+/// Its result is published to its own node, so only look-ups can end it here.
 #[tokio::test]
-async fn a_job_of_another_node_that_could_not_be_sent_again_ends() {
-    let house = House::start(|conf| conf.batch.queue_jobs_max = 0).await;
+async fn a_job_of_another_node_whose_resend_failed_ends() {
+    let fixture = Fixture::start(|conf| conf.batch.queue_jobs_max = 0).await;
     let job = job(NodeId(99), 1, now_ms());
     let id = job.id;
-    house.backend.journal.enter(std::slice::from_ref(&job)).await.unwrap();
+    fixture.backend.journal.enter(std::slice::from_ref(&job)).await.unwrap();
     let resend = Resend { since: now_ms(), is_journaled: true, maybe_sent: true };
-    let sent = house.dispatcher.submit_again(job, resend, false).await;
+    let sent = fixture.dispatcher.submit_again(job, resend, false).await;
     assert_eq!(sent.map(drop), Err(SubmitError::Overloaded));
-    assert_eq!(house.row_status(id).await, "LOST");
-    house.is_forgotten(id).await;
+    assert_eq!(fixture.row_status(id).await, "LOST");
+    fixture.is_forgotten(id).await;
 }
 
 #[tokio::test]
-async fn a_row_without_room_is_taken_up_again_later() {
-    let house = House::start(|conf| conf.memory.audit_bytes_max = 1).await;
-    let job = job(house.node, 1, LATER);
+async fn a_row_without_room_is_retried_later() {
+    let fixture = Fixture::start(|conf| conf.memory.audit_bytes_max = 1).await;
+    let job = job(fixture.node, 1, LATER);
     let id = job.id;
-    let mut submitted = house.dispatcher.submit_waiting(job, Permits::new()).unwrap();
+    let mut submitted = fixture.dispatcher.submit_waiting(job, Permits::new()).unwrap();
     submitted.sent.await.unwrap().unwrap();
-    let settler = house.dispatcher.settler();
+    let settler = fixture.dispatcher.settler();
     settler.settle(id, outcome("{}"));
     assert_eq!(submitted.waiter.outcome().await, Some(outcome("{}")), "the client does not wait for the row");
-    assert!(house.dispatcher.is_in_flight(id), "but the job is not forgotten");
-    assert_eq!(house.metrics.results.with_label_values(&["deferred"]).get(), 1);
+    assert!(fixture.dispatcher.is_in_flight(id), "but the job stays in the table");
+    assert_eq!(fixture.metrics.results.with_label_values(&["deferred"]).get(), 1);
 }
 
 #[tokio::test]
-async fn no_more_jobs_than_there_is_room_for() {
-    let house = House::start(|conf| conf.memory.jobs_in_flight_max = 1).await;
-    house.dispatcher.submit(job(house.node, 1, LATER), Permits::new()).unwrap().await.unwrap().unwrap();
+async fn a_full_table_rejects_jobs() {
+    let fixture = Fixture::start(|conf| conf.memory.jobs_in_flight_max = 1).await;
+    fixture.dispatcher.submit(job(fixture.node, 1, LATER), Permits::new()).unwrap().await.unwrap().unwrap();
     assert_eq!(
-        house.dispatcher.submit(job(house.node, 2, LATER), Permits::new()).map(drop),
+        fixture.dispatcher.submit(job(fixture.node, 2, LATER), Permits::new()).map(drop),
         Err(SubmitError::Overloaded)
     );
-    assert!(matches!(house.dispatcher.state(job(house.node, 3, LATER).id).await, Ok(JobState::Unknown)));
+    assert!(matches!(fixture.dispatcher.state(job(fixture.node, 3, LATER).id).await, Ok(JobState::Unknown)));
 }

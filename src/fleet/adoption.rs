@@ -1,15 +1,16 @@
-//! This node among the others: it keeps its lease, looks after the jobs of nodes that are gone, and tells a store that
-//! has lost its data what it should hold.
+//! The membership loop of this node: renews its lease, adopts the jobs of dead nodes, and restores journals
+//! that the store has lost.
 //!
-//! A node whose lease has lapsed is adopted *in place*: its jobs enter this node's table and end here as its own do,
-//! but they leave the journal of the node that they name. So nothing is moved, `/status` finds them all the time, and
-//! it does no harm if their node was only frozen: a row is the same whoever writes it, and a job ends once. For the same
-//! reason a node that comes back keeps its id. It admits nothing until its lease is renewed.
+//! A node whose lease has lapsed is adopted *in place*. Its jobs enter the table of this node and end here
+//! like its own jobs, but they leave the journal of the node that their ids name. Moving them to the journal
+//! of this node was rejected: `/status` finds a job by the node in its id. No fence is needed if that node
+//! was only frozen: rows are idempotent, and each job is counted once. So a node that comes back keeps its
+//! id. It admits no jobs until its lease is renewed.
 //!
-//! A lease belongs to one process. If another one holds it (it was started on a copy of `STATE_DIR` while
-//! this one was frozen), this one admits nothing more, says so, and ends the jobs it has. What it cannot end
-//! any more is taken up by the holder, which reads its own journal again whenever another process may have
-//! entered jobs there.
+//! A lease belongs to one process. Another process can hold it if it was started on a copy of `STATE_DIR`
+//! while this one was frozen. Then this process admits no more jobs, logs an error, and ends the jobs that it
+//! has. The holder takes over the jobs that this process cannot end. For that it reads its own journal again
+//! whenever another process may have entered jobs there.
 
 use crate::audit::{Ledger, Outstanding};
 use crate::backend::{BackendError, FleetState, JournalEntry, JournalPart, LeaseRenewal, Membership};
@@ -23,21 +24,21 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-/// Times a lease is renewed before it would lapse.
+/// Number of renewals per lease duration.
 const RENEWALS: u32 = 10;
-/// How often the journal of an adopted node is read again: it may have been only slow, and have added jobs.
-/// Also how often this node's own is, while another process has its id.
+/// Minimum interval between two reads of the journal of an adopted node. The node may have been only slow,
+/// and may still add jobs. Also applies to this node's own journal while another process may use its id.
 const READ_AGAIN: Duration = Duration::from_secs(10);
-/// Between two looks at entries of this node's own journal that this process does not know. Those that it has
-/// entered or ended itself are known, or gone, by the second look.
+/// Interval between the two reads that find unknown entries in this node's own journal. By the second read,
+/// an entry that this process has entered or ended is known or has left the journal.
 const LOOK_TWICE: Duration = Duration::from_secs(2);
-/// How long others wait for the row of a job that is on this node's disk, if the journal has lost it and this node
-/// dies.
+/// The deadline, from now, of a restored entry whose row is on this node's disk. If this node dies, its
+/// adopter waits this long for the result before the job ends as LOST.
 const SPILLED_MAX: Duration = Duration::from_secs(3600);
-/// Entries told in one call.
+/// Maximum number of entries per [`Membership::restore`].
 const TOLD_MAX: usize = 1000;
 
-/// The loop of this node's membership.
+/// The membership loop of this node.
 pub struct Adopter {
     node: NodeId,
     store: Option<Arc<dyn Membership>>,
@@ -46,19 +47,19 @@ pub struct Adopter {
     jobs: NodeJobs,
     ledger: Arc<Ledger>,
     metrics: Arc<Metrics>,
-    /// Since when this node has heard of the others without a gap.
+    /// Start of the current uninterrupted period in which this node holds its lease.
     standing_since: Option<Instant>,
-    /// The nodes whose jobs are looked after here, and when their journals were read last.
+    /// The adopted nodes, and when their journals were last read.
     adopted: BTreeMap<NodeId, Instant>,
-    /// Jobs of nodes that are back, which somebody still waits for here.
+    /// Jobs of nodes that are back, for which clients still wait here.
     to_give_back: Vec<JobId>,
-    /// When this node's own journal is read again for jobs of another process with its id.
+    /// When to read this node's own journal again, for jobs of another process with the same id.
     read_own_at: Option<Instant>,
-    /// When that was done last.
+    /// When it was last read for that.
     read_own: Option<Instant>,
-    /// Entries of it that this process did not know when it read it last.
+    /// Entries of it that this process did not know at the last read.
     strangers: HashSet<JobId>,
-    /// Nodes that nobody has told a lost journal again yet, and since when.
+    /// Nodes whose lost journal is not restored yet, and when that was first seen.
     lost: BTreeMap<NodeId, Instant>,
 }
 
@@ -73,7 +74,7 @@ impl Adopter {
         metrics: Arc<Metrics>,
     ) -> Self {
         let lasts = Duration::from_secs(conf.lease_s);
-        // A predecessor that was only taken as gone may have entered jobs for as long as its lease was good.
+        // A predecessor that was wrongly taken as dead may have entered jobs until its lease expired.
         let read_own_at = Some(Instant::now() + lasts + LOOK_TWICE);
         Self {
             node,
@@ -93,8 +94,11 @@ impl Adopter {
         }
     }
 
-    /// Takes the lease, and goes on with what an earlier life of this node has left: gives how many jobs it was. Before the
-    /// other loops start.
+    /// Renews the lease, and resumes the jobs that an earlier process of this node has left. Returns their
+    /// number. Must be called before the other loops start.
+    ///
+    /// # Errors
+    /// The store did not answer, or another process holds the lease.
     pub async fn begin(&mut self) -> Result<usize, BackendError> {
         self.jobs.started(self.node).await?;
         let entries = self.jobs.journaled(self.node).await?;
@@ -102,15 +106,15 @@ impl Adopter {
         if let Some(store) = self.store.clone()
             && self.renew(store.as_ref()).await?.is_none()
         {
-            let held = format!("another process has taken the id of node {}", self.node);
+            let held = format!("another process holds the lease of node {}", self.node);
             return Err(BackendError::Unavailable(held));
         }
-        // A journal that was never told, or is told again just now, says nothing of its sums before.
+        // After the renewal, which restores a lost journal. An incomplete journal does not return its sums.
         self.take_over(self.node).await?;
         Ok(restored)
     }
 
-    /// Never ends.
+    /// Runs the loop. Never returns.
     pub async fn run(mut self) {
         let Some(store) = self.store.clone() else { return std::future::pending().await };
         let mut tick = interval(self.lasts / RENEWALS);
@@ -123,12 +127,12 @@ impl Adopter {
                 Err(e) => Err(e),
             };
             if let Err(e) = done {
-                tracing::debug!(error = %e, "Fleet Not Heard Of");
+                tracing::debug!(error = %e, "Fleet membership not updated; retrying at the next tick");
             }
         }
     }
 
-    /// `None`: another process holds the lease.
+    /// Renews the lease. Returns `None` if another process holds it.
     async fn renew(&mut self, store: &dyn Membership) -> Result<Option<FleetState>, BackendError> {
         let asked = Instant::now();
         let (others, is_contested) = match store.renew(self.node, self.lasts).await? {
@@ -140,7 +144,7 @@ impl Adopter {
         };
         if !self.lease.holds() {
             if self.standing_since.is_some() {
-                // Meanwhile another process may have had the id, and is gone.
+                // While the lease was lapsed, another process may have used the id and died.
                 self.read_own_soon(asked);
             }
             self.standing_since = Some(asked);
@@ -150,7 +154,7 @@ impl Adopter {
         }
         self.mend(store, self.node).await?;
         if self.lease.is_lost() {
-            tracing::warn!(node = %self.node, "Node Id Held Again: this process admits jobs again");
+            tracing::warn!(node = %self.node, "Lease of this node id regained; jobs are admitted again");
             self.metrics.jobs.node_id_lost.set(0);
         }
         self.lease.renewed(asked, self.lasts, others.alive);
@@ -158,13 +162,14 @@ impl Adopter {
         Ok(Some(others))
     }
 
-    /// Another process holds the lease. The jobs that are here end here, as long as this process runs.
+    /// Stops admission, because another process holds the lease. The jobs in the table still end here.
     fn lost(&mut self) {
         if !self.lease.is_lost() {
             tracing::error!(
                 node = %self.node,
-                "Node Id Lost: another process holds the lease of this id, and this one admits no more jobs. \
-                 Restart it, and it takes another id. Do not run two nodes on copies of one STATE_DIR"
+                "Node id lost: another process holds its lease, and this one admits no more jobs. \
+                 Restart this process; it then takes another id. Do not run two nodes on copies of one \
+                 STATE_DIR"
             );
             self.metrics.jobs.node_id_lost.set(1);
         }
@@ -176,15 +181,15 @@ impl Adopter {
         self.read_own_at = Some(self.read_own_at.map_or(at, |planned| planned.min(at)));
     }
 
-    /// Goes on with jobs in this node's own journal that it does not know: another process has entered them, or their rows
-    /// were lost with their disk.
+    /// Resumes jobs in this node's own journal that this process does not know. Another process has entered
+    /// them, or their rows were lost with the disk.
     async fn look_for_strangers(&mut self) -> Result<(), BackendError> {
         if self.read_own_at.is_none_or(|at| at > Instant::now()) {
             return Ok(());
         }
         let mut entries = self.jobs.journaled(self.node).await?;
         self.read_own = Some(Instant::now());
-        // In this order: a job of this process leaves the table for one of the others.
+        // The order matters: a job moves from the table to the ledger or to the removals, never back.
         entries.retain(|entry| !self.jobs.contains(entry.id));
         let (ended, leaving) = (self.ledger.ended(self.node), self.jobs.being_removed());
         entries.retain(|entry| !ended.contains(&entry.id) && !leaving.contains(&entry.id));
@@ -192,10 +197,10 @@ impl Adopter {
         let (known, new): (Vec<_>, Vec<_>) = entries.into_iter().partition(|entry| seen.contains(&entry.id));
         let jobs = self.restore(&known, self.jobs.room() / 2);
         if jobs > 0 {
-            tracing::warn!(node = %self.node, jobs, "Unknown Jobs In The Journal Of This Node Taken Over");
+            tracing::warn!(node = %self.node, jobs, "Unknown jobs in the journal of this node taken over");
         }
-        // Those without room stay strangers, and so do those whose rows wait on this node's disk: they leave
-        // by themselves.
+        // Jobs for which the table has no room stay unknown. Those whose rows are on this node's disk are not
+        // counted: they leave the journal once their rows are written.
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
         let left = new.iter().chain(known.iter().filter(|entry| !self.jobs.contains(entry.id)));
         self.strangers = left.map(|entry| entry.id).filter(|id| !spilled.contains(id)).collect();
@@ -203,7 +208,7 @@ impl Adopter {
         Ok(())
     }
 
-    /// Tells the journal of a node again what is known of it here, if the store has lost it.
+    /// Restores the journal of a node from what this node knows, if the store has lost it.
     async fn mend(&self, store: &dyn Membership, node: NodeId) -> Result<(), BackendError> {
         if store.is_complete(node).await? {
             return Ok(());
@@ -212,12 +217,13 @@ impl Adopter {
         let tell = async |moving, books| self.tell(store, node, moving, books).await;
         let jobs = self.ledger.tell_outstanding(node, moving, tell).await?;
         if jobs > 0 {
-            tracing::warn!(%node, jobs, "Journal Told Again");
+            tracing::warn!(%node, jobs, "Journal restored after the store lost its data");
         }
         Ok(())
     }
 
-    /// Gives how many jobs were told. Until all is told, and to one store, nothing ends there.
+    /// Writes the journal of a node to the store. Returns the number of jobs. No job of the node ends until
+    /// all parts are written to the same incarnation of the store.
     async fn tell(
         &self,
         store: &dyn Membership,
@@ -228,12 +234,13 @@ impl Adopter {
         let token = rand::random();
         store.begin_restore(node, token).await?;
         let entry = |id, function, deadline| JournalEntry { id, function, deadline, idempotency_key: None };
-        // Their rows are written: whoever adopts them has nothing to wait for.
+        // Their rows are written, so an adopter need not wait for a result.
         let ended = books.ended.into_iter().map(|ended| entry(ended.id, ended.function, 0));
         let deadline = now_ms() + SPILLED_MAX.as_secs() * 1000;
         let spilled = books.spilled.into_iter().map(|(id, function)| entry(id, function, deadline));
         let entries: Vec<JournalEntry> = in_flight.into_iter().chain(ended).chain(spilled).collect();
-        // A job that is still to be counted as lost is remembered when it is.
+        // A job that is in the journal is not remembered yet: `Journal::end` does that when it counts it as
+        // lost.
         given_up.extend(books.late);
         let held: HashSet<JobId> = entries.iter().map(|entry| entry.id).collect();
         given_up.retain(|(id, _)| !held.contains(id));
@@ -253,16 +260,17 @@ impl Adopter {
             store.finish_restore(node, token).await
         };
         let told = told.await;
-        // Also of what was told in vain: nobody else takes it out.
+        // Also after a failed restore: no other step removes the entries that it wrote.
         self.leave_unsent(node, &entries);
         match told? {
             true => Ok(entries.len()),
-            false => Err(BackendError::Unavailable("the store has lost its data again meanwhile".into())),
+            false => Err(BackendError::Unavailable("the store lost its data during the restore".into())),
         }
     }
 
-    /// A send that failed meanwhile left the journal before it was told of it. What has ended has not left it; it is looked
-    /// for on the way that jobs take.
+    /// Removes restored jobs whose send has failed meanwhile. They left the journal before the restore
+    /// entered them again. The places are searched in the order in which jobs move, so that no ended job is
+    /// removed.
     fn leave_unsent(&self, node: NodeId, told: &[JournalEntry]) {
         let told = told.iter().map(|entry| entry.id);
         let mut unsent: Vec<JobId> = told.filter(|id| !self.jobs.contains(*id)).collect();
@@ -272,22 +280,22 @@ impl Adopter {
         self.jobs.remove_from_journal(&unsent);
     }
 
-    /// Adopts nodes whose lease has lapsed, and leaves those alone that are back.
+    /// Adopts nodes whose lease has lapsed, and gives back the jobs of nodes that are back.
     async fn look_after(&mut self, store: &dyn Membership, lapsed: Vec<NodeId>) -> Result<(), BackendError> {
         let gone: Vec<NodeId> = self.adopted.keys().filter(|node| !lapsed.contains(node)).copied().collect();
         for node in gone {
             self.adopted.remove(&node);
-            // Not listed at all: the store has lost its data, and only this node knows of the jobs.
+            // If it was not listed, the store has lost its data, and only this node knows the jobs.
             if store.relist(node).await? {
                 self.mend(store, node).await?;
             } else {
                 self.to_give_back.extend(self.jobs.ids_of_node(node));
-                tracing::info!(adopted = %node, "Adopted Node Is Back");
+                tracing::info!(adopted = %node, "Adopted node is back; it tracks its jobs itself again");
             }
         }
         let jobs = std::mem::take(&mut self.to_give_back);
         self.to_give_back = self.jobs.give_back(jobs);
-        // After a gap, for which the store may be to blame, the others first have time to renew theirs.
+        // After a gap, which may be a failure of the store, the other nodes get time to renew their leases.
         if self.standing_since.is_none_or(|since| since.elapsed() < self.lasts) {
             return Ok(());
         }
@@ -305,9 +313,10 @@ impl Adopter {
         Ok(())
     }
 
-    /// Nodes that this one has still something to end for, whose journal is lost, and that nobody has listed for a whole lease
-    /// since: they are gone, and nobody would ever tell their journals again. (Before that they may only not have come to
-    /// it. If this node told a journal first, the node itself would find it whole, and tell nothing.)
+    /// Lists and returns the dead nodes whose lost journals no node would restore: this node has pending work
+    /// for them, and they stayed unlisted for a whole lease. A shorter wait was rejected. A live node may
+    /// only be late. If this node restored its journal first, the live node would find it complete and add
+    /// nothing.
     async fn left_alone(&mut self, store: &dyn Membership) -> Result<Vec<NodeId>, BackendError> {
         let nodes = self.ledger.nodes();
         self.lost.retain(|node, _| nodes.contains(node));
@@ -331,29 +340,31 @@ impl Adopter {
         }
         self.mend(store, node).await?;
         let entries = self.jobs.journaled(node).await?;
-        // Half of the room is for what this node is asked itself.
+        // Half of the room is reserved for new jobs of this node.
         let room = self.jobs.room() / 2;
         let jobs = self.restore(&entries, room);
         let sums = self.take_over(node).await?;
         if self.adopted.insert(node, Instant::now()).is_none() {
-            tracing::warn!(adopted = %node, jobs, sums, "Node Adopted");
+            tracing::warn!(adopted = %node, jobs, sums, "Node adopted: its lease has lapsed");
             self.metrics.jobs.adopted_nodes.inc();
         }
         if entries.is_empty() && sums == 0 && store.dismiss(node).await? {
             self.adopted.remove(&node);
-            tracing::info!(adopted = %node, "Adopted Node Has Nothing Left");
+            tracing::info!(adopted = %node, "Adopted node has no jobs left and is no longer listed");
         }
         Ok(())
     }
 
-    /// Goes on with jobs of a journal, but for those whose rows wait on this node's disk. Gives how many are new.
+    /// Resumes at most `max` jobs of a journal, except those whose rows are on this node's disk. Returns how
+    /// many were not in the table.
     fn restore(&self, entries: &[JournalEntry], max: usize) -> usize {
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
         let waiting = entries.iter().filter(|entry| !spilled.contains(&entry.id));
         waiting.filter(|entry| self.jobs.restore(entry)).take(max).count()
     }
 
-    /// Goes on with what a node has left beside its jobs in flight. Gives how many functions have sums to be posted.
+    /// Takes over the lost jobs and the unposted sums of a node. Returns the number of functions with
+    /// unposted sums.
     async fn take_over(&self, node: NodeId) -> Result<usize, BackendError> {
         for (id, function) in self.jobs.given_up(node).await? {
             self.jobs.remember(id, function);

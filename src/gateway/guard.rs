@@ -234,7 +234,7 @@ fn refusal(bad: HeadRejection) -> ApiError {
 
 /// The reason why the guard rejected a request over HTTP/2, read from the marker field that it wrote.
 pub fn refused_over_http2(request: &RequestHeader) -> Option<ApiError> {
-    http2::refusal_of(&request.headers).map(refusal)
+    http2::request::refusal_of(&request.headers).map(refusal)
 }
 
 /// Whether a request is answered even at the connection limit: health checks and metrics must work then, too.

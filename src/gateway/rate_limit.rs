@@ -10,10 +10,11 @@ const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit
 const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 const RATELIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const RATELIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
-/// Room for the state of two limits, in bytes.
+/// Initial capacity of the field value, in bytes: enough for two limits.
 const STATE_BYTES: usize = 96;
 
-/// Adds the old `X-RateLimit-*` of the tightest limit, and `RateLimit` and `RateLimit-Policy` (IETF draft) of all.
+/// Adds the legacy `X-RateLimit-*` fields of the tightest limit, and `RateLimit` and `RateLimit-Policy` (IETF
+/// draft) of all counted limits.
 pub fn add_fields(counted: &RateLimitState, fields: &mut Vec<(HeaderName, HeaderValue)>) {
     let Some((tightest, decision)) = counted.decisions().min_by_key(|(_, d)| (d.allowed, d.remaining)) else {
         return;
@@ -36,7 +37,7 @@ pub fn add_fields(counted: &RateLimitState, fields: &mut Vec<(HeaderName, Header
     fields.extend(policy.map(|value| (RATELIMIT_POLICY, value)));
 }
 
-/// Time until the bucket is full.
+/// The time until the bucket is full.
 fn refill(limit: &LimitConf, remaining: u32) -> Duration {
     let used = limit.burst.saturating_sub(remaining);
     limit.quota().period.mul_f64(f64::from(used) / f64::from(limit.rate.max(1)))

@@ -1,6 +1,6 @@
-//! The settings of the edge that may change while the process runs.
+//! The gateway settings that may change while the process runs.
 //!
-//! Everything that reads such a setting holds a clone of [`GatewaySettings`], so a reload takes effect in one place.
+//! Every reader holds a clone of [`GatewaySettings`], so a reload replaces each setting once.
 
 use super::api_key::ApiKeys;
 use super::descriptors::{ConnectionLimits, Descriptors};

@@ -1,4 +1,4 @@
-//! The state of counting one request.
+//! The decisions of the limits about one request, while it is counted.
 
 use super::lease::Micros;
 use super::who::LimitIdentity;
@@ -8,10 +8,11 @@ use prometheus::IntCounter;
 use smallvec::SmallVec;
 use std::time::Duration;
 
-/// By the place of the limit in the [`Plan`]. Few routes have more limits than two.
+/// Decisions, each with the index of its limit in the [`Plan`](super::plan::Plan). Few routes have more than
+/// two limits.
 pub type Decisions = SmallVec<[(usize, Decision); 2]>;
 
-/// Where a decision came from.
+/// The source of a decision, as a label of the metric.
 #[derive(Clone, Copy)]
 pub enum Source {
     Lease,
@@ -31,7 +32,7 @@ impl Source {
     ];
 }
 
-/// Looked up once, as every request counts.
+/// The counters of decisions, by [`Source`]. Looked up once, because every request counts.
 pub struct DecisionCounters {
     pub allowed: [IntCounter; 5],
     pub limited: [IntCounter; 5],
@@ -52,7 +53,7 @@ impl DecisionCounters {
     }
 }
 
-/// What one limit says. `lease`: the call its token came with, for the refund.
+/// The decision of one limit. `lease`: the number of the call that leased the token, for a refund.
 pub struct LimitDecision {
     pub decision: Decision,
     pub source: Source,
@@ -74,11 +75,11 @@ impl LimitDecision {
     }
 }
 
-/// One step of counting, on its way.
+/// The progress of one step.
 #[derive(Default)]
 pub struct Step {
     pub decisions: Decisions,
-    /// Tokens from leases, to be given back if another limit refuses.
+    /// Tokens from leases, to be refunded if another limit rejects the request.
     pub spent: SmallVec<[(usize, LimitIdentity, u64); 2]>,
     pub exact: SmallVec<[(usize, LimitIdentity); 1]>,
 }

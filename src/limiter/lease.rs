@@ -25,7 +25,7 @@ const LIFE: Micros = TTL / 100 * 99;
 const AHEAD: Micros = 200_000;
 /// A lease that was not renewed for this long is returned, unless it is still needed.
 pub const IDLE: Micros = 600_000;
-/// The pause before the next renewal, after one that granted less than half of the tokens requested.
+/// The pause before the next renewal after one that granted less than half of the tokens requested.
 const RENEWAL_PAUSE: Micros = 50_000;
 /// A rejection is remembered slightly longer than the store says, so that nodes do not call for each token:
 /// until this many tokens per node have accumulated, but at most [`REFUSAL_PAUSE_MAX`] longer.
@@ -35,8 +35,8 @@ const REFUSAL_PAUSE_MAX: Micros = 50_000;
 /// ninth request. At most the burst divided by [`LEAST_OF_BURST`]: that little may stay unused for [`IDLE`].
 const LEAST: u32 = 32;
 const LEAST_OF_BURST: u32 = 64;
-/// The tokens that a bucket gains in this time are not worth a call of their own. They are leased with the
-/// first token and not returned. As a lease lives for [`TTL`], at most one hundredth of the rate is lost.
+/// The tokens that a bucket gains in this time do not justify a separate call. They are leased with the first
+/// token and not returned. As a lease lives for [`TTL`], at most one hundredth of the rate is lost.
 const TRIFLE: Micros = TTL / 100;
 /// Maximum number of requests that wait for the answer of one call.
 pub const WAITERS_MAX: usize = 1024;
@@ -44,7 +44,8 @@ pub const WAITERS_MAX: usize = 1024;
 /// The immediate answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spend {
-    /// `call`: the lease runs low, and [`TokenLease::begin`] is due. `seq` is the argument for [`TokenLease::refund`].
+    /// `call`: the lease runs low, and [`TokenLease::begin`] is due. `seq` is the argument for
+    /// [`TokenLease::refund`].
     Allowed { remaining: u32, seq: u64, call: bool },
     /// Known from an earlier answer of the store.
     Refused { retry: Micros },
@@ -131,8 +132,8 @@ pub struct TokenLease<W> {
     size: u32,
     /// Tokens left in the shared bucket at the last answer.
     left: u32,
-    /// No call is made for a rejected request before `silent_until`. The client is told to retry at
-    /// `retry_at`.
+    /// No call is made for a rejected request before `silent_until`. The response names `retry_at` as the
+    /// time to retry.
     silent_until: Micros,
     retry_at: Micros,
     renew_from: Micros,

@@ -1,4 +1,4 @@
-//! Which limits apply to a request.
+//! The limits that apply to a request, by route and API key.
 
 use super::limit::Limit;
 use crate::config::{Identity, KeyConf, KeyLimitConf, LimitConf, LimitMode, OnRedisLoss};
@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 /// The limits of one route.
 pub struct Plan {
-    /// Those counted before the body is read come first.
+    /// Those that are counted before the body is read come first.
     pub limits: Vec<Arc<Limit>>,
-    /// How many these are.
+    /// The number of limits that are counted before the body is read.
     pub early: usize,
-    /// Field values of all limits, and of the early ones.
+    /// The values of `RateLimit-Policy` for all limits, and for the early ones.
     pub policy: Option<Bytes>,
     pub policy_early: Option<Bytes>,
 }
@@ -20,21 +20,21 @@ pub struct Plan {
 pub struct Plans {
     pub limits: Vec<Arc<Limit>>,
     pub by_route: ByRoute,
-    /// Of keys with a limit of their own, by their name.
+    /// The limits of keys that have their own, by the name of the key.
     pub own: AHashMap<String, Own>,
 }
 
 pub type ByRoute = AHashMap<String, Arc<Plan>>;
 
-/// What one key counts against.
+/// The limits of a key that has its own.
 pub struct Own {
-    /// In place of those by key; the others are everybody's.
+    /// They replace the shared limits by key. All other limits apply to every key.
     pub limits: Vec<Arc<Limit>>,
     pub by_route: ByRoute,
 }
 
 impl Plans {
-    /// Limits that stay as they are are taken over from `old`.
+    /// Reuses the unchanged limits of `old`, with their counts.
     pub fn new(conf: &[LimitConf], keys: &[KeyConf], old: Option<&Self>) -> Self {
         let limits = made(conf, old.map_or(&[], |old| &old.limits));
         let by_route = by_route(&limits);
@@ -71,7 +71,8 @@ fn by_route(limits: &[Arc<Limit>]) -> ByRoute {
     routes.map(|route| (route.clone(), Arc::new(Plan::new(route, limits)))).collect()
 }
 
-/// The limits by key with other numbers; where there are none, one on what is limited as shipped.
+/// The limits by key with the numbers of one key. If there are none, one limit on the routes of the shipped
+/// configuration.
 fn own_conf(conf: &[LimitConf], numbers: KeyLimitConf) -> Vec<LimitConf> {
     let KeyLimitConf { rate, period_s, burst } = numbers;
     let mut own: Vec<_> = conf.iter().filter(|limit| limit.identity == Identity::Key).cloned().collect();
@@ -105,7 +106,8 @@ impl Plan {
     }
 }
 
-/// The `RateLimit-Policy` of some limits (IETF draft-ietf-httpapi-ratelimit-headers). `None`: there are none.
+/// The value of `RateLimit-Policy` for some limits (IETF draft-ietf-httpapi-ratelimit-headers). `None`: no
+/// limits.
 #[expect(single_use_lifetimes, reason = "an anonymous lifetime is not stable in this position")]
 pub fn policy<'a>(limits: impl Iterator<Item = &'a Arc<Limit>>) -> Option<Bytes> {
     let quota = |limit: &Arc<Limit>| {

@@ -1,9 +1,10 @@
-//! A simulated fleet in virtual time: the leases of each node as they ship, the script of the shared store as it ships,
-//! and between them a network that loses, repeats, delays and reorders.
+//! A simulated fleet in virtual time. It runs the production lease of each node and the production script of
+//! the shared store, over a network that loses, repeats, delays and reorders messages.
 //!
-//! What is proven, for every window of admissions: admitted ≤ burst + rate × window, without slack, as all is reckoned in
-//! whole microseconds and steps. A token from a lease is admitted when the node spends it; one that was taken to be spent at
-//! once when the store took it: how long that answer is under way is no more the limiter's than the client's own network.
+//! The tests verify for every window of admissions: admitted ≤ burst + rate × window. There is no tolerance,
+//! because all amounts are whole microseconds and steps. A token from a lease is admitted when the node
+//! spends it. A token that is spent at once is admitted when the store takes it. The delay of that answer is
+//! network time, like the delay between the client and the node, and the limiter does not control it.
 
 use super::lease::{
     AfterAnswer, CallAmounts, IDLE, LeaseThresholds, Micros, RejectionPacing, Spend, TTL, TokenLease, Verdict,
@@ -20,13 +21,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 const SCRIPT: &str = include_str!("../backend/aws/redis/leases.lua");
-/// A call unanswered for so long counts as failed.
+/// A call without an answer for this long counts as failed.
 const DEADLINE: Micros = 1_000_000;
 /// The store's clock when the simulation begins: Unix time, in 2026.
 const EPOCH: Micros = 1_795_000_000_000_000;
 const SECOND: Micros = 1_000_000;
 
-/// As much of Redis as the script uses.
+/// The part of Redis that the script uses.
 #[derive(Default)]
 struct Hash {
     fields: BTreeMap<String, String>,
@@ -53,7 +54,7 @@ impl Hash {
     }
 }
 
-/// The shared store: one bucket, and the script.
+/// The shared store: the script and one bucket.
 struct Shared {
     lua: Lua,
     script: Function,
@@ -99,7 +100,7 @@ impl Shared {
         self.lua.globals().set("KEYS", vec!["bucket"]).unwrap();
         self.lua.globals().set("ARGV", words).unwrap();
         let answer: Table = self.script.call(()).unwrap();
-        // Redis cuts the fraction off, so there must be none.
+        // Redis truncates fractions, so the script must return none.
         let number = |i: i64| match answer.get::<Value>(i).unwrap() {
             Value::Integer(n) => u64::try_from(n).unwrap(),
             Value::Number(n) if n >= 0.0 && n.fract() == 0.0 => n as u64,
@@ -121,16 +122,17 @@ struct Node {
     lease: TokenLease<Micros>,
     holder: u64,
     seq: u64,
-    /// What its clock shows: true time, faster by so many millionths, and this.
+    /// The drift of its clock, in millionths.
     ppm: i64,
+    /// The offset of its clock from true time.
     offset: Micros,
-    /// Requests a second it gets now.
+    /// The current number of requests per second.
     demand: u64,
-    /// Nothing of what it sends or is sent arrives.
+    /// All messages from and to it are lost.
     is_cut_off: bool,
 }
 
-/// Chances in a thousand.
+/// Probabilities of faults, in thousandths.
 #[derive(Clone, Copy, Debug, Default)]
 struct Faults {
     lost_call: u32,
@@ -142,15 +144,15 @@ struct Faults {
     cut_off: u32,
     /// The store's clock steps back.
     step_back: u32,
-    /// An idle lease is not given back.
+    /// An idle lease is not returned.
     forgotten: u32,
-    /// More is asked for than expected to be used: what may be leased at all is the store's to say.
+    /// A node requests more tokens than it expects to use. The store must bound the grant.
     greedy: u32,
 }
 
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
-    /// `once`: no other one follows.
+    /// `once`: does not schedule another request.
     Request {
         node: usize,
         once: bool,
@@ -180,7 +182,7 @@ enum Event {
         holder: u64,
         seq: u64,
     },
-    /// Demand changes, and what else may happen now and then.
+    /// Changes demand, and injects faults of nodes and of the store's clock.
     Turn,
 }
 
@@ -199,7 +201,7 @@ struct World {
     is_quiet: bool,
     calls: Vec<LeaseCall>,
     grants: Vec<Grant>,
-    /// When a call first took effect.
+    /// The time at which a call first took effect, by holder and number.
     took_effect: HashMap<(u64, u64), Micros>,
     requests: usize,
     admitted: Vec<Micros>,
@@ -255,7 +257,7 @@ impl World {
         self.rng.random_ratio(thousandths, 1000)
     }
 
-    /// The way of a message.
+    /// The delay of a message.
     fn delay(&mut self) -> Micros {
         let late = self.faults.late;
         if self.chance(late) {
@@ -330,8 +332,8 @@ impl World {
         }
     }
 
-    /// Between storms demand of all sorts, and silence while leases grow old: then all that is left is asked for at once,
-    /// so that what was granted too much shows.
+    /// Alternates between varied demand and silence, in which leases age. After a silence all remaining
+    /// tokens are requested at once, which reveals tokens that were granted in excess.
     fn turn(&mut self) {
         let will_be_quiet = !self.is_quiet;
         let after = match will_be_quiet {
@@ -356,7 +358,7 @@ impl World {
             let Faults { crash, cut_off, .. } = self.faults;
             self.nodes[node].is_cut_off = self.chance(cut_off);
             if self.chance(crash) {
-                // What it knew is gone, and so are those who waited; its calls are still on the way.
+                // Its state and its waiters are lost; its calls are still in flight.
                 self.nodes[node].lease = TokenLease::default();
                 self.nodes[node].holder = self.rng.random();
                 self.nodes[node].seq = 0;
@@ -374,7 +376,7 @@ impl World {
         let lease = &mut self.nodes[node].lease;
         match lease.spend(clock) {
             Spend::Allowed { call, seq, .. } => {
-                // Now and then another limit refuses.
+                // Sometimes another limit rejects the request.
                 if self.rng.random_ratio(self.faults.client_gone, 1000) {
                     let (after, holder) = (self.rng.random_range(0..5000), self.nodes[node].holder);
                     self.at(after, Event::Refund { node, holder, seq });
@@ -469,10 +471,10 @@ impl World {
         }
     }
 
-    /// Every window of the admissions, `Err` with the time of the first that is too full.
+    /// Checks every window of the admissions. Returns the time of the first excess as `Err`.
     ///
-    /// That all windows hold burst + rate × window is the same as that one bucket of that size, which all of them
-    /// go into, never runs over.
+    /// One bucket with this rate and burst receives all admissions. All windows satisfy burst + rate × window
+    /// if and only if it never overflows.
     fn windows(&self) -> Result<(), Micros> {
         let (rate, cost) = self.quota.drain();
         let (mut level, mut last) = (0_u64, 0);
@@ -487,7 +489,7 @@ impl World {
     }
 }
 
-/// A fleet with everything that can go wrong.
+/// A fleet with random faults of all kinds.
 fn stormy(seed: u64, script: &str) -> World {
     let mut rng = StdRng::seed_from_u64(!seed);
     let burst = match rng.random_range(0..8) {
@@ -495,7 +497,7 @@ fn stormy(seed: u64, script: &str) -> World {
         1..=4 => rng.random_range(5..=50),
         _ => rng.random_range(50..=400),
     };
-    // An empty bucket fills in 50 ms to 5 s: the more of it in the life of a lease the more can go wrong.
+    // An empty bucket fills in 50 ms to 5 s. The more it gains during a lease, the more faults show.
     let fill_s = 10_f64.powf(rng.random_range(-1.3..0.7));
     let period_s = rng.random_range(1..=10);
     let rate = ((f64::from(burst) / fill_s * period_s as f64) as u32).max(1);
@@ -514,7 +516,7 @@ fn stormy(seed: u64, script: &str) -> World {
         forgotten: if rng.random() { 1000 } else { 0 },
     };
     let nodes = rng.random_range(1..=6);
-    // Together below the limit, so that there is plenty to lease, up to above it.
+    // The total demand ranges from below the limit, where many tokens can be leased, to above it.
     let rate_s = f64::from(burst) / fill_s;
     let demand_max = (rate_s / nodes as f64 * rng.random_range(0.1..2.0)) as u64 + 5;
     let demand_max = demand_max.min(1000);
@@ -525,7 +527,7 @@ fn stormy(seed: u64, script: &str) -> World {
 
 const FLEETS: u64 = 400;
 
-/// The seed of the first of so many fleets that exceeds its limit.
+/// The seed of the first fleet, among `fleets` seeds from `from`, that exceeds its limit.
 fn exceeding(from: u64, fleets: u64, script: &str) -> Option<u64> {
     (from..from + fleets).find(|seed| stormy(*seed, script).run(12).windows().is_err())
 }
@@ -539,9 +541,9 @@ fn quota(rate: u32, burst: u32) -> Quota {
     Quota { rate, period: Duration::from_secs(1), burst }
 }
 
-/// Nothing goes wrong here, so the fleet lets through nearly all that it may.
+/// Without faults the fleet admits at least 90 % of what the limit allows.
 #[test]
-fn a_busy_fleet_lets_through_what_it_may() {
+fn a_busy_fleet_uses_its_limit() {
     const SECONDS: u64 = 30;
     for (nodes, rate, burst) in [
         (1, 50, 3000),
@@ -559,13 +561,14 @@ fn a_busy_fleet_lets_through_what_it_may() {
         let mut world = World::new(1, nodes, quota, demand, Faults::default(), SCRIPT);
         world.run(SECONDS);
         assert_eq!(world.windows(), Ok(()));
-        // The burst comes first; then it is the rate.
+        // By then the burst is used up, and the rate applies.
         let counted = world.admitted.iter().filter(|at| **at >= 11 * SECOND).count();
         let through = world.admitted.len();
         let may = u64::from(rate) * SECONDS + u64::from(burst);
         let calls = world.calls.len();
         eprintln!(
-            "{nodes} nodes, {rate}/s burst {burst}: {through} of {may}, after 10 s {counted}, {calls} calls for {} requests",
+            "{nodes} nodes, {rate}/s burst {burst}: {through} of {may} admitted, {counted} after 10 s, \
+             {calls} calls for {} requests",
             world.requests
         );
         let may = may.min(world.requests as u64);
@@ -573,9 +576,9 @@ fn a_busy_fleet_lets_through_what_it_may() {
     }
 }
 
-/// A client that one central bucket would let through waits no longer than a lease lasts.
+/// A client that one central bucket would admit waits at most for the duration of a lease.
 #[test]
-fn small_limits_refuse_nobody_for_long() {
+fn small_limits_do_not_starve_a_client() {
     let mut refusals = 0;
     for seed in 0..100 {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -587,7 +590,7 @@ fn small_limits_refuse_nobody_for_long() {
         refusals += world.refused.len();
         let (rate, cost) = quota.drain();
         let (capacity, mut level, mut last) = (cost * u64::from(burst), 0, 0);
-        // Since when the central bucket has had a token.
+        // The time since which the central bucket has a token.
         let (mut free, mut admitted) = (SECOND, world.admitted.iter().peekable());
         for refused in &world.refused {
             while let Some(at) = admitted.next_if(|at| *at <= refused) {
@@ -598,49 +601,54 @@ fn small_limits_refuse_nobody_for_long() {
                 }
             }
             let waited = refused.saturating_sub(free);
-            assert!(waited <= TTL, "seed {seed}: refused at {refused}, although free since {free}");
+            assert!(waited <= TTL, "seed {seed}: rejected at {refused}, although free since {free}");
         }
     }
-    assert!(refusals > 10_000, "{refusals} prove little");
+    assert!(refusals > 10_000, "{refusals} rejections are too few");
 }
 
-/// What a request costs the store: measured here, so that a change for the worse is seen.
+/// Bounds the calls per request, so that a regression fails.
 #[test]
 fn a_request_costs_a_fraction_of_a_call() {
     for (what, quota, most) in [
-        ("3,000 a minute", Quota { rate: 3000, period: Duration::from_secs(60), burst: 3000 }, 0.1),
-        ("far more than is asked", quota(100_000, 100_000), 0.03),
+        ("3,000 per minute", Quota { rate: 3000, period: Duration::from_secs(60), burst: 3000 }, 0.1),
+        ("far above the demand", quota(100_000, 100_000), 0.03),
     ] {
         let mut world = World::new(1, 4, quota, 250, Faults::default(), SCRIPT);
         world.run(120);
         let calls = world.calls.len() as f64 / world.requests as f64;
         eprintln!("{what}: {calls:.4}");
-        assert!(calls <= most, "{what}: {calls} calls a request");
+        assert!(calls <= most, "{what}: {calls} calls per request");
     }
 }
 
-/// The proof proves something: each way to break the script is seen.
+/// Validates the simulation: it detects each of these defects of the script.
 #[test]
-fn a_broken_script_exceeds_it() {
-    // The seed is that of the first fleet that shows it.
+fn a_broken_script_exceeds_the_limit() {
+    // Each seed is the first whose fleet shows the defect.
     for (seed, what, right, wrong) in [
         (
             14,
-            "leases do not hold the debt up",
+            "the debt drains below the live leases",
             "math.max(live * cost, debt - (till - at) * rate)",
             "math.max(0, debt - (till - at) * rate)",
         ),
-        (1702, "expired leases are drained over", "  drain(lease.expiry)\n", ""),
+        (1702, "the debt does not drain at the expiry of a lease", "  drain(lease.expiry)\n", ""),
         (
             23,
-            "an expired lease comes back",
+            "the tokens of an expired lease return to the bucket",
             "  live = live - lease.amount\n",
             "  live = live - lease.amount debt = debt - lease.amount * cost\n",
         ),
-        (512, "an old call counts", "if mine and seq < mine.seq then return answer(0, 0, 0) end", ""),
-        (7, "a holder is believed", "held = math.min(held, had)\nback = math.min(back, had - held)", ""),
+        (512, "a late call takes effect", "if mine and seq < mine.seq then return answer(0, 0, 0) end", ""),
+        (
+            7,
+            "the amounts that a holder reports are not bounded",
+            "held = math.min(held, had)\nback = math.min(back, had - held)",
+            "",
+        ),
         (8, "a lease ends early", "at + ttl, seq", "at + ttl * 0.9, seq"),
-        (7, "the key expires before what is owed has drained", "ttl + debt / rate", "ttl"),
+        (7, "the key expires before the debt has drained", "ttl + debt / rate", "ttl"),
         (1702, "the key expires with a lease", "ttl + debt / rate", "math.max(ttl, debt / rate)"),
     ] {
         let broken = SCRIPT.replacen(right, wrong, 1);
@@ -649,9 +657,9 @@ fn a_broken_script_exceeds_it() {
     }
 }
 
-/// A node is faulty, too, if it spends what has expired.
+/// The simulation also detects a node that spends expired tokens.
 #[test]
-fn the_watch_of_a_node_may_not_be_slower_than_told() {
+fn a_clock_that_drifts_too_much_exceeds_the_limit() {
     let slow = |seed: &u64| {
         let mut world = stormy(*seed, SCRIPT);
         world.nodes.iter_mut().for_each(|node| node.ppm = -200_000);
@@ -666,18 +674,19 @@ fn call(holder: u64, seq: u64, quota: Quota, [held, back, need, want]: [u32; 4])
 }
 
 #[test]
-fn a_lease_that_cannot_grow_is_renewed_all_the_same() {
+fn a_lease_that_cannot_grow_is_renewed() {
     let (shared, quota) = (Shared::new(SCRIPT), quota(10, 20));
     assert_eq!(shared.run(EPOCH, &call(1, 1, quota, [0, 0, 0, 10])).amount, 10);
     assert_eq!(shared.run(EPOCH, &call(2, 1, quota, [0, 0, 10, 0])).taken, 10);
     let renewed = shared.run(EPOCH + 50_000, &call(1, 2, quota, [10, 0, 0, 10]));
     assert_eq!((renewed.amount, renewed.left), (10, 0));
-    // 1.04 s later, more than a lease after the first call, the ten are still the first node's.
+    // 1.04 s after the first call, which is more than the duration of a lease, the first node still holds its
+    // ten tokens.
     assert_eq!(shared.run(EPOCH + 1_040_000, &call(2, 2, quota, [0, 0, 20, 0])).taken, 10);
 }
 
 #[test]
-fn calls_that_come_again_or_late_change_nothing() {
+fn repeated_and_late_calls_change_nothing() {
     let (shared, quota) = (Shared::new(SCRIPT), quota(1, 20));
     let first = call(1, 1, quota, [0, 0, 2, 6]);
     let grant = shared.run(EPOCH, &first);
@@ -690,19 +699,19 @@ fn calls_that_come_again_or_late_change_nothing() {
 }
 
 #[test]
-fn a_changed_limit_goes_on_with_what_is_owed() {
+fn a_changed_limit_keeps_the_debt() {
     for (burst, taken, retry_us) in [(20, 14, 1), (8, 2, 1), (4, 0, 100_000)] {
         let shared = Shared::new(SCRIPT);
         assert_eq!(shared.run(EPOCH, &call(1, 1, quota(1, 10), [0, 0, 5, 0])).taken, 5);
-        // Five are owed, and a step for the rounding; whatever the new limit has beyond them is free.
+        // The debt is five tokens and one step of rounding. The rest of the new burst is free.
         let grant = shared.run(EPOCH, &call(2, 1, quota(10, burst), [0, 0, 99, 0]));
         assert_eq!((grant.taken, grant.retry_after.as_micros()), (taken, retry_us), "{burst}");
     }
 }
 
 #[test]
-fn far_numbers_stay_exact() {
-    // The largest bucket the configuration takes: 2^51 steps.
+fn large_numbers_stay_exact() {
+    // The largest bucket that the configuration accepts: 2^51 steps.
     let quota = Quota { rate: 1, period: Duration::from_secs(86_400), burst: 26_062 };
     let (shared, (_, cost)) = (Shared::new(SCRIPT), quota.drain());
     for n in 1..=26_062_u32 {

@@ -1,4 +1,4 @@
-//! What the limits of its route decided about one request.
+//! The decisions of all limits about one request, for its response.
 
 use super::count::Decisions;
 use super::limit::Limit;
@@ -9,18 +9,18 @@ use bytes::Bytes;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// Why a request is not let through.
+/// The reason why a request is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rejection {
     Limited {
-        /// At least 1.
+        /// Time until a retry may succeed, in seconds; at least 1.
         retry_after_s: u64,
     },
-    /// The count cannot be had, and the limit says that nobody is let through then.
+    /// The shared store is unavailable, and the limit is configured to reject requests then.
     Away,
 }
 
-/// What the limits of its route said of one request.
+/// The decisions of the limits about one request.
 #[derive(Default)]
 pub struct RateLimitState {
     plan: Option<Arc<Plan>>,
@@ -38,7 +38,7 @@ impl std::fmt::Debug for RateLimitState {
 }
 
 impl RateLimitState {
-    /// After the limits that need no body.
+    /// The state after the limits that need no body.
     pub fn early(plan: Arc<Plan>, early: Decisions) -> Self {
         Self { plan: Some(plan), early, late: OnceLock::new() }
     }
@@ -48,17 +48,17 @@ impl RateLimitState {
         self.plan.as_ref().filter(|plan| plan.early < plan.limits.len())
     }
 
-    /// A request has one function, so this is called once.
+    /// Adds the decisions of the limits by function. Called once, because a request has one function.
     pub fn set_late(&self, late: Decisions) {
         let _ = self.late.set(late);
     }
 
-    /// The limits that were counted, each with its decision. Empty: no limit applies to the route.
+    /// The counted limits, each with its decision. Empty if no limit applies to the route.
     pub fn decisions(&self) -> impl Iterator<Item = (&LimitConf, Decision)> {
         self.limits().map(|(limit, decision)| (&limit.conf, decision))
     }
 
-    /// The `RateLimit-Policy` of the limits that were counted. Without an allocation in the usual cases.
+    /// The value of `RateLimit-Policy` for the counted limits. Usually without an allocation.
     pub fn policy(&self) -> Option<Bytes> {
         let plan = self.plan.as_ref()?;
         match self.limits().count() {
@@ -75,7 +75,7 @@ impl RateLimitState {
     }
 }
 
-/// Whole seconds, rounded up: a client that waits as told must not be refused again.
+/// Whole seconds, rounded up. A client that waits this long must not be rejected again because of rounding.
 pub fn seconds_up(duration: Duration) -> u64 {
     duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
 }

@@ -131,7 +131,7 @@ async fn a_frozen_node_that_lost_its_id_admits_nothing_until_it_has_it_again() {
     assert_eq!(node(&heir), node(gateway), "the lease had lapsed");
     gateway.signal(Signal::SIGCONT);
     gateway.wait_for_metric(LOST, 1.0).await;
-    gateway.until_printed("Node Id Lost").await;
+    gateway.until_printed("Node id lost").await;
     eventually("/health that says so", SOON, || async {
         let health = gateway.anonymous("GET", "/health").send().await;
         let said = health.json()["checks"]["nodeId"]["status"] == "ERROR";

@@ -1,9 +1,9 @@
 //! The ports over Redis, each with its Lua scripts beside it.
 //!
-//! * [`connection`] — the connection for commands; [`subscriber`] — a connection that listens; [`beats`] — the proof
-//!   that it receives what is published
+//! * [`connection`] — the connection for commands; [`subscriber`] — a connection for subscriptions; [`beats`]
+//!   — the proof that a subscription receives publications
 //! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`] — the ports
-//! * [`probe`] — what the start checks ask of Redis
+//! * [`probe`] — the start checks of Redis
 
 pub mod beats;
 pub mod changes;

@@ -90,7 +90,8 @@ impl LocalWorker {
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) {
         if !tree::lists_children(Path::new("/proc")) {
             tracing::warn!(
-                "Memory of runs is not bounded: /proc lists no children. Use a kernel with CONFIG_PROC_CHILDREN"
+                "Memory of runs is not bounded: /proc lists no children. Use a kernel with \
+                 CONFIG_PROC_CHILDREN"
             );
         }
         let runner = &mut self.runner;

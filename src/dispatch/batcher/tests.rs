@@ -93,7 +93,7 @@ impl Journal for SetJournal {
     }
 }
 
-struct House {
+struct Fixture {
     batcher: Batcher,
     queue: Arc<ScriptedQueue>,
     journal: Arc<SetJournal>,
@@ -105,15 +105,15 @@ const CONF: BatchConf =
     BatchConf { linger_ms: 10, sends_eager: 2, sends_max: 4, queue_jobs_max: 100, send_deadline_ms: 2000 };
 
 /// Creates the loop; it ends when the handle is dropped.
-fn house(queue: Arc<ScriptedQueue>, journal: SetJournal) -> (House, impl Future<Output = ()>) {
-    house_of(CONF, queue, journal)
+fn fixture(queue: Arc<ScriptedQueue>, journal: SetJournal) -> (Fixture, impl Future<Output = ()>) {
+    fixture_of(CONF, queue, journal)
 }
 
-fn house_of(
+fn fixture_of(
     conf: BatchConf,
     queue: Arc<ScriptedQueue>,
     journal: SetJournal,
-) -> (House, impl Future<Output = ()>) {
+) -> (Fixture, impl Future<Output = ()>) {
     let metrics = Arc::new(Metrics::new(1).unwrap());
     let in_flight = Arc::new(InFlight::new(1000, 0, Arc::clone(&metrics)));
     let journal = Arc::new(journal);
@@ -128,10 +128,10 @@ fn house_of(
         shedder,
         metrics,
     );
-    (House { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
+    (Fixture { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
 }
 
-impl House {
+impl Fixture {
     fn send(&self, n: u64, function: &str, bytes: usize) -> oneshot::Receiver<Result<(), SubmitError>> {
         let function = FunctionId::parse(function).unwrap();
         let job = Job {
@@ -148,33 +148,33 @@ impl House {
 
 #[tokio::test(start_paused = true)]
 async fn an_idle_batcher_adds_no_delay_and_a_busy_one_fills_batches() {
-    let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let (fixture, run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
     let started = Instant::now();
     let work = async {
-        assert_eq!(house.send(0, "f", 1).await.unwrap(), Ok(()));
+        assert_eq!(fixture.send(0, "f", 1).await.unwrap(), Ok(()));
         assert_eq!(started.elapsed(), Duration::from_millis(8), "only the time of the queue");
-        let results: Vec<_> = (1..=40).map(|n| house.send(n, "f", 1)).collect();
+        let results: Vec<_> = (1..=40).map(|n| fixture.send(n, "f", 1)).collect();
         for result in results {
             assert_eq!(result.await.unwrap(), Ok(()));
         }
-        assert_eq!(house.queue.sizes(), [1, 10, 10, 10, 10]);
-        assert_eq!(house.queue.in_flight_most.load(Ordering::SeqCst), 4);
-        assert_eq!(house.journal.held.lock().len(), 41, "jobs stay until their rows are written");
-        drop(house);
+        assert_eq!(fixture.queue.sizes(), [1, 10, 10, 10, 10]);
+        assert_eq!(fixture.queue.in_flight_most.load(Ordering::SeqCst), 4);
+        assert_eq!(fixture.journal.held.lock().len(), 41, "jobs stay until their rows are written");
+        drop(fixture);
     };
     tokio::join!(run, work);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_batch_respects_the_size_limit() {
-    let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let (fixture, run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
     let work = async {
-        let results: Vec<_> = (0..5).map(|n| house.send(n, "f", 400)).collect();
+        let results: Vec<_> = (0..5).map(|n| fixture.send(n, "f", 400)).collect();
         for result in results {
             assert_eq!(result.await.unwrap(), Ok(()));
         }
-        assert_eq!(house.queue.sizes(), [2, 2, 1]);
-        drop(house);
+        assert_eq!(fixture.queue.sizes(), [2, 2, 1]);
+        drop(fixture);
     };
     tokio::join!(run, work);
 }
@@ -182,20 +182,20 @@ async fn a_batch_respects_the_size_limit() {
 #[tokio::test(start_paused = true)]
 async fn jobs_that_wait_past_their_deadline_fail_and_are_not_sent() {
     let conf = BatchConf { sends_eager: 1, sends_max: 1, send_deadline_ms: 12, ..CONF };
-    let (house, run) = house_of(conf, ScriptedQueue::new(false, &[]), SetJournal::default());
+    let (fixture, run) = fixture_of(conf, ScriptedQueue::new(false, &[]), SetJournal::default());
     let started = Instant::now();
     let work = async {
         // One job per call, and a call takes 8 ms.
         let results = (0..5).map(|n| {
-            let result = house.send(n, "f", 1000);
+            let result = fixture.send(n, "f", 1000);
             async move { (result.await.unwrap(), started.elapsed().as_millis()) }
         });
         let results = futures_util::future::join_all(results).await;
         let late = vec![(Err(SubmitError::Unavailable), 12); 3];
         assert_eq!(results, [vec![(Ok(()), 8), (Ok(()), 16)], late].concat());
-        assert_eq!(house.queue.sizes(), [1, 1]);
-        assert_eq!(house.in_flight.unsettled().len(), 2);
-        drop(house);
+        assert_eq!(fixture.queue.sizes(), [1, 1]);
+        assert_eq!(fixture.in_flight.unsettled().len(), 2);
+        drop(fixture);
     };
     tokio::join!(run, work);
 }
@@ -214,15 +214,15 @@ async fn failures_reach_their_callers_and_are_cleaned_up() {
             true,
         ),
     ] {
-        let (house, run) = house(ScriptedQueue::new(false, &script), SetJournal::default());
+        let (fixture, run) = fixture(ScriptedQueue::new(false, &script), SetJournal::default());
         let work = async {
             let id = JobId::new(NodeId(1), 1, 7);
-            assert_eq!(house.send(7, "f", 1).await.unwrap(), expected);
-            assert_eq!(house.in_flight.awaited(id).is_some(), kept, "{expected:?}");
+            assert_eq!(fixture.send(7, "f", 1).await.unwrap(), expected);
+            assert_eq!(fixture.in_flight.awaited(id).is_some(), kept, "{expected:?}");
             tokio::task::yield_now().await; // the caller gets its result before the journal is updated
-            house.leaves.clear().await;
-            assert_eq!(house.journal.contains(id).await.unwrap(), kept, "{expected:?}");
-            drop(house);
+            fixture.leaves.clear().await;
+            assert_eq!(fixture.journal.contains(id).await.unwrap(), kept, "{expected:?}");
+            drop(fixture);
         };
         tokio::join!(run, work);
     }
@@ -246,7 +246,7 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
             true,
         ),
     ] {
-        let (house, run) = house(ScriptedQueue::new(false, script), SetJournal::default());
+        let (fixture, run) = fixture(ScriptedQueue::new(false, script), SetJournal::default());
         let work = async {
             let id = JobId::new(NodeId(2), now_ms(), 7);
             let job = Job {
@@ -257,18 +257,18 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
                 message: "{}".into(),
             };
             match resend {
-                None => house.in_flight.enter(&job, Permits::new()).unwrap(),
-                Some(_) => drop(house.in_flight.enter_again(&job, false).unwrap()),
+                None => fixture.in_flight.enter(&job, Permits::new()).unwrap(),
+                Some(_) => drop(fixture.in_flight.enter_again(&job, false).unwrap()),
             }
-            let sending = house.batcher.send(job, resend).unwrap();
+            let sending = fixture.batcher.send(job, resend).unwrap();
             // A job that is being resent is not returned to its node meanwhile.
             if resend.is_some() {
-                assert_eq!(house.in_flight.give_back([id]), []);
+                assert_eq!(fixture.in_flight.give_back([id]), []);
             }
             assert_eq!(sending.await.unwrap(), expected, "{resend:?}");
-            house.leaves.clear().await;
-            assert_eq!(house.in_flight.is_unconfirmed(id), Some(is_unconfirmed), "{resend:?}");
-            drop(house);
+            fixture.leaves.clear().await;
+            assert_eq!(fixture.in_flight.is_unconfirmed(id), Some(is_unconfirmed), "{resend:?}");
+            drop(fixture);
         };
         tokio::join!(run, work);
     }
@@ -280,16 +280,16 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
 async fn a_job_that_is_lost_during_its_send_has_an_unknown_result() {
     let failed = Err(SendError::NotSent("throttled".into()));
     for lost_after_ms in [4, 12] {
-        let (house, run) =
-            house(ScriptedQueue::new(false, std::slice::from_ref(&failed)), SetJournal::default());
+        let (fixture, run) =
+            fixture(ScriptedQueue::new(false, std::slice::from_ref(&failed)), SetJournal::default());
         let work = async {
             let id = JobId::new(NodeId(1), 1, 7);
-            let sending = house.send(7, "f", 1);
+            let sending = fixture.send(7, "f", 1);
             tokio::time::sleep(Duration::from_millis(lost_after_ms)).await;
-            house.in_flight.settle(id, Outcome::lost(true));
-            house.in_flight.remember(id, FunctionId::parse("f").unwrap());
+            fixture.in_flight.settle(id, Outcome::lost(true));
+            fixture.in_flight.remember(id, FunctionId::parse("f").unwrap());
             assert_eq!(sending.await.unwrap(), Err(SubmitError::Unknown));
-            drop(house);
+            drop(fixture);
         };
         tokio::join!(run, work);
     }
@@ -300,20 +300,20 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
     let late = Err(SendError::Unknown("no answer in time".into()));
     // The row may be written before the retry, or while the late answer is in flight.
     for ends_after_ms in [4, 12] {
-        let (house, run) =
-            house(ScriptedQueue::new(false, &[late.clone(), late.clone()]), SetJournal::default());
+        let (fixture, run) =
+            fixture(ScriptedQueue::new(false, &[late.clone(), late.clone()]), SetJournal::default());
         let work = async {
             let id = JobId::new(NodeId(1), 1, 7);
-            let mut sent = house.send(7, "f", 1);
+            let mut sent = fixture.send(7, "f", 1);
             tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
-            house.in_flight.remove(id);
-            house.leaves.leave(&[id]);
-            house.leaves.clear().await; // as at the end of a job
+            fixture.in_flight.remove(id);
+            fixture.leaves.leave(&[id]);
+            fixture.leaves.clear().await; // as at the end of a job
             assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
-            house.leaves.clear().await;
-            assert!(!house.journal.contains(id).await.unwrap());
-            assert_eq!(house.queue.sizes(), [1]);
-            drop(house);
+            fixture.leaves.clear().await;
+            assert!(!fixture.journal.contains(id).await.unwrap());
+            assert_eq!(fixture.queue.sizes(), [1]);
+            drop(fixture);
         };
         tokio::join!(run, work);
     }
@@ -322,11 +322,11 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
 #[tokio::test(start_paused = true)]
 async fn a_job_that_cannot_enter_the_journal_is_not_sent() {
     let journal = SetJournal { broken: true, ..Default::default() };
-    let (house, run) = house(ScriptedQueue::new(false, &[]), journal);
+    let (fixture, run) = fixture(ScriptedQueue::new(false, &[]), journal);
     let work = async {
-        assert_eq!(house.send(1, "f", 1).await.unwrap(), Err(SubmitError::Unavailable));
-        assert!(house.queue.sizes().is_empty());
-        drop(house);
+        assert_eq!(fixture.send(1, "f", 1).await.unwrap(), Err(SubmitError::Unavailable));
+        assert!(fixture.queue.sizes().is_empty());
+        drop(fixture);
     };
     tokio::join!(run, work);
 }
@@ -334,13 +334,13 @@ async fn a_job_that_cannot_enter_the_journal_is_not_sent() {
 #[tokio::test(start_paused = true)]
 async fn a_fifo_queue_keeps_the_order_of_each_function() {
     let script = [Err(SendError::NotSent("x".into())), Ok(()), Err(SendError::NotSent("x".into()))];
-    let (house, run) = house(ScriptedQueue::new(true, &script), SetJournal::default());
+    let (fixture, run) = fixture(ScriptedQueue::new(true, &script), SetJournal::default());
     let work = async {
-        let results: Vec<_> = (0..60).map(|n| house.send(n, ["a", "b", "c"][n as usize % 3], 1)).collect();
+        let results: Vec<_> = (0..60).map(|n| fixture.send(n, ["a", "b", "c"][n as usize % 3], 1)).collect();
         for result in results {
             assert_eq!(result.await.unwrap(), Ok(()));
         }
-        let batches = house.queue.batches.lock().clone();
+        let batches = fixture.queue.batches.lock().clone();
         for function in ["a", "b", "c"] {
             let mut sent: Vec<u64> =
                 batches.iter().flatten().filter(|j| j.0 == function).map(|j| j.1).collect();
@@ -352,16 +352,16 @@ async fn a_fifo_queue_keeps_the_order_of_each_function() {
             assert_eq!(once.len(), 20);
             assert_eq!(sent.last(), once.last());
         }
-        drop(house);
+        drop(fixture);
     };
     tokio::join!(run, work);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_full_queue_rejects_jobs_immediately() {
-    let (house, run) = house(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let (fixture, run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
     for n in 0..100 {
-        drop(house.send(n, "f", 1));
+        drop(fixture.send(n, "f", 1));
     }
     let job = Job {
         id: JobId::new(NodeId(1), 1, 200),
@@ -370,9 +370,9 @@ async fn a_full_queue_rejects_jobs_immediately() {
         deadline: 0,
         message: "{}".into(),
     };
-    assert_eq!(house.batcher.send(job, None).err(), Some(SubmitError::Overloaded));
-    let sent = Arc::clone(&house.queue);
-    drop(house);
+    assert_eq!(fixture.batcher.send(job, None).err(), Some(SubmitError::Overloaded));
+    let sent = Arc::clone(&fixture.queue);
+    drop(fixture);
     run.await;
     assert_eq!(sent.sizes().iter().sum::<usize>(), 100, "queued jobs are sent although no caller waits");
 }

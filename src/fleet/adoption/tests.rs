@@ -1,4 +1,5 @@
-//! What counts must survive a store that loses its data at any moment: each test is one way in which it did not.
+//! The counts must survive a store that loses its data at any moment. Each test is one interleaving in which
+//! they once did not.
 
 use super::*;
 use crate::audit::{self, Stores};
@@ -18,7 +19,7 @@ use tokio::task::JoinSet;
 
 const NODE: NodeId = NodeId(1);
 
-/// What Redis has of one node. As its scripts do it.
+/// The data of one node in Redis. The methods behave like the scripts.
 #[derive(Default)]
 struct Data {
     is_whole: bool,
@@ -30,7 +31,7 @@ struct Data {
     given_up: HashMap<JobId, FunctionId>,
 }
 
-/// Redis and the tables, and what may go wrong with them.
+/// Redis and the tables, with faults that can be injected.
 #[derive(Default)]
 struct Store {
     nodes: Mutex<HashMap<NodeId, Data>>,
@@ -39,13 +40,13 @@ struct Store {
     functions: Mutex<HashMap<(FunctionId, NodeId), (u64, Sums)>>,
     rows: Mutex<HashMap<String, Execution>>,
     clock: AtomicU64,
-    /// Calls are carried out, and not answered.
+    /// These calls take effect, but their answers are lost.
     ends_unanswered: AtomicBool,
     numbers_unanswered: AtomicBool,
-    /// Calls are not carried out.
+    /// These calls fail without an effect.
     ends_fail: AtomicBool,
     rows_fail: AtomicBool,
-    /// So many parts are told until the data is lost again; 0: it is not.
+    /// The number of restored parts after which the data is lost again; 0: never.
     lost_after: AtomicUsize,
 }
 
@@ -67,7 +68,7 @@ impl Store {
         if is_lost.load(Ordering::Relaxed) { Err(unavailable()) } else { Ok(answer) }
     }
 
-    /// Invocations and errors, as the function has them.
+    /// The invocations and errors that the functions have.
     fn counted(&self) -> (i64, i64) {
         let functions = self.functions.lock();
         functions.values().fold((0, 0), |(n, e), (_, sums)| (n + sums.invocations, e + sums.errors))
@@ -340,21 +341,21 @@ impl Results for Store {
     }
 }
 
-/// A node over the store. Its membership does nothing by itself; all other loops run, in virtual time.
-struct House {
+/// A node over the store. The tests drive its membership; all other loops run, in virtual time.
+struct Fixture {
     store: Arc<Store>,
     members: Adopter,
     _loops: JoinSet<()>,
 }
 
 const LEASE: Duration = Duration::from_secs(10);
-/// Rows are written, and their jobs have left the journal.
+/// After this time rows are written, and their jobs have left the journal.
 const CLOSED: Duration = Duration::from_millis(400);
-/// What is to be posted is posted.
+/// After this time all sums are posted.
 const POSTED: Duration = Duration::from_secs(5);
 const LATER: u64 = 4_000_000_000_000;
 
-impl House {
+impl Fixture {
     async fn start(store: &Arc<Store>, node: NodeId) -> Self {
         let conf = Conf::shipped().unwrap();
         let metrics = Arc::new(Metrics::new(10).unwrap());
@@ -397,7 +398,7 @@ impl House {
         self.members.mend(self.store.as_ref(), self.members.node).await
     }
 
-    /// Everything is whole again, and posted.
+    /// Restores the journal, waits until all sums are posted, and returns the counts.
     async fn counted(&self) -> (i64, i64) {
         assert_eq!(self.mend().await, Ok(()));
         tokio::time::sleep(POSTED).await;
@@ -409,157 +410,157 @@ fn set(flag: &AtomicBool, is_set: bool) {
     flag.store(is_set, Ordering::Relaxed);
 }
 
-async fn house() -> House {
-    House::start(&Arc::default(), NODE).await
+async fn fixture() -> Fixture {
+    Fixture::start(&Arc::default(), NODE).await
 }
 
-/// This is what was seen: the round of posting that came first was told "nothing is there", and believed it.
+/// A round of posts before the restore took the empty answer of the store as complete.
 #[tokio::test(start_paused = true)]
-async fn a_round_between_the_loss_and_the_retelling_forgets_nothing() {
-    let house = house().await;
-    house.run(1).await;
-    assert_eq!(house.store.counted(), (0, 0), "not posted yet");
-    house.store.lose_all();
+async fn a_round_of_posts_between_the_loss_and_the_restore_loses_no_sums() {
+    let fixture = fixture().await;
+    fixture.run(1).await;
+    assert_eq!(fixture.store.counted(), (0, 0), "not posted yet");
+    fixture.store.lose_all();
     tokio::time::sleep(POSTED).await;
-    assert_eq!(house.counted().await, (1, 0));
+    assert_eq!(fixture.counted().await, (1, 0));
 }
 
-/// Its `end` has taken effect, and what it added is posted with what was there; then the job, which is still in the books, is told
-/// again.
+/// An `end` took effect without an answer, and its amounts were posted. Then the job, which was still in the
+/// ledger, was restored and counted again.
 #[tokio::test(start_paused = true)]
-async fn what_may_have_ended_without_an_answer_is_not_posted_before_it_is_known() {
-    let house = house().await;
-    house.run(1).await;
-    set(&house.store.ends_unanswered, true);
-    house.run(2).await;
+async fn sums_are_not_posted_while_the_outcome_of_an_end_is_unknown() {
+    let fixture = fixture().await;
+    fixture.run(1).await;
+    set(&fixture.store.ends_unanswered, true);
+    fixture.run(2).await;
     tokio::time::sleep(POSTED).await;
-    house.store.lose_all();
-    set(&house.store.ends_unanswered, false);
-    assert_eq!(house.counted().await, (2, 0));
+    fixture.store.lose_all();
+    set(&fixture.store.ends_unanswered, false);
+    assert_eq!(fixture.counted().await, (2, 0));
 }
 
-/// The sums had a number without anybody's knowledge, so the books had them twice.
+/// The answer that assigned the numbers was lost, so the ledger held the sums twice.
 #[tokio::test(start_paused = true)]
-async fn numbers_that_were_given_without_an_answer_are_not_told_beside_their_sums() {
-    let house = house().await;
-    set(&house.store.numbers_unanswered, true);
-    house.run(1).await;
+async fn sums_numbered_without_an_answer_are_restored_once() {
+    let fixture = fixture().await;
+    set(&fixture.store.numbers_unanswered, true);
+    fixture.run(1).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    house.run(2).await;
-    set(&house.store.numbers_unanswered, false);
-    while house.store.counted() == (0, 0) {
+    fixture.run(2).await;
+    set(&fixture.store.numbers_unanswered, false);
+    while fixture.store.counted() == (0, 0) {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    house.store.lose_all();
-    assert_eq!(house.counted().await, (2, 0));
+    fixture.store.lose_all();
+    assert_eq!(fixture.counted().await, (2, 0));
 }
 
-/// The jobs were told to a store that was lost before it heard of the sums; its successor was taken as whole.
+/// The store lost its data between the jobs and the sums of a restore, and was then taken as complete.
 #[tokio::test(start_paused = true)]
-async fn a_store_that_is_lost_while_it_is_told_is_told_again() {
-    let house = house().await;
-    house.run(1).await;
-    let id = house.accept(2, LATER).await;
-    house.store.lose_all();
-    house.store.lost_after.store(1, Ordering::Relaxed);
-    assert!(house.mend().await.is_err());
-    assert_eq!(house.mend().await, Ok(()));
-    house.settle(id);
-    assert_eq!(house.counted().await, (2, 0));
+async fn a_restore_that_is_interrupted_by_another_loss_is_repeated() {
+    let fixture = fixture().await;
+    fixture.run(1).await;
+    let id = fixture.accept(2, LATER).await;
+    fixture.store.lose_all();
+    fixture.store.lost_after.store(1, Ordering::Relaxed);
+    assert!(fixture.mend().await.is_err());
+    assert_eq!(fixture.mend().await, Ok(()));
+    fixture.settle(id);
+    assert_eq!(fixture.counted().await, (2, 0));
 }
 
-/// It was counted as lost; of its late result only the row knew, which is on its way, or written and still to be counted.
+/// The job was counted as lost. Only its row, queued or written but not counted yet, showed the late result.
 #[tokio::test(start_paused = true)]
-async fn a_late_result_on_its_way_changes_what_was_counted() {
+async fn a_late_result_in_flight_corrects_the_counts() {
     for is_row_written in [false, true] {
-        let house = house().await;
-        let id = house.accept(1, 1).await;
+        let fixture = fixture().await;
+        let id = fixture.accept(1, 1).await;
         tokio::time::sleep(POSTED).await;
-        assert_eq!(house.store.counted(), (1, 1), "lost");
-        let stuck = if is_row_written { &house.store.ends_fail } else { &house.store.rows_fail };
+        assert_eq!(fixture.store.counted(), (1, 1), "lost");
+        let stuck = if is_row_written { &fixture.store.ends_fail } else { &fixture.store.rows_fail };
         set(stuck, true);
-        house.settle(id);
+        fixture.settle(id);
         tokio::time::sleep(CLOSED).await;
-        house.store.lose_all();
-        assert_eq!(house.mend().await, Ok(()));
+        fixture.store.lose_all();
+        assert_eq!(fixture.mend().await, Ok(()));
         set(stuck, false);
         tokio::time::sleep(POSTED).await;
-        assert_eq!(house.counted().await, (1, 0), "the row is written: {is_row_written}");
+        assert_eq!(fixture.counted().await, (1, 0), "the row is written: {is_row_written}");
     }
 }
 
-/// A node knew of what its life before had left only that it is there, and not how much.
+/// A restarted node knew that its predecessor had left sums, but not their amounts.
 #[tokio::test(start_paused = true)]
-async fn the_next_life_knows_what_the_last_one_left() {
+async fn a_restarted_node_restores_the_sums_of_its_predecessor() {
     let store = Arc::default();
-    let first = House::start(&store, NODE).await;
+    let first = Fixture::start(&store, NODE).await;
     first.run(1).await;
     drop(first);
     assert_eq!(store.counted(), (0, 0), "not posted yet");
-    let second = House::start(&store, NODE).await;
+    let second = Fixture::start(&store, NODE).await;
     store.lose_all();
     assert_eq!(second.counted().await, (1, 0));
 }
 
-/// The new store's clock is behind: a number below the last one is one that the function has had.
+/// The clock of the new store is behind. A function ignores a number that is not above its last one.
 #[tokio::test(start_paused = true)]
-async fn numbers_grow_though_the_next_store_has_an_earlier_clock() {
-    let house = house().await;
-    house.store.clock.store(1_000_000, Ordering::Relaxed);
-    house.run(1).await;
-    assert_eq!(house.counted().await, (1, 0));
-    house.store.lose_all();
-    house.store.clock.store(1000, Ordering::Relaxed);
-    assert_eq!(house.mend().await, Ok(()));
-    house.run(2).await;
-    assert_eq!(house.counted().await, (2, 0));
+async fn numbers_grow_although_the_new_store_has_an_earlier_clock() {
+    let fixture = fixture().await;
+    fixture.store.clock.store(1_000_000, Ordering::Relaxed);
+    fixture.run(1).await;
+    assert_eq!(fixture.counted().await, (1, 0));
+    fixture.store.lose_all();
+    fixture.store.clock.store(1000, Ordering::Relaxed);
+    assert_eq!(fixture.mend().await, Ok(()));
+    fixture.run(2).await;
+    assert_eq!(fixture.counted().await, (2, 0));
 }
 
-/// Its node is gone and was forgotten together with the data, so nobody else would ever tell its journal again.
+/// The node is dead and its listing was lost with the data, so no other node would restore its journal.
 #[tokio::test(start_paused = true)]
-async fn a_job_of_a_node_that_nobody_lists_ends_all_the_same() {
-    let mut house = House::start(&Arc::default(), NodeId(2)).await;
-    let store = Arc::clone(&house.store);
+async fn a_job_of_an_unlisted_dead_node_ends() {
+    let mut fixture = Fixture::start(&Arc::default(), NodeId(2)).await;
+    let store = Arc::clone(&fixture.store);
     let id = JobId::new(NODE, 1000, 1);
     let function = FunctionId::parse("f").unwrap();
     let job = Job { id, function, deadline: LATER, idempotency_key: None, message: "{}".into() };
     store.enter(&[job]).await.unwrap();
-    house.members.adopt(store.as_ref(), NODE).await.unwrap();
-    house.members.adopted.clear();
+    fixture.members.adopt(store.as_ref(), NODE).await.unwrap();
+    fixture.members.adopted.clear();
     set(&store.ends_fail, true);
-    house.settle(id);
+    fixture.settle(id);
     tokio::time::sleep(CLOSED).await;
     store.lose_all();
     set(&store.ends_fail, false);
     for _ in 0..3 * RENEWALS {
-        house.members.renew(store.as_ref()).await.unwrap();
-        house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
+        fixture.members.renew(store.as_ref()).await.unwrap();
+        fixture.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
         tokio::time::sleep(LEASE / RENEWALS).await;
     }
-    assert_eq!(house.counted().await, (1, 0));
-    assert!(house.members.ledger.nodes().is_empty());
+    assert_eq!(fixture.counted().await, (1, 0));
+    assert!(fixture.members.ledger.nodes().is_empty());
     assert!(store.rows.lock().contains_key(&*RowId::Job(id).key()));
 }
 
-/// Its node is back and withdraws it, which nobody else hears of: a job that somebody asked for at that moment must not
-/// stay here until its deadline, and then be told as lost.
+/// The node is back and may withdraw its job without notice to other nodes. A job that had a waiter at that
+/// moment must not stay here until its deadline and then end as LOST.
 #[tokio::test(start_paused = true)]
-async fn a_job_that_somebody_waits_for_is_given_back_later() {
-    let mut house = House::start(&Arc::default(), NodeId(2)).await;
-    let store = Arc::clone(&house.store);
-    let jobs = house.members.jobs.clone();
+async fn a_job_with_a_waiter_is_given_back_later() {
+    let mut fixture = Fixture::start(&Arc::default(), NodeId(2)).await;
+    let store = Arc::clone(&fixture.store);
+    let jobs = fixture.members.jobs.clone();
     let function = FunctionId::parse("f").unwrap();
     let job = |n| {
         let id = JobId::new(NODE, 1000, n);
         Job { id, function: function.clone(), deadline: LATER, idempotency_key: None, message: "{}".into() }
     };
     store.enter(&[job(1), job(2)]).await.unwrap();
-    house.members.adopt(store.as_ref(), NODE).await.unwrap();
+    fixture.members.adopt(store.as_ref(), NODE).await.unwrap();
     let waiter = jobs.wait_for(job(1).id);
     store.relist(NODE).await.unwrap();
-    house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
+    fixture.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
     assert_eq!(jobs.ids_of_node(NODE), [job(1).id]);
     drop(waiter);
-    house.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
+    fixture.members.look_after(store.as_ref(), Vec::new()).await.unwrap();
     assert_eq!(jobs.ids_of_node(NODE), []);
 }

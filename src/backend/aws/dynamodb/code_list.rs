@@ -1,6 +1,6 @@
 //! The list of code to be deleted: items of the log table with the hash key `sweep#code`, the S3 key as range
-//! key, `ownerId` (S, the function id) and `due` (N, Unix ms). They have no TTL: an entry stays until its code
-//! is deleted.
+//! key, `ownerId` (S, the function id) and `due` (N, Unix ms). They have no TTL: an entry stays until its
+//! code is deleted.
 //!
 //! Every S3 key fits, because both kinds of key may be 1024 bytes long. All entries share one hash key, so
 //! that one query returns what is due. A few writes per change of code are far below the limit of one

@@ -2,8 +2,8 @@
 //!
 //! The subscription has its own connection and no task: [`Results::next`] drives it. It covers the pattern of
 //! this node's job ids, and one channel for each job of another node that a long poll waits for. The set of
-//! these channels ([`ForeignWaits`]) is applied by `next`. So a waiter may come and go at any time, even while
-//! Redis is down, and dropping it leaves nothing behind.
+//! these channels ([`ForeignWaits`]) is applied by `next`. So a waiter may come and go at any time, even
+//! while Redis is down, and dropping it leaves nothing behind.
 //!
 //! The `redis` crate reads ahead without a bound. The caller of `next` must therefore hand results on without
 //! pausing.
@@ -223,7 +223,7 @@ impl Results for RedisResults {
                 },
                 WatchState::Nothing => {}
             }
-            // Ends at the next look or change. The sender lives as long as this waiter is registered.
+            // Ends at the next read or change. The sender lives as long as this waiter is registered.
             let _ = timeout(LOOK_EVERY, watched.heard.changed()).await;
         }
     }
@@ -297,7 +297,7 @@ impl ForeignWaits {
         let mut inner = self.inner();
         // Bounds the changes too: each entry causes at most two.
         if inner.jobs.len() >= WATCHES_MAX || inner.changes.len() >= WATCHES_MAX {
-            return Err(BackendError::Unavailable("too many jobs of other nodes are waited for".into()));
+            return Err(BackendError::Unavailable("too many waits for jobs of other nodes".into()));
         }
         let wish = inner
             .jobs

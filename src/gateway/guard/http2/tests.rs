@@ -1,3 +1,4 @@
+use super::request::*;
 use super::*;
 
 const LIMITS: HeadLimits = HeadLimits { bytes_max: 1024, fields_max: 8 };

@@ -1,23 +1,24 @@
-//! Functions that are made, changed, tuned and deleted.
+//! Functions: upload, update, tuning, deletion.
 
 use crate::harness::http::{Answer, Request};
+use crate::harness::job::now_ms;
 use crate::harness::platform::HELLO;
 use crate::harness::upload::{Part, form, printing, stored, zipped};
+use crate::harness::worker::literal;
 use crate::harness::{Gateway, SOON, Setup, eventually, join_all, spawn};
 use serde_json::{Value, json};
-use std::time::Duration;
 
-over_both!(
-    a_life,
-    strict_changes,
-    forms_change_too,
-    bounds_of_memory,
-    one_of_many_wins,
-    conditions,
-    bad_uploads,
-    too_large,
-    pages_of_functions,
-    nothing_to_tune,
+on_both_backends!(
+    a_function_is_uploaded_run_updated_and_deleted,
+    invalid_updates_are_rejected_and_change_nothing,
+    multipart_updates_replace_code_and_fields,
+    memory_bounds_depend_on_the_runtime,
+    one_of_many_concurrent_updates_with_one_etag_succeeds,
+    conditional_requests_compare_etags,
+    invalid_uploads_are_rejected,
+    oversized_uploads_are_rejected_without_buffering,
+    functions_are_listed_in_pages,
+    auto_tuner_without_a_recommendation_is_409,
 );
 
 fn put(gateway: &Gateway, id: &str, change: &Value) -> Request {
@@ -32,22 +33,21 @@ fn printed(result: &Value) -> &str {
     result["stdout"].as_str().unwrap_or_else(|| panic!("stdout in {result}"))
 }
 
-/// Made, run, resized, given new code, deleted.
-async fn a_life(setup: Setup) {
+async fn a_function_is_uploaded_run_updated_and_deleted(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let parts = [
         Part::Field("description", "für den Test"),
         Part::Field("envVars", r#"{"WHO":"me","N":1}"#),
         Part::File("my code.zip", &printing("first-code")),
-        Part::Field("from-an-old-client", "passed over"),
+        Part::Field("from-an-old-client", "ignored"),
     ];
     let request = gateway.request("POST", "/api/upload").header("x-runtime", "python");
     let request = request.header("x-memory-mb", "256").header("x-function-name", "gr%C3%BC%C3%9Fe");
     let made = form(request, &parts).send().await.expect(200);
     let tag = made.need("etag").to_owned();
     let id = made.json()["functionId"].as_str().expect("an id").to_owned();
-    // To the byte, as the old clients know it.
+    // Old clients rely on the exact bytes.
     let success = format!("{{\"success\":true,\"functionId\":\"{id}\"}}");
     assert_eq!(made.text(), success);
 
@@ -69,7 +69,7 @@ async fn a_life(setup: Setup) {
     assert!(printed(&result).contains("first-code"), "{result}");
     assert_eq!(result["allocatedMemoryMb"], 256);
 
-    // The very next run uses what was changed.
+    // The next run uses the change.
     for memory in [512, 1024] {
         let changed = put(gateway, &id, &json!({ "memoryMb": memory })).send().await.expect(200);
         assert_ne!(changed.need("etag"), tag);
@@ -82,7 +82,7 @@ async fn a_life(setup: Setup) {
         (&shown["description"], &shown["memoryMb"], &shown["version"]),
         (&json!(""), &json!(128), &json!(4))
     );
-    assert_eq!(shown["name"], "grüße", "what is not named stays");
+    assert_eq!(shown["name"], "grüße", "members that are not named stay");
 
     eventually("the sums of three runs", SOON, || async {
         let metrics = gateway.get(&format!("/functions/{id}/metrics")).await.expect(200).json();
@@ -103,7 +103,7 @@ async fn a_life(setup: Setup) {
     platform.finish().await;
 }
 
-async fn strict_changes(setup: Setup) {
+async fn invalid_updates_are_rejected_and_change_nothing(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let before = gateway.get("/functions/hello").await.expect(200);
@@ -145,7 +145,7 @@ async fn strict_changes(setup: Setup) {
     let after = gateway.get("/functions/hello").await.expect(200);
     assert_eq!((after.need("etag"), after.json()), (before.need("etag"), before.json()));
 
-    // An unknown id is 404, and nothing is made of it.
+    // An unknown id is 404, and is not created.
     let count = async || gateway.get("/functions").await.expect(200).json().as_array().map(Vec::len);
     let functions = count().await;
     for change in [json!({ "memoryMb": 256 }), json!({ "description": "x" })] {
@@ -163,7 +163,7 @@ async fn strict_changes(setup: Setup) {
     platform.finish().await;
 }
 
-async fn forms_change_too(setup: Setup) {
+async fn multipart_updates_replace_code_and_fields(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let id = gateway.upload("old-code").await;
@@ -180,7 +180,7 @@ async fn forms_change_too(setup: Setup) {
     assert!(printed(&result).contains("new-code"), "{result}");
     assert_eq!(result["allocatedMemoryMb"], 384);
     let new_key = key().await;
-    assert_ne!(new_key, old_key, "queued jobs still find the code they name");
+    assert_ne!(new_key, old_key, "queued jobs still find their code");
 
     let both = [Part::Field("memory", "320"), Part::Field("memoryMb", "320")];
     form(request(), &both).send().await.expect(200);
@@ -210,13 +210,14 @@ async fn forms_change_too(setup: Setup) {
     if platform.is_serve() {
         let mut expected = [old_key, new_key];
         expected.sort();
-        assert_eq!(platform.stored_code(&id).await, expected, "what was refused was not stored");
+        assert_eq!(platform.stored_code(&id).await, expected, "rejected code is not stored");
     }
     platform.finish().await;
 }
 
-/// The workers' advice starts at 32 MiB, and clients send it back as it is; a new function starts at 128.
-async fn bounds_of_memory(setup: Setup) {
+/// Recommendations of workers start at 32 MiB, and clients send them unchanged. New functions have 128 MiB or
+/// more.
+async fn memory_bounds_depend_on_the_runtime(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     for (runtime, file, most) in [
@@ -257,8 +258,7 @@ async fn bounds_of_memory(setup: Setup) {
     platform.finish().await;
 }
 
-/// Of many changes with one tag, one goes through.
-async fn one_of_many_wins(setup: Setup) {
+async fn one_of_many_concurrent_updates_with_one_etag_succeeds(setup: Setup) {
     const COUNT: u64 = 10;
     let platform = setup.start().await;
     let gateway = &platform.gateway;
@@ -279,7 +279,7 @@ async fn one_of_many_wins(setup: Setup) {
         assert_eq!(function.need("etag"), winner.need("etag"));
         assert_eq!(function.json()["version"], 1 + round);
     }
-    // Without a condition each goes through, one after the other.
+    // Without a condition all succeed, one after the other.
     let changes = (0..40).map(|n| {
         let request = put(gateway, &id, &json!({ "description": format!("all-{n}") }));
         spawn(async move { request.send().await.status })
@@ -290,7 +290,7 @@ async fn one_of_many_wins(setup: Setup) {
     platform.finish().await;
 }
 
-async fn conditions(setup: Setup) {
+async fn conditional_requests_compare_etags(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let id = gateway.upload("x").await;
@@ -321,7 +321,7 @@ async fn conditions(setup: Setup) {
     platform.finish().await;
 }
 
-async fn bad_uploads(setup: Setup) {
+async fn invalid_uploads_are_rejected(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let functions = gateway.get("/functions").await.expect(200).json();
@@ -365,46 +365,46 @@ async fn bad_uploads(setup: Setup) {
         upload().body(mime, good.clone()).send().await.expect_problem(415);
     }
     gateway.anonymous("POST", "/upload").body("application/zip", "x").send().await.expect_problem(401);
-    assert_eq!(gateway.get("/functions").await.expect(200).json(), functions, "nothing was made");
+    assert_eq!(gateway.get("/functions").await.expect(200).json(), functions, "no function was created");
     platform.finish().await;
 }
 
-async fn too_large(setup: Setup) {
+async fn oversized_uploads_are_rejected_without_buffering(setup: Setup) {
     const CAP: usize = 50 << 20;
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     gateway.upload("a first one").await;
     let before = gateway.peak_memory();
-    // Declared: refused before it is read.
+    // A declared length is rejected before the body is read.
     let head = gateway.request("POST", "/upload").header("content-type", "multipart/form-data; boundary=x");
     let declared = head.header("content-length", &(CAP + (1 << 20)).to_string());
     declared.send().await.expect_problem(413);
-    // The file alone is too long, the form is not.
+    // The file is too long, the form is not.
     let parts = [Part::File("x.zip", &vec![0; CAP + 1])];
     form(gateway.request("POST", "/upload"), &parts).send().await.expect_problem(413);
-    // As long as may be: read to its end, and no zip.
+    // The maximum length: read to the end, but not a zip.
     let parts = [Part::File("x.zip", &vec![0; CAP])];
     let refused = form(gateway.request("POST", "/upload"), &parts).send().await.expect_problem(400);
     assert_eq!(refused.json()["code"], "bad_archive");
-    // Good code that is large: to the store as well.
+    // A large valid archive is stored, too.
     let noise: Vec<u8> = (0..40_u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     let zip = stored(&[("main.py", b"print('large')"), ("noise", &noise)]);
     assert!(zip.len() > 40 << 20);
     form(gateway.request("POST", "/upload"), &[Part::File("x.zip", &zip)]).send().await.expect(200);
     let grown = gateway.peak_memory().saturating_sub(before);
-    assert!(grown < 24 << 20, "no file is held in memory: {grown}");
+    assert!(grown < 24 << 20, "no file is buffered in memory: {grown}");
     gateway.get("/livez").await.expect(200);
     platform.finish().await;
 }
 
-async fn pages_of_functions(setup: Setup) {
+async fn functions_are_listed_in_pages(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     for n in 0..4 {
         gateway.upload(&n.to_string()).await;
     }
     let whole = gateway.get("/functions").await.expect(200);
-    assert!(whole.header("link").is_none(), "the old clients get all at once");
+    assert!(whole.header("link").is_none(), "old clients get all functions at once");
     let whole: Vec<Value> = serde_json::from_slice(whole.body()).expect("an array");
     assert!(whole.len() >= 5, "{whole:?}");
     for limit in [1, 2, 3, whole.len(), 1000, 5000] {
@@ -434,7 +434,7 @@ async fn pages_of_functions(setup: Setup) {
     platform.finish().await;
 }
 
-/// Where the next page is, as the `Link` says.
+/// The target of the `Link` to the next page.
 pub fn next_of(page: &Answer) -> Option<String> {
     let link = page.header("link")?;
     let (target, rel) = link.strip_prefix('<').and_then(|l| l.split_once('>')).expect("a link");
@@ -442,7 +442,7 @@ pub fn next_of(page: &Answer) -> Option<String> {
     Some(target.to_owned())
 }
 
-async fn nothing_to_tune(setup: Setup) {
+async fn auto_tuner_without_a_recommendation_is_409(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let tuner = gateway.get("/functions/hello/auto-tuner").await.expect(200).json();
@@ -459,17 +459,16 @@ async fn nothing_to_tune(setup: Setup) {
     platform.finish().await;
 }
 
-/// The worker's advice, seen and applied through another node than the one that heard it.
+/// The recommendation is shown and applied by another node than the one that received it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn advice_is_applied_by_any_node() {
+async fn any_node_applies_a_recommendation() {
     let platform = Setup::serve().start().await;
     let (here, there) = (&platform.gateway, platform.fleet().start_gateway().await);
-    let advise = async |result: Value| {
-        let input = json!({ "behave": "literal", "base64": base64(&result.to_string()) });
-        here.run(HELLO, &input).send().await.expect(200);
+    let recommend = async |result: Value| {
+        here.run(HELLO, &literal(&result.to_string())).send().await.expect(200);
     };
     let shown = async |wanted: u64| {
-        eventually("the advice", SOON, || async {
+        eventually("the recommendation", SOON, || async {
             let tuner = there.get("/functions/hello/auto-tuner").await.expect(200).json();
             if tuner["recommendedMemoryMb"] == wanted { Ok(tuner) } else { Err(tuner.to_string()) }
         })
@@ -479,7 +478,7 @@ async fn advice_is_applied_by_any_node() {
         json!({ "status": "SUCCESS", "exitCode": 0, "recommendedMemoryMb": mb, "optimizationTip": "less",
             "estimatedSavings": "30%" })
     };
-    advise(result(320)).await;
+    recommend(result(320)).await;
     let tuner = shown(320).await;
     assert_eq!((&tuner["memoryMb"], &tuner["optimizationTip"]), (&json!(256), &json!("less")));
     assert_eq!(tuner["estimatedSavings"], "30%");
@@ -489,19 +488,20 @@ async fn advice_is_applied_by_any_node() {
     let applied = apply.clone().header("if-match", &tag).send().await.expect(200);
     assert_ne!(applied.need("etag"), tag);
     assert_eq!(there.run(HELLO, &json!(1)).send().await.expect(200).json()["allocatedMemoryMb"], 320);
-    // Once more changes nothing.
+    // Applying it again changes nothing.
     let again = apply.clone().send().await.expect(200);
     assert_eq!(again.need("etag"), applied.need("etag"));
-    // The other node uses it within a second.
-    eventually("the change on the other node", Duration::from_secs(3), || async {
+    // The change is announced. Without that the other node would read again after
+    // `cache.function_backstop_s`, 300 s.
+    eventually("the change on the other node", SOON, || async {
         let result = here.run(HELLO, &json!(1)).send().await.expect(200).json();
         if result["allocatedMemoryMb"] == 320 { Ok(()) } else { Err(result.to_string()) }
     })
     .await;
-    // Advice out of bounds is brought into them.
-    for (advised, applied) in [(1, 32), (40, 40), (99_999, 10_240)] {
-        advise(result(advised)).await;
-        shown(advised).await;
+    // A recommendation out of bounds is clamped.
+    for (recommended, applied) in [(1, 32), (40, 40), (99_999, 10_240)] {
+        recommend(result(recommended)).await;
+        shown(recommended).await;
         apply.send().await.expect(200);
         assert_eq!(there.get("/functions/hello").await.expect(200).json()["memoryMb"], applied);
     }
@@ -509,23 +509,24 @@ async fn advice_is_applied_by_any_node() {
     platform.finish().await;
 }
 
-/// Every change leaves a row that says who and what, and none of them is an execution. Old code stays, and stands on
-/// the list of what is to be deleted later.
+/// Each change leaves a row with author and content that is not listed as an execution. Old code is kept, and
+/// listed for deletion.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn changes_leave_records_and_old_code() {
+async fn changes_are_recorded_and_old_code_is_listed_for_deletion() {
     let platform = Setup::serve().start().await;
     let gateway = &platform.gateway;
     let cloud = &platform.fleet().cloud;
     let parts = [Part::Field("envVars", r#"{"TOKEN":"hunter2"}"#), Part::File("code.zip", &printing("one"))];
     let made = form(gateway.request("POST", "/upload"), &parts).send().await.expect(200).json();
     let id = made["functionId"].as_str().expect("an id").to_owned();
+    let begun_ms = now_ms();
     let s3_key = async || cloud.function_item(&id).await["s3Key"]["S"].as_str().expect("a key").to_owned();
     let first = s3_key().await;
     put(gateway, &id, &json!({ "memoryMb": 512 })).send().await.expect(200);
     let replace = gateway.request("PUT", &format!("/functions/{id}"));
     form(replace, &[Part::File("code.zip", &printing("two"))]).send().await.expect(200);
     let second = s3_key().await;
-    // A refused change leaves no record.
+    // A rejected change leaves no record.
     put(gateway, &id, &json!({ "memoryMb": 1 })).send().await.expect(400);
     put(gateway, &id, &json!({ "memoryMb": 256 })).header("if-match", "\"x\"").send().await.expect(412);
     gateway.request("DELETE", &format!("/functions/{id}")).send().await.expect(200);
@@ -554,16 +555,10 @@ async fn changes_leave_records_and_old_code() {
     assert_eq!(listed, expected);
     let hour_ms = 3_600_000;
     for row in &list {
-        // The queue keeps a message for an hour here, and an hour is added.
+        // The queue keeps messages for an hour here, and an hour is added.
         let due: u64 = row["due"]["N"].as_str().and_then(|due| due.parse().ok()).expect("a time");
-        let now = crate::harness::job::now_ms();
-        assert!((now + 2 * hour_ms - 60_000..=now + 2 * hour_ms).contains(&due), "{due}");
+        assert!((begun_ms + 2 * hour_ms..=now_ms() + 2 * hour_ms).contains(&due), "{due}");
     }
     assert_eq!(platform.stored_code(&id).await, expected);
     platform.finish().await;
-}
-
-fn base64(text: &str) -> String {
-    use base64::Engine;
-    base64::engine::general_purpose::STANDARD.encode(text)
 }

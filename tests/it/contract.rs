@@ -1,20 +1,24 @@
-//! The whole interface, one table: what each route answers to good calls and to bad ones. And nothing stands in the
-//! description of the interface that no call here brings about.
+//! One table of the whole API: the answers of each route to valid and invalid calls. Every answer in the
+//! OpenAPI document is produced by a call here.
 
+use crate::harness::conf_lines::key_lines;
 use crate::harness::gateway::Conf;
 use crate::harness::http::Request;
-use crate::harness::keys::key_lines;
 use crate::harness::platform::HELLO;
 use crate::harness::upload::{Part, form, printing};
 use crate::harness::{Gateway, Setup};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
-over_both!(every_route, bad_calls, methods_and_heads);
+on_both_backends!(
+    every_described_answer_is_produced,
+    invalid_calls_are_rejected_as_problems,
+    other_methods_are_405_and_head_matches_get,
+);
 
-/// May read the metrics and nothing else.
+/// A key with the scope `metrics` only.
 const NARROW_KEY: &str = "narrow-key-for-metrics-alone";
-/// Statuses that need a fault or a storm; tests of their own bring them about.
+/// Statuses that need a fault or load. Other tests produce them.
 const ELSEWHERE: [u16; 3] = [408, 429, 503];
 
 /// One call: (path pattern, request, status, code of the problem if it is one).
@@ -22,7 +26,7 @@ type Case = (&'static str, Request, u16, &'static str);
 
 struct Table<'a> {
     gateway: &'a Gateway,
-    /// A function that may be changed.
+    /// The id of a function, for `{id}`.
     id: String,
     tag: String,
     job: String,
@@ -115,7 +119,7 @@ impl Table<'_> {
         ]
     }
 
-    fn looking_back(&self) -> Vec<Case> {
+    fn logs_and_metrics(&self) -> Vec<Case> {
         let (logs, log) = ("/functions/{id}/logs", "/functions/{id}/logs/{requestId}");
         let (metrics, tuner) = ("/functions/{id}/metrics", "/functions/{id}/auto-tuner");
         let apply = "/functions/{id}/auto-tuner/apply";
@@ -172,7 +176,7 @@ impl Table<'_> {
     }
 }
 
-async fn every_route(setup: Setup) {
+async fn every_described_answer_is_produced(setup: Setup) {
     let keys = key_lines("narrow", NARROW_KEY, &["metrics"]);
     let platform = setup.conf(Conf { keys, ..Conf::default() }).start().await;
     let gateway = &platform.gateway;
@@ -180,40 +184,39 @@ async fn every_route(setup: Setup) {
     let tag = gateway.get(&format!("/functions/{id}")).await.expect(200).need("etag").to_owned();
     let job = gateway.run_async(HELLO, &json!(1)).await;
     gateway.result_of(&job).await;
-    gateway.idle().await;
+    gateway.wait_until_idle().await;
     let table = Table { gateway, id, tag, job };
     let mut cases = table.runs_and_results();
     cases.extend(table.functions());
-    cases.extend(table.looking_back());
+    cases.extend(table.logs_and_metrics());
     cases.extend(table.workers_and_system());
-    // What ends its function, and what has none then.
+    // The deletion of the function.
     cases.push(("/functions/{id}", table.call("DELETE", "/functions/{id}"), 200, ""));
-    // No row of the table counts on another, so what one of them does by recommending is done last.
     let mut seen: BTreeSet<(String, String, u16)> = BTreeSet::new();
     for (pattern, request, status, code) in cases {
         let answer = request.send().await;
-        let told = format!("{} {pattern}", request.method());
-        assert_eq!(answer.status, status, "{told}: {}", answer.text());
+        let label = format!("{} {pattern}", request.method());
+        assert_eq!(answer.status, status, "{label}: {}", answer.text());
         if !code.is_empty() {
-            assert_eq!(answer.expect_problem(status).json()["code"], code, "{told}");
+            assert_eq!(answer.expect_problem(status).json()["code"], code, "{label}");
         }
         seen.insert((pattern.to_owned(), request.method().to_lowercase(), status));
         if status == 401 {
-            // A key that may do nothing here.
+            // A key without the scope.
             let answer = request.clone().header("x-api-key", NARROW_KEY).send().await.expect_problem(403);
-            assert_eq!(answer.json()["code"], "forbidden", "{told}");
+            assert_eq!(answer.json()["code"], "forbidden", "{label}");
             seen.insert((pattern.to_owned(), request.method().to_lowercase(), 403));
         }
     }
-    // Where the configuration says so: see `keys`.
+    // With `metrics_need_key`; see `keys`.
     seen.extend([401, 403].map(|status| ("/metrics".to_owned(), "get".to_owned(), status)));
-    // `dev` has no worker that recommends, so there is nothing to apply.
+    // The workers here recommend nothing; see `changes`.
     seen.insert(("/functions/{id}/auto-tuner/apply".into(), "post".into(), 200));
     let described = statuses_of(&gateway.get("/openapi.json").await.expect(200).json());
     let unseen: Vec<_> = described.difference(&seen).filter(|case| !ELSEWHERE.contains(&case.2)).collect();
-    assert!(unseen.is_empty(), "described, but brought about by no call here: {unseen:#?}");
+    assert!(unseen.is_empty(), "described, but not produced: {unseen:#?}");
     let undescribed: Vec<_> = seen.difference(&described).collect();
-    assert!(undescribed.is_empty(), "brought about, but not described: {undescribed:#?}");
+    assert!(undescribed.is_empty(), "produced, but not described: {undescribed:#?}");
     platform.finish().await;
 }
 
@@ -232,8 +235,8 @@ fn statuses_of(document: &Value) -> BTreeSet<(String, String, u16)> {
     statuses
 }
 
-/// What no client should send: each gets a clear refusal, and the server goes on.
-async fn bad_calls(setup: Setup) {
+/// Each invalid call is rejected with a short problem, and the server keeps running.
+async fn invalid_calls_are_rejected_as_problems(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let deep = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
@@ -261,7 +264,8 @@ async fn bad_calls(setup: Setup) {
         (r#"{"functionId":"a/b","workerId":"","memoryMb":0}"#.into(), 400),
         (
             format!(
-                "{{\"functionId\":\"hello\",\"inputData\":{0},\"activeJobs\":{0},\"workerId\":\"w\",\"memoryMb\":{0}}}",
+                "{{\"functionId\":\"hello\",\"inputData\":{0},\"activeJobs\":{0},\"workerId\":\"w\",\
+                 \"memoryMb\":{0}}}",
                 "9".repeat(10 << 20)
             ),
             413,
@@ -271,13 +275,13 @@ async fn bad_calls(setup: Setup) {
     for (method, target) in [("POST", "/run"), ("POST", "/worker/heartbeat"), ("PUT", "/functions/hello")] {
         for (body, status) in &bodies {
             let answer = gateway.request(method, target).body("application/json", body.clone()).send().await;
-            let told = format!("{target} {body:.60}");
-            // A smaller cap may refuse as too large what a larger one reads.
+            let label = format!("{target} {body:.60}");
+            // A route with a smaller cap answers 413 where another one reads the body.
             let fits = answer.status == *status || (answer.status == 413 && body.len() > 16_000);
-            assert!(fits, "{told}: {} {}", answer.status, answer.text());
+            assert!(fits, "{label}: {} {}", answer.status, answer.text());
             let status = answer.status;
             let problem = answer.expect_problem(status).json();
-            assert!(problem["detail"].as_str().is_some_and(|d| d.len() < 500), "{told}: {problem}");
+            assert!(problem["detail"].as_str().is_some_and(|d| d.len() < 500), "{label}: {problem}");
         }
         for mime in ["text/plain", "application/xml", "application/x-www-form-urlencoded", "json", "*/*"] {
             gateway.request(method, target).body(mime, "{}").send().await.expect_problem(415);
@@ -310,13 +314,13 @@ async fn bad_calls(setup: Setup) {
             }
         }
     }
-    // The escapes of a good id are the id.
+    // Escapes in an id are decoded.
     gateway.get("/functions/%68ello").await.expect(200);
     gateway.get("/livez").await.expect(200);
     platform.finish().await;
 }
 
-async fn methods_and_heads(setup: Setup) {
+async fn other_methods_are_405_and_head_matches_get(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     for (target, allowed) in [

@@ -1,35 +1,37 @@
-//! Two processes and one node id: a `STATE_DIR` that was copied. Each accepted run has its row, whichever of
-//! them dies.
+//! Two processes on copies of one `STATE_DIR`, so with one node id. Each accepted run has its row, whichever
+//! process dies.
 
 use crate::harness::gateway::Conf;
 use crate::harness::platform::HELLO;
 use crate::harness::process::Scratch;
 use crate::harness::redis::Reply;
-use crate::harness::{Gateway, Platform, SOON, Setup, eventually};
+use crate::harness::{Gateway, Platform, SOON, Setup, eventually, pause};
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-/// Of the nodes in these tests.
-const LEASE_S: u64 = 3;
-/// By then every job is given up, whoever looks after it.
+/// Long enough that a busy machine does not keep a live node from renewing its lease.
+const LEASE_S: u64 = 10;
+/// The start-up deadline: longer than a start waits for a lease to expire.
+const START_S: u64 = 60;
+/// Deadline for the rows: by then every job has passed its own deadline.
 const SETTLED: Duration = Duration::from_secs(90);
 
 const LOST: &str = "infra_node_id_lost";
 
-async fn start(state: &Scratch, lease_s: u64) -> Platform {
+async fn start(state: &Scratch, lease_s: u64, start_s: u64) -> Platform {
     let conf = Conf {
-        server: format!("[fleet]\nlease_s = {lease_s}\n"),
+        server: format!("[fleet]\nlease_s = {lease_s}\n[start]\ndeadline_s = {start_s}\n"),
         limits: "limit = []\n[waits]\njob_deadline_s = 6\n[batch]\nsend_deadline_ms = 1000\n".into(),
         ..Conf::default()
     };
     Setup::serve().no_worker().conf(conf).env("STATE_DIR", &state.path().display().to_string()).start().await
 }
 
-/// As an operator copies it.
+/// A copy as made by an operator.
 fn copied(state: &Scratch) -> Scratch {
     let copy = Scratch::new("copy");
     let from = format!("{}/.", state.path().display());
@@ -55,9 +57,9 @@ async fn accept(gateway: &Gateway, count: usize, ids: &mut BTreeSet<String>) {
     }
 }
 
-/// Each of them has one row, and nobody else has.
-async fn have_rows(platform: &Platform, ids: &BTreeSet<String>) {
-    eventually("a row for each accepted run", SETTLED, || async {
+/// Waits until each job has one row, and there are no other rows.
+async fn have_rows(platform: &Platform, ids: &BTreeSet<String>, deadline: Duration) {
+    eventually("a row for each accepted run", deadline, || async {
         let rows = platform.fleet().cloud.log_rows(HELLO).await;
         let of: BTreeSet<String> =
             rows.iter().map(|row| row["requestId"]["S"].as_str().expect("an id").to_owned()).collect();
@@ -73,31 +75,31 @@ async fn have_rows(platform: &Platform, ids: &BTreeSet<String>) {
 
 async fn kill(gateway: &Gateway) {
     gateway.signal(Signal::SIGKILL);
-    gateway.ended(SOON).await;
+    gateway.wait_for_exit(SOON).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_copy_of_a_live_node_takes_an_id_of_its_own() {
+async fn a_copy_of_a_live_node_takes_another_id() {
     let state = Scratch::new("state");
-    let platform = start(&state, LEASE_S).await;
+    let platform = start(&state, LEASE_S, START_S).await;
     let mut ids = BTreeSet::new();
     accept(&platform.gateway, 3, &mut ids).await;
     let copy = copied(&state);
     let other = start_on(&platform, &copy).await;
     assert_ne!(node(&other), node(&platform.gateway));
-    other.until_printed("Node Id In Use").await;
+    other.wait_for_output("Node id is in use").await;
     accept(&platform.gateway, 3, &mut ids).await;
     accept(&other, 3, &mut ids).await;
-    assert_eq!(platform.gateway.metric(LOST).await, Some(0.0), "the one that was first is left alone");
+    assert_eq!(platform.gateway.metric(LOST).await, Some(0.0), "the first process keeps its id");
     kill(&platform.gateway).await;
-    have_rows(&platform, &ids).await;
+    have_rows(&platform, &ids, SETTLED).await;
     other.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_two_copies_of_a_dead_node_one_has_its_id() {
+async fn one_of_two_copies_of_a_dead_node_takes_its_id() {
     let state = Scratch::new("state");
-    let platform = start(&state, LEASE_S).await;
+    let platform = start(&state, LEASE_S, START_S).await;
     let mut ids = BTreeSet::new();
     accept(&platform.gateway, 3, &mut ids).await;
     let dead = node(&platform.gateway);
@@ -106,38 +108,34 @@ async fn of_two_copies_of_a_dead_node_one_has_its_id() {
     let (one, two) = tokio::join!(start_on(&platform, &one), start_on(&platform, &two));
     assert_ne!(node(&one), node(&two));
     let (heir, other) = if node(&one) == dead { (one, two) } else { (two, one) };
-    assert_eq!(node(&heir), dead, "its lease had lapsed");
+    assert_eq!(node(&heir), dead, "its lease has expired");
     for gateway in [&heir, &other] {
-        gateway.until_printed("Node Id Held By Another Process").await;
+        gateway.wait_for_output("Node id is held by another process").await;
         accept(gateway, 2, &mut ids).await;
     }
     kill(&heir).await;
-    have_rows(&platform, &ids).await;
+    have_rows(&platform, &ids, SETTLED).await;
     other.finish().await;
 }
 
-/// A copy that is started while the original is frozen has its id. The original must not admit under it any
-/// more.
+/// A copy that starts while the original is frozen takes over the id. The original must not admit jobs under
+/// it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_node_that_lost_its_id_admits_nothing_until_it_has_it_again() {
+async fn a_node_that_lost_its_id_admits_nothing_until_it_regains_it() {
     let state = Scratch::new("state");
-    let platform = start(&state, LEASE_S).await;
+    let platform = start(&state, LEASE_S, START_S).await;
     let gateway = &platform.gateway;
     let mut ids = BTreeSet::new();
     accept(gateway, 2, &mut ids).await;
     gateway.signal(Signal::SIGSTOP);
     let copy = copied(&state);
     let heir = start_on(&platform, &copy).await;
-    assert_eq!(node(&heir), node(gateway), "the lease had lapsed");
+    assert_eq!(node(&heir), node(gateway), "the lease has expired");
     gateway.signal(Signal::SIGCONT);
     gateway.wait_for_metric(LOST, 1.0).await;
-    gateway.until_printed("Node id lost").await;
-    eventually("/health that says so", SOON, || async {
-        let health = gateway.anonymous("GET", "/health").send().await;
-        let said = health.json()["checks"]["nodeId"]["status"] == "ERROR";
-        if health.status == 503 && said { Ok(()) } else { Err(health.text()) }
-    })
-    .await;
+    gateway.wait_for_output("Node id lost").await;
+    let is_lost = |status, health: &Value| status == 503 && health["checks"]["nodeId"]["status"] == "ERROR";
+    gateway.wait_for_health("the node id is lost", is_lost).await;
     gateway.anonymous("GET", "/readyz").send().await.expect(503);
     for is_async in ["true", "false"] {
         let refused = gateway.run(HELLO, &json!(1)).header("x-async", is_async).send().await.expect(503);
@@ -148,22 +146,23 @@ async fn a_frozen_node_that_lost_its_id_admits_nothing_until_it_has_it_again() {
     kill(&heir).await;
 
     gateway.wait_for_metric(LOST, 0.0).await;
-    // It has its id again, and admits once its journal is known to be whole.
-    eventually("a node that admits", SOON, || async {
+    // It has regained its id, and admits jobs when its journal is complete.
+    eventually("a ready node", SOON, || async {
         let ready = gateway.anonymous("GET", "/readyz").send().await;
         if ready.status == 200 { Ok(()) } else { Err(ready.text()) }
     })
     .await;
     accept(gateway, 1, &mut ids).await;
-    have_rows(&platform, &ids).await;
+    have_rows(&platform, &ids, SETTLED).await;
     platform.finish().await;
 }
 
-/// The lease of the dead process has an hour to go: only one that must not wait for it has the same id.
+/// The lease of the killed process expires in an hour. A restart keeps the id only if it need not wait for
+/// that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restart_in_its_own_directory_does_not_wait() {
+async fn a_restart_in_the_same_directory_keeps_the_id() {
     let state = Scratch::new("state");
-    let platform = start(&state, 3600).await;
+    let platform = start(&state, 3600, LEASE_S).await;
     let mut ids = BTreeSet::new();
     let before = node(&platform.gateway);
     for _ in 0..3 {
@@ -174,46 +173,50 @@ async fn a_restart_in_its_own_directory_does_not_wait() {
         platform = platform.kill_and_restart(async |_| {}).await;
         assert_eq!(node(&platform.gateway), before);
         assert!(
-            !platform.gateway.output().contains("Node Id Held"),
+            !platform.gateway.output().contains("Node id is held"),
             "{}",
             platform.gateway.output().tail(20)
         );
     }
-    have_rows(&platform, &ids).await;
+    have_rows(&platform, &ids, SETTLED).await;
 
-    // Without that word nothing proves that the process before is gone.
-    platform.gateway.idle().await;
-    std::fs::remove_file(state.path().join(&before).join("holder")).expect("it was left");
+    // Without the file nothing proves that the last process is gone.
+    platform.gateway.wait_until_idle().await;
+    std::fs::remove_file(state.path().join(&before).join("holder")).expect("the last process has written it");
     platform = platform.kill_and_restart(async |_| {}).await;
     assert_ne!(node(&platform.gateway), before);
-    platform.gateway.until_printed("Node Id Not Free").await;
+    platform.gateway.wait_for_output("The lease of a node id did not expire").await;
     platform.finish().await;
 }
 
-/// What the holder of an id does when another process has tried to renew its lease.
+/// The holder of an id reads its journal again when another process has tried to renew its lease.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn jobs_that_another_process_left_under_this_id_are_taken_over() {
+async fn jobs_of_another_process_with_this_id_are_taken_over() {
     let state = Scratch::new("state");
-    let platform = start(&state, LEASE_S).await;
+    // Every process reads its journal again when it has held its lease for this long. The mark makes it read
+    // earlier.
+    const LASTS_S: u64 = 60;
+    let platform = start(&state, LASTS_S, START_S).await;
     let (gateway, fleet) = (&platform.gateway, platform.fleet());
     let mut ids = BTreeSet::new();
     accept(gateway, 1, &mut ids).await;
     let id = ids.first().expect("one").clone();
-    // One that differs in its last digits, entered by nobody whom this process knows.
+    // A job with other last digits, which this process has not entered.
     let stranger = format!("{}{:04x}", &id[..32], u16::from_str_radix(&id[32..], 16).expect("hex") ^ 1);
     fleet.redis.order(&format!("HSET inflight:{{{}}} {stranger} 1:{HELLO}", node(gateway))).await;
     let mark = format!("nodes:{{{}}}:contested:{}", fleet.cloud.logs_table, node(gateway));
-    fleet.redis.order(&format!("SET {mark} 1 PX 2000")).await;
+    fleet.redis.order(&format!("SET {mark} 1 EX {LASTS_S}")).await;
     ids.insert(stranger);
-    have_rows(&platform, &ids).await;
+    have_rows(&platform, &ids, Duration::from_secs(LASTS_S - 15)).await;
     platform.finish().await;
 }
 
-/// Nodes of an earlier version renew their lease without a token. Their ids, too, are left alone while they
-/// live, and taken over when they are gone.
+/// Nodes of an earlier version renew their leases without a token. Their ids, too, are taken over only when
+/// they are dead.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_of_an_earlier_version_is_told_from_a_dead_one() {
-    let platform = start(&Scratch::new("state"), LEASE_S).await;
+async fn ids_without_a_token_are_taken_over_only_without_renewals() {
+    // A process without a token counts as dead when it has not renewed for three tenths of its lease: 12 s.
+    let platform = start(&Scratch::new("state"), 40, START_S).await;
     let redis = &platform.fleet().redis;
     let nodes = format!("nodes:{{{}}}", platform.fleet().cloud.logs_table);
     for (is_alive, id) in [(true, "0000abcd"), (false, "0000abce")] {
@@ -225,19 +228,19 @@ async fn a_node_of_an_earlier_version_is_told_from_a_dead_one() {
             let now: u64 = String::from_utf8_lossy(seconds).parse().expect("a number");
             redis.order(&format!("ZADD {nodes} {} {id}", (now + more_s) * 1000)).await;
         };
-        // Longer than the start may take.
+        // Longer than the start takes.
         renew(3600).await;
         let renewed = async {
             let mut more_s = 3600;
             loop {
                 more_s += 10;
                 renew(more_s).await;
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                pause(Duration::from_millis(100)).await;
             }
         };
         let gateway = tokio::select! {
             gateway = start_on(&platform, &state) => gateway,
-            () = renewed, if is_alive => unreachable!("it renews for ever"),
+            () = renewed, if is_alive => unreachable!("it renews without end"),
         };
         assert_eq!(node(&gateway) == id, !is_alive, "{}", gateway.output().tail(20));
         gateway.finish().await;

@@ -1,4 +1,4 @@
-//! Jobs that the queue gives up end as FAILED, and their messages stay for a redrive unless they are to be consumed.
+//! Dead-lettered jobs end as FAILED. Their messages stay for a redrive, unless `dead_letter.consume` is set.
 
 use crate::harness::aws::{Cloud, Service};
 use crate::harness::gateway::Conf;
@@ -11,10 +11,10 @@ fn setup(consume: bool) -> Setup {
     Setup::serve().no_worker().dead_letters().conf(Conf { server, ..Conf::default() })
 }
 
-/// A worker that takes the job and never comes back, until the queue has had enough of it.
-async fn give_up(cloud: &Cloud) {
+/// Receives the message without deleting it, until the queue moves it to the dead-letter queue.
+async fn exhaust_receives(cloud: &Cloud) {
     let ask = json!({ "QueueUrl": cloud.queue_url, "VisibilityTimeout": 0, "WaitTimeSeconds": 0 });
-    eventually("the message is given up", SOON, || async {
+    eventually("the message is dead-lettered", SOON, || async {
         cloud.call(Service::Sqs, "ReceiveMessage", &ask).await;
         match cloud.messages(&cloud.queue_url).await {
             0 => Ok(()),
@@ -29,7 +29,7 @@ async fn row_of(cloud: &Cloud) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_that_the_queue_gives_up_fails() {
+async fn a_dead_lettered_job_ends_as_failed() {
     let platform = setup(false).start().await;
     let run = platform.gateway.run(HELLO, &json!(1));
     let client = spawn(async move { run.send().await });
@@ -38,30 +38,30 @@ async fn a_job_that_the_queue_gives_up_fails() {
         if cloud.messages(&cloud.queue_url).await == 1 { Ok(()) } else { Err("none".to_owned()) }
     })
     .await;
-    give_up(cloud).await;
+    exhaust_receives(cloud).await;
     let result = within("the client's answer", SOON, client).await.expect("no panic").expect(200).json();
     assert_eq!((&result["status"], &result["exitCode"]), (&json!("FAILED"), &json!(1)));
-    assert!(result["stderr"].as_str().is_some_and(|said| said.contains("dead-letter queue")), "{result}");
+    assert!(result["stderr"].as_str().is_some_and(|text| text.contains("dead-letter queue")), "{result}");
     let row = row_of(cloud).await;
     assert_eq!((&row["status"]["S"], &row["message"]["S"]), (&json!("FAILED"), &result["stderr"]));
     platform.gateway.wait_for_metric("infra_dead_letters_total", 1.0).await;
-    assert_eq!(cloud.messages(&cloud.dead_letters_url()).await, 1, "it stays for a redrive");
+    assert_eq!(cloud.messages(&cloud.dead_letters_url()).await, 1, "the message stays for a redrive");
     platform.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dead_letters_are_consumed_if_asked_for() {
+async fn dead_letters_are_deleted_with_consume() {
     let platform = setup(true).start().await;
     let cloud = &platform.fleet().cloud;
-    // What is no job of ours is left alone, and keeps nobody from the rest.
+    // A message that is not a job stays, and does not block others.
     let foreign = json!({ "QueueUrl": cloud.dead_letters_url(), "MessageBody": "not a job" });
     cloud.call(Service::Sqs, "SendMessage", &foreign).await;
     let id = platform.gateway.run_async(HELLO, &json!(1)).await;
-    // A worker has said something after all: that stays.
+    // A stored result of a worker is kept.
     let result = format!(r#"{{"requestId":"{id}","status":"SUCCESS","stdout":"done"}}"#);
     platform.fleet().redis.store_result(&id, result.as_bytes()).await;
-    give_up(cloud).await;
-    eventually("only what is foreign is left", SOON, || async {
+    exhaust_receives(cloud).await;
+    eventually("only the other message is left", SOON, || async {
         match cloud.messages(&cloud.dead_letters_url()).await {
             1 => Ok(()),
             left => Err(format!("{left} messages")),

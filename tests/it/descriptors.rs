@@ -1,4 +1,4 @@
-//! The limit of open files: connections fit into it, and where it is reached all the same health is answered.
+//! The limit of open files: it caps connections, and when it is reached health checks are still answered.
 
 use crate::harness::gateway::Conf;
 use crate::harness::http::{Answer, Conn, Request};
@@ -8,20 +8,24 @@ use crate::harness::{Gateway, SOON, Setup, eventually, within};
 use serde_json::{Value, json};
 
 const LIMIT: u64 = 64;
-/// However slow the machine is, clients that say nothing stay.
+/// Idle clients stay connected, however slow the machine is.
 const PATIENT: &str = "[http]\nheader_timeout_s = 3600\n";
 
-/// Connections whose clients say nothing.
+/// Opens connections that send nothing.
 async fn idle(gateway: &Gateway, count: usize) -> Vec<Conn> {
     let mut held = Vec::new();
     for _ in 0..count {
-        held.push(within("a connection", SOON, Conn::open(gateway.addr())).await.expect("somebody listens"));
+        held.push(
+            within("a connection", SOON, Conn::open(gateway.addr()))
+                .await
+                .expect("the gateway accepts connections"),
+        );
     }
     held
 }
 
-/// One that takes too long to ask, on a busy machine, has to make room for others, and asks again.
-async fn answers(gateway: &Gateway, request: Request, status: u16) -> Answer {
+/// Retries until the status is as expected: a client that is slow to send may be evicted in favour of others.
+async fn answer_of(gateway: &Gateway, request: Request, status: u16) -> Answer {
     let what = format!("{status} from {}", request.method());
     eventually(&what, 3 * SOON, || async {
         match request.try_send().await {
@@ -33,7 +37,7 @@ async fn answers(gateway: &Gateway, request: Request, status: u16) -> Answer {
 }
 
 async fn metric(gateway: &Gateway, series: &str) -> Option<f64> {
-    let metrics = answers(gateway, gateway.anonymous("GET", "/metrics"), 200).await.text();
+    let metrics = answer_of(gateway, gateway.anonymous("GET", "/metrics"), 200).await.text();
     metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
 }
 
@@ -42,7 +46,7 @@ fn warnings(gateway: &Gateway) -> Vec<Value> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_fit_into_the_limit() {
+async fn connections_are_capped_below_the_open_file_limit() {
     let (dir, key) = (Scratch::new("limited"), new_key());
     let conf_dir = dir.path().join("conf");
     Conf { server: PATIENT.into(), ..Conf::default() }.write(&conf_dir);
@@ -60,19 +64,19 @@ async fn connections_fit_into_the_limit() {
     for round in 0..2 {
         let held = idle(&gateway, 3 * usize::try_from(LIMIT).expect("it fits")).await;
         for target in ["/livez", "/readyz", "/health", "/metrics", "/livez"] {
-            answers(&gateway, gateway.anonymous("GET", target), 200).await;
+            answer_of(&gateway, gateway.anonymous("GET", target), 200).await;
         }
         assert!(metric(&gateway, "infra_connections").await <= Some(LIMIT as f64));
-        let refused = answers(&gateway, gateway.run(HELLO, &json!(1)), 503).await;
+        let refused = answer_of(&gateway, gateway.run(HELLO, &json!(1)), 503).await;
         assert_eq!(refused.expect_problem(503).json()["code"], "too_many_connections");
         drop(held);
-        eventually("room", SOON, || async {
+        eventually("a free connection", SOON, || async {
             let answer = gateway.run(HELLO, &json!(1)).try_send().await;
             let is_run = answer.as_ref().is_ok_and(|answer| answer.status == 200);
             if is_run { Ok(()) } else { Err(format!("{answer:?}")) }
         })
         .await;
-        // The same with settings that were read again.
+        // The same with reloaded settings.
         if round == 0 {
             let server = format!("{PATIENT}connections_max = 5000\n");
             Conf { server, ..Conf::default() }.write(&conf_dir);
@@ -84,59 +88,59 @@ async fn connections_fit_into_the_limit() {
             .await;
         }
     }
-    assert_eq!(gateway.metric("infra_accepts_failed_total").await, Some(0.0), "the caps are low enough");
+    assert_eq!(gateway.metric("infra_accepts_failed_total").await, Some(0.0), "no accept fails");
     gateway.finish().await;
 }
 
-/// As when the limit is lowered, or something else takes all descriptors.
+/// As when the limit is lowered, or other code uses all descriptors.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_descriptors_health_is_still_answered() {
+async fn health_is_answered_without_free_descriptors() {
     let conf = Conf { server: PATIENT.into(), ..Conf::default() };
     let platform = Setup::new(Backend::Dev).conf(conf).start().await;
     let gateway = &platform.gateway;
-    let mut kept = Conn::open(gateway.addr()).await.expect("somebody listens");
+    let mut kept = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
     let livez = gateway.anonymous("GET", "/livez").to_bytes();
     kept.write(&livez).await.expect("the gateway reads");
     kept.answer(false).await.expect("an answer").expect(200);
     let limit = 1 + gateway.open_files().into_iter().max().expect("some are open");
     gateway.limit_open_files(limit);
 
-    // More than the gaps below it.
+    // More connections than free descriptors below the limit.
     let held = idle(gateway, usize::try_from(limit).expect("it fits")).await;
-    let told = |text: &str| {
+    let logged = |text: &str| {
         let of = |line: &Value| line["msg"].as_str().is_some_and(|msg| msg.contains(text));
         gateway.log().iter().filter(|line| of(line)).count()
     };
     eventually("an error", SOON, || async {
-        if told("no file descriptor is left") > 0 { Ok(()) } else { Err(gateway.output().tail(5)) }
+        if logged("no file descriptor is left") > 0 { Ok(()) } else { Err(gateway.output().tail(5)) }
     })
     .await;
-    // Not /health: the database of `dev` wants a descriptor as well.
+    // Not /health: the database of `dev` needs a descriptor, too.
     for target in ["/livez", "/readyz", "/metrics", "/livez"] {
-        answers(gateway, gateway.anonymous("GET", target), 200).await;
+        answer_of(gateway, gateway.anonymous("GET", target), 200).await;
     }
     assert_eq!(metric(gateway, "infra_file_descriptors_short").await, Some(1.0));
     assert!(metric(gateway, "infra_accepts_failed_total").await > Some(0.0));
-    let refused = answers(gateway, gateway.run(HELLO, &json!(1)), 503).await;
+    let refused = answer_of(gateway, gateway.run(HELLO, &json!(1)), 503).await;
     assert_eq!(refused.expect_problem(503).json()["code"], "too_many_connections");
     kept.write(&livez).await.expect("the gateway reads");
     kept.answer(false).await.expect("an answer").expect(200);
-    assert_eq!(told("no file descriptor is left"), 1, "once");
-    assert_eq!(told("File descriptors are available again"), 0);
+    assert_eq!(logged("no file descriptor is left"), 1, "once");
+    assert_eq!(logged("File descriptors are available again"), 0);
 
     gateway.limit_open_files(limit + 10_000);
-    eventually("enough of them", SOON, || async {
+    eventually("free descriptors", SOON, || async {
         let short = metric(gateway, "infra_file_descriptors_short").await;
         if short == Some(0.0) { Ok(()) } else { Err(format!("{short:?}")) }
     })
     .await;
-    eventually("the word that it is over", SOON, || async {
-        let told = told("File descriptors are available again");
-        if told == 1 { Ok(()) } else { Err(format!("{told} times")) }
+    eventually("the log line that it is over", SOON, || async {
+        let count = logged("File descriptors are available again");
+        if count == 1 { Ok(()) } else { Err(format!("{count} times")) }
     })
     .await;
     gateway.run(HELLO, &json!(1)).send().await.expect(200);
-    assert_eq!(told("no file descriptor is left"), 1);
+    assert_eq!(logged("no file descriptor is left"), 1);
     drop((held, kept));
     platform.finish().await;
 }

@@ -1,13 +1,13 @@
-//! The edge to the letter: what clients of HTTP/1.0, HTTP/1.1 and HTTP/2 get, and what services behind the gateway see of
-//! them. One table a rule.
+//! HTTP/1.0, HTTP/1.1 and HTTP/2 in detail: what clients get, and what upstreams receive. One table for each
+//! rule.
 
-use crate::harness::gateway::Conf;
+use crate::harness::conf_lines::{NO_HEALTH_CHECKS, key_lines, upstream_lines};
+use crate::harness::gateway::{Conf, put_file, reloads};
 use crate::harness::http::{Answer, Conn};
 use crate::harness::http2::Http2;
-use crate::harness::keys::key_lines;
 use crate::harness::platform::{Backend, HELLO};
-use crate::harness::secure::{NAME, Secure};
 use crate::harness::tls::{Authority, client};
+use crate::harness::tls_gateway::{NAME, TlsGateway};
 use crate::harness::upload::printing;
 use crate::harness::upstream::Upstream;
 use crate::harness::{Gateway, SOON, Setup, eventually, spawn, within};
@@ -24,18 +24,19 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-/// Some have tens of MiB to inflate and take apart first, without optimization and on a busy machine.
+/// Deadline for an answer. Some requests inflate and parse tens of MiB first, in a debug build on a busy
+/// machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(120);
 const ORIGIN: &str = "https://app.example";
 
-/// A service that answers a path with the bytes it is told to, whatever it is asked, and keeps what it was asked.
-struct Script {
+/// A service that answers each path with fixed bytes (see [`ANSWERS`]), and records the heads of requests.
+struct ScriptedUpstream {
     addr: SocketAddr,
     heads: Arc<Mutex<Vec<String>>>,
     accepting: JoinHandle<()>,
 }
 
-impl Script {
+impl ScriptedUpstream {
     async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("it is bound");
@@ -49,43 +50,43 @@ impl Script {
         Self { addr, heads, accepting }
     }
 
-    /// Its answers come before the bodies of requests, which are read past.
+    /// Answers before it reads and discards the body.
     async fn answer(mut stream: TcpStream, heads: Arc<Mutex<Vec<String>>>) {
         let mut bytes = Vec::new();
-        while let Some(head) = take_through(&mut stream, &mut bytes, b"\r\n\r\n").await {
+        while let Some(head) = read_until(&mut stream, &mut bytes, b"\r\n\r\n").await {
             let path = head.split(' ').nth(1).unwrap_or_default().to_owned();
             let length =
-                seen(&head, "content-length").first().and_then(|length| length.parse().ok()).unwrap_or(0);
-            let is_chunked = !seen(&head, "transfer-encoding").is_empty();
-            heads.lock().expect("nobody panics with it").push(head);
+                received(&head, "content-length").first().and_then(|length| length.parse().ok()).unwrap_or(0);
+            let is_chunked = !received(&head, "transfer-encoding").is_empty();
+            heads.lock().expect("the lock is not poisoned").push(head);
             let answer = ANSWERS.iter().find(|(known, _)| *known == path);
             let _ = stream.write_all(answer.map_or("", |(_, answer)| answer).as_bytes()).await;
             if path.ends_with("/closing") {
                 return;
             }
             if is_chunked {
-                take_through(&mut stream, &mut bytes, b"0\r\n\r\n").await;
+                read_until(&mut stream, &mut bytes, b"0\r\n\r\n").await;
             }
             while bytes.len() < length && stream.read_buf(&mut bytes).await.is_ok_and(|n| n > 0) {}
             bytes.drain(..length.min(bytes.len()));
         }
     }
 
-    /// Of what it was asked, health checks left out.
+    /// The received heads, without health checks.
     fn heads(&self) -> Vec<String> {
-        let heads = self.heads.lock().expect("nobody panics with it");
+        let heads = self.heads.lock().expect("the lock is not poisoned");
         heads.iter().filter(|head| !head.starts_with("GET / ")).cloned().collect()
     }
 }
 
-impl Drop for Script {
+impl Drop for ScriptedUpstream {
     fn drop(&mut self) {
         self.accepting.abort();
     }
 }
 
-/// What comes up to `end`, and without it. `None`: the other side has left.
-async fn take_through(stream: &mut TcpStream, bytes: &mut Vec<u8>, end: &[u8]) -> Option<String> {
+/// Reads up to `end`, and removes it. `None`: the peer has closed the connection.
+async fn read_until(stream: &mut TcpStream, bytes: &mut Vec<u8>, end: &[u8]) -> Option<String> {
     loop {
         if let Some(at) = bytes.windows(end.len()).position(|part| part == end) {
             let taken = String::from_utf8_lossy(&bytes[..at]).into_owned();
@@ -99,34 +100,32 @@ async fn take_through(stream: &mut TcpStream, bytes: &mut Vec<u8>, end: &[u8]) -
 }
 
 fn upstream(name: &str, addr: SocketAddr, more: &str) -> String {
-    format!(
-        "[[upstream]]\nname = {name:?}\nprefix = \"/{name}\"\naddresses = [\"{addr}\"]\nscope = \"none\"\nhealth = {{ path = \"/\", every_s = 3600 }}\n{more}"
-    )
+    upstream_lines(name, &[addr], &format!("scope = \"none\"\n{NO_HEALTH_CHECKS}{more}"))
 }
 
-/// How a request comes.
+/// The protocol of a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Over {
+enum Protocol {
     Http1,
     Http2,
 }
 
-const BOTH: [Over; 2] = [Over::Http1, Over::Http2];
+const PROTOCOLS: [Protocol; 2] = [Protocol::Http1, Protocol::Http2];
 
 /// A gateway with both listeners.
 struct Edge {
-    secure: Secure,
+    secure: TlsGateway,
 }
 
 impl Edge {
     async fn start(upstreams: String, server: &str) -> Self {
         let conf = Conf { upstreams, server: server.into(), ..Conf::default() };
-        Self { secure: Secure::start_with(conf, "", Authority::new()).await }
+        Self { secure: TlsGateway::start_with(conf, "", Authority::new()).await }
     }
 
-    /// With a service that answers under `/s`.
-    async fn before_script(server: &str) -> (Script, Self) {
-        let script = Script::start().await;
+    /// With an upstream under `/s`.
+    async fn with_upstream(server: &str) -> (ScriptedUpstream, Self) {
+        let script = ScriptedUpstream::start().await;
         let edge = Self::start(upstream("s", script.addr, ""), server).await;
         (script, edge)
     }
@@ -141,20 +140,20 @@ impl Edge {
     }
 
     async fn http1(&self) -> Conn {
-        Conn::open(self.gateway().addr()).await.expect("the gateway takes connections")
+        Conn::open(self.gateway().addr()).await.expect("the gateway accepts connections")
     }
 
-    /// A request with these fields and no others but those that it must have.
+    /// Sends a request with these fields and the mandatory ones.
     async fn ask(
         &self,
-        over: Over,
+        protocol: Protocol,
         method: &str,
         path: &str,
         fields: &[(&str, &str)],
         body: Option<&[u8]>,
     ) -> Answer {
-        match over {
-            Over::Http1 => {
+        match protocol {
+            Protocol::Http1 => {
                 let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {NAME}\r\n");
                 for (name, value) in fields {
                     let _ = write!(head, "{name}: {value}\r\n");
@@ -167,7 +166,7 @@ impl Edge {
                 let _ = conn.write(&[head.as_bytes(), body.unwrap_or_default()].concat()).await;
                 within(path, ANSWERED_WITHIN, conn.answer(method == "HEAD")).await.expect("an answer")
             }
-            Over::Http2 => {
+            Protocol::Http2 => {
                 let mut all =
                     vec![(":method", method), (":scheme", "https"), (":authority", NAME), (":path", path)];
                 all.extend_from_slice(fields);
@@ -177,10 +176,10 @@ impl Edge {
         }
     }
 
-    /// A request to a route of ours, with the key.
+    /// Sends a request with the API key.
     async fn call(
         &self,
-        over: Over,
+        protocol: Protocol,
         method: &str,
         path: &str,
         fields: &[(&str, &str)],
@@ -188,7 +187,7 @@ impl Edge {
     ) -> Answer {
         let mut all = vec![("x-api-key", self.gateway().key())];
         all.extend_from_slice(fields);
-        self.ask(over, method, path, &all, body).await
+        self.ask(protocol, method, path, &all, body).await
     }
 
     async fn refusals(&self, code: &str) -> f64 {
@@ -205,8 +204,8 @@ fn values<'a>(answer: &'a Answer, name: &str) -> Vec<&'a str> {
     fields.filter(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
 }
 
-/// The values of a field in a head as the service behind the gateway has read it.
-fn seen(head: &str, name: &str) -> Vec<String> {
+/// The values of a field in a head that an upstream has received.
+fn received(head: &str, name: &str) -> Vec<String> {
     let lines = head.lines().skip(1).filter_map(|line| line.split_once(':'));
     lines
         .filter(|(known, _)| known.eq_ignore_ascii_case(name))
@@ -214,7 +213,7 @@ fn seen(head: &str, name: &str) -> Vec<String> {
         .collect()
 }
 
-/// (path, the bytes that answer it)
+/// (path, bytes of the answer)
 const ANSWERS: &[(&str, &str)] = &[
     ("/s/100", "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\nvary: accept\r\n\r\nok"),
     (
@@ -223,29 +222,33 @@ const ANSWERS: &[(&str, &str)] = &[
     ),
     (
         "/s/103",
-        "HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </b.css>\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\nvary: accept\r\n\r\nok",
+        "HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </b.css>\r\n\r\n\
+         HTTP/1.1 200 OK\r\ncontent-length: 2\r\nvary: accept\r\n\r\nok",
     ),
     ("/s/101", "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"),
     ("/s/chunked", "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
     (
         "/s/trailers",
-        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n5\r\nhello\r\n0\r\nx-sum: 1\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n\
+         5\r\nhello\r\n0\r\nx-sum: 1\r\n\r\n",
     ),
     ("/s/length", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"),
     ("/s/closing", "HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nhello"),
     ("/s/early", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"),
+    ("/patient/early", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"),
+    ("/patient/length", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello"),
 ];
 
-/// What a script of another origin may read stands on the answer, and is not spent on what comes before it.
+/// CORS fields are on the final answer, not on interim ones.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn interim_answers() {
-    let (script, edge) = Edge::before_script(&format!("[http]\ncors_origins = [{ORIGIN:?}]\n")).await;
+async fn interim_answers_are_passed_on_without_added_fields() {
+    let (script, edge) = Edge::with_upstream(&format!("[http]\ncors_origins = [{ORIGIN:?}]\n")).await;
     for (path, interim) in
         [("/s/100", &[100][..]), ("/s/102", &[102]), ("/s/103", &[103, 103]), ("/s/length", &[])]
     {
         let mut conn = edge.http1().await;
         let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\norigin: {ORIGIN}\r\n\r\n");
-        conn.write(request.as_bytes()).await.expect("it reads");
+        conn.write(request.as_bytes()).await.expect("the peer reads");
         for status in interim {
             let answer =
                 within(path, SOON, conn.any_answer(false)).await.expect("an interim answer").expect(*status);
@@ -254,34 +257,39 @@ async fn interim_answers() {
             }
         }
         let one = within(path, SOON, conn.any_answer(false)).await.expect("an answer").expect(200);
-        let two = edge.ask(Over::Http2, "GET", path, &[("origin", ORIGIN)], None).await.expect(200);
+        let two = edge.ask(Protocol::Http2, "GET", path, &[("origin", ORIGIN)], None).await.expect(200);
         for answer in [one, two] {
             assert_eq!(values(&answer, "access-control-allow-origin"), [ORIGIN], "{path}: {answer:?}");
             assert!(values(&answer, "vary").contains(&"origin"), "{path}: {answer:?}");
             assert_eq!(values(&answer, "x-request-id").len(), 1, "{path}: {answer:?}");
         }
     }
-    // A switch to another protocol that nobody has asked for is no answer.
-    for over in BOTH {
-        let answer = edge.ask(over, "GET", "/s/101", &[("origin", ORIGIN)], None).await.expect_problem(502);
-        assert_eq!(answer.json()["code"], "upstream_broken", "{over:?}");
+    // A switch of protocols that the client has not requested is an error of the upstream.
+    for protocol in PROTOCOLS {
+        let answer =
+            edge.ask(protocol, "GET", "/s/101", &[("origin", ORIGIN)], None).await.expect_problem(502);
+        assert_eq!(answer.json()["code"], "upstream_broken", "{protocol:?}");
         assert_eq!(values(&answer, "access-control-allow-origin"), [ORIGIN]);
     }
     let mut conn = edge.http1().await;
-    conn.write(b"GET /s/101 HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\n\r\n").await.expect("it reads");
+    conn.write(b"GET /s/101 HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\n\r\n")
+        .await
+        .expect("the peer reads");
     within("502", SOON, conn.answer(false)).await.expect("an answer").expect_problem(502);
-    assert!(script.heads().iter().all(|head| seen(head, "upgrade").is_empty()), "nothing is upgraded");
+    assert!(
+        script.heads().iter().all(|head| received(head, "upgrade").is_empty()),
+        "the upgrade is not forwarded"
+    );
     edge.finish().await;
 }
 
-/// A client of HTTP/1.0 is sent nothing that it does not know: no chunks, no interim answers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn http_1_0() {
-    let (script, edge) = Edge::before_script("").await;
+async fn http_1_0_clients_get_no_chunks_and_no_interim_answers() {
+    let (script, edge) = Edge::with_upstream("").await;
     let key = edge.gateway().key().to_owned();
     let run = json!({ "functionId": HELLO }).to_string();
     let body = format!("content-type: application/json\r\ncontent-length: {}\r\n", run.len());
-    // (request line, fields, body; status; whether the connection goes on; what the body holds)
+    // (request line, fields, body, status, whether the connection persists, text in the body)
     for (line, fields, sent, status, is_kept, holds) in [
         ("GET /s/chunked", "connection: keep-alive\r\n", "", 200, false, "hello"),
         ("GET /s/chunked", "", "", 200, false, "hello"),
@@ -311,46 +319,46 @@ async fn http_1_0() {
             "code",
         ),
         ("POST /s/length", &format!("{body}expect: 100-continue\r\n"), &run, 200, false, "hello"),
-        // Without a Host, which it need not send, or an empty one.
+        // Without a Host, which HTTP/1.0 does not require.
         ("GET /s/length?nohost", "", "", 502, false, ""),
     ] {
-        let told = format!("{line} {fields:?}");
+        let label = format!("{line} {fields:?}");
         let mut conn = edge.http1().await;
         let host = if line.contains("nohost") { "" } else { "host: a\r\n" };
         conn.write(format!("{line} HTTP/1.0\r\n{host}{fields}\r\n{sent}").as_bytes())
             .await
-            .expect("it reads");
+            .expect("the peer reads");
         if line.contains("nohost") {
-            // The service says nothing to this path.
+            // The service does not answer this path.
             eventually("a request with a Host", SOON, || async {
                 let heads = script.heads();
                 let head = heads.iter().find(|head| head.contains("nohost"));
-                head.map(|head| assert_eq!(seen(head, "host"), [script.addr.to_string()]))
+                head.map(|head| assert_eq!(received(head, "host"), [script.addr.to_string()]))
                     .ok_or_else(String::new)
             })
             .await;
             continue;
         }
-        let answer = within(&told, SOON, conn.any_answer(line.starts_with("HEAD"))).await.expect("an answer");
-        assert_eq!(answer.status, status, "{told}: {answer:?}");
-        assert_eq!(answer.header("transfer-encoding"), None, "{told}");
-        assert!(answer.text().contains(holds), "{told}: {answer:?}");
-        assert_eq!(answer.need("connection"), if is_kept { "keep-alive" } else { "close" }, "{told}");
+        let answer =
+            within(&label, SOON, conn.any_answer(line.starts_with("HEAD"))).await.expect("an answer");
+        assert_eq!(answer.status, status, "{label}: {answer:?}");
+        assert_eq!(answer.header("transfer-encoding"), None, "{label}");
+        assert!(answer.text().contains(holds), "{label}: {answer:?}");
+        assert_eq!(answer.need("connection"), if is_kept { "keep-alive" } else { "close" }, "{label}");
         if is_kept {
-            conn.write(b"GET /livez HTTP/1.0\r\nhost: a\r\n\r\n").await.expect("the connection goes on");
-            within(&told, SOON, conn.any_answer(false)).await.expect("an answer").expect(200);
+            conn.write(b"GET /livez HTTP/1.0\r\nhost: a\r\n\r\n").await.expect("the connection persists");
+            within(&label, SOON, conn.any_answer(false)).await.expect("an answer").expect(200);
         }
-        assert!(within(&told, SOON, conn.is_closed()).await, "{told}: something follows");
+        assert!(within(&label, SOON, conn.is_closed()).await, "{label}: unexpected data");
     }
-    // What it says of waiting is not passed on.
-    assert!(script.heads().iter().all(|head| seen(head, "expect").is_empty()), "{:?}", script.heads());
+    // `Expect` is not forwarded.
+    assert!(script.heads().iter().all(|head| received(head, "expect").is_empty()), "{:?}", script.heads());
     edge.finish().await;
 }
 
-/// A connection that is said to go on goes on; one that ends is said to end.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_go_on_if_announced() {
-    let (_script, edge) = Edge::before_script("[auth]\nfailures_burst = 1000\n").await;
+async fn connections_persist_as_announced() {
+    let (_script, edge) = Edge::with_upstream("[auth]\nfailures_burst = 1000\n").await;
     let key = format!("x-api-key: {}\r\n", edge.gateway().key());
     let awaited = "expect: 100-continue\r\ncontent-length: 47\r\n";
     let short = "{\"functionId\":\"no-such-function\",\"inputData\":{}}";
@@ -376,7 +384,7 @@ async fn connections_go_on_if_announced() {
         ("POST /nope", length.clone(), short, 404),
         ("POST /run", format!("{key}{length}content-type: application/json\r\n"), short, 404),
         ("POST /run", format!("{key}{length}content-encoding: br\r\n"), short, 415),
-        // A body that does not come, or is longer than anybody waits for.
+        // A body that does not arrive, or is longer than the gateway drains.
         ("POST /nope", "content-length: 50\r\n".to_owned(), "ab", 404),
         ("POST /run", "transfer-encoding: chunked\r\n".to_owned(), "5\r\nhello\r\n", 401),
         ("POST /nope", "transfer-encoding: chunked\r\n".to_owned(), &long, 404),
@@ -384,24 +392,24 @@ async fn connections_go_on_if_announced() {
         ("GET /s/closing", String::new(), "", 200),
         ("GET /s/chunked", String::new(), "", 200),
     ] {
-        let told = format!("{line} {fields:?}");
+        let label = format!("{line} {fields:?}");
         let mut conn = edge.http1().await;
         conn.write(format!("{line} HTTP/1.1\r\nhost: a\r\n{fields}\r\n{sent}").as_bytes())
             .await
-            .expect("it reads");
-        let answer = within(&told, SOON, conn.answer(false)).await.expect("an answer");
-        assert_eq!(answer.status, status, "{told}: {answer:?}");
+            .expect("the peer reads");
+        let answer = within(&label, SOON, conn.answer(false)).await.expect("an answer");
+        assert_eq!(answer.status, status, "{label}: {answer:?}");
         match answer.need("connection") {
             "keep-alive" => {
-                conn.write(b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n").await.expect("it reads");
-                within(&told, SOON, conn.answer(false))
+                conn.write(b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n").await.expect("the peer reads");
+                within(&label, SOON, conn.answer(false))
                     .await
-                    .unwrap_or_else(|e| panic!("{told}: {e}"))
+                    .unwrap_or_else(|e| panic!("{label}: {e}"))
                     .expect(200);
             }
             _ => {
                 conn.end().await;
-                assert!(within(&told, SOON, conn.is_closed()).await, "{told}: something follows");
+                assert!(within(&label, SOON, conn.is_closed()).await, "{label}: unexpected data");
             }
         }
     }
@@ -409,14 +417,14 @@ async fn connections_go_on_if_announced() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn long_targets_and_long_fields() {
+async fn long_targets_are_414_and_long_fields_431() {
     let edge = Edge::start(
         String::new(),
         "[http]\nheader_bytes_max = 200000\n[http2]\nheader_list_bytes_max = 200000\n",
     )
     .await;
     let (target, field, huge) = ("x".repeat(70_000), "x".repeat(199_990), "x".repeat(300_000));
-    for over in BOTH {
+    for protocol in PROTOCOLS {
         for (path, value, status, code) in [
             (format!("/livez?{target}"), "1", 414, "target_too_long"),
             (format!("/livez?{huge}"), "1", 414, "target_too_long"),
@@ -426,16 +434,16 @@ async fn long_targets_and_long_fields() {
             (format!("/livez?{}", "x".repeat(60_000)), "1", 200, ""),
         ] {
             let before = edge.refusals(code).await;
-            let answer = edge.ask(over, "GET", &path, &[("x-long", value)], None).await;
+            let answer = edge.ask(protocol, "GET", &path, &[("x-long", value)], None).await;
             if code.is_empty() {
                 answer.expect(status);
                 continue;
             }
-            assert_eq!(answer.expect_problem(status).json()["code"], code, "{over:?} {}", path.len());
-            assert!(edge.refusals(code).await > before, "{over:?}: it is counted");
+            assert_eq!(answer.expect_problem(status).json()["code"], code, "{protocol:?} {}", path.len());
+            assert!(edge.refusals(code).await > before, "{protocol:?}: not counted");
         }
-        // As many bytes as may be, also where the server reads a list that is a little longer; and one more.
-        if over == Over::Http2 {
+        // The maximum number of bytes, and one more: the limit is exact, although `h2` allows a longer list.
+        if protocol == Protocol::Http2 {
             let mut http2 = edge.http2().await;
             for (path, more, status) in [("/livez", 0, 200), ("/livez", 1, 431), ("/#", 0, 400)] {
                 let mut fields =
@@ -447,12 +455,15 @@ async fn long_targets_and_long_fields() {
                 fields.push(("x-pad", &pad));
                 let answer = within(path, SOON, http2.ask(&fields, None)).await.answer();
                 assert_eq!(answer.status, status, "{path} {more}");
-                assert!(answer.header("x-request-id").is_some(), "{path} {more}: it is ours");
+                assert!(
+                    answer.header("x-request-id").is_some(),
+                    "{path} {more}: not answered by the gateway"
+                );
             }
         }
         let many: Vec<(String, String)> = (0..101).map(|n| (format!("x-{n}"), "1".to_owned())).collect();
         let many: Vec<(&str, &str)> = many.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
-        edge.ask(over, "GET", "/livez", &many, None).await.expect_problem(431);
+        edge.ask(protocol, "GET", "/livez", &many, None).await.expect_problem(431);
     }
     edge.finish().await;
 }
@@ -469,12 +480,12 @@ fn zlib(text: &[u8]) -> Vec<u8> {
     encoder.finish().expect("memory")
 }
 
-/// The beginning of a form with a file.
+/// The beginning of a multipart form with a file.
 const FILE: &[u8] = b"--x\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a.zip\"\r\n\r\n";
 
-/// Every route with a body takes it compressed, and is no larger for it.
+/// Every route with a body accepts compressed bodies. The size limit applies to the inflated body.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bodies_that_come_compressed() {
+async fn compressed_bodies_are_inflated_within_limits() {
     let service = Upstream::start().await;
     let edge = Edge::start(upstream("up", service.addr(), ""), "").await;
     let function = edge.gateway().upload("compressed").await;
@@ -488,7 +499,7 @@ async fn bodies_that_come_compressed() {
         form.extend(b"\r\n--x--\r\n");
         form
     };
-    // A thousand times as long as it looks.
+    // A thousand times larger when inflated.
     let bomb = gzip(&[FILE, &vec![b' '; 80 << 20]].concat());
     let put = format!("/functions/{function}");
     const JSON: &[(&str, &str)] = &[("content-type", "application/json")];
@@ -498,18 +509,18 @@ async fn bodies_that_come_compressed() {
         ("x-runtime", "python"),
         ("x-memory-mb", "128"),
     ];
-    for over in BOTH {
+    for protocol in PROTOCOLS {
         for (method, path, fields, body) in [
             ("POST", "/run", JSON, &run),
             ("POST", "/worker/heartbeat", JSON, &beat),
             ("PUT", put.as_str(), JSON, &change),
             ("POST", "/upload", FORM, &form),
         ] {
-            let told = format!("{over:?} {method} {path}");
+            let label = format!("{protocol:?} {method} {path}");
             let call = async |coding: &str, body: &[u8]| {
                 let mut all = vec![("content-encoding", coding)];
                 all.extend_from_slice(fields);
-                edge.call(over, method, path, &all, Some(body)).await
+                edge.call(protocol, method, path, &all, Some(body)).await
             };
             for (coding, body) in [
                 ("gzip", gzip(body)),
@@ -519,56 +530,58 @@ async fn bodies_that_come_compressed() {
                 ("identity", body.clone()),
             ] {
                 let answer = call(coding, &body).await;
-                assert_eq!(answer.status, 200, "{told} {coding}: {}", answer.text());
+                assert_eq!(answer.status, 200, "{label} {coding}: {}", answer.text());
             }
             for coding in ["br", "zstd", "gzip, gzip", "compress", "x"] {
                 let refused = call(coding, body).await.expect_problem(415);
-                assert_eq!(refused.json()["code"], "unsupported_content_coding", "{told} {coding}");
-                assert_eq!(refused.need("accept-encoding"), "gzip, deflate, identity", "{told} {coding}");
+                assert_eq!(refused.json()["code"], "unsupported_content_coding", "{label} {coding}");
+                assert_eq!(refused.need("accept-encoding"), "gzip, deflate, identity", "{label} {coding}");
             }
             for (coding, body) in
                 [("gzip", body.clone()), ("deflate", gzip(body)), ("gzip", gzip(body)[..30].to_vec())]
             {
                 let refused = call(coding, &body).await.expect_problem(400);
-                assert_eq!(refused.json()["code"], "body_undecodable", "{told} {coding}");
+                assert_eq!(refused.json()["code"], "body_undecodable", "{label} {coding}");
             }
             assert_eq!(
                 call("gzip", &bomb).await.expect_problem(413).json()["code"],
                 "body_too_large",
-                "{told}"
+                "{label}"
             );
         }
-        // Those who come again may compress it or not: it is the same request.
+        // A retry may be compressed or not: it is the same request.
         let keyed = |coding| {
             [("content-type", "application/json"), ("idempotency-key", "k-1"), ("content-encoding", coding)]
         };
-        let first = edge.call(over, "POST", "/run", &keyed("gzip"), Some(&gzip(&run))).await.expect(200);
-        let again = edge.call(over, "POST", "/run", &keyed("identity"), Some(&run)).await.expect(200);
-        assert_eq!(first.json()["requestId"], again.json()["requestId"], "{over:?}");
-        // What nobody here reads goes on as it came.
+        let first = edge.call(protocol, "POST", "/run", &keyed("gzip"), Some(&gzip(&run))).await.expect(200);
+        let again = edge.call(protocol, "POST", "/run", &keyed("identity"), Some(&run)).await.expect(200);
+        assert_eq!(first.json()["requestId"], again.json()["requestId"], "{protocol:?}");
+        // Bodies for upstreams are forwarded unchanged.
         let packed = gzip(&run);
-        let passed =
-            edge.ask(over, "POST", "/up/x", &[("content-encoding", "br")], Some(&packed)).await.expect(200);
+        let passed = edge
+            .ask(protocol, "POST", "/up/x", &[("content-encoding", "br")], Some(&packed))
+            .await
+            .expect(200);
         assert_eq!(passed.json()["bodyBytes"], packed.len());
-        // A route that takes no body does not read what it has.
-        edge.ask(over, "GET", "/livez", &[("content-encoding", "br")], None).await.expect(200);
+        // A route without a body does not read one.
+        edge.ask(protocol, "GET", "/livez", &[("content-encoding", "br")], None).await.expect(200);
     }
     edge.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bodies_in_other_encodings() {
+async fn bodies_that_are_not_utf_8_are_rejected_by_encoding() {
     let edge = Edge::start(String::new(), "").await;
     let function = edge.gateway().upload("encodings").await;
     let put = format!("/functions/{function}");
-    for over in BOTH {
+    for protocol in PROTOCOLS {
         for (method, path, text) in [
             ("POST", "/run", format!("{{\"functionId\":{HELLO:?},\"inputData\":\"\u{e4}\"}}")),
             ("POST", "/worker/heartbeat", "{\"workerId\":\"w\u{e4}\",\"status\":\"healthy\"}".to_owned()),
             ("PUT", put.as_str(), "{\"description\":\"\u{e4}\"}".to_owned()),
         ] {
             let utf_16 = |to: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(to).collect::<Vec<u8>>();
-            for (body, told) in [
+            for (body, encoding) in [
                 ([&b"\xef\xbb\xbf"[..], text.as_bytes()].concat(), "byte order mark"),
                 ([&b"\xff\xfe"[..], &utf_16(u16::to_le_bytes)].concat(), "UTF-16"),
                 (utf_16(u16::to_be_bytes), "UTF-16"),
@@ -576,9 +589,9 @@ async fn bodies_in_other_encodings() {
             ] {
                 let fields = [("content-type", "application/json")];
                 let refused =
-                    edge.call(over, method, path, &fields, Some(&body)).await.expect_problem(400).json();
+                    edge.call(protocol, method, path, &fields, Some(&body)).await.expect_problem(400).json();
                 let detail = refused["detail"].as_str().expect("a text");
-                assert!(detail.contains(told), "{over:?} {path}: {told}: {detail}");
+                assert!(detail.contains(encoding), "{protocol:?} {path}: {encoding}: {detail}");
                 assert_eq!(refused["code"], "invalid_request");
             }
         }
@@ -586,14 +599,15 @@ async fn bodies_in_other_encodings() {
     edge.finish().await;
 }
 
-/// Heads that are unusual and have one reading are taken; what is unknown is told by its name.
+/// Unusual heads are accepted if they are unambiguous. Unknown codings and versions have their own status.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unusual_heads() {
-    let (script, edge) = Edge::before_script("").await;
+async fn unusual_but_unambiguous_heads_are_accepted() {
+    let (script, edge) = Edge::with_upstream("").await;
     let key = edge.gateway().key().to_owned();
     let run = json!({ "functionId": HELLO }).to_string();
     let chunked = format!(
-        "x-api-key: {key}\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n{:x} \t;a=b ; c = \"d\"\r\n{run}\r\n0 ;x\r\n\r\n",
+        "x-api-key: {key}\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n\
+         {:x} \t;a=b ; c = \"d\"\r\n{run}\r\n0 ;x\r\n\r\n",
         run.len()
     );
     for (request, status) in [
@@ -618,7 +632,7 @@ async fn unusual_heads() {
         (format!("POST /s/length HTTP/1.1\r\nhost: a\r\n{chunked}"), 200),
     ] {
         let mut conn = edge.http1().await;
-        conn.write(request.as_bytes()).await.expect("it reads");
+        conn.write(request.as_bytes()).await.expect("the peer reads");
         let answer = within(&request, SOON, conn.answer(false)).await.expect("an answer");
         assert_eq!(answer.status, status, "{request:?}: {}", answer.text());
         if status >= 500 {
@@ -630,11 +644,11 @@ async fn unusual_heads() {
         passed.iter().all(|head| head.lines().next().is_some_and(|line| line.ends_with(" HTTP/1.1"))),
         "{passed:?}"
     );
-    assert_eq!(seen(&passed[0], "host"), ["example.org:80"], "{passed:?}");
+    assert_eq!(received(&passed[0], "host"), ["example.org:80"], "{passed:?}");
     assert!(passed[0].starts_with("GET /s/length HTTP/1.1"), "{passed:?}");
-    // Trailers are not passed on, and not announced.
-    for over in BOTH {
-        let answer = edge.ask(over, "GET", "/s/trailers", &[], None).await.expect(200);
+    // Trailers are neither forwarded nor announced.
+    for protocol in PROTOCOLS {
+        let answer = edge.ask(protocol, "GET", "/s/trailers", &[], None).await.expect(200);
         assert_eq!(
             (answer.text().as_str(), answer.header("trailer"), answer.header("x-sum")),
             ("hello", None, None)
@@ -644,14 +658,14 @@ async fn unusual_heads() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_scripts_may_send() {
-    let script = Script::start().await;
+async fn preflight_answers_name_methods_and_fields() {
+    let script = ScriptedUpstream::start().await;
     let server = format!("[http]\ncors_origins = [{ORIGIN:?}]\n");
     let own = "cors_methods = [\"GET\", \"PATCH\"]\ncors_headers = [\"x-thing\", \"x-api-key\"]\n";
     let upstreams = upstream("own", script.addr, own) + &upstream("plain", script.addr, "");
     let edge = Edge::start(upstreams, &server).await;
     const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
-    for over in BOTH {
+    for protocol in PROTOCOLS {
         for (path, methods, fields) in [
             ("/run", METHODS, &["traceparent", "tracestate", "x-api-key", "idempotency-key"][..]),
             ("/plain/x", METHODS, &["traceparent", "tracestate", "x-api-key"]),
@@ -659,24 +673,24 @@ async fn what_scripts_may_send() {
             ("/own", "GET, PATCH", &["x-thing", "x-api-key"]),
         ] {
             let asked = [("origin", ORIGIN), ("access-control-request-method", "POST")];
-            let answer = edge.ask(over, "OPTIONS", path, &asked, None).await.expect(204);
-            assert_eq!(answer.need("access-control-allow-methods"), methods, "{over:?} {path}");
+            let answer = edge.ask(protocol, "OPTIONS", path, &asked, None).await.expect(204);
+            assert_eq!(answer.need("access-control-allow-methods"), methods, "{protocol:?} {path}");
             let allowed: Vec<&str> = answer.need("access-control-allow-headers").split(", ").collect();
-            assert!(fields.iter().all(|field| allowed.contains(field)), "{over:?} {path}: {allowed:?}");
+            assert!(fields.iter().all(|field| allowed.contains(field)), "{protocol:?} {path}: {allowed:?}");
             assert_eq!(
                 allowed.contains(&"content-type"),
                 !path.starts_with("/own"),
-                "{over:?} {path}: {allowed:?}"
+                "{protocol:?} {path}: {allowed:?}"
             );
         }
     }
-    assert!(script.heads().is_empty(), "nobody behind the gateway is asked");
+    assert!(script.heads().is_empty(), "upstreams receive no preflight requests");
     edge.finish().await;
 }
 
-/// What a stranger says of who it is and what it asks for is not passed on.
+/// Fields about the client and the target are forwarded only from trusted proxies.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fields_of_strangers() {
+async fn forwarding_fields_of_untrusted_clients_are_removed() {
     const CLAIMS: [&str; 14] = [
         "x-real-ip",
         "true-client-ip",
@@ -694,21 +708,25 @@ async fn fields_of_strangers() {
         "forwarded",
     ];
     for (trusted, may_pass) in [("[]", false), ("[\"127.0.0.0/8\"]", true)] {
-        let script = Script::start().await;
+        let script = ScriptedUpstream::start().await;
         let server = format!("[http]\ntrusted_proxies = {trusted}\n");
         let edge =
             Edge::start(upstream("s", script.addr, "add_headers = { x_ours = \"1\" }\n"), &server).await;
-        for over in BOTH {
+        for protocol in PROTOCOLS {
             for name in CLAIMS {
                 let fields = [(name, "9.9.9.9"), ("x-forwarded-for", "8.8.8.8"), ("x-other", "7")];
-                edge.ask(over, "GET", "/s/length", &fields, None).await.expect(200);
+                edge.ask(protocol, "GET", "/s/length", &fields, None).await.expect(200);
                 let head = script.heads().pop().expect("a request");
                 let is_passed = may_pass && name != "proxy" && !name.contains('_');
-                assert_eq!(!seen(&head, name).is_empty(), is_passed, "{over:?} {name} {trusted}: {head}");
-                let chain = if may_pass { "8.8.8.8, 127.0.0.1" } else { "127.0.0.1" };
-                assert_eq!(seen(&head, "x-forwarded-for"), [chain], "{over:?} {name}");
                 assert_eq!(
-                    (seen(&head, "x-other"), seen(&head, "x_ours")),
+                    !received(&head, name).is_empty(),
+                    is_passed,
+                    "{protocol:?} {name} {trusted}: {head}"
+                );
+                let chain = if may_pass { "8.8.8.8, 127.0.0.1" } else { "127.0.0.1" };
+                assert_eq!(received(&head, "x-forwarded-for"), [chain], "{protocol:?} {name}");
+                assert_eq!(
+                    (received(&head, "x-other"), received(&head, "x_ours")),
                     (vec!["7".into()], vec!["1".into()])
                 );
             }
@@ -717,48 +735,46 @@ async fn fields_of_strangers() {
     }
 }
 
-/// A request that comes back goes no further, and one that other gateways have passed on does.
+/// A request that returns to the gateway is rejected. One from other gateways is forwarded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn circles() {
-    let (script, edge) = Edge::before_script("").await;
-    let circle = upstream("circle", edge.gateway().addr(), "replace_prefix = \"/s\"\n")
+async fn request_loops_are_508() {
+    let (script, edge) = Edge::with_upstream("").await;
+    let loops = upstream("circle", edge.gateway().addr(), "replace_prefix = \"/s\"\n")
         + &upstream("loop", edge.gateway().addr(), "")
         + &upstream("s", script.addr, "");
-    std::fs::write(edge.secure.platform.conf_file("upstreams.toml"), circle).expect("writable");
-    let applied = r#"infra_conf_reloads_total{file="upstreams.toml",result="applied"}"#;
-    edge.gateway().wait_for_metric(applied, 1.0).await;
-    for over in BOTH {
+    edge.secure.platform.put_conf("upstreams.toml", &loops);
+    edge.gateway().wait_for_metric(&reloads("upstreams.toml", "applied"), 1.0).await;
+    for protocol in PROTOCOLS {
         for path in ["/loop/x", "/circle/length"] {
             let before = edge.refusals("loop_detected").await;
-            let answer = edge.ask(over, "GET", path, &[], None).await.expect_problem(508);
-            assert_eq!(answer.json()["code"], "loop_detected", "{over:?} {path}");
+            let answer = edge.ask(protocol, "GET", path, &[], None).await.expect_problem(508);
+            assert_eq!(answer.json()["code"], "loop_detected", "{protocol:?} {path}");
             assert_eq!(
                 edge.refusals("loop_detected").await,
                 before + 1.0,
-                "{over:?} {path}: it went round once"
+                "{protocol:?} {path}: not rejected after one round"
             );
         }
         for via in ["1.1 nginx", "1.0 fred, 2 infra-0123456789abcdef (Infra Controller)"] {
-            edge.ask(over, "GET", "/s/length", &[("via", via)], None).await.expect(200);
+            edge.ask(protocol, "GET", "/s/length", &[("via", via)], None).await.expect(200);
             let head = script.heads().pop().expect("a request");
-            let [passed] = &seen(&head, "via")[..] else { panic!("{head}") };
-            let version = if over == Over::Http1 { "1.1" } else { "2" };
+            let [passed] = &received(&head, "via")[..] else { panic!("{head}") };
+            let version = if protocol == Protocol::Http1 { "1.1" } else { "2" };
             let (before, ours) = passed.rsplit_once(", ").expect("two hops");
-            assert_eq!(before, via, "{over:?}");
-            assert!(ours.starts_with(&format!("{version} infra-")), "{over:?}: {ours}");
+            assert_eq!(before, via, "{protocol:?}");
+            assert!(ours.starts_with(&format!("{version} infra-")), "{protocol:?}: {ours}");
         }
     }
     edge.finish().await;
 }
 
-/// What may stand once and stands twice is refused, whatever is asked for.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fields_that_may_stand_once() {
-    let (script, edge) = Edge::before_script("").await;
+async fn repeated_singleton_fields_are_rejected() {
+    let (script, edge) = Edge::with_upstream("").await;
     let function = edge.gateway().upload("once").await;
     let (key, put) = (edge.gateway().key().to_owned(), format!("/functions/{function}"));
     let run = json!({ "functionId": HELLO }).to_string().into_bytes();
-    for over in BOTH {
+    for protocol in PROTOCOLS {
         for (name, value) in [
             ("x-api-key", key.as_str()),
             ("idempotency-key", "k"),
@@ -773,10 +789,10 @@ async fn fields_that_may_stand_once() {
                     fields.push(("x-api-key", key.as_str()));
                 }
                 let refused =
-                    edge.ask(over, method, path, &fields, Some(&run)).await.expect_problem(400).json();
-                assert_eq!(refused["code"], "repeated_field", "{over:?} {name} {path}");
+                    edge.ask(protocol, method, path, &fields, Some(&run)).await.expect_problem(400).json();
+                assert_eq!(refused["code"], "repeated_field", "{protocol:?} {name} {path}");
                 assert!(refused["detail"].as_str().is_some_and(|text| text.contains(name)), "{refused}");
-                assert_eq!(edge.refusals("repeated_field").await, before + 1.0, "{over:?} {name} {path}");
+                assert_eq!(edge.refusals("repeated_field").await, before + 1.0, "{protocol:?} {name} {path}");
             }
         }
         for (method, path, fields) in [
@@ -788,31 +804,31 @@ async fn fields_that_may_stand_once() {
             let mut fields = fields.to_vec();
             fields.push(("content-type", "application/json"));
             let body = (method == "PUT").then_some(&b"{\"description\":\"x\"}"[..]);
-            let refused = edge.call(over, method, path, &fields, body).await.expect_problem(400).json();
-            assert_eq!(refused["code"], "repeated_field", "{over:?} {method} {fields:?}");
+            let refused = edge.call(protocol, method, path, &fields, body).await.expect_problem(400).json();
+            assert_eq!(refused["code"], "repeated_field", "{protocol:?} {method} {fields:?}");
         }
-        // Of two names for the request neither is the one.
+        // Of two request ids neither is used.
         let named =
-            edge.ask(over, "GET", "/livez", &[("x-request-id", "a"), ("x-request-id", "b")], None).await;
-        assert!(!["a", "b"].contains(&named.expect(200).need("x-request-id")), "{over:?}");
-        let named =
-            edge.ask(over, "GET", "/s/length", &[("x-request-id", "a"), ("x-request-id", "b")], None).await;
+            edge.ask(protocol, "GET", "/livez", &[("x-request-id", "a"), ("x-request-id", "b")], None).await;
+        assert!(!["a", "b"].contains(&named.expect(200).need("x-request-id")), "{protocol:?}");
+        let named = edge
+            .ask(protocol, "GET", "/s/length", &[("x-request-id", "a"), ("x-request-id", "b")], None)
+            .await;
         let id = named.expect(200).need("x-request-id").to_owned();
-        assert_eq!(seen(&script.heads().pop().expect("a request"), "x-request-id"), [id], "{over:?}");
-        // What may stand several times may.
+        assert_eq!(received(&script.heads().pop().expect("a request"), "x-request-id"), [id], "{protocol:?}");
+        // Other fields may be repeated.
         let several =
             [("prefer", "wait=5"), ("prefer", "respond-async"), ("content-type", "application/json")];
-        edge.call(over, "POST", "/run", &several, Some(&run)).await.expect(202);
+        edge.call(protocol, "POST", "/run", &several, Some(&run)).await.expect(202);
     }
     edge.gateway().get(&put).await.expect(200);
     edge.finish().await;
 }
 
-/// Requests of HTTP/2 that are none, or have two readings: each is answered as a problem, and counted; its connection
-/// goes on.
+/// Malformed or ambiguous HTTP/2 requests are answered as problems and counted. Their connection persists.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn malformed_requests_of_http2() {
-    let (script, edge) = Edge::before_script("").await;
+async fn malformed_http2_requests_are_rejected_and_counted() {
+    let (script, edge) = Edge::with_upstream("").await;
     let mut http2 = edge.http2().await;
     let good = [(":method", "GET"), (":scheme", "https"), (":authority", NAME), (":path", "/s/length")];
     let other = |name: &'static str, value: Option<&'static str>, more: &[(&'static str, &'static str)]| {
@@ -864,14 +880,14 @@ async fn malformed_requests_of_http2() {
     ] {
         let before = edge.refusals(code).await;
         let answer = http2.ask(&fields, None).await.answer();
-        let told = format!("{fields:?}: {answer:?}");
-        assert_eq!(answer.status, status, "{told}");
-        assert_eq!(answer.header("server"), None, "{told}");
-        assert_eq!(answer.expect_problem(status).json()["code"], code, "{told}");
-        assert_eq!(edge.refusals(code).await, before + 1.0, "{told}: it is counted");
+        let label = format!("{fields:?}: {answer:?}");
+        assert_eq!(answer.status, status, "{label}");
+        assert_eq!(answer.header("server"), None, "{label}");
+        assert_eq!(answer.expect_problem(status).json()["code"], code, "{label}");
+        assert_eq!(edge.refusals(code).await, before + 1.0, "{label}: not counted");
     }
     assert!(script.heads().is_empty(), "{:?}", script.heads());
-    // The same port, written or not; a Host in the place of the authority.
+    // With and without the default port, and with a Host in place of the authority.
     for fields in [
         other("", None, &[("host", "gateway.test:443")]),
         other(":authority", Some("GATEWAY.test:443"), &[("host", NAME)]),
@@ -881,11 +897,11 @@ async fn malformed_requests_of_http2() {
         let answer = http2.ask(&fields, None).await.answer().expect(200);
         assert_eq!(answer.text(), "hello", "{fields:?}");
         let head = script.heads().pop().expect("a request");
-        let host = seen(&head, "host");
+        let host = received(&head, "host");
         assert!(host.len() == 1 && host[0].to_lowercase().starts_with(NAME), "{fields:?}: {head}");
-        assert!(seen(&head, "x-infra-refused").is_empty(), "{head}");
+        assert!(received(&head, "x-infra-refused").is_empty(), "{head}");
     }
-    // Who waits to be told to send a body is told so.
+    // `Expect: 100-continue` is answered with 100.
     let run = json!({ "functionId": HELLO }).to_string().into_bytes();
     let key = edge.gateway().key().to_owned();
     for (path, method) in [("/run", "POST"), ("/s/length", "POST")] {
@@ -898,50 +914,49 @@ async fn malformed_requests_of_http2() {
         ]);
         let stream = http2.send(&fields, false).await.expect("a stream");
         within("100", SOON, http2.continues(stream)).await.expect("an interim answer");
-        http2.data(stream, &run, true).await.expect("it reads");
+        http2.data(stream, &run, true).await.expect("the peer reads");
         let answer = within(path, SOON, http2.ended(stream)).await.answer().expect(200);
         assert!(answer.text().contains("hello"), "{path}: {answer:?}");
     }
-    // Crumbs of cookies are one field to a service that speaks HTTP/1.1.
+    // Split cookies are joined for an upstream of HTTP/1.1.
     let crumbs = other("", None, &[("cookie", "a=1"), ("x", "y"), ("cookie", "b=2; c=3"), ("cookie", "d=4")]);
     http2.ask(&crumbs, None).await.answer().expect(200);
-    assert_eq!(seen(&script.heads().pop().expect("a request"), "cookie"), ["a=1; b=2; c=3; d=4"]);
+    assert_eq!(received(&script.heads().pop().expect("a request"), "cookie"), ["a=1; b=2; c=3; d=4"]);
     edge.finish().await;
 }
 
-/// A body that does not come holds nobody up: neither before an answer nor after an early one.
+/// Stalled bodies time out independently, before an answer and after an early one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bodies_that_stall() {
-    let script = Script::start().await;
-    let upstreams = upstream("s", script.addr, "body_timeout_s = 1\nread_timeout_s = 600\n");
+async fn stalled_bodies_time_out_independently() {
+    // Number of stalled bodies. One after the other they would take as many seconds.
+    const STALLED: u64 = 60;
+    let script = ScriptedUpstream::start().await;
+    let upstreams = upstream("s", script.addr, "body_timeout_s = 1\nread_timeout_s = 600\n")
+        + &upstream("patient", script.addr, "body_timeout_s = 10\nread_timeout_s = 600\n");
     let edge = Edge::start(upstreams, "[http]\nbody_timeout_s = 1\n").await;
     let of = |path: &'static str| {
         [(":method", "POST"), (":scheme", "https"), (":authority", NAME), (":path", path)]
     };
+    // An early answer: the body never ends.
+    let mut early_conn = edge.http2().await;
+    let early = early_conn.send(&of("/patient/early"), false).await.expect("a stream");
+    let answer = within("the answer", SOON, early_conn.ended(early)).await.answer().expect(200);
+    assert_eq!(answer.text(), "hello");
+
     let mut http2 = edge.http2().await;
     let mut stalled = Vec::new();
-    for _ in 0..40 {
+    let began = Instant::now();
+    for _ in 0..STALLED {
         let stream = http2.send(&of("/s/silent"), false).await.expect("a stream");
-        http2.data(stream, b"part", false).await.expect("it reads");
+        http2.data(stream, b"part", false).await.expect("the peer reads");
         stalled.push(stream);
     }
-    let began = Instant::now();
     for stream in stalled {
         let refused = within("the end of a body that stalls", SOON, http2.ended(stream)).await.answer();
         assert_eq!(refused.expect_problem(408).json()["code"], "body_timeout");
     }
-    assert!(began.elapsed() < SOON, "none waited for the others");
-    // After an early answer the stream ends as well: the service's connection is free.
-    let stream = http2.send(&of("/s/early"), false).await.expect("a stream");
-    let answer = within("the answer", SOON, http2.ended(stream)).await.answer().expect(200);
-    assert_eq!(answer.text(), "hello");
-    let metric = "infra_requests_in_flight";
-    eventually("no request in flight but the one that asks", SOON, || async {
-        let count = edge.gateway().metric(metric).await;
-        if count == Some(1.0) { Ok(()) } else { Err(format!("{count:?}")) }
-    })
-    .await;
-    // So it is on a route of ours, and over HTTP/1.1.
+    assert!(began.elapsed() < Duration::from_secs(STALLED), "the bodies time out one after the other");
+    // The same on a route of the gateway, and over HTTP/1.1.
     let key = edge.gateway().key().to_owned();
     let mut run = of("/run").to_vec();
     run.extend([("x-api-key", key.as_str()), ("content-type", "application/json")]);
@@ -950,26 +965,30 @@ async fn bodies_that_stall() {
     let mut conn = edge.http1().await;
     conn.write(b"POST /s/silent HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\npart")
         .await
-        .expect("it reads");
+        .expect("the peer reads");
     within("the end", SOON, conn.answer(false)).await.expect("an answer").expect_problem(408);
-    // A body that comes in time is passed on.
-    let stream = http2.send(&of("/s/length"), false).await.expect("a stream");
-    http2.data(stream, b"one", false).await.expect("it reads");
-    http2.data(stream, b"two", true).await.expect("it reads");
+    // A body that arrives in time is forwarded.
+    let stream = http2.send(&of("/patient/length"), false).await.expect("a stream");
+    http2.data(stream, b"one", false).await.expect("the peer reads");
+    http2.data(stream, b"two", true).await.expect("the peer reads");
     assert_eq!(http2.ended(stream).await.answer().expect(200).text(), "hello");
+    // After an early answer the body times out, too. Then the connection to the upstream is free, and the
+    // metrics request is the only one in flight.
+    edge.gateway().wait_for_metric("infra_requests_in_flight", 1.0).await;
+    drop(early_conn);
     edge.finish().await;
 }
 
-/// No browser reads an answer as anything else than it is, and nobody keeps one that has no tag.
+/// Browsers must not guess content types. Caches must not keep answers without an ETag.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_every_answer_says() {
-    let (_script, edge) = Edge::before_script(&format!("[http]\ncors_origins = [{ORIGIN:?}]\n")).await;
+async fn every_answer_has_nosniff_and_no_store() {
+    let (_script, edge) = Edge::with_upstream(&format!("[http]\ncors_origins = [{ORIGIN:?}]\n")).await;
     let function = edge.gateway().upload("says").await;
     let put = format!("/functions/{function}");
     let tag = edge.gateway().get(&put).await.expect(200).need("etag").to_owned();
     let run = json!({ "functionId": HELLO }).to_string().into_bytes();
     let json = ("content-type", "application/json");
-    for over in BOTH {
+    for protocol in PROTOCOLS {
         for (method, path, fields, body, status) in [
             ("GET", "/", &[][..], None, 200),
             ("GET", "/livez", &[], None, 200),
@@ -987,20 +1006,20 @@ async fn what_every_answer_says() {
             ("GET", "/run", &[], None, 405),
             ("OPTIONS", "/run", &[("origin", ORIGIN), ("access-control-request-method", "POST")], None, 204),
         ] {
-            let answer = edge.call(over, method, path, fields, body).await.expect(status);
-            let told = format!("{over:?} {method} {path} {status}");
-            assert_eq!(values(&answer, "x-content-type-options"), ["nosniff"], "{told}");
+            let answer = edge.call(protocol, method, path, fields, body).await.expect(status);
+            let label = format!("{protocol:?} {method} {path} {status}");
+            assert_eq!(values(&answer, "x-content-type-options"), ["nosniff"], "{label}");
             let kept = if answer.header("etag").is_some() { &[][..] } else { &["no-store"] };
-            assert_eq!(values(&answer, "cache-control"), kept, "{told}");
+            assert_eq!(values(&answer, "cache-control"), kept, "{label}");
         }
-        // What others answer is theirs.
-        let passed = edge.ask(over, "GET", "/s/length", &[], None).await.expect(200);
+        // Answers of upstreams are unchanged.
+        let passed = edge.ask(protocol, "GET", "/s/length", &[], None).await.expect(200);
         assert_eq!(passed.header("cache-control"), None);
     }
     let mut conn = edge.http1().await;
-    conn.write(b"GET / HTTP/1.1\r\n\r\n").await.expect("it reads");
+    conn.write(b"GET / HTTP/1.1\r\n\r\n").await.expect("the peer reads");
     let refused =
-        within("the refusal", SOON, conn.answer(false)).await.expect("an answer").expect_problem(400);
+        within("the rejection", SOON, conn.answer(false)).await.expect("an answer").expect_problem(400);
     assert_eq!(
         (refused.need("x-content-type-options"), refused.need("cache-control")),
         ("nosniff", "no-store")
@@ -1008,9 +1027,9 @@ async fn what_every_answer_says() {
     edge.finish().await;
 }
 
-/// Sessions of TLS are resumed as long as `[tls]` and its files stay, whatever else changes.
+/// TLS sessions are resumed until `[tls]` or its files change.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sessions_outlive_other_changes() {
+async fn tls_sessions_are_resumed_until_the_certificate_changes() {
     let edge = Edge::start(String::new(), "").await;
     let connector = client(&edge.secure.authority, &["http/1.1"], None);
     let connect = async || {
@@ -1019,51 +1038,49 @@ async fn sessions_outlive_other_changes() {
         stream
             .write_all(b"GET /livez HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
             .await
-            .expect("it reads");
+            .expect("the peer reads");
         let mut text = String::new();
         let _ = stream.read_to_string(&mut text).await;
         assert!(text.starts_with("HTTP/1.1 200"), "{text}");
-        let kind = stream.get_ref().1.handshake_kind().expect("it has shaken hands");
+        let kind = stream.get_ref().1.handshake_kind().expect("the handshake is complete");
         kind == rustls::HandshakeKind::Resumed
     };
-    assert!(!connect().await, "there is nothing to resume yet");
+    assert!(!connect().await, "the first connection resumes nothing");
     assert!(connect().await);
-    let applied = |file: &str| format!("infra_conf_reloads_total{{file={file:?},result=\"applied\"}}");
-    std::fs::write(edge.secure.platform.conf_file("keys.toml"), key_lines("one", "key-one", &["read"]))
-        .expect("writable");
-    edge.gateway().wait_for_metric(&applied("keys.toml"), 1.0).await;
+    edge.secure.platform.put_conf("keys.toml", &key_lines("one", "key-one", &["read"]));
+    edge.gateway().wait_for_metric(&reloads("keys.toml", "applied"), 1.0).await;
     assert!(connect().await, "another file has changed");
     let server = edge.secure.platform.conf_file("server.toml");
     let text = std::fs::read_to_string(&server).expect("readable");
-    std::fs::write(&server, format!("[auth]\nfailures_burst = 99\n{text}")).expect("writable");
-    edge.gateway().wait_for_metric(&applied("server.toml"), 1.0).await;
+    put_file(&server, &format!("[auth]\nfailures_burst = 99\n{text}"));
+    edge.gateway().wait_for_metric(&reloads("server.toml", "applied"), 1.0).await;
     assert!(connect().await, "another part of the file has changed");
     edge.secure.authority.issue(NAME).write(&edge.secure.platform.conf_dir());
-    edge.gateway().wait_for_metric(&applied("certificate"), 1.0).await;
-    assert!(!connect().await, "with another certificate it is another server");
+    edge.gateway().wait_for_metric(&reloads("certificate", "applied"), 1.0).await;
+    assert!(!connect().await, "a new certificate ends the sessions");
     edge.finish().await;
 }
 
-/// Who has opened a tunnel and may not any more is shut out of it, within a minute.
+/// A tunnel ends when the key that opened it is removed or expires.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn tunnels_end_with_their_keys() {
+async fn tunnels_end_when_their_key_is_removed_or_expires() {
+    // Keys are checked every 15 s.
     const WITHIN: Duration = Duration::from_secs(60);
     let service = Upstream::start().await;
-    let upstreams = format!(
-        "[[upstream]]\nname = \"up\"\nprefix = \"/up\"\naddresses = [\"{}\"]\nscope = \"read\"\nread_timeout_s = 600\nbody_timeout_s = 1\nbody_bytes_max = 4\n",
-        service.addr()
-    );
+    let more = "scope = \"read\"\nread_timeout_s = 600\nbody_timeout_s = 1\nbody_bytes_max = 4\n";
+    let upstreams = upstream_lines("up", &[service.addr()], more);
     let keys = key_lines("kept", "key-kept", &["read"]);
     let gone = key_lines("gone", "key-gone", &["read"]);
     let until = key_lines("short", "key-short", &["read"]);
     let conf = Conf { upstreams, keys: format!("{keys}{gone}{until}"), ..Conf::default() };
     let platform = Setup::new(Backend::Dev).conf(conf).start().await;
     let open = async |key: &str| {
-        let mut conn = Conn::open(platform.gateway.addr()).await.expect("the gateway takes connections");
+        let mut conn = Conn::open(platform.gateway.addr()).await.expect("the gateway accepts connections");
         let request = format!(
-            "GET /up/socket HTTP/1.1\r\nhost: a\r\nx-api-key: {key}\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+            "GET /up/socket HTTP/1.1\r\nhost: a\r\nx-api-key: {key}\r\nconnection: upgrade\r\n\
+             upgrade: websocket\r\n\r\n"
         );
-        conn.write(request.as_bytes()).await.expect("it reads");
+        conn.write(request.as_bytes()).await.expect("the peer reads");
         within("101", SOON, conn.any_answer(true)).await.expect("an answer").expect(101);
         conn
     };
@@ -1072,16 +1089,15 @@ async fn tunnels_end_with_their_keys() {
     let soon = time::OffsetDateTime::now_utc() + Duration::from_secs(3);
     let soon = soon.format(&time::format_description::well_known::Rfc3339).expect("a time");
     let changed = format!("{keys}{until}expires = {soon}\n");
-    std::fs::write(platform.conf_file("keys.toml"), changed).expect("writable");
-    let applied = r#"infra_conf_reloads_total{file="keys.toml",result="applied"}"#;
-    platform.gateway.wait_for_metric(applied, 1.0).await;
+    platform.put_conf("keys.toml", &changed);
+    platform.gateway.wait_for_metric(&reloads("keys.toml", "applied"), 1.0).await;
     assert!(
         within("the end of a tunnel whose key is gone", WITHIN, gone.is_closed()).await,
-        "something came"
+        "unexpected data"
     );
     assert!(
         within("the end of a tunnel whose key has expired", WITHIN, short.is_closed()).await,
-        "something came"
+        "unexpected data"
     );
     kept.write(b"hello").await.expect("the tunnel stands");
     assert_eq!(within("the echo", SOON, kept.bytes(5)).await.expect("the echo"), b"hello");

@@ -1,47 +1,45 @@
-//! HTTP clients in common use against both listeners: curl, requests and httpx (Python), undici (Node.js),
-//! and ab, which speaks HTTP/1.0 only.
+//! Common HTTP clients against both listeners: curl, requests and httpx (Python), undici (Node.js), and ab,
+//! which supports only HTTP/1.0.
 //!
-//! Each asks for `/livez`, runs a function with and without waiting for it, is refused, and reads what an
-//! upstream answers in chunks. Where the client can, it sends a compressed body, expects `100 Continue`, and
-//! reuses its connection.
+//! Each requests `/livez`, runs a function synchronously and asynchronously, is rejected, and reads a chunked
+//! answer of an upstream. If the client can, it sends a compressed body, expects `100 Continue`, and reuses
+//! its connection.
 
 use crate::harness::aws::venv;
+use crate::harness::conf_lines::upstream_lines;
 use crate::harness::gateway::Conf;
 use crate::harness::http::{Answer, Message};
 use crate::harness::platform::HELLO;
 use crate::harness::process::Scratch;
-use crate::harness::secure::{NAME, Secure};
 use crate::harness::tls::Authority;
+use crate::harness::tls_gateway::{NAME, TlsGateway};
 use crate::harness::upstream::{Upstream, chunks};
 use crate::harness::{SOON, client, path_env};
 use serde_json::json;
 use std::path::Path;
 
-/// Seconds that curl and ab wait for one answer, less than the client as a whole may take.
+/// Deadline of curl and ab for one answer, in seconds. It is shorter than that of the whole process.
 const ANSWER_WITHIN_S: &str = "120";
-/// Requests that ab has in flight.
+/// Requests of ab in flight.
 const CONCURRENCY: usize = 2;
-/// From this size on curl sends `Expect: 100-continue` by itself.
+/// From this size curl sends `Expect: 100-continue`.
 const CURL_EXPECTS_FROM_BYTES: usize = 1024 * 1024 + 1;
 
-/// A gateway with both listeners, the upstream behind it, and the files that clients send and compare.
-struct Edge {
-    secure: Secure,
+/// A gateway with both listeners, an upstream, and the files that clients send and compare.
+struct Fixture {
+    secure: TlsGateway,
     dir: Scratch,
     _service: Upstream,
 }
 
-impl Edge {
+impl Fixture {
     async fn start() -> Self {
         let service = Upstream::start().await;
-        let upstreams = format!(
-            "[[upstream]]\nname = \"up\"\nprefix = \"/up\"\naddresses = [\"{}\"]\nscope = \"read\"\n",
-            service.addr()
-        );
-        // A busy client may send the body of a refused request late. That must not cost it the connection.
+        let upstreams = upstream_lines("up", &[service.addr()], "scope = \"read\"\n");
+        // A busy client may send the body of a rejected request late. It must not lose its connection.
         let server = format!("[http]\ndrain_body_timeout_ms = {}\n", SOON.as_millis());
         let conf = Conf { server, upstreams, ..Conf::default() };
-        let secure = Secure::start_with(conf, "", Authority::new()).await;
+        let secure = TlsGateway::start_with(conf, "", Authority::new()).await;
         let dir = Scratch::new("client");
         let run = |input: &str| json!({ "functionId": HELLO, "inputData": input }).to_string();
         let short = run("of-the-edge");
@@ -85,24 +83,24 @@ impl Edge {
     }
 }
 
-/// requests and httpx; httpx over HTTP/2, too.
+/// With requests and httpx, which also supports HTTP/2.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_python() {
-    let edge = Edge::start().await;
+async fn python_clients_work_on_both_listeners() {
+    let edge = Fixture::start().await;
     edge.script("edge.py", &venv("python"), &[]).await;
     edge.finish().await;
 }
 
-/// undici; over HTTP/2, too.
+/// With undici, which also supports HTTP/2.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_node() {
+async fn node_clients_work_on_both_listeners() {
     let modules = client::node_modules();
-    let edge = Edge::start().await;
+    let edge = Fixture::start().await;
     edge.script("edge.cjs", Path::new("node"), &[("NODE_PATH", modules)]).await;
     edge.finish().await;
 }
 
-/// The result of a run with the input `of-the-edge`.
+/// Asserts the result of a run with the input `of-the-edge`.
 #[track_caller]
 fn expect_result(answer: Answer) {
     let result = answer.expect(200).json();
@@ -110,7 +108,7 @@ fn expect_result(answer: Answer) {
     assert!(result["status"] == "SUCCESS" && printed.contains("of-the-edge"), "{result}");
 }
 
-/// The answer to an asynchronous run.
+/// Asserts the answer to an asynchronous run.
 #[track_caller]
 fn expect_accepted(answer: Answer) {
     let answer = answer.expect(202);
@@ -120,23 +118,23 @@ fn expect_accepted(answer: Answer) {
     assert_eq!(answer.need("location"), format!("/status/{id}"));
 }
 
-/// curl with one version of HTTP, at one listener.
+/// curl with one version of HTTP and one listener.
 struct Curl<'a> {
-    edge: &'a Edge,
+    edge: &'a Fixture,
     version: &'a str,
     base: String,
 }
 
-/// The answers to several requests of one curl, in order.
+/// The answers to several requests of one curl process, in order.
 struct Transfers {
-    /// New connections, by request.
+    /// Number of new connections for each request.
     connects: Vec<u32>,
-    /// Interim answers, by request.
+    /// Number of interim answers for each request.
     continues: Vec<usize>,
     answers: Vec<Answer>,
 }
 
-/// Shell commands that pass their arguments to curl; the second pipes a compressed run into it.
+/// Shell commands that pass their arguments to curl. The second one pipes a compressed run into curl.
 const AS_IT_IS: &str = r#"exec curl "$@""#;
 const COMPRESSED: &str = r#"gzip -c run.json | curl "$@""#;
 
@@ -151,7 +149,7 @@ impl Curl<'_> {
         self.version == "--http1.0"
     }
 
-    /// One curl for all `paths`: the arguments follow `command`.
+    /// Runs one curl process for all `paths`.
     async fn ask(&self, command: &str, paths: &[&str], args: &[&str]) -> Transfers {
         let resolve = format!("{NAME}:{}:127.0.0.1", self.edge.secure.addr.port());
         let mut all = vec!["-c", command, "curl", "-q", "-sS", "-i", self.version];
@@ -180,14 +178,14 @@ impl Curl<'_> {
         transfers
     }
 
-    /// A POST of a file; one answer for each path.
+    /// Sends a file by POST to each path.
     async fn post(&self, command: &str, paths: &[&str], file: &str, args: &[&str]) -> Transfers {
         let body = ["-H", "content-type: application/json", "--data-binary", file];
         self.ask(command, paths, &[&body[..], args].concat()).await
     }
 }
 
-/// What `curl -i` writes: how many interim heads, then the head and the body.
+/// Parses the output of `curl -i`: the number of interim answers, and the final answer.
 fn read_answer(mut written: &[u8]) -> (usize, Answer) {
     let mut interim = 0;
     loop {
@@ -205,8 +203,8 @@ fn read_answer(mut written: &[u8]) -> (usize, Answer) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn curl() {
-    let edge = Edge::start().await;
+async fn curl_works_on_both_listeners() {
+    let edge = Fixture::start().await;
     let secure = format!("https://{NAME}:{}", edge.secure.addr.port());
     for (version, base) in [
         ("--http1.0", edge.plain()),
@@ -224,7 +222,7 @@ async fn speak(curl: &Curl<'_>) {
     let key = curl.edge.key_field();
     let with_key = ["-H", key.as_str()];
     let and = |more: &[&'static str]| -> Vec<&str> { [&with_key[..], more].concat() };
-    // HTTP/1.0 keeps a connection only if asked to.
+    // HTTP/1.0 keeps a connection only on request.
     let kept: &[u32] = if curl.is_old() { &[1, 1, 1] } else { &[1, 0, 0] };
     expect_alive(curl, &[], kept).await;
     if curl.is_old() {
@@ -243,11 +241,14 @@ async fn speak(curl: &Curl<'_>) {
         answer.expect_problem(401);
     }
 
+    // By default curl sends the body after one second without an interim answer. Over HTTP/1.1 it must get
+    // one, also on a busy machine.
+    let is_sure = curl.version == "--http1.1";
+    let patience: &[&str] = if is_sure { &["--expect100-timeout", ANSWER_WITHIN_S] } else { &[] };
     let waits = and(&["-H", "expect: 100-continue"]);
     for (file, args) in [("@2k.json", &waits), ("@1m.json", &with_key.to_vec())] {
-        let ran = curl.post(AS_IT_IS, &["/run"], file, args).await;
-        // Without an interim answer curl sends the body after a second. Over HTTP/1.1 it must get one.
-        if curl.version == "--http1.1" {
+        let ran = curl.post(AS_IT_IS, &["/run"], file, &[patience, args].concat()).await;
+        if is_sure {
             assert_eq!(ran.continues, [1], "{file}");
         }
         ran.answers.into_iter().for_each(expect_result);
@@ -257,7 +258,7 @@ async fn speak(curl: &Curl<'_>) {
     assert_eq!(chunked.connects, kept[..2]);
     let mut answers = chunked.answers;
     if curl.is_old() {
-        // A body without a length ends with the connection, even if the client asks to keep that.
+        // A body without a length ends with the connection, even if the client requests keep-alive.
         answers.extend(curl.ask(AS_IT_IS, &["/up/chunked"; 2], &and(&KEEP_ALIVE)).await.answers);
     }
     for answer in answers {
@@ -279,7 +280,8 @@ async fn expect_alive(curl: &Curl<'_>, args: &[&str], connects: &[u32]) {
     }
 }
 
-/// The upstream's answer, whole. No `Transfer-Encoding` may go to HTTP/1.0 clients (RFC 9112, section 6.1).
+/// Asserts the complete answer of the upstream. HTTP/1.0 clients get no `Transfer-Encoding` (RFC 9112,
+/// section 6.1).
 #[track_caller]
 fn expect_chunked(answer: &Answer, is_old: bool) {
     let whole = chunks().concat();
@@ -291,8 +293,8 @@ fn expect_chunked(answer: &Answer, is_old: bool) {
 }
 
 struct Ab<'a> {
-    edge: &'a Edge,
-    /// Whether it asks to keep its connections.
+    edge: &'a Fixture,
+    /// Whether it requests persistent connections.
     keeps: bool,
 }
 
@@ -301,7 +303,7 @@ struct Report {
 }
 
 impl Ab<'_> {
-    /// So many requests, of which none failed.
+    /// Sends so many requests, of which none may fail.
     async fn ask(&self, requests: usize, url: &str, args: &[&str]) -> Report {
         let (n, c) = (requests.to_string(), CONCURRENCY.to_string());
         let mut all = vec!["-q", "-v", "2", "-s", ANSWER_WITHIN_S, "-n", &n, "-c", &c];
@@ -318,7 +320,7 @@ impl Ab<'_> {
         report
     }
 
-    /// A POST of a file.
+    /// Sends a file by POST.
     async fn post(&self, requests: usize, file: &str, args: &[&str]) -> Report {
         let url = format!("{}/run", self.edge.plain());
         let body = ["-T", "application/json", "-p", file];
@@ -332,13 +334,14 @@ impl Report {
         rest.split_whitespace().next()?.parse().ok()
     }
 
-    /// What stands below the answers.
+    /// The output below the answers.
     fn summary(&self) -> String {
         let begin = self.lines.iter().position(|line| line.starts_with("Server Software")).unwrap_or(0);
         self.lines[begin..].join("\n")
     }
 
-    /// ab prints the first read of each answer: all of a small one, which the gateway sends in one piece.
+    /// The answers. ab prints the first read of each: a small answer is complete, because the gateway sends
+    /// it at once.
     fn answers(&self) -> Vec<Answer> {
         let text = self.lines.join("\n");
         let answers = text.split("LOG: header received:\n").skip(1).map(|read| {
@@ -351,10 +354,10 @@ impl Report {
     }
 }
 
-/// ab reads a body to its `Content-Length` or to the end of the connection, and does not decode chunks.
+/// ab reads a body up to its `Content-Length` or the end of the connection. It does not decode chunks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ab() {
-    let edge = Edge::start().await;
+async fn ab_works_with_and_without_keep_alive() {
+    let edge = Fixture::start().await;
     client::run("gzip", Path::new("gzip"), &["-k", "run.json"], &path_env(), edge.dir.path()).await;
     let key = edge.key_field();
     for keeps in [false, true] {
@@ -367,7 +370,7 @@ async fn ab() {
             assert_eq!(kept.is_some_and(|kept| kept >= 100 - CONCURRENCY), keeps, "{kept:?}");
         }
 
-        // Results are not of one length.
+        // Results differ in length.
         let ran = ab.post(8, "run.json", &["-l", "-H", &key]).await.answers();
         assert_eq!(ran.len(), 8);
         ran.into_iter().for_each(expect_result);

@@ -1,4 +1,4 @@
-//! IPv4 and IPv6: clients of either find the gateway.
+//! IPv4 and IPv6.
 
 use crate::harness::gateway::start_process;
 use crate::harness::http::Request;
@@ -8,15 +8,15 @@ use crate::harness::{SOON, Setup, eventually};
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-over_both!(clients_of_either_family);
+on_both_backends!(ipv4_and_ipv6_clients_are_served);
 
-/// As the kernel writes them.
+/// Addresses in the hexadecimal form of the kernel.
 const ANY_V6: &str = "00000000000000000000000000000000";
 const LOOPBACK: &str = "0100007F";
 const LOOPBACK_V6: &str = "00000000000000000000000001000000";
 
-/// This machine has IPv6: else nothing here could be tried.
-async fn clients_of_either_family(setup: Setup) {
+/// Needs a machine with IPv6.
+async fn ipv4_and_ipv6_clients_are_served(setup: Setup) {
     let expected = match setup.backend {
         Backend::Serve => vec![ANY_V6],
         Backend::Dev => vec![LOOPBACK_V6, LOOPBACK],
@@ -31,8 +31,8 @@ async fn clients_of_either_family(setup: Setup) {
         let run = Request::new(SocketAddr::new(ip, port), "POST", "/run").header("x-api-key", gateway.key());
         let run = run.json(&json!({ "functionId": HELLO, "inputData": { "from": ip } }));
         let result = run.send().await.expect(200).json();
-        assert!(result["stdout"].as_str().is_some_and(|said| said.contains(&ip.to_string())), "{result}");
-        // Both are who they are, whichever socket they came by.
+        assert!(result["stdout"].as_str().is_some_and(|text| text.contains(&ip.to_string())), "{result}");
+        // The log has the address of the client, for either socket.
         let wrong = Request::new(SocketAddr::new(ip, port), "GET", "/functions").header("x-api-key", "wrong");
         wrong.send().await.expect(401);
         let seen = || async {
@@ -46,9 +46,9 @@ async fn clients_of_either_family(setup: Setup) {
     platform.finish().await;
 }
 
-/// The banner shows a URL that works, for each way to say where to listen.
+/// For each form of the listen address.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_banner_shows_a_url() {
+async fn the_banner_shows_a_working_url() {
     for (listen, shown) in [
         (None, "http://localhost:"),
         (Some("127.0.0.1"), "http://127.0.0.1:"),

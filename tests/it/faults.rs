@@ -1,38 +1,39 @@
-//! What breaks under load, and what must be true afterwards: every job that was accepted has exactly one row with the
-//! status that its worker gave, the counters of its function say the same, and nothing is left over.
+//! Faults under load. Afterwards every accepted job has exactly one row, with the status that its worker
+//! reported. The counters of its function agree, and nothing is left in queue or journal.
 //!
-//! `make test` has each fault once, and short. `make chaos` sets `CHAOS_SEED`: then kills come ten times and outages
-//! last up to a minute.
+//! `make test` injects each fault once, for a short time. `make chaos` sets `CHAOS_SEED`: then there are ten
+//! kills, and outages last up to a minute.
 
-use crate::harness::crowd::{Crowd, FUNCTIONS, Manners, Reckoning};
+use crate::harness::aws_proxy::{Faults, Policy};
 use crate::harness::gateway::Conf;
-use crate::harness::orders::Orders;
+use crate::harness::load_clients::{ClientMix, FUNCTIONS, LoadClients, Reconciliation};
 use crate::harness::platform::new_key;
 use crate::harness::process::Scratch;
-use crate::harness::proxy::{Faults, Policy};
-use crate::harness::{Gateway, Platform, Setup, eventually};
+use crate::harness::retrying_clients::RetryingClients;
+use crate::harness::{Gateway, Platform, Setup, pause};
 use nix::sys::signal::Signal;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
+use serde_json::Value;
 use std::time::Duration;
 
-/// Says which faults come when; set by `make chaos`.
+/// The seed of the faults; set by `make chaos`.
 const SEED: &str = "CHAOS_SEED";
-/// Of the nodes in these tests.
+/// The lease of the nodes in these tests.
 const LEASE: Duration = Duration::from_secs(2);
-/// By then everything is settled after the last fault: a job that was never sent is lost at its deadline, and found so
-/// by a look-up.
+/// Deadline for everything to settle after the last fault. A job that was never sent is lost at its deadline,
+/// which a look-up notices.
 const SETTLED: Duration = Duration::from_secs(60);
 
-/// From when all is well to the result of the last order of each client.
-const LAST_ORDERS: Duration = Duration::from_secs(30);
+/// From the recovery to the result of the last request of each client. Without a retry that takes the job
+/// over, a result would come at the deadline of the job, after two minutes.
+const LAST_REQUESTS: Duration = Duration::from_secs(60);
 
-/// How much of it.
+/// The number and the length of the faults.
 struct Scale {
     seed: u64,
-    /// Kills.
-    times: u32,
-    /// Seconds for which something is away, one round each.
+    kills: u32,
+    /// Length of the outages in seconds; one round each.
     outages_s: &'static [u64],
 }
 
@@ -41,32 +42,32 @@ impl Scale {
         match std::env::var(SEED) {
             Ok(seed) => Self {
                 seed: seed.parse().expect("CHAOS_SEED is a number"),
-                times: 10,
+                kills: 10,
                 outages_s: &[1, 10, 60],
             },
-            Err(_) => Self { seed: 1, times: 1, outages_s: &[4] },
+            Err(_) => Self { seed: 1, kills: 1, outages_s: &[4] },
         }
     }
 }
 
-/// No limits, and jobs that are given up soon.
+/// No limits, and short deadlines of jobs.
 fn limits() -> String {
     "limit = []\n[waits]\njob_deadline_s = 12\n[batch]\nsend_deadline_ms = 3000\n".into()
 }
 
-/// A platform under load, and a second node if asked for.
-struct Stage {
+/// A platform under load, with a second node on request.
+struct Fixture {
     name: &'static str,
     platform: Platform,
     other: Option<Gateway>,
-    crowd: Crowd,
+    clients: LoadClients,
     rng: SmallRng,
     scale: Scale,
     _state: Scratch,
 }
 
-impl Stage {
-    async fn set(name: &'static str, policy: impl FnOnce(u64) -> Policy, manners: Manners) -> Self {
+impl Fixture {
+    async fn start(name: &'static str, policy: impl FnOnce(u64) -> Policy, mix: ClientMix) -> Self {
         let scale = Scale::of_this_run();
         let state = Scratch::new("state");
         let platform = Setup::serve()
@@ -82,95 +83,102 @@ impl Stage {
         for function in FUNCTIONS {
             platform.fleet().cloud.put_function(function).await;
         }
-        let crowd = Crowd::start(&[&platform.gateway], scale.seed, manners);
+        let clients = LoadClients::start(&[&platform.gateway], scale.seed, mix);
         let rng = SmallRng::seed_from_u64(scale.seed);
-        Self { name, platform, other: None, crowd, rng, scale, _state: state }
+        Self { name, platform, other: None, clients, rng, scale, _state: state }
     }
 
-    /// One more node, which takes its part of the load.
+    /// Starts one more node, and sends it a part of the load.
     async fn add_node(&mut self) {
         let other = self.platform.fleet().start_gateway().await;
-        self.crowd.knock_at(&[&self.platform.gateway, &other]);
+        self.clients.targets.set(&[&self.platform.gateway, &other]);
         self.other = Some(other);
     }
 
-    /// Some load, for a time that is not the same each time.
-    async fn go_on(&mut self) {
-        tokio::time::sleep(Duration::from_millis(self.rng.random_range(700..1500))).await;
+    /// Kills the first gateway and starts it again.
+    async fn restart_gateway(self) -> Self {
+        let platform = self.platform.kill_and_restart(async |_| {}).await;
+        self.clients.targets.set(&[&platform.gateway]);
+        Self { platform, ..self }
     }
 
-    /// Lets those that ask be answered, and reckons.
-    async fn reckon(self) -> Reckoning {
-        let Self { name, platform, other, crowd, scale, .. } = self;
-        let record = crowd.stop().await;
+    fn inject(&self, faults: Faults) {
+        self.platform.fleet().proxy.as_ref().expect("the policy has a proxy").inject(faults);
+    }
+
+    /// Waits for some more requests, a different number each time.
+    async fn run_load(&mut self) {
+        self.clients.counts.wait_for_more(self.rng.random_range(30..60)).await;
+    }
+
+    /// Stops the load and reconciles.
+    async fn reconcile(self) -> Reconciliation {
+        let Self { name, platform, other, clients, scale, .. } = self;
+        let record = clients.stop().await;
         let gateways: Vec<&Gateway> = [&platform.gateway].into_iter().chain(&other).collect();
-        let reckoning = record.reckon(platform.fleet(), &gateways, SETTLED).await;
-        println!("{name}, seed {}: {reckoning:?}", scale.seed);
+        let found = record.reconcile(platform.fleet(), &gateways, SETTLED).await;
+        println!("{name}, seed {}: {found:?}", scale.seed);
         if let Some(other) = other {
             other.finish().await;
         }
         platform.finish().await;
-        reckoning
+        found
     }
 }
 
-fn none(_: u64) -> Policy {
+fn no_proxy(_: u64) -> Policy {
     Policy::PassAll
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_of_two_nodes_is_killed() {
-    let mut stage = Stage::set("one of two nodes killed", none, Manners::default()).await;
-    for _ in 0..stage.scale.times {
-        stage.add_node().await;
-        stage.go_on().await;
-        let other = stage.other.take().expect("added above");
+async fn jobs_survive_the_kill_of_one_of_two_nodes() {
+    let mut fixture = Fixture::start("one of two nodes killed", no_proxy, ClientMix::default()).await;
+    for _ in 0..fixture.scale.kills {
+        fixture.add_node().await;
+        fixture.run_load().await;
+        let other = fixture.other.take().expect("added above");
         other.kill();
-        stage.crowd.knock_at(&[&stage.platform.gateway]);
-        stage.go_on().await;
+        fixture.clients.targets.set(&[&fixture.platform.gateway]);
+        fixture.run_load().await;
     }
-    // One that is started again on the directory of the one before goes on with its jobs itself; the last is not.
-    eventually("an adoption", SETTLED, || async {
-        let adopted = stage.platform.gateway.metric("infra_nodes_adopted_total").await;
-        if adopted >= Some(1.0) { Ok(()) } else { Err(format!("{adopted:?}")) }
-    })
-    .await;
-    stage.reckon().await;
+    // A node that starts in the directory of a killed node resumes the jobs itself. The last killed node has
+    // no successor.
+    fixture.platform.gateway.wait_for_metric_at_least("infra_nodes_adopted_total", 1.0).await;
+    fixture.reconcile().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_only_node_is_killed_and_started_again() {
-    let mut stage = Stage::set("the only node killed", none, Manners::default()).await;
-    for _ in 0..stage.scale.times {
-        stage.go_on().await;
-        stage.platform = stage.platform.kill_and_restart(async |_| {}).await;
-        stage.crowd.knock_at(&[&stage.platform.gateway]);
+async fn jobs_survive_restarts_of_the_only_node() {
+    let mut fixture = Fixture::start("the only node killed", no_proxy, ClientMix::default()).await;
+    for _ in 0..fixture.scale.kills {
+        fixture.run_load().await;
+        fixture = fixture.restart_gateway().await;
     }
-    stage.go_on().await;
-    stage.reckon().await;
+    fixture.run_load().await;
+    fixture.reconcile().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_node_is_frozen_past_its_lease() {
-    let mut stage = Stage::set("a node frozen", none, Manners::default()).await;
-    stage.add_node().await;
-    stage.go_on().await;
-    let other = stage.other.as_ref().expect("added above");
-    other.signal(Signal::SIGSTOP);
-    stage.platform.gateway.wait_for_metric("infra_nodes_adopted_total", 1.0).await;
-    stage.go_on().await;
-    stage.other.as_ref().expect("added above").signal(Signal::SIGCONT);
-    stage.go_on().await;
-    stage.reckon().await;
+async fn jobs_survive_a_node_frozen_past_its_lease() {
+    let mut fixture = Fixture::start("a node frozen", no_proxy, ClientMix::default()).await;
+    fixture.add_node().await;
+    fixture.run_load().await;
+    fixture.other.as_ref().expect("added above").signal(Signal::SIGSTOP);
+    fixture.platform.gateway.wait_for_metric_at_least("infra_nodes_adopted_total", 1.0).await;
+    // Not more load: every client may wait for the frozen node.
+    pause(Duration::from_secs(1)).await;
+    fixture.other.as_ref().expect("added above").signal(Signal::SIGCONT);
+    fixture.run_load().await;
+    fixture.reconcile().await;
 }
 
-/// Clients that repeat their orders through kills of nodes and errors of the queue: each has its result soon after all
-/// is well, each key has one id, and each id one row.
+/// Clients retry through kills of nodes and errors of the queue. Each has its result soon after the recovery,
+/// each key has one id, and each id has one row.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn orders_are_repeated_through_kills_and_queue_errors() {
+async fn retried_requests_run_once_through_kills_and_queue_errors() {
     let scale = Scale::of_this_run();
     let mut rng = SmallRng::seed_from_u64(scale.seed);
-    let is_chaos = scale.times > 1;
+    let is_chaos = scale.kills > 1;
     let (clients, kills, errors_s) = if is_chaos { (24, 8, 8) } else { (8, 2, 2) };
     let state = Scratch::new("state");
     let limits = "limit = []\n[waits]\njob_deadline_s = 120\n[batch]\nsend_deadline_ms = 3000\n".into();
@@ -185,40 +193,43 @@ async fn orders_are_repeated_through_kills_and_queue_errors() {
         platform.fleet().cloud.put_function(function).await;
     }
     let mut other = platform.fleet().start_gateway().await;
-    let orders = Orders::start(&[&platform.gateway, &other], clients, scale.seed);
-    let fail = |platform: &Platform, faults| platform.fleet().proxy.as_ref().expect("asked for").fail(faults);
-    let some = Faults { entries: 20, batches: 10, answers: 5, ..Faults::default() };
+    let clients = RetryingClients::start(&[&platform.gateway, &other], clients, scale.seed);
+    let inject = |platform: &Platform, faults| {
+        platform.fleet().proxy.as_ref().expect("the policy has a proxy").inject(faults);
+    };
+    let some = Faults { entries: 20, batches: 10, lost_answers: 5, ..Faults::default() };
     for n in 0..kills {
-        fail(&platform, if n % 2 == 0 { some } else { Faults { entries: 100, ..Faults::default() } });
-        tokio::time::sleep(Duration::from_millis(rng.random_range(500..1500))).await;
+        inject(&platform, if n % 2 == 0 { some } else { Faults { entries: 100, ..Faults::default() } });
+        clients.counts.wait_for_more(rng.random_range(5..20)).await;
         if n % 3 == 2 {
             platform = platform.kill_and_restart(async |_| {}).await;
         } else {
             other.kill();
-            orders.knock_at(&[&platform.gateway]);
+            clients.targets.set(&[&platform.gateway]);
             other = platform.fleet().start_gateway().await;
         }
-        orders.knock_at(&[&platform.gateway, &other]);
-        fail(&platform, Faults::default());
-        tokio::time::sleep(Duration::from_millis(rng.random_range(500..1500))).await;
+        clients.targets.set(&[&platform.gateway, &other]);
+        inject(&platform, Faults::default());
+        clients.counts.wait_for_more(rng.random_range(5..20)).await;
     }
-    fail(&platform, Faults { entries: 100, ..Faults::default() });
-    tokio::time::sleep(Duration::from_secs(errors_s)).await;
-    fail(&platform, Faults::default());
-    let record = orders.finish(LAST_ORDERS).await;
-    let reckoning = record.reckon(platform.fleet(), &[&platform.gateway, &other], SETTLED).await;
-    println!("orders, seed {}: {reckoning:?}", scale.seed);
-    assert_eq!(reckoning.rows.keys().collect::<Vec<_>>(), ["SUCCESS"]);
+    inject(&platform, Faults { entries: 100, ..Faults::default() });
+    pause(Duration::from_secs(errors_s)).await;
+    clients.counts.wait_for_unavailable().await;
+    inject(&platform, Faults::default());
+    let record = clients.finish(LAST_REQUESTS).await;
+    let found = record.reconcile(platform.fleet(), &[&platform.gateway, &other], SETTLED).await;
+    println!("retried requests, seed {}: {found:?}", scale.seed);
+    assert_eq!(found.rows.keys().collect::<Vec<_>>(), ["SUCCESS"]);
     other.finish().await;
     platform.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dev_is_killed_and_started_again() {
+async fn jobs_survive_restarts_of_dev() {
     let scale = Scale::of_this_run();
     let mut rng = SmallRng::seed_from_u64(scale.seed);
     let dir = Scratch::new("dev");
-    // The runs share the machine with whatever else it does, and each kill breaks some off: they need their time.
+    // Each kill interrupts runs, and a busy machine runs them slowly.
     let limits = limits().replace("job_deadline_s = 12", "job_deadline_s = 45");
     let conf = Conf { limits, ..Conf::default() };
     conf.write(&dir.path().join("conf"));
@@ -227,113 +238,104 @@ async fn dev_is_killed_and_started_again() {
     let key = new_key();
     let env = [("INFRA_API_KEY".to_owned(), key.clone())];
     let mut gateway = Gateway::start(&args, &env, &key, &[]).await;
-    let manners = Manners { leave_percent: 10, is_plain: true, ..Manners::default() };
-    let crowd = Crowd::start(&[&gateway], scale.seed, manners);
-    for _ in 0..scale.times {
-        tokio::time::sleep(Duration::from_millis(rng.random_range(1000..2000))).await;
+    let mix = ClientMix { disconnect_percent: 10, echo_only: true, ..ClientMix::default() };
+    let clients = LoadClients::start(&[&gateway], scale.seed, mix);
+    for _ in 0..scale.kills {
+        clients.counts.wait_for_more(rng.random_range(20..40)).await;
         gateway.kill();
         gateway = Gateway::start(&args, &env, &key, &[]).await;
-        crowd.knock_at(&[&gateway]);
+        clients.targets.set(&[&gateway]);
     }
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let reckoning = crowd.stop().await.reckon_dev(&gateway, 2 * SETTLED).await;
-    println!("dev killed, seed {}: {reckoning:?}", scale.seed);
+    clients.counts.wait_for_more(20).await;
+    let found = clients.stop().await.reconcile_dev(&gateway, 2 * SETTLED).await;
+    println!("dev killed, seed {}: {found:?}", scale.seed);
     gateway.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn redis_is_killed_and_comes_back_empty() {
-    let mut stage = Stage::set("Redis killed", none, Manners::default()).await;
-    for seconds in stage.scale.outages_s {
-        stage.go_on().await;
-        stage.platform.fleet_mut().redis.kill();
-        tokio::time::sleep(Duration::from_secs(*seconds)).await;
-        stage.platform.fleet_mut().redis.restart();
-        stage.go_on().await;
+async fn jobs_survive_a_redis_that_loses_its_data() {
+    let mut fixture = Fixture::start("Redis killed", no_proxy, ClientMix::default()).await;
+    for seconds in fixture.scale.outages_s {
+        fixture.run_load().await;
+        fixture.platform.fleet_mut().redis.kill();
+        pause(Duration::from_secs(*seconds)).await;
+        fixture.clients.counts.wait_for_unavailable().await;
+        fixture.platform.fleet_mut().redis.restart().await;
+        fixture.run_load().await;
     }
-    let reckoning = stage.reckon().await;
-    assert!(reckoning.refused.contains_key(&503), "{reckoning:?}");
+    fixture.reconcile().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn redis_is_frozen() {
-    let mut stage = Stage::set("Redis frozen", none, Manners::default()).await;
-    stage.go_on().await;
-    stage.platform.fleet().redis.signal(Signal::SIGSTOP);
-    tokio::time::sleep(Duration::from_secs(5)).await;
-    stage.platform.fleet().redis.signal(Signal::SIGCONT);
-    stage.go_on().await;
-    stage.reckon().await;
+async fn jobs_survive_a_frozen_redis() {
+    let mut fixture = Fixture::start("Redis frozen", no_proxy, ClientMix::default()).await;
+    fixture.run_load().await;
+    fixture.platform.fleet().redis.signal(Signal::SIGSTOP);
+    pause(Duration::from_secs(5)).await;
+    fixture.platform.fleet().redis.signal(Signal::SIGCONT);
+    fixture.run_load().await;
+    fixture.reconcile().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_queue_fails() {
-    let mut stage = Stage::set("the queue fails", Policy::Fail, Manners::default()).await;
+async fn jobs_survive_queue_errors() {
+    let mut fixture = Fixture::start("queue errors", Policy::Fail, ClientMix::default()).await;
     for faults in [
         Faults { batches: 30, ..Faults::default() },
         Faults { entries: 30, ..Faults::default() },
-        Faults { answers: 30, ..Faults::default() },
+        Faults { lost_answers: 30, ..Faults::default() },
     ] {
-        stage.platform.fleet().proxy.as_ref().expect("asked for").fail(faults);
-        for _ in 0..2 * stage.scale.times {
-            stage.go_on().await;
+        fixture.inject(faults);
+        for _ in 0..2 * fixture.scale.kills {
+            fixture.run_load().await;
         }
     }
-    let away = Faults { queue_away: 100, ..Faults::default() };
-    stage.platform.fleet().proxy.as_ref().expect("asked for").fail(away);
-    // Longer than a send is tried.
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    stage.platform.fleet().proxy.as_ref().expect("asked for").fail(Faults::default());
-    let reckoning = stage.reckon().await;
-    assert!(reckoning.refused.contains_key(&503), "{reckoning:?}");
+    fixture.inject(Faults { queue_down: 100, ..Faults::default() });
+    // Until sends are given up.
+    fixture.clients.counts.wait_for_unavailable().await;
+    fixture.inject(Faults::default());
+    fixture.reconcile().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_tables_fail() {
-    let mut stage = Stage::set("the tables fail", Policy::Fail, Manners::default()).await;
-    let unprocessed = Faults { unprocessed: 50, throttled: 30, ..Faults::default() };
-    stage.platform.fleet().proxy.as_ref().expect("asked for").fail(unprocessed);
-    for _ in 0..2 * stage.scale.times {
-        stage.go_on().await;
+async fn jobs_survive_table_errors() {
+    let mut fixture = Fixture::start("table errors", Policy::Fail, ClientMix::default()).await;
+    fixture.inject(Faults { unprocessed: 50, throttled: 30, ..Faults::default() });
+    for _ in 0..2 * fixture.scale.kills {
+        fixture.run_load().await;
     }
-    let away = Faults { tables_away: 100, ..Faults::default() };
-    stage.platform.fleet().proxy.as_ref().expect("asked for").fail(away);
-    let seconds = stage.scale.outages_s.last().expect("at least one");
-    tokio::time::sleep(Duration::from_secs(*seconds)).await;
+    fixture.inject(Faults { tables_down: 100, ..Faults::default() });
+    let seconds = fixture.scale.outages_s.last().expect("at least one");
+    pause(Duration::from_secs(*seconds)).await;
+    // Rows are spilled to the disk, and `/health` reports it.
+    let is_spilling = |status, health: &Value| {
+        let rows = health["checks"]["spill"]["rows"].as_u64();
+        status == 200 && health["status"] == "DEGRADED" && rows > Some(0)
+    };
+    fixture.platform.gateway.wait_for_health("rows are on the disk", is_spilling).await;
     // Cached functions keep running.
-    let accepted = stage.platform.gateway.metric("infra_jobs_accepted_total").await;
-    stage.go_on().await;
-    assert!(stage.platform.gateway.metric("infra_jobs_accepted_total").await > accepted);
-    // Rows wait on the disk, and the node says so.
-    let health = stage.platform.gateway.anonymous("GET", "/health").send().await.expect(200).json();
-    assert_eq!(health["status"], "DEGRADED", "{health}");
-    assert!(health["checks"]["spill"]["rows"].as_u64() > Some(0), "{health}");
-    stage.platform = stage
-        .platform
-        .kill_and_restart(async |fleet| {
-            fleet.proxy.as_ref().expect("asked for").fail(Faults::default());
-        })
-        .await;
-    stage.crowd.knock_at(&[&stage.platform.gateway]);
-    stage.go_on().await;
-    stage.reckon().await;
+    let accepted = "infra_jobs_accepted_total";
+    let before = fixture.platform.gateway.metric(accepted).await.expect("the series exists");
+    fixture.platform.gateway.wait_for_metric_at_least(accepted, before + 1.0).await;
+    let platform = fixture.platform.kill_and_restart(async |fleet| {
+        fleet.proxy.as_ref().expect("the policy has a proxy").inject(Faults::default());
+    });
+    fixture.platform = platform.await;
+    fixture.clients.targets.set(&[&fixture.platform.gateway]);
+    fixture.run_load().await;
+    fixture.reconcile().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_leave_and_workers_are_odd() {
-    let manners = Manners { leave_percent: 30, odd_percent: 50, is_plain: false };
-    let mut stage = Stage::set("odd clients and workers", none, manners).await;
-    for _ in 0..3 * stage.scale.times {
-        stage.go_on().await;
+async fn jobs_survive_disconnects_and_faulty_workers() {
+    let mix = ClientMix { disconnect_percent: 30, fault_percent: 50, echo_only: false };
+    let mut fixture = Fixture::start("disconnects and faulty workers", no_proxy, mix).await;
+    for _ in 0..3 * fixture.scale.kills {
+        fixture.run_load().await;
     }
-    let gateway = &stage.platform.gateway;
+    let gateway = &fixture.platform.gateway;
     for kind in ["repeated", "unknown_job"] {
-        let series = format!("infra_results_total{{kind=\"{kind}\"}}");
-        eventually(kind, SETTLED, || async {
-            let count = gateway.metric(&series).await;
-            if count > Some(0.0) { Ok(()) } else { Err(format!("{count:?}")) }
-        })
-        .await;
+        gateway.wait_for_metric_at_least(&format!("infra_results_total{{kind=\"{kind}\"}}"), 1.0).await;
     }
-    stage.reckon().await;
+    fixture.reconcile().await;
 }

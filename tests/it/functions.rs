@@ -1,13 +1,19 @@
-//! Functions and their logs, and the rows behind them.
+//! Functions, their logs, and the rows in the log table.
 
 use crate::harness::job::IdParts;
 use crate::harness::platform::{Backend, HELLO};
+use crate::harness::worker::literal;
 use crate::harness::{Gateway, SOON, Setup, eventually};
 use serde_json::{Value, json};
 
-over_both!(a_function, a_log, averages, cut_messages);
+on_both_backends!(
+    a_function_is_shown_with_an_etag,
+    executions_are_listed_and_filtered,
+    averages_are_those_of_the_sums,
+    long_messages_are_truncated_in_lists,
+);
 
-async fn a_function(setup: Setup) {
+async fn a_function_is_shown_with_an_etag(setup: Setup) {
     let is_dev = setup.backend == Backend::Dev;
     let platform = setup.start().await;
     let gateway = &platform.gateway;
@@ -29,7 +35,7 @@ async fn a_function(setup: Setup) {
             assert_eq!(function["memoryMb"], 256);
             assert_eq!(function["uploadedAt"], "2026-01-02T03:04:05.678Z");
         }
-        assert_eq!(gateway.get(target).await.need("etag"), etag, "unchanged");
+        assert_eq!(gateway.get(target).await.need("etag"), etag, "the ETag is stable");
     }
     for unknown in ["no-such-function", "Hello", "a%20b", &"a".repeat(129)] {
         for target in [format!("/functions/{unknown}"), format!("/functions/{unknown}/logs/x")] {
@@ -53,7 +59,7 @@ fn ids(rows: &[Value]) -> Vec<&str> {
     rows.iter().map(|row| row["requestId"].as_str().expect("an id")).collect()
 }
 
-async fn a_log(setup: Setup) {
+async fn executions_are_listed_and_filtered(setup: Setup) {
     const COUNT: usize = 5;
     let platform = setup.start().await;
     let gateway = &platform.gateway;
@@ -81,7 +87,7 @@ async fn a_log(setup: Setup) {
         assert!(row["duration"].is_u64(), "whole milliseconds: {row}");
     }
 
-    // The detail has the whole message.
+    // A single execution has the complete message.
     for (n, id) in newest_first.iter().rev().enumerate() {
         for prefix in ["", "/api"] {
             let detail =
@@ -91,7 +97,7 @@ async fn a_log(setup: Setup) {
             assert_eq!(detail["requestId"], *id);
             assert_eq!(detail["status"], "SUCCESS");
             let capitals = format!("{prefix}/functions/{HELLO}/logs/{}", id.to_uppercase());
-            assert_eq!(gateway.get(&capitals).await.expect(200).json(), detail, "an id is one in any case");
+            assert_eq!(gateway.get(&capitals).await.expect(200).json(), detail, "ids are case-insensitive");
         }
     }
     for unknown in ["67e55044-10b1-426f-9247-bb680e5fe0c8", "00000000-0000-8000-8000-000000000000", "x"] {
@@ -103,13 +109,13 @@ async fn a_log(setup: Setup) {
     platform.finish().await;
 }
 
-/// Cut as the clients count: in UTF-16 units, with three dots behind.
-async fn cut_messages(setup: Setup) {
+/// To 200 UTF-16 units, as clients count, and three dots.
+async fn long_messages_are_truncated_in_lists(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let is_dev = !platform.is_serve();
     for (text, times) in [("x", 10), ("x", 500), ("ä", 500), ("😀", 500)] {
-        // A quote more or less, so that a pair is torn one way or the other.
+        // With and without one more character, so that the limit falls into a surrogate pair once.
         for lead in ["", "y"] {
             let result = gateway.run(HELLO, &json!(format!("{lead}{}", text.repeat(times)))).send().await;
             let result = result.expect(200).json();
@@ -125,8 +131,8 @@ async fn cut_messages(setup: Setup) {
                 assert_eq!(message.encode_utf16().collect::<Vec<_>>(), whole);
                 continue;
             }
-            let kept: Vec<u16> = message.strip_suffix("...").expect("dots").encode_utf16().collect();
-            // Half a pair is left out.
+            let kept: Vec<u16> = message.strip_suffix("...").expect("three dots").encode_utf16().collect();
+            // Half a surrogate pair is omitted.
             assert!(kept.len() == 200 || (kept.len() == 199 && text == "😀"), "{}: {message}", kept.len());
             assert_eq!(kept, whole[..kept.len()], "{is_dev}");
         }
@@ -134,8 +140,8 @@ async fn cut_messages(setup: Setup) {
     platform.finish().await;
 }
 
-/// What the list says of functions that ran and that did not.
-async fn averages(setup: Setup) {
+/// Of functions with and without executions.
+async fn averages_are_those_of_the_sums(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let id = gateway.upload("never run").await;
@@ -153,7 +159,7 @@ async fn averages(setup: Setup) {
     })
     .await;
     assert!(ran["avgDuration"].is_u64(), "{ran}");
-    // The local worker of `dev` does not know how long the handler alone took.
+    // The local worker of `dev` does not measure the duration of the handler.
     let handler = if platform.is_serve() { json!(5) } else { Value::Null };
     assert_eq!(ran["avgHandlerDuration"], handler);
     if platform.is_serve() {
@@ -194,7 +200,7 @@ async fn check_bounds(gateway: &Gateway, rows: &[Value], newest_first: &[String]
         (format!("?startTime={middle}"), &newest_first[..3]),
         (format!("?endTime={middle}"), &newest_first[3..]),
         (format!("?startTime={middle}&endTime={middle}"), &[][..]),
-        // The same instant by another clock.
+        // The same instant with another offset.
         (format!("?startTime={}%2B00:00", middle.trim_end_matches('Z')), &newest_first[..3]),
         ("?startTime=2020-01-01T00:00:00Z".to_owned(), newest_first),
         ("?startTime=2020-01-01".to_owned(), newest_first),
@@ -223,25 +229,24 @@ fn number(row: &Value, name: &str) -> f64 {
     number.unwrap_or_else(|| panic!("{name} in {row}"))
 }
 
-/// Key, mapping, expiry and cut of the rows, and what the counters add up to.
+/// A result with member names in snake case, which are read, too.
+const SNAKE_CASE: &str = r#"{"exitCode":0,"stdout":"o","stderr":"","duration_ms":11,"handler_duration_ms":2,
+    "peak_memory_bytes":1572864}"#;
+
+/// Key, mapping, expiry and truncation of rows, and the sums of the counters.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_and_counters() {
+async fn rows_and_counters_match_the_results() {
     let platform = Setup::serve().start().await;
     let gateway = &platform.gateway;
     let cloud = &platform.fleet().cloud;
-    // (input, expected status, a part of the message)
+    // (input, expected status, part of the message)
     let long = json!({ "behave": "stdout", "text": "ä€😀", "times": 100_000 });
     let cases = [
         (json!({ "token": "plain" }), "SUCCESS", "plain"),
         (json!({ "behave": "fail", "token": "broken" }), "FAILED", "broken"),
         (json!({ "behave": "no_status" }), "ERROR", "no_status"),
-        (json!({ "behave": "literal", "base64": "bm90IGpzb24=" }), "ERROR", ""),
-        // {"exitCode":0,"stdout":"o","stderr":"","duration_ms":11,"handler_duration_ms":2,"peak_memory_bytes":1572864}
-        (
-            json!({ "behave": "literal", "base64": "eyJleGl0Q29kZSI6MCwic3Rkb3V0IjoibyIsInN0ZGVyciI6IiIsImR1cmF0aW9uX21zIjoxMSwiaGFuZGxlcl9kdXJhdGlvbl9tcyI6MiwicGVha19tZW1vcnlfYnl0ZXMiOjE1NzI4NjR9" }),
-            "SUCCESS",
-            "o",
-        ),
+        (literal("not json"), "ERROR", ""),
+        (literal(SNAKE_CASE), "SUCCESS", "o"),
         (long, "SUCCESS", "ä€😀ä€😀"),
     ];
     let mut jobs = Vec::new();
@@ -258,7 +263,7 @@ async fn rows_and_counters() {
         assert_eq!(text(row, "timestamp"), parts.row_key());
         assert_eq!((text(row, "functionId"), text(row, "status")), (HELLO, *status), "{id}");
         assert!(text(row, "message").contains(message), "{row}");
-        assert!(text(row, "message").len() < 400 * 1024, "bytes, not characters");
+        assert!(text(row, "message").len() < 400 * 1024, "too many bytes");
         let month = 30.0 * 86_400.0;
         #[expect(clippy::cast_precision_loss, reason = "seconds since 1970 fit a float")]
         let accepted_s = (parts.accepted_ms / 1000) as f64;
@@ -270,10 +275,10 @@ async fn rows_and_counters() {
         }
     }
     let last = rows.iter().find(|row| text(row, "requestId") == jobs[5].0).expect("checked above");
-    assert!(text(last, "message").contains("cut"), "a note of the cut");
-    let snake = rows.iter().find(|row| text(row, "requestId") == jobs[4].0).expect("checked above");
-    let numbers = ["duration", "handlerDurationMs", "memoryMb"].map(|name| number(snake, name));
-    assert_eq!(numbers, [11.0, 2.0, 2.0], "1.5 MiB are 2 when rounded");
+    assert!(text(last, "message").contains("cut"), "no note of the truncation");
+    let snake_case = rows.iter().find(|row| text(row, "requestId") == jobs[4].0).expect("checked above");
+    let numbers = ["duration", "handlerDurationMs", "memoryMb"].map(|name| number(snake_case, name));
+    assert_eq!(numbers, [11.0, 2.0, 2.0], "1.5 MiB are rounded to 2");
 
     eventually("the counters", SOON, || async {
         let item = cloud.function_item(HELLO).await;
@@ -290,9 +295,9 @@ async fn rows_and_counters() {
     platform.finish().await;
 }
 
-/// Rows that the old controller wrote are listed and found; expired ones are not shown.
+/// Rows of the old controller are listed and found. Expired rows are not.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_of_the_old_controller() {
+async fn rows_of_the_old_controller_are_listed_and_found() {
     let platform = Setup::serve().start().await;
     let gateway = &platform.gateway;
     let cloud = &platform.fleet().cloud;

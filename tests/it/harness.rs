@@ -1,26 +1,26 @@
-//! Real parts on free loopback ports: Redis, the AWS emulator, the Python worker, gateways.
+//! Real processes on free loopback ports: Redis, the AWS emulator, the Python worker, gateways.
 //!
-//! A test takes a [`Setup`], starts a [`Platform`] from it, and ends with [`Platform::finish`], which asserts a
-//! clean end: nothing waits, nothing is in flight, SIGTERM is answered with exit code 0. A test that fails shows
-//! what its processes printed last. What is missing on the machine is a failure, never a skip.
+//! A test builds a [`Setup`], starts a [`Platform`] from it, and ends with [`Platform::finish`], which
+//! asserts a clean end: no waiters, no jobs in flight, exit code 0 on SIGTERM. A failing test prints the last
+//! output of its processes. A missing program is a failure, never a skip.
 
 pub mod aws;
+pub mod aws_proxy;
 pub mod client;
-pub mod crowd;
+pub mod conf_lines;
 pub mod description;
 pub mod gateway;
 pub mod http;
 pub mod http2;
 pub mod job;
-pub mod keys;
-pub mod link;
-pub mod orders;
+pub mod load_clients;
 pub mod platform;
 pub mod process;
-pub mod proxy;
 pub mod redis;
-pub mod secure;
+pub mod redis_proxy;
+pub mod retrying_clients;
 pub mod tls;
+pub mod tls_gateway;
 pub mod upload;
 pub mod upstream;
 pub mod wait;
@@ -28,9 +28,9 @@ pub mod worker;
 
 pub use gateway::Gateway;
 pub use platform::{Platform, Setup};
-pub use wait::{SOON, eventually, join_all, spawn, within};
+pub use wait::{SOON, eventually, join_all, pause, spawn, within};
 
-/// The only variable a child inherits.
+/// The only variable that a child process inherits.
 pub fn path_env() -> Vec<(String, String)> {
     vec![("PATH".to_owned(), std::env::var("PATH").unwrap_or_default())]
 }

@@ -1,5 +1,5 @@
-//! The scripts of the journal: each job is counted once, whoever ends it, in whatever order, however often; and sums get
-//! numbers that grow, from a Redis that has not lost them.
+//! The Lua scripts of the journal. Each job counts once, in any order and number of calls. Sums get
+//! increasing numbers, and none after Redis has lost its data.
 
 use crate::harness::redis::{Redis, Reply};
 
@@ -16,10 +16,11 @@ impl Journal {
         self.0.command(&words).await
     }
 
-    /// Each line: job, function, errors, microseconds, runs with a handler's time, its microseconds, lost.
+    /// Each line: job, function, errors, duration (µs), executions with a handler duration, their sum (µs),
+    /// lost.
     async fn end(&self, lines: &[&str]) -> Reply {
         let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
-        let room = "2"; // jobs that are given up
+        let room = "2"; // remembered lost jobs
         let call = [&["EVAL", SCRIPT, "4"], &KEYS[..], &[room, "100", &text]].concat();
         self.command(&call).await
     }
@@ -37,14 +38,14 @@ impl Journal {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_is_counted_once() {
-    let journal = Journal(tokio::task::block_in_place(|| Redis::start(None)));
+async fn a_job_counts_once() {
+    let journal = Journal(Redis::start(None).await);
     assert_eq!(journal.end(&["a f 0 5 1 2 0"]).await, Reply::Integer(0), "Redis has lost its data");
     journal.command(&["SET", KEYS[1], "1"]).await;
     for id in ["a", "b", "c", "d", "e", "g", "h"] {
         journal.command(&["HSET", KEYS[0], id, "1:f"]).await;
     }
-    // Twice in one call, of two functions, and one that was never journaled.
+    // A job twice in one call, two functions, and a job that was never journaled.
     let ended = ["a f 0 5 1 2 0", "a f 0 5 1 2 0", "b other 1 7 0 0 0", "z f 0 9 1 1 0"];
     for _ in 0..2 {
         assert_eq!(journal.end(&ended).await, Reply::Integer(1));
@@ -53,7 +54,7 @@ async fn a_job_is_counted_once() {
             ("1:0:5:1:2", "1:1:7:0:0")
         );
     }
-    // Lost, and then not, in two calls and in one, in either order.
+    // A lost job with a late result, in two calls and in one, in either order.
     for (lines, sums) in [
         (&["c f 1 0 0 0 1", "c f 1 0 0 0 1"][..], "2:1:5:1:2"),
         (&["c f 1 0 0 0 1"], "2:1:5:1:2"),
@@ -65,7 +66,7 @@ async fn a_job_is_counted_once() {
         assert_eq!(journal.sums("f").await, sums, "{lines:?}");
     }
     assert_eq!(journal.count(KEYS[3]).await, Reply::Integer(0));
-    // More are lost than are remembered.
+    // More lost jobs than are remembered.
     journal.command(&["HSET", KEYS[3], "x", "f", "y", "f"]).await;
     journal.end(&["g f 1 0 0 0 1"]).await;
     journal.end(&["g f 0 1 0 0 0"]).await;
@@ -77,8 +78,8 @@ async fn a_job_is_counted_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sums_get_numbers_that_grow_and_none_from_a_redis_that_has_lost_them() {
-    let journal = Journal(tokio::task::block_in_place(|| Redis::start(None)));
+async fn sums_get_increasing_numbers_and_none_after_data_loss() {
+    let journal = Journal(Redis::start(None).await);
     let number = async |floor: &str| {
         let call = [&["EVAL", NUMBER, "4"], &NUMBER_KEYS[..], &[floor, "f", "g"]].concat();
         journal.command(&call).await
@@ -94,14 +95,14 @@ async fn sums_get_numbers_that_grow_and_none_from_a_redis_that_has_lost_them() {
         other => panic!("{other:?}"),
     };
     journal.command(&["HSET", NUMBER_KEYS[0], "f", "1:0:5:0:0"]).await;
-    assert_eq!(number("0").await, Reply::Nil, "the mark is gone");
-    assert_eq!(journal.count(NUMBER_KEYS[0]).await, Reply::Integer(1), "and nothing was done");
+    assert_eq!(number("0").await, Reply::Nil, "the mark of a complete journal is gone");
+    assert_eq!(journal.count(NUMBER_KEYS[0]).await, Reply::Integer(1), "the sums are unchanged");
     journal.command(&["SET", NUMBER_KEYS[3], "1"]).await;
-    // Far above the time: the caller has seen it from a Redis whose clock was ahead.
+    // Above the current time: from a Redis whose clock was ahead.
     let floor = 4_000_000_000_000_000_u64;
     let first = format!("{}:1:0:5:0:0", floor + 1);
     assert_eq!(texts(number(&floor.to_string()).await), [first.as_str(), "", "", ""]);
-    // Until it is posted it keeps its number, whatever comes later.
+    // A sum keeps its number until it is posted.
     journal.command(&["HSET", NUMBER_KEYS[0], "f", "2:0:7:0:0", "g", "3:0:9:0:0"]).await;
     let of_g = format!("{}:3:0:9:0:0", floor + 2);
     assert_eq!(texts(number("0").await), [first.as_str(), "2:0:7:0:0", of_g.as_str(), ""]);

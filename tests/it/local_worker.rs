@@ -1,26 +1,16 @@
-//! The local worker of `dev`: what functions do to it, and to the machine.
+//! The local worker of `dev` with functions that misbehave.
 
 use crate::harness::gateway::{Gateway, is_pending};
 use crate::harness::platform::{Platform, new_key};
-use crate::harness::process::{Process, Scratch, Stream};
-use crate::harness::upload::{Part, form, zipped};
+use crate::harness::process::{Process, Scratch};
 use crate::harness::{SOON, Setup, eventually, join_all, path_env, platform::Backend, spawn};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::Duration;
 
 async fn dev() -> Platform {
     Setup::new(Backend::Dev).start().await
-}
-
-/// Uploads python code: the id of the new function.
-async fn upload(gateway: &Gateway, source: &str) -> String {
-    let code = zipped(&[("main.py", source.as_bytes())]);
-    let request = form(gateway.request("POST", "/upload"), &[Part::File("code.zip", &code)]);
-    let answer = request.send().await.expect(200).json();
-    answer["functionId"].as_str().expect("an id").to_owned()
 }
 
 async fn run(gateway: &Gateway, function: &str, input: &Value) -> Value {
@@ -49,7 +39,7 @@ print(len(threads), 'threads')",
             "begun\n",
         ),
     ] {
-        let function = upload(gateway, source).await;
+        let function = gateway.upload_python(source).await;
         let result = run(gateway, &function, &json!({})).await;
         assert_eq!(result["status"], status, "{result}");
         assert_eq!((&result["exitCode"], &result["stdout"]), (&json!(code), &json!(stdout)), "{result}");
@@ -58,10 +48,10 @@ print(len(threads), 'threads')",
     platform.finish().await;
 }
 
-/// Memory of each run below, in MiB: the most a function may have.
+/// The maximum memory of a function, in MiB.
 const CALLER_MB: u64 = 10_240;
 
-/// How many of them the machine cannot promise their memory: all that it has, and one more.
+/// A number of runs with that much memory that does not fit into the machine.
 fn callers() -> u64 {
     let info = std::fs::read_to_string("/proc/meminfo").expect("Linux");
     let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:")).expect("the total");
@@ -69,9 +59,10 @@ fn callers() -> u64 {
     (kib / 1024 / CALLER_MB + 1).max(2)
 }
 
-/// The callers hold all memory that may be promised when their children arrive, and one of them polls.
+/// The callers hold all memory that may be reserved when their inner runs arrive. One caller polls for its
+/// inner run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn functions_that_run_functions_end() {
+async fn functions_that_call_functions_complete() {
     let platform = dev().await;
     let gateway = &platform.gateway;
     let caller = "import json, os, time, urllib.request
@@ -91,7 +82,7 @@ if depth > 0:
         inner = dict(ask('/status/' + job), jobId=job)
     assert inner['status'] == 'SUCCESS', inner
 print('depth', depth)";
-    let function = upload(gateway, caller).await;
+    let function = gateway.upload_python(caller).await;
     let bigger = gateway.request("PUT", &format!("/functions/{function}"));
     bigger.json(&json!({ "memoryMb": CALLER_MB })).send().await.expect(200);
     let url = format!("http://{}", gateway.addr());
@@ -107,7 +98,7 @@ print('depth', depth)";
     platform.finish().await;
 }
 
-/// Starts `dev` in a directory that outlives it.
+/// Starts `dev` with its data in `dir`.
 async fn start_in(dir: &Scratch, key: &str) -> Gateway {
     let data = dir.path().join("data");
     let env = [("INFRA_API_KEY".to_owned(), key.to_owned())];
@@ -119,8 +110,8 @@ async fn start_in(dir: &Scratch, key: &str) -> Gateway {
 async fn a_job_that_kills_the_gateway_fails_after_three_starts() {
     let (dir, key) = (Scratch::new("poisoned"), new_key());
     let gateway = start_in(&dir, &key).await;
-    // The parent of the run is its supervisor, and that one's parent the gateway. It waits for a file, so
-    // that the gateway is ready each time.
+    // The parent of the run is its supervisor, whose parent is the gateway. The run waits for a file, so that
+    // the gateway is ready each time.
     let source = "import os, time
 data = os.environ['HOME'] + '/../../..'
 with open(data + '/starts', 'a') as starts:
@@ -132,13 +123,13 @@ stat = open(f'/proc/{os.getppid()}/stat').read()
 gateway = int(stat.rsplit(') ', 1)[1].split()[1])
 os.kill(gateway, 9)
 time.sleep(600)";
-    let function = upload(&gateway, source).await;
+    let function = gateway.upload_python(source).await;
     let id = gateway.run_async(&function, &json!({})).await;
     let mut gateway = gateway;
     let data = dir.path().join("data");
     for _ in 0..3 {
         std::fs::write(data.join("go"), "").expect("the directory is writable");
-        assert_eq!(gateway.ended(4 * SOON).await.code(), None, "it was killed");
+        assert_eq!(gateway.wait_for_exit(4 * SOON).await.code(), None, "it was killed");
         drop(gateway);
         gateway = start_in(&dir, &key).await;
     }
@@ -150,7 +141,7 @@ time.sleep(600)";
     assert!(stderr.contains("was started 3 times"), "{result}");
     let starts = std::fs::read_to_string(data.join("starts")).expect("it was started");
     assert_eq!(starts.lines().count(), 3);
-    // What it did to others is over.
+    // Other functions run again.
     assert_eq!(run(&gateway, "hello", &json!({ "name": "Ada" })).await["status"], "SUCCESS");
     gateway.finish().await;
 }
@@ -160,7 +151,7 @@ fn children(pid: i32) -> Vec<i32> {
     list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// Whether this machine lets us make a process namespace, with the words that do.
+/// The arguments of `unshare` that create a PID namespace on this machine, if it is permitted.
 fn namespace() -> Option<&'static [&'static str]> {
     const WAYS: [&[&str]; 2] = [
         &["--pid", "--fork", "--mount-proc"],
@@ -174,8 +165,8 @@ fn namespace() -> Option<&'static [&'static str]> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn process_1_reaps_orphans_and_passes_signals_on() {
-    // A test that passes without a look would hide that nobody looks any more.
+async fn process_1_reaps_orphans_and_forwards_signals() {
+    // Not skipped: a skipped test would go unnoticed.
     let way = namespace().expect("`unshare --pid` is permitted: run this as root, or with user namespaces");
     let dir = Scratch::new("container");
     let data = dir.path().join("data");
@@ -185,17 +176,12 @@ async fn process_1_reaps_orphans_and_passes_signals_on() {
     args.extend(["--data-dir", data.to_str().expect("the path is UTF-8")]);
     let unshare = Process::start("unshare", Path::new("unshare"), &args, &path_env(), dir.path());
     let unshare = unshare.expect("setpriv (util-linux) is there");
-    let is_started = || async {
-        let lines = unshare.output().lines(Stream::Out);
-        let is_it = lines.iter().any(|line| line.contains(" Started"));
-        if is_it { Ok(()) } else { Err(unshare.output().tail(20)) }
-    };
-    eventually("the start", 2 * SOON, is_started).await;
+    unshare.wait_for_output(" Started\"", 2 * SOON).await;
     let [init] = children(unshare.pid())[..] else { panic!("unshare has one child") };
     let server = children(init);
-    assert_eq!(server.len(), 1, "the server, and nothing else");
+    assert_eq!(server.len(), 1, "process 1 has other children than the server");
 
-    // Its parent ends at once, so it becomes a child of process 1, and stays until it has been seen.
+    // Its parent exits at once, so it becomes a child of process 1. It runs until the test has seen it.
     let go = dir.path().join("go");
     let script = "(while [ ! -e \"$1\" ]; do sleep 0.05; done) & exit 0";
     let orphan = std::process::Command::new("nsenter")
@@ -209,7 +195,7 @@ async fn process_1_reaps_orphans_and_passes_signals_on() {
     };
     eventually("the orphan", SOON, adopted).await;
     std::fs::write(&go, "").expect("the directory is writable");
-    // A process that has ended and is not reaped would stay in the list.
+    // A process that is not reaped would stay in the list.
     let reaped = || async {
         let seen = children(init);
         if seen == server { Ok(()) } else { Err(format!("{seen:?}")) }
@@ -217,7 +203,6 @@ async fn process_1_reaps_orphans_and_passes_signals_on() {
     eventually("the end of the orphan", SOON, reaped).await;
 
     kill(Pid::from_raw(init), Signal::SIGTERM).expect("it runs");
-    let ended = || async { unshare.exit_status().ok_or_else(|| unshare.output().tail(20)) };
-    let status = eventually("the end", Duration::from_secs(60), ended).await;
+    let status = unshare.wait_for_exit(2 * SOON).await;
     assert_eq!(status.code(), Some(0), "{}", unshare.output().tail(20));
 }

@@ -1,10 +1,10 @@
-//! The tests from outside: real processes, real sockets, the contract and nothing of the code.
+//! Integration tests: real processes and real sockets. They are written from the contract, not from the code.
 //!
-//! What both backends must do is said once and run over both (see [`over_both`]).
+//! Tests that both backends must pass are written once (see [`on_both_backends`]).
 
-/// Makes of each `async fn name(setup: Setup)` the tests `name::dev` and `name::serve`.
+/// Defines the tests `name::dev` and `name::serve` for each `async fn name(setup: Setup)`.
 #[cfg(test)]
-macro_rules! over_both {
+macro_rules! on_both_backends {
     ($($name:ident),+ $(,)?) => { $(
         mod $name {
             use crate::harness::{Setup, platform::Backend};

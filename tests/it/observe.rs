@@ -1,13 +1,17 @@
-//! What operators and the BFF look at: health, metrics, log lines.
+//! Health, metrics and log lines, as operators and the dashboard read them.
 
 use crate::harness::platform::{Backend, HELLO};
 use crate::harness::process::Stream;
 use crate::harness::{Gateway, SOON, Setup, eventually};
 use serde_json::{Value, json};
 
-over_both!(health, metrics, log_lines);
+on_both_backends!(
+    health_lists_the_dependencies,
+    metrics_have_their_fixed_names_and_labels,
+    log_lines_have_their_fixed_messages,
+);
 
-async fn health(setup: Setup) {
+async fn health_lists_the_dependencies(setup: Setup) {
     let is_dev = setup.backend == Backend::Dev;
     let platform = setup.start().await;
     let gateway = &platform.gateway;
@@ -21,8 +25,8 @@ async fn health(setup: Setup) {
             ["redis", "functionsTable", "logsTable", "nodeId", "resultsSubscription", "changesSubscription"];
         let expected = if is_dev { of_dev.to_vec() } else { [&["queue"], &redis[..]].concat() };
         let names: Vec<&String> = checks.keys().collect();
-        assert_eq!(names, expected, "what there is, and nothing else: {health}");
-        assert!(health["checks"].to_string().contains("depth"), "the queue with its depth: {health}");
+        assert_eq!(names, expected, "{health}");
+        assert!(health["checks"].to_string().contains("depth"), "no depth of the queue: {health}");
     }
     for target in ["/livez", "/readyz"] {
         gateway.anonymous("GET", target).send().await.expect(200);
@@ -31,31 +35,22 @@ async fn health(setup: Setup) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn health_without_redis() {
+async fn health_is_503_while_redis_is_down() {
     let mut platform = Setup::serve().no_worker().start().await;
     platform.fleet_mut().redis.kill();
     let gateway = &platform.gateway;
-    let sick = || async {
-        let answer = gateway.anonymous("GET", "/health").send().await;
-        if answer.status == 503 { Ok(answer.json()) } else { Err(answer.text()) }
-    };
-    let health = eventually("/health without Redis", SOON, sick).await;
+    let health = gateway.wait_for_health("Redis is down", |status, _| status == 503).await;
     assert!(["DEGRADED", "ERROR"].contains(&health["status"].as_str().unwrap_or_default()), "{health}");
     let address = platform.fleet().redis.addr().to_string();
-    assert!(!health.to_string().contains(&address), "a backend's own error text stays inside: {health}");
+    assert!(!health.to_string().contains(&address), "an error text of a backend is exposed: {health}");
     gateway.anonymous("GET", "/livez").send().await.expect(200);
 
-    tokio::task::block_in_place(|| platform.fleet_mut().redis.restart());
-    let gateway = &platform.gateway;
-    let well = || async {
-        let answer = gateway.anonymous("GET", "/health").send().await;
-        if answer.status == 200 { Ok(()) } else { Err(answer.text()) }
-    };
-    eventually("/health with Redis again", SOON, well).await;
+    platform.fleet_mut().redis.restart().await;
+    platform.gateway.wait_for_health("Redis is up", |status, _| status == 200).await;
     platform.finish().await;
 }
 
-async fn metrics(setup: Setup) {
+async fn metrics_have_their_fixed_names_and_labels(setup: Setup) {
     let is_dev = setup.backend == Backend::Dev;
     let platform = setup.start().await;
     let gateway = &platform.gateway;
@@ -66,7 +61,7 @@ async fn metrics(setup: Setup) {
         gateway.get(&format!("{prefix}/no/such/{prefix}/route")).await.expect(404);
         gateway.get(&format!("{prefix}/status/{}", "0".repeat(36))).await;
     }
-    gateway.idle().await;
+    gateway.wait_until_idle().await;
     let labels = format!(r#"{{functionId="{HELLO}",status="SUCCESS"}}"#);
     gateway.wait_for_metric(&format!("function_invocations_total{labels}"), 2.0).await;
     gateway.wait_for_metric(&format!("function_duration_seconds_count{labels}"), 2.0).await;
@@ -76,7 +71,7 @@ async fn metrics(setup: Setup) {
         let labels = format!(r#"{{method="{method}",route="{route}",status_code="{status}"}}"#);
         let series = format!("http_request_duration_seconds_count{labels}");
         if route == "/status/:jobId" && gateway.metric(&series).await.is_none() {
-            // 36 zeros are no id: that may as well be a 400.
+            // 36 zeros are not an id, so 400 is acceptable, too.
             let series = series.replace("404", "400");
             gateway.wait_for_metric(&series, count).await;
             continue;
@@ -88,7 +83,7 @@ async fn metrics(setup: Setup) {
     assert!(answer.need("content-type").starts_with("text/plain"), "{answer:?}");
     let text = answer.text();
     for line in text.lines().filter(|line| line.starts_with("http_request_duration_seconds_bucket")) {
-        assert!(!line.contains("/api") && !line.contains("no/such"), "routes are patterns: {line}");
+        assert!(!line.contains("/api") && !line.contains("no/such"), "a route is not a pattern: {line}");
     }
     let bounds: Vec<&str> = text
         .lines()
@@ -99,7 +94,7 @@ async fn metrics(setup: Setup) {
     assert_eq!(bounds.get(bounds.len() - 2), Some(&"300"), "{bounds:?}");
     let histograms =
         ["function_duration_seconds", "http_request_duration_seconds", "function_handler_duration_seconds"];
-    // The local worker of `dev` does not know how long the handler alone took.
+    // The local worker of `dev` does not measure the duration of the handler.
     for name in &histograms[..if is_dev { 2 } else { 3 }] {
         assert!(text.contains(&format!("# TYPE {name} histogram")), "{name}");
     }
@@ -107,7 +102,7 @@ async fn metrics(setup: Setup) {
     platform.finish().await;
 }
 
-/// The first line of the log that says `msg`, when it is written.
+/// Waits for a log line with this message. Returns the first one.
 async fn line(gateway: &Gateway, msg: &str, request_id: Option<&str>) -> Value {
     eventually(msg, SOON, || async {
         let is_it =
@@ -117,7 +112,7 @@ async fn line(gateway: &Gateway, msg: &str, request_id: Option<&str>) -> Value {
     .await
 }
 
-async fn log_lines(setup: Setup) {
+async fn log_lines_have_their_fixed_messages(setup: Setup) {
     let is_dev = setup.backend == Backend::Dev;
     let platform = setup.start().await;
     let gateway = &platform.gateway;
@@ -140,14 +135,14 @@ async fn log_lines(setup: Setup) {
         let is_first = |(level, rest): (&str, &str)| {
             [r#""ERROR""#, r#""WARN""#, r#""INFO""#].contains(&level) && rest.starts_with(r#""msg":"#)
         };
-        assert!(second.is_some_and(is_first), "level, in capitals, and msg first: {line}");
+        assert!(second.is_some_and(is_first), "level in capitals and msg are not first: {line}");
     }
-    assert!(!gateway.output().contains("body-of-a-client"), "bodies are not logged");
+    assert!(!gateway.output().contains("body-of-a-client"), "a body is logged");
     platform.finish().await;
 }
 
-/// Neither the key, nor the password of Redis, nor that of AWS; every test asserts this of its own log, so
-/// here is only what provokes them most.
+/// API key, Redis password and AWS secret. Every test asserts that they are not in its log (see
+/// `Gateway::drop`). Here are the requests that are most likely to log them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn secrets_stay_out_of_the_log() {
     let setup = Setup::serve().redis_password("redis-secret-5be1").env("RUST_LOG", "debug");
@@ -158,11 +153,6 @@ async fn secrets_stay_out_of_the_log() {
     let in_query = format!("/nope?x-api-key={}", gateway.key());
     gateway.get(&in_query).await.expect(404);
     platform.fleet_mut().redis.kill();
-    let gateway = &platform.gateway;
-    let sick = || async {
-        let answer = gateway.anonymous("GET", "/health").send().await;
-        if answer.status == 503 { Ok(()) } else { Err(answer.text()) }
-    };
-    eventually("/health without Redis", SOON, sick).await;
+    platform.gateway.wait_for_health("Redis is down", |status, _| status == 503).await;
     platform.stop().await;
 }

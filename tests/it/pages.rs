@@ -1,4 +1,4 @@
-//! Logs page by page.
+//! Pages of logs, and recent events.
 
 use crate::changes::next_of;
 use crate::harness::aws::{Cloud, Service};
@@ -7,9 +7,9 @@ use crate::harness::platform::HELLO;
 use crate::harness::{Gateway, SOON, Setup, eventually};
 use serde_json::{Value, json};
 
-over_both!(cursors, the_last_of_this_node);
+on_both_backends!(pages_follow_cursors_of_their_own_list, recent_events_have_the_fields_of_the_dashboard);
 
-/// All rows, by following the links from `target`; the lengths of the pages go into `lengths`.
+/// All rows, by following the links from `target`. Adds the lengths of the pages to `lengths`.
 async fn walk(gateway: &Gateway, target: &str, lengths: &mut Vec<usize>) -> Vec<Value> {
     let mut rows = Vec::new();
     let mut next = Some(target.to_owned());
@@ -28,7 +28,7 @@ fn ids(rows: &[Value]) -> Vec<&str> {
     rows.iter().map(|row| row["requestId"].as_str().expect("an id")).collect()
 }
 
-async fn cursors(setup: Setup) {
+async fn pages_follow_cursors_of_their_own_list(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let other = gateway.upload("other").await;
@@ -59,25 +59,25 @@ async fn cursors(setup: Setup) {
         assert_eq!(walk(gateway, &format!("{path}?{query}"), &mut lengths).await, all, "{query}");
         assert_eq!(lengths.len(), pages, "{query}");
     }
-    // The page may change its length on the way, and nothing else.
+    // Only the limit may change between pages.
     let first = gateway.get(&format!("{path}?limit=2&status=SUCCESS")).await.expect(200);
     let next = next_of(&first).expect("a next page");
     assert!(next.starts_with(&format!("{path}?limit=2&status=SUCCESS&cursor=")), "{next}");
     let cursor = next.split("cursor=").nth(1).expect("a cursor");
-    // Without its escapes (links have them): a bent escape would be another fault than a bent cursor.
+    // Without the escapes of the link: a modified escape would be another error than a modified cursor.
     let cursor = &cursor.replace("%2D", "-").replace("%5F", "_");
     let rest =
         gateway.get(&format!("{path}?limit=100&status=SUCCESS&cursor={cursor}")).await.expect(200).json();
     assert_eq!(rest.as_array().expect("an array")[..], all[2..]);
-    let mut bent = cursor.to_owned();
-    bent.replace_range(5..6, if &bent[5..6] == "A" { "B" } else { "A" });
+    let mut modified = cursor.to_owned();
+    modified.replace_range(5..6, if &modified[5..6] == "A" { "B" } else { "A" });
     let foreign = format!("/functions/{other}/logs?status=SUCCESS&cursor={cursor}");
     for target in [
         foreign,
         format!("{path}?cursor={cursor}"),
         format!("{path}?status=FAILED&cursor={cursor}"),
         format!("{path}?status=SUCCESS&startTime=2020-01-01T00:00:00Z&cursor={cursor}"),
-        format!("{path}?status=SUCCESS&cursor={bent}"),
+        format!("{path}?status=SUCCESS&cursor={modified}"),
         format!("{path}?status=SUCCESS&cursor={}", &cursor[..10]),
         format!("{path}?status=SUCCESS&cursor="),
     ] {
@@ -97,8 +97,8 @@ async fn cursors(setup: Setup) {
     platform.finish().await;
 }
 
-/// The dashboard's list: each event with the text, level and members that it tells kinds apart by.
-async fn the_last_of_this_node(setup: Setup) {
+/// The dashboard classifies events by text, level and members.
+async fn recent_events_have_the_fields_of_the_dashboard(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let id = gateway.upload("x").await;
@@ -120,16 +120,22 @@ async fn the_last_of_this_node(setup: Setup) {
     gateway.anonymous("GET", "/functions").send().await.expect(401);
     gateway.anonymous("GET", "/functions").header("x-api-key", "wrong").send().await.expect(401);
 
-    let run = |id: &Value, mode: &str| json!({ "requestId": id, "functionId": null, "modelId": "llama3:8b", "mode": mode });
+    let run = |id: &Value, mode: &str| {
+        let model = "llama3:8b";
+        json!({ "requestId": id, "functionId": null, "modelId": model, "mode": mode })
+    };
     let of_function = json!({ "functionId": null });
     let refused = json!({ "ip": "127.0.0.1" });
-    // The local worker runs the failing job well: it does as its code says.
+    // The local worker runs the uploaded code, which does not fail.
     let failed = if platform.is_serve() { ("ERROR", "FAILED", 1) } else { ("INFO", "SUCCESS", 0) };
-    let executed = |id: &Value, status: &str, code: u64| json!({ "functionId": null, "requestId": id, "status": status, "exitCode": code });
+    let executed = |id: &Value, status: &str, code: u64| {
+        let function = Value::Null;
+        json!({ "functionId": function, "requestId": id, "status": status, "exitCode": code })
+    };
     let executed_msg = format!("Function Executed: {id}");
     let expected = [
         ("WARN", "Unauthorized access", refused.clone()),
-        ("WARN", "Unauthorized access", refused), // once for each of the two
+        ("WARN", "Unauthorized access", refused), // one for each of the two requests
         ("INFO", "Heartbeat received from w-1", json!({ "activeJobs": 3, "pools": { "python": 2 } })),
         ("INFO", "Function Deleted", of_function.clone()),
         ("INFO", "Function Updated", of_function.clone()),
@@ -139,7 +145,7 @@ async fn the_last_of_this_node(setup: Setup) {
         ("INFO", "Run Request", run(&sync, "SYNC")),
         ("INFO", "Upload Success", of_function),
     ];
-    // A client may hear of a result a moment before it is on the list.
+    // A result may be answered before its event is listed.
     let entries = eventually("all events", SOON, || async {
         let entries: Vec<Value> =
             serde_json::from_slice(gateway.get("/api/logs").await.expect(200).body()).expect("rows");
@@ -164,9 +170,9 @@ async fn the_last_of_this_node(setup: Setup) {
         }
     }
     let times: Vec<&str> = entries.iter().map(|entry| entry["timestamp"].as_str().expect("a time")).collect();
-    assert!(times.is_sorted_by(|newer, older| newer >= older), "newest first: {times:?}");
+    assert!(times.is_sorted_by(|newer, older| newer >= older), "not newest first: {times:?}");
     let ids: std::collections::HashSet<_> = entries.iter().map(|entry| entry["id"].to_string()).collect();
-    assert_eq!(ids.len(), entries.len(), "an id for each");
+    assert_eq!(ids.len(), entries.len(), "ids are not unique");
     platform.finish().await;
 }
 
@@ -178,7 +184,7 @@ async fn put_all(cloud: &Cloud, rows: &[Value]) {
     }
 }
 
-/// A thousand rows: ours and the old controller's, many of one millisecond, some written twice, some expired.
+/// Rows of both controllers, many with the same millisecond, some written twice, some expired.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_rows_are_listed_once_each() {
     let platform = Setup::serve().start().await;
@@ -188,7 +194,8 @@ async fn a_thousand_rows_are_listed_once_each() {
     let mut live: Vec<(String, String)> = Vec::new();
     let mut rows = Vec::new();
     for n in 0..1_000_u64 {
-        // Runs of ten in one millisecond; each seventh row is an old one, which has its millisecond to itself.
+        // Ten rows share a millisecond. Each seventh row is one of the old controller, with its own
+        // millisecond.
         let parts = IdParts { node: (n % 3) as u32, accepted_ms: start_ms + n / 10 * 10, random: n };
         let (key, id) = if n % 7 == 3 {
             let parts = IdParts { accepted_ms: start_ms + n / 10 * 10 + 1 + n % 9, ..parts };
@@ -200,7 +207,8 @@ async fn a_thousand_rows_are_listed_once_each() {
         let mut row = json!({
             "functionId": { "S": HELLO }, "timestamp": { "S": key }, "requestId": { "S": id },
             "status": { "S": "SUCCESS" }, "duration": { "N": "12" }, "memoryMb": { "N": "64" },
-            "message": { "S": format!("row {n}") }, "expiresAt": { "N": if is_expired { &past } else { &soon } },
+            "message": { "S": format!("row {n}") },
+            "expiresAt": { "N": if is_expired { &past } else { &soon } },
         });
         if n % 13 == 0 {
             row.as_object_mut().expect("an object").remove("expiresAt");
@@ -225,9 +233,9 @@ async fn a_thousand_rows_are_listed_once_each() {
         assert_eq!(ids(&found), expected, "{query}");
         assert!(lengths.iter().all(|length| *length <= limit), "{lengths:?}");
         let (_, full) = lengths.split_last().expect("a page");
-        assert!(full.iter().all(|length| *length == limit), "only the last page is short: {lengths:?}");
+        assert!(full.iter().all(|length| *length == limit), "a page before the last is short: {lengths:?}");
     }
-    // Each old row is found by its id.
+    // A row of the old controller is found by its id.
     let (_, old) = live.iter().find(|(_, id)| id.starts_with("67e55044")).expect("an old row");
     gateway.get(&format!("/functions/{HELLO}/logs/{old}")).await.expect(200);
     platform.finish().await;

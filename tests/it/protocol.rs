@@ -1,21 +1,21 @@
-//! HTTP itself: routes, methods, heads, request ids, and what happens on one connection.
+//! HTTP: routes, methods, HEAD, request ids, persistent connections, CORS.
 
-use crate::harness::gateway::Conf;
+use crate::harness::gateway::{Conf, reloads};
 use crate::harness::http::{Conn, Request};
 use crate::harness::platform::HELLO;
 use crate::harness::{SOON, Setup, within};
 use serde_json::{Value, json};
 
-over_both!(
-    routes_and_methods,
-    request_ids,
-    one_connection,
-    expect_continue,
-    bodies_nobody_wants,
-    scripts_of_other_origins
+on_both_backends!(
+    unknown_routes_are_404_and_other_methods_405,
+    request_ids_are_echoed_or_generated,
+    a_connection_serves_many_requests_in_order,
+    expect_100_continue_is_answered_after_the_key_check,
+    unread_bodies_are_never_taken_for_requests,
+    cors_is_limited_to_configured_origins
 );
 
-async fn routes_and_methods(setup: Setup) {
+async fn unknown_routes_are_404_and_other_methods_405(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     for unknown in
@@ -23,7 +23,7 @@ async fn routes_and_methods(setup: Setup) {
     {
         for target in [unknown.to_owned(), format!("/api{unknown}")] {
             let answer = gateway.get(&target).await;
-            // `/status` without an id may be read as "no job id".
+            // `/status` without an id may be 400, too.
             if unknown == "/status" && answer.status == 400 {
                 continue;
             }
@@ -72,11 +72,11 @@ async fn routes_and_methods(setup: Setup) {
 
     let root = gateway.get("/").await.expect(200).json();
     assert!(root["version"].is_string(), "{root}");
-    assert!(root.to_string().contains("/run"), "the endpoints: {root}");
+    assert!(root.to_string().contains("/run"), "no endpoints: {root}");
     platform.finish().await;
 }
 
-async fn request_ids(setup: Setup) {
+async fn request_ids_are_echoed_or_generated(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let longest = "r".repeat(128);
@@ -100,21 +100,21 @@ async fn request_ids(setup: Setup) {
         }
         ours.sort();
         ours.dedup();
-        assert_eq!(ours.len(), 6, "each request has its own: {ours:?}");
+        assert_eq!(ours.len(), 6, "request ids are not unique: {ours:?}");
     }
-    // A job's id is ours, whatever the client calls its request.
+    // The id of a job is generated, whatever the request id is.
     let run = gateway.run(HELLO, &json!(1)).header("x-request-id", "mine").send().await.expect(200);
     assert_eq!(run.need("x-request-id"), "mine");
     assert_ne!(run.json()["requestId"], "mine");
     platform.finish().await;
 }
 
-async fn one_connection(setup: Setup) {
+async fn a_connection_serves_many_requests_in_order(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
 
-    // Kept alive over good answers and refusals alike.
-    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    // The connection persists after answers and rejections.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
     let wrong_type = gateway.request("POST", "/run").body("text/plain", "x");
     let bad_body = gateway.request("POST", "/run").body("application/json", "{");
     let head = gateway.request("HEAD", "/livez");
@@ -135,8 +135,8 @@ async fn one_connection(setup: Setup) {
         request.check(&answer);
     }
 
-    // Ten at once, answered in their order.
-    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    // Ten pipelined requests are answered in order.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
     let tokens: Vec<String> = (0..10).map(|n| format!("pipelined-{n}-end")).collect();
     let runs = tokens.iter().map(|token| gateway.run(HELLO, &json!({ "token": token })));
     let bytes: Vec<u8> = runs.flat_map(|run| run.to_bytes()).collect();
@@ -148,7 +148,7 @@ async fn one_connection(setup: Setup) {
             "{token}: {result}"
         );
     }
-    // Of mixed kinds, told apart by their ids.
+    // Different requests, identified by their ids.
     let requests: Vec<(u16, Request)> = vec![
         (200, gateway.anonymous("GET", "/livez")),
         (404, gateway.request("GET", "/nope")),
@@ -180,7 +180,7 @@ async fn one_connection(setup: Setup) {
     platform.finish().await;
 }
 
-async fn expect_continue(setup: Setup) {
+async fn expect_100_continue_is_answered_after_the_key_check(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let body = json!({ "functionId": HELLO, "inputData": "patient" }).to_string();
@@ -188,8 +188,8 @@ async fn expect_continue(setup: Setup) {
         let request = request.header("content-type", "application/json").header("expect", "100-continue");
         request.header("content-length", &body.len().to_string()).to_bytes()
     };
-    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
-    // Twice: the interim answer must not break the connection.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
+    // Twice, because the connection must persist after an interim answer.
     for _ in 0..2 {
         conn.write(&announce(gateway.request("POST", "/run"))).await.expect("the gateway reads");
         let interim = within("100 Continue", SOON, conn.any_answer(false)).await.expect("an answer");
@@ -198,24 +198,25 @@ async fn expect_continue(setup: Setup) {
         let result: Value = conn.any_answer(false).await.expect("an answer").expect(200).json();
         assert!(result["stdout"].as_str().is_some_and(|printed| printed.contains("patient")), "{result}");
     }
-    // Who may not run is told so before it sends anything.
-    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    // A client without a key is rejected before it sends the body.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
     conn.write(&announce(gateway.anonymous("POST", "/run"))).await.expect("the gateway reads");
-    let refused = within("the refusal", SOON, conn.any_answer(false)).await.expect("an answer");
+    let refused = within("the rejection", SOON, conn.any_answer(false)).await.expect("an answer");
     refused.expect_problem(401);
     platform.finish().await;
 }
 
-/// A body on a route that takes none is read past, or ends the connection; no part of it is ever taken for a request.
-async fn bodies_nobody_wants(setup: Setup) {
-    let platform = setup.start().await;
+/// A body on a route without one is drained, or the connection ends.
+async fn unread_bodies_are_never_taken_for_requests(setup: Setup) {
+    let drain = |ms: u32| format!("[http]\ndrain_body_timeout_ms = {ms}\n");
+    let platform = setup.conf(Conf { server: drain(60_000), ..Conf::default() }).start().await;
     let gateway = &platform.gateway;
     let victim = gateway.upload("x").await;
     let inner = gateway.request("DELETE", &format!("/functions/{victim}")).to_bytes();
     let inner = String::from_utf8(inner).expect("a head is ASCII");
 
-    // Late, but in time: the connection goes on.
-    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    // A late body within the drain timeout: the connection persists.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
     for n in 0..20 {
         let delete = gateway.request("DELETE", "/functions/absent");
         let (head, body) = if n % 2 == 0 {
@@ -227,7 +228,7 @@ async fn bodies_nobody_wants(setup: Setup) {
             )
         };
         conn.write(&head.to_bytes()).await.expect("the gateway reads");
-        // The head has arrived when another request, sent later, is answered.
+        // The head has arrived when a later request is answered.
         gateway.get("/livez").await.expect(200);
         conn.write(body.as_bytes()).await.expect("the gateway reads");
         conn.answer(false).await.expect("an answer").expect_problem(404);
@@ -235,7 +236,10 @@ async fn bodies_nobody_wants(setup: Setup) {
         conn.answer(false).await.expect("an answer").expect(200);
     }
 
-    // Too late: there is an answer, and the connection ends with it.
+    // After the drain timeout: there is an answer, and the connection ends.
+    platform.put_conf("server.toml", &drain(100));
+    gateway.wait_for_metric(&reloads("server.toml", "applied"), 1.0).await;
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
     let head = gateway.request("DELETE", "/functions/absent").header("transfer-encoding", "chunked");
     conn.write(&head.to_bytes()).await.expect("the gateway reads");
     let answer = conn.answer(false).await.expect("an answer").expect_problem(404);
@@ -247,21 +251,21 @@ async fn bodies_nobody_wants(setup: Setup) {
     platform.finish().await;
 }
 
-/// Off unless the configuration names origins; then for those alone.
-async fn scripts_of_other_origins(setup: Setup) {
+/// Without configured origins CORS is off.
+async fn cors_is_limited_to_configured_origins(setup: Setup) {
     let server = "[http]\ncors_origins = [\"https://dashboard.example\"]\n";
     let platform = setup.conf(Conf { server: server.into(), ..Conf::default() }).start().await;
     let gateway = &platform.gateway;
     let asks = |origin: &str| {
-        let request = gateway.beyond("OPTIONS", "/run").header("origin", origin);
+        let request = gateway.upstream_request("OPTIONS", "/run").header("origin", origin);
         request
             .header("access-control-request-method", "POST")
             .header("access-control-request-headers", "x-api-key")
     };
-    let told = asks("https://dashboard.example").send().await.expect(204);
-    assert_eq!(told.need("access-control-allow-origin"), "https://dashboard.example");
-    assert!(told.need("access-control-allow-methods").contains("POST"));
-    assert!(told.need("access-control-allow-headers").contains("x-api-key"));
+    let allowed = asks("https://dashboard.example").send().await.expect(204);
+    assert_eq!(allowed.need("access-control-allow-origin"), "https://dashboard.example");
+    assert!(allowed.need("access-control-allow-methods").contains("POST"));
+    assert!(allowed.need("access-control-allow-headers").contains("x-api-key"));
     for origin in
         ["https://evil.example", "null", "https://dashboard.example.evil", "http://dashboard.example"]
     {

@@ -1,15 +1,23 @@
-//! `POST /run`: what goes in, and what is refused at the door.
+//! `POST /run`: accepted and rejected requests, and messages on the queue.
 
 use crate::harness::aws::Service;
+use crate::harness::gateway::{Conf, is_pending};
 use crate::harness::http::{Answer, Conn, Request};
 use crate::harness::job::IdParts;
 use crate::harness::platform::{Backend, HELLO};
 use crate::harness::{Platform, SOON, Setup, within};
 use serde_json::{Value, json};
 
-over_both!(synchronous_and_asynchronous, a_wait_that_ends, bodies_refused, bodies_accepted, bodies_too_large);
+on_both_backends!(
+    runs_are_synchronous_or_asynchronous_on_request,
+    a_wait_that_ends_is_answered_202,
+    invalid_bodies_are_rejected,
+    any_json_input_is_accepted,
+    oversized_bodies_are_413,
+    requests_without_a_valid_key_are_401,
+);
 
-/// What a run printed must hold what it was given.
+/// Asserts that the output of the run contains the token. Returns the result.
 #[track_caller]
 fn assert_printed(answer: &Answer, token: &str) -> Value {
     let result = answer.json();
@@ -18,7 +26,7 @@ fn assert_printed(answer: &Answer, token: &str) -> Value {
     result
 }
 
-async fn synchronous_and_asynchronous(setup: Setup) {
+async fn runs_are_synchronous_or_asynchronous_on_request(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let mut nodes = Vec::new();
@@ -42,7 +50,7 @@ async fn synchronous_and_asynchronous(setup: Setup) {
             assert_eq!(accepted.json()["status"], "ACCEPTED");
             assert_eq!(accepted.need("location"), format!("{prefix}/status/{id}"));
             nodes.push(IdParts::of(&id).node);
-            // At once it is pending, or already there.
+            // The job is pending, or has ended already.
             let now = gateway.get(&format!("{prefix}/status/{id}")).await.expect(200).json();
             assert!(
                 now["status"] == "pending" && now["message"].is_string() || now["stdout"].is_string(),
@@ -50,7 +58,7 @@ async fn synchronous_and_asynchronous(setup: Setup) {
             );
             let result = assert_printed(&gateway.result_of(&id).await, &token);
             assert_eq!(result["requestId"], *id);
-            // It stays to be asked for again.
+            // The result can be read again.
             assert_printed(&gateway.get(&format!("{prefix}/status/{id}")).await, &token);
         }
     }
@@ -58,14 +66,15 @@ async fn synchronous_and_asynchronous(setup: Setup) {
     platform.finish().await;
 }
 
-/// The place of the result is under the prefix that the client used, whatever the path to the 202 was.
-async fn a_wait_that_ends(setup: Setup) {
+/// `Location` has the prefix that the client has used.
+async fn a_wait_that_ends_is_answered_202(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     for prefix in ["", "/api"] {
-        // With an idempotency key the answer takes another way.
+        // With an idempotency key the answer has another code path.
         for key in [None, Some(format!("wait-{}", prefix.len()))] {
-            let body = json!({ "functionId": HELLO, "inputData": { "behave": "sleep", "ms": 200 } });
+            let hold = platform.hold().await;
+            let body = json!({ "functionId": hold.function, "inputData": hold.input("slow") });
             let run = gateway.request("POST", &format!("{prefix}/run")).json(&body);
             let run = if let Some(key) = &key { run.header("idempotency-key", key) } else { run };
             let answer = run.clone().header("prefer", "wait=0").send().await.expect(202);
@@ -73,7 +82,8 @@ async fn a_wait_that_ends(setup: Setup) {
             assert_eq!(timeout["status"], "TIMEOUT");
             let id = timeout["jobId"].as_str().expect("an id");
             assert_eq!(answer.need("location"), format!("{prefix}/status/{id}"));
-            gateway.get(answer.need("location")).await.expect(200);
+            assert!(is_pending(&gateway.get(answer.need("location")).await.expect(200)), "the job has ended");
+            hold.release().await;
             gateway.result_of(id).await;
             if key.is_some() {
                 let again = run.header("x-async", "true").send().await.expect(202);
@@ -89,7 +99,7 @@ async fn a_wait_that_ends(setup: Setup) {
     platform.finish().await;
 }
 
-async fn bodies_refused(setup: Setup) {
+async fn invalid_bodies_are_rejected(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let nested =
@@ -146,11 +156,11 @@ async fn bodies_refused(setup: Setup) {
     platform.finish().await;
 }
 
-async fn bodies_accepted(setup: Setup) {
+async fn any_json_input_is_accepted(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let deep = format!("{}{}", "[".repeat(128), "]".repeat(128));
-    // Past 100 KiB `dev` hands the payload over in a file.
+    // Above 100 KiB `dev` passes the payload in a file.
     let large = format!(r#"{{"text":"{}","end":"the-end"}}"#, "x".repeat(150_000));
     for (input, printed) in [
         ("0", "0"),
@@ -167,7 +177,7 @@ async fn bodies_accepted(setup: Setup) {
         let run = gateway.request("POST", "/run").body("application/json", body);
         assert_printed(&run.send().await.expect(200), printed);
     }
-    // None at all: handlers call `event.get`.
+    // No input is an empty object: handlers call `event.get`.
     for none in ["", r#","inputData":null"#, r#","inputData" : null "#] {
         let body = format!(r#"{{"functionId":"hello"{none}}}"#);
         let run = gateway.request("POST", "/run").body("application/json", body);
@@ -180,9 +190,9 @@ async fn bodies_accepted(setup: Setup) {
     platform.finish().await;
 }
 
-async fn bodies_too_large(setup: Setup) {
+async fn oversized_bodies_are_413(setup: Setup) {
     let is_dev = setup.backend == Backend::Dev;
-    // 64 KiB for the queue of this test; `dev` takes what SQS takes at most, 1 MiB.
+    // 64 KiB for the queue of this test. The limit of `dev` is the maximum of SQS, 1 MiB.
     let platform = setup.queue_attribute("MaximumMessageSize", "65536").start().await;
     let gateway = &platform.gateway;
     let limit = if is_dev { 1 << 20 } else { 1 << 16 };
@@ -193,15 +203,15 @@ async fn bodies_too_large(setup: Setup) {
     of_size(limit + 1).send().await.expect_problem(413);
     of_size(3 << 20).send().await.expect_problem(413);
 
-    // It is refused by what it says of itself, before it is sent.
+    // A declared length is rejected before the body is sent.
     let head = gateway
         .request("POST", "/run")
         .header("content-type", "application/json")
         .header("content-length", "1000000000");
     head_only(&head).await.expect_problem(413);
 
-    // Chunks say nothing of the whole.
-    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway takes connections");
+    // Chunks have no declared total.
+    let mut conn = Conn::open(gateway.addr()).await.expect("the gateway accepts connections");
     let chunked = gateway
         .request("POST", "/run")
         .header("content-type", "application/json")
@@ -209,7 +219,7 @@ async fn bodies_too_large(setup: Setup) {
     conn.write(&chunked.to_bytes()).await.expect("the gateway reads");
     let chunk = format!("10000\r\n{}\r\n", "x".repeat(0x10000));
     for _ in 0..40 {
-        // The gateway may have answered and closed meanwhile.
+        // The gateway may have answered and closed the connection.
         if conn.write(chunk.as_bytes()).await.is_err() {
             break;
         }
@@ -218,16 +228,14 @@ async fn bodies_too_large(setup: Setup) {
     platform.finish().await;
 }
 
-/// The answer to a request whose announced body never comes.
+/// The answer to a request whose body never arrives.
 async fn head_only(request: &Request) -> Answer {
-    let mut conn = Conn::open(request.addr()).await.expect("the gateway takes connections");
+    let mut conn = Conn::open(request.addr()).await.expect("the gateway accepts connections");
     conn.write(&request.to_bytes()).await.expect("the gateway reads");
     within("an answer to the head alone", SOON, conn.answer(false)).await.expect("an answer")
 }
 
-over_both!(keys);
-
-async fn keys(setup: Setup) {
+async fn requests_without_a_valid_key_are_401(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let key = gateway.key();
@@ -253,7 +261,7 @@ async fn keys(setup: Setup) {
             }
         }
     }
-    // Before any body is read: it never comes.
+    // The key is checked before the body is read: the body never arrives.
     for framing in [("content-length", "1000"), ("transfer-encoding", "chunked")] {
         let head = gateway.anonymous("POST", "/run").header("content-type", "application/json");
         head_only(&head.header(framing.0, framing.1)).await.expect_problem(401);
@@ -267,7 +275,7 @@ async fn keys(setup: Setup) {
     platform.finish().await;
 }
 
-/// One message from the queue, as a worker gets it.
+/// Starts a run, and receives its message from the queue: (attributes, body).
 async fn message_of(platform: &Platform, body: &str) -> (Value, String) {
     let run = platform.gateway.request("POST", "/run").header("x-async", "true");
     run.body("application/json", body).send().await.expect(202);
@@ -275,7 +283,7 @@ async fn message_of(platform: &Platform, body: &str) -> (Value, String) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_message_is_what_workers_read() {
+async fn messages_have_the_members_that_workers_read() {
     let platform = Setup::serve().no_worker().start().await;
     let cloud = &platform.fleet().cloud;
     let (_, body) =
@@ -296,14 +304,14 @@ async fn the_message_is_what_workers_read() {
     ] {
         assert_eq!(message[member], expected, "{member}");
     }
-    for ours in ["acceptedAt", "deadline", "configVersion", "traceparent"] {
-        assert!(!message[ours].is_null(), "{ours} in {message}");
+    for member in ["acceptedAt", "deadline", "configVersion", "traceparent"] {
+        assert!(!message[member].is_null(), "{member} in {message}");
     }
-    // The deadline is the acceptance and the queue's retention: an hour here.
+    // The deadline is the acceptance plus the retention of the queue: an hour here.
     let hour_later = IdParts { accepted_ms: id.accepted_ms + 3_600_000, ..id };
     assert_eq!(message["deadline"], *hour_later.timestamp());
 
-    // An item with nothing but its key, as the very first controller wrote them.
+    // An item with only its key, as the first controller wrote it.
     cloud.put_item(&cloud.functions_table, json!({ "functionId": { "S": "bare" } })).await;
     let (_, body) = message_of(&platform, r#"{"functionId":"bare"}"#).await;
     let message: Value = serde_json::from_str(&body).expect("JSON");
@@ -321,7 +329,7 @@ async fn the_message_is_what_workers_read() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn input_passes_byte_for_byte() {
+async fn input_is_passed_byte_for_byte() {
     let platform = Setup::serve().no_worker().start().await;
     for input in [
         "0",
@@ -337,12 +345,12 @@ async fn input_passes_byte_for_byte() {
             message_of(&platform, &format!(r#"{{"functionId":"hello","inputData": {input} }}"#)).await;
         assert!(body.contains(&format!(r#""input":{input},"#)), "{input} in {body}");
     }
-    // No input is an empty object, as the old controller had it: handlers call `event.get`.
+    // No input is an empty object, as with the old controller: handlers call `event.get`.
     for none in ["", r#","inputData":null"#, r#","inputData" : null "#] {
         let (_, body) = message_of(&platform, &format!(r#"{{"functionId":"hello"{none}}}"#)).await;
         assert!(body.contains(r#""input":{},"#), "{none:?} in {body}");
     }
-    // SQS refuses these two characters, so they travel as escapes.
+    // SQS rejects these two characters, so they are escaped.
     let (_, body) =
         message_of(&platform, "{\"functionId\":\"hello\",\"inputData\":\"a\u{FFFE}b\u{FFFF}\"}").await;
     assert!(body.contains(r#""input":"a\uFFFEb\uFFFF","#), "{body}");
@@ -359,17 +367,18 @@ async fn a_fifo_queue_gets_group_and_deduplication_id() {
     platform.stop().await;
 }
 
-/// Never a 202 or a 200 for what was not enqueued.
+/// No 202 and no 200 for a job that is not on the queue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_queue_that_goes_away_is_a_503() {
-    let platform = Setup::serve().no_worker().start().await;
+async fn a_deleted_queue_is_a_503() {
+    let limits = "[batch]\nsend_deadline_ms = 2000\n".into();
+    let platform = Setup::serve().no_worker().conf(Conf { limits, ..Conf::default() }).start().await;
     let cloud = &platform.fleet().cloud;
     cloud.call(Service::Sqs, "DeleteQueue", &json!({ "QueueUrl": cloud.queue_url })).await;
     for prefer in ["wait=20", "respond-async"] {
         let run = platform.gateway.run(HELLO, &json!(1)).header("prefer", prefer);
         let refused = run.send().await.expect_problem(503);
         assert!(refused.need("retry-after").parse::<u32>().is_ok());
-        // The backend's own words stay inside.
+        // Error texts of backends are not exposed.
         assert!(!refused.text().contains("NonExistent"), "{}", refused.text());
     }
     platform.finish().await;

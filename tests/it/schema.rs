@@ -1,32 +1,32 @@
-//! Requests of all kinds, made of the description of the interface by schemathesis: good ones, bad ones, and sequences.
+//! Valid and invalid requests, and sequences of them, that schemathesis generates from the OpenAPI document.
 //!
-//! It is fast as part of all tests; `make schema` lets it go on for as long as `SCHEMA_SECONDS` says.
+//! It is short in `make test`. In `make schema` it takes `SCHEMA_SECONDS`.
 
 use crate::harness::aws::venv;
 use crate::harness::gateway::Conf;
 use crate::harness::process::{Process, Scratch};
-use crate::harness::{Gateway, Setup, eventually, path_env};
+use crate::harness::{Gateway, Setup, path_env};
 use std::path::Path;
 use std::time::Duration;
 
-over_both!(whatever_is_sent);
+on_both_backends!(generated_requests_get_described_answers);
 
-/// What it takes to start, to shrink what it found and to tell of it, on a busy machine.
-const BESIDES: Duration = Duration::from_secs(120);
+/// Additional time to start, to shrink examples and to report.
+const OVERHEAD: Duration = Duration::from_secs(180);
 const SECONDS_DEFAULT: &str = "30";
 const SEED_DEFAULT: &str = "20261122";
 
-/// No limit, so that nothing is refused for coming often, and short waits: made-up requests ask for long ones.
+/// No limits, and short waits: generated requests ask for long ones.
 const LIMITS: &str = "[waits]\nsync_default_s = 2\nsync_max_s = 2\nstatus_max_s = 2\n";
 
-/// Guessing keys is what it does.
+/// Many requests have wrong keys.
 const SERVER: &str = "[auth]\nfailures_a_minute = 1000000\nfailures_burst = 1000000\n";
 
-async fn whatever_is_sent(setup: Setup) {
+async fn generated_requests_get_described_answers(setup: Setup) {
     let platform =
         setup.conf(Conf { limits: LIMITS.into(), server: SERVER.into(), ..Conf::default() }).start().await;
     let gateway = &platform.gateway;
-    // Something to find, beside what the requests themselves make.
+    // Functions and executions to be found.
     for marker in ["one", "two"] {
         let id = gateway.upload(marker).await;
         gateway.run_code(&id).await;
@@ -65,11 +65,10 @@ async fn check(gateway: &Gateway) {
     ];
     let process = Process::start("schemathesis", &venv("st"), &args, &env, dir.path());
     let process = process.expect("setpriv (util-linux) is there");
-    let ended = || async { process.exit_status().ok_or_else(|| process.output().tail(1_000)) };
-    let status = eventually("the end of schemathesis", duration + BESIDES, ended).await;
+    let status = process.wait_for_exit(duration + OVERHEAD).await;
     assert!(
         status.success(),
-        "schemathesis (seed {seed}) ends with {status}:\n{}",
+        "schemathesis (seed {seed}) exits with {status}:\n{}",
         process.output().tail(10_000)
     );
 }

@@ -1,4 +1,4 @@
-"""What schemathesis cannot know from the description alone."""
+"""Rules that schemathesis cannot derive from the OpenAPI document."""
 
 import io
 import zipfile
@@ -10,7 +10,7 @@ from schemathesis.openapi.checks import RejectedPositiveData
 
 
 def zipped(text: str) -> bytes:
-    """Code that every runtime takes."""
+    """An archive that is valid for every runtime."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name in ("main.py", "index.js", "main.cpp", "main.go"):
@@ -18,14 +18,14 @@ def zipped(text: str) -> bytes:
     return out.getvalue()
 
 
-# A schema cannot say what a zip is. Half of the files are none, and must be refused as such.
+# A schema cannot describe a zip archive. Half of the files are not zip archives, and must be rejected.
 schemathesis.openapi.media_type(
     "application/zip", st.one_of(st.sampled_from(["", "print(1)\n"]).map(zipped), st.binary(max_size=64))
 )
 
-# Refusals of what the description allows, since no schema can say what they say: a cursor is good only if the server
-# made it, a file must be good code, only python may have more than 1024 MiB, and a key belongs to one body.
-UNSAYABLE = {"bad_cursor", "bad_archive", "idempotency_key_reused"}
+# Rejections that a schema cannot express: a cursor is valid only if the server has created it, a file must be
+# valid code, only python may have more than 1024 MiB, and an idempotency key belongs to one body.
+NOT_IN_SCHEMA = {"bad_cursor", "bad_archive", "idempotency_key_reused"}
 MEMORY = ("must be from 32 to 1024 for", "must be a whole number from 128 to 1024")
 
 
@@ -36,25 +36,26 @@ def filter_failure(context, failure, case, response):
     if not isinstance(failure, RejectedPositiveData) or response.status_code not in (400, 422):
         return True
     problem = response.json()
-    return problem["code"] not in UNSAYABLE and not any(text in problem["detail"] for text in MEMORY)
+    return problem["code"] not in NOT_IN_SCHEMA and not any(text in problem["detail"] for text in MEMORY)
 
 
 def has_only_more_headers(case):
-    """HTTP wants header fields that nobody knows to be passed over; schemathesis sees that of most, not of all."""
+    """Unknown header fields must be ignored (RFC 9110). schemathesis does not consider that everywhere."""
     tried = case.meta.phase.data
     location = getattr(tried, "parameter_location", None)
-    return location is not None and location.name == "HEADER" and tried.description == "Object with unexpected properties"
+    is_header = location is not None and location.name == "HEADER"
+    return is_header and tried.description == "Object with unexpected properties"
 
 
 def has_equal_memories(case):
-    """Both names of the memory with one value: for old clients, and nothing to do for others."""
+    """Both names of the memory with equal values, which are valid for old clients."""
     body = case.body
     return isinstance(body, dict) and "memory" in body and body["memory"] == body.get("memoryMb")
 
 
 @schemathesis.hook
 def map_headers(context, headers):
-    """No field of HTTP may hold control characters: a request with one ends in the parser, before any route."""
+    """Removes control characters: a request with one is rejected by the parser, before any route."""
     if headers is None:
         return None
     return {name: without_controls(value) for name, value in headers.items()}

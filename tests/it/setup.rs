@@ -1,15 +1,14 @@
-//! What people meet who set it up: files of other editors, secrets with line breaks, a Redis that cannot be
-//! used.
+//! First installation: files of other editors, secrets with line breaks, an unusable Redis.
 
 use crate::harness::aws::{Cloud, SECRET_ACCESS_KEY};
+use crate::harness::conf_lines::upstream_lines;
 use crate::harness::gateway::{Conf, run_to_end, start_process};
 use crate::harness::http::Request;
-use crate::harness::platform::{Backend, HELLO, new_key};
+use crate::harness::platform::{Backend, HELLO, LONG_START, new_key};
 use crate::harness::process::{Process, Scratch, Stream, free_port};
 use crate::harness::redis::Redis;
 use crate::harness::tls::Authority;
 use crate::harness::upstream::Upstream;
-use crate::harness::wait::poll_blocking;
 use crate::harness::{Gateway, SOON, Setup, eventually, join_all, path_env, spawn, within};
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -20,8 +19,8 @@ use std::path::Path;
 use std::time::Duration;
 
 const CONFIG: i32 = 78;
-/// The start-up deadline is 10 s.
-const ENDS_WITHIN: Duration = Duration::from_secs(60);
+/// Longer than the start-up deadline.
+const ENDS_WITHIN: Duration = Duration::from_secs(90);
 
 type Env = Vec<(String, String)>;
 
@@ -29,19 +28,18 @@ fn pair(name: &str, value: &str) -> (String, String) {
     (name.to_owned(), value.to_owned())
 }
 
-/// Everything that `serve` wants but where Redis is.
+/// All variables of `serve` but those of Redis.
 fn env_without_redis(cloud: &Cloud) -> Env {
     let mut env = cloud.env(cloud.addr());
     env.extend([pair("PORT", "0"), pair("INFRA_API_KEY", &new_key())]);
     env
 }
 
-/// Runs `check`, which is to end with `code` and to say all of `words`.
+/// Runs `check`, which must exit with `code` and print all of `words`. Returns the output.
 async fn check(name: &str, env: Env, code: i32, words: &[&str]) -> String {
     let dir = Scratch::new("setup");
-    let run = move || run_to_end(&["check"], &env, dir.path(), ENDS_WITHIN, || {});
-    let run =
-        tokio::task::spawn_blocking(run).await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+    Conf { server: LONG_START.into(), ..Conf::default() }.write(&dir.path().join("conf"));
+    let run = run_to_end(&["check", "--conf", "conf"], &env, dir.path(), ENDS_WITHIN).await;
     assert_eq!(run.code, Some(code), "{name}: {}", run.output);
     for word in words {
         assert!(run.output.contains(word), "{name}: {word:?}: {}", run.output);
@@ -50,19 +48,19 @@ async fn check(name: &str, env: Env, code: i32, words: &[&str]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_cannot_be_used() {
-    let (primary, replica) = (Redis::start(None), Redis::start(None));
+async fn an_unusable_redis_is_explained() {
+    let (primary, replica) = (Redis::start(None).await, Redis::start(None).await);
     replica.follow(&primary).await;
     for (user, rights) in [
         ("all", "~* &* +@all -@dangerous +info"),
         ("reader", "~* &* +@all -@write"),
-        ("stranger", "~other:* &* +@all"),
+        ("otherkeys", "~other:* &* +@all"),
         ("unscripted", "~* &* +@all -@scripting"),
-        ("deaf", "~* resetchannels &functions:changed:* +@all"),
-        ("mute", "~* &* +@all -publish"),
-        // Its patterns are compared as text, so this is for one node alone.
-        ("literal", "~* resetchannels &result:0000abcd* &functions:changed:* &beat:* +@all"),
-        ("blind", "~* &* +@all -info"),
+        ("nosubscribe", "~* resetchannels &functions:changed:* +@all"),
+        ("nopublish", "~* &* +@all -publish"),
+        // Redis compares patterns as texts, so this ACL fits one node only.
+        ("onenode", "~* resetchannels &result:0000abcd* &functions:changed:* &beat:* +@all"),
+        ("noinfo", "~* &* +@all -info"),
     ] {
         primary.order(&format!("ACL SETUSER {user} on >acl-secret-4c1 {rights}")).await;
     }
@@ -73,12 +71,12 @@ async fn a_redis_that_cannot_be_used() {
         ("all rights", url("all"), 0, &["in order"][..]),
         ("a replica", replica.url(), CONFIG, &["it is a replica", "Name the primary"]),
         ("no writes", url("reader"), CONFIG, &["cannot write there", "NOPERM", "ACL SETUSER"]),
-        ("other keys", url("stranger"), CONFIG, &["cannot write there", "NOPERM", "ACL SETUSER"]),
+        ("other keys", url("otherkeys"), CONFIG, &["cannot write there", "NOPERM", "ACL SETUSER"]),
         ("no scripts", url("unscripted"), CONFIG, &["cannot write there", "NOPERM", "ACL SETUSER"]),
-        ("no pattern", url("deaf"), CONFIG, &["cannot subscribe to results", "NOPERM", "&*"]),
-        ("no PUBLISH", url("mute"), CONFIG, &["publish changes", "NOPERM", "ACL SETUSER"]),
-        ("no such node", url("literal"), CONFIG, &["cannot subscribe to results", "&result:<node>*"]),
-        ("no INFO", url("blind"), 0, &["warning: Redis does not report whether it evicts keys"]),
+        ("no pattern", url("nosubscribe"), CONFIG, &["cannot subscribe to results", "NOPERM", "&*"]),
+        ("no PUBLISH", url("nopublish"), CONFIG, &["publish changes", "NOPERM", "ACL SETUSER"]),
+        ("no such node", url("onenode"), CONFIG, &["cannot subscribe to results", "&result:<node>*"]),
+        ("no INFO", url("noinfo"), 0, &["warning: Redis does not report whether it evicts keys"]),
         ("a wrong user", url("nobody"), CONFIG, &["Put the right user and password into REDIS_URL", "%2F"]),
     ] {
         let mut env = env_without_redis(&cloud);
@@ -90,18 +88,18 @@ async fn a_redis_that_cannot_be_used() {
     }
     join_all("the checks", 4 * ENDS_WITHIN, checks).await;
 
-    // The node whose results it may have is the one that starts here.
+    // A node with the id of that ACL.
     let state = Scratch::new("state");
     fs::create_dir(state.path().join("0000abcd")).expect("writable");
     let mut env = env_without_redis(&cloud);
     let state_dir = state.path().display().to_string();
-    env.extend([pair("REDIS_URL", &url("literal")), pair("STATE_DIR", &state_dir)]);
+    env.extend([pair("REDIS_URL", &url("onenode")), pair("STATE_DIR", &state_dir)]);
     let output = check("one node", env, 0, &["in order"]).await;
     assert!(!output.contains("warning"), "{output}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_evicts_keys() {
+async fn an_evicting_redis_is_rejected_or_warned_of() {
     let cloud = Cloud::start(&[]).await;
     for (policy, maxmemory, code, words) in [
         ("noeviction", "100mb", 0, &["in order"][..]),
@@ -114,7 +112,7 @@ async fn a_redis_that_evicts_keys() {
         ),
         ("allkeys-lru", "0", 0, &["warning: Redis has the maxmemory-policy allkeys-lru", "in order"]),
     ] {
-        let redis = Redis::start(None);
+        let redis = Redis::start(None).await;
         redis.order(&format!("CONFIG SET maxmemory {maxmemory} maxmemory-policy {policy}")).await;
         let mut env = env_without_redis(&cloud);
         env.extend([pair("REDIS_HOST", "127.0.0.1"), pair("REDIS_PORT", &redis.port().to_string())]);
@@ -123,11 +121,11 @@ async fn a_redis_that_evicts_keys() {
     }
 }
 
-/// A node that was made for the old Redis finds it by what its platform sets; what was set is what is named.
+/// Errors name the variables that are set.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn where_redis_is_said_to_be() {
-    let redis = Redis::start(Some("pass-of-redis-8d"));
-    let (open, cloud) = (Redis::start(None), Cloud::start(&[]).await);
+async fn all_forms_of_the_redis_address_are_read() {
+    let redis = Redis::start(Some("pass-of-redis-8d")).await;
+    let (open, cloud) = (Redis::start(None).await, Cloud::start(&[]).await);
     let (port, link) = (redis.port().to_string(), format!("tcp://{}", open.addr()));
     let at = format!("127.0.0.1:{port}");
     for (name, vars, code, words) in [
@@ -170,10 +168,10 @@ async fn where_redis_is_said_to_be() {
     }
 }
 
-/// Files of the editors of Windows and of old Macs, and secrets as they stand in files.
+/// Files of editors on Windows and old Macs, and secrets with line breaks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_env_file_in_any_dress() {
-    let (redis, cloud) = (Redis::start(None), Cloud::start(&[]).await);
+async fn env_files_and_secrets_in_common_forms_are_read() {
+    let (redis, cloud) = (Redis::start(None).await, Cloud::start(&[]).await);
     let mut vars = env_without_redis(&cloud);
     vars.push(pair("REDIS_URL", &redis.url()));
     let text: String = vars.iter().map(|(name, value)| format!("{name}={value}\n")).collect();
@@ -187,7 +185,7 @@ async fn an_env_file_in_any_dress() {
     ] {
         let dir = Scratch::new("env-file");
         fs::write(dir.path().join(".env"), bytes).expect("writable");
-        let run = tokio::task::block_in_place(|| run_to_end(&["check"], &[], dir.path(), ENDS_WITHIN, || {}));
+        let run = run_to_end(&["check"], &[], dir.path(), ENDS_WITHIN).await;
         assert_eq!(run.code, Some(code), "{name}: {}", run.output);
         assert!(run.output.contains(words), "{name}: {}", run.output);
     }
@@ -208,7 +206,7 @@ async fn an_env_file_in_any_dress() {
         ("AWS_REGION", "us-east-1\n", 0, "in order"),
         ("AWS_REGION", "us east 1", CONFIG, "AWS_REGION is"),
         ("AWS_REGION", "us-east\n-1", CONFIG, "AWS_REGION is"),
-        // As Compose sets what is not set where it runs.
+        // Compose sets empty values for unset variables.
         ("AWS_ENDPOINT_URL_SQS", "", 0, "in order"),
         ("AWS_ENDPOINT_URL_DYNAMODB", " ", 0, "in order"),
         ("AWS_ENDPOINT_URL_S3", "", 0, "in order"),
@@ -227,14 +225,14 @@ async fn an_env_file_in_any_dress() {
     }
 }
 
-/// What could never match, or is read by nobody, is told.
-#[test]
-fn settings_without_effect() {
+/// Values that could never match are rejected.
+#[tokio::test]
+async fn settings_without_effect_are_rejected() {
     let upstream = |address: &str| {
         format!("[[upstream]]\nname = \"u\"\nprefix = \"/u\"\naddresses = [{address:?}]\nscope = \"none\"\n")
     };
     let server = |line: &str| format!("[http]\n{line}\n");
-    for (conf, told) in [
+    for (conf, expected) in [
         (
             Conf { upstreams: upstream("http://127.0.0.1:1"), ..Conf::default() },
             "conf/upstreams.toml:4: upstream[0].addresses",
@@ -253,15 +251,15 @@ fn settings_without_effect() {
         conf.write(&dir.path().join("conf"));
         let env = [pair("INFRA_API_KEY", &"k7c3-".repeat(200))];
         let args = ["dev", "--port", "0", "--data-dir", "data", "--conf", "conf"];
-        let run = run_to_end(&args, &env, dir.path(), ENDS_WITHIN, || {});
-        assert_eq!(run.code, Some(CONFIG), "{told}: {}", run.output);
-        assert!(run.output.contains(told), "{told}: {}", run.output);
+        let run = run_to_end(&args, &env, dir.path(), ENDS_WITHIN).await;
+        assert_eq!(run.code, Some(CONFIG), "{expected}: {}", run.output);
+        assert!(run.output.contains(expected), "{expected}: {}", run.output);
     }
 }
 
-/// Certificates as people have them: with text around, of any encoding; and what is none is named.
-#[test]
-fn certificates_as_people_have_them() {
+/// PEM with other text around it, in any encoding. Other formats are named in the error.
+#[tokio::test]
+async fn certificates_in_common_forms_are_read() {
     let identity = Authority::new().issue("gateway.test");
     let der = b"\x30\x82\x01\x0a\x02\x82\x01\x01\x00\xc3\xff".to_vec();
     let around = |pem: &str| {
@@ -271,8 +269,10 @@ fn certificates_as_people_have_them() {
     let (certificate, key) = (identity.certificate.as_bytes().to_vec(), identity.key.as_bytes().to_vec());
     let encrypted =
         b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n".to_vec();
-    let old = b"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nAAAA\n-----END RSA PRIVATE KEY-----\n".to_vec();
-    for (name, certificate, key, told) in [
+    let old = b"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\nDEK-Info: AES-128-CBC,00\n\nAAAA\n\
+                -----END RSA PRIVATE KEY-----\n"
+        .to_vec();
+    for (name, certificate, key, error) in [
         ("text around", around(&identity.certificate), around(&identity.key), None),
         ("indented", certificate.clone(), indented.into_bytes(), None),
         ("DER", der.clone(), key.clone(), Some("c.pem: is DER or PKCS #12")),
@@ -288,23 +288,24 @@ fn certificates_as_people_have_them() {
         fs::write(dir.path().join("conf/k.pem"), key).expect("writable");
         let args = ["dev", "--port", "0", "--data-dir", "data", "--conf", "conf"];
         let process = start_process(&args, &[], dir.path());
-        let outcome = poll_blocking(ENDS_WITHIN, || match process.exit_status() {
-            Some(status) => Ok(status.code()),
-            None if process.output().contains("Infra Controller is ready") => Ok(None),
-            None => Err(process.output().tail(20)),
-        });
-        let outcome = outcome.unwrap_or_else(|output| panic!("{name}: {output}"));
+        let outcome = eventually(name, ENDS_WITHIN, || async {
+            match process.exit_status() {
+                Some(status) => Ok(status.code()),
+                None if process.output().contains("Infra Controller is ready") => Ok(None),
+                None => Err(process.output().tail(20)),
+            }
+        })
+        .await;
         let output = process.output().tail(20);
-        assert_eq!(outcome, told.map(|_| CONFIG), "{name}: {output}");
-        assert!(output.contains(told.unwrap_or_default()), "{name}: {output}");
+        assert_eq!(outcome, error.map(|_| CONFIG), "{name}: {output}");
+        assert!(output.contains(error.unwrap_or_default()), "{name}: {output}");
         process.kill();
     }
 }
 
-/// `dev` counts by RATE_LIMIT, warns of what it does not read, lets any origin in where that is said, and
-/// shows its key to nobody but a terminal.
+/// It also warns of an unknown file, and does not print its key without a terminal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn dev_reads_what_it_is_told() {
+async fn dev_applies_rate_limit_and_cors_for_any_origin() {
     let dir = Scratch::new("dev");
     let conf = Conf {
         server: "[http]\ncors_origins = [\"*\"]\n".into(),
@@ -317,13 +318,13 @@ async fn dev_reads_what_it_is_told() {
     fs::create_dir(dir.path().join("data")).expect("writable");
     fs::write(dir.path().join("data/api-key"), key).expect("writable");
     let args = ["dev", "--port", "0", "--data-dir", "data", "--conf", "conf"];
-    // Its end asserts that the key is not in its output, which is no terminal.
+    // Its drop asserts that the key is not in the output.
     let gateway = Gateway::start_in(dir, &args, &[pair("RATE_LIMIT", "2")], key, &[]).await;
     let limit =
         gateway.run(HELLO, &json!(1)).header("origin", "https://any.example").send().await.expect(200);
     assert_eq!(limit.need("x-ratelimit-limit"), "2");
     assert_eq!(limit.need("access-control-allow-origin"), "*");
-    let preflight = gateway.beyond("OPTIONS", "/run").header("origin", "https://any.example");
+    let preflight = gateway.upstream_request("OPTIONS", "/run").header("origin", "https://any.example");
     let preflight = preflight.header("access-control-request-method", "POST").send().await.expect(204);
     assert_eq!((preflight.need("access-control-allow-origin"), preflight.header("vary")), ("*", None));
     gateway.run(HELLO, &json!(1)).send().await.expect(200);
@@ -335,7 +336,6 @@ async fn dev_reads_what_it_is_told() {
     gateway.stop().await;
 }
 
-/// On a terminal, the key itself.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dev_shows_its_key_on_a_terminal() {
     let dir = Scratch::new("terminal");
@@ -350,42 +350,39 @@ async fn dev_shows_its_key_on_a_terminal() {
     let shown = eventually("the banner", SOON, shown).await;
     let key = fs::read_to_string(dir.path().join("data/api-key")).expect("made at the first start");
     assert!(shown.contains(&format!("{key} (in data/api-key)")), "{shown}");
-    // It ends what it has started.
+    // `script` stops the gateway, too.
     process.signal(Signal::SIGTERM);
-    let ended = || async { process.exit_status().map(drop).ok_or_else(|| process.output().tail(20)) };
-    eventually("the end", SOON, ended).await;
+    process.wait_for_exit(SOON).await;
 }
 
-/// Whatever RUST_LOG asks for: what libraries show of requests has keys in it.
+/// For any RUST_LOG: debug lines of libraries would contain requests with keys.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_key_in_the_lines_of_libraries() {
+async fn log_lines_of_libraries_contain_no_keys() {
     let service = Upstream::start().await;
     for backend in [Backend::Dev, Backend::Serve] {
         for level in ["debug", "trace", "info,pingora_core=trace,h2=trace,hyper=trace"] {
-            let upstreams = format!(
-                "[[upstream]]\nname = \"u\"\nprefix = \"/u\"\naddresses = [\"{}\"]\nscope = \"read\"\npass_key = true\n",
-                service.addr()
-            );
+            let upstreams = upstream_lines("u", &[service.addr()], "scope = \"read\"\npass_key = true\n");
             let conf = Conf { upstreams, ..Conf::default() };
             let platform = Setup::new(backend).conf(conf).env("RUST_LOG", level).start().await;
             let gateway = &platform.gateway;
-            let request = gateway.beyond("GET", "/u/x").header("authorization", "Bearer topsecret-9f");
+            let request =
+                gateway.upstream_request("GET", "/u/x").header("authorization", "Bearer topsecret-9f");
             request.send().await.expect(200);
             gateway.run(HELLO, &json!(1)).send().await.expect(200);
-            // Our own lines are there.
-            gateway.until_printed("Execution Success").await;
+            // Lines of the gateway are logged.
+            gateway.wait_for_output("Execution Success").await;
             let output = gateway.output();
             for secret in ["topsecret-9f", gateway.key(), SECRET_ACCESS_KEY] {
-                assert!(!output.contains(secret), "{level}: {secret} stands in the log");
+                assert!(!output.contains(secret), "{level}: {secret} is in the log");
             }
             platform.stop().await;
         }
     }
 }
 
-/// Whoever reads our output may leave; every line that is lost by it is counted.
+/// The reader of the output closes it. The gateway keeps running.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_closed_standard_output() {
+async fn log_lines_lost_to_a_closed_output_are_counted() {
     const LINES: usize = 20;
     let dir = Scratch::new("closed");
     let port = free_port();
@@ -397,7 +394,7 @@ async fn a_closed_standard_output() {
     let mut env = path_env();
     env.push(pair("INFRA_API_KEY", &key));
     let process = Process::start("sh", Path::new("sh"), &["-c", &line], &env, dir.path()).expect("sh");
-    // Takes the first line and goes.
+    // Reads the first line, then closes the FIFO.
     let reader = tokio::task::spawn_blocking(move || {
         let mut line = String::new();
         BufReader::new(fs::File::open(fifo)?).read_line(&mut line).map(|_| line)

@@ -1,33 +1,33 @@
-//! The start of `serve`, and `check`: all or nothing, and what is said when it is nothing.
+//! The start of `serve`, and `check`: either everything works, or exit code and output name the reason.
 
 use crate::harness::aws::{Cloud, SECRET_ACCESS_KEY};
-use crate::harness::gateway::{Conf, Run, run_to_end};
+use crate::harness::aws_proxy::{AwsProxy, Policy};
+use crate::harness::gateway::{Conf, Exited, run_to_end, start_process};
 use crate::harness::platform::{HELLO, new_key};
 use crate::harness::process::{Process, Scratch, free_port, listening_on};
-use crate::harness::proxy::{Policy, Proxy};
 use crate::harness::redis::Redis;
 use crate::harness::{Gateway, SOON, Setup, eventually, path_env};
 use serde_json::json;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::Duration;
 
 const CONFIG: i32 = 78;
 const UNAVAILABLE: i32 = 69;
 /// The start-up deadline is 10 s.
-const GIVES_UP_WITHIN: Duration = Duration::from_secs(30);
+const GIVES_UP_WITHIN: Duration = Duration::from_secs(90);
 
 type Env = BTreeMap<String, String>;
 
-/// One way not to start.
+/// One reason not to start.
 struct Case {
     name: &'static str,
     env: Env,
     code: i32,
-    /// Words that stand in one line of stderr, all of them.
-    says: Vec<&'static str>,
+    /// Words that one line of stderr must contain.
+    words: Vec<&'static str>,
 }
 
 impl Case {
@@ -36,24 +36,24 @@ impl Case {
         code: i32,
         base: &Env,
         changes: &[(&str, &str)],
-        says: &[&'static str],
+        words: &[&'static str],
     ) -> Self {
         let mut env = base.clone();
         for (name, value) in changes {
             env.insert((*name).to_owned(), (*value).to_owned());
         }
-        Self { name, env, code, says: says.to_vec() }
+        Self { name, env, code, words: words.to_vec() }
     }
 
-    /// The environment without these.
-    fn without(name: &'static str, base: &Env, missing: &[&'static str], says: &[&'static str]) -> Self {
-        let mut case = Self::new(name, CONFIG, base, &[], says);
+    /// A case without these variables.
+    fn without(name: &'static str, base: &Env, missing: &[&'static str], words: &[&'static str]) -> Self {
+        let mut case = Self::new(name, CONFIG, base, &[], words);
         case.env.retain(|name, _| !missing.contains(&name.as_str()));
         case
     }
 }
 
-/// Everything that `serve` wants, in order.
+/// A valid environment for `serve`.
 fn good_env(cloud: &Cloud, redis: &Redis) -> Env {
     let mut env: Env = cloud.env(cloud.addr()).into_iter().collect();
     env.insert("REDIS_HOST".into(), "127.0.0.1".into());
@@ -62,7 +62,7 @@ fn good_env(cloud: &Cloud, redis: &Redis) -> Env {
     env
 }
 
-/// A port of its own that no client socket can get by chance: below the ephemeral range.
+/// An unused port below the ephemeral range, so that no client socket gets it.
 fn quiet_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(21_000);
     loop {
@@ -73,40 +73,39 @@ fn quiet_port() -> u16 {
     }
 }
 
-/// Runs `serve` and `check`, which must both fail in the same way without ever having bound the port.
+/// Runs `serve` and `check`. Both must fail in the same way, and must not bind the port.
 async fn check_all(cases: Vec<Case>) {
     for case in cases {
-        let both = tokio::task::spawn_blocking(move || {
-            std::thread::scope(|scope| {
-                let runs = ["serve", "check"].map(|command| scope.spawn(|| check_one(&case, command)));
-                runs.into_iter().for_each(|run| run.join().unwrap_or_else(|e| std::panic::resume_unwind(e)));
-            });
-        });
-        both.await.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic()));
+        tokio::join!(check_one(&case, "serve"), check_one(&case, "check"));
     }
 }
 
-fn check_one(case: &Case, command: &str) {
+async fn check_one(case: &Case, command: &str) {
     let port = quiet_port();
     let mut env = case.env.clone();
     env.entry("PORT".to_owned()).or_insert_with(|| port.to_string());
     let env: Vec<(String, String)> = env.into_iter().collect();
     let dir = Scratch::new("start");
-    let mut bound = false;
-    let run =
-        run_to_end(&[command], &env, dir.path(), GIVES_UP_WITHIN, || bound |= !listening_on(port).is_empty());
+    let process = start_process(&[command], &env, dir.path());
+    let bound = AtomicBool::new(false);
+    let exited = eventually("the exit", GIVES_UP_WITHIN, || async {
+        bound.fetch_or(!listening_on(port).is_empty(), Ordering::Relaxed);
+        process.exit_status().ok_or_else(|| process.output().tail(20))
+    });
+    exited.await;
+    let (bound, run) = (bound.into_inner(), Exited::of(&process, SOON).await);
     let what = format!("{command}, {}", case.name);
     assert_eq!(run.code, Some(case.code), "{what}:\n{}", run.output);
-    assert!(!bound, "{what} bound its port");
-    assert!(!run.output.contains("Started"), "{what} said that it started:\n{}", run.output);
+    assert!(!bound, "{what} has bound its port");
+    assert!(!run.output.contains("Started"), "{what} has started:\n{}", run.output);
     let words = |line: &str| -> Vec<String> {
         line.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').map(str::to_owned).collect()
     };
-    let says_all = |line: &String| case.says.iter().all(|&word| words(line).iter().any(|w| w == word));
+    let has_all = |line: &String| case.words.iter().all(|&word| words(line).iter().any(|w| w == word));
     assert!(
-        run.stderr.iter().any(says_all),
-        "{what}: no line of stderr says {:?}:\n{}",
-        case.says,
+        run.stderr.iter().any(has_all),
+        "{what}: no line of stderr with {:?}:\n{}",
+        case.words,
         run.output
     );
     let secrets = [env_secret(case, "INFRA_API_KEY"), Some(SECRET_ACCESS_KEY), Some("wrong-password-77")];
@@ -120,8 +119,8 @@ fn env_secret<'a>(case: &'a Case, name: &str) -> Option<&'a str> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_missing_or_malformed() {
-    let redis = Redis::start(None);
+async fn missing_or_malformed_variables_are_exit_78() {
+    let redis = Redis::start(None).await;
     let cloud = Cloud::start(&[]).await;
     let good = good_env(&cloud, &redis);
     let all = ["AWS_REGION", "TABLE_NAME", "LOGS_TABLE_NAME", "SQS_URL", "INFRA_API_KEY", "BUCKET_NAME"];
@@ -148,14 +147,12 @@ async fn what_is_missing_or_malformed() {
     check_all(cases).await;
 }
 
-/// Only what is missing is named, and in one line.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_line_names_all_that_is_missing() {
+async fn one_line_names_all_missing_variables_and_no_others() {
     let dir = Scratch::new("start");
     let env =
         [("AWS_REGION".to_owned(), "us-east-1".to_owned()), ("SQS_URL".to_owned(), "http://x/q".to_owned())];
-    let run =
-        tokio::task::block_in_place(|| run_to_end(&["serve"], &env, dir.path(), GIVES_UP_WITHIN, || {}));
+    let run = run_to_end(&["serve"], &env, dir.path(), GIVES_UP_WITHIN).await;
     assert_eq!(run.code, Some(CONFIG));
     let naming: Vec<&String> = run.stderr.iter().filter(|line| line.contains("BUCKET_NAME")).collect();
     assert_eq!(naming.len(), 1, "{:#?}", run.stderr);
@@ -163,14 +160,14 @@ async fn one_line_names_all_that_is_missing() {
         assert!(naming[0].contains(name), "{name}: {}", naming[0]);
     }
     for present in ["AWS_REGION", "SQS_URL"] {
-        assert!(!naming[0].contains(present), "{present} is there: {}", naming[0]);
+        assert!(!naming[0].contains(present), "{present} is set: {}", naming[0]);
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_does_not_exist_or_is_refused() {
-    let redis = Redis::start(None);
-    let guarded = Redis::start(Some("right-password-31"));
+async fn absent_or_denied_backends_are_exit_78() {
+    let redis = Redis::start(None).await;
+    let guarded = Redis::start(Some("right-password-31")).await;
     let cloud = Cloud::start(&[]).await;
     let good = good_env(&cloud, &redis);
     let no_queue = format!("{}-gone", cloud.queue_url);
@@ -185,7 +182,7 @@ async fn what_does_not_exist_or_is_refused() {
     ];
     let mut proxies = Vec::new();
     for denied in ["GetQueueAttributes", "GetItem"] {
-        let proxy = Proxy::start(&cloud, Policy::Deny(denied)).await;
+        let proxy = AwsProxy::start(&cloud, Policy::Deny(denied)).await;
         let endpoint = format!("http://{}", proxy.addr());
         cases.push(Case::new(denied, CONFIG, &good, &[("AWS_ENDPOINT_URL", &endpoint)], &[]));
         proxies.push(proxy);
@@ -194,11 +191,11 @@ async fn what_does_not_exist_or_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_does_not_answer() {
-    let redis = Redis::start(None);
+async fn silent_backends_are_exit_69() {
+    let redis = Redis::start(None).await;
     let cloud = Cloud::start(&[]).await;
     let good = good_env(&cloud, &redis);
-    // The kernel takes the connections; nobody ever speaks on them.
+    // The kernel accepts connections, but there is no answer.
     let mute = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("loopback has a free port");
     let mute = mute.local_addr().map(|addr| (mute, addr)).expect("a bound socket has an address");
     let (silent, closed) = (mute.1.port().to_string(), free_port().to_string());
@@ -217,14 +214,14 @@ async fn what_does_not_answer() {
             &[],
         ),
     ];
-    // Each waits for its deadline, so all together.
+    // Concurrently, because each waits for its deadline.
     let checks = cases.into_iter().map(|case| crate::harness::spawn(check_all(vec![case]))).collect();
     crate::harness::join_all("the deadlines", 3 * GIVES_UP_WITHIN, checks).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_conf_that_cannot_be_read() {
-    let redis = Redis::start(None);
+async fn an_invalid_conf_is_exit_78() {
+    let redis = Redis::start(None).await;
     let cloud = Cloud::start(&[]).await;
     let env: Vec<(String, String)> = good_env(&cloud, &redis).into_iter().collect();
     let limit = |identity: &str, rate: &str| {
@@ -246,11 +243,10 @@ async fn a_conf_that_cannot_be_read() {
         conf.write(&dir.path().join("conf"));
         for command in ["serve", "check"] {
             let args = [command, "--conf", "conf"];
-            let run =
-                tokio::task::block_in_place(|| run_to_end(&args, &env, dir.path(), GIVES_UP_WITHIN, || {}));
+            let run = run_to_end(&args, &env, dir.path(), GIVES_UP_WITHIN).await;
             let shown = format!("{}{}", conf.server, conf.limits);
             assert_eq!(run.code, Some(CONFIG), "{shown}\n{}", run.output);
-            // The file, or the limit in it by its name.
+            // The error names the file, or the limit.
             let file = if conf.server.is_empty() { "limits.toml" } else { "server.toml" };
             assert!(
                 run.stderr.iter().any(|line| line.contains(file) || line.contains("limit x")),
@@ -261,13 +257,13 @@ async fn a_conf_that_cannot_be_read() {
     }
     let dir = Scratch::new("conf");
     let args = ["check", "--conf", "no-such-directory"];
-    let run = tokio::task::block_in_place(|| run_to_end(&args, &env, dir.path(), GIVES_UP_WITHIN, || {}));
+    let run = run_to_end(&args, &env, dir.path(), GIVES_UP_WITHIN).await;
     assert_eq!(run.code, Some(CONFIG), "{}", run.output);
 }
 
-/// What hangs or never ends is no file of settings: nobody waits for it, and it is told.
-#[test]
-fn settings_are_regular_files() {
+/// Other kinds of files are rejected without waiting for them.
+#[tokio::test]
+async fn configuration_files_must_be_regular_files() {
     use std::os::unix::fs::symlink;
     let fifo = |path: &Path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO");
     let zero = |path: &Path| symlink("/dev/zero", path).expect("a link");
@@ -297,10 +293,10 @@ fn settings_are_regular_files() {
         ),
         (".env", &|path| fs::create_dir(path).expect("writable"), &["./.env is a directory"]),
     ];
-    for (file, spoil, told) in cases {
+    for (file, spoil, expected) in cases {
         for command in ["serve", "check", "dev"] {
             if command == "dev" && file == ".env" {
-                continue; // it reads none
+                continue; // `dev` does not read it
             }
             let dir = Scratch::new("conf");
             fs::create_dir(dir.path().join("conf")).expect("writable");
@@ -308,24 +304,24 @@ fn settings_are_regular_files() {
                 fs::write(dir.path().join("conf/server.toml"), tls).expect("writable");
             }
             spoil(&dir.path().join(file));
-            let run = run_to_end(&[command, "--conf", "conf"], &[], dir.path(), GIVES_UP_WITHIN, || {});
+            let run = run_to_end(&[command, "--conf", "conf"], &[], dir.path(), GIVES_UP_WITHIN).await;
             assert_eq!(run.code, Some(CONFIG), "{command}, {file}: {}", run.output);
-            for told in told {
-                assert!(run.output.contains(told), "{command}, {file}: {told:?}: {}", run.output);
+            for text in expected {
+                assert!(run.output.contains(text), "{command}, {file}: {text:?}: {}", run.output);
             }
         }
     }
     let dir = Scratch::new("conf");
     fs::create_dir(dir.path().join("data")).expect("writable");
     fifo(&dir.path().join("data/api-key"));
-    let run = run_to_end(&["dev", "--data-dir", "data"], &[], dir.path(), GIVES_UP_WITHIN, || {});
+    let run = run_to_end(&["dev", "--data-dir", "data"], &[], dir.path(), GIVES_UP_WITHIN).await;
     assert_eq!(run.code, Some(CONFIG), "{}", run.output);
     assert!(run.output.contains("the API key in data/api-key: is a FIFO"), "{}", run.output);
 }
 
-/// A data directory that cannot be used: what is wrong, and advice that costs no data.
-#[test]
-fn a_data_directory_that_cannot_be_used() {
+/// The advice loses no data.
+#[tokio::test]
+async fn an_unusable_data_directory_is_explained() {
     let garbage = |dir: &Path| {
         fs::create_dir(dir).expect("writable");
         fs::write(dir.join("infra.sqlite"), "x".repeat(8192)).expect("writable");
@@ -336,38 +332,37 @@ fn a_data_directory_that_cannot_be_used() {
         (&garbage, "infra.sqlite in it is not an SQLite database", "Copy it first."),
         (&file, "is not a directory", "Name a directory with --data-dir"),
     ];
-    for (spoil, told, advised) in cases {
-        // The key is looked for in the directory unless it is given.
+    for (spoil, error, advice) in cases {
+        // Without the variable the key is read from the directory.
         for env in [vec![], vec![("INFRA_API_KEY".to_owned(), new_key())]] {
             let dir = Scratch::new("data");
             spoil(&dir.path().join("data"));
             let args = ["dev", "--port", "0", "--data-dir", "data"];
-            let run = run_to_end(&args, &env, dir.path(), GIVES_UP_WITHIN, || {});
-            assert_eq!(run.code, Some(CONFIG), "{told}: {}", run.output);
-            assert!(run.output.contains(told) && run.output.contains(advised), "{told}: {}", run.output);
+            let run = run_to_end(&args, &env, dir.path(), GIVES_UP_WITHIN).await;
+            assert_eq!(run.code, Some(CONFIG), "{error}: {}", run.output);
+            assert!(run.output.contains(error) && run.output.contains(advice), "{error}: {}", run.output);
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn check_passes_where_serve_would_start() {
-    let redis = Redis::start(Some("right-password-31"));
+    let redis = Redis::start(Some("right-password-31")).await;
     let cloud = Cloud::start(&[]).await;
     let mut env = good_env(&cloud, &redis);
-    env.insert("REDIS_URL".into(), redis.url()); // wins over REDIS_HOST, which lacks the password
+    env.insert("REDIS_URL".into(), redis.url()); // wins over REDIS_HOST, which has no password
     env.insert("PORT".into(), quiet_port().to_string());
     let env: Vec<(String, String)> = env.into_iter().collect();
     let dir = Scratch::new("check");
-    let run: Run =
-        tokio::task::block_in_place(|| run_to_end(&["check"], &env, dir.path(), GIVES_UP_WITHIN, || {}));
+    let run = run_to_end(&["check"], &env, dir.path(), GIVES_UP_WITHIN).await;
     assert_eq!(run.code, Some(0), "{}", run.output);
     assert!(!run.output.contains("right-password-31"), "{}", run.output);
 }
 
-/// The `.env` of the old controller, with the old names, works unchanged; the environment wins over it.
+/// With the old names of variables. The environment overrides the file.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_old_env_file() {
-    let redis = Redis::start(None);
+async fn the_env_file_of_the_old_controller_works_unchanged() {
+    let redis = Redis::start(None).await;
     let cloud = Cloud::start(&[]).await;
     cloud.put_function(HELLO).await;
     let endpoint = format!("http://{}", cloud.addr());
@@ -389,51 +384,43 @@ async fn the_old_env_file() {
     gateway.stop().await;
 }
 
-/// With no more than the old controller was allowed, the record is kept all the same.
+/// Rows and counters are written with the permissions of the old controller.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_old_iam_role() {
+async fn the_iam_role_of_the_old_controller_suffices() {
     const RUNS: usize = 12;
     let platform = Setup::serve().policy(Policy::OldRole).start().await;
     let gateway = &platform.gateway;
     let cloud = &platform.fleet().cloud;
-    let proxy = platform.fleet().proxy.as_ref().expect("asked for");
+    let proxy = platform.fleet().proxy.as_ref().expect("the policy has a proxy");
     for n in 0..RUNS / 2 {
         gateway.run(HELLO, &json!(n)).send().await.expect(200);
         gateway.run_async(HELLO, &json!(n)).await;
     }
     cloud.wait_for_rows(HELLO, RUNS).await;
-    eventually("the counters", SOON, || async {
-        let item = cloud.function_item(HELLO).await;
-        if item["invocations"]["N"] == "12" { Ok(()) } else { Err(item.to_string()) }
-    })
-    .await;
+    cloud.wait_for_invocations(HELLO, RUNS).await;
     gateway.get("/functions/hello/logs").await.expect(200);
     gateway.anonymous("GET", "/health").send().await.expect(200);
     assert!(proxy.count("PutItem").passed >= 12, "{:?}", proxy.count("PutItem"));
-    // Where the wider policy would help, the log says so, but not for every row.
-    assert!(proxy.count("BatchWriteItem").denied > 0, "the wider call is tried");
-    let says_so = |line: &&serde_json::Value| line.to_string().contains("BatchWriteItem");
-    let said = gateway.log().iter().filter(says_so).count();
-    assert!((1..RUNS).contains(&said), "{said} lines:\n{}", gateway.output().tail(50));
+    // The log recommends the wider policy, but not for every row.
+    assert!(proxy.count("BatchWriteItem").denied > 0, "the wider call is not tried");
+    let is_expected = |line: &&serde_json::Value| line.to_string().contains("BatchWriteItem");
+    let lines = gateway.log().iter().filter(is_expected).count();
+    assert!((1..RUNS).contains(&lines), "{lines} lines:\n{}", gateway.output().tail(50));
     platform.finish().await;
 }
 
-/// A process that is started with few open files allowed, as many systems do, takes what it may have.
+/// Many systems start processes with a low soft limit. Transparent huge pages are off.
 #[tokio::test]
-async fn what_it_asks_of_the_kernel() {
+async fn the_limit_of_open_files_is_raised_to_the_hard_limit() {
     let dir = Scratch::new("gateway");
     let program = env!("CARGO_BIN_EXE_infra-controller");
     let args = ["--nofile=256:4096", program, "dev", "--port", "0", "--data-dir", "data"];
     let process =
         Process::start("prlimit", Path::new("prlimit"), &args, &path_env(), dir.path()).expect("util-linux");
-    let started = || async {
-        let started = process.output().contains("Infra Controller is ready");
-        started.then_some(()).ok_or_else(|| process.output().tail(20))
-    };
-    eventually("the start", SOON, started).await;
+    process.wait_for_output("Infra Controller is ready", SOON).await;
     let of_process = |file: &str, name: &str| {
         let text = fs::read_to_string(format!("/proc/{}/{file}", process.pid())).expect("it runs");
-        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("the kernel tells");
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("the line exists");
         line.split_whitespace().next().expect("a value").to_owned()
     };
     assert_eq!(of_process("limits", "Max open files"), "4096");

@@ -1,4 +1,4 @@
-//! Workers that report, the status of the system, and the catalogue of models.
+//! Heartbeats of workers, the status of the system, and the model catalogue.
 
 use crate::harness::http::{Conn, Message};
 use crate::harness::job::now_ms;
@@ -8,23 +8,29 @@ use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 use tokio::net::TcpListener;
 
-over_both!(heartbeats, bad_heartbeats, models_of_a_node, models_without_a_node);
+on_both_backends!(
+    heartbeats_make_up_the_system_status,
+    invalid_heartbeats_are_rejected,
+    models_of_the_ai_node_are_cached,
+    without_an_ai_node_there_is_a_fallback,
+);
 
-async fn beat(gateway: &Gateway, state: &Value) {
+async fn send_heartbeat(gateway: &Gateway, state: &Value) {
     let answer = gateway.request("POST", "/api/worker/heartbeat").json(state).send().await.expect(200);
     assert_eq!(answer.text(), r#"{"ok":true}"#);
 }
 
-async fn heartbeats(setup: Setup) {
+async fn heartbeats_make_up_the_system_status(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let none = gateway.get("/workers").await.expect(200).json();
     assert_eq!(none, json!({ "totalWorkers": 0, "healthyWorkers": 0, "workers": [] }));
     let none = json!({ "python": 0, "nodejs": 0, "cpp": 0, "go": 0 });
     let is_serve = platform.is_serve();
-    let alone = eventually("the status of a worker alone, or of none", SOON, || async {
+    let alone = eventually("the status of the local worker, or of none", SOON, || async {
         let alone = gateway.get("/api/system/status").await.expect(200).json();
         let fits = alone["status"] == if is_serve { "offline" } else { "online" };
         if fits { Ok(alone) } else { Err(alone.to_string()) }
@@ -39,13 +45,13 @@ async fn heartbeats(setup: Setup) {
 
     let state = |id: &str, jobs: f64, status: &str| {
         json!({ "workerId": id, "status": status, "pools": { "python": 2, "go": 1.0 }, "activeJobs": jobs,
-            "uptimeSeconds": 10.5 + jobs, "timestamp": 1_795_305_600.25, "more": "passed over" })
+            "uptimeSeconds": 10.5 + jobs, "timestamp": 1_795_305_600.25, "more": "ignored" })
     };
-    // One that is not well is no one.
-    beat(gateway, &state("w-c", 4.0, "draining")).await;
+    // An unhealthy worker does not count.
+    send_heartbeat(gateway, &state("w-c", 4.0, "draining")).await;
     assert_eq!(gateway.get("/system/status").await.expect(200).json()["status"], alone["status"]);
     for (id, jobs) in [("w-b", 1.0), ("w-a", 2.0), ("w-b", 3.0)] {
-        beat(gateway, &state(id, jobs, "healthy")).await;
+        send_heartbeat(gateway, &state(id, jobs, "healthy")).await;
     }
     for target in ["/workers", "/worker/status", "/api/workers", "/api/worker/status"] {
         let workers = gateway.get(target).await.expect(200).json();
@@ -57,11 +63,11 @@ async fn heartbeats(setup: Setup) {
             ("w-b", 3.0, "healthy", "healthy"),
             ("w-c", 4.0, "draining", "unhealthy"),
         ]) {
-            let said = state(id, jobs, status);
+            let sent = state(id, jobs, status);
             for name in ["workerId", "status", "pools", "uptimeSeconds", "timestamp"] {
-                assert_eq!(worker[name], said[name], "{name} of {worker}");
+                assert_eq!(worker[name], sent[name], "{name} of {worker}");
             }
-            assert_eq!(worker["activeJobs"].as_f64(), Some(jobs), "the last word counts");
+            assert_eq!(worker["activeJobs"].as_f64(), Some(jobs), "not the last heartbeat");
             assert_eq!(worker["healthStatus"], health);
             let seen = worker["lastSeen"].as_u64().expect("epoch milliseconds");
             assert!(now_ms().abs_diff(seen) < 600_000, "{worker}");
@@ -85,7 +91,7 @@ fn is_now_in_seconds(at: &Value) {
     assert!(at.as_f64().is_some_and(|at| (at - now).abs() < 600.0), "{at} at {now}");
 }
 
-async fn bad_heartbeats(setup: Setup) {
+async fn invalid_heartbeats_are_rejected(setup: Setup) {
     let platform = setup.start().await;
     let gateway = &platform.gateway;
     let beat = |body: String| gateway.request("POST", "/worker/heartbeat").body("application/json", body);
@@ -110,7 +116,7 @@ async fn bad_heartbeats(setup: Setup) {
     beat(" ".repeat(17_000)).send().await.expect_problem(413);
     gateway.request("POST", "/worker/heartbeat").body("text/plain", "{}").send().await.expect_problem(415);
     assert_eq!(gateway.get("/workers").await.expect(200).json()["totalWorkers"], 0);
-    // There is an end to how many are known.
+    // The number of workers is bounded.
     for n in 0..1000 {
         beat(json!({ "workerId": format!("w-{n}") }).to_string()).send().await.expect(200);
     }
@@ -121,20 +127,23 @@ async fn bad_heartbeats(setup: Setup) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_node_gives_the_same_answer() {
+async fn all_nodes_report_the_same_workers() {
     let platform = Setup::serve().start().await;
     let (here, there) = (&platform.gateway, platform.fleet().start_gateway().await);
-    let mut redis = Client::open(&platform.fleet().redis).await.expect("Redis takes connections");
-    let lone = r#"{"status":"busy","worker_count":1,"active_jobs":2,"pools":{"go":1},"uptime_seconds":7,"timestamp":1.5,"x":0}"#;
+    let mut redis = Client::open(&platform.fleet().redis).await.expect("Redis accepts connections");
+    let lone = json!({ "status": "busy", "worker_count": 1, "active_jobs": 2, "pools": { "go": 1 },
+        "uptime_seconds": 7, "timestamp": 1.5, "x": 0 })
+    .to_string();
     redis.command(&[b"SET", b"system:status", lone.as_bytes()]).await.expect("Redis answers");
     for node in [here, &there] {
         let status = node.get("/system/status").await.expect(200).json();
         let expected = json!({ "status": "online", "worker_count": 1, "active_jobs": 2,
-            "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 1 }, "uptime_seconds": 7, "timestamp": 1.5 });
+            "pools": { "python": 0, "nodejs": 0, "cpp": 0, "go": 1 },
+            "uptime_seconds": 7, "timestamp": 1.5 });
         assert_eq!(status, expected);
     }
-    beat(here, &json!({ "workerId": "w-1" })).await;
-    beat(&there, &json!({ "workerId": "w-2", "status": "healthy" })).await;
+    send_heartbeat(here, &json!({ "workerId": "w-1" })).await;
+    send_heartbeat(&there, &json!({ "workerId": "w-2", "status": "healthy" })).await;
     let seen = async |node: &Gateway| {
         let workers = node.get("/workers").await.expect(200).json();
         workers["workers"]
@@ -144,7 +153,7 @@ async fn every_node_gives_the_same_answer() {
             .map(|w| w["lastSeen"].clone())
             .collect::<Vec<_>>()
     };
-    assert_eq!(seen(here).await, seen(&there).await, "nodes need not agree on the time");
+    assert_eq!(seen(here).await, seen(&there).await, "the nodes differ");
     for node in [here, &there] {
         let workers = node.get("/workers").await.expect(200).json();
         assert_eq!(
@@ -158,19 +167,23 @@ async fn every_node_gives_the_same_answer() {
     platform.finish().await;
 }
 
-/// An AI node that answers as told, and counts how often it is asked.
+/// How long the gateway caches an answer, and how long a failure, in seconds.
+const KEPT_S: u64 = 10;
+const FAILURE_KEPT_S: u64 = 2;
+
+/// An AI node with a fixed answer that counts requests.
 struct AiNode {
     addr: SocketAddr,
-    asked: Arc<AtomicUsize>,
+    requests: Arc<AtomicUsize>,
 }
 
 impl AiNode {
-    /// `None`: it takes the question and says nothing.
+    /// `None`: it does not answer.
     async fn start(answer: Option<(&'static str, String)>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let addr = listener.local_addr().expect("it is bound");
-        let asked = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&asked);
+        let requests = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&requests);
         spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (answer, count) = (answer.clone(), Arc::clone(&count));
@@ -179,7 +192,7 @@ impl AiNode {
                     while let Ok(Some(request)) = conn.request().await {
                         count.fetch_add(1, Ordering::Relaxed);
                         assert_eq!(request.start, "GET /api/tags HTTP/1.1");
-                        assert!(request.header("x-api-key").is_none(), "nobody else learns the key");
+                        assert!(request.header("x-api-key").is_none(), "the API key is forwarded");
                         let Some((status, body)) = &answer else { std::future::pending().await };
                         let headers = vec![("content-length".to_owned(), body.len().to_string())];
                         let start = format!("HTTP/1.1 {status}");
@@ -191,7 +204,13 @@ impl AiNode {
                 });
             }
         });
-        Self { addr, asked }
+        Self { addr, requests }
+    }
+
+    #[track_caller]
+    fn assert_requests_at_most(&self, most: u64) {
+        let requests = self.requests.load(Ordering::Relaxed) as u64;
+        assert!(requests <= most, "{requests} requests, at most {most} expected");
     }
 
     fn url(&self) -> String {
@@ -199,7 +218,7 @@ impl AiNode {
     }
 }
 
-async fn models_of_a_node(setup: Setup) {
+async fn models_of_the_ai_node_are_cached(setup: Setup) {
     let tags = json!({ "models": [
         { "name": "llama3:8b", "size": 4_661_224_676_u64, "digest": "x", "details": { "family": "llama" } },
         { "name": "tiny", "size": null, "details": null },
@@ -213,14 +232,15 @@ async fn models_of_a_node(setup: Setup) {
           "status": "available" },
         { "id": "tiny", "name": "tiny", "size": 0, "details": {}, "status": "available" },
     ] });
+    let begun = Instant::now();
     for _ in 0..5 {
         assert_eq!(gateway.get("/models").await.expect(200).json(), expected);
     }
-    assert_eq!(node.asked.load(Ordering::Relaxed), 1, "one answer serves many");
+    node.assert_requests_at_most(1 + begun.elapsed().as_secs() / KEPT_S);
     platform.finish().await;
 }
 
-async fn is_fallback(gateway: &Gateway) {
+async fn assert_fallback(gateway: &Gateway) {
     let answer = gateway.get("/api/models").await.expect(200);
     let models = answer.json();
     assert_eq!(models["models"].as_array().map(Vec::len), Some(1), "{models}");
@@ -229,14 +249,14 @@ async fn is_fallback(gateway: &Gateway) {
     assert!(models["warning"].is_string() && !answer.text().contains("127.0.0.1"), "{models}");
 }
 
-async fn models_without_a_node(setup: Setup) {
+async fn without_an_ai_node_there_is_a_fallback(setup: Setup) {
     let platform = setup.start().await;
-    is_fallback(&platform.gateway).await;
+    assert_fallback(&platform.gateway).await;
     platform.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn models_of_a_broken_node() {
+async fn a_failing_ai_node_is_retried_after_a_pause() {
     let long = format!("{{\"models\":[],\"x\":\"{}\"}}", "x".repeat(2 << 20));
     for answer in [
         Some(("500 Internal Server Error", "{}".to_owned())),
@@ -249,13 +269,14 @@ async fn models_of_a_broken_node() {
         let node = AiNode::start(answer).await;
         let setup = Setup::new(crate::harness::platform::Backend::Dev);
         let platform = setup.env("AI_NODE_URL", &node.url()).env("AI_NODE_TIMEOUT", "300").start().await;
-        within("the fallback", SOON, is_fallback(&platform.gateway)).await;
-        // It is asked again after a while, not each time.
-        is_fallback(&platform.gateway).await;
-        assert_eq!(node.asked.load(Ordering::Relaxed), 1);
-        eventually("the next try", SOON, || async {
-            is_fallback(&platform.gateway).await;
-            if node.asked.load(Ordering::Relaxed) > 1 { Ok(()) } else { Err("asked once".to_owned()) }
+        // The failure is cached.
+        let begun = Instant::now();
+        within("the fallback", SOON, assert_fallback(&platform.gateway)).await;
+        assert_fallback(&platform.gateway).await;
+        node.assert_requests_at_most(1 + begun.elapsed().as_secs() / FAILURE_KEPT_S);
+        eventually("another request", SOON, || async {
+            assert_fallback(&platform.gateway).await;
+            if node.requests.load(Ordering::Relaxed) > 1 { Ok(()) } else { Err("one request".to_owned()) }
         })
         .await;
         platform.finish().await;

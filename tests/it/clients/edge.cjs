@@ -1,7 +1,7 @@
 // Calls both listeners with undici: HTTP/1.1, HTTP/1.1 over TLS, and HTTP/2, each on one connection.
 //
-// BASE_URL, TLS_URL and API_KEY say where. TLS_NAME is the name in the certificate, TLS_ROOTS the file of its
-// issuer, CHUNKED_FILE what the upstream answers in chunks. It ends with 1 at the first thing that is off.
+// BASE_URL, TLS_URL and API_KEY name the gateway. TLS_NAME is the name in the certificate, TLS_ROOTS the file
+// of its issuer, CHUNKED_FILE the chunked answer of the upstream. The exit code is 1 at the first mismatch.
 'use strict';
 
 const assert = require('node:assert/strict');
@@ -14,11 +14,11 @@ const { BASE_URL: base, TLS_URL: tlsBase, TLS_NAME: servername, API_KEY: key } =
 const DEADLINE_MS = 60_000;
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 
-// The protocol of each new connection, which no answer of undici names.
+// The protocol of each new connection. The answers of undici do not contain it.
 const connected = [];
 channel.subscribe('undici:client:connected', ({ socket }) => connected.push(socket.alpnProtocol || 'no TLS'));
 
-/** Calls of one agent: status, header fields and body of an answer of this status. */
+/** Requests of one agent: asserts the status, and returns header fields and body. */
 function client(origin, dispatcher) {
     return async (status, method, path, { body, headers = {}, anonymous = false } = {}) => {
         const answer = await request(origin + path, {
@@ -34,7 +34,7 @@ function client(origin, dispatcher) {
         const bytes = Buffer.from(await answer.body.arrayBuffer());
         const what = `${method} ${path} ${JSON.stringify(headers)}: ${bytes.subarray(0, 500)}`;
         assert.equal(answer.statusCode, status, what);
-        assert.ok(answer.headers['x-request-id'], `${method} ${path} bears no X-Request-Id`);
+        assert.ok(answer.headers['x-request-id'], `${method} ${path} has no X-Request-Id`);
         return { headers: answer.headers, bytes };
     };
 }
@@ -46,7 +46,7 @@ function ran(token, { bytes }) {
     assert.ok(result.status === 'SUCCESS' && result.stdout.includes(token), String(bytes));
 }
 
-async function speak(call) {
+async function check(call) {
     const alive = await call(200, 'GET', '/livez', { anonymous: true });
     assert.deepEqual(JSON.parse(alive.bytes), { status: 'OK' });
     ran('waited-for', await call(200, 'POST', '/run', { body: run('waited-for') }));
@@ -82,13 +82,14 @@ async function main() {
         ['undici over HTTP/1.1 and TLS', tlsBase, { connect }, 'http/1.1'],
         ['undici over HTTP/2', tlsBase, { connect, allowH2: true }, 'h2'],
     ]) {
-        // By default it opens another connection when the first is not free yet, and closes one after 4 s.
+        // By default undici opens a second connection when the first is busy, and closes idle ones after
+        // 4 s.
         const agent = new Agent({ ...options, connections: 1, keepAliveTimeout: DEADLINE_MS });
         connected.length = 0;
-        await speak(client(origin, agent));
+        await check(client(origin, agent));
         assert.deepEqual(connected, [protocol], `the connections of ${name}`);
         await agent.close();
-        console.log(`${name} is understood`);
+        console.log(`${name} works`);
     }
 }
 

@@ -1,7 +1,7 @@
 """Calls both listeners with requests (HTTP/1.1) and httpx (HTTP/1.1 and HTTP/2), each on one connection.
 
-BASE_URL, TLS_URL and API_KEY say where. TLS_NAME is the name in the certificate, TLS_ROOTS the file of its
-issuer, CHUNKED_FILE what the upstream answers in chunks. It ends with 1 at the first thing that is off.
+BASE_URL, TLS_URL and API_KEY name the gateway. TLS_NAME is the name in the certificate, TLS_ROOTS the file
+of its issuer, CHUNKED_FILE the chunked answer of the upstream. The exit code is 1 at the first mismatch.
 """
 
 import gzip
@@ -39,21 +39,21 @@ class Requests:
 
 
 class Httpx:
-    """httpx with one client, and one version of HTTP."""
+    """httpx with one client and one version of HTTP."""
 
     def __init__(self, base, version):
         self.name = f"httpx over {version} at {base}"
         self.version = version
         roots = ssl.create_default_context(cafile=os.environ["TLS_ROOTS"])
         is_http2 = version == "HTTP/2"
-        # By default it closes a connection after 5 s.
+        # By default httpx closes an idle connection after 5 s.
         limits = httpx.Limits(keepalive_expiry=DEADLINE_S)
         only = {"http1": not is_http2, "http2": is_http2}
         self.client = httpx.Client(base_url=base, verify=roots, timeout=DEADLINE_S, limits=limits, **only)
         self.addresses = set()
 
     def call(self, method, path, body, headers):
-        # No resolver knows the name in the certificate, so the URL has the address.
+        # The name in the certificate cannot be resolved, so the URL has the address.
         extensions = {"sni_hostname": TLS_NAME}
         answer = self.client.request(method, path, content=body, headers=headers, extensions=extensions)
         assert answer.http_version == self.version, f"{path} is answered in {answer.http_version}"
@@ -65,15 +65,15 @@ class Httpx:
 
 
 def expect(client, status, method, path, body=None, key=KEY, **headers):
-    """Header fields and body of an answer of this status."""
+    """Sends a request, and asserts the status of the answer. Returns header fields and body."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     if key is not None:
         names["x-api-key"] = key
     if body is not None:
         names["content-type"] = "application/json"
     given, fields, content = client.call(method, path, body, names)
-    assert given == status, f"{method} {path} {headers} is answered {given}, not {status}: {content[:500]}"
-    assert fields["x-request-id"], f"{method} {path} bears no X-Request-Id"
+    assert given == status, f"{method} {path} {headers}: {given}, not {status}: {content[:500]}"
+    assert fields["x-request-id"], f"{method} {path} has no X-Request-Id"
     return fields, content
 
 
@@ -86,7 +86,7 @@ def ran(token, answer):
     assert result["status"] == "SUCCESS" and token in result["stdout"], result
 
 
-def speak(client):
+def check(client):
     _, alive = expect(client, 200, "GET", "/livez", key=None)
     assert json.loads(alive) == {"status": "OK"}, alive
     ran("waited-for", expect(client, 200, "POST", "/run", run("waited-for")))
@@ -103,7 +103,7 @@ def speak(client):
     assert (problem["status"], problem["code"]) == (401, "unauthorized"), problem
     assert problem["requestId"] == fields["x-request-id"], (problem, fields)
 
-    # They do not wait for the interim answer, but must skip it.
+    # Both clients do not wait for the interim answer, but must skip it.
     ran("expected", expect(client, 200, "POST", "/run", run("expected" * 256), Expect="100-continue"))
 
     with open(os.environ["CHUNKED_FILE"], "rb") as file:
@@ -116,13 +116,13 @@ def speak(client):
     expect(client, 202, "POST", "/run", packed, Content_Encoding="gzip", x_async="true")
 
     assert client.connections() == 1, f"{client.name} made {client.connections()} connections"
-    print(f"{client.name} is understood", flush=True)
+    print(f"{client.name} works", flush=True)
 
 
 def main():
-    speak(Requests())
+    check(Requests())
     for base, version in ((BASE, "HTTP/1.1"), (TLS_BASE, "HTTP/1.1"), (TLS_BASE, "HTTP/2")):
-        speak(Httpx(base, version))
+        check(Httpx(base, version))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-//! The AWS emulator, one for the whole test run, and one test's own queue, tables and bucket in it.
+//! The AWS emulator, shared by all tests of a run, and the queue, tables and bucket of one test in it.
 
 use super::http::{Answer, Conn, Message, Request};
 use super::process::{Process, Scratch, start_on_free_port};
@@ -6,14 +6,14 @@ use super::wait::{SOON, eventually};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use tokio::sync::OnceCell;
 
 pub const REGION: &str = "us-east-1";
-/// The emulator accepts any; the tests look for these in the logs.
+/// The emulator accepts any secret. Tests assert that this one is not in the logs.
 pub const SECRET_ACCESS_KEY: &str = "emulated-secret-0d1b7c55";
 
-/// A Python of the tests' own, with what `requirements.txt` names.
+/// A program of the tests' Python environment, which has the packages of `requirements.txt`.
 pub fn venv(program: &str) -> PathBuf {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv-test/bin").join(program);
     assert!(path.exists(), "{} is missing: run `make test`, which makes the test venv", path.display());
@@ -26,11 +26,11 @@ struct Emulator {
     _dir: Scratch,
 }
 
-/// Started by the first test that needs it. It ends with this process (see [`super::process`]): a static is
-/// never dropped.
-fn emulator() -> &'static Emulator {
-    static EMULATOR: OnceLock<Emulator> = OnceLock::new();
-    EMULATOR.get_or_init(|| {
+/// Starts with the first test that needs it. A static is never dropped: the emulator ends with this process
+/// (see [`super::process`]).
+async fn emulator() -> &'static Emulator {
+    static EMULATOR: OnceCell<Emulator> = OnceCell::const_new();
+    let start = async || {
         let dir = Scratch::new("ministack");
         let start = |port: u16| {
             let mut env = super::path_env();
@@ -42,7 +42,7 @@ fn emulator() -> &'static Emulator {
                 ("SERVICES", "sqs,dynamodb,s3".to_owned()),
                 ("HOME", home.clone()),
                 ("TMPDIR", home.clone()),
-                // There is no Docker to look for.
+                // Otherwise the emulator looks for Docker.
                 ("DOCKER_HOST", "unix:///nonexistent".to_owned()),
             ] {
                 env.push((name.to_owned(), value));
@@ -50,9 +50,10 @@ fn emulator() -> &'static Emulator {
             Process::start("ministack", &venv("ministack"), &[], &env, dir.path())
         };
         let is_up = |port| std::net::TcpStream::connect(("127.0.0.1", port)).is_ok();
-        let (process, port) = start_on_free_port("ministack", start, is_up);
+        let (process, port) = start_on_free_port("ministack", start, is_up).await;
         Emulator { addr: ([127, 0, 0, 1], port).into(), _process: process, _dir: dir }
-    })
+    };
+    EMULATOR.get_or_init(start).await
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -77,10 +78,10 @@ impl Service {
     }
 }
 
-/// Names another emulator for the tables (`address:port`), where one runs: the tests are to pass on any.
+/// The variable with the `address:port` of another DynamoDB emulator. The tests must pass on any.
 const OTHER_DYNAMODB: &str = "INFRA_TEST_DYNAMODB";
 
-/// One test's own queue, tables and bucket.
+/// The queue, tables and bucket of one test.
 pub struct Cloud {
     addr: SocketAddr,
     dynamodb: Option<SocketAddr>,
@@ -91,16 +92,15 @@ pub struct Cloud {
 }
 
 impl Cloud {
-    /// `queue_attributes` beside the defaults; a queue is FIFO if they say so.
+    /// `queue_attributes` are added to the defaults.
     pub async fn start(queue_attributes: &[(&str, &str)]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let n = COUNT.fetch_add(1, Ordering::Relaxed);
-        // The emulator starts in blocking code; other tests' tasks must go on meanwhile.
-        let addr = tokio::task::block_in_place(emulator).addr;
+        let addr = emulator().await.addr;
         let other = std::env::var(OTHER_DYNAMODB).ok();
         let mut cloud = Self {
             addr,
-            dynamodb: other.map(|addr| addr.parse().expect("address:port of another DynamoDB")),
+            dynamodb: other.map(|addr| addr.parse().expect("address:port of another DynamoDB emulator")),
             queue_url: String::new(),
             functions_table: format!("InfraFunctions-{n}"),
             logs_table: format!("InfraExecutionLogs-{n}"),
@@ -113,7 +113,7 @@ impl Cloud {
         let suffix = if attributes["FifoQueue"] == "true" { ".fifo" } else { "" };
         let queue = json!({ "QueueName": format!("infra-tasks-{n}{suffix}"), "Attributes": attributes });
         let made = cloud.call(Service::Sqs, "CreateQueue", &queue).await;
-        cloud.queue_url = made["QueueUrl"].as_str().expect("a queue has a URL").to_owned();
+        cloud.queue_url = made["QueueUrl"].as_str().expect("a queue URL").to_owned();
         cloud.create_table(&cloud.functions_table, &["functionId"]).await;
         cloud.create_table(&cloud.logs_table, &["functionId", "timestamp"]).await;
         let bucket = Request::new(addr, "PUT", &format!("/{}", cloud.bucket));
@@ -141,7 +141,7 @@ impl Cloud {
         format!("{}-dead", self.queue_url)
     }
 
-    /// How many messages a queue holds, those that somebody has received included.
+    /// Number of messages in a queue, in-flight messages included.
     pub async fn messages(&self, queue_url: &str) -> u64 {
         let names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"];
         let ask = json!({ "QueueUrl": queue_url, "AttributeNames": names });
@@ -165,7 +165,7 @@ impl Cloud {
         self.addr
     }
 
-    /// One AWS operation, which must succeed.
+    /// Calls an AWS operation, which must succeed.
     pub async fn call(&self, service: Service, operation: &str, input: &Value) -> Value {
         let answer = self.request(service, operation, input).send().await;
         assert_eq!(answer.status, 200, "{operation} {input}: {}", answer.text());
@@ -206,13 +206,14 @@ impl Cloud {
         self.call(Service::DynamoDb, "GetItem", &get).await["Item"].take()
     }
 
-    /// All rows of a function's log, oldest first, as DynamoDB holds them.
+    /// All DynamoDB items of a function's log, oldest first.
     pub async fn log_rows(&self, function: &str) -> Vec<Value> {
         let mut rows = Vec::new();
         let mut start = Value::Null;
         loop {
             let mut query = json!({
-                "TableName": self.logs_table, "ConsistentRead": true, "KeyConditionExpression": "functionId = :f",
+                "TableName": self.logs_table, "ConsistentRead": true,
+                "KeyConditionExpression": "functionId = :f",
                 "ExpressionAttributeValues": { ":f": { "S": function } },
             });
             if !start.is_null() {
@@ -227,12 +228,12 @@ impl Cloud {
         }
     }
 
-    /// How many idempotency keys are claimed.
+    /// Number of claimed idempotency keys.
     pub async fn claims(&self) -> usize {
         self.claim_items().await.len()
     }
 
-    /// The claims of idempotency keys, as DynamoDB holds them.
+    /// The DynamoDB items of claimed idempotency keys.
     pub async fn claim_items(&self) -> Vec<Value> {
         let scan = json!({ "TableName": self.logs_table, "ConsistentRead": true });
         let items = self.call(Service::DynamoDb, "Scan", &scan).await["Items"].take();
@@ -241,16 +242,26 @@ impl Cloud {
         items.as_array().into_iter().flatten().filter(is_claim).cloned().collect()
     }
 
-    /// [`Self::log_rows`] once there are `count`.
+    /// [`Self::log_rows`] when there are `count`.
     pub async fn wait_for_rows(&self, function: &str, count: usize) -> Vec<Value> {
         let rows = || async {
             let rows = self.log_rows(function).await;
             if rows.len() == count { Ok(rows) } else { Err(format!("{} rows", rows.len())) }
         };
-        eventually(&format!("{count} rows of {function}"), SOON, rows).await
+        eventually(&format!("{count} rows of {function}"), 3 * SOON, rows).await
     }
 
-    /// The keys in the bucket that begin with `prefix`, in order.
+    /// Waits until the item of the function has so many invocations.
+    pub async fn wait_for_invocations(&self, function: &str, count: usize) {
+        let counted = || async {
+            let item = self.function_item(function).await;
+            let is_counted = item["invocations"]["N"] == count.to_string().as_str();
+            if is_counted { Ok(()) } else { Err(item.to_string()) }
+        };
+        eventually(&format!("{count} invocations of {function}"), 3 * SOON, counted).await;
+    }
+
+    /// The keys in the bucket that begin with `prefix`, sorted.
     pub async fn objects(&self, prefix: &str) -> Vec<String> {
         let list = Request::new(self.addr, "GET", &format!("/{}?list-type=2&prefix={prefix}", self.bucket));
         let answer = list.header("authorization", &credential("s3")).send().await.expect(200).text();
@@ -261,10 +272,11 @@ impl Cloud {
         keys
     }
 
-    /// Takes one message from the queue, as a worker does, and deletes it: (attributes, body).
+    /// Receives one message from the queue and deletes it, as a worker does: (attributes, body).
     pub async fn receive(&self) -> (Value, String) {
         let ask = json!({
-            "QueueUrl": self.queue_url, "MaxNumberOfMessages": 1, "WaitTimeSeconds": 1, "AttributeNames": ["All"],
+            "QueueUrl": self.queue_url, "MaxNumberOfMessages": 1, "WaitTimeSeconds": 1,
+            "AttributeNames": ["All"],
         });
         let receive = || async {
             let mut answer = self.call(Service::Sqs, "ReceiveMessage", &ask).await;
@@ -279,7 +291,7 @@ impl Cloud {
         (message["Attributes"].take(), message["Body"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// What makes the gateway use this cloud at `endpoint` (the emulator itself, or a proxy in front of it).
+    /// The environment of a gateway that uses these resources through `endpoint` (the emulator, or a proxy).
     pub fn env(&self, endpoint: SocketAddr) -> Vec<(String, String)> {
         let mut env = credentials_env();
         for (name, value) in [
@@ -303,19 +315,19 @@ pub fn credentials_env() -> Vec<(String, String)> {
         ("AWS_REGION", REGION),
         ("AWS_ACCESS_KEY_ID", "emulated"),
         ("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY),
-        // Nobody may ask the network of the machine for credentials.
+        // No credentials from the network of the machine.
         ("AWS_EC2_METADATA_DISABLED", "true"),
     ];
     pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
 }
 
-/// The emulator checks no signature, but finds the service in it.
+/// The emulator does not verify signatures, but reads the service from them.
 fn credential(service: &str) -> String {
     let scope = format!("emulated/20260101/{REGION}/{service}/aws4_request");
     format!("AWS4-HMAC-SHA256 Credential={scope}, SignedHeaders=host, Signature=0")
 }
 
-/// Sends a request on to `addr` and reads the answer: what the proxy in front of the emulator does.
+/// Forwards a request to `addr` and reads the answer.
 pub async fn forward(addr: SocketAddr, request: &Message) -> std::io::Result<Answer> {
     let mut conn = Conn::open(addr).await?;
     conn.write(&request.to_bytes()).await?;

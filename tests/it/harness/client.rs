@@ -1,20 +1,19 @@
-//! HTTP clients as processes of their own, each run to its end.
+//! HTTP clients in separate processes.
 
 use super::gateway::Gateway;
 use super::process::{Process, Stream};
-use super::wait::eventually;
 use std::path::Path;
 use std::time::Duration;
 
-/// Some hundred calls and a few runs, on a busy machine.
+/// Deadline for several hundred requests.
 const CLIENT_WITHIN: Duration = Duration::from_secs(180);
 
-/// A file of `tests/it/clients`.
+/// The path of a file in `tests/it/clients`.
 pub fn script(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/clients").join(name).display().to_string()
 }
 
-/// Where Node.js finds undici.
+/// The directory where Node.js finds undici.
 pub fn node_modules() -> String {
     let modules = Path::new(env!("CARGO_MANIFEST_DIR")).join(".node-test/node_modules");
     assert!(
@@ -25,7 +24,7 @@ pub fn node_modules() -> String {
     modules.display().to_string()
 }
 
-/// Where a script finds the gateway, and with which key.
+/// The environment with the address and the key of the gateway.
 pub fn env(gateway: &Gateway) -> Vec<(String, String)> {
     let mut env = super::path_env();
     env.push(("BASE_URL".into(), format!("http://{}", gateway.addr())));
@@ -34,7 +33,7 @@ pub fn env(gateway: &Gateway) -> Vec<(String, String)> {
     env
 }
 
-/// Runs a client, which must exit with 0, and returns the lines of its standard output.
+/// Runs a client, which must exit with 0. Returns the lines of its standard output.
 pub async fn run(
     name: &str,
     program: &Path,
@@ -43,8 +42,7 @@ pub async fn run(
     dir: &Path,
 ) -> Vec<String> {
     let process = Process::start(name, program, args, env, dir).expect("setpriv (util-linux) is there");
-    let ended = || async { process.exit_status().ok_or_else(|| process.output().tail(50)) };
-    let status = eventually(&format!("the end of {name}"), CLIENT_WITHIN, ended).await;
+    let status = process.wait_for_exit(CLIENT_WITHIN).await;
     assert!(status.success(), "{name} ends with {status}:\n{}", process.output().tail(100));
     process.output().lines(Stream::Out)
 }

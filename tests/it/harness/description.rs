@@ -1,7 +1,7 @@
-//! Every answer of a gateway, held against the description that the gateway gives of itself.
+//! Validates every answer of a gateway against the OpenAPI document of the gateway.
 //!
-//! Whatever a test asks, the answer must be one the description knows: its status, its content type, its body, its
-//! header fields. So the description cannot fall behind the code, and no test has to think of it.
+//! Status, content type, body and header fields of each answer must be described. So the document cannot fall
+//! behind the code, and single tests need not check it.
 
 use super::http::Answer;
 use jsonschema::Validator;
@@ -16,7 +16,7 @@ const PROBLEM: &str = "application/problem+json";
 type Responses = BTreeMap<u16, Response>;
 
 struct Description {
-    /// (segments of the path, methods in small letters)
+    /// (segments of the path, methods in lower case)
     paths: Vec<(Vec<String>, BTreeMap<String, Responses>)>,
     problem: Validator,
 }
@@ -35,7 +35,7 @@ struct Header {
 }
 
 enum Schema {
-    /// What a worker published may be anything, nested as deep as it likes.
+    /// Anything, at any depth: what a worker has published.
     Free,
     Json(Box<Validator>),
     Text,
@@ -49,11 +49,11 @@ fn description() -> &'static Description {
     })
 }
 
-/// Panics if the description does not know this answer.
+/// Panics if the document does not describe this answer.
 #[track_caller]
 pub fn check(method: &str, target: &str, answer: &Answer) {
     if let Err(why) = description().verify(method, target, answer) {
-        panic!("{method} {target} answers {} as openapi.json does not say: {why}", answer.status);
+        panic!("{method} {target}: the answer {} is not as openapi.json describes it: {why}", answer.status);
     }
 }
 
@@ -79,7 +79,7 @@ impl Description {
         let is_head = method == "HEAD";
         let method = if is_head { "get".to_owned() } else { method.to_ascii_lowercase() };
         let Some((_, methods)) = self.paths.iter().find(|(pattern, _)| fits(pattern, &path)) else {
-            // `/status` without an id has an answer of its own.
+            // `/status` without an id has a special answer.
             let may = if path == ["", "status"] { &[400, 401][..] } else { &[404] };
             return self.verify_unrouted(may, is_head, answer);
         };
@@ -92,7 +92,7 @@ impl Description {
 
     fn verify_unrouted(&self, statuses: &[u16], is_head: bool, answer: &Answer) -> Result<(), String> {
         if !statuses.contains(&answer.status) {
-            return Err(format!("one of {statuses:?} is the answer where nothing is described"));
+            return Err(format!("expected one of {statuses:?} where nothing is described"));
         }
         verify_type(PROBLEM, answer)?;
         if is_head { Ok(()) } else { verify_json(&self.problem, answer) }
@@ -184,15 +184,15 @@ fn read_response(document: &Value, response: &Value) -> Response {
     Response { headers: headers.collect(), content }
 }
 
-/// What a `$ref` points to.
+/// Resolves a `$ref`.
 fn resolved<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
     match value["$ref"].as_str().and_then(|pointer| pointer.strip_prefix('#')) {
-        Some(pointer) => document.pointer(pointer).expect("a $ref leads somewhere"),
+        Some(pointer) => document.pointer(pointer).expect("the target of a $ref exists"),
         None => value,
     }
 }
 
-/// The schema with all that its `$ref`s may point to.
+/// A validator with the targets of all `$ref`s.
 fn validator(document: &Value, schema: &Value) -> Validator {
     let whole = json!({ "components": document["components"], "allOf": [schema] });
     let options = jsonschema::options().should_validate_formats(true);
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_described_is_seen() {
+    fn undescribed_answers_are_found() {
         let json = "application/json; charset=utf-8";
         let ok = r#"{"status":"OK"}"#;
         let nameless = Answer {
@@ -232,7 +232,7 @@ mod tests {
             },
             ..answer(200, json, ok)
         };
-        for (method, target, answer, told) in [
+        for (method, target, answer, reason) in [
             ("GET", "/livez", answer(200, json, ok), ""),
             ("HEAD", "/api/livez/?x", answer(200, json, ""), ""),
             ("GET", "/run", problem(405, "method_not_allowed"), ""),
@@ -253,8 +253,8 @@ mod tests {
         ] {
             let verified = description().verify(method, target, &answer);
             let why = verified.err().unwrap_or_default();
-            assert_eq!(why.is_empty(), told.is_empty(), "{method} {target} {}: {why}", answer.status);
-            assert!(why.to_lowercase().contains(&told.to_lowercase()), "{told} is told: {why}");
+            assert_eq!(why.is_empty(), reason.is_empty(), "{method} {target} {}: {why}", answer.status);
+            assert!(why.to_lowercase().contains(&reason.to_lowercase()), "{reason}: {why}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! One gateway process: started, watched, stopped.
+//! One gateway process: start, requests, metrics, stop.
 
 use super::http::{Answer, Request};
 use super::process::{Output, Process, Scratch, Stream};
-use super::wait::{SOON, eventually, poll_blocking};
+use super::wait::{SOON, eventually};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -10,9 +10,9 @@ use std::path::Path;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-const START_WITHIN: Duration = Duration::from_secs(30);
+const START_WITHIN: Duration = Duration::from_secs(90);
 /// More than the default drain timeout of 30 s.
-const STOP_WITHIN: Duration = Duration::from_secs(40);
+const STOP_WITHIN: Duration = Duration::from_secs(90);
 
 /// A `conf/` directory.
 #[derive(Clone, Default)]
@@ -21,8 +21,20 @@ pub struct Conf {
     pub limits: String,
     pub keys: String,
     pub upstreams: String,
-    /// (name, text) of others.
+    /// Other files: (name, text).
     pub files: Vec<(String, String)>,
+}
+
+/// Replaces a file atomically: a reader finds the old text or the new one.
+pub fn put_file(path: &Path, text: &str) {
+    let draft = path.with_extension("draft");
+    std::fs::write(&draft, text).expect("the scratch directory is writable");
+    std::fs::rename(draft, path).expect("the scratch directory is writable");
+}
+
+/// The series that counts how often a configuration file was `applied` or `refused`.
+pub fn reloads(file: &str, result: &str) -> String {
+    format!("infra_conf_reloads_total{{file={file:?},result={result:?}}}")
 }
 
 impl Conf {
@@ -41,8 +53,8 @@ impl Conf {
     }
 }
 
-/// Runs the program to its end, as a shell would.
-pub struct Run {
+/// A process that has exited.
+pub struct Exited {
     pub code: Option<i32>,
     pub stderr: Vec<String>,
     pub output: String,
@@ -61,24 +73,17 @@ fn start_program(program: &Path, args: &[&str], env: &[(String, String)], dir: &
     Process::start("infra-controller", program, args, &all, dir).expect("setpriv (util-linux) is there")
 }
 
-/// Starts the program, which must end by itself within `deadline`. `watch` is asked again and again meanwhile.
-pub fn run_to_end(
-    args: &[&str],
-    env: &[(String, String)],
-    dir: &Path,
-    deadline: Duration,
-    mut watch: impl FnMut(),
-) -> Run {
-    let process = start_process(args, env, dir);
-    let ended = poll_blocking(deadline, || {
-        watch();
-        process.exit_status().ok_or_else(|| process.output().tail(20))
-    });
-    let status = ended.unwrap_or_else(|output| panic!("{args:?} does not end; it printed:\n{output}"));
-    Run {
-        code: status.code(),
-        stderr: process.output().lines(Stream::Err),
-        output: process.output().tail(500),
+/// Starts the program, which must exit within `deadline`.
+pub async fn run_to_end(args: &[&str], env: &[(String, String)], dir: &Path, deadline: Duration) -> Exited {
+    Exited::of(&start_process(args, env, dir), deadline).await
+}
+
+impl Exited {
+    /// Waits for the exit of a process.
+    pub async fn of(process: &Process, deadline: Duration) -> Self {
+        let code = process.wait_for_exit(deadline).await.code();
+        let output = process.output();
+        Self { code, stderr: output.lines(Stream::Err), output: output.tail(500) }
     }
 }
 
@@ -86,18 +91,18 @@ pub struct Gateway {
     process: Process,
     addr: SocketAddr,
     key: String,
-    /// What must never stand in its output.
+    /// Texts that must never be in its output.
     secrets: Vec<String>,
     _dir: Scratch,
 }
 
 impl Gateway {
-    /// Starts it and waits until it is ready to take traffic.
+    /// Starts a gateway, and waits until it is ready.
     pub async fn start(args: &[&str], env: &[(String, String)], key: &str, secrets: &[&str]) -> Self {
         Self::start_in(Scratch::new("gateway"), args, env, key, secrets).await
     }
 
-    /// [`Self::start`] with a working directory that holds something already (a `.env`).
+    /// [`Self::start`] in an existing working directory (with a `.env`, for example).
     pub async fn start_in(
         dir: Scratch,
         args: &[&str],
@@ -109,7 +114,7 @@ impl Gateway {
         Self::ready(process, dir, key, secrets).await
     }
 
-    /// [`Self::start`] with a limit of open files, soft and hard.
+    /// [`Self::start`] with a soft and hard limit of open files.
     pub async fn start_limited(open_files: u64, args: &[&str], env: &[(String, String)], key: &str) -> Self {
         let dir = Scratch::new("gateway");
         let limit = format!("--nofile={open_files}:{open_files}");
@@ -121,12 +126,12 @@ impl Gateway {
     async fn ready(process: Process, dir: Scratch, key: &str, secrets: &[&str]) -> Self {
         let started = || async {
             if let Some(status) = process.exit_status() {
-                panic!("the gateway ended at once, {status}:\n{}", process.output().tail(50));
+                panic!("the gateway exited at once, {status}:\n{}", process.output().tail(50));
             }
             let lines = process.output().lines(Stream::Out);
             lines.iter().find_map(|line| started_port(line)).ok_or_else(|| process.output().tail(20))
         };
-        let port = eventually("the line that says Started", START_WITHIN, started).await;
+        let port = eventually("the log line with Started", START_WITHIN, started).await;
         let addr = SocketAddr::from(([127, 0, 0, 1], port));
         let mut secrets: Vec<String> = secrets.iter().map(|&s| s.to_owned()).collect();
         secrets.push(key.to_owned());
@@ -153,7 +158,7 @@ impl Gateway {
         self.process.output()
     }
 
-    /// A request without the key.
+    /// A request without an API key.
     pub fn anonymous(&self, method: &str, target: &str) -> Request {
         Request::new(self.addr, method, target).described()
     }
@@ -162,21 +167,26 @@ impl Gateway {
         self.anonymous(method, target).header("x-api-key", &self.key)
     }
 
-    /// A request that a service behind the gateway answers: nothing describes it.
-    pub fn beyond(&self, method: &str, target: &str) -> Request {
-        Request::new(self.addr, method, target).header("x-api-key", &self.key)
+    /// A request that an upstream answers. Its answer is not in the OpenAPI document.
+    pub fn upstream_request(&self, method: &str, target: &str) -> Request {
+        self.upstream_request_with(&self.key, method, target)
+    }
+
+    /// [`Self::upstream_request`] with another API key.
+    pub fn upstream_request_with(&self, key: &str, method: &str, target: &str) -> Request {
+        Request::new(self.addr, method, target).header("x-api-key", key)
     }
 
     pub async fn get(&self, target: &str) -> Answer {
         self.request("GET", target).send().await
     }
 
-    /// A run of `function`; synchronous unless a header is added.
+    /// A run of `function`: synchronous, unless a header is added.
     pub fn run(&self, function: &str, input: &Value) -> Request {
         self.request("POST", "/run").json(&json!({ "functionId": function, "inputData": input }))
     }
 
-    /// An asynchronous run, accepted: its job id.
+    /// Starts an asynchronous run, which must be accepted. Returns its job id.
     pub async fn run_async(&self, function: &str, input: &Value) -> String {
         let answer = self.run(function, input).header("x-async", "true").send().await.expect(202);
         let accepted = answer.json();
@@ -186,7 +196,7 @@ impl Gateway {
         id
     }
 
-    /// The result of a job, waited for.
+    /// Waits for the result of a job.
     pub async fn result_of(&self, id: &str) -> Answer {
         let done = || async {
             let answer = self.get(&format!("/status/{id}?wait=20")).await.expect(200);
@@ -195,7 +205,7 @@ impl Gateway {
         eventually(&format!("the result of {id}"), 3 * SOON, done).await
     }
 
-    /// The value of one series of `/metrics`, with its labels as they stand there; `None`: no such series.
+    /// The value of a series in `/metrics`. `series` includes the labels. `None`: no such series.
     pub async fn metric(&self, series: &str) -> Option<f64> {
         let metrics = self.anonymous("GET", "/metrics").send().await.expect(200).text();
         let value = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
@@ -210,29 +220,47 @@ impl Gateway {
         eventually(&format!("{series} {expected}"), SOON, seen).await;
     }
 
-    /// The lines of the log as JSON, those that are.
+    /// Waits until the series is `least` or more.
+    pub async fn wait_for_metric_at_least(&self, series: &str, least: f64) {
+        let reached = || async {
+            let value = self.metric(series).await;
+            if value >= Some(least) { Ok(()) } else { Err(format!("{value:?}")) }
+        };
+        eventually(&format!("{series} {least} or more"), SOON, reached).await;
+    }
+
+    /// Waits until `/health` answers with a status and a body that `is_expected` accepts.
+    pub async fn wait_for_health(&self, what: &str, is_expected: impl Fn(u16, &Value) -> bool) -> Value {
+        let expected = || async {
+            let answer = self.anonymous("GET", "/health").send().await;
+            let health = answer.json();
+            if is_expected(answer.status, &health) { Ok(health) } else { Err(health.to_string()) }
+        };
+        eventually(&format!("/health: {what}"), 3 * SOON, expected).await
+    }
+
+    /// The log lines that are JSON.
     pub fn log(&self) -> Vec<Value> {
         let lines = self.process.output().lines(Stream::Out);
         lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// Waits until the text stands in the output: lines come a moment after what they tell of.
-    pub async fn until_printed(&self, text: &str) {
-        let printed =
-            || async { self.output().contains(text).then_some(()).ok_or_else(|| self.output().tail(20)) };
-        eventually(text, SOON, printed).await;
+    /// Waits for a text in the output. Log lines are written with a delay.
+    pub async fn wait_for_output(&self, text: &str) {
+        self.process.wait_for_output(text, SOON).await;
     }
 
-    /// The most memory it has taken so far, in bytes.
+    /// Peak resident memory, in bytes.
     pub fn peak_memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.pid()));
         let status = status.expect("the gateway runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux tells");
+        let line =
+            status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("the line exists on Linux");
         let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("a number");
         kib * 1024
     }
 
-    /// Changes its limit of open files while it runs; the hard one stays.
+    /// Changes the soft limit of open files of the running process.
     pub fn limit_open_files(&self, soft: u64) {
         let pid = self.process.pid().to_string();
         let limit = format!("--nofile={soft}:");
@@ -240,7 +268,7 @@ impl Gateway {
         assert!(status.expect("prlimit (util-linux) is there").success());
     }
 
-    /// The file descriptors that it has open.
+    /// The open file descriptors.
     pub fn open_files(&self) -> Vec<u64> {
         let entries =
             std::fs::read_dir(format!("/proc/{}/fd", self.process.pid())).expect("the gateway runs");
@@ -255,28 +283,27 @@ impl Gateway {
         self.process.kill();
     }
 
-    /// Waits for the end after a signal; other tasks go on.
-    pub async fn ended(&self, deadline: Duration) -> ExitStatus {
-        let ended = || async { self.process.exit_status().ok_or_else(|| self.process.output().tail(20)) };
-        eventually("the end of the gateway", deadline, ended).await
+    /// Waits for the exit.
+    pub async fn wait_for_exit(&self, deadline: Duration) -> ExitStatus {
+        self.process.wait_for_exit(deadline).await
     }
 
-    /// Asserts that nothing waits and nothing is in flight.
-    pub async fn idle(&self) {
+    /// Waits until there are no waiters and no jobs in flight.
+    pub async fn wait_until_idle(&self) {
         self.wait_for_metric("infra_waiters", 0.0).await;
         self.wait_for_metric("infra_jobs_in_flight", 0.0).await;
     }
 
-    /// Asserts a clean end: idle, then SIGTERM, then exit code 0.
+    /// Asserts a clean exit: idle, then SIGTERM, then exit code 0.
     pub async fn finish(self) {
-        self.idle().await;
+        self.wait_until_idle().await;
         self.stop().await;
     }
 
-    /// SIGTERM, then exit code 0, whatever is in flight.
+    /// SIGTERM, then exit code 0, with any number of jobs in flight.
     pub async fn stop(self) {
         self.signal(Signal::SIGTERM);
-        let status = self.ended(STOP_WITHIN).await;
+        let status = self.wait_for_exit(STOP_WITHIN).await;
         assert_eq!(status.code(), Some(0), "after SIGTERM:\n{}", self.process.output().tail(50));
     }
 }
@@ -287,14 +314,14 @@ impl Drop for Gateway {
             return;
         }
         let ended = self.process.exit_status().is_some();
-        assert!(ended, "a test ends its gateway: with finish, stop or kill");
+        assert!(ended, "a test must stop its gateway: with finish, stop or kill");
         for secret in &self.secrets {
-            assert!(!self.process.output().contains(secret), "a secret stands in the log");
+            assert!(!self.process.output().contains(secret), "a secret is in the log");
         }
     }
 }
 
-/// Whether `/status` says that the job still runs.
+/// Whether this answer of `/status` reports a pending job.
 pub fn is_pending(answer: &Answer) -> bool {
     let body: Value = serde_json::from_slice(answer.body()).unwrap_or_default();
     body["status"] == "pending" && body["message"].is_string()

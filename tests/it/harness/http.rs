@@ -1,6 +1,6 @@
-//! HTTP/1.1 as bytes on a socket: the tests must see, and send, what a client library would hide.
+//! HTTP/1.1 as bytes on a socket. Client libraries hide what the tests must send and see.
 //!
-//! The same reader serves the client here and the proxy in front of the AWS emulator.
+//! Clients and the proxy in front of the AWS emulator use the same reader.
 
 use super::description;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// Longest wait for any one answer: the longest long poll, and some.
+/// Deadline for one answer: longer than the longest long poll.
 const ANSWER_WITHIN: Duration = Duration::from_secs(90);
 const HEAD_BYTES_MAX: usize = 64 * 1024;
 const BODY_BYTES_MAX: usize = 64 * 1024 * 1024;
@@ -25,7 +25,7 @@ pub struct Message {
 }
 
 impl Message {
-    /// Of a head without the empty line at its end.
+    /// Parses a head without the empty line at its end.
     pub fn of_head(head: &str) -> Result<Self> {
         let mut lines = head.split("\r\n");
         let start = lines.next().unwrap_or_default().to_owned();
@@ -57,7 +57,7 @@ impl Message {
     }
 }
 
-/// One connection, and what was read from it but not yet asked for.
+/// A connection with a read buffer.
 pub struct Conn {
     stream: TcpStream,
     unread: Vec<u8>,
@@ -77,23 +77,28 @@ impl Conn {
         self.stream.write_all(bytes).await
     }
 
-    /// So many bytes, whatever they are.
+    /// The local port.
+    pub fn port(&self) -> u16 {
+        self.stream.local_addr().expect("a connected socket has an address").port()
+    }
+
+    /// The next `length` bytes.
     pub async fn bytes(&mut self, length: usize) -> Result<Vec<u8>> {
         self.take(length).await
     }
 
-    /// Says that nothing more comes.
+    /// Closes the sending side.
     pub async fn end(&mut self) {
-        // It may be closed already.
+        // The peer may have closed it already.
         let _ = self.stream.shutdown().await;
     }
 
-    /// The connection, and what was read from it but not asked for.
+    /// The stream, and what was read from it but not consumed.
     pub fn into_parts(self) -> (TcpStream, Vec<u8>) {
         (self.stream, self.unread)
     }
 
-    /// The next final answer, interim ones passed over. `to_head`: the answer to a HEAD has no body.
+    /// The next final answer. `to_head`: the answer to a HEAD request, which has no body.
     pub async fn answer(&mut self, to_head: bool) -> Result<Answer> {
         loop {
             let answer = self.any_answer(to_head).await?;
@@ -103,7 +108,7 @@ impl Conn {
         }
     }
 
-    /// The next answer, be it an interim one (`100 Continue`).
+    /// The next answer, interim answers (`100 Continue`) included.
     pub async fn any_answer(&mut self, to_head: bool) -> Result<Answer> {
         let read = async {
             let mut message = self.head().await?;
@@ -119,7 +124,7 @@ impl Conn {
         }
     }
 
-    /// The next request; `None`: the client has left.
+    /// The next request; `None`: the client has closed the connection.
     pub async fn request(&mut self) -> Result<Option<Message>> {
         if self.unread.is_empty() && !self.fill().await? {
             return Ok(None);
@@ -129,7 +134,7 @@ impl Conn {
         Ok(Some(message))
     }
 
-    /// Whether the other side has closed and nothing is left to read. Waits until one or the other is known.
+    /// Waits for data or the end of the connection. `true`: the peer has closed it, and no data is left.
     pub async fn is_closed(&mut self) -> bool {
         self.unread.is_empty() && !self.fill().await.unwrap_or(false)
     }
@@ -210,7 +215,7 @@ fn bad(what: String) -> Error {
     Error::new(ErrorKind::InvalidData, what)
 }
 
-/// What a server said.
+/// A response.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,
@@ -222,7 +227,7 @@ impl Answer {
         self.message.header(name)
     }
 
-    /// The header, which must be there.
+    /// The value of a header, which must be present.
     pub fn need(&self, name: &str) -> &str {
         self.header(name).unwrap_or_else(|| panic!("no header {name} in {self:#?}"))
     }
@@ -235,20 +240,20 @@ impl Answer {
         String::from_utf8_lossy(self.body()).into_owned()
     }
 
-    /// The body as JSON, which it must be.
+    /// The body, which must be JSON.
     pub fn json(&self) -> Value {
         serde_json::from_slice(self.body())
             .unwrap_or_else(|e| panic!("{} is no JSON ({e}): {}", self.status, self.text()))
     }
 
-    /// Asserts the status, and hands the answer on.
+    /// Asserts the status. Returns the answer.
     #[track_caller]
     pub fn expect(self, status: u16) -> Self {
         assert_eq!(self.status, status, "{}\n{:?}", self.text(), self.message.headers);
         self
     }
 
-    /// Asserts that this is a problem (RFC 9457) with all the members of the contract.
+    /// Asserts that this is a problem (RFC 9457) with all members of the contract.
     #[track_caller]
     pub fn expect_problem(self, status: u16) -> Self {
         let answer = self.expect(status);
@@ -260,22 +265,22 @@ impl Answer {
             let text = problem[member].as_str();
             assert!(text.is_some_and(|t| !t.is_empty()), "{member} in {problem}");
         }
-        assert_eq!(problem["error"], problem["detail"], "the old clients read `error`");
+        assert_eq!(problem["error"], problem["detail"], "old clients read `error`");
         assert_eq!(problem["requestId"], answer.need("x-request-id"));
         let code = problem["code"].as_str().unwrap_or_default();
         let is_code = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-        assert!(code.chars().all(is_code), "`code` is for machines: {code}");
+        assert!(code.chars().all(is_code), "`code` is machine-readable: {code}");
         answer
     }
 }
 
-/// A request being put together.
+/// A request builder.
 #[derive(Clone)]
 pub struct Request {
     addr: SocketAddr,
     method: String,
     message: Message,
-    /// Whether the answer is held against the description of the interface.
+    /// Whether the answer is validated against the OpenAPI document.
     is_described: bool,
 }
 
@@ -286,7 +291,7 @@ impl Request {
         Self { addr, method: method.to_owned(), message, is_described: false }
     }
 
-    /// A request to a gateway: its answer must be one that the description knows.
+    /// Validates the answer against the OpenAPI document.
     pub fn described(mut self) -> Self {
         self.is_described = true;
         self
@@ -315,7 +320,7 @@ impl Request {
         &self.method
     }
 
-    /// The same request to another server, for a proxy.
+    /// The same request to another server.
     pub fn to(mut self, addr: SocketAddr) -> Self {
         self.addr = addr;
         self
@@ -325,17 +330,17 @@ impl Request {
         self.message.to_bytes()
     }
 
-    /// Sends it on a connection of its own, and reads the answer.
+    /// Sends the request on a new connection, and reads the answer.
     pub async fn try_send(&self) -> Result<Answer> {
         let mut conn = Conn::open(self.addr).await?;
-        // A server may refuse a body before it has read it all; its answer counts, not our broken pipe.
+        // A server may reject a request before it has read the body. The answer counts, not the broken pipe.
         let _ = conn.write(&self.to_bytes()).await;
         let answer = conn.answer(self.method == "HEAD").await?;
         self.check(&answer);
         Ok(answer)
     }
 
-    /// Holds the answer against the description. Only who writes and reads a connection by hand has to call it.
+    /// Validates an answer that was read from a [`Conn`]. [`Self::send`] calls it.
     #[track_caller]
     pub fn check(&self, answer: &Answer) {
         if self.is_described {

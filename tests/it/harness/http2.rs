@@ -1,4 +1,4 @@
-//! HTTP/2 as frames on a socket: what no client library would send, and all that comes back.
+//! HTTP/2 as frames on a socket, for requests that client libraries would not send.
 
 use super::http::{Answer, Message};
 use super::tls::connect;
@@ -23,14 +23,14 @@ const PING: u8 = 6;
 const GO_AWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 
-/// What may be sent before any leave to send more.
+/// The initial flow-control window, in bytes.
 const WINDOW: i64 = 65_535;
-/// Longest wait for an answer.
+/// Deadline for an answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
 
 /// How a stream has ended.
 #[derive(Debug)]
-pub enum Ended {
+pub enum StreamEnd {
     Answered(Answer),
     /// With an error code.
     #[expect(dead_code, reason = "a test that fails prints it")]
@@ -39,7 +39,7 @@ pub enum Ended {
     Closed,
 }
 
-impl Ended {
+impl StreamEnd {
     #[track_caller]
     pub fn answer(self) -> Answer {
         match self {
@@ -53,18 +53,18 @@ pub struct Http2 {
     stream: TlsStream<TcpStream>,
     decoder: Decoder<'static>,
     next_stream: u32,
-    /// What may be sent: of the connection, and of each stream that has sent anything.
+    /// Flow-control windows of the connection, and of each stream that has sent data.
     window: i64,
     windows: HashMap<u32, i64>,
-    /// What has come of streams that nobody has asked for yet.
-    answers: HashMap<u32, Coming>,
+    /// Received parts of answers.
+    answers: HashMap<u32, PartialAnswer>,
 }
 
 #[derive(Default)]
-struct Coming {
+struct PartialAnswer {
     headers: Vec<(String, String)>,
     body: Vec<u8>,
-    is_whole: bool,
+    is_complete: bool,
     reset: Option<u32>,
 }
 
@@ -73,7 +73,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&len[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
-/// A header block that refers to nothing.
+/// A header block of literal fields, without references to a table.
 pub fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in fields {
@@ -102,7 +102,7 @@ impl Http2 {
         let mut stream = connect(connector, addr).await?;
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
         stream.write_all(&frame(SETTINGS, 0, 0, &[])).await?;
-        // Room for any answer of a test.
+        // More than any answer of a test.
         stream.write_all(&frame(WINDOW_UPDATE, 0, 0, &(1_u32 << 30).to_be_bytes())).await?;
         stream.flush().await?;
         Ok(Self {
@@ -120,7 +120,7 @@ impl Http2 {
         self.stream.flush().await
     }
 
-    /// Opens a stream with these fields, which need not be those of a request.
+    /// Opens a stream with these fields, valid or not.
     pub async fn send(&mut self, fields: &[(&str, &str)], ends_stream: bool) -> Result<u32> {
         let stream = self.next_stream;
         self.next_stream += 2;
@@ -137,7 +137,7 @@ impl Http2 {
         Ok(stream)
     }
 
-    /// Sends a part of a body, as the server makes room for it; if the stream ends first, what is left is not sent.
+    /// Sends a part of a body within the flow-control windows. Stops if the stream ends first.
     pub async fn data(&mut self, stream: u32, data: &[u8], ends_stream: bool) -> Result<()> {
         let mut left = data;
         loop {
@@ -156,36 +156,37 @@ impl Http2 {
                 }
                 continue;
             }
-            let coming = self.answers.entry(stream).or_default();
-            if coming.is_whole || coming.reset.is_some() {
+            let partial = self.answers.entry(stream).or_default();
+            if partial.is_complete || partial.reset.is_some() {
                 return Ok(());
             }
             self.read().await?;
         }
     }
 
-    /// A request and its answer.
-    pub async fn ask(&mut self, fields: &[(&str, &str)], body: Option<&[u8]>) -> Ended {
-        let Ok(stream) = self.send(fields, body.is_none()).await else { return Ended::Closed };
+    /// Sends a request, and reads its answer.
+    pub async fn ask(&mut self, fields: &[(&str, &str)], body: Option<&[u8]>) -> StreamEnd {
+        let Ok(stream) = self.send(fields, body.is_none()).await else { return StreamEnd::Closed };
         if let Some(body) = body {
             let _ = self.data(stream, body, true).await;
         }
         self.ended(stream).await
     }
 
-    /// How a stream ends.
-    pub async fn ended(&mut self, stream: u32) -> Ended {
+    /// Waits for the end of a stream.
+    pub async fn ended(&mut self, stream: u32) -> StreamEnd {
         let read = async {
             loop {
-                let coming = self.answers.entry(stream).or_default();
-                if coming.is_whole || coming.reset.is_some() {
+                let partial = self.answers.entry(stream).or_default();
+                if partial.is_complete || partial.reset.is_some() {
                     break;
                 }
                 if self.read().await.is_err() {
-                    return Ended::Closed;
+                    return StreamEnd::Closed;
                 }
             }
-            let Coming { headers, body, is_whole, reset } = self.answers.remove(&stream).unwrap_or_default();
+            let PartialAnswer { headers, body, is_complete, reset } =
+                self.answers.remove(&stream).unwrap_or_default();
             let status = headers.iter().find(|(name, _)| name == ":status");
             let status = status.and_then(|(_, status)| status.parse().ok());
             let answer = status.map(|status| Answer {
@@ -193,9 +194,9 @@ impl Http2 {
                 message: Message { start: format!("HTTP/2 {status}"), headers, body },
             });
             match (reset, answer) {
-                (_, Some(answer)) if is_whole => Ended::Answered(answer),
-                (Some(code), _) => Ended::Reset(code),
-                _ => Ended::Closed,
+                (_, Some(answer)) if is_complete => StreamEnd::Answered(answer),
+                (Some(code), _) => StreamEnd::Reset(code),
+                _ => StreamEnd::Closed,
             }
         };
         tokio::time::timeout(ANSWER_WITHIN, read)
@@ -206,16 +207,16 @@ impl Http2 {
     /// Waits for `100 Continue`.
     pub async fn continues(&mut self, stream: u32) -> Result<()> {
         loop {
-            let coming = self.answers.entry(stream).or_default();
-            if coming.headers.first().is_some_and(|(_, status)| status == "100") {
-                coming.headers.clear();
+            let partial = self.answers.entry(stream).or_default();
+            if partial.headers.first().is_some_and(|(_, status)| status == "100") {
+                partial.headers.clear();
                 return Ok(());
             }
             self.read().await?;
         }
     }
 
-    /// Takes one frame.
+    /// Reads one frame.
     async fn read(&mut self) -> Result<()> {
         let mut head = [0; 9];
         self.stream.read_exact(&mut head).await?;
@@ -224,18 +225,18 @@ impl Http2 {
         let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
         let mut payload = vec![0; len];
         self.stream.read_exact(&mut payload).await?;
-        let coming = self.answers.entry(stream).or_default();
+        let partial = self.answers.entry(stream).or_default();
         match kind {
             HEADERS => {
                 assert!(flags & END_HEADERS != 0, "answers have short heads");
                 let fields = self.decoder.decode(&payload).map_err(|e| Error::other(e.to_string()))?;
                 let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-                coming.headers.extend(fields.into_iter().map(|(name, value)| (text(name), text(value))));
-                coming.is_whole |= flags & END_STREAM != 0;
+                partial.headers.extend(fields.into_iter().map(|(name, value)| (text(name), text(value))));
+                partial.is_complete |= flags & END_STREAM != 0;
             }
             DATA => {
-                coming.body.extend_from_slice(&payload);
-                coming.is_whole |= flags & END_STREAM != 0;
+                partial.body.extend_from_slice(&payload);
+                partial.is_complete |= flags & END_STREAM != 0;
                 let window = u32::try_from(len).unwrap_or_default();
                 if window > 0 && flags & END_STREAM == 0 {
                     self.write(&frame(WINDOW_UPDATE, 0, stream, &window.to_be_bytes())).await?;
@@ -248,7 +249,7 @@ impl Http2 {
                     _ => *self.windows.entry(stream).or_insert(WINDOW) += more,
                 }
             }
-            RESET => coming.reset = Some(u32::from_be_bytes(payload[..4].try_into().expect("a code"))),
+            RESET => partial.reset = Some(u32::from_be_bytes(payload[..4].try_into().expect("a code"))),
             SETTINGS if flags & 1 == 0 => self.write(&frame(SETTINGS, 1, 0, &[])).await?,
             PING if flags & 1 == 0 => self.write(&frame(PING, 1, 0, &payload)).await?,
             GO_AWAY => return Err(ErrorKind::ConnectionAborted.into()),

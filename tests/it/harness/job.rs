@@ -1,13 +1,13 @@
-//! Job ids and row keys, computed here anew from the contract (sections 5 and 6): the tests must not ask the
-//! code under test what is right.
+//! Job ids and row keys by the documented format. They are implemented again here, so that tests do not
+//! depend on the code under test.
 
-/// The present, in Unix milliseconds.
+/// The current time, in Unix milliseconds.
 pub fn now_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("it is past 1970");
     u64::try_from(since.as_millis()).expect("milliseconds fit")
 }
 
-/// The parts of an RFC 9562 UUID, version 8, as the contract fills it.
+/// The parts of a job id, an RFC 9562 UUID of version 8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IdParts {
     pub node: u32,
@@ -18,7 +18,7 @@ pub struct IdParts {
 }
 
 impl IdParts {
-    /// Panics if `id` is not such an id in its one printed form.
+    /// Panics if `id` is not a job id in its canonical form.
     pub fn of(id: &str) -> Self {
         let groups: Vec<&str> = id.split('-').collect();
         assert_eq!(groups.iter().map(|g| g.len()).collect::<Vec<_>>(), [8, 4, 4, 4, 12], "{id}");
@@ -33,13 +33,13 @@ impl IdParts {
         Self { node, accepted_ms: low(custom >> 48, 42), random: low(custom, 48) }
     }
 
-    /// The range key of the job's row.
+    /// The range key of the row of the job.
     pub fn row_key(self) -> String {
         let rest = (u128::from(self.node) << 48) | u128::from(self.random);
         format!("{}{rest:025}Z", self.timestamp().trim_end_matches('Z'))
     }
 
-    /// What readers see of the key: RFC 3339 UTC with milliseconds.
+    /// The visible part of the key: RFC 3339 UTC with milliseconds.
     pub fn timestamp(self) -> String {
         let (days, ms) = (self.accepted_ms / 86_400_000, self.accepted_ms % 86_400_000);
         let (year, month, day) = date_of(days);
@@ -48,7 +48,7 @@ impl IdParts {
     }
 }
 
-/// Days since 1970 to a Gregorian date: Howard Hinnant's `civil_from_days`.
+/// Days since 1970 to a Gregorian date, by Howard Hinnant's `civil_from_days`.
 fn date_of(days: u64) -> (u64, u64, u64) {
     let z = days + 719_468;
     let (era, day_of_era) = (z / 146_097, z % 146_097);
@@ -61,8 +61,8 @@ fn date_of(days: u64) -> (u64, u64, u64) {
 }
 
 #[test]
-fn the_contracts_own_example() {
-    // The bits of the fields laid side by side, then version and variant put in their places.
+fn ids_match_a_hand_built_example() {
+    // The bits of the fields side by side, then version and variant at their positions.
     let parts = IdParts { node: 0xdead_beef, accepted_ms: 1_795_305_600_123, random: 0x1234_5678_9abc };
     assert_eq!(parts.timestamp(), "2026-11-22T00:00:00.123Z");
     assert_eq!(parts.row_key().len(), "2026-11-22T00:00:00.1230123456789012345678901234Z".len());

@@ -1,16 +1,17 @@
-//! A whole platform for one test, over either backend, so that one test can say what both must do.
+//! The platform of one test, on either backend.
 
 use super::aws::{Cloud, SECRET_ACCESS_KEY};
-use super::gateway::{Conf, Gateway};
+use super::aws_proxy::{AwsProxy, Policy};
+use super::gateway::{Conf, Gateway, put_file};
 use super::process::Scratch;
-use super::proxy::{Policy, Proxy};
 use super::redis::Redis;
 use super::worker::Worker;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The function both backends know: `dev` seeds it, and for `serve` the harness puts it into the table.
-/// It prints its input back, whatever else it prints.
+/// The function that exists on both backends: `dev` seeds it, and for `serve` the harness puts it into the
+/// table. Its output contains its input.
 pub const HELLO: &str = "hello";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +20,7 @@ pub enum Backend {
     Serve,
 }
 
-/// What a test wants of its platform. The default has everything and no odd conditions.
+/// The settings of a platform. The default has a worker and no faults.
 pub struct Setup {
     pub backend: Backend,
     conf: Option<Conf>,
@@ -69,19 +70,19 @@ impl Setup {
         self
     }
 
-    /// Puts a proxy between the gateway and AWS.
+    /// Starts a proxy between the gateway and AWS.
     pub fn policy(mut self, policy: Policy) -> Self {
         self.policy = policy;
         self
     }
 
-    /// No worker: the test plays it.
+    /// No worker: the test acts as the worker.
     pub fn no_worker(mut self) -> Self {
         self.worker = false;
         self
     }
 
-    /// The queue has a dead-letter queue.
+    /// Adds a dead-letter queue.
     pub fn dead_letters(mut self) -> Self {
         self.dead_letters = true;
         self
@@ -111,7 +112,7 @@ impl Setup {
 
     async fn start_serve(self) -> Platform {
         let dir = Scratch::new("platform");
-        let redis = tokio::task::block_in_place(|| Redis::start(self.redis_password));
+        let redis = Redis::start(self.redis_password).await;
         let cloud = Cloud::start(&self.queue_attributes).await;
         cloud.put_function(HELLO).await;
         if self.dead_letters {
@@ -120,81 +121,140 @@ impl Setup {
         let worker = self.worker.then(|| Worker::start(&cloud, &redis));
         let proxy = match self.policy {
             Policy::PassAll => None,
-            policy => Some(Proxy::start(&cloud, policy).await),
+            policy => Some(AwsProxy::start(&cloud, policy).await),
         };
-        let conf = self.conf.map(|conf| conf_dir(&conf, &dir));
+        let conf = conf_dir(&for_slow_backends(self.conf), &dir);
         let fleet = Fleet { cloud, redis, worker, proxy, conf, env: self.env, key: new_key() };
         let gateway = fleet.start_gateway().await;
         if let Some(worker) = &fleet.worker {
-            tokio::task::block_in_place(|| worker.wait_ready());
+            worker.wait_ready().await;
         }
         Platform { gateway, fleet: Some(fleet), dir }
     }
 }
 
-/// Writes a `conf/`, and says where.
+/// A start-up deadline for a slow emulator, in `server.toml`.
+pub const LONG_START: &str = "[start]\ndeadline_s = 60\n";
+
+/// Settings for a slow queue, in `limits.toml`: the table, its shipped line, and the line for tests.
+const SLOW_QUEUE: [(&str, &str, &str); 2] = [
+    ("[batch]", "send_deadline_ms = 5000", "send_deadline_ms = 30000"),
+    ("[overload]", "confirm_target_ms = 1000", "confirm_target_ms = 0"),
+];
+
+/// The emulator is one process for all tests. On a busy machine it may exceed the default deadlines of a
+/// gateway, and be so slow that jobs are shed. Tables that a test sets itself are unchanged.
+fn for_slow_backends(conf: Option<Conf>) -> Conf {
+    let Some(mut conf) = conf else {
+        let mut limits = include_str!("../../../conf/limits.toml").to_owned();
+        for (_, shipped, line) in SLOW_QUEUE {
+            limits = limits.replace(shipped, line);
+        }
+        return Conf { server: LONG_START.into(), limits, ..Conf::default() };
+    };
+    if !conf.server.contains("[start]") {
+        conf.server = format!("{LONG_START}{}", conf.server);
+    }
+    for (table, _, line) in SLOW_QUEUE {
+        if !conf.limits.contains(table) {
+            conf.limits += &format!("\n{table}\n{line}\n");
+        }
+    }
+    conf
+}
+
+/// Writes a `conf/` directory. Returns its path.
 fn conf_dir(conf: &Conf, dir: &Scratch) -> String {
     let conf_dir = dir.path().join("conf");
     conf.write(&conf_dir);
     conf_dir.to_str().expect("the path is UTF-8").to_owned()
 }
 
-/// What a gateway in `serve` mode works with.
+/// The services that a gateway in `serve` mode uses.
 pub struct Fleet {
     pub cloud: Cloud,
     pub redis: Redis,
     pub worker: Option<Worker>,
-    pub proxy: Option<Proxy>,
-    conf: Option<String>,
+    pub proxy: Option<AwsProxy>,
+    conf: String,
     env: Vec<(String, String)>,
-    /// One for all gateways, as a fleet has it.
+    /// The master key of all gateways.
     key: String,
 }
 
 impl Fleet {
-    /// One more gateway over the same queue, tables and Redis.
+    /// Starts one more gateway on the same queue, tables and Redis.
     pub async fn start_gateway(&self) -> Gateway {
         self.start_gateway_with(&[]).await
     }
 
-    /// The same with an environment of its own.
+    /// [`Self::start_gateway`] with more environment variables.
     pub async fn start_gateway_with(&self, env: &[(String, String)]) -> Gateway {
         self.start(vec!["serve"], env).await
     }
 
-    /// One that takes over the port of the one that runs.
+    /// Starts a gateway that takes over the sockets of the running one.
     pub async fn start_successor(&self) -> Gateway {
         self.start_successor_with(&[]).await
     }
 
-    /// The same with an environment of its own.
+    /// [`Self::start_successor`] with more environment variables.
     pub async fn start_successor_with(&self, env: &[(String, String)]) -> Gateway {
         self.start(vec!["serve", "--upgrade"], env).await
     }
 
     async fn start(&self, mut args: Vec<&str>, env: &[(String, String)]) -> Gateway {
-        if let Some(conf) = &self.conf {
-            args.extend(["--conf", conf]);
-        }
+        args.extend(["--conf", &self.conf]);
         let mut secrets = vec![SECRET_ACCESS_KEY];
         secrets.extend(self.redis.password());
-        let env = [self.gateway_env(), env.to_vec()].concat(); // the last of a name wins
+        let env = [self.gateway_env(), env.to_vec()].concat(); // the last value of a variable wins
         Gateway::start(&args, &env, &self.key, &secrets).await
     }
 
-    /// Everything that `serve` requires, and what the test added.
+    /// The variables that `serve` requires, and those of the test.
     pub fn gateway_env(&self) -> Vec<(String, String)> {
-        let endpoint = self.proxy.as_ref().map_or(self.cloud.addr(), Proxy::addr);
+        let endpoint = self.proxy.as_ref().map_or(self.cloud.addr(), AwsProxy::addr);
         let mut env = self.cloud.env(endpoint);
         env.push(("PORT".into(), "0".into()));
         env.push(("REDIS_URL".into(), self.redis.url()));
         env.push(("INFRA_API_KEY".into(), self.key.clone()));
-        // Nobody listens there: tests ask nothing beyond this machine.
+        // Without a listener: tests send nothing to other machines.
         env.push(("AI_NODE_URL".into(), "http://127.0.0.1:1".into()));
         env.extend_from_slice(&self.env);
         env
     }
 }
+
+/// Runs that complete when the test releases them.
+pub struct Hold<'a> {
+    platform: &'a Platform,
+    /// The function to run.
+    pub function: String,
+    /// What the runs wait for: a key in Redis, or a file with the worker of `dev`.
+    until: String,
+}
+
+impl Hold<'_> {
+    /// The input of a run that prints `token` when it is released.
+    pub fn input(&self, token: &str) -> Value {
+        json!({ "behave": "hold", "until": self.until, "token": token })
+    }
+
+    pub async fn release(&self) {
+        match &self.platform.fleet {
+            Some(fleet) => drop(fleet.redis.order(&format!("SET {} 1", self.until)).await),
+            None => std::fs::write(&self.until, "").expect("the scratch directory is writable"),
+        }
+    }
+}
+
+/// Waits for the file that its input names, then prints its input.
+const HOLDING: &str = "import json, os, time
+asked = json.loads(os.environ['PAYLOAD'])
+while not os.path.exists(asked['until']):
+    time.sleep(0.05)
+print(json.dumps(asked))
+";
 
 pub struct Platform {
     pub gateway: Gateway,
@@ -203,18 +263,35 @@ pub struct Platform {
 }
 
 impl Platform {
-    /// The parts outside the gateway. `serve` only.
+    /// The services that the gateway uses. `serve` only.
     pub fn fleet(&self) -> &Fleet {
-        self.fleet.as_ref().expect("a platform over AWS")
+        self.fleet.as_ref().expect("the backend is AWS")
     }
 
     pub fn conf_dir(&self) -> PathBuf {
         self.dir.path().join("conf")
     }
 
-    /// A file of the `--conf` directory.
+    /// The path of a file in the `--conf` directory.
     pub fn conf_file(&self, name: &str) -> PathBuf {
         self.conf_dir().join(name)
+    }
+
+    /// Replaces a file in the `--conf` directory.
+    pub fn put_conf(&self, name: &str, text: &str) {
+        put_file(&self.conf_file(name), text);
+    }
+
+    pub async fn hold(&self) -> Hold<'_> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("release-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let (function, until) = if self.is_serve() {
+            (HELLO.to_owned(), name)
+        } else {
+            let path = self.dir.path().join(name).display().to_string();
+            (self.gateway.upload_python(HOLDING).await, path)
+        };
+        Hold { platform: self, function, until }
     }
 
     pub fn is_serve(&self) -> bool {
@@ -222,40 +299,41 @@ impl Platform {
     }
 
     pub fn fleet_mut(&mut self) -> &mut Fleet {
-        self.fleet.as_mut().expect("a platform over AWS")
+        self.fleet.as_mut().expect("the backend is AWS")
     }
 
-    /// Ends the gateway outright, lets something happen meanwhile, and starts it again.
+    /// Kills the gateway, runs `meanwhile`, and starts the gateway again.
     pub async fn kill_and_restart(self, meanwhile: impl AsyncFnOnce(&Fleet)) -> Self {
         let Self { gateway, fleet, dir } = self;
         gateway.kill();
-        let fleet = fleet.expect("a platform over AWS");
+        let fleet = fleet.expect("the backend is AWS");
         meanwhile(&fleet).await;
         let gateway = fleet.start_gateway().await;
         Self { gateway, fleet: Some(fleet), dir }
     }
 
-    /// Asserts a clean end of every part.
+    /// Asserts a clean exit of gateway and worker.
     pub async fn finish(self) {
         self.gateway.finish().await;
-        end(self.fleet);
+        end(self.fleet).await;
     }
 
-    /// [`Self::finish`] for a test that leaves jobs behind on purpose.
+    /// [`Self::finish`] for a test that leaves jobs in flight.
     pub async fn stop(self) {
         self.gateway.stop().await;
-        end(self.fleet);
+        end(self.fleet).await;
     }
 }
 
-fn end(fleet: Option<Fleet>) {
-    // The rest outlives the worker: it stores a result, and takes its message off the queue, after it has published.
+async fn end(fleet: Option<Fleet>) {
+    // The worker stops before Redis and the queue: after it has published a result it stores it, and deletes
+    // the message.
     if let Some(worker) = fleet.as_ref().and_then(|fleet| fleet.worker.as_ref()) {
-        tokio::task::block_in_place(|| worker.stop());
+        worker.stop().await;
     }
 }
 
-/// A key that no other gateway has, and that nothing else contains.
+/// A unique API key, which is part of no other text.
 pub fn new_key() -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     format!("test-key-{}-{:04}-7f3c2b", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))

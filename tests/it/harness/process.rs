@@ -1,10 +1,10 @@
 //! Child processes that cannot outlive the tests.
 //!
-//! Every child is started through `setpriv --pdeathsig KILL`, so the kernel kills it when its parent ends, however
-//! that happens: at the end of `main`, by a panic, by Ctrl-C or by SIGKILL. The kernel ties that to the *thread*
-//! that forked, and test threads come and go; so one thread that never ends does all the forking.
+//! Every child is started through `setpriv --pdeathsig KILL`. So the kernel kills it when its parent ends: at
+//! the end of `main`, on a panic, on Ctrl-C or on SIGKILL. For the kernel the parent is the *thread* that
+//! forked, and test threads are short-lived. So one thread that never ends does all forks.
 
-use super::wait::poll_blocking;
+use super::wait::{SOON, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::collections::VecDeque;
@@ -16,32 +16,36 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-/// Lines of output kept for one process; the oldest go first.
+/// Maximum number of output lines kept for one process. The oldest are evicted first.
 const LINES_MAX: usize = 100_000;
+/// Deadline for the last output of a process that has exited.
+const OUTPUT_WITHIN: Duration = Duration::from_secs(10);
+/// Deadline for a server to listen.
+const LISTENS_WITHIN: Duration = Duration::from_secs(60);
 
-struct Order {
+struct ForkRequest {
     command: Command,
     reply: SyncSender<std::io::Result<Child>>,
 }
 
 fn fork(command: Command) -> std::io::Result<Child> {
-    static FORKER: OnceLock<SyncSender<Order>> = OnceLock::new();
+    static FORKER: OnceLock<SyncSender<ForkRequest>> = OnceLock::new();
     let forker = FORKER.get_or_init(|| {
-        let (orders, inbox): (_, Receiver<Order>) = sync_channel(0);
+        let (requests, inbox): (_, Receiver<ForkRequest>) = sync_channel(0);
         std::thread::spawn(move || {
-            // The sender is a static, so this loop, and with it the thread, ends with the process.
-            while let Ok(mut order) = inbox.recv() {
-                let _ = order.reply.send(order.command.spawn());
+            // The sender is a static, so this loop ends only with the process.
+            while let Ok(mut request) = inbox.recv() {
+                let _ = request.reply.send(request.command.spawn());
             }
         });
-        orders
+        requests
     });
     let (reply, answer) = sync_channel(1);
-    forker.send(Order { command, reply }).expect("the forking thread never ends");
+    forker.send(ForkRequest { command, reply }).expect("the forking thread never ends");
     answer.recv().expect("the forking thread never ends")
 }
 
-/// What a process printed, both streams in the order they were read.
+/// The output of a process: the lines of both streams in the order in which they were read.
 #[derive(Default)]
 pub struct Output {
     lines: Mutex<VecDeque<(Stream, String)>>,
@@ -55,7 +59,7 @@ pub enum Stream {
 
 impl Output {
     fn push(&self, stream: Stream, line: String) {
-        let mut lines = self.lines.lock().expect("no holder panics");
+        let mut lines = self.lines.lock().expect("the lock is not poisoned");
         if lines.len() == LINES_MAX {
             lines.pop_front();
         }
@@ -63,19 +67,19 @@ impl Output {
     }
 
     pub fn lines(&self, stream: Stream) -> Vec<String> {
-        let lines = self.lines.lock().expect("no holder panics");
+        let lines = self.lines.lock().expect("the lock is not poisoned");
         lines.iter().filter(|(s, _)| *s == stream).map(|(_, line)| line.clone()).collect()
     }
 
-    /// The last `count` lines of both streams, for a failure's report.
+    /// The last `count` lines of both streams.
     pub fn tail(&self, count: usize) -> String {
-        let lines = self.lines.lock().expect("no holder panics");
+        let lines = self.lines.lock().expect("the lock is not poisoned");
         let skipped = lines.len().saturating_sub(count);
         lines.iter().skip(skipped).map(|(_, line)| format!("    {line}\n")).collect()
     }
 
     pub fn contains(&self, text: &str) -> bool {
-        self.lines.lock().expect("no holder panics").iter().any(|(_, line)| line.contains(text))
+        self.lines.lock().expect("the lock is not poisoned").iter().any(|(_, line)| line.contains(text))
     }
 }
 
@@ -89,7 +93,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `program` in `dir` with only `env`; what it prints is captured.
+    /// Starts `program` in `dir` with no environment but `env`, and captures its output.
     pub fn start(
         name: &str,
         program: &Path,
@@ -108,15 +112,17 @@ impl Process {
         read_lines(child.stderr.take(), Stream::Err, &output, done);
         let pid = Pid::from_raw(i32::try_from(child.id()).expect("a pid fits"));
         let ended: Ended = Arc::default();
-        let teller = Arc::clone(&ended);
+        let notifier = Arc::clone(&ended);
         std::thread::spawn(move || {
-            let status = child.wait().expect("our own child can be waited for");
-            // The last lines belong to the end. A grandchild may hold the pipe open, so not for ever.
+            let status = child.wait().expect("a child process can be waited for");
+            // First both pipes are read to their end, for the last lines. The wait has a deadline, because a
+            // grandchild may keep a pipe open.
+            let end = Instant::now() + OUTPUT_WITHIN;
             for _ in 0..2 {
-                let _ = read_to_end.recv_timeout(Duration::from_secs(1));
+                let _ = read_to_end.recv_timeout(end.saturating_duration_since(Instant::now()));
             }
-            *teller.0.lock().expect("no holder panics") = Some(status);
-            teller.1.notify_all();
+            *notifier.0.lock().expect("the lock is not poisoned") = Some(status);
+            notifier.1.notify_all();
         });
         Ok(Self { name: name.to_owned(), pid, output, ended })
     }
@@ -130,32 +136,40 @@ impl Process {
     }
 
     pub fn signal(&self, signal: Signal) {
-        let status = self.ended.0.lock().expect("no holder panics");
-        // After its end the pid may be somebody else's.
+        let status = self.ended.0.lock().expect("the lock is not poisoned");
+        // After the exit the pid may belong to another process.
         if status.is_none() {
             let _ = kill(self.pid, signal);
         }
     }
 
     pub fn exit_status(&self) -> Option<ExitStatus> {
-        *self.ended.0.lock().expect("no holder panics")
+        *self.ended.0.lock().expect("the lock is not poisoned")
     }
 
-    /// Blocks until the process has ended; `None`: not in time.
-    pub fn wait(&self, deadline: Duration) -> Option<ExitStatus> {
-        let end = Instant::now() + deadline;
-        let mut status = self.ended.0.lock().expect("no holder panics");
-        while status.is_none() {
-            let left = end.checked_duration_since(Instant::now())?;
-            status = self.ended.1.wait_timeout(status, left).expect("no holder panics").0;
-        }
-        *status
+    /// Waits for the exit. Panics with the last output when `deadline` has passed.
+    pub async fn wait_for_exit(&self, deadline: Duration) -> ExitStatus {
+        let exited = || async { self.exit_status().ok_or_else(|| self.output.tail(50)) };
+        eventually(&format!("the exit of {}", self.name), deadline, exited).await
     }
 
-    /// Kills and reaps.
+    /// Waits until the process has printed a line that contains `text`.
+    pub async fn wait_for_output(&self, text: &str, deadline: Duration) {
+        let printed =
+            || async { self.output.contains(text).then_some(()).ok_or_else(|| self.output.tail(20)) };
+        eventually(&format!("{text:?} in the output of {}", self.name), deadline, printed).await;
+    }
+
+    /// Sends SIGKILL, and blocks until the process is reaped.
     pub fn kill(&self) {
         self.signal(Signal::SIGKILL);
-        assert!(self.wait(Duration::from_secs(10)).is_some(), "{} does not die of SIGKILL", self.name);
+        let status = self.ended.0.lock().expect("the lock is not poisoned");
+        let ended = self.ended.1.wait_timeout_while(status, SOON, |status| status.is_none());
+        assert!(
+            ended.expect("the lock is not poisoned").0.is_some(),
+            "{} does not exit on SIGKILL",
+            self.name
+        );
     }
 }
 
@@ -185,7 +199,7 @@ fn read_lines(
     });
 }
 
-/// A directory of one test's own, gone with it (unless the test failed: then the next run removes it).
+/// A temporary directory. It is deleted on drop, or by the next run if the test failed.
 pub struct Scratch(PathBuf);
 
 impl Scratch {
@@ -210,7 +224,7 @@ impl Drop for Scratch {
     }
 }
 
-/// This run's directory. The first caller clears away those of runs that have ended.
+/// The directory of this run. The first call deletes those of earlier runs.
 fn scratch_root() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     ROOT.get_or_init(|| {
@@ -226,15 +240,15 @@ fn scratch_root() -> &'static Path {
     })
 }
 
-/// A loopback port that nobody listens on now. Another process may take it first: callers try again.
+/// A loopback port without a listener. Another process may bind it first; then the caller tries again.
 pub fn free_port() -> u16 {
     let probe = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("loopback has a free port");
     probe.local_addr().expect("a bound socket has an address").port()
 }
 
-/// Starts a server that must be told its port; again on another one if it ended at once, since a free port
-/// may be taken between the question and the bind.
-pub fn start_on_free_port(
+/// Starts a server on a free port and waits until it listens. Another process may bind the port first. Then
+/// the server exits at once, and is started again on another port.
+pub async fn start_on_free_port(
     name: &str,
     mut start: impl FnMut(u16) -> std::io::Result<Process>,
     is_up: impl Fn(u16) -> bool,
@@ -244,38 +258,51 @@ pub fn start_on_free_port(
         let port = free_port();
         let process = match start(port) {
             Ok(process) => process,
-            Err(e) => panic!("cannot start {name} ({e}): run `make test`, which installs what is missing"),
+            Err(e) => panic!("cannot start {name} ({e}): run `make test`, which installs it"),
         };
-        let up = poll_blocking(Duration::from_secs(60), || {
-            if let Some(status) = process.exit_status() {
-                return Ok(Err(format!("{name} ended at once, {status}")));
+        let is_listening = eventually(name, LISTENS_WITHIN, || async {
+            match (is_up(port), process.exit_status()) {
+                (_, Some(_)) => Ok(false),
+                (true, None) => Ok(true),
+                (false, None) => Err(process.output().tail(20)),
             }
-            if is_up(port) { Ok(Ok(())) } else { Err(format!("{name} does not answer")) }
-        });
-        match up.and_then(|ended| ended) {
-            Ok(()) => return (process, port),
-            Err(why) => last = format!("{why}:\n{}", process.output().tail(20)),
+        })
+        .await;
+        if is_listening {
+            return (process, port);
         }
+        last = format!("{name} exited at once:\n{}", process.output().tail(20));
     }
-    panic!("{last}\nIf something is missing: run `make test`, which installs it.");
+    panic!("{last}\nIf a program is missing: run `make test`, which installs it.");
 }
 
-/// The addresses, in the kernel's hexadecimal, on which anybody listens on `port`.
+/// The addresses with a listener on `port`, in the hexadecimal form of the kernel.
 pub fn listening_on(port: u16) -> Vec<String> {
     let ending = format!(":{port:04X}");
-    let mut addresses = Vec::new();
+    let listening = sockets("0A");
+    listening.iter().filter_map(|(local, _)| Some(local.strip_suffix(&ending)?.to_owned())).collect()
+}
+
+/// Whether the server's socket for the client at `client_port` is still in the state ESTABLISHED.
+pub fn is_connected(port: u16, client_port: u16) -> bool {
+    let (local_end, remote_end) = (format!(":{port:04X}"), format!(":{client_port:04X}"));
+    sockets("01").iter().any(|(local, remote)| local.ends_with(&local_end) && remote.ends_with(&remote_end))
+}
+
+/// The local and remote addresses of all TCP sockets in a state, in the hexadecimal form of the kernel.
+fn sockets(state: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
     for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
         // tcp6 is missing where IPv6 is switched off.
         let table = std::fs::read_to_string(table).unwrap_or_default();
         for line in table.lines().skip(1) {
             let words: Vec<&str> = line.split_whitespace().collect();
-            // sl, local address, remote address, state; 0A is LISTEN
-            if let [_, local, _, "0A", ..] = words.as_slice()
-                && let Some(address) = local.strip_suffix(&ending)
+            if let [_, local, remote, its_state, ..] = words.as_slice()
+                && *its_state == state
             {
-                addresses.push(address.to_owned());
+                found.push(((*local).to_owned(), (*remote).to_owned()));
             }
         }
     }
-    addresses
+    found
 }

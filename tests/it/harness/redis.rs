@@ -1,4 +1,4 @@
-//! A Redis of a test's own, and the few words of its protocol that the tests speak.
+//! A Redis server of one test, and a minimal client.
 
 use super::process::{Process, Scratch, start_on_free_port};
 use super::wait::{SOON, eventually};
@@ -6,14 +6,11 @@ use nix::sys::signal::Signal;
 use std::io::{Error, ErrorKind, Result};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-const ANSWER_WITHIN: Duration = Duration::from_secs(10);
-
-/// Not shared between tests, though that would be cheaper by some 20 ms each: a gateway looks after the jobs
-/// of dead nodes of *its* Redis, and must not find those of another test.
+/// Not shared between tests, although that would save about 20 ms for each: a gateway adopts the jobs of all
+/// dead nodes in its Redis, and must not adopt those of another test.
 pub struct Redis {
     process: Option<Process>,
     port: u16,
@@ -22,11 +19,11 @@ pub struct Redis {
 }
 
 impl Redis {
-    pub fn start(password: Option<&str>) -> Self {
+    pub async fn start(password: Option<&str>) -> Self {
         let dir = Scratch::new("redis");
         let password = password.map(ToOwned::to_owned);
         let start = |port| redis_server(port, password.as_deref(), dir.path());
-        let (process, port) = start_on_free_port("redis-server", start, answers);
+        let (process, port) = start_on_free_port("redis-server", start, answers).await;
         Self { process: Some(process), port, password, dir }
     }
 
@@ -42,13 +39,13 @@ impl Redis {
         self.password.as_deref()
     }
 
-    /// As `REDIS_URL` wants it.
+    /// The value of `REDIS_URL`.
     pub fn url(&self) -> String {
         let login = self.password.as_ref().map_or(String::new(), |password| format!(":{password}@"));
         format!("redis://{login}{}", self.addr())
     }
 
-    /// As SIGKILL leaves it: gone, with all its data.
+    /// Kills the server. Its data is lost.
     pub fn kill(&mut self) {
         if let Some(process) = self.process.take() {
             process.kill();
@@ -59,22 +56,22 @@ impl Redis {
         self.process.as_ref().expect("it runs").signal(signal);
     }
 
-    /// Starts again, empty, on the same port.
-    pub fn restart(&mut self) {
+    /// Starts again without data, on the same port.
+    pub async fn restart(&mut self) {
         self.kill();
         let start = |_| redis_server(self.port, self.password.as_deref(), self.dir.path());
         let at = self.port;
-        let (process, _) = start_on_free_port("redis-server", start, |_| answers(at));
+        let (process, _) = start_on_free_port("redis-server", start, |_| answers(at)).await;
         self.process = Some(process);
     }
 
-    /// One command on a connection of its own.
+    /// Sends one command on a new connection.
     pub async fn command(&self, words: &[&[u8]]) -> Reply {
-        let mut client = Client::open(self).await.expect("Redis takes connections");
+        let mut client = Client::open(self).await.expect("Redis accepts connections");
         client.command(words).await.expect("Redis answers")
     }
 
-    /// One command that must succeed, in words.
+    /// Sends one command, which must succeed. `words` is separated by spaces.
     pub async fn order(&self, words: &str) -> Reply {
         let words: Vec<&[u8]> = words.split(' ').map(str::as_bytes).collect();
         match self.command(&words).await {
@@ -83,7 +80,7 @@ impl Redis {
         }
     }
 
-    /// Becomes a replica of another one, and has its data.
+    /// Becomes a replica of `primary`, and waits until it has its data.
     pub async fn follow(&self, primary: &Self) {
         self.order(&format!("REPLICAOF 127.0.0.1 {}", primary.port)).await;
         eventually("replication", SOON, || async {
@@ -102,13 +99,42 @@ impl Redis {
         }
     }
 
-    /// What a worker does with a result, first half.
-    /// How many jobs the journal of a job's node holds.
+    /// Publishes until there is a subscriber: a node may be subscribing again. Returns the number of
+    /// receivers.
+    pub async fn publish_until_received(&self, channel: &str, payload: &[u8]) -> i64 {
+        eventually(&format!("a subscriber of {channel}"), SOON, || async {
+            match self.publish(channel, payload).await {
+                0 => Err("no subscriber".to_owned()),
+                receivers => Ok(receivers),
+            }
+        })
+        .await
+    }
+
+    /// The number of calls of these commands.
+    pub async fn calls(&self, commands: &[&str]) -> u64 {
+        let Reply::Bulk(stats) = self.order("INFO commandstats").await else { panic!("INFO is text") };
+        let stats = String::from_utf8(stats).expect("INFO is text");
+        let calls = |line: &str| {
+            let (command, rest) = line.strip_prefix("cmdstat_")?.split_once(":calls=")?;
+            commands.contains(&command).then(|| rest.split(',').next()?.parse::<u64>().ok())?
+        };
+        stats.lines().filter_map(calls).sum()
+    }
+
+    /// The unique ids of the connections with subscriptions.
+    pub async fn subscribers(&self) -> Vec<String> {
+        let Reply::Bulk(list) = self.order("CLIENT LIST TYPE pubsub").await else { panic!("a list is text") };
+        let list = String::from_utf8(list).expect("a list is text");
+        list.lines().map(|line| line.split(' ').next().expect("an id").to_owned()).collect()
+    }
+
+    /// The number of jobs in the journal of a job's node.
     pub async fn journaled(&self, job_id: &str) -> i64 {
         let key = format!("inflight:{{{}}}", &job_id[..8]);
         match self.command(&[b"HLEN", key.as_bytes()]).await {
             Reply::Integer(count) => count,
-            other => panic!("HLEN answers {other:?}"),
+            other => panic!("HLEN returns {other:?}"),
         }
     }
 
@@ -132,7 +158,7 @@ fn answers(port: u16) -> bool {
     std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
 }
 
-/// What Redis said.
+/// A reply of Redis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     Simple(String),
@@ -167,7 +193,7 @@ impl Client {
 
     /// The next reply, or the next message of a subscription.
     pub async fn reply(&mut self) -> Result<Reply> {
-        match tokio::time::timeout(ANSWER_WITHIN, Box::pin(self.read_reply())).await {
+        match tokio::time::timeout(SOON, Box::pin(self.read_reply())).await {
             Ok(reply) => reply,
             Err(_) => Err(Error::new(ErrorKind::TimedOut, "Redis does not answer")),
         }

@@ -1,4 +1,4 @@
-//! Certificates made for a test, and a client that believes in them.
+//! Certificates of a test, and servers and clients that use them.
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use rustls::pki_types::pem::PemObject;
@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-/// One who issues certificates.
+/// A certificate authority.
 pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 /// A certificate and its key, in PEM.
@@ -38,7 +38,8 @@ impl Authority {
     pub fn issue(&self, name: &str) -> Identity {
         let key = KeyPair::generate().expect("a key");
         let mut params = CertificateParams::new(vec![name.to_owned()]).expect("a name");
-        // To OpenSSL a certificate with its issuer's name and no identifier of that one's key is self-signed.
+        // OpenSSL treats a certificate with the name of its issuer and no authority key identifier as
+        // self-signed.
         params.distinguished_name.push(DnType::CommonName, name);
         params.use_authority_key_identifier_extension = true;
         let certificate = params.signed_by(&key, &self.0).expect("a certificate");
@@ -55,7 +56,7 @@ impl Identity {
     }
 }
 
-/// What a server needs that is known as `identity`.
+/// The acceptor of a server with this certificate.
 pub fn server(identity: &Identity) -> TlsAcceptor {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
@@ -66,7 +67,7 @@ pub fn server(identity: &Identity) -> TlsAcceptor {
     TlsAcceptor::from(Arc::new(builder.with_single_cert(chain, key).expect("its own key")))
 }
 
-/// A client that believes `authority`, speaks these protocols, and shows `identity` if it has one.
+/// A client that trusts `authority`, offers these protocols, and presents `identity` if there is one.
 pub fn client(authority: &Authority, protocols: &[&str], identity: Option<&Identity>) -> TlsConnector {
     let mut roots = RootCertStore::empty();
     let certificates = |pem: &str| -> Vec<CertificateDer<'static>> {

@@ -1,4 +1,4 @@
-//! Code to upload, and the forms it travels in.
+//! Code archives, and multipart forms.
 
 use super::http::Request;
 use super::{Gateway, Platform};
@@ -9,12 +9,12 @@ use zip::write::SimpleFileOptions;
 
 const BOUNDARY: &str = "a-boundary-of-the-tests";
 
-/// A zip of these files.
+/// A zip archive of these files.
 pub fn zipped(files: &[(&str, &[u8])]) -> Vec<u8> {
     zip_with(SimpleFileOptions::default(), files)
 }
 
-/// The same, not compressed.
+/// The same without compression.
 pub fn stored(files: &[(&str, &[u8])]) -> Vec<u8> {
     zip_with(SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored), files)
 }
@@ -28,7 +28,7 @@ fn zip_with(options: SimpleFileOptions, files: &[(&str, &[u8])]) -> Vec<u8> {
     zip.finish().expect("a zip in memory").into_inner()
 }
 
-/// Python code that prints `marker`, wherever it runs: the local worker runs it, the test worker shows its source.
+/// Python code whose output contains `marker`: the local worker runs it, the test worker prints its source.
 pub fn printing(marker: &str) -> Vec<u8> {
     zipped(&[("main.py", format!("print({marker:?})\n").as_bytes())])
 }
@@ -61,22 +61,31 @@ pub fn form(request: Request, parts: &[Part<'_>]) -> Request {
 }
 
 impl Gateway {
-    /// Uploads python code that prints `marker`: the id of the new function.
+    /// Uploads python code that prints `marker`. Returns the id of the new function.
     pub async fn upload(&self, marker: &str) -> String {
-        let parts = [Part::File("code.zip", &printing(marker))];
+        self.upload_zip(&printing(marker)).await
+    }
+
+    /// Uploads python code. Returns the id of the new function.
+    pub async fn upload_python(&self, source: &str) -> String {
+        self.upload_zip(&zipped(&[("main.py", source.as_bytes())])).await
+    }
+
+    async fn upload_zip(&self, zip: &[u8]) -> String {
+        let parts = [Part::File("code.zip", zip)];
         let answer = form(self.request("POST", "/upload"), &parts).send().await.expect(200).json();
         assert_eq!(answer["success"], true, "{answer}");
         answer["functionId"].as_str().expect("an id").to_owned()
     }
 
-    /// What a run of the function prints; the test worker is told to show the code.
+    /// Runs the function. The test worker prints its code.
     pub async fn run_code(&self, function: &str) -> Value {
         self.run(function, &serde_json::json!({ "behave": "code" })).send().await.expect(200).json()
     }
 }
 
 impl Platform {
-    /// The keys of the stored code of a function. `serve` only.
+    /// The keys of the stored archives of a function. `serve` only.
     pub async fn stored_code(&self, function: &str) -> Vec<String> {
         self.fleet().cloud.objects(&format!("functions/{function}/")).await
     }

@@ -1,4 +1,4 @@
-//! A service behind the gateway: it says what it was asked, and counts.
+//! A service behind the gateway. It echoes and counts requests.
 
 use super::http::{Conn, Message};
 use super::wait::spawn;
@@ -13,8 +13,8 @@ use tokio::task::JoinHandle;
 #[derive(Default)]
 struct Seen {
     requests: Mutex<Vec<Message>>,
-    checks: AtomicUsize,
-    is_sick: AtomicBool,
+    health_checks: AtomicUsize,
+    is_unhealthy: AtomicBool,
 }
 
 pub struct Upstream {
@@ -42,18 +42,18 @@ impl Upstream {
         self.addr
     }
 
-    /// What it was asked, health checks left out.
+    /// The received requests, without health checks.
     pub fn requests(&self) -> Vec<Message> {
-        self.seen.requests.lock().expect("nobody panics with it").clone()
+        self.seen.requests.lock().expect("the lock is not poisoned").clone()
     }
 
-    pub fn checks(&self) -> usize {
-        self.seen.checks.load(Ordering::Relaxed)
+    pub fn health_checks(&self) -> usize {
+        self.seen.health_checks.load(Ordering::Relaxed)
     }
 
-    /// From now on it answers health checks with 500.
-    pub fn fall_sick(&self) {
-        self.seen.is_sick.store(true, Ordering::Relaxed);
+    /// Answers health checks with 500 from now on.
+    pub fn fail_health_checks(&self) {
+        self.seen.is_unhealthy.store(true, Ordering::Relaxed);
     }
 }
 
@@ -68,12 +68,12 @@ async fn serve(stream: TcpStream, seen: &Seen) {
     while let Ok(Some(request)) = conn.request().await {
         let path = request.start.split(' ').nth(1).unwrap_or_default().to_owned();
         if path == "/healthz" {
-            seen.checks.fetch_add(1, Ordering::Relaxed);
-            let status = if seen.is_sick.load(Ordering::Relaxed) { "500 Sick" } else { "200 OK" };
+            seen.health_checks.fetch_add(1, Ordering::Relaxed);
+            let status = if seen.is_unhealthy.load(Ordering::Relaxed) { "500 Unhealthy" } else { "200 OK" };
             let _ = conn.write(format!("HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n").as_bytes()).await;
             continue;
         }
-        seen.requests.lock().expect("nobody panics with it").push(request.clone());
+        seen.requests.lock().expect("the lock is not poisoned").push(request.clone());
         if request.header("upgrade").is_some() {
             return echo(conn).await;
         }
@@ -95,7 +95,7 @@ async fn serve(stream: TcpStream, seen: &Seen) {
     }
 }
 
-/// The body of `/chunked`, by its chunks, one of them larger than any buffer on the way.
+/// The chunks of the body of `/chunked`. One is larger than any buffer on the way.
 pub fn chunks() -> [Vec<u8>; 3] {
     [vec![b'a'; 10], vec![b'b'; 100_000], vec![b'c'; 1000]]
 }
@@ -121,7 +121,7 @@ async fn answer_to(request: &Message) -> Vec<u8> {
     [head.into_bytes(), body.into_bytes()].concat()
 }
 
-/// As a WebSocket server would, but for the handshake's key and the frames: it sends back what it gets.
+/// Switches protocols and echoes bytes, without the key and the frames of WebSocket.
 async fn echo(conn: Conn) {
     let (mut stream, unread) = conn.into_parts();
     let switched = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n";

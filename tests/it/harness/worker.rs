@@ -1,14 +1,22 @@
-//! The Python worker (`tests/it/worker/worker.py`): written from the contract, not from our code.
+//! The Python worker (`tests/it/worker/worker.py`). It is written from the contract, not from the code.
 
 use super::aws::{Cloud, credentials_env, venv};
 use super::process::{Process, Scratch, Stream};
 use super::redis::Redis;
-use super::wait::poll_blocking;
+use super::wait::SOON;
+use base64::Engine;
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::time::Duration;
 
 const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// The input of a run whose result is exactly this text.
+pub fn literal(result: &str) -> Value {
+    let base64 = base64::engine::general_purpose::STANDARD.encode(result);
+    json!({ "behave": "literal", "base64": base64 })
+}
 
 pub struct Worker {
     process: Process,
@@ -16,7 +24,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Returns before the worker is ready; its messages wait for it on the queue.
+    /// Returns before the worker is ready. Its messages wait on the queue.
     pub fn start(cloud: &Cloud, redis: &Redis) -> Self {
         let dir = Scratch::new("worker");
         let mut env = super::path_env();
@@ -32,21 +40,17 @@ impl Worker {
         Self { process: process.expect("the venv's Python starts"), _dir: dir }
     }
 
-    pub fn wait_ready(&self) {
-        let ready = poll_blocking(READY_WITHIN, || {
-            let output = self.process.output();
-            if output.contains("worker ready") { Ok(()) } else { Err(output.tail(20)) }
-        });
-        assert!(ready.is_ok(), "the worker is not ready: {ready:?}");
+    pub async fn wait_ready(&self) {
+        self.process.wait_for_output("worker ready", READY_WITHIN).await;
     }
 
-    /// Ends it, and asserts that no job broke it.
-    pub fn stop(&self) {
-        self.wait_ready();
+    /// Stops the worker, and asserts that it has printed no errors.
+    pub async fn stop(&self) {
+        self.wait_ready().await;
         self.process.signal(Signal::SIGTERM);
-        let status = self.process.wait(Duration::from_secs(10));
-        assert!(status.is_some_and(|s| s.success()), "the worker ended with {status:?}");
+        let status = self.process.wait_for_exit(SOON).await;
+        assert!(status.success(), "the worker exited with {status}");
         let errors = self.process.output().lines(Stream::Err);
-        assert!(errors.is_empty(), "the worker complained: {errors:#?}");
+        assert!(errors.is_empty(), "the worker printed errors: {errors:#?}");
     }
 }

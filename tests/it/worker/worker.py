@@ -1,24 +1,25 @@
-"""A worker of the function platform, for the tests: written from the contract alone.
+"""A worker of the function platform for the tests. It is written from the contract.
 
-It polls the task queue, "runs" each job, and tells the result in the order the contract fixes: PUBLISH
-result:<requestId>, SETEX job:<requestId> 3600, delete the message. What a job does is chosen by its input:
+It polls the task queue, "runs" each job, and reports the result in the order of the contract: PUBLISH
+result:<requestId>, SETEX job:<requestId> 3600, delete the message. The input selects the behaviour of a job:
 
     {"behave": "echo"}                        the default: stdout is the input as JSON
-    {"behave": "sleep", "ms": 500}            echo, later
+    {"behave": "sleep", "ms": 500}            echo after a delay
+    {"behave": "hold", "until": "…"}          echo, once this key exists in Redis
     {"behave": "fail"}                        exit code 1, status FAILED, the input on stderr
     {"behave": "stdout", "text": "…", "times": 3}   stdout is the text, repeated
     {"behave": "literal", "base64": "…"}      the result is exactly these bytes
     {"behave": "huge", "bytes": 5000000}      a result of about that size
     {"behave": "no_status"}                   a result without status and exit code
-    {"behave": "code"}                        stdout is the source of the job's code (main.py), fetched from the bucket
-    {"behave": "publish_twice"}               the same result twice, as a second run of the message gives
+    {"behave": "code"}                        stdout is the code of the function (main.py in the bucket)
+    {"behave": "publish_twice"}               the result is published twice, as after a redelivery
     {"behave": "store_only"}                  stored, never published
     {"behave": "publish_only"}                published, never stored
-    {"behave": "another_id"}                  published under the id of a job that never was as well
-    {"behave": "never"}                       the message is deleted, and no word of a result
+    {"behave": "another_id"}                  published also under an unknown job id
+    {"behave": "never"}                       the message is deleted, and there is no result
 
-By hand: the environment is the controller's (SQS_URL, REDIS_HOST and REDIS_PORT or REDIS_URL, AWS_*), then
-`python worker.py`. It prints one line when it is ready, and ends on SIGTERM or SIGINT.
+To run it by hand, set the environment of the controller (SQS_URL, REDIS_HOST and REDIS_PORT or REDIS_URL,
+AWS_*), then `python worker.py`. It prints one line when it is ready, and exits on SIGTERM or SIGINT.
 """
 
 import base64
@@ -39,7 +40,7 @@ from botocore.config import Config
 POLLERS = 2
 RUNS_MAX = 64
 RESULT_TTL_S = 3600
-REDIS_AWAY_S = 90
+REDIS_RETRY_S = 90
 WORKER_ID = f"test-worker-{os.getpid()}"
 
 
@@ -57,7 +58,7 @@ def connect_sqs():
 
 
 def source_of(job):
-    """The source of a job's code, as a worker that runs it would fetch it."""
+    """The source of the function, read from the bucket."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("S3_ENDPOINT")
     path_style = Config(s3={"addressing_style": "path"})
     s3 = boto3.client("s3", region_name=os.environ["AWS_REGION"], endpoint_url=endpoint, config=path_style)
@@ -66,7 +67,7 @@ def source_of(job):
 
 
 def result_of(job, started):
-    """The result of a run that went well, with every member the contract names."""
+    """A successful result with all members of the contract."""
     took_ms = (time.monotonic() - started) * 1000
     return {
         "requestId": job["requestId"],
@@ -94,7 +95,7 @@ def result_of(job, started):
 
 
 def run(job):
-    """The bytes to publish for a job."""
+    """The bytes of the result."""
     started = time.monotonic()
     given = job.get("input")
     given = given if isinstance(given, dict) else {}
@@ -117,14 +118,14 @@ def run(job):
     return json.dumps(result, ensure_ascii=False).encode()
 
 
-def tell(store, *command):
-    """One command to Redis, which may be away for a while."""
-    give_up = time.monotonic() + REDIS_AWAY_S
+def execute(store, *command):
+    """Sends a command to Redis, with retries during an outage."""
+    end = time.monotonic() + REDIS_RETRY_S
     while True:
         try:
             return store.execute_command(*command)
         except (redis.ConnectionError, redis.TimeoutError):
-            if time.monotonic() > give_up:
+            if time.monotonic() > end:
                 raise
             time.sleep(0.1)
 
@@ -133,23 +134,26 @@ def handle(sqs, store, queue_url, message):
     job = json.loads(message["Body"])
     given = job.get("input")
     behave = given.get("behave") if isinstance(given, dict) else None
+    if behave == "hold":
+        while not execute(store, "EXISTS", given["until"]):
+            time.sleep(0.05)
     result = run(job)
     request_id = job["requestId"]
     if behave == "another_id":
-        tell(store, "PUBLISH", f"result:{request_id[:-12]}{0:012x}", result)
+        execute(store, "PUBLISH", f"result:{request_id[:-12]}{0:012x}", result)
     if behave not in ("store_only", "never"):
         for _ in range(2 if behave == "publish_twice" else 1):
-            tell(store, "PUBLISH", f"result:{request_id}", result)
+            execute(store, "PUBLISH", f"result:{request_id}", result)
     if behave not in ("publish_only", "never"):
-        # SETEX as the contract has it; the library's own name for it is deprecated.
-        tell(store, "SETEX", f"job:{request_id}", RESULT_TTL_S, result)
+        # SETEX, as in the contract. The method of the library for it is deprecated.
+        execute(store, "SETEX", f"job:{request_id}", RESULT_TTL_S, result)
     sqs.delete_message(QueueUrl=queue_url, ReceiptHandle=message["ReceiptHandle"])
 
 
 def handle_or_report(permits, *args):
     try:
         handle(*args)
-    except Exception as error:  # one bad message must not end the worker
+    except Exception as error:  # one invalid message must not end the worker
         print(f"job failed: {error!r}", file=sys.stderr, flush=True)
     finally:
         permits.release()
@@ -162,7 +166,7 @@ def poll(sqs, store, queue_url, pool, permits):
                 QueueUrl=queue_url,
                 MaxNumberOfMessages=10,
                 WaitTimeSeconds=2,
-                # Longer than any behaviour: a message comes a second time only if its worker died.
+                # Longer than any behaviour: a message is redelivered only if its worker has died.
                 VisibilityTimeout=120,
             )
         except Exception as error:
@@ -170,15 +174,15 @@ def poll(sqs, store, queue_url, pool, permits):
             time.sleep(0.2)
             continue
         for message in answer.get("Messages", []):
-            permits.acquire()  # taken before submit: the pool's own queue has no bound
+            permits.acquire()  # acquired before submit, because the queue of the pool is unbounded
             pool.submit(handle_or_report, permits, sqs, store, queue_url, message)
 
 
 def main():
-    # Blocked in every thread and waited for below: a Python handler that sets an Event can find its lock taken by the
-    # very wait that it interrupts, and then neither ends.
-    ends = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    # Blocked in every thread and waited for below. A signal handler that sets an Event can deadlock with the
+    # wait that it interrupts.
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     queue_url = os.environ["SQS_URL"]
     sqs, store = connect_sqs(), connect_redis()
     store.ping()
@@ -188,8 +192,8 @@ def main():
         args = (sqs, store, queue_url, pool, permits)
         threading.Thread(target=poll, args=args, daemon=True).start()
     print("worker ready", flush=True)
-    signal.sigwait(ends)
-    # A run that sleeps must not hold up the end; its message comes again, as after any crash of a worker.
+    signal.sigwait(signals)
+    # Not delayed by runs that sleep. Their messages are redelivered, as after a crash.
     os._exit(0)
 
 

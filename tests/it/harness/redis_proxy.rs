@@ -1,4 +1,4 @@
-//! A line to Redis that a test can cut: one node loses it, and the others do not.
+//! A TCP proxy in front of Redis: it can cut off one node while the others stay connected.
 
 use super::redis::Redis;
 use super::wait::spawn;
@@ -11,74 +11,74 @@ use tokio::task::JoinHandle;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Passing,
-    Silent,
+    Forwarding,
+    BlackHole,
     Cut,
 }
 
-pub struct Link {
+pub struct RedisProxy {
     addr: SocketAddr,
     state: watch::Sender<State>,
-    /// Where new connections lead.
+    /// The server for new connections.
     upstream: Arc<Mutex<SocketAddr>>,
     accepting: JoinHandle<()>,
 }
 
-impl Link {
+impl RedisProxy {
     pub async fn to(redis: &Redis) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("loopback has a free port");
         let addr = listener.local_addr().expect("a bound socket has an address");
-        let (state, of_clients) = watch::channel(State::Passing);
+        let (state, of_clients) = watch::channel(State::Forwarding);
         let upstream = Arc::new(Mutex::new(redis.addr()));
-        let leads_to = Arc::clone(&upstream);
+        let current = Arc::clone(&upstream);
         let accepting = spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let upstream = *leads_to.lock().expect("no holder panics");
-                // Either side may hang up whenever it likes.
-                spawn(carry(client, upstream, of_clients.clone()));
+                let upstream = *current.lock().expect("the lock is not poisoned");
+                // Either side may close its connection at any time.
+                spawn(forward(client, upstream, of_clients.clone()));
             }
         });
         Self { addr, state, upstream, accepting }
     }
 
-    /// New connections lead to another Redis; those that stand stay where they are. As a name does after a
-    /// fail-over.
-    pub fn lead_to(&self, redis: &Redis) {
-        *self.upstream.lock().expect("no holder panics") = redis.addr();
+    /// Redirects new connections to another server, as a DNS name does after a fail-over. Open connections
+    /// stay.
+    pub fn redirect_to(&self, redis: &Redis) {
+        *self.upstream.lock().expect("the lock is not poisoned") = redis.addr();
     }
 
-    /// [`Self::url`] for a user of Redis.
+    /// [`Self::url`] with a user and a password.
     pub fn url_of(&self, user: &str, password: &str) -> String {
         format!("redis://{user}:{password}@{}", self.addr)
     }
 
-    /// As `REDIS_URL` wants it.
+    /// The value of `REDIS_URL`.
     pub fn url(&self) -> String {
         format!("redis://{}", self.addr)
     }
 
-    /// Ends every connection, and every new one at once.
+    /// Closes every connection, new ones included.
     pub fn cut(&self) {
         self.state.send_replace(State::Cut);
     }
 
-    /// Takes connections and passes nothing on, as a network that loses every packet.
-    pub fn silence(&self) {
-        self.state.send_replace(State::Silent);
+    /// Accepts connections and forwards nothing, as a network that loses every packet.
+    pub fn black_hole(&self) {
+        self.state.send_replace(State::BlackHole);
     }
 
     pub fn restore(&self) {
-        self.state.send_replace(State::Passing);
+        self.state.send_replace(State::Forwarding);
     }
 }
 
-impl Drop for Link {
+impl Drop for RedisProxy {
     fn drop(&mut self) {
         self.accepting.abort();
     }
 }
 
-async fn carry(
+async fn forward(
     client: TcpStream,
     upstream: SocketAddr,
     mut state: watch::Receiver<State>,
@@ -87,13 +87,13 @@ async fn carry(
     let (from_redis, to_redis) = TcpStream::connect(upstream).await?.into_split();
     let (there, back) = (state.clone(), state.clone());
     tokio::select! {
-        ended = pass(from_client, to_redis, there) => ended,
-        ended = pass(from_redis, to_client, back) => ended,
+        ended = copy(from_client, to_redis, there) => ended,
+        ended = copy(from_redis, to_client, back) => ended,
         _ = state.wait_for(|state| *state == State::Cut) => Ok(()),
     }
 }
 
-async fn pass(
+async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     mut state: watch::Receiver<State>,
@@ -104,8 +104,8 @@ async fn pass(
         if count == 0 {
             return Ok(());
         }
-        // A link that is gone passes nothing more.
-        if state.wait_for(|state| *state != State::Silent).await.is_err() {
+        // The proxy was dropped.
+        if state.wait_for(|state| *state != State::BlackHole).await.is_err() {
             return Ok(());
         }
         to.write_all(&bytes[..count]).await?;

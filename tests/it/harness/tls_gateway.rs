@@ -6,28 +6,28 @@ use super::tls::Authority;
 use super::wait::{SOON, eventually};
 use std::net::SocketAddr;
 
-/// The name in its certificate.
+/// The name in the certificate.
 pub const NAME: &str = "gateway.test";
 
 const LISTENER: &str =
     "[tls]\nport = 0\naddress = \"127.0.0.1\"\ncertificate = \"certificate.pem\"\nkey = \"key.pem\"\n";
 
-pub struct Secure {
+pub struct TlsGateway {
     pub platform: Platform,
-    /// Who issued its certificate.
+    /// The issuer of the certificate.
     pub authority: Authority,
-    /// Of the listener that speaks TLS.
+    /// The address of the TLS listener.
     pub addr: SocketAddr,
 }
 
-impl Secure {
-    /// `more` and `tls` are parts of `server.toml`: before `[tls]` and at its end.
+impl TlsGateway {
+    /// `more` is the part of `server.toml` before `[tls]`; `tls` is added to `[tls]`.
     pub async fn start(tls: &str, more: &str, authority: Authority) -> Self {
         let conf = Conf { server: more.into(), ..Conf::default() };
         Self::start_with(conf, tls, authority).await
     }
 
-    /// With any other settings, to which `[tls]` is added.
+    /// With other settings, to which `[tls]` is added.
     pub async fn start_with(mut conf: Conf, tls: &str, authority: Authority) -> Self {
         conf.server.push_str(LISTENER);
         conf.server.push_str(tls);
@@ -38,7 +38,7 @@ impl Secure {
             ("clients.pem".to_owned(), authority.pem()),
         ];
         let platform = Setup::new(Backend::Dev).conf(conf).start().await;
-        let port = eventually("the line that tells the port", SOON, || async {
+        let port = eventually("the log line with the port", SOON, || async {
             let lines = platform.gateway.log();
             let line = lines.iter().find(|line| line["msg"] == "Listening for TLS");
             line.and_then(|line| line["port"].as_u64()).ok_or_else(|| "no line".to_owned())

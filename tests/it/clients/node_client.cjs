@@ -1,7 +1,8 @@
-// Speaks as the old controller's Node.js clients do: undici, connections that are kept, ten requests under way on each.
+// A client like the Node.js clients of the old controller: undici with persistent connections, and ten
+// pipelined requests on each.
 //
-// It holds each answer against the contract: shape, words and types, and that each request gets its own answer. BASE_URL
-// and API_KEY say where. It ends with 1 at the first thing that is off.
+// It checks each answer against the contract: shapes, words and types. Each request must get its own answer.
+// BASE_URL and API_KEY name the gateway. The exit code is 1 at the first mismatch.
 'use strict';
 
 const assert = require('node:assert/strict');
@@ -13,7 +14,7 @@ const DEADLINE_MS = 60_000;
 const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
 const agent = new Agent({ pipelining: PIPELINING, connections: 100 });
 
-/** A type by name, one of several (`a|b`), a pattern, an object of shapes, a list of words, or the value itself. */
+/** Asserts a type (`:a`), one of several (`:a|b`), a pattern, one of a list, the members, or the value. */
 function fits(value, shape, path) {
     if (shape instanceof RegExp) {
         assert.match(String(value), shape, path);
@@ -21,13 +22,15 @@ function fits(value, shape, path) {
         assert.ok(shape.includes(value), `${path} is ${value}, none of ${shape}`);
     } else if (shape !== null && typeof shape === 'object') {
         for (const [name, member] of Object.entries(shape)) {
-            assert.ok(value !== null && typeof value === 'object' && name in value, `${path}.${name} is missing`);
+            const has = value !== null && typeof value === 'object' && name in value;
+            assert.ok(has, `${path}.${name} is missing`);
             fits(value[name], member, `${path}.${name}`);
         }
     } else if (typeof shape === 'string' && shape.startsWith(':')) {
         const kind = Array.isArray(value) ? 'array' : value === null ? 'null' : typeof value;
         const kinds = Number.isInteger(value) ? [kind, 'integer'] : [kind];
-        assert.ok(shape.slice(1).split('|').some((name) => kinds.includes(name)), `${path} is ${value}, no ${shape}`);
+        const isKind = shape.slice(1).split('|').some((name) => kinds.includes(name));
+        assert.ok(isKind, `${path} is ${value}, not ${shape}`);
     } else {
         assert.deepEqual(value, shape, path);
     }
@@ -54,45 +57,47 @@ async function expect(status, shape, method, path, more) {
 }
 
 async function problem(status, code, method, path, more) {
-    const shape = { type: ':string', title: ':string', status, detail: ':string', requestId: ':string', code };
-    const value = await expect(status, { ...shape, error: ':string' }, method, path, more);
+    const texts = { type: ':string', title: ':string', detail: ':string', requestId: ':string' };
+    const shape = { ...texts, status, code, error: ':string' };
+    const value = await expect(status, shape, method, path, more);
     assert.equal(value.error, value.detail);
     return value.error;
 }
 
-async function eventually(what, look) {
-    const giveUp = Date.now() + DEADLINE_MS;
+async function eventually(what, probe) {
+    const end = Date.now() + DEADLINE_MS;
     for (;;) {
-        const found = await look();
+        const found = await probe();
         if (found) return found;
-        assert.ok(Date.now() < giveUp, `${what}: not in time`);
+        assert.ok(Date.now() < end, `${what}: not in time`);
         await new Promise((resolve) => setTimeout(resolve, 100));
     }
 }
 
-/** Ten under way on one connection, many times over: each request has its own answer, in its order. */
+/** 100 requests on one connection, ten at a time: each request has its own answer, in order. */
 async function pipelined() {
     const client = new Client(base, { pipelining: PIPELINING });
     try {
         const calls = Array.from({ length: 100 }, async (_, n) => {
-            const headers = { 'x-request-id': `bff-${n}` };
-            const told = { headers, dispatcher: client, idempotent: true };
+            const headers = { 'x-request-id': `request-${n}` };
+            const options = { headers, dispatcher: client, idempotent: true };
             let answer;
             if (n % 10 === 3) {
                 const body = { functionId: 'hello', inputData: { token: `token-${n}` } };
-                answer = await call('POST', '/api/run', { ...told, body });
+                answer = await call('POST', '/api/run', { ...options, body });
                 assert.equal(answer.status, 200, answer.text);
                 assert.ok(JSON.parse(answer.text).stdout.includes(`token-${n}`), answer.text);
             } else if (n % 10 === 7) {
-                answer = await call('GET', `/api/functions/absent-${n}`, told);
+                answer = await call('GET', `/api/functions/absent-${n}`, options);
                 assert.equal(answer.status, 404, answer.text);
-                assert.equal(JSON.parse(answer.text).requestId, `bff-${n}`);
+                assert.equal(JSON.parse(answer.text).requestId, `request-${n}`);
             } else {
-                answer = await call('GET', '/api/functions/hello', told);
+                answer = await call('GET', '/api/functions/hello', options);
                 assert.equal(answer.status, 200, answer.text);
-                fits(JSON.parse(answer.text), { id: 'hello', name: ':string', memoryMb: ':integer' }, 'hello');
+                const shape = { id: 'hello', name: ':string', memoryMb: ':integer' };
+                fits(JSON.parse(answer.text), shape, 'hello');
             }
-            assert.equal(answer.headers['x-request-id'], `bff-${n}`);
+            assert.equal(answer.headers['x-request-id'], `request-${n}`);
         });
         await Promise.all(calls);
     } finally {
@@ -102,7 +107,9 @@ async function pipelined() {
 
 async function workersAndSystem() {
     const pools = { python: 1, nodejs: 2, cpp: 0, go: 0 };
-    const body = { workerId: 'w-1', status: 'healthy', pools, activeJobs: 1, uptimeSeconds: 1.5, timestamp: 1.25 };
+    const body = {
+        workerId: 'w-1', status: 'healthy', pools, activeJobs: 1, uptimeSeconds: 1.5, timestamp: 1.25,
+    };
     const beat = await call('POST', '/api/worker/heartbeat', { body });
     assert.equal(beat.text, '{"ok":true}');
     const system = await expect(200, {
@@ -111,7 +118,8 @@ async function workersAndSystem() {
     assert.deepEqual(system.pools, pools);
     const { workers } = await expect(200, { totalWorkers: 1, healthyWorkers: 1 }, 'GET', '/api/workers');
     fits(workers[0], {
-        ...body, lastSeen: ':integer', receivedAt: ':integer', healthStatus: 'healthy', lastSeenAgo: /^\d+s$/,
+        ...body, lastSeen: ':integer', receivedAt: ':integer', healthStatus: 'healthy',
+        lastSeenAgo: /^\d+s$/,
     }, 'a worker');
     assert.ok(Math.abs(workers[0].lastSeen - Date.now()) < 600_000);
 }
@@ -119,19 +127,24 @@ async function workersAndSystem() {
 async function functionsAndRuns(code) {
     const form = new FormData();
     form.set('file', new Blob([code], { type: 'application/zip' }), 'code.zip');
-    form.set('description', 'of the BFF');
-    const headers = { 'x-function-name': encodeURIComponent('grüße'), 'x-runtime': 'python', 'x-memory-mb': '256' };
-    const made = await expect(200, { success: true, functionId: UUID }, 'POST', '/api/upload', { body: form, headers });
+    form.set('description', 'of the client');
+    const name = encodeURIComponent('grüße');
+    const headers = { 'x-function-name': name, 'x-runtime': 'python', 'x-memory-mb': '256' };
+    const success = { success: true, functionId: UUID };
+    const made = await expect(200, success, 'POST', '/api/upload', { body: form, headers });
     const id = made.functionId;
     const listed = await expect(200, {
-        functionId: ':string', name: ':string', description: ':string', runtime: ':string', memoryMb: ':integer',
-        invocations: ':integer', avgDuration: ':integer', avgHandlerDuration: ':number|null', uploadedAt: ':string',
+        functionId: ':string', name: ':string', description: ':string', runtime: ':string',
+        memoryMb: ':integer', invocations: ':integer', avgDuration: ':integer',
+        avgHandlerDuration: ':number|null', uploadedAt: ':string',
     }, 'GET', '/api/functions');
-    fits(listed.find((f) => f.functionId === id), { name: 'grüße', avgDuration: 0, avgHandlerDuration: null }, 'new');
-    // The one click that takes the advice, whose floor is 32.
+    const shape = { name: 'grüße', avgDuration: 0, avgHandlerDuration: null };
+    fits(listed.find((f) => f.functionId === id), shape, 'a new function');
+    // The dashboard sends recommendations unchanged; the minimum is 32.
     for (const memory of [32, 256]) {
-        await expect(200, { success: true, functionId: id }, 'PUT', `/api/functions/${id}`, { body: { memory } });
-        await expect(200, { id, memoryMb: memory, description: 'of the BFF' }, 'GET', `/api/functions/${id}`);
+        const path = `/api/functions/${id}`;
+        await expect(200, { success: true, functionId: id }, 'PUT', path, { body: { memory } });
+        await expect(200, { id, memoryMb: memory, description: 'of the client' }, 'GET', path);
     }
     const error = await problem(400, 'invalid_request', 'POST', '/api/upload', {
         body: form, headers: { ...headers, 'x-memory-mb': '64' },
@@ -147,13 +160,15 @@ async function functionsAndRuns(code) {
         const status = await expect(200, {}, 'GET', accepted.headers.location);
         return status.status === 'pending' ? null : status;
     });
-    fits(done, { requestId: jobId, functionId: id, status: 'SUCCESS', exitCode: 0, durationMs: ':number' }, 'a result');
+    fits(done, {
+        requestId: jobId, functionId: id, status: 'SUCCESS', exitCode: 0, durationMs: ':number',
+    }, 'a result');
     await expect(200, { requestId: jobId }, 'GET', `/api/status/${jobId.toUpperCase()}`);
     await problem(404, 'no_such_function', 'POST', '/api/run', { body: { functionId: 'absent' } });
 
     const row = {
-        id: UUID, requestId: UUID, timestamp: /^\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z$/, status: 'SUCCESS', duration: ':integer',
-        handlerDurationMs: ':number|null', memory: ':integer', message: ':string',
+        id: UUID, requestId: UUID, timestamp: /^\d{4}-\d\d-\d\dT[\d:]{8}\.\d{3}Z$/, status: 'SUCCESS',
+        duration: ':integer', handlerDurationMs: ':number|null', memory: ':integer', message: ':string',
     };
     const today = new Date().toISOString().slice(0, 10);
     for (const query of ['', '?limit=5000', `?startTime=${today.slice(0, 4)}-01-01`]) {
@@ -167,7 +182,7 @@ async function functionsAndRuns(code) {
     return [id, jobId];
 }
 
-/** What the dashboard shows, told apart by level and text. */
+/** Events that the dashboard classifies by level and text. */
 async function dashboard(id, jobId) {
     await problem(401, 'unauthorized', 'GET', '/api/functions', { headers: { 'x-api-key': 'wrong' } });
     const entries = await expect(200, {
@@ -175,20 +190,22 @@ async function dashboard(id, jobId) {
     }, 'GET', '/api/logs');
     const of = (msg, isIt = () => true) => entries.find((entry) => entry.msg === msg && isIt(entry));
     fits(of(`Function Executed: ${id}`), {
-        level: 'INFO', functionId: id, requestId: jobId, duration: ':number', handlerDurationMs: ':number|null',
-        memory: ':integer', status: 'SUCCESS', exitCode: 0,
+        level: 'INFO', functionId: id, requestId: jobId, duration: ':number',
+        handlerDurationMs: ':number|null', memory: ':integer', status: 'SUCCESS', exitCode: 0,
     }, 'an execution');
     const run = of('Run Request', (entry) => entry.requestId === jobId);
     fits(run, { level: 'INFO', functionId: id, modelId: 'm1', mode: 'ASYNC' }, 'a run');
     for (const msg of ['Upload Success', 'Function Updated', 'Function Deleted']) {
         fits(of(msg), { level: 'INFO', functionId: id }, msg);
     }
-    fits(of('Heartbeat received from w-1'), { level: 'INFO', activeJobs: 1, pools: ':object' }, 'a heartbeat');
-    fits(of('Unauthorized access'), { level: 'WARN', ip: '127.0.0.1' }, 'a refusal');
+    const heartbeat = { level: 'INFO', activeJobs: 1, pools: ':object' };
+    fits(of('Heartbeat received from w-1'), heartbeat, 'a heartbeat');
+    fits(of('Unauthorized access'), { level: 'WARN', ip: '127.0.0.1' }, 'a rejection');
     const models = await expect(200, { models: ':array', warning: ':string' }, 'GET', '/api/models');
     fits(models.models[0], { id: 'llama3:8b', status: 'fallback', details: ':object' }, 'a model');
     const metrics = await call('GET', '/metrics');
-    assert.match(metrics.text, new RegExp(`^function_invocations_total\\{functionId="${id}",status="SUCCESS"\\} 1$`, 'm'));
+    const series = `^function_invocations_total\\{functionId="${id}",status="SUCCESS"\\} 1$`;
+    assert.match(metrics.text, new RegExp(series, 'm'));
 }
 
 async function main() {
@@ -196,10 +213,10 @@ async function main() {
     await workersAndSystem();
     const [id, jobId] = await functionsAndRuns(code);
     await dashboard(id, jobId);
-    // Last: many runs push the rest out of the dashboard's list.
+    // Last, because many runs evict other events from the list.
     await pipelined();
     await agent.close();
-    console.log('all is as the contract has it');
+    console.log('all answers match the contract');
 }
 
 main().catch((error) => {

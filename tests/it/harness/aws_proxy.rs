@@ -1,8 +1,8 @@
-//! A proxy in front of the AWS emulator, for what the emulator cannot do: deny, be slow to answer, and fail.
+//! A proxy in front of the AWS emulator that denies calls, delays answers and injects faults.
 
 use super::aws::{Cloud, forward};
 use super::http::{Conn, Message};
-use super::wait::spawn;
+use super::wait::{pause, spawn};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
@@ -14,47 +14,47 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// How long a client waits for an answer that is lost.
+/// After this time the connection with a lost answer is closed.
 const ANSWER_LOST: Duration = Duration::from_secs(10);
 
-/// What the proxy does with each operation.
+/// How the proxy handles calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// No proxy at all.
+    /// No proxy.
     PassAll,
     PassAndCount,
-    /// What the IAM role of the old controller allows, and nothing else.
+    /// Only the operations that the IAM role of the old controller allows.
     OldRole,
     /// `OldRole` without this operation.
     Deny(&'static str),
-    /// Passes everything on at once, but keeps back the answers to this operation until [`Proxy::release`].
+    /// Forwards all calls, but holds the answers of this operation until [`AwsProxy::release`].
     Hold(&'static str),
-    /// Answers batches of messages so much later.
+    /// Delays the answers of `SendMessageBatch`.
     SlowSends(Duration),
-    /// Fails as [`Proxy::fail`] says, at first not at all. The seed says when.
+    /// Injects the faults of [`AwsProxy::inject`], none at first. The seed determines which calls fail.
     Fail(u64),
 }
 
-/// How often what fails, in percent.
+/// Percentages of calls that fail.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
-    /// Batches of messages that are refused as a whole.
+    /// `SendMessageBatch` calls that fail.
     pub batches: u64,
-    /// Messages of a batch that are not taken.
+    /// Entries of `SendMessageBatch` that fail.
     pub entries: u64,
-    /// Batches of messages that are taken, and the answer never comes.
-    pub answers: u64,
-    /// Calls to the tables that are throttled.
+    /// `SendMessageBatch` calls that succeed, but whose answer is lost.
+    pub lost_answers: u64,
+    /// DynamoDB calls that are throttled.
     pub throttled: u64,
-    /// Rows of a batch that are left unprocessed.
+    /// Items of `BatchWriteItem` that are left unprocessed.
     pub unprocessed: u64,
-    /// Calls to the queue whose connection breaks.
-    pub queue_away: u64,
-    /// The same of the tables.
-    pub tables_away: u64,
+    /// SQS calls whose connection breaks.
+    pub queue_down: u64,
+    /// DynamoDB calls whose connection breaks.
+    pub tables_down: u64,
 }
 
-/// How writes of a row fail that never passes.
+/// How the writes of a poison row fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Poison {
     ServerError,
@@ -79,9 +79,9 @@ struct Shared {
     policy: Policy,
     released: watch::Sender<bool>,
     faults: Mutex<(Faults, SmallRng)>,
-    /// Writes of rows that contain the text fail as a whole.
+    /// Writes fail if a row contains the text.
     poisons: Mutex<Vec<(String, Poison)>>,
-    /// Operations seen, and how often each was denied and passed.
+    /// Calls by operation.
     seen: Mutex<BTreeMap<String, Count>>,
 }
 
@@ -89,19 +89,19 @@ struct Shared {
 pub struct Count {
     pub passed: u32,
     pub denied: u32,
-    /// Passed on, its answer kept back so far.
+    /// Forwarded; the answer is held.
     pub held: u32,
-    /// Failed as [`Faults`] say.
+    /// Failed by [`Faults`].
     pub failed: u32,
 }
 
-pub struct Proxy {
+pub struct AwsProxy {
     addr: SocketAddr,
     shared: Arc<Shared>,
     accepting: JoinHandle<()>,
 }
 
-impl Proxy {
+impl AwsProxy {
     pub async fn start(cloud: &Cloud, policy: Policy) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("loopback has a free port");
         let addr = listener.local_addr().expect("a bound socket has an address");
@@ -121,7 +121,7 @@ impl Proxy {
             while let Ok((stream, _)) = listener.accept().await {
                 let shared = Arc::clone(&of_clients);
                 spawn(async move {
-                    // A client that hangs up in the middle is its own affair.
+                    // Clients may close connections at any time.
                     let _ = shared.serve(Conn::over(stream)).await;
                 });
             }
@@ -134,30 +134,30 @@ impl Proxy {
     }
 
     pub fn count(&self, operation: &str) -> Count {
-        self.shared.seen.lock().expect("no holder panics").get(operation).copied().unwrap_or_default()
+        self.shared.seen.lock().expect("the lock is not poisoned").get(operation).copied().unwrap_or_default()
     }
 
-    /// From now on.
-    pub fn fail(&self, faults: Faults) {
-        self.shared.faults.lock().expect("no holder panics").0 = faults;
+    /// Sets the faults of all calls from now on.
+    pub fn inject(&self, faults: Faults) {
+        self.shared.faults.lock().expect("the lock is not poisoned").0 = faults;
     }
 
-    /// From now on every write of a row that contains the text fails, alone or with others.
+    /// From now on every write of a row that contains the text fails, alone or in a batch.
     pub fn poison(&self, text: &str, poison: Poison) {
-        self.shared.poisons.lock().expect("no holder panics").push((text.to_owned(), poison));
+        self.shared.poisons.lock().expect("the lock is not poisoned").push((text.to_owned(), poison));
     }
 
-    /// Lets the held answers go, and holds none from now on.
+    /// Releases the held answers, and holds none from now on.
     pub fn release(&self) {
         self.shared.released.send_replace(true);
     }
 }
 
-impl Drop for Proxy {
+impl Drop for AwsProxy {
     fn drop(&mut self) {
         self.accepting.abort();
         if std::thread::panicking() {
-            eprintln!("--- AWS operations seen by the proxy: {:#?}", self.shared.seen);
+            eprintln!("--- AWS calls through the proxy: {:#?}", self.shared.seen);
         }
     }
 }
@@ -173,31 +173,31 @@ impl Shared {
             }
             let Some(answer) = self.answer(&operation, &request).await? else { return Ok(()) };
             let mut message = answer;
-            // The body was read whole, whatever framing it came in.
+            // The body is complete, so it gets a length in place of its framing.
             let framing = ["transfer-encoding", "content-length", "connection"];
             message.headers.retain(|(name, _)| !framing.contains(&name.to_ascii_lowercase().as_str()));
             message.headers.push(("content-length".into(), message.body.len().to_string()));
             if matches!(self.policy, Policy::Hold(held) if held == operation) {
                 self.note(&operation, |count| count.held += 1);
-                // The sender lives as long as self, so this ends only with a release.
+                // The sender lives as long as `self`, so only a release ends the wait.
                 let _ = self.released.subscribe().wait_for(|released| *released).await;
                 self.note(&operation, |count| count.held -= 1);
             }
             if let (Policy::SlowSends(late), "SendMessageBatch") = (self.policy, operation.as_str()) {
-                tokio::time::sleep(late).await;
+                pause(late).await;
             }
             client.write(&message.to_bytes()).await?;
         }
         Ok(())
     }
 
-    /// The answer, of the emulator or as a fault has it. `None`: the connection breaks.
+    /// The answer of the emulator, or that of a fault. `None`: the connection breaks.
     async fn answer(&self, operation: &str, request: &Message) -> std::io::Result<Option<Message>> {
         let is_table = request.header("x-amz-target").is_some_and(|t| t.starts_with("DynamoDB"));
         let is_send = operation == "SendMessageBatch";
-        let (faults, _) = *self.faults.lock().expect("no holder panics");
-        let away = if is_table { faults.tables_away } else { faults.queue_away };
-        if self.happens(away) {
+        let (faults, _) = *self.faults.lock().expect("the lock is not poisoned");
+        let down = if is_table { faults.tables_down } else { faults.queue_down };
+        if self.happens(down) {
             self.note(operation, |count| count.failed += 1);
             return Ok(None);
         }
@@ -225,12 +225,11 @@ impl Shared {
             }
             _ => forward(self.upstream, request).await?.message,
         };
-        if is_send && self.happens(faults.answers) {
+        if is_send && self.happens(faults.lost_answers) {
             self.note(operation, |count| count.held += 1);
-            // Longer than anybody waits for it.
-            let _ =
-                tokio::time::timeout(ANSWER_LOST, self.released.subscribe().wait_for(|released| *released))
-                    .await;
+            // Longer than the client waits.
+            let mut released = self.released.subscribe();
+            let _ = tokio::time::timeout(ANSWER_LOST, released.wait_for(|released| *released)).await;
             return Ok(None);
         }
         Ok(Some(answer))
@@ -241,11 +240,11 @@ impl Shared {
             return None;
         }
         let body = String::from_utf8_lossy(&request.body);
-        let poisons = self.poisons.lock().expect("no holder panics");
+        let poisons = self.poisons.lock().expect("the lock is not poisoned");
         poisons.iter().find(|(text, _)| body.contains(text)).map(|(_, poison)| *poison)
     }
 
-    /// Passes a batch on without some of its parts, and says of those that they were not taken.
+    /// Forwards a batch without some of its entries, and reports these as failed.
     async fn partly(
         &self,
         request: &Message,
@@ -259,7 +258,7 @@ impl Shared {
         let mut body: Value = serde_json::from_slice(&request.body)?;
         let mut given_up = json!({});
         let mut kept = 0;
-        // The messages are a list; the rows are one under the name of their table.
+        // Messages are a list. Rows are a list under the name of their table.
         let lists: Vec<(String, &mut Value)> = match &mut body[parts] {
             Value::Object(tables) => tables.iter_mut().map(|(name, list)| (name.clone(), list)).collect(),
             list => vec![(String::new(), list)],
@@ -274,7 +273,7 @@ impl Shared {
             }
         }
         let mut answer = if kept == 0 {
-            // The emulator refuses an empty batch, as AWS does.
+            // The emulator rejects an empty batch, as AWS does.
             success(json!({ "Successful": [] }))
         } else {
             let mut request = request.clone();
@@ -283,20 +282,23 @@ impl Shared {
             request.headers.push(("content-length".into(), request.body.len().to_string()));
             forward(self.upstream, &request).await?.message
         };
-        let mut said: Value = serde_json::from_slice(&answer.body)?;
-        said[left] = match given_up.get("") {
+        let mut reported: Value = serde_json::from_slice(&answer.body)?;
+        reported[left] = match given_up.get("") {
             Some(entries) => {
-                let failed = |entry: &Value| json!({ "Id": entry["Id"], "SenderFault": false, "Code": "InternalError", "Message": "by the test" });
+                let failed = |entry: &Value| {
+                    json!({ "Id": entry["Id"], "SenderFault": false, "Code": "InternalError",
+                        "Message": "by the test" })
+                };
                 entries.as_array().into_iter().flatten().map(failed).collect()
             }
             None => given_up,
         };
-        answer.body = said.to_string().into_bytes();
+        answer.body = reported.to_string().into_bytes();
         Ok(answer)
     }
 
     fn happens(&self, percent: u64) -> bool {
-        percent > 0 && self.faults.lock().expect("no holder panics").1.random_range(0..100) < percent
+        percent > 0 && self.faults.lock().expect("the lock is not poisoned").1.random_range(0..100) < percent
     }
 
     fn denies(&self, operation: &str) -> bool {
@@ -313,7 +315,7 @@ impl Shared {
     }
 
     fn note(&self, operation: &str, change: impl FnOnce(&mut Count)) {
-        change(self.seen.lock().expect("no holder panics").entry(operation.to_owned()).or_default());
+        change(self.seen.lock().expect("the lock is not poisoned").entry(operation.to_owned()).or_default());
     }
 }
 
@@ -329,7 +331,7 @@ fn success(body: Value) -> Message {
     Message { start: "HTTP/1.1 200 OK".to_owned(), headers, body: body.to_string().into_bytes() }
 }
 
-/// `SendMessage`, `PutItem`, …; S3 names its operations by method and path: `s3-object-GET`, `s3-bucket-HEAD`.
+/// `SendMessage`, `PutItem`, …; for S3 from method and path: `s3-object-GET`, `s3-bucket-HEAD`.
 fn operation_of(request: &Message) -> String {
     if let Some((_, operation)) = request.header("x-amz-target").and_then(|t| t.split_once('.')) {
         return operation.to_owned();
@@ -341,11 +343,12 @@ fn operation_of(request: &Message) -> String {
     format!("s3-{kind}-{method}")
 }
 
-/// As AWS says it: SQS with 403 and the query name of the error beside, DynamoDB with 400.
+/// The error of AWS: SQS answers 403 with the query name of the error, DynamoDB 400.
 fn denial(request: &Message) -> Message {
     let is_sqs = request.header("x-amz-target").is_some_and(|t| t.starts_with("AmazonSQS"));
     let status = if is_sqs { "403 Forbidden" } else { "400 Bad Request" };
-    let body = br#"{"__type":"com.amazon.coral.service#AccessDeniedException","Message":"User: arn:aws:iam::000000000000:user/old is not authorized to perform this operation"}"#;
+    let body = br#"{"__type":"com.amazon.coral.service#AccessDeniedException",
+        "Message":"User: arn:aws:iam::000000000000:user/old is not authorized to perform this operation"}"#;
     let mut headers = vec![
         ("content-type".to_owned(), "application/x-amz-json-1.0".to_owned()),
         ("content-length".to_owned(), body.len().to_string()),

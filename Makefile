@@ -1,38 +1,60 @@
-# Two commands do everything on a machine that has only a Rust toolchain (and make): `make run`, `make test`.
+# Requirements: make, a Rust toolchain, Debian or Ubuntu. scripts/setup.sh installs all other packages.
 
 PORT ?= 8080
 
-# Rounds of `make loadtest` and seconds of each of their runs; QUICK=1: one short round, to see that all works.
+# Rounds of `make loadtest`, and seconds of each of their runs. QUICK=1: one short round.
 ROUNDS ?= 5
 SECONDS_EACH ?= 8
 QUICK ?=
 
-# Seconds of `make schema`, and of each target of `make fuzz`; seed of these and `make chaos`; a seed shows the same again.
+# Seconds of `make schema` and of each target of `make fuzz`. A seed repeats a run, of `make chaos`, too.
 SECONDS ?= 600
 SEED ?=
 
-# Most tests wait for leases and deadlines, and compute little.
+# ACCEPT=1: `make instructions` writes its counts as the new bounds.
+ACCEPT ?=
+
+# Most tests wait for leases and deadlines, and use little CPU.
 TEST_THREADS ?= $(shell expr 2 '*' $$(nproc))
 
-.PHONY: help run test bench schema fuzz chaos slow loadtest setup-build setup-test
+# What `make run` builds: `dev` uses no AWS crate, and those are half of the build.
+QUICK_BUILD = --locked --no-default-features --profile quick
+
+.PHONY: help run build check test bench instructions loadtest schema fuzz chaos slow setup-build setup-test
 
 help:
-	@echo 'make run          build and start `infra-controller dev` on port $(PORT) (PORT=… for another)'
-	@echo 'make test         all checks and tests, as CI runs them'
-	@echo 'make bench        what a request costs, piece by piece (criterion)'
-	@echo 'make schema       requests of all kinds, made of openapi.json, for SECONDS=$(SECONDS) against each backend (SEED=…)'
-	@echo 'make fuzz         whatever reads what comes from outside, for SECONDS=$(SECONDS) each, all at once (SEED=…)'
-	@echo 'make slow         clients that are slow on purpose beside one that is not (slowhttptest)'
-	@echo 'make chaos        every fault under load, again and again and with outages of up to a minute (SEED=…)'
-	@echo 'make loadtest     what a run costs beside bare Pingora, and whether it holds under load (QUICK=1, ROUNDS=…, SECONDS_EACH=…)'
-	@echo 'make setup-build  only install what the build needs'
-	@echo 'make setup-test   only install what the tests need'
+	@echo 'Run'
+	@echo '  make run           build `infra-controller dev` and start it on port $(PORT) (PORT=...)'
+	@echo '  make build         build the release: target/release/infra-controller'
+	@echo
+	@echo 'Test'
+	@echo '  make check         format, lints and unit tests: before each commit'
+	@echo '  make test          all checks and tests, as in CI'
+	@echo '  make schema        requests generated from the OpenAPI description (SECONDS=$(SECONDS), SEED=...)'
+	@echo '  make fuzz          fuzz the parsers of external input (SECONDS=$(SECONDS) each, SEED=...)'
+	@echo '  make chaos         repeated faults under load, with outages of up to a minute (SEED=...)'
+	@echo '  make slow          slow clients beside a normal one (slowhttptest)'
+	@echo
+	@echo 'Measure'
+	@echo '  make bench         time of a request and of its parts (criterion)'
+	@echo '  make instructions  instructions a request, against their bounds (ACCEPT=1: set new bounds)'
+	@echo '  make loadtest      cost compared with bare Pingora, and targets under load'
+	@echo '                     (QUICK=1, ROUNDS=$(ROUNDS), SECONDS_EACH=$(SECONDS_EACH))'
+	@echo
+	@echo 'Set up (the other targets do this)'
+	@echo '  make setup-build   install what the build needs'
+	@echo '  make setup-test    install what the tests need'
 
 run: setup-build
-	cargo run --release --locked -- dev --port $(PORT)
+	cargo run $(QUICK_BUILD) -- dev --port $(PORT)
 
-bench: setup-build
-	cargo bench --locked --bench request
+build: setup-build
+	cargo build --release --locked --bin infra-controller
+
+check: setup-build
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo test --locked --lib
 
 test: setup-build setup-test
 	cargo fmt --check
@@ -50,14 +72,22 @@ fuzz: setup-build
 	@seed=$(or $(SEED),$$(date +%s)); echo "SECONDS=$(SECONDS) SEED=$$seed"; \
 	FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$$seed cargo test --locked --lib fuzz_ -- --nocapture
 
-slow: setup-build
-	@scripts/setup.sh slow
-	cargo build --release --locked --bin infra-controller
-	python3 loadtest/slow.py
-
 chaos: setup-build setup-test
 	@seed=$(or $(SEED),$$(date +%s)); echo "SEED=$$seed"; \
 	CHAOS_SEED=$$seed cargo test --locked --test it faults:: -- --nocapture --test-threads 2
+
+slow: build
+	@scripts/setup.sh slow
+	python3 loadtest/slow.py
+
+bench: setup-build
+	cargo bench --locked --bench request
+
+# Without AWS crates: the counted code does not use them.
+instructions: setup-build
+	@scripts/setup.sh instructions
+	cargo bench --locked --no-default-features --profile instructions --bench instructions \
+	  -- $(if $(ACCEPT),accept)
 
 loadtest: setup-build
 	@scripts/setup.sh load

@@ -1,7 +1,8 @@
-//! The floor: bare Pingora, which answers everything with one fixed 202, at once or after a wait.
+//! The lower bound: bare Pingora, which answers every request with one fixed 202, immediately or after a
+//! wait.
 //!
-//! What the gateway costs is told as a ratio to this, on the same connections and after the same wait: a connection that
-//! waits costs a wake-up more than one that is answered at once.
+//! The cost of the gateway is given as a ratio to this one, on as many connections and after the same wait. A
+//! wait costs one more wake-up than an immediate answer.
 
 use async_trait::async_trait;
 use clap::Parser;
@@ -17,8 +18,8 @@ use pingora::services::listening::Service;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-/// Timers are late by so much on average, here and in the stand-in of AWS: they tick in whole milliseconds, and `epoll`
-/// waits for whole ones.
+/// Mean delay of a timer, as in the stand-in for AWS: timers tick in whole milliseconds, and `epoll` waits
+/// for whole ones.
 const LATE: Duration = Duration::from_micros(1500);
 const BODY: &str = r#"{"status":"ACCEPTED","jobId":"00000000-0000-8000-8000-000000000000"}"#;
 
@@ -26,10 +27,10 @@ const BODY: &str = r#"{"status":"ACCEPTED","jobId":"00000000-0000-8000-8000-0000
 struct Args {
     #[arg(long)]
     listen: SocketAddr,
-    /// From the request to the answer.
+    /// Time from the request to the answer.
     #[arg(long, default_value_t = 0)]
     wait_ms: u64,
-    /// One log line a request, as the gateway writes it.
+    /// Write one log line a request, as the gateway does.
     #[arg(long)]
     log: bool,
 }
@@ -48,7 +49,7 @@ impl ServeHttp for Bare {
         }
         if self.log {
             tracing::info!(
-                target: "infra_controller", // else it would not be logged
+                target: "infra_controller", // the filter drops other targets
                 requestId = "00000000-0000-8000-8000-000000000000",
                 functionId = "fn-0",
                 mode = "ASYNC",
@@ -76,7 +77,7 @@ fn main() {
     let mut server = Server::new_with_opt_and_conf(None, conf);
     let app = Bare { wait: Duration::from_millis(args.wait_ms), log: args.log };
     let mut service = Service::new("bare".to_owned(), app);
-    // The gateway's own settings of the listener.
+    // As the gateway sets them.
     let buffers = L4BufferSettings::new(8192, 4096);
     service.add_listener(ListenerConfig::tcp(args.listen.to_string()).l4_buffer(buffers));
     server.add_service(service);

@@ -1,4 +1,4 @@
-"""The k6 scripts, run briefly against the gateway here; their own thresholds judge it."""
+"""Short runs of the k6 scripts. A script passes if its thresholds are met."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from stack import KEY, LIMITS, OTHER_CORES, ROOT
 K6 = ROOT / ".venv-load/bin/k6"
 
 LIMIT = {"LIMIT_RATE": "50", "LIMIT_BURST": "50"}
-# Another name: limits of one name and identity share one count, on all gateways of a Redis.
+# Another name: limits of the same name and identity share one count on all gateways of a Redis.
 SMALL_LIMIT = (
     LIMITS.replace('"api-key"', '"small"')
     .replace("rate = 100000000", "rate = 50")
@@ -16,7 +16,7 @@ SMALL_LIMIT = (
     .replace("period_s = 60", "period_s = 1")
 )
 
-# Script and its settings; all end by themselves.
+# Each script with its settings.
 SCRIPTS = {
     "smoke": {},
     "async_ingress": {"RATE": "300", "DURATION": "5s"},
@@ -28,9 +28,9 @@ SCRIPTS = {
 
 
 def run_all(stack):
-    """Which scripts kept their thresholds."""
+    """Whether each script met its thresholds."""
     limited = stack.serve("limits-small", SMALL_LIMIT)
-    kept = {}
+    met = {}
     for name, settings in SCRIPTS.items():
         gateway = limited if name == "rate_limit" else stack.gateway
         env = {
@@ -39,7 +39,14 @@ def run_all(stack):
             "FUNCTION_ID": "fn-0",
             "K6_NO_USAGE_REPORT": "true",
         }
-        command = [str(K6), "run", "--quiet", "--address", "127.0.0.1:0", str(ROOT / f"loadtest/k6/{name}.js")]
+        command = [
+            str(K6),
+            "run",
+            "--quiet",
+            "--address",
+            "127.0.0.1:0",
+            str(ROOT / f"loadtest/k6/{name}.js"),
+        ]
         done = subprocess.run(
             command,
             env={**os.environ, **env, **settings},
@@ -48,8 +55,8 @@ def run_all(stack):
             timeout=180,
             preexec_fn=lambda: os.sched_setaffinity(0, OTHER_CORES),
         )
-        kept[name] = done.returncode == 0
-        print(f"k6 {name}: {'kept' if kept[name] else 'NOT REACHED'}", flush=True)
-        if not kept[name]:
+        met[name] = done.returncode == 0
+        print(f"k6 {name}: {'met' if met[name] else 'NOT MET'}", flush=True)
+        if not met[name]:
             print(done.stdout[-4000:], done.stderr[-2000:], flush=True)
-    return kept
+    return met

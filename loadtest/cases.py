@@ -1,4 +1,4 @@
-"""The cases: what load is made, and what is read off."""
+"""The cases: their load, and the figures of each run."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from stack import DYNAMODB_MS, KEY, LIMITS_BY_ADDRESS, OTHER_CORES, RELEASE, SQS
 BODY = '{"functionId":"fn-0","inputData":{"name":"Ada"}}'
 ASYNC, HALF, SYNC = "asynchronous", "asynchronous, half rate", "synchronous"
 BARE_NOW, BARE_8, BARE_13 = "bare, at once", "bare, after 8 ms", "bare, after 13 ms"
-# Connections of each case; the bare ones have those of what they are compared with.
+# Connections of each case. A bare case has as many as the case that is compared with it.
 CONNECTIONS = {ASYNC: 256, HALF: 256, SYNC: 512, BARE_NOW: 256, BARE_8: 256, BARE_13: 512}
-# Memory counts as given back when it is within this of what it was before.
+# Memory counts as released when it is at most this much above its value before.
 AFTER_MB, RELEASED_WITHIN_S = 100, 60
-# Each round runs them in this order: half of the peak is that of the run before.
+# The order within a round. The half rate is that of the run before it.
 ORDER = [BARE_NOW, BARE_8, ASYNC, HALF, BARE_13, SYNC]
 
 
@@ -44,37 +44,68 @@ def milliseconds(text):
 
 
 def wrk_script(directory, asynchronous):
-    """The request is made once: wrk is to cost little, as it shares its core."""
+    """The request is formatted once: wrk shares its core, so it must cost little."""
     path = directory / ("async.lua" if asynchronous else "sync.lua")
-    headers = {"x-api-key": KEY, "content-type": "application/json"} | ({"x-async": "true"} if asynchronous else {})
+    headers = {"x-api-key": KEY, "content-type": "application/json"} | (
+        {"x-async": "true"} if asynchronous else {}
+    )
     lines = [f"wrk.headers[{json.dumps(k)}] = {json.dumps(v)}" for k, v in headers.items()]
-    lines += ["wrk.method = 'POST'", f"wrk.body = [[{BODY}]]", "local made"]
-    lines += ["function init() made = wrk.format() end", "function request() return made end"]
+    lines += ["wrk.method = 'POST'", f"wrk.body = [[{BODY}]]", "local request_text"]
+    lines += ["function init() request_text = wrk.format() end", "function request() return request_text end"]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 def wrk(directory, port, connections, seconds, asynchronous):
     script = wrk_script(directory, asynchronous)
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "--latency", "-s", script]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "--timeout",
+        "30s",
+        "--latency",
+        "-s",
+        script,
+    ]
     target = f"http://127.0.0.1:{port}/run"
-    out = subprocess.run([*command, target], check=True, capture_output=True, text=True, timeout=seconds + 60).stdout
+    out = subprocess.run(
+        [*command, target], check=True, capture_output=True, text=True, timeout=seconds + 60
+    ).stdout
     requests = int(re.search(r"(\d+) requests in", out)[1])
     failed = sum(int(n) for n in re.findall(r"Non-2xx or 3xx responses: (\d+)", out))
     failed += sum(int(n) for n in re.findall(r"(?:connect|read|write|timeout) (\d+)", out))
     percentile = lambda p: milliseconds(re.search(rf"^\s+{p}%\s+(\S+)", out, re.M)[1])
-    return {"requests": requests, "rps": requests / seconds, "p50_ms": percentile(50), "p99_ms": percentile(99), "failed": failed}
+    return {
+        "requests": requests,
+        "rps": requests / seconds,
+        "p50_ms": percentile(50),
+        "p99_ms": percentile(99),
+        "failed": failed,
+    }
 
 
 def load(port, *options, seconds):
-    """The generator for what wrk cannot do; see load.rs."""
-    command = [RELEASE / "examples/load", "--target", f"127.0.0.1:{port}", "--key", KEY, "--seconds", seconds, *options]
-    out = subprocess.run([str(p) for p in command], check=True, capture_output=True, text=True, timeout=seconds + 90).stdout
+    """The generator for the load that wrk cannot make; see load.rs."""
+    command = [
+        RELEASE / "examples/load",
+        "--target",
+        f"127.0.0.1:{port}",
+        "--key",
+        KEY,
+        "--seconds",
+        seconds,
+        *options,
+    ]
+    out = subprocess.run(
+        [str(p) for p in command], check=True, capture_output=True, text=True, timeout=seconds + 90
+    ).stdout
     return json.loads(out)
 
 
 def measured(stack, gateway, make_load):
-    """One run against the gateway: the load's own figures, and what its requests cost until their rows are written."""
+    """One run against the gateway: the figures of the load, and the cost until all rows are written."""
     gateway.settle()
     stack.stand_in.reset()
     gateway.forget_peak()
@@ -98,7 +129,7 @@ def measured(stack, gateway, make_load):
 
 
 def round_of(stack, seconds):
-    """All cases in turn: what else the machine does falls on all of them alike."""
+    """All cases in turn, so that other load of the machine affects all of them."""
     runs = {}
     for name in ORDER:
         runs[name] = case(stack, name, seconds, runs)
@@ -106,10 +137,12 @@ def round_of(stack, seconds):
 
 
 def case(stack, name, seconds, before):
-    """One run of one case; `before`: those of this round so far."""
+    """One run of one case. `before`: the earlier runs of this round."""
     connections, gateway = CONNECTIONS[name], stack.gateway
     if name in (ASYNC, SYNC):
-        return measured(stack, gateway, lambda: wrk(stack.directory, gateway.port, connections, seconds, name == ASYNC))
+        return measured(
+            stack, gateway, lambda: wrk(stack.directory, gateway.port, connections, seconds, name == ASYNC)
+        )
     if name == HALF:
         return measured(stack, gateway, lambda: at_rate(stack, before[ASYNC]["rps"] / 2, seconds))
     wait_ms = {BARE_NOW: 0, BARE_8: 8, BARE_13: 13}[name]
@@ -122,8 +155,9 @@ def case(stack, name, seconds, before):
 
 
 def one_at_a_time(stack, requests):
-    """An idle connection: from the queue's confirmation to the answer, in milliseconds."""
-    head = f"POST /run HTTP/1.1\r\nhost: gateway\r\nx-api-key: {KEY}\r\ncontent-type: application/json\r\nx-async: true\r\n"
+    """One request at a time: from the queue's confirmation to the answer, in milliseconds."""
+    head = f"POST /run HTTP/1.1\r\nhost: gateway\r\nx-api-key: {KEY}\r\n"
+    head += "content-type: application/json\r\nx-async: true\r\n"
     request = (head + f"content-length: {len(BODY)}\r\n\r\n{BODY}").encode()
     after = []
     with socket.create_connection(("127.0.0.1", stack.gateway.port), timeout=10) as s:
@@ -133,19 +167,21 @@ def one_at_a_time(stack, requests):
             answer = s.recv(65536)
             answered = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             if not answer.startswith(b"HTTP/1.1 202"):
-                raise RuntimeError(f"the idle connection was answered {answer[:40]!r}")
+                raise RuntimeError(f"not accepted: {answer[:40]!r}")
             after.append((answered - stack.stand_in.stats()["last_confirmed_ns"]) / 1e6)
     return {"requests": requests, "after_confirmation_ms": statistics.median(after), "worst_ms": max(after)}
 
 
 def at_rate(stack, rate, seconds):
-    """A fixed rate; times count from when a request was due."""
+    """A fixed rate. A latency counts from the time at which its request was due."""
     connections = CONNECTIONS[HALF]
-    return load(stack.gateway.port, "--connections", connections, "--async", "--rate", round(rate), seconds=seconds)
+    return load(
+        stack.gateway.port, "--connections", connections, "--async", "--rate", round(rate), seconds=seconds
+    )
 
 
 def waiters(stack, connections):
-    """Many synchronous runs that wait at once."""
+    """Many synchronous runs that wait at the same time."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gateway = stack.gateway
@@ -170,7 +206,7 @@ def waiters(stack, connections):
         stack.stand_in.set(worker_ms=WORKER_MS)
     gateway.settle()
     near, ended = before + AFTER_MB, time.monotonic()
-    # Settled results are kept for a while, and the allocator gives memory back with a delay, when it is asked for some.
+    # Settled results expire after a minute, and the allocator releases memory late, on later allocations.
     while gateway.memory_mb() > near and time.monotonic() < ended + RELEASED_WITHIN_S:
         at_rate(stack, 50, 1)
     return run | {
@@ -184,24 +220,54 @@ def waiters(stack, connections):
 
 
 def growth(stack, pairs, many, seconds):
-    """CPU a request with one function and one address, and with many of each, in turn; same turnover of connections."""
+    """CPU a request with one function and one address, and with many of each, in turn.
+
+    Both have the same turnover of connections.
+    """
     few, gateway = stack.serve("few", LIMITS_BY_ADDRESS), stack.serve("many", LIMITS_BY_ADDRESS)
     turnover = ["--connections", 256, "--async", "--requests-per-connection", 20]
     several = ["--functions", many, "--addresses", many]
-    # Every function and address once: what is measured is the use of many, not the first look at each.
-    load(gateway.port, "--connections", 256, "--async", "--requests-per-connection", 1, "--requests", many, *several, seconds=120)
-    # The first one has seen one of each, as often.
-    load(few.port, "--connections", 256, "--async", "--requests-per-connection", 1, "--requests", many, seconds=120)
+    # Each function and address once: the first lookup of each is not measured.
+    load(
+        gateway.port,
+        "--connections",
+        256,
+        "--async",
+        "--requests-per-connection",
+        1,
+        "--requests",
+        many,
+        *several,
+        seconds=120,
+    )
+    # As many requests with one function and one address.
+    load(
+        few.port,
+        "--connections",
+        256,
+        "--async",
+        "--requests-per-connection",
+        1,
+        "--requests",
+        many,
+        seconds=120,
+    )
     runs = []
     for pair in range(pairs):
         skip = ["--first", pair * many // pairs]
         kinds = [("one", few, []), ("many", gateway, [*several, *skip])]
         run = {}
-        for kind, served, more in kinds[:: 1 if pair % 2 == 0 else -1]:  # the machine may grow slower or faster meanwhile
+        for kind, served, more in kinds[:: 1 if pair % 2 == 0 else -1]:  # the speed of the machine may drift
             run[kind] = measured(stack, served, lambda: load(served.port, *turnover, *more, seconds=seconds))
         runs.append(run | {"ratio": run["many"]["cpu_us"] / run["one"]["cpu_us"]})
     return {"many": many, "pairs": runs, "ratio": statistics.median(run["ratio"] for run in runs)}
 
 
-SETTING = f"SQS {SQS_MS} ms, DynamoDB {DYNAMODB_MS} ms, worker {WORKER_MS} ms; audit on, limiter leased, log lines on"
-PINNED = "server on one core, everything else on another" if os.cpu_count() > 1 and len(OTHER_CORES) else "one core for all"
+SETTING = (
+    f"SQS {SQS_MS} ms, DynamoDB {DYNAMODB_MS} ms, worker {WORKER_MS} ms; rows, a leased limit, log lines"
+)
+PINNED = (
+    "server on one core, everything else on another"
+    if os.cpu_count() > 1 and len(OTHER_CORES)
+    else "one core for all"
+)

@@ -1,7 +1,8 @@
-//! Load that wrk cannot make: many functions, many client addresses, a fixed rate, very many waiting connections.
+//! Load that wrk cannot make: many functions, many client addresses, a fixed rate, thousands of waiting
+//! connections.
 //!
-//! With `--rate` requests start on a schedule and their time counts from when they were due, so that a server that
-//! stalls cannot hide it by slowing the client down (coordinated omission).
+//! With `--rate`, requests start on a schedule, and each latency counts from the time at which its request
+//! was due. A server that stalls cannot hide this by slowing the client down (coordinated omission).
 
 use clap::Parser;
 use std::cell::{Cell, RefCell};
@@ -13,7 +14,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 
-/// An answer that takes longer counts as failed.
+/// A request that is not answered within this time has failed.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 
@@ -25,27 +26,28 @@ struct Args {
     connections: u64,
     #[arg(long, default_value_t = 10)]
     seconds: u64,
-    /// Stop after so many requests, if that comes first.
+    /// Stop after this many requests, or after `--seconds`.
     #[arg(long, default_value_t = u64::MAX)]
     requests: u64,
     #[arg(long)]
     key: String,
-    /// Ask for 202 instead of waiting for the result.
+    /// Ask for asynchronous runs.
     #[arg(long = "async")]
     is_async: bool,
     /// Rotate through `fn-0` to `fn-<N-1>`.
     #[arg(long, default_value_t = 1)]
     functions: u64,
-    /// Rotate through so many source addresses of 127.0.0.0/8, one for each connection.
+    /// Rotate through this many source addresses of 127.0.0.0/8, one for each connection.
     #[arg(long, default_value_t = 1)]
     addresses: u64,
-    /// The function and the address to begin with.
+    /// The first function and the first address.
     #[arg(long, default_value_t = 0)]
     first: u64,
-    /// Then connect again, from the next address.
+    /// After this many requests connect again, from the next address.
     #[arg(long, default_value_t = u64::MAX)]
     requests_per_connection: u64,
-    /// Requests a second in all; without it each connection asks again as soon as it is answered.
+    /// Requests a second over all connections. Without it, each connection sends its next request as soon as
+    /// it has its answer.
     #[arg(long)]
     rate: Option<f64>,
 }
@@ -72,7 +74,8 @@ fn main() -> anyhow::Result<()> {
         took_us: RefCell::default(),
     });
     tokio::task::LocalSet::new().block_on(&runtime, async {
-        // All connect before the first one asks: requests that wait for others to connect would be no part of a steady load.
+        // All connect before the first request: a request that waits for others to connect is not steady
+        // load.
         let mut connections = Vec::new();
         for _ in 0..load.args.connections {
             connections.push(load.connect().await?);
@@ -88,7 +91,7 @@ fn main() -> anyhow::Result<()> {
     })
 }
 
-/// Asks until the time is over.
+/// Sends requests until the time is over.
 async fn ask_on(load: Rc<Load>, mut connection: TcpStream) {
     while load.ask_in_turn(&mut connection).await.is_some() {
         match load.connect().await {
@@ -104,7 +107,7 @@ impl Load {
             || self.asked.get() >= self.args.requests
     }
 
-    /// Asks what one connection may ask, or until it breaks. `None`: the time is over.
+    /// Sends the requests of one connection, or those before it breaks. `None`: the time is over.
     async fn ask_in_turn(&self, connection: &mut TcpStream) -> Option<()> {
         for _ in 0..self.args.requests_per_connection {
             let due = self.next().await?;
@@ -123,7 +126,7 @@ impl Load {
         Some(())
     }
 
-    /// When the next request is due, which is now or a moment ago; `None`: no more.
+    /// Waits until the next request is due, and returns that time. `None`: there is none.
     async fn next(&self) -> Option<Instant> {
         if self.is_over() {
             return None;
@@ -156,7 +159,8 @@ impl Load {
         let body = format!(r#"{{"functionId":"fn-{function}","inputData":{{"name":"Ada"}}}}"#);
         let mode = if self.args.is_async { "x-async: true\r\n" } else { "" };
         let request = format!(
-            "POST /run HTTP/1.1\r\nhost: gateway\r\nx-api-key: {}\r\ncontent-type: application/json\r\n{mode}content-length: {}\r\n\r\n{body}",
+            "POST /run HTTP/1.1\r\nhost: gateway\r\nx-api-key: {}\r\ncontent-type: application/json\r\n{mode}\
+             content-length: {}\r\n\r\n{body}",
             self.args.key,
             body.len()
         );
@@ -196,7 +200,7 @@ impl Load {
     }
 }
 
-/// Status and whole length of an answer, once its head is there.
+/// Status and length in bytes of an answer, once its head has arrived.
 fn whole(answer: &[u8]) -> std::io::Result<Option<(u16, usize)>> {
     let mut fields = [httparse::EMPTY_HEADER; 32];
     let mut head = httparse::Response::new(&mut fields);

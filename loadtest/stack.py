@@ -1,7 +1,7 @@
-"""What a load test runs on: Redis, the AWS stand-in, the gateway and the bare responders, all on loopback.
+"""The processes of a load test: Redis, the stand-in for AWS, the gateway and bare Pingora, all on loopback.
 
-The server that is measured has one core for itself, and everything else shares the other: so the CPU figures of the
-gateway and of bare Pingora were made under the same conditions. Whatever was started here is ended here.
+The measured server has a core of its own, and everything else shares another one. So the CPU figures of the
+gateway and of bare Pingora are taken under the same conditions.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ FUNCTIONS = 100_000
 SQS_MS, DYNAMODB_MS, WORKER_MS = 8, 4, 5
 
 CORES = sorted(os.sched_getaffinity(0))
-# On a machine with one core everything shares it; the report says so.
+# On a machine with one core everything shares it. The report says so.
 SERVER_CORES = {CORES[0]}
 OTHER_CORES = set(CORES[1:2] or CORES)
 
@@ -37,7 +37,9 @@ burst = 100000000
 mode = "leased"
 on_redis_loss = "local"
 """
-LIMITS_BY_ADDRESS = LIMITS + LIMITS.replace('"api-key"', '"address"').replace('identity = "key"', 'identity = "ip"')
+LIMITS_BY_ADDRESS = LIMITS + LIMITS.replace('"api-key"', '"address"').replace(
+    'identity = "key"', 'identity = "ip"'
+)
 
 
 def free_port():
@@ -47,7 +49,7 @@ def free_port():
 
 
 def until(look, what, seconds=30.0):
-    """What `look` gives once it is not None."""
+    """The first value of `look` that is not None."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -55,7 +57,7 @@ def until(look, what, seconds=30.0):
             if found is not None:
                 return found
         time.sleep(0.1)
-    raise TimeoutError(f"{what}: not after {seconds:.0f} s")
+    raise TimeoutError(f"{what}: not within {seconds:.0f} s")
 
 
 def fetch(url, body=None):
@@ -64,7 +66,7 @@ def fetch(url, body=None):
 
 
 class Process:
-    """A process that was started here, and what it has cost so far."""
+    """A started process, and its use of CPU and memory."""
 
     def __init__(self, popen, port):
         self.popen = popen
@@ -89,7 +91,7 @@ class Gateway(Process):
         return float(re.search(rf"^{name} (\S+)$", text, re.M)[1])
 
     def settle(self):
-        """Waits until every accepted job has its row, so that one run does not pay for the one before."""
+        """Waits until every accepted job has its row, so that no run includes work of the run before."""
         until(lambda: True if self.metric("infra_jobs_in_flight") == 0 else None, "rows of all jobs", 120)
 
 
@@ -106,7 +108,7 @@ class StandIn(Process):
 
 class Redis(Process):
     def commands(self):
-        """Commands run so far, this one included; those that scripts run count as well."""
+        """Commands executed so far, including this one and those of scripts."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as s:
             s.sendall(b"INFO stats\r\n")
             answer = b""
@@ -116,7 +118,7 @@ class Redis(Process):
 
 
 class Stack:
-    """Starts the parts as a context manager, and ends them with it."""
+    """A context manager that starts the processes and ends them."""
 
     def __init__(self, directory):
         self.directory = pathlib.Path(directory)
@@ -143,7 +145,7 @@ class Stack:
         popen = subprocess.Popen(
             [str(part) for part in command],
             cwd=self.directory,
-            # Nothing else: what a shell has set for another Redis or AWS must not be used here.
+            # No other variables: those of the shell may name another Redis or AWS.
             env={"PATH": os.environ["PATH"], "HOME": str(self.directory), **env},
             stdout=output,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
@@ -169,11 +171,13 @@ class Stack:
         self.bare = {wait: self._bare(wait) for wait in (0, 8, 13)}
 
     def serve(self, name, limits):
-        """A gateway of its own, with these limits. Its log lines go to a file, as they would on a server."""
+        """Another gateway, with these limits. Its log lines go to a file, as on a server."""
         conf = self.directory / name
         conf.mkdir()
         (conf / "limits.toml").write_text(limits)
-        (conf / "server.toml").write_text('[listen]\naddress = "127.0.0.1"\nthreads = 1\n[http]\nconnections_max = 20000\n')
+        (conf / "server.toml").write_text(
+            '[listen]\naddress = "127.0.0.1"\nthreads = 1\n[http]\nconnections_max = 20000\n'
+        )
         port, endpoint = free_port(), f"http://127.0.0.1:{self.stand_in.port}"
         env = {
             "PORT": str(port),
@@ -203,7 +207,14 @@ class Stack:
     def _bare(self, wait_ms):
         port = free_port()
         with open(self.bare_log(wait_ms), "wb") as log:
-            command = [RELEASE / "examples/bare", "--listen", f"127.0.0.1:{port}", "--wait-ms", wait_ms, "--log"]
+            command = [
+                RELEASE / "examples/bare",
+                "--listen",
+                f"127.0.0.1:{port}",
+                "--wait-ms",
+                wait_ms,
+                "--log",
+            ]
             bare = Process(self.run(command, SERVER_CORES, log), port)
         until(lambda: fetch(f"http://127.0.0.1:{port}/"), "bare Pingora")
         return bare

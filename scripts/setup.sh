@@ -1,11 +1,13 @@
 #!/bin/sh
-# Installs what this project needs and this machine lacks, and says so. Does nothing, fast, where all is there.
+# Installs the packages that a target of the Makefile needs, and reports each installation. If all are
+# installed it ends within a second.
 #
-#   scripts/setup.sh build   a C compiler and cmake, for the libraries in C that the crates bring
-#   scripts/setup.sh test    redis-server, h2load, ab, curl, Node.js with undici, and a Python venv with the AWS
-#                            emulator, schemathesis and httpx
-#   scripts/setup.sh load    redis-server, wrk, and a Python venv with k6
-#   scripts/setup.sh slow    slowhttptest
+#   scripts/setup.sh build         a C compiler and cmake, for the C libraries in the crates
+#   scripts/setup.sh test          redis-server, h2load, ab, curl, systemd-analyze, Node.js with undici, and a
+#                                  Python venv with the AWS emulator, schemathesis and httpx
+#   scripts/setup.sh load          redis-server, wrk, and a Python venv with k6
+#   scripts/setup.sh slow          slowhttptest
+#   scripts/setup.sh instructions  valgrind
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -24,21 +26,21 @@ has() {
     command -v "$1" >/dev/null 2>&1
 }
 
-# install PACKAGE... - by apt, as root or through sudo; elsewhere it names what to install and fails.
+# install PACKAGE... - with apt, as root or through sudo. Otherwise it names the packages and fails.
 install() {
     if ! has apt-get; then
-        say "this is no Debian or Ubuntu. Please install what these packages hold, then try again: $*"
+        say "apt-get was not found. Install the equivalent of these Debian packages, then try again: $*"
         exit 1
     fi
     as_root=
     if [ "$(id -u)" -ne 0 ]; then
         if ! has sudo; then
-            say "neither root nor sudo here. Please have these packages installed, then try again: $*"
+            say "installation needs root or sudo. Install these packages, then try again: $*"
             exit 1
         fi
         as_root=sudo
     fi
-    say "installing by apt: $*"
+    say "installing with apt: $*"
     export DEBIAN_FRONTEND=noninteractive
     $as_root apt-get update -q
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
@@ -58,9 +60,10 @@ setup_test() {
     has setpriv || missing="$missing util-linux"
     has h2load || missing="$missing nghttp2-client"
     has ab || missing="$missing apache2-utils"
-    # Debian splits these modules off; other Pythons (pyenv) have them.
+    # Debian packages these modules separately. Other Pythons (pyenv) include them.
     has python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3 python3-venv"
     has curl || missing="$missing curl"
+    has systemd-analyze || missing="$missing systemd"
     has node || missing="$missing nodejs"
     has npm || missing="$missing npm"
     # shellcheck disable=SC2086 # a list of words
@@ -70,12 +73,13 @@ setup_test() {
     make_node_modules
 }
 
-# The packages of the Node.js client, by their lock file. The copy of that says what is there: it is written last.
+# Installs the packages of the Node.js client from their lock file. The copy of the lock file marks a complete
+# installation: it is written last.
 make_node_modules() {
     if cmp -s "$NODE_PACKAGES/package-lock.json" "$NODE_DIR/package-lock.json.installed"; then
         return
     fi
-    say "making $NODE_DIR with the packages of $NODE_PACKAGES/package.json"
+    say "installing the packages of $NODE_PACKAGES/package.json into $NODE_DIR"
     rm -rf "$NODE_DIR"
     mkdir "$NODE_DIR"
     cp "$NODE_PACKAGES/package.json" "$NODE_PACKAGES/package-lock.json" "$NODE_DIR"
@@ -85,11 +89,12 @@ make_node_modules() {
 
 # make_venv DIRECTORY REQUIREMENTS
 make_venv() {
-    # The copy of the requirements says what the venv holds: it is written last. A Python that is gone needs a new one.
+    # The copy of the requirements marks a complete installation: it is written last. A venv whose Python was
+    # removed is made again.
     if cmp -s "$2" "$1/requirements.txt" && "$1/bin/python" -c '' 2>/dev/null; then
         return
     fi
-    say "making $1 with $(grep -c == "$2") packages of $2 and what they need"
+    say "installing the $(grep -c == "$2") packages of $2 and their dependencies into $1"
     rm -rf "$1"
     python3 -m venv "$1"
     "$1/bin/python" -m pip install --quiet --no-input --disable-pip-version-check -r "$2"
@@ -111,8 +116,9 @@ case "${1:-}" in
     test) setup_test ;;
     load) setup_load ;;
     slow) has slowhttptest || install slowhttptest ;;
+    instructions) has valgrind || install valgrind ;;
     *)
-        say "usage: $0 build|test|load|slow"
+        say "usage: $0 build|test|load|slow|instructions"
         exit 2
         ;;
 esac

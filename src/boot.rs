@@ -12,6 +12,7 @@ mod init;
 mod node;
 #[cfg(feature = "aws")]
 mod node_id;
+mod notify;
 mod plan;
 mod process;
 mod reload;

@@ -1,4 +1,4 @@
-// What the scripts share: where the gateway is, and how it is asked.
+// Shared by the scripts: the address of the gateway, and its requests.
 //
 //   BASE_URL=https://… API_KEY=… FUNCTION_ID=… k6 run async_ingress.js
 
@@ -14,7 +14,7 @@ export function number(name, otherwise) {
 
 const HEADERS = { 'x-api-key': API_KEY, 'content-type': 'application/json' };
 
-/** One run; `wait` says whether to wait for its result. */
+/** One run. `wait`: synchronous. */
 export function run(wait, tags) {
   const headers = wait ? HEADERS : Object.assign({ 'x-async': 'true' }, HEADERS);
   const body = JSON.stringify({ functionId: FUNCTION_ID, inputData: { name: 'Ada' } });

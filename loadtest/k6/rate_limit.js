@@ -1,5 +1,5 @@
-// More requests than the limit lets through (LIMIT_RATE a second, LIMIT_BURST at once): what is let through in all is
-// never more than burst + rate × time, and who is refused is told when to come again.
+// More requests than the limit allows (LIMIT_RATE a second, LIMIT_BURST at once). No more than burst + rate ×
+// time are admitted, and each rejected request has a Retry-After.
 
 import { check } from 'k6';
 import { Counter } from 'k6/metrics';
@@ -12,7 +12,7 @@ const RATE = number('LIMIT_RATE', 50);
 const BURST = number('LIMIT_BURST', 50);
 const SECONDS = number('SECONDS', 8);
 const admitted = new Counter('admitted');
-const refused = new Counter('refused');
+const rejected = new Counter('rejected');
 
 export const options = {
   scenarios: {
@@ -28,9 +28,9 @@ export const options = {
     checks: ['rate==1'],
     dropped_iterations: ['count==0'],
     http_req_failed: ['rate==0'],
-    // A second more than the load lasts: its last request is answered after its end.
+    // One second more than the load lasts: its last request may be answered after its end.
     admitted: [`count<=${BURST + RATE * (SECONDS + 1)}`, `count>=${Math.floor(0.8 * RATE * SECONDS)}`],
-    refused: ['count>0'],
+    rejected: ['count>0'],
   },
 };
 
@@ -39,10 +39,10 @@ export default function () {
   if (answer.status === 202) {
     admitted.add(1);
   } else {
-    refused.add(1);
+    rejected.add(1);
     check(answer, {
-      'says when to come again': (r) => Number(r.headers['Retry-After']) >= 1,
-      'says what the limit is': (r) => Number(r.headers['X-Ratelimit-Limit']) === BURST,
+      'has a Retry-After': (r) => Number(r.headers['Retry-After']) >= 1,
+      'states the limit': (r) => Number(r.headers['X-Ratelimit-Limit']) === BURST,
     });
   }
 }

@@ -1,4 +1,4 @@
-// Does it work at all? One client, every kind of call once or twice.
+// A smoke test: one client, and each kind of call once or twice.
 
 import { check } from 'k6';
 import { get, run } from './gateway.js';
@@ -18,9 +18,9 @@ export default function () {
   const accepted = run(false);
   check(accepted, {
     'an asynchronous run is accepted': (r) => r.status === 202 && r.json('status') === 'ACCEPTED',
-    'and says where its result will be': (r) => r.headers['Location'] === `/status/${r.json('jobId')}`,
+    'and its Location names its result': (r) => r.headers['Location'] === `/status/${r.json('jobId')}`,
   });
   check(get(`/status/${accepted.json('jobId')}?wait=10`), {
-    'where it is': (r) => r.status === 200 && r.json('requestId') === accepted.json('jobId'),
+    'which is there': (r) => r.status === 200 && r.json('requestId') === accepted.json('jobId'),
   });
 }

@@ -1,4 +1,5 @@
-// A steady load for long (DURATION, RATE a second): nothing fails, and nothing piles up.
+// A steady load for a long time (RATE a second, for DURATION). No request fails, and memory and jobs do not
+// pile up.
 
 import { check, sleep } from 'k6';
 import { Trend } from 'k6/metrics';
@@ -30,7 +31,7 @@ export function setup() {
 }
 
 export default function () {
-  // Every tenth waits for its result.
+  // Every tenth run is synchronous.
   const waits = __ITER % 10 === 0;
   check(run(waits), { answered: (r) => r.status === (waits ? 200 : 202) });
 }
@@ -41,7 +42,7 @@ export function teardown(start) {
   }
   check(null, {
     'every job has its row': () => metric('infra_jobs_in_flight') === 0,
-    'nobody waits': () => metric('infra_waiters') === 0,
+    'no client waits': () => metric('infra_waiters') === 0,
   });
   grown.add((metric('process_resident_memory_bytes') - start.memory) / 1e6);
 }

@@ -1,5 +1,5 @@
-// A sudden load of many times the usual one (BASE to PEAK a second): requests are accepted or told to come again, none
-// breaks, and afterwards all is as before.
+// A sudden load of many times the usual one (BASE to PEAK a second). Requests are accepted, or rejected with
+// a Retry-After. Afterwards latency is as before.
 
 import { check } from 'k6';
 import exec from 'k6/execution';
@@ -12,7 +12,8 @@ const BASE = number('BASE', 50);
 const PEAK = number('PEAK', 800);
 
 function at(rate, startTime, duration) {
-  return { executor: 'constant-arrival-rate', rate, timeUnit: '1s', startTime, duration, preAllocatedVUs: 200 };
+  const executor = 'constant-arrival-rate';
+  return { executor, rate, timeUnit: '1s', startTime, duration, preAllocatedVUs: 200 };
 }
 
 export const options = {
@@ -33,7 +34,7 @@ export const options = {
 export default function () {
   const spike = exec.scenario.name === 'spike';
   check(run(false), {
-    'accepted; in the spike, or told when to come again': (r) =>
+    'accepted, or in the spike rejected with a Retry-After': (r) =>
       r.status === 202 || (spike && r.status === 503 && Number(r.headers['Retry-After']) >= 1),
   });
 }

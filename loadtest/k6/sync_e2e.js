@@ -1,4 +1,4 @@
-// Synchronous runs, one after another for each of VUS clients: every one gets its own result.
+// Synchronous runs of VUS clients, each one after the other. Each gets its own result.
 
 import { check } from 'k6';
 import { number, run } from './gateway.js';
@@ -19,6 +19,9 @@ const seen = {};
 export default function () {
   const answer = run(true);
   const id = answer.json('requestId');
-  check(answer, { 'has its result': (r) => r.status === 200, 'which nobody else had': () => seen[id] === undefined });
+  check(answer, {
+    'has its result': (r) => r.status === 200,
+    'which is its own': () => seen[id] === undefined,
+  });
   seen[id] = true;
 }

@@ -1,4 +1,4 @@
-//! HTTP: AwsJson operations by their target, and the stand-in's own routes under `/_stand-in/`.
+//! HTTP: the operations of AWS JSON by `X-Amz-Target`, and the stand-in's own routes under `/_stand-in/`.
 
 use crate::settings::{Changes, Stats};
 use crate::{State, dynamodb, sqs};
@@ -13,12 +13,9 @@ use std::convert::Infallible;
 use std::rc::Rc;
 use tokio::net::TcpStream;
 
-/// An answer, or `None` where it is to be lost.
-pub type Answer = Option<(StatusCode, Bytes)>;
-
 pub async fn serve(connection: TcpStream, state: Rc<State>) {
     let service = service_fn(move |request| answer(request, Rc::clone(&state)));
-    // A client that breaks off is its own affair.
+    // An error is a connection that the client has closed.
     let _ = http1::Builder::new().serve_connection(TokioIo::new(connection), service).await;
 }
 
@@ -28,7 +25,7 @@ async fn answer(request: Request<Incoming>, state: Rc<State>) -> Result<Response
         return Ok(response(StatusCode::BAD_REQUEST, Bytes::new()));
     };
     if head.method != Method::POST && !head.uri.path().starts_with("/_stand-in/") {
-        // The bucket: it is there.
+        // S3: the bucket exists.
         return Ok(response(StatusCode::OK, Bytes::new()));
     }
     let target = head.headers.get("x-amz-target").and_then(|target| target.to_str().ok());
@@ -89,11 +86,6 @@ fn own(state: &State, path: &str, body: &[u8]) -> (StatusCode, Bytes) {
 
 pub fn json(value: &impl serde::Serialize) -> Bytes {
     serde_json::to_vec(value).unwrap_or_default().into()
-}
-
-/// An error as the SDK reads it.
-pub fn error(status: StatusCode, code: &str) -> Answer {
-    Some((status, format!(r#"{{"__type":"{code}","message":"made by the stand-in"}}"#).into()))
 }
 
 fn response(status: StatusCode, body: Bytes) -> Response<Full<Bytes>> {

@@ -1,13 +1,14 @@
-//! A stand-in for AWS under load: SQS and DynamoDB over AwsJson with settable latency and faults, and a worker that
-//! answers at once. An operation costs it some ten microseconds, so that on a small machine the gateway is what is
-//! measured.
+//! A stand-in for AWS under load: SQS and DynamoDB over AWS JSON, with settable latency and faults, and a
+//! worker that answers after a fixed time. An operation costs some ten microseconds of CPU, so a small
+//! machine measures the gateway and not the stand-in.
 //!
-//! It keeps counts, not contents: messages go to the worker and are gone, of log rows only a hash of the key remains, and
-//! functions `fn-0`, `fn-1` … are made up as they are asked for. The emulator of the tests keeps contents; it takes a
-//! hundred times longer.
+//! It keeps counts, not contents. Messages go to the worker and are dropped; of a log row a hash of its key
+//! remains; the functions `fn-0`, `fn-1` … are generated when they are read. The emulator that the tests use
+//! keeps contents, and an operation takes a hundred times as long.
 //!
 //! Everything runs on one thread, so the state needs no locks.
 
+mod answer;
 mod dynamodb;
 mod http;
 mod settings;
@@ -27,24 +28,24 @@ use worker::Worker;
 struct Args {
     #[arg(long)]
     listen: SocketAddr,
-    /// Where the worker publishes results; without it nobody answers the jobs.
+    /// Where the worker publishes results. Without it, jobs get no results.
     #[arg(long)]
     redis: Option<SocketAddr>,
     /// Functions that exist: `fn-0` to `fn-<N-1>`.
     #[arg(long, default_value_t = 1)]
     functions: u64,
-    /// From the last byte of a request to the queue until its answer.
+    /// Latency of the queue: from the last byte of a request to its answer.
     #[arg(long, default_value_t = 8)]
     sqs_ms: u64,
-    /// The same for the tables.
+    /// Latency of the tables.
     #[arg(long, default_value_t = 4)]
     dynamodb_ms: u64,
-    /// From the queue's answer until the result is published.
+    /// Time of a run: from the queue's answer to the publication of the result.
     #[arg(long, default_value_t = 5)]
     worker_ms: u64,
 }
 
-/// Everything the stand-in knows.
+/// Shared by all connections.
 struct State {
     settings: RefCell<Settings>,
     stats: RefCell<Stats>,
@@ -82,7 +83,7 @@ async fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "one thread, and everything ends with the process")]
+#[expect(clippy::disallowed_methods, reason = "there is one thread, and tasks end with the process")]
 fn spawn(task: impl Future<Output = ()> + 'static) {
     tokio::task::spawn_local(task);
 }

@@ -1,4 +1,4 @@
-//! What may be set while it runs, and what it counts.
+//! What can be changed at run time, and what is counted.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -10,21 +10,21 @@ pub struct Settings {
     pub sqs_ms: u64,
     pub dynamodb_ms: u64,
     pub worker_ms: u64,
-    /// A batch is refused as a whole.
+    /// Of a batch that is rejected as a whole.
     pub batch_failure: f64,
-    /// One entry of a batch fails.
+    /// Of an entry of a batch that fails.
     pub entry_failure: f64,
-    /// The queue takes a batch, and its answer never comes.
+    /// Of a batch that the queue takes without an answer.
     pub lost_answer: f64,
-    /// A row of a batch is not processed.
+    /// Of a row of a batch that is not processed.
     pub unprocessed: f64,
-    /// A call to a table is throttled.
+    /// Of a call to a table that is throttled.
     pub throttle: f64,
-    /// Whether jobs are answered.
+    /// Whether the worker answers jobs.
     pub worker: bool,
 }
 
-/// The members of [`Settings`] that are to change.
+/// The members of [`Settings`] to change.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Changes {
@@ -79,10 +79,10 @@ impl Settings {
     }
 }
 
-/// Timers are late by so much on average: they tick in whole milliseconds, and `epoll` waits for whole ones.
+/// Mean delay of a timer: timers tick in whole milliseconds, and `epoll` waits for whole ones.
 const LATE: Duration = Duration::from_micros(1500);
 
-/// Waits as long as is said, on average.
+/// Waits for `latency` on average.
 pub async fn wait(latency: Duration) {
     tokio::time::sleep(latency.saturating_sub(LATE)).await;
 }
@@ -91,7 +91,7 @@ fn set<T: Copy>(value: &mut T, change: Option<T>) {
     *value = change.unwrap_or(*value);
 }
 
-/// Whether something of that probability happens now.
+/// Draws once with this probability.
 pub fn happens(probability: f64) -> bool {
     probability > 0.0 && rand::random_bool(probability.min(1.0))
 }
@@ -100,15 +100,15 @@ pub fn happens(probability: f64) -> bool {
 pub struct Stats {
     /// Calls by operation.
     pub operations: BTreeMap<String, u64>,
-    /// Taken by the queue.
+    /// Messages that the queue took.
     pub messages: u64,
     /// Log rows written, each key once.
     pub rows: usize,
-    /// Sent by the worker.
+    /// Commands that the worker sent.
     pub redis_commands: u64,
     pub published: u64,
-    /// Results that Redis was not there to take.
+    /// Results that were dropped because Redis was away.
     pub unpublished: u64,
-    /// When the queue last confirmed, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// Time of the last confirmation of the queue, in nanoseconds of `CLOCK_MONOTONIC`.
     pub last_confirmed_ns: u64,
 }

@@ -1,6 +1,6 @@
-//! The queue: takes messages after its latency, and hands them to the worker.
+//! The queue: takes messages after its latency, and passes them to the worker.
 
-use crate::http::{Answer, error};
+use crate::answer::{Answer, error};
 use crate::settings::{happens, wait};
 use crate::worker::Job;
 use crate::{State, spawn};
@@ -12,8 +12,11 @@ use std::borrow::Cow;
 use std::fmt::Write;
 use std::rc::Rc;
 
-/// What an untouched queue of AWS says.
-const ATTRIBUTES: &str = r#"{"Attributes":{"MaximumMessageSize":"1048576","MessageRetentionPeriod":"345600","ApproximateNumberOfMessages":"0"}}"#;
+/// The defaults of AWS.
+const ATTRIBUTES: &str = concat!(
+    r#"{"Attributes":{"MaximumMessageSize":"1048576","MessageRetentionPeriod":"345600","#,
+    r#""ApproximateNumberOfMessages":"0"}}"#,
+);
 
 #[derive(Deserialize)]
 struct Batch<'a> {

@@ -1,4 +1,4 @@
-//! The instant worker: publishes a result and leaves a copy, as real ones do, over one connection to Redis.
+//! The worker: publishes a result and stores a copy, as real workers do, over one connection to Redis.
 
 use crate::spawn;
 use bytes::BytesMut;
@@ -12,13 +12,22 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-/// Real workers leave their copies for an hour; here they would fill the memory of the machine.
+/// Real workers keep their copies for an hour. Under load that would fill the memory of the machine.
 const COPY_KEPT_S: u32 = 60;
-/// What may wait to be written, in bytes; results past it are dropped and counted.
+/// Most bytes that wait to be written. Results beyond it are dropped and counted.
 const WAITING_BYTES_MAX: usize = 64 << 20;
+/// The members of a result that are the same for all, to its end.
+const RESULT: &str = concat!(
+    r#""status":"SUCCESS","exitCode":0,"stdout":"{\"message\": \"Hello, Ada!\"}\n","stderr":"","#,
+    r#""durationMs":12.5,"handlerDurationMs":3.25,"peakMemoryBytes":11694080,"allocatedMemoryMb":128,"#,
+    r#""optimizationTip":null,"estimatedSavings":null,"recommendedMemoryMb":null,"cpuUsage":null,"#,
+    r#""networkRx":null,"networkTx":null,"diskRead":null,"diskWrite":null,"outputFiles":[],"#,
+    r#""llm_token_count":null}"#,
+);
+/// Between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// What the worker reads of a message.
+/// The parts of a message that the worker uses.
 pub struct Job {
     request_id: String,
     function_id: String,
@@ -50,7 +59,7 @@ struct Outbox {
 }
 
 impl Worker {
-    /// Fails if Redis is not there at the start; later the worker waits for it.
+    /// Fails if Redis does not answer. After a later loss the worker reconnects.
     pub async fn start(address: SocketAddr) -> std::io::Result<Self> {
         let outbox = Rc::new(Outbox::default());
         let connection = TcpStream::connect(address).await?;
@@ -67,14 +76,14 @@ impl Worker {
             outbox.unpublished.set(outbox.unpublished.get() + count);
             return;
         }
-        let mut result = Vec::with_capacity(512);
+        let mut result = Vec::with_capacity(640);
         for job in jobs {
             result.clear();
             let Job { request_id, function_id } = job;
             // Writing to memory cannot fail.
             let _ = write!(
                 result,
-                r#"{{"requestId":"{request_id}","functionId":"{function_id}","workerId":"stand-in","status":"SUCCESS","exitCode":0,"stdout":"{{\"message\": \"Hello, Ada!\"}}\n","stderr":"","durationMs":12.5,"handlerDurationMs":3.25,"peakMemoryBytes":11694080,"allocatedMemoryMb":128,"optimizationTip":null,"estimatedSavings":null,"recommendedMemoryMb":null,"cpuUsage":null,"networkRx":null,"networkTx":null,"diskRead":null,"diskWrite":null,"outputFiles":[],"llm_token_count":null}}"#
+                r#"{{"requestId":"{request_id}","functionId":"{function_id}","workerId":"stand-in",{RESULT}"#
             );
             command(&mut waiting, &[b"PUBLISH", format!("result:{request_id}").as_bytes(), &result]);
             let kept = COPY_KEPT_S.to_string();
@@ -109,12 +118,13 @@ fn command(out: &mut BytesMut, parts: &[&[u8]]) {
     }
 }
 
-/// Writes what waits, for good; connects again after the connection broke.
+/// Writes what waits, until the process ends. Reconnects after a loss.
 async fn write_on(outbox: Rc<Outbox>, address: SocketAddr, first: TcpStream) {
     let mut connection = Some(first);
     loop {
         if let Some(connection) = connection.take() {
-            // Until it breaks; what is lost then is a result that was published to nobody.
+            // It returns when the connection breaks. What waited then is lost, as a publication without a
+            // subscriber is.
             let _ = exchange(&outbox, connection).await;
             outbox.is_connected.set(false);
             outbox.waiting.borrow_mut().clear();
@@ -139,7 +149,7 @@ async fn exchange(outbox: &Outbox, connection: TcpStream) -> std::io::Result<()>
                 let mut batch = outbox.waiting.borrow_mut().split();
                 writer.write_all_buf(&mut batch).await?;
             }
-            // Nobody asks what Redis answers, but it must be read.
+            // The replies of Redis are not used, but Redis stops when they are not read.
             n = reader.read(&mut answers) => if n? == 0 {
                 return Ok(());
             },

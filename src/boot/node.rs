@@ -7,11 +7,11 @@ use super::accept::{Acceptor, ReservedDescriptors};
 use super::build::{Background, Built, ListenerParts};
 use super::disk::StateDirMonitor;
 use super::plan::{Connect, ConnectedBackend, Exit, NodePlan, NodeSettings, explain};
-use super::process;
 use super::signals::Signals;
 use super::sockets::{BoundSockets, Socket, Transport, heritage, listening};
 use super::upgrade::Handover;
 use super::upgrade::SocketOffer;
+use super::{notify, process};
 use crate::boot::plan::BackendLoop;
 use crate::config::Conf;
 use crate::dispatch::Dispatcher;
@@ -148,6 +148,7 @@ impl Node {
         if let Some(heir) = heir {
             notify_predecessor(heir).await;
         }
+        notify::ready();
         report_start(connected.node, &bound, &settings);
 
         let exit = tokio::select! {
@@ -212,6 +213,7 @@ impl Node {
         listeners: Vec<JoinHandle<()>>,
     ) {
         lifecycle.enter(Phase::Draining);
+        notify::stopping();
         // A successor serves new connections already, so no load balancer has to notice first.
         let handed_over = !stop.linger.borrow().is_zero();
         if !handed_over {

@@ -11,6 +11,7 @@
 //! valid is rejected, and its previous contents stay in force. Waits and sends in flight keep the settings
 //! that they started with.
 
+use super::notify;
 use super::signals::ReloadSignals;
 use crate::api;
 use crate::config::{
@@ -178,12 +179,14 @@ impl Reload {
                     }
                 }
                 () = self.hangups.next() => {
+                    notify::reloading();
                     if self.source.dir.is_some() {
                         let read = self.read_settled().await;
                         self.take(read, true);
                     } else {
                         tracing::info!("Nothing to reload: this process was started without --conf");
                     }
+                    notify::ready();
                 }
             }
         }

@@ -33,6 +33,8 @@ mod copies;
 #[cfg(test)]
 mod dead_letters;
 #[cfg(test)]
+mod deployment;
+#[cfg(test)]
 mod descriptors;
 #[cfg(test)]
 mod disk;

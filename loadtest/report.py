@@ -19,7 +19,8 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #667; --line: #d8dce0; --back: #fff; }
 :root { --good: #2b7a3d; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ec; --soft: #9aa3ab; --line: #3a4147; --back: #15191d; --good: #6cc17e; --bad: #ff8a80; }
+  :root { --ink: #e6e9ec; --soft: #9aa3ab; --line: #3a4147; --back: #15191d;
+    --good: #6cc17e; --bad: #ff8a80; }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); }
 body { max-width: 980px; margin: 3em auto; padding: 0 1.2em; }

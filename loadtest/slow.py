@@ -3,8 +3,8 @@
     SECONDS_EACH=20 python3 loadtest/slow.py
 
 slowhttptest opens 1,000 connections to `infra-controller dev` in each of its four modes (header, body, read,
-range). A normal client sends requests at the same time. Traffic goes to loopback addresses only. Exits with 1 if
-a target is not met: no failed request and p99 of at most 50 ms for the normal client, and released memory
+range). A normal client sends requests at the same time. Traffic goes to loopback addresses only. Exits with 1
+if a target is not met: no failed request and p99 of at most 50 ms for the normal client, and released memory
 afterwards.
 """
 

@@ -7,16 +7,16 @@
 //!
 //! In reading order:
 //!
-//! - [`guard`]: the limits on connections, and the only reader of messages from the network
-//! - [`tls`]: the settings of the TLS listener
-//! - [`fields`]: header fields that may occur only once
-//! - [`client`]: the client's address behind trusted proxies
-//! - [`api_key`]: authentication
-//! - [`body`] and [`inflate`]: request bodies, bounded in size and time
-//! - [`respond`], [`rate_limit`] and [`cors`]: responses of the gateway itself and their header fields
-//! - [`upstream`] and [`timed_body`]: requests forwarded to upstreams
-//! - [`settings`]: the settings that may change while the process runs
-//! - [`descriptors`]: the connection limit that the limit of open files allows
+//! - [`guard`] — the limits on connections, and the only reader of messages from the network
+//! - [`tls`] — the settings of the TLS listener
+//! - [`fields`] — header fields that may occur only once
+//! - [`client`] — the client's address behind trusted proxies
+//! - [`api_key`] — authentication
+//! - [`body`], [`inflate`] — request bodies, bounded in size and time
+//! - [`respond`], [`rate_limit`] and [`cors`] — responses of the gateway itself and their header fields
+//! - [`upstream`] and [`timed_body`] — requests forwarded to upstreams
+//! - [`settings`] — the settings that may change while the process runs
+//! - [`descriptors`] — the connection limit that the limit of open files allows
 
 mod api_key;
 mod body;
@@ -145,7 +145,9 @@ impl Gateway {
                 biased;
                 reply = self.api.call(route.endpoint, &call) => reply,
                 // The body has been read, so this read completes only when the client disconnects.
-                _ = session.downstream_session.read_body_or_idle(true) => return Err(NotAnswered::ClientDisconnected),
+                _ = session.downstream_session.read_body_or_idle(true) => {
+                    return Err(NotAnswered::ClientDisconnected);
+                }
             },
         };
         Ok((reply, call.counted))

@@ -44,5 +44,5 @@ pub mod limiter;
 pub mod log;
 pub mod metrics;
 pub mod model;
-mod node_lease;
+pub mod node_lease;
 pub mod runs;

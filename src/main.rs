@@ -6,7 +6,8 @@ use infra_controller::model::Scope;
 use infra_controller::{boot, log};
 use std::net::IpAddr;
 #[cfg(feature = "aws")]
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[global_allocator]

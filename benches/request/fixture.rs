@@ -13,30 +13,32 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 
-pub use infra_controller::dispatch::Held;
-pub use infra_controller::limiter::Counted;
+pub use infra_controller::dispatch::Permits;
+pub use infra_controller::limiter::RateLimitState;
 pub use infra_controller::log::Json;
 pub use infra_controller::model::{
     Execution, FunctionId, Job, JobDraft, JobId, JobTemplate, NodeId, Outcome, Recommendation, RunRequest,
     now_ms,
 };
 
-use infra_controller::api::{self, Api};
-use infra_controller::audit::{self, Audit, RowsWritten, Stores};
+use infra_controller::api::{Api, ApiParts};
+use infra_controller::audit::{self, Audit, RowsStored, Stores};
 use infra_controller::backend::{
-    Backend, BackendError, Decision, Ended, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
-    Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery, QueueTraits, Quota,
-    ResultEvent, Results, SendError, Written, embedded,
+    Backend, BackendError, Decision, EndedJob, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
+    FunctionWriteOutcome, Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery,
+    QueueTraits, ResultEvent, Results, SendError, embedded,
 };
 use infra_controller::catalogue::Catalogue;
 use infra_controller::config::{Conf, Live, Secret};
 use infra_controller::dispatch::{self, Dispatcher};
-use infra_controller::functions::{self, Editor, Functions};
-use infra_controller::gateway::{Accepted, Edge, Gateway, Guard, Guarded, Pseudonym};
+use infra_controller::functions::{self, Editor, FunctionCache};
+use infra_controller::gateway::{Accepted, Gateway, GatewaySettings, GuardState, ListenerApp, Pseudonym};
 use infra_controller::lifecycle::{Lifecycle, Phase};
 use infra_controller::limiter::RateLimiter;
 use infra_controller::metrics::Metrics;
-use infra_controller::model::{Counters, Function};
+use infra_controller::model::{Function, FunctionCounters, Quota};
+use infra_controller::node_lease::NodeLease;
+use infra_controller::runs::{RunParts, Runs};
 
 /// Most jobs that wait for the worker, and most results that wait to be read.
 const WAITING_MAX: usize = 1024;
@@ -109,7 +111,7 @@ impl Journal for Instantly {
         Ok(())
     }
 
-    async fn end(&self, _: NodeId, ended: &[Ended]) -> Result<bool, BackendError> {
+    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
         black_box(ended);
         Ok(true)
     }
@@ -186,8 +188,8 @@ impl FunctionStore for Instantly {
         Ok(FunctionPage::default())
     }
 
-    async fn write(&self, _: &FunctionWrite) -> Result<Written, BackendError> {
-        Ok(Written::Conflict)
+    async fn write(&self, _: &FunctionWrite) -> Result<FunctionWriteOutcome, BackendError> {
+        Ok(FunctionWriteOutcome::Conflict)
     }
 
     async fn recommend(&self, _: &FunctionId, _: &Recommendation) -> Result<(), BackendError> {
@@ -202,8 +204,8 @@ impl FunctionStore for Instantly {
 /// The parts of a node, and their loops, which run until this is dropped.
 pub struct Fixture {
     pub dispatcher: Dispatcher,
-    pub functions: Functions,
-    guard: Arc<Guard>,
+    pub functions: FunctionCache,
+    guard: Arc<ListenerApp<Gateway>>,
     stop: watch::Sender<bool>,
     loops: JoinSet<()>,
     _dir: tempfile::TempDir,
@@ -230,16 +232,15 @@ impl Fixture {
         // The loop is dropped: nothing else changes functions here.
         let (functions, _) = functions::new(&conf.cache, &backend, "code".to_owned(), &metrics);
         let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
-        let (dispatcher, running) = dispatch::new(dispatch::Parts {
+        let (dispatcher, running) = dispatch::new(dispatch::DispatchParts {
             node,
             memory: &conf.memory,
-            fleet: &conf.fleet,
             dead_letter: &conf.dead_letter,
             batch: batch.clone(),
             overload: Live::new(conf.overload.clone()),
             backend: &backend,
             audit,
-            ledger: Arc::clone(&books.ledger),
+            lease: NodeLease::of_fleet(false),
             metrics: Arc::clone(&metrics),
         });
         let mut loops = JoinSet::new();
@@ -254,17 +255,27 @@ impl Fixture {
         let lifecycle = Lifecycle::default();
         lifecycle.enter(Phase::Ready);
         let api_key = Secret::new(API_KEY.to_owned());
-        let edge = Edge::new(&conf, &api_key, Pseudonym::of(b"bench")).expect("the shipped conf has no TLS");
-        let api = Api::new(api::Parts {
-            waits,
-            batch,
+        let edge = GatewaySettings::new(&conf, &api_key, Pseudonym::of(b"bench"))
+            .expect("the shipped conf has no TLS");
+        let runs = Runs::new(RunParts {
             backend: &backend,
+            waits: waits.clone(),
+            batch,
             dispatcher: dispatcher.clone(),
             functions: functions.clone(),
+            limiter: limiter.clone(),
+            lifecycle: lifecycle.clone(),
+            tail: tail.clone(),
+            metrics: Arc::clone(&metrics),
+        });
+        let api = Api::new(ApiParts {
+            waits,
+            backend: &backend,
+            runs,
+            dispatcher: dispatcher.clone(),
             editor: Editor::new(&backend, functions.clone()),
             tail,
             catalogue: Catalogue::new(None).expect("a catalogue without a node"),
-            limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             spool_dir: dir.path().join("spool"),
@@ -272,7 +283,7 @@ impl Fixture {
         });
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle, Arc::clone(&metrics));
         let proxy = pingora::proxy::http_proxy(&Arc::default(), gateway);
-        let guarded = Arc::new(Guarded::new(proxy, edge, &conf.http2, metrics));
+        let guarded = Arc::new(GuardState::new(proxy, edge, &conf.http2, metrics));
         let (guard, stop) = (Arc::new(guarded.plain()), watch::Sender::new(false));
         Self { dispatcher, functions, guard, stop, loops, _dir: dir }
     }
@@ -369,7 +380,7 @@ pub fn limiter(loops: &mut JoinSet<()>, metrics: &Arc<Metrics>) -> RateLimiter {
 
 struct Nobody;
 
-impl RowsWritten for Nobody {
+impl RowsStored for Nobody {
     fn rows_written(&self, ids: &[JobId]) {
         black_box(ids);
     }
@@ -417,7 +428,7 @@ pub fn function() -> Function {
         updated_at: String::new(),
         env_vars: r#"{"STAGE":"bench"}"#.into(),
         version: 1,
-        counters: Counters::default(),
+        counters: FunctionCounters::default(),
         recommendation: None,
     }
 }

@@ -7,8 +7,8 @@ mod fixture;
 
 use criterion::{Criterion, Throughput};
 use fixture::{
-    Counted, Execution, Fixture, FunctionId, Held, JobDraft, JobId, JobTemplate, Json, NodeId, Outcome,
-    RESULT, RUN_REQUEST, Recommendation, RunRequest, now_ms,
+    Execution, Fixture, FunctionId, JobDraft, JobId, JobTemplate, Json, NodeId, Outcome, Permits, RESULT,
+    RUN_REQUEST, RateLimitState, Recommendation, RunRequest, now_ms,
 };
 use futures_util::future::join_all;
 use std::hint::black_box;
@@ -72,7 +72,7 @@ fn limiter_spend(criterion: &mut Criterion) {
             runtime.block_on(async {
                 let started = Instant::now();
                 for _ in 0..iters {
-                    let mut counted = Counted::default();
+                    let mut counted = RateLimitState::default();
                     limiter
                         .check(black_box("/run"), Some(&key), || None, &mut counted)
                         .await
@@ -111,7 +111,7 @@ fn asynchronous_run(criterion: &mut Criterion) {
     let _inside = runtime.enter();
     let fixture = Fixture::start();
     let run = async || {
-        let sending = fixture.dispatcher.submit(fixture.job(), Held::new()).expect("there is room");
+        let sending = fixture.dispatcher.submit(fixture.job(), Permits::new()).expect("there is room");
         sending.await.expect("the loop runs").expect("the queue takes it");
     };
     let mut group = criterion.benchmark_group("asynchronous_run");
@@ -136,7 +136,7 @@ fn synchronous_run(criterion: &mut Criterion) {
     let _inside = runtime.enter();
     let fixture = Fixture::start();
     let run = async || {
-        let submitted = fixture.dispatcher.submit_waiting(fixture.job(), Held::new());
+        let submitted = fixture.dispatcher.submit_waiting(fixture.job(), Permits::new());
         let mut submitted = submitted.expect("there is room");
         submitted.sent.await.expect("the loop runs").expect("the queue takes it");
         black_box(submitted.waiter.outcome().await.expect("a result").body());

@@ -29,7 +29,7 @@ pub struct FailingRows {
 /// The attempts of one such row.
 pub struct FailedAttempts {
     pub first: Instant,
-    /// The value of [`RowWriter::written`] at the last failure.
+    /// The number of all rows written so far, at the last failure.
     pub written: u64,
     /// Failed attempts that count: other rows were written since the previous failure.
     pub counted: u32,
@@ -46,16 +46,16 @@ impl FailingRows {
         self.next_try = Some(Instant::now() + RETRIED_EVERY);
     }
 
-    /// Retries no row for the share of the interval that `rows` of `all` rows have: one round through all of them
-    /// takes at least the retry interval of a row.
+    /// Retries no row for the share of the interval that `rows` of `all` rows have: one round through all of
+    /// them takes at least the retry interval of a row.
     pub fn pause_for(&mut self, rows: usize, all: u64) {
         let part = rows as f64 / all.max(1) as f64;
         let pause = RETRIED_EVERY.mul_f64(part.min(1.0)).max(RETRY_PAUSE_MIN);
         self.next_try = Some(Instant::now() + pause);
     }
 
-    /// Counts failed attempts; `written`: all rows written so far. Returns the rows to be put aside, which have
-    /// failed for `aside_after`, and the others.
+    /// Counts failed attempts; `written`: all rows written so far. Returns the rows to be put aside, which
+    /// have failed for `aside_after`, and the others.
     pub fn count(
         &mut self,
         failures: Vec<(Record, BackendError)>,

@@ -13,7 +13,8 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// Tables in memory that fail as told: one entry a call, fine when it is used up.
 #[derive(Default)]

@@ -6,8 +6,8 @@ use super::signals::ReloadSignals;
 use crate::api::{Api, ApiParts};
 use crate::audit::{self, AuditLoops, SpillDirs};
 use crate::catalogue::Catalogue;
-use crate::config::{Http2Conf, Live};
-use crate::dispatch::{self, DispatchLoops, Dispatcher};
+use crate::config::{FleetConf, Http2Conf, Live};
+use crate::dispatch::{self, DispatchLoops, Dispatcher, NodeJobs};
 use crate::fleet::Adopter;
 use crate::functions::{self, ChangeLoop, Editor, Sweeper};
 use crate::gateway::{Gateway, GatewaySettings, HealthLoop};
@@ -74,18 +74,9 @@ impl Built {
             lease: Arc::clone(&lease),
             metrics: Arc::clone(&metrics),
         });
-        let adopter = Adopter::new(
-            *node,
-            &conf.fleet,
-            backend.membership.clone(),
-            lease,
-            loops.node_jobs.clone(),
-            Arc::clone(&books.ledger),
-            Arc::clone(&metrics),
-        );
+        let adopter = adopter(connected, &conf.fleet, lease, loops.node_jobs.clone(), &books, &metrics);
         let (functions, changes) = functions::new(&conf.cache, backend, bucket.clone(), &metrics);
         let editor = Editor::new(backend, functions.clone());
-        let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let (limiter, leaser) =
             RateLimiter::new(&conf.limits, &conf.keys, backend.limits.clone(), Arc::clone(&metrics));
         let edge = GatewaySettings::new(conf, &settings.api_key, settings.pseudonym.clone())
@@ -98,8 +89,7 @@ impl Built {
             limiter: limiter.clone(),
             edge: edge.clone(),
         };
-        let loaded = (settings.texts.clone(), conf.clone());
-        let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
+        let reload = reload(settings, hangups, targets, &metrics);
         let run_parts = RunParts {
             backend,
             waits,
@@ -112,6 +102,7 @@ impl Built {
             metrics: Arc::clone(&metrics),
         };
         let api = api(settings, run_parts, editor, spool_dir)?;
+        let sweeper = Sweeper::new(backend, Arc::clone(&metrics));
         let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
         let background =
@@ -137,4 +128,34 @@ fn api(settings: &NodeSettings, runs: RunParts<'_>, editor: Editor, spool_dir: &
         runs: Runs::new(runs),
     };
     Ok(Api::new(parts))
+}
+
+fn reload(
+    settings: &NodeSettings,
+    hangups: ReloadSignals,
+    targets: ReloadTargets,
+    metrics: &Arc<Metrics>,
+) -> Reload {
+    let loaded = (settings.texts.clone(), settings.conf.clone());
+    Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(metrics))
+}
+
+fn adopter(
+    connected: &ConnectedBackend,
+    conf: &FleetConf,
+    lease: Arc<NodeLease>,
+    jobs: NodeJobs,
+    books: &AuditLoops,
+    metrics: &Arc<Metrics>,
+) -> Adopter {
+    let membership = connected.backend.membership.clone();
+    Adopter::new(
+        connected.node,
+        conf,
+        membership,
+        lease,
+        jobs,
+        Arc::clone(&books.ledger),
+        Arc::clone(metrics),
+    )
 }

@@ -1,11 +1,11 @@
 //! Reports the state of the process to a service manager: systemd with `Type=notify` or `notify-reload`.
 //!
-//! Without `NOTIFY_SOCKET` in the environment each call does nothing. A message that cannot be sent is logged and
-//! does not stop the process.
+//! Without `NOTIFY_SOCKET` in the environment each call does nothing. A message that cannot be sent is logged
+//! and does not stop the process.
 //!
-//! `MAINPID` is never sent. A successor (`serve --upgrade`) is the main process of its own unit, an instance beside
-//! that of its predecessor. In one unit an upgrade is not possible: systemd stops the whole unit when its main process
-//! exits.
+//! `MAINPID` is never sent. A successor (`serve --upgrade`) is the main process of its own unit, an instance
+//! beside that of its predecessor. In one unit an upgrade is not possible: systemd stops the whole unit when
+//! its main process exits.
 
 use sd_notify::NotifyState;
 

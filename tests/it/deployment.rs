@@ -107,14 +107,14 @@ async fn the_service_manager_is_notified() {
     assert_eq!(next().await, "READY=1\n");
     gateway.signal(Signal::SIGTERM);
     assert_eq!(next().await, "STOPPING=1\n");
-    assert_eq!(gateway.ended(SOON).await.code(), Some(0));
+    assert_eq!(gateway.wait_for_exit(SOON).await.code(), Some(0));
 }
 
 /// A service manager that is gone stops nobody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_service_manager_is_reported() {
     let gateway = start_notifying(Path::new("/nowhere/notify")).await;
-    gateway.until_printed("The service manager was not notified").await;
+    gateway.wait_for_output("The service manager was not notified").await;
     gateway.stop().await;
 }
 
@@ -126,7 +126,7 @@ fn instructions() -> Vec<String> {
     whole.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
 }
 
-/// Whether the builder sees the file: the last pattern of `.dockerignore` that matches it, or a folder it is in,
+/// Whether the builder sees the file: the last pattern of `.dockerignore` that matches it, or its folder,
 /// decides.
 fn is_sent(patterns: &str, file: &str) -> bool {
     let parts: Vec<&str> = file.split('/').collect();

@@ -186,11 +186,11 @@ async fn a_new_key_is_printed_once() {
     assert_eq!(run.code, Some(78), "{}", run.output);
 }
 
-/// The `key new` commands in README.md and in the shipped files.
+/// The `key new` commands in docs/configuration.md and in the shipped files.
 fn documented_key_commands() -> Vec<String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut commands = Vec::new();
-    for file in ["README.md", "conf/keys.toml"] {
+    for file in ["docs/configuration.md", "conf/keys.toml"] {
         let text = fs::read_to_string(root.join(file)).expect("a file of the project");
         let shown = text.match_indices("infra-controller key new").map(|(at, _)| {
             let line = text[at..].lines().next().expect("a line");

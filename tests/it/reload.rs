@@ -176,7 +176,7 @@ async fn no_request_fails_while_settings_change() {
         applied_is(gateway, LIMITS, n).await;
         // At least one request is answered for each change.
         eventually("an answer", SOON, || async {
-            let failed = clients.iter().any(|client| client.is_finished());
+            let failed = clients.iter().any(tokio::task::JoinHandle::is_finished);
             if failed || answered() > before { Ok(()) } else { Err("none".to_owned()) }
         })
         .await;

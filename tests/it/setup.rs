@@ -146,7 +146,7 @@ async fn all_forms_of_the_redis_address_are_read() {
             "a slash in the password",
             vec![pair("REDIS_URL", &format!("redis://u:pass-of/redis@{at}"))],
             CONFIG,
-            vec!["REDIS_URL holds / ? or #", "%2F"],
+            vec!["REDIS_URL contains / ? or #", "%2F"],
         ),
         (
             "a wrong password",

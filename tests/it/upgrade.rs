@@ -28,7 +28,7 @@ async fn start(state: &Scratch) -> Platform {
 struct Clients {
     stop: watch::Sender<bool>,
     /// Number of answers of each client.
-    answered: Arc<Vec<AtomicUsize>>,
+    answered: Arc<[AtomicUsize]>,
     tasks: Vec<JoinHandle<Vec<String>>>,
 }
 
@@ -36,7 +36,7 @@ impl Clients {
     /// The first `steady` of `count` clients keep their connections. The others open one for each request.
     fn start(gateway: &Gateway, count: usize, steady: usize) -> Self {
         let (stop, stopped) = watch::channel(false);
-        let answered: Arc<Vec<AtomicUsize>> = Arc::new((0..count).map(|_| AtomicUsize::new(0)).collect());
+        let answered: Arc<[AtomicUsize]> = (0..count).map(|_| AtomicUsize::new(0)).collect();
         let tasks = (0..count).map(|n| {
             let (addr, key) = (gateway.addr(), gateway.key().to_owned());
             spawn(ask(addr, key, n < steady, stopped.clone(), (n, Arc::clone(&answered))))
@@ -77,7 +77,7 @@ async fn ask(
     key: String,
     keeps_alive: bool,
     stopped: watch::Receiver<bool>,
-    (number, answered): (usize, Arc<Vec<AtomicUsize>>),
+    (number, answered): (usize, Arc<[AtomicUsize]>),
 ) -> Vec<String> {
     let mut ids = Vec::new();
     // The connection, and when its last request was sent.

@@ -221,7 +221,7 @@ impl Membership for Store {
             JournalPart::Jobs(jobs) => data.in_flight.extend(jobs.iter().map(|job| (job.id, job.clone()))),
             JournalPart::Sums(sums) => data.sums.extend(sums.iter().cloned()),
             JournalPart::Numbered(all) => {
-                data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone())))
+                data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone())));
             }
             JournalPart::GivenUp(jobs) => data.given_up.extend(jobs.iter().cloned()),
         });

@@ -11,9 +11,8 @@
 pub mod request;
 
 use super::head::HeadLimits;
-use super::hpack::{HpackDecoder, TABLE_BYTES_MAX, put_field};
+use super::hpack::{HpackDecoder, TABLE_BYTES_MAX};
 use bytes::{Buf, BufMut, BytesMut};
-use http::header::HeaderMap;
 use request::Request;
 use std::fmt;
 

@@ -14,7 +14,6 @@ use crate::gateway::guard::head::Span;
 use crate::gateway::guard::hpack::Field;
 use crate::gateway::guard::hpack::put_field;
 use crate::gateway::guard::hpack::put_index;
-use bytes::Buf;
 use bytes::BytesMut;
 use http::header::HeaderMap;
 use http::header::HeaderName;

@@ -1,5 +1,8 @@
+use super::super::head::HeadRejection;
+use super::super::hpack::{Field, put_field};
 use super::request::*;
 use super::*;
+use http::header::HeaderMap;
 
 const LIMITS: HeadLimits = HeadLimits { bytes_max: 1024, fields_max: 8 };
 

@@ -171,7 +171,8 @@ async fn upstream_failures_are_answered_as_problems() {
     };
     let late = upstream("late", &[&service], "scope = \"none\"\nread_timeout_s = 1\n");
     let nobody = upstream_lines("gone", &[gone], "scope = \"none\"\nconnect_timeout_ms = 300\n");
-    let no_checks = format!("scope = \"none\"\n{NO_HEALTH_CHECKS}");
+    // At a path that the service does not list among its requests.
+    let no_checks = format!("scope = \"none\"\n{NO_HEALTH_CHECKS}").replace("\"/\"", "\"/healthz\"");
     let half = upstream_lines("half", &[gone, service.addr()], &no_checks);
     let slow = upstream("slow", &[&service], "scope = \"none\"\nread_timeout_s = 60\nbody_timeout_s = 1\n");
     let up = upstream("up", &[&service], "scope = \"none\"\n");

@@ -21,4 +21,4 @@ pub fn upstream_lines(name: &str, addresses: &[SocketAddr], more: &str) -> Strin
 }
 
 /// A setting of an upstream: no health check during a test.
-pub const NO_HEALTH_CHECKS: &str = "health = { path = \"/healthz\", every_s = 3600 }\n";
+pub const NO_HEALTH_CHECKS: &str = "health = { path = \"/\", every_s = 3600 }\n";

@@ -228,30 +228,10 @@ def growth(stack, pairs, many, seconds):
     turnover = ["--connections", 256, "--async", "--requests-per-connection", 20]
     several = ["--functions", many, "--addresses", many]
     # Each function and address once: the first lookup of each is not measured.
-    load(
-        gateway.port,
-        "--connections",
-        256,
-        "--async",
-        "--requests-per-connection",
-        1,
-        "--requests",
-        many,
-        *several,
-        seconds=120,
-    )
+    once = ["--connections", 256, "--async", "--requests-per-connection", 1, "--requests", many]
+    load(gateway.port, *once, *several, seconds=120)
     # As many requests with one function and one address.
-    load(
-        few.port,
-        "--connections",
-        256,
-        "--async",
-        "--requests-per-connection",
-        1,
-        "--requests",
-        many,
-        seconds=120,
-    )
+    load(few.port, *once, seconds=120)
     runs = []
     for pair in range(pairs):
         skip = ["--first", pair * many // pairs]

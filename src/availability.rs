@@ -1,7 +1,8 @@
 //! Whether a dependency is available, and when to probe it while it is not.
 //!
-//! One type for all dependencies that are tried less often while they fail: the queue's circuit breaker, the
-//! shared store of the limiter, the log table, batch writes, and the beats of subscriptions.
+//! Used by the circuit breaker of the queue, the shared store of the limiter, the log table and its batch
+//! writes. Beats of subscriptions, cached functions and the model catalogue do not use it: they wait for a
+//! fixed time after each failure, and do not count it from the last probe.
 
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -271,15 +271,7 @@ impl ApiError {
                 "too_many_failures",
                 "Too many requests from this address had no valid key. Retry after the time in Retry-After.",
             ),
-            Self::TooManyJobs(TooManyJobs::OfKey { max }) => {
-                row(429, "too_many_jobs", "The key has reached its cap of {} jobs in flight.").with(max)
-            }
-            Self::TooManyJobs(TooManyJobs::OfFunction { max }) => row(
-                429,
-                "too_many_jobs",
-                "The function has reached its cap of jobs in flight: maxConcurrency is {}.",
-            )
-            .with(max),
+            Self::TooManyJobs(cap) => cap_row(cap),
             Self::LimiterUnavailable => row(
                 503,
                 "limiter_unavailable",
@@ -336,24 +328,8 @@ impl ApiError {
             Self::TooManyWorkers => {
                 row(503, "overloaded", "The maximum number of workers is already registered.")
             }
-            Self::Submit(SubmitError::Overloaded) => {
-                row(503, "overloaded", "Too many jobs are waiting. Retry later.")
-            }
-            Self::Submit(SubmitError::Refused) => {
-                row(400, "refused_by_queue", "The queue rejected the job because of its content.")
-            }
-            Self::Submit(SubmitError::Unavailable) => {
-                row(503, "queue_unavailable", "The job was not queued. Retry later.")
-            }
-            Self::Submit(SubmitError::Unknown) => row(
-                503,
-                "queue_timeout",
-                "The queue did not confirm the job in time, so it may still run. A retry may run it twice, \
-                 unless it repeats the Idempotency-Key.",
-            ),
-            Self::Submit(SubmitError::Stopping) | Self::NotReady => {
-                row(503, "not_ready", "This node does not accept requests.")
-            }
+            Self::Submit(error) => submit_row(error),
+            Self::NotReady => not_ready_row(),
             Self::BackendUnavailable => {
                 row(503, "backend_unavailable", "A part of the platform does not answer. Retry later.")
             }
@@ -429,6 +405,44 @@ impl ApiError {
         }
         reply
     }
+}
+
+/// Concurrency caps.
+fn cap_row(cap: &TooManyJobs) -> Row<'_> {
+    match cap {
+        TooManyJobs::OfKey { max } => {
+            row(429, "too_many_jobs", "The key has reached its cap of {} jobs in flight.").with(max)
+        }
+        TooManyJobs::OfFunction { max } => row(
+            429,
+            "too_many_jobs",
+            "The function has reached its cap of jobs in flight: maxConcurrency is {}.",
+        )
+        .with(max),
+    }
+}
+
+/// Sends to the queue.
+fn submit_row(error: &SubmitError) -> Row<'static> {
+    match error {
+        SubmitError::Overloaded => row(503, "overloaded", "Too many jobs are waiting. Retry later."),
+        SubmitError::Refused => {
+            row(400, "refused_by_queue", "The queue rejected the job because of its content.")
+        }
+        SubmitError::Unavailable => row(503, "queue_unavailable", "The job was not queued. Retry later."),
+        SubmitError::Unknown => row(
+            503,
+            "queue_timeout",
+            "The queue did not confirm the job in time, so it may still run. A retry may run it twice, \
+             unless it repeats the Idempotency-Key.",
+        ),
+        SubmitError::Stopping => not_ready_row(),
+    }
+}
+
+/// A node that starts or drains: as a whole, or when a job is submitted.
+fn not_ready_row() -> Row<'static> {
+    row(503, "not_ready", "This node does not accept requests.")
 }
 
 #[cfg(test)]

@@ -556,7 +556,7 @@ async fn a_row_that_is_refused_for_good_is_put_aside_at_once() {
     assert_eq!(tables.left.lock().len(), 1);
 }
 
-/// Of a job that is on its way while the journal is told again it may be asked in the middle of its step.
+/// While a journal is restored, a job may move from the table to the ledger. The restore must not miss it.
 #[tokio::test(start_paused = true)]
 async fn no_job_passes_behind_the_one_who_looks_for_all() {
     let tables = Arc::new(Tables::default());

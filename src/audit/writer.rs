@@ -1,9 +1,9 @@
 //! Writes rows, 25 per call, until each is in the table or, while the table is unavailable, on this node's
 //! disk.
 //!
-//! When no write has succeeded for a while the table counts as unavailable. Then rows go to the spill, except
-//! for one batch at intervals that tests the table. When the table is back, spilled rows are replayed beside
-//! new ones.
+//! After three seconds without a successful write the table counts as unavailable. Then rows go to the spill,
+//! except for one batch at intervals that tests the table. When the table is back, spilled rows are replayed
+//! beside new ones.
 //!
 //! One row that the table rejects must not block any other. Other rows show whether the row or the table is
 //! at fault. A batch that fails repeatedly is written row by row. A row that fails alone while others succeed

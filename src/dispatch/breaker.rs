@@ -1,6 +1,6 @@
-//! A circuit breaker in front of the queue. When no send has succeeded for a while, new jobs are rejected
-//! immediately instead of after their send deadline. Probe jobs are admitted at intervals, and waiting jobs
-//! are still retried.
+//! A circuit breaker in front of the queue. After two seconds without a successful send, new jobs are
+//! rejected immediately instead of after their send deadline. Probe jobs are admitted at intervals, and
+//! waiting jobs are still retried.
 
 use crate::availability::Availability;
 use crate::metrics::Metrics;

@@ -183,10 +183,8 @@ impl Settler {
             "results",
             hearing.is_receiving(),
             hearing == SubscriptionState::Unverified,
+            hearing == SubscriptionState::BeatsMissed,
         );
-        if hearing == SubscriptionState::BeatsMissed {
-            self.metrics.subscriptions.missed.with_label_values(&["results"]).inc();
-        }
     }
 
     /// Does the look-ups that are due. Ends jobs as LOST whose deadline has passed.

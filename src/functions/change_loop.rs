@@ -73,10 +73,8 @@ impl ChangeLoop {
             "changes",
             hearing.is_receiving(),
             hearing == SubscriptionState::Unverified,
+            hearing == SubscriptionState::BeatsMissed,
         );
-        if hearing == SubscriptionState::BeatsMissed {
-            self.metrics.subscriptions.missed.with_label_values(&["changes"]).inc();
-        }
         match (before.is_some_and(SubscriptionState::is_receiving), hearing.is_receiving()) {
             (false, true) => self.functions.hear(),
             (_, false) => self.functions.be_deaf(),

@@ -37,7 +37,7 @@ const LEAST: u32 = 32;
 const LEAST_OF_BURST: u32 = 64;
 /// The tokens that a bucket gains in this time do not justify a separate call. They are leased with the first
 /// token and not returned. As a lease lives for [`TTL`], at most one hundredth of the rate is lost.
-const TRIFLE: Micros = TTL / 100;
+const NEGLIGIBLE: Micros = TTL / 100;
 /// Maximum number of requests that wait for the answer of one call.
 pub const WAITERS_MAX: usize = 1024;
 
@@ -70,14 +70,14 @@ pub enum Verdict {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct LeaseThresholds {
     least: u32,
-    trifle: u32,
+    negligible: u32,
 }
 
 impl LeaseThresholds {
     pub fn of(quota: &Quota) -> Self {
         let most = quota.burst / LEAST_OF_BURST;
-        let gained = u128::from(quota.rate) * u128::from(TRIFLE) / quota.period.as_micros().max(1);
-        Self { least: LEAST.min(most), trifle: u32::try_from(gained).unwrap_or(u32::MAX).min(most) }
+        let gained = u128::from(quota.rate) * u128::from(NEGLIGIBLE) / quota.period.as_micros().max(1);
+        Self { least: LEAST.min(most), negligible: u32::try_from(gained).unwrap_or(u32::MAX).min(most) }
     }
 }
 
@@ -237,7 +237,7 @@ impl<W> TokenLease<W> {
 
     /// Whether a lease not renewed since call `seq` should be returned. If so, [`Self::begin`] is due.
     pub fn is_idle_since(&mut self, seq: u64, worth: LeaseThresholds) -> bool {
-        self.seq == seq && self.tokens > worth.trifle && self.probe()
+        self.seq == seq && self.tokens > worth.negligible && self.probe()
     }
 
     /// Returns the call that is due, to be sent now with the number `seq`. Even a call that requests nothing
@@ -249,7 +249,7 @@ impl<W> TokenLease<W> {
         self.demand.roll(now);
         let wished = match self.demand.ahead() {
             0 if self.waiters.is_empty() => 0,
-            0 => worth.trifle.min(worth.least),
+            0 => worth.negligible.min(worth.least),
             requests => requests.max(worth.least),
         };
         let held = if now < self.expires { self.tokens.min(wished) } else { 0 };
@@ -432,9 +432,10 @@ mod tests {
     #[test]
     fn returned_tokens_are_not_spent_even_if_the_call_fails() {
         let (mut lease, now) = (leased(3), START + TTL / 2);
-        let worth = LeaseThresholds { least: 0, trifle: 2 };
+        let worth = LeaseThresholds { least: 0, negligible: 2 };
         assert!(
-            !lease.is_idle_since(0, worth) && !lease.is_idle_since(1, LeaseThresholds { trifle: 3, ..worth })
+            !lease.is_idle_since(0, worth)
+                && !lease.is_idle_since(1, LeaseThresholds { negligible: 3, ..worth })
         );
         assert!(lease.is_idle_since(1, worth));
         assert_eq!(

@@ -30,7 +30,7 @@ pub struct RateLimitState {
 
 impl std::fmt::Debug for RateLimitState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Counted")
+        f.debug_struct("RateLimitState")
             .field("early", &self.early)
             .field("late", &self.late)
             .finish_non_exhaustive()

@@ -7,7 +7,7 @@ use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Registry};
 pub struct SubscriptionMetrics {
     lost: IntGaugeVec,
     beat_off: IntGaugeVec,
-    pub missed: IntCounterVec,
+    missed: IntCounterVec,
 }
 
 impl SubscriptionMetrics {
@@ -35,10 +35,13 @@ impl SubscriptionMetrics {
         })
     }
 
-    /// Sets the state of a subscription.
-    pub fn note(&self, subscription: &str, is_heard: bool, is_beat_off: bool) {
+    /// Sets the state of a subscription, and counts a reconnect after missed beats.
+    pub fn note(&self, subscription: &str, is_heard: bool, is_beat_off: bool, has_missed_beats: bool) {
         self.lost.with_label_values(&[subscription]).set((!is_heard).into());
         self.beat_off.with_label_values(&[subscription]).set(is_beat_off.into());
+        if has_missed_beats {
+            self.missed.with_label_values(&[subscription]).inc();
+        }
     }
 
     pub fn is_heard(&self, subscription: &str) -> bool {

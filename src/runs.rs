@@ -15,7 +15,7 @@
 mod error;
 mod idempotency;
 
-pub use error::RunError;
+pub use error::{InvalidKey, RunError};
 
 use crate::audit::{Event, RecentEvents};
 use crate::backend::{Backend, Claim, StoredClaim};
@@ -42,7 +42,8 @@ pub struct RunOrder<'a> {
     pub request: &'a RunRequest<'a>,
     /// The whole request body. Its hash distinguishes a repeat from a reused idempotency key.
     pub body: &'a [u8],
-    pub idempotency_key: Option<&'a str>,
+    /// A malformed key is reported only after the checks of the function, so that it never hides one of them.
+    pub idempotency_key: Result<Option<&'a str>, InvalidKey>,
     pub caller: Option<&'a Caller>,
     /// The rate-limit state of the request so far.
     pub counted: &'a RateLimitState,
@@ -63,8 +64,9 @@ impl RunOrder<'_> {
         self.caller.is_none_or(|caller| caller.may_run(function))
     }
 
-    fn key(&self) -> Option<IdempotencyKey> {
-        self.idempotency_key.map(|key| IdempotencyKey::of(self.key_name(), key))
+    fn key(&self) -> Result<Option<IdempotencyKey>, RunError> {
+        let key = self.idempotency_key.map_err(RunError::InvalidKey)?;
+        Ok(key.map(|key| IdempotencyKey::of(self.key_name(), key)))
     }
 }
 
@@ -146,7 +148,7 @@ impl Runs {
         }
         // Only existing functions are counted: invented names must not fill the limiter.
         self.limiter.check_function(&template.function, order.counted).await.map_err(RunError::RateLimit)?;
-        match order.key() {
+        match order.key()? {
             None => {
                 let id = self.dispatcher.new_id();
                 let job = self.job(order, &template, id, id.accepted_at())?;
@@ -236,7 +238,7 @@ impl Runs {
     /// Handles a request for a function that does not exist. A repeat of a request from before its deletion
     /// is still answered.
     async fn repeat_without_function(&self, order: &RunOrder<'_>) -> Result<RunOutcome, RunError> {
-        let Some(key) = order.key() else { return Err(RunError::NoSuchFunction) };
+        let Some(key) = order.key()? else { return Err(RunError::NoSuchFunction) };
         if !order.may_run(&order.request.function) {
             return Err(RunError::NoSuchFunction);
         }

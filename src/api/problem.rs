@@ -1,7 +1,10 @@
-//! Errors as `application/problem+json` (RFC 9457). Only this file gives them a status, a code and a text.
+//! Errors as `application/problem+json` (RFC 9457). Only this file and [`rows`] give them a status, a code
+//! and a text.
 //!
 //! `code` is stable and for programs. `detail` is for people, and never contains a key, a body or the error
 //! text of a backend.
+
+mod rows;
 
 use super::reply::Reply;
 use crate::backend::BackendError;
@@ -9,15 +12,15 @@ use crate::dispatch::{SubmitError, TooManyJobs};
 use crate::functions::EditError;
 use crate::limiter::Rejection;
 use crate::model::Scope;
-use crate::runs::RunError;
+use crate::runs::{InvalidKey, RunError};
 use bytes::Bytes;
 use http::StatusCode;
 use http::header::{ACCEPT_ENCODING, ALLOW, HeaderName, HeaderValue, RETRY_AFTER};
+use rows::Row;
 use serde_json::json;
-use std::fmt::Display;
 
-const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
-const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
+pub const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
+pub const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 
 /// How much longer a request body may be than the longest queue message, in bytes.
 pub const BODY_BYTES_SLACK: usize = 16 * 1024;
@@ -121,34 +124,6 @@ pub enum ApiError {
     NotReady,
 }
 
-/// Status, code and detail of an error.
-struct Row<'a> {
-    status: StatusCode,
-    code: &'static str,
-    /// `{}` stands for the value.
-    template: &'static str,
-    /// The part or bound that the detail names. Only `detail` formats it, so `code` does not allocate.
-    value: Option<&'a dyn Display>,
-}
-
-fn row(status: u16, code: &'static str, template: &'static str) -> Row<'static> {
-    let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    Row { status, code, template, value: None }
-}
-
-impl<'a> Row<'a> {
-    fn with(self, value: &'a dyn Display) -> Self {
-        Self { value: Some(value), ..self }
-    }
-
-    fn detail(&self) -> String {
-        match self.value {
-            Some(value) => self.template.replace("{}", &value.to_string()),
-            None => self.template.to_owned(),
-        }
-    }
-}
-
 impl ApiError {
     /// An invalid request. `detail` names the member, field or parameter, and is cut to its maximum length.
     pub fn invalid(detail: impl Into<String>) -> Self {
@@ -162,7 +137,11 @@ impl ApiError {
 
     /// Logs the cause, which must not reach the client. `what` names the backend.
     pub fn backend(what: &'static str, error: &BackendError) -> Self {
-        tracing::warn!(what, error = %error, "Backend Failed");
+        tracing::warn!(
+            what,
+            error = %error,
+            "A backend call failed; the client received 503. Check the backend named in `what`"
+        );
         Self::BackendUnavailable
     }
 
@@ -171,197 +150,65 @@ impl ApiError {
         self.row().code
     }
 
-    /// The row of this error. The rows are split by topic because a function is at most one page long.
+    /// The row of this error. A variant without a row does not compile.
     fn row(&self) -> Row<'_> {
-        let row = self.message_row().or_else(|| self.body_row()).or_else(|| self.key_row());
-        let row = row.or_else(|| self.resource_row()).or_else(|| self.platform_row());
-        row.or_else(|| self.upstream_row()).expect("a test requires a row for each error")
-    }
-
-    /// Connection and message: these checks do not depend on the route.
-    fn message_row(&self) -> Option<Row<'_>> {
-        Some(match self {
-            Self::MalformedHeader(what) => {
-                row(400, "malformed_header", "The request is not valid HTTP: {}.").with(what)
-            }
-            Self::BadFraming(what) => {
-                row(400, "bad_framing", "The end of the body is ambiguous: {}.").with(what)
-            }
-            Self::RepeatedField(name) => {
-                row(400, "repeated_field", "The header field {} may occur only once.").with(name)
-            }
-            Self::MixedWildcard(name) => {
-                row(400, "repeated_field", "In {} the value * matches any tag, so it must be the only value.")
-                    .with(name)
-            }
-            Self::TargetTooLong => row(414, "target_too_long", "The request target is too long."),
-            Self::HeaderTooLarge => {
-                row(431, "header_too_large", "The request header is too large, or has too many fields.")
-            }
-            Self::HeaderTimeout => row(408, "header_timeout", "The request header did not arrive in time."),
-            Self::VersionNotSupported => row(
-                505,
-                "version_not_supported",
-                "This server supports HTTP/1.0 and HTTP/1.1, and HTTP/2 over TLS.",
-            ),
-            Self::ExpectationFailed => {
-                row(417, "expectation_failed", "The only supported expectation is 100-continue.")
-            }
-            Self::TooManyConnections => {
-                row(503, "too_many_connections", "Too many connections are open. Retry later.")
-            }
-            _ => return None,
-        })
-    }
-
-    /// The transfer and the format of the body.
-    fn body_row(&self) -> Option<Row<'_>> {
-        Some(match self {
-            Self::TransferCodingUnknown => {
-                row(501, "unsupported_transfer_coding", "The only supported transfer coding is chunked.")
-            }
-            Self::BodyTooLarge { bytes_max } => {
-                row(413, "body_too_large", "The request is too large: the limit is {} bytes.").with(bytes_max)
-            }
-            Self::BodyTimeout => row(408, "body_timeout", "The body did not arrive in time."),
-            Self::BodyBroken => row(400, "body_broken", "The body ended early or is malformed."),
-            Self::ContentCodingUnknown => row(
-                415,
-                "unsupported_content_coding",
-                "The supported content codings are gzip, deflate and identity, one at a time.",
-            ),
-            Self::BodyUndecodable => {
-                row(400, "body_undecodable", "The body does not match its Content-Encoding.")
-            }
-            Self::NotJson => row(
-                415,
-                "unsupported_media_type",
-                "The body must be JSON, with Content-Type: application/json.",
-            ),
-            Self::NotAForm => row(
-                415,
-                "unsupported_media_type",
-                "The body must be a form, with Content-Type: multipart/form-data.",
-            ),
-            Self::NotJsonNorForm => {
-                row(415, "unsupported_media_type", "The body must be JSON or a form (multipart/form-data).")
-            }
-            Self::Invalid(detail) => row(400, "invalid_request", "{}").with(detail),
-            Self::BadArchive(detail) => row(400, "bad_archive", "{}").with(detail),
-            _ => return None,
-        })
-    }
-
-    /// API keys and limits.
-    fn key_row(&self) -> Option<Row<'_>> {
-        Some(match self {
-            Self::Unauthorized => {
-                row(401, "unauthorized", "The header field x-api-key is missing or is not a valid key.")
-            }
-            Self::KeyNotValidNow => {
-                row(401, "key_not_valid_now", "The key is not valid yet, or has expired.")
-            }
-            Self::Forbidden { scope } => row(403, "forbidden", "The key lacks the scope \"{}\".").with(scope),
-            Self::FunctionForbidden => row(403, "function_forbidden", "The key may not run this function."),
-            Self::RateLimited { .. } => {
-                row(429, "rate_limited", "Too many requests. Retry after the time in Retry-After.")
-            }
-            Self::TooManyFailures { .. } => row(
-                429,
-                "too_many_failures",
-                "Too many requests from this address had no valid key. Retry after the time in Retry-After.",
-            ),
-            Self::TooManyJobs(cap) => cap_row(cap),
-            Self::LimiterUnavailable => row(
-                503,
-                "limiter_unavailable",
-                "The rate limiter is not available, so requests are rejected. Retry later.",
-            ),
-            _ => return None,
-        })
-    }
-
-    /// Routes, functions, jobs and lists.
-    fn resource_row(&self) -> Option<Row<'_>> {
-        Some(match self {
-            Self::NoSuchRoute => row(404, "no_such_route", "No route has this path."),
-            Self::NoSuchFunction => row(404, "no_such_function", "Function not found"),
-            Self::NoSuchJob => row(404, "no_such_job", "The job does not exist, or its result has expired."),
-            Self::NoSuchLog => {
-                row(404, "no_such_log", "The execution does not exist, or its record has expired.")
-            }
-            Self::MethodNotAllowed { allow } => {
-                row(405, "method_not_allowed", "This path supports {}.").with(allow)
-            }
-            Self::BadCursor => row(
-                400,
-                "bad_cursor",
-                "The cursor does not belong to this list and filter. Start without a cursor.",
-            ),
-            Self::NoRecommendation => {
-                row(409, "no_recommendation", "There is no recommendation for this function yet.")
-            }
-            Self::PreconditionFailed => row(
-                412,
-                "precondition_failed",
-                "The function does not match the precondition. Read it again.",
-            ),
-            Self::Contended => {
-                row(503, "contended", "Concurrent changes of the function won every attempt. Retry later.")
-            }
-            _ => return None,
-        })
-    }
-
-    /// Runs, and the bounds and backends of the node.
-    fn platform_row(&self) -> Option<Row<'_>> {
-        Some(match self {
-            Self::IdempotencyKeyReused => row(
-                422,
-                "idempotency_key_reused",
-                "This Idempotency-Key belongs to a request with another body.",
-            ),
-            Self::Shed { .. } => {
-                row(503, "overloaded", "The queue is overloaded. Retry after the time in Retry-After.")
-            }
-            Self::TooManyUploads => row(503, "overloaded", "Too many uploads are in progress. Retry later."),
-            Self::TooManyWorkers => {
-                row(503, "overloaded", "The maximum number of workers is already registered.")
-            }
-            Self::Submit(error) => submit_row(error),
-            Self::NotReady => not_ready_row(),
-            Self::BackendUnavailable => {
-                row(503, "backend_unavailable", "A part of the platform does not answer. Retry later.")
-            }
-            _ => return None,
-        })
-    }
-
-    /// Upstreams.
-    fn upstream_row(&self) -> Option<Row<'_>> {
-        Some(match self {
-            Self::UpstreamBroken => row(
-                502,
-                "upstream_broken",
-                "The response of the service behind this path is incomplete or malformed.",
-            ),
-            Self::UpstreamUnavailable => {
-                row(503, "upstream_unavailable", "The service behind this path does not answer. Retry later.")
-            }
-            Self::UpstreamTimeout => {
-                row(504, "upstream_timeout", "The service behind this path did not answer in time.")
-            }
-            Self::LoopDetected => {
-                row(508, "loop_detected", "The request has passed through this gateway before.")
-            }
-            _ => return None,
-        })
+        match self {
+            Self::MalformedHeader(what) => rows::MALFORMED_HEADER.with(what),
+            Self::BadFraming(what) => rows::BAD_FRAMING.with(what),
+            Self::RepeatedField(name) => rows::REPEATED_FIELD.with(name),
+            Self::MixedWildcard(name) => rows::MIXED_WILDCARD.with(name),
+            Self::TargetTooLong => rows::TARGET_TOO_LONG,
+            Self::HeaderTooLarge => rows::HEADER_TOO_LARGE,
+            Self::HeaderTimeout => rows::HEADER_TIMEOUT,
+            Self::VersionNotSupported => rows::VERSION_NOT_SUPPORTED,
+            Self::ExpectationFailed => rows::EXPECTATION_FAILED,
+            Self::TooManyConnections => rows::TOO_MANY_CONNECTIONS,
+            Self::TransferCodingUnknown => rows::TRANSFER_CODING_UNKNOWN,
+            Self::BodyTooLarge { bytes_max } => rows::BODY_TOO_LARGE.with(bytes_max),
+            Self::BodyTimeout => rows::BODY_TIMEOUT,
+            Self::BodyBroken => rows::BODY_BROKEN,
+            Self::ContentCodingUnknown => rows::CONTENT_CODING_UNKNOWN,
+            Self::BodyUndecodable => rows::BODY_UNDECODABLE,
+            Self::NotJson => rows::NOT_JSON,
+            Self::NotAForm => rows::NOT_A_FORM,
+            Self::NotJsonNorForm => rows::NOT_JSON_NOR_FORM,
+            Self::Invalid(detail) => rows::INVALID.with(detail),
+            Self::BadArchive(detail) => rows::BAD_ARCHIVE.with(detail),
+            Self::Unauthorized => rows::UNAUTHORIZED,
+            Self::KeyNotValidNow => rows::KEY_NOT_VALID_NOW,
+            Self::Forbidden { scope } => rows::FORBIDDEN.with(scope),
+            Self::FunctionForbidden => rows::FUNCTION_FORBIDDEN,
+            Self::RateLimited { .. } => rows::RATE_LIMITED,
+            Self::TooManyFailures { .. } => rows::TOO_MANY_FAILURES,
+            Self::TooManyJobs(cap) => rows::of_cap(cap),
+            Self::LimiterUnavailable => rows::LIMITER_UNAVAILABLE,
+            Self::NoSuchRoute => rows::NO_SUCH_ROUTE,
+            Self::NoSuchFunction => rows::NO_SUCH_FUNCTION,
+            Self::NoSuchJob => rows::NO_SUCH_JOB,
+            Self::NoSuchLog => rows::NO_SUCH_LOG,
+            Self::MethodNotAllowed { allow } => rows::METHOD_NOT_ALLOWED.with(allow),
+            Self::BadCursor => rows::BAD_CURSOR,
+            Self::NoRecommendation => rows::NO_RECOMMENDATION,
+            Self::PreconditionFailed => rows::PRECONDITION_FAILED,
+            Self::Contended => rows::CONTENDED,
+            Self::IdempotencyKeyReused => rows::IDEMPOTENCY_KEY_REUSED,
+            Self::Shed { .. } => rows::SHED,
+            Self::TooManyUploads => rows::TOO_MANY_UPLOADS,
+            Self::TooManyWorkers => rows::TOO_MANY_WORKERS,
+            Self::Submit(error) => rows::of_send(error),
+            Self::NotReady => rows::NOT_READY,
+            Self::BackendUnavailable => rows::BACKEND_UNAVAILABLE,
+            Self::UpstreamBroken => rows::UPSTREAM_BROKEN,
+            Self::UpstreamUnavailable => rows::UPSTREAM_UNAVAILABLE,
+            Self::UpstreamTimeout => rows::UPSTREAM_TIMEOUT,
+            Self::LoopDetected => rows::LOOP_DETECTED,
+        }
     }
 
     /// The response to the request with this `X-Request-Id`.
     pub fn into_reply(self, request_id: &str) -> Reply {
         let row = self.row();
-        let (status, code, detail) = (row.status, row.code, row.detail());
+        let (status, code, detail) = (row.status(), row.code, row.detail());
         let body = json!({
             "type": format!("urn:infra-controller:problem:{code}"),
             "title": status.canonical_reason().unwrap_or("Error"),
@@ -407,44 +254,6 @@ impl ApiError {
     }
 }
 
-/// Concurrency caps.
-fn cap_row(cap: &TooManyJobs) -> Row<'_> {
-    match cap {
-        TooManyJobs::OfKey { max } => {
-            row(429, "too_many_jobs", "The key has reached its cap of {} jobs in flight.").with(max)
-        }
-        TooManyJobs::OfFunction { max } => row(
-            429,
-            "too_many_jobs",
-            "The function has reached its cap of jobs in flight: maxConcurrency is {}.",
-        )
-        .with(max),
-    }
-}
-
-/// Sends to the queue.
-fn submit_row(error: &SubmitError) -> Row<'static> {
-    match error {
-        SubmitError::Overloaded => row(503, "overloaded", "Too many jobs are waiting. Retry later."),
-        SubmitError::Refused => {
-            row(400, "refused_by_queue", "The queue rejected the job because of its content.")
-        }
-        SubmitError::Unavailable => row(503, "queue_unavailable", "The job was not queued. Retry later."),
-        SubmitError::Unknown => row(
-            503,
-            "queue_timeout",
-            "The queue did not confirm the job in time, so it may still run. A retry may run it twice, \
-             unless it repeats the Idempotency-Key.",
-        ),
-        SubmitError::Stopping => not_ready_row(),
-    }
-}
-
-/// A node that starts or drains: as a whole, or when a job is submitted.
-fn not_ready_row() -> Row<'static> {
-    row(503, "not_ready", "This node does not accept requests.")
-}
-
 #[cfg(test)]
 impl ApiError {
     /// The detail of an invalid request.
@@ -474,6 +283,9 @@ impl From<RunError> for ApiError {
             RunError::RateLimit(rejection) => rejection.into(),
             RunError::TooManyJobs(cap) => Self::TooManyJobs(cap),
             RunError::MessageTooLarge { bytes_max } => Self::BodyTooLarge { bytes_max },
+            RunError::InvalidKey(InvalidKey { bytes_max }) => {
+                Self::invalid(format!("Idempotency-Key must be 1 to {bytes_max} visible ASCII characters"))
+            }
             RunError::KeyReused => Self::IdempotencyKeyReused,
             RunError::Submit(error) => Self::Submit(error),
             RunError::Backend { store, error } => Self::backend(store, &error),
@@ -547,8 +359,8 @@ mod tests {
     fn each_error_has_a_status_and_a_detail() {
         for error in ApiError::each() {
             let row = error.row();
-            assert_ne!(row.status, StatusCode::INTERNAL_SERVER_ERROR, "{error:?}: invalid status");
-            assert!(row.status.canonical_reason().is_some(), "{error:?}: no title");
+            assert_ne!(row.status(), StatusCode::INTERNAL_SERVER_ERROR, "{error:?}: invalid status");
+            assert!(row.status().canonical_reason().is_some(), "{error:?}: no title");
             assert_eq!(row.template.matches("{}").count(), row.value.iter().count(), "{error:?}");
             let is_given = matches!(error, ApiError::Invalid(_) | ApiError::BadArchive(_));
             assert!(is_given || row.detail().len() > 10, "{error:?}: no detail");

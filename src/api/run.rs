@@ -5,7 +5,7 @@ use super::prefer::Prefer;
 use super::problem::ApiError;
 use super::reply::Reply;
 use crate::model::{Execution, JobId, RunRequest};
-use crate::runs::{RunOrder, RunOutcome, Runs};
+use crate::runs::{InvalidKey, RunOrder, RunOutcome, Runs};
 use http::StatusCode;
 use http::header::{HeaderName, HeaderValue, LOCATION};
 use serde_json::json;
@@ -40,7 +40,7 @@ impl RunRoute {
         let order = RunOrder {
             request: &request,
             body: &call.body,
-            idempotency_key: idempotency_key(headers)?,
+            idempotency_key: idempotency_key(headers),
             caller: call.caller.as_deref(),
             counted: &call.counted,
             traceparent: traceparent(headers),
@@ -73,7 +73,7 @@ fn of_row(id: JobId, row: &Execution) -> Reply {
 }
 
 fn still_running(id: JobId, prefix: &str) -> Reply {
-    let message = "The job is still running. Ask for its result at /status/ and its id.";
+    let message = "The job is still running. Get its result from /status/<jobId>.";
     later(id, prefix, format!("{{\"status\":\"TIMEOUT\",\"jobId\":\"{id}\",\"message\":\"{message}\"}}"))
 }
 
@@ -93,14 +93,13 @@ fn is_true(value: Option<&HeaderValue>) -> bool {
 
 /// The client's idempotency key. The IETF draft requires a quoted string (`"…"`). Bare text is accepted as
 /// well, because many clients send that.
-fn idempotency_key(headers: &CallHeaders) -> Result<Option<&str>, ApiError> {
+fn idempotency_key(headers: &CallHeaders) -> Result<Option<&str>, InvalidKey> {
     let Some(value) = &headers.idempotency_key else { return Ok(None) };
     let text = value.to_str().unwrap_or_default().trim();
     let key = text.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')).unwrap_or(text);
     let is_visible = key.bytes().all(|b| b.is_ascii_graphic() && b != b'"');
     if key.is_empty() || key.len() > KEY_BYTES_MAX || !is_visible {
-        let detail = format!("Idempotency-Key must be 1 to {KEY_BYTES_MAX} visible ASCII characters");
-        return Err(ApiError::invalid(detail));
+        return Err(InvalidKey { bytes_max: KEY_BYTES_MAX });
     }
     Ok(Some(key))
 }

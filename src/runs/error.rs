@@ -5,6 +5,12 @@ use crate::dispatch::{SubmitError, TooManyJobs};
 use crate::limiter::Rejection;
 use std::time::Duration;
 
+/// An idempotency key is not 1 to this many visible ASCII characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InvalidKey {
+    pub bytes_max: usize,
+}
+
 /// Why a run was rejected, or why its result is not known.
 #[derive(Debug)]
 pub enum RunError {
@@ -20,6 +26,8 @@ pub enum RunError {
     TooManyJobs(TooManyJobs),
     /// The queue message would exceed this many bytes.
     MessageTooLarge { bytes_max: usize },
+    /// The idempotency key is malformed.
+    InvalidKey(InvalidKey),
     /// The idempotency key belongs to a request with another body.
     KeyReused,
     /// The job was not queued, or it is unknown whether it was.

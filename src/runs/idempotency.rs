@@ -1,4 +1,4 @@
-//! Carries out requests with an `Idempotency-Key` once (draft-ietf-httpapi-idempotency-key-header).
+//! Carries out each request with an `Idempotency-Key` only once (draft-ietf-httpapi-idempotency-key-header).
 //!
 //! A request claims its key for its job before the job is sent. A later request with the same key and body
 //! finds that job: by the result kept with the claim, by its stored result, in flight on any node, or by its
@@ -43,7 +43,7 @@ const WRITES: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_
 /// The known state of the job of an earlier request.
 pub enum KnownState {
     Result(Outcome),
-    /// The queue has or had the job. With a place to wait for its result, if there is one.
+    /// The queue has or had the job. `None`: there is no way to wait for its result.
     Pending(Option<PendingJob>),
     /// The job has ended, and its result is no longer stored.
     Ended(Box<Execution>),
@@ -166,6 +166,11 @@ impl Idempotency {
                 }
             } else if started.elapsed() > 2 * self.attempt_max() {
                 // The clocks of the nodes differ too much, or no node ends a job past its deadline.
+                tracing::warn!(
+                    requestId = %before.claim.job,
+                    "A repeated run was answered 503: the state of its first attempt did not become known. \
+                     Compare the clocks of the nodes"
+                );
                 return Err(RunError::AttemptUnresolved);
             } else {
                 tokio::select! {
@@ -176,7 +181,7 @@ impl Idempotency {
                 }
             }
             let found = self.0.claims.find(&claim.key).await.map_err(unavailable)?;
-            // No claim any more: it was released, because the send has definitely failed.
+            // A claim that is missing was released, because the send has definitely failed.
             before = found.ok_or(RunError::Submit(SubmitError::Unavailable))?;
         }
     }
@@ -239,7 +244,11 @@ impl Idempotency {
         let maybe_sent = is_here || standing != JournalState::Absent;
         attempt.is_first = !maybe_sent;
         self.count(if maybe_sent { "sent_again" } else { "taken_over" });
-        tracing::info!(requestId = %id, journaled = is_journaled, "Unconfirmed job sent again for a repeat");
+        tracing::info!(
+            requestId = %id,
+            journaled = is_journaled,
+            "Unconfirmed job sent again for a repeated request"
+        );
         let resend = Resend { since: attempt_id.accepted_at(), is_journaled, maybe_sent };
         Ok(Some(ClaimOutcome::Resend(attempt, Box::new(before.clone()), resend)))
     }

@@ -64,6 +64,12 @@ impl Table<'_> {
             ),
             ("/run", run(&good).header("idempotency-key", "a b"), 400, "invalid_request"),
             ("/run", run(r#"{"functionId":"no-such-function"}"#), 404, "no_such_function"),
+            (
+                "/run",
+                run(r#"{"functionId":"no-such-function"}"#).header("idempotency-key", "a b"),
+                400,
+                "invalid_request",
+            ),
             ("/run", run(&huge), 413, "body_too_large"),
             ("/run", run(&huger), 413, "body_too_large"),
             ("/run", self.call("POST", "/run").body("text/plain", good), 415, "unsupported_media_type"),

@@ -83,6 +83,16 @@ async fn a_key_runs_only_its_functions(setup: Setup) {
     run(gateway, "key-narrow", HELLO).await.expect(202);
     assert_eq!(code(&run(gateway, "key-narrow", &other).await.expect_problem(403)), "function_forbidden");
     run(gateway, "key-narrow", "no-such-function").await.expect_problem(404);
+    // A malformed idempotency key is reported after the permission of an existing function. Without a
+    // function it is reported first.
+    for (function, status, expected) in
+        [(other.as_str(), 403, "function_forbidden"), ("no-such-function", 400, "invalid_request")]
+    {
+        let body = json!({ "functionId": function });
+        let malformed = with(gateway, "key-narrow", "POST", "/run").header("idempotency-key", "a b");
+        let answer = malformed.json(&body).send().await.expect_problem(status);
+        assert_eq!(code(&answer), expected, "{function}");
+    }
     platform.finish().await;
 }
 

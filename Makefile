@@ -7,7 +7,7 @@ ROUNDS ?= 5
 SECONDS_EACH ?= 8
 QUICK ?=
 
-# Seconds of `make schema` and of each target of `make fuzz`. A seed repeats a run, of `make chaos`, too.
+# Seconds of `make schema` and of each target of `make fuzz`. SEED repeats a run, also of `make chaos`.
 SECONDS ?= 600
 SEED ?=
 

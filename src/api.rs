@@ -29,7 +29,7 @@ mod upload;
 mod workers;
 
 pub use call::{BodyStream, Call, CallHeaders, whole};
-pub use problem::{ApiError, BODY_BYTES_SLACK};
+pub use problem::{ApiError, BODY_BYTES_SLACK, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING};
 pub use reply::Reply;
 pub use routes::{BodyMode, Endpoint, Route, RouteMatch, find, is_local, patterns_with_key};
 pub use system::Health;

@@ -1,8 +1,15 @@
 //! Whether a dependency is available, and when to probe it while it is not.
 //!
 //! Used by the circuit breaker of the queue, the shared store of the limiter, the log table and its batch
-//! writes. Beats of subscriptions, cached functions and the model catalogue do not use it: they wait for a
-//! fixed time after each failure, and do not count it from the last probe.
+//! writes. Others keep their own form, because they pause after each failure and have no single caller that
+//! probes:
+//!
+//! * Beats of subscriptions: both subscriptions subscribe again after the pause. A probe would let only one.
+//! * The command connection to Redis: callers that share one attempt to connect share its error for 50 ms.
+//! * AWS credentials: the pause moves the time of the next refresh, which also depends on their expiry.
+//! * Failing rows: the pause depends on the number of rows, and each row has its own count of attempts.
+//! * The function cache: each entry has its own pause.
+//! * The model catalogue: its failure is a cached answer with an age, like its success.
 
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,11 +1,11 @@
-//! The ports: what the gateway needs from the outside, one trait family a file.
+//! The ports: what the gateway needs from the outside, one trait family per file.
 //!
 //! A trait exists only where the fleet ([`aws`]) and the single machine ([`embedded`]) differ. The traits are
 //! object-safe and small. Only `boot` chooses the backend; no other room knows which one runs.
 //!
 //! In the order in which a job meets them: [`functions`], [`limits`], [`claims`], [`queue`], [`journal`],
 //! [`results`], [`dead_letters`], [`executions`]. Beside them: [`membership`] of nodes, the registry of
-//! [`workers`], announcements of [`changes`], and [`error`].
+//! [`workers`], announcements of [`changes`], [`error`], and [`empty_dir`] for local files.
 
 #[cfg(feature = "aws")]
 pub mod aws;
@@ -13,6 +13,7 @@ mod changes;
 mod claims;
 mod dead_letters;
 pub mod embedded;
+mod empty_dir;
 mod error;
 mod executions;
 mod functions;
@@ -27,6 +28,7 @@ mod workers;
 pub use changes::{ChangeEvent, ChangeFeed};
 pub use claims::{CLAIM_TTL, Claim, Claims, STORED_RESULT_BYTES_MAX, StoredClaim};
 pub use dead_letters::{DeadLetter, DeadLetters};
+pub use empty_dir::make_empty_dir;
 pub use error::{BackendError, StartProblem};
 pub use executions::{ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 pub use functions::{CodeList, CodeStore, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};

@@ -1,7 +1,7 @@
 //! Builds, starts and stops a process. The only module that chooses a backend.
 //!
 //! A process is one Pingora server with one service (see [`node`]). Its runtime hosts the Redis and AWS
-//! clients as well as the listeners, because a hop to another runtime would cost about 10 µs a request. The
+//! clients as well as the listeners, because a hop to another runtime would cost about 10 µs per request. The
 //! service connects first and listens afterwards, so a process that cannot work never binds its port.
 
 mod accept;

@@ -57,7 +57,7 @@ pub struct DispatchLoops {
     pub lookups: Lookups,
     /// The jobs of this node and of the nodes that it adopts, for `fleet`.
     pub node_jobs: NodeJobs,
-    pub undertaker: DeadLetterReader,
+    pub dead_letters: DeadLetterReader,
     /// Receives the ids of jobs whose rows are written, from the audit.
     pub rows: Arc<dyn RowsStored>,
 }
@@ -92,7 +92,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&shedder),
         Arc::clone(&metrics),
     );
-    let undertaker = DeadLetterReader::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
+    let dead_letters = DeadLetterReader::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
     let settler = Arc::new(Settler::new(
         Arc::clone(&in_flight),
         Arc::clone(&schedule),
@@ -105,7 +105,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         pump: Pump::new(Arc::clone(&settler), Arc::clone(&backend.results)),
         lookups: Lookups::new(Arc::clone(&settler), Arc::clone(&in_flight), Arc::clone(&journal)),
         node_jobs: NodeJobs::new(Arc::clone(&settler), Arc::clone(&in_flight), Arc::clone(&journal)),
-        undertaker,
+        dead_letters,
         rows: Arc::clone(&settler) as Arc<dyn RowsStored>,
     };
     let dispatcher = Dispatcher::new(DispatcherParts {

@@ -6,7 +6,8 @@
 //! as its help text here.
 //!
 //! Metrics are fields, not looked up by name, so a misspelled name does not compile. One expression gives a
-//! metric its name, help text, labels and buckets, and registers it. It stands in the file of its subject:
+//! metric its name, help text, labels and buckets, and registers it. That expression is in the file of its
+//! subject:
 //!
 //! * [`requests`] and [`edge`], which holds connections and upstreams
 //! * [`executions`], by function

@@ -147,7 +147,7 @@ impl Health {
             // A node admits nothing while another process holds its id.
             vital.push(check("nodeId", self.node_id()));
             // Without subscriptions results are looked up, and functions are read more often.
-            useful.extend(SUBSCRIPTIONS.map(|(name, of)| check(name, self.heard(of))));
+            useful.extend(SUBSCRIPTIONS.map(|(name, of)| check(name, self.subscription(of))));
         }
         if let (Some(depth), Some(Value::Object(queue))) = (depth, checks.get_mut("queue")) {
             queue.insert("depth".to_owned(), json!(depth));
@@ -178,9 +178,9 @@ impl Health {
         (self.metrics.jobs.node_id_lost.get() == 0).then_some(()).ok_or_else(held)
     }
 
-    fn heard(&self, subscription: &str) -> Result<(), BackendError> {
+    fn subscription(&self, subscription: &str) -> Result<(), BackendError> {
         let lost = || BackendError::Unavailable("published messages do not arrive".into());
-        self.metrics.subscriptions.is_heard(subscription).then_some(()).ok_or_else(lost)
+        self.metrics.subscriptions.is_receiving(subscription).then_some(()).ok_or_else(lost)
     }
 
     /// The check of rows on the node's disk. `None` without such rows.

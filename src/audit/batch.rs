@@ -1,12 +1,9 @@
 //! Rows that are written together, and what became of them.
 
-use crate::audit::record::KeyedResult;
-use crate::audit::record::Record;
+use crate::audit::record::{KeyedResult, Record};
 use crate::backend::BackendError;
 use crate::metrics::Metrics;
-use crate::model::Execution;
-use crate::model::JobId;
-use crate::model::Recommendation;
+use crate::model::{Execution, JobId, Recommendation};
 
 /// Rows that are written together, with their recommendations.
 #[derive(Default)]

@@ -16,7 +16,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Tables in memory that fail as told: one entry a call, fine when it is used up.
+/// Tables in memory that return the given failures, one per call. After the last one every call succeeds.
 #[derive(Default)]
 struct Tables {
     failures: Mutex<Vec<BackendError>>,

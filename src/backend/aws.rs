@@ -4,7 +4,7 @@
 //!
 //! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
 //! * [`error`] — what an AWS failure means, by its code
-//! * [`json_call`] — the two calls of every run, without the SDK around them
+//! * [`json_call`] — the most frequent calls, without the SDK
 //! * [`sqs`], [`dynamodb`], [`s3`], [`redis`] — the ports, by service
 //! * [`start`] — the checks before the first request
 

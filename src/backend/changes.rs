@@ -15,7 +15,7 @@ pub enum ChangeEvent {
     /// too. Other texts are possible, because any client of the store can publish.
     Changed(String),
     /// The state of the subscription. After an interruption, earlier announcements may have been missed.
-    Hearing(SubscriptionState),
+    Subscription(SubscriptionState),
 }
 
 /// Announces changes to all nodes, and receives their announcements.

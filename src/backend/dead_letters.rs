@@ -26,8 +26,8 @@ pub trait DeadLetters: Send + Sync {
     /// message is visible.
     async fn read(&self) -> Result<Vec<DeadLetter>, BackendError>;
 
-    /// Stores and publishes a result in the way of a worker. Returns `false`, and changes nothing, if the job
-    /// has a stored result.
+    /// Stores and publishes a result, as a worker does. Returns `false`, and changes nothing, if the job has
+    /// a stored result.
     async fn answer(&self, id: JobId, result: Bytes) -> Result<bool, BackendError>;
 
     /// Deletes messages that one [`Self::read`] returned.

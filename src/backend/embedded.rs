@@ -30,6 +30,7 @@ mod workers;
 pub use worker::LocalWorker;
 
 use super::StartProblem;
+use super::empty_dir::make_empty_dir;
 use super::ports::Backend;
 use crate::model::NodeId;
 use code_store::LocalCode;
@@ -40,7 +41,7 @@ use results::LocalResults;
 use rusqlite::{Connection, OptionalExtension};
 use start_problem::start_problem;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use store::{SqliteClaims, SqliteCodeList, SqliteExecutions, SqliteFunctions};
 use workers::{Activity, LocalWorkers};
@@ -83,7 +84,7 @@ fn try_open(dir: &Path) -> Result<Embedded, OpenError> {
         seed::plant(connection, &code_dir, has_node)?;
         Ok(node_id(connection)?)
     })?;
-    let runs_dir = swept(dir.join("runs"))?;
+    let runs_dir = make_empty_dir(dir.join("runs"))?;
 
     let queue = Queue::new(database.clone());
     let results = LocalResults::new(database.clone());
@@ -114,16 +115,6 @@ fn node_id(connection: &Connection) -> rusqlite::Result<NodeId> {
     let node = NodeId(rand::random());
     connection.execute("INSERT INTO meta (name, value) VALUES ('node', ?1)", [node.0])?;
     Ok(node)
-}
-
-/// Creates the directory `path`, and empties it of the files of an earlier process.
-pub fn swept(path: PathBuf) -> io::Result<PathBuf> {
-    match std::fs::remove_dir_all(&path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => {}
-    }
-    std::fs::create_dir_all(&path)?;
-    Ok(path)
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ pub enum ResultEvent {
     /// The subscription is active, at first or again. Earlier publications may have been missed.
     Subscribed,
     /// The state of the subscription has changed.
-    Hearing(SubscriptionState),
+    Subscription(SubscriptionState),
 }
 
 /// The state of a subscription. Whether it receives what others publish is proven by beats: messages of this

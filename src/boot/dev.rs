@@ -2,7 +2,7 @@
 
 use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, refuse};
 use super::{ConfSource, node};
-use crate::backend::{BackendError, StartProblem, embedded};
+use crate::backend::{BackendError, StartProblem, embedded, make_empty_dir};
 use crate::config::{
     AiNode, ConfigError, FileReader, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
     text, unreadable_variables,
@@ -89,7 +89,7 @@ pub fn dev(args: DevArgs) -> Exit {
 
 async fn open(dir: PathBuf, warnings: Vec<String>) -> Result<ConnectedBackend, Vec<StartProblem>> {
     let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
-    let spool_dir = embedded::swept(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
+    let spool_dir = make_empty_dir(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
     let worker = opened.worker;
     Ok(ConnectedBackend {
         node: opened.node,

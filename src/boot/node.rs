@@ -307,7 +307,7 @@ async fn connect(connect: Connect, signals: &mut Signals) -> Result<ConnectedBac
     Ok(connected)
 }
 
-/// Tells the process whose sockets were taken over that this one serves.
+/// Notifies the process whose sockets were taken over that this process serves.
 async fn notify_predecessor(heir: Handover) {
     if let Err(e) = heir.serves().await {
         tracing::warn!(
@@ -344,7 +344,7 @@ impl Loops {
         endless.spawn(loops.pump.run());
         endless.spawn(loops.lookups.run());
         endless.spawn(adopter.run());
-        endless.spawn(loops.undertaker.run());
+        endless.spawn(loops.dead_letters.run());
         endless.spawn(changes.run());
         endless.spawn(reload.run());
         endless.spawn(sweeper.run());

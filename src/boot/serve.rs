@@ -4,7 +4,7 @@ use super::node_id::{NodeIdChoice, NodeIdError};
 use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, explain, refuse};
 use super::state_dir::StateDir;
 use super::{ConfSource, node};
-use crate::backend::{BackendError, StartProblem, aws, embedded};
+use crate::backend::{BackendError, StartProblem, aws, make_empty_dir};
 use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
 use crate::gateway::Pseudonym;
 use crate::model::{NodeId, ProcessToken};
@@ -24,7 +24,7 @@ const NODES_TRIED_MAX: usize = 16;
 
 /// Runs a node of the fleet.
 pub fn serve(args: &ServeArgs) -> Exit {
-    match told(args) {
+    match loaded_settings(args) {
         Ok(LoadedSettings { env, source, texts, conf }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), Some(env.ai_node.clone()));
             let warnings = own_warnings(&env, &source);
@@ -54,8 +54,8 @@ pub fn serve(args: &ServeArgs) -> Exit {
 
 /// Runs the start-up checks of `serve` and prints their outcome.
 pub fn check(args: &ServeArgs) -> Exit {
-    let LoadedSettings { env, conf, source, .. } = match told(args) {
-        Ok(told) => told,
+    let LoadedSettings { env, conf, source, .. } = match loaded_settings(args) {
+        Ok(loaded) => loaded,
         Err(e) => return refuse(&e),
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
@@ -107,7 +107,7 @@ struct LoadedSettings {
 }
 
 /// Reads the environment and `conf/`. The error lists the problems of both.
-fn told(args: &ServeArgs) -> Result<LoadedSettings, ConfigError> {
+fn loaded_settings(args: &ServeArgs) -> Result<LoadedSettings, ConfigError> {
     let env = Env::from_process();
     let a_minute = env.as_ref().ok().and_then(|env| env.rate_limit);
     let master_key_bytes = env.as_ref().map_or(0, |env| env.api_key.reveal().len());
@@ -145,7 +145,7 @@ async fn connect(
     let state = choice.take().await.map_err(|e| vec![node_id_problem(&env, e)])?;
     // Needs the node id: the ACL of Redis may allow the result channels of some nodes only.
     connected.check_results(&[state.node]).await.map_err(|problem| vec![problem])?;
-    let spool_dir = embedded::swept(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
+    let spool_dir = make_empty_dir(state.path().join(SPOOL)).map_err(|e| vec![state_problem(&env, &e)])?;
     Ok(ConnectedBackend {
         node: state.node,
         warnings: warnings.into_iter().chain(connected.warnings.clone()).collect(),

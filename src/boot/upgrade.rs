@@ -40,7 +40,7 @@ const NAME_START: &str = "upgrade-";
 const NAME_END: &str = ".sock";
 
 /// The Unix socket on which a process with the configured `port` waits for its successor. Its path may be too
-/// long for a Unix socket address, so the path goes by way of the open directory.
+/// long for a Unix socket address, so the socket is addressed through the open directory.
 struct HandoverPath {
     dir: File,
     port: u16,
@@ -179,7 +179,7 @@ fn received(stream: RawFd) -> io::Result<Vec<OwnedFd>> {
         {
             #[expect(
                 unsafe_code,
-                reason = "the kernel has just given us the descriptors, and nix hands them on bare"
+                reason = "the kernel has just passed these descriptors, and nix returns them unowned"
             )]
             // SAFETY: they are open, and nothing else owns them.
             return Ok(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).collect());

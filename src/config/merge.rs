@@ -5,7 +5,7 @@ use crate::config::line::line_at;
 use serde::de::DeserializeOwned;
 use toml::Table;
 
-/// Words of at least so many characters are hidden in errors. No name of a setting is so long.
+/// Words of at least this many characters are hidden in errors. No name of a setting is this long.
 pub const SECRET_CHARS_MIN: usize = 30;
 
 /// Moves an error to `problems`.

@@ -2,7 +2,8 @@
 //!
 //! A file name may refer to anything. A FIFO, a device or a file system that does not answer would block the
 //! reader forever. So a separate thread reads, and the caller waits for it until the deadline. A thread that
-//! hangs cannot be ended. It is left behind with its file, and only that file is unreadable until it returns.
+//! hangs cannot be ended. It is abandoned with its file, and only that file is unreadable until the thread
+//! returns.
 //!
 //! Asynchronous file I/O was rejected: it uses such threads as well, and the start reads files before there
 //! is a runtime.
@@ -261,7 +262,8 @@ fn version(metadata: &Metadata) -> (u64, i64, i64) {
     (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
-/// Tells a missing file from a dangling link. The link is a mistake, and must not put the defaults in force.
+/// Distinguishes a missing file from a dangling link. A dangling link is a mistake, and must not put the
+/// defaults in force.
 fn absent(path: &Path) -> FileBytes {
     match fs::read_link(path) {
         Ok(target) => Err(format!("is a symbolic link to {}, which does not exist", target.display()).into()),

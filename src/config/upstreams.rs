@@ -1,6 +1,6 @@
 //! `upstreams.toml`: which requests are forwarded, and to which upstreams.
 
-use super::checks::within;
+use super::checks::{SECONDS_MAX, within};
 use crate::model::Scope;
 use http::{HeaderName, HeaderValue};
 use serde::{Deserialize, Serialize};
@@ -9,8 +9,6 @@ use std::collections::BTreeMap;
 /// Most upstreams, and most addresses of one upstream.
 const UPSTREAMS_MAX: usize = 100;
 const ADDRESSES_MAX: usize = 100;
-/// Largest value of a time setting, in seconds: one day.
-const SECONDS_MAX: u64 = 24 * 3600;
 
 /// `[[upstream]]`: a service behind the gateway.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -107,7 +105,7 @@ fn scope_or_none<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Sco
     Scope::parse(&text).map(Some).ok_or_else(|| serde::de::Error::custom("must be a scope or \"none\""))
 }
 
-#[expect(clippy::ref_option, reason = "serde calls it so")]
+#[expect(clippy::ref_option, reason = "serde requires this signature")]
 fn none_or_scope<S: serde::Serializer>(scope: &Option<Scope>, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(scope.map_or("none", Scope::name))
 }

@@ -81,7 +81,7 @@ impl PendingJob {
         let Some(waiter) = &mut self.own else {
             let heard = self.results.wait_for(self.id).await;
             let heard = heard.inspect_err(
-                |e| tracing::warn!(requestId = %self.id, error = %e, "Wait for a foreign job failed"),
+                |e| tracing::warn!(requestId = %self.id, error = %e, "Wait for another node's job failed"),
             );
             return heard.ok().map(Outcome::new);
         };

@@ -31,7 +31,7 @@ impl Pump {
                 ResultEvent::Published { id, payload } => settler.settle(id, Outcome::new(payload)),
                 ResultEvent::Malformed => settler.count_malformed(),
                 ResultEvent::Subscribed => settler.subscribed(),
-                ResultEvent::Hearing(hearing) => settler.hears(hearing),
+                ResultEvent::Subscription(state) => settler.note_subscription(state),
             }
         }
     }

@@ -178,12 +178,12 @@ impl Settler {
     }
 
     /// Updates the metrics of the subscription.
-    pub fn hears(&self, hearing: SubscriptionState) {
+    pub fn note_subscription(&self, state: SubscriptionState) {
         self.metrics.subscriptions.note(
             "results",
-            hearing.is_receiving(),
-            hearing == SubscriptionState::Unverified,
-            hearing == SubscriptionState::BeatsMissed,
+            state.is_receiving(),
+            state == SubscriptionState::Unverified,
+            state == SubscriptionState::BeatsMissed,
         );
     }
 

@@ -162,14 +162,14 @@ impl FunctionCache {
 
     /// Announcements are received from now on. Earlier ones may have been missed, so every entry becomes
     /// stale.
-    pub fn hear(&self) {
+    pub fn announcements_resumed(&self) {
         self.doubt_all();
         self.0.ages.heard.store(true, Ordering::Release);
         self.0.metrics.cache.changes_heard.set(1);
     }
 
     /// Announcements are no longer received.
-    pub fn be_deaf(&self) {
+    pub fn announcements_interrupted(&self) {
         self.0.ages.heard.store(false, Ordering::Release);
         self.0.metrics.cache.changes_heard.set(0);
     }

@@ -39,7 +39,7 @@ impl ChangeLoop {
         while let Some(event) = self.announcer.next().await {
             match event {
                 ChangeEvent::Changed(id) => self.changed(&id),
-                ChangeEvent::Hearing(hearing) => self.hears(last.replace(hearing), hearing),
+                ChangeEvent::Subscription(state) => self.note_subscription(last.replace(state), state),
             }
         }
     }
@@ -68,16 +68,16 @@ impl ChangeLoop {
         }
     }
 
-    fn hears(&self, before: Option<SubscriptionState>, hearing: SubscriptionState) {
+    fn note_subscription(&self, before: Option<SubscriptionState>, state: SubscriptionState) {
         self.metrics.subscriptions.note(
             "changes",
-            hearing.is_receiving(),
-            hearing == SubscriptionState::Unverified,
-            hearing == SubscriptionState::BeatsMissed,
+            state.is_receiving(),
+            state == SubscriptionState::Unverified,
+            state == SubscriptionState::BeatsMissed,
         );
-        match (before.is_some_and(SubscriptionState::is_receiving), hearing.is_receiving()) {
-            (false, true) => self.functions.hear(),
-            (_, false) => self.functions.be_deaf(),
+        match (before.is_some_and(SubscriptionState::is_receiving), state.is_receiving()) {
+            (false, true) => self.functions.announcements_resumed(),
+            (_, false) => self.functions.announcements_interrupted(),
             (true, true) => {}
         }
     }

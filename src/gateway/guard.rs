@@ -272,13 +272,7 @@ where
         }
         opened.map(|stream| Box::new(stream) as Stream)
     }
-}
 
-impl<P> ListenerApp<P>
-where
-    P: ProxyHttp + Send + Sync + 'static,
-    P::CTX: Send + Sync,
-{
     /// Waits until there is room for one more connection, if only to reject it.
     pub async fn has_room(&self) {
         self.shared.census.has_room(self.shared.caps()).await;

@@ -1,13 +1,12 @@
 //! The header fields of a response that report the rate limits of its request.
 
+use crate::api::{X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING};
 use crate::config::LimitConf;
 use crate::limiter::{RateLimitState, seconds_up};
 use http::header::{HeaderName, HeaderValue};
 use std::fmt::Write;
 use std::time::Duration;
 
-const X_RATELIMIT_LIMIT: HeaderName = HeaderName::from_static("x-ratelimit-limit");
-const X_RATELIMIT_REMAINING: HeaderName = HeaderName::from_static("x-ratelimit-remaining");
 const RATELIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const RATELIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 /// Initial capacity of the field value, in bytes: enough for two limits.

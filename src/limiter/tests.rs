@@ -16,7 +16,7 @@ fn conf(name: &str, identity: Identity, burst: u32, on_redis_loss: OnRedisLoss) 
 /// A limiter whose loop runs until the test ends.
 fn limiter(conf: &[LimitConf], shared: Option<Arc<dyn LimitStore>>) -> RateLimiter {
     let (limiter, leaser) = RateLimiter::new(conf, &[], shared, Arc::new(Metrics::new(1).unwrap()));
-    #[expect(clippy::disallowed_methods, reason = "no boot here")]
+    #[expect(clippy::disallowed_methods, reason = "the test starts the loop instead of boot")]
     tokio::spawn(leaser.run());
     limiter
 }
@@ -46,7 +46,7 @@ fn field<'a>(fields: &'a [(HeaderName, HeaderValue)], name: &str) -> &'a str {
     fields.iter().find(|(n, _)| n == name).map(|(_, v)| v.to_str().unwrap()).unwrap()
 }
 
-/// A bucket that never fills again, and whatever may go wrong with it.
+/// A bucket that never refills, with faults that can be injected.
 #[derive(Default)]
 struct Tank {
     tokens: AtomicU32,
@@ -278,7 +278,7 @@ async fn without_the_shared_count_a_limit_does_as_configured() {
             let refusal = ask(&limiter, "a", None).await.0.unwrap_err();
             assert_eq!(refusal == Rejection::Away, on_loss == OnRedisLoss::Closed, "{refusal:?}");
             store.is_away.store(false, Ordering::Relaxed);
-            // So long that nobody expects another request: one is let ask all the same.
+            // So long that no further request is expected. One request probes the store nevertheless.
             advance(Duration::from_secs(1)).await;
             passes(&limiter, "a").await;
             sleep(Duration::from_millis(10)).await;

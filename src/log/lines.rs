@@ -6,9 +6,9 @@
 //! because standard output is closed or its disk is full, are counted as well.
 
 use nix::errno::Errno;
+use parking_lot::{Condvar, Mutex};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Most bytes in the buffer. A line that does not fit is dropped.
@@ -43,7 +43,7 @@ pub fn lines_dropped() -> usize {
 pub(super) fn start() -> LinesGuard {
     let write = || LINES.write_to(&mut Stdout);
     if std::thread::Builder::new().name("log".to_owned()).spawn(write).is_err() {
-        LINES.waiting().is_over = true; // every line is dropped and counted
+        LINES.waiting.lock().is_over = true; // every line is dropped and counted
     }
     LinesGuard(())
 }
@@ -109,7 +109,7 @@ impl Lines {
     }
 
     fn push(&self, line: &[u8]) {
-        let mut waiting = self.waiting();
+        let mut waiting = self.waiting.lock();
         if waiting.is_over || waiting.bytes.len() + line.len() > WAITING_BYTES_MAX {
             drop(waiting);
             self.dropped.fetch_add(1, Ordering::Relaxed);
@@ -125,11 +125,10 @@ impl Lines {
     }
 
     fn finish(&self, within: Duration) {
-        let mut waiting = self.waiting();
+        let mut waiting = self.waiting.lock();
         waiting.is_closed = true;
         self.changed.notify_all();
-        let not_over = |waiting: &mut LineBuffer| !waiting.is_over;
-        drop(self.changed.wait_timeout_while(waiting, within, not_over));
+        self.changed.wait_while_for(&mut waiting, |waiting| !waiting.is_over, within);
     }
 
     /// Writes lines as they arrive, until the buffer is closed.
@@ -140,24 +139,19 @@ impl Lines {
             let lost = write_lines(out, &bytes);
             self.dropped.fetch_add(lost, Ordering::Relaxed);
         }
-        self.waiting().is_over = true;
+        self.waiting.lock().is_over = true;
         self.changed.notify_all();
     }
 
     /// Waits for lines and swaps them into `bytes`. `false`: the buffer is closed and empty.
     fn gather(&self, bytes: &mut Vec<u8>) -> bool {
         bytes.clear();
+        let mut waiting = self.waiting.lock();
         let idle = |waiting: &mut LineBuffer| waiting.bytes.is_empty() && !waiting.is_closed;
-        let waiting = self.changed.wait_while(self.waiting(), idle).unwrap_or_else(PoisonError::into_inner);
-        let open = |waiting: &mut LineBuffer| !waiting.is_closed;
-        let lingered = self.changed.wait_timeout_while(waiting, LINGER, open);
-        let (mut waiting, _) = lingered.unwrap_or_else(PoisonError::into_inner);
+        self.changed.wait_while(&mut waiting, idle);
+        self.changed.wait_while_for(&mut waiting, |waiting| !waiting.is_closed, LINGER);
         std::mem::swap(&mut waiting.bytes, bytes);
         !bytes.is_empty()
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, LineBuffer> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -201,7 +195,7 @@ mod tests {
             lines.push(&line);
         }
         assert_eq!(lines.dropped.load(Ordering::Relaxed), 2);
-        assert_eq!(lines.waiting().bytes.len(), WAITING_BYTES_MAX);
+        assert_eq!(lines.waiting.lock().bytes.len(), WAITING_BYTES_MAX);
     }
 
     /// Accepts this many bytes, three at a time, and then fails.

@@ -36,15 +36,15 @@ impl SubscriptionMetrics {
     }
 
     /// Sets the state of a subscription, and counts a reconnect after missed beats.
-    pub fn note(&self, subscription: &str, is_heard: bool, is_beat_off: bool, has_missed_beats: bool) {
-        self.lost.with_label_values(&[subscription]).set((!is_heard).into());
+    pub fn note(&self, subscription: &str, is_receiving: bool, is_beat_off: bool, has_missed_beats: bool) {
+        self.lost.with_label_values(&[subscription]).set((!is_receiving).into());
         self.beat_off.with_label_values(&[subscription]).set(is_beat_off.into());
         if has_missed_beats {
             self.missed.with_label_values(&[subscription]).inc();
         }
     }
 
-    pub fn is_heard(&self, subscription: &str) -> bool {
+    pub fn is_receiving(&self, subscription: &str) -> bool {
         self.lost.with_label_values(&[subscription]).get() == 0
     }
 

@@ -241,6 +241,12 @@ impl Execution {
         }
     }
 
+    /// Whether the job ended without a result. Such a row never replaces another row, and any result replaces
+    /// it.
+    pub fn is_lost(&self) -> bool {
+        self.status.as_str() == Status::LOST
+    }
+
     /// Whether the row has not expired. DynamoDB deletes expired rows hours late, so until then they must be
     /// hidden.
     pub fn is_live(&self, now: UnixMs) -> bool {

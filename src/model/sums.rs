@@ -3,7 +3,7 @@
 //! All are whole numbers, so the totals are exact in any order of addition. Floating point was rejected for
 //! that reason: nodes, retries and adopters add in different orders.
 
-use super::{Execution, Status};
+use super::Execution;
 use std::ops::AddAssign;
 
 /// The amounts of one or more executions. They may be negative: a late result subtracts the run and the error
@@ -63,12 +63,4 @@ impl AddAssign for Sums {
 fn micros(ms: f64) -> i64 {
     // A float to integer cast saturates and maps NaN to 0.
     (ms * 1000.0).round() as i64
-}
-
-impl Execution {
-    /// Whether the job ended without a result. Such a row never replaces another row, and any result replaces
-    /// it.
-    pub fn is_lost(&self) -> bool {
-        self.status.as_str() == Status::LOST
-    }
 }

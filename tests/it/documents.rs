@@ -133,7 +133,7 @@ impl Session {
         fs::write(&script, step.commands.lines().map(line).collect::<String>()).expect("writable");
         let (script, output_name) = (script.display(), output.display());
         let order = format!(". '{script}' </dev/null >'{output_name}' 2>&1; echo ended\n");
-        // A shell that has failed before is gone, and says so by the end of its output.
+        // A shell that failed earlier has exited, which the end of its output shows.
         let _ = self.input.write_all(order.as_bytes()).await;
         let ended = tokio::time::timeout(BLOCK_WITHIN, self.ended.next_line()).await;
         let output = fs::read_to_string(output).unwrap_or_default();

@@ -13,11 +13,12 @@ use crate::harness::upstream::Upstream;
 use crate::harness::{Gateway, SOON, Setup, eventually, spawn, within};
 use flate2::Compression;
 use flate2::write::{GzEncoder, ZlibEncoder};
+use parking_lot::Mutex;
 use serde_json::json;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -58,7 +59,7 @@ impl ScriptedUpstream {
             let length =
                 received(&head, "content-length").first().and_then(|length| length.parse().ok()).unwrap_or(0);
             let is_chunked = !received(&head, "transfer-encoding").is_empty();
-            heads.lock().expect("the lock is not poisoned").push(head);
+            heads.lock().push(head);
             let answer = ANSWERS.iter().find(|(known, _)| *known == path);
             let _ = stream.write_all(answer.map_or("", |(_, answer)| answer).as_bytes()).await;
             if path.ends_with("/closing") {
@@ -74,7 +75,7 @@ impl ScriptedUpstream {
 
     /// The received heads, without health checks.
     fn heads(&self) -> Vec<String> {
-        let heads = self.heads.lock().expect("the lock is not poisoned");
+        let heads = self.heads.lock();
         heads.iter().filter(|head| !head.starts_with("GET / ")).cloned().collect()
     }
 }

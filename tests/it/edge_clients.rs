@@ -303,7 +303,7 @@ struct Report {
 }
 
 impl Ab<'_> {
-    /// Sends so many requests, of which none may fail.
+    /// Sends `requests` requests. None may fail.
     async fn ask(&self, requests: usize, url: &str, args: &[&str]) -> Report {
         let (n, c) = (requests.to_string(), CONCURRENCY.to_string());
         let mut all = vec!["-q", "-v", "2", "-s", ANSWER_WITHIN_S, "-n", &n, "-c", &c];

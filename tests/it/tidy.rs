@@ -4,6 +4,7 @@
 //! include one that plants each fault and finds it. An exception states its reason. An exception that is no
 //! longer needed is a finding.
 
+mod contributing;
 mod graph;
 mod interface;
 mod lengths;

@@ -274,8 +274,8 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
     }
 }
 
-/// The deadline of a job says nothing about the queue, so no caller may be told that the queue has the
-/// job.
+/// The deadline of a job gives no information about the queue, so no caller may get the answer that the queue
+/// has the job.
 #[tokio::test(start_paused = true)]
 async fn a_job_that_is_lost_during_its_send_has_an_unknown_result() {
     let failed = Err(SendError::NotSent("throttled".into()));

@@ -1,5 +1,5 @@
-//! The counts must survive a store that loses its data at any moment. Each test is one interleaving in which
-//! they once did not.
+//! The counts must survive a store that loses its data at any moment. Each test is one interleaving that once
+//! produced wrong counts.
 
 use super::*;
 use crate::audit::{self, Stores};
@@ -414,7 +414,7 @@ async fn fixture() -> Fixture {
     Fixture::start(&Arc::default(), NODE).await
 }
 
-/// A round of posts before the restore took the empty answer of the store as complete.
+/// A round of posts before the restore treated the empty answer of the store as complete.
 #[tokio::test(start_paused = true)]
 async fn a_round_of_posts_between_the_loss_and_the_restore_loses_no_sums() {
     let fixture = fixture().await;

@@ -138,17 +138,17 @@ async fn concurrent_look_ups_share_one_read() {
 async fn entries_are_kept_longer_while_announcements_are_received() {
     let table = Table::new();
     let functions = functions(&table);
-    functions.hear();
+    functions.announcements_resumed();
     assert_eq!(memory_mb(&functions).await, Some(128));
     table.resize(256);
     pass(Duration::from_secs(299)).await;
     assert_eq!(memory_mb(&functions).await, Some(128));
-    functions.be_deaf();
+    functions.announcements_interrupted();
     assert_eq!(memory_mb(&functions).await, Some(256), "too old without announcements");
     table.resize(512);
     pass(Duration::from_millis(999)).await;
     assert_eq!(memory_mb(&functions).await, Some(256));
-    functions.hear();
+    functions.announcements_resumed();
     assert_eq!(memory_mb(&functions).await, Some(512), "an announcement may have been missed");
     table.resize(1024);
     pass(Duration::from_secs(301)).await;
@@ -160,7 +160,7 @@ async fn absent_functions_are_cached_briefly() {
     let table = Table::new();
     let made = table.function.lock().take();
     let functions = functions(&table);
-    functions.hear();
+    functions.announcements_resumed();
     for _ in 0..10 {
         assert_eq!(memory_mb(&functions).await, None);
     }
@@ -203,7 +203,7 @@ async fn stale_entries_are_used_while_the_table_is_unavailable() {
 async fn a_read_that_began_before_a_change_is_not_used_after_it() {
     let table = Table::slow();
     let functions = functions(&table);
-    functions.hear();
+    functions.announcements_resumed();
     // Both join the read from before the change. The second caller asks after the change.
     let change = async {
         table.was_asked(1).await;
@@ -223,7 +223,7 @@ async fn a_read_that_began_before_a_change_is_not_used_after_it() {
 async fn endless_changes_do_not_block_a_look_up() {
     let table = Table::slow();
     let functions = functions(&table);
-    functions.hear();
+    functions.announcements_resumed();
     let changes = async {
         for n in 1..=100 {
             table.was_asked(n).await;
@@ -245,7 +245,7 @@ async fn endless_changes_do_not_block_a_look_up() {
 async fn a_forgotten_change_still_makes_its_entry_stale() {
     let table = Table::new();
     let functions = functions(&table);
-    functions.hear();
+    functions.announcements_resumed();
     assert_eq!(memory_mb(&functions).await, Some(128));
     table.resize(256);
     functions.0.changes.note(&id());
@@ -277,7 +277,7 @@ async fn a_write_that_takes_effect_late_becomes_visible() {
             feed.clone(),
             Arc::clone(&metrics),
         );
-        functions.hear();
+        functions.announcements_resumed();
         let test = async {
             functions.may_change(&id()).await;
             assert_eq!(memory_mb(&functions).await, Some(128));
@@ -313,7 +313,7 @@ async fn the_age_of_an_entry_counts_from_the_start_of_its_read() {
 async fn too_many_changes_invalidate_the_whole_cache() {
     let table = Table::new();
     let functions = functions(&table);
-    functions.hear();
+    functions.announcements_resumed();
     assert_eq!(memory_mb(&functions).await, Some(128));
     table.resize(256);
     note_others(&functions, CHANGES_MAX + 1);
@@ -332,7 +332,7 @@ async fn too_many_changes_invalidate_the_whole_cache() {
 async fn new_settings_apply_immediately() {
     let table = Table::new();
     let functions = functions(&table);
-    functions.hear();
+    functions.announcements_resumed();
     assert_eq!(memory_mb(&functions).await, Some(128));
     table.resize(256);
     let mut conf = crate::config::Conf::shipped().unwrap().cache;

@@ -11,7 +11,7 @@ use std::ops::Range;
 /// The limit of the dynamic table, in bytes as section 4.1 counts them. It is HTTP/2's initial value; the
 /// server never advertises a larger one.
 pub const TABLE_BYTES_MAX: usize = 4096;
-/// The overhead of an entry beside its name and value, in bytes (section 4.1).
+/// The overhead of an entry besides its name and value, in bytes (section 4.1).
 const ENTRY_BYTES: usize = 32;
 /// The most bytes after the prefix of an integer. Their 28 bits exceed any length that occurs here.
 const INTEGER_BYTES_MAX: usize = 4;

@@ -47,7 +47,7 @@ const INTERIM: &[u8] = b"HTTP/1.1 1";
 enum RemainingMessage {
     Bytes(u64),
     Chunked(Chunks),
-    /// After a 101: no HTTP messages any more, in either direction.
+    /// After a 101: no further HTTP messages in either direction.
     Tunnel,
     /// HTTP/2 until the end of the connection: the reader of client frames, and the tracker of server frames.
     Http2(Box<ClientFrames>, ServerFrameTracker),

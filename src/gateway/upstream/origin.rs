@@ -1,7 +1,7 @@
 //! The fields by which an upstream learns where a forwarded request came from.
 //!
-//! Only this gateway and the proxies that it trusts may set them. An upstream would believe a client's forged
-//! fields.
+//! Only this gateway and the proxies that it trusts may set them. An upstream would trust forged fields of a
+//! client.
 
 use crate::gateway::client::X_FORWARDED_FOR;
 use http::header::{HeaderName, HeaderValue};

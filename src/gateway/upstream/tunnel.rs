@@ -48,7 +48,7 @@ struct TunnelConnector {
 
 impl fmt::Debug for TunnelConnector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Patiently").finish_non_exhaustive()
+        f.debug_struct("TunnelConnector").finish_non_exhaustive()
     }
 }
 

@@ -251,7 +251,7 @@ impl Cloud {
         eventually(&format!("{count} rows of {function}"), 3 * SOON, rows).await
     }
 
-    /// Waits until the item of the function has so many invocations.
+    /// Waits until the item of the function has `count` invocations.
     pub async fn wait_for_invocations(&self, function: &str, count: usize) {
         let counted = || async {
             let item = self.function_item(function).await;

@@ -64,7 +64,7 @@ impl RequestCounts {
         self.completed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Waits until so many more requests are completed.
+    /// Waits until `requests` more requests are completed.
     pub async fn wait_for_more(&self, requests: usize) {
         wait_for_more("completed requests", &self.completed, requests).await;
     }

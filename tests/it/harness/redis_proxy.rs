@@ -41,7 +41,7 @@ impl RedisProxy {
         Self { addr, state, upstream, accepting }
     }
 
-    /// Redirects new connections to another server, as a DNS name does after a fail-over. Open connections
+    /// Redirects new connections to another server, as a DNS name does after a failover. Open connections
     /// stay.
     pub fn redirect_to(&self, redis: &Redis) {
         *self.upstream.lock().expect("the lock is not poisoned") = redis.addr();

@@ -1,4 +1,4 @@
-//! Which file uses an item of which other file, whatever faces the name passes through on its way.
+//! Which file uses an item of which other file. Re-exports by faces do not count.
 
 use super::source::{Mention, Scope, Source};
 use std::collections::{BTreeMap, BTreeSet};

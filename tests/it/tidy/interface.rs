@@ -1,4 +1,5 @@
-//! docs/api.md has a section for every route, and docs/errors.md a row for every code, and no others.
+//! docs/api.md has a section for every route, and docs/errors.md a row for every code, with its status and
+//! the title of that status, and no others.
 
 use super::markdown::{Document, code_in};
 use super::source::is_test;
@@ -12,6 +13,8 @@ const ROUTES_DOCUMENT: &str = "docs/api.md";
 const CODES_DOCUMENT: &str = "docs/errors.md";
 /// Tables of codes begin with the columns code, status.
 const CODE_COLUMN: &str = "code";
+/// The title of a problem is the reason phrase of its status.
+const TITLE_COLUMN: &str = "title";
 
 /// The folder whose table of routes is a list of this type.
 const API: &str = "src/api";
@@ -182,16 +185,31 @@ pub fn wrong_codes(tree: &Tree) -> Result<Vec<String>, String> {
     let mut codes = Codes::default();
     items(tree, |file| file.contains(PROBLEM)).iter().for_each(|item| codes.visit_item(item));
     let alone = codes.alone.iter().map(|code| format!("`{code}` stands in no row with its status"));
-    let mut documented = Vec::new();
+    let mut wrong: Vec<String> = alone.collect();
+    let (mut listed, mut documented) = (BTreeSet::new(), Vec::new());
     for table in Document::read(tree.text(CODES_DOCUMENT)?).tables {
         let is_codes = table.header.first().is_some_and(|first| first.to_lowercase() == CODE_COLUMN);
+        let title = table.header.iter().position(|column| column.to_lowercase() == TITLE_COLUMN);
         for row in table.rows.iter().filter(|row| is_codes && row.len() > 1) {
-            documented.extend(
-                code_in(&row[0]).into_iter().map(|code| format!("{code} {}", row[1].trim_matches('`'))),
-            );
+            let status = row[1].trim_matches('`');
+            for code in code_in(&row[0]) {
+                if !listed.insert(code.clone()) {
+                    wrong.push(format!("{CODES_DOCUMENT}: `{code}` has two rows"));
+                }
+                if title.is_some_and(|title| row.get(title).map(String::as_str) != reason(status)) {
+                    wrong.push(format!("{CODES_DOCUMENT}: `{code}` has another title than {status}"));
+                }
+                documented.push(format!("{code} {status}"));
+            }
         }
     }
-    Ok(alone.chain(differences(&codes.found, &documented, CODES_DOCUMENT)).collect())
+    wrong.extend(differences(&codes.found, &documented, CODES_DOCUMENT));
+    Ok(wrong)
+}
+
+/// The reason phrase of a status.
+fn reason(status: &str) -> Option<&'static str> {
+    status.parse::<StatusCode>().ok()?.canonical_reason()
 }
 
 #[test]
@@ -203,7 +221,7 @@ fn routes_are_documented() {
 #[test]
 fn problem_codes_are_documented() {
     let wrong = wrong_codes(tree()).unwrap_or_else(|e| panic!("{e}"));
-    assert_none(&wrong, "Tables with the columns code, status.");
+    assert_none(&wrong, "Tables with the columns code, status, title; one row a code.");
 }
 
 #[test]
@@ -231,11 +249,12 @@ fn planted_differences_are_found() {
     let headings =
         "### `POST /run`\n### `GET /status/{jobId}`\n### `DELETE /functions/:id`\n## About `run`\n";
     let codes = "\
-        | code | status |\n\
-        |---|---|\n\
-        | `no_such_job` | 404 |\n\
-        | `overloaded` | 500 |\n\
-        | `refused_by_queue` | 400 |\n";
+        | code | status | title |\n\
+        |---|---|---|\n\
+        | `no_such_job` | 404 | Not Found |\n\
+        | `overloaded` | 500 | Internal Server Error |\n\
+        | `refused_by_queue` | 400 | Refused |\n\
+        | `no_such_job` | 404 | Not Found |\n";
     let planted = Tree::planted(&[
         ("src/api/routes.rs", routes),
         ("src/api/problem.rs", problems),
@@ -253,6 +272,8 @@ fn planted_differences_are_found() {
         wrong_codes(&planted).expect("there"),
         [
             "`on_its_own` stands in no row with its status",
+            "docs/errors.md: `refused_by_queue` has another title than 400",
+            "docs/errors.md: `no_such_job` has two rows",
             "`body_too_large 413` is not in docs/errors.md",
             "`overloaded 503` is not in docs/errors.md",
             "docs/errors.md: `overloaded 500` is not in the code",

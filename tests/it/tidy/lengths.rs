@@ -36,7 +36,7 @@ const LONG_LINES: [(&str, &str); 0] = [];
 
 /// Longer files, and why each stays whole.
 const LONG_FILES: [(&str, &str); 2] = [
-    ("src/gateway.rs", "the way of a request reads in one piece: each phase of the proxy calls the next"),
+    ("src/gateway.rs", "the path of a request reads in one piece: each phase of the proxy calls the next"),
     ("src/audit/ledger.rs", "one state machine: every method changes the same sums under the same lock"),
 ];
 

@@ -8,7 +8,7 @@ use std::path::Path;
 /// Types with the same name in several places, and why: the same concept seen from two backends.
 const SAME_CONCEPT: [(&str, &str); 0] = [];
 
-/// Names of modules that say nothing of their contents. A function belongs beside its noun.
+/// Module names that do not describe their contents. A function belongs in the module of its noun.
 const CATCH_ALLS: [&str; 12] = [
     "util", "utils", "helper", "helpers", "common", "misc", "shared", "manager", "service", "factory",
     "stuff", "types",

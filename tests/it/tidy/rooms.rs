@@ -1,9 +1,8 @@
-//! The arrows between the rooms of `src/`, and inside them: none leads up, and none leads in a circle.
+//! The dependencies between the rooms of `src/`, and inside them: none leads up, and none is part of a cycle.
 //!
-//! A room is a folder of the first level with its face, or a file of the first level. A file uses another
-//! file if its code outside tests uses an item that the other one defines. The faces that the name passes
-//! through do not matter. A call of a method names no type, so it counts only where the type is known: on
-//! `self`.
+//! A room is a top-level folder with its face, or a top-level file. A file uses another file if its code
+//! outside tests uses an item that the other one defines. The faces that the name passes through do not
+//! matter. A call of a method names no type, so it counts only where the type is known: on `self`.
 
 use super::graph::{Edges, Graph, circles, is_below};
 use super::tree::{Tree, assert_none, tree};

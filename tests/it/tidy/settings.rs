@@ -1,7 +1,8 @@
-//! docs/configuration.md names every key of `conf/` and every variable that is read, and no others.
+//! docs/configuration.md names every key of `conf/` with its default, and every variable that is read, and no
+//! others.
 
 use super::graph::Graph;
-use super::markdown::{Document, code_in};
+use super::markdown::{Document, Table, code_in};
 use super::source::{Scope, shipped_tokens};
 use super::tree::{Tree, assert_none, differences, is_in, tree};
 use proc_macro2::TokenTree;
@@ -9,22 +10,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use syn::{Attribute, GenericArgument, Item, PathArguments, Type};
 
 const DOCUMENT: &str = "docs/configuration.md";
-/// Tables of keys have this first column and stand under a heading with the name of the file.
+/// A table of keys has this first column, and is under a heading with the name of the file.
 const KEY_COLUMN: &str = "key";
-/// Tables of variables have this first column and stand under a heading with the word that follows.
+/// In those tables, the value of the shipped file.
+const DEFAULT_COLUMN: &str = "default";
+/// The shipped files that set values. The others contain only lists, which are empty.
+const SHIPPED: [&str; 2] = ["server.toml", "limits.toml"];
+/// A table of variables has this first column, and is under a heading with [`VARIABLE_HEADING`].
 const VARIABLE_COLUMN: &str = "variable";
 const VARIABLE_HEADING: &str = "environment";
 
 /// The folder of the structs that are read from `conf/`.
 const STRUCTS: &str = "src/config";
-/// Types around the type of a field.
+/// Generic types that wrap the type of a field.
 const WRAPPERS: [&str; 4] = ["Option", "Vec", "Box", "Arc"];
 
-/// Texts in capitals, in files that read variables, that are not settings, and what they are.
+/// Texts that look like names of variables but are not, and what they are.
 const NOT_SETTINGS: [(&str, &str); 3] =
     [("CONNECT", "a method of HTTP"), ("TRACE", "a method of HTTP"), ("TRACK", "a method of HTTP")];
-/// Documented variables that this code does not name, and who reads them.
-const READ_BY_LIBRARIES: [(&str, &str); 1] = [("AWS_*", "the AWS SDK")];
+/// Variables that this code does not name, and who reads them. Those without `*` must be documented.
+const READ_BY_LIBRARIES: [(&str, &str); 2] = [("AWS_*", "the AWS SDK"), ("NOTIFY_SOCKET", "sd-notify")];
 
 #[derive(Debug)]
 struct Field {
@@ -86,7 +91,7 @@ fn innermost(of: &Type) -> String {
     last.ident.to_string()
 }
 
-/// The dotted keys below a struct. Tables themselves are no keys.
+/// The dotted keys below a struct. A table itself is not a key.
 fn add_keys(structs: &BTreeMap<String, Vec<Field>>, of: &str, prefix: &str, keys: &mut BTreeSet<String>) {
     for field in structs.get(of).into_iter().flatten() {
         let key = if field.is_flat { prefix.to_owned() } else { format!("{prefix}{}", field.key) };
@@ -114,14 +119,51 @@ fn keys_of_code(tree: &Tree) -> BTreeMap<String, BTreeSet<String>> {
     files
 }
 
-/// The code in the first column of those tables under a heading with `heading` that begin with `column`.
-fn listed(document: &Document, heading: &str, column: &str) -> BTreeSet<String> {
+/// The tables under a heading with `heading` that begin with `column`.
+fn tables<'a>(document: &'a Document, heading: &str, column: &str) -> Vec<&'a Table> {
     let is_under = |text: &String| text.to_lowercase().contains(heading);
     let tables = document.tables.iter().filter(|table| {
         table.under.iter().any(is_under)
             && table.header.first().is_some_and(|first| first.to_lowercase() == column)
     });
-    tables.flat_map(|table| &table.rows).flat_map(|row| code_in(&row[0])).collect()
+    tables.collect()
+}
+
+/// The code in the first column of those tables.
+fn listed(document: &Document, heading: &str, column: &str) -> BTreeSet<String> {
+    let tables = tables(document, heading, column);
+    tables.into_iter().flat_map(|table| &table.rows).flat_map(|row| code_in(&row[0])).collect()
+}
+
+/// The value of a dotted key. `None`: the file does not set it, or it is in a list of tables.
+fn value_of<'a>(shipped: &'a toml::Table, key: &str) -> Option<&'a toml::Value> {
+    let mut parts = key.split('.');
+    let first = shipped.get(parts.next()?)?;
+    parts.try_fold(first, |value, part| value.get(part))
+}
+
+/// Documented defaults that are not the values of the shipped files.
+pub fn wrong_defaults(tree: &Tree) -> Result<Vec<String>, String> {
+    let document = Document::read(tree.text(DOCUMENT)?);
+    let mut wrong = Vec::new();
+    for file in SHIPPED {
+        let text = tree.text(&format!("conf/{file}"))?;
+        let shipped: toml::Table = toml::from_str(text).map_err(|e| format!("conf/{file}: {e}"))?;
+        for table in tables(&document, file, KEY_COLUMN) {
+            let column = table.header.iter().position(|name| name.to_lowercase() == DEFAULT_COLUMN);
+            for row in &table.rows {
+                let default =
+                    column.and_then(|column| row.get(column)).map_or("", |cell| cell.trim_matches('`'));
+                for key in code_in(&row[0]) {
+                    let value = value_of(&shipped, &key).map(ToString::to_string);
+                    if let Some(value) = value.filter(|value| value != default) {
+                        wrong.push(format!("{DOCUMENT}: `{key}` is {value} in conf/{file}, not {default}"));
+                    }
+                }
+            }
+        }
+    }
+    Ok(wrong)
 }
 
 pub fn wrong_keys(tree: &Tree) -> Result<Vec<String>, String> {
@@ -179,14 +221,25 @@ pub fn wrong_variables(tree: &Tree) -> Result<Vec<String>, String> {
             None => name == listed,
         })
     };
+    let exact = READ_BY_LIBRARIES.iter().filter(|(name, _)| !name.ends_with('*'));
+    let undocumented: Vec<String> = exact
+        .filter(|(name, _)| !documented.contains(*name))
+        .map(|(name, reader)| format!("`{name}`, which {reader} reads, is not in {DOCUMENT}"))
+        .collect();
     documented.retain(|name| of_code.contains(name) || !is_of_library(name));
-    Ok([differences(&of_code, &documented, DOCUMENT), unneeded].concat())
+    Ok([differences(&of_code, &documented, DOCUMENT), unneeded, undocumented].concat())
 }
 
 #[test]
 fn keys_of_conf_are_documented() {
     let wrong = wrong_keys(tree()).unwrap_or_else(|e| panic!("{e}"));
     assert_none(&wrong, "Tables under a heading with the file's name, with the first column `key`.");
+}
+
+#[test]
+fn defaults_are_those_of_the_shipped_files() {
+    let wrong = wrong_defaults(tree()).unwrap_or_else(|e| panic!("{e}"));
+    assert_none(&wrong, "Write the value as in the file, in the column `default`.");
 }
 
 #[test]
@@ -216,12 +269,14 @@ fn planted_differences_are_found() {
     "#;
     let document = "\
         ## `limits.toml`\n\n\
-        | key | type |\n|---|---|\n| `limit.rate` | |\n| `batch.sends_max` | |\n| `batch.old` | |\n\n\
+        | key | type | default |\n|---|---|---|\n| `limit.rate` | | required |\n\
+        | `batch.sends_max` | | 65 |\n| `batch.linger` | | `\"1 s\"` |\n| `batch.old` | | 1 |\n\n\
         | value | meaning |\n|---|---|\n| `local` | |\n\n\
         ## Environment\n\n\
         | variable |\n|---|\n| `GONE`, `AWS_PROFILE` |\n";
     let planted = Tree::planted(&[
-        ("conf/limits.toml", ""),
+        ("conf/server.toml", ""),
+        ("conf/limits.toml", "[[limit]]\nrate = 1\n[batch]\nsends_max = 64\nlinger = \"1 s\"\n"),
         ("src/config/limits.rs", conf),
         ("src/boot.rs", env),
         (DOCUMENT, document),
@@ -232,11 +287,20 @@ fn planted_differences_are_found() {
         [
             format!("`batch.x` is not in {place}"),
             format!("`limit.burst` is not in {place}"),
+            format!("{place}: `batch.linger` is not in the code"),
             format!("{place}: `batch.old` is not in the code"),
         ]
     );
     assert_eq!(
+        wrong_defaults(&planted).expect("there"),
+        [format!("{DOCUMENT}: `batch.sends_max` is 64 in conf/limits.toml, not 65")]
+    );
+    assert_eq!(
         wrong_variables(&planted).expect("there"),
-        [format!("`TABLE_NAME` is not in {DOCUMENT}"), format!("{DOCUMENT}: `GONE` is not in the code"),]
+        [
+            format!("`TABLE_NAME` is not in {DOCUMENT}"),
+            format!("{DOCUMENT}: `GONE` is not in the code"),
+            format!("`NOTIFY_SOCKET`, which sd-notify reads, is not in {DOCUMENT}"),
+        ]
     );
 }

@@ -6,7 +6,7 @@ use crate::availability::Availability;
 use crate::backend::BackendError;
 use crate::backend::aws::client::RETRIES;
 use crate::backend::aws::json_call::JsonClient;
-use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey, Status};
+use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey};
 use futures_util::StreamExt;
 use serde::Deserialize;
 use std::borrow::Cow;
@@ -47,7 +47,7 @@ impl RowWrites {
             return Vec::new();
         }
         // Batches do not support conditions, and LOST must not replace a result.
-        if rows.iter().any(is_lost) || !self.batches.may_try() {
+        if rows.iter().any(Execution::is_lost) || !self.batches.may_try() {
             return self.put_one_by_one(rows).await;
         }
         let mut put = self.put_batch(rows).await;
@@ -88,7 +88,8 @@ impl RowWrites {
         let mut body = Vec::with_capacity(row_bytes(row) + self.table.len());
         body.extend_from_slice(b"{\"TableName\":");
         put_text(&mut body, &self.table);
-        if is_lost(row) {
+        // A job that ended as LOST has no known result, so its row is written only if none exists.
+        if row.is_lost() {
             body.extend_from_slice(b",\"ConditionExpression\":\"attribute_not_exists(functionId)\"");
         }
         body.extend_from_slice(b",\"Item\":");
@@ -123,11 +124,6 @@ impl RowWrites {
         }
         Ok(left)
     }
-}
-
-/// A LOST row is written only if no row exists, because its job has no known result.
-fn is_lost(row: &Execution) -> bool {
-    row.status.as_str() == Status::LOST
 }
 
 /// A row's hash and range key.

@@ -42,7 +42,7 @@ impl RedisChanges {
 
     async fn subscribe(&self, history: &ReconnectHistory) -> Result<Subscriber, BackendError> {
         let mut subscriber = history.connect(&self.client, &self.beats).await?;
-        subscriber.hear(&self.channel).await?;
+        subscriber.subscribe(&self.channel).await?;
         Ok(subscriber)
     }
 
@@ -67,7 +67,7 @@ impl RedisChanges {
                          Check Redis and its ACL"
                     );
                 }
-                is_first.then_some(ChangeEvent::Hearing(SubscriptionState::Disconnected))
+                is_first.then_some(ChangeEvent::Subscription(SubscriptionState::Disconnected))
             }
         }
     }
@@ -111,14 +111,14 @@ impl ChangeFeed for RedisChanges {
             };
             let message = match subscriber.next().await {
                 Ok(Received::Message(message)) => message,
-                Ok(Received::Hearing(hearing)) => {
+                Ok(Received::Subscription(state)) => {
                     history.heard();
-                    return ChangeEvent::Hearing(hearing);
+                    return ChangeEvent::Subscription(state);
                 }
                 Err(ended) => {
-                    let hearing = self.ended(ended, history);
+                    let state = self.ended(ended, history);
                     line.subscriber = None;
-                    return ChangeEvent::Hearing(hearing);
+                    return ChangeEvent::Subscription(state);
                 }
             };
             match std::str::from_utf8(message.get_payload_bytes()) {

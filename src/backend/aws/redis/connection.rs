@@ -3,7 +3,8 @@
 //! `redis::aio::ConnectionManager` was rejected. If a reconnect ends in anything but an I/O error (a password
 //! that is changed for a moment, `SELECT` on a replica that is still loading), it stays in that state. And
 //! while it reconnects, every command waits for its whole series of retries. Here the first command without a
-//! connection makes one, the others wait for that attempt, and for a moment after a failure no command tries.
+//! connection makes one, the others wait for that attempt, and for a moment after a failure no command tries
+//! to connect.
 
 use crate::backend::BackendError;
 use parking_lot::Mutex;

@@ -71,10 +71,10 @@ impl RedisResults {
 
     async fn subscribe(&self, history: &ReconnectHistory) -> Result<Subscription, BackendError> {
         let mut subscriber = history.connect(&self.client, &self.beats).await?;
-        subscriber.hear_pattern(&self.pattern).await?;
+        subscriber.subscribe_pattern(&self.pattern).await?;
         let channels = self.watches.start();
         if !channels.is_empty() {
-            subscriber.hear(channels).await?;
+            subscriber.subscribe(channels).await?;
         }
         Ok(Subscription { subscriber, changes: Vec::new() })
     }
@@ -101,7 +101,7 @@ impl RedisResults {
                          Check Redis and its ACL"
                     );
                 }
-                is_first.then_some(ResultEvent::Hearing(SubscriptionState::Disconnected))
+                is_first.then_some(ResultEvent::Subscription(SubscriptionState::Disconnected))
             }
         }
     }
@@ -122,9 +122,9 @@ impl RedisResults {
         tokio::select! {
             heard = subscriber.next() => match heard? {
                 Received::Message(message) => Ok(self.heard(&message)),
-                Received::Hearing(hearing) => {
+                Received::Subscription(state) => {
                     history.heard();
-                    Ok(Some(ResultEvent::Hearing(hearing)))
+                    Ok(Some(ResultEvent::Subscription(state)))
                 }
             },
             () = self.watches.changed.notified() => Ok(None),
@@ -180,9 +180,9 @@ impl Results for RedisResults {
                 Ok(Some(event)) => return event,
                 Ok(None) => {}
                 Err(ended) => {
-                    let hearing = self.ended(ended, history);
+                    let state = self.ended(ended, history);
                     line.subscription = None;
-                    return ResultEvent::Hearing(hearing);
+                    return ResultEvent::Subscription(state);
                 }
             }
         }
@@ -250,9 +250,9 @@ async fn apply(subscriber: &mut Subscriber, changes: &[SubscriptionChange]) -> R
     for run in changes.chunk_by(|a, b| a.wanted == b.wanted) {
         let channels: Vec<_> = run.iter().map(|change| channel(change.id)).collect();
         if run[0].wanted {
-            subscriber.hear(channels).await?;
+            subscriber.subscribe(channels).await?;
         } else {
-            subscriber.stop_hearing(channels).await?;
+            subscriber.unsubscribe(channels).await?;
         }
     }
     Ok(())

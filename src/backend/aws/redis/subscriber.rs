@@ -53,7 +53,7 @@ struct BeatMonitor {
 pub enum Received {
     Message(Msg),
     /// The state of the subscription has changed.
-    Hearing(SubscriptionState),
+    Subscription(SubscriptionState),
 }
 
 /// Why a subscription has ended.
@@ -91,15 +91,15 @@ impl Subscriber {
         Ok(subscriber)
     }
 
-    pub async fn hear_pattern(&mut self, pattern: &str) -> Result<(), BackendError> {
+    pub async fn subscribe_pattern(&mut self, pattern: &str) -> Result<(), BackendError> {
         within(timeout(COMMAND_DEADLINE, self.sink.psubscribe(pattern)).await)
     }
 
-    pub async fn hear(&mut self, channels: impl ToRedisArgs) -> Result<(), BackendError> {
+    pub async fn subscribe(&mut self, channels: impl ToRedisArgs) -> Result<(), BackendError> {
         within(timeout(COMMAND_DEADLINE, self.sink.subscribe(channels)).await)
     }
 
-    pub async fn stop_hearing(&mut self, channels: impl ToRedisArgs) -> Result<(), BackendError> {
+    pub async fn unsubscribe(&mut self, channels: impl ToRedisArgs) -> Result<(), BackendError> {
         within(timeout(COMMAND_DEADLINE, self.sink.unsubscribe(channels)).await)
     }
 
@@ -109,8 +109,8 @@ impl Subscriber {
     /// The connection is broken or receives no beats.
     pub async fn next(&mut self) -> Result<Received, SubscriptionError> {
         loop {
-            if let Some(hearing) = self.pulse.news() {
-                return Ok(Received::Hearing(hearing));
+            if let Some(state) = self.pulse.news() {
+                return Ok(Received::Subscription(state));
             }
             tokio::select! {
                 // Messages come first: a beat is missed only if nothing is left to read.
@@ -142,7 +142,7 @@ impl Subscriber {
 
     async fn listen_for_beats(&mut self) -> Result<(), BackendError> {
         let channel = self.pulse.beats.channel().to_owned();
-        match self.hear(channel).await {
+        match self.subscribe(channel).await {
             Ok(()) => {
                 self.pulse.listens = true;
                 self.pulse.received = self.pulse.beats.begun();
@@ -186,14 +186,14 @@ impl BeatMonitor {
 
     /// The state of the subscription, if it differs from the last report.
     fn news(&mut self) -> Option<SubscriptionState> {
-        let hearing = if !self.listens || self.beats.are_off() {
+        let state = if !self.listens || self.beats.are_off() {
             SubscriptionState::Unverified
         } else if self.to_prove > 0 {
             return None;
         } else {
             SubscriptionState::Verified
         };
-        (self.said.replace(hearing) != Some(hearing)).then_some(hearing)
+        (self.said.replace(state) != Some(state)).then_some(state)
     }
 }
 

@@ -33,7 +33,7 @@ const OUTPUT_BYTES_MAX: usize = 1 << 20;
 const OPEN_FILES_MAX: u64 = 1_024;
 /// How long output is read after the run has ended, in case another process holds the pipe open.
 const DRAIN_MAX: Duration = Duration::from_secs(1);
-/// Exit code of a run that was stopped at its time limit, as of `timeout(1)`.
+/// Exit code of a run that was stopped at its time limit, as with `timeout(1)`.
 const TIMED_OUT: i32 = 124;
 /// Exit code of a run that was stopped because it used too much, as after SIGKILL.
 const KILLED: i32 = 137;

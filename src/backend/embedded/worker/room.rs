@@ -48,7 +48,7 @@ fn mem_total_bytes(meminfo: &str) -> Option<u64> {
 }
 
 /// The lowest limit of the control group of this process and of its ancestors, in bytes. Reads version 2
-/// (`0::/path`) and 1 (`4:memory:/path`). In a container, the path may be one of the host, of which only the
+/// (`0::/path`) and 1 (`4:memory:/path`). In a container the path may be that of the host, where only the
 /// root is visible.
 fn group_limit_bytes(groups: &str, read: impl Fn(&Path) -> Option<String>) -> Option<u64> {
     let mut least: Option<u64> = None;

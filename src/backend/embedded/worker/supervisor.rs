@@ -96,7 +96,7 @@ enum Reaped {
 fn reap(run: Pid, code: &mut Option<libc::c_int>) -> Reaped {
     loop {
         let mut status = 0;
-        #[expect(unsafe_code, reason = "nix's waitpid fails on signals it has no name for, having reaped")]
+        #[expect(unsafe_code, reason = "nix's waitpid reaps, then fails on signals it has no name for")]
         // SAFETY: the status is a live value.
         let pid = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
         if pid == 0 {

@@ -23,7 +23,7 @@ impl Floor {
         Self::start_with(scratch, |_| {})
     }
 
-    #[expect(clippy::disallowed_methods, reason = "the test stands in for boot")]
+    #[expect(clippy::disallowed_methods, reason = "the test starts the loop instead of boot")]
     fn start_with(scratch: &Scratch, change: impl FnOnce(&mut LocalWorker)) -> Self {
         let Embedded { node, backend, mut worker } = open(scratch.path()).unwrap();
         change(&mut worker);

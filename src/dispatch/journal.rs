@@ -46,7 +46,7 @@ impl NodeJournal {
     }
 
     /// Removes the collected jobs. Jobs that the backend does not accept stay for the next call, also if the
-    /// future is dropped. One caller at a time.
+    /// future is dropped.
     pub async fn clear(&self) {
         loop {
             let ids: Vec<JobId> = self.leaves().iter().take(LEAVES_MAX).copied().collect();
@@ -57,7 +57,9 @@ impl NodeJournal {
                 tracing::debug!(jobs = ids.len(), error = %e, "Unsent jobs stay in the journal; retrying");
                 return;
             }
-            self.leaves().drain(..ids.len());
+            // Not the first ones: the shutdown and the loop of look-ups may both be here.
+            let left: HashSet<JobId> = ids.into_iter().collect();
+            self.leaves().retain(|id| !left.contains(id));
         }
     }
 

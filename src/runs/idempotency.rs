@@ -71,6 +71,9 @@ pub struct Attempt {
     id: JobId,
     /// No earlier attempt can have reached the queue. If this one fails, the queue does not have the job.
     is_first: bool,
+    /// The id under which the attempt is being renewed, if the answer to that is missing. The claim may have
+    /// it, so it is used again.
+    renewed: Option<JobId>,
     outcome: watch::Sender<AttemptOutcome>,
     attempts: Arc<Attempts>,
 }
@@ -78,6 +81,9 @@ pub struct Attempt {
 impl Drop for Attempt {
     fn drop(&mut self) {
         self.attempts.remove(&self.id);
+        if let Some(renewed) = self.renewed {
+            self.attempts.remove(&renewed);
+        }
     }
 }
 
@@ -257,7 +263,7 @@ impl Idempotency {
     fn begin(&self, id: JobId, is_first: bool) -> Attempt {
         let (outcome, watched) = watch::channel(None);
         self.0.attempts.insert(id, watched);
-        Attempt { id, is_first, outcome, attempts: Arc::clone(&self.0.attempts) }
+        Attempt { id, is_first, renewed: None, outcome, attempts: Arc::clone(&self.0.attempts) }
     }
 
     /// Watches an attempt, if this process makes it.
@@ -365,14 +371,14 @@ impl Idempotency {
     async fn release(&self, claim: &Claim, attempt: &mut Attempt) -> Result<(), BackendError> {
         let dispatcher = &self.0.dispatcher;
         // Until the key is free, no other request may consider this attempt over.
-        let renewed = dispatcher.new_id();
+        let renewed = *attempt.renewed.get_or_insert_with(|| dispatcher.new_id());
         let before = StoredClaim { claim: claim.clone(), attempt: attempt.id, is_sent: false, result: None };
         self.0.attempts.insert(renewed, attempt.outcome.subscribe());
-        let is_renewed = self.0.claims.try_again(&before, renewed).await;
-        let is_claimed = matches!(is_renewed, Ok(true));
-        let unused = if is_claimed { std::mem::replace(&mut attempt.id, renewed) } else { renewed };
+        let is_renewed = self.0.claims.try_again(&before, renewed).await?;
+        attempt.renewed = None;
+        let unused = if is_renewed { std::mem::replace(&mut attempt.id, renewed) } else { renewed };
         self.0.attempts.remove(&unused);
-        if is_renewed? {
+        if is_renewed {
             dispatcher.leave_journal(claim.job).await?;
             if self.0.claims.release(claim, attempt.id).await? {
                 dispatcher.withdraw(claim.job);

@@ -72,6 +72,7 @@ impl Journal for SetJournal {
     }
 
     async fn leave(&self, ids: &[JobId]) -> Result<(), BackendError> {
+        tokio::task::yield_now().await; // other tasks run while a store works
         self.held.lock().retain(|id| !ids.contains(id));
         Ok(())
     }
@@ -317,6 +318,17 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
         };
         tokio::join!(run, work);
     }
+}
+
+/// At shutdown the loop of look-ups may clear the journal too.
+#[tokio::test(start_paused = true)]
+async fn the_journal_may_be_cleared_twice_at_once() {
+    let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let jobs = [1, 2].map(|n| JobId::new(NodeId(1), 1, n));
+    fixture.journal.held.lock().extend(jobs);
+    fixture.leaves.leave(&jobs);
+    tokio::join!(fixture.leaves.clear(), fixture.leaves.clear());
+    assert!(fixture.leaves.leaving().is_empty() && fixture.journal.held.lock().is_empty());
 }
 
 #[tokio::test(start_paused = true)]

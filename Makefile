@@ -11,6 +11,9 @@ QUICK ?=
 SECONDS ?= 600
 SEED ?=
 
+# Runs of `make sim`.
+RUNS ?= 10000
+
 # ACCEPT=1: `make instructions` writes its counts as the new bounds.
 ACCEPT ?=
 
@@ -20,7 +23,8 @@ TEST_THREADS ?= $(shell expr 2 '*' $$(nproc))
 # What `make run` builds: `dev` uses no AWS crate, and those are half of the build.
 QUICK_BUILD = --locked --no-default-features --profile quick
 
-.PHONY: help run build check test bench instructions loadtest schema fuzz chaos slow setup-build setup-test
+.PHONY: help run build check test sim mutants bench instructions loadtest schema fuzz chaos slow
+.PHONY: setup-build setup-test
 
 help:
 	@echo 'Run'
@@ -30,6 +34,8 @@ help:
 	@echo 'Test'
 	@echo '  make check         format, lints and unit tests: before each commit'
 	@echo '  make test          all checks and tests, as in CI'
+	@echo '  make sim           a fleet in virtual time, with faults (RUNS=$(RUNS), SEED=...: the first seed)'
+	@echo '  make mutants       whether the simulation finds deliberate faults (RUNS: most runs for each)'
 	@echo '  make schema        requests generated from the OpenAPI description (SECONDS=$(SECONDS), SEED=...)'
 	@echo '  make fuzz          fuzz the parsers of external input (SECONDS=$(SECONDS) each, SEED=...)'
 	@echo '  make chaos         repeated faults under load, with outages of up to a minute (SEED=...)'
@@ -63,6 +69,13 @@ test: setup-build setup-test
 	RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps --document-private-items
 	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --locked
 	scripts/deny.sh
+
+sim: setup-build
+	SIM_SEED=$(or $(SEED),1) SIM_RUNS=$(RUNS) \
+	cargo test --locked --profile sim --lib simulation::a_fleet -- --nocapture
+
+mutants: setup-build
+	RUNS=$(RUNS) scripts/mutants.py
 
 schema: setup-build setup-test
 	@seed=$(or $(SEED),$$(date +%s)); echo "SECONDS=$(SECONDS) SEED=$$seed"; \

@@ -24,10 +24,12 @@ pub use tail::{Event, EventEntry, Executed, RecentEvents};
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Recommendation, now_ms};
+use crate::node_lease::NodeLease;
 use record::Record;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use writer::RowWriter;
 
 /// Accepts rows. Cheap to clone.
@@ -44,7 +46,7 @@ pub struct Audit {
 impl Audit {
     /// Queues a row, with the recommendation of the execution and the result to be stored with its
     /// idempotency key, and counts it. The exit code appears only in the recent events, because rows have no
-    /// such field.
+    /// such field. `is_shared`: another node may end the job too.
     ///
     /// # Errors
     /// The queue is full. The caller must retry later.
@@ -55,8 +57,21 @@ impl Audit {
         exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
         kept: Option<Box<KeyedResult>>,
+        is_shared: bool,
     ) -> Result<(), QueueFull> {
-        self.queue(Record { id, row, recommendation, kept, is_late: false }, exit_code)
+        self.queue(
+            Record {
+                id,
+                row,
+                recommendation,
+                kept,
+                is_late: false,
+                is_shared,
+                since: Instant::now(),
+                counted: 0,
+            },
+            exit_code,
+        )
     }
 
     /// Like [`Self::record`], for a job that ended as LOST. The row replaces the LOST row.
@@ -68,13 +83,23 @@ impl Audit {
         recommendation: Option<Recommendation>,
     ) -> Result<(), QueueFull> {
         self.ledger.expect_late(id, &row.function);
-        let record = Record { id, row, recommendation, kept: None, is_late: true };
+        let record = Record {
+            id,
+            row,
+            recommendation,
+            kept: None,
+            is_late: true,
+            is_shared: true,
+            since: Instant::now(),
+            counted: 0,
+        };
         let queued = self.queue(record, exit_code);
         queued.inspect_err(|_| self.ledger.forget_late(id))
     }
 
-    fn queue(&self, record: Record, exit_code: Option<i64>) -> Result<(), QueueFull> {
+    fn queue(&self, mut record: Record, exit_code: Option<i64>) -> Result<(), QueueFull> {
         let bytes = record.bytes();
+        record.counted = bytes;
         if self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes > self.bytes_max {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             return Err(QueueFull);
@@ -122,6 +147,7 @@ pub fn new(
     conf: &MemoryConf,
     stores: Stores,
     disk: Option<SpillDirs>,
+    lease: Arc<NodeLease>,
     metrics: Arc<Metrics>,
 ) -> (Audit, AuditLoops) {
     let (sender, receiver) = mpsc::channel(conf.audit_rows_max);
@@ -137,7 +163,7 @@ pub fn new(
         tail: RecentEvents::default(),
         ledger: Arc::clone(&ledger),
     };
-    let writer = RowWriter::new(stores, disk.clone(), Arc::clone(&ledger), Arc::clone(&metrics));
+    let writer = RowWriter::new(stores, disk.clone(), Arc::clone(&ledger), lease, Arc::clone(&metrics));
     let flusher = Flusher { receiver, bytes, writer: Arc::new(writer), metrics, ledger: Arc::clone(&ledger) };
     (audit, AuditLoops { flusher, ledger, disk })
 }

@@ -1,5 +1,7 @@
 //! Exponential backoff with jitter, for every retry of this process.
 
+use crate::ambient;
+use rand::Rng;
 use std::time::Duration;
 
 /// The pauses between attempts: they double from `first` to `max`.
@@ -20,7 +22,7 @@ impl Backoff {
     /// The pause after the failed attempt with this number, from 1.
     pub fn pause(self, attempt: u32) -> Duration {
         let doublings = attempt.saturating_sub(1).min(u32::BITS - 1);
-        self.first.saturating_mul(1 << doublings).min(self.max).mul_f64(rand::random_range(0.5..1.0))
+        self.first.saturating_mul(1 << doublings).min(self.max).mul_f64(ambient::rng().random_range(0.5..1.0))
     }
 
     /// Sleeps for [`Self::pause`].

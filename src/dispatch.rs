@@ -98,6 +98,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&schedule),
         Arc::clone(&backend.results),
         audit,
+        Arc::clone(&lease),
         Arc::clone(&metrics),
     ));
     let loops = DispatchLoops {

@@ -3,6 +3,7 @@
 //! The modules, in reading order, each using only those below it:
 //!
 //! * [`boot`] — builds and runs a process; the only place that chooses a backend
+//! * [`engine`] — a node without its edge: its parts, built, started and stopped
 //! * [`fleet`] — this node among the others: its lease, and the jobs of nodes that are gone
 //! * [`gateway`] — the Pingora side: the filters around the API
 //! * [`api`] — the route table, the handlers, and errors as clients see them
@@ -19,10 +20,12 @@
 //! * [`config`] — one parse of the environment and of `conf/`
 //! * [`metrics`] — every metric; [`log`] — log lines
 //! * [`lifecycle`] — the phases from start to exit; [`node_lease`] — how long this node may admit jobs
-//! * [`backoff`] — the pauses of retries; [`availability`] — when to try what is down
+//! * [`ambient`] — clock, random numbers and tasks; [`backoff`] — the pauses of retries; [`availability`] —
+//! when to try what is down
 //! * [`code_archive`] — checks of uploaded code; [`https`] — the HTTP client for what needs no SDK
 //! * [`model`] — plain data: ids, jobs, functions, outcomes, executions
 
+mod ambient;
 pub mod api;
 pub mod audit;
 mod availability;
@@ -33,6 +36,7 @@ pub mod catalogue;
 pub mod code_archive;
 pub mod config;
 pub mod dispatch;
+pub mod engine;
 pub mod fleet;
 pub mod functions;
 #[cfg(test)]
@@ -46,3 +50,5 @@ pub mod metrics;
 pub mod model;
 pub mod node_lease;
 pub mod runs;
+#[cfg(test)]
+mod simulation;

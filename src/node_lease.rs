@@ -17,6 +17,8 @@ pub struct NodeLease {
     /// The number of live nodes, this one included, at the last renewal.
     nodes: AtomicUsize,
     is_lost: AtomicBool,
+    /// When it was last renewed after a lapse, in milliseconds since `epoch`. 0: it has never lapsed.
+    regained: AtomicU64,
 }
 
 impl NodeLease {
@@ -37,7 +39,13 @@ impl NodeLease {
 
     fn until(until: u64) -> Self {
         let (until, nodes) = (AtomicU64::new(until), AtomicUsize::new(1));
-        Self { epoch: Instant::now(), until, nodes, is_lost: AtomicBool::new(false) }
+        Self {
+            epoch: Instant::now(),
+            until,
+            nodes,
+            is_lost: AtomicBool::new(false),
+            regained: AtomicU64::new(0),
+        }
     }
 
     /// The number of live nodes; at least 1.
@@ -48,6 +56,18 @@ impl NodeLease {
     /// Whether jobs may be admitted now.
     pub fn holds(&self) -> bool {
         u128::from(self.until.load(Ordering::Relaxed)) > self.epoch.elapsed().as_millis()
+    }
+
+    /// Whether the lease has lapsed at any time since `at`. Another node may then have ended jobs that this
+    /// node had at that time.
+    pub fn has_lapsed_since(&self, at: Instant) -> bool {
+        let at = at.saturating_duration_since(self.epoch).as_millis();
+        !self.holds() || u128::from(self.regained.load(Ordering::Relaxed)) >= at.max(1)
+    }
+
+    /// The same for the whole life of this process.
+    pub fn has_ever_lapsed(&self) -> bool {
+        self.has_lapsed_since(self.epoch)
     }
 
     /// Another process holds the lease. No jobs are admitted until it is renewed.
@@ -64,6 +84,11 @@ impl NodeLease {
     /// The lease was renewed by a call that began at `asked`, when `nodes` nodes were alive.
     pub fn renewed(&self, asked: Instant, lease: Duration, nodes: usize) {
         self.nodes.store(nodes, Ordering::Relaxed);
+        let is_first = self.until.load(Ordering::Relaxed) == 0 && !self.is_lost();
+        if !is_first && !self.holds() {
+            let now = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.regained.store(now, Ordering::Relaxed);
+        }
         self.is_lost.store(false, Ordering::Relaxed);
         let until = asked + lease * TRUSTED_PERCENT / 100 - self.epoch;
         self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
@@ -91,5 +116,16 @@ mod tests {
         assert!(lease.is_lost() && !lease.holds(), "immediately");
         lease.renewed(Instant::now(), Duration::from_secs(10), 3);
         assert!(!lease.is_lost() && lease.holds());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        let before = Instant::now();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        lease.renewed(Instant::now(), Duration::from_secs(10), 3);
+        assert!(!lease.has_lapsed_since(before) && lease.has_ever_lapsed());
+        tokio::time::advance(Duration::from_secs(20)).await;
+        assert!(lease.has_lapsed_since(Instant::now()), "it is lapsed now");
+        lease.renewed(Instant::now(), Duration::from_secs(10), 3);
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(lease.has_lapsed_since(before) && !lease.has_lapsed_since(Instant::now()));
+        assert!(!NodeLease::endless().has_ever_lapsed());
     }
 }

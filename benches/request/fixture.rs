@@ -227,7 +227,13 @@ impl Fixture {
         };
         let conf = Conf::shipped().expect("the shipped conf is valid");
         let metrics = Arc::new(metrics());
-        let (audit, books) = audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&metrics));
+        let (audit, books) = audit::new(
+            &conf.memory,
+            (&backend).into(),
+            None,
+            NodeLease::of_fleet(false),
+            Arc::clone(&metrics),
+        );
         let tail = audit.tail();
         // The loop is dropped: nothing else changes functions here.
         let (functions, _) = functions::new(&conf.cache, &backend, "code".to_owned(), &metrics);
@@ -394,7 +400,7 @@ pub fn audit(loops: &mut JoinSet<()>) -> (Audit, tempfile::TempDir) {
     let conf = Conf::shipped().expect("the shipped conf is valid").memory;
     let (executions, journal) = (Arc::clone(&store) as _, Arc::clone(&store) as _);
     let stores = Stores { executions, claims, journal, functions: store };
-    let (audit, books) = audit::new(&conf, stores, None, Arc::new(metrics()));
+    let (audit, books) = audit::new(&conf, stores, None, NodeLease::of_fleet(false), Arc::new(metrics()));
     loops.spawn(books.flusher.run(Arc::new(Nobody), std::future::pending()));
     loops.spawn(books.ledger.run(std::future::pending()));
     (audit, dir)

@@ -206,7 +206,7 @@ fn row_to_table(criterion: &mut Criterion) {
                 for _ in 0..iters {
                     for n in 0..TOGETHER {
                         let id = JobId::new(NodeId(1), 1, n as u64);
-                        audit.record(id, row.clone(), Some(0), None, None).expect("there is room");
+                        audit.record(id, row.clone(), Some(0), None, None, false).expect("there is room");
                     }
                     // The loop takes all of them before this task continues.
                     tokio::task::yield_now().await;

@@ -4,6 +4,16 @@ use crate::audit::record::{KeyedResult, Record};
 use crate::backend::BackendError;
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId, Recommendation};
+use tokio::time::Instant;
+
+/// Where a row comes from.
+#[derive(Clone, Copy)]
+pub struct RowOrigin {
+    pub is_late: bool,
+    pub is_shared: bool,
+    pub since: Instant,
+    counted: usize,
+}
 
 /// Rows that are written together, with their recommendations.
 #[derive(Default)]
@@ -12,7 +22,7 @@ pub struct Batch {
     pub(super) rows: Vec<Execution>,
     pub(super) recommendations: Vec<Option<Recommendation>>,
     pub kept: Vec<Option<Box<KeyedResult>>>,
-    pub are_late: Vec<bool>,
+    pub origins: Vec<RowOrigin>,
     /// Size of the rows as counted when they were queued.
     pub(super) bytes: usize,
 }
@@ -22,7 +32,7 @@ impl Batch {
         let n = records.len();
         let (ids, rows) = (Vec::with_capacity(n), Vec::with_capacity(n));
         let (recommendations, kept) = (Vec::with_capacity(n), Vec::with_capacity(n));
-        let mut batch = Self { ids, rows, recommendations, kept, are_late: Vec::with_capacity(n), bytes: 0 };
+        let mut batch = Self { ids, rows, recommendations, kept, origins: Vec::with_capacity(n), bytes: 0 };
         for record in records {
             batch.push(record);
         }
@@ -30,12 +40,13 @@ impl Batch {
     }
 
     pub fn push(&mut self, record: Record) {
-        self.bytes += record.bytes();
+        self.bytes += record.counted;
         self.ids.push(record.id);
         self.rows.push(record.row);
         self.recommendations.push(record.recommendation);
         self.kept.push(record.kept);
-        self.are_late.push(record.is_late);
+        let Record { is_late, is_shared, since, counted, .. } = record;
+        self.origins.push(RowOrigin { is_late, is_shared, since, counted });
     }
 
     pub fn append(&mut self, mut other: Self) {
@@ -48,17 +59,20 @@ impl Batch {
         self.rows.append(&mut other.rows);
         self.recommendations.append(&mut other.recommendations);
         self.kept.append(&mut other.kept);
-        self.are_late.append(&mut other.are_late);
+        self.origins.append(&mut other.origins);
     }
 
     pub fn into_records(self) -> impl Iterator<Item = Record> {
         let records = self.ids.into_iter().zip(self.rows).zip(self.recommendations).zip(self.kept);
-        records.zip(self.are_late).map(|((((id, row), recommendation), kept), is_late)| Record {
+        records.zip(self.origins).map(|((((id, row), recommendation), kept), origin)| Record {
             id,
             row,
             recommendation,
             kept,
-            is_late,
+            is_late: origin.is_late,
+            is_shared: origin.is_shared,
+            since: origin.since,
+            counted: origin.counted,
         })
     }
 
@@ -73,6 +87,14 @@ impl Batch {
             if first.ids.contains(&record.id) { repeats.push(record) } else { first.push(record) }
         }
         (first, repeats)
+    }
+
+    /// Replaces a row by the one that the table has. If they differ, the result of this row does not count.
+    pub fn keep(&mut self, n: usize, row: Execution) {
+        if row.status != self.rows[n].status || row.message != self.rows[n].message {
+            self.kept[n] = None;
+        }
+        self.rows[n] = row;
     }
 
     pub fn is_empty(&self) -> bool {

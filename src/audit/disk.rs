@@ -63,6 +63,11 @@ impl SpillDirs {
         [&self.waiting, &self.failing].into_iter().flat_map(Spill::late)
     }
 
+    /// The jobs that ended as LOST and whose rows were here at start.
+    pub(super) fn lost(&self) -> impl Iterator<Item = (JobId, FunctionId)> {
+        [&self.waiting, &self.failing].into_iter().flat_map(Spill::lost)
+    }
+
     /// Tests whether a disk that rejected rows accepts them again, and whether rows have vanished from it.
     pub fn probe(&self) {
         let spills = [&self.waiting, &self.failing, &self.aside];
@@ -78,7 +83,8 @@ impl SpillDirs {
         self.has_lost_rows.swap(false, Ordering::Relaxed)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    /// Whether no row here is still to be written to the table.
+    pub fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.failing.is_empty()
     }
 }

@@ -60,6 +60,15 @@ impl Flusher {
             let may_replay = !is_full && end.is_none();
             let looks = may_replay && self.writer.has_rows_on_disk();
             tokio::select! {
+                biased;
+                // First, because rows may never stop arriving.
+                () = &mut stop, if end.is_none() => {
+                    end = Some(Instant::now() + ROWS_END_MAX);
+                    look_at = Instant::now();
+                    self.receiver.close();
+                    self.writer.end();
+                }
+                () = over(end) => break,
                 Some(tried) = writes.next() => self.after_write(tried, told.as_ref()),
                 Some::<Vec<JobId>>(ids) = replays.next() => told.rows_written(&ids),
                 Some::<Vec<JobId>>(ids) = retries.next() => told.rows_written(&ids),
@@ -86,13 +95,6 @@ impl Flusher {
                 () = tokio::time::sleep_until(oldest + ROWS_LINGER),
                     if !gathered.is_empty() && may_write => {}
                 () = tokio::time::sleep(LOOK_AGAIN), if is_full => {}
-                () = &mut stop, if end.is_none() => {
-                    end = Some(Instant::now() + ROWS_END_MAX);
-                    look_at = Instant::now();
-                    self.receiver.close();
-                    self.writer.end();
-                }
-                () = over(end) => break,
             }
             let due = gathered.len() == ROWS_MAX || !open || oldest.elapsed() >= ROWS_LINGER;
             if due && !gathered.is_empty() && writes.len() < WRITES_MAX && !self.ledger.is_full() {
@@ -115,8 +117,9 @@ impl Flusher {
         self.bytes.fetch_sub(written.bytes + spilled.bytes, Ordering::Relaxed);
         self.metrics.audit.waiting_rows.sub((written.ids.len() + spilled.ids.len()) as i64);
         // Into the ledger before out of the table of jobs, so that a snapshot of both finds every job.
-        self.ledger.take(&written.ids, written.rows, written.recommendations);
-        told.rows_written(&written.ids);
+        let ids = written.ids.clone();
+        self.ledger.take(written);
+        told.rows_written(&ids);
         told.rows_written(&spilled.ids);
     }
 }

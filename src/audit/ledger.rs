@@ -22,12 +22,14 @@
 //!   two places. To find all jobs, read the places in that order; any other order can miss a job.
 
 use super::SpillDirs;
+use super::batch::{Batch, RowOrigin};
 use super::record::Stores;
+use crate::ambient;
 use crate::backend::{
     BackendError, ENDED_MAX, EndedJob, FunctionStore, Journal, NumberedSums, POSTED_MAX, UnpostedSums,
 };
 use crate::metrics::Metrics;
-use crate::model::{Execution, FunctionId, JobId, NodeId, Recommendation, Sums};
+use crate::model::{FunctionId, JobId, NodeId, Recommendation, Sums};
 use ahash::RandomState;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use parking_lot::{Mutex, MutexGuard};
@@ -75,10 +77,16 @@ pub struct Ledger {
     posting: AsyncMutex<()>,
 }
 
-#[derive(Default)]
+/// A job whose row is written, and that is still to leave the journal.
+struct PendingEnd {
+    job: EndedJob,
+    /// It left the journal as LOST before, and this is its late result.
+    is_late: bool,
+}
+
 struct LedgerState {
     /// By the node whose journal holds them.
-    ended: BTreeMap<NodeId, VecDeque<EndedJob>>,
+    ended: BTreeMap<NodeId, VecDeque<PendingEnd>>,
     ended_len: usize,
     /// The functions to be written, with their recommendations.
     notes: HashMap<NodeFunction, PendingRecommendation, RandomState>,
@@ -98,6 +106,20 @@ struct LedgerState {
 }
 
 impl LedgerState {
+    fn new() -> Self {
+        Self {
+            ended: BTreeMap::new(),
+            ended_len: 0,
+            notes: HashMap::with_hasher(ambient::hash_keys()),
+            order: VecDeque::new(),
+            sums: HashMap::with_hasher(ambient::hash_keys()),
+            numbered: HashMap::with_hasher(ambient::hash_keys()),
+            last_number: 0,
+            unsure: HashSet::new(),
+            late: HashMap::with_hasher(ambient::hash_keys()),
+        }
+    }
+
     fn note(&mut self, account: NodeFunction, advice: PendingRecommendation) {
         match self.notes.entry(account) {
             Entry::Occupied(mut noted) => {
@@ -147,12 +169,12 @@ impl LedgerState {
         let ended = self.ended.get(&node).into_iter().flatten();
         // A job with a late result left the journal as LOST before. If it did not, its LOST entry is in this
         // list too.
-        let is_held = |ended: &&EndedJob| ended.is_lost || !self.late.contains_key(&ended.id);
+        let held = ended.filter(|ended| !ended.is_late).map(|ended| ended.job.clone());
         let late = self.late.iter().filter(|(id, _)| id.node() == node);
         let sums = self.sums.iter().filter_map(|(account, sums)| Some((of_node(account)?, *sums)));
         let numbered = self.numbered.iter().filter(|((of, _), _)| *of == node);
         Outstanding {
-            ended: ended.filter(is_held).cloned().collect(),
+            ended: held.collect(),
             late: late.map(|(id, function)| (*id, function.clone())).collect(),
             sums: sums.collect(),
             numbered: numbered.map(|(_, numbered)| numbered.clone()).collect(),
@@ -183,26 +205,25 @@ impl Ledger {
     ) -> Self {
         let Stores { journal, functions, .. } = stores;
         let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
-        let late = disk.iter().flat_map(|disk| disk.late()).collect();
-        let books = Mutex::new(LedgerState { late, ..LedgerState::default() });
+        let mut books = LedgerState::new();
+        books.late.extend(disk.iter().flat_map(|disk| disk.late()));
+        let books = Mutex::new(books);
         Self { journal, functions, disk, metrics, max, books, turn, posting }
     }
 
     /// Adds executions whose rows are written.
-    pub(super) fn take(
-        &self,
-        ids: &[JobId],
-        rows: Vec<Execution>,
-        recommendations: Vec<Option<Recommendation>>,
-    ) {
+    pub(super) fn take(&self, batch: Batch) {
         let mut books = self.books();
-        for ((id, row), recommendation) in ids.iter().zip(rows).zip(recommendations) {
+        let Batch { ids, rows, recommendations, origins, .. } = batch;
+        let advised = rows.into_iter().zip(recommendations);
+        for ((id, RowOrigin { is_late, .. }), (row, recommendation)) in
+            ids.into_iter().zip(origins).zip(advised)
+        {
             if let Some(recommendation) = recommendation {
                 books.note((id.node(), row.function.clone()), Some(Box::new(recommendation)));
             }
-            let ended =
-                EndedJob { id: *id, adds: Sums::of(&row), is_lost: row.is_lost(), function: row.function };
-            books.ended.entry(id.node()).or_default().push_back(ended);
+            let job = EndedJob { id, adds: Sums::of(&row), is_lost: row.is_lost(), function: row.function };
+            books.ended.entry(id.node()).or_default().push_back(PendingEnd { job, is_late });
             books.ended_len += 1;
         }
         self.publish(&books);
@@ -271,12 +292,17 @@ impl Ledger {
 
     /// The ended jobs that are still in the journal of `node`.
     pub fn ended(&self, node: NodeId) -> HashSet<JobId> {
-        self.books().ended.get(&node).into_iter().flatten().map(|ended| ended.id).collect()
+        self.books().ended.get(&node).into_iter().flatten().map(|ended| ended.job.id).collect()
     }
 
     /// The jobs whose rows are on this node's disk.
     pub fn spilled(&self) -> Vec<JobId> {
         self.spilled_jobs().map(|(id, _)| id).collect()
+    }
+
+    /// The jobs that an earlier process ended as LOST, and whose rows were on this node's disk at start.
+    pub fn spilled_lost(&self) -> Vec<(JobId, FunctionId)> {
+        self.disk.iter().flat_map(|disk| disk.lost()).collect()
     }
 
     /// Whether rows have vanished from the disk since the last call.
@@ -307,6 +333,7 @@ impl Ledger {
     /// Runs until `stop` resolves, then finishes the pending work within a time limit.
     pub async fn run(self: Arc<Self>, stop: impl Future<Output = ()>) {
         tokio::select! {
+            biased;
             () = self.close_often() => {}
             () = self.post_often() => {}
             () = stop => {}
@@ -343,7 +370,7 @@ impl Ledger {
                 // Set before the call, so that it is also set if the future is dropped.
                 self.books().unsure.insert(node);
                 match self.journal.end(node, &ended).await {
-                    Ok(true) => self.closed(node, &ended),
+                    Ok(true) => self.closed(node, ended.len()),
                     // The journal has lost its data, including the effect of earlier calls.
                     Ok(false) => {
                         self.books().unsure.remove(&node);
@@ -362,29 +389,32 @@ impl Ledger {
     /// Copies the next ended jobs. They stay in the ledger until they have left the journal.
     fn some_ended(&self, node: NodeId) -> Option<Vec<EndedJob>> {
         let books = self.books();
-        Some(books.ended.get(&node)?.iter().take(ENDED_MAX).cloned().collect())
+        Some(books.ended.get(&node)?.iter().take(ENDED_MAX).map(|ended| ended.job.clone()).collect())
     }
 
-    fn closed(&self, node: NodeId, ended: &[EndedJob]) {
-        // Summed by function first: there are few functions, and the steps below are done for each.
-        let mut sums: HashMap<&FunctionId, Sums, RandomState> = HashMap::default();
-        for EndedJob { function, adds, .. } in ended {
-            *sums.entry(function).or_default() += *adds;
-        }
+    fn closed(&self, node: NodeId, jobs: usize) {
         let mut books = self.books();
         books.unsure.remove(&node);
-        for ended in ended.iter().filter(|ended| !ended.is_lost) {
-            books.late.remove(&ended.id);
+        let ended: Vec<PendingEnd> = match books.ended.get_mut(&node) {
+            Some(waiting) => waiting.drain(..jobs).collect(),
+            None => Vec::new(),
+        };
+        if books.ended.get(&node).is_some_and(VecDeque::is_empty) {
+            books.ended.remove(&node);
         }
-        if let Some(waiting) = books.ended.get_mut(&node) {
-            waiting.drain(..ended.len());
-            if waiting.is_empty() {
-                books.ended.remove(&node);
+        books.ended_len -= jobs;
+        // Summed by function first: there are few functions, and the steps below are done for each.
+        let mut sums: HashMap<FunctionId, Sums, RandomState> = HashMap::with_hasher(ambient::hash_keys());
+        for PendingEnd { job, is_late } in ended {
+            // The journal has counted it as LOST before.
+            let adds = if is_late { job.adds.after_lost() } else { job.adds };
+            *sums.entry(job.function).or_default() += adds;
+            if is_late {
+                books.late.remove(&job.id);
             }
         }
-        books.ended_len -= ended.len();
         for (function, adds) in sums {
-            let account = (node, function.clone());
+            let account = (node, function);
             *books.sums.entry(account.clone()).or_default() += adds;
             books.note(account, None);
         }

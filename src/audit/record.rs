@@ -4,6 +4,7 @@ use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal};
 use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
 use bytes::Bytes;
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// The record of one execution.
 pub struct Record {
@@ -13,6 +14,12 @@ pub struct Record {
     pub kept: Option<Box<KeyedResult>>,
     /// The job ended as LOST before. This row replaces its LOST row.
     pub is_late: bool,
+    /// Another node may write a row of this execution too, with another result.
+    pub is_shared: bool,
+    /// When it was recorded by this process.
+    pub since: Instant,
+    /// Its size as counted when it was queued. 0: it was not queued.
+    pub counted: usize,
 }
 
 /// A result to be stored with the idempotency key of its request.

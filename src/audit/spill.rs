@@ -11,29 +11,35 @@
 mod segment;
 
 use super::record::Record;
+use crate::ambient::disk;
 use crate::metrics::{DiskMetrics, Metrics};
 use crate::model::{FunctionId, JobId};
 use parking_lot::{Mutex, MutexGuard};
 use segment::{ReadRows, Segment};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read as _, Write};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::time::Instant;
 
 /// A segment that has reached this size is closed, in bytes.
 const SEGMENT_BYTES: u64 = 8 << 20;
 /// A temporary file that is written to find out whether the disk has room.
 const PROBE: &str = "probe";
+/// Bytes of it that are written at once.
+const PROBE_BLOCK: u64 = 1 << 16;
 /// Segments whose files have been missing for this long, while the node's directory exists, are abandoned.
 const GONE_AFTER: Duration = Duration::from_secs(10);
 
 pub struct Spill {
     dir: PathBuf,
     bytes_max: u64,
+    /// The number of the first segment of this process.
+    first_own: u64,
     state: Mutex<SpillState>,
     is_full: AtomicBool,
     /// The gauges of this spill.
@@ -57,9 +63,11 @@ struct SpillState {
     /// Since when the files of all segments have been missing.
     missing_since: Option<Instant>,
     /// The jobs whose rows are here, except those with late rows.
-    jobs: HashMap<JobId, FunctionId>,
+    jobs: BTreeMap<JobId, FunctionId>,
     /// The jobs whose late rows were here at start.
     late: Vec<(JobId, FunctionId)>,
+    /// The jobs that ended as LOST and whose rows were here at start.
+    lost: Vec<(JobId, FunctionId)>,
     rows: u64,
 }
 
@@ -74,6 +82,8 @@ pub struct Replay {
     pub(super) records: Vec<Record>,
     segment: u64,
     end: u64,
+    /// An earlier process of this node wrote them.
+    pub(super) is_inherited: bool,
 }
 
 impl Spill {
@@ -93,8 +103,12 @@ impl Spill {
         }
         for (number, segment) in &mut state.segments {
             let path = dir.join(segment::name(*number));
-            let found = segment::scan(&path, |id, function, is_late| {
-                if is_late {
+            let found = segment::scan(&path, |record| {
+                let (id, function) = (record.id, record.row.function.clone());
+                if record.row.is_lost() {
+                    state.lost.push((id, function.clone()));
+                }
+                if record.is_late {
                     state.late.push((id, function));
                 } else {
                     state.jobs.insert(id, function);
@@ -115,6 +129,7 @@ impl Spill {
         let spill = Self {
             dir: dir.to_owned(),
             bytes_max,
+            first_own: state.next_number,
             state: Mutex::new(state),
             is_full: AtomicBool::new(false),
             on_disk: on_disk.clone(),
@@ -132,6 +147,11 @@ impl Spill {
     /// The jobs whose late rows were here at start.
     pub(super) fn late(&self) -> Vec<(JobId, FunctionId)> {
         self.state().late.clone()
+    }
+
+    /// The jobs that ended as LOST and whose rows were here at start.
+    pub(super) fn lost(&self) -> Vec<(JobId, FunctionId)> {
+        self.state().lost.clone()
     }
 
     pub(super) fn rows(&self) -> u64 {
@@ -202,10 +222,11 @@ impl Spill {
         };
         self.make_dir()?;
         let path = self.dir.join(PROBE);
-        let mut file = File::create(&path)?;
-        let written = io::copy(&mut io::repeat(0).take(bytes), &mut file).and_then(|_| file.sync_data());
-        fs::remove_file(&path)?;
-        written
+        let written = write_zeros(&path, bytes);
+        match disk::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => written,
+        }
     }
 
     fn note(&self, done: &io::Result<()>) {
@@ -266,12 +287,12 @@ impl Spill {
             Some(open) => open,
             None => self.begin_segment(&mut state)?,
         };
-        let written = file.write_all(&text).and_then(|()| file.sync_data());
+        let written = disk::write_all(&mut file, &text).and_then(|()| disk::sync_data(&file));
         let segment = state.segments.entry(number).or_default();
         if let Err(e) = written {
             // Removes the partial write, so that a disk that stays full is not filled with fragments. If that
             // fails the segment has a torn tail, and the next rows go to a new segment.
-            if file.set_len(segment.len).is_ok() {
+            if disk::set_len(&file, segment.len).is_ok() {
                 state.open = Some((number, file));
             }
             return Err(e);
@@ -293,12 +314,12 @@ impl Spill {
         let number = state.next_number;
         state.next_number += 1;
         self.make_dir()?;
-        let mut file = File::options().create_new(true).append(true).open(self.path(number))?;
+        let mut file = disk::create_new(&self.path(number))?;
         // Syncs the directory too, so that the file entry survives a loss of power.
         let synced = || File::open(&self.dir)?.sync_all();
-        if let Err(e) = file.write_all(segment::HEAD).and_then(|()| synced()) {
+        if let Err(e) = disk::write_all(&mut file, segment::HEAD).and_then(|()| synced()) {
             // If the removal fails the next start finds an empty segment.
-            let _ = fs::remove_file(self.path(number));
+            let _ = disk::remove_file(&self.path(number));
             return Err(e);
         }
         state.segments.insert(number, Segment { len: segment::HEAD.len() as u64, torn: 0 });
@@ -325,7 +346,8 @@ impl Spill {
             };
             let ReadRows { records, end } = segment::read(&self.path(number), from, len, max)?;
             if !records.is_empty() {
-                return Ok(Some(Replay { records, segment: number, end }));
+                let is_inherited = number < self.first_own;
+                return Ok(Some(Replay { records, segment: number, end, is_inherited }));
             }
             if end < len {
                 self.tear(number, len - end);
@@ -377,7 +399,7 @@ impl Spill {
         let ended = if segment.torn > 0 {
             fs::rename(&path, self.dir.join(segment::TORN))
         } else {
-            fs::remove_file(&path)
+            disk::remove_file(&path)
         };
         if state.segments.is_empty() {
             state.rows = 0;
@@ -400,6 +422,19 @@ impl Spill {
     fn state(&self) -> MutexGuard<'_, SpillState> {
         self.state.lock()
     }
+}
+
+/// Writes and syncs a new file of this size.
+fn write_zeros(path: &Path, bytes: u64) -> io::Result<()> {
+    let block = vec![0; usize::try_from(bytes.min(PROBE_BLOCK)).unwrap_or_default()];
+    let mut file = File::create(path)?;
+    let mut left = bytes;
+    while left > 0 {
+        let now = usize::try_from(left).map_or(block.len(), |left| left.min(block.len()));
+        disk::write_all(&mut file, &block[..now])?;
+        left -= now as u64;
+    }
+    disk::sync_data(&file)
 }
 
 impl Replay {

@@ -7,6 +7,7 @@ use crate::backend::{
 };
 use crate::config::AuditConf;
 use crate::model::{Function, FunctionId, IdempotencyKey, Job, NodeId, Outcome, RowId, Sums};
+use crate::node_lease::NodeLease;
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -218,7 +219,7 @@ fn audit_with(
     let metrics = Arc::new(Metrics::new(10).unwrap());
     let conf_of_disk = AuditConf { spill_bytes_max: 1 << 20, aside_after_s: 60 };
     let disk = disk.map(|dir| SpillDirs::open(dir, &conf_of_disk, &metrics).unwrap());
-    new(&conf, stores(tables), disk, metrics)
+    new(&conf, stores(tables), disk, Arc::new(NodeLease::endless()), metrics)
 }
 
 fn stores(tables: &Arc<Tables>) -> Stores {
@@ -245,7 +246,7 @@ fn record_of(function: &str, audit: &Audit, n: u64) -> Result<(), QueueFull> {
     let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3,"handlerDurationMs":2}"#.into());
     let fields = outcome.fields();
     let row = Execution::of(id, FunctionId::parse(function).unwrap(), &fields);
-    audit.record(id, row, fields.exit_code, Recommendation::of(id, &fields), None)
+    audit.record(id, row, fields.exit_code, Recommendation::of(id, &fields), None, false)
 }
 
 #[tokio::test(start_paused = true)]
@@ -308,7 +309,7 @@ async fn the_newest_recommendation_is_kept_and_written_again_after_a_failure() {
         let result = mb.map_or("{}".to_owned(), |mb| format!("{{\"recommendedMemoryMb\":{mb}}}"));
         let outcome = Outcome::new(result.into());
         let row = Execution::of(id, f.clone(), &outcome.fields());
-        audit.record(id, row, None, Recommendation::of(id, &outcome.fields()), None).unwrap();
+        audit.record(id, row, None, Recommendation::of(id, &outcome.fields()), None, false).unwrap();
     }
     let later = tokio::time::sleep(3 * ledger::ROUND);
     run(&tables, loops, later).await;
@@ -326,7 +327,7 @@ async fn a_job_ends_when_its_result_is_kept_with_its_key_too() {
     let id = JobId::new(NodeId(1), 1, 1);
     let row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
     let kept = KeyedResult { key: IdempotencyKey::of("a", "b"), result: "{}".into() };
-    audit.record(id, row, None, None, Some(Box::new(kept))).unwrap();
+    audit.record(id, row, None, None, Some(Box::new(kept)), false).unwrap();
     let (written, left) = (ROWS_LINGER * 2, ROWS_LINGER * 20);
     let load = async {
         tokio::time::sleep(written).await;
@@ -346,7 +347,7 @@ async fn what_another_node_has_written_of_a_lost_job_counts() {
     let outcome = Outcome::new(r#"{"status":"SUCCESS","durationMs":3}"#.into());
     *tables.kept_row.lock() = Some(Execution::of(ended, f.clone(), &outcome.fields()));
     for id in [ended, lost] {
-        audit.record(id, Execution::lost(id, f.clone(), false), None, None, None).unwrap();
+        audit.record(id, Execution::lost(id, f.clone(), false), None, None, None, true).unwrap();
     }
     run(&tables, loops, async {}).await;
     let sums = Sums { invocations: 2, errors: 1, duration_us: 3000, ..Sums::default() };
@@ -563,8 +564,19 @@ async fn no_job_passes_behind_the_one_who_looks_for_all() {
     let (_audit, loops) = audit(&tables, 10, 1 << 20);
     let mut in_flight = vec![id(1)];
     let row = Execution::lost(id(1), FunctionId::parse("f").unwrap(), false);
+    let since = Instant::now();
+    let record = Record {
+        id: id(1),
+        row,
+        recommendation: None,
+        kept: None,
+        is_late: false,
+        is_shared: true,
+        since,
+        counted: 0,
+    };
     let look = || {
-        loops.ledger.take(&[id(1)], vec![row], vec![None]);
+        loops.ledger.take(batch::Batch::of(std::iter::once(record)));
         in_flight.clear();
         in_flight.len()
     };
@@ -615,7 +627,8 @@ async fn functions_that_wait_are_bounded_and_many_are_written_faster() {
     let (stores, metrics) = (stores(&tables), Arc::clone(&audit.metrics));
     loops.ledger = Arc::new(Ledger::new(stores.clone(), None, Arc::clone(&metrics), max));
     loops.flusher.ledger = Arc::clone(&loops.ledger);
-    loops.flusher.writer = Arc::new(RowWriter::new(stores, None, Arc::clone(&loops.ledger), metrics));
+    let lease = Arc::new(NodeLease::endless());
+    loops.flusher.writer = Arc::new(RowWriter::new(stores, None, Arc::clone(&loops.ledger), lease, metrics));
     let load = async {
         record_range(&audit, 0..2000).await;
         tokio::time::sleep(5 * ledger::ROUND).await;

@@ -13,10 +13,12 @@
 //! such a row counts, its job leaves the journal, and the row stays on the disk for the operator.
 
 use super::record::{Record, Stores};
-use super::spill::Spill;
+use super::spill::{Replay, Spill};
 use super::{Ledger, SpillDirs};
+use crate::ambient::blocking;
 use crate::audit::batch::Batch;
 use crate::audit::batch::CallOutcome;
+use crate::audit::batch::RowOrigin;
 use crate::audit::batch::WriteOutcome;
 use crate::audit::batch::batch_of;
 use crate::audit::failing::FailingRows;
@@ -25,6 +27,7 @@ use crate::backend::{BackendError, ROWS_MAX};
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
 use crate::model::{Execution, JobId};
+use crate::node_lease::NodeLease;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, MutexGuard};
 use std::io;
@@ -50,6 +53,8 @@ pub(super) struct RowWriter {
     stores: Stores,
     disk: Option<Arc<SpillDirs>>,
     ledger: Arc<Ledger>,
+    /// While it lapses, other nodes may end jobs of this node.
+    lease: Arc<NodeLease>,
     metrics: Arc<Metrics>,
     /// The log table, where a disk can take its rows.
     availability: Availability,
@@ -75,12 +80,14 @@ impl RowWriter {
         stores: Stores,
         disk: Option<Arc<SpillDirs>>,
         ledger: Arc<Ledger>,
+        lease: Arc<NodeLease>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             stores,
             disk,
             ledger,
+            lease,
             metrics,
             availability: Availability::new(AWAY_AFTER, TRIED_EVERY),
             table: Mutex::default(),
@@ -193,14 +200,43 @@ impl RowWriter {
         (all, failures)
     }
 
-    async fn call(&self, batch: Batch) -> CallOutcome {
-        let results = self.stores.executions.put(&batch.rows).await;
-        let mut put = batch.split(results, &self.metrics);
+    async fn call(&self, mut batch: Batch) -> CallOutcome {
+        let results = self.put_rows(&mut batch).await;
+        let put = batch.split(results, &self.metrics);
         self.written.fetch_add(put.written.ids.len() as u64, Ordering::Relaxed);
-        for row in put.written.rows.iter_mut().filter(|row| row.is_lost()) {
-            self.read_kept(row).await;
-        }
         put
+    }
+
+    /// Writes rows. Returns one result per row, in order. A row that another node may write too is written
+    /// only if it is the first. Otherwise the batch gets the row that is in the table, because that one
+    /// counts.
+    async fn put_rows(&self, batch: &mut Batch) -> Vec<Result<(), BackendError>> {
+        let executions = &self.stores.executions;
+        let is_shared: Vec<bool> = (0..batch.ids.len()).map(|n| self.is_shared(batch, n)).collect();
+        if !is_shared.contains(&true) {
+            return executions.put(&batch.rows).await;
+        }
+        let of = |shared: bool| batch.rows.iter().zip(&is_shared).filter(move |(_, is)| **is == shared);
+        let own: Vec<Execution> = of(false).map(|(row, _)| row.clone()).collect();
+        let shared: Vec<_> = of(true).map(|(row, _)| executions.put_first(row)).collect();
+        let shared: Vec<_> = stream::iter(shared).buffered(ALONE_AT_A_TIME).collect().await;
+        let own = if own.is_empty() { Vec::new() } else { executions.put(&own).await };
+        let (mut shared, mut own) = (shared.into_iter(), own.into_iter());
+        let mut results = Vec::with_capacity(is_shared.len());
+        for (n, is_shared) in is_shared.into_iter().enumerate() {
+            if !is_shared {
+                results.extend(own.next());
+                continue;
+            }
+            results.extend(shared.next().map(|kept| kept.map(|kept| batch.keep(n, kept))));
+        }
+        results
+    }
+
+    /// Whether another node may write a row of this execution too.
+    fn is_shared(&self, batch: &Batch, n: usize) -> bool {
+        let RowOrigin { is_late, is_shared, since, .. } = batch.origins[n];
+        is_late || is_shared || batch.rows[n].is_lost() || self.lease.has_lapsed_since(since)
     }
 
     /// Puts invalid rows aside, because a retry is useless, and logs failures that are retried.
@@ -214,17 +250,6 @@ impl RowWriter {
             tracing::warn!(rows = put.failed.ids.len(), %error, "Log rows not written; retrying");
         }
         put
-    }
-
-    /// LOST never replaces a row. If another node has written a result, that row stays and is the one that
-    /// counts.
-    async fn read_kept(&self, row: &mut Execution) {
-        match self.stores.executions.get(&row.function, &row.id.request_id()).await {
-            Ok(Some(kept)) => *row = kept,
-            Ok(None) => {}
-            // The job then counts as lost. It is rare that another row exists.
-            Err(e) => tracing::debug!(error = %e, "Existing row not read; the job counts as lost"),
-        }
     }
 
     /// Returns the batch as an error if there is no disk or it does not accept the rows.
@@ -286,7 +311,7 @@ impl RowWriter {
         };
         let (segment, end) = replay.place();
         let rows = replay.records.len();
-        let mut left = Batch::of(replay.records.into_iter());
+        let mut left = Batch::of(self.of_replay(replay).into_iter());
         let (mut done, mut moved) = (Batch::default(), Vec::new());
         while !left.is_empty() {
             let (now, later) = left.split_repeats();
@@ -303,10 +328,18 @@ impl RowWriter {
         let ids = done.ids.clone();
         // Added to the ledger before they leave the spill, so that a reader of both finds each job in at
         // least one.
-        self.ledger.take(&done.ids, done.rows, done.recommendations);
+        self.ledger.take(done);
         moved.extend(&ids);
         blocking(move || disk.waiting.replayed(segment, end, rows, &moved)).await?;
         Ok(ids)
+    }
+
+    /// The rows of a replay. While they were on the disk, another node may have ended their jobs.
+    fn of_replay(&self, replay: Replay) -> Vec<Record> {
+        let is_shared = replay.is_inherited || self.lease.has_ever_lapsed();
+        let mut records = replay.records;
+        records.iter_mut().for_each(|record| record.is_shared |= is_shared);
+        records
     }
 
     /// Writes the rows of a failed batch one by one. Rows that still fail move to the failing rows, provided
@@ -345,9 +378,10 @@ impl RowWriter {
 
     /// Whether failing rows may be retried now.
     pub(super) fn may_retry(&self) -> bool {
+        // As a probe, too: there may be no other rows that would show that the table is back.
         self.failing().is_due()
-            && !self.is_away()
             && self.disk.as_ref().is_some_and(|disk| !disk.failing.is_empty())
+            && self.may_try()
     }
 
     /// Retries failing rows, each alone. Returns the jobs whose rows are now in the table or put aside.
@@ -369,10 +403,12 @@ impl RowWriter {
         let (all, Some(replay)) = (next.0, next.1?) else { return Ok(Vec::new()) };
         let (segment, end) = replay.place();
         let rows = replay.records.len();
-        // The results of these rows say nothing about the table.
-        let (put, failures) = self.call_alone(batch_of(replay.records.into_iter())).await;
+        // Failures of these rows say nothing about the table.
+        let (put, failures) = self.call_alone(batch_of(self.of_replay(replay).into_iter())).await;
         if put.written.is_empty() {
             self.failing().pause_for(rows, all);
+        } else {
+            self.table_is_there();
         }
         let mut done = self.settle(put).await.written;
         self.metrics.audit.retries.inc_by(failures.len() as u64);
@@ -396,7 +432,7 @@ impl RowWriter {
         blocking(move || again.failing.put_back(&failing)).await?;
         self.keep(&done).await;
         let ids = done.ids.clone();
-        self.ledger.take(&done.ids, done.rows, done.recommendations);
+        self.ledger.take(done);
         self.failing().remove(&ids);
         let left = ids.clone();
         blocking(move || disk.failing.replayed(segment, end, rows, &left)).await?;
@@ -472,14 +508,5 @@ impl RowWriter {
 
     fn table(&self) -> MutexGuard<'_, TableState> {
         self.table.lock()
-    }
-}
-
-/// Runs file I/O on a thread that may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        // The task is never cancelled, so it panicked.
-        Err(e) => std::panic::resume_unwind(e.into_panic()),
     }
 }

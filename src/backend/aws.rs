@@ -22,3 +22,27 @@ mod start;
 pub use redis::connection::RedisUrl;
 pub use settings::AwsSettings;
 pub use start::{AwsConnection, connect};
+
+/// The parts that a simulation of the fleet runs over a simulated Redis.
+#[cfg(test)]
+pub mod simulation {
+    pub use super::dynamodb::functions::{CounterStore, PostNumber};
+    pub use super::redis::connection::CommandConnection;
+    pub use super::redis::journal::RedisJournal;
+    pub use super::redis::limits::RedisLimits;
+    pub use super::redis::membership::RedisMembership;
+    pub use super::redis::simulated::{Command, Keyspace, LinkError, RedisLink, Reply, SimulatedRedis};
+    use crate::backend::Results;
+    use crate::model::{NodeId, ProcessToken};
+    use std::sync::Arc;
+
+    /// The stored results, read over a simulated connection. Its subscription does not work.
+    pub fn stored_results(
+        commands: Arc<CommandConnection>,
+        node: NodeId,
+        process: ProcessToken,
+    ) -> Arc<dyn Results> {
+        let beats = super::redis::beats::Beats::new(Arc::clone(&commands), node, process);
+        Arc::new(super::redis::results::RedisResults::new(commands.client(), commands, Arc::new(beats), node))
+    }
+}

@@ -42,6 +42,16 @@ pub trait ExecutionStore: Send + Sync {
     /// durable when its result is `Ok`.
     async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>>;
 
+    /// Writes a row, unless the table has a row of this execution with another status than LOST. Returns the
+    /// row that the table has now. For rows that another node may write too, with another result of a job
+    /// that ran twice: the row that counts must be the one that stays.
+    async fn put_first(&self, row: &Execution) -> Result<Execution, BackendError> {
+        // Without other nodes, and for stores whose `put` keeps a result that LOST would replace.
+        self.put(std::slice::from_ref(row)).await.pop().unwrap_or(Ok(()))?;
+        let kept = self.get(&row.function, &row.id.request_id()).await?;
+        Ok(kept.unwrap_or_else(|| row.clone()))
+    }
+
     /// Lists the rows of a function that have not expired.
     async fn list(&self, query: &LogQuery) -> Result<LogPage, BackendError>;
 

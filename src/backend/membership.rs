@@ -45,6 +45,11 @@ pub trait Membership: Send + Sync {
     /// listed.
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError>;
 
+    /// Prepares for a job that this node enters in the journal of `node`. If that is not listed, it is now,
+    /// as by [`Self::relist`], so that a node adopts the job if this one dies. If it is listed, its lease
+    /// counts as contested for a while, so that it finds the job in its journal and takes it over.
+    async fn entrust(&self, node: NodeId) -> Result<(), BackendError>;
+
     /// Whether the journal of `node` is complete. If not, the store has lost its data, and no job of the node
     /// ends until [`Self::finish_restore`] succeeds.
     async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError>;

@@ -5,6 +5,7 @@
 //! ends before the next one starts.
 
 use super::plan::StateClaim;
+use crate::ambient::blocking;
 use crate::audit::SpillDirs;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,9 +30,7 @@ impl StateDirMonitor {
                 // After the claim, because the spill is in its directory.
                 rows.iter().for_each(|rows| rows.probe());
             };
-            if let Err(e) = tokio::task::spawn_blocking(look).await {
-                std::panic::resume_unwind(e.into_panic());
-            }
+            blocking(look).await;
         }
     }
 }

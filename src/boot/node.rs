@@ -14,7 +14,7 @@ use super::upgrade::SocketOffer;
 use super::{notify, process};
 use crate::boot::plan::BackendLoop;
 use crate::config::Conf;
-use crate::dispatch::Dispatcher;
+use crate::engine::RunningEngine;
 use crate::fleet::Adopter;
 use crate::gateway::GuardState;
 use crate::lifecycle::{Lifecycle, Phase};
@@ -37,8 +37,6 @@ const CLOSING_MAX: Duration = Duration::from_secs(5);
 /// How long connections are served after a successor has taken over. Each response closes its connection, so
 /// the client reconnects to the successor. Connections that are still idle afterwards are closed.
 const HANDED_OVER_LINGER: Duration = Duration::from_secs(2);
-/// Deadline for clearing the journal at the very end. The next start finds the remaining entries settled.
-const LAST_CALLS_MAX: Duration = Duration::from_secs(2);
 
 /// Runs a node until a signal, a successor or an internal error stops it.
 pub fn run(plan: NodePlan) -> Exit {
@@ -122,7 +120,7 @@ impl Node {
                 return Exit::Internal;
             }
         };
-        if let Err(exit) = restore(&mut built.background.adopter).await {
+        if let Err(exit) = restore(&mut built.background.engine.adopter).await {
             return exit;
         }
         let BoundSockets { sockets, heir } = match listening(&settings).await {
@@ -138,7 +136,7 @@ impl Node {
             Err(e) => return no_acceptor(&e),
         };
         let disk =
-            StateDirMonitor { claim: connected.claim.clone(), rows: built.background.books.disk.clone() };
+            StateDirMonitor { claim: connected.claim.clone(), rows: built.background.engine.disk.clone() };
         let mut loops = Loops::start(built.background, disk, connected.extra_loop);
         let listeners = acceptors.into_iter().map(|acceptor| spawn(acceptor.run())).collect();
         lifecycle.enter(Phase::Ready);
@@ -319,61 +317,33 @@ async fn notify_predecessor(heir: Handover) {
 
 /// The background loops.
 struct Loops {
-    dispatcher: Dispatcher,
-    /// Loops that never end by themselves.
+    engine: RunningEngine,
+    /// Loops of the process around the engine. They never end by themselves.
     endless: JoinSet<()>,
-    batches: Option<JoinHandle<()>>,
-    flusher: Option<JoinHandle<()>>,
-    ledger: Option<JoinHandle<()>>,
-    stop_batches: watch::Sender<bool>,
-    stop_flusher: watch::Sender<bool>,
-    stop_ledger: watch::Sender<bool>,
     stop_extra: watch::Sender<bool>,
     extra: Option<JoinHandle<()>>,
 }
 
 impl Loops {
     fn start(background: Background, disk: StateDirMonitor, extra: Option<BackendLoop>) -> Self {
-        let Background { dispatcher, loops, changes, reload, leaser, sweeper, tending, books, adopter } =
-            background;
+        let Background { engine, reload, tending } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
-        let (stop_batches, batches_stopped) = watch::channel(false);
-        let (stop_flusher, flusher_stopped) = watch::channel(false);
-        let (stop_ledger, ledger_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
-        endless.spawn(loops.pump.run());
-        endless.spawn(loops.lookups.run());
-        endless.spawn(adopter.run());
-        endless.spawn(loops.dead_letters.run());
-        endless.spawn(changes.run());
         endless.spawn(reload.run());
-        endless.spawn(sweeper.run());
-        endless.spawn(leaser.run());
         endless.spawn(tending.run());
         endless.spawn(disk.run());
-        Self {
-            dispatcher,
-            endless,
-            batches: Some(spawn(loops.batches.run(turned(batches_stopped)))),
-            flusher: Some(spawn(books.flusher.run(loops.rows, turned(flusher_stopped)))),
-            ledger: Some(spawn(books.ledger.run(turned(ledger_stopped)))),
-            stop_batches,
-            stop_flusher,
-            stop_ledger,
-            stop_extra,
-            extra: extra.map(|run| spawn(run(extra_stopped))),
-        }
+        let engine = engine.start();
+        Self { engine, endless, stop_extra, extra: extra.map(|run| spawn(run(extra_stopped))) }
     }
 
     /// Resolves when a loop has ended that should not end. It has panicked.
     async fn any_ended(&mut self) {
         tokio::select! {
-            _ = self.endless.join_next() => {}
-            _ = ended(&mut self.batches) => {}
-            _ = ended(&mut self.flusher) => {}
-            _ = ended(&mut self.ledger) => {}
+            _ = self.endless.join_next() => {
+                tracing::error!("A background loop ended unexpectedly; the process stops");
+            }
+            () = self.engine.any_ended() => {}
         }
-        tracing::error!("A background loop ended unexpectedly; the process stops");
     }
 
     /// From now on, a signal ends the process immediately.
@@ -393,39 +363,10 @@ impl Loops {
         if let Some(extra) = self.extra.take() {
             let _ = extra.await;
         }
-        self.stop_batches.send_replace(true);
-        if let Some(batches) = self.batches.take() {
-            // This ends, because jobs that wait are given up at their deadline.
-            let _ = batches.await;
-        }
-        self.stop_flusher.send_replace(true);
-        if let Some(flusher) = self.flusher.take() {
-            // The flusher and the ledger have deadlines of their own.
-            let _ = flusher.await;
-        }
-        self.stop_ledger.send_replace(true);
-        if let Some(ledger) = self.ledger.take() {
-            let _ = ledger.await;
-        }
-        let _ = tokio::time::timeout(LAST_CALLS_MAX, self.dispatcher.clear_journal()).await;
+        self.engine.stop().await;
         // Last, because the task that waits for a second signal is one of them.
         self.endless.shutdown().await;
     }
-}
-
-async fn ended(handle: &mut Option<JoinHandle<()>>) {
-    match handle {
-        Some(running) => {
-            let _ = running.await;
-            *handle = None;
-        }
-        None => std::future::pending().await,
-    }
-}
-
-async fn turned(mut watch: watch::Receiver<bool>) {
-    // A dropped sender means that the node is gone.
-    let _ = watch.wait_for(|stop| *stop).await;
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place where the loops of a node are started")]

@@ -454,6 +454,8 @@ impl BatchSender {
         } else if pending.job.idempotency_key.is_none() {
             self.in_flight.remove(pending.job.id);
             self.journal.leave(&[pending.job.id]);
+        } else {
+            self.in_flight.note_unsent(pending.job.id);
         }
         // A job with an idempotency key is removed when its key is released; until then a repeat may resend
         // it.

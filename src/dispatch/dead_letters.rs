@@ -6,11 +6,13 @@
 //! worker's result. The messages stay in the queue for a redrive, unless the operator configures that they
 //! are consumed.
 
+use crate::ambient;
 use crate::backend::{BackendError, DeadLetter, DeadLetters};
 use crate::config::DeadLetterConf;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId, Status};
 use bytes::Bytes;
+use rand::Rng;
 use serde_json::json;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -63,7 +65,8 @@ impl DeadLetterReader {
         let mut was_well = true;
         loop {
             // Jitter, so that the nodes of a fleet do not read at the same time.
-            tokio::time::sleep(self.every.mul_f64(rand::random_range(0.75..1.25))).await;
+            let pause = self.every.mul_f64(ambient::rng().random_range(0.75..1.25));
+            tokio::time::sleep(pause).await;
             let done = self.round(queue.as_ref()).await;
             if let (Err(e), true) = (&done, was_well) {
                 tracing::warn!(

@@ -7,10 +7,12 @@ use super::journal::NodeJournal;
 use super::schedule::{self, LookupSchedule};
 use super::settler::Settler;
 use super::shedder::Shedder;
+use crate::ambient;
 use crate::backend::{BackendError, JournalState, Membership, Results};
 use crate::config::{Live, OverloadConf};
 use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, now_ms};
 use crate::node_lease::NodeLease;
+use rand::Rng;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -109,7 +111,7 @@ impl Dispatcher {
 
     /// Returns a new id for a job accepted now.
     pub fn new_id(&self) -> JobId {
-        JobId::new(self.0.node, now_ms(), rand::random())
+        JobId::new(self.0.node, now_ms(), ambient::rng().random())
     }
 
     /// Decides whether a new job is admitted or shed.
@@ -171,17 +173,17 @@ impl Dispatcher {
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
         let node = job.id.node();
         if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {
-            // A node that is not listed was dismissed, because it had no jobs left. Its journal gets one now,
-            // so it is listed again: if this node dies, another one adopts the job.
-            membership.relist(node).await.map_err(|_| SubmitError::Unavailable)?;
+            // Its journal gets a job that it does not know.
+            membership.entrust(node).await.map_err(|_| SubmitError::Unavailable)?;
         }
         let entered = self.0.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
         let EnteredAgain { is_new, waiter } = entered;
         let id = job.id;
         let sending = self.hand_over(job, Some(resend)).inspect_err(|_| {
-            if is_new && !resend.maybe_sent {
-                self.0.in_flight.remove(id);
-                return;
+            match (resend.maybe_sent, is_new) {
+                (false, true) => return self.0.in_flight.remove(id),
+                (false, false) => return self.0.in_flight.note_unsent(id),
+                (true, _) => {}
             }
             self.0.in_flight.note_send(id, false);
             // Only look-ups can end it here, because its result may be published to its own node.
@@ -209,15 +211,34 @@ impl Dispatcher {
         Ok(sent)
     }
 
-    /// Removes a job whose send has definitely failed from the journal.
-    pub async fn leave_journal(&self, id: JobId) -> Result<(), BackendError> {
-        self.0.journal.leave_now(id).await
+    /// Removes a job whose send has definitely failed from the journal. Returns `false` if another node may
+    /// have adopted the job. Then it stays and ends as LOST, here or there, and counts once.
+    ///
+    /// # Errors
+    /// The store does not answer, or the lease has lapsed.
+    pub async fn leave_journal(&self, id: JobId) -> Result<bool, BackendError> {
+        if !self.0.lease.holds() {
+            return Err(BackendError::Unavailable("the lease of this node has lapsed".into()));
+        }
+        if self.0.in_flight.is_shared(id) && self.standing(id).await?.is_held() {
+            self.0.in_flight.note_send(id, false);
+            return Ok(false);
+        }
+        self.0.journal.leave_now(id).await.map(|()| true)
     }
 
     /// Removes a job whose send has definitely failed from the table. Must be called after the job has left
     /// the journal and its idempotency key is released.
     pub fn withdraw(&self, id: JobId) {
         self.0.in_flight.remove(id);
+        // Once more, because a restore of a lost journal may have entered it again meanwhile.
+        self.0.journal.leave(&[id]);
+    }
+
+    /// Removes a job whose send has definitely failed from the table only, because another request has
+    /// claimed it.
+    pub fn abandon_unsent(&self, id: JobId) {
+        self.0.in_flight.abandon_unsent(id);
     }
 
     /// Records the outcome of a send: the queue confirmed the job, or the outcome is unknown.
@@ -233,6 +254,11 @@ impl Dispatcher {
     /// Whether the job is in the table of this node. It stays there until its row is written.
     pub fn is_in_flight(&self, id: JobId) -> bool {
         self.0.in_flight.contains(id)
+    }
+
+    /// Whether the job is in the table of this node, and its send has definitely failed.
+    pub fn is_unsent(&self, id: JobId) -> bool {
+        self.0.in_flight.awaited(id).is_some_and(|awaited| awaited.is_unsent)
     }
 
     /// Whether the id names this node.

@@ -7,6 +7,7 @@
 //! A DashMap guard locks a shard, so none is held across an await.
 
 use super::caps::Permit;
+use crate::ambient;
 use crate::audit::KeyedResult;
 use crate::backend::{JournalEntry, STORED_RESULT_BYTES_MAX};
 use crate::dispatch::given_up::LostJobs;
@@ -24,6 +25,9 @@ use tokio::time::Instant;
 
 /// Maximum number of waiters per job. A further client must poll.
 pub const WAITERS_PER_JOB_MAX: usize = 16;
+
+/// Shards of the table of lost jobs, which is nearly always empty.
+const LOST_SHARDS: usize = 16;
 
 /// Maximum number of attempts to count the jobs at a moment when none enters or leaves.
 const RECKONINGS_MAX: usize = 32;
@@ -44,6 +48,10 @@ struct InFlightJob {
     /// It is not known whether the queue received the job, because its send was not answered or its process
     /// ended.
     unconfirmed: bool,
+    /// The send has definitely failed, and the idempotency key of the job is not released yet.
+    unsent: bool,
+    /// Another node may end the job too: it was restored, sent again, or the lease of this node has lapsed.
+    shared: bool,
     /// This process is sending the job again. Until that is done, the entry is not returned to another node.
     resending: bool,
 }
@@ -72,7 +80,17 @@ impl InFlightJob {
     ) -> Self {
         let has_more = idempotency_key.is_some() || !held.is_empty();
         let more = has_more.then(|| Box::new(OptionalParts { idempotency_key, held }));
-        Self { function, deadline, more, waiters, settled: false, unconfirmed: false, resending: false }
+        Self {
+            function,
+            deadline,
+            more,
+            waiters,
+            settled: false,
+            unconfirmed: false,
+            unsent: false,
+            shared: false,
+            resending: false,
+        }
     }
 
     fn idempotency_key(&self) -> Option<IdempotencyKey> {
@@ -106,11 +124,20 @@ pub struct EnteredAgain {
     pub waiter: Option<Waiter>,
 }
 
+/// The first result of a job.
+#[derive(Debug, PartialEq, Eq)]
+pub struct FirstResult {
+    pub function: FunctionId,
+    pub kept: Option<Box<KeyedResult>>,
+    /// Another node may end the job too.
+    pub is_shared: bool,
+}
+
 /// The outcome of [`InFlight::settle`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum SettleOutcome {
     /// The first result of the job. The caller must record a row.
-    First(FunctionId, Option<Box<KeyedResult>>),
+    First(FirstResult),
     /// The first result of a job that ended as LOST. The caller must replace its row.
     Late(FunctionId),
     /// The job has a result already.
@@ -133,8 +160,11 @@ impl InFlight {
     /// `jobs_max`: maximum number of jobs, restored ones excepted. `settled_bytes_max`: memory for recent
     /// results, in bytes.
     pub fn new(jobs_max: usize, settled_bytes_max: usize, metrics: Arc<Metrics>) -> Self {
-        let jobs = DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS);
-        let given_up = LostJobs { jobs: DashMap::with_hasher(RandomState::new()), len: AtomicUsize::new(0) };
+        let jobs = DashMap::with_hasher_and_shard_amount(ambient::hash_keys(), SHARDS);
+        let given_up = LostJobs {
+            jobs: DashMap::with_hasher_and_shard_amount(ambient::hash_keys(), LOST_SHARDS),
+            len: AtomicUsize::new(0),
+        };
         Self {
             jobs,
             len: AtomicUsize::new(0),
@@ -167,7 +197,7 @@ impl InFlight {
                 let key = idempotency_key.map(|key| *key);
                 let mut restored = InFlightJob::new(function, deadline, key, Permits::new(), Vec::new());
                 // The journal does not record confirmations: that would cost one Redis command per job.
-                restored.unconfirmed = true;
+                (restored.unconfirmed, restored.shared) = (true, true);
                 place.insert(restored);
             }
         }
@@ -181,6 +211,12 @@ impl InFlight {
         self.metrics.jobs.in_flight.set(self.len());
     }
 
+    fn count_one_less(&self) {
+        self.len.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.jobs.finished.inc();
+        self.metrics.jobs.in_flight.set(self.len());
+    }
+
     /// Adds a job that is sent again, with a waiter if `waits`. The table may have the job already, and the
     /// job may belong to another node. It takes no slot under a cap, because it was admitted before.
     pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<EnteredAgain, TableFull> {
@@ -189,7 +225,7 @@ impl InFlight {
         let is_new = match self.jobs.entry(job.id) {
             MapEntry::Occupied(mut place) => {
                 let entry = place.get_mut();
-                entry.resending = true;
+                (entry.resending, entry.unsent, entry.shared) = (true, false, true);
                 // Without room the sender is dropped, so the waiter gets `None` immediately.
                 let room = WAITERS_PER_JOB_MAX.saturating_sub(entry.waiters.len());
                 entry.waiters.extend(waiters.into_iter().take(if entry.settled { 0 } else { room }));
@@ -198,7 +234,7 @@ impl InFlight {
             MapEntry::Vacant(_) if self.room() == 0 => return Err(TableFull),
             MapEntry::Vacant(place) => {
                 let mut entry = InFlightJob::of(job, Permits::new(), waiters);
-                (entry.unconfirmed, entry.resending) = (true, true);
+                (entry.unconfirmed, entry.resending, entry.shared) = (true, true, true);
                 place.insert(entry);
                 true
             }
@@ -209,11 +245,24 @@ impl InFlight {
         Ok(EnteredAgain { is_new, waiter: waits.then(|| self.waiter(job.id, receiver)) })
     }
 
+    /// Records that the send of a job has definitely failed. Until its idempotency key is released, a repeat
+    /// may send it again, so it stays, and it does not end as LOST.
+    pub fn note_unsent(&self, id: JobId) {
+        if let Some(mut entry) = self.jobs.get_mut(&id) {
+            entry.unsent = true;
+        }
+    }
+
+    /// Marks all jobs as ones that another node may end too.
+    pub fn share_all(&self) {
+        self.jobs.iter_mut().for_each(|mut entry| entry.shared = true);
+    }
+
     /// Records the outcome of a send: the queue has confirmed the job, or it is not known whether it received
     /// it.
     pub fn note_send(&self, id: JobId, is_confirmed: bool) {
         if let Some(mut entry) = self.jobs.get_mut(&id) {
-            (entry.unconfirmed, entry.resending) = (!is_confirmed, false);
+            (entry.unconfirmed, entry.unsent, entry.resending) = (!is_confirmed, false, false);
         }
     }
 
@@ -326,7 +375,7 @@ impl InFlight {
     /// Accepts a result: stores it for `/status`, sends it to the waiters, and returns whether a row must be
     /// written.
     pub fn settle(&self, id: JobId, outcome: Outcome) -> SettleOutcome {
-        let (function, kept, told) = match self.jobs.get_mut(&id) {
+        let (first, told) = match self.jobs.get_mut(&id) {
             None => return self.settle_late(id, outcome).unwrap_or(SettleOutcome::UnknownJob),
             Some(entry) if entry.settled => {
                 drop(entry);
@@ -344,7 +393,8 @@ impl InFlight {
                 // Before the waiters are answered, so that a `/status` after the response finds the result.
                 self.recent.keep(id, outcome);
                 entry.settled = true;
-                (entry.function.clone(), kept, told.map(|outcome| (outcome, waiters)))
+                let (function, is_shared) = (entry.function.clone(), entry.shared);
+                (FirstResult { function, kept, is_shared }, told.map(|outcome| (outcome, waiters)))
             }
         };
         if let Some((outcome, waiters)) = told {
@@ -353,7 +403,7 @@ impl InFlight {
                 let _ = waiter.send(outcome.clone());
             }
         }
-        SettleOutcome::First(function, kept)
+        SettleOutcome::First(first)
     }
 
     fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<SettleOutcome> {
@@ -398,16 +448,27 @@ impl InFlight {
     /// Removes a job whose row is written, or that is certainly not on the queue. Its waiters get `None`.
     pub fn remove(&self, id: JobId) {
         if self.jobs.remove(&id).is_some() {
-            self.len.fetch_sub(1, Ordering::Relaxed);
-            self.metrics.jobs.finished.inc();
-            self.metrics.jobs.in_flight.set(self.len());
+            self.count_one_less();
+        }
+    }
+
+    /// Whether another node may end the job too.
+    pub fn is_shared(&self, id: JobId) -> bool {
+        self.jobs.get(&id).is_some_and(|entry| entry.shared)
+    }
+
+    /// Removes a job whose send has definitely failed, unless it is being sent again.
+    pub fn abandon_unsent(&self, id: JobId) {
+        if self.jobs.remove_if(&id, |_, entry| entry.unsent && !entry.settled && !entry.resending).is_some() {
+            self.count_one_less();
         }
     }
 
     /// The state of a job without a result. `None`: it has one, or is not in the table.
     pub fn awaited(&self, id: JobId) -> Option<Awaited> {
         let entry = self.jobs.get(&id).filter(|entry| !entry.settled)?;
-        Some(Awaited { deadline: entry.deadline, waited_for: !entry.waiters.is_empty() })
+        let waited_for = !entry.waiters.is_empty();
+        Some(Awaited { deadline: entry.deadline, waited_for, is_unsent: entry.unsent })
     }
 
     /// Whether the job is in the table, with or without a result.
@@ -467,6 +528,8 @@ pub struct Awaited {
     pub deadline: UnixMs,
     /// The job has a waiter.
     pub waited_for: bool,
+    /// Its send has definitely failed.
+    pub is_unsent: bool,
 }
 
 /// The outcome of [`InFlight::fate`].
@@ -536,7 +599,10 @@ mod tests {
     async fn a_waiter_receives_the_first_result() {
         let table = table(10, 1000);
         let mut waiter = table.enter_waiting(&job(1), Permits::new()).unwrap();
-        assert_eq!(table.settle(job(1).id, outcome("a")), SettleOutcome::First(job(1).function, None));
+        assert_eq!(
+            table.settle(job(1).id, outcome("a")),
+            SettleOutcome::First(FirstResult { function: job(1).function, kept: None, is_shared: false })
+        );
         assert_eq!(table.settle(job(1).id, outcome("b")), SettleOutcome::Repeated);
         assert_eq!(table.settle(job(2).id, outcome("b")), SettleOutcome::UnknownJob);
         assert_eq!(waiter.outcome().await, Some(outcome("a")));
@@ -561,7 +627,10 @@ mod tests {
     async fn a_dropped_waiter_leaves_the_job() {
         let table = table(10, 1000);
         drop(table.enter_waiting(&job(1), Permits::new()).unwrap());
-        assert_eq!(table.awaited(job(1).id), Some(Awaited { deadline: 2000, waited_for: false }));
+        assert_eq!(
+            table.awaited(job(1).id),
+            Some(Awaited { deadline: 2000, waited_for: false, is_unsent: false })
+        );
         assert_eq!(table.metrics.waiters.get(), 0);
         let JoinOutcome::Pending(mut late) = table.join(job(1).id) else { panic!("pending") };
         table.settle(job(1).id, outcome("a"));

@@ -11,6 +11,8 @@ use crate::node_lease::NodeLease;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::time::Instant;
 
 /// Maximum number of jobs removed in one call.
 const LEAVES_MAX: usize = 1024;
@@ -19,12 +21,14 @@ pub struct NodeJournal {
     store: Arc<dyn Journal>,
     lease: Arc<NodeLease>,
     /// Bounded by the number of jobs in flight, because a job leaves once.
-    leaving: Mutex<Vec<JobId>>,
+    leaving: Mutex<Vec<(JobId, Instant)>>,
+    /// Jobs that this process does not know any more stay in its journal.
+    has_strangers: AtomicBool,
 }
 
 impl NodeJournal {
     pub fn new(store: Arc<dyn Journal>, lease: Arc<NodeLease>) -> Self {
-        Self { store, lease, leaving: Mutex::default() }
+        Self { store, lease, leaving: Mutex::default(), has_strangers: AtomicBool::new(false) }
     }
 
     /// Enters jobs. Fails if the lease of this node has lapsed, because then no node might track them.
@@ -37,7 +41,8 @@ impl NodeJournal {
 
     /// Removes the jobs with the next [`Self::clear`].
     pub fn leave(&self, ids: &[JobId]) {
-        self.leaves().extend_from_slice(ids);
+        let now = Instant::now();
+        self.leaves().extend(ids.iter().map(|id| (*id, now)));
     }
 
     /// Removes a job immediately.
@@ -49,7 +54,14 @@ impl NodeJournal {
     /// future is dropped.
     pub async fn clear(&self) {
         loop {
-            let ids: Vec<JobId> = self.leaves().iter().take(LEAVES_MAX).copied().collect();
+            // While the lease was lapsed, another node may have adopted a job, and it counts when that ends
+            // it.
+            let before = self.leaves().len();
+            self.leaves().retain(|(_, since)| !self.lease.has_lapsed_since(*since));
+            if self.leaves().len() < before {
+                self.has_strangers.store(true, Ordering::Relaxed);
+            }
+            let ids: Vec<JobId> = self.leaves().iter().take(LEAVES_MAX).map(|(id, _)| *id).collect();
             if ids.is_empty() {
                 return;
             }
@@ -59,8 +71,13 @@ impl NodeJournal {
             }
             // Not the first ones: the shutdown and the loop of look-ups may both be here.
             let left: HashSet<JobId> = ids.into_iter().collect();
-            self.leaves().retain(|id| !left.contains(id));
+            self.leaves().retain(|(id, _)| !left.contains(id));
         }
+    }
+
+    /// Whether jobs that this process does not know have stayed in its journal since the last call.
+    pub fn take_has_strangers(&self) -> bool {
+        self.has_strangers.swap(false, Ordering::Relaxed)
     }
 
     pub async fn standing(&self, id: JobId) -> Result<JournalState, BackendError> {
@@ -74,7 +91,7 @@ impl NodeJournal {
 
     /// The jobs that the next [`Self::clear`] removes.
     pub fn leaving(&self) -> HashSet<JobId> {
-        self.leaves().iter().copied().collect()
+        self.leaves().iter().map(|(id, _)| *id).collect()
     }
 
     pub async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
@@ -85,7 +102,7 @@ impl NodeJournal {
         self.store.entries(node).await
     }
 
-    fn leaves(&self) -> MutexGuard<'_, Vec<JobId>> {
+    fn leaves(&self) -> MutexGuard<'_, Vec<(JobId, Instant)>> {
         self.leaving.lock()
     }
 }

@@ -57,6 +57,16 @@ impl NodeJobs {
         self.settler.remember(id, function);
     }
 
+    /// Whether jobs that this process does not know have stayed in its journal since the last call.
+    pub fn take_has_strangers(&self) -> bool {
+        self.journal.take_has_strangers()
+    }
+
+    /// Marks all jobs as ones that another node may end too.
+    pub fn share_all(&self) {
+        self.in_flight.share_all();
+    }
+
     pub fn contains(&self, id: JobId) -> bool {
         self.in_flight.contains(id)
     }
@@ -93,8 +103,14 @@ impl NodeJobs {
     ) -> (Self, super::Lookups, Arc<dyn crate::audit::RowsStored>) {
         let in_flight = Arc::new(InFlight::new(1000, 1 << 20, Arc::clone(metrics)));
         let journal = Arc::new(NodeJournal::new(journal, Arc::clone(lease)));
-        let settler =
-            Settler::new(Arc::clone(&in_flight), Arc::default(), results, audit, Arc::clone(metrics));
+        let settler = Settler::new(
+            Arc::clone(&in_flight),
+            Arc::default(),
+            results,
+            audit,
+            Arc::clone(lease),
+            Arc::clone(metrics),
+        );
         let settler = Arc::new(settler);
         let lookups = super::Lookups::new(Arc::clone(&settler), Arc::clone(&in_flight), Arc::clone(&journal));
         (Self::new(Arc::clone(&settler), in_flight, journal), lookups, settler)

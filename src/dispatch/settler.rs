@@ -1,12 +1,13 @@
 //! Settles results: each result from a publication or a look-up answers the waiters and becomes one audit
 //! row.
 
-use super::in_flight::{InFlight, SettleOutcome};
+use super::in_flight::{FirstResult, InFlight, SettleOutcome};
 use super::schedule::{self, LookupSchedule};
 use crate::audit::{Audit, KeyedResult, RowsStored};
 use crate::backend::{BackendError, JournalEntry, Results, STORED_MAX, SubscriptionState};
 use crate::metrics::Metrics;
 use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommendation, now_ms};
+use crate::node_lease::NodeLease;
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::HashSet;
@@ -25,6 +26,7 @@ pub struct Settler {
     schedule: Arc<LookupSchedule>,
     results: Arc<dyn Results>,
     audit: Audit,
+    lease: Arc<NodeLease>,
     metrics: Arc<Metrics>,
     /// The subscription was established again, so every job in flight must be looked up.
     resubscribed: AtomicBool,
@@ -36,9 +38,10 @@ impl Settler {
         schedule: Arc<LookupSchedule>,
         results: Arc<dyn Results>,
         audit: Audit,
+        lease: Arc<NodeLease>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { in_flight, schedule, results, audit, metrics, resubscribed: AtomicBool::new(false) }
+        Self { in_flight, schedule, results, audit, lease, metrics, resubscribed: AtomicBool::new(false) }
     }
 
     #[cfg(test)]
@@ -73,10 +76,11 @@ impl Settler {
         match self.in_flight.settle(id, outcome) {
             SettleOutcome::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
             SettleOutcome::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
-            SettleOutcome::First(function, kept) => {
+            SettleOutcome::First(FirstResult { function, kept, is_shared }) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
-                if self.record(id, row, exit_code, recommendation, kept) {
+                let is_shared = is_shared || !self.lease.holds();
+                if self.record(id, row, exit_code, recommendation, kept, is_shared) {
                     self.metrics.results_settled.inc();
                 }
             }
@@ -103,8 +107,9 @@ impl Settler {
         exit_code: Option<i64>,
         recommendation: Option<Recommendation>,
         kept: Option<Box<KeyedResult>>,
+        is_shared: bool,
     ) -> bool {
-        if self.audit.record(id, row, exit_code, recommendation, kept).is_ok() {
+        if self.audit.record(id, row, exit_code, recommendation, kept, is_shared).is_ok() {
             return true;
         }
         // The log table does not keep up. The stored result outlives that, so a later look-up settles the
@@ -121,7 +126,7 @@ impl Settler {
         let lost = Outcome::lost(is_unconfirmed);
         // LOST is not stored with the idempotency key. A repeated request reads the row instead, which may
         // show a late result.
-        if let SettleOutcome::First(function, _) = self.in_flight.settle(id, lost) {
+        if let SettleOutcome::First(FirstResult { function, .. }) = self.in_flight.settle(id, lost) {
             tracing::warn!(
                 requestId = %id,
                 functionId = %function,
@@ -131,7 +136,7 @@ impl Settler {
             // Before the row can be written, so that a snapshot of all jobs finds the job here or in the
             // table.
             self.in_flight.remember(id, function.clone());
-            if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None, None) {
+            if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None, None, true) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
             } else {
                 self.in_flight.forget(id);
@@ -197,7 +202,9 @@ impl Settler {
         for due in due {
             match self.in_flight.awaited(due.id) {
                 // Only a look-up that was answered proves that there is no result.
-                Some(awaited) if awaited.deadline < now_ms() && !failed.contains(&due.id) => {
+                Some(awaited)
+                    if awaited.deadline < now_ms() && !failed.contains(&due.id) && !awaited.is_unsent =>
+                {
                     self.give_up(due.id);
                 }
                 Some(awaited) if awaited.waited_for => self.schedule.plan(due.id, schedule::FIRST),

@@ -5,9 +5,11 @@
 //! shrinks. The signal is a standing delay, as in CoDel (RFC 8289), because a burst delays only some jobs.
 //! The share grows additively and shrinks multiplicatively, so that many nodes converge to a common share.
 
+use crate::ambient;
 use crate::config::{Live, OverloadConf};
 use crate::metrics::Metrics;
 use parking_lot::Mutex;
+use rand::Rng;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -50,7 +52,7 @@ impl Shedder {
     /// # Errors
     /// The current confirmation latency, if the job should be shed.
     pub fn admit(&self) -> Result<(), Duration> {
-        self.admit_if(|| rand::random_range(0..1000))
+        self.admit_if(|| ambient::rng().random_range(0..1000))
     }
 
     fn admit_if(&self, draw: impl FnOnce() -> u32) -> Result<(), Duration> {

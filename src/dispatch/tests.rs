@@ -48,8 +48,9 @@ impl Fixture {
         change_conf(&mut conf);
         change_backend(&mut backend);
         let metrics = Arc::new(Metrics::new(10).unwrap());
-        let (audit, books) = audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&metrics));
         let lease = NodeLease::of_fleet(false);
+        let (audit, books) =
+            audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&lease), Arc::clone(&metrics));
         let (dispatcher, loops) = new(DispatchParts {
             node,
             memory: &conf.memory,

@@ -12,6 +12,7 @@
 //! has. The holder takes over the jobs that this process cannot end. For that it reads its own journal again
 //! whenever another process may have entered jobs there.
 
+use crate::ambient;
 use crate::audit::{Ledger, Outstanding};
 use crate::backend::{BackendError, FleetState, JournalEntry, JournalPart, LeaseRenewal, Membership};
 use crate::config::FleetConf;
@@ -19,6 +20,7 @@ use crate::dispatch::NodeJobs;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId, NodeId, now_ms};
 use crate::node_lease::NodeLease;
+use rand::Rng;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
@@ -103,6 +105,10 @@ impl Adopter {
         self.jobs.started(self.node).await?;
         let entries = self.jobs.journaled(self.node).await?;
         let restored = self.restore(&entries, usize::MAX);
+        // A late result replaces their rows. The journal lists them as lost only after that is written.
+        for (id, function) in self.ledger.spilled_lost() {
+            self.jobs.remember(id, function);
+        }
         if let Some(store) = self.store.clone()
             && self.renew(store.as_ref()).await?.is_none()
         {
@@ -144,12 +150,15 @@ impl Adopter {
         };
         if !self.lease.holds() {
             if self.standing_since.is_some() {
-                // While the lease was lapsed, another process may have used the id and died.
+                // While the lease was lapsed, another node may have adopted the jobs, or another process may
+                // have used the id and died.
+                self.jobs.share_all();
                 self.read_own_soon(asked);
             }
             self.standing_since = Some(asked);
         }
-        if is_contested || self.ledger.take_has_lost_rows() {
+        let has_strangers = self.jobs.take_has_strangers();
+        if is_contested || has_strangers || self.ledger.take_has_lost_rows() {
             self.read_own_soon(asked + LOOK_TWICE);
         }
         self.mend(store, self.node).await?;
@@ -231,7 +240,7 @@ impl Adopter {
         (in_flight, mut given_up): (Vec<JournalEntry>, Vec<(JobId, FunctionId)>),
         books: Outstanding,
     ) -> Result<usize, BackendError> {
-        let token = rand::random();
+        let token = ambient::rng().random();
         store.begin_restore(node, token).await?;
         let entry = |id, function, deadline| JournalEntry { id, function, deadline, idempotency_key: None };
         // Their rows are written, so an adopter need not wait for a result.

@@ -9,6 +9,7 @@
 //! stale entry is used for up to an hour, unless the function is known to have changed.
 
 use super::announcer::Announcer;
+use crate::ambient;
 use crate::backend::{BackendError, FunctionStore};
 use crate::config::CacheConf;
 use crate::functions::freshness::{Ages, Changes};
@@ -130,9 +131,8 @@ impl FunctionCache {
             this.look_up(&id, known).await
         };
         // A task, because other callers wait for the same read. It must not be cancelled when this client
-        // leaves.
-        #[expect(clippy::disallowed_methods, reason = "the task ends by itself, and the tasks are bounded")]
-        let look_up = tokio::spawn(look_up);
+        // leaves. It ends by itself, and `LOOK_UPS_MAX` bounds the tasks.
+        let look_up = ambient::spawn(look_up);
         look_up.await.unwrap_or_else(|_| Err(BackendError::Unavailable("the look-up was aborted".into())))
     }
 

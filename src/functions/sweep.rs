@@ -3,9 +3,11 @@
 //! Every node sweeps without coordination, because each step is idempotent. An entry leaves the list after
 //! its code is deleted, so the next sweep continues an interrupted one.
 
+use crate::ambient;
 use crate::backend::{Backend, BackendError, CodeList, CodeStore, FunctionStore};
 use crate::metrics::Metrics;
 use crate::model::{RetiredCode, UnixMs, now_ms};
+use rand::Rng;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,7 +40,8 @@ impl Sweeper {
             if let Err(e) = self.sweep(now_ms()).await {
                 tracing::warn!(error = %e, "The list of old code cannot be read; retrying at the next sweep");
             }
-            tokio::time::sleep(PERIOD.mul_f64(rand::random_range(0.5..1.5))).await;
+            let pause = PERIOD.mul_f64(ambient::rng().random_range(0.5..1.5));
+            tokio::time::sleep(pause).await;
         }
     }
 

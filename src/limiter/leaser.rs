@@ -57,11 +57,8 @@ impl Leaser {
         let mut ticks = 0_u32;
         loop {
             tokio::select! {
-                due = self.due.recv(), if calls.len() < CALLS_MAX => match due {
-                    Some(due) => calls.push(call(&self.store, due)),
-                    None => return,
-                },
-                Some(left) = calls.next() => watched.extend(left.filter(|_| watched.len() < WATCHED_MAX)),
+                biased;
+                // First, because new calls may never stop arriving.
                 _ = tick.tick() => {
                     let now = self.store.now();
                     while calls.len() < CALLS_MAX
@@ -77,6 +74,11 @@ impl Leaser {
                         self.sweep(now);
                     }
                 }
+                Some(left) = calls.next() => watched.extend(left.filter(|_| watched.len() < WATCHED_MAX)),
+                due = self.due.recv(), if calls.len() < CALLS_MAX => match due {
+                    Some(due) => calls.push(call(&self.store, due)),
+                    None => return,
+                },
             }
         }
     }

@@ -5,11 +5,13 @@ use super::lease::{
 };
 use super::local::LocalBuckets;
 use super::who::LimitIdentity;
+use crate::ambient;
 use crate::backend::{Grant, LeaseCall};
 use crate::config::LimitConf;
 use crate::model::Quota;
 use ahash::RandomState;
 use dashmap::DashMap;
+use rand::Rng;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -83,9 +85,9 @@ impl Limit {
             local: LocalBuckets::new(quota),
             pace: RejectionPacing::of(&quota),
             worth: LeaseThresholds::of(&quota),
-            holder: rand::random(),
+            holder: ambient::rng().random(),
             seq: AtomicU64::new(1),
-            leases: DashMap::with_hasher_and_shard_amount(RandomState::new(), SHARDS),
+            leases: DashMap::with_hasher_and_shard_amount(ambient::hash_keys(), SHARDS),
             count: AtomicUsize::new(0),
             conf,
         }

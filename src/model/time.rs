@@ -1,14 +1,14 @@
 //! Points in time, as numbers and as text.
 
+use crate::ambient;
 use time::OffsetDateTime;
 
 /// A point in time, in milliseconds since the Unix epoch. The unit of ids, deadlines and rows.
 pub type UnixMs = u64;
 
-/// The current time. A clock before 1970 returns 0.
+/// The current time. A clock before 1970 gives 0.
 pub fn now_ms() -> UnixMs {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    u64::try_from(ambient::unix_time().as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Formats a time as RFC 3339 in UTC with exactly three fractional digits: `2026-11-22T00:00:00.123Z`. A time

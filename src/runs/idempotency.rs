@@ -20,6 +20,7 @@
 //! ```
 
 use super::error::RunError;
+use crate::ambient;
 use crate::backend::{Backend, BackendError, Claim, Claims, ExecutionStore, JournalState, StoredClaim};
 use crate::backoff::Backoff;
 use crate::config::{BatchConf, Live};
@@ -180,6 +181,7 @@ impl Idempotency {
                 return Err(RunError::AttemptUnresolved);
             } else {
                 tokio::select! {
+                    biased;
                     () = POLLS.sleep(polls) => polls += 1,
                     () = self.0.lifecycle.reached(Phase::Closing) => {
                         return Err(RunError::Submit(SubmitError::Stopping));
@@ -240,7 +242,7 @@ impl Idempotency {
             return Ok(None);
         }
         // In this order, because a job leaves the table and the journal after its row is written.
-        let is_here = self.0.dispatcher.is_in_flight(id);
+        let is_here = self.0.dispatcher.is_in_flight(id) && !self.0.dispatcher.is_unsent(id);
         let standing = self.0.dispatcher.standing(id).await.map_err(unavailable)?;
         if let Some(known) = self.known(before).await.map_err(unavailable)? {
             self.count("repeated");
@@ -316,11 +318,8 @@ impl Idempotency {
         let this = self.clone();
         // Counts as a request, so that the process does not end before the first write.
         let counted = self.0.lifecycle.request();
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "an attempt outlives its client; each ends with its job, and jobs in flight are bounded"
-        )]
-        tokio::spawn(async move {
+        // An attempt outlives its client. Each ends with its job, and jobs in flight are bounded.
+        ambient::spawn(async move {
             let sent = match sending {
                 // A closed channel means that the batch loop has stopped during the send.
                 Ok(sending) => sending.await.unwrap_or(Err(SubmitError::Unknown)),
@@ -379,7 +378,9 @@ impl Idempotency {
         let unused = if is_renewed { std::mem::replace(&mut attempt.id, renewed) } else { renewed };
         self.0.attempts.remove(&unused);
         if is_renewed {
-            dispatcher.leave_journal(claim.job).await?;
+            if !dispatcher.leave_journal(claim.job).await? {
+                return Ok(());
+            }
             if self.0.claims.release(claim, attempt.id).await? {
                 dispatcher.withdraw(claim.job);
                 return Ok(());
@@ -388,7 +389,11 @@ impl Idempotency {
         // Either another request already sends the job again, or an earlier call released the key without an
         // answer.
         match self.0.claims.find(&claim.key).await? {
-            Some(found) if found.claim.job == claim.job => dispatcher.note_send(claim.job, found.is_sent),
+            Some(found) if found.claim.job == claim.job && found.is_sent => {
+                dispatcher.note_send(claim.job, true);
+            }
+            // The node of the other request tracks the job.
+            Some(found) if found.claim.job == claim.job => dispatcher.abandon_unsent(claim.job),
             _ => dispatcher.withdraw(claim.job),
         }
         Ok(())

@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, BufReader, Read as _, Seek, SeekFrom};
 use std::path::Path;
+use tokio::time::Instant;
 
 /// The header of a segment: file type and format version.
 pub const HEAD: &[u8] = b"icspill1";
@@ -118,7 +119,16 @@ impl<'a> RowJson<'a> {
             completed_at: self.completed_at,
             expires_at_s: self.expires_at_s,
         };
-        Some(Record { id, row, recommendation, kept, is_late: self.is_late })
+        Some(Record {
+            id,
+            row,
+            recommendation,
+            kept,
+            is_late: self.is_late,
+            is_shared: false,
+            since: Instant::now(),
+            counted: 0,
+        })
     }
 }
 
@@ -132,8 +142,8 @@ pub fn put(bytes: &mut Vec<u8>, record: &Record) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads a segment and calls `row` for each whole row with its job, its function and whether it is late.
-pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId, bool)) -> io::Result<Segment> {
+/// Reads a segment and calls `row` for each whole row.
+pub fn scan(path: &Path, mut row: impl FnMut(&Record)) -> io::Result<Segment> {
     let all = path.metadata()?.len();
     let mut rows = Rows::open(path, 0)?;
     let mut len = 0;
@@ -142,7 +152,7 @@ pub fn scan(path: &Path, mut row: impl FnMut(JobId, FunctionId, bool)) -> io::Re
         len = HEAD.len() as u64;
         while let Some((record, bytes)) = rows.next()? {
             len += bytes;
-            row(record.id, record.row.function, record.is_late);
+            row(&record);
         }
     }
     Ok(Segment { len, torn: all - len })
@@ -211,7 +221,8 @@ mod tests {
         crate::fuzz::run("spill_segment", |input| {
             std::fs::write(&path, input).unwrap();
             let mut scanned = Vec::new();
-            let segment = scan(&path, |id, function, _| scanned.push((id, function))).unwrap();
+            let segment =
+                scan(&path, |record| scanned.push((record.id, record.row.function.clone()))).unwrap();
             assert_eq!(segment.len + segment.torn, input.len() as u64);
             if segment.len == 0 {
                 return assert!(scanned.is_empty());

@@ -5,7 +5,16 @@ pub(super) fn record(n: u64) -> Record {
     let id = JobId::new(NodeId(1), 1000, n);
     let mut row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
     row.message = format!("row {n} ä\u{0}\"");
-    Record { id, row, recommendation: None, kept: None, is_late: false }
+    Record {
+        id,
+        row,
+        recommendation: None,
+        kept: None,
+        is_late: false,
+        is_shared: false,
+        since: tokio::time::Instant::now(),
+        counted: 0,
+    }
 }
 
 fn open(dir: &Path, bytes_max: u64) -> Spill {

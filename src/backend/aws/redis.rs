@@ -13,5 +13,7 @@ pub mod limits;
 pub mod membership;
 pub mod probe;
 pub mod results;
+#[cfg(test)]
+pub mod simulated;
 mod subscriber;
 pub mod workers;

@@ -105,7 +105,7 @@ impl AwsConnection {
         Backend {
             queue: Arc::new(aws.queue),
             results: Arc::new(RedisResults::new(redis, Arc::clone(&commands), beats, node)),
-            journal: Arc::new(RedisJournal::new(Arc::clone(&commands), Arc::clone(&functions))),
+            journal: Arc::new(RedisJournal::new(Arc::clone(&commands), functions.clone())),
             dead_letters: dead_letters.map(|queue| Arc::new(queue) as _),
             membership: Some(membership),
             functions,

@@ -203,6 +203,10 @@ impl Membership for Store {
         Ok(self.listed.lock().remove(&dead))
     }
 
+    async fn entrust(&self, node: NodeId) -> Result<(), BackendError> {
+        self.relist(node).await.map(drop)
+    }
+
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError> {
         Ok(self.listed.lock().insert(node))
     }
@@ -361,8 +365,8 @@ impl Fixture {
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let of = || Arc::clone(store);
         let stores = Stores { executions: of(), claims: of(), journal: of(), functions: of() };
-        let (audit, books) = audit::new(&conf.memory, stores, None, Arc::clone(&metrics));
         let lease = Arc::new(NodeLease::lapsed());
+        let (audit, books) = audit::new(&conf.memory, stores, None, Arc::clone(&lease), Arc::clone(&metrics));
         let (jobs, lookups, rows) = NodeJobs::without_queue(of(), of(), &lease, audit, &metrics);
         let ledger = Arc::clone(&books.ledger);
         let fleet = FleetConf { lease_s: LEASE.as_secs() };

@@ -10,15 +10,20 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Each room, from the top, and the rooms below it that it uses. An arrow that is not here is a new
 /// dependency: think before you add it. An arrow that nothing uses is a finding.
-pub const ARROWS: [(&str, &str); 23] = [
+pub const ARROWS: [(&str, &str); 25] = [
     ("lib", ""),
     ("main", "boot config log model"),
     (
         "boot",
-        "gateway api runs fleet dispatch functions limiter catalogue audit lifecycle log config metrics \
-         node_lease backend model",
+        "engine gateway api fleet functions limiter catalogue audit lifecycle log config metrics backend \
+         ambient model",
     ),
-    ("fleet", "dispatch audit config metrics node_lease backend model"),
+    (
+        "engine",
+        "runs fleet dispatch functions limiter audit lifecycle config metrics node_lease backend ambient \
+         model",
+    ),
+    ("fleet", "dispatch audit config metrics node_lease backend ambient model"),
     ("gateway", "api limiter lifecycle config metrics model"),
     (
         "api",
@@ -27,21 +32,22 @@ pub const ARROWS: [(&str, &str); 23] = [
     ),
     ("catalogue", "config https"),
     ("log", "model"),
-    ("runs", "dispatch functions limiter audit lifecycle config metrics backend backoff model"),
-    ("dispatch", "audit config metrics node_lease backend availability backoff model"),
-    ("functions", "config metrics backend backoff model"),
+    ("runs", "dispatch functions limiter audit lifecycle config metrics backend backoff ambient model"),
+    ("dispatch", "audit config metrics node_lease backend availability backoff ambient model"),
+    ("functions", "config metrics backend backoff ambient model"),
     ("lifecycle", ""),
-    ("limiter", "config metrics backend availability model"),
-    ("audit", "config metrics backend availability backoff model"),
+    ("limiter", "config metrics backend availability ambient model"),
+    ("audit", "config metrics node_lease backend availability backoff ambient model"),
     ("node_lease", ""),
     ("backend", "availability backoff code_archive https model"),
     ("config", "model"),
     ("metrics", "model"),
     ("availability", ""),
-    ("backoff", ""),
+    ("backoff", "ambient"),
     ("code_archive", "model"),
     ("https", ""),
-    ("model", ""),
+    ("model", "ambient"),
+    ("ambient", ""),
 ];
 
 /// Uses between two files that may be part of a circle or lead to a face: from, to, why.

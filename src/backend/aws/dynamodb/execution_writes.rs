@@ -18,6 +18,14 @@ const PUT: &str = "DynamoDB_20120810.PutItem";
 /// The error code of a failed condition.
 const CONDITION: &str = "ConditionalCheckFailedException";
 
+/// LOST never replaces a row, because another row shows a result.
+const IF_ABSENT: &str = r#","ConditionExpression":"attribute_not_exists(functionId)""#;
+const IF_ABSENT_OR_LOST: &str = concat!(
+    r##","ConditionExpression":"attribute_not_exists(functionId) OR #status = :lost""##,
+    r##","ExpressionAttributeNames":{"#status":"status"}"##,
+    r##","ExpressionAttributeValues":{":lost":{"S":"LOST"}}"##,
+);
+
 /// Single-row writes in flight where batches are denied.
 const PUTS_IN_FLIGHT_MAX: usize = 8;
 /// Maximum number of attempts for the rows that a batch leaves unprocessed.
@@ -46,8 +54,7 @@ impl RowWrites {
         if rows.is_empty() {
             return Vec::new();
         }
-        // Batches do not support conditions, and LOST must not replace a result.
-        if rows.iter().any(Execution::is_lost) || !self.batches.may_try() {
+        if !self.batches.may_try() {
             return self.put_one_by_one(rows).await;
         }
         let mut put = self.put_batch(rows).await;
@@ -85,21 +92,29 @@ impl RowWrites {
     }
 
     async fn put_one(&self, row: &Execution) -> Result<(), BackendError> {
-        let mut body = Vec::with_capacity(row_bytes(row) + self.table.len());
+        self.direct.call(PUT, self.put_request(row, "")).await.map(drop).map_err(|error| error.class())
+    }
+
+    /// Writes a row, unless the table has one with another status than LOST. Returns whether it wrote the
+    /// row.
+    pub async fn put_first(&self, row: &Execution) -> Result<bool, BackendError> {
+        let condition = if row.is_lost() { IF_ABSENT } else { IF_ABSENT_OR_LOST };
+        match self.direct.call(PUT, self.put_request(row, condition)).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.code() == Some(CONDITION) => Ok(false),
+            Err(error) => Err(error.class()),
+        }
+    }
+
+    fn put_request(&self, row: &Execution, condition: &str) -> Vec<u8> {
+        let mut body = Vec::with_capacity(row_bytes(row) + self.table.len() + condition.len());
         body.extend_from_slice(b"{\"TableName\":");
         put_text(&mut body, &self.table);
-        // A job that ended as LOST has no known result, so its row is written only if none exists.
-        if row.is_lost() {
-            body.extend_from_slice(b",\"ConditionExpression\":\"attribute_not_exists(functionId)\"");
-        }
+        body.extend_from_slice(condition.as_bytes());
         body.extend_from_slice(b",\"Item\":");
         put_item(&mut body, row);
         body.push(b'}');
-        match self.direct.call(PUT, body).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.code() == Some(CONDITION) => Ok(()),
-            Err(error) => Err(error.class()),
-        }
+        body
     }
 
     async fn put_one_by_one(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {

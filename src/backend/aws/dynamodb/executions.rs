@@ -84,6 +84,14 @@ impl ExecutionStore for ExecutionTable {
         self.writes.put(rows).await
     }
 
+    async fn put_first(&self, row: &Execution) -> Result<Execution, BackendError> {
+        if self.writes.put_first(row).await? {
+            return Ok(row.clone());
+        }
+        let kept = self.get(&row.function, &row.id.request_id()).await?;
+        kept.ok_or_else(|| BackendError::Unavailable("the row that blocks another one is gone".into()))
+    }
+
     async fn list(&self, query: &LogQuery) -> Result<LogPage, BackendError> {
         let range = Range::of(query);
         if query.limit == 0 || range.is_empty() {

@@ -65,14 +65,16 @@ pub struct PostNumber {
     pub number: u64,
 }
 
-impl FunctionTable {
+/// Where the journal posts the sums of functions.
+#[async_trait]
+pub trait CounterStore: Send + Sync {
     /// Adds sums to a function, if it exists and has not received these or later sums of the node.
-    pub async fn add_counters(
-        &self,
-        id: &FunctionId,
-        sums: Sums,
-        stamp: PostNumber,
-    ) -> Result<(), BackendError> {
+    async fn add_counters(&self, id: &FunctionId, sums: Sums, stamp: PostNumber) -> Result<(), BackendError>;
+}
+
+#[async_trait]
+impl CounterStore for FunctionTable {
+    async fn add_counters(&self, id: &FunctionId, sums: Sums, stamp: PostNumber) -> Result<(), BackendError> {
         // ADD creates absent items. The condition prevents it from recreating a deleted function.
         let body = json!({
             "TableName": self.table,

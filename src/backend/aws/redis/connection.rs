@@ -5,14 +5,28 @@
 //! while it reconnects, every command waits for its whole series of retries. Here the first command without a
 //! connection makes one, the others wait for that attempt, and for a moment after a failure no command tries
 //! to connect.
+//!
+//! A command without an answer may still run: its bytes wait in the socket of a server that was stopped, or
+//! the network delivers them late. If its repetition on a new connection runs first, the old one then undoes
+//! what came after it. For example, it enters a job in the journal that has left it, and the job would be
+//! counted twice. So a new connection first makes the server close the connections that it replaces (CLIENT
+//! KILL). What they have not run by then never runs.
 
+#[cfg(test)]
+use super::simulated::{RedisLink, SimulatedConnection};
 use crate::backend::BackendError;
 use parking_lot::Mutex;
-use redis::aio::MultiplexedConnection;
+use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::io::tcp::TcpSettings;
 use redis::io::tcp::socket2::TcpKeepalive;
-use redis::{AsyncConnectionConfig, Client, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisError};
+use redis::{
+    AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, IntoConnectionInfo, Pipeline, RedisError,
+    RedisFuture, Value,
+};
+use std::collections::VecDeque;
 use std::future::Future;
+#[cfg(test)]
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::time::{Instant, timeout};
@@ -27,6 +41,8 @@ const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(50);
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(3);
 /// Interval of keepalive probes, so that a firewall that drops packets silently is noticed.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Maximum number of former connections that are still to be closed by the server.
+const DROPPED_MAX: usize = 16;
 /// Commands that may wait to be written.
 const PIPELINE_MAX: usize = 1024;
 
@@ -106,10 +122,52 @@ pub fn class(error: &RedisError) -> BackendError {
     }
 }
 
+/// One connection. Its clones share it.
+#[derive(Clone)]
+pub enum Connection {
+    Server(MultiplexedConnection),
+    #[cfg(test)]
+    Simulated(SimulatedConnection),
+}
+
+impl ConnectionLike for Connection {
+    fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
+        match self {
+            Self::Server(connection) => connection.req_packed_command(cmd),
+            #[cfg(test)]
+            Self::Simulated(connection) => connection.req_packed_command(cmd),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        pipeline: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match self {
+            Self::Server(connection) => connection.req_packed_commands(pipeline, offset, count),
+            #[cfg(test)]
+            Self::Simulated(connection) => connection.req_packed_commands(pipeline, offset, count),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        match self {
+            Self::Server(connection) => connection.get_db(),
+            #[cfg(test)]
+            Self::Simulated(connection) => connection.get_db(),
+        }
+    }
+}
+
 /// The shared connection for commands. The next command re-establishes it after a failure.
 pub struct CommandConnection {
     client: Client,
     config: AsyncConnectionConfig,
+    /// Takes the place of the network in a simulation.
+    #[cfg(test)]
+    link: Option<Arc<dyn RedisLink>>,
     state: Mutex<ConnectionState>,
     /// Held while a connection is made.
     connecting: tokio::sync::Mutex<()>,
@@ -117,10 +175,27 @@ pub struct CommandConnection {
 
 #[derive(Default)]
 struct ConnectionState {
-    connection: Option<MultiplexedConnection>,
+    connection: Option<Connection>,
+    /// The client address of the connection, as the server sees it. `None`: the server does not tell.
+    address: Option<String>,
+    /// The addresses of former connections that the server may still serve.
+    dropped: VecDeque<String>,
+    /// The server does not close connections for this user. Logged once.
+    is_unfenced: bool,
     /// Counts connections, so that a late failure of an old one does not drop its successor.
     number: u64,
     failed: Option<(Instant, BackendError)>,
+}
+
+impl ConnectionState {
+    fn drop_connection(&mut self) {
+        self.connection = None;
+        self.dropped.extend(self.address.take());
+        // Those of a server that is gone are never confirmed.
+        if self.dropped.len() > DROPPED_MAX {
+            self.dropped.pop_front();
+        }
+    }
 }
 
 impl CommandConnection {
@@ -129,7 +204,27 @@ impl CommandConnection {
             .set_connection_timeout(Some(CONNECT_DEADLINE))
             .set_response_timeout(None) // one deadline around all, in `run`
             .set_pipeline_buffer_size(PIPELINE_MAX);
-        Self { client, config, state: Mutex::default(), connecting: tokio::sync::Mutex::default() }
+        Self {
+            client,
+            config,
+            #[cfg(test)]
+            link: None,
+            state: Mutex::default(),
+            connecting: tokio::sync::Mutex::default(),
+        }
+    }
+
+    /// Connects over `link` instead of the network.
+    #[cfg(test)]
+    pub fn simulated(link: Arc<dyn RedisLink>) -> Self {
+        // Nothing ever connects to this address.
+        let unused = client(&RedisUrl::new("redis://simulated")).expect("the URL is valid");
+        Self { link: Some(link), ..Self::new(unused) }
+    }
+
+    #[cfg(test)]
+    pub fn client(&self) -> Client {
+        self.client.clone()
     }
 
     /// Runs one command.
@@ -140,10 +235,7 @@ impl CommandConnection {
     /// Runs `command` on the connection. Runs it once more on a new one if the connection broke, because
     /// Redis may have been restarted since the last command. So commands must be idempotent. After
     /// [`BackendError::Unavailable`] it is not known whether the command ran.
-    pub async fn run<T, F>(
-        &self,
-        command: impl Fn(MultiplexedConnection) -> F + Send + Sync,
-    ) -> Result<T, BackendError>
+    pub async fn run<T, F>(&self, command: impl Fn(Connection) -> F + Send + Sync) -> Result<T, BackendError>
     where
         F: Future<Output = Result<T, RedisError>> + Send,
     {
@@ -181,10 +273,10 @@ impl CommandConnection {
 
     /// Drops the connection. The next command makes a new one to the address that the name resolves to then.
     pub fn reconnect(&self) {
-        self.state().connection = None;
+        self.state().drop_connection();
     }
 
-    async fn connection(&self) -> Result<(MultiplexedConnection, u64), BackendError> {
+    async fn connection(&self) -> Result<(Connection, u64), BackendError> {
         if let Some(standing) = self.standing() {
             return standing;
         }
@@ -193,11 +285,17 @@ impl CommandConnection {
         if let Some(standing) = self.standing() {
             return standing;
         }
-        let connected = self.client.get_multiplexed_async_connection_with_config(&self.config).await;
+        let connected = async {
+            let mut connection = self.connect().await?;
+            let address = self.close_former(&mut connection).await?;
+            Ok::<_, RedisError>((connection, address))
+        };
+        let connected = connected.await;
         let mut state = self.state();
         match connected {
-            Ok(connection) => {
+            Ok((connection, address)) => {
                 state.number += 1;
+                state.address = address;
                 state.connection = Some(connection.clone());
                 state.failed = None;
                 Ok((connection, state.number))
@@ -210,8 +308,55 @@ impl CommandConnection {
         }
     }
 
+    /// Makes the server close the connections that this one replaces. Returns the address of this one.
+    async fn close_former(&self, connection: &mut Connection) -> Result<Option<String>, RedisError> {
+        let info = redis::cmd("CLIENT").arg("INFO").query_async::<String>(connection).await;
+        let Some(info) = self.unless_denied(info)? else { return Ok(None) };
+        loop {
+            let Some(former) = self.state().dropped.front().cloned() else { break };
+            let mut kill = redis::cmd("CLIENT");
+            kill.arg("KILL").arg("ADDR").arg(&former);
+            let killed = kill.query_async::<u64>(connection).await;
+            self.unless_denied(killed)?;
+            self.state().dropped.retain(|address| *address != former);
+        }
+        Ok(info.split(' ').find_map(|part| part.strip_prefix("addr=")).map(str::to_owned))
+    }
+
+    /// `None`: the user may not call the command, or this version of Redis does not have it.
+    fn unless_denied<T>(&self, answer: Result<T, RedisError>) -> Result<Option<T>, RedisError> {
+        let error = match answer {
+            Ok(answer) => return Ok(Some(answer)),
+            Err(error) => error,
+        };
+        let reason = match class(&error) {
+            BackendError::Denied(reason) | BackendError::Invalid(reason) => reason,
+            BackendError::Missing(_) | BackendError::Unavailable(_) => return Err(error),
+        };
+        if !std::mem::replace(&mut self.state().is_unfenced, true) {
+            tracing::warn!(
+                reason,
+                "Former connections are not closed by Redis, so a delayed command may run late. Allow the \
+                 user client|info and client|kill (Redis 6.2 or later)"
+            );
+        }
+        Ok(None)
+    }
+
+    async fn connect(&self) -> Result<Connection, RedisError> {
+        #[cfg(test)]
+        if let Some(link) = &self.link {
+            // The client has the same deadline in its configuration, and reports it as a time-out of I/O.
+            let connected = timeout(CONNECT_DEADLINE, SimulatedConnection::connect(Arc::clone(link))).await;
+            let timed_out = || RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut));
+            return connected.unwrap_or_else(|_| Err(timed_out())).map(Connection::Simulated);
+        }
+        let connected = self.client.get_multiplexed_async_connection_with_config(&self.config).await;
+        connected.map(Connection::Server)
+    }
+
     /// The current connection, or a failure that is too recent for another attempt.
-    fn standing(&self) -> Option<Result<(MultiplexedConnection, u64), BackendError>> {
+    fn standing(&self) -> Option<Result<(Connection, u64), BackendError>> {
         let state = self.state();
         if let Some(connection) = &state.connection {
             return Some(Ok((connection.clone(), state.number)));
@@ -223,7 +368,7 @@ impl CommandConnection {
     fn drop_connection(&self, number: u64) {
         let mut state = self.state();
         if state.number == number {
-            state.connection = None;
+            state.drop_connection();
         }
     }
 

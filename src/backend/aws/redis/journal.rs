@@ -9,7 +9,7 @@
 //! steps.
 
 use super::connection::CommandConnection;
-use crate::backend::aws::dynamodb::functions::{FunctionTable, PostNumber};
+use crate::backend::aws::dynamodb::functions::{CounterStore, PostNumber};
 use crate::backend::{
     BackendError, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, JournalState, NumberedSums,
     POSTED_MAX, UnpostedSums,
@@ -18,7 +18,7 @@ use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs,
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use redis::{Cmd, Script, cmd};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ const ENTRY_BYTES: usize = 96;
 
 pub struct RedisJournal {
     commands: Arc<CommandConnection>,
-    functions: Arc<FunctionTable>,
+    functions: Arc<dyn CounterStore>,
     end: Script,
     number: Script,
     posted: Script,
@@ -47,7 +47,7 @@ if redis.call('EXISTS', KEYS[3]) == 1 or tonumber(ARGV[2]) < started then return
 return 1";
 
 impl RedisJournal {
-    pub fn new(commands: Arc<CommandConnection>, functions: Arc<FunctionTable>) -> Self {
+    pub fn new(commands: Arc<CommandConnection>, functions: Arc<dyn CounterStore>) -> Self {
         Self {
             commands,
             functions,
@@ -233,7 +233,7 @@ impl Journal for RedisJournal {
 
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
         // A map, because HSCAN may return an entry twice while the hash is resized.
-        let mut entries = HashMap::new();
+        let mut entries = BTreeMap::new();
         let mut odd = 0_usize;
         let mut cursor = 0_u64;
         loop {

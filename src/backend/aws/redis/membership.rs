@@ -45,6 +45,10 @@ return {1, '', '0', '0'}";
 /// The restore marker: if it vanishes, Redis has lost its data again during the restore.
 const TELLING: &str = "telling";
 
+/// How long a node is told to look for a job that another node enters in its journal, in seconds: the send of
+/// that job may take some time, and a node reads its journal at intervals.
+const ENTRUSTED_S: u64 = 30;
+
 /// Maximum duration of a restore, in seconds.
 const TELLING_MAX_S: u64 = 3600;
 
@@ -179,6 +183,15 @@ impl Membership for RedisMembership {
 
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError> {
         self.commands.query(cmd("ZADD").arg(&self.nodes).arg("NX").arg(0).arg(node.to_string())).await
+    }
+
+    async fn entrust(&self, node: NodeId) -> Result<(), BackendError> {
+        if !self.relist(node).await? {
+            let mut mark = cmd("SET");
+            mark.arg(self.contested(node)).arg(self.process.to_string()).arg("EX").arg(ENTRUSTED_S);
+            self.commands.query::<()>(&mark).await?;
+        }
+        Ok(())
     }
 
     async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError> {

@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Checks the simulation: breaks one ordering rule of the product at a time, and counts the runs until the
+simulation finds it.
+
+Usage: scripts/mutants.py [NAME ...]. Works on a copy of the repository, with the profile `sim`.
+Environment: RUNS, most runs for each mutant (default 2000); MUTANTS_DIR, the directory of the copy.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUNS = int(os.environ.get("RUNS", "2000"))
+
+# Each: name, file, text, replacement.
+MUTANTS = [
+    (
+        "a job enters the table after its send",
+        "src/dispatch/dispatcher.rs",
+        "        self.0.in_flight.enter(&job, held).map_err(|_| SubmitError::Overloaded)?;\n"
+        "        self.send_first(job)",
+        "        let (table, later) = (Arc::clone(&self.0.in_flight), job.clone());\n"
+        "        ambient::spawn(async move {\n"
+        "            tokio::time::sleep(Duration::from_millis(50)).await;\n"
+        "            let _ = table.enter(&later, held);\n"
+        "        });\n"
+        "        self.send_first(job)",
+    ),
+    (
+        "a job enters the journal after its send",
+        "src/dispatch/batcher.rs",
+        "        let results = match self.enter(&mut batch).await {\n"
+        "            Ok(()) => self.queue.send_batch(&jobs).await,",
+        "        let sent = self.queue.send_batch(&jobs).await;\n"
+        "        let results = match self.enter(&mut batch).await {\n"
+        "            Ok(()) => sent,",
+    ),
+    (
+        "a job leaves the journal although its row is not written",
+        "src/audit/writer.rs",
+        "        let results = self.put_rows(&mut batch).await;",
+        "        let results = self.put_rows(&mut batch).await.into_iter().map(|_| Ok(())).collect();",
+    ),
+    (
+        "an ended job counts again when its end is repeated",
+        "src/backend/aws/redis/journal_end.lua",
+        "  if held[i] and not seen[id] then",
+        "  if not seen[id] then",
+    ),
+    (
+        "202 before the queue has confirmed the job",
+        "src/runs.rs",
+        "        outcome_of(sending).await.map_err(RunError::Submit)?;\n        Ok(RunOutcome::Accepted(id))",
+        "        drop(sending);\n        Ok(RunOutcome::Accepted(id))",
+    ),
+    (
+        "sums get a new number for each attempt to post them",
+        "src/backend/aws/redis/journal_number.lua",
+        "  if sums and not numbered then",
+        "  if numbered then\n"
+        "    last, drawn = last + 1, true\n"
+        "    numbered = string.format('%.0f:', last) .. string.match(numbered, ':(.*)')\n"
+        "    redis.call('HSET', KEYS[2], name, numbered)\n"
+        "  end\n"
+        "  if sums and not numbered then",
+    ),
+    (
+        "jobs are admitted without the lease",
+        "src/dispatch/journal.rs",
+        "        if !self.lease.holds() {",
+        "        if false {",
+    ),
+    (
+        "the claim of a failed send is not released",
+        "src/runs/idempotency.rs",
+        "            Err(_) => self.release(claim, attempt).await,",
+        "            Err(_) => Ok(()),",
+    ),
+    (
+        "the ledger adds its copy of the sums twice",
+        "src/audit/ledger.rs",
+        "            *books.sums.entry(account.clone()).or_default() += adds;",
+        "            *books.sums.entry(account.clone()).or_default() += adds;\n"
+        "            *books.sums.entry(account.clone()).or_default() += adds;",
+    ),
+    (
+        "the sums of an adopted node are not taken over",
+        "src/fleet/adoption.rs",
+        "        let sums = self.take_over(node).await?;",
+        "        let sums = 0;",
+    ),
+    (
+        "a restore forgets the jobs in flight",
+        "src/fleet/adoption.rs",
+        "        let moving = || self.jobs.of_node(node);",
+        "        let moving = || (Vec::new(), Vec::new());",
+    ),
+    (
+        "a restore forgets the ended jobs",
+        "src/audit/ledger.rs",
+        "            ended: held.collect(),",
+        "            ended: held.take(0).collect(),",
+    ),
+    (
+        "sums are numbered while the outcome of an end is unknown",
+        "src/audit/ledger.rs",
+        "        match self.books().unsure.contains(&node) {",
+        "        match false && self.books().unsure.contains(&node) {",
+    ),
+    (
+        "LOST after a look-up that was not answered",
+        "src/dispatch/settler.rs",
+        "awaited.deadline < now_ms() && !failed.contains(&due.id) && !awaited.is_unsent =>",
+        "awaited.deadline < now_ms() && !awaited.is_unsent =>",
+    ),
+    (
+        "late results are ignored",
+        "src/dispatch/in_flight.rs",
+        "        let function = self.given_up.settle(id)?;",
+        "        let function = self.given_up.settle(id).filter(|_| false)?;",
+    ),
+    (
+        "results are not looked up",
+        "src/dispatch/settler.rs",
+        "        for (id, payload) in ids.iter().zip(found) {",
+        "        for (id, payload) in ids.iter().zip(found).take(0) {",
+    ),
+    (
+        "a send without an answer counts as not sent",
+        "src/dispatch/batcher.rs",
+        "        pending.maybe_sent |= matches!(error, SendError::Unknown(_));",
+        "        pending.maybe_sent |= false;",
+    ),
+    (
+        "a repeat sends although another attempt was claimed first",
+        "src/runs/idempotency.rs",
+        "        if !self.0.claims.try_again(before, attempt_id).await.map_err(unavailable)? {\n"
+        "            return Ok(None);\n        }",
+        "        let _ = self.0.claims.try_again(before, attempt_id).await.map_err(unavailable)?;",
+    ),
+    (
+        "a job in flight counts as confirmed (8109cd5)",
+        "src/runs/idempotency.rs",
+        "        Ok(before.is_sent.then_some(KnownState::Pending(place)))",
+        "        Ok((before.is_sent || place.is_some()).then_some(KnownState::Pending(place)))",
+    ),
+    (
+        "an empty Redis answers that nothing is to be posted (8109cd5)",
+        "src/backend/aws/redis/journal_number.lua",
+        "if redis.call('EXISTS', KEYS[4]) == 0 then return false end",
+        "",
+    ),
+    (
+        "an empty Redis ends jobs",
+        "src/backend/aws/redis/journal_end.lua",
+        "if redis.call('EXISTS', KEYS[2]) == 0 then return 0 end",
+        "",
+    ),
+    (
+        "dead nodes are not adopted",
+        "src/fleet/adoption.rs",
+        "                self.adopt(store, node).await?;\n            } else {",
+        "                self.to_give_back.clear();\n            } else {",
+    ),
+    (
+        "a dead node leaves the list with its jobs",
+        "src/backend/aws/redis/membership.rs",
+        "            if len > 0 {\n                return Ok(false);",
+        "            if len > 1_000_000 {\n                return Ok(false);",
+    ),
+    (
+        "a job leaves the table when its result arrives",
+        "src/dispatch/settler.rs",
+        "                if self.record(id, row, exit_code, recommendation, kept, is_shared) {\n",
+        "                if self.record(id, row, exit_code, recommendation, kept, is_shared) {\n"
+        "                    self.in_flight.remove(id);\n",
+    ),
+    (
+        "the journal of this node is not read at the start",
+        "src/fleet/adoption.rs",
+        "        let restored = self.restore(&entries, usize::MAX);",
+        "        let restored = 0; let _ = &entries; self.read_own_at = None;",
+    ),
+    (
+        "rows of a full queue are dropped",
+        "src/dispatch/settler.rs",
+        "        self.in_flight.unsettle(id);\n"
+        "        self.metrics.results.with_label_values(&[\"deferred\"]).inc();\n"
+        "        false",
+        "        self.in_flight.remove(id);\n        false",
+    ),
+]
+
+
+def main():
+    wanted = sys.argv[1:]
+    work = pathlib.Path(os.environ.get("MUTANTS_DIR") or tempfile.mkdtemp(prefix="mutants-"))
+    missed = []
+    print(f"| {'mutant':64} | runs until found |\n|{'-' * 66}|{'-' * 18}|", flush=True)
+    for name, file, text, replacement in MUTANTS:
+        if wanted and not any(part in name for part in wanted):
+            continue
+        found = runs_until_found(work, file, text, replacement)
+        print(f"| {name:64} | {found:>16} |", flush=True)
+        if not found.isdigit():
+            missed.append(name)
+    if missed:
+        sys.exit(f"not found: {missed}")
+
+
+def runs_until_found(work, file, text, replacement):
+    without = ["--exclude", "/target", "--exclude", "/.git"]
+    subprocess.run(["rsync", "-a", "--delete", *without, f"{ROOT}/", f"{work}/"], check=True)
+    path = work / file
+    source = path.read_text()
+    if source.count(text) != 1:
+        return "text not found"
+    path.write_text(source.replace(text, replacement))
+    command = ["cargo", "test", "--locked", "--profile", "sim", "--lib", "simulation::a_fleet", "--"]
+    command += ["--nocapture"]
+    environment = {**os.environ, "SIM_RUNS": str(RUNS), "SIM_SEED": "1"}
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    if "error: could not compile" in done.stderr:
+        return "does not compile"
+    first = re.search(r"first failure: seed (\d+)", done.stdout)
+    return first.group(1) if first else "not found"
+
+
+if __name__ == "__main__":
+    main()

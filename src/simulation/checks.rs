@@ -1,0 +1,205 @@
+//! What must hold. Some of it is checked while a run goes on (see `clients`), the rest here, when the faults
+//! are over and everything has come to rest.
+
+use super::process::LiveNode;
+use super::tables::Tables;
+use super::truth::RequestKind;
+use super::world::{World, world};
+use crate::backend::aws::simulation::Reply;
+use crate::model::{FunctionId, JobId, NodeId, RowKey, Sums};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// What keeps a run from being at rest; empty if it is.
+pub fn unrest() -> Vec<String> {
+    world(|world| {
+        let mut unrest = Vec::new();
+        let mut is_not = |what: String, is_at_rest: bool| {
+            if !is_at_rest {
+                unrest.push(what);
+            }
+        };
+        is_not(format!("{} messages", world.queue.messages.len()), world.queue.messages.is_empty());
+        for process in world.processes.alive() {
+            let Some(live) = &process.live else {
+                is_not("a process that starts".into(), false);
+                continue;
+            };
+            let of = |what: &str| format!("p{}: {what}", live.process.0);
+            let metrics = &live.metrics;
+            is_not(of("jobs in flight"), metrics.jobs.in_flight.get() == 0);
+            is_not(of("rows"), metrics.audit.waiting_rows.get() == 0);
+            is_not(of("ended jobs"), metrics.audit.waiting_ends.get() == 0);
+            is_not(of("functions"), metrics.audit.waiting_functions.get() == 0);
+            is_not(of("jobs to be sent"), metrics.queue_waiting.get() == 0);
+            is_not(of("rows on disk"), live.disk.as_ref().is_none_or(|disk| disk.is_empty()));
+            is_not(of("waiters"), metrics.waiters.get() == 0);
+        }
+        // Documented: a Redis with older data looks intact, so nobody restores or clears it.
+        let is_rolled_back = world.truth.is_redis_rolled_back;
+        let now = world.redis_us();
+        for key in world.redis.server.key_names(now).into_iter().filter(|_| !is_rolled_back) {
+            let is_pending = |part: &str| key.starts_with(part);
+            if ["inflight:", "unposted:", "posting:{"].into_iter().any(is_pending) {
+                let contents = world.redis.server.run(now, &vec![b"HGETALL".to_vec(), key.clone().into()]);
+                let fields = texts(contents);
+                let is_posted = key.starts_with("posting:{") && world.tables.have_posted(&key, &fields);
+                is_not(format!("{key} {}", fields.join(" ")), is_posted);
+            }
+        }
+        unrest
+    })
+}
+
+fn texts(reply: Reply) -> Vec<String> {
+    let Reply::Array(items) = reply else { panic!("HGETALL answers {reply:?}") };
+    let text = |item| match item {
+        Reply::Bulk(text) => String::from_utf8_lossy(&text).into_owned(),
+        other => panic!("a field is {other:?}"),
+    };
+    items.into_iter().map(text).collect()
+}
+
+impl Tables {
+    /// Whether the functions have all sums that stay in `posting:{node}`. Their removal may have failed; they
+    /// are removed with the next sums of their function.
+    fn have_posted(&self, key: &str, fields: &[String]) -> bool {
+        let node = key.trim_start_matches("posting:{").trim_end_matches('}');
+        let node = NodeId::parse(node).expect("the key names a node");
+        fields.chunks_exact(2).all(|field| {
+            let function = FunctionId::parse(&field[0]).and_then(|id| self.functions.get(&id));
+            let number = field[1].split(':').next().and_then(|number| number.parse::<u64>().ok());
+            let last = function.and_then(|function| function.posted.get(&node));
+            last.zip(number).is_some_and(|(last, number)| *last >= number)
+        })
+    }
+}
+
+/// Checks a run that is at rest.
+pub fn check() {
+    world(|world| {
+        let mut violations = Vec::new();
+        rows(world, &mut violations);
+        counters(world, &mut violations);
+        requests(world, &mut violations);
+        processes(world, &mut violations);
+        world.truth.violations.append(&mut violations);
+    });
+}
+
+/// Each job that was ever on the queue, and each that a client was given, has one truthful row.
+fn rows(world: &mut World, violations: &mut Vec<String>) {
+    let truth = &world.truth;
+    let by_id: BTreeMap<JobId, &crate::model::Execution> = world
+        .tables
+        .executions
+        .values()
+        .filter_map(|row| Some((JobId::parse(&row.id.request_id())?, row)))
+        .collect();
+    let live: BTreeSet<NodeId> = world.processes.alive().filter_map(|process| process.node).collect();
+    let lost_jobs_allowed = truth.is_redis_rolled_back;
+    for (id, number) in truth.accepted.iter().chain(&truth.on_queue) {
+        let request = &truth.requests[*number as usize];
+        let Some(row) = by_id.get(id) else {
+            if !lost_jobs_allowed {
+                violations.push(format!("job {id} of request {number} has no row"));
+            }
+            continue;
+        };
+        if row.function != request.function || row.id.key() != RowKey::of(*id).as_str() {
+            violations.push(format!("the row of {id} is not that of its function"));
+        }
+        // Documented: the node that ended a job as LOST looks for its late result, or the node of the job
+        // does.
+        let has_node = live.contains(&id.node());
+        if row.is_lost() && has_node {
+            // A result that was stored before the deadline, and that Redis has kept, must be found.
+            let stored = truth.results.get(id).into_iter().flatten().find(|produced| produced.is_stored);
+            let is_kept = !truth.is_redis_emptied && !truth.is_redis_rolled_back;
+            if let Some(produced) = stored
+                && is_kept
+            {
+                violations.push(format!(
+                    "job {id} of request {number} is LOST, and its result was stored at {}",
+                    produced.at
+                ));
+            }
+        } else if !row.is_lost() && !truth.explains(*id, row) {
+            violations.push(format!("the row of {id} shows {} that nobody reported", row.status));
+        }
+    }
+    for (id, row) in by_id.iter().filter(|(id, _)| !truth.on_queue.contains_key(id)) {
+        if !row.is_lost() {
+            violations.push(format!("job {id} was never on the queue and has the row {}", row.status));
+        }
+        let request = truth.attempted.get(id).map(|number| (*number, &truth.requests[*number as usize]));
+        if let Some((number, request)) = request
+            && request.is_denied
+            // Its process ended before the job had left the journal, so nobody knows that it was denied.
+            && !row.message.starts_with("unconfirmed")
+        {
+            violations.push(format!("request {number} was denied, and its job {id} has a row"));
+        }
+    }
+}
+
+/// The counters of each function are the sums of its rows.
+fn counters(world: &mut World, violations: &mut Vec<String>) {
+    if world.truth.is_redis_rolled_back {
+        return;
+    }
+    let mut expected: BTreeMap<&FunctionId, Sums> = BTreeMap::new();
+    for row in world.tables.executions.values() {
+        *expected.entry(&row.function).or_default() += Sums::of(row);
+    }
+    let adopted = |live: &Arc<LiveNode>| live.metrics.jobs.adopted_nodes.get() > 0;
+    if world.truth.is_redis_emptied && world.processes.serving().iter().any(adopted) {
+        world.truth.is_emptied_in_adoption = true;
+    }
+    let truth = &world.truth;
+    // Documented: if Redis loses its data, a job that another node has just sent again may not be counted,
+    // because its own node restores the journal and does not know it yet. The same holds for what an adopter
+    // has just ended.
+    let is_excepted = |id: &FunctionId| {
+        let function =
+            |job| truth.attempted.get(job).map(|number| &truth.requests[*number as usize].function);
+        truth.is_emptied_in_adoption
+            || truth.is_redis_emptied && truth.resent.iter().any(|job| function(job) == Some(id))
+    };
+    for (id, stored) in world.tables.functions.iter().filter(|(id, _)| !is_excepted(id)) {
+        let expected = expected.get(id).copied().unwrap_or_default();
+        if stored.sums != expected {
+            violations.push(format!("function {id} counts {:?}, its rows are {expected:?}", stored.sums));
+        }
+    }
+}
+
+/// One job for each key, and none for a request that was told so.
+fn requests(world: &mut World, violations: &mut Vec<String>) {
+    let mut jobs: BTreeMap<u64, BTreeSet<JobId>> = BTreeMap::new();
+    for (id, number) in &world.truth.on_queue {
+        jobs.entry(*number).or_default().insert(*id);
+    }
+    for (number, request) in world.truth.requests.iter().enumerate() {
+        let of = jobs.remove(&(number as u64)).unwrap_or_default();
+        if request.key.is_some() && (of.len() > 1 || request.ids.len() > 1) {
+            violations.push(format!("request {number} with a key has the jobs {of:?} and {:?}", request.ids));
+        }
+        if request.is_denied && !of.is_empty() {
+            violations.push(format!("request {number} was denied, and {of:?} is on the queue"));
+        }
+        if request.kind == RequestKind::RefusedByQueue && !of.is_empty() {
+            violations.push(format!("request {number} is on a queue that refuses it"));
+        }
+    }
+}
+
+/// The books of each process agree.
+fn processes(world: &mut World, violations: &mut Vec<String>) {
+    for live in world.processes.serving() {
+        let unaccounted = live.metrics.jobs.unaccounted.get();
+        if unaccounted != 0 {
+            violations.push(format!("p{} has {unaccounted} unaccounted jobs", live.process.0));
+        }
+    }
+}

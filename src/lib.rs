@@ -20,8 +20,8 @@
 //! * [`config`] — one parse of the environment and of `conf/`
 //! * [`metrics`] — every metric; [`log`] — log lines
 //! * [`lifecycle`] — the phases from start to exit; [`node_lease`] — how long this node may admit jobs
-//! * [`ambient`] — clock, random numbers and tasks; [`backoff`] — the pauses of retries; [`availability`] —
-//! when to try what is down
+//! * [`ambient`] — clock, random numbers, tasks; [`backoff`] — the pauses of retries
+//! * [`availability`] — when to try what is down
 //! * [`code_archive`] — checks of uploaded code; [`https`] — the HTTP client for what needs no SDK
 //! * [`model`] — plain data: ids, jobs, functions, outcomes, executions
 

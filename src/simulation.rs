@@ -32,7 +32,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Runs of `make test`: some seconds.
-const RUNS_IN_TESTS: u64 = 60;
+const RUNS_IN_TESTS: u64 = 20;
 
 #[test]
 fn a_fleet_keeps_its_promises_through_faults() {

@@ -453,7 +453,7 @@ impl BatchSender {
             self.in_flight.note_send(pending.job.id, false);
         } else if pending.job.idempotency_key.is_none() {
             self.in_flight.remove(pending.job.id);
-            self.journal.leave(&[pending.job.id]);
+            self.journal.leave([(pending.job.id, pending.job.deadline)]);
         } else {
             self.in_flight.note_unsent(pending.job.id);
         }

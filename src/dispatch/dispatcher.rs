@@ -230,9 +230,10 @@ impl Dispatcher {
     /// Removes a job whose send has definitely failed from the table. Must be called after the job has left
     /// the journal and its idempotency key is released.
     pub fn withdraw(&self, id: JobId) {
+        let awaited = self.0.in_flight.awaited(id);
         self.0.in_flight.remove(id);
         // Once more, because a restore of a lost journal may have entered it again meanwhile.
-        self.0.journal.leave(&[id]);
+        self.0.journal.leave(awaited.map(|awaited| (id, awaited.deadline)));
     }
 
     /// Removes a job whose send has definitely failed from the table only, because another request has

@@ -6,7 +6,7 @@
 //! retried.
 
 use crate::backend::{BackendError, Journal, JournalEntry, JournalState};
-use crate::model::{FunctionId, Job, JobId, NodeId};
+use crate::model::{FunctionId, Job, JobId, NodeId, UnixMs, now_ms};
 use crate::node_lease::NodeLease;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashSet;
@@ -17,11 +17,21 @@ use tokio::time::Instant;
 /// Maximum number of jobs removed in one call.
 const LEAVES_MAX: usize = 1024;
 
+/// A job that is to leave the journal.
+struct Leaving {
+    id: JobId,
+    deadline: UnixMs,
+    since: Instant,
+}
+
+/// How much the clocks of nodes may differ.
+const CLOCKS_DIFFER: UnixMs = 5_000;
+
 pub struct NodeJournal {
     store: Arc<dyn Journal>,
     lease: Arc<NodeLease>,
     /// Bounded by the number of jobs in flight, because a job leaves once.
-    leaving: Mutex<Vec<(JobId, Instant)>>,
+    leaving: Mutex<Vec<Leaving>>,
     /// Jobs that this process does not know any more stay in its journal.
     has_strangers: AtomicBool,
 }
@@ -39,10 +49,10 @@ impl NodeJournal {
         self.store.enter(jobs).await
     }
 
-    /// Removes the jobs with the next [`Self::clear`].
-    pub fn leave(&self, ids: &[JobId]) {
-        let now = Instant::now();
-        self.leaves().extend(ids.iter().map(|id| (*id, now)));
+    /// Removes jobs, each with its deadline, with the next [`Self::clear`].
+    pub fn leave(&self, jobs: impl IntoIterator<Item = (JobId, UnixMs)>) {
+        let since = Instant::now();
+        self.leaves().extend(jobs.into_iter().map(|(id, deadline)| Leaving { id, deadline, since }));
     }
 
     /// Removes a job immediately.
@@ -54,14 +64,17 @@ impl NodeJournal {
     /// future is dropped.
     pub async fn clear(&self) {
         loop {
-            // While the lease was lapsed, another node may have adopted a job, and it counts when that ends
-            // it.
+            // If the lease has lapsed, another node may have adopted a job. After the deadline of the job it may
+            // have ended it as LOST, and the job counts when it leaves the journal there.
             let before = self.leaves().len();
-            self.leaves().retain(|(_, since)| !self.lease.has_lapsed_since(*since));
+            let now = now_ms() + CLOCKS_DIFFER;
+            let may_be_lost =
+                |leaving: &Leaving| leaving.deadline < now && self.lease.has_lapsed_since(leaving.since);
+            self.leaves().retain(|leaving| !may_be_lost(leaving));
             if self.leaves().len() < before {
                 self.has_strangers.store(true, Ordering::Relaxed);
             }
-            let ids: Vec<JobId> = self.leaves().iter().take(LEAVES_MAX).map(|(id, _)| *id).collect();
+            let ids: Vec<JobId> = self.leaves().iter().take(LEAVES_MAX).map(|leaving| leaving.id).collect();
             if ids.is_empty() {
                 return;
             }
@@ -71,7 +84,7 @@ impl NodeJournal {
             }
             // Not the first ones: the shutdown and the loop of look-ups may both be here.
             let left: HashSet<JobId> = ids.into_iter().collect();
-            self.leaves().retain(|(id, _)| !left.contains(id));
+            self.leaves().retain(|leaving| !left.contains(&leaving.id));
         }
     }
 
@@ -91,7 +104,7 @@ impl NodeJournal {
 
     /// The jobs that the next [`Self::clear`] removes.
     pub fn leaving(&self) -> HashSet<JobId> {
-        self.leaves().iter().map(|(id, _)| *id).collect()
+        self.leaves().iter().map(|leaving| leaving.id).collect()
     }
 
     pub async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
@@ -102,7 +115,7 @@ impl NodeJournal {
         self.store.entries(node).await
     }
 
-    fn leaves(&self) -> MutexGuard<'_, Vec<(JobId, Instant)>> {
+    fn leaves(&self) -> MutexGuard<'_, Vec<Leaving>> {
         self.leaving.lock()
     }
 }

@@ -4,7 +4,7 @@ use super::in_flight::InFlight;
 use super::journal::NodeJournal;
 use super::settler::Settler;
 use crate::backend::{BackendError, JournalEntry};
-use crate::model::{FunctionId, JobId, NodeId};
+use crate::model::{FunctionId, JobId, NodeId, UnixMs};
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -38,8 +38,8 @@ impl NodeJobs {
     }
 
     /// Queues jobs for the next round of removals from the journal.
-    pub fn remove_from_journal(&self, ids: &[JobId]) {
-        self.journal.leave(ids);
+    pub fn remove_from_journal(&self, jobs: impl IntoIterator<Item = (JobId, UnixMs)>) {
+        self.journal.leave(jobs);
     }
 
     /// The jobs that are queued for removal from the journal.

@@ -308,7 +308,7 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
             let mut sent = fixture.send(7, "f", 1);
             tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
             fixture.in_flight.remove(id);
-            fixture.leaves.leave(&[id]);
+            fixture.leaves.leave([(id, u64::MAX)]);
             fixture.leaves.clear().await; // as at the end of a job
             assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
             fixture.leaves.clear().await;

@@ -48,7 +48,7 @@ MUTANTS = [
     (
         "an ended job counts again when its end is repeated",
         "src/backend/aws/redis/journal_end.lua",
-        "  if held[i] and not seen[id] then",
+        "  if held[i] and not seen[id] and (not is_shared or is_first(id)) then",
         "  if not seen[id] then",
     ),
     (
@@ -186,6 +186,42 @@ MUTANTS = [
         "        let restored = 0; let _ = &entries; self.read_own_at = None;",
     ),
     (
+        "a job that several nodes have sent counts each time it enters",
+        "src/backend/aws/redis/journal_end.lua",
+        "(not is_shared or is_first(id))",
+        "true",
+    ),
+    (
+        "a late result takes its job out of the table before the LOST row is written",
+        "src/audit/batch.rs",
+        "        rows.filter(|(_, origin)| !origin.is_late).map(|(id, _)| *id).collect()",
+        "        rows.map(|(id, _)| *id).collect()",
+    ),
+    (
+        "a job of an incomplete journal is sent again without an entry",
+        "src/dispatch/dispatcher.rs",
+        "        let is_entered = resend.maybe_sent && !resend.is_journaled;",
+        "        let is_entered = false;",
+    ),
+    (
+        "a new connection to Redis does not close the former one",
+        "src/backend/aws/redis/connection.rs",
+        "            let killed = kill.query_async::<u64>(connection).await;",
+        "            let killed = Ok::<u64, redis::RedisError>(0);",
+    ),
+    (
+        "rows of shared jobs are written unconditionally",
+        "src/audit/writer.rs",
+        "        is_late || is_shared || batch.rows[n].is_lost() || self.lease.has_lapsed_since(since)",
+        "        let _ = (is_late, is_shared, since);\n        false",
+    ),
+    (
+        "the owner of a job is not told that another node sends it again",
+        "src/dispatch/dispatcher.rs",
+        "            membership.entrust(node).await.map_err(|_| SubmitError::Unavailable)?;",
+        "            let _ = membership;",
+    ),
+    (
         "rows of a full queue are dropped",
         "src/dispatch/settler.rs",
         "        self.in_flight.unsettle(id);\n"
@@ -222,7 +258,7 @@ def runs_until_found(work, file, text, replacement):
     path.write_text(source.replace(text, replacement))
     command = ["cargo", "test", "--locked", "--profile", "sim", "--lib", "simulation::a_fleet", "--"]
     command += ["--nocapture"]
-    environment = {**os.environ, "SIM_RUNS": str(RUNS), "SIM_SEED": "1"}
+    environment = {**os.environ, "SIM_RUNS": str(RUNS), "SIM_SEED": "1", "SIM_SHORTEN": "0"}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if "error: could not compile" in done.stderr:
         return "does not compile"

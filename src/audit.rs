@@ -17,6 +17,8 @@ mod writer;
 
 pub use disk::SpillDirs;
 pub use flusher::Flusher;
+#[cfg(test)]
+pub use flusher::WRITES_MAX;
 pub use ledger::{Ledger, Outstanding};
 pub use record::{KeyedResult, QueueFull, RowsStored, Stores};
 pub use tail::{Event, EventEntry, Executed, RecentEvents};

@@ -33,8 +33,8 @@ pub use error::{BackendError, StartProblem};
 pub use executions::{ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 pub use functions::{CodeList, CodeStore, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};
 pub use journal::{
-    ENDED_MAX, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, JournalPart, JournalState,
-    NumberedSums, POSTED_MAX, UnpostedSums,
+    Addition, ENDED_MAX, EndOutcome, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry,
+    JournalPart, JournalState, NumberedSums, POSTED_MAX, UnpostedSums,
 };
 pub use limits::{Decision, Grant, LeaseCall, LimitStore};
 pub use membership::{FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor};

@@ -8,7 +8,7 @@
 //! In reading order: [`world`] holds everything outside the processes; [`network`] carries calls, and loses
 //! them; [`queue`], [`tables`] and [`ports`] are the services; [`process`] starts and ends processes;
 //! [`workers`] and [`clients`] keep them busy; [`faults`] strikes; [`checks`] says what must hold; [`run`]
-//! makes one run, and [`report`] explains one that fails.
+//! makes one run; [`shorten`] looks for a smaller run that fails too, and [`report`] explains it.
 
 #![cfg(feature = "aws")]
 
@@ -21,6 +21,7 @@ mod process;
 mod queue;
 mod report;
 mod run;
+mod shorten;
 mod tables;
 mod truth;
 mod workers;

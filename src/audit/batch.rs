@@ -97,6 +97,13 @@ impl Batch {
         self.rows[n] = row;
     }
 
+    /// The jobs whose rows these are, without late results: the LOST row of such a job may still be on its
+    /// way.
+    pub fn ended(&self) -> Vec<JobId> {
+        let rows = self.ids.iter().zip(&self.origins);
+        rows.filter(|(_, origin)| !origin.is_late).map(|(id, _)| *id).collect()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }

@@ -117,10 +117,10 @@ impl Flusher {
         self.bytes.fetch_sub(written.bytes + spilled.bytes, Ordering::Relaxed);
         self.metrics.audit.waiting_rows.sub((written.ids.len() + spilled.ids.len()) as i64);
         // Into the ledger before out of the table of jobs, so that a snapshot of both finds every job.
-        let ids = written.ids.clone();
+        let ended = written.ended();
         self.ledger.take(written);
-        told.rows_written(&ids);
-        told.rows_written(&spilled.ids);
+        told.rows_written(&ended);
+        told.rows_written(&spilled.ended());
     }
 }
 

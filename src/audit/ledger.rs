@@ -26,7 +26,8 @@ use super::batch::{Batch, RowOrigin};
 use super::record::Stores;
 use crate::ambient;
 use crate::backend::{
-    BackendError, ENDED_MAX, EndedJob, FunctionStore, Journal, NumberedSums, POSTED_MAX, UnpostedSums,
+    Addition, BackendError, ENDED_MAX, EndOutcome, EndedJob, FunctionStore, Journal, NumberedSums,
+    POSTED_MAX, UnpostedSums,
 };
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId, NodeId, Recommendation, Sums};
@@ -103,6 +104,9 @@ struct LedgerState {
     /// Jobs with a late result, from the moment its row is queued until the job leaves the journal. The bound
     /// on queued rows bounds them too.
     late: HashMap<JobId, FunctionId, RandomState>,
+    /// Jobs whose late result has left the journal before their LOST row was written. They must not enter it
+    /// again. At most [`WAITING_MAX`].
+    overtaken: HashSet<JobId, RandomState>,
 }
 
 impl LedgerState {
@@ -117,6 +121,7 @@ impl LedgerState {
             last_number: 0,
             unsure: HashSet::new(),
             late: HashMap::with_hasher(ambient::hash_keys()),
+            overtaken: HashSet::with_hasher(ambient::hash_keys()),
         }
     }
 
@@ -169,7 +174,8 @@ impl LedgerState {
         let ended = self.ended.get(&node).into_iter().flatten();
         // A job with a late result left the journal as LOST before. If it did not, its LOST entry is in this
         // list too.
-        let held = ended.filter(|ended| !ended.is_late).map(|ended| ended.job.clone());
+        let held = ended.filter(|ended| !ended.is_late && !self.overtaken.contains(&ended.job.id));
+        let held = held.map(|ended| ended.job.clone());
         let late = self.late.iter().filter(|(id, _)| id.node() == node);
         let sums = self.sums.iter().filter_map(|(account, sums)| Some((of_node(account)?, *sums)));
         let numbered = self.numbered.iter().filter(|((of, _), _)| *of == node);
@@ -179,6 +185,7 @@ impl LedgerState {
             sums: sums.collect(),
             numbered: numbered.map(|(_, numbered)| numbered.clone()).collect(),
             spilled: Vec::new(),
+            overtaken: self.overtaken.iter().copied().filter(|id| id.node() == node).collect(),
         }
     }
 }
@@ -194,6 +201,8 @@ pub struct Outstanding {
     pub late: Vec<(JobId, FunctionId)>,
     /// Jobs whose rows are on this node's disk.
     pub spilled: Vec<(JobId, FunctionId)>,
+    /// Jobs that have left the journal, although a LOST row of theirs is still to be written.
+    pub overtaken: HashSet<JobId>,
 }
 
 impl Ledger {
@@ -216,13 +225,14 @@ impl Ledger {
         let mut books = self.books();
         let Batch { ids, rows, recommendations, origins, .. } = batch;
         let advised = rows.into_iter().zip(recommendations);
-        for ((id, RowOrigin { is_late, .. }), (row, recommendation)) in
+        for ((id, RowOrigin { is_late, is_shared, .. }), (row, recommendation)) in
             ids.into_iter().zip(origins).zip(advised)
         {
             if let Some(recommendation) = recommendation {
                 books.note((id.node(), row.function.clone()), Some(Box::new(recommendation)));
             }
-            let job = EndedJob { id, adds: Sums::of(&row), is_lost: row.is_lost(), function: row.function };
+            let (adds, is_lost) = (Sums::of(&row), row.is_lost());
+            let job = EndedJob { id, adds, is_lost, is_shared, function: row.function };
             books.ended.entry(id.node()).or_default().push_back(PendingEnd { job, is_late });
             books.ended_len += 1;
         }
@@ -273,7 +283,8 @@ impl Ledger {
         let moving = moving();
         let spilled: Vec<_> = self.spilled_jobs().filter(|(id, _)| id.node() == node).collect();
         let mut outstanding = self.books().outstanding(node);
-        outstanding.spilled = spilled;
+        let is_counted = |id: &JobId| outstanding.overtaken.contains(id);
+        outstanding.spilled = spilled.into_iter().filter(|(id, _)| !is_counted(id)).collect();
         let told = tell(moving, outstanding).await?;
         let mut books = self.books();
         // All that was restored must be posted, even if its note was removed meanwhile.
@@ -370,12 +381,13 @@ impl Ledger {
                 // Set before the call, so that it is also set if the future is dropped.
                 self.books().unsure.insert(node);
                 match self.journal.end(node, &ended).await {
-                    Ok(true) => self.closed(node, ended.len()),
-                    // The journal has lost its data, including the effect of earlier calls.
-                    Ok(false) => {
+                    // It has lost the effect of earlier calls too.
+                    Ok(EndOutcome::Incomplete) => {
                         self.books().unsure.remove(&node);
                         break;
                     }
+                    Ok(EndOutcome::AllAdded) => self.closed(node, &vec![Addition::Whole; ended.len()]),
+                    Ok(EndOutcome::Each(added)) => self.closed(node, &added),
                     Err(e) => {
                         let jobs = ended.len();
                         tracing::debug!(jobs, error = %e, "Ended jobs stay in the journal; retrying");
@@ -392,9 +404,11 @@ impl Ledger {
         Some(books.ended.get(&node)?.iter().take(ENDED_MAX).map(|ended| ended.job.clone()).collect())
     }
 
-    fn closed(&self, node: NodeId, jobs: usize) {
+    /// The first ended jobs have left the journal and added these amounts.
+    fn closed(&self, node: NodeId, added: &[Addition]) {
         let mut books = self.books();
         books.unsure.remove(&node);
+        let jobs = added.len();
         let ended: Vec<PendingEnd> = match books.ended.get_mut(&node) {
             Some(waiting) => waiting.drain(..jobs).collect(),
             None => Vec::new(),
@@ -405,12 +419,22 @@ impl Ledger {
         books.ended_len -= jobs;
         // Summed by function first: there are few functions, and the steps below are done for each.
         let mut sums: HashMap<FunctionId, Sums, RandomState> = HashMap::with_hasher(ambient::hash_keys());
-        for PendingEnd { job, is_late } in ended {
-            // The journal has counted it as LOST before.
-            let adds = if is_late { job.adds.after_lost() } else { job.adds };
-            *sums.entry(job.function).or_default() += adds;
-            if is_late {
-                books.late.remove(&job.id);
+        for (PendingEnd { job, is_late }, added) in ended.into_iter().zip(added) {
+            // Nothing usually means that the call was repeated, because the answer to the first was lost.
+            let added = match added {
+                Addition::Nothing if books.overtaken.contains(&job.id) => Addition::Nothing,
+                Addition::Nothing if is_late => Addition::Difference,
+                Addition::Nothing => Addition::Whole,
+                added => *added,
+            };
+            *sums.entry(job.function).or_default() += added.of(job.adds);
+            if !is_late {
+                books.overtaken.remove(&job.id);
+                continue;
+            }
+            books.late.remove(&job.id);
+            if added == Addition::Whole && books.overtaken.len() < WAITING_MAX {
+                books.overtaken.insert(job.id);
             }
         }
         for (function, adds) in sums {

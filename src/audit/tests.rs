@@ -1,9 +1,9 @@
 use super::*;
 use crate::audit::flusher::{ROWS_LINGER, WRITES_MAX};
 use crate::backend::{
-    BackendError, Claim, Claims, EndedJob, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
-    FunctionWriteOutcome, Journal, JournalEntry, LogPage, LogQuery, NumberedSums, ROWS_MAX, StoredClaim,
-    UnpostedSums,
+    BackendError, Claim, Claims, EndOutcome, EndedJob, ExecutionStore, FunctionPage, FunctionStore,
+    FunctionWrite, FunctionWriteOutcome, Journal, JournalEntry, LogPage, LogQuery, NumberedSums, ROWS_MAX,
+    StoredClaim, UnpostedSums,
 };
 use crate::config::AuditConf;
 use crate::model::{Function, FunctionId, IdempotencyKey, Job, NodeId, Outcome, RowId, Sums};
@@ -108,7 +108,7 @@ impl Journal for Tables {
         Ok(())
     }
 
-    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
+    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<EndOutcome, BackendError> {
         if self.ends_fail.load(Ordering::Relaxed) {
             return Err(BackendError::Unavailable("x".into()));
         }
@@ -116,7 +116,7 @@ impl Journal for Tables {
         for EndedJob { function, adds, .. } in ended {
             *unposted.entry(function.clone()).or_default() += *adds;
         }
-        Ok(true)
+        Ok(EndOutcome::AllAdded)
     }
 
     async fn given_up(&self, _: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {

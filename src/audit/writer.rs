@@ -216,6 +216,12 @@ impl RowWriter {
         if !is_shared.contains(&true) {
             return executions.put(&batch.rows).await;
         }
+        // The journal must know it too.
+        batch
+            .origins
+            .iter_mut()
+            .zip(&is_shared)
+            .for_each(|(origin, is_shared)| origin.is_shared = *is_shared);
         let of = |shared: bool| batch.rows.iter().zip(&is_shared).filter(move |(_, is)| **is == shared);
         let own: Vec<Execution> = of(false).map(|(row, _)| row.clone()).collect();
         let shared: Vec<_> = of(true).map(|(row, _)| executions.put_first(row)).collect();
@@ -325,13 +331,13 @@ impl RowWriter {
             left = later;
         }
         self.keep(&done).await;
-        let ids = done.ids.clone();
+        let ended = done.ended();
+        moved.extend(&done.ids);
         // Added to the ledger before they leave the spill, so that a reader of both finds each job in at
         // least one.
         self.ledger.take(done);
-        moved.extend(&ids);
         blocking(move || disk.waiting.replayed(segment, end, rows, &moved)).await?;
-        Ok(ids)
+        Ok(ended)
     }
 
     /// The rows of a replay. While they were on the disk, another node may have ended their jobs.
@@ -431,12 +437,11 @@ impl RowWriter {
         let again = Arc::clone(&disk);
         blocking(move || again.failing.put_back(&failing)).await?;
         self.keep(&done).await;
-        let ids = done.ids.clone();
+        let (ids, ended) = (done.ids.clone(), done.ended());
         self.ledger.take(done);
         self.failing().remove(&ids);
-        let left = ids.clone();
-        blocking(move || disk.failing.replayed(segment, end, rows, &left)).await?;
-        Ok(ids)
+        blocking(move || disk.failing.replayed(segment, end, rows, &ids)).await?;
+        Ok(ended)
     }
 
     fn report_aside(&self, reports: &[(JobId, BackendError)], records: &[Record]) {

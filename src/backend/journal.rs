@@ -45,6 +45,42 @@ pub struct EndedJob {
     pub adds: Sums,
     /// It ended as LOST. A late result may still arrive.
     pub is_lost: bool,
+    /// Several nodes may have sent it.
+    pub is_shared: bool,
+}
+
+/// What [`Journal::end`] has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EndOutcome {
+    /// Nothing, because the store has lost its data.
+    Incomplete,
+    /// Every job added its amounts.
+    AllAdded,
+    /// For each job, what it added.
+    Each(Vec<Addition>),
+}
+
+/// What an ended job adds to the counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Addition {
+    /// Its amounts.
+    Whole,
+    /// The difference between its amounts and those of LOST, which it added before.
+    Difference,
+    /// Nothing: it was not in the journal, so it has counted before, perhaps in an earlier call without an
+    /// answer.
+    Nothing,
+}
+
+impl Addition {
+    /// What of the amounts of a job is added.
+    pub fn of(self, adds: Sums) -> Sums {
+        match self {
+            Self::Whole => adds,
+            Self::Difference => adds.after_lost(),
+            Self::Nothing => Sums::default(),
+        }
+    }
 }
 
 /// Sums of one function, with a number that identifies them among all sums of the same node.
@@ -106,9 +142,8 @@ pub trait Journal: Send + Sync {
 
     /// Removes at most [`ENDED_MAX`] jobs of `node` whose rows are written. In the same step it adds the
     /// amounts of the jobs that it removed to the unposted sums. So each job adds once, even if several nodes
-    /// end it. A late result of a job that ended as LOST adds the difference, once. Returns `false`, and
-    /// changes nothing, if the store has lost its data.
-    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError>;
+    /// end it. A late result of a job that ended as LOST adds the difference, once.
+    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<EndOutcome, BackendError>;
 
     /// The lost jobs of `node` that are remembered and have no late result; at most [`GIVEN_UP_MAX`].
     async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError>;

@@ -105,6 +105,11 @@ impl Dispatcher {
         &self.0.settler
     }
 
+    #[cfg(test)]
+    pub fn shown_jobs(&self) -> Vec<String> {
+        self.0.in_flight.shown()
+    }
+
     pub fn new(parts: DispatcherParts) -> Self {
         Self(Arc::new(parts))
     }
@@ -171,12 +176,25 @@ impl Dispatcher {
         resend: Resend,
         waits: bool,
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
+        let mut resend = resend;
+        let is_entered = resend.maybe_sent && !resend.is_journaled;
         let node = job.id.node();
         if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {
             // Its journal gets a job that it does not know.
             membership.entrust(node).await.map_err(|_| SubmitError::Unavailable)?;
         }
-        let entered = self.0.in_flight.enter_again(&job, waits).map_err(|_| SubmitError::Overloaded)?;
+        if is_entered {
+            // Before anything else, because it may end as LOST, and only jobs of the journal are counted.
+            let journal = &self.0.journal;
+            journal.enter(std::slice::from_ref(&job)).await.map_err(|_| SubmitError::Unavailable)?;
+            resend.is_journaled = true;
+        }
+        let entered = self.0.in_flight.enter_again(&job, waits).map_err(|_| {
+            if is_entered {
+                self.0.journal.leave([(job.id, job.deadline)]);
+            }
+            SubmitError::Overloaded
+        })?;
         let EnteredAgain { is_new, waiter } = entered;
         let id = job.id;
         let sending = self.hand_over(job, Some(resend)).inspect_err(|_| {
@@ -236,15 +254,28 @@ impl Dispatcher {
         self.0.journal.leave(awaited.map(|awaited| (id, awaited.deadline)));
     }
 
-    /// Removes a job whose send has definitely failed from the table only, because another request has
-    /// claimed it.
-    pub fn abandon_unsent(&self, id: JobId) {
-        self.0.in_flight.abandon_unsent(id);
+    /// Leaves a job whose send has definitely failed to the node of another request, which sends it again.
+    /// While it is in the journal, this node tracks it too. If it has left, the other node enters it again.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn leave_to_other(&self, id: JobId) -> Result<(), BackendError> {
+        if self.standing(id).await?.is_held() {
+            self.0.in_flight.share_unsent(id);
+        } else {
+            self.0.in_flight.abandon_unsent(id);
+        }
+        Ok(())
     }
 
     /// Records the outcome of a send: the queue confirmed the job, or the outcome is unknown.
     pub fn note_send(&self, id: JobId, is_confirmed: bool) {
         self.0.in_flight.note_send(id, is_confirmed);
+    }
+
+    /// Records that the claim of a job says that it was sent.
+    pub fn note_claimed_sent(&self, id: JobId) {
+        self.0.in_flight.note_claimed_sent(id);
     }
 
     /// The state of a job in the journal of the node that its id names.

@@ -13,13 +13,14 @@ use crate::backend::{JournalEntry, STORED_RESULT_BYTES_MAX};
 use crate::dispatch::given_up::LostJobs;
 use crate::dispatch::recent::{RecentResults, SHARDS};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs, now_ms};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 use smallvec::SmallVec;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -31,6 +32,13 @@ const LOST_SHARDS: usize = 16;
 
 /// Maximum number of attempts to count the jobs at a moment when none enters or leaves.
 const RECKONINGS_MAX: usize = 32;
+
+/// Another node sends a job with an idempotency key again this long after its acceptance at the earliest.
+const RESENT_AFTER: Duration = Duration::from_secs(2);
+
+fn age(id: JobId) -> Duration {
+    Duration::from_millis(now_ms().saturating_sub(id.accepted_at()))
+}
 
 /// The table has no room for another job.
 #[derive(Debug, PartialEq, Eq)]
@@ -54,6 +62,8 @@ struct InFlightJob {
     shared: bool,
     /// This process is sending the job again. Until that is done, the entry is not returned to another node.
     resending: bool,
+    /// Its claim says that it was sent, so no other node sends it again.
+    claimed_sent: bool,
 }
 
 /// The parts of an entry that few jobs have.
@@ -90,7 +100,16 @@ impl InFlightJob {
             unsent: false,
             shared: false,
             resending: false,
+            claimed_sent: false,
         }
+    }
+
+    /// Whether another node may end the job too. It may also have sent it again without this node knowing it
+    /// yet, if the claim did not say in time that it was sent.
+    fn is_shared(&self, id: JobId) -> bool {
+        let may_be_resent =
+            || self.idempotency_key().is_some() && !self.claimed_sent && age(id) >= RESENT_AFTER;
+        self.shared || may_be_resent()
     }
 
     fn idempotency_key(&self) -> Option<IdempotencyKey> {
@@ -249,7 +268,7 @@ impl InFlight {
     /// may send it again, so it stays, and it does not end as LOST.
     pub fn note_unsent(&self, id: JobId) {
         if let Some(mut entry) = self.jobs.get_mut(&id) {
-            entry.unsent = true;
+            (entry.unsent, entry.resending) = (true, false);
         }
     }
 
@@ -263,6 +282,13 @@ impl InFlight {
     pub fn note_send(&self, id: JobId, is_confirmed: bool) {
         if let Some(mut entry) = self.jobs.get_mut(&id) {
             (entry.unconfirmed, entry.unsent, entry.resending) = (!is_confirmed, false, false);
+        }
+    }
+
+    /// Records that the claim of a job says that it was sent.
+    pub fn note_claimed_sent(&self, id: JobId) {
+        if let Some(mut entry) = self.jobs.get_mut(&id) {
+            entry.claimed_sent = true;
         }
     }
 
@@ -393,7 +419,7 @@ impl InFlight {
                 // Before the waiters are answered, so that a `/status` after the response finds the result.
                 self.recent.keep(id, outcome);
                 entry.settled = true;
-                let (function, is_shared) = (entry.function.clone(), entry.shared);
+                let (function, is_shared) = (entry.function.clone(), entry.is_shared(id));
                 (FirstResult { function, kept, is_shared }, told.map(|outcome| (outcome, waiters)))
             }
         };
@@ -457,6 +483,13 @@ impl InFlight {
         self.jobs.get(&id).is_some_and(|entry| entry.shared)
     }
 
+    /// Records that another node sends a job again whose send has definitely failed here. Either may end it.
+    pub fn share_unsent(&self, id: JobId) {
+        if let Some(mut entry) = self.jobs.get_mut(&id) {
+            (entry.unconfirmed, entry.unsent, entry.shared) = (true, false, true);
+        }
+    }
+
     /// Removes a job whose send has definitely failed, unless it is being sent again.
     pub fn abandon_unsent(&self, id: JobId) {
         if self.jobs.remove_if(&id, |_, entry| entry.unsent && !entry.settled && !entry.resending).is_some() {
@@ -479,6 +512,25 @@ impl InFlight {
     /// The jobs without a result.
     pub fn unsettled(&self) -> Vec<JobId> {
         self.jobs.iter().filter(|entry| !entry.settled).map(|entry| *entry.key()).collect()
+    }
+
+    /// The jobs and their states, for the report of a simulation.
+    #[cfg(test)]
+    pub fn shown(&self) -> Vec<String> {
+        let show = |id: &JobId, job: &InFlightJob| {
+            let states = [
+                (job.settled, "settled"),
+                (job.unconfirmed, "unconfirmed"),
+                (job.unsent, "unsent"),
+                (job.shared, "shared"),
+                (job.resending, "resending"),
+            ];
+            let states: Vec<&str> = states.iter().filter(|(is, _)| *is).map(|(_, state)| *state).collect();
+            format!("{id} ({}, {} waiters)", states.join(" "), job.waiters.len())
+        };
+        let mut all: Vec<String> = self.jobs.iter().map(|job| show(job.key(), job.value())).collect();
+        all.sort();
+        all
     }
 
     /// Evicts expired results. Must be called at intervals.

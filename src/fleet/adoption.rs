@@ -247,7 +247,8 @@ impl Adopter {
         let ended = books.ended.into_iter().map(|ended| entry(ended.id, ended.function, 0));
         let deadline = now_ms() + SPILLED_MAX.as_secs() * 1000;
         let spilled = books.spilled.into_iter().map(|(id, function)| entry(id, function, deadline));
-        let entries: Vec<JournalEntry> = in_flight.into_iter().chain(ended).chain(spilled).collect();
+        let in_flight = in_flight.into_iter().filter(|entry| !books.overtaken.contains(&entry.id));
+        let entries: Vec<JournalEntry> = in_flight.chain(ended).chain(spilled).collect();
         // A job that is in the journal is not remembered yet: `Journal::end` does that when it counts it as
         // lost.
         given_up.extend(books.late);
@@ -293,11 +294,12 @@ impl Adopter {
     async fn look_after(&mut self, store: &dyn Membership, lapsed: Vec<NodeId>) -> Result<(), BackendError> {
         let gone: Vec<NodeId> = self.adopted.keys().filter(|node| !lapsed.contains(node)).copied().collect();
         for node in gone {
-            self.adopted.remove(&node);
-            // If it was not listed, the store has lost its data, and only this node knows the jobs.
+            // If it was not listed, the store has lost its data, and perhaps only this node knows the jobs. The
+            // node stays adopted until it is seen to be back.
             if store.relist(node).await? {
                 self.mend(store, node).await?;
             } else {
+                self.adopted.remove(&node);
                 self.to_give_back.extend(self.jobs.ids_of_node(node));
                 tracing::info!(adopted = %node, "Adopted node is back; it tracks its jobs itself again");
             }

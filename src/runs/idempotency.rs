@@ -356,7 +356,14 @@ impl Idempotency {
         sent: &Result<(), SubmitError>,
     ) -> Result<(), BackendError> {
         match sent {
-            Ok(()) => self.0.claims.confirm(claim).await,
+            Ok(()) => {
+                self.0.claims.confirm(claim).await?;
+                // Later, another node may have considered the attempt over and sent the job again.
+                if age(attempt.id) + SEND_MARGIN < self.attempt_max() {
+                    self.0.dispatcher.note_claimed_sent(claim.job);
+                }
+                Ok(())
+            }
             // The job may be on the queue, so the claim stays.
             Err(SubmitError::Unknown) => Ok(()),
             Err(_) if !attempt.is_first => Ok(()),
@@ -392,8 +399,7 @@ impl Idempotency {
             Some(found) if found.claim.job == claim.job && found.is_sent => {
                 dispatcher.note_send(claim.job, true);
             }
-            // The node of the other request tracks the job.
-            Some(found) if found.claim.job == claim.job => dispatcher.abandon_unsent(claim.job),
+            Some(found) if found.claim.job == claim.job => dispatcher.leave_to_other(claim.job).await?,
             _ => dispatcher.withdraw(claim.job),
         }
         Ok(())

@@ -2,10 +2,13 @@
 //! are over and everything has come to rest.
 
 use super::process::LiveNode;
+use super::run::{EXACT_BURST, EXACT_RATE};
 use super::tables::Tables;
 use super::truth::RequestKind;
 use super::world::{World, world};
+use crate::audit::WRITES_MAX;
 use crate::backend::aws::simulation::Reply;
+use crate::backend::{BATCH_JOBS_MAX, ROWS_MAX};
 use crate::model::{FunctionId, JobId, NodeId, RowKey, Sums};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -27,7 +30,8 @@ pub fn unrest() -> Vec<String> {
             };
             let of = |what: &str| format!("p{}: {what}", live.process.0);
             let metrics = &live.metrics;
-            is_not(of("jobs in flight"), metrics.jobs.in_flight.get() == 0);
+            let jobs = live.engine.dispatcher.shown_jobs();
+            is_not(of(&format!("jobs in flight: {jobs:?}")), metrics.jobs.in_flight.get() == 0);
             is_not(of("rows"), metrics.audit.waiting_rows.get() == 0);
             is_not(of("ended jobs"), metrics.audit.waiting_ends.get() == 0);
             is_not(of("functions"), metrics.audit.waiting_functions.get() == 0);
@@ -83,6 +87,7 @@ pub fn check() {
         counters(world, &mut violations);
         requests(world, &mut violations);
         processes(world, &mut violations);
+        windows(world, &mut violations);
         world.truth.violations.append(&mut violations);
     });
 }
@@ -190,6 +195,60 @@ fn requests(world: &mut World, violations: &mut Vec<String>) {
         }
         if request.kind == RequestKind::RefusedByQueue && !of.is_empty() {
             violations.push(format!("request {number} is on a queue that refuses it"));
+        }
+    }
+}
+
+/// What a process holds is within its bounds. Checked after each answer.
+pub fn bounds(live: &LiveNode) {
+    let conf = &live.conf;
+    let in_call = (conf.batch.sends_max * BATCH_JOBS_MAX) as i64;
+    let in_write = ((WRITES_MAX + 1) * ROWS_MAX) as i64;
+    let spill_max = usize::try_from(conf.audit.spill_bytes_max).unwrap_or(usize::MAX);
+    let of = |what, value: i64, max: usize, beyond: i64| (what, value, max as i64 + beyond);
+    let all = [
+        // The jobs of its predecessor may come on top.
+        of(
+            "jobs in flight",
+            live.metrics.jobs.in_flight.get(),
+            conf.memory.jobs_in_flight_max,
+            live.restored,
+        ),
+        of("jobs to be sent", live.metrics.queue_waiting.get(), conf.batch.queue_jobs_max, in_call),
+        of("bytes on the disk", live.metrics.audit.spill.bytes.get(), spill_max, 0),
+        of("rows", live.metrics.audit.waiting_rows.get(), conf.memory.audit_rows_max, in_write),
+    ];
+    for (what, value, max) in all.into_iter().filter(|(_, value, max)| value > max) {
+        let process = live.process.0;
+        world(|world| world.truth.violated(format!("p{process} has {value} {what}, more than {max}")));
+    }
+}
+
+/// No window of time had more requests than the exact limit allows.
+fn windows(world: &mut World, violations: &mut Vec<String>) {
+    let has_bitten = |fault| world.bites.contains_key(fault);
+    // Documented: a Redis without its data, or with another time, grants anew. A stopped process uses grants
+    // late.
+    let is_excepted =
+        ["Redis lost its data", "Redis came back with older data", "clock step", "process stopped"]
+            .into_iter()
+            .any(has_bitten);
+    if !world.profile.is_exact || is_excepted {
+        return;
+    }
+    // From the grant until the answer arrives, and for the drift of the clock of Redis.
+    let late_us = if world.profile.slow_calls > 0.0 { 3_100_000 } else { 100_000 };
+    let passed = &mut world.truth.passed;
+    passed.sort_unstable();
+    for (n, first) in passed.iter().enumerate() {
+        for (requests, last) in (1..).zip(&passed[n..]) {
+            let allowed =
+                f64::from(EXACT_BURST) + f64::from(EXACT_RATE) * (last - first + late_us) as f64 / 59e6;
+            if f64::from(requests) > allowed + 1.0 {
+                let us = last - first;
+                violations.push(format!("{requests} requests passed within {us} µs, {allowed:.1} may"));
+                return;
+            }
         }
     }
 }

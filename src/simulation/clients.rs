@@ -1,9 +1,10 @@
 //! Clients: they run functions with and without idempotency keys, wait or not, disconnect, and repeat.
 
+use super::checks;
 use super::network::detach;
 use super::process::{LiveNode, spawn_in};
 use super::truth::{Request, RequestKind};
-use super::world::{trace, world};
+use super::world::{elapsed_us, trace, world};
 use crate::dispatch::SubmitError;
 use crate::functions::FunctionChange;
 use crate::lifecycle::Phase;
@@ -104,6 +105,7 @@ async fn client(number: usize) {
         };
         let answer = ask(&node, number, &request).await;
         trace(|| format!("request {number} at p{}: {answer:?}", node.process.0));
+        checks::bounds(&node);
         drop(node);
         note(number, &answer);
         let is_final = matches!(answer, Answer::Accepted(_) | Answer::Finished(..) | Answer::Recorded(_));
@@ -161,6 +163,7 @@ async fn handle(node: &LiveNode, number: usize, request: &Request, wait_s: u64) 
     if limited.is_err() {
         return Answer::Denied("limited".into());
     }
+    world(|world| world.truth.passed.push(elapsed_us()));
     if node.engine.runs.admit().is_err() {
         return Answer::Denied("shed".into());
     }

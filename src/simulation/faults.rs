@@ -13,7 +13,7 @@ use rand::{Rng, SeedableRng};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 /// The interval at which Redis could fail over to a replica: how far it lags.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(250);
@@ -41,6 +41,8 @@ pub struct Profile {
     pub clocks: f64,
     /// 1: small bounds, so that queues and tables fill up.
     pub tight: f64,
+    /// The limit of requests counts each request at Redis.
+    pub is_exact: bool,
     /// The kinds of incidents, as bits of [`Incident`], and the mean time between two.
     pub incidents: u32,
     pub every: Duration,
@@ -106,6 +108,54 @@ impl Incident {
     }
 }
 
+/// An incident of a run.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    pub at: Duration,
+    pub incident: Incident,
+    pub machine: usize,
+    pub lasts: Duration,
+    /// For the choices that only some incidents have.
+    seed: u64,
+}
+
+/// Everything about a run that is chosen before it begins. A shorter plan is a smaller run of the same seed.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub profile: Profile,
+    pub incidents: Vec<Planned>,
+}
+
+impl Plan {
+    /// The plan of a seed.
+    pub fn of(seed: u64) -> Self {
+        let profile = Profile::of(seed);
+        let rng = &mut StdRng::seed_from_u64(seed ^ 0x5C_4ED);
+        let kinds: Vec<Incident> = profile.kinds().into_iter().collect();
+        let mean_ms = profile.every.as_millis() as u64;
+        let (mut at, mut incidents) = (Duration::ZERO, Vec::new());
+        while let Some(incident) = kinds.choose(rng) {
+            at += Duration::from_millis(rng.random_range(1..2 * mean_ms));
+            if at >= Duration::from_secs(profile.seconds) {
+                break;
+            }
+            let lasts_ms = match rng.random_range(0..3) {
+                0 => rng.random_range(100..2_000),
+                1 => rng.random_range(2_000..12_000),
+                _ => rng.random_range(10_000..40_000),
+            };
+            incidents.push(Planned {
+                at,
+                incident: *incident,
+                machine: rng.random_range(0..profile.machines),
+                lasts: Duration::from_millis(lasts_ms),
+                seed: rng.random(),
+            });
+        }
+        Self { profile, incidents }
+    }
+}
+
 impl Profile {
     /// The profile of a seed.
     pub fn of(seed: u64) -> Self {
@@ -125,7 +175,7 @@ impl Profile {
             ..Self::default()
         };
         profile.machines = rng.random_range(1..=4);
-        profile.requests = rng.random_range(40..=160);
+        profile.requests = rng.random_range(50..=230);
         profile.seconds = rng.random_range(20..=90);
         profile.is_fifo = rng.random_bool(0.2);
         profile.differing_results = rng.random_bool(0.2);
@@ -143,6 +193,7 @@ impl Profile {
                 profile.incidents &= !incident.bit();
             }
         }
+        profile.is_exact = rng.random_bool(0.25);
         profile.every = Duration::from_millis(rng.random_range(1_000..15_000));
         profile
     }
@@ -157,37 +208,17 @@ impl Profile {
     }
 }
 
-/// Lets incidents happen until `end`.
-pub async fn strike(end: Instant, conf: Arc<Conf>) {
-    let profile = world(|world| world.profile);
-    let kinds: Vec<Incident> = profile.kinds().into_iter().collect();
-    if kinds.is_empty() {
-        return;
-    }
-    loop {
-        let pause = world(|world| {
-            let mean = profile.every.as_millis() as u64;
-            world.millis(1..2 * mean)
-        });
-        sleep(pause).await;
-        if Instant::now() >= end {
-            return;
-        }
-        let incident = world(|world| *kinds.choose(&mut world.rng).expect("there are kinds"));
-        happen(incident, &conf);
+/// Lets the incidents of a plan happen.
+pub async fn strike(began: Instant, incidents: Vec<Planned>, conf: Arc<Conf>) {
+    for planned in incidents {
+        sleep_until(began + planned.at).await;
+        happen(&planned, &conf);
     }
 }
 
-fn happen(incident: Incident, conf: &Arc<Conf>) {
-    let (machine, lasts) = world(|world| {
-        let machine = world.rng.random_range(0..world.processes.machines.len());
-        let lasts = match world.rng.random_range(0..3) {
-            0 => world.millis(100..2_000),
-            1 => world.millis(2_000..12_000),
-            _ => world.millis(10_000..40_000),
-        };
-        (machine, lasts)
-    });
+fn happen(planned: &Planned, conf: &Arc<Conf>) {
+    let Planned { incident, machine, lasts, seed, .. } = *planned;
+    let rng = &mut StdRng::seed_from_u64(seed);
     trace(|| format!("incident {incident:?} of machine {machine} for {lasts:?}"));
     world(|world| world.bite(name(incident)));
     match incident {
@@ -235,23 +266,18 @@ fn happen(incident: Incident, conf: &Arc<Conf>) {
         Incident::LogTableOutage => outage(Service::LogTable, None, lasts),
         Incident::FunctionTableOutage => outage(Service::FunctionTable, None, lasts),
         Incident::Partition => {
-            let process = world(|world| {
-                let serving = world.processes.serving();
-                serving.choose(&mut world.rng).map(|live| live.process)
-            });
+            let serving = world(|world| world.processes.serving());
+            let process = serving.choose(rng).map(|live| live.process);
             let services = [Service::Redis, Service::Queue, Service::LogTable, Service::FunctionTable];
-            let service = world(|world| *services.choose(&mut world.rng).expect("a constant"));
+            let service = *services.choose(rng).expect("a constant");
             if process.is_some() {
                 outage(service, process, lasts);
             }
         }
         Incident::ClockStep => {
-            let (process, offset, of_redis) = world(|world| {
-                let processes = world.processes.all.len().max(1);
-                let process = ProcessNumber(world.rng.random_range(0..processes));
-                let offset = world.rng.random_range(-1_500_000..1_500_000);
-                (process, offset, world.rng.random_bool(0.3))
-            });
+            let processes = world(|world| world.processes.all.len().max(1));
+            let process = ProcessNumber(rng.random_range(0..processes));
+            let (offset, of_redis) = (rng.random_range(-1_500_000..1_500_000), rng.random_bool(0.3));
             if of_redis {
                 world(|world| world.redis.offset_us = offset);
             } else {

@@ -95,6 +95,9 @@ pub struct LiveNode {
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
     pub disk: Option<Arc<SpillDirs>>,
+    pub conf: Arc<Conf>,
+    /// The jobs that its predecessor left.
+    pub restored: i64,
 }
 
 #[derive(Default)]
@@ -233,7 +236,7 @@ pub fn start(machine: usize, conf: &Arc<Conf>) -> ProcessNumber {
     trace(|| format!("p{} starts on machine {machine}", process.0));
     let conf = Arc::clone(conf);
     spawn_in(process, async move {
-        if let Err(e) = serve(process, machine, &conf).await {
+        if let Err(e) = serve(process, machine, conf).await {
             trace(|| format!("p{} did not start: {e}", process.0));
             // Not in this task: it is one of those that end.
             detach(async move { end(process) });
@@ -250,7 +253,7 @@ pub fn spawn_in(process: ProcessNumber, task: impl Future<Output = ()> + Send + 
     task
 }
 
-async fn serve(process: ProcessNumber, machine: usize, conf: &Conf) -> Result<(), String> {
+async fn serve(process: ProcessNumber, machine: usize, conf: Arc<Conf>) -> Result<(), String> {
     let token = world(|world| world.processes.all[process.0].token);
     let commands = Arc::new(CommandConnection::simulated(Arc::new(Link)));
     let membership = Arc::new(RedisMembership::new(Arc::clone(&commands), "logs", token));
@@ -277,7 +280,7 @@ async fn serve(process: ProcessNumber, machine: usize, conf: &Conf) -> Result<()
     let metrics = Arc::new(Metrics::new(4).map_err(|e| e.to_string())?);
     let parts = EngineParts {
         node,
-        conf,
+        conf: &conf,
         backend: &backend,
         bucket: "code".into(),
         spill_dir: Some(&dir.join("spill")),
@@ -287,6 +290,7 @@ async fn serve(process: ProcessNumber, machine: usize, conf: &Conf) -> Result<()
     let (engine, mut loops) = engine::new(parts).map_err(|e| e.to_string())?;
     let restored = loops.adopter.begin().await.map_err(|e| e.to_string())?;
     trace(|| format!("p{} serves as {node}, {restored} jobs restored", process.0));
+    let restored = i64::try_from(restored).unwrap_or(i64::MAX);
     let disk = loops.disk.clone();
     if let Some(rows) = disk.clone() {
         ambient::spawn(async move {
@@ -302,7 +306,7 @@ async fn serve(process: ProcessNumber, machine: usize, conf: &Conf) -> Result<()
     world(|world| {
         let of = &mut world.processes.all[process.0];
         of.running = Some(running);
-        of.live = Some(Arc::new(LiveNode { process, engine, lifecycle, metrics, disk }));
+        of.live = Some(Arc::new(LiveNode { process, engine, lifecycle, metrics, disk, conf, restored }));
         of.state = ProcessState::Serves;
     });
     Ok(())

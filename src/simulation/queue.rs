@@ -111,8 +111,14 @@ impl JobQueue for SqsStandIn {
             world.truth.resent.extend(resent);
             world.truth.attempted.extend(jobs.iter().map(|job| (job.id, number_of(&job.message))));
         });
+        // Drawn once for the call: if it is applied twice, the queue accepts the same entries.
+        let throttled: Vec<bool> = world(|world| {
+            let probability = world.profile.partial_batches;
+            jobs.iter().map(|_| world.chance(probability)).collect()
+        });
         let sent = call(Service::Queue, "send", move |world| {
-            batch.iter().map(|job| world.enqueue(job)).collect::<Vec<_>>()
+            let entries = batch.iter().zip(&throttled);
+            entries.map(|(job, is_throttled)| world.enqueue(job, *is_throttled)).collect::<Vec<_>>()
         });
         match sent.await {
             Ok(results) => results,
@@ -131,13 +137,12 @@ impl JobQueue for SqsStandIn {
 }
 
 impl World {
-    fn enqueue(&mut self, job: &Job) -> Result<(), SendError> {
+    fn enqueue(&mut self, job: &Job, is_throttled: bool) -> Result<(), SendError> {
         if self.truth.is_refused_by_queue(&job.message) {
             self.bite("message refused by the queue");
             return Err(SendError::Refused("simulated".into()));
         }
-        let probability = self.profile.partial_batches;
-        if self.chance(probability) {
+        if is_throttled {
             self.bite("entry of a batch not sent");
             return Err(SendError::NotSent("simulated: throttled".into()));
         }

@@ -1,6 +1,6 @@
 //! Explains a run that failed: its seed, what happened, and the life of the jobs concerned.
 
-use super::faults::Profile;
+use super::faults::{Plan, Profile};
 use super::world::World;
 use std::fmt::Write;
 
@@ -8,13 +8,15 @@ use std::fmt::Write;
 const VIOLATIONS_MAX: usize = 10;
 const LINES_MAX: usize = 120;
 
-pub fn of(seed: u64, world: &World, violations: &[String]) -> String {
+pub fn of(seed: u64, plan: &Plan, world: &World, violations: &[String]) -> String {
     let mut text = String::new();
     let out = &mut text;
-    let kinds = world.profile.kinds();
     let _ = writeln!(out, "=== seed {seed}: {} violations", violations.len());
     let _ = writeln!(out, "repeat: make sim SEED={seed} RUNS=1 (SIM_TRACE=1 prints everything)");
-    let _ = writeln!(out, "{:?}\nincidents: {kinds:?}", Profile { incidents: 0, ..world.profile });
+    let _ = writeln!(out, "{:?}", Profile { incidents: 0, ..plan.profile });
+    for planned in &plan.incidents {
+        let _ = writeln!(out, "incident: {planned:?}");
+    }
     for violation in violations.iter().take(VIOLATIONS_MAX) {
         let _ = writeln!(out, "  {violation}");
     }

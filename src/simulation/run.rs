@@ -2,9 +2,10 @@
 
 use super::checks;
 use super::clients;
-use super::faults::{self, Profile};
+use super::faults::{self, Plan, Profile};
 use super::process::start_machines;
 use super::report;
+use super::shorten::shorten;
 use super::tables::create_functions;
 use super::workers;
 use super::world::{self, Trace, install, trace, world};
@@ -25,6 +26,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(3);
 /// At rest for this long, so that the last look-ups of late results are made.
 const RESTS_FOR: Duration = Duration::from_secs(130);
 
+/// The exact limit: requests a minute, and how many of them at once.
+pub const EXACT_RATE: u32 = 180;
+pub const EXACT_BURST: u32 = 20;
+
 /// The outcome of a run.
 pub struct Finished {
     pub jobs: u64,
@@ -44,14 +49,19 @@ impl Profile {
         conf.dead_letter.consume = true;
         conf.audit.aside_after_s = 30;
         conf.shutdown.drain_timeout_s = 5;
+        let (mode, rate, burst) = if self.is_exact {
+            (LimitMode::Exact, EXACT_RATE, EXACT_BURST)
+        } else {
+            (LimitMode::Leased, 600, 60)
+        };
         conf.limits = vec![LimitConf {
             name: "simulated".into(),
             identity: Identity::Key,
-            mode: LimitMode::Leased,
+            mode,
             routes: vec!["/run".into()],
-            rate: 600,
+            rate,
             period_s: 60,
-            burst: 60,
+            burst,
             // `local` counts by the real clock.
             on_redis_loss: OnRedisLoss::Closed,
         }];
@@ -82,8 +92,19 @@ fn note_panics() {
     });
 }
 
-/// Makes the run of a seed.
+/// Makes the run of a seed. If it fails, the report explains the shortest run that was found to fail too.
 pub fn run(seed: u64) -> Finished {
+    let plan = Plan::of(seed);
+    let mut finished = make(seed, &plan);
+    let is_short = std::env::var("SIM_SHORTEN").is_ok_and(|text| text == "0");
+    if !finished.violations.is_empty() && !is_short {
+        finished.report = shorten(seed, plan, &finished);
+    }
+    finished
+}
+
+/// Makes the run of a plan.
+pub fn make(seed: u64, plan: &Plan) -> Finished {
     note_panics();
     PANICS.take();
     let directory = Directory::new();
@@ -92,12 +113,12 @@ pub fn run(seed: u64) -> Finished {
         .start_paused(true)
         .build()
         .expect("a runtime");
-    let profile = Profile::of(seed);
+    let profile = plan.profile;
     let (surroundings, guard) = runtime.block_on(async {
         let surroundings = Rc::new(install(seed, profile));
         (Rc::clone(&surroundings), replaced::replace(surroundings))
     });
-    runtime.block_on(go(profile, directory.0.clone()));
+    runtime.block_on(go(plan, directory.0.clone()));
     // The tasks go first: what they drop may reach the world.
     drop(runtime);
     let mut ended = world::take().expect("the world of this run");
@@ -107,7 +128,7 @@ pub fn run(seed: u64) -> Finished {
     let violations = std::mem::take(&mut ended.truth.violations);
     let report = match violations.is_empty() {
         true => String::new(),
-        false => report::of(seed, &ended, &violations),
+        false => report::of(seed, plan, &ended, &violations),
     };
     Finished {
         jobs: ended.truth.on_queue.len() as u64,
@@ -118,12 +139,14 @@ pub fn run(seed: u64) -> Finished {
     }
 }
 
-async fn go(profile: Profile, root: PathBuf) {
+async fn go(plan: &Plan, root: PathBuf) {
+    let Plan { profile, incidents } = plan.clone();
     let conf = Arc::new(profile.conf());
     world(create_functions);
     workers::start();
     start_machines(&root, profile.machines, &conf);
-    let end = Instant::now() + Duration::from_secs(profile.seconds);
+    let began = Instant::now();
+    let end = began + Duration::from_secs(profile.seconds);
     clients::start(end, profile.requests);
     let snapshots = async {
         if profile.has(faults::Incident::RedisRolledBack) {
@@ -131,7 +154,7 @@ async fn go(profile: Profile, root: PathBuf) {
         }
     };
     tokio::join!(
-        faults::strike(end, Arc::clone(&conf)),
+        faults::strike(began, incidents, Arc::clone(&conf)),
         snapshots,
         sleep(Duration::from_secs(profile.seconds))
     );

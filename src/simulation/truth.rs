@@ -24,6 +24,8 @@ pub struct Truth {
     pub is_redis_emptied: bool,
     /// It did so while a node was adopted.
     pub is_emptied_in_adoption: bool,
+    /// When the limiter let requests pass, in microseconds since the run began.
+    pub passed: Vec<u64>,
     pub violations: Vec<String>,
 }
 

@@ -4,7 +4,9 @@
 use super::database::error::integer;
 use super::database::{Database, unsigned};
 use super::store::add_counters;
-use crate::backend::{BackendError, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry};
+use crate::backend::{
+    Addition, BackendError, EndOutcome, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry,
+};
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, now_ms};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, params};
@@ -45,26 +47,29 @@ impl Journal for SqliteJournal {
     }
 
     /// Adds the counters of the jobs in the same transaction, because the functions are in the same file.
-    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
+    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<EndOutcome, BackendError> {
         let ended = ended.to_vec();
         let write = self.0.write(2 * ended.len(), move |c| {
             let mut sums: BTreeMap<FunctionId, Sums> = BTreeMap::new();
-            for EndedJob { id, function, adds, is_lost } in ended {
-                let mut adds = adds;
-                if delete(c, "DELETE FROM inflight WHERE id = ?1", id)? {
+            let mut added = Vec::with_capacity(ended.len());
+            for EndedJob { id, function, adds, is_lost, .. } in ended {
+                let addition = if delete(c, "DELETE FROM inflight WHERE id = ?1", id)? {
                     if is_lost {
                         remember(c, id, &function)?;
                     }
+                    Addition::Whole
                 } else if !is_lost && delete(c, "DELETE FROM given_up WHERE id = ?1", id)? {
-                    adds = adds.after_lost();
+                    Addition::Difference
                 } else {
-                    continue;
-                }
-                *sums.entry(function).or_default() += adds;
+                    Addition::Nothing
+                };
+                *sums.entry(function).or_default() += addition.of(adds);
+                added.push(addition);
             }
-            sums.into_iter().try_for_each(|(function, sums)| add_counters(c, &function, sums))
+            sums.into_iter().try_for_each(|(function, sums)| add_counters(c, &function, sums))?;
+            Ok(EndOutcome::Each(added))
         });
-        Ok(write.await.map(|()| true)?)
+        Ok(write.await?)
     }
 
     async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
@@ -190,11 +195,13 @@ mod tests {
             function: FunctionId::parse(function).unwrap(),
             adds,
             is_lost: false,
+            is_shared: false,
         };
         // The third job was never journaled. The function of the second one does not exist.
         let all = [ended(&jobs[0], "f"), ended(&jobs[0], "f"), ended(&jobs[1], "gone"), ended(&jobs[2], "f")];
-        for _ in 0..2 {
-            assert_eq!(journal.end(NodeId(7), &all).await, Ok(true));
+        let (whole, nothing) = (Addition::Whole, Addition::Nothing);
+        for added in [[whole, nothing, whole, nothing], [nothing; 4]] {
+            assert_eq!(journal.end(NodeId(7), &all).await, Ok(EndOutcome::Each(added.into())));
         }
         let counters = functions.get(&there.id).await.unwrap().unwrap().counters;
         let expected =
@@ -218,6 +225,7 @@ mod tests {
             function: there.id.clone(),
             adds,
             is_lost,
+            is_shared: false,
         };
         let lost = Sums { invocations: 1, errors: 1, ..Sums::default() };
         let real = Sums { invocations: 1, duration_us: 2000, ..Sums::default() };

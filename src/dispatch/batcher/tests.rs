@@ -1,5 +1,5 @@
 use super::*;
-use crate::backend::{EndedJob, Journal, JournalEntry, QueueTraits};
+use crate::backend::{EndOutcome, EndedJob, Journal, JournalEntry, QueueTraits};
 use crate::config::Conf;
 use crate::dispatch::Permits;
 use crate::model::{IdempotencyKey, JobId, NodeId, Outcome};
@@ -77,8 +77,8 @@ impl Journal for SetJournal {
         Ok(())
     }
 
-    async fn end(&self, _: NodeId, _: &[EndedJob]) -> Result<bool, BackendError> {
-        Ok(true)
+    async fn end(&self, _: NodeId, _: &[EndedJob]) -> Result<EndOutcome, BackendError> {
+        Ok(EndOutcome::AllAdded)
     }
 
     async fn given_up(&self, _: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
@@ -326,7 +326,7 @@ async fn the_journal_may_be_cleared_twice_at_once() {
     let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
     let jobs = [1, 2].map(|n| JobId::new(NodeId(1), 1, n));
     fixture.journal.held.lock().extend(jobs);
-    fixture.leaves.leave(&jobs);
+    fixture.leaves.leave(jobs.map(|id| (id, u64::MAX)));
     tokio::join!(fixture.leaves.clear(), fixture.leaves.clear());
     assert!(fixture.leaves.leaving().is_empty() && fixture.journal.held.lock().is_empty());
 }

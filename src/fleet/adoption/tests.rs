@@ -4,9 +4,9 @@
 use super::*;
 use crate::audit::{self, Stores};
 use crate::backend::{
-    Claim, Claims, EndedJob, ExecutionStore, FleetState, FunctionPage, FunctionStore, FunctionWrite,
-    FunctionWriteOutcome, Journal, LeaseOutcome, LeaseRenewal, LogPage, LogQuery, NumberedSums, Predecessor,
-    ResultEvent, Results, StoredClaim, UnpostedSums,
+    Addition, Claim, Claims, EndOutcome, EndedJob, ExecutionStore, FleetState, FunctionPage, FunctionStore,
+    FunctionWrite, FunctionWriteOutcome, Journal, LeaseOutcome, LeaseRenewal, LogPage, LogQuery,
+    NumberedSums, Predecessor, ResultEvent, Results, StoredClaim, UnpostedSums,
 };
 use crate::config::Conf;
 use crate::model::{Execution, Function, IdempotencyKey, Job, Outcome, Recommendation, RowId, Sums};
@@ -91,27 +91,32 @@ impl Journal for Store {
         Ok(())
     }
 
-    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
+    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<EndOutcome, BackendError> {
         if self.ends_fail.load(Ordering::Relaxed) {
             return Err(unavailable());
         }
-        let is_whole = self.with(node, |data| {
-            for EndedJob { id, function, adds, is_lost } in ended.iter().filter(|_| data.is_whole) {
-                let adds = if data.in_flight.remove(id).is_some() {
+        let outcome = self.with(node, |data| {
+            if !data.is_whole {
+                return EndOutcome::Incomplete;
+            }
+            let mut added = Vec::new();
+            for EndedJob { id, function, adds, is_lost, .. } in ended {
+                let addition = if data.in_flight.remove(id).is_some() {
                     if *is_lost {
                         data.given_up.insert(*id, function.clone());
                     }
-                    *adds
+                    Addition::Whole
                 } else if !is_lost && data.given_up.remove(id).is_some() {
-                    adds.after_lost()
+                    Addition::Difference
                 } else {
-                    continue;
+                    Addition::Nothing
                 };
-                *data.sums.entry(function.clone()).or_default() += adds;
+                *data.sums.entry(function.clone()).or_default() += addition.of(*adds);
+                added.push(addition);
             }
-            data.is_whole
+            EndOutcome::Each(added)
         });
-        self.answer(&self.ends_unanswered, is_whole)
+        self.answer(&self.ends_unanswered, outcome)
     }
 
     async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {

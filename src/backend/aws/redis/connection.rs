@@ -10,7 +10,9 @@
 //! the network delivers them late. If its repetition on a new connection runs first, the old one then undoes
 //! what came after it. For example, it enters a job in the journal that has left it, and the job would be
 //! counted twice. So a new connection first makes the server close the connections that it replaces (CLIENT
-//! KILL). What they have not run by then never runs.
+//! KILL). What they have not run by then never runs. The same holds for a process that has died or stands
+//! still: it leaves the address of its connection in Redis, and whoever takes over its node closes that
+//! connection first (see [`CommandConnection::sign`]).
 
 #[cfg(test)]
 use super::simulated::{RedisLink, SimulatedConnection};
@@ -178,6 +180,8 @@ struct ConnectionState {
     connection: Option<Connection>,
     /// The client address of the connection, as the server sees it. `None`: the server does not tell.
     address: Option<String>,
+    /// The key that holds the address, for successors of this process, and its expiry in seconds.
+    signature: Option<(String, u64)>,
     /// The addresses of former connections that the server may still serve.
     dropped: VecDeque<String>,
     /// The server does not close connections for this user. Logged once.
@@ -267,6 +271,32 @@ impl CommandConnection {
         })
     }
 
+    /// Stores the address of this connection, and of those that replace it, under a key.
+    pub async fn sign(&self, key: String, expiry_s: u64) -> Result<(), BackendError> {
+        self.state().signature = Some((key, expiry_s));
+        let sign = async |mut connection| self.store_address(&mut connection).await;
+        self.run(sign).await
+    }
+
+    async fn store_address(&self, connection: &mut Connection) -> Result<(), RedisError> {
+        let (signature, address) = {
+            let state = self.state();
+            (state.signature.clone(), state.address.clone())
+        };
+        let (Some((key, expiry_s)), Some(address)) = (signature, address) else { return Ok(()) };
+        redis::cmd("SET").arg(key).arg(address).arg("EX").arg(expiry_s).query_async(connection).await
+    }
+
+    /// Makes the server close the connection whose address is under a key, if that is not this one.
+    pub async fn close_signed(&self, key: &str) -> Result<(), BackendError> {
+        let signed: Option<String> = self.query(redis::cmd("GET").arg(key)).await?;
+        let Some(address) = signed.filter(|signed| self.state().address.as_ref() != Some(signed)) else {
+            return Ok(());
+        };
+        let kill = async |mut connection| self.close(&mut connection, &address).await;
+        self.run(kill).await
+    }
+
     pub async fn ping(&self) -> Result<(), BackendError> {
         self.query::<()>(&redis::cmd("PING")).await
     }
@@ -288,20 +318,22 @@ impl CommandConnection {
         let connected = async {
             let mut connection = self.connect().await?;
             let address = self.close_former(&mut connection).await?;
-            Ok::<_, RedisError>((connection, address))
+            self.state().address = address;
+            self.store_address(&mut connection).await?;
+            Ok::<_, RedisError>(connection)
         };
         let connected = connected.await;
         let mut state = self.state();
         match connected {
-            Ok((connection, address)) => {
+            Ok(connection) => {
                 state.number += 1;
-                state.address = address;
                 state.connection = Some(connection.clone());
                 state.failed = None;
                 Ok((connection, state.number))
             }
             Err(error) => {
                 let error = class(&error);
+                state.drop_connection();
                 state.failed = Some((Instant::now(), error.clone()));
                 Err(error)
             }
@@ -314,13 +346,16 @@ impl CommandConnection {
         let Some(info) = self.unless_denied(info)? else { return Ok(None) };
         loop {
             let Some(former) = self.state().dropped.front().cloned() else { break };
-            let mut kill = redis::cmd("CLIENT");
-            kill.arg("KILL").arg("ADDR").arg(&former);
-            let killed = kill.query_async::<u64>(connection).await;
-            self.unless_denied(killed)?;
+            self.close(connection, &former).await?;
             self.state().dropped.retain(|address| *address != former);
         }
         Ok(info.split(' ').find_map(|part| part.strip_prefix("addr=")).map(str::to_owned))
+    }
+
+    async fn close(&self, connection: &mut Connection, address: &str) -> Result<(), RedisError> {
+        let mut kill = redis::cmd("CLIENT");
+        let killed = kill.arg("KILL").arg("ADDR").arg(address).query_async::<u64>(connection).await;
+        self.unless_denied(killed).map(drop)
     }
 
     /// `None`: the user may not call the command, or this version of Redis does not have it.

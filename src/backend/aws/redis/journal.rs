@@ -11,13 +11,13 @@
 use super::connection::CommandConnection;
 use crate::backend::aws::dynamodb::functions::{CounterStore, PostNumber};
 use crate::backend::{
-    BackendError, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry, JournalState, NumberedSums,
-    POSTED_MAX, UnpostedSums,
+    Addition, BackendError, EndOutcome, EndedJob, GIVEN_UP_KEPT, GIVEN_UP_MAX, Journal, JournalEntry,
+    JournalState, NumberedSums, POSTED_MAX, UnpostedSums,
 };
 use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Sums, UnixMs, now_ms};
 use async_trait::async_trait;
 use futures_util::StreamExt;
-use redis::{Cmd, Script, cmd};
+use redis::{Cmd, Script, Value, cmd};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -107,12 +107,21 @@ impl Journal for RedisJournal {
         Ok(())
     }
 
-    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
+    async fn end(&self, node: NodeId, ended: &[EndedJob]) -> Result<EndOutcome, BackendError> {
         let mut call = self.end.prepare_invoke();
-        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(UNPOSTED, node)).key(key(GIVEN_UP, node));
+        call.key(key(INFLIGHT, node)).key(key(WHOLE, node)).key(key(UNPOSTED, node));
+        call.key(key(GIVEN_UP, node)).key(key(COUNTED, node));
         call.arg(GIVEN_UP_MAX).arg(GIVEN_UP_KEPT.as_secs()).arg(ended_text(ended));
         let call = &call;
-        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+        let answer: Value =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        Ok(match answer {
+            Value::Int(0) => EndOutcome::Incomplete,
+            Value::BulkString(digits) if digits.len() == ended.len() => {
+                EndOutcome::Each(digits.into_iter().map(addition).collect())
+            }
+            _ => EndOutcome::AllAdded,
+        })
     }
 
     async fn given_up(&self, node: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {
@@ -272,6 +281,8 @@ pub const UNPOSTED: &str = "unposted";
 pub const POSTING: &str = "posting";
 const LAST_NUMBER: &str = "posting:last";
 pub const GIVEN_UP: &str = "givenup";
+/// Jobs that several nodes may have sent, and that have counted.
+const COUNTED: &str = "counted";
 
 /// Splits the items into runs with the same node.
 fn by_node<T>(items: &[T], id: impl Fn(&T) -> JobId + Copy) -> impl Iterator<Item = (NodeId, &[T])> {
@@ -293,17 +304,25 @@ pub fn entry_text(deadline: UnixMs, function: &FunctionId, key: Option<&Idempote
     text
 }
 
+fn addition(digit: u8) -> Addition {
+    match digit {
+        b'1' => Addition::Whole,
+        b'2' => Addition::Difference,
+        _ => Addition::Nothing,
+    }
+}
+
 /// Ended jobs, one per line. One text, because Redis would copy each part three times if it were a separate
 /// argument.
 fn ended_text(ended: &[EndedJob]) -> String {
     let mut text = String::with_capacity(ENTRY_BYTES * ended.len());
-    for EndedJob { id, function, adds, is_lost } in ended {
+    for EndedJob { id, function, adds, is_lost, is_shared } in ended {
         let Sums { errors, duration_us, handler_invocations, handler_us, .. } = adds;
         text.push_str(id.text(&mut [0; JobId::TEXT_BYTES]));
-        let lost = u8::from(*is_lost);
+        let flag = u8::from(*is_lost) + 2 * u8::from(*is_shared);
         // Writing to a String cannot fail.
         let _ =
-            writeln!(text, " {function} {errors} {duration_us} {handler_invocations} {handler_us} {lost}");
+            writeln!(text, " {function} {errors} {duration_us} {handler_invocations} {handler_us} {flag}");
     }
     text
 }

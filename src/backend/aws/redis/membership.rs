@@ -4,6 +4,8 @@
 //! * `adopted:{<node>}`: the node that has adopted the jobs of `<node>`.
 //! * `whole:{<node>}`: the completeness marker of its journal.
 //! * `telling:{<node>}`: exists while its journal is being restored after a loss of data.
+//! * `link:{<node>}`: the address of the connection of its process, as Redis shows it. Who takes over the
+//!   node closes that connection first, so that no command of the process runs later.
 //!
 //! Two more keys per node are in the slot of the set and last as long as a lease:
 //!
@@ -41,6 +43,9 @@ end
 redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, '', '0', '0'}";
+
+/// The address of the connection of the process that holds the lease.
+const LINK: &str = "link";
 
 /// The restore marker: if it vanishes, Redis has lost its data again during the restore.
 const TELLING: &str = "telling";
@@ -139,6 +144,8 @@ impl Membership for RedisMembership {
         let (is_taken, process, until, left): (bool, String, UnixMs, u64) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         if is_taken {
+            self.commands.close_signed(&key(LINK, node)).await?;
+            self.commands.sign(key(LINK, node), WHOLE_KEPT_S).await?;
             return Ok(LeaseOutcome::Yes);
         }
         let process = ProcessToken::parse(&process);
@@ -165,7 +172,12 @@ impl Membership for RedisMembership {
         let mut call = self.adopt.prepare_invoke();
         call.key(key(ADOPTED, dead)).arg(by.to_string()).arg(millis(lease));
         let call = &call;
-        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+        let is_adopter =
+            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
+        if is_adopter {
+            self.commands.close_signed(&key(LINK, dead)).await?;
+        }
+        Ok(is_adopter)
     }
 
     async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {

@@ -6,7 +6,8 @@ use crate::backend::aws::redis::connection::CommandConnection;
 use crate::backend::aws::redis::journal::RedisJournal;
 use crate::backend::aws::redis::membership::RedisMembership;
 use crate::backend::{
-    BackendError, EndedJob, FleetState, Journal, LeaseRenewal, Membership, NumberedSums, UnpostedSums,
+    Addition, BackendError, EndOutcome, EndedJob, FleetState, Journal, LeaseRenewal, Membership,
+    NumberedSums, UnpostedSums,
 };
 use crate::model::{FunctionId, Job, JobId, NodeId, ProcessToken, Sums};
 use async_trait::async_trait;
@@ -247,12 +248,13 @@ async fn the_journal_and_the_membership_run_on_it() {
 
     let sums =
         Sums { invocations: 1, errors: 0, duration_us: 7000, handler_invocations: 1, handler_us: 5000 };
-    let ended = EndedJob { id, function: function.clone(), adds: sums, is_lost: false };
-    assert_eq!(journal.end(node, from_ref(&ended)).await, Ok(false), "the journal is not complete");
+    let ended = EndedJob { id, function: function.clone(), adds: sums, is_lost: false, is_shared: false };
+    let outcome = journal.end(node, from_ref(&ended)).await;
+    assert_eq!(outcome, Ok(EndOutcome::Incomplete), "the journal is not complete");
     membership.begin_restore(node, 1).await.unwrap();
     assert_eq!(membership.finish_restore(node, 1).await, Ok(true));
-    for _ in 0..2 {
-        assert_eq!(journal.end(node, from_ref(&ended)).await, Ok(true));
+    for outcome in [EndOutcome::AllAdded, EndOutcome::Each(vec![Addition::Nothing])] {
+        assert_eq!(journal.end(node, from_ref(&ended)).await, Ok(outcome));
     }
     assert_eq!(journal.entries(node).await, Ok(Vec::new()));
     let unposted = UnpostedSums { numbered: Vec::new(), sums: vec![(function.clone(), sums)] };

@@ -24,9 +24,9 @@ pub use infra_controller::model::{
 use infra_controller::api::{Api, ApiParts};
 use infra_controller::audit::{self, Audit, RowsStored, Stores};
 use infra_controller::backend::{
-    Backend, BackendError, Decision, EndedJob, ExecutionStore, FunctionPage, FunctionStore, FunctionWrite,
-    FunctionWriteOutcome, Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore, LogPage, LogQuery,
-    QueueTraits, ResultEvent, Results, SendError, embedded,
+    Backend, BackendError, Decision, EndOutcome, EndedJob, ExecutionStore, FunctionPage, FunctionStore,
+    FunctionWrite, FunctionWriteOutcome, Grant, JobQueue, Journal, JournalEntry, LeaseCall, LimitStore,
+    LogPage, LogQuery, QueueTraits, ResultEvent, Results, SendError, embedded,
 };
 use infra_controller::catalogue::Catalogue;
 use infra_controller::config::{Conf, Live, Secret};
@@ -111,9 +111,9 @@ impl Journal for Instantly {
         Ok(())
     }
 
-    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<bool, BackendError> {
+    async fn end(&self, _: NodeId, ended: &[EndedJob]) -> Result<EndOutcome, BackendError> {
         black_box(ended);
-        Ok(true)
+        Ok(EndOutcome::AllAdded)
     }
 
     async fn given_up(&self, _: NodeId) -> Result<Vec<(JobId, FunctionId)>, BackendError> {

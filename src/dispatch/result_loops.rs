@@ -4,7 +4,7 @@ use super::in_flight::InFlight;
 use super::journal::NodeJournal;
 use super::settler::{LOOKUPS_PER_TICK, Settler};
 use crate::backend::{ResultEvent, Results};
-use crate::model::{JobId, Outcome};
+use crate::model::JobId;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{MissedTickBehavior, interval};
@@ -28,7 +28,7 @@ impl Pump {
         let settler = self.settler;
         loop {
             match self.results.next().await {
-                ResultEvent::Published { id, payload } => settler.settle(id, Outcome::new(payload)),
+                ResultEvent::Published { id, payload } => settler.hear(id, payload),
                 ResultEvent::Malformed => settler.count_malformed(),
                 ResultEvent::Subscribed => settler.subscribed(),
                 ResultEvent::Subscription(state) => settler.note_subscription(state),

@@ -68,6 +68,16 @@ impl Settler {
         Ok(self.results.stored(&[id]).await?.pop().flatten())
     }
 
+    /// Accepts a publication. A late result counts only after it is stored, because a process that takes this
+    /// job over must find it again. So its publication only wakes up a look-up.
+    pub fn hear(&self, id: JobId, payload: Bytes) {
+        if self.in_flight.is_remembered(id) && self.in_flight.awaited(id).is_none() {
+            self.schedule.plan(id, schedule::FIRST);
+        } else {
+            self.settle(id, Outcome::new(payload));
+        }
+    }
+
     /// Accepts a result from any source. Answers the waiters, and queues the row in the audit.
     pub fn settle(&self, id: JobId, outcome: Outcome) {
         // Parsed before the waiters get it, so that they need not parse it again.

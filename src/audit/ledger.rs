@@ -26,8 +26,8 @@ use super::batch::{Batch, RowOrigin};
 use super::record::Stores;
 use crate::ambient;
 use crate::backend::{
-    Addition, BackendError, ENDED_MAX, EndOutcome, EndedJob, FunctionStore, Journal, NumberedSums,
-    POSTED_MAX, UnpostedSums,
+    Addition, BackendError, ENDED_MAX, EndOutcome, EndedJob, FunctionStore, Journal, Membership,
+    NumberedSums, POSTED_MAX, UnpostedSums,
 };
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId, NodeId, Recommendation, Sums};
@@ -68,6 +68,7 @@ type PendingRecommendation = Option<Box<Recommendation>>;
 pub struct Ledger {
     journal: Arc<dyn Journal>,
     functions: Arc<dyn FunctionStore>,
+    membership: Option<Arc<dyn Membership>>,
     disk: Option<Arc<SpillDirs>>,
     metrics: Arc<Metrics>,
     max: usize,
@@ -212,12 +213,12 @@ impl Ledger {
         metrics: Arc<Metrics>,
         max: usize,
     ) -> Self {
-        let Stores { journal, functions, .. } = stores;
+        let Stores { journal, functions, membership, .. } = stores;
         let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
         let mut books = LedgerState::new();
         books.late.extend(disk.iter().flat_map(|disk| disk.late()));
         let books = Mutex::new(books);
-        Self { journal, functions, disk, metrics, max, books, turn, posting }
+        Self { journal, functions, membership, disk, metrics, max, books, turn, posting }
     }
 
     /// Adds executions whose rows are written.
@@ -378,6 +379,10 @@ impl Ledger {
         for node in nodes {
             while let Some(ended) = self.some_ended(node) {
                 let _turn = self.turn.lock().await;
+                if let Err(e) = self.list_again(node, &ended).await {
+                    tracing::debug!(error = %e, "Late results stay in the ledger; retrying");
+                    return;
+                }
                 // Set before the call, so that it is also set if the future is dropped.
                 self.books().unsure.insert(node);
                 match self.journal.end(node, &ended).await {
@@ -395,6 +400,19 @@ impl Ledger {
                     }
                 }
             }
+        }
+    }
+
+    /// Lists a node again before late results add to its sums. After a node has died and all its jobs have
+    /// ended, it is not listed any more, and if this process died too, no other node would look for the sums.
+    async fn list_again(&self, node: NodeId, ended: &[EndedJob]) -> Result<(), BackendError> {
+        let has_late = {
+            let books = self.books();
+            ended.iter().any(|job| books.late.contains_key(&job.id))
+        };
+        match &self.membership {
+            Some(membership) if has_late => membership.relist(node).await.map(drop),
+            _ => Ok(()),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The record of one execution, and the stores to which the audit writes it.
 
-use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal};
+use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal, Membership};
 use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
 use bytes::Bytes;
 use std::sync::Arc;
@@ -45,6 +45,8 @@ pub struct Stores {
     pub claims: Arc<dyn Claims>,
     pub journal: Arc<dyn Journal>,
     pub functions: Arc<dyn FunctionStore>,
+    /// `None`: there is only this node.
+    pub membership: Option<Arc<dyn Membership>>,
 }
 
 impl From<&Backend> for Stores {
@@ -54,6 +56,7 @@ impl From<&Backend> for Stores {
             claims: Arc::clone(&backend.claims),
             journal: Arc::clone(&backend.journal),
             functions: Arc::clone(&backend.functions),
+            membership: backend.membership.clone(),
         }
     }
 }

@@ -224,7 +224,13 @@ fn audit_with(
 
 fn stores(tables: &Arc<Tables>) -> Stores {
     let tables = || Arc::clone(tables);
-    Stores { executions: tables(), claims: tables(), journal: tables(), functions: tables() }
+    Stores {
+        executions: tables(),
+        claims: tables(),
+        journal: tables(),
+        functions: tables(),
+        membership: None,
+    }
 }
 
 /// Both loops until `stop`, and to their ends.

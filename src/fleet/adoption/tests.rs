@@ -369,7 +369,8 @@ impl Fixture {
         let conf = Conf::shipped().unwrap();
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let of = || Arc::clone(store);
-        let stores = Stores { executions: of(), claims: of(), journal: of(), functions: of() };
+        let stores =
+            Stores { executions: of(), claims: of(), journal: of(), functions: of(), membership: Some(of()) };
         let lease = Arc::new(NodeLease::lapsed());
         let (audit, books) = audit::new(&conf.memory, stores, None, Arc::clone(&lease), Arc::clone(&metrics));
         let (jobs, lookups, rows) = NodeJobs::without_queue(of(), of(), &lease, audit, &metrics);

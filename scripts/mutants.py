@@ -206,8 +206,8 @@ MUTANTS = [
     (
         "a new connection to Redis does not close the former one",
         "src/backend/aws/redis/connection.rs",
-        "            let killed = kill.query_async::<u64>(connection).await;",
-        "            let killed = Ok::<u64, redis::RedisError>(0);",
+        "            self.close(connection, &former).await?;",
+        "",
     ),
     (
         "rows of shared jobs are written unconditionally",
@@ -220,6 +220,44 @@ MUTANTS = [
         "src/dispatch/dispatcher.rs",
         "            membership.entrust(node).await.map_err(|_| SubmitError::Unavailable)?;",
         "            let _ = membership;",
+    ),
+    (
+        "the connection of a dead process is not closed",
+        "src/backend/aws/redis/membership.rs",
+        "            self.commands.close_signed(&key(LINK, node)).await?;",
+        "",
+    ),
+    (
+        "a late result counts before it is stored",
+        "src/dispatch/settler.rs",
+        "        if !is_late {",
+        "        if true {",
+    ),
+    (
+        "late results add to the sums of a node that nobody lists",
+        "src/audit/ledger.rs",
+        "            Some(membership) if has_late => membership.relist(node).await.map(drop),",
+        "            Some(_) if has_late && false => Ok(()),",
+    ),
+    (
+        "a node does not expect others to send its jobs again",
+        "src/dispatch/in_flight.rs",
+        "        self.shared || may_be_resent()",
+        "        let _ = may_be_resent;\n        self.shared",
+    ),
+    (
+        "an adopted node is forgotten when Redis loses the list",
+        "src/fleet/adoption.rs",
+        "            if store.relist(node).await? {\n                self.mend(store, node).await?;\n            } else {\n"
+        "                self.adopted.remove(&node);",
+        "            self.adopted.remove(&node);\n            if store.relist(node).await? {\n"
+        "                self.mend(store, node).await?;\n            } else {",
+    ),
+    (
+        "a failed resend keeps its job from leaving",
+        "src/dispatch/in_flight.rs",
+        "            (entry.unsent, entry.resending) = (true, false);",
+        "            entry.unsent = true;",
     ),
     (
         "rows of a full queue are dropped",

@@ -60,6 +60,12 @@ pub trait Results: Send + Sync {
     /// no result is stored.
     async fn stored(&self, ids: &[JobId]) -> Result<Vec<Option<Bytes>>, BackendError>;
 
+    /// Stores the result of a job unless one is stored. Workers do that themselves; a worker that has died
+    /// after it published a result does not. A store that workers write before they publish needs nothing.
+    async fn store(&self, _id: JobId, _result: &Bytes) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Reads the stored result of a job of the old controller, whose id is not a [`JobId`].
     async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError>;
 

@@ -6,21 +6,23 @@
 //!
 //! A DashMap guard locks a shard, so none is held across an await.
 
-use super::caps::Permit;
+mod entry;
+
+pub use entry::Permits;
+
 use crate::ambient;
 use crate::audit::KeyedResult;
-use crate::backend::{JournalEntry, STORED_RESULT_BYTES_MAX};
+use crate::backend::JournalEntry;
 use crate::dispatch::given_up::LostJobs;
 use crate::dispatch::recent::{RecentResults, SHARDS};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, IdempotencyKey, Job, JobId, NodeId, Outcome, UnixMs, now_ms};
+use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
-use smallvec::SmallVec;
+use entry::InFlightJob;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -33,96 +35,9 @@ const LOST_SHARDS: usize = 16;
 /// Maximum number of attempts to count the jobs at a moment when none enters or leaves.
 const RECKONINGS_MAX: usize = 32;
 
-/// Another node sends a job with an idempotency key again this long after its acceptance at the earliest.
-const RESENT_AFTER: Duration = Duration::from_secs(2);
-
-fn age(id: JobId) -> Duration {
-    Duration::from_millis(now_ms().saturating_sub(id.accepted_at()))
-}
-
 /// The table has no room for another job.
 #[derive(Debug, PartialEq, Eq)]
 pub struct TableFull;
-
-/// One accepted job. It takes 64 bytes with its key, because a million jobs may be in flight.
-struct InFlightJob {
-    function: FunctionId,
-    deadline: UnixMs,
-    /// Boxed, because few jobs have it.
-    more: Option<Box<OptionalParts>>,
-    waiters: Vec<oneshot::Sender<Outcome>>,
-    /// A result has arrived, and its row is not written yet.
-    settled: bool,
-    /// It is not known whether the queue received the job, because its send was not answered or its process
-    /// ended.
-    unconfirmed: bool,
-    /// The send has definitely failed, and the idempotency key of the job is not released yet.
-    unsent: bool,
-    /// Another node may end the job too: it was restored, sent again, or the lease of this node has lapsed.
-    shared: bool,
-    /// This process is sending the job again. Until that is done, the entry is not returned to another node.
-    resending: bool,
-    /// Its claim says that it was sent, so no other node sends it again.
-    claimed_sent: bool,
-}
-
-/// The parts of an entry that few jobs have.
-#[derive(Default)]
-struct OptionalParts {
-    idempotency_key: Option<IdempotencyKey>,
-    held: Permits,
-}
-
-/// The slots that a job holds under the caps of its function and its API key.
-pub type Permits = SmallVec<[Permit; 2]>;
-
-impl InFlightJob {
-    fn of(job: &Job, held: Permits, waiters: Vec<oneshot::Sender<Outcome>>) -> Self {
-        Self::new(job.function.clone(), job.deadline, job.idempotency_key.as_deref().copied(), held, waiters)
-    }
-
-    fn new(
-        function: FunctionId,
-        deadline: UnixMs,
-        idempotency_key: Option<IdempotencyKey>,
-        held: Permits,
-        waiters: Vec<oneshot::Sender<Outcome>>,
-    ) -> Self {
-        let has_more = idempotency_key.is_some() || !held.is_empty();
-        let more = has_more.then(|| Box::new(OptionalParts { idempotency_key, held }));
-        Self {
-            function,
-            deadline,
-            more,
-            waiters,
-            settled: false,
-            unconfirmed: false,
-            unsent: false,
-            shared: false,
-            resending: false,
-            claimed_sent: false,
-        }
-    }
-
-    /// Whether another node may end the job too. It may also have sent it again without this node knowing it
-    /// yet, if the claim did not say in time that it was sent.
-    fn is_shared(&self, id: JobId) -> bool {
-        let may_be_resent =
-            || self.idempotency_key().is_some() && !self.claimed_sent && age(id) >= RESENT_AFTER;
-        self.shared || may_be_resent()
-    }
-
-    fn idempotency_key(&self) -> Option<IdempotencyKey> {
-        self.more.as_ref().and_then(|more| more.idempotency_key)
-    }
-
-    /// The result to be stored with the idempotency key, if the job has one and the result is not too large.
-    fn kept(&self, outcome: &Outcome) -> Option<Box<KeyedResult>> {
-        let result = outcome.published();
-        let key = self.idempotency_key().filter(|_| result.len() <= STORED_RESULT_BYTES_MAX)?;
-        Some(Box::new(KeyedResult { key, result: result.clone() }))
-    }
-}
 
 /// The outcome of [`InFlight::join`].
 pub enum JoinOutcome {

@@ -64,8 +64,8 @@ impl NodeJournal {
     /// future is dropped.
     pub async fn clear(&self) {
         loop {
-            // If the lease has lapsed, another node may have adopted a job. After the deadline of the job it may
-            // have ended it as LOST, and the job counts when it leaves the journal there.
+            // If the lease has lapsed, another node may have adopted a job. After the deadline of the job it
+            // may have ended it as LOST, and the job counts when it leaves the journal there.
             let before = self.leaves().len();
             let now = now_ms() + CLOCKS_DIFFER;
             let may_be_lost =

@@ -65,6 +65,7 @@ impl Lookups {
             }
             let now = missed.split_off(missed.len().saturating_sub(LOOKUPS_PER_TICK));
             missed.extend(self.settler.look_up(&now).await);
+            self.settler.store_late().await;
             self.settler.look_up_due().await;
         }
     }

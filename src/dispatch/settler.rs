@@ -10,7 +10,8 @@ use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommen
 use crate::node_lease::NodeLease;
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use std::collections::HashSet;
+use parking_lot::Mutex;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -20,6 +21,9 @@ const LOOKUP_CALLS_MAX: usize = 4;
 /// second.
 pub const LOOKUPS_PER_TICK: usize = 2048;
 
+/// Maximum number of late results that wait to be stored.
+const HEARD_LATE_MAX: usize = 1024;
+
 /// Settles results. Shared by the pump, the look-ups and `/status`.
 pub struct Settler {
     in_flight: Arc<InFlight>,
@@ -28,6 +32,8 @@ pub struct Settler {
     audit: Audit,
     lease: Arc<NodeLease>,
     metrics: Arc<Metrics>,
+    /// Late results that were published, and are not stored yet.
+    heard_late: Mutex<VecDeque<(JobId, Bytes)>>,
     /// The subscription was established again, so every job in flight must be looked up.
     resubscribed: AtomicBool,
 }
@@ -41,7 +47,8 @@ impl Settler {
         lease: Arc<NodeLease>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { in_flight, schedule, results, audit, lease, metrics, resubscribed: AtomicBool::new(false) }
+        let (heard_late, resubscribed) = (Mutex::default(), AtomicBool::new(false));
+        Self { in_flight, schedule, results, audit, lease, metrics, heard_late, resubscribed }
     }
 
     #[cfg(test)]
@@ -68,13 +75,33 @@ impl Settler {
         Ok(self.results.stored(&[id]).await?.pop().flatten())
     }
 
-    /// Accepts a publication. A late result counts only after it is stored, because a process that takes this
-    /// job over must find it again. So its publication only wakes up a look-up.
+    /// Accepts a publication. A late result counts only after it is stored, because a process that takes its
+    /// job over must find it again. Its worker may have died before it stored it, so this node does that.
     pub fn hear(&self, id: JobId, payload: Bytes) {
-        if self.in_flight.is_remembered(id) && self.in_flight.awaited(id).is_none() {
-            self.schedule.plan(id, schedule::FIRST);
-        } else {
+        let is_late = self.in_flight.is_remembered(id) && self.in_flight.awaited(id).is_none();
+        if !is_late {
+            return self.settle(id, Outcome::new(payload));
+        }
+        let mut heard_late = self.heard_late.lock();
+        // Beyond the bound a scheduled look-up finds the result, if it is stored.
+        if heard_late.len() < HEARD_LATE_MAX {
+            heard_late.push_back((id, payload));
+        }
+    }
+
+    /// Stores the late results that were published, and settles them.
+    pub async fn store_late(&self) {
+        loop {
+            let Some((id, payload)) = self.heard_late.lock().front().cloned() else { return };
+            if self.in_flight.is_remembered(id)
+                && let Err(e) = self.results.store(id, &payload).await
+            {
+                tracing::debug!(requestId = %id, error = %e, "Late result not stored; retrying");
+                return;
+            }
             self.settle(id, Outcome::new(payload));
+            // Only one task takes them.
+            self.heard_late.lock().pop_front();
         }
     }
 

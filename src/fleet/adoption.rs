@@ -294,8 +294,8 @@ impl Adopter {
     async fn look_after(&mut self, store: &dyn Membership, lapsed: Vec<NodeId>) -> Result<(), BackendError> {
         let gone: Vec<NodeId> = self.adopted.keys().filter(|node| !lapsed.contains(node)).copied().collect();
         for node in gone {
-            // If it was not listed, the store has lost its data, and perhaps only this node knows the jobs. The
-            // node stays adopted until it is seen to be back.
+            // If it was not listed, the store has lost its data, and perhaps only this node knows the jobs.
+            // The node stays adopted until it is seen to be back.
             if store.relist(node).await? {
                 self.mend(store, node).await?;
             } else {

@@ -74,6 +74,10 @@ impl Results for SimulatedResults {
         self.stored.stored(ids).await
     }
 
+    async fn store(&self, id: JobId, result: &Bytes) -> Result<(), BackendError> {
+        self.stored.store(id, result).await
+    }
+
     async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError> {
         self.stored.stored_foreign(request_id).await
     }

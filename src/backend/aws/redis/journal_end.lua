@@ -41,10 +41,12 @@ local are_given_up = redis.call('EXISTS', KEYS[4]) == 1
 
 -- Whether a shared job counts now for the first time.
 local function is_first(id)
-  if redis.call('HLEN', KEYS[5]) >= tonumber(ARGV[1]) then return true end
-  local is_new = redis.call('HSET', KEYS[5], id, '') == 1
-  redis.call('EXPIRE', KEYS[5], kept)
-  return is_new
+  if redis.call('HEXISTS', KEYS[5], id) == 1 then return false end
+  if redis.call('HLEN', KEYS[5]) < tonumber(ARGV[1]) then
+    redis.call('HSET', KEYS[5], id, '')
+    redis.call('EXPIRE', KEYS[5], kept)
+  end
+  return true
 end
 
 for i, job in ipairs(jobs) do

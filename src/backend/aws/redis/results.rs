@@ -200,6 +200,12 @@ impl Results for RedisResults {
         self.commands.query(&command).await
     }
 
+    async fn store(&self, id: JobId, result: &Bytes) -> Result<(), BackendError> {
+        let mut command = cmd("SET");
+        command.arg(stored_key(&id.to_string())).arg(result.as_ref());
+        self.commands.query::<()>(command.arg("NX").arg("EX").arg(STORED_S)).await
+    }
+
     async fn stored_foreign(&self, request_id: &str) -> Result<Option<Bytes>, BackendError> {
         // MGET instead of GET, because GET fails on a key that does not hold a string.
         let mut values: Vec<Option<Bytes>> =
@@ -236,6 +242,9 @@ impl Results for RedisResults {
         self.commands.ping().await
     }
 }
+
+/// How long a result is stored, in seconds; as workers do it.
+pub const STORED_S: u64 = 3600;
 
 pub fn stored_key(request_id: &str) -> String {
     format!("job:{request_id}")

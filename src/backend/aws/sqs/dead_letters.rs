@@ -2,7 +2,7 @@
 
 use crate::backend::aws::error::class;
 use crate::backend::aws::redis::connection::CommandConnection;
-use crate::backend::aws::redis::results::{channel, stored_key};
+use crate::backend::aws::redis::results::{STORED_S, channel, stored_key};
 use crate::backend::{BackendError, DeadLetter, DeadLetters};
 use crate::model::{FunctionId, JobId};
 use async_trait::async_trait;
@@ -18,8 +18,6 @@ use std::sync::Arc;
 const HIDDEN_S: i32 = 30;
 /// Maximum number of messages per call; the limit of SQS.
 const MESSAGES_MAX: i32 = 10;
-/// Expiry of a stored result, in seconds; the same as for results of workers.
-const RESULT_KEPT_S: u64 = 3600;
 
 pub struct DeadLetterQueue {
     client: Client,
@@ -70,7 +68,7 @@ impl DeadLetters for DeadLetterQueue {
     async fn answer(&self, id: JobId, result: Bytes) -> Result<bool, BackendError> {
         let text = result.as_ref();
         let mut store = cmd("SET");
-        store.arg(stored_key(&id.to_string())).arg(text).arg("NX").arg("EX").arg(RESULT_KEPT_S);
+        store.arg(stored_key(&id.to_string())).arg(text).arg("NX").arg("EX").arg(STORED_S);
         let stored: Option<String> = self.commands.query(&store).await?;
         if stored.is_some() {
             self.commands.query::<()>(cmd("PUBLISH").arg(channel(id)).arg(text)).await?;

@@ -248,7 +248,9 @@ MUTANTS = [
     (
         "an adopted node is forgotten when Redis loses the list",
         "src/fleet/adoption.rs",
-        "            if store.relist(node).await? {\n                self.mend(store, node).await?;\n            } else {\n"
+        "            if store.relist(node).await? {\n"
+        "                self.mend(store, node).await?;\n"
+        "            } else {\n"
         "                self.adopted.remove(&node);",
         "            self.adopted.remove(&node);\n            if store.relist(node).await? {\n"
         "                self.mend(store, node).await?;\n            } else {",

@@ -11,6 +11,7 @@ mod failing;
 mod flusher;
 mod ledger;
 mod record;
+mod replay;
 mod spill;
 mod tail;
 mod writer;

@@ -12,8 +12,6 @@
 //! attempts, is put aside. A row that the table rejects as invalid is put aside immediately. The execution of
 //! such a row counts, its job leaves the journal, and the row stays on the disk for the operator.
 
-mod replay;
-
 use super::record::{Record, Stores};
 use super::spill::Spill;
 use super::{Ledger, SpillDirs};
@@ -38,21 +36,22 @@ const RETRIES: Backoff = Backoff::new(Duration::from_millis(50), Duration::from_
 /// The table counts as unavailable when no write has succeeded for this long.
 const AWAY_AFTER: Duration = Duration::from_secs(3);
 /// Interval between attempts while the table is unavailable.
-const TRIED_EVERY: Duration = Duration::from_secs(1);
+pub(super) const TRIED_EVERY: Duration = Duration::from_secs(1);
 /// Period, in attempts, at which the rows of a batch are written one by one.
 const TRIES_TOGETHER: u32 = 3;
 /// Single-row calls in flight.
 const ALONE_AT_A_TIME: usize = 8;
+
 /// Minimum interval between two replays that write a failing batch row by row.
 const REPLAYED_ALONE_EVERY: Duration = Duration::from_secs(5);
 
 pub(super) struct RowWriter {
     stores: Stores,
-    disk: Option<Arc<SpillDirs>>,
-    ledger: Arc<Ledger>,
+    pub(super) disk: Option<Arc<SpillDirs>>,
+    pub(super) ledger: Arc<Ledger>,
     /// While it lapses, other nodes may end jobs of this node.
-    lease: Arc<NodeLease>,
-    metrics: Arc<Metrics>,
+    pub(super) lease: Arc<NodeLease>,
+    pub(super) metrics: Arc<Metrics>,
     /// The log table, where a disk can take its rows.
     availability: Availability,
     table: Mutex<TableState>,
@@ -151,12 +150,12 @@ impl RowWriter {
         }
     }
 
-    fn rows_written(&self) -> u64 {
+    pub(super) fn rows_written(&self) -> u64 {
         self.written.load(Ordering::Relaxed)
     }
 
     /// Attempts all rows in one call.
-    async fn put(&self, batch: Batch) -> CallOutcome {
+    pub(super) async fn put(&self, batch: Batch) -> CallOutcome {
         let ids = batch.ids.clone();
         let put = self.call(batch).await;
         if !put.written.is_empty() {
@@ -169,7 +168,7 @@ impl RowWriter {
     }
 
     /// Attempts each row in a call of its own.
-    async fn put_alone(&self, batch: Batch) -> CallOutcome {
+    pub(super) async fn put_alone(&self, batch: Batch) -> CallOutcome {
         let (put, failures) = self.call_alone(batch).await;
         if !put.written.is_empty() {
             self.table_is_there();
@@ -182,7 +181,7 @@ impl RowWriter {
     }
 
     /// Returns the failed rows, each with its error.
-    async fn call_alone(&self, batch: Batch) -> (CallOutcome, Vec<(Record, BackendError)>) {
+    pub(super) async fn call_alone(&self, batch: Batch) -> (CallOutcome, Vec<(Record, BackendError)>) {
         let calls: Vec<_> =
             batch.into_records().map(|record| self.call(Batch::of(std::iter::once(record)))).collect();
         let mut calls = stream::iter(calls).buffer_unordered(ALONE_AT_A_TIME);
@@ -243,7 +242,7 @@ impl RowWriter {
     }
 
     /// Puts invalid rows aside, because a retry is useless, and logs failures that are retried.
-    async fn settle(&self, mut put: CallOutcome) -> CallOutcome {
+    pub(super) async fn settle(&self, mut put: CallOutcome) -> CallOutcome {
         for record in self.put_aside(std::mem::take(&mut put.refused)).await {
             // If there is no room for them, that is logged; nothing else can be done.
             put.written.push(record);
@@ -256,7 +255,7 @@ impl RowWriter {
     }
 
     /// Returns the batch as an error if there is no disk or it does not accept the rows.
-    async fn spill(
+    pub(super) async fn spill(
         &self,
         batch: Batch,
         place: impl FnOnce(&SpillDirs) -> &Spill + Send + 'static,
@@ -289,8 +288,18 @@ impl RowWriter {
         records
     }
 
+    /// 25 calls instead of one must be rare while the table may be unavailable.
+    pub(super) fn may_replay_alone(&self) -> bool {
+        let mut table = self.table();
+        let may = table.alone_at.is_none_or(|at| at.elapsed() >= REPLAYED_ALONE_EVERY);
+        if may {
+            table.alone_at = Some(Instant::now());
+        }
+        may
+    }
+
     /// Stores results for requests with an idempotency key. Few rows have one, so each is written alone.
-    async fn keep(&self, batch: &Batch) {
+    pub(super) async fn keep(&self, batch: &Batch) {
         for (id, kept) in batch.ids.iter().zip(&batch.kept) {
             let Some(kept) = kept else { continue };
             let mut attempt = 0;
@@ -306,7 +315,7 @@ impl RowWriter {
     }
 
     /// Whether to call the table: always, but rarely while it is unavailable.
-    fn may_try(&self) -> bool {
+    pub(super) fn may_try(&self) -> bool {
         if !self.is_away() {
             return true;
         }
@@ -323,7 +332,7 @@ impl RowWriter {
         is_failing && (is_ending || self.table().suspects.is_empty())
     }
 
-    fn table_is_there(&self) {
+    pub(super) fn table_is_there(&self) {
         self.availability.succeeded();
         *self.table() = TableState::default();
     }
@@ -339,7 +348,7 @@ impl RowWriter {
         self.availability.failed();
     }
 
-    fn failing(&self) -> MutexGuard<'_, FailingRows> {
+    pub(super) fn failing(&self) -> MutexGuard<'_, FailingRows> {
         self.failing.lock()
     }
 

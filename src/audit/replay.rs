@@ -1,24 +1,23 @@
 //! Writes rows of the disk to the table: spilled ones in batches, failing ones each alone.
 
-use super::{REPLAYED_ALONE_EVERY, RowWriter, TRIED_EVERY};
+use super::batch::{Batch, CallOutcome, batch_of};
+use super::record::Record;
+use super::spill::Replay;
+use super::writer::{RowWriter, TRIED_EVERY};
 use crate::ambient::blocking;
-use crate::audit::batch::{Batch, CallOutcome, batch_of};
-use crate::audit::record::Record;
-use crate::audit::spill::Replay;
 use crate::backend::{BackendError, ROWS_MAX};
 use crate::model::JobId;
 use std::io;
 use std::sync::Arc;
-use tokio::time::Instant;
 
 impl RowWriter {
     /// Whether spilled rows may be replayed now.
-    pub(in crate::audit) fn may_replay(&self) -> bool {
+    pub(super) fn may_replay(&self) -> bool {
         self.disk.as_ref().is_some_and(|disk| !disk.waiting.is_empty()) && self.may_try()
     }
 
     /// Replays spilled rows. Returns the jobs whose rows are now in the table.
-    pub(in crate::audit) async fn replay(self: Arc<Self>) -> Vec<JobId> {
+    pub(super) async fn replay(self: Arc<Self>) -> Vec<JobId> {
         match self.try_replay().await {
             Ok(ids) => ids,
             Err(e) => {
@@ -92,18 +91,8 @@ impl RowWriter {
         Ok(moved.ids)
     }
 
-    /// 25 calls instead of one must be rare while the table may be unavailable.
-    fn may_replay_alone(&self) -> bool {
-        let mut table = self.table();
-        let may = table.alone_at.is_none_or(|at| at.elapsed() >= REPLAYED_ALONE_EVERY);
-        if may {
-            table.alone_at = Some(Instant::now());
-        }
-        may
-    }
-
     /// Whether failing rows may be retried now.
-    pub(in crate::audit) fn may_retry(&self) -> bool {
+    pub(super) fn may_retry(&self) -> bool {
         // As a probe, too: there may be no other rows that would show that the table is back.
         self.failing().is_due()
             && self.disk.as_ref().is_some_and(|disk| !disk.failing.is_empty())
@@ -111,7 +100,7 @@ impl RowWriter {
     }
 
     /// Retries failing rows, each alone. Returns the jobs whose rows are now in the table or put aside.
-    pub(in crate::audit) async fn retry(self: Arc<Self>) -> Vec<JobId> {
+    pub(super) async fn retry(self: Arc<Self>) -> Vec<JobId> {
         match self.try_retry().await {
             Ok(ids) => ids,
             Err(e) => {

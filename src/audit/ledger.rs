@@ -438,6 +438,8 @@ impl Ledger {
         // Summed by function first: there are few functions, and the steps below are done for each.
         let mut sums: HashMap<FunctionId, Sums, RandomState> = HashMap::with_hasher(ambient::hash_keys());
         for (PendingEnd { job, is_late }, added) in ended.into_iter().zip(added) {
+            // The LOST row may still be on its way. If the call was repeated, that is not known.
+            let counts_alone = *added != Addition::Difference;
             // Nothing usually means that the call was repeated, because the answer to the first was lost.
             let added = match added {
                 Addition::Nothing if books.overtaken.contains(&job.id) => Addition::Nothing,
@@ -451,7 +453,7 @@ impl Ledger {
                 continue;
             }
             books.late.remove(&job.id);
-            if added == Addition::Whole && books.overtaken.len() < WAITING_MAX {
+            if counts_alone && books.overtaken.len() < WAITING_MAX {
                 books.overtaken.insert(job.id);
             }
         }

@@ -22,10 +22,11 @@ use crate::availability::Availability;
 use crate::backend::BackendError;
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId};
+use crate::model::{Execution, JobId, NodeId};
 use crate::node_lease::NodeLease;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, MutexGuard};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -212,6 +213,9 @@ impl RowWriter {
         if !is_shared.contains(&true) {
             return executions.put(&batch.rows).await;
         }
+        if let Err(e) = self.list_again(batch).await {
+            return vec![Err(e); batch.ids.len()];
+        }
         // The journal must know it too.
         batch
             .origins
@@ -233,6 +237,18 @@ impl RowWriter {
             results.extend(shared.next().map(|kept| kept.map(|kept| batch.keep(n, kept))));
         }
         results
+    }
+
+    /// Lists the nodes of late results again before their rows are written: they may be dead and have left
+    /// the list. If this process dies before it has counted such a result, the next adopter does that.
+    async fn list_again(&self, batch: &Batch) -> Result<(), BackendError> {
+        let Some(membership) = &self.stores.membership else { return Ok(()) };
+        let late = batch.ids.iter().zip(&batch.origins).filter(|(_, origin)| origin.is_late);
+        let nodes: BTreeSet<NodeId> = late.map(|(id, _)| id.node()).collect();
+        for node in nodes {
+            membership.relist(node).await?;
+        }
+        Ok(())
     }
 
     /// Whether another node may write a row of this execution too.

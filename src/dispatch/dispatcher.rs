@@ -186,7 +186,11 @@ impl Dispatcher {
         if is_entered {
             // Before anything else, because it may end as LOST, and only jobs of the journal are counted.
             let journal = &self.0.journal;
-            journal.enter(std::slice::from_ref(&job)).await.map_err(|_| SubmitError::Unavailable)?;
+            journal.enter(std::slice::from_ref(&job)).await.map_err(|_| {
+                // Only the answer may be missing.
+                journal.leave([(job.id, job.deadline)]);
+                SubmitError::Unavailable
+            })?;
             resend.is_journaled = true;
         }
         let entered = self.0.in_flight.enter_again(&job, waits).map_err(|_| {

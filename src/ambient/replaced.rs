@@ -31,7 +31,7 @@ pub trait Surroundings {
     fn blocking_time(&self) -> Duration;
     /// A process has started a task, which ends with it.
     fn started(&self, process: ProcessNumber, task: AbortHandle);
-    /// Whether the process is stopped for a while. If so, wakes the task when it continues.
+    /// Whether the process is paused. If so, wakes the task when it continues.
     fn is_stopped(&self, process: ProcessNumber, task: &Waker) -> bool;
     /// The part of a write that is done before it fails, in thousandths. `None`: it does not fail.
     fn disk_fault(&self, process: ProcessNumber, step: DiskStep) -> Option<u64>;

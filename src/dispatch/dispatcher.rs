@@ -173,10 +173,9 @@ impl Dispatcher {
     pub async fn submit_again(
         &self,
         job: Job,
-        resend: Resend,
+        mut resend: Resend,
         waits: bool,
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
-        let mut resend = resend;
         let is_entered = resend.maybe_sent && !resend.is_journaled;
         let node = job.id.node();
         if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {

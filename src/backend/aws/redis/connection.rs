@@ -10,9 +10,9 @@
 //! the network delivers them late. If its repetition on a new connection runs first, the old one then undoes
 //! what came after it. For example, it enters a job in the journal that has left it, and the job would be
 //! counted twice. So a new connection first makes the server close the connections that it replaces (CLIENT
-//! KILL). What they have not run by then never runs. The same holds for a process that has died or stands
-//! still: it leaves the address of its connection in Redis, and whoever takes over its node closes that
-//! connection first (see [`CommandConnection::sign`]).
+//! KILL). What they have not run by then never runs. A process that has died or is paused may have such
+//! commands too. So each process stores the address of its connection in Redis, and a process that takes over
+//! its node first closes that connection (see [`CommandConnection::sign`]).
 
 #[cfg(test)]
 use super::simulated::{RedisLink, SimulatedConnection};

@@ -6,13 +6,19 @@ PORT ?= 8080
 ROUNDS ?= 5
 SECONDS_EACH ?= 8
 QUICK ?=
+# Its parts: `run` is the gateway, `worker` is functions.
+PARTS ?= run worker
 
 # Seconds of `make schema` and of each target of `make fuzz`. SEED repeats a run, also of `make chaos`.
 SECONDS ?= 600
 SEED ?=
 
-# Runs of `make sim`.
-RUNS ?= 10000
+# Runs of `make sim` (default: about a million jobs), most runs of `make mutants` for each mutant, and runs of
+# functions of `make soak-worker`.
+RUNS ?=
+SIM_RUNS = $(or $(RUNS),14000)
+MUTANT_RUNS = $(or $(RUNS),2000)
+SOAK_RUNS = $(or $(RUNS),100000)
 
 # ACCEPT=1: `make instructions` writes its counts as the new bounds.
 ACCEPT ?=
@@ -24,7 +30,7 @@ TEST_THREADS ?= $(shell expr 2 '*' $$(nproc))
 QUICK_BUILD = --locked --no-default-features --profile quick
 
 .PHONY: help run build check test sim mutants bench instructions loadtest schema fuzz chaos slow
-.PHONY: setup-build setup-test
+.PHONY: test-worker soak-worker setup-build setup-test
 
 help:
 	@echo 'Run'
@@ -34,8 +40,10 @@ help:
 	@echo 'Test'
 	@echo '  make check         format, lints and unit tests: before each commit'
 	@echo '  make test          all checks and tests, as in CI'
-	@echo '  make sim           a fleet in virtual time, with faults (RUNS=$(RUNS), SEED=...: the first seed)'
-	@echo '  make mutants       whether the simulation finds deliberate faults (RUNS: most runs for each)'
+	@echo '  make test-worker   the tests of a fleet with our own worker in place of the one in Python'
+	@echo '  make soak-worker   many runs, and a worker that is killed with 100 (RUNS=$(SOAK_RUNS))'
+	@echo '  make sim           a fleet in virtual time, with faults (RUNS=$(SIM_RUNS), SEED=...: first seed)'
+	@echo '  make mutants       whether the simulation finds deliberate faults (RUNS=$(MUTANT_RUNS): most each)'
 	@echo '  make schema        requests generated from the OpenAPI description (SECONDS=$(SECONDS), SEED=...)'
 	@echo '  make fuzz          fuzz the parsers of external input (SECONDS=$(SECONDS) each, SEED=...)'
 	@echo '  make chaos         repeated faults under load, with outages of up to a minute (SEED=...)'
@@ -45,7 +53,7 @@ help:
 	@echo '  make bench         time of a request and of its parts (criterion)'
 	@echo '  make instructions  instructions a request, against their bounds (ACCEPT=1: set new bounds)'
 	@echo '  make loadtest      cost compared with bare Pingora, and targets under load'
-	@echo '                     (QUICK=1, ROUNDS=$(ROUNDS), SECONDS_EACH=$(SECONDS_EACH))'
+	@echo '                     (QUICK=1, ROUNDS=$(ROUNDS), SECONDS_EACH=$(SECONDS_EACH), PARTS="$(PARTS)")'
 	@echo
 	@echo 'Set up (the other targets do this)'
 	@echo '  make setup-build   install what the build needs'
@@ -70,12 +78,22 @@ test: setup-build setup-test
 	RUST_TEST_THREADS=$(TEST_THREADS) cargo test --locked
 	scripts/deny.sh
 
+# Those of `dev` have our worker in any case.
+test-worker: setup-build setup-test
+	INFRA_TEST_WORKER=own RUST_TEST_THREADS=$(TEST_THREADS) \
+	cargo test --locked --test it -- --skip ::dev --skip tidy:: --skip documents:: \
+	  --skip sandboxed:: --skip local_worker::
+
+soak-worker: setup-build setup-test
+	SOAK_RUNS=$(SOAK_RUNS) cargo test --locked --test it worker_soak:: -- --nocapture
+	SOAK_JOBS=100 cargo test --locked --test it worker_faults::jobs_of_a_killed -- --nocapture
+
 sim: setup-build
-	SIM_SEED=$(or $(SEED),1) SIM_RUNS=$(RUNS) \
+	SIM_SEED=$(or $(SEED),1) SIM_RUNS=$(SIM_RUNS) \
 	cargo test --locked --profile sim --lib simulation::a_fleet -- --nocapture
 
 mutants: setup-build
-	RUNS=$(RUNS) scripts/mutants.py
+	RUNS=$(MUTANT_RUNS) scripts/mutants.py
 
 schema: setup-build setup-test
 	@seed=$(or $(SEED),$$(date +%s)); echo "SECONDS=$(SECONDS) SEED=$$seed"; \
@@ -105,7 +123,8 @@ instructions: setup-build
 loadtest: setup-build
 	@scripts/setup.sh load
 	cargo build --release --locked --bin infra-controller --examples
-	$(if $(QUICK),QUICK=1,ROUNDS=$(ROUNDS) SECONDS_EACH=$(SECONDS_EACH)) python3 loadtest/run.py
+	export $(if $(QUICK),QUICK=1,ROUNDS=$(ROUNDS) SECONDS_EACH=$(SECONDS_EACH)); met=0; \
+	for part in $(PARTS); do python3 loadtest/$$part.py || met=1; done; exit $$met
 
 setup-build:
 	@scripts/setup.sh build

@@ -43,21 +43,21 @@ def milliseconds(text):
     return float(number) * {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60000.0}[unit]
 
 
-def wrk_script(directory, asynchronous):
+def wrk_script(directory, asynchronous, body):
     """The request is formatted once: wrk shares its core, so it must cost little."""
     path = directory / ("async.lua" if asynchronous else "sync.lua")
     headers = {"x-api-key": KEY, "content-type": "application/json"} | (
         {"x-async": "true"} if asynchronous else {}
     )
     lines = [f"wrk.headers[{json.dumps(k)}] = {json.dumps(v)}" for k, v in headers.items()]
-    lines += ["wrk.method = 'POST'", f"wrk.body = [[{BODY}]]", "local request_text"]
+    lines += ["wrk.method = 'POST'", f"wrk.body = [[{body}]]", "local request_text"]
     lines += ["function init() request_text = wrk.format() end", "function request() return request_text end"]
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def wrk(directory, port, connections, seconds, asynchronous):
-    script = wrk_script(directory, asynchronous)
+def wrk(directory, port, connections, seconds, asynchronous, body=BODY):
+    script = wrk_script(directory, asynchronous, body)
     command = [
         "wrk",
         "-t1",

@@ -241,7 +241,7 @@ MUTANTS = [
     ),
     (
         "a node does not expect others to send its jobs again",
-        "src/dispatch/in_flight.rs",
+        "src/dispatch/in_flight/entry.rs",
         "        self.shared || may_be_resent()",
         "        let _ = may_be_resent;\n        self.shared",
     ),
@@ -254,6 +254,12 @@ MUTANTS = [
         "                self.adopted.remove(&node);",
         "            self.adopted.remove(&node);\n            if store.relist(node).await? {\n"
         "                self.mend(store, node).await?;\n            } else {",
+    ),
+    (
+        "a node that stood still removes unsent jobs that another one has adopted",
+        "src/dispatch/journal.rs",
+        "        match is_shared {",
+        "        match is_shared && false {",
     ),
     (
         "a failed resend keeps its job from leaving",

@@ -2,9 +2,11 @@
 # Installs the packages that a target of the Makefile needs, and reports each installation. If all are
 # installed it ends within a second.
 #
-#   scripts/setup.sh build         a C compiler and cmake, for the C libraries in the crates
-#   scripts/setup.sh test          redis-server, h2load, ab, curl, systemd-analyze, Node.js with undici, and a
-#                                  Python venv with the AWS emulator, schemathesis and httpx
+#   scripts/setup.sh build         a C compiler and cmake, for the C libraries in the crates; bubblewrap and
+#                                  slirp4netns, for the sandbox of functions
+#   scripts/setup.sh test          redis-server, h2load, ab, curl, systemd-analyze, bubblewrap, slirp4netns,
+#                                  Node.js with undici, and a Python venv with the AWS emulator, schemathesis
+#                                  and httpx
 #   scripts/setup.sh load          redis-server, wrk, and a Python venv with k6
 #   scripts/setup.sh slow          slowhttptest
 #   scripts/setup.sh instructions  valgrind
@@ -50,6 +52,9 @@ setup_build() {
     missing=
     has cmake || missing="$missing cmake"
     has cc && has make || missing="$missing build-essential"
+    # For the sandbox of functions.
+    has bwrap || missing="$missing bubblewrap"
+    has slirp4netns || missing="$missing slirp4netns"
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || install $missing
 }
@@ -66,6 +71,8 @@ setup_test() {
     has systemd-analyze || missing="$missing systemd"
     has node || missing="$missing nodejs"
     has npm || missing="$missing npm"
+    has bwrap || missing="$missing bubblewrap"
+    has slirp4netns || missing="$missing slirp4netns"
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || install $missing
 

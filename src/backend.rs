@@ -9,6 +9,7 @@
 
 #[cfg(feature = "aws")]
 pub mod aws;
+mod activity;
 mod changes;
 mod claims;
 mod dead_letters;
@@ -19,12 +20,15 @@ mod executions;
 mod functions;
 mod journal;
 mod limits;
+mod lone_status;
 mod membership;
 mod ports;
 mod queue;
 mod results;
+mod work;
 mod workers;
 
+pub use activity::{ActiveWorker, WarmPools, WorkerActivity, WorkerPart};
 pub use changes::{ChangeEvent, ChangeFeed};
 pub use claims::{CLAIM_TTL, Claim, Claims, STORED_RESULT_BYTES_MAX, StoredClaim};
 pub use dead_letters::{DeadLetter, DeadLetters};
@@ -37,8 +41,10 @@ pub use journal::{
     JournalPart, JournalState, NumberedSums, POSTED_MAX, UnpostedSums,
 };
 pub use limits::{Decision, Grant, LeaseCall, LimitStore};
+pub use lone_status::{LONE_STATUS_TTL, LoneStatusStore};
 pub use membership::{FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor};
 pub use ports::Backend;
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
 pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};
+pub use work::{CodeSource, FetchError, JobSource, JobSourceTraits, OutputStore, ReceivedJob, Receipt};
 pub use workers::{WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};

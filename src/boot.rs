@@ -1,14 +1,17 @@
 //! Builds, starts and stops a process. The only module that chooses a backend.
 //!
-//! A process is one Pingora server with one service (see [`node`]). Its runtime hosts the Redis and AWS
+//! A gateway is one Pingora server with one service (see [`node`]). Its runtime hosts the Redis and AWS
 //! clients as well as the listeners, because a hop to another runtime would cost about 10 µs per request. The
 //! service connects first and listens afterwards, so a process that cannot work never binds its port.
+//!
+//! A worker of a fleet ([`worker()`]) has no gateway, and so no Pingora.
 
 mod accept;
 mod build;
 mod dev;
 mod disk;
 mod init;
+mod isolation;
 mod node;
 #[cfg(feature = "aws")]
 mod node_id;
@@ -23,12 +26,18 @@ mod sockets;
 #[cfg(feature = "aws")]
 mod state_dir;
 mod upgrade;
+#[cfg(feature = "aws")]
+mod worker;
+#[cfg(feature = "aws")]
+mod worker_dir;
 
 pub use dev::{DevArgs, dev};
 pub use init::run_beneath_init;
 pub use plan::Exit;
 #[cfg(feature = "aws")]
 pub use serve::{ServeArgs, check, serve};
+#[cfg(feature = "aws")]
+pub use worker::{WorkerArgs, worker};
 
 use crate::config::{self, ConfigError, NewKey};
 use crate::model::Scope;

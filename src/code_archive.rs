@@ -1,10 +1,10 @@
 //! Validates and unpacks code archives: zips with a bounded unpacked size, without paths outside the target
-//! directory, and with an entry file of their runtime at the top level.
+//! directory, and with an entry file of their runtime at the top level, or the module of their handler.
 //!
 //! The sizes and checksums that a zip states are not trusted. It is unpacked once to verify them. Uploads and
 //! the local worker use the same code, so both accept the same archives.
 
-use crate::model::Runtime;
+use crate::model::{Handler, Runtime};
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::fmt;
@@ -44,29 +44,44 @@ impl fmt::Display for ArchiveProblem {
 /// One entry of an archive.
 pub enum ArchiveEntry<'a> {
     Directory,
-    /// The contents. Reading fails beyond the maximum unpacked size of the whole archive.
-    File(&'a mut dyn Read),
+    File {
+        /// Reading fails beyond the maximum unpacked size of the whole archive.
+        contents: &'a mut dyn Read,
+        /// Whether the archive marks it as executable for anybody.
+        is_executable: bool,
+    },
 }
 
-/// Validates an archive for `runtime`. Blocks while the archive is unpacked; nothing is written.
+/// Validates an archive for `runtime`. Blocks while the archive is unpacked; nothing is written. With a
+/// handler, its module must be there, and no entry file, because that is not run.
 ///
 /// # Errors
-/// If the archive is not a valid zip, exceeds a limit, or has no entry file of the runtime.
-pub fn check(archive: impl Read + Seek, runtime: Runtime) -> Result<(), ArchiveProblem> {
-    let mut entry_file = false;
+/// If the archive is not a valid zip, exceeds a limit, or does not contain the file that runs.
+pub fn check(
+    archive: impl Read + Seek,
+    runtime: Runtime,
+    handler: Option<&Handler>,
+) -> Result<(), ArchiveProblem> {
+    let wanted: Vec<String> = match handler {
+        Some(handler) => handler.module_files(runtime),
+        None => runtime.entry_files().iter().map(|name| (*name).to_owned()).collect(),
+    };
+    let mut is_found = false;
     walk(archive, |path, entry| {
-        if let ArchiveEntry::File(contents) = entry {
-            entry_file |= runtime.entry_files().iter().any(|name| path == Path::new(name));
+        if let ArchiveEntry::File { contents, .. } = entry {
+            is_found |= wanted.iter().any(|name| path == Path::new(name));
             io::copy(contents, &mut io::sink())?;
         }
         Ok(())
     })?;
-    let wanted = runtime.entry_files().join(" or ");
-    entry_file.then_some(()).ok_or_else(|| {
-        ArchiveProblem(format!(
-            "The code has no {wanted} at the top of the zip, where {} starts.",
-            runtime.name()
-        ))
+    is_found.then_some(()).ok_or_else(|| {
+        let names = wanted.join(" or ");
+        ArchiveProblem(match handler {
+            Some(_) => format!("The code has no {names}, the module of its handler."),
+            None => {
+                format!("The code has no {names} at the top of the zip, where {} starts.", runtime.name())
+            }
+        })
     })
 }
 
@@ -90,8 +105,10 @@ pub fn walk(
             each(&path, ArchiveEntry::Directory).map_err(ArchiveProblem::new)?;
             continue;
         }
+        let is_executable = entry.unix_mode().is_some_and(|mode| mode & 0o111 != 0);
         let mut bounded = EntryReader { from: &mut entry, room: &mut room };
-        each(&path, ArchiveEntry::File(&mut bounded)).map_err(ArchiveProblem::new)?;
+        let file = ArchiveEntry::File { contents: &mut bounded, is_executable };
+        each(&path, file).map_err(ArchiveProblem::new)?;
     }
     Ok(())
 }
@@ -267,7 +284,7 @@ mod tests {
     }
 
     fn checked(zip: &[u8], runtime: Runtime) -> Result<(), String> {
-        check(Cursor::new(zip), runtime).map_err(|problem| problem.to_string())
+        check(Cursor::new(zip), runtime, None).map_err(|problem| problem.to_string())
     }
 
     #[test]
@@ -278,6 +295,19 @@ mod tests {
             }
             let elsewhere = zipped(&[("app/main.py", b""), ("app/index.js", b""), ("app/main", b"")]);
             assert!(checked(&elsewhere, runtime).unwrap_err().contains("at the top"), "{runtime:?}");
+        }
+    }
+
+    #[test]
+    fn a_handler_needs_its_module_and_no_entry_file() {
+        let handler = Handler::parse("a.b.run");
+        let check = |name, runtime| check(Cursor::new(zipped(&[(name, b"1")])), runtime, handler.as_ref());
+        assert_eq!(check("a/b.py", Runtime::Python), Ok(()));
+        assert_eq!(check("a/b/__init__.py", Runtime::Python), Ok(()));
+        assert_eq!(check("a/b.mjs", Runtime::Nodejs), Ok(()));
+        for name in ["main.py", "b.py", "a/b.js", "a/b/run.py", "a.b.py"] {
+            let problem = check(name, Runtime::Python).unwrap_err().to_string();
+            assert!(problem.contains("no a/b.py or a/b/__init__.py"), "{name}: {problem}");
         }
     }
 
@@ -327,7 +357,7 @@ mod tests {
             walk(Cursor::new(made_on(system, files)), |path, entry| {
                 let bytes = match entry {
                     ArchiveEntry::Directory => None,
-                    ArchiveEntry::File(contents) => Some(io::copy(contents, &mut io::sink())?),
+                    ArchiveEntry::File { contents, .. } => Some(io::copy(contents, &mut io::sink())?),
                 };
                 seen.push((path.to_str().unwrap().to_owned(), bytes));
                 Ok(())

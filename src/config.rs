@@ -20,6 +20,8 @@ mod renewal;
 mod secret;
 mod server;
 mod upstreams;
+mod worker;
+mod worker_env;
 
 pub use conf::Conf;
 pub use env::{
@@ -27,7 +29,7 @@ pub use env::{
     unreadable_variables,
 };
 pub use error::ConfigError;
-pub use files::{ConfPart, ConfTexts, TlsTexts};
+pub use files::{ConfFiles, ConfPart, ConfTexts, TlsTexts};
 pub use keys::{KeyConf, KeyHash, KeyLimitConf, NewKey, new_key};
 pub use limits::{
     BatchConf, CacheConf, Identity, LimitConf, LimitMode, OnRedisLoss, OverloadConf, WaitsConf,
@@ -42,3 +44,8 @@ pub use server::{
     MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf,
 };
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};
+pub use worker::{
+    CapacityConf, CodeConf, JobsConf, ListenerConf, Network, OutputConf, SandboxConf, SandboxMode, WarmConf,
+    WorkerConf,
+};
+pub use worker_env::{ControllerAddress, RunEnv, WorkerEnv};

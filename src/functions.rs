@@ -47,7 +47,7 @@ mod tests {
     #[tokio::test]
     async fn a_local_change_is_visible_immediately() {
         let dir = tempfile::tempdir().unwrap();
-        let backend = embedded::open(dir.path()).unwrap().backend;
+        let backend = embedded::open(dir.path(), false).unwrap().backend;
         let conf = crate::config::Conf::shipped().unwrap().cache;
         let (functions, _) = new(&conf, &backend, String::new(), &Arc::new(Metrics::new(1).unwrap()));
         let id = FunctionId::parse("hello").unwrap();

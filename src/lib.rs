@@ -7,6 +7,7 @@
 //! * [`fleet`] — this node among the others: its lease, and the jobs of nodes that are gone
 //! * [`gateway`] — the Pingora side: the filters around the API
 //! * [`api`] — the route table, the handlers, and errors as clients see them
+//! * [`worker`] — runs the functions: of a fleet, or of `dev`
 //! * [`runs`] — the use case of a run: admit, look up, claim, submit, wait
 //! * [`dispatch`] — the life of a job: submitted, waited for, settled
 //! * [`functions`] — functions: cached, changed, their old code deleted
@@ -52,3 +53,4 @@ pub mod node_lease;
 pub mod runs;
 #[cfg(test)]
 mod simulation;
+pub mod worker;

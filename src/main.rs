@@ -34,7 +34,7 @@ enum Command {
         /// Address to listen on. Default: the loopback addresses 127.0.0.1 and ::1.
         #[arg(long)]
         listen: Option<IpAddr>,
-        /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
+        /// Directory with server.toml, limits.toml, keys.toml, upstreams.toml and worker.toml.
         #[arg(long)]
         conf: Option<PathBuf>,
     },
@@ -46,6 +46,14 @@ enum Command {
         #[arg(long)]
         upgrade: bool,
         /// Directory with server.toml, limits.toml, keys.toml and upstreams.toml.
+        #[arg(long)]
+        conf: Option<PathBuf>,
+    },
+    /// Run a worker of the fleet: takes jobs from the SQS queue that the environment (or ./.env) names, runs
+    /// their functions in a sandbox, and hands their results on through Redis.
+    #[cfg(feature = "aws")]
+    Worker {
+        /// Directory with worker.toml.
         #[arg(long)]
         conf: Option<PathBuf>,
     },
@@ -83,6 +91,23 @@ enum KeyCommand {
     },
 }
 
+impl Command {
+    /// Whether functions run beneath this process. Orphans among them become children of process 1.
+    fn runs_functions(&self) -> bool {
+        #[cfg(feature = "aws")]
+        if matches!(self, Self::Worker { .. }) {
+            return true;
+        }
+        matches!(self, Self::Dev { .. })
+    }
+
+    /// Whether the settings come from `./.env` as well.
+    #[cfg(feature = "aws")]
+    fn reads_dotenv(&self) -> bool {
+        matches!(self, Self::Serve { .. } | Self::Worker { .. } | Self::Check { .. })
+    }
+}
+
 fn scope(name: &str) -> Result<Scope, String> {
     let names = || Scope::ALL.map(Scope::name).join(", ");
     Scope::parse(name).ok_or_else(|| format!("must be one of {}", names()))
@@ -90,8 +115,19 @@ fn scope(name: &str) -> Result<Scope, String> {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    // Must run before the first thread starts: threads inherit the signal mask.
+    if args.command.runs_functions() {
+        match boot::run_beneath_init() {
+            None => {}
+            Some(Ok(code)) => return ExitCode::from(code),
+            Some(Err(e)) => {
+                eprintln!("infra-controller: cannot start the program as a child of process 1: {e}");
+                return ExitCode::from(boot::Exit::Internal.code());
+            }
+        }
+    }
     #[cfg(feature = "aws")]
-    if matches!(args.command, Command::Serve { .. } | Command::Check { .. }) {
+    if args.command.reads_dotenv() {
         if let Err(e) = read_dotenv() {
             eprintln!("infra-controller: ./.env {e}");
             return ExitCode::from(boot::Exit::Config.code());
@@ -100,15 +136,6 @@ fn main() -> ExitCode {
     }
     let exit = match args.command {
         Command::Dev { port, data_dir, listen, conf } => {
-            // Must run before the first thread starts: threads inherit the signal mask.
-            match boot::run_beneath_init() {
-                None => {}
-                Some(Ok(code)) => return ExitCode::from(code),
-                Some(Err(e)) => {
-                    eprintln!("infra-controller: cannot start the server as a child of process 1: {e}");
-                    return ExitCode::from(boot::Exit::Internal.code());
-                }
-            }
             let _log = log::start();
             boot::dev(boot::DevArgs { port, data_dir, listen, conf })
         }
@@ -116,6 +143,11 @@ fn main() -> ExitCode {
         Command::Serve { upgrade, conf } => {
             let _log = log::start();
             boot::serve(&boot::ServeArgs { conf, upgrade })
+        }
+        #[cfg(feature = "aws")]
+        Command::Worker { conf } => {
+            let _log = log::start();
+            boot::worker(&boot::WorkerArgs { conf })
         }
         #[cfg(feature = "aws")]
         Command::Check { conf } => boot::check(&boot::ServeArgs { conf, upgrade: false }),

@@ -16,6 +16,7 @@
 //! * [`audit`]: the execution log
 //! * [`functions`]: the cache and code archives
 //! * [`health`], which holds the subscriptions and the log, and [`conf`]
+//! * [`worker`]: the worker of `dev`, and the process of `worker`
 //! * [`register`]: makes and registers one metric
 
 mod audit;
@@ -30,12 +31,18 @@ mod queue;
 mod register;
 mod requests;
 mod results;
+mod worker;
 
 pub use audit::{AuditMetrics, DiskMetrics};
+pub use conf::ConfMetrics;
 pub use edge::EdgeMetrics;
 pub use functions::CacheMetrics;
 pub use health::SubscriptionMetrics;
 pub use jobs::JobMetrics;
+pub use worker::{
+    CodeMetrics, GiveBackReason, HeldJobMetrics, RunMetrics, RunStop, StartKind, WarmEnd, WarmMetrics,
+    WorkerMetrics, WorkerProcessMetrics,
+};
 
 use crate::model::Execution;
 use executions::FunctionMetrics;
@@ -43,9 +50,10 @@ use prometheus::{
     Encoder, Histogram, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
 };
 use requests::HttpMetrics;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// All metrics of the process.
+/// All metrics of a process that is a gateway.
 pub struct Metrics {
     registry: Registry,
     functions: FunctionMetrics,
@@ -84,16 +92,15 @@ pub struct Metrics {
     pub refused: IntCounterVec,
     pub audit: AuditMetrics,
     pub code_deleted: IntCounter,
-    /// By `file`, and by `result`: `applied`, `refused`.
-    pub conf_reloads: IntCounterVec,
-    /// In Unix seconds.
-    pub conf_applied_at: IntGauge,
+    pub conf: ConfMetrics,
     pub cache: CacheMetrics,
     pub subscriptions: SubscriptionMetrics,
     /// By `check`. As old as the last request for `/health`.
     pub health: IntGaugeVec,
     /// Set when the metrics are read.
     pub log_lines_dropped: IntGauge,
+    /// Those of the worker in this process, if there is one.
+    worker: OnceLock<Arc<WorkerMetrics>>,
 }
 
 impl Metrics {
@@ -130,17 +137,31 @@ impl Metrics {
             refused: requests::refused(r)?,
             audit: AuditMetrics::new(r)?,
             code_deleted: functions::code_deleted(r)?,
-            conf_reloads: conf::reloads(r)?,
-            conf_applied_at: conf::applied_at(r)?,
+            conf: ConfMetrics::new(r)?,
             cache: CacheMetrics::new(r)?,
             subscriptions: SubscriptionMetrics::new(r)?,
             health: health::healthy(r)?,
             log_lines_dropped: health::log_lines_dropped(r)?,
+            worker: OnceLock::new(),
             registry,
         };
         #[cfg(target_os = "linux")]
         metrics.registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
         Ok(metrics)
+    }
+
+    /// Registers the metrics of a worker in this process. A process has at most one.
+    ///
+    /// # Errors
+    /// If they are registered already.
+    pub fn add_worker(&self) -> prometheus::Result<Arc<WorkerMetrics>> {
+        let worker = Arc::new(WorkerMetrics::new(&self.registry)?);
+        Ok(Arc::clone(self.worker.get_or_init(|| worker)))
+    }
+
+    /// The metrics of the worker in this process, if there is one.
+    pub fn worker(&self) -> Option<&WorkerMetrics> {
+        self.worker.get().map(Arc::as_ref)
     }
 
     /// All metrics in the Prometheus text format.

@@ -427,6 +427,7 @@ pub fn function() -> Function {
         description: String::new(),
         runtime: "python".into(),
         max_concurrency: 0,
+        handler: None,
         memory_mb: 128,
         s3_key: "functions/bench/code.zip".into(),
         original_name: "code.zip".into(),

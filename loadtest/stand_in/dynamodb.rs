@@ -78,15 +78,17 @@ fn get(state: &State, body: &[u8]) -> Option<String> {
     if is_row || number.is_none_or(|number| number >= state.functions) {
         return Some("{}".to_owned());
     }
+    let handler = state.handler.as_ref().map(|name| format!(r#","handler":{{"S":"{name}"}}"#));
     Some(format!(
         concat!(
             r#"{{"Item":{{"functionId":{{"S":"{0}"}},"name":{{"S":"{0}"}},"description":{{"S":""}},"#,
             r#""runtime":{{"S":"python"}},"memoryMb":{{"N":"128"}},"#,
             r#""s3Key":{{"S":"functions/{0}/code.zip"}},"originalName":{{"S":"code.zip"}},"#,
             r#""uploadedAt":{{"S":"2026-11-22T00:00:00.000Z"}},"envVars":{{"S":"{{}}"}},"#,
-            r#""version":{{"N":"1"}}}}}}"#,
+            r#""version":{{"N":"1"}}{1}}}}}"#,
         ),
         id,
+        handler.unwrap_or_default(),
     ))
 }
 

@@ -25,8 +25,9 @@ async fn answer(request: Request<Incoming>, state: Rc<State>) -> Result<Response
         return Ok(response(StatusCode::BAD_REQUEST, Bytes::new()));
     };
     if head.method != Method::POST && !head.uri.path().starts_with("/_stand-in/") {
-        // S3: the bucket exists.
-        return Ok(response(StatusCode::OK, Bytes::new()));
+        // S3: the bucket exists, and every object is the code.
+        let is_object = head.method == Method::GET && head.uri.path().trim_matches('/').contains('/');
+        return Ok(response(StatusCode::OK, if is_object { state.code.clone() } else { Bytes::new() }));
     }
     let target = head.headers.get("x-amz-target").and_then(|target| target.to_str().ok());
     let answer = match target.and_then(|target| target.split_once('.')) {

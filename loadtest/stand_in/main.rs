@@ -1,6 +1,6 @@
 //! A stand-in for AWS under load: SQS and DynamoDB over AWS JSON, with settable latency and faults, and a
-//! worker that answers after a fixed time. An operation costs some ten microseconds of CPU, so a small
-//! machine measures the gateway and not the stand-in.
+//! worker that answers after a fixed time, or an inbox and code for a worker of ours. An operation costs some
+//! ten microseconds of CPU, so a small machine measures the gateway and not the stand-in.
 //!
 //! It keeps counts, not contents. Messages go to the worker and are dropped; of a log row a hash of its key
 //! remains; the functions `fn-0`, `fn-1` … are generated when they are read. The emulator that the tests use
@@ -11,15 +11,19 @@
 mod answer;
 mod dynamodb;
 mod http;
+mod inbox;
 mod settings;
 mod sqs;
 mod worker;
 
+use bytes::Bytes;
 use clap::Parser;
+use inbox::Inbox;
 use settings::{Settings, Stats};
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::rc::Rc;
 use tokio::net::TcpListener;
 use worker::Worker;
@@ -34,6 +38,12 @@ struct Args {
     /// Functions that exist: `fn-0` to `fn-<N-1>`.
     #[arg(long, default_value_t = 1)]
     functions: u64,
+    /// The code of all functions, a zip. Messages then wait for a worker of ours.
+    #[arg(long)]
+    code: Option<PathBuf>,
+    /// The handler of all functions.
+    #[arg(long)]
+    handler: Option<String>,
     /// Latency of the queue: from the last byte of a request to its answer.
     #[arg(long, default_value_t = 8)]
     sqs_ms: u64,
@@ -53,6 +63,10 @@ struct State {
     rows: RefCell<HashSet<u64>>,
     worker: Option<Worker>,
     functions: u64,
+    code: Bytes,
+    handler: Option<String>,
+    /// For a worker of ours.
+    inbox: Option<Inbox>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -67,12 +81,16 @@ async fn run(args: Args) -> anyhow::Result<()> {
         Some(address) => Some(Worker::start(address).await?),
         None => None,
     };
+    let code = args.code.as_ref().map(std::fs::read).transpose()?;
     let state = Rc::new(State {
         settings: RefCell::new(settings),
         stats: RefCell::default(),
         rows: RefCell::default(),
         worker,
         functions: args.functions,
+        inbox: code.is_some().then(Inbox::default),
+        code: code.unwrap_or_default().into(),
+        handler: args.handler,
     });
     let listener = TcpListener::bind(args.listen).await?;
     println!("ready");

@@ -3,7 +3,7 @@
 use crate::answer::{Answer, error};
 use crate::settings::{happens, wait};
 use crate::worker::Job;
-use crate::{State, spawn};
+use crate::{State, inbox, spawn};
 use bytes::Bytes;
 use hyper::StatusCode;
 use nix::time::{ClockId, clock_gettime};
@@ -36,7 +36,10 @@ pub async fn call(state: &Rc<State>, operation: &str, body: &Bytes) -> Answer {
     match operation {
         "SendMessageBatch" => send(state, body).await,
         "GetQueueAttributes" => Some((StatusCode::OK, Bytes::from_static(ATTRIBUTES.as_bytes()))),
-        _ => error(StatusCode::BAD_REQUEST, "InvalidAction"),
+        _ => match inbox::call(state, operation, body).await {
+            Some(answer) => answer,
+            None => error(StatusCode::BAD_REQUEST, "InvalidAction"),
+        },
     }
 }
 
@@ -72,7 +75,9 @@ async fn send(state: &Rc<State>, body: &Bytes) -> Answer {
     stats.messages += jobs.len() as u64;
     stats.last_confirmed_ns = monotonic_ns();
     drop(stats);
-    if settings.worker && state.worker.is_some() {
+    if let Some(inbox) = &state.inbox {
+        batch.entries.iter().for_each(|entry| inbox.put(&entry.body));
+    } else if settings.worker && state.worker.is_some() {
         spawn(work(Rc::clone(state), jobs));
     }
     let answer = format!(r#"{{"Successful":[{taken}],"Failed":[{failed}]}}"#);

@@ -74,6 +74,7 @@ pub struct CallHeaders {
     pub x_runtime: Option<HeaderValue>,
     pub x_memory_mb: Option<HeaderValue>,
     pub x_function_name: Option<HeaderValue>,
+    pub x_handler: Option<HeaderValue>,
 }
 
 impl CallHeaders {
@@ -108,6 +109,7 @@ impl CallHeaders {
                 "x-runtime" => &mut found.x_runtime,
                 "x-memory-mb" => &mut found.x_memory_mb,
                 "x-function-name" => &mut found.x_function_name,
+                "x-handler" => &mut found.x_handler,
                 _ => continue,
             };
             *place = Some(value.clone());

@@ -10,7 +10,7 @@ use super::{fields, object, precondition};
 use crate::audit::{Event, RecentEvents};
 use crate::backend::FunctionStore;
 use crate::functions::{Editor, FunctionChange, NewCode};
-use crate::model::{ConfigAction, Function, FunctionId, Runtime, now_ms};
+use crate::model::{ConfigAction, Function, FunctionId, Handler, Runtime, now_ms};
 use serde::Deserialize;
 use std::sync::Arc;
 
@@ -49,10 +49,8 @@ impl ChangeRoute {
         precondition::check(&call.headers, &function.tag())?;
         if call.headers.is_form() {
             let _slot = self.uploads.slot()?;
-            let form = self
-                .uploads
-                .read(call, body, &["description", "memoryMb", "memory", "maxConcurrency"])
-                .await?;
+            let names = ["description", "memoryMb", "memory", "maxConcurrency", "handler"];
+            let form = self.uploads.read(call, body, &names).await?;
             return self.by_form(call, &function, form).await;
         }
         if !call.headers.is_json() {
@@ -72,11 +70,13 @@ impl ChangeRoute {
                 .take("maxConcurrency")
                 .map(|text| number("maxConcurrency", text))
                 .transpose()?,
+            handler: form.take("handler").map(|text| fields::handler("handler", &text)).transpose()?,
         };
         if let Some(name) = &form.unknown {
             return Err(ApiError::invalid(format!("unknown field `{name}`")));
         }
         let wanted = wanted.checked(form.file.is_some())?;
+        wanted.check_for(function)?;
         let file = match form.file {
             Some(file) => {
                 // Items of the previous controller may name any runtime. The entry file of an unknown
@@ -84,7 +84,8 @@ impl ChangeRoute {
                 let runtime = Runtime::parse(&function.runtime);
                 let runtime =
                     runtime.ok_or_else(|| ApiError::invalid("the function has an unknown runtime"))?;
-                Some(self.uploads.checked(file, runtime).await?)
+                let handler = wanted.handler.as_ref().unwrap_or(&function.handler);
+                Some(self.uploads.checked(file, runtime, handler.as_ref()).await?)
             }
             None => None,
         };
@@ -100,12 +101,9 @@ impl ChangeRoute {
     ) -> Result<Reply, ApiError> {
         let decide = |f: &Function| {
             precondition::check(&call.headers, &f.tag())?;
-            if let Some(memory_mb) = wanted.memory_mb {
-                let name = if wanted.memory.is_some() { "memory" } else { "memoryMb" };
-                fields::memory(name, memory_mb, &f.runtime)?;
-            }
-            let Wanted { description, memory_mb, max_concurrency, .. } = wanted.clone();
-            Ok(FunctionChange { description, memory_mb, max_concurrency })
+            wanted.check_for(f)?;
+            let Wanted { description, memory_mb, max_concurrency, handler, .. } = wanted.clone();
+            Ok(FunctionChange { description, memory_mb, max_concurrency, handler })
         };
         let code = file.map(|file| NewCode { file: file.path(), original_name: file.name.clone() });
         let done = self.editor.change(call.key_name(), id, ConfigAction::Update, code, decide).await;
@@ -128,6 +126,9 @@ struct Wanted {
     memory: Option<u64>,
     #[serde(default, deserialize_with = "given_whole")]
     max_concurrency: Option<u64>,
+    /// `Some(None)`, sent as the empty string, removes the handler.
+    #[serde(default, deserialize_with = "given_handler")]
+    handler: Option<Option<Handler>>,
 }
 
 /// Rejects `null`. A member that does not change is left out.
@@ -140,11 +141,17 @@ fn given_whole<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<u64>, D:
     object::whole(d)?.map(Some).ok_or_else(null)
 }
 
+fn given_handler<'de, D: serde::Deserializer<'de>>(d: D) -> Result<Option<Option<Handler>>, D::Error> {
+    let parsed = fields::handler("handler", &String::deserialize(d)?);
+    parsed.map(Some).map_err(|_| serde::de::Error::custom("not a handler"))
+}
+
 impl Wanted {
     fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let wanted: Self = object::parse(body, |member| match member {
             "description" => Some("a string"),
             "memoryMb" | "memory" | "maxConcurrency" => Some("a whole number"),
+            "handler" => Some(fields::HANDLER_FORM),
             _ => None,
         })?;
         wanted.checked(false)
@@ -163,14 +170,25 @@ impl Wanted {
             let most = format!("`maxConcurrency` must be from 0 to {CONCURRENCY_MOST}; 0 removes the cap");
             return Err(ApiError::invalid(most));
         }
-        let is_empty =
-            self.description.is_none() && self.memory_mb.is_none() && self.max_concurrency.is_none();
+        let is_empty = self.description.is_none()
+            && self.memory_mb.is_none()
+            && self.max_concurrency.is_none()
+            && self.handler.is_none();
         if !has_file && is_empty {
-            let names = "`description`, `memoryMb` or `maxConcurrency`";
+            let names = "`description`, `memoryMb`, `maxConcurrency` or `handler`";
             return Err(ApiError::invalid(format!("the change is empty; set {names}")));
         }
         self.description = self.description.map(fields::description).transpose()?;
         Ok(self)
+    }
+
+    /// Checks what depends on the runtime of the function.
+    fn check_for(&self, f: &Function) -> Result<(), ApiError> {
+        if let Some(memory_mb) = self.memory_mb {
+            let name = if self.memory.is_some() { "memory" } else { "memoryMb" };
+            fields::memory(name, memory_mb, &f.runtime)?;
+        }
+        fields::handler_fits("handler", self.handler.as_ref().and_then(Option::as_ref), &f.runtime)
     }
 }
 
@@ -193,6 +211,12 @@ mod tests {
         ] {
             assert_eq!(parse(same).unwrap().memory_mb, Some(mb), "{same}");
         }
+        assert_eq!(
+            parse(r#"{"handler":"main.handler"}"#).unwrap().handler,
+            Some(Handler::parse("main.handler"))
+        );
+        assert_eq!(parse(r#"{"handler":""}"#).unwrap().handler, Some(None), "script mode");
+        assert_eq!(both.handler, None, "unchanged");
         let deep = format!("{{\"memoryMb\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
         for (bad, told) in [
             ("", "object"),
@@ -213,6 +237,11 @@ mod tests {
             (r#"{"maxConcurrency":-1}"#, "`maxConcurrency`"),
             (r#"{"maxConcurrency":1000001}"#, "`maxConcurrency`"),
             (r#"{"maxConcurrency":null}"#, "`maxConcurrency`"),
+            (r#"{"handler":null}"#, "`handler` must be two or more identifiers"),
+            (r#"{"handler":7}"#, "`handler` must be"),
+            (r#"{"handler":"main"}"#, "`handler` must be"),
+            (r#"{"handler":"main.handler "}"#, "`handler` must be"),
+            (r#"{"handler":"a.b","handler":"a.b"}"#, "`handler`"),
             (r#"{"description":null}"#, "`description`"),
             (r#"{"description":7}"#, "`description`"),
             (r#"{"description":"\ud800"}"#, "`description`"),
@@ -223,5 +252,22 @@ mod tests {
         }
         let long = format!("{{\"description\":\"{}\"}}", "ä".repeat(fields::DESCRIPTION_CHARS_MAX + 1));
         assert!(ApiError::refusal(parse(&long)).contains("longer"));
+    }
+
+    #[test]
+    fn a_handler_is_checked_against_the_runtime() {
+        for (handler, runtime, fits) in [
+            ("main.handler", "python", true),
+            ("index.handler", "nodejs", true),
+            ("main.handler", "cpp", false),
+            ("main.handler", "go", false),
+            ("main.handler", "ruby", false),
+            ("", "go", true),
+            ("", "ruby", true),
+        ] {
+            let wanted = Wanted::parse(format!("{{\"handler\":{handler:?}}}").as_bytes()).unwrap();
+            let f = Function { runtime: runtime.into(), ..Function::sample("f") };
+            assert_eq!(wanted.check_for(&f).is_ok(), fits, "{handler:?} {runtime}");
+        }
     }
 }

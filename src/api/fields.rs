@@ -2,7 +2,7 @@
 
 use super::call::CallHeaders;
 use super::problem::ApiError;
-use crate::model::{Function, Runtime};
+use crate::model::{Function, Handler, Runtime};
 use http::header::HeaderValue;
 use percent_encoding::percent_decode;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
@@ -18,6 +18,10 @@ pub const DESCRIPTION_CHARS_MAX: usize = 4096;
 /// Maximum length of the environment variables as JSON, in bytes. They are part of every queue message, whose
 /// size is bounded.
 const ENV_BYTES_MAX: usize = 32 << 10;
+
+/// What a handler must be, for error texts.
+pub const HANDLER_FORM: &str =
+    "two or more identifiers with dots between them, such as main.handler, of at most 128 bytes; or empty";
 
 /// Runtime and memory size (MiB) of a new function, from the header fields of its upload.
 pub fn sizes(headers: &CallHeaders) -> Result<(Runtime, u64), ApiError> {
@@ -60,6 +64,29 @@ pub fn memory(name: &str, memory_mb: u64, runtime: &str) -> Result<(), ApiError>
     let (least, most) = (bounds.start(), bounds.end());
     let told = || ApiError::invalid(format!("`{name}` must be from {least} to {most} for {runtime}"));
     bounds.contains(&memory_mb).then_some(()).ok_or_else(told)
+}
+
+/// The handler of a new function. Absent or empty: none. `name` is for the error text.
+pub fn new_handler(name: &str, text: Option<String>, runtime: Runtime) -> Result<Option<Handler>, ApiError> {
+    let handler = handler(name, text.as_deref().unwrap_or_default())?;
+    handler_fits(name, handler.as_ref(), runtime.name())?;
+    Ok(handler)
+}
+
+/// Parses a handler. The empty text is none. `name` is for the error text.
+pub fn handler(name: &str, text: &str) -> Result<Option<Handler>, ApiError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let told = || ApiError::invalid(format!("`{name}` must be {HANDLER_FORM}"));
+    Handler::parse(text).map(Some).ok_or_else(told)
+}
+
+/// Checks that functions of the runtime may have the handler. `name` is for the error text.
+pub fn handler_fits(name: &str, handler: Option<&Handler>, runtime: &str) -> Result<(), ApiError> {
+    let fits = handler.is_none() || Runtime::parse(runtime).is_some_and(Runtime::has_handlers);
+    let told = || ApiError::invalid(format!("`{name}`: only functions in python and nodejs have a handler"));
+    fits.then_some(()).ok_or_else(told)
 }
 
 /// Decodes a header field of percent-encoded UTF-8, without blanks around it.
@@ -201,6 +228,29 @@ mod tests {
             let detail = ApiError::refusal(sizes(runtime, mb));
             assert!(detail.starts_with(&format!("Invalid memoryMb for {runtime}")), "{mb}: {detail}");
         }
+    }
+
+    #[test]
+    fn handlers_depend_on_the_runtime() {
+        let parsed = |text: &str, runtime| new_handler("x-handler", Some(text.to_owned()), runtime);
+        for runtime in [Runtime::Python, Runtime::Nodejs] {
+            let handler = parsed("pkg.mod.fn", runtime).unwrap();
+            assert_eq!(handler.as_ref().map(Handler::as_str), Some("pkg.mod.fn"), "{runtime:?}");
+            for bad in ["main", "main.", " main.handler", "lib/main.handler", "main.händler"] {
+                let detail = ApiError::refusal(parsed(bad, runtime));
+                assert!(detail.starts_with("`x-handler` must be two or more identifiers"), "{bad}: {detail}");
+            }
+        }
+        for runtime in [Runtime::Cpp, Runtime::Go] {
+            let detail = ApiError::refusal(parsed("main.handler", runtime));
+            assert!(detail.contains("only functions in python and nodejs"), "{runtime:?}: {detail}");
+        }
+        for runtime in Runtime::ALL {
+            assert_eq!(parsed("", runtime).unwrap(), None);
+            assert_eq!(new_handler("handler", None, runtime).unwrap(), None);
+        }
+        assert!(HANDLER_FORM.contains(&format!("at most {} bytes", Handler::LEN_MAX)));
+        ApiError::refusal(handler_fits("handler", Handler::parse("a.b").as_ref(), "ruby"));
     }
 
     #[test]

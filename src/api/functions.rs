@@ -11,7 +11,7 @@ use crate::api::call::function_id;
 use crate::audit::{Event, RecentEvents};
 use crate::backend::FunctionStore;
 use crate::functions::Editor;
-use crate::model::{Function, FunctionId, now_ms};
+use crate::model::{Function, FunctionId, Handler, now_ms};
 use http::StatusCode;
 use http::header::{ETAG, HeaderValue};
 use serde_json::{Value, json};
@@ -70,6 +70,7 @@ impl FunctionRoutes {
             "uploadedAt": f.uploaded_at,
             "version": f.version,
             "maxConcurrency": f.max_concurrency,
+            "handler": f.handler.as_ref().map(Handler::as_str),
         });
         Ok(tagged(Reply::value(StatusCode::OK, &body), &f))
     }

@@ -161,9 +161,13 @@ impl Health {
         let spilled = self.spilled();
         let is_spilling = spilled.is_some();
         checks.extend(spilled.map(|check| ("spill".to_owned(), check)));
+        let is_open = self.metrics.worker().is_some_and(|worker| !worker.is_isolated());
+        if is_open {
+            checks.insert("sandbox".to_owned(), json!({ "status": "DEGRADED" }));
+        }
         let (status, word) = if vital.contains(&false) {
             (StatusCode::SERVICE_UNAVAILABLE, "ERROR")
-        } else if useful.contains(&false) || is_spilling {
+        } else if useful.contains(&false) || is_spilling || is_open {
             (StatusCode::OK, "DEGRADED")
         } else {
             (StatusCode::OK, "OK")

@@ -5,23 +5,29 @@
 //! * [`client`] — the SDK's set-up: credentials, endpoints, time-outs
 //! * [`error`] — what an AWS failure means, by its code
 //! * [`json_call`] — the most frequent calls, without the SDK
+//! * [`coalescer`] — calls that are made together share a batch
 //! * [`sqs`], [`dynamodb`], [`s3`], [`redis`] — the ports, by service
-//! * [`start`] — the checks before the first request
+//! * [`start`] — the checks before the first request; [`worker_start`] — those of a worker
 
 mod client;
+mod coalescer;
 mod dynamodb;
 mod error;
 mod json_call;
 mod redis;
 mod retry;
 mod s3;
+#[cfg(test)]
+mod scripted;
 mod settings;
 mod sqs;
 mod start;
+mod worker_start;
 
 pub use redis::connection::RedisUrl;
 pub use settings::AwsSettings;
 pub use start::{AwsConnection, connect};
+pub use worker_start::{AwsWorkerSettings, WorkerPorts, connect_worker};
 
 /// The parts that a simulation of the fleet runs over a simulated Redis.
 #[cfg(test)]

@@ -6,11 +6,11 @@ use super::reload::{Reload, ReloadTargets};
 use super::signals::ReloadSignals;
 use crate::api::{Api, ApiParts};
 use crate::catalogue::Catalogue;
-use crate::config::Http2Conf;
+use crate::config::{Conf, Http2Conf};
 use crate::engine::{self, Engine, EngineLoops, EngineParts};
 use crate::gateway::{Gateway, GatewaySettings, HealthLoop};
 use crate::lifecycle::Lifecycle;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, WorkerMetrics};
 use anyhow::{Context, anyhow};
 use std::sync::Arc;
 
@@ -32,6 +32,8 @@ pub struct Background {
     pub engine: EngineLoops,
     pub reload: Reload,
     pub tending: HealthLoop,
+    /// For the loop of the backend, if there is one.
+    pub worker: Option<Arc<WorkerMetrics>>,
 }
 
 impl Built {
@@ -62,15 +64,18 @@ impl Built {
             functions: engine.functions.clone(),
             limiter: engine.limiter.clone(),
             edge: edge.clone(),
+            worker: settings.worker.clone(),
         };
         let loaded = (settings.texts.clone(), conf.clone());
-        let reload = Reload::new(settings.source.clone(), hangups, loaded, targets, Arc::clone(&metrics));
+        let set = move |conf: &Conf| targets.set(conf);
+        let reload = Reload::new(settings.source.clone(), hangups, loaded, set, metrics.conf.clone());
+        let worker = connected.extra_loop.is_some().then(|| metrics.add_worker()).transpose()?;
         let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let limiter = engine.limiter.clone();
         let api = api(settings, engine, connected, lifecycle, &metrics)?;
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
         let door = ListenerParts { gateway, edge, http2: conf.http2.clone(), metrics };
-        Ok(Self { door, background: Background { engine: loops, reload, tending } })
+        Ok(Self { door, background: Background { engine: loops, reload, tending, worker } })
     }
 }
 

@@ -1,13 +1,15 @@
 //! The `dev` command: the whole platform in one process, with the embedded backend and a local worker.
 
-use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, refuse};
-use super::{ConfSource, node};
-use crate::backend::{BackendError, StartProblem, embedded, make_empty_dir};
+use super::plan::{BackendLoop, ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, refuse};
+use super::{ConfSource, isolation, node};
+use crate::backend::embedded::{self, LocalWork};
+use crate::backend::{BackendError, StartProblem, make_empty_dir};
 use crate::config::{
-    AiNode, ConfigError, FileReader, Secret, api_key_problem, master_key_warning, rate_limit_from_process,
-    text, unreadable_variables,
+    AiNode, ConfFiles, ConfigError, FileReader, Live, RunEnv, SandboxMode, Secret, WorkerConf,
+    api_key_problem, master_key_warning, rate_limit_from_process, text, unreadable_variables,
 };
 use crate::gateway::Pseudonym;
+use crate::worker::{Worker, WorkerParts, on_path};
 use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -17,6 +19,8 @@ use std::time::Duration;
 
 const KEY_FILE: &str = "api-key";
 const KEY_READ_MAX: Duration = Duration::from_secs(5);
+/// Subdirectory of the data directory for unpacked code.
+const CODE_CACHE: &str = "code-cache";
 
 /// Command-line arguments of `dev`.
 pub struct DevArgs {
@@ -39,7 +43,13 @@ pub fn dev(args: DevArgs) -> Exit {
         Ok(read) => read,
         Err(problem) => return refuse(&problem),
     };
-    let mut source = ConfSource { dir: args.conf, a_minute, listen: Some(listen), master_key_bytes: 0 };
+    let run = match RunEnv::from_process() {
+        Ok(run) => run,
+        Err(problem) => return refuse(&problem),
+    };
+    let RunEnv { ai_endpoint, output_bytes_max } = run;
+    let (dir, files, listen) = (args.conf, ConfFiles::All, Some(listen));
+    let mut source = ConfSource { dir, files, a_minute, listen, master_key_bytes: 0, output_bytes_max };
     let (texts, conf) = match source.load() {
         Ok(loaded) => loaded,
         Err(e) => return refuse(&e),
@@ -69,7 +79,9 @@ pub fn dev(args: DevArgs) -> Exit {
         "\nInfra Controller is ready: {{url}}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
         args.data_dir.display(),
     );
-    let connect = Box::new(move || Box::pin(open(args.data_dir, warnings)) as _);
+    let worker = Live::new(conf.worker.clone());
+    let of_worker = DevWorker { settings: worker.clone(), ai_endpoint };
+    let connect = Box::new(move || Box::pin(open(args.data_dir, of_worker, warnings)) as _);
     let settings = NodeSettings {
         conf,
         source,
@@ -81,23 +93,59 @@ pub fn dev(args: DevArgs) -> Exit {
         api_key,
         pseudonym: Pseudonym::of(&rand::random::<[u8; 16]>()),
         ai_node,
+        worker: Some(worker),
         listen_beside,
         banner: Some(banner),
     };
     node::run(NodePlan { settings, connect })
 }
 
-async fn open(dir: PathBuf, warnings: Vec<String>) -> Result<ConnectedBackend, Vec<StartProblem>> {
-    let opened = embedded::open(&dir).map_err(|problem| vec![problem])?;
+/// What the worker of this process needs beside its jobs.
+struct DevWorker {
+    settings: Live<WorkerConf>,
+    ai_endpoint: Option<String>,
+}
+
+async fn open(
+    dir: PathBuf,
+    of_worker: DevWorker,
+    warnings: Vec<String>,
+) -> Result<ConnectedBackend, Vec<StartProblem>> {
+    let DevWorker { settings, ai_endpoint } = of_worker;
+    let opened = embedded::open(&dir, on_path("node").is_some()).map_err(|problem| vec![problem])?;
     let spool_dir = make_empty_dir(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
-    let worker = opened.worker;
+    let LocalWork { jobs, code, activity, runs_dir } = opened.work;
+    let conf = settings.get().sandbox.clone();
+    let sandbox = isolation::probed(&conf, SandboxMode::IfAvailable, &runs_dir).await;
+    let sandbox = sandbox.map_err(|problem| vec![problem])?;
+    // Runs end with the process: their jobs are on its disk, and run again after the next start.
+    let (worker_id, drain) = ("local".to_owned(), Duration::ZERO);
+    let run: BackendLoop = Box::new(move |stop, metrics| {
+        isolation::report(sandbox.status(), &metrics);
+        let (code_dir, outputs) = (runs_dir.with_file_name(CODE_CACHE), None);
+        let parts = WorkerParts {
+            jobs,
+            code,
+            outputs,
+            sandbox,
+            activity,
+            settings,
+            runs_dir,
+            code_dir,
+            worker_id,
+            ai_endpoint,
+            metrics,
+            drain,
+        };
+        Box::pin(Worker::new(parts).run(stop))
+    });
     Ok(ConnectedBackend {
         node: opened.node,
         backend: opened.backend,
         bucket: embedded::BUCKET.to_owned(),
         spool_dir,
         spill_dir: None,
-        extra_loop: Some(Box::new(move |stop| Box::pin(worker.run(stop)))),
+        extra_loop: Some(run),
         claim: None,
         warnings,
     })

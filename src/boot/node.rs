@@ -24,7 +24,7 @@ use pingora::proxy::http_proxy;
 use pingora::server::configuration::ServerConf;
 use pingora::server::{ListenFds, RunArgs, Server, ShutdownSignal, ShutdownSignalWatch, ShutdownWatch};
 use pingora::services::Service;
-use std::io::{self, Write};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -326,14 +326,15 @@ struct Loops {
 
 impl Loops {
     fn start(background: Background, disk: StateDirMonitor, extra: Option<BackendLoop>) -> Self {
-        let Background { engine, reload, tending } = background;
+        let Background { engine, reload, tending, worker } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
         endless.spawn(reload.run());
         endless.spawn(tending.run());
         endless.spawn(disk.run());
         let engine = engine.start();
-        Self { engine, endless, stop_extra, extra: extra.map(|run| spawn(run(extra_stopped))) }
+        let extra = extra.zip(worker).map(|(run, metrics)| spawn(run(extra_stopped, metrics)));
+        Self { engine, endless, stop_extra, extra }
     }
 
     /// Resolves when a loop has ended that should not end. It has panicked.
@@ -347,14 +348,8 @@ impl Loops {
     }
 
     /// From now on, a signal ends the process immediately.
-    fn exit_on_second(&mut self, mut signals: Signals) {
-        self.endless.spawn(async move {
-            let signal = signals.next().await;
-            // Standard error may be closed.
-            let _ = writeln!(std::io::stderr(), "infra-controller: second signal, exiting at once");
-            crate::log::finish();
-            std::process::exit(128 + signal);
-        });
+    fn exit_on_second(&mut self, signals: Signals) {
+        self.endless.spawn(signals.exit_on_next());
     }
 
     async fn stop(&mut self) {

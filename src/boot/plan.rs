@@ -2,8 +2,9 @@
 
 use super::reload::ConfSource;
 use crate::backend::{Backend, StartProblem};
-use crate::config::{AiNode, Conf, ConfTexts, ConfigError, Secret};
+use crate::config::{AiNode, Conf, ConfTexts, ConfigError, Live, Secret, WorkerConf};
 use crate::gateway::Pseudonym;
+use crate::metrics::WorkerMetrics;
 use crate::model::NodeId;
 use std::future::Future;
 use std::net::Ipv6Addr;
@@ -37,9 +38,10 @@ impl Exit {
     }
 }
 
-/// A background loop of the backend. It ends some time after the watch turns true.
-pub type BackendLoop =
-    Box<dyn FnOnce(watch::Receiver<bool>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+/// The worker of the backend, as a background loop. It ends some time after the watch turns true.
+pub type BackendLoop = Box<
+    dyn FnOnce(watch::Receiver<bool>, Arc<WorkerMetrics>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send,
+>;
 
 /// A connected backend, and the identity of this node in it.
 pub struct ConnectedBackend {
@@ -96,6 +98,8 @@ pub struct NodeSettings {
     pub pseudonym: Pseudonym,
     /// Address of the model catalogue. `None`: there is no catalogue.
     pub ai_node: Option<AiNode>,
+    /// The settings of the worker in this process, if there is one. A reload replaces them.
+    pub worker: Option<Live<WorkerConf>>,
     /// Second listen address, besides `conf.listen.address`. Ignored if this machine does not have it.
     pub listen_beside: Option<Ipv6Addr>,
     /// Printed to standard error once the port is bound. `{url}` is replaced by the URL of the server.

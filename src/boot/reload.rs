@@ -15,13 +15,13 @@ use super::notify;
 use super::signals::ReloadSignals;
 use crate::api;
 use crate::config::{
-    API_KEY_BYTES_MAX, BatchConf, CHANGES, Conf, ConfPart, ConfReload, ConfTexts, ConfigError, FileReader,
-    Identity, Live, OverloadConf, WaitsConf,
+    API_KEY_BYTES_MAX, BatchConf, CHANGES, Conf, ConfFiles, ConfPart, ConfReload, ConfTexts, ConfigError,
+    FileReader, Identity, Live, OverloadConf, WaitsConf, WorkerConf,
 };
 use crate::functions::FunctionCache;
 use crate::gateway::{self, GatewaySettings};
 use crate::limiter::RateLimiter;
-use crate::metrics::Metrics;
+use crate::metrics::ConfMetrics;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -43,12 +43,16 @@ const SETTLE_TRIES: usize = 10;
 pub struct ConfSource {
     /// `--conf`
     pub dir: Option<PathBuf>,
+    /// Which of its files this command reads.
+    pub files: ConfFiles,
     /// `RATE_LIMIT`: requests a minute of limits with the identity `key`.
     pub a_minute: Option<u32>,
     /// `--listen`
     pub listen: Option<IpAddr>,
     /// Length of the master key in bytes. It must fit into the header of a request. 0: not known yet.
     pub master_key_bytes: usize,
+    /// `MAX_OUTPUT_SIZE`: replaces `output.bytes_max`.
+    pub output_bytes_max: Option<usize>,
 }
 
 /// Least size of a request header without its key, in bytes: the request line and a few short fields.
@@ -68,7 +72,8 @@ impl ConfSource {
     }
 
     fn read(&self, reader: &mut FileReader, in_force: Option<&ConfTexts>) -> ConfTexts {
-        self.dir.as_deref().map_or_else(ConfTexts::none, |dir| ConfTexts::read(reader, dir, in_force))
+        let read = |dir| ConfTexts::read(reader, dir, self.files, in_force);
+        self.dir.as_deref().map_or_else(ConfTexts::none, read)
     }
 
     fn make(&self, texts: &ConfTexts) -> Result<Conf, ConfigError> {
@@ -87,6 +92,9 @@ impl ConfSource {
         }
         if let Some(listen) = self.listen {
             conf.listen.address = listen;
+        }
+        if let Some(bytes_max) = self.output_bytes_max {
+            conf.worker.output.bytes_max = bytes_max;
         }
         self.check_master_key(texts, &conf)?;
         Ok(conf)
@@ -109,7 +117,7 @@ impl ConfSource {
     }
 }
 
-/// The modules that receive new settings.
+/// The modules of a node that receive new settings.
 pub struct ReloadTargets {
     pub edge: GatewaySettings,
     pub waits: Live<WaitsConf>,
@@ -117,16 +125,21 @@ pub struct ReloadTargets {
     pub overload: Live<OverloadConf>,
     pub functions: FunctionCache,
     pub limiter: RateLimiter,
+    /// The worker in this process, if there is one.
+    pub worker: Option<Live<WorkerConf>>,
 }
 
 impl ReloadTargets {
-    fn set(&self, conf: &Conf) {
+    pub fn set(&self, conf: &Conf) {
         self.waits.set(conf.waits.clone());
         self.batch.set(conf.batch.clone());
         self.overload.set(conf.overload.clone());
         self.functions.set_conf(&conf.cache);
         self.limiter.set_conf(&conf.limits, &conf.keys);
         self.edge.set_conf(conf);
+        if let Some(worker) = &self.worker {
+            worker.set(conf.worker.clone());
+        }
     }
 }
 
@@ -134,8 +147,9 @@ impl ReloadTargets {
 pub struct Reload {
     source: ConfSource,
     hangups: ReloadSignals,
-    targets: ReloadTargets,
-    metrics: Arc<Metrics>,
+    /// Hands new settings to the modules that use them.
+    set: Box<dyn Fn(&Conf) + Send + Sync>,
+    metrics: ConfMetrics,
     /// `None` while a read is in progress.
     reader: Option<FileReader>,
     in_force: Conf,
@@ -151,17 +165,18 @@ impl Reload {
         source: ConfSource,
         hangups: ReloadSignals,
         (texts, conf): (ConfTexts, Conf),
-        targets: ReloadTargets,
-        metrics: Arc<Metrics>,
+        set: impl Fn(&Conf) + Send + Sync + 'static,
+        metrics: ConfMetrics,
     ) -> Self {
-        metrics.conf_applied_at.set(now_s());
-        for part in ConfPart::ALL {
+        metrics.applied_at.set(now_s());
+        for part in source.files.parts() {
             for result in [APPLIED, REFUSED] {
-                metrics.conf_reloads.with_label_values(&[part.name(), result]);
+                metrics.reloads.with_label_values(&[part.name(), result]);
             }
         }
-        let (dealt_with, texts, refused) = (texts.clone(), Arc::new(texts), BTreeMap::new());
-        Self { source, hangups, targets, metrics, reader: None, in_force: conf, texts, dealt_with, refused }
+        let (set, dealt_with, refused) = (Box::new(set), texts.clone(), BTreeMap::new());
+        let texts = Arc::new(texts);
+        Self { source, hangups, set, metrics, reader: None, in_force: conf, texts, dealt_with, refused }
     }
 
     pub async fn run(mut self) {
@@ -243,7 +258,7 @@ impl Reload {
                     for problem in problems {
                         tracing::error!(file = part.name(), problem, "Configuration Refused");
                     }
-                    self.metrics.conf_reloads.with_label_values(&[part.name(), REFUSED]).inc();
+                    self.metrics.reloads.with_label_values(&[part.name(), REFUSED]).inc();
                 }
                 // Also if the file is back to the contents in force.
                 None if is_new || !texts.is_same(part, &self.texts) => applied.push(part),
@@ -269,11 +284,11 @@ impl Reload {
                 live.insert(part, vec!["(changed)".to_owned()]);
             }
         }
-        self.targets.set(&conf);
+        (self.set)(&conf);
         (self.in_force, self.texts) = (conf, Arc::new(texts));
-        self.metrics.conf_applied_at.set(now_s());
+        self.metrics.applied_at.set(now_s());
         for part in parts {
-            self.metrics.conf_reloads.with_label_values(&[part.name(), APPLIED]).inc();
+            self.metrics.reloads.with_label_values(&[part.name(), APPLIED]).inc();
             let changes = live.remove(part).unwrap_or_default().join(", ");
             tracing::info!(file = part.name(), changes, "Configuration Applied");
         }
@@ -325,7 +340,7 @@ fn live_part(path: &str) -> Option<ConfPart> {
         "key" => Some(ConfPart::Keys),
         "upstream" => Some(ConfPart::Upstreams),
         "http" | "auth" => Some(ConfPart::Server),
-        _ => None,
+        section => WorkerConf::is_live(section).then_some(ConfPart::Worker),
     }
 }
 
@@ -360,6 +375,7 @@ fn settings(conf: &Conf) -> BTreeMap<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::SandboxMode;
 
     #[test]
     fn differences_are_named() {
@@ -370,10 +386,14 @@ mod tests {
         after.limits[0].burst = 5;
         after.shutdown.drain_timeout_s = 7;
         after.auth.failures_burst = 61;
+        after.worker.warm.idle_s = 9;
+        after.worker.sandbox.mode = Some(SandboxMode::Off);
         let Differences { live, at_start_only } = Differences::new(&before, &after);
         assert_eq!(live[&ConfPart::Limits], ["limit.api-key.burst 3000 → 5", "waits.sync_max_s 290 → 60"]);
         assert_eq!(live[&ConfPart::Server], ["auth.failures_burst 60 → 61"]);
-        assert_eq!((live.len(), at_start_only), (2, vec!["shutdown.drain_timeout_s 30 → 7".to_owned()]));
+        assert_eq!(live[&ConfPart::Worker], ["warm.idle_s 300 → 9"]);
+        let at_start = ["sandbox.mode (none) → \"off\"", "shutdown.drain_timeout_s 30 → 7"];
+        assert_eq!((live.len(), at_start_only), (3, at_start.map(str::to_owned).to_vec()));
         after = before.clone();
         after.limits.clear();
         let Differences { live, .. } = Differences::new(&before, &after);

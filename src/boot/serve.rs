@@ -5,7 +5,7 @@ use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, 
 use super::state_dir::StateDir;
 use super::{ConfSource, node};
 use crate::backend::{BackendError, StartProblem, aws, make_empty_dir};
-use crate::config::{Conf, ConfTexts, ConfigError, Env, master_key_warning};
+use crate::config::{Conf, ConfFiles, ConfTexts, ConfigError, Env, master_key_warning};
 use crate::gateway::Pseudonym;
 use crate::model::{NodeId, ProcessToken};
 use std::path::PathBuf;
@@ -42,6 +42,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
                 // One queue, one fleet.
                 pseudonym: Pseudonym::of(env.queue_url.as_bytes()),
                 ai_node,
+                worker: None,
                 listen_beside: None,
                 banner: None,
             };
@@ -111,7 +112,8 @@ fn loaded_settings(args: &ServeArgs) -> Result<LoadedSettings, ConfigError> {
     let env = Env::from_process();
     let a_minute = env.as_ref().ok().and_then(|env| env.rate_limit);
     let master_key_bytes = env.as_ref().map_or(0, |env| env.api_key.reveal().len());
-    let source = ConfSource { dir: args.conf.clone(), a_minute, listen: None, master_key_bytes };
+    let (dir, files) = (args.conf.clone(), ConfFiles::Gateway);
+    let source = ConfSource { dir, files, a_minute, listen: None, master_key_bytes, output_bytes_max: None };
     match (env, source.load()) {
         (Ok(env), Ok((texts, conf))) => Ok(LoadedSettings { env, source, texts, conf }),
         (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),

@@ -3,6 +3,7 @@
 //! The first SIGTERM or SIGINT starts the drain, the second one ends the process immediately. SIGHUP reloads
 //! the configuration, except in `dev` without `--conf`, where it stops the process.
 
+use std::io::Write;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub struct Signals {
@@ -37,6 +38,15 @@ impl Signals {
             _ = self.interrupt.recv() => SignalKind::interrupt().as_raw_value(),
             () = heard(&mut self.hangup) => SignalKind::hangup().as_raw_value(),
         }
+    }
+
+    /// Ends the process at the next signal, whatever it does.
+    pub async fn exit_on_next(mut self) {
+        let signal = self.next().await;
+        // Standard error may be closed.
+        let _ = writeln!(std::io::stderr(), "infra-controller: second signal, exiting at once");
+        crate::log::finish();
+        std::process::exit(128 + signal);
     }
 }
 

@@ -83,6 +83,18 @@ pub async fn listening(settings: &NodeSettings) -> Result<BoundSockets, Exit> {
     Ok(BoundSockets { sockets, heir })
 }
 
+/// Binds the only socket of a process that is no gateway. The error says why it cannot be bound, and what to
+/// do.
+#[cfg(feature = "aws")]
+pub fn bound_to(listen: IpAddr, port: u16) -> Result<TcpListener, String> {
+    let address = addresses(listen, None, has_ipv6).into_iter().next().unwrap_or(listen);
+    let bound = TcpListener::bind(SocketAddr::new(address, port)).and_then(|socket| {
+        socket.set_nonblocking(true)?;
+        Ok(socket)
+    });
+    bound.map_err(|e| format!("{e}. {}", bind_advice(&e)))
+}
+
 /// The endpoints that the settings ask for. `has`: whether this machine has an IPv6 address.
 fn wanted(settings: &NodeSettings, has: impl Fn(Ipv6Addr) -> bool) -> Vec<(SocketAddress, Transport)> {
     let on = |address, port, speaks| (SocketAddress::new(address, port), speaks);

@@ -153,7 +153,8 @@ impl StateDir {
     }
 }
 
-fn lock_in(dir: &Path) -> io::Result<Option<Flock<File>>> {
+/// Locks a directory by a file in it. `None`: another process has locked it.
+pub(super) fn lock_in(dir: &Path) -> io::Result<Option<Flock<File>>> {
     let file = File::options().create(true).truncate(false).write(true).open(dir.join(LOCK))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => Ok(Some(lock)),

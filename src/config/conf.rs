@@ -1,4 +1,4 @@
-//! All settings of `conf/`: `server.toml`, `limits.toml`, `keys.toml` and `upstreams.toml`.
+//! All settings of `conf/`: `server.toml`, `limits.toml`, `keys.toml`, `upstreams.toml` and `worker.toml`.
 //!
 //! The shipped files are compiled in and are the defaults, so the two cannot differ. An operator's file may
 //! omit any key. An unknown key is an error, so that a misspelled key does not go unnoticed.
@@ -15,12 +15,14 @@ use crate::config::server::{
     ServerFile, ShutdownConf, StartConf, TlsConf,
 };
 use crate::config::upstreams::UpstreamsFile;
+use crate::config::worker::WorkerConf;
 use serde::Serialize;
 
 const SERVER_SHIPPED: &str = include_str!("../../conf/server.toml");
 const LIMITS_SHIPPED: &str = include_str!("../../conf/limits.toml");
 const KEYS_SHIPPED: &str = include_str!("../../conf/keys.toml");
 const UPSTREAMS_SHIPPED: &str = include_str!("../../conf/upstreams.toml");
+const WORKER_SHIPPED: &str = include_str!("../../conf/worker.toml");
 
 /// All settings of `conf/`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -51,6 +53,9 @@ pub struct Conf {
     pub batch: BatchConf,
     pub cache: CacheConf,
     pub overload: OverloadConf,
+    /// `worker.toml`.
+    #[serde(flatten)]
+    pub worker: WorkerConf,
 }
 
 impl Conf {
@@ -69,7 +74,9 @@ impl Conf {
         let limits = collect(&mut problems, merged::<LimitsFile>(LIMITS_SHIPPED, &texts.limits));
         let keys = collect(&mut problems, merged::<KeysFile>(KEYS_SHIPPED, &texts.keys));
         let upstreams = collect(&mut problems, merged::<UpstreamsFile>(UPSTREAMS_SHIPPED, &texts.upstreams));
-        let (Some(s), Some(l), Some(k), Some(u)) = (server, limits, keys, upstreams) else {
+        let worker = collect(&mut problems, merged::<WorkerConf>(WORKER_SHIPPED, &texts.worker));
+        let (Some(s), Some(l), Some(k), Some(u), Some(worker)) = (server, limits, keys, upstreams, worker)
+        else {
             // A missing directory is reported by every file.
             problems.dedup();
             return Err(ConfigError(problems));
@@ -98,12 +105,14 @@ impl Conf {
             batch: l.batch,
             cache: l.cache,
             overload: l.overload,
+            worker,
         };
         let problems: Vec<String> = [
             (&texts.server, server_problems),
             (&texts.limits, limits_problems),
             (&texts.keys, key_problems(&conf.keys)),
             (&texts.upstreams, upstream_problems(&conf.upstreams)),
+            (&texts.worker, conf.worker.problems()),
         ]
         .into_iter()
         .flat_map(|(file, problems)| {
@@ -280,13 +289,14 @@ mod tests {
     fn fuzz_conf_files() {
         crate::fuzz::run("conf", |input| {
             let Ok(text) = std::str::from_utf8(input) else { return };
-            for n in 0..4 {
+            for n in 0..5 {
                 let mut texts = ConfTexts::none();
                 let file = match n {
                     0 => &mut texts.server,
                     1 => &mut texts.limits,
                     2 => &mut texts.keys,
-                    _ => &mut texts.upstreams,
+                    3 => &mut texts.upstreams,
+                    _ => &mut texts.worker,
                 };
                 file.text = Ok(Some(text.to_owned()));
                 let name = file.name.clone();

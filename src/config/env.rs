@@ -57,7 +57,7 @@ pub struct AiNode {
 
 impl AiNode {
     /// The address in the platform's own network, which was the default of the previous controller.
-    const URL_DEFAULT: &str = "http://10.0.20.100:11434";
+    pub(super) const URL_DEFAULT: &str = "http://10.0.20.100:11434";
     const TIMEOUT_DEFAULT: Duration = Duration::from_secs(2);
 
     /// Reads the process environment of `dev`, which has no default address. Returns the node, if there is
@@ -68,9 +68,8 @@ impl AiNode {
             names.iter().filter_map(|name| Some(((*name).to_owned(), std::env::var(name).ok()?))).collect();
         let mut reader = Reader::new(&vars);
         let (url, timeout) = (reader.endpoint("AI_NODE_URL"), reader.ai_node_timeout());
-        let Reader { problems, warnings, .. } = reader;
         let ai_node = url.map(|url| Self::new(&url, timeout));
-        if problems.is_empty() { Ok((ai_node, warnings)) } else { Err(ConfigError(problems)) }
+        reader.finish().map(|warnings| (ai_node, warnings))
     }
 
     fn new(url: &str, timeout: Duration) -> Self {
@@ -144,24 +143,30 @@ pub fn master_key_warning(key: &str) -> Option<String> {
 }
 
 /// The variables that this program reads, in addition to those of the AWS SDK.
-const NAMES: [&str; 17] = [
+const NAMES: [&str; 23] = [
+    "AI_ENDPOINT",
     "AI_NODE_TIMEOUT",
     "AI_NODE_URL",
     "BUCKET_NAME",
+    "CONTROLLER_URL",
     "DYNAMODB_ENDPOINT",
     "INFRA_API_KEY",
     "LOGS_TABLE_NAME",
+    "MAX_OUTPUT_SIZE",
     "PORT",
     "RATE_LIMIT",
     "REDIS_HOST",
     "REDIS_PORT",
     "REDIS_URL",
+    "S3_CODE_BUCKET",
     "S3_ENDPOINT",
+    "S3_USER_DATA_BUCKET",
     "SQS_ENDPOINT",
     "SQS_URL",
     "STATE_DIR",
     "TABLE_NAME",
     "RUST_LOG",
+    "WORKER_ID",
 ];
 
 /// Reports variables that this program reads and whose values are not UTF-8. Values are not shown, because
@@ -186,16 +191,7 @@ impl Env {
     /// # Errors
     /// As [`Self::parse`], and variables that are not UTF-8.
     pub fn from_process() -> Result<Self, ConfigError> {
-        let problems = unreadable_variables(std::env::vars_os());
-        if !problems.is_empty() {
-            return Err(ConfigError(problems));
-        }
-        // Variables of other programs that are not UTF-8 are left out.
-        Self::parse(
-            &std::env::vars_os()
-                .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-                .collect(),
-        )
+        Self::parse(&process_variables()?)
     }
 
     /// Reads the variables.
@@ -227,30 +223,52 @@ impl Env {
         {
             reader.endpoint(name);
         }
-        let Reader { missing, mut problems, warnings, .. } = reader;
-        env.warnings = warnings;
-        if !missing.is_empty() {
-            problems.insert(0, format!("missing environment variables: {}", missing.join(", ")));
-        }
-        if problems.is_empty() { Ok(env) } else { Err(ConfigError(problems)) }
+        env.warnings = reader.finish()?;
+        Ok(env)
     }
 }
 
+/// The variables of this process. Those of other programs are left out if they are not UTF-8.
+///
+/// # Errors
+/// Variables of this program that are not UTF-8.
+pub(super) fn process_variables() -> Result<HashMap<String, String>, ConfigError> {
+    let problems = unreadable_variables(std::env::vars_os());
+    if !problems.is_empty() {
+        return Err(ConfigError(problems));
+    }
+    let readable =
+        |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+    Ok(std::env::vars_os().filter_map(readable).collect())
+}
+
 /// Reads variables, and collects their problems and warnings.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     vars: &'a HashMap<String, String>,
-    missing: Vec<&'static str>,
-    problems: Vec<String>,
+    pub(super) missing: Vec<&'static str>,
+    pub(super) problems: Vec<String>,
     warnings: Vec<String>,
 }
 
 impl<'a> Reader<'a> {
-    fn new(vars: &'a HashMap<String, String>) -> Self {
+    pub(super) fn new(vars: &'a HashMap<String, String>) -> Self {
         Self { vars, missing: Vec::new(), problems: Vec::new(), warnings: Vec::new() }
     }
 
+    /// Returns the warnings.
+    ///
+    /// # Errors
+    /// All problems. The first line names every missing variable.
+    pub(super) fn finish(self) -> Result<Vec<String>, ConfigError> {
+        let Self { missing, mut problems, warnings, .. } = self;
+        if !missing.is_empty() {
+            problems.insert(0, format!("missing environment variables: {}", missing.join(", ")));
+        }
+        if problems.is_empty() { Ok(warnings) } else { Err(ConfigError(problems)) }
+    }
+
     /// The value without blanks around it. An empty variable counts as unset, as in the previous controller.
-    fn optional(&self, name: &str) -> Option<String> {
+    pub(super) fn optional(&self, name: &str) -> Option<String> {
         self.vars.get(name).map(|v| v.trim()).filter(|v| !v.is_empty()).map(str::to_owned)
     }
 
@@ -262,7 +280,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The region. It is part of host names and signatures, so its characters are checked.
-    fn region(&mut self) -> String {
+    pub(super) fn region(&mut self) -> String {
         let region = self.required("AWS_REGION");
         if !region.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
             self.problems
@@ -271,7 +289,7 @@ impl<'a> Reader<'a> {
         region
     }
 
-    fn parsed<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
+    pub(super) fn parsed<T: std::str::FromStr>(&mut self, name: &'static str) -> Option<T> {
         let text = self.optional(name)?;
         let value = text.parse().ok();
         if value.is_none() {
@@ -297,12 +315,12 @@ impl<'a> Reader<'a> {
         Some(value)
     }
 
-    fn url(&mut self, name: &'static str) -> String {
+    pub(super) fn url(&mut self, name: &'static str) -> String {
         self.required(name);
         self.endpoint(name).unwrap_or_default()
     }
 
-    fn endpoint(&mut self, name: &'static str) -> Option<String> {
+    pub(super) fn endpoint(&mut self, name: &'static str) -> Option<String> {
         let url = self.optional(name)?;
         if !url.starts_with("http://") && !url.starts_with("https://") {
             self.problems.push(format!("{name} is not a URL: it must start with http:// or https://"));
@@ -320,7 +338,7 @@ impl<'a> Reader<'a> {
         timeout_ms.map_or(AiNode::TIMEOUT_DEFAULT, Duration::from_millis)
     }
 
-    fn redis(&mut self) -> RedisAddress {
+    pub(super) fn redis(&mut self) -> RedisAddress {
         if let Some(url) = self.optional("REDIS_URL") {
             if let Some(problem) = redis_url_problem(&url) {
                 self.problems.push(format!("REDIS_URL {problem}"));
@@ -364,7 +382,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn api_key(&mut self) -> Secret {
+    pub(super) fn api_key(&mut self) -> Secret {
         let key = self.required("INFRA_API_KEY");
         if let Some(problem) = api_key_problem(&key).filter(|_| !key.is_empty()) {
             self.problems.push(format!("INFRA_API_KEY: {problem}"));
@@ -408,8 +426,7 @@ pub fn rate_limit_from_process() -> Result<(Option<u32>, Vec<String>), ConfigErr
     let vars = std::env::var(name).ok().map(|value| (name.to_owned(), value)).into_iter().collect();
     let mut reader = Reader::new(&vars);
     let rate = reader.rate_limit();
-    let Reader { problems, warnings, .. } = reader;
-    if problems.is_empty() { Ok((rate, warnings)) } else { Err(ConfigError(problems)) }
+    reader.finish().map(|warnings| (rate, warnings))
 }
 
 #[cfg(test)]

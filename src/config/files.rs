@@ -18,11 +18,19 @@ pub enum ConfPart {
     Limits,
     Keys,
     Upstreams,
+    Worker,
 }
 
 impl ConfPart {
-    pub const ALL: [Self; 6] =
-        [Self::Server, Self::Certificate, Self::ClientCa, Self::Limits, Self::Keys, Self::Upstreams];
+    pub const ALL: [Self; 7] = [
+        Self::Server,
+        Self::Certificate,
+        Self::ClientCa,
+        Self::Limits,
+        Self::Keys,
+        Self::Upstreams,
+        Self::Worker,
+    ];
 
     /// Its name in logs and metrics.
     pub fn name(self) -> &'static str {
@@ -33,7 +41,30 @@ impl ConfPart {
             Self::Limits => "limits.toml",
             Self::Keys => "keys.toml",
             Self::Upstreams => "upstreams.toml",
+            Self::Worker => "worker.toml",
         }
+    }
+}
+
+/// The files that a command reads. The others are not opened, so a mistake in them does not concern it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConfFiles {
+    /// All but `worker.toml`: `serve`.
+    Gateway,
+    /// `worker.toml` only: `worker`.
+    Worker,
+    /// All: `dev`.
+    All,
+}
+
+impl ConfFiles {
+    /// The parts of the settings that are in these files.
+    pub fn parts(self) -> impl Iterator<Item = ConfPart> {
+        ConfPart::ALL.into_iter().filter(move |part| match self {
+            Self::Gateway => *part != ConfPart::Worker,
+            Self::Worker => *part == ConfPart::Worker,
+            Self::All => true,
+        })
     }
 }
 
@@ -44,6 +75,7 @@ pub struct ConfTexts {
     pub(super) limits: ConfText,
     pub(super) keys: ConfText,
     pub(super) upstreams: ConfText,
+    pub(super) worker: ConfText,
     pub(super) certificate: Result<Option<CertificateText>, Vec<String>>,
     pub(super) client_ca: Result<Option<String>, Vec<String>>,
 }
@@ -134,28 +166,36 @@ impl ConfTexts {
             limits: ConfText::none("conf/limits.toml"),
             keys: ConfText::none("conf/keys.toml"),
             upstreams: ConfText::none("conf/upstreams.toml"),
+            worker: ConfText::none("conf/worker.toml"),
             certificate: Ok(None),
             client_ca: Ok(None),
         }
     }
 
-    /// Reads the files of `dir`, and those that `[tls]` names. The shipped settings stand for a file that
-    /// does not exist. If `server.toml` cannot be read, the certificates are read from the paths in
-    /// `in_force`.
-    pub fn read(reader: &mut FileReader, dir: &Path, in_force: Option<&Self>) -> Self {
+    /// Reads `files` of `dir`, and those that `[tls]` names. The shipped settings stand for a file that is
+    /// not read or does not exist. If `server.toml` cannot be read, the certificates are read from the paths
+    /// in `in_force`.
+    pub fn read(reader: &mut FileReader, dir: &Path, files: ConfFiles, in_force: Option<&Self>) -> Self {
+        let mut texts = Self::none();
         let mut read = |name: &str| ConfText::read(reader, dir, name);
-        let (keys, limits) = (read("keys.toml"), read("limits.toml"));
-        let (server, upstreams) = (read("server.toml"), read("upstreams.toml"));
-        let names = server.tables().or_else(|| in_force.and_then(|texts| texts.server.tables()));
-        let mut pem = PemReader { reader, dir, server: &server, tls: names.as_ref().and_then(tls_of) };
+        if files != ConfFiles::Gateway {
+            texts.worker = read("worker.toml");
+        }
+        if files == ConfFiles::Worker {
+            return texts;
+        }
+        (texts.keys, texts.limits) = (read("keys.toml"), read("limits.toml"));
+        (texts.server, texts.upstreams) = (read("server.toml"), read("upstreams.toml"));
+        let names = texts.server.tables().or_else(|| in_force.and_then(|texts| texts.server.tables()));
+        let mut pem = PemReader { reader, dir, server: &texts.server, tls: names.as_ref().and_then(tls_of) };
         let (certificate, client_ca) = (pem.certificate(), pem.client_ca());
-        Self { server, limits, keys, upstreams, certificate, client_ca }
+        Self { certificate, client_ca, ..texts }
     }
 
     /// Warnings about `.toml` files in `dir` that are not read, such as a misspelled `limit.toml`. Empty if
     /// the directory cannot be listed.
     pub fn unknown_files(dir: &Path) -> Vec<String> {
-        let known = ["server.toml", "limits.toml", "keys.toml", "upstreams.toml"];
+        let known = ["server.toml", "limits.toml", "keys.toml", "upstreams.toml", "worker.toml"];
         let entries = std::fs::read_dir(dir).into_iter().flatten().take(ENTRIES_MAX).flatten();
         let mut unknown: Vec<String> = entries
             .filter_map(|entry| entry.file_name().into_string().ok())
@@ -204,6 +244,7 @@ impl ConfTexts {
             ConfPart::Limits => self.limits == other.limits,
             ConfPart::Keys => self.keys == other.keys,
             ConfPart::Upstreams => self.upstreams == other.upstreams,
+            ConfPart::Worker => self.worker == other.worker,
         }
     }
 
@@ -216,6 +257,7 @@ impl ConfTexts {
             ConfPart::Limits => self.limits = other.limits.clone(),
             ConfPart::Keys => self.keys = other.keys.clone(),
             ConfPart::Upstreams => self.upstreams = other.upstreams.clone(),
+            ConfPart::Worker => self.worker = other.worker.clone(),
         }
         self
     }
@@ -231,6 +273,7 @@ impl ConfTexts {
             ConfPart::Limits => self.limits.text = Err(format!("{}: {problem}", self.limits.name)),
             ConfPart::Keys => self.keys.text = Err(format!("{}: {problem}", self.keys.name)),
             ConfPart::Upstreams => self.upstreams.text = Err(format!("{}: {problem}", self.upstreams.name)),
+            ConfPart::Worker => self.worker.text = Err(format!("{}: {problem}", self.worker.name)),
         }
     }
 
@@ -273,6 +316,7 @@ impl ConfTexts {
             ConfPart::Limits => Some(&self.limits),
             ConfPart::Keys => Some(&self.keys),
             ConfPart::Upstreams => Some(&self.upstreams),
+            ConfPart::Worker => Some(&self.worker),
             ConfPart::Certificate | ConfPart::ClientCa => None,
         }
     }
@@ -396,8 +440,15 @@ mod tests {
     #[test]
     fn unknown_toml_files_cause_warnings() {
         let dir = tempfile::tempdir().unwrap();
-        for name in ["server.toml", "limits.toml", "limit.toml", "Keys.toml", "key.pem", "upstreams.toml.bak"]
-        {
+        for name in [
+            "server.toml",
+            "limits.toml",
+            "limit.toml",
+            "Keys.toml",
+            "key.pem",
+            "upstreams.toml.bak",
+            "worker.toml",
+        ] {
             std::fs::write(dir.path().join(name), "").unwrap();
         }
         let warnings = ConfTexts::unknown_files(dir.path());

@@ -34,7 +34,7 @@ impl ConfReload {
         make: impl Fn(&ConfTexts) -> Result<Conf, ConfigError>,
     ) -> Self {
         let mut trial = ReloadAttempt { texts, conf, read, make, refused: BTreeMap::new() };
-        trial.take_each(&[ConfPart::Keys]);
+        trial.take_each(&[ConfPart::Keys, ConfPart::Worker]);
         // If server.toml is missing or not TOML, the certificates were read from the paths in force.
         if trial.read.has_same_tls(&trial.texts) || !trial.read.has_tables(ConfPart::Server) {
             trial.take_each(&TLS_PARTS);
@@ -167,6 +167,7 @@ mod tests {
                 ConfPart::Limits => texts.limits = file("limits.toml"),
                 ConfPart::Keys => texts.keys = file("keys.toml"),
                 ConfPart::Upstreams => texts.upstreams = file("upstreams.toml"),
+                ConfPart::Worker => texts.worker = file("worker.toml"),
                 ConfPart::Certificate => texts.certificate = Ok(Some(pem)),
                 ConfPart::ClientCa => texts.client_ca = Ok(Some(text.clone())),
             }
@@ -191,7 +192,7 @@ mod tests {
     /// Exactly the named parts of a change are applied. All other changed parts are rejected with a reason.
     #[test]
     fn each_part_is_applied_unless_a_part_it_depends_on_is_rejected() {
-        use ConfPart::{Certificate, ClientCa, Keys, Limits, Server, Upstreams};
+        use ConfPart::{Certificate, ClientCa, Keys, Limits, Server, Upstreams, Worker};
         let (run_1, run_2) = (limit("/run", 1), limit("/run", 2));
         let (on_u, on_u_2) = (limit("/u/*", 1), limit("/u/*", 2));
         let auth = "[auth]\nfailures_burst = 7\n";
@@ -200,7 +201,7 @@ mod tests {
         let base = [&base[..], &[(Certificate, "one"), (ClientCa, "one")]].concat();
         let limited = [(Upstreams, UP), (Limits, &*on_u)];
         type Parts<'a> = &'a [(ConfPart, &'a str)];
-        let cases: [(Parts<'_>, Parts<'_>, &[ConfPart]); 22] = [
+        let cases: [(Parts<'_>, Parts<'_>, &[ConfPart]); 24] = [
             // In force in addition to the base; the change; the parts of it that are applied.
             (
                 &[],
@@ -218,6 +219,9 @@ mod tests {
                 &[Limits, Upstreams, Server],
             ),
             (&[], &[(Keys, ""), (Limits, &run_2)], &[Limits]),
+            // The worker is independent of everything else.
+            (&[], &[(Worker, "[warm]\nidle_s = 9\n"), (Keys, WRONG), (Server, NO_TOML)], &[Worker]),
+            (&[], &[(Worker, WRONG), (Limits, &run_2)], &[Limits]),
             // Limits that name no upstream do not need upstreams.toml.
             (&[], &[(Limits, &run_2), (Upstreams, WRONG)], &[Limits]),
             (&[], &[(Limits, &on_u), (Upstreams, UP)], &[Limits, Upstreams]),

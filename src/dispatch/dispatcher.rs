@@ -15,6 +15,7 @@ use crate::node_lease::NodeLease;
 use rand::Rng;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Interval at which a long poll looks up the stored result of its job.
 const POLLED_EVERY: Duration = Duration::from_secs(1);
@@ -176,6 +177,7 @@ impl Dispatcher {
         mut resend: Resend,
         waits: bool,
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
+        let since = Instant::now();
         let is_entered = resend.maybe_sent && !resend.is_journaled;
         let node = job.id.node();
         if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {
@@ -187,14 +189,14 @@ impl Dispatcher {
             let journal = &self.0.journal;
             journal.enter(std::slice::from_ref(&job)).await.map_err(|_| {
                 // Only the answer may be missing.
-                journal.leave([(job.id, job.deadline)]);
+                journal.leave([job.id], since);
                 SubmitError::Unavailable
             })?;
             resend.is_journaled = true;
         }
         let entered = self.0.in_flight.enter_again(&job, waits).map_err(|_| {
             if is_entered {
-                self.0.journal.leave([(job.id, job.deadline)]);
+                self.0.journal.leave([job.id], since);
             }
             SubmitError::Overloaded
         })?;
@@ -251,10 +253,12 @@ impl Dispatcher {
     /// Removes a job whose send has definitely failed from the table. Must be called after the job has left
     /// the journal and its idempotency key is released.
     pub fn withdraw(&self, id: JobId) {
-        let awaited = self.0.in_flight.awaited(id);
-        self.0.in_flight.remove(id);
-        // Once more, because a restore of a lost journal may have entered it again meanwhile.
-        self.0.journal.leave(awaited.map(|awaited| (id, awaited.deadline)));
+        let is_awaited = self.0.in_flight.awaited(id).is_some();
+        let is_shared = self.0.in_flight.remove_unsent(id);
+        if is_awaited {
+            // Once more, because a restore of a lost journal may have entered it again meanwhile.
+            self.0.journal.leave_unsent(id, is_shared);
+        }
     }
 
     /// Leaves a job whose send has definitely failed to the node of another request, which sends it again.

@@ -393,6 +393,15 @@ impl InFlight {
         }
     }
 
+    /// Removes a job that is certainly not on the queue. Returns whether another node may have adopted it.
+    pub fn remove_unsent(&self, id: JobId) -> bool {
+        let removed = self.jobs.remove(&id);
+        removed.is_some_and(|(_, entry)| {
+            self.count_one_less();
+            entry.shared
+        })
+    }
+
     /// Whether another node may end the job too.
     pub fn is_shared(&self, id: JobId) -> bool {
         self.jobs.get(&id).is_some_and(|entry| entry.shared)

@@ -43,7 +43,7 @@ impl Fixture {
         before: &[(u64, UnixMs)],
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let embedded::Embedded { node, mut backend, .. } = embedded::open(dir.path()).unwrap();
+        let embedded::Embedded { node, mut backend, .. } = embedded::open(dir.path(), false).unwrap();
         let mut conf = Conf::shipped().unwrap();
         change_conf(&mut conf);
         change_backend(&mut backend);

@@ -18,7 +18,7 @@ use crate::backend::{BackendError, FleetState, JournalEntry, JournalPart, LeaseR
 use crate::config::FleetConf;
 use crate::dispatch::NodeJobs;
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, JobId, NodeId, UnixMs, now_ms};
+use crate::model::{FunctionId, JobId, NodeId, now_ms};
 use crate::node_lease::NodeLease;
 use rand::Rng;
 use std::collections::{BTreeMap, HashSet};
@@ -282,11 +282,11 @@ impl Adopter {
     /// entered them again. The places are searched in the order in which jobs move, so that no ended job is
     /// removed.
     fn leave_unsent(&self, node: NodeId, told: &[JournalEntry]) {
-        let told = told.iter().map(|entry| (entry.id, entry.deadline));
-        let mut unsent: Vec<(JobId, UnixMs)> = told.filter(|(id, _)| !self.jobs.contains(*id)).collect();
+        let told = told.iter().map(|entry| entry.id);
+        let mut unsent: Vec<JobId> = told.filter(|id| !self.jobs.contains(*id)).collect();
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
         let ended = self.ledger.ended(node);
-        unsent.retain(|(id, _)| !spilled.contains(id) && !ended.contains(id));
+        unsent.retain(|id| !spilled.contains(id) && !ended.contains(id));
         self.jobs.remove_from_journal(unsent);
     }
 

@@ -15,8 +15,8 @@ use crate::backend::{
 };
 use crate::backoff::Backoff;
 use crate::model::{
-    ConfigAction, ConfigRecord, Function, FunctionCounters, FunctionId, RetiredCode, Runtime, UnixMs, now_ms,
-    rfc3339_ms,
+    ConfigAction, ConfigRecord, Function, FunctionCounters, FunctionId, Handler, RetiredCode, Runtime,
+    UnixMs, now_ms, rfc3339_ms,
 };
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
@@ -64,6 +64,8 @@ pub struct NewFunction<'a> {
     pub description: String,
     pub runtime: Runtime,
     pub memory_mb: u64,
+    /// `None`: script mode.
+    pub handler: Option<Handler>,
     /// A JSON object.
     pub env_vars: String,
     pub code: NewCode<'a>,
@@ -76,6 +78,8 @@ pub struct FunctionChange {
     pub memory_mb: Option<u64>,
     /// 0 removes the cap.
     pub max_concurrency: Option<u64>,
+    /// `Some(None)` removes the handler: script mode.
+    pub handler: Option<Option<Handler>>,
 }
 
 /// Why a function was not changed. `E` is the error of the caller's own check.
@@ -113,6 +117,7 @@ impl Editor {
             runtime: new.runtime.name().to_owned(),
             memory_mb: new.memory_mb,
             max_concurrency: 0,
+            handler: new.handler,
             s3_key: code.s3_key.clone(),
             original_name: new.code.original_name,
             uploaded_at: rfc3339_ms(now),
@@ -265,6 +270,9 @@ fn changed(
     }
     if let Some(max) = change.max_concurrency {
         after.max_concurrency = max;
+    }
+    if let Some(handler) = change.handler {
+        after.handler = handler;
     }
     if let Some((stored, code)) = code {
         after.s3_key.clone_from(&stored.s3_key);

@@ -8,13 +8,14 @@ use http::HeaderMap;
 use http::header::CONNECTION;
 
 /// Single-valued fields that this gateway reads, or that services behind it are likely to read.
-const ONCE: [&str; 8] = [
+const ONCE: [&str; 9] = [
     "x-api-key",
     "authorization",
     "content-type",
     "idempotency-key",
     "x-async",
     "x-function-name",
+    "x-handler",
     "x-memory-mb",
     "x-runtime",
 ];

@@ -3,11 +3,21 @@
 use super::register::{counter_vec, gauge};
 use prometheus::{IntCounterVec, IntGauge, Registry};
 
-pub fn reloads(r: &Registry) -> prometheus::Result<IntCounterVec> {
-    let help = "Configuration changes, applied or rejected.";
-    counter_vec(r, "infra_conf_reloads_total", help, &["file", "result"])
+/// The metrics of the configuration. Clones share their values.
+#[derive(Clone)]
+pub struct ConfMetrics {
+    /// By `file`, and by `result`: `applied`, `refused`.
+    pub reloads: IntCounterVec,
+    /// In Unix seconds.
+    pub applied_at: IntGauge,
 }
 
-pub fn applied_at(r: &Registry) -> prometheus::Result<IntGauge> {
-    gauge(r, "infra_conf_applied_timestamp_seconds", "Unix time of the last applied configuration.")
+impl ConfMetrics {
+    pub(super) fn new(r: &Registry) -> prometheus::Result<Self> {
+        let (name, help) = ("infra_conf_reloads_total", "Configuration changes, applied or rejected.");
+        let reloads = counter_vec(r, name, help, &["file", "result"])?;
+        let (name, help) =
+            ("infra_conf_applied_timestamp_seconds", "Unix time of the last applied configuration.");
+        Ok(Self { reloads, applied_at: gauge(r, name, help)? })
+    }
 }

@@ -1,7 +1,7 @@
 //! Changes of functions: their audit records, and the code that a change leaves behind.
 
 use super::time::UnixMs;
-use super::{Function, FunctionId, RowKey};
+use super::{Function, FunctionId, Handler, RowKey};
 use serde_json::{Value, json};
 
 /// How long a change record is kept, in seconds: 400 days.
@@ -79,8 +79,8 @@ fn shown(function: Option<&Function>) -> Value {
     let env: serde_json::Map<String, Value> = serde_json::from_str(&f.env_vars).unwrap_or_default();
     json!({
         "name": f.name, "description": f.description, "runtime": f.runtime, "memoryMb": f.memory_mb,
-        "maxConcurrency": f.max_concurrency, "s3Key": f.s3_key, "version": f.version,
-        "envVars": env.keys().collect::<Vec<_>>(),
+        "maxConcurrency": f.max_concurrency, "handler": f.handler.as_ref().map(Handler::as_str),
+        "s3Key": f.s3_key, "version": f.version, "envVars": env.keys().collect::<Vec<_>>(),
     })
 }
 
@@ -113,6 +113,9 @@ mod tests {
         let deleted =
             ConfigRecord::new(ConfigAction::Delete, "master", record.at, Some(&function), None).unwrap();
         assert_ne!(deleted.key, record.key);
+        assert!(record.after.contains("\"handler\":null"), "{}", record.after);
+        let with_handler = Function { handler: Handler::parse("main.handler"), ..function };
+        assert!(shown(Some(&with_handler)).to_string().contains("\"handler\":\"main.handler\""));
         assert_eq!(ConfigRecord::new(ConfigAction::Delete, "master", 0, None, None), None);
     }
 }

@@ -1,6 +1,6 @@
 //! The metadata of a function, as stored in the function table, and the counters of its runs.
 
-use super::Recommendation;
+use super::{Handler, Recommendation};
 use sha2::{Digest, Sha256};
 use std::fmt;
 use std::fmt::Write;
@@ -56,6 +56,8 @@ pub struct Function {
     pub memory_mb: u64,
     /// Maximum number of jobs in flight on all nodes together; 0: no cap.
     pub max_concurrency: u64,
+    /// What workers call for each run. `None` is script mode: they start the entry file as a program.
+    pub handler: Option<Handler>,
     /// The key of the code in the bucket, or in the local store.
     pub s3_key: String,
     /// The file name of the uploaded code.
@@ -93,6 +95,10 @@ impl Function {
         hash.update(self.memory_mb.to_be_bytes());
         if self.max_concurrency > 0 {
             hash.update(self.max_concurrency.to_be_bytes());
+        }
+        if let Some(handler) = &self.handler {
+            hash.update((handler.as_str().len() as u64).to_be_bytes());
+            hash.update(handler.as_str());
         }
         let mut tag = format!("\"{}-", self.version);
         for byte in &hash.finalize()[..6] {
@@ -134,6 +140,7 @@ impl Function {
             runtime: "python".to_owned(),
             memory_mb: 256,
             max_concurrency: 0,
+            handler: None,
             s3_key: format!("functions/{id}/a.zip"),
             original_name: "code.zip".to_owned(),
             uploaded_at: "2026-01-02T03:04:05.678Z".to_owned(),
@@ -172,6 +179,7 @@ mod tests {
         for changed in [
             Function { memory_mb: 512, ..f.clone() },
             Function { max_concurrency: 1, ..f.clone() },
+            Function { handler: Handler::parse("main.handler"), ..f.clone() },
             Function { description: String::new(), ..f.clone() },
             Function { version: 2, ..f.clone() },
             Function { updated_at: "x".into(), ..f.clone() },

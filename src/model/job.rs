@@ -53,7 +53,12 @@ impl JobTemplate {
         let input_at = text.len();
         text.extend([",\"envVars\":", &f.env_vars, ",\"acceptedAt\":\""]);
         let times_at = text.len();
-        text.extend(["\",\"configVersion\":", &f.version.to_string(), ",\"traceparent\":\""]);
+        text.extend(["\",\"configVersion\":", &f.version.to_string()]);
+        if let Some(handler) = &f.handler {
+            // A handler has no characters that need an escape.
+            text.extend([",\"handler\":\"", handler.as_str(), "\""]);
+        }
+        text.push_str(",\"traceparent\":\"");
         let max_concurrency = usize::try_from(f.max_concurrency).unwrap_or(usize::MAX);
         Self { function: f.id.clone(), max_concurrency, text: text.into(), input_at, times_at }
     }
@@ -139,7 +144,7 @@ fn escape_noncharacters(message: Vec<u8>) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{FunctionCounters, NodeId};
+    use crate::model::{FunctionCounters, Handler, NodeId};
     use serde_json::value::RawValue;
 
     const AT: UnixMs = 1_795_305_600_123;
@@ -152,6 +157,7 @@ mod tests {
             runtime: "python".into(),
             memory_mb: 256,
             max_concurrency: 0,
+            handler: None,
             s3_key: "functions/\"x\".zip".into(),
             original_name: "x.zip".into(),
             uploaded_at: Rfc3339Ms::of(AT).as_str().to_owned(),
@@ -164,10 +170,13 @@ mod tests {
     }
 
     fn message(body: &str) -> String {
-        let function = function();
+        message_of(&function(), body)
+    }
+
+    fn message_of(function: &Function, body: &str) -> String {
         let request = RunRequest::parse(body.as_bytes()).expect(body);
         let id = JobId::new(NodeId(1), AT, 2);
-        let template = &JobTemplate::of(&function, "b");
+        let template = &JobTemplate::of(function, "b");
         let draft = JobDraft { id, template, deadline: AT + 1000, request: &request, traceparent: None };
         String::from_utf8(draft.build().message.to_vec()).unwrap()
     }
@@ -184,6 +193,19 @@ mod tests {
              \"configVersion\":7,\"traceparent\":\"{trace}\"}}"
         );
         assert_eq!(message(r#"{"functionId":"f.1","inputData":{"a": [1, 2]},"other":[]}"#), expected);
+    }
+
+    #[test]
+    fn only_the_message_of_a_handler_names_it() {
+        let body = r#"{"functionId":"f.1"}"#;
+        let script = message(body);
+        let with_handler = Function { handler: Handler::parse("pkg.mod.fn"), ..function() };
+        let expected = script.replace(
+            "\"configVersion\":7,\"traceparent\"",
+            "\"configVersion\":7,\"handler\":\"pkg.mod.fn\",\"traceparent\"",
+        );
+        assert_ne!(expected, script);
+        assert_eq!(message_of(&with_handler, body), expected);
     }
 
     #[test]

@@ -39,6 +39,11 @@ impl Runtime {
         }
     }
 
+    /// Whether functions of the runtime may have a handler. The others are programs.
+    pub fn has_handlers(self) -> bool {
+        matches!(self, Self::Python | Self::Nodejs)
+    }
+
     /// The memory bounds for a change of a function, in MiB. An unknown runtime has the bounds that all
     /// runtimes share.
     ///

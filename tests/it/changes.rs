@@ -8,10 +8,9 @@ use crate::harness::worker::literal;
 use crate::harness::{Gateway, SOON, Setup, eventually, join_all, spawn};
 use serde_json::{Value, json};
 
+on_all_workers!(a_function_is_uploaded_run_updated_and_deleted, multipart_updates_replace_code_and_fields,);
 on_both_backends!(
-    a_function_is_uploaded_run_updated_and_deleted,
     invalid_updates_are_rejected_and_change_nothing,
-    multipart_updates_replace_code_and_fields,
     memory_bounds_depend_on_the_runtime,
     one_of_many_concurrent_updates_with_one_etag_succeeds,
     conditional_requests_compare_etags,
@@ -462,7 +461,7 @@ async fn auto_tuner_without_a_recommendation_is_409(setup: Setup) {
 /// The recommendation is shown and applied by another node than the one that received it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_node_applies_a_recommendation() {
-    let platform = Setup::serve().start().await;
+    let platform = Setup::serve().python_worker().start().await;
     let (here, there) = (&platform.gateway, platform.fleet().start_gateway().await);
     let recommend = async |result: Value| {
         here.run(HELLO, &literal(&result.to_string())).send().await.expect(200);

@@ -29,7 +29,7 @@ async fn node_clients_get_the_documented_answers(setup: Setup) {
 async fn run_client(platform: &Platform, name: &str, program: &Path, more: &[(&str, String)]) {
     let dir = Scratch::new("client");
     let mut env = client::env(&platform.gateway);
-    env.push(("HAS_LOCAL_WORKER".into(), u8::from(!platform.is_serve()).to_string()));
+    env.push(("HAS_LOCAL_WORKER".into(), u8::from(platform.runs_code()).to_string()));
     let code = base64::engine::general_purpose::STANDARD.encode(printing("of the client"));
     env.push(("CODE_BASE64".into(), code));
     env.extend(more.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));

@@ -60,6 +60,35 @@ fn the_unit_is_valid_and_confined() {
     }
 }
 
+/// A sandbox needs namespaces and mounts, so the unit of a worker has fewer settings.
+#[test]
+fn the_unit_of_a_worker_is_valid_and_fits_the_settings() {
+    const WORKER_EXPOSURE_MAX: &str = "--threshold=40";
+    /// After the drain, jobs are given back.
+    const GIVEN_BACK_WITHIN_S: i64 = 10;
+    let dir = Scratch::new("worker-unit");
+    let unit = read("deploy/systemd/infra-worker.service");
+    let text = unit.replace("/usr/local/bin/infra-controller", env!("CARGO_BIN_EXE_infra-controller"));
+    let file = dir.path().join("infra-worker.service");
+    fs::write(&file, &text).expect("the scratch directory is writable");
+    let file = file.to_str().expect("the path is UTF-8");
+    let verified = run("systemd-analyze", &["verify", file], &[]);
+    let said = String::from_utf8_lossy(&verified.stderr);
+    assert!(verified.status.success() && said.is_empty(), "{said}");
+    let rated = run("systemd-analyze", &["security", "--offline=true", WORKER_EXPOSURE_MAX, file], &[]);
+    let said = String::from_utf8_lossy(&rated.stdout);
+    assert!(rated.status.success(), "{said}{}", String::from_utf8_lossy(&rated.stderr));
+    let conf: toml::Table = toml::from_str(&read("conf/worker.toml")).expect("the shipped conf is TOML");
+    let drain_s = conf["jobs"]["drain_s"].as_integer().expect("a number");
+    assert!(number(&unit, "TimeoutStopSec") >= drain_s + GIVEN_BACK_WITHIN_S);
+    assert_eq!(settings(&unit, "RestartPreventExitStatus"), ["78"]);
+    assert_eq!(settings(&unit, "Type"), ["notify"]);
+    // The sandbox works only without these; see the comments of the unit.
+    for name in ["ProtectProc", "ProtectKernelTunables", "ProtectKernelLogs", "RestrictNamespaces"] {
+        assert_eq!(settings(&unit, name), [""; 0], "{name}");
+    }
+}
+
 #[test]
 fn the_unit_fits_the_settings() {
     let unit = unit();

@@ -1,16 +1,21 @@
 //! Functions, their logs, and the rows in the log table.
 
+use crate::harness::http::Request;
 use crate::harness::job::IdParts;
 use crate::harness::platform::{Backend, HELLO};
+use crate::harness::upload::{Part, form, printing, zipped};
 use crate::harness::worker::literal;
 use crate::harness::{Gateway, SOON, Setup, eventually};
 use serde_json::{Value, json};
 
+on_all_workers!(executions_are_listed_and_filtered);
 on_both_backends!(
     a_function_is_shown_with_an_etag,
-    executions_are_listed_and_filtered,
     averages_are_those_of_the_sums,
     long_messages_are_truncated_in_lists,
+    a_handler_is_set_at_upload,
+    a_handler_is_changed_and_removed,
+    invalid_handlers_are_rejected,
 );
 
 async fn a_function_is_shown_with_an_etag(setup: Setup) {
@@ -142,7 +147,7 @@ async fn long_messages_are_truncated_in_lists(setup: Setup) {
 
 /// Of functions with and without executions.
 async fn averages_are_those_of_the_sums(setup: Setup) {
-    let platform = setup.start().await;
+    let platform = setup.python_worker().start().await;
     let gateway = &platform.gateway;
     let id = gateway.upload("never run").await;
     gateway.run(HELLO, &json!(1)).send().await.expect(200);
@@ -159,7 +164,7 @@ async fn averages_are_those_of_the_sums(setup: Setup) {
     })
     .await;
     assert!(ran["avgDuration"].is_u64(), "{ran}");
-    // The local worker of `dev` does not measure the duration of the handler.
+    // A program has no handler.
     let handler = if platform.is_serve() { json!(5) } else { Value::Null };
     assert_eq!(ran["avgHandlerDuration"], handler);
     if platform.is_serve() {
@@ -174,6 +179,181 @@ async fn averages_are_those_of_the_sums(setup: Setup) {
         assert_eq!(gateway.get("/functions/nameless").await.expect(200).json()["name"], "Unknown");
     }
     platform.finish().await;
+}
+
+async fn shown(gateway: &Gateway, id: &str) -> Value {
+    gateway.get(&format!("/functions/{id}")).await.expect(200).json()
+}
+
+/// The id of the function that the upload creates.
+async fn uploaded(upload: Request) -> String {
+    let made = upload.send().await.expect(200).json();
+    made["functionId"].as_str().expect("an id").to_owned()
+}
+
+async fn a_handler_is_set_at_upload(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    // (runtime, header field, part of the form, the file of its module, what is shown)
+    for (runtime, header, part, file, expected) in [
+        ("python", Some("main.handler"), None, "main.py", json!("main.handler")),
+        ("python", Some("pkg.mod.fn"), None, "pkg/mod.py", json!("pkg.mod.fn")),
+        ("python", None, Some("pkg.fn"), "pkg/__init__.py", json!("pkg.fn")),
+        ("python", Some("app.run"), Some("app.run"), "app.py", json!("app.run")),
+        ("python", Some("app.run"), Some(""), "app.py", json!("app.run")),
+        ("nodejs", Some("index.handler"), None, "index.js", json!("index.handler")),
+        ("nodejs", Some("lib.tasks.run"), None, "lib/tasks.mjs", json!("lib.tasks.run")),
+        ("nodejs", None, Some("app.run"), "app.cjs", json!("app.run")),
+        ("python", None, None, "main.py", Value::Null),
+        ("nodejs", Some(""), Some(""), "index.js", Value::Null),
+        ("go", Some(""), None, "main.go", Value::Null),
+    ] {
+        let zip = zipped(&[(file, b"1")]);
+        let mut parts = vec![Part::File("code.zip", &zip)];
+        parts.extend(part.map(|handler| Part::Field("handler", handler)));
+        let mut upload = gateway.request("POST", "/upload").header("x-runtime", runtime);
+        if let Some(handler) = header {
+            upload = upload.header("x-handler", handler);
+        }
+        let function = shown(gateway, &uploaded(form(upload, &parts)).await).await;
+        let found = (&function["handler"], &function["version"], &function["runtime"]);
+        assert_eq!(found, (&expected, &json!(1), &json!(runtime)), "{header:?} {part:?}");
+    }
+    platform.finish().await;
+}
+
+/// Each change has a new version and a new `ETag`. New code must match the handler that it runs with.
+async fn a_handler_is_changed_and_removed(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let id = gateway.upload("a handler").await;
+    let put = || gateway.request("PUT", &format!("/functions/{id}"));
+    let by_form = |parts: &[Part<'_>]| form(put(), parts);
+    let (main, app) = (printing("main"), zipped(&[("app.py", b"1")]));
+    let (main, app) = (Part::File("main.zip", &main), Part::File("app.zip", &app));
+    let handler = |text| Part::Field("handler", text);
+    let mut tags = vec![gateway.get(&format!("/functions/{id}")).await.need("etag").to_owned()];
+    for (change, expected) in [
+        (put().json(&json!({ "handler": "main.handler" })), json!("main.handler")),
+        (put().json(&json!({ "memoryMb": 256 })), json!("main.handler")),
+        (put().json(&json!({ "handler": "pkg.mod.fn", "memoryMb": 128 })), json!("pkg.mod.fn")),
+        (put().json(&json!({ "handler": "" })), Value::Null),
+        (by_form(&[handler("main.other")]), json!("main.other")),
+        (by_form(&[main]), json!("main.other")),
+        (by_form(&[app, handler("app.run")]), json!("app.run")),
+        (by_form(&[handler("")]), Value::Null),
+    ] {
+        let changed = change.send().await.expect(200);
+        let tag = changed.need("etag").to_owned();
+        assert!(!tags.contains(&tag), "{expected}: {tag} of {tags:?}");
+        tags.push(tag);
+        let function = shown(gateway, &id).await;
+        assert_eq!((&function["handler"], &function["version"]), (&expected, &json!(tags.len())));
+    }
+
+    put().json(&json!({ "handler": "app.run" })).send().await.expect(200);
+    let before = shown(gateway, &id).await;
+    let (main, app) = (printing("main"), zipped(&[("app.py", b"1")]));
+    for parts in [
+        &[Part::File("main.zip", &main)][..],
+        &[Part::File("main.zip", &main), handler("pkg.mod.fn")],
+        // In script mode the entry file is needed again.
+        &[Part::File("app.zip", &app), handler("")],
+    ] {
+        let refused = by_form(parts).send().await.expect_problem(400).json();
+        assert_eq!(refused["code"], "bad_archive", "{refused}");
+    }
+    assert_eq!(shown(gateway, &id).await, before);
+    platform.finish().await;
+}
+
+async fn invalid_handlers_are_rejected(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    let functions = gateway.get("/functions").await.expect(200).json();
+    let before = gateway.get("/functions/hello").await.expect(200).json();
+    let code = zipped(&[("main.py", b"1"), ("index.js", b"1"), ("main.go", b"1"), ("main.cpp", b"1")]);
+    let file = || Part::File("code.zip", &code);
+    let upload = |runtime: &str| gateway.request("POST", "/upload").header("x-runtime", runtime);
+    let long = format!("main.{}", "h".repeat(124));
+    for bad in ["main", "main.", ".handler", "a..b", "1.a", "a.1", "a-b.c", "a/b.c", "main.h%C3%A4", &long] {
+        let requests = [
+            form(upload("python").header("x-handler", bad), &[file()]),
+            form(upload("nodejs"), &[file(), Part::Field("handler", bad)]),
+            gateway.request("PUT", "/functions/hello").json(&json!({ "handler": bad })),
+            form(gateway.request("PUT", "/functions/hello"), &[Part::Field("handler", bad)]),
+        ];
+        for (n, request) in requests.into_iter().enumerate() {
+            let refused = request.send().await.expect_problem(400).json();
+            let detail = refused["detail"].as_str().unwrap_or_default();
+            assert!(detail.contains("handler` must be two or more identifiers"), "{bad} {n}: {detail}");
+            assert_eq!(refused["code"], "invalid_request", "{bad} {n}");
+        }
+    }
+    for (request, code) in [
+        (form(upload("python").header("x-handler", "app.run"), &[file()]), "bad_archive"),
+        (form(upload("nodejs").header("x-handler", "main.run"), &[file()]), "bad_archive"),
+        (form(upload("go").header("x-handler", "main.run"), &[file()]), "invalid_request"),
+        (form(upload("cpp"), &[file(), Part::Field("handler", "main.run")]), "invalid_request"),
+        (
+            form(upload("python").header("x-handler", "main.a"), &[file(), Part::Field("handler", "main.b")]),
+            "invalid_request",
+        ),
+        (gateway.request("PUT", "/functions/hello").json(&json!({ "handler": null })), "invalid_request"),
+        (gateway.request("PUT", "/functions/hello").json(&json!({ "handler": ["a.b"] })), "invalid_request"),
+    ] {
+        let refused = request.send().await.expect_problem(400).json();
+        assert_eq!(refused["code"], code, "{refused}");
+    }
+    let twice = upload("python").header("x-handler", "main.a").header("x-handler", "main.a");
+    let refused = form(twice, &[file()]).send().await.expect_problem(400).json();
+    assert_eq!(refused["code"], "repeated_field");
+    assert_eq!(gateway.get("/functions").await.expect(200).json(), functions, "no function was created");
+    assert_eq!(gateway.get("/functions/hello").await.expect(200).json(), before);
+
+    for (runtime, name) in [("go", "main.go"), ("cpp", "main.cpp")] {
+        let id = uploaded(form(upload(runtime), &[Part::File("x.zip", &zipped(&[(name, b"1")]))])).await;
+        let put = |handler: &str| {
+            gateway.request("PUT", &format!("/functions/{id}")).json(&json!({ "handler": handler }))
+        };
+        let refused = put("main.handler").send().await.expect_problem(400).json();
+        assert_eq!(refused["code"], "invalid_request", "{runtime}");
+        put("").send().await.expect(200);
+    }
+    platform.finish().await;
+}
+
+/// In the function table, the queue message and the records of changes. Script functions have it nowhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_handler_is_stored_recorded_and_sent_to_workers() {
+    let platform = Setup::serve().no_worker().start().await;
+    let gateway = &platform.gateway;
+    let cloud = &platform.fleet().cloud;
+    let message = async |id: &str| {
+        gateway.run_async(id, &json!({})).await;
+        cloud.receive().await.1
+    };
+    // An item of the old controller.
+    assert!(!message(HELLO).await.contains("\"handler\""));
+    assert_eq!(shown(gateway, HELLO).await["handler"], Value::Null);
+
+    let id = gateway.upload("a handler").await;
+    assert!(cloud.function_item(&id).await.get("handler").is_none());
+    assert!(!message(&id).await.contains("\"handler\""));
+    for (handler, version) in [("main.handler", 2), ("main.other", 3), ("", 4)] {
+        let put = gateway.request("PUT", &format!("/functions/{id}"));
+        put.json(&json!({ "handler": handler })).send().await.expect(200);
+        assert_eq!(cloud.function_item(&id).await["handler"]["S"], handler);
+        let body = message(&id).await;
+        let sent = format!("\"configVersion\":{version},\"handler\":\"{handler}\",\"traceparent\":");
+        assert_eq!(body.contains(&sent), !handler.is_empty(), "{body}");
+        assert_eq!(body.contains("\"handler\""), !handler.is_empty(), "{body}");
+    }
+    let records = cloud.log_rows(&format!("config#{id}")).await;
+    let after = |row: &Value| -> Value { serde_json::from_str(text(row, "after")).expect("JSON") };
+    let handlers: Vec<Value> = records.iter().map(|row| after(row)["handler"].clone()).collect();
+    assert_eq!(handlers, [Value::Null, json!("main.handler"), json!("main.other"), Value::Null]);
+    platform.stop().await;
 }
 
 async fn check_limit(gateway: &Gateway, newest_first: &[String]) {
@@ -236,7 +416,7 @@ const SNAKE_CASE: &str = r#"{"exitCode":0,"stdout":"o","stderr":"","duration_ms"
 /// Key, mapping, expiry and truncation of rows, and the sums of the counters.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_and_counters_match_the_results() {
-    let platform = Setup::serve().start().await;
+    let platform = Setup::serve().python_worker().start().await;
     let gateway = &platform.gateway;
     let cloud = &platform.fleet().cloud;
     // (input, expected status, part of the message)

@@ -1,4 +1,4 @@
-//! Real processes on free loopback ports: Redis, the AWS emulator, the Python worker, gateways.
+//! Real processes on free loopback ports: Redis, the AWS emulator, workers, gateways.
 //!
 //! A test builds a [`Setup`], starts a [`Platform`] from it, and ends with [`Platform::finish`], which
 //! asserts a clean end: no waiters, no jobs in flight, exit code 0 on SIGTERM. A failing test prints the last
@@ -10,10 +10,14 @@ pub mod client;
 pub mod conf_lines;
 pub mod description;
 pub mod gateway;
+pub mod hold;
 pub mod http;
 pub mod http2;
 pub mod job;
+pub mod leftovers;
 pub mod load_clients;
+pub mod messages;
+pub mod own_worker;
 pub mod platform;
 pub mod process;
 pub mod redis;

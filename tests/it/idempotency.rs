@@ -10,9 +10,9 @@ use crate::harness::{Gateway, Platform, SOON, Setup, eventually, join_all, spawn
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
+on_all_workers!(concurrent_repeats_run_once);
 on_both_backends!(
     a_repeated_request_returns_the_same_job,
-    concurrent_repeats_run_once,
     a_repeat_is_answered_after_the_function_is_deleted
 );
 
@@ -90,7 +90,7 @@ async fn concurrent_repeats_run_once(setup: Setup) {
         if received >= 20.0 { Ok(()) } else { Err(received.to_string()) }
     })
     .await;
-    hold.release().await;
+    hold.release();
     let answers = join_all("20 runs", SOON, clients).await;
     let id = |answer: &Answer| {
         let member = if answer.status == 202 { "jobId" } else { "requestId" };

@@ -1,6 +1,7 @@
 //! Integration tests: real processes and real sockets. They are written from the contract, not from the code.
 //!
-//! Tests that both backends must pass are written once (see [`on_both_backends`]).
+//! Tests that both backends must pass are written once (see [`on_both_backends`]), and so are those that our
+//! worker must pass on both (see [`on_both_workers`]).
 
 /// Defines the tests `name::dev` and `name::serve` for each `async fn name(setup: Setup)`.
 #[cfg(test)]
@@ -17,6 +18,52 @@ macro_rules! on_both_backends {
             #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn serve() {
                 super::$name(Setup::new(Backend::Serve)).await;
+            }
+        }
+    )+ };
+}
+
+/// Defines the tests `name::dev` and `name::fleet` for each `async fn name(setup: Setup)`: with the worker of
+/// `dev`, and with `infra-controller worker` beside `serve`.
+#[cfg(test)]
+macro_rules! on_both_workers {
+    ($($name:ident),+ $(,)?) => { $(
+        mod $name {
+            use crate::harness::{Setup, platform::Backend};
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn dev() {
+                super::$name(Setup::new(Backend::Dev)).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn fleet() {
+                super::$name(Setup::serve().own_worker()).await;
+            }
+        }
+    )+ };
+}
+
+/// As [`on_both_backends`], and `name::fleet`: with `infra-controller worker` in place of the Python worker.
+#[cfg(test)]
+macro_rules! on_all_workers {
+    ($($name:ident),+ $(,)?) => { $(
+        mod $name {
+            use crate::harness::{Setup, platform::Backend};
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn dev() {
+                super::$name(Setup::new(Backend::Dev)).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn serve() {
+                super::$name(Setup::serve().python_worker()).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn fleet() {
+                super::$name(Setup::serve().own_worker()).await;
             }
         }
     )+ };
@@ -53,7 +100,11 @@ mod faults;
 #[cfg(test)]
 mod fleet;
 #[cfg(test)]
+mod fleet_worker;
+#[cfg(test)]
 mod functions;
+#[cfg(test)]
+mod functions_run;
 #[cfg(test)]
 mod guard;
 #[cfg(test)]
@@ -87,6 +138,8 @@ mod rows;
 #[cfg(test)]
 mod run;
 #[cfg(test)]
+mod sandboxed;
+#[cfg(test)]
 mod schema;
 #[cfg(test)]
 mod self_check;
@@ -106,5 +159,11 @@ mod tls;
 mod upgrade;
 #[cfg(test)]
 mod upstreams;
+#[cfg(test)]
+mod worker_documents;
+#[cfg(test)]
+mod worker_faults;
+#[cfg(test)]
+mod worker_soak;
 #[cfg(test)]
 mod workers;

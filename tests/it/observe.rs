@@ -52,7 +52,7 @@ async fn health_is_503_while_redis_is_down() {
 
 async fn metrics_have_their_fixed_names_and_labels(setup: Setup) {
     let is_dev = setup.backend == Backend::Dev;
-    let platform = setup.start().await;
+    let platform = setup.python_worker().start().await;
     let gateway = &platform.gateway;
     for prefix in ["", "/api"] {
         let body = json!({ "functionId": HELLO, "inputData": 1 });
@@ -94,7 +94,7 @@ async fn metrics_have_their_fixed_names_and_labels(setup: Setup) {
     assert_eq!(bounds.get(bounds.len() - 2), Some(&"300"), "{bounds:?}");
     let histograms =
         ["function_duration_seconds", "http_request_duration_seconds", "function_handler_duration_seconds"];
-    // The local worker of `dev` does not measure the duration of the handler.
+    // The function of `dev` is a program, which has no handler.
     for name in &histograms[..if is_dev { 2 } else { 3 }] {
         assert!(text.contains(&format!("# TYPE {name} histogram")), "{name}");
     }

@@ -70,7 +70,7 @@ async fn unusual_results_are_passed_byte_for_byte() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn results_of_the_python_worker_are_passed_on() {
-    let platform = Setup::serve().start().await;
+    let platform = Setup::serve().python_worker().start().await;
     let gateway = &platform.gateway;
     let run = async |input: Value| gateway.run(HELLO, &input).send().await;
 

@@ -8,13 +8,12 @@ use crate::harness::platform::{Backend, HELLO};
 use crate::harness::{Platform, SOON, Setup, within};
 use serde_json::{Value, json};
 
-on_both_backends!(
+on_both_backends!(invalid_bodies_are_rejected, requests_without_a_valid_key_are_401);
+on_all_workers!(
     runs_are_synchronous_or_asynchronous_on_request,
     a_wait_that_ends_is_answered_202,
-    invalid_bodies_are_rejected,
     any_json_input_is_accepted,
     oversized_bodies_are_413,
-    requests_without_a_valid_key_are_401,
 );
 
 /// Asserts that the output of the run contains the token. Returns the result.
@@ -83,7 +82,7 @@ async fn a_wait_that_ends_is_answered_202(setup: Setup) {
             let id = timeout["jobId"].as_str().expect("an id");
             assert_eq!(answer.need("location"), format!("{prefix}/status/{id}"));
             assert!(is_pending(&gateway.get(answer.need("location")).await.expect(200)), "the job has ended");
-            hold.release().await;
+            hold.release();
             gateway.result_of(id).await;
             if key.is_some() {
                 let again = run.header("x-async", "true").send().await.expect(202);

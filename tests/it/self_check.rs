@@ -6,7 +6,7 @@ use crate::harness::http::Conn;
 use crate::harness::platform::HELLO;
 use crate::harness::process::{Process, Scratch, Stream, listening_on};
 use crate::harness::redis::{Client, Redis, Reply};
-use crate::harness::worker::{Worker, literal};
+use crate::harness::worker::{PythonWorker, literal};
 use crate::harness::{SOON, eventually, within};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -37,7 +37,7 @@ async fn queued(cloud: &Cloud) -> Result<(), String> {
 async fn the_worker_publishes_stores_and_deletes() {
     let redis = Redis::start(Some("s3cret")).await;
     let cloud = Cloud::start(&[]).await;
-    let worker = Worker::start(&cloud, &redis);
+    let worker = PythonWorker::start(&cloud, &redis, &[]);
     let mut subscriber = Client::open(&redis).await.expect("Redis accepts connections");
     subscriber.command(&[b"PSUBSCRIBE", b"result:*"]).await.expect("Redis answers");
 

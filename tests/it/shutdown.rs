@@ -12,7 +12,7 @@ use tokio::task::JoinHandle;
 
 const RUNS: usize = 50;
 
-on_both_backends!(waiting_runs_are_answered_before_the_exit);
+on_all_workers!(waiting_runs_are_answered_before_the_exit);
 
 /// A drain timeout that is longer than any deadline of a test.
 const LONG_DRAIN: &str = "[shutdown]\ndrain_timeout_s = 3600\n";
@@ -48,7 +48,7 @@ async fn waiting_runs_are_answered_before_the_exit(setup: Setup) {
     let clients = waiting_runs(gateway, &hold.function, RUNS, input).await;
     gateway.signal(Signal::SIGTERM);
     eventually("the listener closes", SOON, || closed(gateway)).await;
-    hold.release().await;
+    hold.release();
     let answers = join_all("50 runs", 6 * SOON, clients).await;
     for (n, answer) in answers.into_iter().enumerate() {
         let answer = answer.expect(200);
@@ -124,7 +124,7 @@ async fn a_lame_duck_is_not_ready_and_still_serves() {
     eventually("/readyz 503", SOON, not_ready).await;
     gateway.anonymous("GET", "/livez").send().await.expect(200);
     eventually("the listener closes", SOON, || closed(gateway)).await;
-    hold.release().await;
+    hold.release();
     let answers = join_all("the run", SOON, clients).await;
     assert!(answers[0].text().contains("patient"), "{}", answers[0].text());
     let status = gateway.wait_for_exit(SOON).await;

@@ -95,7 +95,7 @@ async fn a_long_poll_returns_pending_and_then_the_result() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_published_result_is_found_for_a_while_without_a_stored_one() {
-    let platform = Setup::serve().start().await;
+    let platform = Setup::serve().python_worker().start().await;
     let gateway = &platform.gateway;
     let id = gateway.run_async(HELLO, &json!({ "behave": "publish_only" })).await;
     assert_eq!(gateway.result_of(&id).await.json()["requestId"], *id);
@@ -163,7 +163,7 @@ async fn a_run_continues_after_its_wait_has_ended() {
     assert!(timeout["message"].is_string(), "{timeout}");
     let id = timeout["jobId"].as_str().expect("an id");
     assert_eq!(answer.need("location"), format!("/status/{id}"));
-    hold.release().await;
+    hold.release();
     let result = gateway.result_of(id).await.json();
     assert!(result["stdout"].as_str().is_some_and(|printed| printed.contains("late")), "{result}");
     let rows = platform.fleet().cloud.wait_for_rows(HELLO, 1).await;

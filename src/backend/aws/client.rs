@@ -1,6 +1,5 @@
 //! Sets up the AWS SDK. Without the limits set here the SDK waits indefinitely.
 
-use super::settings::AwsSettings;
 use crate::backoff::Backoff;
 use crate::https::POOL_IDLE;
 use aws_config::retry::RetryConfig;
@@ -30,6 +29,8 @@ pub(super) const RETRIES: Backoff = Backoff::new(BACKOFF_FIRST, BACKOFF_MAX);
 /// Timeout of one attempt to upload a file: 50 MB at 1 MB/s.
 const UPLOAD_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(60);
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long an attempt at a long poll may take beyond the time for which the service waits.
+const LONG_POLL_MARGIN: Duration = Duration::from_secs(5);
 
 /// The configuration that all clients share: region, credential chain, HTTP pool, timeouts.
 pub(super) async fn sdk_config(region: &str) -> SdkConfig {
@@ -116,27 +117,37 @@ pub(super) fn upload_timeouts() -> TimeoutConfig {
         .build()
 }
 
-pub(super) fn sqs(config: &SdkConfig, settings: &AwsSettings) -> aws_sdk_sqs::Client {
+/// Timeouts for a request that the service answers after `wait`, in place of those of [`sdk_config`].
+pub(super) fn long_poll_timeouts(wait: Duration) -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .operation_attempt_timeout(wait + LONG_POLL_MARGIN)
+        .operation_timeout(wait + 2 * LONG_POLL_MARGIN)
+        .build()
+}
+
+/// `old_url`: the endpoint of the old variable, as for the two below.
+pub(super) fn sqs(config: &SdkConfig, old_url: Option<&str>) -> aws_sdk_sqs::Client {
     let builder = aws_sdk_sqs::config::Builder::from(config);
-    let builder = match old_endpoint(config, "SQS", settings.sqs_endpoint.as_deref()) {
+    let builder = match old_endpoint(config, "SQS", old_url) {
         Some(url) => builder.endpoint_url(url),
         None => builder,
     };
     aws_sdk_sqs::Client::from_conf(builder.build())
 }
 
-pub(super) fn dynamodb(config: &SdkConfig, settings: &AwsSettings) -> aws_sdk_dynamodb::Client {
+pub(super) fn dynamodb(config: &SdkConfig, old_url: Option<&str>) -> aws_sdk_dynamodb::Client {
     let builder = aws_sdk_dynamodb::config::Builder::from(config);
-    let builder = match old_endpoint(config, "DynamoDB", settings.dynamodb_endpoint.as_deref()) {
+    let builder = match old_endpoint(config, "DynamoDB", old_url) {
         Some(url) => builder.endpoint_url(url),
         None => builder,
     };
     aws_sdk_dynamodb::Client::from_conf(builder.build())
 }
 
-pub(super) fn s3(config: &SdkConfig, settings: &AwsSettings) -> aws_sdk_s3::Client {
+pub(super) fn s3(config: &SdkConfig, old_url: Option<&str>) -> aws_sdk_s3::Client {
     let builder = aws_sdk_s3::config::Builder::from(config);
-    let old = old_endpoint(config, "S3", settings.s3_endpoint.as_deref());
+    let old = old_endpoint(config, "S3", old_url);
     // Names such as `bucket.localhost` do not resolve, so with a custom endpoint the bucket name goes in the
     // path.
     let builder = builder.force_path_style(old.is_some() || sdk_endpoint(config, "S3").is_some());

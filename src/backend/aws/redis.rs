@@ -3,6 +3,7 @@
 //! * [`connection`] — the connection for commands; [`subscriber`] — a connection for subscriptions; [`beats`]
 //!   — the proof that a subscription receives publications
 //! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`] — the ports
+//! * [`publisher`], [`lone_status`] — the ports of a worker
 //! * [`probe`] — the start checks of Redis
 
 pub mod beats;
@@ -10,8 +11,10 @@ pub mod changes;
 pub mod connection;
 pub mod journal;
 pub mod limits;
+pub mod lone_status;
 pub mod membership;
 pub mod probe;
+pub mod publisher;
 pub mod results;
 #[cfg(test)]
 pub mod simulated;

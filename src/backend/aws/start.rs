@@ -8,11 +8,11 @@ use super::dynamodb::functions::FunctionTable;
 use super::json_call::CredentialCache;
 use super::redis::beats::Beats;
 use super::redis::changes::RedisChanges;
-use super::redis::connection::CommandConnection;
+use super::redis::connection::{self, CommandConnection, RedisUrl};
 use super::redis::journal::RedisJournal;
 use super::redis::limits::RedisLimits;
 use super::redis::membership::RedisMembership;
-use super::redis::probe::RedisProbe;
+use super::redis::probe::{RedisProbe, RedisProblem};
 use super::redis::results::RedisResults;
 use super::redis::workers::RedisWorkers;
 use super::s3::CodeBucket;
@@ -82,7 +82,7 @@ impl AwsConnection {
     /// None of them is allowed.
     pub async fn check_results(&self, nodes: &[NodeId]) -> Result<NodeId, StartProblem> {
         let deadline = Instant::now() + self.settings.start_deadline;
-        let what = redis_at(&self.settings);
+        let what = redis_at(&self.settings.redis_url);
         self.probe(deadline).results(nodes).await.map_err(|unfit| problem(&what, unfit.error, unfit.mend))
     }
 
@@ -136,9 +136,9 @@ async fn connect_aws(settings: &AwsSettings, deadline: Instant) -> Result<Aws, V
     let credentials = Arc::new(CredentialCache::new(provider));
     let https = || https::client(client::CONNECT_TIMEOUT).map_err(|e| BackendError::Invalid(e.to_string()));
 
-    let sqs = client::sqs(&config, settings);
-    let dynamodb = client::dynamodb(&config, settings);
-    let s3 = client::s3(&config, settings);
+    let sqs = client::sqs(&config, settings.sqs_endpoint.as_deref());
+    let dynamodb = client::dynamodb(&config, settings.dynamodb_endpoint.as_deref());
+    let s3 = client::s3(&config, settings.s3_endpoint.as_deref());
     let code_list = CodeListTable::new(dynamodb.clone(), &settings.logs_table);
     let claims = ClaimTable::new(dynamodb.clone(), &settings.logs_table);
     let (queue, functions, executions, bucket) = tokio::join!(
@@ -157,7 +157,8 @@ async fn connect_aws(settings: &AwsSettings, deadline: Instant) -> Result<Aws, V
         timeout_at(deadline, s3::probe(&s3, &settings.bucket)),
     );
     let mut problems = Vec::new();
-    let queue = queue.map_err(|error| problems.push(queue_problem(settings, error))).ok();
+    let queue_amiss = |error| queue_problem(&settings.queue_url, error, "sqs:SendMessage");
+    let queue = queue.map_err(|error| problems.push(queue_amiss(error))).ok();
     let table_amiss = |what, table, keys| move |error| table_problem(what, table, keys, error);
     let functions_amiss =
         table_amiss("the function table", &settings.functions_table, "hash key functionId (S)");
@@ -167,7 +168,7 @@ async fn connect_aws(settings: &AwsSettings, deadline: Instant) -> Result<Aws, V
     let executions = executions.map_err(|error| problems.push(executions_amiss(error))).ok();
     match (queue, functions, executions) {
         (Some(queue), Some(functions), Some(executions)) if problems.is_empty() => {
-            let warnings = bucket_warning(settings, bucket);
+            let warnings = bucket_warning(&settings.bucket, bucket).into_iter().collect();
             let code = CodeBucket::new(s3, &settings.bucket);
             Ok(Aws { queue, functions, executions, code_list, claims, code, warnings })
         }
@@ -175,7 +176,7 @@ async fn connect_aws(settings: &AwsSettings, deadline: Instant) -> Result<Aws, V
     }
 }
 
-async fn check_credentials(
+pub(super) async fn check_credentials(
     config: &SdkConfig,
     deadline: Instant,
 ) -> Result<SharedCredentialsProvider, StartProblem> {
@@ -206,8 +207,8 @@ async fn check_credentials(
     })
 }
 
-fn redis_at(settings: &AwsSettings) -> String {
-    format!("Redis at {}", settings.redis_url)
+pub(super) fn redis_at(url: &RedisUrl) -> String {
+    format!("Redis at {url}")
 }
 
 /// Returns the client, and a warning about problems that do not prevent the start.
@@ -215,21 +216,30 @@ async fn connect_redis(
     settings: &AwsSettings,
     deadline: Instant,
 ) -> Result<(redis::Client, Option<String>), StartProblem> {
-    let what = redis_at(settings);
-    let client = super::redis::connection::client(&settings.redis_url);
-    let client = client.map_err(|error| problem(&what, error.clone(), &redis_mend(settings, &error)))?;
-    let commands = CommandConnection::new(client.clone());
-    let answered = within(deadline, || commands.ping()).await;
-    answered.map_err(|error| problem(&what, error.clone(), &redis_mend(settings, &error)))?;
+    let (client, commands) = reach_redis(&settings.redis_url, settings.redis_variables, deadline).await?;
     let probe = RedisProbe::new(&client, &commands, &settings.functions_table, deadline);
-    let warning = probe.run().await.map_err(|unfit| problem(&what, unfit.error, unfit.mend))?;
+    let unfit = |unfit: RedisProblem| problem(&redis_at(&settings.redis_url), unfit.error, unfit.mend);
+    let warning = probe.run().await.map_err(unfit)?;
     Ok((client, warning))
 }
 
+/// Connects to Redis. `variables`: those from which the URL was built.
+pub(super) async fn reach_redis(
+    url: &RedisUrl,
+    variables: &str,
+    deadline: Instant,
+) -> Result<(redis::Client, CommandConnection), StartProblem> {
+    let out_of_reach =
+        |error: BackendError| problem(&redis_at(url), error.clone(), &redis_mend(variables, &error));
+    let client = connection::client(url).map_err(out_of_reach)?;
+    let commands = CommandConnection::new(client.clone());
+    within(deadline, || commands.ping()).await.map_err(out_of_reach)?;
+    Ok((client, commands))
+}
+
 /// The remedy for a Redis that cannot be reached. Names the variables that were set.
-fn redis_mend(settings: &AwsSettings, error: &BackendError) -> String {
+fn redis_mend(variables: &str, error: &BackendError) -> String {
     const FORM: &str = "redis://[user:password@]host[:port][/db]";
-    let variables = settings.redis_variables;
     match (error, variables) {
         (BackendError::Denied(_), "REDIS_URL") => "Put the right user and password into REDIS_URL; \
              write / as %2F, # as %23, ? as %3F, @ as %40 and % as %25 in them."
@@ -246,18 +256,19 @@ fn redis_mend(settings: &AwsSettings, error: &BackendError) -> String {
     }
 }
 
-fn queue_problem(settings: &AwsSettings, error: BackendError) -> StartProblem {
+/// `actions`: what this process needs on the queue beside sqs:GetQueueAttributes.
+pub(super) fn queue_problem(url: &str, error: BackendError, actions: &str) -> StartProblem {
+    let allow =
+        format!("Allow sqs:GetQueueAttributes and {actions} on the queue, and check the credentials.");
     let mend = match &error {
         BackendError::Missing(_) => "Create the queue, or correct SQS_URL and AWS_REGION.",
-        BackendError::Denied(_) => {
-            "Allow sqs:GetQueueAttributes and sqs:SendMessage on the queue, and check the credentials."
-        }
+        BackendError::Denied(_) => &allow,
         BackendError::Invalid(_) => "Correct SQS_URL: it is the whole URL of the queue.",
         BackendError::Unavailable(_) => {
             "Check the network, AWS_REGION and AWS_ENDPOINT_URL_SQS (or SQS_ENDPOINT)."
         }
     };
-    problem(&format!("the queue {}", without_login(&settings.queue_url)), error, mend)
+    problem(&format!("the queue {}", without_login(url)), error, mend)
 }
 
 fn table_problem(what: &str, table: &str, keys: &str, error: BackendError) -> StartProblem {
@@ -278,16 +289,16 @@ fn table_problem(what: &str, table: &str, keys: &str, error: BackendError) -> St
     problem(&format!("{what} {table}"), error, &mend)
 }
 
-fn bucket_warning(
-    settings: &AwsSettings,
+pub(super) fn bucket_warning(
+    bucket: &str,
     probed: Result<Result<(), BackendError>, tokio::time::error::Elapsed>,
-) -> Vec<String> {
+) -> Option<String> {
     let text = match probed {
-        Ok(Ok(())) => return Vec::new(),
+        Ok(Ok(())) => return None,
         Ok(Err(error)) => error.to_string(),
         Err(_) => no_answer().to_string(),
     };
-    vec![format!("the bucket {} cannot be used: {text}", settings.bucket)]
+    Some(format!("the bucket {bucket} cannot be used: {text}"))
 }
 
 /// The URL without the user and password between `//` and the last `@`.
@@ -298,6 +309,6 @@ fn without_login(url: &str) -> String {
     }
 }
 
-fn problem(what: &str, error: BackendError, mend: &str) -> StartProblem {
+pub(super) fn problem(what: &str, error: BackendError, mend: &str) -> StartProblem {
     StartProblem { what: what.to_owned(), error, remedy: mend.to_owned() }
 }

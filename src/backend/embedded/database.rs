@@ -1,8 +1,7 @@
 //! One SQLite file: a writer thread with group commit, and a few connections for reads.
 //!
 //! A commit waits for the disk. So the rate of commits is bounded, but the rate of records is not: writes
-//! that arrive during a commit go into the next one. A fixed linger was rejected, because it delays every
-//! single write. Instead, the writer waits for as many writes as the last commit had, for at most 2 ms.
+//! that arrive during a commit go into the next one. A write that is alone does not wait; see [`writer`].
 //!
 //! Each write has its own savepoint, so that a failed write does not affect the others.
 
@@ -33,13 +32,14 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most cached prepared statements of a connection. This backend has fewer statements.
 const STATEMENTS_MAX: usize = 64;
 /// The migrations from an empty file to the current tables. `PRAGMA user_version` counts those applied.
-const SCHEMA_STEPS: [&str; 6] = [
+const SCHEMA_STEPS: [&str; 7] = [
     include_str!("schema.sql"),
     include_str!("schema_2.sql"),
     include_str!("schema_3.sql"),
     include_str!("schema_4.sql"),
     include_str!("schema_5.sql"),
     include_str!("schema_6.sql"),
+    include_str!("schema_7.sql"),
 ];
 pub(super) const SCHEMA_VERSION: usize = SCHEMA_STEPS.len();
 
@@ -352,6 +352,7 @@ mod tests {
                 .unwrap()
                 .unwrap();
             assert_eq!((f.name.as_str(), f.memory_mb, f.version), ("the f", 256, 3));
+            assert_eq!((f.max_concurrency, f.handler), (0, None));
             let FunctionCounters { invocations, errors, total_duration_ms, .. } = f.counters;
             assert_eq!((invocations, errors, total_duration_ms, f.recommendation), (5, 0, 1.5, None));
             let counts = database.read(|c| {

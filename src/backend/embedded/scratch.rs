@@ -1,8 +1,9 @@
 //! Fixtures for the tests of this backend: a temporary directory, jobs, zips, and a deadline.
 
-use super::database::Database;
+use super::database::{DATABASE_FILE, Database};
 use crate::model::{FunctionId, Job, JobId, NodeId, now_ms};
 use bytes::Bytes;
+use rusqlite::Connection;
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,22 +13,39 @@ use zip::write::SimpleFileOptions;
 /// Deadline for an event that must happen.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-pub(super) struct Scratch(PathBuf);
+pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let path = std::env::temp_dir().join(format!("infra-embedded-{:016x}", rand::random::<u64>()));
         std::fs::create_dir(&path).unwrap();
         Self(path)
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
     /// Opens the database in it, without examples.
-    pub(super) fn database(&self) -> Database {
+    pub(in crate::backend::embedded) fn database(&self) -> Database {
         Database::open(&self.0, |_| Ok(())).unwrap().0
+    }
+
+    /// The jobs on the queue, each with the number of its starts without an end.
+    pub(crate) fn starts(&self) -> Vec<(JobId, u32)> {
+        let connection = Connection::open(self.0.join(DATABASE_FILE)).unwrap();
+        let mut select = connection.prepare("SELECT id, starts FROM jobs ORDER BY seq").unwrap();
+        let starts = select.query_map([], |row| Ok((JobId::from_bytes(row.get(0)?), row.get(1)?)));
+        starts.unwrap().collect::<Result<_, _>>().unwrap()
+    }
+
+    /// Changes these numbers, while no process has the directory open.
+    pub(crate) fn set_starts(&self, starts: &[(JobId, u32)]) {
+        let connection = Connection::open(self.0.join(DATABASE_FILE)).unwrap();
+        for (id, starts) in starts {
+            let update = "UPDATE jobs SET starts = ?2 WHERE id = ?1";
+            assert_eq!(connection.execute(update, rusqlite::params![id.as_bytes(), starts]), Ok(1));
+        }
     }
 }
 
@@ -37,11 +55,11 @@ impl Drop for Scratch {
     }
 }
 
-pub(super) fn job(random: u64, message: &str) -> Job {
+pub(crate) fn job(random: u64, message: &str) -> Job {
     job_of(NodeId(1), random, message)
 }
 
-pub(super) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
+pub(crate) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
     Job {
         id: JobId::new(node, now_ms(), random),
         function: FunctionId::parse("f").unwrap(),
@@ -51,7 +69,7 @@ pub(super) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
     }
 }
 
-pub(super) fn zipped(files: &[(&str, &str)]) -> Vec<u8> {
+pub(crate) fn zipped(files: &[(&str, &str)]) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
     for (name, text) in files {
         zip.start_file(*name, SimpleFileOptions::default()).unwrap();
@@ -60,6 +78,6 @@ pub(super) fn zipped(files: &[(&str, &str)]) -> Vec<u8> {
     zip.finish().unwrap().into_inner()
 }
 
-pub(super) async fn in_time<T>(future: impl Future<Output = T>) -> T {
+pub(crate) async fn in_time<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.expect("the future did not complete in time")
 }

@@ -5,7 +5,7 @@
 use super::code_store;
 use super::database::OpenError;
 use super::store::put_function;
-use crate::model::{Function, FunctionCounters, FunctionId, now_ms, rfc3339_ms};
+use crate::model::{Function, FunctionCounters, FunctionId, Handler, now_ms, rfc3339_ms};
 use rusqlite::{Connection, OptionalExtension};
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,6 +17,8 @@ struct Example {
     id: &'static str,
     description: &'static str,
     runtime: &'static str,
+    /// `None`: the entry file runs as a program.
+    handler: Option<&'static str>,
     entry: &'static str,
     source: &'static str,
 }
@@ -25,14 +27,25 @@ const HELLO: Example = Example {
     id: "hello",
     description: "Greets the person named in the input (python)",
     runtime: "python",
+    handler: None,
     entry: "main.py",
     source: include_str!("seed/hello/main.py"),
+};
+
+const HELLO_HANDLER: Example = Example {
+    id: "hello-handler",
+    description: "Greets the person named in the input, and stays loaded (python)",
+    runtime: "python",
+    handler: Some("main.handler"),
+    entry: "main.py",
+    source: include_str!("seed/hello-handler/main.py"),
 };
 
 const HELLO_NODE: Example = Example {
     id: "hello-node",
     description: "Greets the person named in the input (nodejs)",
     runtime: "nodejs",
+    handler: None,
     entry: "index.js",
     source: include_str!("seed/hello-node/index.js"),
 };
@@ -43,7 +56,7 @@ pub(super) fn plant(connection: &Connection, code_dir: &Path, has_node: bool) ->
     if mark.optional()?.is_some() {
         return Ok(());
     }
-    let examples = if has_node { &[HELLO, HELLO_NODE][..] } else { &[HELLO] };
+    let examples = if has_node { &[HELLO, HELLO_HANDLER, HELLO_NODE][..] } else { &[HELLO, HELLO_HANDLER] };
     // Write the code first: a row without code is a function that cannot run.
     for example in examples {
         write_code(example, code_dir)?;
@@ -71,6 +84,7 @@ impl Example {
             runtime: self.runtime.to_owned(),
             memory_mb: Function::MEMORY_MB_DEFAULT,
             max_concurrency: 0,
+            handler: self.handler.and_then(Handler::parse),
             s3_key: self.s3_key(),
             original_name: "code.zip".to_owned(),
             uploaded_at: rfc3339_ms(now_ms()),

@@ -121,7 +121,7 @@ mod tests {
     /// A directory that was in use.
     fn used() -> Scratch {
         let scratch = Scratch::new();
-        drop(open(scratch.path()).unwrap());
+        drop(open(scratch.path(), false).unwrap());
         // Moves all data into the one file.
         let file = Connection::open(scratch.path().join(DATABASE_FILE)).unwrap();
         file.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
@@ -251,7 +251,7 @@ mod tests {
             spoil(&scratch);
             let is_fifo = what == "a FIFO";
             let before = if is_fifo { None } else { fs::read(file(&scratch)).ok() };
-            let problem = as_nobody_if(what.ends_with("of others"), || open(scratch.path()).err());
+            let problem = as_nobody_if(what.ends_with("of others"), || open(scratch.path(), false).err());
             let problem = problem.unwrap_or_else(|| panic!("{what}: the directory was opened"));
             assert!(problem.error.to_string().contains(reason), "{what}: {problem:?}");
             assert!(problem.remedy.contains(advice), "{what}: {problem:?}");
@@ -296,7 +296,7 @@ mod tests {
         let path = scratch.path().join("data");
         fs::write(&path, "mine").unwrap();
         for dir in [path.clone(), path.join("below")] {
-            let problem = open(&dir).err().unwrap();
+            let problem = open(&dir, false).err().unwrap();
             assert!(matches!(problem.error, BackendError::Invalid(_)), "{problem:?}");
             assert!(problem.remedy.contains("Name a directory"), "{problem:?}");
         }

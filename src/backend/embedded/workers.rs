@@ -3,21 +3,19 @@
 //!
 //! The heartbeats are kept in memory. A restart loses them, but they would soon expire in any case.
 
-use crate::backend::{BackendError, WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};
+use crate::backend::{BackendError, WORKER_TTL, WORKERS_MAX, WorkerActivity, WorkerRecord, WorkerRegistry};
 use crate::model::{UnixMs, now_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
-use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::time::Instant;
 
 pub(super) struct LocalWorkers {
     /// The last heartbeat of each worker, by worker id.
     seen: Mutex<HashMap<String, LastHeartbeat>>,
-    own: Arc<Activity>,
+    own: Arc<WorkerActivity>,
 }
 
 /// The last heartbeat of a worker, and its time by the monotonic and by the wall clock.
@@ -29,7 +27,7 @@ struct LastHeartbeat {
 
 impl LocalWorkers {
     /// `own`: the state of the local worker.
-    pub(super) fn new(own: Arc<Activity>) -> Self {
+    pub(super) fn new(own: Arc<WorkerActivity>) -> Self {
         Self { seen: Mutex::default(), own }
     }
 
@@ -65,70 +63,7 @@ impl WorkerRegistry for LocalWorkers {
     }
 
     async fn lone_status(&self) -> Result<Option<Bytes>, BackendError> {
-        Ok(self.own.status())
-    }
-}
-
-/// The state of the local worker while its loop runs.
-#[derive(Default)]
-pub(super) struct Activity {
-    since: Mutex<Option<Instant>>,
-    runs: AtomicUsize,
-}
-
-/// The JSON that a lone worker of the fleet writes to `system:status`.
-#[derive(Serialize)]
-struct LoneStatus {
-    status: &'static str,
-    worker_count: usize,
-    active_jobs: usize,
-    /// Empty, because each run has a process of its own.
-    pools: BTreeMap<String, usize>,
-    uptime_seconds: u64,
-    /// Epoch seconds.
-    timestamp: f64,
-}
-
-impl Activity {
-    /// Marks the loop as running, until the guard is dropped.
-    pub(super) fn begin(self: &Arc<Self>) -> Active {
-        self.set_since(Some(Instant::now()));
-        Active(self.clone())
-    }
-
-    fn set_since(&self, since: Option<Instant>) {
-        *self.since.lock() = since;
-        self.runs.store(0, Ordering::Relaxed);
-    }
-
-    fn status(&self) -> Option<Bytes> {
-        let since = (*self.since.lock())?;
-        let status = LoneStatus {
-            status: "healthy",
-            worker_count: 1,
-            active_jobs: self.runs.load(Ordering::Relaxed),
-            pools: BTreeMap::new(),
-            uptime_seconds: since.elapsed().as_secs(),
-            timestamp: now_ms() as f64 / 1000.0,
-        };
-        // Text and numbers can always be serialized.
-        serde_json::to_vec(&status).ok().map(Bytes::from)
-    }
-}
-
-/// Guard of the running loop of the local worker.
-pub(super) struct Active(Arc<Activity>);
-
-impl Active {
-    /// Sets the number of runs in progress.
-    pub(super) fn show_runs(&self, runs: usize) {
-        self.0.runs.store(runs, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Active {
-    fn drop(&mut self) {
-        self.0.set_since(None);
+        Ok(self.own.lone_status().map(Bytes::from))
     }
 }
 
@@ -183,7 +118,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_local_worker_is_shown_while_its_loop_runs() {
-        let activity = Arc::new(Activity::default());
+        let activity = Arc::new(WorkerActivity::default());
         let workers = LocalWorkers::new(activity.clone());
         assert_eq!(workers.lone_status().await, Ok(None));
         let active = activity.begin();
@@ -194,8 +129,9 @@ mod tests {
         let at = status.as_object_mut().unwrap().remove("timestamp").unwrap();
         let at = at.as_f64().unwrap();
         assert!((now_ms() as f64 / 1000.0 - at).abs() < 60.0, "{at}");
+        let pools = json!({ "python": 0, "nodejs": 0, "cpp": 0, "go": 0 });
         let expected = json!({
-            "status": "healthy", "worker_count": 1, "active_jobs": 3, "pools": {}, "uptime_seconds": 2,
+            "status": "healthy", "worker_count": 1, "active_jobs": 3, "pools": pools, "uptime_seconds": 2,
         });
         assert_eq!(status, expected);
         drop(active);

@@ -308,7 +308,7 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
             let mut sent = fixture.send(7, "f", 1);
             tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
             fixture.in_flight.remove(id);
-            fixture.leaves.leave([(id, u64::MAX)]);
+            fixture.leaves.leave([id], Instant::now());
             fixture.leaves.clear().await; // as at the end of a job
             assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
             fixture.leaves.clear().await;
@@ -326,7 +326,7 @@ async fn the_journal_may_be_cleared_twice_at_once() {
     let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
     let jobs = [1, 2].map(|n| JobId::new(NodeId(1), 1, n));
     fixture.journal.held.lock().extend(jobs);
-    fixture.leaves.leave(jobs.map(|id| (id, u64::MAX)));
+    fixture.leaves.leave(jobs, Instant::now());
     tokio::join!(fixture.leaves.clear(), fixture.leaves.clear());
     assert!(fixture.leaves.leaving().is_empty() && fixture.journal.held.lock().is_empty());
 }

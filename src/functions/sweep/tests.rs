@@ -86,7 +86,7 @@ struct Scene {
 impl Scene {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let backend = embedded::open(dir.path()).unwrap().backend;
+        let backend = embedded::open(dir.path(), false).unwrap().backend;
         Self { dir, backend, past_all: now_ms() + 400 * 24 * 3600 * 1000 }
     }
 
@@ -116,6 +116,7 @@ impl Scene {
             description: String::new(),
             runtime: Runtime::Python,
             memory_mb: 128,
+            handler: None,
             env_vars: "{}".into(),
             code: NewCode { file: &file, original_name: "code.zip".into() },
         };

@@ -1,8 +1,8 @@
 """A client like the Python clients of the old controller, with urllib and one connection per request.
 
 It checks each answer against the contract: shapes, words and types. BASE_URL and API_KEY name the gateway.
-HAS_LOCAL_WORKER is 1 if there is a local worker, which sends no heartbeats. The exit code is 1 at the first
-mismatch.
+HAS_LOCAL_WORKER is 1 if there is a worker that sends no heartbeats: that of `dev`, or one that writes its
+status to Redis. The exit code is 1 at the first mismatch.
 """
 
 import io

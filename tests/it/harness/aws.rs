@@ -2,6 +2,7 @@
 
 use super::http::{Answer, Conn, Message, Request};
 use super::process::{Process, Scratch, start_on_free_port};
+use super::upload::zipped;
 use super::wait::{SOON, eventually};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -81,10 +82,15 @@ impl Service {
 /// The variable with the `address:port` of another DynamoDB emulator. The tests must pass on any.
 const OTHER_DYNAMODB: &str = "INFRA_TEST_DYNAMODB";
 
+/// The code of [`Cloud::put_function`].
+const FUNCTION: &[u8] = include_bytes!("../worker/function.py");
+
 /// The queue, tables and bucket of one test.
 pub struct Cloud {
     addr: SocketAddr,
     dynamodb: Option<SocketAddr>,
+    /// Whether functions of [`Cloud::put_function`] have a handler.
+    pub has_handlers: bool,
     pub queue_url: String,
     pub functions_table: String,
     pub logs_table: String,
@@ -100,6 +106,7 @@ impl Cloud {
         let other = std::env::var(OTHER_DYNAMODB).ok();
         let mut cloud = Self {
             addr,
+            has_handlers: false,
             dynamodb: other.map(|addr| addr.parse().expect("address:port of another DynamoDB emulator")),
             queue_url: String::new(),
             functions_table: format!("InfraFunctions-{n}"),
@@ -184,14 +191,18 @@ impl Cloud {
             .body("application/x-amz-json-1.0", input.to_string())
     }
 
-    /// An item of the function table as the old controller writes it.
+    /// An item of the function table as the old controller writes it, and its code (`worker/function.py`).
     pub async fn put_function(&self, id: &str) {
-        let item = json!({
+        self.put_object(&format!("functions/{id}.zip"), zipped(&[("main.py", FUNCTION)])).await;
+        let mut item = json!({
             "functionId": { "S": id }, "name": { "S": format!("the {id}") }, "description": { "S": "a test" },
             "s3Key": { "S": format!("functions/{id}.zip") }, "originalName": { "S": "code.zip" },
             "runtime": { "S": "python" }, "memoryMb": { "N": "256" },
             "uploadedAt": { "S": "2026-01-02T03:04:05.678Z" }, "envVars": { "S": r#"{"GREETING":"hi"}"# },
         });
+        if self.has_handlers {
+            item["handler"] = json!({ "S": "main.handler" });
+        }
         self.put_item(&self.functions_table, item).await;
     }
 
@@ -270,6 +281,31 @@ impl Cloud {
             keys.filter_map(|rest| rest.split("</Key>").next()).map(str::to_owned).collect();
         keys.sort();
         keys
+    }
+
+    fn object_request(&self, method: &str, key: &str) -> Request {
+        let target = format!("/{}/{key}", self.bucket);
+        Request::new(self.addr, method, &target).header("authorization", &credential("s3"))
+    }
+
+    pub async fn put_object(&self, key: &str, contents: Vec<u8>) {
+        let put = self.object_request("PUT", key).body("application/octet-stream", contents);
+        put.send().await.expect(200);
+    }
+
+    /// The contents of an object, which must exist.
+    pub async fn object(&self, key: &str) -> Vec<u8> {
+        self.object_request("GET", key).send().await.expect(200).body().to_vec()
+    }
+
+    pub async fn delete_object(&self, key: &str) {
+        self.object_request("DELETE", key).send().await.expect(204);
+    }
+
+    /// Puts a message on the queue, as a gateway does.
+    pub async fn send_message(&self, body: &str) {
+        let send = json!({ "QueueUrl": self.queue_url, "MessageBody": body });
+        self.call(Service::Sqs, "SendMessage", &send).await;
     }
 
     /// Receives one message from the queue and deletes it, as a worker does: (attributes, body).

@@ -73,6 +73,12 @@ fn start_program(program: &Path, args: &[&str], env: &[(String, String)], dir: &
     Process::start("infra-controller", program, args, &all, dir).expect("setpriv (util-linux) is there")
 }
 
+/// Starts the program through another one; see [`Gateway::start_through`].
+pub fn start_through(wrapper: &[&str], args: &[&str], env: &[(String, String)], dir: &Path) -> Process {
+    let (program, first) = wrapper.split_first().expect("a program");
+    start_program(Path::new(program), &[first, &[PROGRAM], args].concat(), env, dir)
+}
+
 /// Starts the program, which must exit within `deadline`.
 pub async fn run_to_end(args: &[&str], env: &[(String, String)], dir: &Path, deadline: Duration) -> Exited {
     Exited::of(&start_process(args, env, dir), deadline).await
@@ -116,10 +122,14 @@ impl Gateway {
 
     /// [`Self::start`] with a soft and hard limit of open files.
     pub async fn start_limited(open_files: u64, args: &[&str], env: &[(String, String)], key: &str) -> Self {
-        let dir = Scratch::new("gateway");
         let limit = format!("--nofile={open_files}:{open_files}");
-        let args = [&[limit.as_str(), "--", PROGRAM], args].concat();
-        let process = start_program(Path::new("prlimit"), &args, env, dir.path());
+        Self::start_through(&["prlimit", &limit, "--"], args, env, key).await
+    }
+
+    /// [`Self::start`] through a program that replaces itself by the one which its last arguments name.
+    pub async fn start_through(wrapper: &[&str], args: &[&str], env: &[(String, String)], key: &str) -> Self {
+        let dir = Scratch::new("gateway");
+        let process = start_through(wrapper, args, env, dir.path());
         Self::ready(process, dir, key, &[]).await
     }
 
@@ -156,6 +166,10 @@ impl Gateway {
 
     pub fn output(&self) -> &Output {
         self.process.output()
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.process.pid()
     }
 
     /// A request without an API key.
@@ -207,9 +221,7 @@ impl Gateway {
 
     /// The value of a series in `/metrics`. `series` includes the labels. `None`: no such series.
     pub async fn metric(&self, series: &str) -> Option<f64> {
-        let metrics = self.anonymous("GET", "/metrics").send().await.expect(200).text();
-        let value = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        value.and_then(|value| value.parse().ok())
+        series_value(&self.anonymous("GET", "/metrics").send().await.expect(200).text(), series)
     }
 
     pub async fn wait_for_metric(&self, series: &str, expected: f64) {
@@ -319,6 +331,12 @@ impl Drop for Gateway {
             assert!(!self.process.output().contains(secret), "a secret is in the log");
         }
     }
+}
+
+/// The value of a series in a text of `/metrics`.
+pub fn series_value(metrics: &str, series: &str) -> Option<f64> {
+    let value = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+    value.and_then(|value| value.parse().ok())
 }
 
 /// Whether this answer of `/status` reports a pending job.

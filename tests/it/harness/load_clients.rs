@@ -23,7 +23,7 @@ const CLIENTS: u64 = 6;
 /// Pause between two requests of a client. Together the clients send about 100 requests per second.
 const PAUSE_MS: std::ops::Range<u64> = 20..60;
 /// `dev` abandons a run whose gateway was killed three times during it: the run may be the cause.
-const STARTED_TOO_OFTEN: &str = "was started 3 times, and each time the gateway was killed";
+const STARTED_TOO_OFTEN: &str = "was started 3 times, and each time the worker was killed";
 /// The functions that are run.
 pub const FUNCTIONS: [&str; 2] = [HELLO, "second"];
 
@@ -89,7 +89,7 @@ async fn wait_for_more(what: &str, count: &AtomicUsize, more: usize) {
 pub struct ClientMix {
     /// Percentage of requests whose client disconnects before the answer.
     pub disconnect_percent: u64,
-    /// Percentage of runs whose worker returns something unusual.
+    /// Percentage of runs whose worker, the one in Python, returns something unusual.
     pub fault_percent: u64,
     /// Use only the seeded function of `dev`, which prints its input.
     pub echo_only: bool,

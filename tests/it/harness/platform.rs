@@ -2,12 +2,14 @@
 
 use super::aws::{Cloud, SECRET_ACCESS_KEY};
 use super::aws_proxy::{AwsProxy, Policy};
-use super::gateway::{Conf, Gateway, put_file};
+use super::gateway::{Conf, Gateway, put_file, reloads};
+use super::hold::{HOLDING, Hold};
+use super::own_worker::{OwnWorker, WorkerSettings};
 use super::process::Scratch;
 use super::redis::Redis;
-use super::worker::Worker;
-use serde_json::{Value, json};
-use std::path::PathBuf;
+use super::worker::{Worker, WorkerKind};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The function that exists on both backends: `dev` seeds it, and for `serve` the harness puts it into the
@@ -28,7 +30,8 @@ pub struct Setup {
     queue_attributes: Vec<(&'static str, &'static str)>,
     redis_password: Option<&'static str>,
     policy: Policy,
-    worker: bool,
+    worker: Option<WorkerKind>,
+    worker_settings: WorkerSettings,
     dead_letters: bool,
 }
 
@@ -41,7 +44,8 @@ impl Setup {
             queue_attributes: Vec::new(),
             redis_password: None,
             policy: Policy::PassAll,
-            worker: true,
+            worker: Some(WorkerKind::of_this_run()),
+            worker_settings: WorkerSettings::new(),
             dead_letters: false,
         }
     }
@@ -78,7 +82,26 @@ impl Setup {
 
     /// No worker: the test acts as the worker.
     pub fn no_worker(mut self) -> Self {
-        self.worker = false;
+        self.worker = None;
+        self
+    }
+
+    /// The Python worker, whatever the worker of this test run is: for results that our own worker never
+    /// writes.
+    pub fn python_worker(mut self) -> Self {
+        self.worker = Some(WorkerKind::Python);
+        self
+    }
+
+    /// `infra-controller worker`, whatever the worker of this test run is.
+    pub fn own_worker(mut self) -> Self {
+        self.worker = Some(WorkerKind::Own);
+        self
+    }
+
+    /// A setting of the worker of `dev`, or of our own worker.
+    pub fn worker_setting(mut self, key: &str, value: impl Into<Value>) -> Self {
+        self.worker_settings.set(key, value);
         self
     }
 
@@ -102,23 +125,30 @@ impl Setup {
         env.push(("INFRA_API_KEY".into(), key.clone()));
         let data = dir.path().join("data");
         let mut args = vec!["dev", "--port", "0", "--data-dir", data.to_str().expect("the path is UTF-8")];
-        let conf = self.conf.map(|conf| conf_dir(&conf, &dir));
-        if let Some(conf) = &conf {
-            args.extend(["--conf", conf]);
+        let conf = dir.path().join("conf");
+        match self.conf {
+            Some(conf_of_test) => conf_of_test.write(&conf),
+            // A file that does not exist has the built-in contents.
+            None => std::fs::create_dir(&conf).expect("the scratch directory is writable"),
         }
+        put_worker_settings(&conf, &self.worker_settings);
+        args.extend(["--conf", conf.to_str().expect("the path is UTF-8")]);
         let gateway = Gateway::start(&args, &env, &key, &[]).await;
-        Platform { gateway, fleet: None, dir }
+        Platform { gateway, fleet: None, dir, worker_settings: self.worker_settings }
     }
 
     async fn start_serve(self) -> Platform {
         let dir = Scratch::new("platform");
         let redis = Redis::start(self.redis_password).await;
-        let cloud = Cloud::start(&self.queue_attributes).await;
+        let mut cloud = Cloud::start(&self.queue_attributes).await;
+        // Our own worker calls a handler many times in the time in which it starts one program.
+        cloud.has_handlers = self.worker == Some(WorkerKind::Own);
         cloud.put_function(HELLO).await;
         if self.dead_letters {
             cloud.add_dead_letter_queue().await;
         }
-        let worker = self.worker.then(|| Worker::start(&cloud, &redis));
+        let settings = self.worker_settings;
+        let worker = self.worker.map(|kind| Worker::start(kind, &cloud, &redis, settings.clone()));
         let proxy = match self.policy {
             Policy::PassAll => None,
             policy => Some(AwsProxy::start(&cloud, policy).await),
@@ -129,7 +159,7 @@ impl Setup {
         if let Some(worker) = &fleet.worker {
             worker.wait_ready().await;
         }
-        Platform { gateway, fleet: Some(fleet), dir }
+        Platform { gateway, fleet: Some(fleet), dir, worker_settings: settings }
     }
 }
 
@@ -161,6 +191,11 @@ fn for_slow_backends(conf: Option<Conf>) -> Conf {
         }
     }
     conf
+}
+
+/// The settings of the worker of `dev`.
+fn put_worker_settings(conf: &Path, settings: &WorkerSettings) {
+    put_file(&conf.join("worker.toml"), &settings.to_toml());
 }
 
 /// Writes a `conf/` directory. Returns its path.
@@ -225,41 +260,11 @@ impl Fleet {
     }
 }
 
-/// Runs that complete when the test releases them.
-pub struct Hold<'a> {
-    platform: &'a Platform,
-    /// The function to run.
-    pub function: String,
-    /// What the runs wait for: a key in Redis, or a file with the worker of `dev`.
-    until: String,
-}
-
-impl Hold<'_> {
-    /// The input of a run that prints `token` when it is released.
-    pub fn input(&self, token: &str) -> Value {
-        json!({ "behave": "hold", "until": self.until, "token": token })
-    }
-
-    pub async fn release(&self) {
-        match &self.platform.fleet {
-            Some(fleet) => drop(fleet.redis.order(&format!("SET {} 1", self.until)).await),
-            None => std::fs::write(&self.until, "").expect("the scratch directory is writable"),
-        }
-    }
-}
-
-/// Waits for the file that its input names, then prints its input.
-const HOLDING: &str = "import json, os, time
-asked = json.loads(os.environ['PAYLOAD'])
-while not os.path.exists(asked['until']):
-    time.sleep(0.05)
-print(json.dumps(asked))
-";
-
 pub struct Platform {
     pub gateway: Gateway,
     fleet: Option<Fleet>,
     dir: Scratch,
+    worker_settings: WorkerSettings,
 }
 
 impl Platform {
@@ -282,16 +287,59 @@ impl Platform {
         put_file(&self.conf_file(name), text);
     }
 
-    pub async fn hold(&self) -> Hold<'_> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("release-{}", COUNT.fetch_add(1, Ordering::Relaxed));
-        let (function, until) = if self.is_serve() {
-            (HELLO.to_owned(), name)
-        } else {
-            let path = self.dir.path().join(name).display().to_string();
-            (self.gateway.upload_python(HOLDING).await, path)
-        };
-        Hold { platform: self, function, until }
+    /// Runs of a function that behaves so on this platform.
+    pub async fn hold(&self) -> Hold {
+        if self.is_serve() { Hold::of(HELLO.to_owned()).await } else { self.hold_of_code().await }
+    }
+
+    /// Runs of a function that was uploaded, for a worker that runs its code.
+    pub async fn hold_of_code(&self) -> Hold {
+        Hold::of(self.gateway.upload_python(HOLDING).await).await
+    }
+
+    /// Whether a run executes the code of its function. The Python worker of the tests does not.
+    pub fn runs_code(&self) -> bool {
+        self.fleet.is_none() || self.own_worker().is_some()
+    }
+
+    /// Our own worker. `None`: `dev`, or another worker.
+    pub fn own_worker(&self) -> Option<&OwnWorker> {
+        match self.fleet.as_ref()?.worker.as_ref()? {
+            Worker::Own(worker) => Some(worker),
+            Worker::Python(_) => None,
+        }
+    }
+
+    /// The value of a series of the worker: that of `dev`, or our own.
+    pub async fn worker_metric(&self, series: &str) -> Option<f64> {
+        match self.own_worker() {
+            Some(worker) => worker.metric(series).await,
+            None => self.gateway.metric(series).await,
+        }
+    }
+
+    pub async fn wait_for_worker_metric_at_least(&self, series: &str, least: f64) {
+        match self.own_worker() {
+            Some(worker) => worker.wait_for_metric_at_least(series, least).await,
+            None => self.gateway.wait_for_metric_at_least(series, least).await,
+        }
+    }
+
+    /// Changes a setting of the worker, and waits until it is applied.
+    pub async fn change_worker(&mut self, key: &str, value: impl Into<Value>) {
+        self.worker_settings.set(key, value);
+        if let Some(worker) = self.own_worker() {
+            return worker.change(&self.worker_settings).await;
+        }
+        let applied = reloads("worker.toml", "applied");
+        let before = self.gateway.metric(&applied).await.unwrap_or_default();
+        put_worker_settings(&self.conf_dir(), &self.worker_settings);
+        self.gateway.wait_for_metric_at_least(&applied, before + 1.0).await;
+    }
+
+    /// The data directory of `dev`.
+    pub fn data_dir(&self) -> PathBuf {
+        self.dir.path().join("data")
     }
 
     pub fn is_serve(&self) -> bool {
@@ -304,12 +352,12 @@ impl Platform {
 
     /// Kills the gateway, runs `meanwhile`, and starts the gateway again.
     pub async fn kill_and_restart(self, meanwhile: impl AsyncFnOnce(&Fleet)) -> Self {
-        let Self { gateway, fleet, dir } = self;
+        let Self { gateway, fleet, dir, worker_settings } = self;
         gateway.kill();
         let fleet = fleet.expect("the backend is AWS");
         meanwhile(&fleet).await;
         let gateway = fleet.start_gateway().await;
-        Self { gateway, fleet: Some(fleet), dir }
+        Self { gateway, fleet: Some(fleet), dir, worker_settings }
     }
 
     /// Asserts a clean exit of gateway and worker.

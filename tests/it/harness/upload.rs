@@ -2,7 +2,7 @@
 
 use super::http::Request;
 use super::{Gateway, Platform};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::io::{Cursor, Write};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
@@ -31,6 +31,39 @@ fn zip_with(options: SimpleFileOptions, files: &[(&str, &[u8])]) -> Vec<u8> {
 /// Python code whose output contains `marker`: the local worker runs it, the test worker prints its source.
 pub fn printing(marker: &str) -> Vec<u8> {
     zipped(&[("main.py", format!("print({marker:?})\n").as_bytes())])
+}
+
+/// A function to upload.
+#[derive(Clone)]
+pub struct Function<'a> {
+    pub runtime: &'a str,
+    /// Path and text.
+    pub files: Vec<(&'a str, &'a str)>,
+    pub handler: Option<&'a str>,
+    pub env_vars: Value,
+    pub memory_mb: u64,
+}
+
+impl<'a> Function<'a> {
+    /// A function of one file. `handler`: `None` for a program.
+    pub fn new(runtime: &'a str, file: &'a str, text: &'a str, handler: Option<&'a str>) -> Self {
+        Self { runtime, files: vec![(file, text)], handler, env_vars: json!({}), memory_mb: 128 }
+    }
+
+    /// `main.py`, as a program.
+    pub fn python(text: &'a str) -> Self {
+        Self::new("python", "main.py", text, None)
+    }
+
+    /// `main.py`, with the handler `main.handler`.
+    pub fn python_handler(text: &'a str) -> Self {
+        Self::new("python", "main.py", text, Some("main.handler"))
+    }
+
+    pub fn zip(&self) -> Vec<u8> {
+        let files: Vec<_> = self.files.iter().map(|(name, text)| (*name, text.as_bytes())).collect();
+        zipped(&files)
+    }
 }
 
 /// One part of a form.
@@ -71,6 +104,23 @@ impl Gateway {
         self.upload_zip(&zipped(&[("main.py", source.as_bytes())])).await
     }
 
+    /// Uploads a function. Returns its id.
+    pub async fn create(&self, function: &Function<'_>) -> String {
+        let (zip, env_vars) = (function.zip(), function.env_vars.to_string());
+        let parts = [Part::Field("envVars", &env_vars), Part::File("code.zip", &zip)];
+        let request = self.request("POST", "/upload").header("x-runtime", function.runtime);
+        let request = request.header("x-memory-mb", &function.memory_mb.to_string());
+        let request = request.header("x-handler", function.handler.unwrap_or_default());
+        let made = form(request, &parts).send().await.expect(200).json();
+        made["functionId"].as_str().expect("an id").to_owned()
+    }
+
+    /// Uploads a function and runs it once. Returns the result.
+    pub async fn create_and_run(&self, function: &Function<'_>, input: &Value) -> Value {
+        let id = self.create(function).await;
+        self.run(&id, input).send().await.expect(200).json()
+    }
+
     async fn upload_zip(&self, zip: &[u8]) -> String {
         let parts = [Part::File("code.zip", zip)];
         let answer = form(self.request("POST", "/upload"), &parts).send().await.expect(200).json();
@@ -78,13 +128,32 @@ impl Gateway {
         answer["functionId"].as_str().expect("an id").to_owned()
     }
 
-    /// Runs the function. The test worker prints its code.
+    /// Runs the function. The Python worker prints its code.
     pub async fn run_code(&self, function: &str) -> Value {
-        self.run(function, &serde_json::json!({ "behave": "code" })).send().await.expect(200).json()
+        self.run(function, &json!({ "behave": "code" })).send().await.expect(200).json()
     }
 }
 
 impl Platform {
+    /// Replaces the stored archive of a function, behind the back of the gateway. `None`: deletes it.
+    pub async fn spoil_code(&self, function: &str, archive: Option<&[u8]>) {
+        let shown = self.gateway.get(&format!("/functions/{function}")).await.expect(200).json();
+        let key = shown["s3Key"].as_str().expect("a key");
+        if self.is_serve() {
+            let cloud = &self.fleet().cloud;
+            match archive {
+                Some(archive) => cloud.put_object(key, archive.to_vec()).await,
+                None => cloud.delete_object(key).await,
+            }
+            return;
+        }
+        let file = self.data_dir().join("code").join(key);
+        std::fs::remove_file(&file).expect("the archive is there");
+        if let Some(archive) = archive {
+            std::fs::write(file, archive).expect("the directory is writable");
+        }
+    }
+
     /// The keys of the stored archives of a function. `serve` only.
     pub async fn stored_code(&self, function: &str) -> Vec<String> {
         self.fleet().cloud.objects(&format!("functions/{function}/")).await

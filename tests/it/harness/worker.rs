@@ -1,6 +1,10 @@
-//! The Python worker (`tests/it/worker/worker.py`). It is written from the contract, not from the code.
+//! The worker of a platform: the one in Python (`tests/it/worker/worker.py`), or `infra-controller worker`.
+//!
+//! The Python worker is written from the contract, not from the code, and does whatever a broken worker may
+//! do. `make test-worker` runs the tests with our own worker in its place.
 
 use super::aws::{Cloud, credentials_env, venv};
+use super::own_worker::{OwnWorker, WorkerSettings, WorkerSetup};
 use super::process::{Process, Scratch, Stream};
 use super::redis::Redis;
 use super::wait::SOON;
@@ -11,6 +15,8 @@ use std::path::Path;
 use std::time::Duration;
 
 const READY_WITHIN: Duration = Duration::from_secs(60);
+/// The variable with the name of the worker for tests that need no certain one: `own`, or `python`.
+const WORKER: &str = "INFRA_TEST_WORKER";
 
 /// The input of a run whose result is exactly this text.
 pub fn literal(result: &str) -> Value {
@@ -18,14 +24,61 @@ pub fn literal(result: &str) -> Value {
     json!({ "behave": "literal", "base64": base64 })
 }
 
-pub struct Worker {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerKind {
+    Python,
+    Own,
+}
+
+impl WorkerKind {
+    /// The worker of this test run.
+    pub fn of_this_run() -> Self {
+        match std::env::var(WORKER).as_deref() {
+            Ok("own") => Self::Own,
+            Ok("python") | Err(_) => Self::Python,
+            Ok(other) => panic!("{WORKER}={other}: the workers are `own` and `python`"),
+        }
+    }
+}
+
+pub enum Worker {
+    Python(PythonWorker),
+    Own(OwnWorker),
+}
+
+impl Worker {
+    /// Returns before the worker is ready. Its messages wait on the queue. `settings`: of our own worker.
+    pub fn start(kind: WorkerKind, cloud: &Cloud, redis: &Redis, settings: WorkerSettings) -> Self {
+        match kind {
+            WorkerKind::Python => Self::Python(PythonWorker::start(cloud, redis, &[])),
+            WorkerKind::Own => Self::Own(WorkerSetup::new(cloud, redis).settings(settings).spawn()),
+        }
+    }
+
+    pub async fn wait_ready(&self) {
+        match self {
+            Self::Python(worker) => worker.wait_ready().await,
+            Self::Own(worker) => worker.wait_ready().await,
+        }
+    }
+
+    /// Stops the worker, and asserts that it has reported no errors.
+    pub async fn stop(&self) {
+        match self {
+            Self::Python(worker) => worker.stop().await,
+            Self::Own(worker) => worker.stop().await,
+        }
+    }
+}
+
+pub struct PythonWorker {
     process: Process,
     _dir: Scratch,
 }
 
-impl Worker {
+impl PythonWorker {
     /// Returns before the worker is ready. Its messages wait on the queue.
-    pub fn start(cloud: &Cloud, redis: &Redis) -> Self {
+    pub fn start(cloud: &Cloud, redis: &Redis, more: &[(&str, &str)]) -> Self {
         let dir = Scratch::new("worker");
         let mut env = super::path_env();
         env.extend(credentials_env());
@@ -34,6 +87,7 @@ impl Worker {
         env.push(("SQS_URL".into(), cloud.queue_url.clone()));
         env.push(("REDIS_URL".into(), redis.url()));
         env.push(("PYTHONDONTWRITEBYTECODE".into(), "1".into()));
+        env.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/worker/worker.py");
         let script = script.to_str().expect("the path is UTF-8");
         let process = Process::start("worker.py", &venv("python"), &[script], &env, dir.path());

@@ -15,7 +15,7 @@ const KEY_COLUMN: &str = "key";
 /// In those tables, the value of the shipped file.
 const DEFAULT_COLUMN: &str = "default";
 /// The shipped files that set values. The others contain only lists, which are empty.
-const SHIPPED: [&str; 2] = ["server.toml", "limits.toml"];
+const SHIPPED: [&str; 3] = ["server.toml", "limits.toml", "worker.toml"];
 /// A table of variables has this first column, and is under a heading with [`VARIABLE_HEADING`].
 const VARIABLE_COLUMN: &str = "variable";
 const VARIABLE_HEADING: &str = "environment";
@@ -276,6 +276,7 @@ fn planted_differences_are_found() {
         | variable |\n|---|\n| `GONE`, `AWS_PROFILE` |\n";
     let planted = Tree::planted(&[
         ("conf/server.toml", ""),
+        ("conf/worker.toml", ""),
         ("conf/limits.toml", "[[limit]]\nrate = 1\n[batch]\nsends_max = 64\nlinger = \"1 s\"\n"),
         ("src/config/limits.rs", conf),
         ("src/boot.rs", env),

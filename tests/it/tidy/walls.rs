@@ -22,6 +22,8 @@ const CRATES: [(&str, &[&str], &str); 5] = [
             "src/catalogue.rs",
             "src/https.rs",
             "src/config/upstreams.rs",
+            "src/worker/heartbeat.rs",
+            "src/worker/listener.rs",
         ],
         "rooms below api do not depend on HTTP",
     ),

@@ -5,7 +5,7 @@ result:<requestId>, SETEX job:<requestId> 3600, delete the message. The input se
 
     {"behave": "echo"}                        the default: stdout is the input as JSON
     {"behave": "sleep", "ms": 500}            echo after a delay
-    {"behave": "hold", "until": "…"}          echo, once this key exists in Redis
+    {"behave": "hold", "port": 12345}         echo, once the test closes a connection to this port
     {"behave": "fail"}                        exit code 1, status FAILED, the input on stderr
     {"behave": "stdout", "text": "…", "times": 3}   stdout is the text, repeated
     {"behave": "literal", "base64": "…"}      the result is exactly these bytes
@@ -19,7 +19,8 @@ result:<requestId>, SETEX job:<requestId> 3600, delete the message. The input se
     {"behave": "never"}                       the message is deleted, and there is no result
 
 To run it by hand, set the environment of the controller (SQS_URL, REDIS_HOST and REDIS_PORT or REDIS_URL,
-AWS_*), then `python worker.py`. It prints one line when it is ready, and exits on SIGTERM or SIGINT.
+AWS_*), then `python worker.py`. It prints one line when it is ready, and exits on SIGTERM or SIGINT. RUNS_MAX
+is the number of jobs at once.
 """
 
 import base64
@@ -27,6 +28,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -38,7 +40,7 @@ import redis
 from botocore.config import Config
 
 POLLERS = 2
-RUNS_MAX = 64
+RUNS_MAX = int(os.environ.get("RUNS_MAX", "64"))
 RESULT_TTL_S = 3600
 REDIS_RETRY_S = 90
 WORKER_ID = f"test-worker-{os.getpid()}"
@@ -134,11 +136,12 @@ def handle(sqs, store, queue_url, message):
     job = json.loads(message["Body"])
     given = job.get("input")
     behave = given.get("behave") if isinstance(given, dict) else None
-    if behave == "hold":
-        while not execute(store, "EXISTS", given["until"]):
-            time.sleep(0.05)
-    result = run(job)
     request_id = job["requestId"]
+    if behave == "hold":
+        with socket.create_connection(("127.0.0.1", given["port"])) as held:
+            held.sendall(f"{request_id}\n".encode())
+            held.recv(1)
+    result = run(job)
     if behave == "another_id":
         execute(store, "PUBLISH", f"result:{request_id[:-12]}{0:012x}", result)
     if behave not in ("store_only", "never"):

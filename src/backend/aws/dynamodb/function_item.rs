@@ -2,7 +2,7 @@
 
 use crate::backend::aws::dynamodb::item::{Item, RawItem, text, whole};
 use crate::backend::aws::dynamodb::recommendation;
-use crate::model::{Function, FunctionCounters, FunctionId};
+use crate::model::{Function, FunctionCounters, FunctionId, Handler};
 use aws_sdk_dynamodb::types::AttributeValue;
 
 pub const KEY: &[&str] = &["functionId"];
@@ -30,6 +30,8 @@ pub fn function(id: FunctionId, item: &Item) -> Function {
         runtime: text_or("runtime", Function::RUNTIME_DEFAULT),
         memory_mb: item.whole("memoryMb").filter(|mb| *mb > 0).unwrap_or(Function::MEMORY_MB_DEFAULT),
         max_concurrency: item.whole("maxConcurrency").unwrap_or(0),
+        // Absent or empty: script mode.
+        handler: item.text("handler").and_then(|handler| Handler::parse(&handler)),
         s3_key: text("s3Key"),
         original_name: text("originalName"),
         uploaded_at: text("uploadedAt"),
@@ -56,6 +58,7 @@ pub fn attributes(f: &Function) -> Vec<(&'static str, AttributeValue)> {
         ("runtime", text(f.runtime.as_str())),
         ("memoryMb", whole(f.memory_mb)),
         ("maxConcurrency", whole(f.max_concurrency)),
+        ("handler", text(f.handler.as_ref().map_or("", Handler::as_str))),
         ("s3Key", text(f.s3_key.as_str())),
         ("originalName", text(f.original_name.as_str())),
         ("uploadedAt", text(f.uploaded_at.as_str())),

@@ -130,9 +130,10 @@ fn put(table: &str, item: RawItem) -> Result<Put, BuildError> {
 
 fn create(table: &str, after: &Function) -> Result<Put, BuildError> {
     let mut item = key_item(after.id.as_str());
-    // A function that was never changed has no such attributes, as in the old controller.
+    // A function that was never changed has no such attributes, as in the old controller. `handler` is absent
+    // in script mode.
     let is_kept = |(name, value): &(&str, AttributeValue)| match *name {
-        "updated_at" => *value != text(""),
+        "updated_at" | "handler" => *value != text(""),
         "maxConcurrency" => *value != whole(0),
         _ => true,
     };
@@ -275,7 +276,7 @@ fn token(table: &str, logs_table: &str, write: &FunctionWrite) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::ConfigAction;
+    use crate::model::{ConfigAction, Handler};
 
     fn after(before: &Function) -> Function {
         Function {
@@ -330,6 +331,25 @@ mod tests {
     }
 
     #[test]
+    fn a_handler_is_set_replaced_and_cleared() {
+        let handler = |text: &str| Function { handler: Handler::parse(text), ..Function::sample("f") };
+        for (before, after, written) in [
+            ("", "main.handler", Some("main.handler")),
+            ("main.handler", "pkg.mod.fn", Some("pkg.mod.fn")),
+            ("main.handler", "", Some("")),
+            ("main.handler", "main.handler", None),
+            ("", "", None),
+        ] {
+            let update = update("t", &handler(before), &handler(after)).unwrap();
+            let found = update.expression_attribute_values().unwrap().get(":handler").cloned();
+            assert_eq!(found, written.map(text), "{before:?} to {after:?}");
+        }
+        let created = |f: &Function| create("t", f).unwrap().item().get("handler").cloned();
+        assert_eq!(created(&handler("main.handler")), Some(text("main.handler")));
+        assert_eq!(created(&handler("")), None);
+    }
+
+    #[test]
     fn conditions_match_items_of_the_old_controller() {
         let changed = Function { updated_at: "x".into(), ..Function::sample("f") };
         assert_eq!(
@@ -371,7 +391,7 @@ mod tests {
         let item = create("t", &f).unwrap().item().clone();
         assert_eq!((&item["envVars"], &item["memoryMb"]), (&text(r#"{"A":"1"}"#), &whole(256)));
         assert_eq!((&item["functionId"], &item["version"]), (&text("f"), &whole(1)));
-        for absent in ["updated_at", "invocations", "recommendedAt"] {
+        for absent in ["updated_at", "maxConcurrency", "handler", "invocations", "recommendedAt"] {
             assert!(!item.contains_key(absent), "{absent}");
         }
         let record = record_item(&change(None, Some(f)).record);
@@ -390,6 +410,10 @@ mod tests {
             change(None, write.after.clone()),
             change(Some(before.clone()), None),
             change(Some(before.clone()), Some(Function { memory_mb: 1, ..after(&before) })),
+            change(
+                Some(before.clone()),
+                Some(Function { handler: Handler::parse("main.handler"), ..after(&before) }),
+            ),
             change(Some(Function { version: 7, ..before.clone() }), write.after.clone()),
         ];
         for (retire, adopt) in [(Some("a"), None), (None, Some("a"))] {

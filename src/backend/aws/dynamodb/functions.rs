@@ -220,6 +220,7 @@ mod tests {
     use super::super::function_item::attributes;
     use super::super::item::whole;
     use super::*;
+    use crate::model::Handler;
 
     #[test]
     fn only_old_marks_are_removed() {
@@ -277,6 +278,8 @@ mod tests {
     fn a_function_is_read_as_it_was_written() {
         let f = Function { updated_at: "x".into(), env_vars: r#"{"A":"1"}"#.into(), ..Function::sample("f") };
         assert_eq!(read(&attributes(&f)), f);
+        let with_handler = Function { handler: Handler::parse("pkg.mod.fn"), ..f };
+        assert_eq!(read(&attributes(&with_handler)), with_handler);
     }
 
     #[test]
@@ -292,5 +295,9 @@ mod tests {
         assert_eq!(odd.env_vars, r#"{"A":"1"}"#);
         let bare = read(&[("memoryMb", whole(0)), ("envVars", text("oops"))]);
         assert_eq!((bare.memory_mb, bare.version, bare.env_vars.as_str()), (128, 0, "{}"));
+        assert_eq!(bare.handler, None, "script mode");
+        for none in [text(""), text("main"), AttributeValue::Null(true)] {
+            assert_eq!(read(&[("handler", none.clone())]).handler, None, "{none:?}");
+        }
     }
 }

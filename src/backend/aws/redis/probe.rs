@@ -1,5 +1,5 @@
 //! Checks at start what `serve` requires of Redis beyond a PING: writes, scripts, PUBLISH, subscriptions, and
-//! no eviction of keys.
+//! no eviction of keys. A worker requires less; see [`RedisProbe::run_for_worker`].
 //!
 //! Each step is one that a node performs later, with names of the same kind. So a missing permission or a
 //! replica stops the start instead of failing the first job.
@@ -7,7 +7,7 @@
 use super::changes::channel_of;
 use super::connection::{COMMAND_DEADLINE, CONNECT_DEADLINE, CommandConnection, class};
 use super::journal::INFLIGHT;
-use super::results::pattern_of;
+use super::results::{channel, pattern_of, stored_key};
 use crate::backend::BackendError;
 use crate::model::NodeId;
 use parking_lot::Mutex;
@@ -19,6 +19,8 @@ use tokio::time::{Instant, timeout};
 
 /// Expiry of the probe's key, in case the probe is interrupted.
 const KEPT_MS: u64 = 10_000;
+/// The id of no job. No node waits for its result.
+const NO_JOB: &str = "worker-probe";
 /// A payload that nodes ignore, because it is too long for an id.
 const NO_ANNOUNCEMENT: [u8; 256] = [b'-'; 256];
 
@@ -90,6 +92,11 @@ impl<'a> RedisProbe<'a> {
         self.eviction_warning().await
     }
 
+    /// Runs the step of a worker.
+    pub async fn run_for_worker(&self) -> Result<(), RedisProblem> {
+        self.step("publish and store results", || self.result()).await
+    }
+
     /// Returns the first of `nodes` that may subscribe to the results of its jobs, as [`RedisResults`] does.
     ///
     /// Redis compares a pattern with the allowed patterns as text, unless its user has all channels. So the
@@ -151,6 +158,11 @@ impl<'a> RedisProbe<'a> {
                 deleted.map(drop).inspect_err(|error| self.note(error))
             })
             .await
+    }
+
+    async fn result(&self) -> Result<(), BackendError> {
+        self.query::<()>(cmd("PUBLISH").arg(channel(NO_JOB)).arg("")).await?;
+        self.query::<()>(cmd("SETEX").arg(stored_key(NO_JOB)).arg(KEPT_MS / 1000).arg("")).await
     }
 
     async fn first_that_hears(&self, nodes: &[NodeId]) -> Result<NodeId, BackendError> {

@@ -18,6 +18,7 @@ use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use redis::{Client, Msg, cmd};
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -250,8 +251,8 @@ pub fn stored_key(request_id: &str) -> String {
     format!("job:{request_id}")
 }
 
-pub fn channel(id: JobId) -> String {
-    format!("{CHANNEL_PREFIX}{id}")
+pub fn channel(request_id: impl Display) -> String {
+    format!("{CHANNEL_PREFIX}{request_id}")
 }
 
 /// Applies the changes in order. Adjacent changes of one kind go in one command.

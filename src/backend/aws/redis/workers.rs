@@ -15,7 +15,7 @@ use std::time::Duration;
 const STATES_KEY: &str = "workers:{fleet}";
 const SEEN_KEY: &str = "workers:seen:{fleet}";
 /// Written by a worker that sends no heartbeats.
-const LONE_STATUS_KEY: &str = "system:status";
+pub const LONE_STATUS_KEY: &str = "system:status";
 /// Expiry of both keys, longer than any worker is listed. The keys of a fleet that is gone expire.
 const KEYS_EXPIRE: Duration = WORKER_TTL.saturating_add(Duration::from_secs(60));
 

@@ -71,14 +71,7 @@ impl SqsQueue {
             QueueAttributeName::FifoQueue,
             QueueAttributeName::RedrivePolicy,
         ];
-        // Some implementations answer InvalidAttributeName if a standard queue is asked for FifoQueue. All is
-        // always accepted.
-        let attributes = match attributes(&client, url, &names, &seen).await {
-            Err(BackendError::Invalid(_)) => {
-                self::attributes(&client, url, &[QueueAttributeName::All], &seen).await?
-            }
-            other => other?,
-        };
+        let attributes = read_attributes(&client, url, &names, &seen).await?;
         let direct = JsonClient::new(https, credentials, &seen)?;
         let redrive = attributes.get(&QueueAttributeName::RedrivePolicy).cloned();
         Ok(Self { client, direct, url: url.to_owned(), traits: traits(&attributes, url), redrive })
@@ -205,7 +198,22 @@ impl JobQueue for SqsQueue {
     }
 }
 
-type Attributes = HashMap<QueueAttributeName, String>;
+pub type Attributes = HashMap<QueueAttributeName, String>;
+
+/// Reads attributes of a queue.
+pub async fn read_attributes(
+    client: &Client,
+    url: &str,
+    names: &[QueueAttributeName],
+    seen: &RouteRecorder,
+) -> Result<Attributes, BackendError> {
+    // Some implementations answer InvalidAttributeName if a standard queue is asked for FifoQueue. All is
+    // always accepted.
+    match attributes(client, url, names, seen).await {
+        Err(BackendError::Invalid(_)) => attributes(client, url, &[QueueAttributeName::All], seen).await,
+        read => read,
+    }
+}
 
 async fn attributes(
     client: &Client,
@@ -218,8 +226,13 @@ async fn attributes(
     Ok(output.attributes.unwrap_or_default())
 }
 
-fn number(attributes: &Attributes, name: &QueueAttributeName) -> Option<u64> {
+pub fn number(attributes: &Attributes, name: &QueueAttributeName) -> Option<u64> {
     attributes.get(name)?.parse().ok()
+}
+
+pub fn is_fifo(attributes: &Attributes, url: &str) -> bool {
+    let is_reported = attributes.get(&QueueAttributeName::FifoQueue).is_some_and(|fifo| fifo == "true");
+    is_reported || url.ends_with(".fifo")
 }
 
 fn traits(attributes: &Attributes, url: &str) -> QueueTraits {
@@ -227,11 +240,10 @@ fn traits(attributes: &Attributes, url: &str) -> QueueTraits {
         .and_then(|bytes| usize::try_from(bytes).ok())
         .unwrap_or(MESSAGE_BYTES_DEFAULT);
     let retention = number(attributes, &QueueAttributeName::MessageRetentionPeriod);
-    let says_fifo = attributes.get(&QueueAttributeName::FifoQueue).is_some_and(|fifo| fifo == "true");
     QueueTraits {
         message_bytes_max: bytes.min(MESSAGE_BYTES_MAX),
         retention: retention.map_or(RETENTION_DEFAULT, Duration::from_secs),
-        fifo: says_fifo || url.ends_with(".fifo"),
+        fifo: is_fifo(attributes, url),
     }
 }
 

@@ -1,5 +1,11 @@
 //! The writer thread: commits the pending writes as one transaction, and returns to each caller its own
 //! result.
+//!
+//! A write that is alone is committed at once: the next ones go into the next commit. Only under load does a
+//! commit wait for company, because each costs a flush of the disk: if the last one had many writes, their
+//! callers have their results now, and most of them write again at once. It waits while they come, and no
+//! longer. A wait for as many writes as before, for a fixed time, was rejected: after each small burst, a
+//! lone write would wait for the whole time.
 
 use super::error::{WriteError, failed, integer};
 use crate::model::now_ms;
@@ -10,8 +16,12 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 /// Most records in one transaction. A single larger write is not split.
 const RECORDS_MAX: usize = 256;
+/// A commit with at least this many writes shows load. A single run makes fewer writes at a time.
+const COMPANY_MIN: usize = 4;
 /// Longest wait for as many writes as the last commit had.
 const LINGER_MAX: Duration = Duration::from_micros(2_000);
+/// Longest wait for the next one of them.
+const GAP_MAX: Duration = Duration::from_micros(200);
 /// Interval between deletions of expired rows.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 /// Most expired rows of a table in one deletion, so that no write waits long for it.
@@ -72,6 +82,16 @@ pub(super) struct DatabaseWriter {
     prune_at: Instant,
 }
 
+/// How long a batch of this length waits for the next write, if it has waited for `waited` already.
+fn patience(batch_len: usize, last_batch_len: usize, waited: Duration) -> Duration {
+    let is_loaded = last_batch_len >= COMPANY_MIN;
+    if is_loaded && batch_len < last_batch_len {
+        LINGER_MAX.saturating_sub(waited).min(GAP_MAX)
+    } else {
+        Duration::ZERO
+    }
+}
+
 impl DatabaseWriter {
     pub(super) fn new(connection: Connection, inbox: Receiver<QueuedWrite>) -> Self {
         Self { connection, inbox, prune_at: Instant::now() }
@@ -98,16 +118,15 @@ impl DatabaseWriter {
         }
     }
 
-    fn gather(&self, first: QueuedWrite, company: usize) -> Vec<Box<dyn Write>> {
-        let until = Instant::now() + LINGER_MAX;
+    /// Takes the pending writes. `last_batch_len`: number of writes of the last commit.
+    fn gather(&self, first: QueuedWrite, last_batch_len: usize) -> Vec<Box<dyn Write>> {
+        let began = Instant::now();
         let mut records = first.write.records();
         let mut batch = vec![first.write];
         drop(first.room);
         while records < RECORDS_MAX {
-            // Pending writes are taken without a wait. The batch waits only up to the size of the last one.
-            let patience =
-                if batch.len() < company { until - Instant::now().min(until) } else { Duration::ZERO };
-            let Ok(next) = self.inbox.recv_timeout(patience) else { break };
+            let wait = patience(batch.len(), last_batch_len, began.elapsed());
+            let Ok(next) = self.inbox.recv_timeout(wait) else { break };
             records += next.write.records();
             batch.push(next.write);
             drop(next.room);
@@ -157,5 +176,31 @@ impl DatabaseWriter {
         }
         // If more rows have expired, continue after the next commit, or now if no write is pending.
         self.prune_at = Instant::now() + if more { Duration::ZERO } else { PRUNE_EVERY };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_under_load_a_batch_waits_for_company() {
+        let us = Duration::from_micros;
+        for (batch_len, last_batch_len, waited, expected) in [
+            // The callers of one run.
+            (1, 1, us(0), us(0)),
+            (1, 2, us(0), us(0)),
+            (1, 3, us(0), us(0)),
+            (1, 4, us(0), us(200)),
+            (3, 4, us(100), us(200)),
+            (4, 4, us(0), us(0)),
+            (9, 4, us(0), us(0)),
+            (40, 64, us(1_900), us(100)),
+            (63, 64, us(2_000), us(0)),
+            (63, 64, us(9_000), us(0)),
+        ] {
+            let found = patience(batch_len, last_batch_len, waited);
+            assert_eq!(found, expected, "{batch_len} of {last_batch_len} after {waited:?}");
+        }
     }
 }

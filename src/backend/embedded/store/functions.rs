@@ -5,7 +5,7 @@ use super::probe::probe;
 use crate::backend::embedded::database::error::integer;
 use crate::backend::embedded::database::{Database, unsigned};
 use crate::backend::{BackendError, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};
-use crate::model::{ConfigRecord, Function, FunctionCounters, FunctionId, Recommendation, Sums};
+use crate::model::{ConfigRecord, Function, FunctionCounters, FunctionId, Handler, Recommendation, Sums};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -22,8 +22,8 @@ pub(in crate::backend::embedded) fn put_function(
 ) -> rusqlite::Result<bool> {
     let mut insert = connection.prepare_cached(
         "INSERT INTO functions (function_id, name, description, runtime, memory_mb, s3_key, original_name,
-             uploaded_at, updated_at, env_vars, version, max_concurrency)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
+             uploaded_at, updated_at, env_vars, version, max_concurrency, handler)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)
          ON CONFLICT (function_id) DO NOTHING",
     )?;
     let added = insert.execute(params![
@@ -39,6 +39,7 @@ pub(in crate::backend::embedded) fn put_function(
         f.env_vars,
         integer(f.version),
         integer(f.max_concurrency),
+        f.handler.as_ref().map(Handler::as_str),
     ])?;
     Ok(added == 1)
 }
@@ -47,7 +48,7 @@ pub(in crate::backend::embedded) fn put_function(
 fn update(connection: &Connection, before: &Function, after: &Function) -> rusqlite::Result<bool> {
     let mut update = connection.prepare_cached(
         "UPDATE functions SET description = ?4, memory_mb = ?5, s3_key = ?6, original_name = ?7,
-             updated_at = ?8, version = ?9, max_concurrency = ?10
+             updated_at = ?8, version = ?9, max_concurrency = ?10, handler = ?11
          WHERE function_id = ?1 AND version = ?2 AND updated_at = ?3",
     )?;
     let updated = update.execute(params![
@@ -61,6 +62,7 @@ fn update(connection: &Connection, before: &Function, after: &Function) -> rusql
         after.updated_at,
         integer(after.version),
         integer(after.max_concurrency),
+        after.handler.as_ref().map(Handler::as_str),
     ])?;
     Ok(updated == 1)
 }
@@ -156,6 +158,7 @@ fn function(id: FunctionId, row: &Row<'_>) -> rusqlite::Result<Function> {
         runtime: row.get("runtime")?,
         memory_mb: unsigned(row.get("memory_mb")?),
         max_concurrency: unsigned(row.get("max_concurrency")?),
+        handler: row.get::<_, Option<String>>("handler")?.and_then(|handler| Handler::parse(&handler)),
         s3_key: row.get("s3_key")?,
         original_name: row.get("original_name")?,
         uploaded_at: row.get("uploaded_at")?,

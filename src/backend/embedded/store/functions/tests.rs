@@ -2,7 +2,7 @@ use super::*;
 use crate::backend::CodeList;
 use crate::backend::embedded::scratch::{Scratch, in_time};
 use crate::backend::embedded::store::SqliteCodeList;
-use crate::model::{ConfigAction, RetiredCode, UnixMs, now_ms};
+use crate::model::{ConfigAction, Handler, RetiredCode, UnixMs, now_ms};
 
 const AT: UnixMs = 1_795_305_600_123;
 
@@ -108,6 +108,22 @@ async fn a_change_writes_neither_counters_nor_recommendation() {
     assert_eq!(functions.write(&again).await, Ok(FunctionWriteOutcome::Done));
     let bare = Function { counters: FunctionCounters::default(), recommendation: None, ..expected };
     assert_eq!(functions.get(&f().id).await, Ok(Some(bare)), "a new function starts without counters");
+}
+
+#[tokio::test]
+async fn a_handler_is_stored_and_cleared() {
+    let scratch = Scratch::new();
+    let functions = SqliteFunctions(scratch.database());
+    let with = |handler: &str, version| Function { handler: Handler::parse(handler), version, ..f() };
+    let states = [with("main.handler", 1), with("pkg.mod.fn", 2), with("", 3), with("main.handler", 4)];
+    let mut before = None;
+    for after in &states {
+        assert_eq!(functions.write(&change(before, Some(after))).await, Ok(FunctionWriteOutcome::Done));
+        assert_eq!(functions.get(&f().id).await, Ok(Some(after.clone())));
+        before = Some(after);
+    }
+    let listed = functions.list(5, None).await.unwrap().functions;
+    assert_eq!(listed, states[3..]);
 }
 
 #[tokio::test]

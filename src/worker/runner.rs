@@ -1,0 +1,151 @@
+//! One job: runs its function, and hands the result on.
+
+use super::function_runner::{FunctionRunner, NotRun};
+use super::message::Message;
+use super::monitor::RunUsage;
+use super::result::RunResult;
+use super::run_end::RunEnd;
+use crate::backend::{BackendError, JobSource, ReceivedJob, WorkerActivity, WorkerPart};
+use crate::backoff::Backoff;
+use crate::metrics::WorkerMetrics;
+use crate::model::{Runtime, now_ms};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The pauses between attempts to record the state of a job.
+const RETRIES: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+
+/// The parts that all jobs share.
+pub(super) struct Runner {
+    pub(super) jobs: Arc<dyn JobSource>,
+    pub(super) functions: FunctionRunner,
+    pub(super) activity: Arc<WorkerActivity>,
+    pub(super) metrics: Arc<WorkerMetrics>,
+    pub(super) worker_id: String,
+}
+
+/// How the work on a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RunEnded {
+    /// The job has left the queue.
+    Finished,
+    /// The job was not run, and stays on the queue. It is delivered again when its lease ends. It is not
+    /// given back: it would return at once, and soon be delivered so often that the queue gives it up.
+    Unfinished,
+}
+
+impl Runner {
+    /// Runs a job and removes it from the queue. Retries until that is written, because nothing else would.
+    pub(super) async fn settle(self: Arc<Self>, job: Arc<ReceivedJob>, gauge: Arc<RunUsage>) -> RunEnded {
+        if job.deadline <= now_ms() {
+            tracing::warn!(
+                job = job.request_id,
+                function = job.function,
+                "Job dropped: its deadline has passed"
+            );
+            self.metrics.jobs.expired.inc();
+            until_written(|| self.jobs.discard(&job), |_| {}).await;
+            return RunEnded::Finished;
+        }
+        let result = match self.has_ended_us(&job) {
+            Some(reason) => {
+                let memory_mb = Message::memory_mb_of(&job.message);
+                RunResult::failed(&job, &self.worker_id, Some(memory_mb), reason).to_json()
+            }
+            None => {
+                until_written(|| self.jobs.start(&job), |_| {}).await;
+                match self.execute(&job, &gauge).await {
+                    Ok(result) => result,
+                    Err(reason) => {
+                        tracing::warn!(
+                            job = job.request_id,
+                            function = job.function,
+                            reason,
+                            "Job not run; it stays on the queue until its lease ends"
+                        );
+                        return RunEnded::Unfinished;
+                    }
+                }
+            }
+        };
+        gauge.rest();
+        let note = |outcome: &Result<(), BackendError>| {
+            self.activity.note(WorkerPart::Results, outcome.is_ok());
+            if outcome.is_err() {
+                self.metrics.jobs.results_retried.inc();
+            }
+        };
+        until_written(|| self.jobs.finish(&job, result.clone()), note).await;
+        RunEnded::Finished
+    }
+
+    /// The error of a job that was started too often. `None`: it may start.
+    fn has_ended_us(&self, job: &ReceivedJob) -> Option<String> {
+        let starts_max = self.jobs.traits().starts_max?;
+        let reason = || {
+            format!(
+                "the run was started {starts_max} times, and each time the worker was killed before the run \
+                 ended; the function may be the cause"
+            )
+        };
+        (job.starts >= starts_max).then(reason)
+    }
+
+    /// Runs the function of a job. Returns the result as JSON.
+    ///
+    /// # Errors
+    /// Why this worker cannot run it now, if another one might.
+    async fn execute(&self, job: &ReceivedJob, gauge: &RunUsage) -> Result<Bytes, String> {
+        let message = match Message::parse(&job.message) {
+            Ok(message) => message,
+            Err(reason) => return Ok(RunResult::failed(job, &self.worker_id, None, reason).to_json()),
+        };
+        let memory_mb = message.memory_mb;
+        let failed = |reason| Ok(RunResult::failed(job, &self.worker_id, Some(memory_mb), reason).to_json());
+        // A panic must not become a job that is delivered again and again.
+        let ran = AssertUnwindSafe(self.functions.run(job, &message, gauge)).catch_unwind().await;
+        match ran {
+            Ok(Ok(ended)) => {
+                self.count(&message, &ended);
+                Ok(RunResult::ended(job, &self.worker_id, memory_mb, ended).to_json())
+            }
+            Ok(Err(NotRun::Failed(reason))) => failed(reason),
+            // Without leases there is no other worker, and nobody would deliver the job again.
+            Ok(Err(NotRun::Away(reason))) if self.jobs.traits().lease.is_none() => failed(reason),
+            Ok(Err(NotRun::Away(reason))) => Err(reason),
+            Err(_) => {
+                tracing::error!(job = job.request_id, function = job.function, "Run failed: a task panicked");
+                failed("the worker failed while it ran the function".to_owned())
+            }
+        }
+    }
+
+    fn count(&self, message: &Message<'_>, ended: &RunEnd) {
+        let runtime = Runtime::parse(&message.runtime);
+        self.metrics.runs.ended(runtime, ended.is_success(), ended.duration);
+        if let Some(stopped) = ended.stopped {
+            self.metrics.runs.stopped(stopped.kind());
+        }
+    }
+}
+
+/// Repeats a write until it succeeds. Logs the first error only. `note` gets the outcome of each attempt.
+async fn until_written<F: Future<Output = Result<(), BackendError>>>(
+    write: impl Fn() -> F,
+    note: impl Fn(&Result<(), BackendError>),
+) {
+    let mut attempt = 0;
+    loop {
+        let outcome = write().await;
+        note(&outcome);
+        let Err(error) = outcome else { return };
+        attempt += 1;
+        if attempt == 1 {
+            tracing::warn!(%error, "State of a job not written; retrying");
+        }
+        RETRIES.sleep(attempt).await;
+    }
+}

@@ -11,8 +11,10 @@ QUICK ?=
 SECONDS ?= 600
 SEED ?=
 
-# Runs of `make sim`.
-RUNS ?= 10000
+# Runs of `make sim` (default: about a million jobs), and most runs of `make mutants` for each mutant.
+RUNS ?=
+SIM_RUNS = $(or $(RUNS),14000)
+MUTANT_RUNS = $(or $(RUNS),2000)
 
 # ACCEPT=1: `make instructions` writes its counts as the new bounds.
 ACCEPT ?=
@@ -34,8 +36,8 @@ help:
 	@echo 'Test'
 	@echo '  make check         format, lints and unit tests: before each commit'
 	@echo '  make test          all checks and tests, as in CI'
-	@echo '  make sim           a fleet in virtual time, with faults (RUNS=$(RUNS), SEED=...: the first seed)'
-	@echo '  make mutants       whether the simulation finds deliberate faults (RUNS: most runs for each)'
+	@echo '  make sim           a fleet in virtual time, with faults (RUNS=..., SEED=...: the first seed)'
+	@echo '  make mutants       whether the simulation finds deliberate faults (RUNS=...: most of each)'
 	@echo '  make schema        requests generated from the OpenAPI description (SECONDS=$(SECONDS), SEED=...)'
 	@echo '  make fuzz          fuzz the parsers of external input (SECONDS=$(SECONDS) each, SEED=...)'
 	@echo '  make chaos         repeated faults under load, with outages of up to a minute (SEED=...)'
@@ -71,11 +73,11 @@ test: setup-build setup-test
 	scripts/deny.sh
 
 sim: setup-build
-	SIM_SEED=$(or $(SEED),1) SIM_RUNS=$(RUNS) \
+	SIM_SEED=$(or $(SEED),1) SIM_RUNS=$(SIM_RUNS) \
 	cargo test --locked --profile sim --lib simulation::a_fleet -- --nocapture
 
 mutants: setup-build
-	RUNS=$(RUNS) scripts/mutants.py
+	RUNS=$(MUTANT_RUNS) scripts/mutants.py
 
 schema: setup-build setup-test
 	@seed=$(or $(SEED),$$(date +%s)); echo "SECONDS=$(SECONDS) SEED=$$seed"; \

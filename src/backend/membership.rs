@@ -45,20 +45,23 @@ pub trait Membership: Send + Sync {
     /// listed.
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError>;
 
-    /// Prepares for a job that this node enters in the journal of `node`. If that is not listed, it is now,
-    /// as by [`Self::relist`], so that a node adopts the job if this one dies. If it is listed, its lease
-    /// counts as contested for a while, so that it finds the job in its journal and takes it over.
+    /// Prepares for a change that this node makes in the journal of `node`: a job, or sums. If that is not
+    /// listed, it is now, as a live one for a while, and stays listed. So if this node dies, another one
+    /// adopts what it left. For as long the lease of `node` counts as contested, so that it finds the change
+    /// in its journal, if it lives.
     async fn entrust(&self, node: NodeId) -> Result<(), BackendError>;
 
     /// Whether the journal of `node` is complete. If not, the store has lost its data, and no job of the node
     /// ends until [`Self::finish_restore`] succeeds.
     async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError>;
 
-    /// Begins to restore the journal of `node`. `token` identifies this restore and must be unique.
-    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<(), BackendError>;
+    /// Begins to restore the journal of `node`. `token` identifies this restore and must be unique. Returns
+    /// `false`, and begins nothing, if the journal is complete: another node has restored it.
+    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError>;
 
-    /// Writes a part of the journal of `node`.
-    async fn restore(&self, node: NodeId, told: JournalPart<'_>) -> Result<(), BackendError>;
+    /// Writes a part of the journal of `node`. Returns `false`, and writes nothing, if the restore `token` is
+    /// not the current one any more.
+    async fn restore(&self, node: NodeId, token: u64, told: JournalPart<'_>) -> Result<bool, BackendError>;
 
     /// Marks the journal of `node` as complete. Returns `false`, and the journal stays incomplete, if the
     /// store has lost its data since the restore `token` began, or if another restore has begun.

@@ -393,6 +393,16 @@ impl InFlight {
         }
     }
 
+    /// Removes a job that is certainly not on the queue. Returns whether its entry in the journal must stay,
+    /// because another node may have adopted the job, or because it has ended meanwhile.
+    pub fn remove_unsent(&self, id: JobId) -> bool {
+        let removed = self.jobs.remove_if(&id, |_, entry| !entry.settled);
+        removed.is_none_or(|(_, entry)| {
+            self.count_one_less();
+            entry.shared
+        })
+    }
+
     /// Whether another node may end the job too.
     pub fn is_shared(&self, id: JobId) -> bool {
         self.jobs.get(&id).is_some_and(|entry| entry.shared)

@@ -6,7 +6,7 @@
 //! retried.
 
 use crate::backend::{BackendError, Journal, JournalEntry, JournalState};
-use crate::model::{FunctionId, Job, JobId, NodeId, UnixMs, now_ms};
+use crate::model::{FunctionId, Job, JobId, NodeId};
 use crate::node_lease::NodeLease;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::HashSet;
@@ -20,12 +20,9 @@ const LEAVES_MAX: usize = 1024;
 /// A job that is to leave the journal.
 struct Leaving {
     id: JobId,
-    deadline: UnixMs,
+    /// Before that, no other node had adopted it.
     since: Instant,
 }
-
-/// How much the clocks of nodes may differ.
-const CLOCKS_DIFFER: UnixMs = 5_000;
 
 pub struct NodeJournal {
     store: Arc<dyn Journal>,
@@ -49,10 +46,21 @@ impl NodeJournal {
         self.store.enter(jobs).await
     }
 
-    /// Removes jobs, each with its deadline, with the next [`Self::clear`].
-    pub fn leave(&self, jobs: impl IntoIterator<Item = (JobId, UnixMs)>) {
-        let since = Instant::now();
-        self.leaves().extend(jobs.into_iter().map(|(id, deadline)| Leaving { id, deadline, since }));
+    /// Removes jobs with the next [`Self::clear`], unless another node may have adopted them since `since`;
+    /// before that, none had. That node then ends them as LOST at their deadline, and a job counts when it
+    /// leaves the journal there. If the other node gives them back first, this node ends them.
+    pub fn leave(&self, jobs: impl IntoIterator<Item = JobId>, since: Instant) {
+        self.leaves().extend(jobs.into_iter().map(|id| Leaving { id, since }));
+    }
+
+    /// The same for a job whose send has definitely failed and that has left the table. `must_stay`: another
+    /// node may have adopted it, or it has ended.
+    pub fn leave_unsent(&self, id: JobId, must_stay: bool) {
+        if must_stay {
+            self.has_strangers.store(true, Ordering::Relaxed);
+        } else {
+            self.leave([id], Instant::now());
+        }
     }
 
     /// Removes a job immediately.
@@ -64,13 +72,8 @@ impl NodeJournal {
     /// future is dropped.
     pub async fn clear(&self) {
         loop {
-            // If the lease has lapsed, another node may have adopted a job. After the deadline of the job it
-            // may have ended it as LOST, and the job counts when it leaves the journal there.
             let before = self.leaves().len();
-            let now = now_ms() + CLOCKS_DIFFER;
-            let may_be_lost =
-                |leaving: &Leaving| leaving.deadline < now && self.lease.has_lapsed_since(leaving.since);
-            self.leaves().retain(|leaving| !may_be_lost(leaving));
+            self.leaves().retain(|leaving| !self.lease.has_lapsed_since(leaving.since));
             if self.leaves().len() < before {
                 self.has_strangers.store(true, Ordering::Relaxed);
             }

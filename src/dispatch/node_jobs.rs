@@ -4,9 +4,10 @@ use super::in_flight::InFlight;
 use super::journal::NodeJournal;
 use super::settler::Settler;
 use crate::backend::{BackendError, JournalEntry};
-use crate::model::{FunctionId, JobId, NodeId, UnixMs};
+use crate::model::{FunctionId, JobId, NodeId};
 use std::collections::HashSet;
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// The table of jobs in flight and the journal, by node. Cheap to clone.
 #[derive(Clone)]
@@ -38,8 +39,8 @@ impl NodeJobs {
     }
 
     /// Queues jobs for the next round of removals from the journal.
-    pub fn remove_from_journal(&self, jobs: impl IntoIterator<Item = (JobId, UnixMs)>) {
-        self.journal.leave(jobs);
+    pub fn remove_from_journal(&self, jobs: impl IntoIterator<Item = JobId>) {
+        self.journal.leave(jobs, Instant::now());
     }
 
     /// The jobs that are queued for removal from the journal.

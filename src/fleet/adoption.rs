@@ -18,7 +18,7 @@ use crate::backend::{BackendError, FleetState, JournalEntry, JournalPart, LeaseR
 use crate::config::FleetConf;
 use crate::dispatch::NodeJobs;
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, JobId, NodeId, UnixMs, now_ms};
+use crate::model::{FunctionId, JobId, NodeId, now_ms};
 use crate::node_lease::NodeLease;
 use rand::Rng;
 use std::collections::{BTreeMap, HashSet};
@@ -190,13 +190,14 @@ impl Adopter {
         self.read_own_at = Some(self.read_own_at.map_or(at, |planned| planned.min(at)));
     }
 
-    /// Resumes jobs in this node's own journal that this process does not know. Another process has entered
-    /// them, or their rows were lost with the disk.
+    /// Resumes what this process does not know of its own journal: jobs that another process has entered, or
+    /// whose rows were lost with the disk, and sums that another process has added.
     async fn look_for_strangers(&mut self) -> Result<(), BackendError> {
         if self.read_own_at.is_none_or(|at| at > Instant::now()) {
             return Ok(());
         }
         let mut entries = self.jobs.journaled(self.node).await?;
+        self.take_over(self.node).await?;
         self.read_own = Some(Instant::now());
         // The order matters: a job moves from the table to the ledger or to the removals, never back.
         entries.retain(|entry| !self.jobs.contains(entry.id));
@@ -241,7 +242,9 @@ impl Adopter {
         books: Outstanding,
     ) -> Result<usize, BackendError> {
         let token = ambient::rng().random();
-        store.begin_restore(node, token).await?;
+        if !store.begin_restore(node, token).await? {
+            return Ok(0);
+        }
         let entry = |id, function, deadline| JournalEntry { id, function, deadline, idempotency_key: None };
         // Their rows are written, so an adopter need not wait for a result.
         let ended = books.ended.into_iter().map(|ended| entry(ended.id, ended.function, 0));
@@ -254,18 +257,15 @@ impl Adopter {
         given_up.extend(books.late);
         let held: HashSet<JobId> = entries.iter().map(|entry| entry.id).collect();
         given_up.retain(|(id, _)| !held.contains(id));
+        let parts = entries.chunks(TOLD_MAX).map(JournalPart::Jobs);
+        let parts = parts.chain(books.sums.chunks(TOLD_MAX).map(JournalPart::Sums));
+        let parts = parts.chain(books.numbered.chunks(TOLD_MAX).map(JournalPart::Numbered));
+        let parts = parts.chain(given_up.chunks(TOLD_MAX).map(JournalPart::GivenUp));
         let told = async {
-            for entries in entries.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::Jobs(entries)).await?;
-            }
-            for sums in books.sums.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::Sums(sums)).await?;
-            }
-            for numbered in books.numbered.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::Numbered(numbered)).await?;
-            }
-            for given_up in given_up.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::GivenUp(given_up)).await?;
+            for part in parts {
+                if !store.restore(node, token, part).await? {
+                    return Ok(false);
+                }
             }
             store.finish_restore(node, token).await
         };
@@ -274,7 +274,9 @@ impl Adopter {
         self.leave_unsent(node, &entries);
         match told? {
             true => Ok(entries.len()),
-            false => Err(BackendError::Unavailable("the store lost its data during the restore".into())),
+            false => Err(BackendError::Unavailable(
+                "the store lost its data during the restore, or another node restores the journal".into(),
+            )),
         }
     }
 
@@ -282,11 +284,11 @@ impl Adopter {
     /// entered them again. The places are searched in the order in which jobs move, so that no ended job is
     /// removed.
     fn leave_unsent(&self, node: NodeId, told: &[JournalEntry]) {
-        let told = told.iter().map(|entry| (entry.id, entry.deadline));
-        let mut unsent: Vec<(JobId, UnixMs)> = told.filter(|(id, _)| !self.jobs.contains(*id)).collect();
+        let told = told.iter().map(|entry| entry.id);
+        let mut unsent: Vec<JobId> = told.filter(|id| !self.jobs.contains(*id)).collect();
         let spilled: HashSet<JobId> = self.ledger.spilled().into_iter().collect();
         let ended = self.ledger.ended(node);
-        unsent.retain(|(id, _)| !spilled.contains(id) && !ended.contains(id));
+        unsent.retain(|id| !spilled.contains(id) && !ended.contains(id));
         self.jobs.remove_from_journal(unsent);
     }
 

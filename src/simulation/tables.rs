@@ -261,7 +261,6 @@ impl World {
                     && stored.function.updated_at == before.updated_at =>
             {
                 stored.function = after.clone();
-                self.truth.function_written(id, after.version);
                 FunctionWriteOutcome::Done
             }
             _ => FunctionWriteOutcome::Conflict,

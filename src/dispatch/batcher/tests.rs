@@ -308,7 +308,7 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
             let mut sent = fixture.send(7, "f", 1);
             tokio::time::sleep(Duration::from_millis(ends_after_ms)).await;
             fixture.in_flight.remove(id);
-            fixture.leaves.leave([(id, u64::MAX)]);
+            fixture.leaves.leave([id], Instant::now());
             fixture.leaves.clear().await; // as at the end of a job
             assert_eq!((&mut sent).await.unwrap(), Ok(()), "the job was on the queue");
             fixture.leaves.clear().await;
@@ -320,13 +320,74 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
     }
 }
 
+/// Another node may have adopted an unsent job while this one stood still. It ends the job then.
+#[tokio::test(start_paused = true)]
+async fn an_unsent_job_stays_in_the_journal_if_another_node_may_have_it() {
+    let not_sent = vec![Err(SendError::NotSent("x".into())); 100];
+    for is_shared in [false, true] {
+        let (fixture, run) = fixture(ScriptedQueue::new(false, &not_sent), SetJournal::default());
+        let work = async {
+            let id = JobId::new(NodeId(1), 1, 7);
+            let sending = fixture.send(7, "f", 1);
+            tokio::time::sleep(Duration::from_millis(4)).await;
+            if is_shared {
+                fixture.in_flight.share_all(); // as after a lapse of the lease
+            }
+            assert_eq!(sending.await.unwrap(), Err(SubmitError::Unavailable));
+            fixture.leaves.clear().await;
+            assert!(!fixture.in_flight.contains(id));
+            assert_eq!(fixture.journal.contains(id).await.unwrap(), is_shared);
+            assert_eq!(fixture.leaves.take_has_strangers(), is_shared);
+            drop(fixture);
+        };
+        tokio::join!(run, work);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_stays_in_the_journal_if_the_lease_has_lapsed_since() {
+    let (second, lease_s) = (Duration::from_secs(1), 10);
+    let lease = Arc::new(NodeLease::lapsed());
+    let renew = || lease.renewed(Instant::now(), lease_s * second, 2);
+    let store = Arc::new(SetJournal::default());
+    let journal = NodeJournal::new(Arc::clone(&store) as _, Arc::clone(&lease));
+    renew();
+    let before = Instant::now();
+    let [a, b, c, d] = [1, 2, 3, 4].map(|n| JobId::new(NodeId(1), 1, n));
+    store.held.lock().extend([a, b, c, d]);
+    let leave = async |id, since| {
+        journal.leave([id], since);
+        journal.clear().await;
+        (store.held.lock().contains(&id), journal.take_has_strangers())
+    };
+    assert_eq!(leave(a, before).await, (false, false));
+    tokio::time::advance(2 * lease_s * second).await;
+    assert_eq!(leave(b, Instant::now()).await, (true, true), "it is lapsed");
+    renew();
+    tokio::time::advance(second).await;
+    assert_eq!(leave(c, before).await, (true, true), "it has lapsed meanwhile");
+    assert_eq!(leave(d, Instant::now()).await, (false, false));
+}
+
+/// A job that has ended while its send failed leaves the journal with its row.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_has_ended_is_not_taken_for_unsent() {
+    let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let id = JobId::new(NodeId(1), 1, 7);
+    drop(fixture.send(7, "f", 1));
+    fixture.in_flight.settle(id, Outcome::lost(true));
+    assert!(fixture.in_flight.remove_unsent(id) && fixture.in_flight.contains(id));
+    fixture.in_flight.remove(id);
+    assert!(fixture.in_flight.remove_unsent(id), "its row is written, and its entry belongs to the ledger");
+}
+
 /// At shutdown the loop of look-ups may clear the journal too.
 #[tokio::test(start_paused = true)]
 async fn the_journal_may_be_cleared_twice_at_once() {
     let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
     let jobs = [1, 2].map(|n| JobId::new(NodeId(1), 1, n));
     fixture.journal.held.lock().extend(jobs);
-    fixture.leaves.leave(jobs.map(|id| (id, u64::MAX)));
+    fixture.leaves.leave(jobs, Instant::now());
     tokio::join!(fixture.leaves.clear(), fixture.leaves.clear());
     assert!(fixture.leaves.leaving().is_empty() && fixture.journal.held.lock().is_empty());
 }

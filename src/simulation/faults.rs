@@ -213,13 +213,21 @@ impl Plan {
         // Documented: a job that only Redis knew is lost when its node and the data of Redis are lost
         // together. Then also, and if another node adopts the jobs of a node at that time, counters may be
         // off.
-        let is_loss = |planned: &&Planned| planned.incident == Incident::RedisEmptied;
-        let losses: Vec<Duration> = incidents.iter().filter(is_loss).map(|planned| planned.at).collect();
+        let of = |incident| incidents.iter().filter(move |planned: &&Planned| planned.incident == incident);
+        let losses: Vec<Duration> = of(Incident::RedisEmptied).map(|planned| planned.at).collect();
+        let outages: Vec<(Duration, Duration)> =
+            of(Incident::RedisOutage).map(|planned| (planned.at, planned.at + planned.lasts)).collect();
+        // Nothing is restored or taken over while Redis does not answer.
+        let after = |at: Duration, time: Duration| {
+            outages.iter().fold(at.saturating_add(time), |end, (from, to)| {
+                if *from < end && *to > at { end.saturating_add(*to - at.max(*from)) } else { end }
+            })
+        };
         // While the table of a node is full, it takes no jobs of others over.
         let taken_over = if profile.tight > 0.0 { Duration::MAX } else { TAKEN_OVER_WITHIN };
         let is_together = |planned: &Planned| {
-            let end = (planned.at + planned.lasts).saturating_add(taken_over);
-            losses.iter().any(|loss| planned.at < *loss + RESTORED_WITHIN && end > *loss)
+            let end = after(planned.at + planned.lasts, taken_over);
+            losses.iter().any(|loss| planned.at < after(*loss, RESTORED_WITHIN) && end > *loss)
         };
         incidents.retain(|planned| !(planned.incident.loses_touch() && is_together(planned)));
         Self { profile, incidents }

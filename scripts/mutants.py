@@ -212,7 +212,7 @@ MUTANTS = [
     (
         "rows of shared jobs are written unconditionally",
         "src/audit/writer.rs",
-        "        is_late || is_shared || batch.rows[n].is_lost() || self.lease.has_lapsed_since(since)",
+        "        is_late || is_shared || batch.rows[n].is_lost() || self.lease.is_shared_since(since)",
         "        let _ = (is_late, is_shared, since);\n        false",
     ),
     (

@@ -37,7 +37,9 @@ pub use journal::{
     JournalPart, JournalState, NumberedSums, POSTED_MAX, UnpostedSums,
 };
 pub use limits::{Decision, Grant, LeaseCall, LimitStore};
-pub use membership::{FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor};
+pub use membership::{
+    AdoptOutcome, FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor,
+};
 pub use ports::Backend;
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
 pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};

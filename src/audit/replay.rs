@@ -65,7 +65,7 @@ impl RowWriter {
 
     /// The rows of a replay. While they were on the disk, another node may have ended the jobs of this one.
     fn of_replay(&self, replay: Replay) -> Vec<Record> {
-        let is_shared = replay.is_inherited || self.lease.has_ever_lapsed();
+        let is_shared = replay.is_inherited || self.lease.is_ever_shared();
         let mut records = replay.records;
         records.iter_mut().for_each(|record| record.is_shared |= is_shared);
         records

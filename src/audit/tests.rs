@@ -1,9 +1,10 @@
 use super::*;
 use crate::audit::flusher::{ROWS_LINGER, WRITES_MAX};
 use crate::backend::{
-    BackendError, Claim, Claims, EndOutcome, EndedJob, ExecutionStore, FunctionPage, FunctionStore,
-    FunctionWrite, FunctionWriteOutcome, Journal, JournalEntry, JournalPart, LeaseOutcome, LeaseRenewal,
-    LogPage, LogQuery, Membership, NumberedSums, Predecessor, ROWS_MAX, StoredClaim, UnpostedSums,
+    AdoptOutcome, BackendError, Claim, Claims, EndOutcome, EndedJob, ExecutionStore, FunctionPage,
+    FunctionStore, FunctionWrite, FunctionWriteOutcome, Journal, JournalEntry, JournalPart, LeaseOutcome,
+    LeaseRenewal, LogPage, LogQuery, Membership, NumberedSums, Predecessor, ROWS_MAX, StoredClaim,
+    UnpostedSums,
 };
 use crate::config::AuditConf;
 use crate::model::{Function, FunctionId, IdempotencyKey, Job, NodeId, Outcome, RowId, Sums};
@@ -571,8 +572,8 @@ impl Membership for Fleet {
         Ok(LeaseRenewal::Lost)
     }
 
-    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<bool, BackendError> {
-        Ok(false)
+    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<AdoptOutcome, BackendError> {
+        Ok(AdoptOutcome::Alive)
     }
 
     async fn dismiss(&self, _: NodeId) -> Result<bool, BackendError> {

@@ -263,7 +263,7 @@ impl RowWriter {
     /// Whether another node may write a row of this execution too.
     fn is_shared(&self, batch: &Batch, n: usize) -> bool {
         let RowOrigin { is_late, is_shared, since, .. } = batch.origins[n];
-        is_late || is_shared || batch.rows[n].is_lost() || self.lease.has_lapsed_since(since)
+        is_late || is_shared || batch.rows[n].is_lost() || self.lease.is_shared_since(since)
     }
 
     /// Puts invalid rows aside, because a retry is useless, and logs failures that are retried.

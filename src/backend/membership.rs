@@ -33,9 +33,8 @@ pub trait Membership: Send + Sync {
     /// contested and returns [`LeaseRenewal::Lost`].
     async fn renew(&self, node: NodeId, lease: Duration) -> Result<LeaseRenewal, BackendError>;
 
-    /// Makes `by` the adopter of `dead` for the duration `lease`, or renews that. Returns `false` if another
-    /// node is its adopter.
-    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError>;
+    /// Makes `by` the adopter of `dead` for the duration `lease`, or renews that.
+    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<AdoptOutcome, BackendError>;
 
     /// Removes `dead` from the list of nodes, if its journal has no entries and no unposted sums, and its
     /// lease has lapsed. Returns `false` if it stays listed.
@@ -96,6 +95,16 @@ pub struct LeaseHolder {
     pub left: Duration,
 }
 
+/// The outcome of [`Membership::adopt`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdoptOutcome {
+    Adopted,
+    /// Another node is its adopter.
+    ByAnother,
+    /// The node has renewed its lease.
+    Alive,
+}
+
 /// The outcome of [`Membership::renew`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LeaseRenewal {
@@ -104,6 +113,9 @@ pub enum LeaseRenewal {
         /// Another process has tried to renew the lease within the duration of a lease. It may have entered
         /// jobs in the journal that this process does not know.
         is_contested: bool,
+        /// Changes with each adoption of the node. If it has not changed while the lease was lapsed, no other
+        /// node has its jobs.
+        adoptions: u64,
     },
     /// Another process holds the lease.
     Lost,

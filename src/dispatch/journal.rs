@@ -72,8 +72,12 @@ impl NodeJournal {
     /// future is dropped.
     pub async fn clear(&self) {
         loop {
+            if !self.lease.holds() {
+                // Whether another node has adopted them is known after the next renewal.
+                return;
+            }
             let before = self.leaves().len();
-            self.leaves().retain(|leaving| !self.lease.has_lapsed_since(leaving.since));
+            self.leaves().retain(|leaving| !self.lease.is_shared_since(leaving.since));
             if self.leaves().len() < before {
                 self.has_strangers.store(true, Ordering::Relaxed);
             }

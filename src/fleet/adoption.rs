@@ -14,7 +14,9 @@
 
 use crate::ambient;
 use crate::audit::{Ledger, Outstanding};
-use crate::backend::{BackendError, FleetState, JournalEntry, JournalPart, LeaseRenewal, Membership};
+use crate::backend::{
+    AdoptOutcome, BackendError, FleetState, JournalEntry, JournalPart, LeaseRenewal, Membership,
+};
 use crate::config::FleetConf;
 use crate::dispatch::NodeJobs;
 use crate::metrics::Metrics;
@@ -51,6 +53,8 @@ pub struct Adopter {
     metrics: Arc<Metrics>,
     /// Start of the current uninterrupted period in which this node holds its lease.
     standing_since: Option<Instant>,
+    /// The adoptions of this node at the last renewal.
+    adoptions: Option<u64>,
     /// The adopted nodes, and when their journals were last read.
     adopted: BTreeMap<NodeId, Instant>,
     /// Jobs of nodes that are back, for which clients still wait here.
@@ -87,6 +91,7 @@ impl Adopter {
             ledger,
             metrics,
             standing_since: None,
+            adoptions: None,
             adopted: BTreeMap::new(),
             to_give_back: Vec::new(),
             read_own_at,
@@ -141,20 +146,22 @@ impl Adopter {
     /// Renews the lease. Returns `None` if another process holds it.
     async fn renew(&mut self, store: &dyn Membership) -> Result<Option<FleetState>, BackendError> {
         let asked = Instant::now();
-        let (others, is_contested) = match store.renew(self.node, self.lasts).await? {
-            LeaseRenewal::Renewed { others, is_contested } => (others, is_contested),
+        let (others, is_contested, adoptions) = match store.renew(self.node, self.lasts).await? {
+            LeaseRenewal::Renewed { others, is_contested, adoptions } => (others, is_contested, adoptions),
             LeaseRenewal::Lost => {
                 self.lost();
                 return Ok(None);
             }
         };
+        let is_adopted = self.adoptions.replace(adoptions).is_some_and(|before| before != adoptions);
+        if is_adopted || self.lease.is_lost() {
+            // While the lease was lapsed, another node has adopted the jobs, or another process has used the
+            // id and may have died.
+            self.lease.shared();
+            self.jobs.share_all();
+            self.read_own_soon(asked);
+        }
         if !self.lease.holds() {
-            if self.standing_since.is_some() {
-                // While the lease was lapsed, another node may have adopted the jobs, or another process may
-                // have used the id and died.
-                self.jobs.share_all();
-                self.read_own_soon(asked);
-            }
             self.standing_since = Some(asked);
         }
         let has_strangers = self.jobs.take_has_strangers();
@@ -316,11 +323,16 @@ impl Adopter {
             if node == self.node {
                 continue;
             }
-            if store.adopt(node, self.node, self.lasts).await? {
-                self.to_give_back.retain(|id| id.node() != node);
-                self.adopt(store, node).await?;
-            } else {
-                self.adopted.remove(&node);
+            match store.adopt(node, self.node, self.lasts).await? {
+                AdoptOutcome::Adopted => {
+                    self.to_give_back.retain(|id| id.node() != node);
+                    self.adopt(store, node).await?;
+                }
+                AdoptOutcome::ByAnother => {
+                    self.adopted.remove(&node);
+                }
+                // Its jobs are given back at the next tick.
+                AdoptOutcome::Alive => {}
             }
         }
         Ok(())

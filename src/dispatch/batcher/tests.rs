@@ -345,7 +345,7 @@ async fn an_unsent_job_stays_in_the_journal_if_another_node_may_have_it() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_job_stays_in_the_journal_if_the_lease_has_lapsed_since() {
+async fn a_job_stays_in_the_journal_if_its_node_was_adopted_meanwhile() {
     let (second, lease_s) = (Duration::from_secs(1), 10);
     let lease = Arc::new(NodeLease::lapsed());
     let renew = || lease.renewed(Instant::now(), lease_s * second, 2);
@@ -362,10 +362,13 @@ async fn a_job_stays_in_the_journal_if_the_lease_has_lapsed_since() {
     };
     assert_eq!(leave(a, before).await, (false, false));
     tokio::time::advance(2 * lease_s * second).await;
-    assert_eq!(leave(b, Instant::now()).await, (true, true), "it is lapsed");
+    assert_eq!(leave(b, Instant::now()).await, (true, false), "it is lapsed, so the job waits");
     renew();
+    assert_eq!(leave(c, before).await, (false, false), "nobody has adopted the jobs");
+    assert!(!store.held.lock().contains(&b));
+    lease.shared();
     tokio::time::advance(second).await;
-    assert_eq!(leave(c, before).await, (true, true), "it has lapsed meanwhile");
+    assert_eq!(leave(d, before).await, (true, true), "another node has adopted it");
     assert_eq!(leave(d, Instant::now()).await, (false, false));
 }
 

@@ -197,11 +197,11 @@ impl Membership for Store {
     async fn renew(&self, node: NodeId, _: Duration) -> Result<LeaseRenewal, BackendError> {
         self.listed.lock().insert(node);
         let others = FleetState { lapsed: Vec::new(), alive: 1 };
-        Ok(LeaseRenewal::Renewed { others, is_contested: false })
+        Ok(LeaseRenewal::Renewed { others, is_contested: false, adoptions: 0 })
     }
 
-    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<bool, BackendError> {
-        Ok(true)
+    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<AdoptOutcome, BackendError> {
+        Ok(AdoptOutcome::Adopted)
     }
 
     async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {

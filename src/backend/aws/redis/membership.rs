@@ -7,11 +7,12 @@
 //! * `link:{<node>}`: the connection of its process, as Redis names it: id and address. Who takes over the
 //!   node closes that connection first, so that no command of the process runs later.
 //!
-//! Two more keys per node are in the slot of the set and last as long as a lease:
+//! More keys per node are in the slot of the set. The first two last as long as a lease:
 //!
 //! * `nodes:{<log table>}:holder:<node>`: the token of the process that holds the lease.
 //! * `nodes:{<log table>}:contested:<node>`: exists while another process tries to renew it, or changes the
 //!   journal of the node.
+//! * `nodes:{<log table>}:adoptions:<node>`: grows while the node is adopted.
 //!
 //! A process of an earlier version has no token: it renews the lease and does not change the holder.
 
@@ -21,8 +22,8 @@ use super::journal::{
     sums_text,
 };
 use crate::backend::{
-    BackendError, FleetState, GIVEN_UP_KEPT, JournalEntry, JournalPart, LeaseHolder, LeaseOutcome,
-    LeaseRenewal, Membership, Predecessor,
+    AdoptOutcome, BackendError, FleetState, GIVEN_UP_KEPT, JournalEntry, JournalPart, LeaseHolder,
+    LeaseOutcome, LeaseRenewal, Membership, Predecessor,
 };
 use crate::model::{NodeId, ProcessToken, UnixMs};
 use async_trait::async_trait;
@@ -58,20 +59,31 @@ const ENTRUSTED_S: u64 = 90;
 /// Maximum duration of a restore, in seconds.
 const TELLING_MAX_S: u64 = 3600;
 
-/// KEYS: the nodes; the holder of a node; its contested marker. ARGV: the node, its lease in milliseconds,
-/// the token of the caller. Answer: whether the lease was renewed; up to 16 nodes whose lease has lapsed; the
-/// number of live nodes; whether the lease is contested.
+/// KEYS: the nodes; the holder of a node; its contested marker; its adoptions. ARGV: the node, its lease in
+/// milliseconds, the token of the caller. Answer: whether the lease was renewed; up to 16 nodes whose lease
+/// has lapsed; the number of live nodes; whether the lease is contested; the adoptions.
 const RENEW: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local holder = redis.call('GET', KEYS[2])
 if holder and holder ~= ARGV[3] then
   redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[2])
-  return {0, {}, 0, 0}
+  return {0, {}, 0, 0, '0'}
 end
 redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16),
-  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf'), redis.call('EXISTS', KEYS[3])}";
+  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf'), redis.call('EXISTS', KEYS[3]),
+  redis.call('GET', KEYS[4]) or '0'}";
+
+/// KEYS: the nodes; the adoptions of one of them. ARGV: that node, and the expiry in seconds. Answer: 1 if
+/// the lease of the node has lapsed and the adoption is counted. A node that renews its lease later finds
+/// that it was adopted.
+const COUNT_ADOPTION: &str = "local time = redis.call('TIME')
+local ends = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if ends and tonumber(ends) >= time[1] * 1000 + math.floor(time[2] / 1000) then return 0 end
+redis.call('INCR', KEYS[2])
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+return 1";
 
 /// KEYS: the adopter of a node. ARGV: the caller, and the duration in milliseconds. Answer: whether the
 /// caller is the adopter now.
@@ -126,6 +138,7 @@ pub struct RedisMembership {
     process: ProcessToken,
     take: Script,
     renew: Script,
+    count_adoption: Script,
     adopt: Script,
     entrust: Script,
     dismiss: Script,
@@ -138,10 +151,24 @@ impl RedisMembership {
     /// `process` is the token of this process.
     pub fn new(commands: Arc<CommandConnection>, logs_table: &str, process: ProcessToken) -> Self {
         let nodes = format!("nodes:{{{logs_table}}}");
-        let [take, renew, adopt] = [TAKE, RENEW, ADOPT].map(Script::new);
+        let [take, renew] = [TAKE, RENEW].map(Script::new);
+        let [count_adoption, adopt] = [COUNT_ADOPTION, ADOPT].map(Script::new);
         let [entrust, dismiss] = [ENTRUST, DISMISS].map(Script::new);
         let [begin, restore, retold] = [BEGIN, RESTORE, RETOLD].map(Script::new);
-        Self { commands, nodes, process, take, renew, adopt, entrust, dismiss, begin, restore, retold }
+        Self {
+            commands,
+            nodes,
+            process,
+            take,
+            renew,
+            count_adoption,
+            adopt,
+            entrust,
+            dismiss,
+            begin,
+            restore,
+            retold,
+        }
     }
 
     fn holder(&self, node: NodeId) -> String {
@@ -150,6 +177,10 @@ impl RedisMembership {
 
     fn contested(&self, node: NodeId) -> String {
         format!("{}:contested:{node}", self.nodes)
+    }
+
+    fn adoptions(&self, node: NodeId) -> String {
+        format!("{}:adoptions:{node}", self.nodes)
     }
 }
 
@@ -183,10 +214,10 @@ impl Membership for RedisMembership {
 
     async fn renew(&self, node: NodeId, lease: Duration) -> Result<LeaseRenewal, BackendError> {
         let mut call = self.renew.prepare_invoke();
-        call.key(&self.nodes).key(self.holder(node)).key(self.contested(node));
+        call.key(&self.nodes).key(self.holder(node)).key(self.contested(node)).key(self.adoptions(node));
         call.arg(node.to_string()).arg(millis(lease)).arg(self.process.to_string());
         let call = &call;
-        let (is_renewed, lapsed, alive, is_contested): (bool, Vec<Vec<u8>>, usize, bool) =
+        let (is_renewed, lapsed, alive, is_contested, adoptions): (bool, Vec<Vec<u8>>, usize, bool, u64) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         if !is_renewed {
             return Ok(LeaseRenewal::Lost);
@@ -194,19 +225,26 @@ impl Membership for RedisMembership {
         // Members that are not node ids are ignored.
         let lapsed =
             lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect();
-        Ok(LeaseRenewal::Renewed { others: FleetState { lapsed, alive }, is_contested })
+        Ok(LeaseRenewal::Renewed { others: FleetState { lapsed, alive }, is_contested, adoptions })
     }
 
-    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError> {
+    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<AdoptOutcome, BackendError> {
+        let mut count = self.count_adoption.prepare_invoke();
+        count.key(&self.nodes).key(self.adoptions(dead)).arg(dead.to_string()).arg(WHOLE_KEPT_S);
+        let count = &count;
+        if !self.commands.run(async |mut connection| count.invoke_async(&mut connection).await).await? {
+            return Ok(AdoptOutcome::Alive);
+        }
         let mut call = self.adopt.prepare_invoke();
         call.key(key(ADOPTED, dead)).arg(by.to_string()).arg(millis(lease));
         let call = &call;
-        let is_adopter =
+        let is_adopter: bool =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
-        if is_adopter {
-            self.commands.close_recorded(&key(LINK, dead)).await?;
+        if !is_adopter {
+            return Ok(AdoptOutcome::ByAnother);
         }
-        Ok(is_adopter)
+        self.commands.close_recorded(&key(LINK, dead)).await?;
+        Ok(AdoptOutcome::Adopted)
     }
 
     async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {

@@ -276,7 +276,7 @@ async fn the_journal_and_the_membership_run_on_it() {
     let lease = Duration::from_secs(5);
     for is_contested in [false, true] {
         let others = FleetState { lapsed: Vec::new(), alive: 1 };
-        let renewed = LeaseRenewal::Renewed { others, is_contested };
+        let renewed = LeaseRenewal::Renewed { others, is_contested, adoptions: 0 };
         assert_eq!(membership.renew(node, lease).await, Ok(renewed));
         assert_eq!(other.renew(node, lease).await, Ok(LeaseRenewal::Lost));
     }

@@ -299,6 +299,18 @@ MUTANTS = [
         "            is_shared: false,",
     ),
     (
+        "a job that is sent again leaves the journal",
+        "src/dispatch/journal.rs",
+        "        leaves.retain(|leaving| !is_kept(leaving.id));",
+        "        leaves.retain(|leaving| !is_kept(leaving.id) || true);",
+    ),
+    (
+        "a node is not told that it was adopted",
+        "src/fleet/adoption.rs",
+        ".is_some_and(|before| before != adoptions);",
+        ".is_some_and(|before| before != adoptions && false);",
+    ),
+    (
         "a failed resend keeps its job from leaving",
         "src/dispatch/in_flight.rs",
         "            (entry.unsent, entry.resending) = (true, false);",

@@ -178,6 +178,7 @@ impl Dispatcher {
         waits: bool,
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
         let since = Instant::now();
+        resend.is_journaled &= !self.0.journal.keep(job.id);
         let is_entered = resend.maybe_sent && !resend.is_journaled;
         let node = job.id.node();
         if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {

@@ -43,7 +43,21 @@ impl NodeJournal {
         if !self.lease.holds() {
             return Err(BackendError::Unavailable("the lease of this node has lapsed".into()));
         }
+        self.cancel_leave(|id| jobs.iter().any(|job| job.id == id));
         self.store.enter(jobs).await
+    }
+
+    /// Keeps a job that is about to be sent again, although it was to leave. Returns whether it was: then it
+    /// may have left, and must enter again.
+    pub fn keep(&self, id: JobId) -> bool {
+        self.cancel_leave(|leaving| leaving == id)
+    }
+
+    fn cancel_leave(&self, is_kept: impl Fn(JobId) -> bool) -> bool {
+        let mut leaves = self.leaves();
+        let before = leaves.len();
+        leaves.retain(|leaving| !is_kept(leaving.id));
+        leaves.len() < before
     }
 
     /// Removes jobs with the next [`Self::clear`], unless another node may have adopted them since `since`;

@@ -372,6 +372,27 @@ async fn a_job_stays_in_the_journal_if_its_node_was_adopted_meanwhile() {
     assert_eq!(leave(d, Instant::now()).await, (false, false));
 }
 
+/// A job that was to leave is sent again before that.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_enters_again_does_not_leave() {
+    let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let jobs = [1, 2, 3].map(|n| JobId::new(NodeId(1), 1, n));
+    fixture.journal.held.lock().extend(jobs);
+    fixture.leaves.leave(jobs, Instant::now());
+    assert!(fixture.leaves.keep(jobs[0]) && !fixture.leaves.keep(jobs[0]));
+    let job = Job {
+        id: jobs[1],
+        function: FunctionId::parse("f").unwrap(),
+        idempotency_key: None,
+        deadline: 0,
+        message: "{}".into(),
+    };
+    fixture.leaves.enter(&[job]).await.unwrap();
+    fixture.leaves.clear().await;
+    let held = jobs.map(|id| fixture.journal.held.lock().contains(&id));
+    assert_eq!(held, [true, true, false]);
+}
+
 /// A job that has ended while its send failed leaves the journal with its row.
 #[tokio::test(start_paused = true)]
 async fn a_job_that_has_ended_is_not_taken_for_unsent() {

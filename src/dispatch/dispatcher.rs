@@ -218,10 +218,10 @@ impl Dispatcher {
         Ok((sending, waiter))
     }
 
-    /// Removes a job from the journal that was entered after `since` and is not tracked here. An entry in the
-    /// journal of another node stays: that node was told, and may track it.
+    /// Removes a job from the journal that was entered after `since`, unless it is tracked here since an
+    /// earlier attempt. An entry in the journal of another node stays: that node was told, and may track it.
     fn leave_again(&self, id: JobId, since: Instant) {
-        if id.node() == self.0.node {
+        if id.node() == self.0.node && !self.0.in_flight.contains(id) {
             self.0.journal.leave([id], since);
         }
     }

@@ -35,7 +35,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Runs of `make test`: some seconds.
 const RUNS_IN_TESTS: u64 = 20;
 /// From this number of runs on, every kind of fault must have taken effect.
-const RUNS_WITH_ALL_FAULTS: u64 = 1_000;
+const RUNS_WITH_ALL_FAULTS: u64 = 10_000;
 
 #[test]
 fn a_fleet_keeps_its_promises_through_faults() {

@@ -42,7 +42,6 @@ pub(super) const TRIED_EVERY: Duration = Duration::from_secs(1);
 const TRIES_TOGETHER: u32 = 3;
 /// Single-row calls in flight.
 const ALONE_AT_A_TIME: usize = 8;
-
 /// Minimum interval between two replays that write a failing batch row by row.
 const REPLAYED_ALONE_EVERY: Duration = Duration::from_secs(5);
 

@@ -44,10 +44,11 @@ pub trait Membership: Send + Sync {
     /// listed.
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError>;
 
-    /// Prepares for a change that this node makes in the journal of `node`: a job, or sums. If that is not
-    /// listed, it is now, as a live one for a while, and stays listed. So if this node dies, another one
-    /// adopts what it left. For as long the lease of `node` counts as contested, so that it finds the change
-    /// in its journal, if it lives.
+    /// Prepares for a change that this node makes in the journal of `node`: a job, or sums.
+    ///
+    /// For some time, `node` stays in the list of nodes. If it is not listed, this call adds it, as a node
+    /// whose lease lapses after that time. So if this node dies, another one adopts `node` and finds the
+    /// change. For the same time the lease of `node` counts as contested, so a live `node` finds it too.
     async fn entrust(&self, node: NodeId) -> Result<(), BackendError>;
 
     /// Whether the journal of `node` is complete. If not, the store has lost its data, and no job of the node

@@ -218,8 +218,8 @@ impl Dispatcher {
         Ok((sending, waiter))
     }
 
-    /// Removes a job from the journal that was entered after `since`, unless it is tracked here since an
-    /// earlier attempt. An entry in the journal of another node stays: that node was told, and may track it.
+    /// Removes a job from the journal that was entered after `since`. It stays if the table has the job from
+    /// an earlier attempt. It also stays in the journal of another node, which may have taken the job over.
     fn leave_again(&self, id: JobId, since: Instant) {
         if id.node() == self.0.node && !self.0.in_flight.contains(id) {
             self.0.journal.leave([id], since);

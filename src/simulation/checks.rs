@@ -152,8 +152,8 @@ fn rows(world: &mut World, violations: &mut Vec<String>) {
         let request = truth.attempted.get(id).map(|number| (*number, &truth.requests[*number as usize]));
         if let Some((number, request)) = request
             && request.is_denied
-            // Its process ended, or its node lost its lease, before the job had left the journal. So another
-            // one did not know that it was denied.
+            // Its process ended, or its node was adopted, before the job had left the journal. The process
+            // that ended the job did not know that it was denied.
             && !row.message.starts_with("unconfirmed")
         {
             violations.push(format!("request {number} was denied, and its job {id} has a row"));

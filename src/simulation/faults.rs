@@ -150,7 +150,7 @@ impl Incident {
         1 << (self as u32)
     }
 
-    /// Incidents after which what only one process knew is lost, or unknown to others for a while.
+    /// Incidents that end a process, or separate it from the others for a while.
     fn loses_touch(self) -> bool {
         matches!(
             self,

@@ -93,8 +93,9 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1";
 
 /// KEYS: the nodes; the contested marker of one of them. ARGV: that node, the caller, and the duration of the
-/// marker in seconds. A node that is not listed may live and only be late, after Redis has lost its data. So
-/// it counts as alive for that time: whoever adopted it would restore its journal without what it knows.
+/// marker in seconds. After Redis has lost its data, a live node is not listed until its next renewal. So an
+/// unlisted node counts as alive for that time. Otherwise an adopter would restore its journal first, without
+/// the jobs and sums that only the node itself knows.
 const ENTRUST: &str = "local time = redis.call('TIME')
 redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
 redis.call('ZADD', KEYS[1], 'NX', string.format('%.0f', (time[1] + ARGV[3]) * 1000), ARGV[1])";

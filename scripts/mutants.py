@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Checks the simulation: breaks one ordering rule of the product at a time, and counts the runs until the
-simulation finds it.
+simulation finds it. The unchanged product must pass as many runs first.
 
 Usage: scripts/mutants.py [NAME ...]. Works on a copy of the repository, with the profile `sim`.
 Environment: RUNS, most runs for each mutant (default 2000); MUTANTS_DIR, the directory of the copy.
@@ -212,7 +212,7 @@ MUTANTS = [
     (
         "rows of shared jobs are written unconditionally",
         "src/audit/writer.rs",
-        "        is_late || is_shared || batch.rows[n].is_lost() || self.lease.has_lapsed_since(since)",
+        "        is_late || is_shared || batch.rows[n].is_lost() || self.lease.is_shared_since(since)",
         "        let _ = (is_late, is_shared, since);\n        false",
     ),
     (
@@ -224,7 +224,7 @@ MUTANTS = [
     (
         "the connection of a dead process is not closed",
         "src/backend/aws/redis/membership.rs",
-        "            self.commands.close_signed(&key(LINK, node)).await?;",
+        "            self.commands.close_recorded(&key(LINK, node)).await?;",
         "",
     ),
     (
@@ -234,10 +234,41 @@ MUTANTS = [
         "        if true {",
     ),
     (
-        "late results add to the sums of a node that nobody lists",
+        "a node changes the journal of another one without a mark",
+        "src/audit/record.rs",
+        "            Some(membership) if node != self.node => membership.entrust(node).await,",
+        "            Some(membership) if node != self.node && false => membership.entrust(node).await,",
+    ),
+    (
+        "a marked node leaves the list",
+        "src/backend/aws/redis/membership.rs",
+        "if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end\nlocal time",
+        "local time",
+    ),
+    (
+        "a node that stood still restores a journal that another one has restored",
+        "src/backend/aws/redis/membership.rs",
+        "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end\nredis.call('HSET'",
+        "redis.call('HSET'",
+    ),
+    (
+        "the copy of sums stays beside their number when an answer was lost",
         "src/audit/ledger.rs",
-        "            Some(membership) if has_late => membership.relist(node).await.map(drop),",
-        "            Some(_) if has_late && false => Ok(()),",
+        "        books.sums.retain(|(of, _), _| *of != node);\n",
+        "",
+    ),
+    (
+        "replayed rows are handed to the ledger twice",
+        "src/audit/replay.rs",
+        "        self.ledger.take(done);\n        blocking(move || disk.waiting",
+        "        let rows = done.ids.iter().zip(&done.rows).zip(&done.origins);\n"
+        "        let twice = rows.map(|((id, row), origin)| Record {\n"
+        "            id: *id,\n            row: row.clone(),\n            recommendation: None,\n"
+        "            kept: None,\n            is_late: origin.is_late,\n"
+        "            is_shared: origin.is_shared,\n"
+        "            since: origin.since,\n            counted: 0,\n        });\n"
+        "        self.ledger.take(batch_of(twice));\n"
+        "        self.ledger.take(done);\n        blocking(move || disk.waiting",
     ),
     (
         "a node does not expect others to send its jobs again",
@@ -258,8 +289,26 @@ MUTANTS = [
     (
         "a node that stood still removes unsent jobs that another one has adopted",
         "src/dispatch/journal.rs",
-        "        match is_shared {",
-        "        match is_shared && false {",
+        "        if must_stay {",
+        "        if must_stay && false {",
+    ),
+    (
+        "a row on the disk forgets that another node may write it too",
+        "src/audit/spill/segment.rs",
+        "            is_shared: record.is_shared,",
+        "            is_shared: false,",
+    ),
+    (
+        "a job that is sent again leaves the journal",
+        "src/dispatch/journal.rs",
+        "        leaves.retain(|leaving| !is_kept(leaving.id));",
+        "        leaves.retain(|leaving| !is_kept(leaving.id) || true);",
+    ),
+    (
+        "a node is not told that it was adopted",
+        "src/fleet/adoption.rs",
+        ".is_some_and(|before| before != adoptions);",
+        ".is_some_and(|before| before != adoptions && false);",
     ),
     (
         "a failed resend keeps its job from leaving",
@@ -282,34 +331,50 @@ def main():
     wanted = sys.argv[1:]
     work = pathlib.Path(os.environ.get("MUTANTS_DIR") or tempfile.mkdtemp(prefix="mutants-"))
     missed = []
-    print(f"| {'mutant':64} | runs until found |\n|{'-' * 66}|{'-' * 18}|", flush=True)
+    copy(work)
+    unchanged, why = simulate(work)
+    if unchanged != "not found":
+        sys.exit(f"the unchanged product fails: {unchanged} {why}")
+    print("| mutant | runs until found | first violation |\n|---|---:|---|", flush=True)
     for name, file, text, replacement in MUTANTS:
         if wanted and not any(part in name for part in wanted):
             continue
-        found = runs_until_found(work, file, text, replacement)
-        print(f"| {name:64} | {found:>16} |", flush=True)
+        found, why = runs_until_found(work, file, text, replacement)
+        print(f"| {name} | {found} | {why} |", flush=True)
         if not found.isdigit():
             missed.append(name)
     if missed:
         sys.exit(f"not found: {missed}")
 
 
-def runs_until_found(work, file, text, replacement):
+def copy(work):
     without = ["--exclude", "/target", "--exclude", "/.git"]
     subprocess.run(["rsync", "-a", "--delete", *without, f"{ROOT}/", f"{work}/"], check=True)
+
+
+def runs_until_found(work, file, text, replacement):
+    copy(work)
     path = work / file
     source = path.read_text()
     if source.count(text) != 1:
-        return "text not found"
+        return "text not found", ""
     path.write_text(source.replace(text, replacement))
+    return simulate(work)
+
+
+def simulate(work):
     command = ["cargo", "test", "--locked", "--profile", "sim", "--lib", "simulation::a_fleet", "--"]
     command += ["--nocapture"]
     environment = {**os.environ, "SIM_RUNS": str(RUNS), "SIM_SEED": "1", "SIM_SHORTEN": "0"}
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     if "error: could not compile" in done.stderr:
-        return "does not compile"
+        return "does not compile", ""
     first = re.search(r"first failure: seed (\d+)", done.stdout)
-    return first.group(1) if first else "not found"
+    if not first:
+        return "not found", ""
+    seed = first.group(1)
+    violation = re.search(rf"=== seed {seed}:.*?^  (\S.*?)$", done.stdout, re.DOTALL | re.MULTILINE)
+    return seed, violation.group(1)[:100].replace("|", "/") if violation else ""
 
 
 if __name__ == "__main__":

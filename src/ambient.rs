@@ -3,7 +3,8 @@
 //!
 //! One room for all of it, because the simulation of a fleet (`simulation`, test builds only) replaces it: it
 //! runs many nodes on one thread, in virtual time, and draws every random number from one seed. A direct use
-//! of the clock or of a random number elsewhere would make a run unrepeatable; `tests/it/tidy` finds it.
+//! of the clock or of a random number in a room that is simulated would make a run unrepeatable; a wall of
+//! `tests/it/tidy` finds it.
 
 use ahash::RandomState;
 use rand::RngCore;
@@ -47,7 +48,7 @@ pub fn hash_keys() -> RandomState {
 /// Starts a task that outlives its caller. Callers bound their number and say why.
 #[expect(
     clippy::disallowed_methods,
-    reason = "callers are checked by this method's own entry in clippy.toml"
+    reason = "the tasks of a node are started here, so that it can be simulated"
 )]
 pub fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
     #[cfg(test)]
@@ -76,7 +77,10 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     #[cfg(test)]
     if let Some(pause) = replaced::with(|surroundings| surroundings.blocking_time()) {
         tokio::time::sleep(pause).await;
-        return work();
+        let done = work();
+        // The process may end between the effect and its answer.
+        tokio::time::sleep(replaced::SYNC_TAKES).await;
+        return done;
     }
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,

@@ -42,7 +42,9 @@ pub use journal::{
 };
 pub use limits::{Decision, Grant, LeaseCall, LimitStore};
 pub use lone_status::{LONE_STATUS_TTL, LoneStatusStore};
-pub use membership::{FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor};
+pub use membership::{
+    AdoptOutcome, FleetState, LeaseHolder, LeaseOutcome, LeaseRenewal, Membership, Predecessor,
+};
 pub use ports::Backend;
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
 pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};

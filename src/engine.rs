@@ -5,7 +5,7 @@
 //! what it proves holds for the parts, and the order of their start and stop, that a process has.
 
 use crate::ambient;
-use crate::audit::{self, AuditLoops, RecentEvents, SpillDirs};
+use crate::audit::{self, AuditLoops, RecentEvents, SpillDirs, Stores};
 use crate::backend::Backend;
 use crate::config::{BatchConf, Conf, Live, OverloadConf, WaitsConf};
 use crate::dispatch::{self, DispatchLoops, DispatchParts, Dispatcher};
@@ -74,8 +74,9 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
     let EngineParts { node, conf, backend, bucket, spill_dir, lifecycle, metrics } = parts;
     let spill = spill_dir.map(|dir| SpillDirs::open(dir, &conf.audit, &metrics)).transpose()?;
     let lease = NodeLease::of_fleet(backend.membership.is_some());
+    let stores = Stores::of(backend, node);
     let (audit, audit_loops) =
-        audit::new(&conf.memory, backend.into(), spill, Arc::clone(&lease), Arc::clone(&metrics));
+        audit::new(&conf.memory, stores, spill, Arc::clone(&lease), Arc::clone(&metrics));
     let tail = audit.tail();
     let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
     let overload = Live::new(conf.overload.clone());
@@ -130,6 +131,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
 
 impl EngineLoops {
     /// Starts all loops. [`Adopter::begin`] must have succeeded.
+    #[expect(clippy::disallowed_methods, reason = "three loops, which `RunningEngine::stop` awaits")]
     pub fn start(self) -> RunningEngine {
         let Self { adopter, dispatcher, dispatch, changes, leaser, sweeper, audit, disk: _ } = self;
         let (stop_batches, batches_stopped) = watch::channel(false);

@@ -17,8 +17,9 @@ pub struct NodeLease {
     /// The number of live nodes, this one included, at the last renewal.
     nodes: AtomicUsize,
     is_lost: AtomicBool,
-    /// When it was last renewed after a lapse, in milliseconds since `epoch`. 0: it has never lapsed.
-    regained: AtomicU64,
+    /// When it was last known that others may have had the jobs of this node, in milliseconds since `epoch`.
+    /// 0: never.
+    shared_at: AtomicU64,
 }
 
 impl NodeLease {
@@ -44,7 +45,7 @@ impl NodeLease {
             until,
             nodes,
             is_lost: AtomicBool::new(false),
-            regained: AtomicU64::new(0),
+            shared_at: AtomicU64::new(0),
         }
     }
 
@@ -58,16 +59,23 @@ impl NodeLease {
         u128::from(self.until.load(Ordering::Relaxed)) > self.epoch.elapsed().as_millis()
     }
 
-    /// Whether the lease has lapsed at any time since `at`. Another node may then have ended jobs that this
-    /// node had at that time.
-    pub fn has_lapsed_since(&self, at: Instant) -> bool {
+    /// Whether another node or process may have had the jobs of this node at any time since `at`, because the
+    /// lease had lapsed. It may then have ended jobs that this node had at that time. While the lease is
+    /// lapsed, that is not known.
+    pub fn is_shared_since(&self, at: Instant) -> bool {
         let at = at.saturating_duration_since(self.epoch).as_millis();
-        !self.holds() || u128::from(self.regained.load(Ordering::Relaxed)) >= at.max(1)
+        !self.holds() || u128::from(self.shared_at.load(Ordering::Relaxed)) >= at.max(1)
     }
 
     /// The same for the whole life of this process.
-    pub fn has_ever_lapsed(&self) -> bool {
-        self.has_lapsed_since(self.epoch)
+    pub fn is_ever_shared(&self) -> bool {
+        self.is_shared_since(self.epoch)
+    }
+
+    /// Another node or process has had the jobs of this node until now.
+    pub fn shared(&self) {
+        let now = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.shared_at.store(now.max(1), Ordering::Relaxed);
     }
 
     /// Another process holds the lease. No jobs are admitted until it is renewed.
@@ -84,11 +92,6 @@ impl NodeLease {
     /// The lease was renewed by a call that began at `asked`, when `nodes` nodes were alive.
     pub fn renewed(&self, asked: Instant, lease: Duration, nodes: usize) {
         self.nodes.store(nodes, Ordering::Relaxed);
-        let is_first = self.until.load(Ordering::Relaxed) == 0 && !self.is_lost();
-        if !is_first && !self.holds() {
-            let now = u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX);
-            self.regained.store(now, Ordering::Relaxed);
-        }
         self.is_lost.store(false, Ordering::Relaxed);
         let until = asked + lease * TRUSTED_PERCENT / 100 - self.epoch;
         self.until.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
@@ -120,12 +123,14 @@ mod tests {
         let before = Instant::now();
         tokio::time::advance(Duration::from_secs(1)).await;
         lease.renewed(Instant::now(), Duration::from_secs(10), 3);
-        assert!(!lease.has_lapsed_since(before) && lease.has_ever_lapsed());
+        assert!(!lease.is_shared_since(before) && !lease.is_ever_shared());
         tokio::time::advance(Duration::from_secs(20)).await;
-        assert!(lease.has_lapsed_since(Instant::now()), "it is lapsed now");
+        assert!(lease.is_shared_since(Instant::now()), "it is lapsed now");
         lease.renewed(Instant::now(), Duration::from_secs(10), 3);
+        assert!(!lease.is_shared_since(before), "nobody has adopted the jobs");
+        lease.shared();
         tokio::time::advance(Duration::from_millis(1)).await;
-        assert!(lease.has_lapsed_since(before) && !lease.has_lapsed_since(Instant::now()));
-        assert!(!NodeLease::endless().has_ever_lapsed());
+        assert!(lease.is_shared_since(before) && !lease.is_shared_since(Instant::now()));
+        assert!(lease.is_ever_shared() && !NodeLease::endless().is_ever_shared());
     }
 }

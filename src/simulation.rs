@@ -34,6 +34,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Runs of `make test`: some seconds.
 const RUNS_IN_TESTS: u64 = 20;
+/// From this number of runs on, every kind of fault must have taken effect.
+const RUNS_WITH_ALL_FAULTS: u64 = 10_000;
 
 #[test]
 fn a_fleet_keeps_its_promises_through_faults() {
@@ -41,7 +43,8 @@ fn a_fleet_keeps_its_promises_through_faults() {
     let (seed, runs) = (number("SIM_SEED").unwrap_or(1), number("SIM_RUNS").unwrap_or(RUNS_IN_TESTS));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let next = AtomicU64::new(seed);
-    let totals = Mutex::new(Totals::default());
+    let bites = faults::NAMES.into_iter().map(|name| (name, 0)).collect();
+    let totals = Mutex::new(Totals { bites, ..Totals::default() });
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
@@ -59,6 +62,8 @@ fn a_fleet_keeps_its_promises_through_faults() {
     let totals = totals.into_inner().unwrap();
     totals.print();
     assert!(totals.failed.is_empty(), "seeds that failed: {:?}", totals.failed.keys());
+    let never: Vec<_> = totals.bites.iter().filter(|(_, n)| **n == 0).map(|(fault, _)| fault).collect();
+    assert!(totals.runs < RUNS_WITH_ALL_FAULTS || never.is_empty(), "faults without effect: {never:?}");
 }
 
 #[test]

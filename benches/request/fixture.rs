@@ -229,7 +229,7 @@ impl Fixture {
         let metrics = Arc::new(metrics());
         let (audit, books) = audit::new(
             &conf.memory,
-            (&backend).into(),
+            Stores::of(&backend, node),
             None,
             NodeLease::of_fleet(false),
             Arc::clone(&metrics),
@@ -399,7 +399,7 @@ pub fn audit(loops: &mut JoinSet<()>) -> (Audit, tempfile::TempDir) {
     let (store, _) = instantly();
     let conf = Conf::shipped().expect("the shipped conf is valid").memory;
     let (executions, journal) = (Arc::clone(&store) as _, Arc::clone(&store) as _);
-    let stores = Stores { executions, claims, journal, functions: store, membership: None };
+    let stores = Stores { executions, claims, journal, functions: store, node: NodeId(1), membership: None };
     let (audit, books) = audit::new(&conf, stores, None, NodeLease::of_fleet(false), Arc::new(metrics()));
     loops.spawn(books.flusher.run(Arc::new(Nobody), std::future::pending()));
     loops.spawn(books.ledger.run(std::future::pending()));

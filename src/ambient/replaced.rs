@@ -8,6 +8,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 
+/// How long after its effect work on the disk is answered, and how long a sync takes.
+pub const SYNC_TAKES: Duration = Duration::from_millis(1);
+
 /// A simulated process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ProcessNumber(pub usize);

@@ -3,7 +3,8 @@
 use crate::audit::record::{KeyedResult, Record};
 use crate::backend::BackendError;
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, Recommendation};
+use crate::model::{Execution, JobId, NodeId, Recommendation};
+use std::collections::BTreeSet;
 use tokio::time::Instant;
 
 /// Where a row comes from.
@@ -104,6 +105,16 @@ impl Batch {
         rows.filter(|(_, origin)| !origin.is_late).map(|(id, _)| *id).collect()
     }
 
+    /// Moves the rows of late results of these nodes to a second batch.
+    pub fn split_late(self, nodes: &BTreeSet<NodeId>) -> (Self, Self) {
+        let (mut others, mut late) = (Self::default(), Self::default());
+        for record in self.into_records() {
+            let is_of_them = record.is_late && nodes.contains(&record.id.node());
+            if is_of_them { late.push(record) } else { others.push(record) }
+        }
+        (others, late)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }
@@ -150,6 +161,8 @@ pub struct CallOutcome {
     /// Rows to be retried, and the last error.
     pub failed: Batch,
     pub failure: Option<BackendError>,
+    /// Not tried: the fleet could not be told of them before. That says nothing about the table or a row.
+    pub untried: Batch,
 }
 
 impl CallOutcome {
@@ -157,6 +170,7 @@ impl CallOutcome {
         self.written.append(other.written);
         self.refused.extend(other.refused);
         self.failed.append(other.failed);
+        self.untried.append(other.untried);
         self.failure = self.failure.take().or(other.failure);
     }
 }

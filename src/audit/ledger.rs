@@ -1,8 +1,9 @@
 //! Finishes executions whose rows are written: removes their jobs from the journal, and adds their counters
 //! to the totals of their functions, each exactly once.
 //!
-//! The journal stores both durably (see [`Journal`]). The ledger keeps only the pending work in memory. After
-//! a crash the restarted process, or the node that adopts the jobs, resumes from the journal.
+//! The journal stores both durably (see [`crate::backend::Journal`]). The ledger keeps only the pending work
+//! in memory. After a crash the restarted process, or the node that adopts the jobs, resumes from the
+//! journal.
 //!
 //! Updating each function once per second was rejected: with 100,000 active functions that is almost one call
 //! per run. Posts are paced instead, and the function that has waited longest goes first. While a function
@@ -26,8 +27,8 @@ use super::batch::{Batch, RowOrigin};
 use super::record::Stores;
 use crate::ambient;
 use crate::backend::{
-    Addition, BackendError, ENDED_MAX, EndOutcome, EndedJob, FunctionStore, Journal, Membership,
-    NumberedSums, POSTED_MAX, UnpostedSums,
+    Addition, BackendError, ENDED_MAX, EndOutcome, EndedJob, GIVEN_UP_KEPT, NumberedSums, POSTED_MAX,
+    UnpostedSums,
 };
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId, NodeId, Recommendation, Sums};
@@ -39,7 +40,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Mutex as AsyncMutex;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 
 /// How often ended jobs are removed from the journal.
 const CLOSING_EVERY: Duration = Duration::from_millis(100);
@@ -51,6 +52,10 @@ const ROUND_MAX: Duration = Duration::from_secs(10);
 /// memory each. Above half of it rounds follow one another without a pause. When it is reached no more rows
 /// are written.
 pub(super) const WAITING_MAX: usize = 262_144;
+/// How long a LOST row may be on its way behind the late result of its job, and how often older ones are
+/// looked for.
+const OVERTAKEN_KEPT: Duration = GIVEN_UP_KEPT;
+const OVERTAKEN_SWEPT_EVERY: Duration = Duration::from_secs(60);
 /// Posts in flight; more of them during shutdown.
 const POSTS_MAX: usize = 8;
 const LAST_POSTS_MAX: usize = 64;
@@ -66,9 +71,7 @@ type PendingRecommendation = Option<Box<Recommendation>>;
 
 /// The pending work for the journal of this node, and for those of nodes whose jobs it has adopted.
 pub struct Ledger {
-    journal: Arc<dyn Journal>,
-    functions: Arc<dyn FunctionStore>,
-    membership: Option<Arc<dyn Membership>>,
+    stores: Stores,
     disk: Option<Arc<SpillDirs>>,
     metrics: Arc<Metrics>,
     max: usize,
@@ -105,9 +108,11 @@ struct LedgerState {
     /// Jobs with a late result, from the moment its row is queued until the job leaves the journal. The bound
     /// on queued rows bounds them too.
     late: HashMap<JobId, FunctionId, RandomState>,
-    /// Jobs whose late result has left the journal before their LOST row was written. They must not enter it
-    /// again. At most [`WAITING_MAX`].
-    overtaken: HashSet<JobId, RandomState>,
+    /// Jobs whose late result has left the journal before their LOST row was written, and since when. They
+    /// must not enter it again. At most [`WAITING_MAX`], each for [`OVERTAKEN_KEPT`].
+    overtaken: HashMap<JobId, Instant, RandomState>,
+    /// When old ones of them were last removed.
+    swept_at: Instant,
 }
 
 impl LedgerState {
@@ -122,7 +127,8 @@ impl LedgerState {
             last_number: 0,
             unsure: HashSet::new(),
             late: HashMap::with_hasher(ambient::hash_keys()),
-            overtaken: HashSet::with_hasher(ambient::hash_keys()),
+            overtaken: HashMap::with_hasher(ambient::hash_keys()),
+            swept_at: Instant::now(),
         }
     }
 
@@ -175,7 +181,7 @@ impl LedgerState {
         let ended = self.ended.get(&node).into_iter().flatten();
         // A job with a late result left the journal as LOST before. If it did not, its LOST entry is in this
         // list too.
-        let held = ended.filter(|ended| !ended.is_late && !self.overtaken.contains(&ended.job.id));
+        let held = ended.filter(|ended| !ended.is_late && !self.overtaken.contains_key(&ended.job.id));
         let held = held.map(|ended| ended.job.clone());
         let late = self.late.iter().filter(|(id, _)| id.node() == node);
         let sums = self.sums.iter().filter_map(|(account, sums)| Some((of_node(account)?, *sums)));
@@ -186,7 +192,7 @@ impl LedgerState {
             sums: sums.collect(),
             numbered: numbered.map(|(_, numbered)| numbered.clone()).collect(),
             spilled: Vec::new(),
-            overtaken: self.overtaken.iter().copied().filter(|id| id.node() == node).collect(),
+            overtaken: self.overtaken.keys().copied().filter(|id| id.node() == node).collect(),
         }
     }
 }
@@ -213,12 +219,11 @@ impl Ledger {
         metrics: Arc<Metrics>,
         max: usize,
     ) -> Self {
-        let Stores { journal, functions, membership, .. } = stores;
         let (turn, posting) = (AsyncMutex::default(), AsyncMutex::default());
         let mut books = LedgerState::new();
         books.late.extend(disk.iter().flat_map(|disk| disk.late()));
         let books = Mutex::new(books);
-        Self { journal, functions, membership, disk, metrics, max, books, turn, posting }
+        Self { stores, disk, metrics, max, books, turn, posting }
     }
 
     /// Adds executions whose rows are written.
@@ -254,7 +259,7 @@ impl Ledger {
     pub async fn take_over(&self, node: NodeId) -> Result<usize, BackendError> {
         let _turn = self.turn.lock().await;
         self.is_sure(node)?;
-        let unposted = self.journal.unposted(node).await?.ok_or_else(lost)?;
+        let unposted = self.stores.journal.unposted(node).await?.ok_or_else(lost)?;
         let functions: BTreeSet<FunctionId> = unposted
             .sums
             .iter()
@@ -263,6 +268,9 @@ impl Ledger {
             .cloned()
             .collect();
         let mut books = self.books();
+        // The answer is complete. It replaces copies that are out of date because another answer was lost.
+        books.sums.retain(|(of, _), _| *of != node);
+        books.numbered.retain(|(of, _), _| *of != node);
         books.add_copies(node, &unposted);
         let n = functions.len();
         functions.into_iter().for_each(|function| books.note((node, function), None));
@@ -379,13 +387,13 @@ impl Ledger {
         for node in nodes {
             while let Some(ended) = self.some_ended(node) {
                 let _turn = self.turn.lock().await;
-                if let Err(e) = self.list_again(node, &ended).await {
-                    tracing::debug!(error = %e, "Late results stay in the ledger; retrying");
-                    return;
+                if let Err(e) = self.stores.entrust(node).await {
+                    tracing::debug!(error = %e, "Ended jobs of another node stay in its journal; retrying");
+                    break;
                 }
                 // Set before the call, so that it is also set if the future is dropped.
                 self.books().unsure.insert(node);
-                match self.journal.end(node, &ended).await {
+                match self.stores.journal.end(node, &ended).await {
                     // It has lost the effect of earlier calls too.
                     Ok(EndOutcome::Incomplete) => {
                         self.books().unsure.remove(&node);
@@ -400,19 +408,6 @@ impl Ledger {
                     }
                 }
             }
-        }
-    }
-
-    /// Lists a node again before late results add to its sums. After a node has died and all its jobs have
-    /// ended, it is not listed any more, and if this process died too, no other node would look for the sums.
-    async fn list_again(&self, node: NodeId, ended: &[EndedJob]) -> Result<(), BackendError> {
-        let has_late = {
-            let books = self.books();
-            ended.iter().any(|job| books.late.contains_key(&job.id))
-        };
-        match &self.membership {
-            Some(membership) if has_late => membership.relist(node).await.map(drop),
-            _ => Ok(()),
         }
     }
 
@@ -442,7 +437,7 @@ impl Ledger {
             let counts_alone = *added != Addition::Difference;
             // Nothing usually means that the call was repeated, because the answer to the first was lost.
             let added = match added {
-                Addition::Nothing if books.overtaken.contains(&job.id) => Addition::Nothing,
+                Addition::Nothing if books.overtaken.contains_key(&job.id) => Addition::Nothing,
                 Addition::Nothing if is_late => Addition::Difference,
                 Addition::Nothing => Addition::Whole,
                 added => *added,
@@ -454,8 +449,13 @@ impl Ledger {
             }
             books.late.remove(&job.id);
             if counts_alone && books.overtaken.len() < WAITING_MAX {
-                books.overtaken.insert(job.id);
+                books.overtaken.insert(job.id, Instant::now());
             }
+        }
+        if books.swept_at.elapsed() >= OVERTAKEN_SWEPT_EVERY {
+            // The LOST row of some never comes, because another node has written it.
+            books.overtaken.retain(|_, since| since.elapsed() < OVERTAKEN_KEPT);
+            books.swept_at = Instant::now();
         }
         for (function, adds) in sums {
             let account = (node, function);
@@ -528,7 +528,7 @@ impl Ledger {
             self.number(node, functions).await.map_err(|e| (functions.to_vec(), e))?
         };
         let tried: Vec<NodeFunction> = numbered.iter().map(|n| (node, n.function.clone())).collect();
-        let (unposted, failure) = self.journal.post(node, numbered, at_a_time).await;
+        let (unposted, failure) = self.stores.journal.post(node, numbered, at_a_time).await;
         let unposted: Vec<FunctionId> = unposted.into_iter().map(|numbered| numbered.function).collect();
         let mut books = self.books();
         for account in tried.iter().filter(|(_, function)| !unposted.contains(function)) {
@@ -544,7 +544,7 @@ impl Ledger {
     async fn number(&self, node: NodeId, functions: &[FunctionId]) -> Result<UnpostedSums, BackendError> {
         self.is_sure(node)?;
         let floor = self.books().last_number;
-        let unposted = self.journal.number(node, functions, floor).await?.ok_or_else(lost)?;
+        let unposted = self.stores.journal.number(node, functions, floor).await?.ok_or_else(lost)?;
         self.books().copy(node, functions, &unposted);
         Ok(unposted)
     }
@@ -562,7 +562,7 @@ impl Ledger {
             let free = at_a_time - writes.len();
             writes.extend(advised.by_ref().take(free).map(async |((_, function), advice)| {
                 let Some(recommendation) = advice else { return Ok(()) };
-                self.functions.recommend(function, recommendation).await?;
+                self.stores.functions.recommend(function, recommendation).await?;
                 *advice = None;
                 Ok(())
             }));

@@ -1,7 +1,7 @@
 //! The record of one execution, and the stores to which the audit writes it.
 
-use crate::backend::{Backend, Claims, ExecutionStore, FunctionStore, Journal, Membership};
-use crate::model::{Execution, IdempotencyKey, JobId, Recommendation};
+use crate::backend::{Backend, BackendError, Claims, ExecutionStore, FunctionStore, Journal, Membership};
+use crate::model::{Execution, IdempotencyKey, JobId, NodeId, Recommendation};
 use bytes::Bytes;
 use std::sync::Arc;
 use tokio::time::Instant;
@@ -45,18 +45,31 @@ pub struct Stores {
     pub claims: Arc<dyn Claims>,
     pub journal: Arc<dyn Journal>,
     pub functions: Arc<dyn FunctionStore>,
+    /// This node.
+    pub node: NodeId,
     /// `None`: there is only this node.
     pub membership: Option<Arc<dyn Membership>>,
 }
 
-impl From<&Backend> for Stores {
-    fn from(backend: &Backend) -> Self {
+impl Stores {
+    pub fn of(backend: &Backend, node: NodeId) -> Self {
         Self {
             executions: Arc::clone(&backend.executions),
             claims: Arc::clone(&backend.claims),
             journal: Arc::clone(&backend.journal),
             functions: Arc::clone(&backend.functions),
+            node,
             membership: backend.membership.clone(),
+        }
+    }
+
+    /// Prepares for a change of the journal of `node`: if this process dies after it, another one finds the
+    /// change.
+    pub async fn entrust(&self, node: NodeId) -> Result<(), BackendError> {
+        match &self.membership {
+            // A successor of this process reads the journal of this node at its start.
+            Some(membership) if node != self.node => membership.entrust(node).await,
+            _ => Ok(()),
         }
     }
 }

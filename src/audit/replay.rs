@@ -40,9 +40,13 @@ impl RowWriter {
         let (mut done, mut moved) = (Batch::default(), Vec::new());
         while !left.is_empty() {
             let (now, later) = left.split_repeats();
-            let CallOutcome { written, failed, .. } = self.put(now).await;
-            let Ok(ids) = self.replay_alone(failed, &mut done, !written.is_empty()).await else {
+            let CallOutcome { written, failed, untried, .. } = self.put(now).await;
+            if !untried.is_empty() {
                 // All of them are replayed again later; row writes are idempotent.
+                tokio::time::sleep(TRIED_EVERY).await;
+                return Ok(Vec::new());
+            }
+            let Ok(ids) = self.replay_alone(failed, &mut done, !written.is_empty()).await else {
                 return Ok(Vec::new());
             };
             moved.extend(ids);
@@ -59,9 +63,9 @@ impl RowWriter {
         Ok(ended)
     }
 
-    /// The rows of a replay. While they were on the disk, another node may have ended their jobs.
+    /// The rows of a replay. While they were on the disk, another node may have ended the jobs of this one.
     fn of_replay(&self, replay: Replay) -> Vec<Record> {
-        let is_shared = replay.is_inherited || self.lease.has_ever_lapsed();
+        let is_shared = replay.is_inherited || self.lease.is_ever_shared();
         let mut records = replay.records;
         records.iter_mut().for_each(|record| record.is_shared |= is_shared);
         records
@@ -82,8 +86,8 @@ impl RowWriter {
         if !are_some_written && !self.may_replay_alone() {
             return Err(());
         }
-        let CallOutcome { written, failed, .. } = self.put_alone(failed).await;
-        if written.is_empty() && !are_some_written {
+        let CallOutcome { written, failed, untried, .. } = self.put_alone(failed).await;
+        if !untried.is_empty() || written.is_empty() && !are_some_written {
             return Err(());
         }
         let moved = self.spill(failed, |disk| &disk.failing).await.map_err(drop)?;
@@ -119,7 +123,8 @@ impl RowWriter {
         let (segment, end) = replay.place();
         let rows = replay.records.len();
         // Failures of these rows say nothing about the table.
-        let (put, failures) = self.call_alone(batch_of(self.of_replay(replay).into_iter())).await;
+        let (mut put, failures) = self.call_alone(batch_of(self.of_replay(replay).into_iter())).await;
+        let untried = std::mem::take(&mut put.untried);
         if put.written.is_empty() {
             self.failing().pause_for(rows, all);
         } else {
@@ -143,6 +148,7 @@ impl RowWriter {
             Err(_) => failing.extend(records),
         }
         // Appended behind the other failing rows before the originals are removed.
+        failing.extend(untried.into_records());
         let again = Arc::clone(&disk);
         blocking(move || again.failing.put_back(&failing)).await?;
         self.keep(&done).await;

@@ -1,9 +1,10 @@
 use super::*;
 use crate::audit::flusher::{ROWS_LINGER, WRITES_MAX};
 use crate::backend::{
-    BackendError, Claim, Claims, EndOutcome, EndedJob, ExecutionStore, FunctionPage, FunctionStore,
-    FunctionWrite, FunctionWriteOutcome, Journal, JournalEntry, LogPage, LogQuery, NumberedSums, ROWS_MAX,
-    StoredClaim, UnpostedSums,
+    AdoptOutcome, BackendError, Claim, Claims, EndOutcome, EndedJob, ExecutionStore, FunctionPage,
+    FunctionStore, FunctionWrite, FunctionWriteOutcome, Journal, JournalEntry, JournalPart, LeaseOutcome,
+    LeaseRenewal, LogPage, LogQuery, Membership, NumberedSums, Predecessor, ROWS_MAX, StoredClaim,
+    UnpostedSums,
 };
 use crate::config::AuditConf;
 use crate::model::{Function, FunctionId, IdempotencyKey, Job, NodeId, Outcome, RowId, Sums};
@@ -217,9 +218,12 @@ fn audit_with(
     let mut conf = crate::config::Conf::shipped().unwrap().memory;
     (conf.audit_rows_max, conf.audit_bytes_max) = (rows_max, bytes_max);
     let metrics = Arc::new(Metrics::new(10).unwrap());
-    let conf_of_disk = AuditConf { spill_bytes_max: 1 << 20, aside_after_s: 60 };
-    let disk = disk.map(|dir| SpillDirs::open(dir, &conf_of_disk, &metrics).unwrap());
+    let disk = disk.map(|dir| open_disk(dir, &metrics));
     new(&conf, stores(tables), disk, Arc::new(NodeLease::endless()), metrics)
+}
+
+fn open_disk(dir: &Path, metrics: &Arc<Metrics>) -> SpillDirs {
+    SpillDirs::open(dir, &AuditConf { spill_bytes_max: 1 << 20, aside_after_s: 60 }, metrics).unwrap()
 }
 
 fn stores(tables: &Arc<Tables>) -> Stores {
@@ -229,6 +233,7 @@ fn stores(tables: &Arc<Tables>) -> Stores {
         claims: tables(),
         journal: tables(),
         functions: tables(),
+        node: NodeId(1),
         membership: None,
     }
 }
@@ -548,6 +553,97 @@ async fn without_a_disk_a_row_that_fails_holds_up_no_other() {
     };
     run(&tables, loops, load).await;
     assert!((0..160).all(|n| tables.has(n)));
+}
+
+/// The other nodes of a fleet that answers, or does not.
+#[derive(Default)]
+struct Fleet {
+    is_away: AtomicBool,
+    entrusted: Mutex<Vec<NodeId>>,
+}
+
+#[async_trait]
+impl Membership for Fleet {
+    async fn take(&self, _: NodeId, _: Duration, _: Predecessor) -> Result<LeaseOutcome, BackendError> {
+        Ok(LeaseOutcome::Yes)
+    }
+
+    async fn renew(&self, _: NodeId, _: Duration) -> Result<LeaseRenewal, BackendError> {
+        Ok(LeaseRenewal::Lost)
+    }
+
+    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<AdoptOutcome, BackendError> {
+        Ok(AdoptOutcome::Alive)
+    }
+
+    async fn dismiss(&self, _: NodeId) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    async fn relist(&self, _: NodeId) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    async fn entrust(&self, node: NodeId) -> Result<(), BackendError> {
+        if self.is_away.load(Ordering::Relaxed) {
+            // As a full Redis answers.
+            return Err(BackendError::Invalid("Redis answered ERR".into()));
+        }
+        self.entrusted.lock().push(node);
+        Ok(())
+    }
+
+    async fn is_complete(&self, _: NodeId) -> Result<bool, BackendError> {
+        Ok(true)
+    }
+
+    async fn begin_restore(&self, _: NodeId, _: u64) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    async fn restore(&self, _: NodeId, _: u64, _: JournalPart<'_>) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+
+    async fn finish_restore(&self, _: NodeId, _: u64) -> Result<bool, BackendError> {
+        Ok(false)
+    }
+}
+
+/// The row of a late result of another node is written only after the fleet was told about it. If that call
+/// fails, neither the log table nor the row is at fault.
+#[tokio::test(start_paused = true)]
+async fn a_late_result_waits_for_the_fleet_and_no_other_row_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let (tables, fleet) = (Arc::new(Tables::default()), Arc::new(Fleet::default()));
+    fleet.is_away.store(true, Ordering::Relaxed);
+    let metrics = Arc::new(Metrics::new(10).unwrap());
+    let stores = Stores { membership: Some(Arc::clone(&fleet) as _), ..stores(&tables) };
+    let conf = crate::config::Conf::shipped().unwrap().memory;
+    let disk = open_disk(dir.path(), &metrics);
+    let lease = Arc::new(NodeLease::endless());
+    let (audit, loops) = new(&conf, stores, Some(disk), lease, Arc::clone(&metrics));
+    let of = &metrics.audit;
+    let late = [1, 2].map(|node| JobId::new(NodeId(node), 1, 100));
+    let load = async {
+        for id in late {
+            let row = Execution::lost(id, FunctionId::parse("f").unwrap(), false);
+            audit.record_late(id, row, None, None).unwrap();
+        }
+        trickle(&audit, 0..60).await;
+        tokio::time::sleep(Duration::from_secs(120)).await;
+        assert!((0..60).all(|n| tables.has(n)));
+        let has = |id: JobId| tables.rows.lock().contains_key(&*RowId::Job(id).key());
+        assert_eq!(late.map(has), [true, false], "only the node itself is known to live");
+        assert_eq!((of.spill.rows.get(), of.failing.rows.get(), of.aside.rows.get()), (1, 0, 0));
+        assert_eq!((of.rows_refused.get(), of.rows_put_aside.get()), (0, 0));
+        fleet.is_away.store(false, Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert_eq!(late.map(has), [true, true]);
+    };
+    run(&tables, loops, load).await;
+    assert!(fleet.entrusted.lock().iter().all(|node| *node == NodeId(2)), "{:?}", fleet.entrusted);
+    assert!(fleet.entrusted.lock().len() >= 2, "before the row, and before the sums");
 }
 
 #[tokio::test(start_paused = true)]

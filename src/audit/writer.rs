@@ -42,7 +42,6 @@ pub(super) const TRIED_EVERY: Duration = Duration::from_secs(1);
 const TRIES_TOGETHER: u32 = 3;
 /// Single-row calls in flight.
 const ALONE_AT_A_TIME: usize = 8;
-
 /// Minimum interval between two replays that write a failing batch row by row.
 const REPLAYED_ALONE_EVERY: Duration = Duration::from_secs(5);
 
@@ -115,10 +114,14 @@ impl RowWriter {
                 let (now, later) = left.split_repeats();
                 tries += 1;
                 let are_alone = now.ids.len() == 1 || tries % TRIES_TOGETHER == 0;
-                let CallOutcome { written, failed, .. } =
+                let CallOutcome { written, failed, untried, .. } =
                     if are_alone { self.put_alone(now).await } else { self.put(now).await };
                 tried.written.append(written);
                 left = later;
+                match self.spill(untried, |disk| &disk.waiting).await {
+                    Ok(spilled) => tried.spilled.append(spilled),
+                    Err(back) => left.append(back),
+                }
                 let is_well = failed.is_empty();
                 // If others were written since these rows failed last, the table is not at fault. A single
                 // row whose cause is unknown is safe on the disk too.
@@ -197,11 +200,31 @@ impl RowWriter {
         (all, failures)
     }
 
-    async fn call(&self, mut batch: Batch) -> CallOutcome {
+    async fn call(&self, batch: Batch) -> CallOutcome {
+        let (mut batch, untried) = self.entrust_late(batch).await;
+        if batch.is_empty() {
+            return CallOutcome { untried, ..CallOutcome::default() };
+        }
         let results = self.put_rows(&mut batch).await;
-        let put = batch.split(results, &self.metrics);
+        let put = CallOutcome { untried, ..batch.split(results, &self.metrics) };
         self.written.fetch_add(put.written.ids.len() as u64, Ordering::Relaxed);
         put
+    }
+
+    /// Prepares for the rows of late results of other nodes, which may be dead and have left the list. If
+    /// this process dies before it has counted such a result, the next adopter does that. Returns the rows
+    /// that may be written now, and the others.
+    async fn entrust_late(&self, batch: Batch) -> (Batch, Batch) {
+        let late = batch.ids.iter().zip(&batch.origins).filter(|(_, origin)| origin.is_late);
+        let nodes: BTreeSet<NodeId> = late.map(|(id, _)| id.node()).collect();
+        let mut silent = BTreeSet::new();
+        for node in nodes {
+            if let Err(e) = self.stores.entrust(node).await {
+                tracing::debug!(%node, error = %e, "Rows of late results wait for an answer of Redis");
+                silent.insert(node);
+            }
+        }
+        if silent.is_empty() { (batch, Batch::default()) } else { batch.split_late(&silent) }
     }
 
     /// Writes rows. Returns one result per row, in order. A row that another node may write too is written
@@ -212,9 +235,6 @@ impl RowWriter {
         let is_shared: Vec<bool> = (0..batch.ids.len()).map(|n| self.is_shared(batch, n)).collect();
         if !is_shared.contains(&true) {
             return executions.put(&batch.rows).await;
-        }
-        if let Err(e) = self.list_again(batch).await {
-            return vec![Err(e); batch.ids.len()];
         }
         // The journal must know it too.
         batch
@@ -239,22 +259,10 @@ impl RowWriter {
         results
     }
 
-    /// Lists the nodes of late results again before their rows are written: they may be dead and have left
-    /// the list. If this process dies before it has counted such a result, the next adopter does that.
-    async fn list_again(&self, batch: &Batch) -> Result<(), BackendError> {
-        let Some(membership) = &self.stores.membership else { return Ok(()) };
-        let late = batch.ids.iter().zip(&batch.origins).filter(|(_, origin)| origin.is_late);
-        let nodes: BTreeSet<NodeId> = late.map(|(id, _)| id.node()).collect();
-        for node in nodes {
-            membership.relist(node).await?;
-        }
-        Ok(())
-    }
-
     /// Whether another node may write a row of this execution too.
     fn is_shared(&self, batch: &Batch, n: usize) -> bool {
         let RowOrigin { is_late, is_shared, since, .. } = batch.origins[n];
-        is_late || is_shared || batch.rows[n].is_lost() || self.lease.has_lapsed_since(since)
+        is_late || is_shared || batch.rows[n].is_lost() || self.lease.is_shared_since(since)
     }
 
     /// Puts invalid rows aside, because a retry is useless, and logs failures that are retried.

@@ -33,9 +33,8 @@ pub trait Membership: Send + Sync {
     /// contested and returns [`LeaseRenewal::Lost`].
     async fn renew(&self, node: NodeId, lease: Duration) -> Result<LeaseRenewal, BackendError>;
 
-    /// Makes `by` the adopter of `dead` for the duration `lease`, or renews that. Returns `false` if another
-    /// node is its adopter.
-    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError>;
+    /// Makes `by` the adopter of `dead` for the duration `lease`, or renews that.
+    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<AdoptOutcome, BackendError>;
 
     /// Removes `dead` from the list of nodes, if its journal has no entries and no unposted sums, and its
     /// lease has lapsed. Returns `false` if it stays listed.
@@ -45,20 +44,24 @@ pub trait Membership: Send + Sync {
     /// listed.
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError>;
 
-    /// Prepares for a job that this node enters in the journal of `node`. If that is not listed, it is now,
-    /// as by [`Self::relist`], so that a node adopts the job if this one dies. If it is listed, its lease
-    /// counts as contested for a while, so that it finds the job in its journal and takes it over.
+    /// Prepares for a change that this node makes in the journal of `node`: a job, or sums.
+    ///
+    /// For some time, `node` stays in the list of nodes. If it is not listed, this call adds it, as a node
+    /// whose lease lapses after that time. So if this node dies, another one adopts `node` and finds the
+    /// change. For the same time the lease of `node` counts as contested, so a live `node` finds it too.
     async fn entrust(&self, node: NodeId) -> Result<(), BackendError>;
 
     /// Whether the journal of `node` is complete. If not, the store has lost its data, and no job of the node
     /// ends until [`Self::finish_restore`] succeeds.
     async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError>;
 
-    /// Begins to restore the journal of `node`. `token` identifies this restore and must be unique.
-    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<(), BackendError>;
+    /// Begins to restore the journal of `node`. `token` identifies this restore and must be unique. Returns
+    /// `false`, and begins nothing, if the journal is complete: another node has restored it.
+    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError>;
 
-    /// Writes a part of the journal of `node`.
-    async fn restore(&self, node: NodeId, told: JournalPart<'_>) -> Result<(), BackendError>;
+    /// Writes a part of the journal of `node`. Returns `false`, and writes nothing, if the restore `token` is
+    /// not the current one any more.
+    async fn restore(&self, node: NodeId, token: u64, told: JournalPart<'_>) -> Result<bool, BackendError>;
 
     /// Marks the journal of `node` as complete. Returns `false`, and the journal stays incomplete, if the
     /// store has lost its data since the restore `token` began, or if another restore has begun.
@@ -93,6 +96,16 @@ pub struct LeaseHolder {
     pub left: Duration,
 }
 
+/// The outcome of [`Membership::adopt`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AdoptOutcome {
+    Adopted,
+    /// Another node is its adopter.
+    ByAnother,
+    /// The node has renewed its lease.
+    Alive,
+}
+
 /// The outcome of [`Membership::renew`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LeaseRenewal {
@@ -101,6 +114,9 @@ pub enum LeaseRenewal {
         /// Another process has tried to renew the lease within the duration of a lease. It may have entered
         /// jobs in the journal that this process does not know.
         is_contested: bool,
+        /// Changes with each adoption of the node. If it has not changed while the lease was lapsed, no other
+        /// node has its jobs.
+        adoptions: u64,
     },
     /// Another process holds the lease.
     Lost,

@@ -452,8 +452,8 @@ impl BatchSender {
             // The job stays in flight until its result or its deadline ends it.
             self.in_flight.note_send(pending.job.id, false);
         } else if pending.job.idempotency_key.is_none() {
-            let is_shared = self.in_flight.remove_unsent(pending.job.id);
-            self.journal.leave_unsent(pending.job.id, is_shared);
+            let must_stay = self.in_flight.remove_unsent(pending.job.id);
+            self.journal.leave_unsent(pending.job.id, must_stay);
         } else {
             self.in_flight.note_unsent(pending.job.id);
         }

@@ -178,6 +178,7 @@ impl Dispatcher {
         waits: bool,
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
         let since = Instant::now();
+        resend.is_journaled &= !self.0.journal.keep(job.id);
         let is_entered = resend.maybe_sent && !resend.is_journaled;
         let node = job.id.node();
         if let Some(membership) = self.0.membership.as_ref().filter(|_| node != self.0.node) {
@@ -189,14 +190,14 @@ impl Dispatcher {
             let journal = &self.0.journal;
             journal.enter(std::slice::from_ref(&job)).await.map_err(|_| {
                 // Only the answer may be missing.
-                journal.leave([job.id], since);
+                self.leave_again(job.id, since);
                 SubmitError::Unavailable
             })?;
             resend.is_journaled = true;
         }
         let entered = self.0.in_flight.enter_again(&job, waits).map_err(|_| {
             if is_entered {
-                self.0.journal.leave([job.id], since);
+                self.leave_again(job.id, since);
             }
             SubmitError::Overloaded
         })?;
@@ -215,6 +216,14 @@ impl Dispatcher {
             }
         })?;
         Ok((sending, waiter))
+    }
+
+    /// Removes a job from the journal that was entered after `since`. It stays if the table has the job from
+    /// an earlier attempt. It also stays in the journal of another node, which may have taken the job over.
+    fn leave_again(&self, id: JobId, since: Instant) {
+        if id.node() == self.0.node && !self.0.in_flight.contains(id) {
+            self.0.journal.leave([id], since);
+        }
     }
 
     /// Sends a job that was never sent before.
@@ -240,6 +249,11 @@ impl Dispatcher {
     /// # Errors
     /// The store does not answer, or the lease has lapsed.
     pub async fn leave_journal(&self, id: JobId) -> Result<bool, BackendError> {
+        if self.0.lease.is_lost() {
+            // The process that holds the node id takes the entry over.
+            self.0.in_flight.note_send(id, false);
+            return Ok(false);
+        }
         if !self.0.lease.holds() {
             return Err(BackendError::Unavailable("the lease of this node has lapsed".into()));
         }
@@ -253,12 +267,9 @@ impl Dispatcher {
     /// Removes a job whose send has definitely failed from the table. Must be called after the job has left
     /// the journal and its idempotency key is released.
     pub fn withdraw(&self, id: JobId) {
-        let is_awaited = self.0.in_flight.awaited(id).is_some();
-        let is_shared = self.0.in_flight.remove_unsent(id);
-        if is_awaited {
-            // Once more, because a restore of a lost journal may have entered it again meanwhile.
-            self.0.journal.leave_unsent(id, is_shared);
-        }
+        let must_stay = self.0.in_flight.remove_unsent(id);
+        // Once more, because a restore of a lost journal may have entered it again meanwhile.
+        self.0.journal.leave_unsent(id, must_stay);
     }
 
     /// Leaves a job whose send has definitely failed to the node of another request, which sends it again.

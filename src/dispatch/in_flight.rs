@@ -393,10 +393,11 @@ impl InFlight {
         }
     }
 
-    /// Removes a job that is certainly not on the queue. Returns whether another node may have adopted it.
+    /// Removes a job that is certainly not on the queue. Returns whether its entry in the journal must stay,
+    /// because another node may have adopted the job, or because it has ended meanwhile.
     pub fn remove_unsent(&self, id: JobId) -> bool {
-        let removed = self.jobs.remove(&id);
-        removed.is_some_and(|(_, entry)| {
+        let removed = self.jobs.remove_if(&id, |_, entry| !entry.settled);
+        removed.is_none_or(|(_, entry)| {
             self.count_one_less();
             entry.shared
         })

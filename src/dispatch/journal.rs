@@ -20,7 +20,7 @@ const LEAVES_MAX: usize = 1024;
 /// A job that is to leave the journal.
 struct Leaving {
     id: JobId,
-    /// No other node had adopted it by then.
+    /// Before that, no other node had adopted it.
     since: Instant,
 }
 
@@ -43,22 +43,37 @@ impl NodeJournal {
         if !self.lease.holds() {
             return Err(BackendError::Unavailable("the lease of this node has lapsed".into()));
         }
+        self.cancel_leave(|id| jobs.iter().any(|job| job.id == id));
         self.store.enter(jobs).await
     }
 
-    /// Removes jobs with the next [`Self::clear`], unless another node may have adopted them since `since`.
-    /// That node then ends them as LOST at their deadline, and a job counts when it leaves the journal there.
-    /// If the other node gives them back first, this node ends them.
+    /// Keeps a job that is about to be sent again, although it was to leave. Returns whether it was: then it
+    /// may have left, and must enter again.
+    pub fn keep(&self, id: JobId) -> bool {
+        self.cancel_leave(|leaving| leaving == id)
+    }
+
+    fn cancel_leave(&self, is_kept: impl Fn(JobId) -> bool) -> bool {
+        let mut leaves = self.leaves();
+        let before = leaves.len();
+        leaves.retain(|leaving| !is_kept(leaving.id));
+        leaves.len() < before
+    }
+
+    /// Removes jobs with the next [`Self::clear`], unless another node may have adopted them since `since`;
+    /// before that, none had. That node then ends them as LOST at their deadline, and a job counts when it
+    /// leaves the journal there. If the other node gives them back first, this node ends them.
     pub fn leave(&self, jobs: impl IntoIterator<Item = JobId>, since: Instant) {
         self.leaves().extend(jobs.into_iter().map(|id| Leaving { id, since }));
     }
 
-    /// The same for a job whose send has definitely failed and that has left the table. `is_shared`: another
-    /// node may have adopted it.
-    pub fn leave_unsent(&self, id: JobId, is_shared: bool) {
-        match is_shared {
-            true => self.has_strangers.store(true, Ordering::Relaxed),
-            false => self.leave([id], Instant::now()),
+    /// The same for a job whose send has definitely failed and that has left the table. `must_stay`: another
+    /// node may have adopted it, or it has ended.
+    pub fn leave_unsent(&self, id: JobId, must_stay: bool) {
+        if must_stay {
+            self.has_strangers.store(true, Ordering::Relaxed);
+        } else {
+            self.leave([id], Instant::now());
         }
     }
 
@@ -71,8 +86,12 @@ impl NodeJournal {
     /// future is dropped.
     pub async fn clear(&self) {
         loop {
+            if !self.lease.holds() {
+                // Whether another node has adopted them is known after the next renewal.
+                return;
+            }
             let before = self.leaves().len();
-            self.leaves().retain(|leaving| !self.lease.has_lapsed_since(leaving.since));
+            self.leaves().retain(|leaving| !self.lease.is_shared_since(leaving.since));
             if self.leaves().len() < before {
                 self.has_strangers.store(true, Ordering::Relaxed);
             }

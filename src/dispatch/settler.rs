@@ -91,7 +91,9 @@ impl Settler {
 
     /// Stores the late results that were published, and settles them.
     pub async fn store_late(&self) {
-        loop {
+        // Not those that arrive meanwhile: jobs are looked up by the same task.
+        let due = self.heard_late.lock().len();
+        for _ in 0..due {
             let Some((id, payload)) = self.heard_late.lock().front().cloned() else { return };
             if self.in_flight.is_remembered(id)
                 && let Err(e) = self.results.store(id, &payload).await

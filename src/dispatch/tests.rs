@@ -49,8 +49,13 @@ impl Fixture {
         change_backend(&mut backend);
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let lease = NodeLease::of_fleet(false);
-        let (audit, books) =
-            audit::new(&conf.memory, (&backend).into(), None, Arc::clone(&lease), Arc::clone(&metrics));
+        let (audit, books) = audit::new(
+            &conf.memory,
+            audit::Stores::of(&backend, node),
+            None,
+            Arc::clone(&lease),
+            Arc::clone(&metrics),
+        );
         let (dispatcher, loops) = new(DispatchParts {
             node,
             memory: &conf.memory,

@@ -14,7 +14,9 @@
 
 use crate::ambient;
 use crate::audit::{Ledger, Outstanding};
-use crate::backend::{BackendError, FleetState, JournalEntry, JournalPart, LeaseRenewal, Membership};
+use crate::backend::{
+    AdoptOutcome, BackendError, FleetState, JournalEntry, JournalPart, LeaseRenewal, Membership,
+};
 use crate::config::FleetConf;
 use crate::dispatch::NodeJobs;
 use crate::metrics::Metrics;
@@ -51,6 +53,8 @@ pub struct Adopter {
     metrics: Arc<Metrics>,
     /// Start of the current uninterrupted period in which this node holds its lease.
     standing_since: Option<Instant>,
+    /// The adoptions of this node at the last renewal.
+    adoptions: Option<u64>,
     /// The adopted nodes, and when their journals were last read.
     adopted: BTreeMap<NodeId, Instant>,
     /// Jobs of nodes that are back, for which clients still wait here.
@@ -87,6 +91,7 @@ impl Adopter {
             ledger,
             metrics,
             standing_since: None,
+            adoptions: None,
             adopted: BTreeMap::new(),
             to_give_back: Vec::new(),
             read_own_at,
@@ -141,20 +146,22 @@ impl Adopter {
     /// Renews the lease. Returns `None` if another process holds it.
     async fn renew(&mut self, store: &dyn Membership) -> Result<Option<FleetState>, BackendError> {
         let asked = Instant::now();
-        let (others, is_contested) = match store.renew(self.node, self.lasts).await? {
-            LeaseRenewal::Renewed { others, is_contested } => (others, is_contested),
+        let (others, is_contested, adoptions) = match store.renew(self.node, self.lasts).await? {
+            LeaseRenewal::Renewed { others, is_contested, adoptions } => (others, is_contested, adoptions),
             LeaseRenewal::Lost => {
                 self.lost();
                 return Ok(None);
             }
         };
+        let is_adopted = self.adoptions.replace(adoptions).is_some_and(|before| before != adoptions);
+        if is_adopted || self.lease.is_lost() {
+            // While the lease was lapsed, another node has adopted the jobs, or another process has used the
+            // id and may have died.
+            self.lease.shared();
+            self.jobs.share_all();
+            self.read_own_soon(asked);
+        }
         if !self.lease.holds() {
-            if self.standing_since.is_some() {
-                // While the lease was lapsed, another node may have adopted the jobs, or another process may
-                // have used the id and died.
-                self.jobs.share_all();
-                self.read_own_soon(asked);
-            }
             self.standing_since = Some(asked);
         }
         let has_strangers = self.jobs.take_has_strangers();
@@ -190,13 +197,14 @@ impl Adopter {
         self.read_own_at = Some(self.read_own_at.map_or(at, |planned| planned.min(at)));
     }
 
-    /// Resumes jobs in this node's own journal that this process does not know. Another process has entered
-    /// them, or their rows were lost with the disk.
+    /// Resumes what this process does not know of its own journal: jobs that another process has entered, or
+    /// whose rows were lost with the disk, and sums that another process has added.
     async fn look_for_strangers(&mut self) -> Result<(), BackendError> {
         if self.read_own_at.is_none_or(|at| at > Instant::now()) {
             return Ok(());
         }
         let mut entries = self.jobs.journaled(self.node).await?;
+        self.take_over(self.node).await?;
         self.read_own = Some(Instant::now());
         // The order matters: a job moves from the table to the ledger or to the removals, never back.
         entries.retain(|entry| !self.jobs.contains(entry.id));
@@ -241,7 +249,9 @@ impl Adopter {
         books: Outstanding,
     ) -> Result<usize, BackendError> {
         let token = ambient::rng().random();
-        store.begin_restore(node, token).await?;
+        if !store.begin_restore(node, token).await? {
+            return Ok(0);
+        }
         let entry = |id, function, deadline| JournalEntry { id, function, deadline, idempotency_key: None };
         // Their rows are written, so an adopter need not wait for a result.
         let ended = books.ended.into_iter().map(|ended| entry(ended.id, ended.function, 0));
@@ -254,18 +264,15 @@ impl Adopter {
         given_up.extend(books.late);
         let held: HashSet<JobId> = entries.iter().map(|entry| entry.id).collect();
         given_up.retain(|(id, _)| !held.contains(id));
+        let parts = entries.chunks(TOLD_MAX).map(JournalPart::Jobs);
+        let parts = parts.chain(books.sums.chunks(TOLD_MAX).map(JournalPart::Sums));
+        let parts = parts.chain(books.numbered.chunks(TOLD_MAX).map(JournalPart::Numbered));
+        let parts = parts.chain(given_up.chunks(TOLD_MAX).map(JournalPart::GivenUp));
         let told = async {
-            for entries in entries.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::Jobs(entries)).await?;
-            }
-            for sums in books.sums.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::Sums(sums)).await?;
-            }
-            for numbered in books.numbered.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::Numbered(numbered)).await?;
-            }
-            for given_up in given_up.chunks(TOLD_MAX) {
-                store.restore(node, JournalPart::GivenUp(given_up)).await?;
+            for part in parts {
+                if !store.restore(node, token, part).await? {
+                    return Ok(false);
+                }
             }
             store.finish_restore(node, token).await
         };
@@ -274,7 +281,9 @@ impl Adopter {
         self.leave_unsent(node, &entries);
         match told? {
             true => Ok(entries.len()),
-            false => Err(BackendError::Unavailable("the store lost its data during the restore".into())),
+            false => Err(BackendError::Unavailable(
+                "the store lost its data during the restore, or another node restores the journal".into(),
+            )),
         }
     }
 
@@ -314,11 +323,16 @@ impl Adopter {
             if node == self.node {
                 continue;
             }
-            if store.adopt(node, self.node, self.lasts).await? {
-                self.to_give_back.retain(|id| id.node() != node);
-                self.adopt(store, node).await?;
-            } else {
-                self.adopted.remove(&node);
+            match store.adopt(node, self.node, self.lasts).await? {
+                AdoptOutcome::Adopted => {
+                    self.to_give_back.retain(|id| id.node() != node);
+                    self.adopt(store, node).await?;
+                }
+                AdoptOutcome::ByAnother => {
+                    self.adopted.remove(&node);
+                }
+                // Its jobs are given back at the next tick.
+                AdoptOutcome::Alive => {}
             }
         }
         Ok(())

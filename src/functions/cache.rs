@@ -132,6 +132,7 @@ impl FunctionCache {
         };
         // A task, because other callers wait for the same read. It must not be cancelled when this client
         // leaves. It ends by itself, and `LOOK_UPS_MAX` bounds the tasks.
+        #[expect(clippy::disallowed_methods, reason = "`LOOK_UPS_MAX` bounds the tasks")]
         let look_up = ambient::spawn(look_up);
         look_up.await.unwrap_or_else(|_| Err(BackendError::Unavailable("the look-up was aborted".into())))
     }

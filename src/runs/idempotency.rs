@@ -319,6 +319,7 @@ impl Idempotency {
         // Counts as a request, so that the process does not end before the first write.
         let counted = self.0.lifecycle.request();
         // An attempt outlives its client. Each ends with its job, and jobs in flight are bounded.
+        #[expect(clippy::disallowed_methods, reason = "jobs in flight bound the tasks")]
         ambient::spawn(async move {
             let sent = match sending {
                 // A closed channel means that the batch loop has stopped during the send.

@@ -2,16 +2,24 @@
 //! are over and everything has come to rest.
 
 use super::process::LiveNode;
-use super::run::{EXACT_BURST, EXACT_RATE};
+use super::run::{EXACT_BURST, EXACT_RATE, JOB_DEADLINE_S};
 use super::tables::Tables;
-use super::truth::RequestKind;
+use super::truth::{Produced, RequestKind};
 use super::world::{World, world};
 use crate::audit::WRITES_MAX;
 use crate::backend::aws::simulation::Reply;
 use crate::backend::{BATCH_JOBS_MAX, ROWS_MAX};
-use crate::model::{FunctionId, JobId, NodeId, RowKey, Sums};
+use crate::model::{Execution, FunctionId, JobId, NodeId, RowKey, Sums};
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+
+/// How long after its acceptance a job ends as LOST.
+const JOB_DEADLINE_MS: u64 = JOB_DEADLINE_S * 1000;
+/// How far the clocks of a node and of the world may be apart, with the time of one look-up.
+const CLOCKS_DIFFER_MS: u64 = 6_000;
+/// How long before a loss of data a job may have been sent again that two nodes still have, and how long
+/// after it, that the journal does not have yet.
+const RESENT_BEFORE_MS: u64 = JOB_DEADLINE_MS + 20_000;
+const RESENT_AFTER_MS: u64 = 30_000;
 
 /// What keeps a run from being at rest; empty if it is.
 pub fn unrest() -> Vec<String> {
@@ -23,6 +31,7 @@ pub fn unrest() -> Vec<String> {
             }
         };
         is_not(format!("{} messages", world.queue.messages.len()), world.queue.messages.is_empty());
+        is_not(format!("{} dead letters", world.queue.dead.len()), world.queue.dead.is_empty());
         for process in world.processes.alive() {
             let Some(live) = &process.live else {
                 is_not("a process that starts".into(), false);
@@ -95,12 +104,13 @@ pub fn check() {
 /// Each job that was ever on the queue, and each that a client was given, has one truthful row.
 fn rows(world: &mut World, violations: &mut Vec<String>) {
     let truth = &world.truth;
-    let by_id: BTreeMap<JobId, &crate::model::Execution> = world
-        .tables
-        .executions
-        .values()
-        .filter_map(|row| Some((JobId::parse(&row.id.request_id())?, row)))
-        .collect();
+    let mut by_id: BTreeMap<JobId, &Execution> = BTreeMap::new();
+    for row in world.tables.executions.values() {
+        let id = JobId::parse(&row.id.request_id()).expect("every row is that of a job");
+        if by_id.insert(id, row).is_some() {
+            violations.push(format!("job {id} has two rows"));
+        }
+    }
     let live: BTreeSet<NodeId> = world.processes.alive().filter_map(|process| process.node).collect();
     let lost_jobs_allowed = truth.is_redis_rolled_back;
     for (id, number) in truth.accepted.iter().chain(&truth.on_queue) {
@@ -114,22 +124,24 @@ fn rows(world: &mut World, violations: &mut Vec<String>) {
         if row.function != request.function || row.id.key() != RowKey::of(*id).as_str() {
             violations.push(format!("the row of {id} is not that of its function"));
         }
-        // Documented: the node that ended a job as LOST looks for its late result, or the node of the job
-        // does.
-        let has_node = live.contains(&id.node());
-        if row.is_lost() && has_node {
-            // A result that was stored before the deadline, and that Redis has kept, must be found.
-            let stored = truth.results.get(id).into_iter().flatten().find(|produced| produced.is_stored);
-            let is_kept = !truth.is_redis_emptied && !truth.is_redis_rolled_back;
-            if let Some(produced) = stored
-                && is_kept
-            {
+        if row.is_lost() {
+            // Documented: the node that ended a job as LOST looks for its late result, or the node of the job
+            // does. But a result that was stored before the deadline is found in any case.
+            let has_node = live.contains(&id.node());
+            let on_time = id.accepted_at() + JOB_DEADLINE_MS - CLOCKS_DIFFER_MS;
+            // What Redis has lost is found by nobody, and it may have forgotten which jobs are LOST.
+            let is_kept = truth.redis_lost_at.is_none_or(|at| id.accepted_at() > at + CLOCKS_DIFFER_MS);
+            let must_be_found = |produced: &&Produced| {
+                let is_found_late = has_node && truth.redis_lost_at.is_none();
+                produced.is_stored && is_kept && (is_found_late || produced.at < on_time)
+            };
+            if let Some(produced) = truth.results.get(id).into_iter().flatten().find(must_be_found) {
                 violations.push(format!(
                     "job {id} of request {number} is LOST, and its result was stored at {}",
                     produced.at
                 ));
             }
-        } else if !row.is_lost() && !truth.explains(*id, row) {
+        } else if !truth.explains(*id, row) {
             violations.push(format!("the row of {id} shows {} that nobody reported", row.status));
         }
     }
@@ -140,7 +152,8 @@ fn rows(world: &mut World, violations: &mut Vec<String>) {
         let request = truth.attempted.get(id).map(|number| (*number, &truth.requests[*number as usize]));
         if let Some((number, request)) = request
             && request.is_denied
-            // Its process ended before the job had left the journal, so nobody knows that it was denied.
+            // Its process ended, or its node was adopted, before the job had left the journal. The process
+            // that ended the job did not know that it was denied.
             && !row.message.starts_with("unconfirmed")
         {
             violations.push(format!("request {number} was denied, and its job {id} has a row"));
@@ -157,19 +170,18 @@ fn counters(world: &mut World, violations: &mut Vec<String>) {
     for row in world.tables.executions.values() {
         *expected.entry(&row.function).or_default() += Sums::of(row);
     }
-    let adopted = |live: &Arc<LiveNode>| live.metrics.jobs.adopted_nodes.get() > 0;
-    if world.truth.is_redis_emptied && world.processes.serving().iter().any(adopted) {
-        world.truth.is_emptied_in_adoption = true;
-    }
     let truth = &world.truth;
-    // Documented: if Redis loses its data, a job that another node has just sent again may not be counted,
-    // because its own node restores the journal and does not know it yet. The same holds for what an adopter
-    // has just ended.
+    // Documented: if Redis loses its data, a job that two nodes have may be counted twice or never, because
+    // another one has sent it again, and Redis has forgotten which of them has ended it. The same holds for
+    // what an adopter has just ended.
     let is_excepted = |id: &FunctionId| {
         let function =
             |job| truth.attempted.get(job).map(|number| &truth.requests[*number as usize].function);
         truth.is_emptied_in_adoption
-            || truth.is_redis_emptied && truth.resent.iter().any(|job| function(job) == Some(id))
+            || truth.redis_emptied_at.iter().any(|emptied| {
+                let around = emptied.saturating_sub(RESENT_BEFORE_MS)..emptied + RESENT_AFTER_MS;
+                truth.resent.iter().any(|(job, at)| around.contains(at) && function(job) == Some(id))
+            })
     };
     for (id, stored) in world.tables.functions.iter().filter(|(id, _)| !is_excepted(id)) {
         let expected = expected.get(id).copied().unwrap_or_default();

@@ -41,6 +41,17 @@ enum Answer {
     ConnectionLost,
 }
 
+impl Answer {
+    /// The job that it names.
+    fn id(&self) -> Option<JobId> {
+        match self {
+            Self::Accepted(id) | Self::Recorded(id) | Self::StillRunning(id) => Some(*id),
+            Self::Finished(id, _) => *id,
+            Self::Denied(_) | Self::Unclear(_) | Self::ConnectionLost => None,
+        }
+    }
+}
+
 /// Sends the requests of a run until `end`.
 pub fn start(end: Instant, requests: usize) {
     detach(async move {
@@ -206,6 +217,11 @@ fn note(number: usize, answer: &Answer) {
     world(|world| {
         let truth = &mut world.truth;
         truth.requests[number].answers += 1;
+        let is_of_another =
+            |id: &JobId| truth.on_queue.get(id).is_some_and(|request| *request != number as u64);
+        if answer.id().is_some_and(|id| is_of_another(&id)) {
+            truth.violated(format!("request {number} got a job of another request: {answer:?}"));
+        }
         let id = match answer {
             Answer::Denied(_) => None,
             Answer::Unclear(_) | Answer::ConnectionLost => {
@@ -219,7 +235,15 @@ fn note(number: usize, answer: &Answer) {
                 Some(*id)
             }
             Answer::Finished(id, outcome) => {
-                let is_known = id.is_none_or(|id| truth.has_result(id, outcome.published()));
+                let is_own = |id: &JobId| truth.has_result(*id, outcome.published());
+                let is_known = match id {
+                    Some(id) => is_own(id),
+                    // A result that is no JSON, or none at all.
+                    None => {
+                        let of = |(_, request): &(&JobId, &u64)| **request == number as u64;
+                        outcome.is_lost() || truth.on_queue.iter().filter(of).any(|(id, _)| is_own(id))
+                    }
+                };
                 if !is_known {
                     truth.violated(format!("request {number}: a result that nobody produced"));
                 }

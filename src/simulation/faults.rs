@@ -3,8 +3,8 @@
 //! Each run draws some kinds of faults and leaves the others out ("swarm testing", Groce et al. 2012): a
 //! fault that is always there hides what only shows without it.
 
-use super::process::{break_disk, crash, drain, freeze, lose_disk, lose_power, upgrade};
-use super::world::{Outage, Service, trace, world};
+use super::process::{LiveNode, break_disk, crash, drain, freeze, lose_disk, lose_power, upgrade};
+use super::world::{Outage, Service, World, trace, true_ms, world};
 use crate::ambient::replaced::{DiskStep, ProcessNumber};
 use crate::config::Conf;
 use rand::rngs::StdRng;
@@ -18,6 +18,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 /// The interval at which Redis could fail over to a replica: how far it lags.
 const SNAPSHOT_EVERY: Duration = Duration::from_millis(250);
 const SNAPSHOTS_KEPT: usize = 5;
+/// The time after a loss of all data of Redis in which the journals are restored, and the time after the end
+/// of a process in which a successor or another node knows its jobs.
+const RESTORED_WITHIN: Duration = Duration::from_secs(30);
+const TAKEN_OVER_WITHIN: Duration = Duration::from_secs(40);
 
 /// The faults of a run. Probabilities are those of one call or step.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,6 +52,51 @@ pub struct Profile {
     pub every: Duration,
 }
 
+/// All kinds of faults, as their effects are counted.
+pub const NAMES: [&str; 41] = [
+    "call in an outage",
+    "call of a caller that has gone on or died",
+    "clock step",
+    "command of a closed connection",
+    "crash",
+    "disk full",
+    "disk lost",
+    "drain",
+    "entry of a batch not sent",
+    "fail-over of Redis",
+    "failed sync",
+    "file not removed",
+    "job failed by its dead letter",
+    "lost answer",
+    "lost request",
+    "machine gone",
+    "message refused by the queue",
+    "outage of Redis",
+    "outage of the function table",
+    "outage of the log table",
+    "outage of the queue",
+    "partition",
+    "power loss",
+    "process stopped",
+    "process upgraded",
+    "publication lost",
+    "publication repeated",
+    "Redis came back with older data",
+    "Redis lost its data",
+    "refused call",
+    "repeated call",
+    "result not stored",
+    "row left unprocessed",
+    "slow call",
+    "slow worker",
+    "torn write",
+    "unsynced bytes lost",
+    "broken result",
+    "worker died before its result",
+    "worker died before it stored its result",
+    "worker died before it deleted its message",
+];
+
 /// Something that happens to a machine or a service at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Incident {
@@ -61,6 +110,7 @@ pub enum Incident {
     DiskFull,
     TornWrite,
     FailedSync,
+    FailedRemove,
     RedisOutage,
     RedisEmptied,
     RedisRolledBack,
@@ -73,7 +123,7 @@ pub enum Incident {
 }
 
 impl Incident {
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Crash,
         Self::PowerLoss,
         Self::DiskLoss,
@@ -84,6 +134,7 @@ impl Incident {
         Self::DiskFull,
         Self::TornWrite,
         Self::FailedSync,
+        Self::FailedRemove,
         Self::RedisOutage,
         Self::RedisEmptied,
         Self::RedisRolledBack,
@@ -99,11 +150,18 @@ impl Incident {
         1 << (self as u32)
     }
 
-    /// Incidents after which what only one process knew is lost.
-    fn loses_memory(self) -> bool {
+    /// Incidents that end a process, or separate it from the others for a while.
+    fn loses_touch(self) -> bool {
         matches!(
             self,
-            Self::Crash | Self::PowerLoss | Self::DiskLoss | Self::MachineGone | Self::Drain | Self::Upgrade
+            Self::Crash
+                | Self::PowerLoss
+                | Self::DiskLoss
+                | Self::MachineGone
+                | Self::Drain
+                | Self::Upgrade
+                | Self::Freeze
+                | Self::Partition
         )
     }
 }
@@ -152,6 +210,26 @@ impl Plan {
                 seed: rng.random(),
             });
         }
+        // Documented: a job that only Redis knew is lost when its node and the data of Redis are lost
+        // together. Then also, and if another node adopts the jobs of a node at that time, counters may be
+        // off.
+        let of = |incident| incidents.iter().filter(move |planned: &&Planned| planned.incident == incident);
+        let losses: Vec<Duration> = of(Incident::RedisEmptied).map(|planned| planned.at).collect();
+        let outages: Vec<(Duration, Duration)> =
+            of(Incident::RedisOutage).map(|planned| (planned.at, planned.at + planned.lasts)).collect();
+        // Nothing is restored or taken over while Redis does not answer.
+        let after = |at: Duration, time: Duration| {
+            outages.iter().fold(at.saturating_add(time), |end, (from, to)| {
+                if *from < end && *to > at { end.saturating_add(*to - at.max(*from)) } else { end }
+            })
+        };
+        // While the table of a node is full, it takes no jobs of others over.
+        let taken_over = if profile.tight > 0.0 { Duration::MAX } else { TAKEN_OVER_WITHIN };
+        let is_together = |planned: &Planned| {
+            let end = after(planned.at + planned.lasts, taken_over);
+            losses.iter().any(|loss| planned.at < after(*loss, RESTORED_WITHIN) && end > *loss)
+        };
+        incidents.retain(|planned| !(planned.incident.loses_touch() && is_together(planned)));
         Self { profile, incidents }
     }
 }
@@ -186,13 +264,6 @@ impl Profile {
                 profile.incidents |= incident.bit();
             }
         }
-        // Documented: a job that only Redis knew is lost when its node and the data of Redis are lost
-        // together, and counters that were not acknowledged may be added twice then.
-        if profile.has(Incident::RedisEmptied) {
-            for incident in Incident::ALL.into_iter().filter(|incident| incident.loses_memory()) {
-                profile.incidents &= !incident.bit();
-            }
-        }
         profile.is_exact = rng.random_bool(0.25);
         profile.every = Duration::from_millis(rng.random_range(1_000..15_000));
         profile
@@ -217,50 +288,57 @@ pub async fn strike(began: Instant, incidents: Vec<Planned>, conf: Arc<Conf>) {
 }
 
 fn happen(planned: &Planned, conf: &Arc<Conf>) {
+    let Planned { incident, machine, lasts, .. } = *planned;
+    trace(|| format!("incident {incident:?} of machine {machine} for {lasts:?}"));
+    if takes_effect(planned, conf) {
+        world(|world| world.bite(name(incident)));
+    }
+}
+
+/// Lets an incident happen. Returns whether it has an effect that is to be counted now.
+fn takes_effect(planned: &Planned, conf: &Arc<Conf>) -> bool {
     let Planned { incident, machine, lasts, seed, .. } = *planned;
     let rng = &mut StdRng::seed_from_u64(seed);
-    trace(|| format!("incident {incident:?} of machine {machine} for {lasts:?}"));
-    world(|world| world.bite(name(incident)));
     match incident {
         Incident::Crash => crash(machine, lasts),
         Incident::PowerLoss => lose_power(machine, lasts),
         Incident::DiskLoss => lose_disk(machine, lasts),
         Incident::MachineGone => {
-            let others = world(|world| world.processes.machines.iter().filter(|m| !m.is_gone).count());
-            if others > 1 {
+            let left = world(|world| world.processes.machines.iter().filter(|m| !m.is_gone).count());
+            left > 1 && {
                 world(|world| world.processes.machines[machine].is_gone = true);
-                crash(machine, lasts);
+                crash(machine, lasts)
             }
         }
-        Incident::Freeze => freeze(machine, lasts),
         Incident::Drain => {
-            for live in world(|world| world.processes.serving()) {
-                if world(|world| world.processes.all[live.process.0].machine == machine) {
-                    drain(live.process, conf);
-                }
-            }
+            let of_machine =
+                |live: &Arc<LiveNode>| world(|world| world.processes.all[live.process.0].machine == machine);
+            let serving = world(|world| world.processes.serving());
+            let drained = serving.iter().filter(|live| of_machine(live) && drain(live.process, conf)).count();
+            drained > 0
         }
-        Incident::Upgrade => upgrade(machine, conf),
-        Incident::DiskFull => break_disk(machine, DiskStep::Write, lasts),
-        Incident::TornWrite => break_disk(machine, DiskStep::Truncate, lasts),
-        Incident::FailedSync => break_disk(machine, DiskStep::Sync, lasts),
+        // These count their effects, which come later or never.
+        Incident::Freeze => {
+            freeze(machine, lasts);
+            false
+        }
+        Incident::Upgrade => {
+            upgrade(machine, conf);
+            false
+        }
+        Incident::DiskFull | Incident::TornWrite | Incident::FailedSync | Incident::FailedRemove => {
+            let fails = match incident {
+                Incident::DiskFull => DiskStep::Write,
+                Incident::TornWrite => DiskStep::Truncate,
+                Incident::FailedSync => DiskStep::Sync,
+                _ => DiskStep::Remove,
+            };
+            break_disk(machine, fails, lasts);
+            false
+        }
         Incident::RedisOutage => outage(Service::Redis, None, lasts),
-        Incident::RedisEmptied => world(|world| {
-            let keys = world.redis.server.key_names(world.redis_us());
-            world.truth.is_emptied_in_adoption |= keys.iter().any(|key| key.starts_with("adopted:"));
-            world.redis.server.lose_everything();
-            world.redis.snapshots.clear();
-            world.truth.is_redis_emptied = true;
-            fail_over(world);
-        }),
-        Incident::RedisRolledBack => world(|world| {
-            if let Some((_, old)) = world.redis.snapshots.pop_front() {
-                world.redis.server.restore(old);
-                world.redis.snapshots.clear();
-                world.truth.is_redis_rolled_back = true;
-            }
-            fail_over(world);
-        }),
+        Incident::RedisEmptied => world(empty_redis),
+        Incident::RedisRolledBack => world(roll_redis_back),
         Incident::RedisFailOver => world(fail_over),
         Incident::QueueOutage => outage(Service::Queue, None, lasts),
         Incident::LogTableOutage => outage(Service::LogTable, None, lasts),
@@ -270,51 +348,78 @@ fn happen(planned: &Planned, conf: &Arc<Conf>) {
             let process = serving.choose(rng).map(|live| live.process);
             let services = [Service::Redis, Service::Queue, Service::LogTable, Service::FunctionTable];
             let service = *services.choose(rng).expect("a constant");
-            if process.is_some() {
-                outage(service, process, lasts);
-            }
+            process.is_some() && outage(service, process, lasts)
         }
         Incident::ClockStep => {
-            let processes = world(|world| world.processes.all.len().max(1));
-            let process = ProcessNumber(rng.random_range(0..processes));
             let (offset, of_redis) = (rng.random_range(-1_500_000..1_500_000), rng.random_bool(0.3));
-            if of_redis {
-                world(|world| world.redis.offset_us = offset);
-            } else {
-                super::world::set_clock(process, offset, 0);
+            let serving = world(|world| world.processes.serving());
+            match serving.choose(rng).filter(|_| !of_redis) {
+                Some(live) => super::world::set_clock(live.process, offset, 0),
+                None => world(|world| world.redis.offset_us = offset),
             }
+            true
         }
     }
 }
 
-/// Another server answers for Redis: connections and subscriptions break.
-fn fail_over(world: &mut super::world::World) {
-    world.redis.connections.clear();
-    world.break_subscriptions();
+/// Redis comes back without its data.
+fn empty_redis(world: &mut World) -> bool {
+    let keys = world.redis.server.key_names(world.redis_us());
+    world.truth.is_emptied_in_adoption |= keys.iter().any(|key| key.starts_with("adopted:"));
+    world.redis.server.lose_everything();
+    world.redis.snapshots.clear();
+    world.truth.redis_emptied_at.push(true_ms());
+    world.truth.redis_lost_at = Some(true_ms());
+    fail_over(world)
 }
 
-fn outage(service: Service, process: Option<ProcessNumber>, lasts: Duration) {
+/// A replica that lags takes over, or a snapshot is read: by a quarter of a second, or by more than one.
+fn roll_redis_back(world: &mut World) -> bool {
+    let older = world.redis.snapshots.len();
+    if older == 0 {
+        return false;
+    }
+    let at = world.rng.random_range(0..older);
+    let (_, old) = world.redis.snapshots.remove(at).expect("it is one of them");
+    world.redis.server.restore(old);
+    world.redis.snapshots.clear();
+    world.truth.is_redis_rolled_back = true;
+    world.truth.redis_lost_at = Some(true_ms());
+    fail_over(world)
+}
+
+/// Another server answers for Redis: connections and subscriptions break.
+fn fail_over(world: &mut World) -> bool {
+    world.redis.connections.clear();
+    world.break_subscriptions();
+    true
+}
+
+fn outage(service: Service, process: Option<ProcessNumber>, lasts: Duration) -> bool {
     world(|world| {
         let refuses = world.rng.random_bool(0.5);
         world.outages.push(Outage { service, process, refuses, until: Instant::now() + lasts });
         if service == Service::Redis && process.is_none() {
             world.break_subscriptions();
         }
-    });
+        true
+    })
 }
 
+/// The name of an incident that takes effect at once.
 fn name(incident: Incident) -> &'static str {
     match incident {
         Incident::Crash => "crash",
         Incident::PowerLoss => "power loss",
         Incident::DiskLoss => "disk lost",
         Incident::MachineGone => "machine gone",
-        Incident::Freeze => "freeze",
+        Incident::Freeze => "process stopped",
         Incident::Drain => "drain",
-        Incident::Upgrade => "upgrade",
-        Incident::DiskFull => "full disk",
-        Incident::TornWrite => "tearing disk",
-        Incident::FailedSync => "disk that does not sync",
+        Incident::Upgrade => "process upgraded",
+        Incident::DiskFull => "disk full",
+        Incident::TornWrite => "torn write",
+        Incident::FailedSync => "failed sync",
+        Incident::FailedRemove => "file not removed",
         Incident::RedisOutage => "outage of Redis",
         Incident::RedisEmptied => "Redis lost its data",
         Incident::RedisRolledBack => "Redis came back with older data",

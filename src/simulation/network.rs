@@ -8,8 +8,11 @@ use futures_util::future::BoxFuture;
 use rand::Rng;
 use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
+/// How long a caller waits for a table or the queue, as in `backend::aws::json_call`. A slower call takes its
+/// effect after its caller has given up and gone on.
+const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longer than any caller waits.
 const NEVER: Duration = Duration::from_secs(3600);
 
@@ -93,7 +96,14 @@ pub async fn call<T: Send + 'static>(
     let (answer, answered) = oneshot::channel();
     detach(carry(trip, process, what, apply, answer));
     // The sender is kept until there is an answer.
-    answered.await.unwrap_or(Err(NoAnswer::Lost))
+    match service {
+        // The command connection has a deadline of its own.
+        Service::Redis => answered.await.unwrap_or(Err(NoAnswer::Lost)),
+        _ => match timeout(CALL_TIMEOUT, answered).await {
+            Ok(answer) => answer.unwrap_or(Err(NoAnswer::Lost)),
+            Err(_) => Err(NoAnswer::Lost),
+        },
+    }
 }
 
 async fn carry<T: Send + 'static>(
@@ -134,7 +144,7 @@ async fn carry<T: Send + 'static>(
                 });
             }
             if answer.is_closed() {
-                world(|world| world.bite("call of a caller that is gone"));
+                world(|world| world.bite("call of a caller that has gone on or died"));
             }
             Ok(value)
         }
@@ -259,9 +269,9 @@ impl World {
             Some([b"CLIENT", b"INFO"]) => {
                 vec![Reply::Bulk(format!("id={connection} addr={ADDRESS}{connection} name=\n").into_bytes())]
             }
-            Some([b"CLIENT", b"KILL", b"ADDR", address]) => {
-                let text = String::from_utf8_lossy(address);
-                let former = text.strip_prefix(ADDRESS).and_then(|number| number.parse().ok());
+            Some([b"CLIENT", b"KILL", b"ID", id, b"ADDR", address]) => {
+                let [id, address] = [id, address].map(|text| String::from_utf8_lossy(text));
+                let former = id.parse().ok().filter(|former| address == format!("{ADDRESS}{former}"));
                 let is_closed = former.is_some_and(|former| self.redis.connections.remove(&former));
                 vec![Reply::Int(i64::from(is_closed))]
             }

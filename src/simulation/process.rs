@@ -7,7 +7,7 @@ use super::queue::{DeadLetterQueue, SqsStandIn};
 use super::tables::{ClaimItems, Code, Executions, Functions};
 use super::world::{World, set_clock, trace, world};
 use crate::ambient;
-use crate::ambient::replaced::{DiskStep, ProcessNumber, Scope};
+use crate::ambient::replaced::{DiskStep, ProcessNumber, SYNC_TAKES, Scope};
 use crate::audit::SpillDirs;
 use crate::backend::aws::simulation::{
     CommandConnection, RedisJournal, RedisLimits, RedisMembership, stored_results,
@@ -42,7 +42,7 @@ pub struct Processes {
     pub all: Vec<Process>,
     pub machines: Vec<Machine>,
     /// The length up to which each file, by inode, is on its disk.
-    pub synced: BTreeMap<u64, u64>,
+    pub synced: BTreeMap<u64, Synced>,
 }
 
 pub struct Process {
@@ -175,10 +175,31 @@ impl World {
             self.bite(match fails {
                 DiskStep::Write => "disk full",
                 DiskStep::Truncate => "torn write",
+                DiskStep::Remove => "file not removed",
                 _ => "failed sync",
             });
             self.rng.random_range(0..1000)
         })
+    }
+}
+
+/// How much of a file outlives a loss of power.
+#[derive(Clone, Copy, Default)]
+pub struct Synced {
+    before: u64,
+    len: u64,
+    /// When the last sync is done.
+    done_at: Option<Instant>,
+}
+
+impl Synced {
+    /// A sync of the first `len` bytes begins.
+    pub fn grow(&mut self, len: u64) {
+        *self = Self { before: self.len(), len, done_at: Some(Instant::now() + SYNC_TAKES) };
+    }
+
+    fn len(&self) -> u64 {
+        if self.done_at.is_none_or(|at| at <= Instant::now()) { self.len } else { self.before }
     }
 }
 
@@ -293,6 +314,7 @@ async fn serve(process: ProcessNumber, machine: usize, conf: Arc<Conf>) -> Resul
     let restored = i64::try_from(restored).unwrap_or(i64::MAX);
     let disk = loops.disk.clone();
     if let Some(rows) = disk.clone() {
+        #[expect(clippy::disallowed_methods, reason = "one for each process, as in boot")]
         ambient::spawn(async move {
             loop {
                 sleep(PROBE_EVERY).await;
@@ -412,27 +434,28 @@ pub fn end(process: ProcessNumber) {
     drop((live, running));
 }
 
-/// Ends the processes of a machine, which stays down for a while.
-pub fn crash(machine: usize, down: Duration) {
-    for process in world(|world| world.processes.of_machine(machine)) {
-        end(process);
-    }
+/// Ends the processes of a machine, which stays down for a while. Returns whether there were any.
+pub fn crash(machine: usize, down: Duration) -> bool {
+    let processes = world(|world| world.processes.of_machine(machine));
+    let has_any = !processes.is_empty();
+    processes.into_iter().for_each(end);
     world(|world| {
         let of = &mut world.processes.machines[machine];
         of.down_until = Some(Instant::now() + down);
         of.stopped_until = None;
     });
+    has_any
 }
 
 /// Like [`crash`]; what was not synced may be lost.
-pub fn lose_power(machine: usize, down: Duration) {
-    crash(machine, down);
+pub fn lose_power(machine: usize, down: Duration) -> bool {
+    let has_ended = crash(machine, down);
     let root = world(|world| world.processes.machines[machine].root.clone());
     for path in files_below(&root) {
         use std::os::unix::fs::MetadataExt;
         let Ok(metadata) = path.metadata() else { continue };
         let torn = world(|world| {
-            let synced = world.processes.synced.get(&metadata.ino()).copied().unwrap_or(0);
+            let synced = world.processes.synced.get(&metadata.ino()).map_or(0, Synced::len);
             (synced < metadata.len()).then(|| {
                 world.bite("unsynced bytes lost");
                 world.rng.random_range(synced..=metadata.len())
@@ -443,17 +466,19 @@ pub fn lose_power(machine: usize, down: Duration) {
             file.set_len(len).expect("a file of the run can be cut");
         }
     }
+    has_ended
 }
 
 /// Like [`crash`], and its disk is empty when it comes back.
-pub fn lose_disk(machine: usize, down: Duration) {
-    crash(machine, down);
+pub fn lose_disk(machine: usize, down: Duration) -> bool {
+    let has_ended = crash(machine, down);
     let root = world(|world| {
         let of = &mut world.processes.machines[machine];
         of.dirs.clear();
         of.root.clone()
     });
     let _ = std::fs::remove_dir_all(root);
+    has_ended
 }
 
 fn files_below(dir: &Path) -> Vec<PathBuf> {
@@ -487,8 +512,8 @@ pub fn break_disk(machine: usize, fails: DiskStep, lasts: Duration) {
     world(|world| world.processes.machines[machine].disk_fails = Some((Instant::now() + lasts, fails)));
 }
 
-/// Stops a process in the order of `boot`. It ends by itself.
-pub fn drain(process: ProcessNumber, conf: &Arc<Conf>) {
+/// Stops a process in the order of `boot`. It ends by itself. Returns `false` if it does not serve.
+pub fn drain(process: ProcessNumber, conf: &Arc<Conf>) -> bool {
     let drains = world(|world| {
         let of = &mut world.processes.all[process.0];
         if of.state != ProcessState::Serves {
@@ -497,7 +522,7 @@ pub fn drain(process: ProcessNumber, conf: &Arc<Conf>) {
         of.state = ProcessState::Drains;
         Some((of.live.clone()?, of.running.take()?))
     });
-    let Some((live, mut running)) = drains else { return };
+    let Some((live, mut running)) = drains else { return false };
     trace(|| format!("p{} drains", process.0));
     let drain = Duration::from_secs(conf.shutdown.drain_timeout_s);
     spawn_in(process, async move {
@@ -509,6 +534,7 @@ pub fn drain(process: ProcessNumber, conf: &Arc<Conf>) {
         drop(live);
         detach(async move { end(process) });
     });
+    true
 }
 
 /// Replaces the process of a machine by a new one, which starts beside it.
@@ -523,8 +549,10 @@ pub fn upgrade(machine: usize, conf: &Arc<Conf>) {
                 (state == ProcessState::Serves, state == ProcessState::Dead)
             });
             if serves {
-                world(|world| world.bite("process upgraded"));
-                return drain(old, &conf);
+                if drain(old, &conf) {
+                    world(|world| world.bite("process upgraded"));
+                }
+                return;
             }
             if has_ended {
                 return;

@@ -5,9 +5,9 @@ use super::network::{NoAnswer, call};
 use super::truth::number_of;
 use super::world::{Service, World, elapsed_us, trace, world};
 use crate::ambient::replaced;
-use crate::backend::aws::simulation::Command;
+use crate::backend::aws::simulation::{Command, Reply};
 use crate::backend::{BackendError, DeadLetter, DeadLetters, JobQueue, QueueTraits, SendError};
-use crate::model::{FunctionId, Job, JobId};
+use crate::model::{FunctionId, Job, JobId, RowKey};
 use async_trait::async_trait;
 use bytes::Bytes;
 use rand::Rng;
@@ -108,7 +108,7 @@ impl JobQueue for SqsStandIn {
         world(|world| {
             let sender = replaced::current().and_then(|process| world.processes.all[process.0].node);
             let resent = jobs.iter().map(|job| job.id).filter(|id| Some(id.node()) != sender);
-            world.truth.resent.extend(resent);
+            resent.for_each(|id| world.truth.resent_at(id));
             world.truth.attempted.extend(jobs.iter().map(|job| (job.id, number_of(&job.message))));
         });
         // Drawn once for the call: if it is applied twice, the queue accepts the same entries.
@@ -146,10 +146,29 @@ impl World {
             self.bite("entry of a batch not sent");
             return Err(SendError::NotSent("simulated: throttled".into()));
         }
+        self.check_journaled(job);
         self.queue.add(job);
         self.truth.enqueued(job);
         self.note(|| format!("queued {}", job.id));
         Ok(())
+    }
+}
+
+impl World {
+    /// A job is on the queue only if the journal of its node has it.
+    fn check_journaled(&mut self, job: &Job) {
+        let key = RowKey::of(job.id);
+        // A call may take so long that its job has ended as LOST.
+        let has_row = self.tables.executions.contains_key(&(job.function.clone(), key.as_str().to_owned()));
+        if has_row || self.truth.on_queue.contains_key(&job.id) || self.truth.redis_lost_at.is_some() {
+            return;
+        }
+        let key = format!("inflight:{{{}}}", job.id.node());
+        let is_held: Command = vec![b"HEXISTS".to_vec(), key.into(), job.id.to_string().into()];
+        let now = self.redis_us();
+        if self.redis.server.run(now, &is_held) != Reply::Int(1) {
+            self.truth.violated(format!("job {} is on the queue and not in the journal", job.id));
+        }
     }
 }
 
@@ -178,7 +197,7 @@ impl DeadLetters for DeadLetterQueue {
             let words = |words: &[&[u8]]| -> Command { words.iter().map(|word| word.to_vec()).collect() };
             let key = format!("job:{id}");
             let set = words(&[b"SET", key.as_bytes(), &payload, b"NX", b"EX", b"3600"]);
-            let stored = world.run_on_redis(&[set]) != [crate::backend::aws::simulation::Reply::Nil];
+            let stored = world.run_on_redis(&[set]) != [Reply::Nil];
             if stored {
                 world.truth.produced(id, &payload, true);
             }

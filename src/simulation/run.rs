@@ -26,6 +26,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(3);
 /// At rest for this long, so that the last look-ups of late results are made.
 const RESTS_FOR: Duration = Duration::from_secs(130);
 
+/// How long after its acceptance a job ends as LOST, in seconds.
+pub const JOB_DEADLINE_S: u64 = 25;
+
 /// The exact limit: requests a minute, and how many of them at once.
 pub const EXACT_RATE: u32 = 180;
 pub const EXACT_BURST: u32 = 20;
@@ -43,11 +46,10 @@ impl Profile {
     /// The settings of all processes.
     fn conf(&self) -> Conf {
         let mut conf = Conf::shipped().expect("the shipped settings are valid");
-        conf.waits.job_deadline_s = Some(25);
+        conf.waits.job_deadline_s = Some(JOB_DEADLINE_S);
         conf.waits.sync_default_s = 10;
         conf.dead_letter.every_s = 5;
         conf.dead_letter.consume = true;
-        conf.audit.aside_after_s = 30;
         conf.shutdown.drain_timeout_s = 5;
         let (mode, rate, burst) = if self.is_exact {
             (LimitMode::Exact, EXACT_RATE, EXACT_BURST)

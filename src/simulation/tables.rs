@@ -1,7 +1,8 @@
 //! The tables: executions, claims and functions, with the conditions of their writes.
 
 use super::network::{NoAnswer, call};
-use super::world::{Service, World};
+use super::world::{Service, World, world};
+use crate::ambient::replaced;
 use crate::backend::aws::simulation::{CounterStore, PostNumber};
 use crate::backend::{
     BackendError, Claim, Claims, CodeList, CodeStore, ExecutionStore, FunctionPage, FunctionStore,
@@ -165,6 +166,12 @@ impl Claims for ClaimItems {
 
     async fn try_again(&self, claimed: &StoredClaim, attempt: JobId) -> Result<bool, BackendError> {
         let (job, before) = (claimed.claim.job, claimed.attempt);
+        world(|world| {
+            let node = replaced::current().and_then(|process| world.processes.all[process.0].node);
+            if node != Some(job.node()) {
+                world.truth.resent_at(job);
+            }
+        });
         let is_met = move |found: Option<&StoredClaim>| {
             found.is_some_and(|found| {
                 found.claim.job == job
@@ -261,7 +268,6 @@ impl World {
                     && stored.function.updated_at == before.updated_at =>
             {
                 stored.function = after.clone();
-                self.truth.function_written(id, after.version);
                 FunctionWriteOutcome::Done
             }
             _ => FunctionWriteOutcome::Conflict,

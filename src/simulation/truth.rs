@@ -9,21 +9,21 @@ pub struct Truth {
     pub requests: Vec<Request>,
     /// The jobs of which a send was attempted, with the number of their request.
     pub attempted: BTreeMap<JobId, u64>,
-    /// The jobs that another node than theirs has sent.
-    pub resent: BTreeSet<JobId>,
+    /// The jobs that another node than theirs has sent, and when last, in Unix milliseconds.
+    pub resent: BTreeMap<JobId, u64>,
     /// The jobs that were ever on the queue, with the number of their request.
     pub on_queue: BTreeMap<JobId, u64>,
     /// Jobs whose ids a client was given.
     pub accepted: BTreeMap<JobId, u64>,
     pub results: BTreeMap<JobId, Vec<Produced>>,
-    /// The version of each function, and when it was written, in microseconds since the run began.
-    pub versions: BTreeMap<FunctionId, u64>,
     /// Redis has come back with older data: counters may be off, and some jobs forgotten.
     pub is_redis_rolled_back: bool,
-    /// Redis has lost all data.
-    pub is_redis_emptied: bool,
+    /// When Redis lost all data, in Unix milliseconds.
+    pub redis_emptied_at: Vec<u64>,
     /// It did so while a node was adopted.
     pub is_emptied_in_adoption: bool,
+    /// When Redis last lost data, in Unix milliseconds.
+    pub redis_lost_at: Option<u64>,
     /// When the limiter let requests pass, in microseconds since the run began.
     pub passed: Vec<u64>,
     pub violations: Vec<String>,
@@ -77,6 +77,10 @@ impl Truth {
         self.on_queue.insert(job.id, number);
     }
 
+    pub fn resent_at(&mut self, id: JobId) {
+        self.resent.insert(id, super::world::true_ms());
+    }
+
     pub fn is_refused_by_queue(&self, message: &[u8]) -> bool {
         self.is_of_kind(number_of(message), RequestKind::RefusedByQueue)
     }
@@ -97,10 +101,6 @@ impl Truth {
             Some(_) => {}
             None => of.push(Produced { payload: Bytes::copy_from_slice(payload), is_stored, at }),
         }
-    }
-
-    pub fn function_written(&mut self, id: &FunctionId, version: u64) {
-        self.versions.insert(id.clone(), version);
     }
 
     /// Whether a worker has produced this result.

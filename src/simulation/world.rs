@@ -146,6 +146,7 @@ impl World {
 
     /// A fault has taken effect.
     pub fn bite(&mut self, fault: &'static str) {
+        debug_assert!(super::faults::NAMES.contains(&fault), "{fault}");
         *self.bites.entry(fault).or_default() += 1;
     }
 
@@ -263,6 +264,6 @@ impl Surroundings for Ambience {
     }
 
     fn synced(&self, inode: u64, len: u64) {
-        world(|world| world.processes.synced.insert(inode, len));
+        world(|world| world.processes.synced.entry(inode).or_default().grow(len));
     }
 }

@@ -60,6 +60,8 @@ struct RowJson<'a> {
     /// Absent in segments of earlier versions.
     #[serde(default)]
     is_late: bool,
+    #[serde(default)]
+    is_shared: bool,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -90,6 +92,7 @@ impl<'a> RowJson<'a> {
             advice,
             kept: record.kept.as_ref().map(|kept| (kept.key.to_string(), kept.result.to_vec())),
             is_late: record.is_late,
+            is_shared: record.is_shared,
         }
     }
 
@@ -125,7 +128,7 @@ impl<'a> RowJson<'a> {
             recommendation,
             kept,
             is_late: self.is_late,
-            is_shared: false,
+            is_shared: self.is_shared,
             since: Instant::now(),
             counted: 0,
         })

@@ -57,6 +57,22 @@ fn rows_are_replayed_in_order_also_after_a_restart() {
 }
 
 #[test]
+fn a_row_keeps_how_it_is_to_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let spill = open(dir.path(), 1 << 20);
+    let kinds = [(false, false), (true, false), (false, true), (true, true)];
+    let records: Vec<Record> = kinds
+        .iter()
+        .zip(0..)
+        .map(|(&(is_late, is_shared), n)| Record { is_late, is_shared, ..record(n) })
+        .collect();
+    spill.append(&records).unwrap();
+    let replay = spill.next(10).unwrap().unwrap();
+    let read: Vec<_> = replay.records.iter().map(|record| (record.is_late, record.is_shared)).collect();
+    assert_eq!(read, kinds);
+}
+
+#[test]
 fn rows_whose_files_have_vanished_are_abandoned_after_a_delay() {
     let dir = tempfile::tempdir().unwrap();
     let spill = open(&dir.path().join("spool"), 1 << 20);

@@ -320,6 +320,91 @@ async fn a_job_that_ended_is_neither_resent_nor_kept_in_the_journal() {
     }
 }
 
+/// Another node may have adopted an unsent job while this one stood still. It ends the job then.
+#[tokio::test(start_paused = true)]
+async fn an_unsent_job_stays_in_the_journal_if_another_node_may_have_it() {
+    let not_sent = vec![Err(SendError::NotSent("x".into())); 100];
+    for is_shared in [false, true] {
+        let (fixture, run) = fixture(ScriptedQueue::new(false, &not_sent), SetJournal::default());
+        let work = async {
+            let id = JobId::new(NodeId(1), 1, 7);
+            let sending = fixture.send(7, "f", 1);
+            tokio::time::sleep(Duration::from_millis(4)).await;
+            if is_shared {
+                fixture.in_flight.share_all(); // as after a lapse of the lease
+            }
+            assert_eq!(sending.await.unwrap(), Err(SubmitError::Unavailable));
+            fixture.leaves.clear().await;
+            assert!(!fixture.in_flight.contains(id));
+            assert_eq!(fixture.journal.contains(id).await.unwrap(), is_shared);
+            assert_eq!(fixture.leaves.take_has_strangers(), is_shared);
+            drop(fixture);
+        };
+        tokio::join!(run, work);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_stays_in_the_journal_if_its_node_was_adopted_meanwhile() {
+    let (second, lease_s) = (Duration::from_secs(1), 10);
+    let lease = Arc::new(NodeLease::lapsed());
+    let renew = || lease.renewed(Instant::now(), lease_s * second, 2);
+    let store = Arc::new(SetJournal::default());
+    let journal = NodeJournal::new(Arc::clone(&store) as _, Arc::clone(&lease));
+    renew();
+    let before = Instant::now();
+    let [a, b, c, d] = [1, 2, 3, 4].map(|n| JobId::new(NodeId(1), 1, n));
+    store.held.lock().extend([a, b, c, d]);
+    let leave = async |id, since| {
+        journal.leave([id], since);
+        journal.clear().await;
+        (store.held.lock().contains(&id), journal.take_has_strangers())
+    };
+    assert_eq!(leave(a, before).await, (false, false));
+    tokio::time::advance(2 * lease_s * second).await;
+    assert_eq!(leave(b, Instant::now()).await, (true, false), "it is lapsed, so the job waits");
+    renew();
+    assert_eq!(leave(c, before).await, (false, false), "nobody has adopted the jobs");
+    assert!(!store.held.lock().contains(&b));
+    lease.shared();
+    tokio::time::advance(second).await;
+    assert_eq!(leave(d, before).await, (true, true), "another node has adopted it");
+    assert_eq!(leave(d, Instant::now()).await, (false, false));
+}
+
+/// A job that was to leave is sent again before that.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_enters_again_does_not_leave() {
+    let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let jobs = [1, 2, 3].map(|n| JobId::new(NodeId(1), 1, n));
+    fixture.journal.held.lock().extend(jobs);
+    fixture.leaves.leave(jobs, Instant::now());
+    assert!(fixture.leaves.keep(jobs[0]) && !fixture.leaves.keep(jobs[0]));
+    let job = Job {
+        id: jobs[1],
+        function: FunctionId::parse("f").unwrap(),
+        idempotency_key: None,
+        deadline: 0,
+        message: "{}".into(),
+    };
+    fixture.leaves.enter(&[job]).await.unwrap();
+    fixture.leaves.clear().await;
+    let held = jobs.map(|id| fixture.journal.held.lock().contains(&id));
+    assert_eq!(held, [true, true, false]);
+}
+
+/// A job that has ended while its send failed leaves the journal with its row.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_has_ended_is_not_taken_for_unsent() {
+    let (fixture, _run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let id = JobId::new(NodeId(1), 1, 7);
+    drop(fixture.send(7, "f", 1));
+    fixture.in_flight.settle(id, Outcome::lost(true));
+    assert!(fixture.in_flight.remove_unsent(id) && fixture.in_flight.contains(id));
+    fixture.in_flight.remove(id);
+    assert!(fixture.in_flight.remove_unsent(id), "its row is written, and its entry belongs to the ledger");
+}
+
 /// At shutdown the loop of look-ups may clear the journal too.
 #[tokio::test(start_paused = true)]
 async fn the_journal_may_be_cleared_twice_at_once() {

@@ -197,19 +197,19 @@ impl Membership for Store {
     async fn renew(&self, node: NodeId, _: Duration) -> Result<LeaseRenewal, BackendError> {
         self.listed.lock().insert(node);
         let others = FleetState { lapsed: Vec::new(), alive: 1 };
-        Ok(LeaseRenewal::Renewed { others, is_contested: false })
+        Ok(LeaseRenewal::Renewed { others, is_contested: false, adoptions: 0 })
     }
 
-    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<bool, BackendError> {
-        Ok(true)
+    async fn adopt(&self, _: NodeId, _: NodeId, _: Duration) -> Result<AdoptOutcome, BackendError> {
+        Ok(AdoptOutcome::Adopted)
     }
 
     async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {
         Ok(self.listed.lock().remove(&dead))
     }
 
-    async fn entrust(&self, node: NodeId) -> Result<(), BackendError> {
-        self.relist(node).await.map(drop)
+    async fn entrust(&self, _: NodeId) -> Result<(), BackendError> {
+        Ok(())
     }
 
     async fn relist(&self, node: NodeId) -> Result<bool, BackendError> {
@@ -220,25 +220,37 @@ impl Membership for Store {
         Ok(self.with(node, |data| data.is_whole))
     }
 
-    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
-        self.with(node, |data| data.telling = Some(token));
-        Ok(())
+    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+        Ok(self.with(node, |data| {
+            if !data.is_whole {
+                data.telling = Some(token);
+            }
+            !data.is_whole
+        }))
     }
 
-    async fn restore(&self, node: NodeId, told: JournalPart<'_>) -> Result<(), BackendError> {
-        self.with(node, |data| match told {
-            JournalPart::Jobs(jobs) => data.in_flight.extend(jobs.iter().map(|job| (job.id, job.clone()))),
-            JournalPart::Sums(sums) => data.sums.extend(sums.iter().cloned()),
-            JournalPart::Numbered(all) => {
-                data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone())));
+    async fn restore(&self, node: NodeId, token: u64, told: JournalPart<'_>) -> Result<bool, BackendError> {
+        let is_told = self.with(node, |data| {
+            if data.telling != Some(token) {
+                return false;
             }
-            JournalPart::GivenUp(jobs) => data.given_up.extend(jobs.iter().cloned()),
+            match told {
+                JournalPart::Jobs(jobs) => {
+                    data.in_flight.extend(jobs.iter().map(|job| (job.id, job.clone())));
+                }
+                JournalPart::Sums(sums) => data.sums.extend(sums.iter().cloned()),
+                JournalPart::Numbered(all) => {
+                    data.numbered.extend(all.iter().map(|n| (n.function.clone(), n.clone())));
+                }
+                JournalPart::GivenUp(jobs) => data.given_up.extend(jobs.iter().cloned()),
+            }
+            true
         });
         if self.lost_after.load(Ordering::Relaxed) > 0 && self.lost_after.fetch_sub(1, Ordering::Relaxed) == 1
         {
             self.lose_all();
         }
-        Ok(())
+        Ok(is_told)
     }
 
     async fn finish_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
@@ -369,8 +381,8 @@ impl Fixture {
         let conf = Conf::shipped().unwrap();
         let metrics = Arc::new(Metrics::new(10).unwrap());
         let of = || Arc::clone(store);
-        let stores =
-            Stores { executions: of(), claims: of(), journal: of(), functions: of(), membership: Some(of()) };
+        let (executions, claims, journal, functions) = (of(), of(), of(), of());
+        let stores = Stores { executions, claims, journal, functions, node, membership: Some(of()) };
         let lease = Arc::new(NodeLease::lapsed());
         let (audit, books) = audit::new(&conf.memory, stores, None, Arc::clone(&lease), Arc::clone(&metrics));
         let (jobs, lookups, rows) = NodeJobs::without_queue(of(), of(), &lease, audit, &metrics);

@@ -12,7 +12,7 @@
 //! counted twice. So a new connection first makes the server close the connections that it replaces (CLIENT
 //! KILL). What they have not run by then never runs. A process that has died or is paused may have such
 //! commands too. So each process stores the address of its connection in Redis, and a process that takes over
-//! its node first closes that connection (see [`CommandConnection::sign`]).
+//! its node first closes that connection (see [`CommandConnection::record_client`]).
 
 #[cfg(test)]
 use super::simulated::{RedisLink, SimulatedConnection};
@@ -175,15 +175,42 @@ pub struct CommandConnection {
     connecting: tokio::sync::Mutex<()>,
 }
 
+/// How a server names a connection. The address alone is not enough: long after its process has ended,
+/// another client may have it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct ClientName {
+    /// A server gives an id to one connection only, until it is restarted.
+    id: String,
+    address: String,
+}
+
+impl ClientName {
+    /// The name in an answer to CLIENT INFO.
+    fn of(info: &str) -> Option<Self> {
+        let field = |name| info.split(' ').find_map(|part| part.strip_prefix(name)).map(str::to_owned);
+        Some(Self { id: field("id=")?, address: field("addr=")? })
+    }
+
+    fn text(&self) -> String {
+        format!("{} {}", self.id, self.address)
+    }
+
+    /// Parses [`Self::text`].
+    fn parse(text: &str) -> Option<Self> {
+        let (id, address) = text.split_once(' ')?;
+        Some(Self { id: id.to_owned(), address: address.to_owned() })
+    }
+}
+
 #[derive(Default)]
 struct ConnectionState {
     connection: Option<Connection>,
-    /// The client address of the connection, as the server sees it. `None`: the server does not tell.
-    address: Option<String>,
-    /// The key that holds the address, for successors of this process, and its expiry in seconds.
-    signature: Option<(String, u64)>,
-    /// The addresses of former connections that the server may still serve.
-    dropped: VecDeque<String>,
+    /// The connection, as the server names it. `None`: the server does not tell.
+    client: Option<ClientName>,
+    /// The key that holds this name, for successors of this process, and its expiry in seconds.
+    recorded: Option<(String, u64)>,
+    /// Former connections that the server may still serve.
+    dropped: VecDeque<ClientName>,
     /// The server does not close connections for this user. Logged once.
     is_unfenced: bool,
     /// Counts connections, so that a late failure of an old one does not drop its successor.
@@ -194,7 +221,7 @@ struct ConnectionState {
 impl ConnectionState {
     fn drop_connection(&mut self) {
         self.connection = None;
-        self.dropped.extend(self.address.take());
+        self.dropped.extend(self.client.take());
         // Those of a server that is gone are never confirmed.
         if self.dropped.len() > DROPPED_MAX {
             self.dropped.pop_front();
@@ -271,29 +298,30 @@ impl CommandConnection {
         })
     }
 
-    /// Stores the address of this connection, and of those that replace it, under a key.
-    pub async fn sign(&self, key: String, expiry_s: u64) -> Result<(), BackendError> {
-        self.state().signature = Some((key, expiry_s));
-        let sign = async |mut connection| self.store_address(&mut connection).await;
-        self.run(sign).await
+    /// Stores the name of this connection, and of those that replace it, under a key.
+    pub async fn record_client(&self, key: String, expiry_s: u64) -> Result<(), BackendError> {
+        self.state().recorded = Some((key, expiry_s));
+        let store = async |mut connection| self.store_client(&mut connection).await;
+        self.run(store).await
     }
 
-    async fn store_address(&self, connection: &mut Connection) -> Result<(), RedisError> {
-        let (signature, address) = {
+    async fn store_client(&self, connection: &mut Connection) -> Result<(), RedisError> {
+        let (recorded, client) = {
             let state = self.state();
-            (state.signature.clone(), state.address.clone())
+            (state.recorded.clone(), state.client.clone())
         };
-        let (Some((key, expiry_s)), Some(address)) = (signature, address) else { return Ok(()) };
-        redis::cmd("SET").arg(key).arg(address).arg("EX").arg(expiry_s).query_async(connection).await
+        let (Some((key, expiry_s)), Some(client)) = (recorded, client) else { return Ok(()) };
+        redis::cmd("SET").arg(key).arg(client.text()).arg("EX").arg(expiry_s).query_async(connection).await
     }
 
-    /// Makes the server close the connection whose address is under a key, if that is not this one.
-    pub async fn close_signed(&self, key: &str) -> Result<(), BackendError> {
-        let signed: Option<String> = self.query(redis::cmd("GET").arg(key)).await?;
-        let Some(address) = signed.filter(|signed| self.state().address.as_ref() != Some(signed)) else {
+    /// Makes the server close the connection whose name is under a key, if that is not this one.
+    pub async fn close_recorded(&self, key: &str) -> Result<(), BackendError> {
+        let recorded: Option<String> = self.query(redis::cmd("GET").arg(key)).await?;
+        let client = recorded.and_then(|text| ClientName::parse(&text));
+        let Some(client) = client.filter(|client| self.state().client.as_ref() != Some(client)) else {
             return Ok(());
         };
-        let kill = async |mut connection| self.close(&mut connection, &address).await;
+        let kill = async |mut connection| self.close(&mut connection, &client).await;
         self.run(kill).await
     }
 
@@ -315,11 +343,13 @@ impl CommandConnection {
         if let Some(standing) = self.standing() {
             return standing;
         }
+        // An attempt that was cancelled may have left a connection.
+        self.state().drop_connection();
         let connected = async {
             let mut connection = self.connect().await?;
-            let address = self.close_former(&mut connection).await?;
-            self.state().address = address;
-            self.store_address(&mut connection).await?;
+            let client = self.close_former(&mut connection).await?;
+            self.state().client = client;
+            self.store_client(&mut connection).await?;
             Ok::<_, RedisError>(connection)
         };
         let connected = connected.await;
@@ -340,21 +370,22 @@ impl CommandConnection {
         }
     }
 
-    /// Makes the server close the connections that this one replaces. Returns the address of this one.
-    async fn close_former(&self, connection: &mut Connection) -> Result<Option<String>, RedisError> {
+    /// Makes the server close the connections that this one replaces. Returns the name of this one.
+    async fn close_former(&self, connection: &mut Connection) -> Result<Option<ClientName>, RedisError> {
         let info = redis::cmd("CLIENT").arg("INFO").query_async::<String>(connection).await;
         let Some(info) = self.unless_denied(info)? else { return Ok(None) };
         loop {
             let Some(former) = self.state().dropped.front().cloned() else { break };
             self.close(connection, &former).await?;
-            self.state().dropped.retain(|address| *address != former);
+            self.state().dropped.retain(|client| *client != former);
         }
-        Ok(info.split(' ').find_map(|part| part.strip_prefix("addr=")).map(str::to_owned))
+        Ok(ClientName::of(&info))
     }
 
-    async fn close(&self, connection: &mut Connection, address: &str) -> Result<(), RedisError> {
+    async fn close(&self, connection: &mut Connection, client: &ClientName) -> Result<(), RedisError> {
         let mut kill = redis::cmd("CLIENT");
-        let killed = kill.arg("KILL").arg("ADDR").arg(address).query_async::<u64>(connection).await;
+        kill.arg("KILL").arg("ID").arg(&client.id).arg("ADDR").arg(&client.address);
+        let killed = kill.query_async::<u64>(connection).await;
         self.unless_denied(killed).map(drop)
     }
 
@@ -439,6 +470,17 @@ mod tests {
             ("http://secret@host", "(not a Redis URL)"),
         ] {
             assert_eq!(format!("{:?}", RedisUrl::new(url)), shown);
+        }
+    }
+
+    #[test]
+    fn a_connection_is_named_by_its_id_and_its_address() {
+        let info = "id=3 addr=127.0.0.1:49266 laddr=127.0.0.1:6379 fd=8 name= age=0 db=0\n";
+        let client = ClientName::of(info).unwrap();
+        assert_eq!(client.text(), "3 127.0.0.1:49266");
+        assert_eq!(ClientName::parse(&client.text()), Some(client));
+        for text in ["", "127.0.0.1:49266"] {
+            assert_eq!((ClientName::of(text), ClientName::parse(text)), (None, None), "{text}");
         }
     }
 

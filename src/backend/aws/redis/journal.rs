@@ -120,7 +120,8 @@ impl Journal for RedisJournal {
             Value::BulkString(digits) if digits.len() == ended.len() => {
                 EndOutcome::Each(digits.into_iter().map(addition).collect())
             }
-            _ => EndOutcome::AllAdded,
+            Value::Int(1) => EndOutcome::AllAdded,
+            _ => return Err(BackendError::Unavailable("the journal answered in an unknown form".into())),
         })
     }
 

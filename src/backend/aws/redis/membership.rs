@@ -4,13 +4,15 @@
 //! * `adopted:{<node>}`: the node that has adopted the jobs of `<node>`.
 //! * `whole:{<node>}`: the completeness marker of its journal.
 //! * `telling:{<node>}`: exists while its journal is being restored after a loss of data.
-//! * `link:{<node>}`: the address of the connection of its process, as Redis shows it. Who takes over the
+//! * `link:{<node>}`: the connection of its process, as Redis names it: id and address. Who takes over the
 //!   node closes that connection first, so that no command of the process runs later.
 //!
-//! Two more keys per node are in the slot of the set and last as long as a lease:
+//! More keys per node are in the slot of the set. The first two last as long as a lease:
 //!
 //! * `nodes:{<log table>}:holder:<node>`: the token of the process that holds the lease.
-//! * `nodes:{<log table>}:contested:<node>`: exists while another process tries to renew it.
+//! * `nodes:{<log table>}:contested:<node>`: exists while another process tries to renew it, or changes the
+//!   journal of the node.
+//! * `nodes:{<log table>}:adoptions:<node>`: grows while the node is adopted.
 //!
 //! A process of an earlier version has no token: it renews the lease and does not change the holder.
 
@@ -20,12 +22,12 @@ use super::journal::{
     sums_text,
 };
 use crate::backend::{
-    BackendError, FleetState, GIVEN_UP_KEPT, JournalPart, LeaseHolder, LeaseOutcome, LeaseRenewal,
-    Membership, Predecessor,
+    AdoptOutcome, BackendError, FleetState, GIVEN_UP_KEPT, JournalEntry, JournalPart, LeaseHolder,
+    LeaseOutcome, LeaseRenewal, Membership, Predecessor,
 };
 use crate::model::{NodeId, ProcessToken, UnixMs};
 use async_trait::async_trait;
-use redis::{Cmd, Script, cmd};
+use redis::{Script, cmd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,33 +46,44 @@ redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, '', '0', '0'}";
 
-/// The address of the connection of the process that holds the lease.
+/// The connection of the process that holds the lease.
 const LINK: &str = "link";
 
 /// The restore marker: if it vanishes, Redis has lost its data again during the restore.
 const TELLING: &str = "telling";
 
-/// How long a node is told to look for a job that another node enters in its journal, in seconds: the send of
-/// that job may take some time, and a node reads its journal at intervals.
-const ENTRUSTED_S: u64 = 30;
+/// How long a node looks for what another node changes in its journal, in seconds: the longest send
+/// (`batch.send_deadline_ms`, at most 60 s), and two of the intervals at which a node reads its journal.
+const ENTRUSTED_S: u64 = 90;
 
 /// Maximum duration of a restore, in seconds.
 const TELLING_MAX_S: u64 = 3600;
 
-/// KEYS: the nodes; the holder of a node; its contested marker. ARGV: the node, its lease in milliseconds,
-/// the token of the caller. Answer: whether the lease was renewed; up to 16 nodes whose lease has lapsed; the
-/// number of live nodes; whether the lease is contested.
+/// KEYS: the nodes; the holder of a node; its contested marker; its adoptions. ARGV: the node, its lease in
+/// milliseconds, the token of the caller. Answer: whether the lease was renewed; up to 16 nodes whose lease
+/// has lapsed; the number of live nodes; whether the lease is contested; the adoptions.
 const RENEW: &str = "local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local holder = redis.call('GET', KEYS[2])
 if holder and holder ~= ARGV[3] then
   redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[2])
-  return {0, {}, 0, 0}
+  return {0, {}, 0, 0, '0'}
 end
 redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 redis.call('ZADD', KEYS[1], string.format('%.0f', now + ARGV[2]), ARGV[1])
 return {1, redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.0f', now), 'LIMIT', 0, 16),
-  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf'), redis.call('EXISTS', KEYS[3])}";
+  redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now), '+inf'), redis.call('EXISTS', KEYS[3]),
+  redis.call('GET', KEYS[4]) or '0'}";
+
+/// KEYS: the nodes; the adoptions of one of them. ARGV: that node, and the expiry in seconds. Answer: 1 if
+/// the lease of the node has lapsed and the adoption is counted. A node that renews its lease later finds
+/// that it was adopted.
+const COUNT_ADOPTION: &str = "local time = redis.call('TIME')
+local ends = redis.call('ZSCORE', KEYS[1], ARGV[1])
+if ends and tonumber(ends) >= time[1] * 1000 + math.floor(time[2] / 1000) then return 0 end
+redis.call('INCR', KEYS[2])
+redis.call('EXPIRE', KEYS[2], ARGV[2])
+return 1";
 
 /// KEYS: the adopter of a node. ARGV: the caller, and the duration in milliseconds. Answer: whether the
 /// caller is the adopter now.
@@ -79,11 +92,35 @@ if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1";
 
-/// KEYS: the nodes. ARGV: one of them. Answer: 1 if its lease had lapsed and it was removed from the set.
-const DISMISS: &str = "local time = redis.call('TIME')
+/// KEYS: the nodes; the contested marker of one of them. ARGV: that node, the caller, and the duration of the
+/// marker in seconds. After Redis has lost its data, a live node is not listed until its next renewal. So an
+/// unlisted node counts as alive for that time. Otherwise an adopter would restore its journal first, without
+/// the jobs and sums that only the node itself knows.
+const ENTRUST: &str = "local time = redis.call('TIME')
+redis.call('SET', KEYS[2], ARGV[2], 'EX', ARGV[3])
+redis.call('ZADD', KEYS[1], 'NX', string.format('%.0f', (time[1] + ARGV[3]) * 1000), ARGV[1])";
+
+/// KEYS: the nodes; the contested marker of one of them. ARGV: that node. Answer: 1 if its lease had lapsed
+/// and it was removed from the set. It stays while another node may change its journal.
+const DISMISS: &str = "if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local time = redis.call('TIME')
 local ends = redis.call('ZSCORE', KEYS[1], ARGV[1])
 if ends and tonumber(ends) >= time[1] * 1000 then return 0 end
 redis.call('ZREM', KEYS[1], ARGV[1])
+return 1";
+
+/// KEYS: the restore marker, the completeness marker. ARGV: the token of the restore, and the expiry of the
+/// first marker in seconds. Answer: 1 if the restore has begun; 0 if the journal is complete.
+const BEGIN: &str = "if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return 1";
+
+/// KEYS: the restore marker, a part of the journal. ARGV: the token of the restore, the expiry of the part in
+/// seconds or an empty string, and fields with their values. Answer: 1 if they were written; 0 if the restore
+/// was lost or another one has begun or ended. A node that stood still in between must not write any more.
+const RESTORE: &str = "if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[2], unpack(ARGV, 3))
+if ARGV[2] ~= '' then redis.call('EXPIRE', KEYS[2], ARGV[2]) end
 return 1";
 
 /// KEYS: the restore marker, the completeness marker. ARGV: the token of the restore, and the expiry of the
@@ -102,8 +139,12 @@ pub struct RedisMembership {
     process: ProcessToken,
     take: Script,
     renew: Script,
+    count_adoption: Script,
     adopt: Script,
+    entrust: Script,
     dismiss: Script,
+    begin: Script,
+    restore: Script,
     retold: Script,
 }
 
@@ -111,8 +152,24 @@ impl RedisMembership {
     /// `process` is the token of this process.
     pub fn new(commands: Arc<CommandConnection>, logs_table: &str, process: ProcessToken) -> Self {
         let nodes = format!("nodes:{{{logs_table}}}");
-        let [take, renew, adopt, dismiss, retold] = [TAKE, RENEW, ADOPT, DISMISS, RETOLD].map(Script::new);
-        Self { commands, nodes, process, take, renew, adopt, dismiss, retold }
+        let [take, renew] = [TAKE, RENEW].map(Script::new);
+        let [count_adoption, adopt] = [COUNT_ADOPTION, ADOPT].map(Script::new);
+        let [entrust, dismiss] = [ENTRUST, DISMISS].map(Script::new);
+        let [begin, restore, retold] = [BEGIN, RESTORE, RETOLD].map(Script::new);
+        Self {
+            commands,
+            nodes,
+            process,
+            take,
+            renew,
+            count_adoption,
+            adopt,
+            entrust,
+            dismiss,
+            begin,
+            restore,
+            retold,
+        }
     }
 
     fn holder(&self, node: NodeId) -> String {
@@ -121,6 +178,10 @@ impl RedisMembership {
 
     fn contested(&self, node: NodeId) -> String {
         format!("{}:contested:{node}", self.nodes)
+    }
+
+    fn adoptions(&self, node: NodeId) -> String {
+        format!("{}:adoptions:{node}", self.nodes)
     }
 }
 
@@ -144,8 +205,8 @@ impl Membership for RedisMembership {
         let (is_taken, process, until, left): (bool, String, UnixMs, u64) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         if is_taken {
-            self.commands.close_signed(&key(LINK, node)).await?;
-            self.commands.sign(key(LINK, node), WHOLE_KEPT_S).await?;
+            self.commands.close_recorded(&key(LINK, node)).await?;
+            self.commands.record_client(key(LINK, node), WHOLE_KEPT_S).await?;
             return Ok(LeaseOutcome::Yes);
         }
         let process = ProcessToken::parse(&process);
@@ -154,10 +215,10 @@ impl Membership for RedisMembership {
 
     async fn renew(&self, node: NodeId, lease: Duration) -> Result<LeaseRenewal, BackendError> {
         let mut call = self.renew.prepare_invoke();
-        call.key(&self.nodes).key(self.holder(node)).key(self.contested(node));
+        call.key(&self.nodes).key(self.holder(node)).key(self.contested(node)).key(self.adoptions(node));
         call.arg(node.to_string()).arg(millis(lease)).arg(self.process.to_string());
         let call = &call;
-        let (is_renewed, lapsed, alive, is_contested): (bool, Vec<Vec<u8>>, usize, bool) =
+        let (is_renewed, lapsed, alive, is_contested, adoptions): (bool, Vec<Vec<u8>>, usize, bool, u64) =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
         if !is_renewed {
             return Ok(LeaseRenewal::Lost);
@@ -165,19 +226,26 @@ impl Membership for RedisMembership {
         // Members that are not node ids are ignored.
         let lapsed =
             lapsed.iter().filter_map(|name| NodeId::parse(std::str::from_utf8(name).ok()?)).collect();
-        Ok(LeaseRenewal::Renewed { others: FleetState { lapsed, alive }, is_contested })
+        Ok(LeaseRenewal::Renewed { others: FleetState { lapsed, alive }, is_contested, adoptions })
     }
 
-    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<bool, BackendError> {
+    async fn adopt(&self, dead: NodeId, by: NodeId, lease: Duration) -> Result<AdoptOutcome, BackendError> {
+        let mut count = self.count_adoption.prepare_invoke();
+        count.key(&self.nodes).key(self.adoptions(dead)).arg(dead.to_string()).arg(WHOLE_KEPT_S);
+        let count = &count;
+        if !self.commands.run(async |mut connection| count.invoke_async(&mut connection).await).await? {
+            return Ok(AdoptOutcome::Alive);
+        }
         let mut call = self.adopt.prepare_invoke();
         call.key(key(ADOPTED, dead)).arg(by.to_string()).arg(millis(lease));
         let call = &call;
-        let is_adopter =
+        let is_adopter: bool =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
-        if is_adopter {
-            self.commands.close_signed(&key(LINK, dead)).await?;
+        if !is_adopter {
+            return Ok(AdoptOutcome::ByAnother);
         }
-        Ok(is_adopter)
+        self.commands.close_recorded(&key(LINK, dead)).await?;
+        Ok(AdoptOutcome::Adopted)
     }
 
     async fn dismiss(&self, dead: NodeId) -> Result<bool, BackendError> {
@@ -188,7 +256,7 @@ impl Membership for RedisMembership {
             }
         }
         let mut call = self.dismiss.prepare_invoke();
-        call.key(&self.nodes).arg(dead.to_string());
+        call.key(&self.nodes).key(self.contested(dead)).arg(dead.to_string());
         let call = &call;
         self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
@@ -198,12 +266,11 @@ impl Membership for RedisMembership {
     }
 
     async fn entrust(&self, node: NodeId) -> Result<(), BackendError> {
-        if !self.relist(node).await? {
-            let mut mark = cmd("SET");
-            mark.arg(self.contested(node)).arg(self.process.to_string()).arg("EX").arg(ENTRUSTED_S);
-            self.commands.query::<()>(&mark).await?;
-        }
-        Ok(())
+        let mut call = self.entrust.prepare_invoke();
+        call.key(&self.nodes).key(self.contested(node));
+        call.arg(node.to_string()).arg(self.process.to_string()).arg(ENTRUSTED_S);
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
 
     async fn is_complete(&self, node: NodeId) -> Result<bool, BackendError> {
@@ -211,42 +278,45 @@ impl Membership for RedisMembership {
         self.commands.query(cmd("EXPIRE").arg(key(WHOLE, node)).arg(WHOLE_KEPT_S)).await
     }
 
-    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<(), BackendError> {
-        self.commands.query(cmd("SET").arg(key(TELLING, node)).arg(token).arg("EX").arg(TELLING_MAX_S)).await
+    async fn begin_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
+        let mut call = self.begin.prepare_invoke();
+        call.key(key(TELLING, node)).key(key(WHOLE, node)).arg(token).arg(TELLING_MAX_S);
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
 
-    async fn restore(&self, node: NodeId, told: JournalPart<'_>) -> Result<(), BackendError> {
-        let command = match told {
-            JournalPart::Jobs(jobs) => hset(
-                INFLIGHT,
-                node,
-                jobs.iter().map(|job| {
-                    (
-                        job.id.to_string(),
-                        entry_text(job.deadline, &job.function, job.idempotency_key.as_deref()),
-                    )
-                }),
-            ),
-            JournalPart::Sums(sums) => hset(
-                UNPOSTED,
-                node,
-                sums.iter().map(|(function, sums)| (function.to_string(), sums_text(sums))),
-            ),
+    async fn restore(&self, node: NodeId, token: u64, told: JournalPart<'_>) -> Result<bool, BackendError> {
+        let (part, fields): (_, Vec<(String, String)>) = match told {
+            JournalPart::Jobs(jobs) => {
+                let text = |job: &JournalEntry| {
+                    entry_text(job.deadline, &job.function, job.idempotency_key.as_deref())
+                };
+                (INFLIGHT, jobs.iter().map(|job| (job.id.to_string(), text(job))).collect())
+            }
+            JournalPart::Sums(sums) => {
+                let texts = sums.iter().map(|(function, sums)| (function.to_string(), sums_text(sums)));
+                (UNPOSTED, texts.collect())
+            }
             JournalPart::Numbered(numbered) => {
-                hset(POSTING, node, numbered.iter().map(|n| (n.function.to_string(), numbered_text(n))))
+                let texts = numbered.iter().map(|n| (n.function.to_string(), numbered_text(n)));
+                (POSTING, texts.collect())
             }
             JournalPart::GivenUp(jobs) => {
-                hset(GIVEN_UP, node, jobs.iter().map(|(id, function)| (id.to_string(), function.to_string())))
+                let texts = jobs.iter().map(|(id, function)| (id.to_string(), function.to_string()));
+                (GIVEN_UP, texts.collect())
             }
         };
-        if let Some(command) = command {
-            self.commands.query::<()>(&command).await?;
+        if fields.is_empty() {
+            return Ok(true);
         }
-        if matches!(told, JournalPart::GivenUp(_)) {
-            let expire = GIVEN_UP_KEPT.as_secs();
-            self.commands.query::<()>(cmd("EXPIRE").arg(key(GIVEN_UP, node)).arg(expire)).await?;
+        let expiry = if part == GIVEN_UP { GIVEN_UP_KEPT.as_secs().to_string() } else { String::new() };
+        let mut call = self.restore.prepare_invoke();
+        call.key(key(TELLING, node)).key(key(part, node)).arg(token).arg(expiry);
+        for (field, value) in fields {
+            call.arg(field).arg(value);
         }
-        Ok(())
+        let call = &call;
+        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
 
     async fn finish_restore(&self, node: NodeId, token: u64) -> Result<bool, BackendError> {
@@ -255,18 +325,6 @@ impl Membership for RedisMembership {
         let call = &call;
         self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
-}
-
-/// Returns `None` if there are no fields to write.
-fn hset(part: &str, node: NodeId, fields: impl Iterator<Item = (String, String)>) -> Option<Cmd> {
-    let mut command = cmd("HSET");
-    command.arg(key(part, node));
-    let mut told = 0;
-    for (name, value) in fields {
-        command.arg(name).arg(value);
-        told += 1;
-    }
-    (told > 0).then_some(command)
 }
 
 fn millis(duration: Duration) -> u64 {

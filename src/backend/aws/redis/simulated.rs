@@ -287,6 +287,14 @@ impl Step<'_> {
                 Some(Entry { data: Data::Text(text), .. }) => Reply::bulk(text.clone()),
                 Some(_) => return Err(wrong_type()),
             },
+            ("INCR", [key]) => {
+                let Data::Text(text) = &mut self.entry_or(key, Data::Text(b"0".to_vec())).data else {
+                    return Err(wrong_type());
+                };
+                let number = int(text)? + 1;
+                *text = number.to_string().into_bytes();
+                Reply::Int(number)
+            }
             ("SET", [key, value, options @ ..]) => return self.set(key, value, options),
             ("SETEX", [key, seconds, value]) => {
                 return self.set(key, value, &[b"EX".to_vec(), seconds.clone()]);

@@ -6,7 +6,7 @@ use crate::backend::aws::redis::connection::CommandConnection;
 use crate::backend::aws::redis::journal::RedisJournal;
 use crate::backend::aws::redis::membership::RedisMembership;
 use crate::backend::{
-    Addition, BackendError, EndOutcome, EndedJob, FleetState, Journal, LeaseRenewal, Membership,
+    Addition, BackendError, EndOutcome, EndedJob, FleetState, Journal, JournalPart, LeaseRenewal, Membership,
     NumberedSums, UnpostedSums,
 };
 use crate::model::{FunctionId, Job, JobId, NodeId, ProcessToken, Sums};
@@ -251,8 +251,16 @@ async fn the_journal_and_the_membership_run_on_it() {
     let ended = EndedJob { id, function: function.clone(), adds: sums, is_lost: false, is_shared: false };
     let outcome = journal.end(node, from_ref(&ended)).await;
     assert_eq!(outcome, Ok(EndOutcome::Incomplete), "the journal is not complete");
-    membership.begin_restore(node, 1).await.unwrap();
-    assert_eq!(membership.finish_restore(node, 1).await, Ok(true));
+    let sums_of = [(function.clone(), Sums::default())];
+    let restore = async |token| membership.restore(node, token, JournalPart::Sums(&sums_of)).await;
+    assert_eq!(restore(1).await, Ok(false), "no restore has begun");
+    for token in [1, 2] {
+        assert_eq!(membership.begin_restore(node, token).await, Ok(true));
+    }
+    assert_eq!((restore(1).await, restore(2).await), (Ok(false), Ok(true)));
+    assert_eq!(membership.finish_restore(node, 1).await, Ok(false));
+    assert_eq!(membership.finish_restore(node, 2).await, Ok(true));
+    assert_eq!((membership.begin_restore(node, 3).await, restore(2).await), (Ok(false), Ok(false)));
     for outcome in [EndOutcome::AllAdded, EndOutcome::Each(vec![Addition::Nothing])] {
         assert_eq!(journal.end(node, from_ref(&ended)).await, Ok(outcome));
     }
@@ -268,7 +276,7 @@ async fn the_journal_and_the_membership_run_on_it() {
     let lease = Duration::from_secs(5);
     for is_contested in [false, true] {
         let others = FleetState { lapsed: Vec::new(), alive: 1 };
-        let renewed = LeaseRenewal::Renewed { others, is_contested };
+        let renewed = LeaseRenewal::Renewed { others, is_contested, adoptions: 0 };
         assert_eq!(membership.renew(node, lease).await, Ok(renewed));
         assert_eq!(other.renew(node, lease).await, Ok(LeaseRenewal::Lost));
     }

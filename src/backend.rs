@@ -7,9 +7,9 @@
 //! [`results`], [`dead_letters`], [`executions`]. Beside them: [`membership`] of nodes, the registry of
 //! [`workers`], announcements of [`changes`], [`error`], and [`empty_dir`] for local files.
 
+mod activity;
 #[cfg(feature = "aws")]
 pub mod aws;
-mod activity;
 mod changes;
 mod claims;
 mod dead_letters;
@@ -48,5 +48,5 @@ pub use membership::{
 pub use ports::Backend;
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
 pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};
-pub use work::{CodeSource, FetchError, JobSource, JobSourceTraits, OutputStore, ReceivedJob, Receipt};
+pub use work::{CodeSource, FetchError, JobSource, JobSourceTraits, OutputStore, Receipt, ReceivedJob};
 pub use workers::{WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};

@@ -52,7 +52,7 @@ pub use heartbeat::{GatewayTarget, HeartbeatFailure, HeartbeatTarget, Heartbeats
 pub use listener::{SandboxReport, WorkerHealth, WorkerListener};
 pub use owned_dir::make_empty;
 pub use runtime::on_path;
-pub use sandbox::{CgroupKind, Sandbox, SandboxSettings, SandboxStatus};
+pub use sandbox::{CgroupKind, Enclosed, Sandbox, SandboxSettings, SandboxStatus, View};
 
 use crate::ambient;
 use crate::backend::{CodeSource, JobSource, OutputStore, WorkerActivity};

@@ -215,7 +215,7 @@ impl Fixture {
     /// Call it inside a runtime.
     pub fn start() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let embedded::Embedded { node, backend, .. } = embedded::open(dir.path()).expect("a backend");
+        let embedded::Embedded { node, backend, .. } = embedded::open(dir.path(), false).expect("a backend");
         let (ports, worker) = instantly();
         let backend = Backend {
             queue: Arc::clone(&ports) as _,
@@ -395,7 +395,7 @@ impl RowsStored for Nobody {
 /// An audit on its own, with its loops, and the directory that must outlive it.
 pub fn audit(loops: &mut JoinSet<()>) -> (Audit, tempfile::TempDir) {
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let claims = embedded::open(dir.path()).expect("a backend").backend.claims;
+    let claims = embedded::open(dir.path(), false).expect("a backend").backend.claims;
     let (store, _) = instantly();
     let conf = Conf::shipped().expect("the shipped conf is valid").memory;
     let (executions, journal) = (Arc::clone(&store) as _, Arc::clone(&store) as _);

@@ -35,8 +35,8 @@ use super::{CodeSource, JobSource};
 use crate::model::NodeId;
 use code_store::LocalCode;
 use database::{Database, OpenError};
-use journal::SqliteJournal;
 use jobs::LocalJobs;
+use journal::SqliteJournal;
 use queue::Queue;
 use results::LocalResults;
 use rusqlite::{Connection, OptionalExtension};
@@ -182,6 +182,9 @@ mod tests {
         std::fs::write(&file, "x".repeat(8192)).unwrap();
         let garbage = open(scratch.path(), true).err().unwrap();
         assert!(matches!(garbage.error, BackendError::Invalid(_)), "{garbage:?}");
-        assert!(matches!(open(&file, true).err().unwrap().error, BackendError::Invalid(_)), "not a directory");
+        assert!(
+            matches!(open(&file, true).err().unwrap().error, BackendError::Invalid(_)),
+            "not a directory"
+        );
     }
 }

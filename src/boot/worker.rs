@@ -175,7 +175,8 @@ impl WorkerLoops {
         let health = WorkerHealth::new(worker_id.to_owned(), Arc::clone(&activity), shown, report);
         endless.spawn(WorkerListener { socket, health, metrics: Arc::clone(metrics) }.run());
         let beats = Heartbeats {
-            to: gateway.map_or(HeartbeatTarget::Store(store), HeartbeatTarget::Gateway),
+            to: gateway
+                .map_or(HeartbeatTarget::Store(store), |gateway| HeartbeatTarget::Gateway(Box::new(gateway))),
             worker_id: worker_id.to_owned(),
             activity: Arc::clone(&activity),
             metrics: Arc::clone(&metrics.worker),

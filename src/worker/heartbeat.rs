@@ -41,7 +41,7 @@ pub struct Heartbeats {
 
 /// Who receives the reports.
 pub enum HeartbeatTarget {
-    Gateway(GatewayTarget),
+    Gateway(Box<GatewayTarget>),
     Store(Arc<dyn LoneStatusStore>),
 }
 
@@ -235,7 +235,8 @@ mod tests {
     async fn the_gateway_gets_the_documented_body() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let beats = heartbeats(HeartbeatTarget::Gateway(GatewayTarget::new(&address(&url)).unwrap()));
+        let beats =
+            heartbeats(HeartbeatTarget::Gateway(Box::new(GatewayTarget::new(&address(&url)).unwrap())));
         let active = beats.activity.begin();
         active.show_runs(2);
         beats.activity.show_pools(WarmPools { python: 3, nodejs: 1, ..WarmPools::default() });

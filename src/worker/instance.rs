@@ -154,9 +154,12 @@ impl Drop for InstanceProcess {
         if self.farewell.is_zero() {
             held.child.kill();
         }
-        // Without a runtime, this process ends, and its supervisors with it. There is one such task for each
-        // place, and the number of places is bounded.
+        // Without a runtime, this process ends, and its supervisors with it.
         if Handle::try_current().is_ok() {
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "one task for each place, whose number is bounded"
+            )]
             ambient::spawn(held.end(self.farewell));
         }
     }

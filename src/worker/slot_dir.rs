@@ -125,7 +125,7 @@ mod tests {
         std::os::unix::fs::symlink(&outside, slot.home()).unwrap();
         fs::create_dir(slot.tmp().join("closed")).unwrap();
         fs::write(slot.tmp().join("closed/file"), "x").unwrap();
-        fs::set_permissions(slot.tmp().join("closed"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(slot.tmp().join("closed"), fs::Permissions::from_mode(0o0)).unwrap();
         drop(slot);
         assert_eq!(count(scratch.path().join("runs")), 0);
         assert_eq!(fs::read_to_string(&outside).unwrap(), "kept");

@@ -578,7 +578,7 @@ print(most)";
     let dir = scratch.path().join("begun");
     fs::create_dir(&dir).unwrap();
     let few = |settings: &mut Settings| {
-        (settings.busy_max, settings.memory_mb) = (Some(1), Some(128 * JOBS as u64))
+        (settings.busy_max, settings.memory_mb) = (Some(1), Some(128 * JOBS as u64));
     };
     let floor = Floor::start_with(&scratch, few).await;
     let message = with(json!({ "envVars": { "DIR": dir } }));

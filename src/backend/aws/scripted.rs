@@ -77,10 +77,11 @@ impl ScriptedService {
 impl HttpConnector for ScriptedService {
     fn call(&self, request: HttpRequest) -> HttpConnectorFuture {
         let target = request.headers().get("x-amz-target").unwrap_or_default();
+        let uri: http::Uri = request.uri().parse().expect("the SDK sends valid URIs");
         let body = request.body().bytes().and_then(|bytes| serde_json::from_slice(bytes).ok());
         let recorded = ScriptedRequest {
             method: request.method().to_owned(),
-            path: request.path().to_owned(),
+            path: uri.path().to_owned(),
             operation: target.rsplit('.').next().unwrap_or_default().to_owned(),
             body: body.unwrap_or_default(),
         };

@@ -2,7 +2,7 @@
 
 use super::queue::{Queue, QueuedJob};
 use super::results::LocalResults;
-use crate::backend::{BackendError, JobSource, JobSourceTraits, ReceivedJob, Receipt};
+use crate::backend::{BackendError, JobSource, JobSourceTraits, Receipt, ReceivedJob};
 use crate::model::JobId;
 use async_trait::async_trait;
 use bytes::Bytes;

@@ -86,7 +86,7 @@ impl CgroupTree {
         let dir = if is_prepared { own.parent().unwrap_or(own) } else { own };
         let available = read(dir.join("cgroup.controllers"));
         let has = |controller: &str| available.split_ascii_whitespace().any(|found| found == controller);
-        if let Some(missing) = NEEDED.into_iter().find(|needed| !has(*needed)) {
+        if let Some(missing) = NEEDED.into_iter().find(|needed| !has(needed)) {
             return Err(format!("{} has no controller `{missing}` of version 2", dir.display()));
         }
         // The root of all groups may have processes and children. Only it has no type.

@@ -141,7 +141,7 @@ mod tests {
             writer.write_all(text.as_bytes()).unwrap();
             drop(writer);
             let found = SandboxProcess::find(&mut reader, Instant::now() + Duration::from_secs(10));
-            assert_eq!(found.as_ref().is_ok_and(|process| process.is_alive()), is_found, "{text}: {found:?}");
+            assert_eq!(found.as_ref().is_ok_and(SandboxProcess::is_alive), is_found, "{text}: {found:?}");
         }
     }
 

@@ -83,8 +83,7 @@ impl FunctionRoutes {
             "avgResponseTime":
                 number(average(f.counters.total_duration_ms, f.counters.invocations).unwrap_or(0.0)),
             "errors": f.counters.errors,
-            // The counters do not include cold starts.
-            "coldStarts": null,
+            "coldStarts": f.counters.cold_starts,
         });
         Ok(Reply::value(StatusCode::OK, &body))
     }
@@ -173,6 +172,7 @@ mod tests {
                 total_duration_ms: total,
                 handler_invocations: handlers,
                 total_handler_duration_ms: handler_total,
+                cold_starts: 0,
             };
             let listed = listed(&Function { counters, ..Function::sample("f") });
             let found = (listed["avgDuration"].to_string(), listed["avgHandlerDuration"].to_string());

@@ -280,6 +280,7 @@ async fn every_row_is_written_and_counted_once_whatever_fails_on_the_way() {
         duration_us: 180_000,
         handler_invocations: 60,
         handler_us: 120_000,
+        cold_starts: 0,
     };
     assert_eq!(tables.sums.lock().get(&FunctionId::parse("f").unwrap()), Some(&sums));
     assert_eq!(audit.metrics.audit.waiting_rows.get(), 0);

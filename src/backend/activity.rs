@@ -6,12 +6,13 @@ use serde::Serialize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 /// The state of the worker of this process while its loop runs.
 #[derive(Default)]
 pub struct WorkerActivity {
-    since: Mutex<Option<Instant>>,
+    since: watch::Sender<Option<Instant>>,
     runs: AtomicUsize,
     is_draining: AtomicBool,
     pools: Mutex<WarmPools>,
@@ -59,16 +60,22 @@ impl WorkerActivity {
     }
 
     fn set_since(&self, since: Option<Instant>) {
-        *self.since.lock() = since;
         self.runs.store(0, Ordering::Relaxed);
         self.is_draining.store(false, Ordering::Relaxed);
         *self.pools.lock() = WarmPools::default();
         self.failing.iter().for_each(|failing| failing.store(false, Ordering::Relaxed));
+        self.since.send_replace(since);
     }
 
     /// How long the loop has run. `None`: it does not run.
     pub fn uptime(&self) -> Option<Duration> {
-        self.since.lock().map(|since| since.elapsed())
+        self.since.borrow().map(|since| since.elapsed())
+    }
+
+    /// Waits until the loop runs.
+    pub async fn begun(&self) {
+        // It fails only if the sender is gone, and `self` holds it.
+        let _ = self.since.subscribe().wait_for(Option::is_some).await;
     }
 
     /// The number of runs in progress.

@@ -67,8 +67,8 @@ pub struct LocalWork {
     pub runs_dir: PathBuf,
 }
 
-/// Opens `dir`, or creates it with example functions: those of Node.js only if `has_node`. Blocks on the disk,
-/// and starts the thread that writes the database.
+/// Opens `dir`, or creates it with example functions: those of Node.js only if `has_node`. Blocks on the
+/// disk, and starts the thread that writes the database.
 ///
 /// Dropping the backend and the work commits the pending writes, and then frees the directory.
 ///

@@ -392,7 +392,7 @@ mod tests {
         assert_eq!(live[&ConfPart::Limits], ["limit.api-key.burst 3000 → 5", "waits.sync_max_s 290 → 60"]);
         assert_eq!(live[&ConfPart::Server], ["auth.failures_burst 60 → 61"]);
         assert_eq!(live[&ConfPart::Worker], ["warm.idle_s 300 → 9"]);
-        let at_start = ["sandbox.mode (none) → \"off\"", "shutdown.drain_timeout_s 30 → 7"];
+        let at_start = ["shutdown.drain_timeout_s 30 → 7", "sandbox.mode (none) → \"off\""];
         assert_eq!((live.len(), at_start_only), (3, at_start.map(str::to_owned).to_vec()));
         after = before.clone();
         after.limits.clear();

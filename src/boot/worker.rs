@@ -17,6 +17,7 @@ use crate::model::ProcessToken;
 use crate::worker::{
     GatewayTarget, HeartbeatTarget, Heartbeats, Sandbox, Worker, WorkerHealth, WorkerListener, WorkerParts,
 };
+use std::convert::Infallible;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -127,10 +128,16 @@ async fn live(settings: WorkerPlan, dir: WorkerDir) -> Exit {
     let port = started.socket.local_addr().map_or(0, |at| at.port());
     let worker_id = worker_id(settings.env.worker_id.clone(), dir.number);
     let mut loops = WorkerLoops::start(settings, started, hangups, &metrics, (&worker_id, &dir));
-    notify::ready();
-    tracing::info!(port, worker = worker_id, "Infra Worker v{} Started", env!("CARGO_PKG_VERSION"));
+    let activity = Arc::clone(&loops.activity);
+    let announce = async || -> Infallible {
+        activity.begun().await;
+        notify::ready();
+        tracing::info!(port, worker = worker_id, "Infra Worker v{} Started", env!("CARGO_PKG_VERSION"));
+        std::future::pending().await
+    };
 
     let exit = tokio::select! {
+        never = announce() => match never {},
         signal = signals.next() => {
             tracing::info!(signal, "Stopping");
             Exit::Ok
@@ -146,6 +153,7 @@ async fn live(settings: WorkerPlan, dir: WorkerDir) -> Exit {
 
 /// The worker, and the loops around it.
 struct WorkerLoops {
+    activity: Arc<WorkerActivity>,
     work: JoinSet<()>,
     /// They never end by themselves.
     endless: JoinSet<()>,
@@ -188,7 +196,7 @@ impl WorkerLoops {
             code: connection.code,
             outputs: connection.outputs,
             sandbox,
-            activity,
+            activity: Arc::clone(&activity),
             settings: live,
             runs_dir: dir.runs.clone(),
             code_dir: dir.code.clone(),
@@ -198,7 +206,7 @@ impl WorkerLoops {
             drain,
         };
         work.spawn(Worker::new(parts).run(stopped));
-        Self { work, endless, stop }
+        Self { activity, work, endless, stop }
     }
 
     /// Resolves when a loop has ended that should not end. It has panicked.

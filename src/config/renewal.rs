@@ -200,14 +200,11 @@ mod tests {
         let base = [(Keys, KEY), (Limits, &*run_1), (Upstreams, NO_UP), (Server, TLS)];
         let base = [&base[..], &[(Certificate, "one"), (ClientCa, "one")]].concat();
         let limited = [(Upstreams, UP), (Limits, &*on_u)];
+        let every_part = [(Keys, NO_KEY), (Limits, &*run_2), (Upstreams, UP), (Server, auth)];
         type Parts<'a> = &'a [(ConfPart, &'a str)];
         let cases: [(Parts<'_>, Parts<'_>, &[ConfPart]); 24] = [
             // In force in addition to the base; the change; the parts of it that are applied.
-            (
-                &[],
-                &[(Keys, NO_KEY), (Limits, &run_2), (Upstreams, UP), (Server, auth)],
-                &[Keys, Limits, Upstreams, Server],
-            ),
+            (&[], &every_part, &[Keys, Limits, Upstreams, Server]),
             // A removed key is never kept in force by mistakes in other parts.
             (&[], &[(Keys, NO_KEY), (Upstreams, WRONG)], &[Keys]),
             (&[], &[(Keys, NO_KEY), (Upstreams, NO_TOML), (Limits, NO_TOML), (Server, NO_TOML)], &[Keys]),

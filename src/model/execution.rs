@@ -162,6 +162,8 @@ pub struct Execution {
     pub duration_ms: f64,
     /// The time in the handler alone, if the worker reported it.
     pub handler_duration_ms: Option<f64>,
+    /// Whether the worker had to start a process or to load a module for the run, if it reported that.
+    pub cold_start: Option<bool>,
     /// Peak memory, in MiB; 0 if the worker reported none.
     pub memory_mb: u64,
     /// The output of the run, at most [`MESSAGE_BYTES_MAX`] bytes.
@@ -177,6 +179,7 @@ pub struct ExecutionEnd {
     status: Status,
     duration_ms: f64,
     handler_duration_ms: Option<f64>,
+    cold_start: Option<bool>,
     memory_mb: u64,
     message: String,
 }
@@ -194,6 +197,7 @@ impl ExecutionEnd {
             status: Status::new(status),
             duration_ms: fields.duration_ms.unwrap_or(0.0),
             handler_duration_ms: fields.handler_duration_ms,
+            cold_start: fields.cold_start,
             memory_mb: memory_mb(fields.peak_memory_bytes.unwrap_or(0.0)),
             message: cut_with_note(message),
         }
@@ -209,7 +213,7 @@ impl ExecutionEnd {
         };
         let message = message.to_owned();
         let status = Status::new(Status::LOST);
-        Self { status, duration_ms: 0.0, handler_duration_ms: None, memory_mb: 0, message }
+        Self { status, duration_ms: 0.0, handler_duration_ms: None, cold_start: None, memory_mb: 0, message }
     }
 }
 
@@ -234,6 +238,7 @@ impl Execution {
             status: ending.status,
             duration_ms: ending.duration_ms,
             handler_duration_ms: ending.handler_duration_ms,
+            cold_start: ending.cold_start,
             memory_mb: ending.memory_mb,
             message: ending.message,
             completed_at: Some(now),
@@ -329,10 +334,11 @@ mod tests {
     #[test]
     fn a_result_becomes_a_row() {
         let full = row(r#"{"status":"FAILED","exitCode":1,"stdout":"out","stderr":"err","durationMs":12.5,
-                "handlerDurationMs":3,"peakMemoryBytes":1572864}"#);
+                "handlerDurationMs":3,"coldStart":false,"peakMemoryBytes":1572864}"#);
         assert_eq!(full.status.as_str(), "FAILED");
         assert_eq!(full.message, "err");
         assert_eq!((full.duration_ms, full.handler_duration_ms, full.memory_mb), (12.5, Some(3.0), 2));
+        assert_eq!(full.cold_start, Some(false));
 
         let snake = row(r#"{"exitCode":0,"stdout":"out","stderr":"","duration_ms":7,
                 "handler_duration_ms":1,"peak_memory_bytes":1048576}"#);

@@ -127,6 +127,8 @@ pub struct FunctionCounters {
     /// Runs whose worker reported the time in the handler.
     pub handler_invocations: u64,
     pub total_handler_duration_ms: f64,
+    /// Runs whose worker reported a cold start.
+    pub cold_starts: u64,
 }
 
 #[cfg(test)]

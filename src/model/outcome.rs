@@ -110,6 +110,7 @@ pub struct ResultFields<'a> {
     pub stderr: Option<Cow<'a, str>>,
     pub duration_ms: Option<f64>,
     pub handler_duration_ms: Option<f64>,
+    pub cold_start: Option<bool>,
     pub peak_memory_bytes: Option<f64>,
     pub recommended_memory_mb: Option<f64>,
     pub optimization_tip: Option<Cow<'a, str>>,
@@ -156,6 +157,7 @@ impl<'a> ResultFields<'a> {
             "handlerDurationMs" | "handler_duration_ms" => {
                 self.handler_duration_ms = number(value, DURATION_MS_MAX).or(self.handler_duration_ms);
             }
+            "coldStart" => self.cold_start = read(value),
             "peakMemoryBytes" | "peak_memory_bytes" => {
                 self.peak_memory_bytes = number(value, MEMORY_BYTES_MAX).or(self.peak_memory_bytes);
             }

@@ -18,6 +18,8 @@ pub struct Sums {
     pub handler_invocations: i64,
     /// In microseconds.
     pub handler_us: i64,
+    /// Runs for which their worker had to start a process or to load a module, as it reported.
+    pub cold_starts: i64,
 }
 
 impl Sums {
@@ -29,6 +31,7 @@ impl Sums {
             duration_us: micros(row.duration_ms),
             handler_invocations: i64::from(row.handler_duration_ms.is_some()),
             handler_us: row.handler_duration_ms.map_or(0, micros),
+            cold_starts: i64::from(row.cold_start == Some(true)),
         }
     }
 
@@ -57,6 +60,7 @@ impl AddAssign for Sums {
         self.duration_us += other.duration_us;
         self.handler_invocations += other.handler_invocations;
         self.handler_us += other.handler_us;
+        self.cold_starts += other.cold_starts;
     }
 }
 

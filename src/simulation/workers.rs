@@ -107,6 +107,7 @@ fn result(id: JobId, message: &Message, request: u64, run: u64) -> Vec<u8> {
     });
     if request.is_multiple_of(3) {
         result["handlerDurationMs"] = json!(duration_us as f64 / 2000.0);
+        result["coldStart"] = json!(run.is_multiple_of(2));
     }
     if request.is_multiple_of(5) {
         result["recommendedMemoryMb"] = json!(64);

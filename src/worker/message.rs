@@ -186,6 +186,7 @@ impl<'a> Message<'a> {
         }
         env.insert("FUNCTION_ID".to_owned(), run.function.to_owned());
         env.insert("MEMORY_MB".to_owned(), self.memory_mb.to_string());
+        env.insert("OUTPUT_DIR".to_owned(), run.paths.output.clone());
         if let Some(endpoint) = run.ai_endpoint {
             env.insert("AI_ENDPOINT".to_owned(), endpoint.to_owned());
         }
@@ -199,7 +200,6 @@ impl<'a> Message<'a> {
             ("JOB_ID", run.request_id),
             ("MODEL_ID", &*self.model_id),
             ("LLM_MODEL", &*self.model_id),
-            ("OUTPUT_DIR", &*run.paths.output),
         ];
         variables.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
     }

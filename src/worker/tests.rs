@@ -870,7 +870,7 @@ async fn the_status_counts_the_runs_in_progress() {
     let slow = with(json!({ "timeoutMs": 3_000, "envVars": { "MARKER": marker } }));
     let id = floor.send(&slow).await;
     written(&marker).await;
-    assert_eq!(active_jobs().await, Some(1));
+    become_active(1).await;
     assert_eq!(floor.result(id).await["exitCode"], 124);
     become_active(0).await;
     floor.stop().await;

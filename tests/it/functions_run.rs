@@ -603,10 +603,10 @@ async fn processes_of_handlers_stay_until_something_changes(setup: Setup) {
     platform.change_worker("warm.idle_s", 1).await;
     platform.wait_for_worker_metric_at_least("infra_worker_warm_ended_total{reason=\"idle\"}", 1.0).await;
     eventually("the end of the idle process", SOON, || async {
-        let busy_or_idle = r#"infra_worker_warm_processes{runtime="nodejs",state="idle"}"#;
-        match platform.worker_metric(busy_or_idle).await {
-            // One interpreter that serves any function may wait.
-            Some(count) if count <= 1.0 => Ok(()),
+        // Interpreters that serve any function end too.
+        let idle = r#"infra_worker_warm_processes{runtime="python",state="idle"}"#;
+        match platform.worker_metric(idle).await {
+            Some(0.0) => Ok(()),
             other => Err(format!("{other:?}")),
         }
     })

@@ -40,13 +40,13 @@ impl Journal {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_job_counts_once() {
     let journal = Journal(Redis::start(None).await);
-    assert_eq!(journal.end(&["a f 0 5 1 2 0"]).await, Reply::Integer(0), "Redis has lost its data");
+    assert_eq!(journal.end(&["a f 0 5 1 2 0 0"]).await, Reply::Integer(0), "Redis has lost its data");
     journal.command(&["SET", KEYS[1], "1"]).await;
     for id in ["a", "b", "c", "d", "e", "g", "h"] {
         journal.command(&["HSET", KEYS[0], id, "1:f"]).await;
     }
     // A job twice in one call, two functions, and a job that was never journaled.
-    let ended = ["a f 0 5 1 2 0", "a f 0 5 1 2 0", "b other 1 7 0 0 0", "z f 0 9 1 1 0"];
+    let ended = ["a f 0 5 1 2 0 0", "a f 0 5 1 2 0 0", "b other 1 7 0 0 0 0", "z f 0 9 1 1 0 0"];
     for added in ["1010", "0000"] {
         assert_eq!(journal.end(&ended).await, digits(added));
         assert_eq!(
@@ -56,11 +56,11 @@ async fn a_job_counts_once() {
     }
     // A lost job with a late result, in two calls and in one, in either order.
     for (lines, added, sums) in [
-        (&["c f 1 0 0 0 1", "c f 1 0 0 0 1"][..], "10", "2:1:5:1:2"),
-        (&["c f 1 0 0 0 1"], "0", "2:1:5:1:2"),
-        (&["c f 0 4 1 3 0", "c f 0 4 1 3 0"], "20", "2:0:9:2:5"),
-        (&["d f 1 0 0 0 1", "d f 0 1 1 1 0"], "12", "3:0:10:3:6"),
-        (&["e f 0 1 1 1 0", "e f 1 0 0 0 1"], "10", "4:0:11:4:7"),
+        (&["c f 1 0 0 0 0 1", "c f 1 0 0 0 0 1"][..], "10", "2:1:5:1:2"),
+        (&["c f 1 0 0 0 0 1"], "0", "2:1:5:1:2"),
+        (&["c f 0 4 1 3 1 0", "c f 0 4 1 3 1 0"], "20", "2:0:9:2:5:1"),
+        (&["d f 1 0 0 0 0 1", "d f 0 1 1 1 0 0"], "12", "3:0:10:3:6:1"),
+        (&["e f 0 1 1 1 0 0", "e f 1 0 0 0 0 1"], "10", "4:0:11:4:7:1"),
     ] {
         assert_eq!(journal.end(lines).await, digits(added));
         assert_eq!(journal.sums("f").await, sums, "{lines:?}");
@@ -68,15 +68,15 @@ async fn a_job_counts_once() {
     assert_eq!(journal.count(KEYS[3]).await, Reply::Integer(0));
     // More lost jobs than are remembered.
     journal.command(&["HSET", KEYS[3], "x", "f", "y", "f"]).await;
-    journal.end(&["g f 1 0 0 0 1"]).await;
-    journal.end(&["g f 0 1 0 0 0"]).await;
+    journal.end(&["g f 1 0 0 0 0 1"]).await;
+    journal.end(&["g f 0 1 0 0 0 0"]).await;
     assert_eq!(
         (journal.sums("f").await.as_str(), journal.count(KEYS[0]).await),
-        ("5:1:11:4:7", Reply::Integer(1))
+        ("5:1:11:4:7:1", Reply::Integer(1))
     );
     assert_eq!(journal.end(&[]).await, Reply::Integer(1));
     journal.command(&["HSET", KEYS[0], "i", "1:f"]).await;
-    assert_eq!(journal.end(&["i other 0 1 0 0 0"]).await, Reply::Integer(1));
+    assert_eq!(journal.end(&["i other 0 1 0 0 0 0"]).await, Reply::Integer(1));
     assert_eq!(journal.sums("other").await, "2:1:8:0:0");
 }
 
@@ -87,22 +87,22 @@ async fn a_shared_job_counts_once_even_if_it_enters_again() {
     journal.command(&["SET", KEYS[1], "1"]).await;
     let enter = async |id| journal.command(&["HSET", KEYS[0], id, "1:f"]).await;
     enter("a").await;
-    assert_eq!(journal.end(&["a f 0 5 0 0 2"]).await, Reply::Integer(1));
+    assert_eq!(journal.end(&["a f 0 5 0 0 0 2"]).await, Reply::Integer(1));
     enter("a").await;
-    assert_eq!(journal.end(&["a f 0 5 0 0 2"]).await, digits("0"));
+    assert_eq!(journal.end(&["a f 0 5 0 0 0 2"]).await, digits("0"));
     assert_eq!(
         (journal.sums("f").await.as_str(), journal.count(KEYS[0]).await),
         ("1:0:5:0:0", Reply::Integer(0))
     );
     // LOST at first; its late result adds the difference.
     enter("b").await;
-    assert_eq!(journal.end(&["b f 1 0 0 0 3"]).await, Reply::Integer(1));
+    assert_eq!(journal.end(&["b f 1 0 0 0 0 3"]).await, Reply::Integer(1));
     enter("b").await;
-    assert_eq!(journal.end(&["b f 0 7 0 0 2"]).await, digits("2"));
+    assert_eq!(journal.end(&["b f 0 7 0 0 0 2"]).await, digits("2"));
     assert_eq!(journal.sums("f").await, "2:0:12:0:0");
     // No room to remember a third one.
     enter("c").await;
-    assert_eq!(journal.end(&["c f 0 1 0 0 2"]).await, Reply::Integer(1));
+    assert_eq!(journal.end(&["c f 0 1 0 0 0 2"]).await, Reply::Integer(1));
     assert_eq!(journal.count(KEYS[4]).await, Reply::Integer(2));
     assert_eq!(journal.sums("f").await, "3:0:13:0:0");
 }

@@ -6,7 +6,9 @@ use crate::harness::http::{Answer, Conn, Request};
 use crate::harness::job::IdParts;
 use crate::harness::platform::{Backend, HELLO};
 use crate::harness::{Platform, SOON, Setup, within};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 on_both_backends!(invalid_bodies_are_rejected, requests_without_a_valid_key_are_401);
 on_all_workers!(
@@ -174,7 +176,12 @@ async fn any_json_input_is_accepted(setup: Setup) {
     ] {
         let body = format!(r#"{{"ignored":[{{}}],"inputData":{input},"functionId":"hello"}}"#);
         let run = gateway.request("POST", "/run").body("application/json", body);
-        assert_printed(&run.send().await.expect(200), printed);
+        let answer = run.send().await.expect(200);
+        // Member by member: the value of a handler is nested too deeply for a parser of the whole.
+        let members: BTreeMap<&str, &RawValue> = serde_json::from_slice(answer.body()).expect("an object");
+        let text = |name: &str| serde_json::from_str::<String>(members[name].get()).expect("a text");
+        assert_eq!(text("status"), "SUCCESS", "{printed}");
+        assert!(text("stdout").contains(printed), "{printed}");
     }
     // No input is an empty object: handlers call `event.get`.
     for none in ["", r#","inputData":null"#, r#","inputData" : null "#] {

@@ -57,11 +57,13 @@ struct RowJson<'a> {
     expires_at_s: Option<u64>,
     advice: Option<StoredRecommendation>,
     kept: Option<(String, Vec<u8>)>,
-    /// Absent in segments of earlier versions.
+    /// The members from here on are absent in segments of earlier versions.
     #[serde(default)]
     is_late: bool,
     #[serde(default)]
     is_shared: bool,
+    #[serde(default)]
+    cold_start: Option<bool>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -93,6 +95,7 @@ impl<'a> RowJson<'a> {
             kept: record.kept.as_ref().map(|kept| (kept.key.to_string(), kept.result.to_vec())),
             is_late: record.is_late,
             is_shared: record.is_shared,
+            cold_start: row.cold_start,
         }
     }
 
@@ -117,6 +120,7 @@ impl<'a> RowJson<'a> {
             status: Status::new(&self.status),
             duration_ms: self.duration_ms,
             handler_duration_ms: self.handler_duration_ms,
+            cold_start: self.cold_start,
             memory_mb: self.memory_mb,
             message: self.message.into_owned(),
             completed_at: self.completed_at,

@@ -274,12 +274,17 @@ impl OwnWorker {
 
     /// Asserts a clean end: exit code 0 on SIGTERM, and no log line with an error.
     pub async fn stop(&self) {
+        self.stop_after(&[]).await;
+    }
+
+    /// As [`Self::stop`], but these errors are in the log, in this order.
+    pub async fn stop_after(&self, expected: &[&str]) {
         self.wait_ready().await;
         self.signal(Signal::SIGTERM);
         let status = self.wait_for_exit(STOP_WITHIN).await;
         assert_eq!(status.code(), Some(0), "after SIGTERM:\n{}", self.process().output().tail(50));
         let errors: Vec<Value> = self.log().into_iter().filter(|line| line["level"] == "ERROR").collect();
-        assert!(errors.is_empty(), "{errors:#?}");
+        assert!(errors.iter().map(|line| &line["msg"]).eq(expected.iter()), "{errors:#?}");
     }
 }
 

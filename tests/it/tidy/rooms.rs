@@ -40,7 +40,7 @@ pub const ARROWS: [(&str, &str); 26] = [
     ("limiter", "config metrics backend availability ambient model"),
     ("audit", "config metrics node_lease backend availability backoff ambient model"),
     ("node_lease", ""),
-    ("backend", "availability backoff code_archive https model"),
+    ("backend", "availability backoff https model"),
     ("config", "model"),
     ("metrics", "model"),
     ("availability", ""),

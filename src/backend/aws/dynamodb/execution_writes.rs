@@ -181,7 +181,7 @@ fn put_item(body: &mut Vec<u8>, row: &Execution) {
     body.extend_from_slice(b"{\"functionId\":{\"S\":");
     put_text(body, row.function.as_str());
     let mut text = |name: &str, value: &str| {
-        put_name(body, name, 'S');
+        put_name(body, name, "S");
         put_text(body, value);
     };
     match &row.id {
@@ -200,7 +200,7 @@ fn put_item(body: &mut Vec<u8>, row: &Execution) {
         text("completedAt", Rfc3339Ms::of(at).as_str());
     }
     let mut number = |name: &str, value: &str| {
-        put_name(body, name, 'N');
+        put_name(body, name, "N");
         body.push(b'"');
         body.extend_from_slice(value.as_bytes());
         body.push(b'"');
@@ -213,15 +213,19 @@ fn put_item(body: &mut Vec<u8>, row: &Execution) {
     if let Some(at) = row.expires_at_s {
         number("expiresAt", &at.to_string());
     }
+    if let Some(is_cold) = row.cold_start {
+        put_name(body, "coldStart", "BOOL");
+        body.extend_from_slice(if is_cold { b"true" } else { b"false" });
+    }
     body.extend_from_slice(b"}}");
 }
 
 /// Closes the previous attribute and opens the next one.
-fn put_name(body: &mut Vec<u8>, name: &str, kind: char) {
+fn put_name(body: &mut Vec<u8>, name: &str, kind: &str) {
     body.extend_from_slice(b"},\"");
     body.extend_from_slice(name.as_bytes());
     body.extend_from_slice(b"\":{\"");
-    body.push(kind as u8);
+    body.extend_from_slice(kind.as_bytes());
     body.extend_from_slice(b"\":");
 }
 
@@ -279,7 +283,7 @@ mod tests {
         let said = [
             concat!(
                 r#"{"status":"SUCCESS","stdout":"o\n\u0001\ud83d\ude00","durationMs":1.5,"#,
-                r#""handlerDurationMs":1,"peakMemoryBytes":1048576}"#
+                r#""handlerDurationMs":1,"peakMemoryBytes":1048576,"coldStart":true}"#
             ),
             "{}",
         ];
@@ -293,9 +297,10 @@ mod tests {
 
     /// Converts an item of a request to the form in which the table returns it.
     fn read(item: &Value) -> HashMap<String, AttributeValue> {
-        let attribute = |value: &Value| match (&value["S"], &value["N"]) {
-            (Value::String(text), _) => AttributeValue::S(text.clone()),
-            (_, Value::String(number)) => AttributeValue::N(number.clone()),
+        let attribute = |value: &Value| match (&value["S"], &value["N"], &value["BOOL"]) {
+            (Value::String(text), ..) => AttributeValue::S(text.clone()),
+            (_, Value::String(number), _) => AttributeValue::N(number.clone()),
+            (.., Value::Bool(flag)) => AttributeValue::Bool(*flag),
             _ => panic!("{value}"),
         };
         item.as_object().unwrap().iter().map(|(name, value)| (name.clone(), attribute(value))).collect()
@@ -313,6 +318,7 @@ mod tests {
         }
         let item = read(&requests[0]["PutRequest"]["Item"]);
         assert_eq!(item["duration"], AttributeValue::N("1.5".into()));
+        assert_eq!(item["coldStart"], AttributeValue::Bool(true));
         assert_eq!(item["memoryMb"], AttributeValue::N("1".into()));
         let key = RowKey::of(JobId::new(NodeId(7), 1_795_305_600_123, 9));
         assert_eq!(item["timestamp"], AttributeValue::S(key.as_str().to_owned()));

@@ -211,6 +211,7 @@ pub fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
         status: Status::new(&text("status")),
         duration_ms: item.float("duration").unwrap_or(0.0),
         handler_duration_ms: item.float("handlerDurationMs"),
+        cold_start: item.flag("coldStart"),
         memory_mb: item.whole("memoryMb").unwrap_or(0),
         message: text("message"),
         completed_at: item.text("completedAt").and_then(|at| parse_rfc3339_ms(&at)),

@@ -44,6 +44,7 @@ pub fn function(id: FunctionId, item: &Item) -> Function {
             total_duration_ms: item.float("totalDuration").unwrap_or(0.0),
             handler_invocations: item.whole("handlerInvocations").unwrap_or(0),
             total_handler_duration_ms: item.float("totalHandlerDuration").unwrap_or(0.0),
+            cold_starts: item.whole("coldStarts").unwrap_or(0),
         },
         recommendation: recommendation::of(item),
         id,

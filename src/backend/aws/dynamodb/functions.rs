@@ -80,7 +80,7 @@ impl CounterStore for FunctionTable {
             "TableName": self.table,
             "Key": { "functionId": { "S": id.as_str() } },
             "UpdateExpression": "ADD invocations :n, errorCount :e, totalDuration :d, handlerInvocations :h, \
-                                 totalHandlerDuration :t SET #posted = :number",
+                                 totalHandlerDuration :t, coldStarts :c SET #posted = :number",
             "ConditionExpression": "attribute_exists(functionId) AND \
                                     (attribute_not_exists(#posted) OR #posted < :number)",
             "ExpressionAttributeNames": { "#posted": format!("{MARK}{}", stamp.node) },
@@ -90,6 +90,7 @@ impl CounterStore for FunctionTable {
                 ":d": { "N": decimal(sums.duration_ms()) },
                 ":h": { "N": sums.handler_invocations.to_string() },
                 ":t": { "N": decimal(sums.handler_ms()) },
+                ":c": { "N": sums.cold_starts.to_string() },
                 ":number": { "N": stamp.number.to_string() },
             },
         });

@@ -68,6 +68,10 @@ impl Item {
         }
     }
 
+    pub fn flag(&self, name: &str) -> Option<bool> {
+        self.0.get(name)?.as_bool().ok().copied()
+    }
+
     /// A finite number, even if it is stored as a string.
     pub fn float(&self, name: &str) -> Option<f64> {
         let number = match self.0.get(name)? {

@@ -318,20 +318,25 @@ fn addition(digit: u8) -> Addition {
 fn ended_text(ended: &[EndedJob]) -> String {
     let mut text = String::with_capacity(ENTRY_BYTES * ended.len());
     for EndedJob { id, function, adds, is_lost, is_shared } in ended {
-        let Sums { errors, duration_us, handler_invocations, handler_us, .. } = adds;
+        let Sums { errors, duration_us, handler_invocations, handler_us, cold_starts, .. } = adds;
         text.push_str(id.text(&mut [0; JobId::TEXT_BYTES]));
         let flag = u8::from(*is_lost) + 2 * u8::from(*is_shared);
         // Writing to a String cannot fail.
-        let _ =
-            writeln!(text, " {function} {errors} {duration_us} {handler_invocations} {handler_us} {flag}");
+        let _ = write!(text, " {function} {errors} {duration_us} {handler_invocations} {handler_us}");
+        let _ = writeln!(text, " {cold_starts} {flag}");
     }
     text
 }
 
-/// Sums in the format of the scripts.
+/// Sums in the format of the scripts. The last number, of cold starts, is left out if it is 0: earlier
+/// versions, which may run beside this one during an update, cannot read it.
 pub fn sums_text(sums: &Sums) -> String {
-    let Sums { invocations, errors, duration_us, handler_invocations, handler_us } = sums;
-    format!("{invocations}:{errors}:{duration_us}:{handler_invocations}:{handler_us}")
+    let Sums { invocations, errors, duration_us, handler_invocations, handler_us, cold_starts } = sums;
+    let mut text = format!("{invocations}:{errors}:{duration_us}:{handler_invocations}:{handler_us}");
+    if *cold_starts != 0 {
+        let _ = write!(text, ":{cold_starts}"); // writing to a String cannot fail
+    }
+    text
 }
 
 /// Number and sums in the format of the scripts.
@@ -346,10 +351,17 @@ fn parse_numbered(text: &str) -> Option<(u64, Sums)> {
 
 fn parse_sums(text: &str) -> Option<Sums> {
     let numbers: Option<Vec<i64>> = text.split(':').map(|number| number.parse().ok()).collect();
-    let [invocations, errors, duration_us, handler_invocations, handler_us] = numbers?[..] else {
+    let numbers = numbers?;
+    let [invocations, errors, duration_us, handler_invocations, handler_us, ref rest @ ..] = numbers[..]
+    else {
         return None;
     };
-    Some(Sums { invocations, errors, duration_us, handler_invocations, handler_us })
+    let cold_starts = match *rest {
+        [] => 0,
+        [cold_starts] => cold_starts,
+        _ => return None,
+    };
+    Some(Sums { invocations, errors, duration_us, handler_invocations, handler_us, cold_starts })
 }
 
 /// Fields and values of a hash.
@@ -398,11 +410,15 @@ mod tests {
 
     #[test]
     fn numbered_sums_survive_a_round_trip() {
-        let sums =
-            Sums { invocations: 0, errors: -1, duration_us: 7000, handler_invocations: 1, handler_us: 5000 };
-        let numbered = NumberedSums { function: FunctionId::parse("f").unwrap(), number: 1 << 52, sums };
-        assert_eq!(parse_numbered(&numbered_text(&numbered)), Some((numbered.number, sums)));
-        for bad in ["", "1", "1:2:3:4:5", "1:2:3:4:5:6:7", "1:2:3:4:5:x", "-1:2:3:4:5:6"] {
+        for (cold_starts, text) in [(0, "0:-1:7000:1:5000"), (2, "0:-1:7000:1:5000:2")] {
+            let (errors, duration_us, handler_us) = (-1, 7000, 5000);
+            let sums =
+                Sums { invocations: 0, errors, duration_us, handler_invocations: 1, handler_us, cold_starts };
+            assert_eq!(sums_text(&sums), text);
+            let numbered = NumberedSums { function: FunctionId::parse("f").unwrap(), number: 1 << 52, sums };
+            assert_eq!(parse_numbered(&numbered_text(&numbered)), Some((numbered.number, sums)));
+        }
+        for bad in ["", "1", "1:2:3:4:5", "1:2:3:4:5:6:7:8", "1:2:3:4:5:x", "1:2:3:4:5:6:x", "-1:2:3:4:5:6"] {
             assert_eq!(parse_numbered(bad), None, "{bad}");
         }
     }

@@ -16,14 +16,14 @@ pub(in crate::backend::embedded) struct SqliteExecutions(pub(in crate::backend::
 fn put_execution(connection: &Connection, row: &Execution) -> rusqlite::Result<()> {
     let mut insert = connection.prepare_cached(
         "INSERT INTO executions (function_id, key, request_id, foreign_id, status, duration_ms,
-             handler_duration_ms, memory_mb, message, completed_at_ms, expires_at_s)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)
+             handler_duration_ms, cold_start, memory_mb, message, completed_at_ms, expires_at_s)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
          ON CONFLICT (function_id, key) DO UPDATE SET
              request_id = excluded.request_id, foreign_id = excluded.foreign_id, status = excluded.status,
              duration_ms = excluded.duration_ms, handler_duration_ms = excluded.handler_duration_ms,
-             memory_mb = excluded.memory_mb, message = excluded.message,
+             cold_start = excluded.cold_start, memory_mb = excluded.memory_mb, message = excluded.message,
              completed_at_ms = excluded.completed_at_ms, expires_at_s = excluded.expires_at_s
-         WHERE excluded.status <> ?12",
+         WHERE excluded.status <> ?13",
     )?;
     insert.execute(params![
         row.function.as_str(),
@@ -33,6 +33,7 @@ fn put_execution(connection: &Connection, row: &Execution) -> rusqlite::Result<(
         row.status.as_str(),
         row.duration_ms,
         row.handler_duration_ms,
+        row.cold_start,
         integer(row.memory_mb),
         row.message,
         row.completed_at.map(integer),
@@ -54,6 +55,7 @@ fn execution(function: FunctionId, row: &Row<'_>) -> rusqlite::Result<Execution>
         status: Status::new(row.get_ref("status")?.as_str()?),
         duration_ms: row.get("duration_ms")?,
         handler_duration_ms: row.get("handler_duration_ms")?,
+        cold_start: row.get("cold_start")?,
         memory_mb: unsigned(row.get("memory_mb")?),
         message: row.get("message")?,
         completed_at: row.get::<_, Option<i64>>("completed_at_ms")?.map(unsigned),
@@ -193,7 +195,7 @@ mod tests {
         let scratch = Scratch::new();
         let log = SqliteExecutions(scratch.database());
         let mut first = row(AT, 1, "SUCCESS");
-        first.handler_duration_ms = Some(0.5);
+        (first.handler_duration_ms, first.cold_start) = (Some(0.5), Some(false));
         let old = old_row("2024-01-02T03:04:05.678Z", "67e55044-10b1-426f-9247-bb680e5fe0c8");
         put(&log, &[first.clone(), old.clone()]).await;
         put(&log, &[first.clone()]).await;

@@ -117,7 +117,8 @@ pub(in crate::backend::embedded) fn add_counters(
              errors = errors + ?3,
              total_duration_ms = total_duration_ms + ?4,
              handler_invocations = handler_invocations + ?5,
-             total_handler_duration_ms = total_handler_duration_ms + ?6
+             total_handler_duration_ms = total_handler_duration_ms + ?6,
+             cold_starts = cold_starts + ?7
          WHERE function_id = ?1",
     )?;
     update.execute(params![
@@ -127,6 +128,7 @@ pub(in crate::backend::embedded) fn add_counters(
         sums.duration_ms(),
         sums.handler_invocations,
         sums.handler_ms(),
+        sums.cold_starts,
     ])?;
     Ok(())
 }
@@ -171,6 +173,7 @@ fn function(id: FunctionId, row: &Row<'_>) -> rusqlite::Result<Function> {
             total_duration_ms: row.get("total_duration_ms")?,
             handler_invocations: unsigned(row.get("handler_invocations")?),
             total_handler_duration_ms: row.get("total_handler_duration_ms")?,
+            cold_starts: unsigned(row.get("cold_starts")?),
         },
         recommendation: recommendation(row)?,
     })

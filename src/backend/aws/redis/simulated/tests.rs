@@ -246,8 +246,14 @@ async fn the_journal_and_the_membership_run_on_it() {
     let entries = journal.entries(node).await.unwrap();
     assert_eq!(entries.iter().map(|entry| (entry.id, entry.deadline)).collect::<Vec<_>>(), [(id, 17)]);
 
-    let sums =
-        Sums { invocations: 1, errors: 0, duration_us: 7000, handler_invocations: 1, handler_us: 5000 };
+    let sums = Sums {
+        invocations: 1,
+        errors: 0,
+        duration_us: 7000,
+        handler_invocations: 1,
+        handler_us: 5000,
+        cold_starts: 1,
+    };
     let ended = EndedJob { id, function: function.clone(), adds: sums, is_lost: false, is_shared: false };
     let outcome = journal.end(node, from_ref(&ended)).await;
     assert_eq!(outcome, Ok(EndOutcome::Incomplete), "the journal is not complete");

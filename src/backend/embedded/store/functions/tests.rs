@@ -266,7 +266,14 @@ async fn a_recommendation_of_an_earlier_execution_is_ignored() {
 async fn sums_are_added_to_existing_functions() {
     let scratch = Scratch::new();
     let (functions, _) = with_f(&scratch).await;
-    let sums = Sums { invocations: 2, errors: 1, duration_us: 500, handler_invocations: 1, handler_us: 250 };
+    let sums = Sums {
+        invocations: 2,
+        errors: 1,
+        duration_us: 500,
+        handler_invocations: 1,
+        handler_us: 250,
+        cold_starts: 2,
+    };
     let nobody = FunctionId::parse("nobody").unwrap();
     for id in [f().id, f().id, nobody.clone()] {
         functions.0.write(1, move |c| add_counters(c, &id, sums)).await.unwrap();
@@ -278,6 +285,7 @@ async fn sums_are_added_to_existing_functions() {
         total_duration_ms: 1.0,
         handler_invocations: 2,
         total_handler_duration_ms: 0.5,
+        cold_starts: 4,
     };
     drop(functions);
     let functions = SqliteFunctions(scratch.database());

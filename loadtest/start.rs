@@ -48,6 +48,7 @@ async fn main() -> anyhow::Result<()> {
         work_mb_max: WORK_MB_MAX,
         uid_first: UID_FIRST,
         runs_dir: args.runs_dir.clone(),
+        hidden_dirs: Vec::new(),
     };
     let sandbox = Sandbox::probe(&settings).await.map_err(anyhow::Error::msg)?;
     let mut took = Vec::new();

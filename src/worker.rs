@@ -53,6 +53,7 @@ pub use listener::{SandboxReport, WorkerHealth, WorkerListener};
 pub use owned_dir::make_empty;
 pub use runtime::on_path;
 pub use sandbox::{CgroupKind, Enclosed, Sandbox, SandboxSettings, SandboxStatus, View};
+pub use slot_number::SLOTS_MAX;
 
 use crate::ambient;
 use crate::backend::{CodeSource, JobSource, OutputStore, WorkerActivity};

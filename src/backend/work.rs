@@ -4,12 +4,31 @@ use super::BackendError;
 use crate::model::UnixMs;
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-/// Identifies one delivery of a job. Only the source that made it can read it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Receipt(pub String);
+/// Identifies the latest delivery of a job to this worker. Only the source that made it can read it. Clones
+/// are one receipt.
+#[derive(Clone, Debug)]
+pub struct Receipt(Arc<Mutex<Arc<str>>>);
+
+impl Receipt {
+    pub fn new(text: impl Into<Arc<str>>) -> Self {
+        Self(Arc::new(Mutex::new(text.into())))
+    }
+
+    pub fn text(&self) -> Arc<str> {
+        self.0.lock().clone()
+    }
+
+    /// Takes over the receipt of a later delivery, which has made this one invalid.
+    pub fn renew(&self, later: &Self) {
+        let text = later.text();
+        *self.0.lock() = text;
+    }
+}
 
 /// A job that a worker has received.
 #[derive(Clone, Debug)]

@@ -26,7 +26,7 @@ const CODE_CACHE: &str = "code-cache";
 pub struct DevArgs {
     pub port: u16,
     pub data_dir: PathBuf,
-    /// `None`: the loopback addresses only, because `dev` runs uploaded code without a sandbox.
+    /// `None`: the loopback addresses only: `dev` is for one developer, and whoever has its key runs code.
     pub listen: Option<IpAddr>,
     pub conf: Option<PathBuf>,
 }
@@ -80,7 +80,7 @@ pub fn dev(args: DevArgs) -> Exit {
         args.data_dir.display(),
     );
     let worker = Live::new(conf.worker.clone());
-    let of_worker = DevWorker { settings: worker.clone(), ai_endpoint };
+    let of_worker = DevWorker { conf_dir: source.dir.clone(), settings: worker.clone(), ai_endpoint };
     let connect = Box::new(move || Box::pin(open(args.data_dir, of_worker, warnings)) as _);
     let settings = NodeSettings {
         conf,
@@ -102,6 +102,7 @@ pub fn dev(args: DevArgs) -> Exit {
 
 /// What the worker of this process needs beside its jobs.
 struct DevWorker {
+    conf_dir: Option<PathBuf>,
     settings: Live<WorkerConf>,
     ai_endpoint: Option<String>,
 }
@@ -111,12 +112,13 @@ async fn open(
     of_worker: DevWorker,
     warnings: Vec<String>,
 ) -> Result<ConnectedBackend, Vec<StartProblem>> {
-    let DevWorker { settings, ai_endpoint } = of_worker;
+    let DevWorker { conf_dir, settings, ai_endpoint } = of_worker;
     let opened = embedded::open(&dir, on_path("node").is_some()).map_err(|problem| vec![problem])?;
     let spool_dir = make_empty_dir(dir.join(SPOOL)).map_err(|e| vec![embedded::dir_problem(&dir, e)])?;
     let LocalWork { jobs, code, activity, runs_dir } = opened.work;
     let conf = settings.get().sandbox.clone();
-    let sandbox = isolation::probed(&conf, SandboxMode::IfAvailable, &runs_dir).await;
+    let sandbox =
+        isolation::probed(&conf, SandboxMode::IfAvailable, (&runs_dir, 0), conf_dir.as_deref()).await;
     let sandbox = sandbox.map_err(|problem| vec![problem])?;
     // Runs end with the process: their jobs are on its disk, and run again after the next start.
     let (worker_id, drain) = ("local".to_owned(), Duration::ZERO);

@@ -3,31 +3,41 @@
 use crate::backend::{BackendError, StartProblem};
 use crate::config::{SandboxConf, SandboxMode};
 use crate::metrics::WorkerMetrics;
-use crate::worker::{CgroupKind, Sandbox, SandboxReport, SandboxSettings, SandboxStatus};
-use std::path::Path;
+use crate::worker::{CgroupKind, SLOTS_MAX, Sandbox, SandboxReport, SandboxSettings, SandboxStatus};
+use std::path::{Path, PathBuf};
 
 /// Finds out which sandbox this machine can make. `default`: the mode of this command, if `conf` names none.
-/// `runs_dir`: the directory of the runs in progress. It exists.
+/// `runs_dir`: the directory of the runs in progress. It exists. `number`: of this worker among those of the
+/// machine. `conf_dir`: where its settings are, if not in the working directory.
 ///
 /// # Errors
 /// There is none, and functions must not run without one.
 pub async fn probed(
     conf: &SandboxConf,
     default: SandboxMode,
-    runs_dir: &Path,
+    (runs_dir, number): (&Path, u32),
+    conf_dir: Option<&Path>,
 ) -> Result<Sandbox, StartProblem> {
     let settings = SandboxSettings {
         mode: conf.mode.unwrap_or(default),
         network: conf.network,
         work_mb_max: conf.work_mb_max,
-        uid_first: conf.uid_first,
+        // Workers of one machine have different users.
+        uid_first: conf.uid_first.saturating_add(number.saturating_mul(SLOTS_MAX)),
         runs_dir: runs_dir.to_owned(),
+        hidden_dirs: hidden_dirs(runs_dir, conf_dir),
     };
     Sandbox::probe(&settings).await.map_err(|problem| StartProblem {
         what: "the sandbox of functions".to_owned(),
         error: BackendError::Invalid(problem.trim_end_matches('.').to_owned()),
         remedy: "To run functions without it, set sandbox.mode = \"if-available\" in worker.toml.".to_owned(),
     })
+}
+
+/// The directories with the secrets and the data of this process.
+fn hidden_dirs(runs_dir: &Path, conf_dir: Option<&Path>) -> Vec<PathBuf> {
+    let own = [std::env::current_dir().ok(), std::env::home_dir(), runs_dir.parent().map(Path::to_owned)];
+    own.into_iter().chain([conf_dir.map(Path::to_owned)]).flatten().collect()
 }
 
 /// Reports the sandbox in the log and in the metrics, and returns what `/health` shows. Without a sandbox,

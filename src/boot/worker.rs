@@ -236,7 +236,12 @@ fn internal(what: &str, error: &dyn std::fmt::Display) -> Exit {
 async fn start(settings: &WorkerPlan, dir: &WorkerDir) -> Result<StartedWorker, Vec<StartProblem>> {
     let WorkerPlan { env, conf, .. } = settings;
     let (sandbox, connection) = tokio::join!(
-        isolation::probed(&conf.worker.sandbox, SandboxMode::Required, &dir.runs),
+        isolation::probed(
+            &conf.worker.sandbox,
+            SandboxMode::Required,
+            (&dir.runs, u32::try_from(dir.number).unwrap_or(u32::MAX)),
+            settings.source.dir.as_deref()
+        ),
         aws::connect_worker(aws_settings(env, conf)),
     );
     let socket = bound_to(conf.worker.listener.address, conf.worker.listener.port);

@@ -22,10 +22,12 @@ use crate::backend::{FetchError, OutputStore, ReceivedJob, WorkerActivity, Worke
 use crate::backoff::Backoff;
 use crate::config::{Live, WorkerConf};
 use crate::metrics::{StartKind, WorkerMetrics};
-use crate::model::Handler;
+use crate::model::{Handler, now_ms};
+use futures_util::FutureExt;
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -46,6 +48,8 @@ pub(super) enum NotRun {
     Failed(String),
     /// A later attempt, or another worker, may succeed.
     Away(String),
+    /// The deadline of the job has passed.
+    Expired,
 }
 
 impl From<FetchError> for NotRun {
@@ -102,7 +106,20 @@ struct PreparedInstance {
     cpu_before: Option<Duration>,
 }
 
+/// Waits for what takes no CPU time of this run, so that others start meanwhile.
+async fn waiting<T>(run: &RunningJob<'_>, work: impl Future<Output = T>) -> T {
+    run.gauge.rest();
+    let done = work.await;
+    run.gauge.work();
+    done
+}
+
 impl RunningJob<'_> {
+    /// Code may have been away for a while.
+    fn is_in_time(&self) -> Result<(), NotRun> {
+        if self.job.deadline <= now_ms() { Err(NotRun::Expired) } else { Ok(()) }
+    }
+
     fn kind(&self) -> WarmKind {
         let heap_mb = self.runtime.heap_mb(self.message.memory_mb);
         WarmKind { runtime: self.runtime.runtime(), heap_mb }
@@ -159,13 +176,17 @@ impl FunctionRunner {
                 let (job, function) = (&run.job.request_id, &run.job.function);
                 tracing::warn!(job, function, %error, "Code of a function not fetched; retrying");
             }
-            run.gauge.rest();
             FETCH_RETRIES.sleep(attempt).await;
         }
     }
 
     async fn layout(&self, run: &RunningJob<'_>, has_input: bool) -> Result<CodeLayout, NotRun> {
-        let code = self.fetch(run).await?;
+        let mut fetching = pin!(self.fetch(run));
+        // In most cases the cache has it.
+        let code = match fetching.as_mut().now_or_never() {
+            Some(code) => code?,
+            None => waiting(run, fetching).await?,
+        };
         let input = (has_input && run.message.input_by_file()).then(|| run.message.input.get().to_owned());
         Ok(CodeLayout { code, input, as_copies: !self.starter.is_isolated() })
     }
@@ -179,10 +200,13 @@ impl FunctionRunner {
             let script = run.runtime.script(&has_file, Path::new(FUNCTION_DIR), memory_mb);
             match script.map_err(NotRun::Failed)? {
                 ScriptStart::Program { is_warm, .. } => break is_warm,
-                ScriptStart::Build(build) => self.builder.build(&layout.code, build, run.runtime).await?,
+                ScriptStart::Build(build) => {
+                    waiting(run, self.builder.build(&layout.code, build, run.runtime)).await?;
+                }
             }
             is_built = true;
         };
+        run.is_in_time()?;
         let warm = if is_warm && !layout.is_mounted() { self.warm_script(run, &layout).await? } else { None };
         let (mut instance, start) = match warm {
             Some(found) => found,
@@ -251,6 +275,8 @@ impl FunctionRunner {
         self.pool.make_room();
         let (layout, memory_mb) = (layout.clone(), run.limits.memory_mb);
         let (instance, filled, cpu_before) = ambient::blocking(move || {
+            let mut instance = instance;
+            instance.process.hold(layout.code.clone());
             let fence = instance.process.fence();
             let limited = fence.map_or(Ok(()), |fence| fence.limit(memory_mb));
             let filled = limited.and_then(|()| layout.fill(&instance.process.function_dir()));
@@ -274,6 +300,7 @@ impl FunctionRunner {
         let memory_mb = run.limits.memory_mb;
         let mounted = layout.is_mounted().then(|| layout.code.clone());
         let (place, input) = self.starter.place(Some(layout.clone())).await?;
+        let code = layout.code.clone();
         let env = self.script_environment(run, &place.paths, input.as_deref())?;
         let has_file = |name: &str| layout.code.file(name).is_some() || is_built && name == PROGRAM;
         let script = run.runtime.script(&has_file, Path::new(&place.paths.function), memory_mb);
@@ -283,7 +310,9 @@ impl FunctionRunner {
         let plan = InstancePlan::program(argv, env, memory_mb);
         let data_bytes_max = run.runtime.request_bytes_max(memory_mb);
         let start = RunStart::now(true, Some(Duration::ZERO));
-        let instance = self.starter.start(place, InstancePlan { data_bytes_max, mounted, ..plan }).await?;
+        let plan = InstancePlan { data_bytes_max, mounted, ..plan };
+        let mut instance = self.starter.start(place, plan).await?;
+        instance.process.hold(code);
         self.started(run, StartKind::Cold);
         Ok((instance, start))
     }
@@ -322,6 +351,7 @@ impl FunctionRunner {
     ) -> Result<(HandlerProcess, ProcessEnv, RunStart), NotRun> {
         self.pool.make_room();
         let layout = self.layout(run, false).await?;
+        run.is_in_time()?;
         let begins = |cpu| RunStart::now(true, cpu);
         let ready = if layout.is_mounted() { None } else { self.prepared(run, &layout).await? };
         let (instance, start) = match ready {
@@ -343,6 +373,7 @@ impl FunctionRunner {
     async fn handler_instance(&self, run: &RunningJob<'_>, layout: CodeLayout) -> Result<Instance, NotRun> {
         let memory_mb = run.limits.memory_mb;
         let mounted = layout.is_mounted().then(|| layout.code.clone());
+        let code = layout.code.clone();
         let (place, _) = self.starter.place(Some(layout)).await?;
         let context = self.context(run, &place.paths);
         let env = run.message.handler_environment(context, run.runtime.environment());
@@ -351,7 +382,10 @@ impl FunctionRunner {
         let plan = InstancePlan::waiting(&start, env, memory_mb);
         let plan = plan.map_err(|e| NotRun::Away(e.to_string()))?;
         let data_bytes_max = run.runtime.request_bytes_max(memory_mb);
-        Ok(self.starter.start(place, InstancePlan { data_bytes_max, mounted, ..plan }).await?)
+        let plan = InstancePlan { data_bytes_max, mounted, ..plan };
+        let mut instance = self.starter.start(place, plan).await?;
+        instance.process.hold(code);
+        Ok(instance)
     }
 
     async fn call(

@@ -40,6 +40,8 @@ pub(super) struct HandlerProcess {
     sampled_at: Option<Instant>,
     /// The last reading of the CPU time.
     cpu_time: Option<(Instant, Duration)>,
+    /// The number of processes after the handler was loaded. `None`: it is not loaded.
+    processes: Option<usize>,
     /// Whether it can serve another event.
     is_usable: bool,
 }
@@ -95,6 +97,7 @@ impl HandlerProcess {
             runs: 0,
             sampled_at: None,
             cpu_time: None,
+            processes: None,
             is_usable: true,
         })
     }
@@ -113,7 +116,20 @@ impl HandlerProcess {
 
     /// Whether it waits for an event. `false`: it has ended, or has sent something that nobody asked for.
     pub(super) fn is_quiet(&self) -> bool {
-        self.instance.is_quiet()
+        self.instance.is_quiet() && out_of_memory(self.instance.process.fence()).is_none()
+    }
+
+    async fn count_processes(&self) -> Option<usize> {
+        match self.instance.process.fence().and_then(Fence::processes) {
+            Some(count) => Some(count),
+            // Without control groups.
+            None => self.monitor.count_processes().await,
+        }
+    }
+
+    /// Whether the run has left processes behind. They would go on without a limit.
+    async fn has_leftovers(&self) -> bool {
+        self.processes.zip(self.count_processes().await).is_some_and(|(loaded, now)| now > loaded)
     }
 
     /// The `/tmp` of the process, opened with `O_PATH`.
@@ -165,11 +181,12 @@ impl HandlerProcess {
         let outcome = match answer.as_ref().map(|frame| ControlReply::parse(frame)) {
             Ok(Ok(ControlReply::Loaded { ms })) => {
                 tracing::debug!(function = version.function(), ms, "Handler loaded");
+                self.processes = self.count_processes().await;
                 return Ok(());
             }
             Ok(Ok(ControlReply::Failed { error })) => {
                 self.is_usable = false;
-                EventOutcome::failed(error, None)
+                EventOutcome::failed(cut(error, limits), None)
             }
             Ok(parsed) => self.broken(&unexpected(parsed.err()), output).await,
             Err(Interruption::Stopped(reason)) => self.stopped(*reason, output).await,
@@ -199,7 +216,7 @@ impl HandlerProcess {
         let answer = self.exchange(&request, start, limits, gauge, &mut output).await;
         let outcome = match answer.as_ref().map(|frame| ControlReply::parse(frame)) {
             Ok(Ok(ControlReply::Value { value, ms })) => returned(value, ms, limits),
-            Ok(Ok(ControlReply::Error { error, ms })) => EventOutcome::failed(error, Some(ms)),
+            Ok(Ok(ControlReply::Error { error, ms })) => EventOutcome::failed(cut(error, limits), Some(ms)),
             Ok(parsed) => self.broken(&unexpected(parsed.err()), &mut output).await,
             Err(Interruption::Stopped(reason)) => self.stopped(*reason, &mut output).await,
             Err(Interruption::Broken(error)) => self.broken(error, &mut output).await,
@@ -305,9 +322,10 @@ impl HandlerProcess {
         if has_answered && self.sampled_at.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY) {
             self.sampled_at = Some(Instant::now());
             // This run is over. But the next one would begin with too much memory.
-            let found = self.monitor.sample(gauge).await;
-            self.is_usable &= found.or_else(|| out_of_memory(self.instance.process.fence())).is_none();
+            self.is_usable &= self.monitor.sample(gauge).await.is_none();
         }
+        self.is_usable &= out_of_memory(self.instance.process.fence()).is_none();
+        self.is_usable = self.is_usable && !self.has_leftovers().await;
         let mut ended = RunEnd {
             started_at: start.unix_ms,
             is_cold: start.is_cold,
@@ -336,6 +354,12 @@ fn returned(value: &RawValue, ms: f64, limits: RunLimits) -> EventOutcome {
     }
     let (value, error) = (Some(value.to_owned()), String::new());
     EventOutcome { exit_code: 0, value, handler_ms: Some(ms), error, stopped: None }
+}
+
+/// The text of an error, which is as long as the function wants.
+fn cut(mut error: String, limits: RunLimits) -> String {
+    error.truncate(error.floor_char_boundary(limits.output_bytes_max));
+    error
 }
 
 /// An answer that does not fit the request.

@@ -2,7 +2,7 @@
 //! settings.
 
 use super::message::Message;
-use serde_json::Value;
+use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 
 /// A version of a function with a handler.
@@ -14,7 +14,8 @@ pub(super) struct HandlerVersion {
     s3_bucket: String,
     s3_key: String,
     pub(super) handler: String,
-    env_vars: BTreeMap<String, Value>,
+    /// As in the message.
+    env_vars: BTreeMap<String, Box<RawValue>>,
     /// Orders the versions of a function. Changes that do not concern its processes raise it too.
     config_version: u64,
 }
@@ -28,7 +29,7 @@ impl HandlerVersion {
             s3_bucket: message.s3_bucket.as_ref().to_owned(),
             s3_key: message.s3_key.as_ref().to_owned(),
             handler: handler.to_owned(),
-            env_vars: message.env_vars.clone(),
+            env_vars: owned(message),
             config_version: message.config_version,
         }
     }
@@ -45,13 +46,24 @@ impl HandlerVersion {
             && self.handler == handler
             && self.memory_mb == message.memory_mb
             && self.runtime == message.runtime
-            && self.env_vars == message.env_vars
+            && self.has_env_vars_of(message)
+    }
+
+    fn has_env_vars_of(&self, message: &Message<'_>) -> bool {
+        let (own, others) = (self.env_vars.iter(), message.env_vars.iter());
+        self.env_vars.len() == message.env_vars.len()
+            && own.zip(others).all(|((a, x), (b, y))| a == b && x.get() == y.get())
     }
 
     /// Whether a job of the function shows that it has got new code or settings since.
     pub(super) fn is_outdated_by(&self, function: &str, message: &Message<'_>) -> bool {
         self.function == function && self.config_version < message.config_version
     }
+}
+
+fn owned(message: &Message<'_>) -> BTreeMap<String, Box<RawValue>> {
+    let all = message.env_vars.iter();
+    all.map(|(name, value)| (name.clone().into_owned(), (*value).to_owned())).collect()
 }
 
 #[cfg(test)]

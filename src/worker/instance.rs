@@ -59,8 +59,8 @@ struct HeldProcess {
     /// `None` while it is admitted.
     fence: Option<Fence>,
     place: InstancePlace,
-    /// The code that is mounted, if it is that of the cache itself.
-    _code: Option<CachedCode>,
+    /// The code that it has. The cache keeps code that is in use.
+    code: Option<CachedCode>,
 }
 
 impl InstanceProcess {
@@ -70,7 +70,7 @@ impl InstanceProcess {
         place: InstancePlace,
         code: Option<CachedCode>,
     ) -> Self {
-        let held = HeldProcess { child, fence: Some(fence), place, _code: code };
+        let held = HeldProcess { child, fence: Some(fence), place, code };
         Self { held: Some(held), farewell: Duration::ZERO }
     }
 
@@ -84,6 +84,11 @@ impl InstanceProcess {
 
     pub(super) fn child(&mut self) -> &mut SupervisedChild {
         &mut self.held_mut().child
+    }
+
+    /// Keeps the code of the process in the cache as long as the process lives.
+    pub(super) fn hold(&mut self, code: CachedCode) {
+        self.held_mut().code = Some(code);
     }
 
     /// Asks for the end of the process and all that it has started.
@@ -177,11 +182,11 @@ impl HeldProcess {
             Ok(Err(error)) => tracing::warn!(%error, "The end of a function's process is not known"),
             Err(_) => tracing::error!("A function's process cannot be killed: it hangs in the kernel"),
         }
-        let Self { child, fence, place, _code } = self;
+        let Self { child, fence, place, code } = self;
         ambient::blocking(move || {
             // In this order: the control group, then the directory, then the number.
             drop((child, fence));
-            drop((place, _code));
+            drop((place, code));
         })
         .await;
     }

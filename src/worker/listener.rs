@@ -31,6 +31,8 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CONNECTIONS_MAX: usize = 64;
 /// Time for a connection, from the first byte of the request to the last one of the response.
 const CONNECTION_MAX: Duration = Duration::from_secs(10);
+/// Time for the head of the request. Clients that send none must not keep others away for long.
+const HEAD_MAX: Duration = Duration::from_secs(2);
 /// Most bytes of a request head. hyper accepts no smaller bound.
 const HEAD_BYTES_MAX: usize = 8 << 10;
 const HEAD_FIELDS_MAX: usize = 64;
@@ -85,7 +87,8 @@ async fn serve(stream: TcpStream, state: Arc<ListenerState>) {
         async move { Ok::<_, Infallible>(state.answer(&method, &path).await) }
     });
     let mut http = http1::Builder::new();
-    http.keep_alive(false).max_buf_size(HEAD_BYTES_MAX).max_headers(HEAD_FIELDS_MAX).timer(TokioTimer::new());
+    http.keep_alive(false).max_buf_size(HEAD_BYTES_MAX).max_headers(HEAD_FIELDS_MAX);
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_MAX);
     // A client that leaves, or sends no HTTP, concerns nobody.
     let _ = timeout(CONNECTION_MAX, http.serve_connection(TokioIo::new(stream), service)).await;
 }

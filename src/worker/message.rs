@@ -3,7 +3,6 @@
 use super::runtime::ProcessEnv;
 use crate::model::{Runtime, TIMEOUT_MS_DEFAULT};
 use serde::Deserialize;
-use serde_json::Value;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,6 +11,8 @@ use std::collections::BTreeMap;
 const ENV_INPUT_BYTES_MAX: usize = 100 * 1024;
 /// Longest variable, in bytes: its name, `=`, its value and a zero byte (`MAX_ARG_STRLEN` of Linux).
 const VARIABLE_BYTES_MAX: usize = 128 * 1024;
+/// Most variables of a function. bubblewrap takes at most 9,000 arguments, three for each.
+const VARIABLES_MAX: usize = 2_000;
 /// `PATH` of a run, unless the function sets another one.
 const PATH: &str = "/usr/local/bin:/usr/bin:/bin";
 /// Variables that a function cannot set.
@@ -47,8 +48,9 @@ pub(super) struct Message<'a> {
     pub(super) input: &'a RawValue,
     #[serde(borrow, default = "model_default")]
     pub(super) model_id: Cow<'a, str>,
-    #[serde(default)]
-    pub(super) env_vars: BTreeMap<String, Value>,
+    /// Values are kept as text: a number may have more digits than a double.
+    #[serde(borrow, default)]
+    pub(super) env_vars: BTreeMap<Cow<'a, str>, &'a RawValue>,
     /// Version of the function. 0: unknown.
     #[serde(default)]
     pub(super) config_version: u64,
@@ -164,11 +166,18 @@ impl<'a> Message<'a> {
         of_runtime: &[(&str, &str)],
     ) -> Result<ProcessEnv, String> {
         let mut env = base_environment(run.paths, of_runtime);
+        if self.env_vars.len() > VARIABLES_MAX {
+            let count = self.env_vars.len();
+            return Err(format!("envVars has {count} variables, and at most {VARIABLES_MAX} are possible"));
+        }
         for (name, value) in &self.env_vars {
-            let value = match value {
-                Value::Null => continue,
-                Value::String(text) => Cow::Borrowed(text.as_str()),
-                other => Cow::Owned(other.to_string()),
+            let value: Cow<'_, str> = match value.get() {
+                "null" => continue,
+                text if text.starts_with('"') => match serde_json::from_str(text) {
+                    Ok(text) => Cow::Owned(text),
+                    Err(_) => return Err("envVars contains a text that cannot be read".into()),
+                },
+                other => Cow::Borrowed(other),
             };
             if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
                 return Err("envVars contains a name or a value that is not valid in an environment".into());
@@ -177,8 +186,8 @@ impl<'a> Message<'a> {
                 let max = VARIABLE_BYTES_MAX >> 10;
                 return Err(format!("envVars contains a variable that is longer than {max} KiB"));
             }
-            if !RESERVED.contains(&name.as_str()) {
-                env.insert(name.clone(), value.into_owned());
+            if !RESERVED.contains(&&**name) {
+                env.insert(name.clone().into_owned(), value.into_owned());
             }
         }
         if self.model_id.contains('\0') {
@@ -239,7 +248,7 @@ mod tests {
     #[test]
     fn the_environment_is_that_of_the_request() {
         let vars = json!({
-            "MINE": "ä=1", "NUMBER": 5, "NONE": null, "HOME": "/mine", "PAYLOAD_FILE": "theirs",
+            "MINE": "ä=1", "NUMBER": 5, "NONE": null, "FLAG": true, "HOME": "/mine", "PAYLOAD_FILE": "theirs",
             "AI_ENDPOINT": "theirs", "REQUEST_ID": "theirs",
         });
         let text = json!({ "s3Key": "k", "input": [1], "modelId": "m", "memoryMb": 64, "envVars": vars });
@@ -248,7 +257,7 @@ mod tests {
         let of_runtime = [("PYTHONUNBUFFERED", "1")];
         let env = message.environment(run(&paths), &of_runtime, None).unwrap();
         let shown: Vec<String> = env.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let expected = "AI_ENDPOINT=http://ai FUNCTION_ID=f HOME=/mine JOB_ID=r LLM_MODEL=m MEMORY_MB=64 \
+        let expected = "AI_ENDPOINT=http://ai FLAG=true FUNCTION_ID=f HOME=/mine JOB_ID=r LLM_MODEL=m MEMORY_MB=64 \
                         MINE=ä=1 MODEL_ID=m NUMBER=5 OUTPUT_DIR=/o PATH=/usr/local/bin:/usr/bin:/bin \
                         PAYLOAD=[1] PYTHONUNBUFFERED=1 REQUEST_ID=r TMPDIR=/t";
         assert_eq!(shown.join(" "), expected);
@@ -259,6 +268,14 @@ mod tests {
     }
 
     #[test]
+    fn numbers_keep_their_digits() {
+        let text = r#"{"s3Key":"k","envVars":{"A":12345678901234567890123,"B":1.10,"C":{"d":[1e2]}}}"#;
+        let message = Message::parse(text.as_bytes()).unwrap();
+        let env = message.handler_environment(run(&paths()), &[]).unwrap();
+        assert_eq!([&env["A"], &env["B"], &env["C"]], ["12345678901234567890123", "1.10", r#"{"d":[1e2]}"#]);
+    }
+
+    #[test]
     fn variables_that_no_process_can_have_are_rejected() {
         let paths = paths();
         for (vars, reason) in [
@@ -266,6 +283,7 @@ mod tests {
             (json!({ "A=B": "x" }), "not valid"),
             (json!({ "A": "x\0" }), "not valid"),
             (json!({ "A": "x".repeat(VARIABLE_BYTES_MAX) }), "longer than 128 KiB"),
+            ((0..2_001).map(|n| (format!("A{n}"), json!(n))).collect(), "2001 variables"),
         ] {
             let text = json!({ "s3Key": "k", "envVars": vars }).to_string();
             let message = Message::parse(text.as_bytes()).unwrap();

@@ -51,6 +51,11 @@ impl RunUsage {
         self.is_busy.load(Ordering::Relaxed)
     }
 
+    /// The run uses the CPU from now on, until a sample shows that it is idle.
+    pub(super) fn work(&self) {
+        self.is_busy.store(true, Ordering::Relaxed);
+    }
+
     /// The run does not use the CPU from now on, as far as is known: it waits, or has ended.
     pub(super) fn rest(&self) {
         if self.is_busy.swap(false, Ordering::Relaxed) {
@@ -111,6 +116,13 @@ impl RunMonitor {
     /// Highest resident memory so far, in bytes. `None`: none was sampled.
     pub(super) fn peak_bytes(&self) -> Option<u64> {
         Some(self.peak_bytes).filter(|bytes| *bytes > 0)
+    }
+
+    /// The number of processes now, without those of the sandbox. `None`: the count failed.
+    pub(super) async fn count_processes(&self) -> Option<usize> {
+        let (supervisor, levels) = (self.supervisor, self.sandbox_levels);
+        let count = tokio::task::spawn_blocking(move || tree::measure(supervisor, levels).pids.len());
+        count.await.ok()
     }
 
     /// Takes the next sample after a pause, and returns why the run must be stopped, if it must. Cancel safe.

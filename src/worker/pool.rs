@@ -203,13 +203,19 @@ impl WarmPool {
             let mut state = self.state.lock();
             let version = process.version();
             let own_mb = version.memory_mb;
-            let of_function = state.count_of(version.function());
+            // Of one function, the one that was used last stays: the least used ones go first.
+            while warm.function_max > 0
+                && state.count_of(version.function()) >= warm.function_max
+                && let Some(idle) = state.remove_oldest_of(version.function())
+            {
+                leaving.handlers.push((idle.process, WarmEnd::Full));
+            }
             let end = if !process.is_usable() {
                 Some(WarmEnd::Failed)
             } else if process.runs() >= warm.handler_runs_max {
                 Some(WarmEnd::Runs)
             } else {
-                (state.is_closed || of_function >= warm.function_max).then_some(WarmEnd::Full)
+                (state.is_closed || warm.function_max == 0).then_some(WarmEnd::Full)
             };
             match end {
                 Some(reason) => leaving.handlers.push((process, reason)),
@@ -352,6 +358,11 @@ impl PoolState {
 
     fn count_of(&self, function: &str) -> usize {
         self.handlers.iter().filter(|idle| idle.process.version().function() == function).count()
+    }
+
+    fn remove_oldest_of(&mut self, function: &str) -> Option<IdleHandler> {
+        let at = self.handlers.iter().position(|idle| idle.process.version().function() == function)?;
+        self.handlers.remove(at)
     }
 
     /// What the idle processes may use, in MiB.

@@ -19,6 +19,8 @@ use tokio::sync::{Notify, Semaphore};
 /// Builds at a time. They do not count towards the memory of runs.
 const BUILDS_MAX: usize = 1;
 /// The limits of a build.
+/// Exit codes from here on are not those of a compiler: time limit, signals.
+const KILLED_MIN: i32 = 124;
 const LIMITS: RunLimits =
     RunLimits { memory_mb: 1_024, time: Duration::from_secs(120), output_bytes_max: 64 << 10 };
 /// Most bytes of a program.
@@ -83,7 +85,14 @@ impl ProgramBuilder {
             script_run::to_its_end(&mut instance, start, LIMITS, &gauge),
         );
         let ended = ended.map_err(|e| away(format!("the exit code of the compiler is not known: {e}")))?;
-        let RunEnd { exit_code, stderr, .. } = ended;
+        let RunEnd { exit_code, stderr, stopped, .. } = ended;
+        if stopped.is_some() || exit_code >= KILLED_MIN {
+            // That may be due to this machine, so it must not be kept as a property of the code.
+            return Err(away(format!(
+                "the compiler did not finish (exit code {exit_code})\n{}",
+                stderr.trim()
+            )));
+        }
         let why = match received {
             Ok(_) if exit_code == 0 => return Ok(()),
             Err(e) if exit_code == 0 || matches!(e, ControlError::TooLong { .. }) => format!(" {e}"),

@@ -140,7 +140,7 @@ mod tests {
 
     fn job() -> ReceivedJob {
         ReceivedJob {
-            receipt: Receipt("1".into()),
+            receipt: Receipt::new("1"),
             request_id: "r".into(),
             function: "f".into(),
             deadline: UnixMs::MAX,

@@ -37,18 +37,19 @@ pub(super) enum RunEnded {
     Unfinished,
 }
 
+/// Why a job has no result.
+enum NotExecuted {
+    /// This worker cannot run it now. Another one might.
+    Away(String),
+    /// Its deadline has passed.
+    Expired,
+}
+
 impl Runner {
     /// Runs a job and removes it from the queue. Retries until that is written, because nothing else would.
     pub(super) async fn settle(self: Arc<Self>, job: Arc<ReceivedJob>, gauge: Arc<RunUsage>) -> RunEnded {
         if job.deadline <= now_ms() {
-            tracing::warn!(
-                job = job.request_id,
-                function = job.function,
-                "Job dropped: its deadline has passed"
-            );
-            self.metrics.jobs.expired.inc();
-            until_written(|| self.jobs.discard(&job), |_| {}).await;
-            return RunEnded::Finished;
+            return self.drop_expired(&job).await;
         }
         let result = match self.has_ended_us(&job) {
             Some(reason) => {
@@ -59,7 +60,8 @@ impl Runner {
                 until_written(|| self.jobs.start(&job), |_| {}).await;
                 match self.execute(&job, &gauge).await {
                     Ok(result) => result,
-                    Err(reason) => {
+                    Err(NotExecuted::Expired) => return self.drop_expired(&job).await,
+                    Err(NotExecuted::Away(reason)) => {
                         tracing::warn!(
                             job = job.request_id,
                             function = job.function,
@@ -82,6 +84,14 @@ impl Runner {
         RunEnded::Finished
     }
 
+    async fn drop_expired(&self, job: &ReceivedJob) -> RunEnded {
+        let (job_id, function) = (&job.request_id, &job.function);
+        tracing::warn!(job = job_id, function, "Job dropped: its deadline has passed");
+        self.metrics.jobs.expired.inc();
+        until_written(|| self.jobs.discard(job), |_| {}).await;
+        RunEnded::Finished
+    }
+
     /// The error of a job that was started too often. `None`: it may start.
     fn has_ended_us(&self, job: &ReceivedJob) -> Option<String> {
         let starts_max = self.jobs.traits().starts_max?;
@@ -97,8 +107,8 @@ impl Runner {
     /// Runs the function of a job. Returns the result as JSON.
     ///
     /// # Errors
-    /// Why this worker cannot run it now, if another one might.
-    async fn execute(&self, job: &ReceivedJob, gauge: &RunUsage) -> Result<Bytes, String> {
+    /// If the job has no result.
+    async fn execute(&self, job: &ReceivedJob, gauge: &RunUsage) -> Result<Bytes, NotExecuted> {
         let message = match Message::parse(&job.message) {
             Ok(message) => message,
             Err(reason) => return Ok(RunResult::failed(job, &self.worker_id, None, reason).to_json()),
@@ -115,7 +125,8 @@ impl Runner {
             Ok(Err(NotRun::Failed(reason))) => failed(reason),
             // Without leases there is no other worker, and nobody would deliver the job again.
             Ok(Err(NotRun::Away(reason))) if self.jobs.traits().lease.is_none() => failed(reason),
-            Ok(Err(NotRun::Away(reason))) => Err(reason),
+            Ok(Err(NotRun::Away(reason))) => Err(NotExecuted::Away(reason)),
+            Ok(Err(NotRun::Expired)) => Err(NotExecuted::Expired),
             Err(_) => {
                 tracing::error!(job = job.request_id, function = job.function, "Run failed: a task panicked");
                 failed("the worker failed while it ran the function".to_owned())

@@ -18,9 +18,8 @@ pub use program::on_path;
 use crate::model::Runtime;
 use futures_util::future::join_all;
 use language::{Language, missing};
-use program::{InstalledProgram, is_in_sandbox};
+use program::{InstalledProgram, is_in_sandbox, sealed_file};
 use std::ffi::OsString;
-use std::fs::File;
 use std::io;
 use std::path::Path;
 
@@ -64,13 +63,15 @@ pub(super) struct WarmStart<'a> {
     pub(super) argv: Vec<OsString>,
     /// The whole environment.
     pub(super) env: ProcessEnv,
-    /// Its standard input, which it replaces by `/dev/null` before code of the function runs.
-    pub(super) stdin: &'a File,
+    /// The contents of its standard input, which it replaces by `/dev/null` before code of the function runs.
+    pub(super) stdin: &'a [u8],
 }
 
 impl WarmStart<'_> {
+    /// A file for this process alone. Process 1 of its sandbox keeps it open, and a function that runs as the
+    /// user of the worker can change its mode, though not its contents.
     pub(super) fn stdin(&self) -> io::Result<std::process::Stdio> {
-        Ok(self.stdin.try_clone()?.into())
+        Ok(sealed_file(self.stdin)?.into())
     }
 }
 
@@ -136,7 +137,7 @@ impl InstalledRuntime {
         let program = self.program.as_ref();
         let start = program.and_then(|program| {
             let argv = self.language.warm(&program.path, memory_mb, &mut env)?;
-            Some((argv, program.bootstrap.as_ref()?))
+            Some((argv, program.bootstrap.as_deref()?))
         });
         let Some((argv, stdin)) = start else {
             return Err(missing(runtime, self.language.programs()[0]));

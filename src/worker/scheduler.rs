@@ -5,7 +5,8 @@
 //! end.
 //!
 //! A worker takes only jobs that it can start soon: what it holds, no other worker can run. But while no job
-//! waits here it always asks for one, whatever runs. It may be the one that the runs in progress wait for.
+//! waits here and there is a place for a run, it always asks for one, whatever memory is left. It may be the
+//! one that the runs in progress wait for.
 
 use super::admission::{AdmissionQueue, MemoryBudget, RUNS_MAX};
 use super::inbox::{self, Inbox, ReceivedBatch, WaitingJob};
@@ -20,9 +21,10 @@ use tokio::sync::Notify;
 use tokio::task::{self, JoinSet};
 use tokio::time::{Instant, timeout};
 
-/// Most jobs that wait for their start. Each may have 1 MiB. With leases there are this many only if jobs of
-/// groups that run are delivered.
-const WAITING_MAX: usize = 64;
+/// Most bytes of jobs that wait for their start, and most of these jobs. With leases they are reached only by
+/// jobs whose groups run.
+const WAITING_BYTES_MAX: usize = 64 << 20;
+const WAITING_MAX: usize = 1_024;
 /// Most jobs that are received ahead of their start, where the source has no leases and thus no other worker.
 const AHEAD_MAX: usize = 32;
 /// Most jobs in memory that wait for their last start.
@@ -143,6 +145,14 @@ impl Scheduler {
     /// left, and gives their jobs back too.
     pub(super) async fn drain(&mut self, time: Duration) {
         self.is_draining = true;
+        // An extension that arrives after a job was given back would hide it for a whole lease.
+        let extended = async {
+            while self.is_extending {
+                let Some(call) = self.calls.join_next().await else { return };
+                self.called(call);
+            }
+        };
+        let _ = timeout(GIVE_BACK_MAX, extended).await;
         let waiting = self.waiting.drain(..).chain(self.last_chances.drain(..));
         let waiting = waiting.map(|waiting| waiting.job).collect();
         self.give_back(waiting, GiveBackReason::Drain);
@@ -207,14 +217,26 @@ impl Scheduler {
         let ahead = self.waiting.iter().filter(is_free).count();
         let are_short = self.inbox.are_runs_short();
         let ahead_max = if are_short { self.runner.jobs.traits().receive_max } else { 1 };
-        if ahead >= ahead_max || self.waiting.len() >= WAITING_MAX {
+        let bytes: usize = self.waiting.iter().map(|waiting| waiting.job.message.len()).sum();
+        if ahead >= ahead_max || self.waiting.len() >= WAITING_MAX || bytes >= WAITING_BYTES_MAX {
             return 0;
         }
         let left_mb = self.capacity.memory_mb.saturating_sub(self.promised_mb());
         let by_memory = usize::try_from(left_mb / self.inbox.typical_mb()).unwrap_or(usize::MAX);
         let by_number = self.runs_max().saturating_sub(self.runs.len());
+        if by_number == 0 {
+            // Unlike memory, a place does not become free by waiting for what the runs wait for.
+            return 0;
+        }
         let by_cpu = if are_short { usize::MAX } else { self.capacity.busy_max.saturating_sub(self.busy()) };
         by_memory.min(by_number).min(by_cpu).saturating_sub(ahead).max(1)
+    }
+
+    /// The same job, if this worker has it already.
+    fn known(&self, job: &ReceivedJob) -> Option<&ReceivedJob> {
+        let waiting = self.waiting.iter().chain(&self.last_chances).map(|waiting| &*waiting.job);
+        let mut all = waiting.chain(self.held.values().map(|held| &*held.job));
+        all.find(|known| known.request_id == job.request_id)
     }
 
     fn called(&mut self, call: Result<SourceCall, task::JoinError>) {
@@ -227,7 +249,13 @@ impl Scheduler {
                     self.give_back(jobs, GiveBackReason::Drain);
                     return;
                 }
-                self.waiting.extend(arrived);
+                for waiting in arrived {
+                    match self.known(&waiting.job) {
+                        // Its lease had ended: the queue did not answer, or does not let this worker extend.
+                        Some(known) => known.receipt.renew(&waiting.job.receipt),
+                        None => self.waiting.push_back(waiting),
+                    }
+                }
             }
             Ok(SourceCall::Extended) => self.is_extending = false,
             Ok(SourceCall::GaveBack) => {}

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 
 /// Most instances that live at the same time: runs, processes that wait for one, and those that end.
-const SLOTS_MAX: u32 = 4_096;
+pub const SLOTS_MAX: u32 = 4_096;
 
 /// Hands out numbers. Clones share them.
 #[derive(Clone, Debug, Default)]

@@ -178,7 +178,8 @@ fn watched_descriptor(pid: Pid) -> io::Result<AsyncFd<OwnedFd>> {
 fn confine(data_bytes_max: Option<u64>) -> io::Result<()> {
     prctl::set_no_new_privs()?;
     prefer_for_oom();
-    lower(Resource::RLIMIT_CORE, 0)?;
+    // With 0 the kernel would still start a program of `core_pattern`, as root. With 1 it does not.
+    lower(Resource::RLIMIT_CORE, 1)?;
     lower(Resource::RLIMIT_NOFILE, OPEN_FILES_MAX)?;
     if let Some(bytes) = data_bytes_max {
         lower(Resource::RLIMIT_DATA, bytes)?;
@@ -271,6 +272,7 @@ mod tests {
             work_mb_max: 16,
             uid_first: 100_000,
             runs_dir: dir.to_owned(),
+            hidden_dirs: Vec::new(),
         };
         let sandbox = Sandbox::probe(&settings).await.unwrap();
         let view = View { slot: 0, function_dir: dir, tmp_dir: dir, memory_mb: 64, network: Network::Full };
@@ -310,6 +312,33 @@ mod tests {
         child.kill();
         assert_eq!(exit_code(&mut child).await, 137);
         assert_eq!(stdout.unwrap().read(&mut [0]).unwrap(), 0, "nobody holds the pipe");
+    }
+
+    /// Otherwise it would keep a copy of each page that the worker changes later.
+    #[tokio::test]
+    async fn a_supervisor_has_no_memory_of_the_worker() {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut hot = vec![1_u8; 64 << 20];
+        let (mut child, (stdout, _stderr), _fence) = start(scratch.path(), "echo; sleep 600").await;
+        stdout.unwrap().read_exact(&mut [0]).unwrap();
+        let rollup = format!("/proc/{}/smaps_rollup", child.supervisor());
+        let own_mb = || {
+            let rollup = std::fs::read_to_string(&rollup).unwrap();
+            let line = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+        };
+        // It does so beside the start of the program.
+        let end = std::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            hot.iter_mut().step_by(4096).for_each(|byte| *byte = byte.wrapping_add(1));
+            match own_mb() {
+                0..8 => break,
+                more => assert!(std::time::Instant::now() < end, "{more} MiB"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        child.kill();
+        assert_eq!(exit_code(&mut child).await, 137);
     }
 
     #[tokio::test]

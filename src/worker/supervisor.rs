@@ -6,7 +6,8 @@
 //! code of the run.
 //!
 //! It is a fork of the worker that makes system calls and nothing else. A separate program was rejected: the
-//! fork shares memory with the worker, needs no second start, and needs no file that could be missing.
+//! fork needs no second start, and no file that could be missing. The memory of the worker is unmapped in it:
+//! otherwise it would keep a copy of each page that the worker changes later.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -66,6 +67,7 @@ fn supervise(run: Pid, signals: &SigSet) -> ! {
     // They include the sockets and the lock of the worker, the pipes of the run, and the pipe that reports to
     // the worker that the program was started.
     close_all();
+    give_memory_back();
     let mut code = None;
     let mut ending = false;
     let mut rounds = 0;
@@ -174,6 +176,65 @@ fn close_all() {
                 libc::close(descriptor);
             }
         }
+    }
+}
+
+/// One line of `/proc/self/maps`, as far as it was read.
+#[derive(Clone, Copy, Default)]
+struct Mapping {
+    start: usize,
+    end: usize,
+    /// Of `rwxp`: whether it is writable, and private.
+    is_writable: bool,
+    is_private: bool,
+    /// Whether it is a file: its inode is not 0.
+    is_file: bool,
+}
+
+/// Unmaps all memory that this process does not need: everything writable but the stack, the variables of
+/// this thread, and those of the programs.
+#[expect(unsafe_code, reason = "no owner of this memory runs in this process")]
+fn give_memory_back() {
+    // SAFETY: `mapping` is private memory, and neither the stack nor the variables of this thread. Those of
+    // the program and its libraries are files, or follow a file directly (`.bss`). So it holds only the heap
+    // and the stacks of threads that this process does not have. Nothing after the call refers to them.
+    unsafe {
+        let mut buffer = [0_u8; 4096];
+        let needed = [buffer.as_ptr().addr(), libc::__errno_location().addr()];
+        let maps = libc::open(c"/proc/self/maps".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        if maps < 0 {
+            return;
+        }
+        let (mut before, mut mapping, mut field) = (Mapping::default(), Mapping::default(), 0_u32);
+        loop {
+            let read = libc::read(maps, buffer.as_mut_ptr().cast(), buffer.len());
+            let Ok(read @ 1..) = usize::try_from(read) else { break };
+            for byte in buffer.iter().take(read) {
+                let digit = (*byte as char).to_digit(16).unwrap_or(0) as usize;
+                match (field, *byte) {
+                    (_, b'\n') => {
+                        let Mapping { start, end, is_writable, is_private, is_file } = mapping;
+                        let is_bss = before.is_file && before.end == start;
+                        let is_needed = needed.iter().any(|address| (start..end).contains(address));
+                        if is_writable && is_private && !is_file && !is_bss && !is_needed {
+                            libc::munmap(start as *mut libc::c_void, end.wrapping_sub(start));
+                        }
+                        (before, mapping, field) = (mapping, Mapping::default(), 0);
+                    }
+                    (0, b'-') => field = 1,
+                    (0, _) => mapping.start = mapping.start << 4 | digit,
+                    (1..=4, b' ') => field += 1,
+                    (1, _) => mapping.end = mapping.end << 4 | digit,
+                    (2, b'w') => mapping.is_writable = true,
+                    (2, b'p') => mapping.is_private = true,
+                    // After the offset and the device.
+                    (5, b'1'..=b'9') => mapping.is_file = true,
+                    (5, b' ') => field = 6,
+                    _ => {}
+                }
+            }
+        }
+        libc::close(maps);
     }
 }
 

@@ -63,6 +63,7 @@ impl Settings {
             work_mb_max: sandbox.work_mb_max,
             uid_first: sandbox.uid_first,
             runs_dir: runs_dir.clone(),
+            hidden_dirs: Vec::new(),
         };
         let sandbox = Sandbox::probe(&settings).await.expect("scripts/setup.sh test installs what it needs");
         let metrics = WorkerProcessMetrics::new().unwrap();

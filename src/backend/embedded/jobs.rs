@@ -34,7 +34,7 @@ impl LocalJobs {
 
 fn received(job: QueuedJob) -> ReceivedJob {
     ReceivedJob {
-        receipt: Receipt(job.seq.to_string()),
+        receipt: Receipt::new(job.seq.to_string()),
         request_id: job.id.to_string(),
         function: job.function,
         deadline: job.deadline,
@@ -46,7 +46,7 @@ fn received(job: QueuedJob) -> ReceivedJob {
 
 /// The number of a job in the table.
 fn seq(receipt: &Receipt) -> Result<i64, BackendError> {
-    receipt.0.parse().map_err(|_| BackendError::Invalid("a receipt of another source".into()))
+    receipt.text().parse().map_err(|_| BackendError::Invalid("a receipt of another source".into()))
 }
 
 #[async_trait]

@@ -22,8 +22,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(10);
 pub(super) struct InstalledProgram {
     pub(super) path: PathBuf,
     pub(super) version: String,
-    /// The standard input of a process that waits for its job.
-    pub(super) bootstrap: Option<File>,
+    /// For the standard input of a process that waits for its job.
+    pub(super) bootstrap: Option<Vec<u8>>,
 }
 
 impl InstalledProgram {
@@ -49,10 +49,6 @@ impl InstalledProgram {
         let output = tokio::time::timeout(ANSWER_MAX, command.output()).await.ok()?.ok()?;
         let answer = output.status.success().then_some(output.stdout)?;
         let Introduction { path: real, version, bootstrap } = language.introduction(&answer)?;
-        let bootstrap = match bootstrap {
-            Some(bytes) => Some(sealed_file(&bytes).ok()?),
-            None => None,
-        };
         let path = real.filter(|real| real.is_absolute() && real.is_file()).unwrap_or(path);
         Some(Self { path, version, bootstrap })
     }

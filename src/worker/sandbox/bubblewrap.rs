@@ -60,6 +60,8 @@ const DEVICE_LINKS: [(&str, &str); 5] = [
     ("/proc/self/fd/1", "/dev/stdout"),
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
+/// A directory of the worker that contains one of these is not hidden, because no program would work.
+const SYSTEM_DIRS: [&str; 5] = ["/usr/bin", "/usr/lib", "/usr/local/bin", "/usr/local/lib", "/usr/share"];
 /// Size of `/dev/shm`, as in Docker, and of `/dev` itself.
 const SHM_BYTES: u64 = 64 << 20;
 const DEV_BYTES: u64 = 64 << 10;
@@ -80,10 +82,12 @@ pub(super) struct HostRoot {
     dirs: Vec<&'static str>,
     system_files: Vec<&'static str>,
     tls_files: Vec<&'static str>,
+    /// Directories below `dirs` that are replaced by empty ones.
+    hidden: Vec<PathBuf>,
 }
 
 impl HostRoot {
-    pub(super) fn find() -> Self {
+    pub(super) fn find(hidden: &[PathBuf]) -> Self {
         let (mut links, mut dirs) = (Vec::new(), vec!["/usr"]);
         for dir in TOP_DIRS {
             if let Ok(target) = fs::read_link(dir) {
@@ -95,7 +99,12 @@ impl HostRoot {
         let existing = |files: &[&'static str]| {
             files.iter().copied().filter(|file| Path::new(file).exists()).collect::<Vec<_>>()
         };
-        Self { links, dirs, system_files: existing(&SYSTEM_FILES), tls_files: existing(&TLS_FILES) }
+        let is_shown = |path: &PathBuf| dirs.iter().any(|dir| path.starts_with(dir));
+        let is_system = |path: &PathBuf| SYSTEM_DIRS.iter().any(|dir| Path::new(dir).starts_with(path));
+        let real = hidden.iter().filter_map(|path| fs::canonicalize(path).ok());
+        let hidden = real.filter(|path| path.is_dir() && is_shown(path) && !is_system(path)).collect();
+        let (system_files, tls_files) = (existing(&SYSTEM_FILES), existing(&TLS_FILES));
+        Self { links, dirs, system_files, tls_files, hidden }
     }
 
     /// Whether a program at this host path is in the sandbox too. Links must not lead out of it.
@@ -181,6 +190,11 @@ impl ArgumentList {
         for dir in &host.dirs {
             self.add(["--ro-bind", dir, dir]);
         }
+        for dir in &host.hidden {
+            self.add(["--size", "4096", "--perms", "0555", "--tmpfs"]);
+            self.add([dir.as_os_str()]);
+            self.add([OsStr::new("--remount-ro"), dir.as_os_str()]);
+        }
         for (target, link) in &host.links {
             self.add([OsStr::new("--symlink"), target.as_os_str(), OsStr::new(link)]);
         }
@@ -255,6 +269,7 @@ mod tests {
             dirs: vec!["/usr", "/bin"],
             system_files: vec!["/etc/ld.so.cache"],
             tls_files: vec!["/etc/ssl/certs"],
+            hidden: vec!["/usr/src/app".into()],
         }
     }
 
@@ -318,7 +333,7 @@ mod tests {
         for text in [
             "--unshare-user --unshare-pid --unshare-ipc --unshare-uts",
             "--cap-drop ALL --die-with-parent --new-session --ro-bind /usr /usr --ro-bind /bin /bin",
-            "--symlink usr/lib /lib",
+            "/bin --size 4096 --perms 0555 --tmpfs /usr/src/app --remount-ro /usr/src/app --symlink usr/lib /lib",
             "--ro-bind-try /etc/ld.so.cache /etc/ld.so.cache",
             "--remount-ro /dev --size 1048576 --perms 1777 --tmpfs /tmp",
             "--ro-bind /runs/7/function /function --chdir /function --remount-ro / --info-fd # --block-fd #",
@@ -345,8 +360,15 @@ mod tests {
     }
 
     #[test]
+    fn directories_of_the_worker_below_usr_are_hidden() {
+        let dirs = ["/usr/share/doc", "/usr", "/usr/local", "/usr/bin", "/etc", "/usr/no-such-directory"];
+        let host = HostRoot::find(&dirs.map(PathBuf::from));
+        assert_eq!(host.hidden, [PathBuf::from("/usr/share/doc")]);
+    }
+
+    #[test]
     fn programs_outside_of_the_sandbox_are_known() {
-        let host = HostRoot::find();
+        let host = HostRoot::find(&[]);
         for (program, expected) in [
             ("/usr/bin/env", true),
             ("/bin/sh", true),

@@ -147,6 +147,11 @@ impl RunCgroup {
         Some(field(&events, "oom_kill").unwrap_or(0))
     }
 
+    /// The number of processes in the group. `None`: the group is gone.
+    pub(super) fn processes(&self) -> Option<usize> {
+        fs::read_to_string(self.memory_file("cgroup.procs")).ok().map(|processes| processes.lines().count())
+    }
+
     /// CPU time of the processes of the group, also of those that have ended.
     pub(super) fn cpu_time(&self) -> Option<Duration> {
         let dir = self.cgroups.tree.cpu_time.as_ref()?.join(&self.name);

@@ -108,6 +108,12 @@ impl Fence {
         self.group.as_ref().and_then(RunCgroup::oom_kills).is_some_and(|kills| kills > 0)
     }
 
+    /// The number of processes of the instance, with those of its sandbox. Takes some microseconds. `None`:
+    /// nothing counts them.
+    pub fn processes(&self) -> Option<usize> {
+        self.group.as_ref()?.processes()
+    }
+
     /// The CPU time of the instance since its start. Takes some microseconds. `None`: nothing measures it.
     pub fn cpu_time(&self) -> Option<Duration> {
         self.group.as_ref()?.cpu_time()

@@ -15,8 +15,9 @@ use std::net::Ipv4Addr;
 
 /// Addresses that are not in the internet (RFC 6890 and the IANA registry): this network, private, carriers,
 /// loopback, link-local with the instance-metadata service, protocols, documentation, relays, benchmarks, and
-/// multicast with all above it.
-const NOT_PUBLIC: [(Ipv4Addr, u8); 14] = [
+/// multicast with all above it. And the channel between Azure and its machines, whose number is public.
+const NOT_PUBLIC: [(Ipv4Addr, u8); 15] = [
+    (Ipv4Addr::new(168, 63, 129, 16), 32),
     (Ipv4Addr::new(0, 0, 0, 0), 8),
     (Ipv4Addr::new(10, 0, 0, 0), 8),
     (Ipv4Addr::new(100, 64, 0, 0), 10),

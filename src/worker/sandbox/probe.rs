@@ -111,7 +111,7 @@ async fn isolate(launcher: &mut Launcher, settings: &SandboxSettings) -> Result<
         launcher.isolation = Some(Isolation {
             bwrap: bwrap.clone(),
             run_as,
-            host: HostRoot::find(),
+            host: HostRoot::find(&settings.hidden_dirs),
             filters: SyscallFilters::compile(launcher.cgroups.is_some())?,
             uplink: None,
         });
@@ -232,6 +232,7 @@ mod tests {
             work_mb_max: 1,
             uid_first: 100_000,
             runs_dir: scratch.path().to_owned(),
+            hidden_dirs: Vec::new(),
         };
         let (launcher, status) = probe(&settings).await.unwrap();
         assert!(launcher.isolation.is_none() && !status.is_isolated && status.why_not.is_none());

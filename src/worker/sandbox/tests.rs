@@ -37,6 +37,7 @@ impl Bench {
             work_mb_max: WORK_MB,
             uid_first: 200_000,
             runs_dir: scratch.path().to_owned(),
+            hidden_dirs: Vec::new(),
         };
         let sandbox = Sandbox::probe(&settings).await.expect("scripts/setup.sh test installs what it needs");
         assert!(sandbox.status().is_isolated && sandbox.status().network == network);

@@ -19,6 +19,8 @@ pub struct SandboxSettings {
     pub uid_first: u32,
     /// The directory in which the directories of all slots are. It exists.
     pub runs_dir: PathBuf,
+    /// Directories that no function may see, even if they are below one that all see.
+    pub hidden_dirs: Vec<PathBuf>,
 }
 
 /// What one instance may see and use.

@@ -57,7 +57,7 @@ impl StubQueue {
 
 fn job_with(id: &str, group: Option<&str>, message: &Value, deadline: UnixMs) -> ReceivedJob {
     ReceivedJob {
-        receipt: Receipt(format!("receipt of {id}")),
+        receipt: Receipt::new(format!("receipt of {id}")),
         request_id: id.to_owned(),
         function: "f".to_owned(),
         deadline,
@@ -285,7 +285,7 @@ async fn leases_are_extended_until_the_results_are_stored() {
     }
     let extensions = |id: &str| {
         let state = station.queue.state.lock();
-        state.extended.iter().filter(|receipt| receipt.0 == format!("receipt of {id}")).count()
+        state.extended.iter().filter(|receipt| *receipt.text() == format!("receipt of {id}")).count()
     };
     // Also that of a job that waits for memory.
     until(|| extensions("1") >= 3 && extensions("2") >= 3).await;
@@ -308,6 +308,47 @@ async fn a_job_past_its_deadline_never_runs() {
     assert_eq!(station.metric("infra_worker_jobs_expired_total"), 1.0);
     let queue = station.stop().await;
     assert_eq!(queue.state.lock().finished.len(), 1);
+}
+
+/// A queue that did not answer for longer than the lease delivers the jobs in progress once more.
+#[tokio::test]
+async fn a_job_that_is_delivered_again_runs_once() {
+    let scratch = Scratch::new();
+    install(&scratch, "main.py", WAITS);
+    let go = scratch.path().join("go");
+    let station = Station::start(&scratch, Duration::from_secs(1), |_| {}).await;
+    let waits = with(json!({ "envVars": { "GO": go } }));
+    station.queue.send("1", None, &waits);
+    until(|| station.metric("infra_worker_runs_in_progress") == 1.0).await;
+    let again = job_with("1", None, &waits, UnixMs::MAX);
+    again.receipt.renew(&Receipt::new("the second receipt"));
+    station.queue.state.lock().pending.push_back(again);
+    station.queue.arrived.notify_one();
+    // The first receipt is not valid any more.
+    let is_second = |receipt: &Receipt| &*receipt.text() == "the second receipt";
+    until(|| station.queue.state.lock().extended.last().is_some_and(is_second)).await;
+    fs::write(&go, "").unwrap();
+    station.queue.until_finished(1).await;
+    station.queue.send("2", None, &with(json!({ "envVars": { "GO": go } })));
+    let finished = station.queue.until_finished(2).await;
+    assert_eq!([&*finished[0].0, &*finished[1].0], ["1", "2"]);
+    station.stop().await;
+}
+
+#[tokio::test]
+async fn jobs_that_wait_for_their_group_keep_no_other_away() {
+    let scratch = Scratch::new();
+    install(&scratch, "main.py", WAITS);
+    install_as(&scratch, "other.zip", &[("main.py", "print('other')")]);
+    let go = scratch.path().join("go");
+    let station = Station::start(&scratch, LEASE, |_| {}).await;
+    let ids: Vec<String> = (0..80).map(|n| n.to_string()).collect();
+    let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+    station.queue.send_together(&ids, "a", &with(json!({ "envVars": { "GO": go } })));
+    station.queue.send("other", Some("b"), &with(json!({ "s3Key": "other.zip" })));
+    let finished = station.queue.until_finished(1).await;
+    assert_eq!((&*finished[0].0, &finished[0].1["stdout"]), ("other", &json!("other\n")));
+    station.stop().await;
 }
 
 /// The first job has all the memory, and ends only when the second one has run.

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 
 /// A handler whose behaviour the event chooses.
 const HANDLER: &str = "
-import json, os, sys, threading, time
+import json, os, subprocess, sys, threading, time
 print('loaded')
 runs = 0
 held = []
@@ -21,6 +21,8 @@ def handler(event, context):
     do = event.get('do')
     if do == 'fail':
         raise ValueError('no such thing')
+    if do == 'fork':
+        subprocess.Popen(['sleep', '600'])
     if do == 'late':
         threading.Thread(target=late).start()
     if do == 'sleep':
@@ -72,6 +74,18 @@ fn event_with(event_value: Value, changes: Value) -> Value {
 
 fn text(result: &Value) -> &str {
     result["stdout"].as_str().unwrap()
+}
+
+#[tokio::test]
+async fn processes_that_an_event_leaves_end_with_it() {
+    let scratch = Scratch::new();
+    let floor = floor(&scratch, |_| {}).await;
+    floor.succeed(&event(json!({}))).await;
+    assert_eq!(floor.succeed(&event(json!({}))).await["coldStart"], false);
+    assert_eq!(floor.succeed(&event(json!({ "do": "fork" }))).await["data"], json!({ "runs": 3 }));
+    let next = floor.succeed(&event(json!({}))).await;
+    assert_eq!((&next["coldStart"], &next["data"]), (&json!(true), &json!({ "runs": 1 })));
+    floor.stop().await;
 }
 
 #[tokio::test]

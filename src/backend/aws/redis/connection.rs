@@ -270,9 +270,21 @@ impl CommandConnection {
     where
         F: Future<Output = Result<T, RedisError>> + Send,
     {
+        self.run_within(COMMAND_DEADLINE, command).await
+    }
+
+    /// The same with another deadline, for commands with many bytes.
+    pub async fn run_within<T, F>(
+        &self,
+        deadline: Duration,
+        command: impl Fn(Connection) -> F + Send + Sync,
+    ) -> Result<T, BackendError>
+    where
+        F: Future<Output = Result<T, RedisError>> + Send,
+    {
         // The connection that the command runs on: a late time-out must not drop its successor.
         let used = AtomicU64::new(0);
-        let in_time = timeout(COMMAND_DEADLINE, async {
+        let in_time = timeout(deadline, async {
             let mut again = true;
             loop {
                 let (connection, number) = self.connection().await?;

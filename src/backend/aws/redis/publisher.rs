@@ -13,7 +13,7 @@
 //! after [`UNCONFIRMED_MAX`] without a confirmation, replicas are not waited for. Redis itself drops a silent
 //! replica later, after its `repl-timeout` (60 s).
 
-use super::connection::{CommandConnection, class};
+use super::connection::{COMMAND_DEADLINE, CommandConnection, class};
 use super::results::{STORED_S, channel, stored_key};
 use crate::backend::BackendError;
 use crate::backend::aws::coalescer::{BatchBounds, Coalescer, ItemOutcome};
@@ -36,6 +36,9 @@ const KNOWN_FOR: Duration = Duration::from_secs(10);
 const UNCONFIRMED_MAX: Duration = Duration::from_secs(30);
 /// How long they are not waited for, before the next batch tries again.
 const UNWAITED_FOR: Duration = Duration::from_secs(60);
+
+/// A connection that is slower than this fails.
+const BYTES_A_SECOND_MIN: usize = 2 << 20;
 
 pub struct ResultPublisher {
     commands: CommandConnection,
@@ -84,7 +87,9 @@ impl ResultPublisher {
         // Otherwise the error of a whole pipeline hides the codes of its commands.
         all.ignore_errors();
         let all = &all;
-        let confirmed = self.commands.run(async |mut connection| {
+        let bytes: usize = batch.iter().map(|publication| publication.result.len()).sum();
+        let deadline = COMMAND_DEADLINE + Duration::from_secs((2 * bytes / BYTES_A_SECOND_MIN) as u64);
+        let confirmed = self.commands.run_within(deadline, async |mut connection| {
             let mut answers: Vec<RedisResult<Value>> = all.query_async(&mut connection).await?;
             let confirmed = if waits { answers.pop() } else { None };
             answers.into_iter().collect::<RedisResult<Vec<Value>>>()?;

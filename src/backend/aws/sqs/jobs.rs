@@ -23,7 +23,7 @@ use aws_sdk_sqs::types::{
     MessageSystemAttributeName, QueueAttributeName,
 };
 use bytes::Bytes;
-use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt};
 use parking_lot::Mutex;
 use serde::Deserialize;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -140,16 +140,15 @@ impl SqsJobs {
     /// Sets the visibility timeout of messages, in seconds from now. Messages that have left the queue, or
     /// were received again since, are ignored.
     async fn set_visibility(&self, receipts: &[&Receipt], seconds: i32) -> Result<(), BackendError> {
+        let mut calls = Vec::with_capacity(receipts.len().div_ceil(ENTRIES_MAX));
+        for batch in receipts.chunks(ENTRIES_MAX) {
+            calls.push(self.set_visibility_of_batch(batch, seconds));
+        }
+        let mut changes = stream::iter(calls).buffer_unordered(CHANGES_AT_ONCE);
         let mut outcome = Ok(());
-        for group in receipts.chunks(ENTRIES_MAX * CHANGES_AT_ONCE) {
-            let mut calls = Vec::with_capacity(CHANGES_AT_ONCE);
-            for batch in group.chunks(ENTRIES_MAX) {
-                calls.push(self.set_visibility_of_batch(batch, seconds));
-            }
-            // All are tried, because each call is for other jobs.
-            for changed in join_all(calls).await {
-                outcome = outcome.and(changed);
-            }
+        // All are tried, because each call is for other jobs.
+        while let Some(changed) = changes.next().await {
+            outcome = outcome.and(changed);
         }
         outcome
     }
@@ -158,7 +157,7 @@ impl SqsJobs {
         let mut entries = Vec::with_capacity(batch.len());
         for (n, receipt) in batch.iter().enumerate() {
             let entry = ChangeMessageVisibilityBatchRequestEntry::builder();
-            let entry = entry.id(n.to_string()).receipt_handle(&receipt.0).visibility_timeout(seconds);
+            let entry = entry.id(n.to_string()).receipt_handle(&*receipt.text()).visibility_timeout(seconds);
             entries.push(entry.build().map_err(|e| BackendError::Invalid(e.to_string()))?);
         }
         let call = self.client.change_message_visibility_batch().queue_url(&self.url);
@@ -215,7 +214,7 @@ impl SqsJobs {
         let mut entries = Vec::with_capacity(receipts.len());
         for (n, receipt) in receipts.iter().enumerate() {
             let entry = DeleteMessageBatchRequestEntry::builder();
-            let entry = entry.id(n.to_string()).receipt_handle(&receipt.0).build();
+            let entry = entry.id(n.to_string()).receipt_handle(&*receipt.text()).build();
             entries.push(entry.map_err(|e| BackendError::Invalid(e.to_string()))?);
         }
         let call = self.client.delete_message_batch().queue_url(&self.url).set_entries(Some(entries));
@@ -272,7 +271,7 @@ fn job(message: Message, is_fifo: bool) -> Option<ReceivedJob> {
         group.unwrap_or(&function).clone()
     });
     is_request_id(&request_id).then_some(ReceivedJob {
-        receipt: Receipt(receipt_handle?),
+        receipt: Receipt::new(receipt_handle?),
         request_id,
         function,
         deadline,

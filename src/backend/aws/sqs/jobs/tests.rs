@@ -78,7 +78,7 @@ impl Fixture {
 
 fn received(n: usize) -> ReceivedJob {
     let request_id = format!("job-{n}");
-    let (receipt, message) = (Receipt(format!("receipt-{n}")), Bytes::from_static(b"{}"));
+    let (receipt, message) = (Receipt::new(format!("receipt-{n}")), Bytes::from_static(b"{}"));
     let (function, deadline) = ("f".to_owned(), UnixMs::MAX);
     ReceivedJob { receipt, request_id, function, deadline, starts: 0, group: None, message }
 }
@@ -112,7 +112,7 @@ fn messages_are_parsed() {
     use MessageSystemAttributeName::{ApproximateReceiveCount, MessageGroupId};
     let attributes = [(ApproximateReceiveCount, "3"), (MessageGroupId, "g")];
     let job = parsed(body, &attributes, false).expect("a job");
-    assert_eq!((job.request_id.as_str(), job.function.as_str(), job.receipt.0.as_str()), ("a-1", "f", "r"));
+    assert_eq!((job.request_id.as_str(), job.function.as_str(), &*job.receipt.text()), ("a-1", "f", "r"));
     assert_eq!((job.deadline, job.starts, job.group), (1000, 2, None));
     assert_eq!(job.message, body.as_bytes());
     let group = |attributes: &[(MessageSystemAttributeName, &str)]| {
@@ -236,7 +236,7 @@ async fn visibility_timeouts_are_changed_in_batches() {
     let Fixture { sqs, jobs, .. } = Fixture::new(false);
     let held: Vec<ReceivedJob> = (0..25).map(received).collect();
     let all: Vec<Receipt> = held.iter().map(|job| job.receipt.clone()).collect();
-    let mut sorted: Vec<&str> = all.iter().map(|receipt| receipt.0.as_str()).collect();
+    let mut sorted: Vec<String> = all.iter().map(|receipt| receipt.text().to_string()).collect();
     sorted.sort_unstable();
     for (seconds, failure, is_ok) in [
         (LEASE_S, accepted(10), true),

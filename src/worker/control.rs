@@ -70,9 +70,11 @@ pub(super) struct EventContext<'a> {
     pub(super) output_dir: &'a str,
 }
 
-/// What an instance in handler mode answers.
+/// What an instance answers.
 #[derive(Debug)]
 pub(super) enum ControlReply<'a> {
+    /// The program is about to run.
+    Taken,
     /// The handler can be called. `ms`: how long its module took to load.
     Loaded { ms: f64 },
     /// The handler cannot be called, and the process exits. `error`: a traceback or a sentence.
@@ -86,6 +88,7 @@ pub(super) enum ControlReply<'a> {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 enum ReplyKind {
+    Taken,
     Loaded,
     Failed,
     Value,
@@ -112,6 +115,7 @@ impl<'a> ControlReply<'a> {
         let ReplyMembers { is, value, error, ms } = members;
         let ms = ms.clamp(0.0, DURATION_MS_MAX);
         Ok(match is {
+            ReplyKind::Taken => Self::Taken,
             ReplyKind::Loaded => Self::Loaded { ms },
             ReplyKind::Failed => Self::Failed { error },
             ReplyKind::Value => Self::Value { value: value.unwrap_or(RawValue::NULL), ms },
@@ -275,6 +279,7 @@ mod tests {
             r#"{"is":"value","value":null}"#.to_owned(),
             r#"{"is":"error","error":"é\n","ms":-1}"#.to_owned(),
             r#"{"is":"failed","error":"x","more":[1]}"#.to_owned(),
+            r#"{"is":"taken"}"#.to_owned(),
         ];
         let frames: Vec<u8> = bodies.iter().flat_map(|body| framed(body.as_bytes())).collect();
         let writer = std::thread::spawn(move || {
@@ -287,6 +292,7 @@ mod tests {
             let frame = ours.receive().await.unwrap();
             assert_eq!(frame, body.as_bytes());
             shown.push(match ControlReply::parse(&frame).unwrap() {
+                ControlReply::Taken => "taken".to_owned(),
                 ControlReply::Loaded { ms } => format!("loaded {ms}"),
                 ControlReply::Failed { error } => format!("failed {error}"),
                 ControlReply::Value { value, ms } => format!("value {} {ms}", value.get().len()),
@@ -295,7 +301,7 @@ mod tests {
         }
         writer.join().unwrap();
         let long = format!("value {} 2", value.len());
-        assert_eq!(shown, ["loaded 1.5", &long, "value 4 0", "error \"é\\n\" 0", "failed x"]);
+        assert_eq!(shown, ["loaded 1.5", &long, "value 4 0", "error \"é\\n\" 0", "failed x", "taken"]);
         assert!(matches!(ours.receive().await, Err(ControlError::Closed)));
     }
 

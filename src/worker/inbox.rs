@@ -89,7 +89,9 @@ impl Inbox {
             RunEnded::Unfinished => {
                 // What is wrong with this worker concerns other jobs too. But one job alone may be the cause,
                 // and must not stop the others.
-                self.takes_at = Instant::now() + PAUSES.pause(self.not_run);
+                if self.not_run > 0 {
+                    self.takes_at = Instant::now() + PAUSES.pause(self.not_run);
+                }
                 self.not_run = self.not_run.saturating_add(1);
             }
         }

@@ -1,6 +1,6 @@
 //! A run in script mode: a program, from its start to its end.
 
-use super::control::{ControlRequest, ControlSocket};
+use super::control::{ControlReply, ControlRequest, ControlSocket};
 use super::instance::Instance;
 use super::monitor::{RunMonitor, RunUsage, StopReason};
 use super::output::RunOutput;
@@ -41,8 +41,12 @@ impl RunStart {
 /// the job, which never began.
 pub(super) async fn hand_over(instance: &mut Instance, env: &ProcessEnv) -> bool {
     let Some(mut control) = instance.control.take().filter(ControlSocket::is_quiet) else { return false };
-    let sent = timeout(HAND_OVER_MAX, control.send(&ControlRequest::Script { env })).await;
-    matches!(sent, Ok(Ok(())))
+    let taken = timeout(HAND_OVER_MAX, async {
+        control.send(&ControlRequest::Script { env }).await?;
+        control.receive().await
+    });
+    let Ok(Ok(answer)) = taken.await else { return false };
+    matches!(ControlReply::parse(&answer), Ok(ControlReply::Taken))
 }
 
 /// Why a run is stopped of which the kernel has killed a process: the others cannot go on as if nothing had

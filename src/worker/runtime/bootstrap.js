@@ -348,6 +348,7 @@ function main() {
   leaveNoTrace();
   setEnvironment(frame.env);
   if (frame.do === 'script') {
+    sendNow(framed('{"is":"taken"}'));
     fs.closeSync(CONTROL);
     return;
   }

@@ -374,6 +374,8 @@ def main():
         set_environment(frame["env"])
         directory = os.getcwd()
         forget_shadowed_modules(directory)
+        if frame["do"] == "script":
+            control.send(b'{"is":"taken"}')
         if frame["do"] == "load":
             serve_handler(control, directory, frame["handler"], real)
         control.close()

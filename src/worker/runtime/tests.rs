@@ -143,6 +143,8 @@ async fn compare(name: &str, cases: &[(&str, Pairs<'_>, Pairs<'_>, i32)]) {
         let env = variables(runtime, env);
         assert_eq!(runtime.fixed_at_start(&variables(runtime, &[]), &env), None, "{what}");
         in_time(warm.control.send(&ControlRequest::Script { env: &env })).await.unwrap();
+        let answer = in_time(warm.control.receive()).await.unwrap();
+        assert!(matches!(ControlReply::parse(&answer), Ok(ControlReply::Taken)), "{what}");
         let Warm { child, control, dir: _kept } = warm;
         let found = shown(child.wait_with_output().unwrap());
         drop(control);

@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn a_batch_has_a_rule_for_each_network() {
         let resolver = Ipv4Addr::new(10, 0, 0, 2);
-        for (resolvers, own, rules) in [(vec![], vec![], 17), (vec![resolver], vec![resolver; 2], 21)] {
+        for (resolvers, own, rules) in [(vec![], vec![], 18), (vec![resolver], vec![resolver; 2], 22)] {
             let filter = PacketFilter::public(&resolvers, &own);
             let mut expected = vec![(BATCH_BEGIN, 0), (NEW_TABLE, 1), (NEW_CHAIN, 2)];
             expected.extend((3..3 + rules).map(|number| (NEW_RULE, number)));

@@ -21,7 +21,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use writer::{DatabaseWriter, PendingWrite, QueuedWrite};
+use writer::{DatabaseWriter, Durability, PendingWrite, QueuedWrite};
 
 /// Most pending writes. When it is full, the next caller waits asynchronously.
 const WRITES_MAX: usize = 4_096;
@@ -91,6 +91,14 @@ impl From<WriteError> for BackendError {
             WriteError::NotApplied(e) | WriteError::Unknown(e) => e,
         }
     }
+}
+
+/// The outcome of a write that is queued.
+type Outcome<T> = oneshot::Receiver<Result<T, WriteError>>;
+
+async fn done<T>(outcome: Outcome<T>) -> Result<T, WriteError> {
+    let lost = || WriteError::Unknown(BackendError::Unavailable("the database writer panicked".into()));
+    outcome.await.map_err(|_| lost())?
 }
 
 /// A handle. Clones share one file, one writer and one lock. Dropping the last clone commits the pending
@@ -164,14 +172,41 @@ impl Database {
         records: usize,
         op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, WriteError> {
+        done(self.enqueue(records, Durability::Flushed, op).await?).await
+    }
+
+    /// The same without a flush of the disk. It survives the end of the process, but not a power failure,
+    /// unless [`Self::write`] has returned later: the disk gets all writes in their order.
+    pub(super) async fn write_ordered<T: Send + 'static>(
+        &self,
+        records: usize,
+        op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, WriteError> {
+        done(self.enqueue(records, Durability::Ordered, op).await?).await
+    }
+
+    /// The same, but does not wait for the write. Later writes come after it. If it fails, nobody learns it.
+    pub(super) async fn begin_ordered(
+        &self,
+        records: usize,
+        op: impl FnOnce(&Connection) -> rusqlite::Result<()> + Send + 'static,
+    ) -> Result<(), WriteError> {
+        self.enqueue(records, Durability::Ordered, op).await.map(drop)
+    }
+
+    async fn enqueue<T: Send + 'static>(
+        &self,
+        records: usize,
+        durability: Durability,
+        op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<Outcome<T>, WriteError> {
         let room = self.0.room.clone().acquire_owned().await.map_err(|_| stopped())?;
         let (reply, outcome) = oneshot::channel();
-        let write = PendingWrite::new(op, records, reply);
+        let write = PendingWrite::new(op, records, durability, reply);
         let inbox = self.0.inbox.as_ref().ok_or_else(stopped)?;
         // This never blocks, because the channel has a slot for each permit.
         inbox.send(QueuedWrite { write: Box::new(write), room }).map_err(|_| stopped())?;
-        let lost = || WriteError::Unknown(BackendError::Unavailable("the database writer panicked".into()));
-        outcome.await.map_err(|_| lost())?
+        Ok(outcome)
     }
 
     /// Runs `op` on a separate connection, on a blocking thread. It sees every write that has returned.

@@ -68,9 +68,14 @@ impl JobSource for LocalJobs {
         }
     }
 
-    /// Written before the start: a job that kills the process leaves no time afterwards.
+    /// Written before the start: a job that kills the process leaves no time afterwards. For the first start
+    /// it need not have returned: a job that is so fast is known after its second one.
     async fn start(&self, job: &ReceivedJob) -> Result<(), BackendError> {
-        self.queue.set_starts(vec![(seq(&job.receipt)?, job.starts + 1)]).await
+        let seq = seq(&job.receipt)?;
+        match job.starts {
+            0 => self.queue.begin_first_start(seq).await,
+            starts => self.queue.set_starts(vec![(seq, starts + 1)]).await,
+        }
     }
 
     async fn extend(&self, _receipts: &[Receipt]) -> Result<(), BackendError> {

@@ -20,7 +20,8 @@ impl Journal for SqliteJournal {
     async fn enter(&self, jobs: &[Job]) -> Result<(), BackendError> {
         let entry = |job: &Job| (job.id, job.function.clone(), job.deadline, job.idempotency_key.clone());
         let entries: Vec<_> = jobs.iter().map(entry).collect();
-        let write = self.0.write(entries.len(), move |c| {
+        // Before a job is accepted, the queue writes it to the same file, and flushes that.
+        let write = self.0.write_ordered(entries.len(), move |c| {
             let mut insert = c.prepare_cached(
                 "INSERT OR REPLACE INTO inflight (id, function_id, deadline_ms, idempotency_key)
                  VALUES (?1, ?2, ?3, ?4)",

@@ -65,10 +65,19 @@ impl Queue {
         Ok(write.await?)
     }
 
+    /// Stores that a job starts for the first time, without waiting for that.
+    pub(super) async fn begin_first_start(&self, seq: i64) -> Result<(), BackendError> {
+        let write = self.database.begin_ordered(1, move |c| {
+            c.prepare_cached("UPDATE jobs SET starts = 1 WHERE seq = ?1")?.execute([seq]).map(drop)
+        });
+        Ok(write.await?)
+    }
+
     /// Stores the numbers of starts of these jobs: (`seq`, starts). Jobs that have left the queue are
     /// ignored.
     pub(super) async fn set_starts(&self, starts: Vec<(i64, u32)>) -> Result<(), BackendError> {
-        let write = self.database.write(starts.len(), move |c| {
+        // The end of a process loses nothing that is in the file, and no function can do more.
+        let write = self.database.write_ordered(starts.len(), move |c| {
             let mut update = c.prepare_cached("UPDATE jobs SET starts = ?2 WHERE seq = ?1")?;
             starts.iter().try_for_each(|(seq, starts)| update.execute(params![seq, starts]).map(drop))
         });

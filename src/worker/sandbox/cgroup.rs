@@ -7,9 +7,10 @@ use nix::unistd::Pid;
 use parking_lot::Mutex;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// Memory of a group beyond that of its function, in MiB: the processes of the sandbox, and what the kernel
@@ -52,7 +53,7 @@ impl Cgroups {
     pub(super) fn create(self: &Arc<Self>, memory_mb: u64) -> io::Result<RunCgroup> {
         self.retry_leftovers();
         let name = self.creator.name(NEXT.fetch_add(1, Ordering::Relaxed));
-        let group = RunCgroup { cgroups: Arc::clone(self), name };
+        let group = RunCgroup { cgroups: Arc::clone(self), name, files: Default::default() };
         for parent in self.tree.parents() {
             fs::create_dir(parent.join(&group.name))?;
         }
@@ -106,6 +107,16 @@ impl Drop for Cgroups {
 pub(super) struct RunCgroup {
     cgroups: Arc<Cgroups>,
     name: String,
+    /// Files that were read, by [`Measure`].
+    files: [OnceLock<File>; 3],
+}
+
+/// What is read of a group for each run of a handler.
+#[derive(Clone, Copy)]
+enum Measure {
+    OomKills,
+    Processes,
+    CpuTime,
 }
 
 impl RunCgroup {
@@ -143,23 +154,57 @@ impl RunCgroup {
     /// Processes that the kernel killed because the run had too much memory. `None`: the group is gone.
     pub(super) fn oom_kills(&self) -> Option<u64> {
         let events = if self.cgroups.tree.is_v2 { "memory.events" } else { "memory.oom_control" };
-        let events = fs::read_to_string(self.memory_file(events)).ok()?;
+        let events = self.read(Measure::OomKills, || Some(self.memory_file(events)))?;
         Some(field(&events, "oom_kill").unwrap_or(0))
     }
 
     /// The number of processes in the group. `None`: the group is gone.
     pub(super) fn processes(&self) -> Option<usize> {
-        fs::read_to_string(self.memory_file("cgroup.procs")).ok().map(|processes| processes.lines().count())
+        let path = || self.memory_file("cgroup.procs");
+        let processes = if self.cgroups.tree.is_v2 {
+            self.read(Measure::Processes, || Some(path()))?
+        } else {
+            // Version 1 makes the list when the file is opened.
+            fs::read_to_string(path()).ok()?
+        };
+        Some(processes.lines().count())
     }
 
     /// CPU time of the processes of the group, also of those that have ended.
     pub(super) fn cpu_time(&self) -> Option<Duration> {
-        let dir = self.cgroups.tree.cpu_time.as_ref()?.join(&self.name);
-        if self.cgroups.tree.is_v2 {
-            let stat = fs::read_to_string(dir.join("cpu.stat")).ok()?;
-            field(&stat, "usage_usec").map(Duration::from_micros)
+        let is_v2 = self.cgroups.tree.is_v2;
+        let file = if is_v2 { "cpu.stat" } else { "cpuacct.usage" };
+        let path = || Some(self.cgroups.tree.cpu_time.as_ref()?.join(&self.name).join(file));
+        let text = self.read(Measure::CpuTime, path)?;
+        if is_v2 {
+            field(&text, "usage_usec").map(Duration::from_micros)
         } else {
-            read_number(&dir.join("cpuacct.usage")).map(Duration::from_nanos)
+            text.trim().parse().ok().map(Duration::from_nanos)
+        }
+    }
+
+    /// The contents of a file, which stays open: to find it takes longer than to read it.
+    fn read(&self, measure: Measure, path: impl FnOnce() -> Option<PathBuf>) -> Option<String> {
+        let file = &self.files[measure as usize];
+        let file = match file.get() {
+            Some(file) => file,
+            None => {
+                let opened = File::open(path()?).ok()?;
+                file.get_or_init(|| opened)
+            }
+        };
+        let mut buffer = [0; 512];
+        let read = file.read_at(&mut buffer, 0).ok()?;
+        let text = String::from_utf8_lossy(&buffer[..read]);
+        if read < buffer.len() {
+            return Some(text.into_owned());
+        }
+        // A long list.
+        let mut text = text.into_owned();
+        loop {
+            let read = file.read_at(&mut buffer, text.len() as u64).ok().filter(|read| *read > 0);
+            let Some(read) = read else { return Some(text) };
+            text.push_str(&String::from_utf8_lossy(&buffer[..read]));
         }
     }
 
@@ -207,6 +252,7 @@ fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
 }
 
+#[cfg(test)]
 fn read_number(file: &Path) -> Option<u64> {
     fs::read_to_string(file).ok()?.trim().parse().ok()
 }

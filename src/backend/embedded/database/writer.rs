@@ -33,8 +33,18 @@ pub(super) struct QueuedWrite {
     pub(super) room: OwnedSemaphorePermit,
 }
 
+/// When a write returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Durability {
+    /// When it is on the disk.
+    Flushed,
+    /// When it is in the file. The next flushed write flushes it too.
+    Ordered,
+}
+
 pub(super) trait Write: Send {
     fn records(&self) -> usize;
+    fn durability(&self) -> Durability;
     /// Runs the write. `false`: it failed, and its savepoint must be rolled back.
     fn apply(&mut self, connection: &Connection) -> bool;
     /// Returns the result to the caller, after the commit.
@@ -44,19 +54,29 @@ pub(super) trait Write: Send {
 pub(super) struct PendingWrite<T, F> {
     op: Option<F>,
     records: usize,
+    durability: Durability,
     outcome: Option<rusqlite::Result<T>>,
     reply: oneshot::Sender<Result<T, WriteError>>,
 }
 
 impl<T, F: FnOnce(&Connection) -> rusqlite::Result<T>> PendingWrite<T, F> {
-    pub(super) fn new(op: F, records: usize, reply: oneshot::Sender<Result<T, WriteError>>) -> Self {
-        Self { op: Some(op), records, outcome: None, reply }
+    pub(super) fn new(
+        op: F,
+        records: usize,
+        durability: Durability,
+        reply: oneshot::Sender<Result<T, WriteError>>,
+    ) -> Self {
+        Self { op: Some(op), records, durability, outcome: None, reply }
     }
 }
 
 impl<T: Send, F: FnOnce(&Connection) -> rusqlite::Result<T> + Send> Write for PendingWrite<T, F> {
     fn records(&self) -> usize {
         self.records
+    }
+
+    fn durability(&self) -> Durability {
+        self.durability
     }
 
     fn apply(&mut self, connection: &Connection) -> bool {
@@ -80,6 +100,8 @@ pub(super) struct DatabaseWriter {
     connection: Connection,
     inbox: Receiver<QueuedWrite>,
     prune_at: Instant,
+    /// Of the next commit.
+    durability: Durability,
 }
 
 /// How long a batch of this length waits for the next write, if it has waited for `waited` already.
@@ -94,7 +116,7 @@ fn patience(batch_len: usize, last_batch_len: usize, waited: Duration) -> Durati
 
 impl DatabaseWriter {
     pub(super) fn new(connection: Connection, inbox: Receiver<QueuedWrite>) -> Self {
-        Self { connection, inbox, prune_at: Instant::now() }
+        Self { connection, inbox, prune_at: Instant::now(), durability: Durability::Flushed }
     }
 
     /// Runs until every sender is gone and their writes are committed.
@@ -136,6 +158,9 @@ impl DatabaseWriter {
 
     fn commit(&mut self, batch: &mut [Box<dyn Write>]) -> Result<(), WriteError> {
         let not_applied = |e: rusqlite::Error| WriteError::NotApplied(failed(&e));
+        let is_ordered = batch.iter().all(|write| write.durability() == Durability::Ordered);
+        self.set_durability(if is_ordered { Durability::Ordered } else { Durability::Flushed })
+            .map_err(not_applied)?;
         let begun = self.connection.transaction_with_behavior(TransactionBehavior::Immediate);
         let mut tx = begun.map_err(not_applied)?;
         for write in batch {
@@ -152,6 +177,19 @@ impl DatabaseWriter {
             closed.map_err(not_applied)?;
         }
         tx.commit().map_err(|e| WriteError::Unknown(failed(&e)))
+    }
+
+    fn set_durability(&mut self, durability: Durability) -> rusqlite::Result<()> {
+        if self.durability != durability {
+            // With a WAL, a commit is flushed with FULL only. A flush covers all commits before it.
+            let synchronous = match durability {
+                Durability::Flushed => "FULL",
+                Durability::Ordered => "NORMAL",
+            };
+            self.connection.pragma_update(None, "synchronous", synchronous)?;
+            self.durability = durability;
+        }
+        Ok(())
     }
 
     /// Deletes some expired rows. This only frees space, because readers never return them.

@@ -67,7 +67,8 @@ fn execution(function: FunctionId, row: &Row<'_>) -> rusqlite::Result<Execution>
 impl ExecutionStore for SqliteExecutions {
     async fn put(&self, rows: &[Execution]) -> Vec<Result<(), BackendError>> {
         debug_assert!(rows.len() <= ROWS_MAX);
-        let writes = rows.iter().cloned().map(|row| self.0.write(1, move |c| put_execution(c, &row)));
+        // Not flushed: a job leaves the journal later, which is flushed.
+        let writes = rows.iter().cloned().map(|row| self.0.write_ordered(1, move |c| put_execution(c, &row)));
         // One write for each row, so that each has its own result. They are committed together.
         futures_util::future::join_all(writes).await.into_iter().map(|put| Ok(put?)).collect()
     }

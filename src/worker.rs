@@ -6,7 +6,7 @@
 //! * [`scheduler`] — which job starts when; with [`inbox`] and [`admission`]
 //! * [`runner`] — one job, from its [`message`] to its [`result`]
 //! * [`function_runner`] — one run: code, process, outputs; then [`script_run`] or [`handler_process`]
-//! * [`pool`] — processes that wait; [`refill`] starts them
+//! * [`pool`], [`pool_state`] — processes that wait; [`refill`] starts them
 //! * [`instance`] — one process in its place; [`instance_start`] starts it, through the [`sandbox`] and the
 //!   [`supervisor`]
 //! * [`runtime`] — the languages; [`control`] — what a process is told, and what it answers
@@ -33,6 +33,7 @@ mod output;
 mod outputs;
 mod owned_dir;
 mod pool;
+mod pool_state;
 mod program_build;
 mod refill;
 mod result;

@@ -358,15 +358,15 @@ async fn wait_for_drain(worker: &OwnWorker) {
 async fn a_stop_waits_for_runs() {
     let platform = fleet().await;
     let gateway = &platform.gateway;
-    // The second job waits in it for the end of the first, and goes back at once. While it waits, the worker
-    // asks for no more: the emulator would hand a job to the connection of a worker that has ended.
+    // While it has no place for the second job, the worker does not ask for one: the emulator would hand it to
+    // the connection of a worker that has ended.
     let setup = worker_of(&platform).with("jobs.drain_s", 3600).with("capacity.runs_max", 1);
     let worker = setup.heartbeats_to(gateway).start().await;
     let hold = platform.hold().await;
     let held = gateway.run_async(&hold.function, &hold.input("patient")).await;
     hold.wait_for_runs(1).await;
     let later = gateway.run_async(HELLO, &json!({ "token": "later" })).await;
-    wait_for_held_jobs(&worker, 2).await;
+    wait_for_held_jobs(&worker, 1).await;
     worker.signal(Signal::SIGTERM);
     wait_for_drain(&worker).await;
     eventually("the heartbeat of the drain", SOON, || async {
@@ -389,12 +389,13 @@ async fn a_stop_waits_for_runs() {
     platform.finish().await;
 }
 
-/// Waits until the worker has so many jobs, those that wait for their start included.
+/// Waits until the worker has so many jobs. It must not have more.
 async fn wait_for_held_jobs(worker: &OwnWorker, jobs: usize) {
     worker.wait_for_metric_at_least("infra_worker_jobs_held", jobs as f64).await;
+    assert_eq!(worker.metric("infra_worker_jobs_held").await, Some(jobs as f64));
 }
 
-/// After `jobs.drain_s` the jobs go back, long before their leases end. So does one that waits for its start.
+/// After `jobs.drain_s` the jobs go back, long before their leases end. One more was never taken.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stop_gives_back_what_does_not_end() {
     const RUNS: usize = 3;
@@ -409,7 +410,7 @@ async fn a_stop_gives_back_what_does_not_end() {
         ids.push(gateway.run_async(&hold.function, &hold.input(&format!("run-{n}-end"))).await);
     }
     hold.wait_for_runs(RUNS).await;
-    wait_for_held_jobs(&first, JOBS).await;
+    wait_for_held_jobs(&first, RUNS).await;
     let begun: BTreeSet<String> = hold.begun().into_iter().collect();
     let (pid, runs_dir) = (first.process().pid(), first.runs_dir());
     first.stop().await;

@@ -94,9 +94,9 @@ impl From<WriteError> for BackendError {
 }
 
 /// The outcome of a write that is queued.
-type Outcome<T> = oneshot::Receiver<Result<T, WriteError>>;
+type QueuedOutcome<T> = oneshot::Receiver<Result<T, WriteError>>;
 
-async fn done<T>(outcome: Outcome<T>) -> Result<T, WriteError> {
+async fn done<T>(outcome: QueuedOutcome<T>) -> Result<T, WriteError> {
     let lost = || WriteError::Unknown(BackendError::Unavailable("the database writer panicked".into()));
     outcome.await.map_err(|_| lost())?
 }
@@ -199,7 +199,7 @@ impl Database {
         records: usize,
         durability: Durability,
         op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
-    ) -> Result<Outcome<T>, WriteError> {
+    ) -> Result<QueuedOutcome<T>, WriteError> {
         let room = self.0.room.clone().acquire_owned().await.map_err(|_| stopped())?;
         let (reply, outcome) = oneshot::channel();
         let write = PendingWrite::new(op, records, durability, reply);

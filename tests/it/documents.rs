@@ -148,7 +148,8 @@ impl Session {
         for answer in answers.lines() {
             let mut words = answer.split(' ');
             let (expected, status) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
-            let fits = if expected == "2xx" { status.starts_with('2') } else { status == expected };
+            let is_one_of = |all: &str| all.split('/').any(|one| one == status);
+            let fits = if expected == "2xx" { status.starts_with('2') } else { is_one_of(expected) };
             if !fits {
                 return Err(problem(format!("the answer is {status}, not {expected}: {answer}")));
             }
@@ -231,6 +232,8 @@ async fn planted_faults_are_found() {
         (&["X=200", "curl $X\n# answers 404\ncurl 404\ncurl 204"][..], None),
         (&["curl 404"], Some("the answer is 404, not 2xx")),
         (&["# answers 404\ncurl 200"], Some("the answer is 200, not 404")),
+        (&["# answers 200/409\ncurl 409", "# answers 200/409\ncurl 200"], None),
+        (&["# answers 200/409\ncurl 404"], Some("the answer is 404, not 200/409")),
         (&["X=$(curl 500 | cat)"], Some("the answer is 500, not 2xx")),
         (&["curl 200\n# answers 404"], Some("no request follows")),
         (&["curl --dump-header kept 404"], Some("the answer is 404, not 2xx")),

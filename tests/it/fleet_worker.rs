@@ -358,8 +358,8 @@ async fn wait_for_drain(worker: &OwnWorker) {
 async fn a_stop_waits_for_runs() {
     let platform = fleet().await;
     let gateway = &platform.gateway;
-    // While it has no place for the second job, the worker does not ask for one: the emulator would hand it to
-    // the connection of a worker that has ended.
+    // While it has no place for the second job, the worker does not ask for one: the emulator would hand it
+    // to the connection of a worker that has ended.
     let setup = worker_of(&platform).with("jobs.drain_s", 3600).with("capacity.runs_max", 1);
     let worker = setup.heartbeats_to(gateway).start().await;
     let hold = platform.hold().await;

@@ -24,7 +24,7 @@ async fn a_run_finds_an_interpreter_and_another_takes_its_place() {
     let scratch = Scratch::new();
     let source = "import json, os, sys, time
 open('/tmp/left', 'x').close()
-time.sleep(0.05)
+time.sleep(0.3)  # so that its memory is measured
 print(json.dumps([sys.argv, os.getcwd(), sorted(os.listdir('.')), os.environ['PAYLOAD']]))";
     install(&scratch, "main.py", source);
     install_as(&scratch, "g.zip", &[("main.py", "import lib; print(lib.x)"), ("lib.py", "x = 5")]);

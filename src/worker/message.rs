@@ -259,7 +259,8 @@ mod tests {
         let shown: Vec<String> = env.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let expected = "AI_ENDPOINT=http://ai FLAG=true FUNCTION_ID=f HOME=/mine JOB_ID=r LLM_MODEL=m \
                         MEMORY_MB=64 MINE=ä=1 MODEL_ID=m NUMBER=5 OUTPUT_DIR=/o \
-                        PATH=/usr/local/bin:/usr/bin:/bin PAYLOAD=[1] PYTHONUNBUFFERED=1 REQUEST_ID=r TMPDIR=/t";
+                        PATH=/usr/local/bin:/usr/bin:/bin PAYLOAD=[1] PYTHONUNBUFFERED=1 \
+                        REQUEST_ID=r TMPDIR=/t";
         assert_eq!(shown.join(" "), expected);
         let by_file = message.environment(run(&paths), &[], Some("/f/in")).unwrap();
         assert_eq!((by_file.get("PAYLOAD"), by_file["PAYLOAD_FILE"].as_str()), (None, "/f/in"));

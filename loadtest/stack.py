@@ -153,13 +153,15 @@ class Stack:
         self.processes.append(popen)
         return popen
 
-    def _start(self):
-        os.sched_setaffinity(0, OTHER_CORES)
+    def _start_redis(self, cores):
         port = free_port()
         redis = ["redis-server", "--port", port, "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
-        self.redis = Redis(self.run(redis, OTHER_CORES, subprocess.DEVNULL), port)
+        self.redis = Redis(self.run(redis, cores, subprocess.DEVNULL), port)
         until(lambda: self.redis.commands(), "Redis")
 
+    def _start(self):
+        os.sched_setaffinity(0, OTHER_CORES)
+        self._start_redis(OTHER_CORES)
         port = free_port()
         latencies = ["--sqs-ms", SQS_MS, "--dynamodb-ms", DYNAMODB_MS, "--worker-ms", WORKER_MS]
         parts = ["--redis", f"127.0.0.1:{self.redis.port}", "--functions", FUNCTIONS, *latencies]

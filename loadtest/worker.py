@@ -24,7 +24,7 @@ import cases
 from report import shown, target_rows
 from run import QUICK, ROUNDS, SECONDS_EACH, machine
 from stack import CORES, KEY, LIMITS, RELEASE, ROOT
-from stack import Process, Redis, Stack, StandIn, check_tools, free_port, until
+from stack import Process, Stack, StandIn, check_tools, free_port, until
 
 # Runs of each case with one client.
 RUNS = 20 if QUICK else 100
@@ -141,10 +141,7 @@ class WorkerStack(Stack):
 
     def _start(self):
         os.sched_setaffinity(0, CORES)
-        port = free_port()
-        redis = ["redis-server", "--port", port, "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
-        self.redis = Redis(self.run(redis, CORES, subprocess.DEVNULL), port)
-        until(lambda: self.redis.commands(), "Redis")
+        self._start_redis(CORES)
         code, port = self.directory / "code.zip", free_port()
         code.write_bytes(zipped(HANDLER))
         command = [RELEASE / "examples/aws-stand-in", "--listen", f"127.0.0.1:{port}", "--code", code]

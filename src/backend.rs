@@ -48,5 +48,7 @@ pub use membership::{
 pub use ports::Backend;
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
 pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};
-pub use work::{CodeSource, FetchError, JobSource, JobSourceTraits, OutputStore, Receipt, ReceivedJob};
+pub use work::{
+    CodeSource, FetchError, JobSource, JobSourceTraits, OutputStore, Receipt, ReceivedJob, is_request_id,
+};
 pub use workers::{WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};

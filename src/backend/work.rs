@@ -30,6 +30,16 @@ impl Receipt {
     }
 }
 
+/// Longest id of a job, in bytes.
+pub const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// Whether an id can be one part of a key, of a path and of a log line. Ids of this gateway and of the
+/// earlier controller, which are UUIDs, can.
+pub fn is_request_id(id: &str) -> bool {
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    (1..=REQUEST_ID_BYTES_MAX).contains(&id.len()) && id.bytes().all(is_plain)
+}
+
 /// A job that a worker has received.
 #[derive(Clone, Debug)]
 pub struct ReceivedJob {
@@ -45,6 +55,22 @@ pub struct ReceivedJob {
     /// order.
     pub group: Option<String>,
     pub message: Bytes,
+}
+
+#[cfg(test)]
+impl ReceivedJob {
+    /// A job for tests, without a message. Its receipt is `receipt of <id>`.
+    pub fn sample(id: &str) -> Self {
+        Self {
+            receipt: Receipt::new(format!("receipt of {id}")),
+            request_id: id.to_owned(),
+            function: "f".to_owned(),
+            deadline: UnixMs::MAX,
+            starts: 0,
+            group: None,
+            message: Bytes::new(),
+        }
+    }
 }
 
 /// How a source delivers jobs.

@@ -26,7 +26,7 @@ const CODE_CACHE: &str = "code-cache";
 pub struct DevArgs {
     pub port: u16,
     pub data_dir: PathBuf,
-    /// `None`: the loopback addresses only: `dev` is for one developer, and whoever has its key runs code.
+    /// `None`: the loopback addresses only, because `dev` is for one developer, whose key allows to run code.
     pub listen: Option<IpAddr>,
     pub conf: Option<PathBuf>,
 }

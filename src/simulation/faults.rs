@@ -150,7 +150,7 @@ impl Incident {
         1 << (self as u32)
     }
 
-    /// Incidents that end a process, or separate it from the others for a while.
+    /// Whether the incident ends a process, or separates it from the stores for a while.
     fn loses_touch(self) -> bool {
         matches!(
             self,

@@ -48,7 +48,7 @@ pub(super) struct RunFigures {
 /// The members of a result with these names in camel case.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Advice {
-    /// In MiB. May exceed the maximum of the runtime: whoever applies it clamps it.
+    /// In MiB. May exceed the maximum of the runtime, to which the auto-tuner clamps it.
     pub(super) recommended_memory_mb: Option<u64>,
     pub(super) optimization_tip: Option<String>,
     /// USD a month of a function that is always running.

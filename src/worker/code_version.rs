@@ -29,7 +29,7 @@ const DIRECTORY_MODE: u32 = 0o755;
 const FILE_MODE: u32 = 0o444;
 const EXECUTABLE_MODE: u32 = 0o555;
 /// Most bytes of a compiled program.
-const PROGRAM_BYTES_MAX: u64 = 256 << 20;
+pub(super) const PROGRAM_BYTES_MAX: u64 = 128 << 20;
 /// Allocation unit of common file systems, in bytes. A file takes whole units, and about one for its inode
 /// and its name.
 const BLOCK_BYTES: u64 = 4096;

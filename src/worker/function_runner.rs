@@ -2,6 +2,7 @@
 
 use super::code_cache::{CachedCode, CodeCache};
 use super::code_layout::CodeLayout;
+use super::code_version::PROGRAM;
 use super::control::EventContext;
 use super::handler_process::{HandlerEvent, HandlerProcess};
 use super::handler_version::HandlerVersion;
@@ -37,8 +38,6 @@ use tokio::time::Instant;
 pub(super) const FETCH_MAX: Duration = Duration::from_secs(30);
 /// The pauses between these attempts.
 const FETCH_RETRIES: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(5));
-/// Name of the compiled program in the code of a function.
-const PROGRAM: &str = "main";
 /// The output directory, below `/tmp` of the process.
 const OUTPUT_DIR: &str = "output";
 

@@ -145,21 +145,9 @@ pub(super) async fn receive(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Receipt;
-    use crate::model::UnixMs;
-    use bytes::Bytes;
 
     fn job(memory_mb: u64) -> (ReceivedJob, u64) {
-        let job = ReceivedJob {
-            receipt: Receipt::new("1"),
-            request_id: "r".into(),
-            function: "f".into(),
-            deadline: UnixMs::MAX,
-            starts: 0,
-            group: None,
-            message: Bytes::new(),
-        };
-        (job, memory_mb)
+        (ReceivedJob::sample("r"), memory_mb)
     }
 
     #[tokio::test(start_paused = true)]

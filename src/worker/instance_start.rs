@@ -7,7 +7,7 @@ use super::instance::{Instance, InstancePlace, InstanceProcess};
 use super::message::ProcessPaths;
 use super::output::{OutputPipes, RunOutput};
 use super::runtime::{ProcessEnv, WarmStart};
-use super::sandbox::{Enclosed, FUNCTION_DIR, Sandbox, View};
+use super::sandbox::{Enclosed, FUNCTION_DIR, HOME_DIR, OUTPUT_DIR, Sandbox, View};
 use super::slot_dir::{SlotDir, SlotDirs};
 use super::slot_number::SlotNumbers;
 use super::supervised::SupervisedChild;
@@ -128,9 +128,9 @@ impl InstanceStarter {
             let path = |path: &str| path.to_owned();
             return ProcessPaths {
                 function: path(FUNCTION_DIR),
-                home: path("/tmp/home"),
+                home: path(HOME_DIR),
                 tmp: path("/tmp"),
-                output: path("/tmp/output"),
+                output: path(OUTPUT_DIR),
             };
         }
         let path = |path: PathBuf| path.to_string_lossy().into_owned();

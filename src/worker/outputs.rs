@@ -8,7 +8,7 @@
 
 use super::owned_dir::{self, OwnedDir};
 use crate::ambient;
-use crate::backend::OutputStore;
+use crate::backend::{OutputStore, is_request_id};
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::libc;
@@ -29,8 +29,6 @@ const DEPTH_MAX: usize = 8;
 const ENTRIES_MAX: usize = 10_000;
 /// Longest path of a file below the output directory, in bytes. A key of S3 has at most 1,024.
 const PATH_BYTES_MAX: usize = 800;
-/// Longest request id in a key, in bytes.
-const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Deadline for storing all files of a run.
 const STORE_MAX: Duration = Duration::from_secs(60);
 /// Most files that the note on those left out names, and most characters of each path in it.
@@ -131,7 +129,7 @@ impl CollectedOutputs {
     pub(super) async fn store(self, store: &dyn OutputStore, request_id: &str) -> StoredOutputs {
         let Self { copies, files, mut left_out, llm_tokens } = self;
         let deadline = Instant::now() + STORE_MAX;
-        let has_key = is_safe_in_a_key(request_id);
+        let has_key = is_request_id(request_id);
         let mut stored = Vec::new();
         let mut failures = 0;
         for CopiedOutput { name, copy } in files {
@@ -317,12 +315,6 @@ fn open_file(dir: impl AsFd, name: &OsStr) -> Result<(File, u64), &'static str> 
 fn is_unprintable(c: char) -> bool {
     // XML, in which S3 lists keys, has no way to write the last two.
     c.is_control() || matches!(c, '\u{FFFE}' | '\u{FFFF}')
-}
-
-/// Whether a request id can be one part of a key. Ids of this gateway and of the earlier one can.
-fn is_safe_in_a_key(request_id: &str) -> bool {
-    let is_safe = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
-    (1..=REQUEST_ID_BYTES_MAX).contains(&request_id.len()) && request_id.chars().all(is_safe)
 }
 
 /// The sum of the tokens in the file of the AI client: one JSON object per call and line. Lines after a

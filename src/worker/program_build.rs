@@ -2,6 +2,7 @@
 
 use super::code_cache::CachedCode;
 use super::code_layout::CodeLayout;
+use super::code_version::{PROGRAM, PROGRAM_BYTES_MAX};
 use super::control::ControlError;
 use super::instance_start::{InstancePlan, InstanceStarter, StartError};
 use super::message::base_environment;
@@ -23,10 +24,6 @@ const BUILDS_MAX: usize = 1;
 const KILLED_MIN: i32 = 124;
 const LIMITS: RunLimits =
     RunLimits { memory_mb: 1_024, time: Duration::from_secs(120), output_bytes_max: 64 << 10 };
-/// Most bytes of a program.
-const PROGRAM_BYTES_MAX: u64 = 128 << 20;
-/// Name of the program in the directory in which it is built.
-const PROGRAM: &str = "main";
 
 /// Builds programs.
 pub(super) struct ProgramBuilder {

@@ -133,21 +133,11 @@ fn advice(run: &RunEnd, memory_mb: u64) -> Advice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Receipt;
-    use crate::model::UnixMs;
     use serde_json::{Value, json};
     use std::time::Duration;
 
     fn job() -> ReceivedJob {
-        ReceivedJob {
-            receipt: Receipt::new("1"),
-            request_id: "r".into(),
-            function: "f".into(),
-            deadline: UnixMs::MAX,
-            starts: 0,
-            group: None,
-            message: Bytes::new(),
-        }
+        ReceivedJob::sample("r")
     }
 
     #[test]

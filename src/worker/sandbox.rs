@@ -34,10 +34,11 @@ mod view;
 
 pub use cgroup_tree::CgroupKind;
 pub use child::ChildSetup;
+pub(super) use child::lower;
 pub use fence::Fence;
 pub use launcher::Enclosed;
 pub use probe::SandboxStatus;
-pub use view::{FUNCTION_DIR, SandboxSettings, TASKS_MAX, View};
+pub use view::{FUNCTION_DIR, HOME_DIR, OUTPUT_DIR, SandboxSettings, TASKS_MAX, View};
 
 use launcher::Launcher;
 use std::collections::BTreeMap;

@@ -6,13 +6,13 @@
 //! A descriptor of the process (pidfd) tells when it has ended. A thread that waits was rejected: processes
 //! that wait for a job would occupy most of the threads that may block.
 
-use super::sandbox::ChildSetup;
+use super::sandbox::{ChildSetup, lower};
 use super::supervisor;
 use super::tree::peak_memory_bytes;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::prctl;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::resource::Resource;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
@@ -198,12 +198,6 @@ fn prefer_for_oom() {
             libc::close(file);
         }
     }
-}
-
-fn lower(resource: Resource, to: u64) -> nix::Result<()> {
-    let (_, hard) = getrlimit(resource)?;
-    let to = to.min(hard);
-    setrlimit(resource, to, to)
 }
 
 /// Reaps the process if it has ended. Never blocks.

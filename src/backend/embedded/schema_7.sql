@@ -1,4 +1,5 @@
--- Version 7: handlers of functions, cold starts. Must never change: a later version adds a file beside this one.
+-- Version 7: handlers of functions, and cold starts. Must never change: a later version adds a file beside
+-- this one.
 
 -- NULL: script mode.
 ALTER TABLE functions ADD COLUMN handler TEXT;

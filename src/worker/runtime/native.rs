@@ -3,9 +3,8 @@
 
 use super::language::{Build, Introduction, Language, Question, ScriptStart};
 use crate::model::Runtime;
+use crate::worker::code_version::PROGRAM;
 use std::path::Path;
-
-const PROGRAM: &str = "main";
 
 /// A compiled language. It has only script mode.
 pub(super) struct Native {

@@ -17,7 +17,7 @@
 //! it runs outside of the sandbox, where a variable such as `LD_PRELOAD` must not have an effect.
 
 use super::descriptors::InheritedFds;
-use super::view::FUNCTION_DIR;
+use super::view::{FUNCTION_DIR, HOME_DIR, OUTPUT_DIR};
 use crate::config::Network;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -30,7 +30,6 @@ use std::path::{Path, PathBuf};
 
 /// User and group in the sandbox.
 const USER_ID: &str = "1000";
-const HOME: &str = "/tmp/home";
 const PASSWD: &str = "root:x:0:0:root:/root:/usr/sbin/nologin\n\
                       function:x:1000:1000:function:/tmp/home:/bin/sh\n\
                       nobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n";
@@ -68,9 +67,9 @@ const DEV_BYTES: u64 = 64 << 10;
 /// Variables that every program needs, unless the caller sets them.
 const VARIABLES: [(&str, &str); 4] = [
     ("PATH", "/usr/local/bin:/usr/bin:/bin"),
-    ("HOME", HOME),
+    ("HOME", HOME_DIR),
     ("TMPDIR", "/tmp"),
-    ("OUTPUT_DIR", "/tmp/output"),
+    ("OUTPUT_DIR", OUTPUT_DIR),
 ];
 
 /// What of this host a sandbox shows, found once.
@@ -152,7 +151,7 @@ pub(super) fn arguments(
     list.add(["--proc", "/proc"]);
     list.add_dev();
     list.add(["--size", &plan.tmp_bytes.to_string(), "--perms", "1777", "--tmpfs", "/tmp"]);
-    list.add(["--perms", "0700", "--dir", HOME, "--perms", "0700", "--dir", "/tmp/output"]);
+    list.add(["--perms", "0700", "--dir", HOME_DIR, "--perms", "0700", "--dir", OUTPUT_DIR]);
     list.add(["--symlink", "/tmp", "/var/tmp"]);
     list.add([OsStr::new("--ro-bind"), plan.function_dir.as_os_str(), OsStr::new(FUNCTION_DIR)]);
     // The root is in memory as well, and without a limit.

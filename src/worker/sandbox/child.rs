@@ -97,7 +97,8 @@ impl ChildUser {
     }
 }
 
-fn lower(resource: Resource, to: u64) -> nix::Result<()> {
+/// Sets a limit of this process, and makes it final. A lower one stays.
+pub(in crate::worker) fn lower(resource: Resource, to: u64) -> nix::Result<()> {
     let (_, hard) = getrlimit(resource)?;
     let to = to.min(hard);
     setrlimit(resource, to, to)

@@ -115,7 +115,7 @@ mod tests {
             (nothing, namespace, "CONFIG_USER_NS"),
             (nothing, "bwrap: Can't mount proc on /newroot/proc: Operation not permitted", "systempaths"),
             (nothing, "bwrap: Unknown option --size", "0.7 or later"),
-            (nothing, "bwrap: Can't find source path /root/x: Permission denied", "chmod o+x"),
+            (nothing, "bwrap: Can't find source path /srv/x: Permission denied", "chmod o+x"),
             (nothing, "bwrap: something else", "--unshare-all"),
             (nothing, "", "timed out"),
         ] {

@@ -7,6 +7,10 @@ use std::path::{Path, PathBuf};
 pub const TASKS_MAX: u64 = 1_024;
 /// Where a program in a sandbox finds its code, which is its working directory.
 pub const FUNCTION_DIR: &str = "/function";
+/// Its home directory there.
+pub const HOME_DIR: &str = "/tmp/home";
+/// Where it leaves files there.
+pub const OUTPUT_DIR: &str = "/tmp/output";
 
 /// What the settings ask for.
 #[derive(Clone, Debug)]

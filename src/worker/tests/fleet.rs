@@ -56,15 +56,8 @@ impl StubQueue {
 }
 
 fn job_with(id: &str, group: Option<&str>, message: &Value, deadline: UnixMs) -> ReceivedJob {
-    ReceivedJob {
-        receipt: Receipt::new(format!("receipt of {id}")),
-        request_id: id.to_owned(),
-        function: "f".to_owned(),
-        deadline,
-        starts: 0,
-        group: group.map(str::to_owned),
-        message: Bytes::from(message.to_string()),
-    }
+    let (group, message) = (group.map(str::to_owned), Bytes::from(message.to_string()));
+    ReceivedJob { deadline, group, message, ..ReceivedJob::sample(id) }
 }
 
 #[async_trait]

@@ -13,7 +13,7 @@ use crate::backend::aws::coalescer::{BatchBounds, Coalescer, ItemOutcome};
 use crate::backend::aws::error::{class, is_throttle};
 use crate::backend::aws::json_call::RouteRecorder;
 use crate::backend::aws::redis::publisher::ResultPublisher;
-use crate::backend::{BackendError, JobSource, JobSourceTraits, Receipt, ReceivedJob};
+use crate::backend::{BackendError, JobSource, JobSourceTraits, Receipt, ReceivedJob, is_request_id};
 use crate::model::{FunctionId, ProcessToken, UnixMs, parse_rfc3339_ms};
 use async_trait::async_trait;
 use aws_sdk_sqs::Client;
@@ -46,8 +46,6 @@ const CHANGES_AT_ONCE: usize = 8;
 const DELETES: BatchBounds = BatchBounds { calls_max: 4, items_max: ENTRIES_MAX, bytes_max: usize::MAX };
 /// Attempts to delete a message before the caller gets the error. Each call is also retried by the SDK.
 const DELETE_ATTEMPTS_MAX: u32 = 3;
-/// Longest id of a job, in bytes.
-const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Shortest time between two log lines about the same.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
@@ -279,12 +277,6 @@ fn job(message: Message, is_fifo: bool) -> Option<ReceivedJob> {
         group,
         message: Bytes::from(body),
     })
-}
-
-/// Whether an id can be part of a key, of a path and of a log line. The old controller made UUIDs too.
-fn is_request_id(id: &str) -> bool {
-    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-    !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX && id.bytes().all(is_plain)
 }
 
 #[async_trait]

@@ -4,6 +4,7 @@ use super::*;
 use crate::backend::aws::redis::connection::CommandConnection;
 use crate::backend::aws::redis::simulated::{Command, LinkError, RedisLink, Reply};
 use crate::backend::aws::scripted::{ScriptedRequest, ScriptedService};
+use crate::backend::work::REQUEST_ID_BYTES_MAX;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -77,10 +78,8 @@ impl Fixture {
 }
 
 fn received(n: usize) -> ReceivedJob {
-    let request_id = format!("job-{n}");
     let (receipt, message) = (Receipt::new(format!("receipt-{n}")), Bytes::from_static(b"{}"));
-    let (function, deadline) = ("f".to_owned(), UnixMs::MAX);
-    ReceivedJob { receipt, request_id, function, deadline, starts: 0, group: None, message }
+    ReceivedJob { receipt, message, ..ReceivedJob::sample(&format!("job-{n}")) }
 }
 
 fn accepted(count: usize) -> Value {

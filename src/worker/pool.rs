@@ -22,6 +22,7 @@ use tokio::time::Instant;
 
 /// Most interpreters that are being started at a time: their starts take time from runs.
 const STARTS_MAX: usize = 2;
+
 /// The warm processes of a worker.
 pub(super) struct WarmPool {
     state: Mutex<PoolState>,
@@ -218,7 +219,9 @@ impl WarmPool {
         to_start
     }
 
-    /// Ends what has been idle for too long, what is more than the settings allow, and what has died.
+    /// Ends what has been idle for too long, what is more than the settings allow, and what has died. Runs end
+    /// what is in their way themselves: here, a run that was admitted and has not yet taken its own idle process
+    /// would count twice.
     pub(super) fn tend(&self) {
         let warm = self.warm();
         let mut leaving = LeavingProcesses::default();
@@ -226,7 +229,7 @@ impl WarmPool {
             let mut state = self.state.lock();
             state.end_dead(&mut leaving);
             state.end_old(&warm, &mut leaving);
-            state.bound(warm.total_max, self.budget.left_mb(0), &mut leaving);
+            state.bound(warm.total_max, u64::MAX, &mut leaving);
             Runtime::ALL.into_iter().for_each(|runtime| self.show(&state, runtime));
         }
         self.end(leaving);

@@ -214,7 +214,11 @@ async fn the_number_of_runs_and_of_idle_processes_is_bounded() {
 async fn idle_processes_give_their_memory_to_runs() {
     let scratch = Scratch::new();
     install_as(&scratch, "script.zip", &[("main.py", "print('done')")]);
-    let floor = floor(&scratch, |settings| settings.memory_mb = Some(300)).await;
+    let floor = floor(&scratch, |settings| {
+        settings.memory_mb = Some(300);
+        settings.outputs = Some(Arc::new(SlowStore));
+    });
+    let floor = floor.await;
     floor.succeed(&event(json!({}))).await;
     let script = |memory_mb| with(json!({ "s3Key": "script.zip", "memoryMb": memory_mb }));
     floor.succeed(&script(128)).await;
@@ -222,8 +226,8 @@ async fn idle_processes_give_their_memory_to_runs() {
     floor.succeed(&script(256)).await;
     assert_eq!(floor.activity.pools().python, 0);
     assert_eq!(floor.metric("infra_worker_warm_ended_total{reason=\"memory\"}"), 1.0);
-    // Its own process is not in the way of a run.
-    let large = || event_with(json!({}), json!({ "memoryMb": 256 }));
+    // Its own process is not in the way of a run, even while its outputs are stored.
+    let large = || event_with(json!({ "do": "write", "name": "a" }), json!({ "memoryMb": 256 }));
     floor.succeed(&large()).await;
     assert_eq!(floor.succeed(&large()).await["coldStart"], false);
     floor.stop().await;
@@ -250,6 +254,17 @@ async fn an_idle_process_ends() {
     floor.settings.set(conf);
     floor.until_idle(0).await;
     floor.stop().await;
+}
+
+/// Takes longer than the interval at which idle processes are looked at.
+struct SlowStore;
+
+#[async_trait]
+impl OutputStore for SlowStore {
+    async fn store(&self, key: &str, _file: &Path) -> Result<String, BackendError> {
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        Ok(key.to_owned())
+    }
 }
 
 /// Keeps what it is given.

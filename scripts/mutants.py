@@ -348,8 +348,21 @@ def main():
 
 
 def copy(work):
-    without = ["--exclude", "/target", "--exclude", "/.git"]
-    subprocess.run(["rsync", "-a", "--delete", *without, f"{ROOT}/", f"{work}/"], check=True)
+    """Copies the files of the repository that differ, so that a build repeats only what has changed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, check=True, text=True,
+    ).stdout.split("\0")
+    names = {name for name in listed if name and (ROOT / name).is_file()}
+    for name in names:
+        source, target = (ROOT / name).read_bytes(), work / name
+        if not target.is_file() or target.read_bytes() != source:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source)
+    for file in work.rglob("*.rs"):
+        name = file.relative_to(work)
+        if name.parts[0] != "target" and str(name) not in names:
+            file.unlink()
 
 
 def runs_until_found(work, file, text, replacement):

@@ -219,9 +219,9 @@ impl WarmPool {
         to_start
     }
 
-    /// Ends what has been idle for too long, what is more than the settings allow, and what has died. Runs end
-    /// what is in their way themselves: here, a run that was admitted and has not yet taken its own idle process
-    /// would count twice.
+    /// Ends what has been idle for too long, what is more than the settings allow, and what has died. Runs
+    /// end what is in their way themselves: here, a run that was admitted and has not yet taken its own idle
+    /// process would count twice.
     pub(super) fn tend(&self) {
         let warm = self.warm();
         let mut leaving = LeavingProcesses::default();

@@ -37,6 +37,10 @@ use tokio::time::Instant;
 /// Maximum length of a model name in the list of recent events, in characters.
 const MODEL_CHARS_SHOWN: usize = 128;
 
+/// The shortest wait in which a backend certainly writes what it holds back. After it, a client may be told
+/// that its job still runs.
+const UNPROMISED_WAIT_MIN: Duration = Duration::from_secs(5);
+
 /// One request for a run.
 pub struct RunOrder<'a> {
     pub request: &'a RunRequest<'a>,
@@ -176,7 +180,7 @@ impl Runs {
         let body = BodyHash::of(order.body);
         let claim = Claim { key, body, job: job.id, function: job.function.clone() };
         let claimed = self.idempotency.claim(&claim, self.job_lifetime()).await?;
-        let keyed = |job: Job| Job { idempotency_key: Some(Box::new(key)), ..job };
+        let keyed = |job: Job| Job { idempotency_key: Some(Box::new(key)), is_promised: true, ..job };
         match claimed {
             ClaimOutcome::Repeated(before, known) => self.repeat(&before, known, order).await,
             ClaimOutcome::First(attempt) => {
@@ -304,7 +308,8 @@ impl Runs {
         let lifetime = u64::try_from(self.job_lifetime().as_millis()).unwrap_or(u64::MAX);
         let deadline = since.saturating_add(lifetime);
         let RunOrder { request, traceparent, .. } = *order;
-        let job = JobDraft { id, template, deadline, request, traceparent }.build();
+        let mut job = JobDraft { id, template, deadline, request, traceparent }.build();
+        job.is_promised = order.is_async || self.wait(order) < UNPROMISED_WAIT_MIN;
         let bytes_max = self.message_bytes_max;
         (job.message.len() <= bytes_max).then_some(job).ok_or(RunError::MessageTooLarge { bytes_max })
     }

@@ -299,6 +299,7 @@ impl Fixture {
             id: self.dispatcher.new_id(),
             function: FunctionId::parse("bench").expect("a function id"),
             idempotency_key: None,
+            is_promised: true,
             deadline: now_ms() + 1_000_000,
             message: Bytes::from_static(b"{}"),
         }

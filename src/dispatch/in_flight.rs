@@ -564,6 +564,7 @@ mod tests {
             function: FunctionId::parse("f").unwrap(),
             deadline: 2000,
             idempotency_key: None,
+            is_promised: true,
             message: "{}".into(),
         }
     }

@@ -122,6 +122,7 @@ fn job(node: NodeId, n: u64, deadline: UnixMs) -> Job {
         function: FunctionId::parse("hello").unwrap(),
         deadline,
         idempotency_key: None,
+        is_promised: true,
         message: "{}".into(),
     }
 }

@@ -21,7 +21,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use writer::{DatabaseWriter, Durability, PendingWrite, QueuedWrite};
+pub(super) use writer::Durability;
+use writer::{DatabaseWriter, PendingWrite, QueuedWrite};
 
 /// Most pending writes. When it is full, the next caller waits asynchronously.
 const WRITES_MAX: usize = 4_096;
@@ -148,7 +149,7 @@ impl Database {
         let made = first(&connection)?;
 
         let (inbox, outbox) = sync_channel(WRITES_MAX);
-        let writer = DatabaseWriter::new(connection, outbox);
+        let writer = DatabaseWriter::new(connection, outbox, log_of(&path));
         let writer = std::thread::Builder::new().name("sqlite-writer".into()).spawn(move || writer.run())?;
         let database = Self(Arc::new(SharedDatabase {
             inbox: Some(inbox),
@@ -172,17 +173,28 @@ impl Database {
         records: usize,
         op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, WriteError> {
-        done(self.enqueue(records, Durability::Flushed, op).await?).await
+        self.write_as(Durability::Flushed, records, op).await
     }
 
     /// The same without a flush of the disk. It survives the end of the process, but not a power failure,
-    /// unless [`Self::write`] has returned later: the disk gets all writes in their order.
+    /// unless [`Self::write`] has returned later: the disk gets all writes in their order. If no other write
+    /// follows, it is flushed soon.
     pub(super) async fn write_ordered<T: Send + 'static>(
         &self,
         records: usize,
         op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, WriteError> {
-        done(self.enqueue(records, Durability::Ordered, op).await?).await
+        self.write_as(Durability::Ordered, records, op).await
+    }
+
+    /// One of the two.
+    pub(super) async fn write_as<T: Send + 'static>(
+        &self,
+        durability: Durability,
+        records: usize,
+        op: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, WriteError> {
+        done(self.enqueue(records, durability, op).await?).await
     }
 
     /// The same, but does not wait for the write. Later writes come after it. If it fails, nobody learns it.
@@ -259,6 +271,13 @@ impl Readers {
         connection.pragma_update(None, "query_only", true)?;
         Ok(connection)
     }
+}
+
+/// The write-ahead log of the file `path`, as SQLite names it.
+fn log_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push("-wal");
+    name.into()
 }
 
 fn prepare(connection: &Connection) -> rusqlite::Result<()> {

@@ -5,7 +5,7 @@
 //! starts is stored, so that a job that kills the gateway does not do so forever.
 
 use super::database::error::{WriteError, integer};
-use super::database::{Database, unsigned};
+use super::database::{Database, Durability, unsigned};
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, QueueTraits, SendError};
 use crate::model::{Job, JobId, UnixMs};
 use async_trait::async_trait;
@@ -102,7 +102,12 @@ impl JobQueue for Queue {
         debug_assert!(jobs.len() <= BATCH_JOBS_MAX);
         let fits = |job: &&Job| job.message.len() <= MESSAGE_BYTES_MAX;
         let sent: Vec<Job> = jobs.iter().filter(fits).cloned().collect();
-        let write = self.database.write(sent.len(), move |c| {
+        let durability = match sent.iter().any(|job| job.is_promised) {
+            true => Durability::Flushed,
+            // The result of the job is flushed before anybody learns that there was one.
+            false => Durability::Ordered,
+        };
+        let write = self.database.write_as(durability, sent.len(), move |c| {
             // A job that is sent again after an unknown outcome is still one job.
             let mut insert = c.prepare_cached(
                 "INSERT OR IGNORE INTO jobs (id, function_id, deadline_ms, message) VALUES (?1, ?2, ?3, ?4)",

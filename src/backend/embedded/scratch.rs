@@ -64,6 +64,7 @@ pub(crate) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
         id: JobId::new(node, now_ms(), random),
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,
+        is_promised: true,
         deadline: now_ms() + 600_000,
         message: Bytes::from(message.to_owned()),
     }

@@ -139,6 +139,7 @@ impl Fixture {
             id: JobId::new(NodeId(1), 1, n),
             function,
             idempotency_key: None,
+            is_promised: true,
             deadline: n,
             message: vec![b' '; bytes].into(),
         };
@@ -255,6 +256,7 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
                 function: FunctionId::parse("f").unwrap(),
                 deadline: 0,
                 idempotency_key: Some(Box::new(IdempotencyKey::of("a", "b"))),
+                is_promised: true,
                 message: "{}".into(),
             };
             match resend {
@@ -384,6 +386,7 @@ async fn a_job_that_enters_again_does_not_leave() {
         id: jobs[1],
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,
+        is_promised: true,
         deadline: 0,
         message: "{}".into(),
     };
@@ -464,6 +467,7 @@ async fn a_full_queue_rejects_jobs_immediately() {
         id: JobId::new(NodeId(1), 1, 200),
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,
+        is_promised: true,
         deadline: 0,
         message: "{}".into(),
     };

@@ -311,6 +311,7 @@ mod tests {
             id: JobId::new(NodeId(1), 0, n),
             function: FunctionId::parse("f").unwrap(),
             idempotency_key: None,
+            is_promised: true,
             deadline: 0,
             message: message.into(),
         };

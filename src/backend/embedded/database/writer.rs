@@ -10,6 +10,9 @@
 use super::error::{WriteError, failed, integer};
 use crate::model::now_ms;
 use rusqlite::{Connection, TransactionBehavior};
+use std::fs::File;
+use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -22,6 +25,10 @@ const COMPANY_MIN: usize = 4;
 const LINGER_MAX: Duration = Duration::from_micros(2_000);
 /// Longest wait for the next one of them.
 const GAP_MAX: Duration = Duration::from_micros(200);
+/// How long a commit that was not flushed waits for one that is. Then the log is flushed for it alone.
+const FLUSHED_AFTER: Duration = Duration::from_millis(20);
+/// The pause after a flush that failed.
+const FLUSH_RETRIED_AFTER: Duration = Duration::from_secs(1);
 /// Interval between deletions of expired rows.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
 /// Most expired rows of a table in one deletion, so that no write waits long for it.
@@ -35,10 +42,10 @@ pub(super) struct QueuedWrite {
 
 /// When a write returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Durability {
+pub enum Durability {
     /// When it is on the disk.
     Flushed,
-    /// When it is in the file. The next flushed write flushes it too.
+    /// When it is in the file. The next flushed write flushes it too; without one it is flushed soon.
     Ordered,
 }
 
@@ -99,9 +106,13 @@ impl<T: Send, F: FnOnce(&Connection) -> rusqlite::Result<T> + Send> Write for Pe
 pub(super) struct DatabaseWriter {
     connection: Connection,
     inbox: Receiver<QueuedWrite>,
+    /// The write-ahead log, which contains all commits since the last checkpoint.
+    log: PathBuf,
     prune_at: Instant,
     /// Of the next commit.
     durability: Durability,
+    /// When the log must be flushed. `None`: it is.
+    flush_at: Option<Instant>,
 }
 
 /// How long a batch of this length waits for the next write, if it has waited for `waited` already.
@@ -115,16 +126,17 @@ fn patience(batch_len: usize, last_batch_len: usize, waited: Duration) -> Durati
 }
 
 impl DatabaseWriter {
-    pub(super) fn new(connection: Connection, inbox: Receiver<QueuedWrite>) -> Self {
-        Self { connection, inbox, prune_at: Instant::now(), durability: Durability::Flushed }
+    pub(super) fn new(connection: Connection, inbox: Receiver<QueuedWrite>, log: PathBuf) -> Self {
+        let (prune_at, durability) = (Instant::now(), Durability::Flushed);
+        Self { connection, inbox, log, prune_at, durability, flush_at: None }
     }
 
     /// Runs until every sender is gone and their writes are committed.
     pub(super) fn run(mut self) {
         let mut last_batch_len = 1;
         loop {
-            let until_prune = self.prune_at.saturating_duration_since(Instant::now());
-            match self.inbox.recv_timeout(until_prune) {
+            let wake_at = self.flush_at.map_or(self.prune_at, |at| at.min(self.prune_at));
+            match self.inbox.recv_timeout(wake_at.saturating_duration_since(Instant::now())) {
                 Ok(first) => {
                     let mut batch = self.gather(first, last_batch_len);
                     last_batch_len = batch.len();
@@ -136,6 +148,9 @@ impl DatabaseWriter {
             }
             if self.prune_at <= Instant::now() {
                 self.prune();
+            }
+            if self.flush_at.is_some_and(|at| at <= Instant::now()) {
+                self.flush();
             }
         }
     }
@@ -161,6 +176,7 @@ impl DatabaseWriter {
         let is_ordered = batch.iter().all(|write| write.durability() == Durability::Ordered);
         self.set_durability(if is_ordered { Durability::Ordered } else { Durability::Flushed })
             .map_err(not_applied)?;
+        let changes = self.connection.total_changes();
         let begun = self.connection.transaction_with_behavior(TransactionBehavior::Immediate);
         let mut tx = begun.map_err(not_applied)?;
         for write in batch {
@@ -176,7 +192,29 @@ impl DatabaseWriter {
             // transaction.
             closed.map_err(not_applied)?;
         }
-        tx.commit().map_err(|e| WriteError::Unknown(failed(&e)))
+        tx.commit().map_err(|e| WriteError::Unknown(failed(&e)))?;
+        // A commit without a change flushes nothing.
+        if self.connection.total_changes() != changes {
+            self.flush_at = match self.durability {
+                Durability::Flushed => None,
+                Durability::Ordered => self.flush_at.or_else(|| Some(Instant::now() + FLUSHED_AFTER)),
+            };
+        }
+        Ok(())
+    }
+
+    /// Flushes the commits that were not flushed.
+    fn flush(&mut self) {
+        // A checkpoint flushes the log before it moves its contents, so a log that is gone needs nothing.
+        let flushed = match File::open(&self.log) {
+            Ok(log) => log.sync_data(),
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        };
+        self.flush_at = flushed.is_err().then(|| Instant::now() + FLUSH_RETRIED_AFTER);
+        if let Err(e) = flushed {
+            tracing::warn!(error = %e, "Last writes of the database not flushed to the disk; retrying in 1 s");
+        }
     }
 
     fn set_durability(&mut self, durability: Durability) -> rusqlite::Result<()> {
@@ -220,6 +258,7 @@ impl DatabaseWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::embedded::scratch::Scratch;
 
     #[test]
     fn only_under_load_a_batch_waits_for_company() {
@@ -240,5 +279,38 @@ mod tests {
             let found = patience(batch_len, last_batch_len, waited);
             assert_eq!(found, expected, "{batch_len} of {last_batch_len} after {waited:?}");
         }
+    }
+    #[test]
+    fn what_was_not_flushed_is_flushed_soon() {
+        let scratch = Scratch::new();
+        let file = scratch.path().join("x.sqlite");
+        let connection = Connection::open(&file).unwrap();
+        connection.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t (n)").unwrap();
+        let (_inbox, outbox) = std::sync::mpsc::sync_channel(1);
+        let mut writer = DatabaseWriter::new(connection, outbox, scratch.path().join("x.sqlite-wal"));
+        let mut commit = |durability, sql: &'static str| {
+            let (reply, _) = oneshot::channel();
+            let write = PendingWrite::new(move |c: &Connection| c.execute(sql, []), 1, durability, reply);
+            writer.commit(&mut [Box::new(write)]).unwrap();
+            writer.flush_at
+        };
+        use Durability::{Flushed, Ordered};
+        let (insert, nothing) = ("INSERT INTO t VALUES (1)", "DELETE FROM t WHERE n = 2");
+        assert_eq!(commit(Flushed, insert), None);
+        assert_eq!(commit(Ordered, nothing), None);
+        let due = commit(Ordered, insert);
+        assert!(due.is_some_and(|at| at <= Instant::now() + FLUSHED_AFTER));
+        assert_eq!(commit(Ordered, insert), due, "the first one does not wait longer");
+        assert_eq!(commit(Flushed, nothing), due, "such a commit flushes nothing");
+        assert_eq!(commit(Flushed, insert), None);
+        assert!(commit(Ordered, insert).is_some());
+        writer.flush();
+        assert_eq!(writer.flush_at, None);
+        writer.log = scratch.path().join("gone");
+        writer.flush();
+        assert_eq!(writer.flush_at, None, "a checkpoint has flushed it");
+        writer.log = scratch.path().join("x.sqlite/x");
+        writer.flush();
+        assert!(writer.flush_at.is_some(), "it is tried again");
     }
 }

@@ -240,6 +240,7 @@ async fn the_journal_and_the_membership_run_on_it() {
         function: function.clone(),
         deadline: 17,
         idempotency_key: None,
+        is_promised: true,
         message: bytes::Bytes::new(),
     };
     journal.enter(from_ref(&job)).await.unwrap();

@@ -5,8 +5,8 @@
 #   scripts/setup.sh build         a C compiler and cmake, for the C libraries in the crates; bubblewrap and
 #                                  slirp4netns, for the sandbox of functions
 #   scripts/setup.sh test          redis-server, h2load, ab, curl, systemd-analyze, bubblewrap, slirp4netns,
-#                                  Node.js with undici, and a Python venv with the AWS emulator, schemathesis
-#                                  and httpx
+#                                  Prometheus with promtool, Node.js with undici, and a Python venv with the
+#                                  AWS emulator, schemathesis and httpx
 #   scripts/setup.sh load          redis-server, wrk, and a Python venv with k6
 #   scripts/setup.sh slow          slowhttptest
 #   scripts/setup.sh instructions  valgrind
@@ -48,6 +48,21 @@ install() {
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@"
 }
 
+# Installs Prometheus without its service, which would listen on port 9090 of all addresses. The tests start
+# the program themselves. Where systemd does not run, nothing starts.
+install_prometheus() {
+    if [ ! -d /run/systemd/system ]; then
+        install prometheus
+        return
+    fi
+    as_root=
+    [ "$(id -u)" -eq 0 ] || as_root=sudo
+    $as_root systemctl mask --runtime --quiet prometheus.service
+    install prometheus
+    $as_root systemctl unmask --runtime --quiet prometheus.service
+    $as_root systemctl disable --quiet prometheus.service
+}
+
 setup_build() {
     missing=
     has cmake || missing="$missing cmake"
@@ -75,6 +90,7 @@ setup_test() {
     has slirp4netns || missing="$missing slirp4netns"
     # shellcheck disable=SC2086 # a list of words
     [ -z "$missing" ] || install $missing
+    has prometheus && has promtool || install_prometheus
 
     make_venv "$VENV" "$REQUIREMENTS"
     make_node_modules

@@ -164,7 +164,7 @@ impl Api {
             Endpoint::Health => Ok(self.system.health().await),
             Endpoint::Livez => Ok(self.system.livez()),
             Endpoint::Readyz => self.system.readyz(),
-            Endpoint::Metrics => Ok(self.system.metrics()),
+            Endpoint::Metrics => Ok(self.system.metrics(call.accepts_gzip)),
             // `call` handles runs, and `call_streaming` handles the other two.
             Endpoint::Run | Endpoint::Upload | Endpoint::ChangeFunction => Err(ApiError::BodyBroken),
         }

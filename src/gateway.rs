@@ -36,19 +36,20 @@ mod upstream;
 
 pub use guard::{Accepted, GuardState, ListenerApp};
 pub use settings::{GatewaySettings, tls_of};
+pub use tls::certificate_ends;
 pub use upstream::pool::HealthLoop;
 pub use upstream::via::Pseudonym;
 
 use crate::api::{Api, ApiError, BodyMode, Call, CallHeaders, Endpoint, Reply, Route, RouteMatch, find};
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::limiter::{RateLimitState, RateLimiter};
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use crate::model::Scope;
 use api_key::X_API_KEY;
 use async_trait::async_trait;
 use bytes::Bytes;
 use guard::refused_over_http2;
-use http::header::{EXPECT, HeaderName, HeaderValue, UPGRADE, VARY};
+use http::header::{ACCEPT_ENCODING, EXPECT, HeaderName, HeaderValue, UPGRADE, VARY};
 use http::{StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
@@ -197,6 +198,8 @@ impl Gateway {
             body: Bytes::new(),
             caller,
             counted: RateLimitState::default(),
+            accepts_gzip: route.endpoint == Endpoint::Metrics
+                && metrics::accepts_gzip(header.headers.get_all(ACCEPT_ENCODING)),
         };
         if route.takes == BodyMode::Whole {
             let timeout = Duration::from_secs(self.edge.http.get().body_timeout_s);

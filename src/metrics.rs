@@ -18,11 +18,13 @@
 //! * [`health`], which holds the subscriptions and the log, and [`conf`]
 //! * [`worker`]: the worker of `dev`, and the process of `worker`
 //! * [`register`]: makes and registers one metric
+//! * [`exposition`]: the text of all of them, compressed for clients that accept it
 
 mod audit;
 mod conf;
 mod edge;
 mod executions;
+mod exposition;
 mod functions;
 mod health;
 mod jobs;
@@ -36,6 +38,7 @@ mod worker;
 pub use audit::{AuditMetrics, DiskMetrics};
 pub use conf::ConfMetrics;
 pub use edge::EdgeMetrics;
+pub use exposition::{accepts_gzip, gzip};
 pub use functions::CacheMetrics;
 pub use health::SubscriptionMetrics;
 pub use jobs::JobMetrics;
@@ -63,6 +66,8 @@ pub struct Metrics {
     pub waiters: IntGauge,
     pub jobs: JobMetrics,
     pub queue_waiting: IntGauge,
+    /// As old as the last request for `/health`.
+    pub queue_depth: IntGauge,
     pub sends_in_flight: IntGauge,
     pub queue_refuses: IntGauge,
     pub batch_jobs: Histogram,
@@ -120,6 +125,7 @@ impl Metrics {
             waiters: requests::waiters(r)?,
             jobs: JobMetrics::new(r)?,
             queue_waiting: queue::waiting_jobs(r)?,
+            queue_depth: queue::depth(r)?,
             sends_in_flight: queue::sends_in_flight(r)?,
             queue_refuses: queue::breaker_open(r)?,
             batch_jobs: queue::batch_jobs(r)?,

@@ -21,6 +21,9 @@ pub struct Call {
     pub caller: Option<Arc<Caller>>,
     /// The rate-limit state of the request so far.
     pub counted: RateLimitState,
+    /// Whether the response may be compressed. Only set for `/metrics`: other requests need not read the
+    /// field.
+    pub accepts_gzip: bool,
 }
 
 impl Call {

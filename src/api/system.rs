@@ -6,8 +6,9 @@ use super::routes;
 use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, JobQueue, Results};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::log;
-use crate::metrics::Metrics;
+use crate::metrics::{self, Metrics};
 use http::StatusCode;
+use http::header::{CONTENT_ENCODING, HeaderValue, VARY};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,13 +58,18 @@ impl System {
         ready.then(|| Reply::json(StatusCode::OK, r#"{"status":"READY"}"#)).ok_or(ApiError::NotReady)
     }
 
-    /// All metrics in the Prometheus text format.
-    pub fn metrics(&self) -> Reply {
+    /// All metrics in the Prometheus text format, compressed if the client accepts that.
+    pub fn metrics(&self, accepts_gzip: bool) -> Reply {
         let requests = i64::try_from(self.lifecycle.requests_in_flight()).unwrap_or(i64::MAX);
         self.metrics.requests_in_flight.set(requests);
         self.metrics.log_lines_dropped.set(i64::try_from(log::lines_dropped()).unwrap_or(i64::MAX));
-        let mut reply = Reply::json(StatusCode::OK, self.metrics.text());
+        let text = self.metrics.text();
+        let packed = accepts_gzip.then(|| metrics::gzip(&text).ok()).flatten();
+        let coding = packed.is_some().then(|| (CONTENT_ENCODING, HeaderValue::from_static("gzip")));
+        let mut reply = Reply::json(StatusCode::OK, packed.unwrap_or(text));
         reply.content_type = prometheus::TEXT_FORMAT;
+        reply.headers.push((VARY, HeaderValue::from_static("accept-encoding")));
+        reply.headers.extend(coding);
         reply
     }
 }
@@ -127,6 +133,9 @@ impl Health {
             timed(self.executions.probe()),
         );
         let depth = queue.as_ref().ok().copied();
+        if let Some(depth) = depth {
+            self.metrics.queue_depth.set(i64::try_from(depth).unwrap_or(i64::MAX));
+        }
         let away = || BackendError::Unavailable("the queue accepts no jobs".into());
         let queue =
             queue.and_then(|_| (self.metrics.queue_refuses.get() == 0).then_some(()).ok_or_else(away));

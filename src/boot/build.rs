@@ -8,7 +8,7 @@ use crate::api::{Api, ApiParts};
 use crate::catalogue::Catalogue;
 use crate::config::{Conf, Http2Conf};
 use crate::engine::{self, Engine, EngineLoops, EngineParts};
-use crate::gateway::{Gateway, GatewaySettings, HealthLoop};
+use crate::gateway::{Gateway, GatewaySettings, HealthLoop, certificate_ends};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, WorkerMetrics};
 use anyhow::{Context, anyhow};
@@ -67,7 +67,12 @@ impl Built {
             worker: settings.worker.clone(),
         };
         let loaded = (settings.texts.clone(), conf.clone());
-        let set = move |conf: &Conf| targets.set(conf);
+        metrics.edge.show_certificates(&certificate_ends(conf));
+        let shown = Arc::clone(&metrics);
+        let set = move |conf: &Conf| {
+            targets.set(conf);
+            shown.edge.show_certificates(&certificate_ends(conf));
+        };
         let reload = Reload::new(settings.source.clone(), hangups, loaded, set, metrics.conf.clone());
         let worker = connected.extra_loop.is_some().then(|| metrics.add_worker()).transpose()?;
         let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };

@@ -174,6 +174,8 @@ impl Adopter {
             self.metrics.jobs.node_id_lost.set(0);
         }
         self.lease.renewed(asked, self.lasts, others.alive);
+        let left = (asked + self.lasts).saturating_duration_since(Instant::now());
+        self.show_lease_end(left);
         self.look_for_strangers().await?;
         Ok(Some(others))
     }
@@ -188,8 +190,15 @@ impl Adopter {
                  STATE_DIR"
             );
             self.metrics.jobs.node_id_lost.set(1);
+            self.show_lease_end(Duration::ZERO);
         }
         self.lease.lost();
+    }
+
+    /// Sets the metric to the end of the lease: `left` from now.
+    fn show_lease_end(&self, left: Duration) {
+        let end = now_ms() / 1000 + left.as_secs();
+        self.metrics.jobs.lease_ends_at.set(i64::try_from(end).unwrap_or(i64::MAX));
     }
 
     fn read_own_soon(&mut self, at: Instant) {

@@ -1,6 +1,6 @@
 //! The settings of the TLS listener: certificate, client certificates, protocols. Replaced at a reload.
 
-use crate::config::{ClientCertificates, TlsConf, TlsTexts};
+use crate::config::{ClientCertificates, Conf, TlsConf, TlsTexts};
 use arc_swap::ArcSwap;
 use pingora::listeners::tls::Acceptor;
 use pingora::protocols::l4::stream::Stream as TcpStream;
@@ -12,6 +12,8 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use std::sync::Arc;
 use std::time::Duration;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer;
 
 /// Protocols for ALPN, the preferred one first.
 const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
@@ -62,6 +64,24 @@ pub fn server_config(conf: &TlsConf, texts: &TlsTexts) -> Result<Arc<ServerConfi
     Ok(Arc::new(config))
 }
 
+/// When the first certificate of each file expires: (`file` of the metrics, Unix seconds). Empty without
+/// `[tls]`, and without a file none of whose dates can be read.
+pub fn certificate_ends(conf: &Conf) -> Vec<(&'static str, i64)> {
+    let Some(texts) = &conf.tls_texts else { return Vec::new() };
+    let own = ("certificate", Some(&texts.own.certificate));
+    let files = [own, ("client_ca", texts.client_ca.as_ref())];
+    files.into_iter().filter_map(|(file, pem)| Some((file, first_end(pem?)?))).collect()
+}
+
+/// When the first of these certificates expires, in Unix seconds.
+fn first_end(pem: &str) -> Option<i64> {
+    let end_of = |certificate: CertificateDer<'_>| {
+        let (_, certificate) = X509Certificate::from_der(&certificate).ok()?;
+        Some(certificate.validity().not_after.timestamp())
+    };
+    certificates(pem).ok()?.into_iter().filter_map(end_of).min()
+}
+
 /// The errors omit the parser's reason, which may quote the key.
 fn private_key(pem: &str) -> Result<PrivateKeyDer<'static>, &'static str> {
     let is_encrypted = |line: &str| {
@@ -105,5 +125,28 @@ fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {
         Ok(certificates) if certificates.is_empty() => Err("contains no PEM certificate".to_owned()),
         Ok(certificates) => Ok(certificates),
         Err(e) => Err(format!("is not valid PEM: {e}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+
+    fn pem(end: i32) -> String {
+        let mut params = CertificateParams::new(vec!["gateway.test".to_owned()]).unwrap();
+        params.not_after = date_time_ymd(end, 1, 1);
+        params.self_signed(&KeyPair::generate().unwrap()).unwrap().pem()
+    }
+
+    #[test]
+    fn the_first_end_of_a_chain_is_found() {
+        let chain = format!("{}{}{}", pem(2040), pem(2030), pem(2050));
+        assert_eq!(first_end(&chain), Some(1_893_456_000));
+        assert_eq!(first_end(&pem(2060)), Some(2_840_140_800));
+        for other in ["", "text", &KeyPair::generate().unwrap().serialize_pem()] {
+            assert_eq!(first_end(other), None);
+        }
+        assert_eq!(certificate_ends(&Conf::shipped().unwrap()), [], "no TLS");
     }
 }

@@ -39,9 +39,8 @@ impl SubscriptionMetrics {
     pub fn note(&self, subscription: &str, is_receiving: bool, is_beat_off: bool, has_missed_beats: bool) {
         self.lost.with_label_values(&[subscription]).set((!is_receiving).into());
         self.beat_off.with_label_values(&[subscription]).set(is_beat_off.into());
-        if has_missed_beats {
-            self.missed.with_label_values(&[subscription]).inc();
-        }
+        // The series exists from the first state on.
+        self.missed.with_label_values(&[subscription]).inc_by(has_missed_beats.into());
     }
 
     pub fn is_receiving(&self, subscription: &str) -> bool {

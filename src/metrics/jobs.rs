@@ -11,10 +11,14 @@ pub struct JobMetrics {
     pub finished: IntCounter,
     /// A check of the table: accepted − finished − in flight is always 0.
     pub unaccounted: IntGauge,
+    /// In seconds. 0: there is none.
+    pub oldest: IntGauge,
     pub adopted_nodes: IntCounter,
     pub dead_letters: IntCounter,
     /// While it is 1, this process admits no jobs.
     pub node_id_lost: IntGauge,
+    /// In Unix seconds. 0: this node needs no lease, as in `dev`.
+    pub lease_ends_at: IntGauge,
 }
 
 impl JobMetrics {
@@ -32,6 +36,11 @@ impl JobMetrics {
                 "infra_jobs_unaccounted",
                 "Accepted minus finished minus in flight. Not 0: an internal error.",
             )?,
+            oldest: gauge(
+                r,
+                "infra_jobs_oldest_seconds",
+                "Age of the oldest job without a result, in seconds.",
+            )?,
             adopted_nodes: counter(
                 r,
                 "infra_nodes_adopted_total",
@@ -43,6 +52,11 @@ impl JobMetrics {
                 "Jobs ended because the queue gave them up.",
             )?,
             node_id_lost: gauge(r, "infra_node_id_lost", "1 while another process holds this node's id.")?,
+            lease_ends_at: gauge(
+                r,
+                "infra_node_lease_expires_timestamp_seconds",
+                "Unix time when this node's lease lapses.",
+            )?,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! Rate limits.
 
-use super::register::counter_vec;
+use super::register::{counter_by, counter_vec};
 use prometheus::{IntCounterVec, Registry};
 
 pub fn decisions(r: &Registry) -> prometheus::Result<IntCounterVec> {
@@ -9,5 +9,6 @@ pub fn decisions(r: &Registry) -> prometheus::Result<IntCounterVec> {
 }
 
 pub fn calls(r: &Registry) -> prometheus::Result<IntCounterVec> {
-    counter_vec(r, "infra_limiter_calls_total", "Calls to Redis: lease or exact.", &["mode"])
+    let help = "Calls to Redis: lease or exact.";
+    counter_by(r, "infra_limiter_calls_total", help, "mode", &["lease", "exact"])
 }

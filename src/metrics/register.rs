@@ -24,6 +24,22 @@ pub fn counter_vec(
     Ok(metric)
 }
 
+/// A counter with one label, whose values are known: all of them are there from the start, with 0. Otherwise
+/// `increase` and `rate` of Prometheus would miss the first event of each.
+pub fn counter_by(
+    r: &Registry,
+    name: &str,
+    help: &str,
+    label: &str,
+    values: &[&str],
+) -> prometheus::Result<IntCounterVec> {
+    let metric = counter_vec(r, name, help, &[label])?;
+    for value in values {
+        metric.with_label_values(&[value]);
+    }
+    Ok(metric)
+}
+
 pub fn gauge(r: &Registry, name: &str, help: &str) -> prometheus::Result<IntGauge> {
     let metric = IntGauge::new(name, help)?;
     r.register(Box::new(metric.clone()))?;

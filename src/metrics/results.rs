@@ -1,10 +1,13 @@
 //! Results, and requests that ask for the result of an earlier one.
 
-use super::register::{counter, counter_vec};
+use super::register::{counter, counter_by};
 use prometheus::{IntCounter, IntCounterVec, Registry};
 
+const KINDS: &[&str] = &["settled", "repeated", "unknown_job", "malformed", "lost", "late", "deferred"];
+const OUTCOMES: &[&str] = &["new", "repeated", "reused", "taken_over", "sent_again"];
+
 pub fn by_kind(r: &Registry) -> prometheus::Result<IntCounterVec> {
-    counter_vec(r, "infra_results_total", "Results, by their outcome.", &["kind"])
+    counter_by(r, "infra_results_total", "Results, by their outcome.", "kind", KINDS)
 }
 
 pub fn looked_up(r: &Registry) -> prometheus::Result<IntCounter> {
@@ -13,5 +16,5 @@ pub fn looked_up(r: &Registry) -> prometheus::Result<IntCounter> {
 
 pub fn idempotent_requests(r: &Registry) -> prometheus::Result<IntCounterVec> {
     let help = "Requests with an Idempotency-Key.";
-    counter_vec(r, "infra_idempotent_requests_total", help, &["outcome"])
+    counter_by(r, "infra_idempotent_requests_total", help, "outcome", OUTCOMES)
 }

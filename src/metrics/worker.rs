@@ -7,7 +7,7 @@
 
 use super::conf::ConfMetrics;
 use super::health::log_lines_dropped;
-use super::register::{OTHER, counter, counter_vec, gauge, gauge_vec, histogram, histogram_vec};
+use super::register::{OTHER, counter, counter_by, counter_vec, gauge, gauge_vec, histogram, histogram_vec};
 use crate::model::Runtime;
 use prometheus::{
     Encoder, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
@@ -116,10 +116,10 @@ impl RunMetrics {
         let (name, help) = ("infra_worker_start_seconds", "Seconds until the code of a run begins.");
         let start_seconds = histogram_vec(r, name, help, START_BUCKETS, by_start)?;
         let (name, help) = ("infra_worker_runs_stopped_total", "Runs that the worker has stopped.");
-        let stopped = counter_vec(r, name, help, &["reason"])?;
+        let stopped = counter_by(r, name, help, "reason", &["time", "memory", "tasks", "drain"])?;
         let (name, help) =
             ("infra_worker_output_files_total", "Files that functions wrote for their callers.");
-        let outputs = counter_vec(r, name, help, &["outcome"])?;
+        let outputs = counter_by(r, name, help, "outcome", &["stored", "failed"])?;
         let (name, help) =
             ("infra_worker_memory_reserved_bytes", "Memory that the runs in progress may use.");
         let memory_reserved = gauge(r, name, help)?;
@@ -203,7 +203,7 @@ pub enum GiveBackReason {
 impl HeldJobMetrics {
     fn new(r: &Registry) -> prometheus::Result<Self> {
         let (name, help) = ("infra_worker_jobs_given_back_total", "Jobs that went back to the queue.");
-        let given_back = counter_vec(r, name, help, &["reason"])?;
+        let given_back = counter_by(r, name, help, "reason", &["drain", "code", "group"])?;
         let (name, help) = ("infra_worker_results_retried_total", "Failed attempts to hand a result on.");
         let results_retried = counter(r, name, help)?;
         Ok(Self {
@@ -264,7 +264,8 @@ impl WarmMetrics {
         let (name, help) = ("infra_worker_warm_processes", "Processes that serve runs or wait for them.");
         let processes = gauge_vec(r, name, help, &["runtime", "state"])?;
         let (name, help) = ("infra_worker_warm_ended_total", "Warm processes that have ended.");
-        let ended = counter_vec(r, name, help, &["reason"])?;
+        let reasons = &["idle", "full", "memory", "runs", "changed", "failed"];
+        let ended = counter_by(r, name, help, "reason", reasons)?;
         Ok(Self { processes, ended })
     }
 
@@ -303,7 +304,7 @@ pub struct CodeMetrics {
 impl CodeMetrics {
     fn new(r: &Registry) -> prometheus::Result<Self> {
         let (name, help) = ("infra_worker_code_lookups_total", "Lookups in the code cache.");
-        let lookups = counter_vec(r, name, help, &["outcome"])?;
+        let lookups = counter_by(r, name, help, "outcome", &["hit", "miss"])?;
         let (name, help) = ("infra_worker_code_fetch_seconds", "Seconds to fetch and unpack code.");
         let fetch_seconds = histogram(r, name, help, FETCH_BUCKETS)?;
         Ok(Self {
@@ -392,6 +393,7 @@ mod tests {
             "infra_worker_start_seconds_count{runtime=\"go\",start=\"warm\"} 1",
             "infra_worker_runs_stopped_total{reason=\"memory\"} 1",
             "infra_worker_output_files_total{outcome=\"stored\"} 2",
+            "infra_worker_output_files_total{outcome=\"failed\"} 0",
             "infra_worker_jobs_given_back_total{reason=\"drain\"} 3",
             "infra_worker_warm_processes{runtime=\"python\",state=\"idle\"} 2",
             "infra_worker_warm_ended_total{reason=\"idle\"} 1",
@@ -401,6 +403,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
         }
-        assert!(!text.contains("outcome=\"failed\""), "no series appears before its first value");
+        assert!(!text.contains("runtime=\"go\",status=\"FAILED\""), "it appears with its first value");
     }
 }

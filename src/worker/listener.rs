@@ -8,9 +8,11 @@
 
 use crate::backend::{LoneStatusStore, WorkerActivity, WorkerPart};
 use crate::log;
-use crate::metrics::WorkerProcessMetrics;
+use crate::metrics::{WorkerProcessMetrics, accepts_gzip, gzip};
 use bytes::Bytes;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
+use http::header::{
+    ACCEPT_ENCODING, ALLOW, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, VARY,
+};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -82,9 +84,8 @@ impl WorkerListener {
 
 async fn serve(stream: TcpStream, state: Arc<ListenerState>) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let state = Arc::clone(&state);
-        async move { Ok::<_, Infallible>(state.answer(&method, &path).await) }
+        async move { Ok::<_, Infallible>(state.answer(&request).await) }
     });
     let mut http = http1::Builder::new();
     http.keep_alive(false).max_buf_size(HEAD_BYTES_MAX).max_headers(HEAD_FIELDS_MAX);
@@ -100,7 +101,8 @@ struct ListenerState {
 }
 
 impl ListenerState {
-    async fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+    async fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+        let (method, path) = (request.method(), request.uri().path());
         if !matches!(path, "/" | "/health" | "/metrics") {
             return response(StatusCode::NOT_FOUND, JSON, r#"{"error":"Not Found"}"#);
         }
@@ -113,12 +115,24 @@ impl ListenerState {
         if path == "/metrics" {
             let dropped = i64::try_from(log::lines_dropped()).unwrap_or(i64::MAX);
             self.metrics.log_lines_dropped.set(dropped);
-            return response(StatusCode::OK, prometheus::TEXT_FORMAT, self.metrics.text());
+            let accepts = accepts_gzip(request.headers().get_all(ACCEPT_ENCODING));
+            return metrics_response(self.metrics.text(), accepts);
         }
         // `/` as well: health checks of the Python agent ask for it.
         let (status, body) = self.health.report().await;
         response(status, JSON, body.to_string())
     }
+}
+
+fn metrics_response(text: Vec<u8>, accepts: bool) -> Response<Full<Bytes>> {
+    let packed = accepts.then(|| gzip(&text).ok()).flatten();
+    let is_packed = packed.is_some();
+    let mut response = response(StatusCode::OK, prometheus::TEXT_FORMAT, packed.unwrap_or(text));
+    response.headers_mut().insert(VARY, HeaderValue::from_static("accept-encoding"));
+    if is_packed {
+        response.headers_mut().insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
+    response
 }
 
 const JSON: &str = "application/json; charset=utf-8";
@@ -315,6 +329,12 @@ mod tests {
             let response = ask(at, &format!("{request} HTTP/1.1\r\nhost: w\r\n\r\n")).await;
             assert!(response.starts_with(&format!("HTTP/1.1 {status}\r\n")), "{request}: {response}");
             assert!(response.contains(words) && response.contains("connection: close"), "{response}");
+        }
+        for (accepted, is_packed) in [("deflate, gzip;q=0.5", true), ("gzip;q=0", false)] {
+            let head = format!("HEAD /metrics HTTP/1.1\r\nhost: w\r\naccept-encoding: {accepted}\r\n\r\n");
+            let response = ask(at, &head).await;
+            assert!(response.contains("vary: accept-encoding"), "{response}");
+            assert_eq!(response.contains("content-encoding: gzip"), is_packed, "{response}");
         }
         // The connection may be reset, because the rest of the head is not read.
         let mut stream = TcpStream::connect(at).await.unwrap();

@@ -78,6 +78,8 @@ mod contract;
 #[cfg(test)]
 mod copies;
 #[cfg(test)]
+mod dashboards;
+#[cfg(test)]
 mod dead_letters;
 #[cfg(test)]
 mod deployment;

@@ -1,13 +1,17 @@
 //! Health, metrics and log lines, as operators and the dashboard read them.
 
+use crate::harness::http::Request;
 use crate::harness::platform::{Backend, HELLO};
 use crate::harness::process::Stream;
 use crate::harness::{Gateway, SOON, Setup, eventually};
+use flate2::read::GzDecoder;
 use serde_json::{Value, json};
+use std::io::Read;
 
 on_both_backends!(
     health_lists_the_dependencies,
     metrics_have_their_fixed_names_and_labels,
+    metrics_are_compressed_for_clients_that_ask,
     log_lines_have_their_fixed_messages,
 );
 
@@ -99,6 +103,45 @@ async fn metrics_have_their_fixed_names_and_labels(setup: Setup) {
         assert!(text.contains(&format!("# TYPE {name} histogram")), "{name}");
     }
     assert!(text.contains("# TYPE function_invocations_total counter"));
+    platform.finish().await;
+}
+
+async fn metrics_are_compressed_for_clients_that_ask(setup: Setup) {
+    let platform = setup.start().await;
+    let gateway = &platform.gateway;
+    for (method, accepted, is_packed) in [
+        ("GET", None, false),
+        ("GET", Some("identity"), false),
+        ("GET", Some("gzip;q=0, deflate"), false),
+        ("GET", Some("gzip"), true),
+        ("GET", Some("gzip;q=0.1, *;q=0"), true),
+        ("HEAD", Some("br, *;q=0.5"), true),
+        ("HEAD", Some("*;q=0"), false),
+    ] {
+        let mut request = Request::new(gateway.addr(), method, "/metrics");
+        if let Some(accepted) = accepted {
+            request = request.header("accept-encoding", accepted);
+        }
+        let answer = request.send().await.expect(200);
+        assert_eq!(answer.header("content-encoding"), is_packed.then_some("gzip"), "{accepted:?}");
+        assert!(answer.need("content-type").starts_with("text/plain"), "{answer:?}");
+        assert_eq!(answer.need("vary"), "accept-encoding");
+        let length: usize = answer.need("content-length").parse().expect("a number");
+        assert!(length > 0);
+        if method == "HEAD" {
+            continue;
+        }
+        assert_eq!(answer.body().len(), length);
+        let mut text = String::new();
+        match is_packed {
+            true => GzDecoder::new(answer.body()).read_to_string(&mut text).expect("gzip of UTF-8"),
+            false => answer.body().read_to_string(&mut text).expect("UTF-8"),
+        };
+        assert!(text.contains("# TYPE infra_jobs_in_flight gauge"), "{text}");
+    }
+    // Other answers are not compressed.
+    let health = Request::new(gateway.addr(), "GET", "/health").header("accept-encoding", "gzip");
+    assert_eq!(health.send().await.expect(200).json()["status"], "OK");
     platform.finish().await;
 }
 

@@ -145,6 +145,9 @@ async fn certificates_are_replaced_without_a_restart() {
     let secure = TlsGateway::start("", "", Authority::new()).await;
     let (send, _connection) = secure.http2().await;
     let next = Authority::new();
+    // What rcgen takes if it is not told: the first of January 4096.
+    let end = "infra_tls_certificate_expiry_timestamp_seconds{file=\"certificate\"}";
+    secure.gateway().wait_for_metric(end, 67_090_118_400.0).await;
     next.issue(NAME).write(&secure.platform.conf_dir());
     eventually("the new certificate", SOON, || async {
         connect(&client(&next, &["h2"], None), secure.addr).await.map(|_| ()).map_err(|e| e.to_string())

@@ -390,6 +390,8 @@ impl Fixture {
         let fleet = FleetConf { lease_s: LEASE.as_secs() };
         let mut members = Adopter::new(node, &fleet, Some(of()), lease, jobs, ledger, metrics);
         members.begin().await.unwrap();
+        let lapses_at = u64::try_from(members.metrics.jobs.lease_ends_at.get()).unwrap();
+        assert!(lapses_at * 1000 > now_ms(), "{lapses_at}");
         let mut loops = JoinSet::new();
         loops.spawn(books.flusher.run(rows, std::future::pending()));
         loops.spawn(books.ledger.run(std::future::pending()));

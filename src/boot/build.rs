@@ -86,7 +86,7 @@ fn api(
     lifecycle: &Lifecycle,
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<Api> {
-    let Engine { runs, dispatcher, editor, tail, waits, .. } = engine;
+    let Engine { runs, dispatcher, editor, tail, events, waits, .. } = engine;
     Ok(Api::new(ApiParts {
         runs,
         waits,
@@ -94,6 +94,7 @@ fn api(
         dispatcher,
         editor,
         tail,
+        events,
         catalogue: Catalogue::new(settings.ai_node.as_ref())?,
         lifecycle: lifecycle.clone(),
         metrics: Arc::clone(metrics),

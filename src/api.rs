@@ -7,6 +7,7 @@ mod auto_tuner;
 mod call;
 mod change;
 mod cursor;
+mod events;
 mod fields;
 mod form;
 mod functions;
@@ -30,8 +31,8 @@ mod workers;
 
 pub use call::{BodyStream, Call, CallHeaders, whole};
 pub use problem::{ApiError, BODY_BYTES_SLACK, X_RATELIMIT_LIMIT, X_RATELIMIT_REMAINING};
-pub use reply::Reply;
-pub use routes::{BodyMode, Endpoint, Route, RouteMatch, find, is_local, patterns_with_key};
+pub use reply::{Reply, ReplyStream};
+pub use routes::{BodyMode, Endpoint, Route, RouteMatch, find, is_local, patterns, patterns_with_key};
 pub use system::Health;
 
 use crate::audit::{Event, RecentEvents};
@@ -39,6 +40,7 @@ use crate::backend::{Backend, QueueTraits};
 use crate::catalogue::Catalogue;
 use crate::config::{Live, Secret, WaitsConf};
 use crate::dispatch::Dispatcher;
+use crate::events::EventBus;
 use crate::functions::Editor;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Metrics;
@@ -56,6 +58,7 @@ pub struct ApiParts<'a> {
     pub dispatcher: Dispatcher,
     pub editor: Editor,
     pub tail: RecentEvents,
+    pub events: EventBus,
     pub catalogue: Catalogue,
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
@@ -74,6 +77,7 @@ pub struct Api {
     change: change::ChangeRoute,
     auto_tuner: auto_tuner::AutoTuner,
     logs: logs::Logs,
+    events: events::EventRoute,
     models: models::Models,
     workers: workers::Workers,
     system: system::System,
@@ -83,7 +87,7 @@ pub struct Api {
 
 impl Api {
     pub fn new(parts: ApiParts<'_>) -> Self {
-        let ApiParts { waits, backend, dispatcher, lifecycle, metrics, tail, .. } = parts;
+        let ApiParts { waits, backend, dispatcher, lifecycle, metrics, tail, events, .. } = parts;
         let queue = backend.queue.traits();
         let cursors = cursor::Cursors::new(parts.api_key);
         let uploads = Arc::new(upload::UploadSpool::new(parts.spool_dir));
@@ -110,8 +114,9 @@ impl Api {
                 tail.clone(),
             ),
             logs: logs::Logs::new(Arc::clone(&backend.executions), tail.clone(), cursors),
+            events: events::EventRoute::new(events.clone(), lifecycle.clone()),
             models: models::Models::new(parts.catalogue),
-            workers: workers::Workers::new(Arc::clone(&backend.workers), tail.clone()),
+            workers: workers::Workers::new(Arc::clone(&backend.workers), tail.clone(), events),
             system: system::System::new(Health::new(backend, Arc::clone(&metrics)), lifecycle, metrics),
             queue,
             tail,
@@ -156,6 +161,7 @@ impl Api {
             Endpoint::Logs => self.logs.list(call).await,
             Endpoint::Log => self.logs.get(call).await,
             Endpoint::NodeLogs => Ok(self.logs.of_node()),
+            Endpoint::Events => self.events.get(call).await,
             Endpoint::Models => Ok(self.models.get().await),
             Endpoint::Heartbeat => self.workers.heartbeat(call).await,
             Endpoint::Workers => self.workers.list().await,

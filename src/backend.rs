@@ -5,7 +5,8 @@
 //!
 //! In the order in which a job meets them: [`functions`], [`limits`], [`claims`], [`queue`], [`journal`],
 //! [`results`], [`dead_letters`], [`executions`]. Beside them: [`membership`] of nodes, the registry of
-//! [`workers`], announcements of [`changes`], [`error`], and [`empty_dir`] for local files.
+//! [`workers`], announcements of [`changes`], the stream of [`events`], [`error`], and [`empty_dir`] for local
+//! files.
 
 mod activity;
 #[cfg(feature = "aws")]
@@ -16,6 +17,7 @@ mod dead_letters;
 pub mod embedded;
 mod empty_dir;
 mod error;
+mod events;
 mod executions;
 mod functions;
 mod journal;
@@ -34,6 +36,7 @@ pub use claims::{CLAIM_TTL, Claim, Claims, STORED_RESULT_BYTES_MAX, StoredClaim}
 pub use dead_letters::{DeadLetter, DeadLetters};
 pub use empty_dir::make_empty_dir;
 pub use error::{BackendError, StartProblem};
+pub use events::{EventId, EventSpan, EventStream, StreamedEvent};
 pub use executions::{ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 pub use functions::{CodeList, CodeStore, FunctionPage, FunctionStore, FunctionWrite, FunctionWriteOutcome};
 pub use journal::{
@@ -51,4 +54,7 @@ pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};
 pub use work::{
     CodeSource, FetchError, JobSource, JobSourceTraits, OutputStore, Receipt, ReceivedJob, is_request_id,
 };
-pub use workers::{WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};
+pub use workers::{
+    HEALTHY_WITHIN, HeartbeatOutcome, SILENCE_FORGOTTEN, WORKER_TTL, WORKERS_MAX, WorkerRecord,
+    WorkerRegistry, reports_well,
+};

@@ -37,6 +37,7 @@ pub use result_loops::{Lookups, Pump};
 use crate::audit::{Audit, RowsStored};
 use crate::backend::Backend;
 use crate::config::{BatchConf, DeadLetterConf, Live, MemoryConf, OverloadConf};
+use crate::events::EventBus;
 use crate::metrics::Metrics;
 use crate::model::NodeId;
 use crate::node_lease::NodeLease;
@@ -73,12 +74,14 @@ pub struct DispatchParts<'a> {
     pub audit: Audit,
     /// The lease of this node. Without it no jobs are admitted.
     pub lease: Arc<NodeLease>,
+    pub events: EventBus,
     pub metrics: Arc<Metrics>,
 }
 
 /// Builds the dispatcher of a node and its loops. Starts nothing.
 pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
-    let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, metrics } = parts;
+    let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, events, metrics } =
+        parts;
     let shedder = Arc::new(Shedder::new(overload.clone(), Arc::clone(&metrics)));
     let in_flight =
         Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
@@ -99,6 +102,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&backend.results),
         audit,
         Arc::clone(&lease),
+        events.clone(),
         Arc::clone(&metrics),
     ));
     let loops = DispatchLoops {
@@ -122,6 +126,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         lease,
         membership: backend.membership.clone(),
         overload,
+        events,
     });
     (dispatcher, loops)
 }

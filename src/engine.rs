@@ -9,6 +9,7 @@ use crate::audit::{self, AuditLoops, RecentEvents, SpillDirs, Stores};
 use crate::backend::Backend;
 use crate::config::{BatchConf, Conf, Live, OverloadConf, WaitsConf};
 use crate::dispatch::{self, DispatchLoops, DispatchParts, Dispatcher};
+use crate::events::{self, EventBus, EventLoop};
 use crate::fleet::Adopter;
 use crate::functions::{self, ChangeLoop, Editor, FunctionCache, Sweeper};
 use crate::lifecycle::Lifecycle;
@@ -48,6 +49,7 @@ pub struct Engine {
     pub editor: Editor,
     pub limiter: RateLimiter,
     pub tail: RecentEvents,
+    pub events: EventBus,
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
     pub overload: Live<OverloadConf>,
@@ -64,6 +66,7 @@ pub struct EngineLoops {
     leaser: Leaser,
     sweeper: Sweeper,
     audit: AuditLoops,
+    events: EventLoop,
 }
 
 /// Builds the parts of a node. Starts nothing.
@@ -80,6 +83,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
     let tail = audit.tail();
     let (waits, batch) = (Live::new(conf.waits.clone()), Live::new(conf.batch.clone()));
     let overload = Live::new(conf.overload.clone());
+    let (events, event_loop) = events::new(node, &conf.events, backend, &metrics);
     let (dispatcher, dispatch) = dispatch::new(DispatchParts {
         node,
         memory: &conf.memory,
@@ -89,6 +93,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         backend,
         audit,
         lease: Arc::clone(&lease),
+        events: events.clone(),
         metrics: Arc::clone(&metrics),
     });
     let adopter = Adopter::new(
@@ -99,9 +104,10 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         dispatch.node_jobs.clone(),
         Arc::clone(&audit_loops.ledger),
         Arc::clone(&metrics),
-    );
+    )
+    .reporting_to(events.clone());
     let (functions, changes) = functions::new(&conf.cache, backend, bucket, &metrics);
-    let editor = Editor::new(backend, functions.clone());
+    let editor = Editor::new(backend, functions.clone()).reporting_to(events.clone());
     let (limiter, leaser) =
         RateLimiter::new(&conf.limits, &conf.keys, backend.limits.clone(), Arc::clone(&metrics));
     let runs = Runs::new(RunParts {
@@ -125,18 +131,20 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         leaser,
         sweeper,
         audit: audit_loops,
+        events: event_loop,
     };
-    Ok((Engine { runs, dispatcher, functions, editor, limiter, tail, waits, batch, overload }, loops))
+    Ok((Engine { runs, dispatcher, functions, editor, limiter, tail, events, waits, batch, overload }, loops))
 }
 
 impl EngineLoops {
     /// Starts all loops. [`Adopter::begin`] must have succeeded.
-    #[expect(clippy::disallowed_methods, reason = "three loops, which `RunningEngine::stop` awaits")]
+    #[expect(clippy::disallowed_methods, reason = "four loops, which `RunningEngine::stop` awaits")]
     pub fn start(self) -> RunningEngine {
-        let Self { adopter, dispatcher, dispatch, changes, leaser, sweeper, audit, disk: _ } = self;
+        let Self { adopter, dispatcher, dispatch, changes, leaser, sweeper, audit, events, disk: _ } = self;
         let (stop_batches, batches_stopped) = watch::channel(false);
         let (stop_flusher, flusher_stopped) = watch::channel(false);
         let (stop_ledger, ledger_stopped) = watch::channel(false);
+        let (stop_events, events_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
         endless.spawn(ambient::scoped(dispatch.pump.run()));
         endless.spawn(ambient::scoped(dispatch.lookups.run()));
@@ -151,9 +159,11 @@ impl EngineLoops {
             batches: Some(ambient::spawn(dispatch.batches.run(turned(batches_stopped)))),
             flusher: Some(ambient::spawn(audit.flusher.run(dispatch.rows, turned(flusher_stopped)))),
             ledger: Some(ambient::spawn(audit.ledger.run(turned(ledger_stopped)))),
+            events: Some(ambient::spawn(events.run(turned(events_stopped)))),
             stop_batches,
             stop_flusher,
             stop_ledger,
+            stop_events,
         }
     }
 }
@@ -166,9 +176,11 @@ pub struct RunningEngine {
     batches: Option<JoinHandle<()>>,
     flusher: Option<JoinHandle<()>>,
     ledger: Option<JoinHandle<()>>,
+    events: Option<JoinHandle<()>>,
     stop_batches: watch::Sender<bool>,
     stop_flusher: watch::Sender<bool>,
     stop_ledger: watch::Sender<bool>,
+    stop_events: watch::Sender<bool>,
 }
 
 impl RunningEngine {
@@ -179,6 +191,7 @@ impl RunningEngine {
             _ = ended(&mut self.batches) => {}
             _ = ended(&mut self.flusher) => {}
             _ = ended(&mut self.ledger) => {}
+            _ = ended(&mut self.events) => {}
         }
         tracing::error!("A background loop ended unexpectedly; the process stops");
     }
@@ -201,6 +214,11 @@ impl RunningEngine {
             let _ = ledger.await;
         }
         let _ = tokio::time::timeout(LAST_CALLS_MAX, self.dispatcher.clear_journal()).await;
+        // Last, because the others report events.
+        self.stop_events.send_replace(true);
+        if let Some(events) = self.events.take() {
+            let _ = events.await;
+        }
         self.endless.shutdown().await;
     }
 }

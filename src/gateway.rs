@@ -14,6 +14,7 @@
 //! - [`api_key`] — authentication
 //! - [`body`], [`inflate`] — request bodies, bounded in size and time
 //! - [`respond`], [`rate_limit`] and [`cors`] — responses of the gateway itself and their header fields
+//! - [`streaming`] — bodies that are produced while they are sent
 //! - [`upstream`] and [`timed_body`] — requests forwarded to upstreams
 //! - [`settings`] — the settings that may change while the process runs
 //! - [`descriptors`] — the connection limit that the limit of open files allows
@@ -30,6 +31,7 @@ pub mod rate_limit;
 mod request_id;
 mod respond;
 mod settings;
+mod streaming;
 mod timed_body;
 mod tls;
 mod upstream;
@@ -40,7 +42,9 @@ pub use tls::certificate_ends;
 pub use upstream::pool::HealthLoop;
 pub use upstream::via::Pseudonym;
 
-use crate::api::{Api, ApiError, BodyMode, Call, CallHeaders, Endpoint, Reply, Route, RouteMatch, find};
+use crate::api::{
+    Api, ApiError, BodyMode, Call, CallHeaders, Endpoint, Reply, ReplyStream, Route, RouteMatch, find,
+};
 use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::{self, Metrics};
@@ -50,7 +54,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use guard::refused_over_http2;
 use http::header::{ACCEPT_ENCODING, EXPECT, HeaderName, HeaderValue, UPGRADE, VARY};
-use http::{StatusCode, Version};
+use http::{Method, StatusCode, Version};
 use pingora::http::{RequestHeader, ResponseHeader};
 use pingora::modules::http::HttpModules;
 use pingora::prelude::{HttpPeer, ProxyHttp, Session};
@@ -62,6 +66,7 @@ use respond::{CLIENT_GONE, is_http2};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use streaming::StreamEnd;
 use upstream::forward::ForwardedRequest;
 use upstream::origin::RequestSource;
 use upstream::pool::Upstream;
@@ -90,7 +95,8 @@ pub struct RequestContext {
     status: u16,
     /// Whether the connection closes after the response.
     is_last: bool,
-    _counted: RequestGuard,
+    /// Counts the request as in flight.
+    counted: Option<RequestGuard>,
 }
 
 /// A response of the gateway itself, and the rate-limit state for its header fields.
@@ -317,7 +323,28 @@ impl Gateway {
     async fn finish(&self, session: &mut Session, ctx: &mut RequestContext, reply: Reply, id: RequestId) {
         let mut reply = reply;
         reply.headers.append(&mut ctx.cors);
-        ctx.status = respond::finish(session, reply, id, self.drain_timeout()).await;
+        ctx.status = respond::finish(session, &mut reply, id, self.drain_timeout()).await;
+        let is_head = session.req_header().method == Method::HEAD;
+        if let Some(stream) = reply.stream.take().filter(|_| !is_head && ctx.status != CLIENT_GONE) {
+            // Boxed, so that the futures of other requests stay small.
+            Box::pin(self.stream(session, ctx, stream)).await;
+        }
+    }
+
+    async fn stream(&self, session: &mut Session, ctx: &mut RequestContext, stream: ReplyStream) {
+        let scope = ctx.found.and_then(|route| self.scope_of(route));
+        let presented = session.req_header().headers.get(X_API_KEY);
+        let pass = scope.zip(presented).map(|(scope, key)| self.edge.keys.pass(key, scope));
+        let key = pass.map(|pass| (&*self.edge.keys, pass));
+        match streaming::write(session, stream, key, &self.lifecycle).await {
+            StreamEnd::Complete => {}
+            StreamEnd::Key => self.metrics.events.watchers_dropped.with_label_values(&["key"]).inc(),
+            StreamEnd::Broken => {
+                session.set_keepalive(None);
+                // Pingora may still wait for a client that takes nothing. A drain must not.
+                ctx.counted = None;
+            }
+        }
     }
 
     async fn discard_body(&self, session: &mut Session) -> bool {
@@ -352,7 +379,7 @@ impl ProxyHttp for Gateway {
             found: None,
             status: CLIENT_GONE,
             is_last: false,
-            _counted: self.lifecycle.request(),
+            counted: Some(self.lifecycle.request()),
         }
     }
 

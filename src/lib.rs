@@ -13,6 +13,7 @@
 //! * [`functions`] — functions: cached, changed, their old code deleted
 //! * [`limiter`] — rate limits, counted by all nodes together
 //! * [`catalogue`] — the models of an AI node
+//! * [`events`] — live events: reported, sampled, streamed to those who watch
 //! * [`audit`] — execution rows and counters, written in the background
 //! * [`backend`] — the ports to the outside, and the two backends behind them
 //!
@@ -38,6 +39,7 @@ pub mod code_archive;
 pub mod config;
 pub mod dispatch;
 pub mod engine;
+pub mod events;
 pub mod fleet;
 pub mod functions;
 #[cfg(test)]

@@ -13,7 +13,7 @@
 //! * [`executions`], by function
 //! * [`jobs`], [`results`] and [`queue`]
 //! * [`limiter`]
-//! * [`audit`]: the execution log
+//! * [`audit`]: the execution log; [`events`] and their watchers
 //! * [`functions`]: the cache and code archives
 //! * [`health`], which holds the subscriptions and the log, and [`conf`]
 //! * [`worker`]: the worker of `dev`, and the process of `worker`
@@ -23,6 +23,7 @@
 mod audit;
 mod conf;
 mod edge;
+mod events;
 mod executions;
 mod exposition;
 mod functions;
@@ -38,6 +39,7 @@ mod worker;
 pub use audit::{AuditMetrics, DiskMetrics};
 pub use conf::ConfMetrics;
 pub use edge::EdgeMetrics;
+pub use events::EventMetrics;
 pub use exposition::{accepts_gzip, gzip};
 pub use functions::CacheMetrics;
 pub use health::SubscriptionMetrics;
@@ -93,6 +95,7 @@ pub struct Metrics {
     pub limiter_calls: IntCounterVec,
     pub queue_shed_permille: IntGauge,
     pub edge: EdgeMetrics,
+    pub events: EventMetrics,
     /// By `code`, that of the problem.
     pub refused: IntCounterVec,
     pub audit: AuditMetrics,
@@ -140,6 +143,7 @@ impl Metrics {
             limiter_calls: limiter::calls(r)?,
             queue_shed_permille: queue::shed_permille(r)?,
             edge: EdgeMetrics::new(r)?,
+            events: EventMetrics::new(r)?,
             refused: requests::refused(r)?,
             audit: AuditMetrics::new(r)?,
             code_deleted: functions::code_deleted(r)?,

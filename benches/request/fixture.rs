@@ -31,6 +31,7 @@ use infra_controller::backend::{
 use infra_controller::catalogue::Catalogue;
 use infra_controller::config::{Conf, Live, Secret};
 use infra_controller::dispatch::{self, Dispatcher};
+use infra_controller::events::EventBus;
 use infra_controller::functions::{self, Editor, FunctionCache};
 use infra_controller::gateway::{Accepted, Gateway, GatewaySettings, GuardState, ListenerApp, Pseudonym};
 use infra_controller::lifecycle::{Lifecycle, Phase};
@@ -247,6 +248,7 @@ impl Fixture {
             backend: &backend,
             audit,
             lease: NodeLease::of_fleet(false),
+            events: EventBus::default(),
             metrics: Arc::clone(&metrics),
         });
         let mut loops = JoinSet::new();
@@ -281,6 +283,7 @@ impl Fixture {
             dispatcher: dispatcher.clone(),
             editor: Editor::new(&backend, functions.clone()),
             tail,
+            events: EventBus::default(),
             catalogue: Catalogue::new(None).expect("a catalogue without a node"),
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),

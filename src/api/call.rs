@@ -78,6 +78,7 @@ pub struct CallHeaders {
     pub x_memory_mb: Option<HeaderValue>,
     pub x_function_name: Option<HeaderValue>,
     pub x_handler: Option<HeaderValue>,
+    pub last_event_id: Option<HeaderValue>,
 }
 
 impl CallHeaders {
@@ -113,6 +114,7 @@ impl CallHeaders {
                 "x-memory-mb" => &mut found.x_memory_mb,
                 "x-function-name" => &mut found.x_function_name,
                 "x-handler" => &mut found.x_handler,
+                "last-event-id" => &mut found.last_event_id,
                 _ => continue,
             };
             *place = Some(value.clone());

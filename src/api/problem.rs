@@ -102,6 +102,7 @@ pub enum ApiError {
     Contended,
     TooManyUploads,
     TooManyWorkers,
+    TooManyWatchers,
     /// The idempotency key belongs to a request with another body.
     IdempotencyKeyReused,
     NoSuchJob,
@@ -195,6 +196,7 @@ impl ApiError {
             Self::Shed { .. } => rows::SHED,
             Self::TooManyUploads => rows::TOO_MANY_UPLOADS,
             Self::TooManyWorkers => rows::TOO_MANY_WORKERS,
+            Self::TooManyWatchers => rows::TOO_MANY_WATCHERS,
             Self::Submit(error) => rows::of_send(error),
             Self::NotReady => rows::NOT_READY,
             Self::BackendUnavailable => rows::BACKEND_UNAVAILABLE,
@@ -223,6 +225,7 @@ impl ApiError {
             content_type: "application/problem+json",
             headers: Vec::new(),
             body: Bytes::from(body.to_string()),
+            stream: None,
         };
         match self {
             Self::RateLimited { retry_after_s } => {
@@ -332,6 +335,7 @@ mod tests {
                 NoSuchRoute, NoSuchFunction, NoSuchJob, NoSuchLog, MethodNotAllowed { allow: String::new() },
                 BadCursor, NoRecommendation, PreconditionFailed, Contended,
                 IdempotencyKeyReused, Shed { retry_after_s: 1 }, TooManyUploads, TooManyWorkers,
+                TooManyWatchers,
                 Submit(SubmitError::Overloaded), NotReady, BackendUnavailable,
                 UpstreamBroken, UpstreamUnavailable, UpstreamTimeout, LoopDetected,
             };

@@ -1,5 +1,5 @@
-//! Strict parsing of the query of a URL. Repeated parameters and invalid UTF-8 are errors. Unknown parameters
-//! are ignored.
+//! Strict parsing of the query of a URL. Invalid UTF-8 is an error. [`Query`] rejects repeated parameters, and
+//! ignores unknown ones. [`lists`] is for filters: parameters may be repeated, and unknown ones are errors.
 
 use super::problem::ApiError;
 use http::Uri;
@@ -44,6 +44,33 @@ impl<'a> Query<'a> {
         let limit = limit.filter(|limit| *limit > 0).map(|limit| limit.min(max));
         limit.ok_or_else(|| ApiError::invalid("`limit` must be a whole number of at least 1"))
     }
+}
+
+/// The values of parameters that may be repeated, and of which each may list several, separated by commas.
+///
+/// # Errors
+/// `Invalid` for another parameter, for more than `values_max` values of one, and for invalid UTF-8.
+pub fn lists<const N: usize>(
+    uri: &Uri,
+    names: [&str; N],
+    values_max: usize,
+) -> Result<[Vec<String>; N], ApiError> {
+    let mut found: [Vec<String>; N] = std::array::from_fn(|_| Vec::new());
+    let pairs = uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
+    for (name, raw) in pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))) {
+        let Some(place) = names.iter().position(|known| *known == name) else {
+            // Without the name: it may be a secret at the wrong place.
+            let known = names.map(|name| format!("`{name}`")).join(", ");
+            return Err(ApiError::invalid(format!("the parameters of this route are {known}")));
+        };
+        let value = percent_decode_str(raw).decode_utf8();
+        let value = value.map_err(|_| ApiError::invalid(format!("`{name}` is not UTF-8")))?;
+        found[place].extend(value.split(',').map(str::to_owned));
+        if found[place].len() > values_max {
+            return Err(ApiError::invalid(format!("`{name}` has more than {values_max} values")));
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ pub enum Endpoint {
     ApplyAutoTuner,
     Models,
     NodeLogs,
+    Events,
     Heartbeat,
     Workers,
     SystemStatus,
@@ -126,6 +127,7 @@ static TABLE: &[Route] = &[
     ),
     get("/models", Endpoint::Models, Some(Scope::Read), &[200]),
     get("/logs", Endpoint::NodeLogs, Some(Scope::Read), &[200]),
+    get("/events", Endpoint::Events, Some(Scope::Read), &[200, 400]),
     post("/worker/heartbeat", Endpoint::Heartbeat, Scope::Worker, BodyMode::Whole, &[200]),
     get("/workers", Endpoint::Workers, Some(Scope::Read), &[200]),
     get("/worker/status", Endpoint::Workers, Some(Scope::Read), &[200]),
@@ -211,6 +213,11 @@ pub fn is_local(path: &str) -> bool {
 /// The patterns of routes that require a key. Only these can be limited.
 pub fn patterns_with_key() -> impl Iterator<Item = &'static str> {
     all().filter(|route| route.scope.is_some()).map(|route| route.pattern)
+}
+
+/// The patterns of all routes.
+pub fn patterns() -> impl Iterator<Item = &'static str> + Clone {
+    TABLE.iter().map(|route| route.pattern)
 }
 
 /// All rows of the documented API.

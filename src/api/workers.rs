@@ -7,7 +7,8 @@ use super::object;
 use super::problem::ApiError;
 use super::reply::Reply;
 use crate::audit::{Event, RecentEvents};
-use crate::backend::{WorkerRecord, WorkerRegistry};
+use crate::backend::{HEALTHY_WITHIN, HeartbeatOutcome, WorkerRecord, WorkerRegistry, reports_well};
+use crate::events::{EventBus, FleetEvent, LeaveReason};
 use crate::model::{UnixMs, now_ms, parse_rfc3339_ms};
 use http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -17,10 +18,6 @@ use std::time::Duration;
 
 /// Maximum length of a heartbeat, in bytes.
 pub const BODY_BYTES_MAX: usize = 16 << 10;
-/// A worker is unhealthy when its last heartbeat is older.
-const HEALTHY_WITHIN: Duration = Duration::from_secs(30);
-/// Reported statuses that make a worker unhealthy, in lower case.
-const NOT_WELL: [&str; 6] = ["unhealthy", "error", "offline", "stopped", "stopping", "draining"];
 
 /// The pools of `/system/status`. Clients expect all four; others are not counted.
 const POOLS: [&str; 4] = ["python", "nodejs", "cpp", "go"];
@@ -36,11 +33,12 @@ const UPTIME_S_MAX: f64 = 1e10;
 pub struct Workers {
     registry: Arc<dyn WorkerRegistry>,
     tail: RecentEvents,
+    events: EventBus,
 }
 
 impl Workers {
-    pub fn new(registry: Arc<dyn WorkerRegistry>, tail: RecentEvents) -> Self {
-        Self { registry, tail }
+    pub fn new(registry: Arc<dyn WorkerRegistry>, tail: RecentEvents, events: EventBus) -> Self {
+        Self { registry, tail, events }
     }
 
     /// Records the state of a worker.
@@ -54,10 +52,10 @@ impl Workers {
         let state = Heartbeat::parse(&call.body)?;
         let text =
             serde_json::to_string(&state).map_err(|_| ApiError::invalid("the heartbeat is not JSON"))?;
-        let known = self.registry.put(&state.worker_id, &text).await;
-        let known = known.map_err(|e| ApiError::backend("the worker registry", &e))?;
-        if !known {
-            return Err(ApiError::TooManyWorkers);
+        let stored = self.registry.put(&state.worker_id, &text).await;
+        match stored.map_err(|e| ApiError::backend("the worker registry", &e))? {
+            HeartbeatOutcome::Stored { before } => self.report(&state, before.as_ref()),
+            HeartbeatOutcome::TooMany => return Err(ApiError::TooManyWorkers),
         }
         self.tail.note(now_ms(), || Event::Heartbeat {
             worker: state.worker_id,
@@ -65,6 +63,25 @@ impl Workers {
             pools: state.pools.unwrap_or_default(),
         });
         Ok(Reply::json(StatusCode::OK, r#"{"ok":true}"#))
+    }
+
+    /// Reports that a worker has come or gone. The store says what a heartbeat replaces, so of all nodes one
+    /// reports it. A worker that became silent is reported by the loop of events.
+    fn report(&self, state: &Heartbeat, before: Option<&WorkerRecord>) {
+        if !self.events.is_watched() {
+            return;
+        }
+        let was_there = before.and_then(KnownWorker::of).is_some_and(|before| before.is_healthy());
+        let is_there = reports_well(state.status());
+        let worker = || state.worker_id.clone();
+        match (was_there, is_there) {
+            (false, true) => self.events.report(|| FleetEvent::WorkerJoined { worker: worker() }),
+            (true, false) => {
+                let reason = LeaveReason::Stopped;
+                self.events.report(|| FleetEvent::WorkerLeft { worker: worker(), reason });
+            }
+            _ => {}
+        }
     }
 
     /// All known workers with their health.
@@ -121,6 +138,10 @@ enum Timestamp {
 }
 
 impl Heartbeat {
+    fn status(&self) -> &str {
+        self.status.as_deref().unwrap_or("healthy")
+    }
+
     fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let state: Self = object::parse(body, |member| match member {
             "workerId" | "status" => Some("a string"),
@@ -167,19 +188,15 @@ impl KnownWorker {
         Some(Self { state, age: seen.age, last_seen: seen.at })
     }
 
-    fn status(&self) -> &str {
-        self.state.status.as_deref().unwrap_or("healthy")
-    }
-
     fn is_healthy(&self) -> bool {
-        self.age <= HEALTHY_WITHIN && !NOT_WELL.contains(&self.status().to_ascii_lowercase().as_str())
+        self.age <= HEALTHY_WITHIN && reports_well(self.state.status())
     }
 
     fn shown(&self) -> Value {
         let state = &self.state;
         json!({
             "workerId": state.worker_id,
-            "status": self.status(),
+            "status": state.status(),
             "pools": state.pools.as_ref().unwrap_or(&Map::new()),
             "activeJobs": state.active_jobs.unwrap_or(0),
             "uptimeSeconds": number(state.uptime_seconds.unwrap_or(0.0)),

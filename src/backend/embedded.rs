@@ -16,6 +16,7 @@
 
 mod code_store;
 mod database;
+mod events;
 mod jobs;
 mod journal;
 mod queue;
@@ -35,6 +36,7 @@ use super::{CodeSource, JobSource};
 use crate::model::NodeId;
 use code_store::LocalCode;
 use database::{Database, OpenError};
+use events::LocalEvents;
 use jobs::LocalJobs;
 use journal::SqliteJournal;
 use queue::Queue;
@@ -111,6 +113,7 @@ fn try_open(dir: &Path, has_node: bool) -> Result<Embedded, OpenError> {
         code_list: Arc::new(SqliteCodeList(database)),
         workers: Arc::new(LocalWorkers::new(activity.clone())),
         changes: None,
+        events: Some(Arc::new(LocalEvents::default())),
         limits: None,
     };
     let jobs = Arc::new(LocalJobs::new(queue, results));

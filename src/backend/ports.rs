@@ -5,6 +5,7 @@ use crate::backend::Claims;
 use crate::backend::CodeList;
 use crate::backend::CodeStore;
 use crate::backend::DeadLetters;
+use crate::backend::EventStream;
 use crate::backend::ExecutionStore;
 use crate::backend::FunctionStore;
 use crate::backend::JobQueue;
@@ -33,6 +34,8 @@ pub struct Backend {
     pub workers: Arc<dyn WorkerRegistry>,
     /// `None`: the process is alone.
     pub changes: Option<Arc<dyn ChangeFeed>>,
+    /// `None`: nobody can watch events.
+    pub events: Option<Arc<dyn EventStream>>,
     /// `None`: limits are counted in this process.
     pub limits: Option<Arc<dyn LimitStore>>,
 }

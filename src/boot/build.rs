@@ -91,7 +91,7 @@ fn api(
     lifecycle: &Lifecycle,
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<Api> {
-    let Engine { runs, dispatcher, editor, tail, waits, .. } = engine;
+    let Engine { runs, dispatcher, editor, tail, events, waits, .. } = engine;
     Ok(Api::new(ApiParts {
         runs,
         waits,
@@ -99,6 +99,7 @@ fn api(
         dispatcher,
         editor,
         tail,
+        events,
         catalogue: Catalogue::new(settings.ai_node.as_ref())?,
         lifecycle: lifecycle.clone(),
         metrics: Arc::clone(metrics),

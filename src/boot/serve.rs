@@ -4,6 +4,7 @@ use super::node_id::{NodeIdChoice, NodeIdError};
 use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, explain, refuse};
 use super::state_dir::StateDir;
 use super::{ConfSource, node};
+use crate::api;
 use crate::backend::{BackendError, StartProblem, aws, make_empty_dir};
 use crate::config::{Conf, ConfFiles, ConfTexts, ConfigError, Env, master_key_warning};
 use crate::gateway::Pseudonym;
@@ -27,7 +28,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
     match loaded_settings(args) {
         Ok(LoadedSettings { env, source, texts, conf }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), Some(env.ai_node.clone()));
-            let warnings = own_warnings(&env, &source);
+            let warnings = own_warnings(&env, &source, &conf);
             let start = Duration::from_secs(conf.start.deadline_s);
             let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
@@ -72,7 +73,7 @@ pub fn check(args: &ServeArgs) -> Exit {
     let start = Duration::from_secs(conf.start.deadline_s);
     match runtime.block_on(checked(&env, start)) {
         Ok((connected, of_channels)) => {
-            let own = own_warnings(&env, &source);
+            let own = own_warnings(&env, &source, &conf);
             for warning in own.into_iter().chain(connected.warnings).chain(of_channels) {
                 println!("warning: {warning}");
             }
@@ -125,9 +126,10 @@ fn loaded_settings(args: &ServeArgs) -> Result<LoadedSettings, ConfigError> {
 }
 
 /// Problems of the environment and of `conf/` that do not prevent the start.
-fn own_warnings(env: &Env, source: &ConfSource) -> Vec<String> {
+fn own_warnings(env: &Env, source: &ConfSource, conf: &Conf) -> Vec<String> {
     let of_key = master_key_warning(env.api_key.reveal());
-    env.warnings.iter().cloned().chain(of_key).chain(source.warnings()).collect()
+    let shadowed = conf.shadowed_upstreams(api::patterns());
+    env.warnings.iter().cloned().chain(of_key).chain(source.warnings()).chain(shadowed).collect()
 }
 
 async fn connect(

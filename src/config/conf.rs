@@ -11,8 +11,8 @@ use crate::config::keys::KeysFile;
 use crate::config::limits::{BatchConf, CacheConf, Identity, LimitConf, LimitsFile, OverloadConf, WaitsConf};
 use crate::config::merge::{collect, merged};
 use crate::config::server::{
-    AuditConf, AuthConf, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf, MetricsConf,
-    ServerFile, ShutdownConf, StartConf, TlsConf,
+    AuditConf, AuthConf, DeadLetterConf, EventsConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf,
+    MetricsConf, ServerFile, ShutdownConf, StartConf, TlsConf,
 };
 use crate::config::upstreams::UpstreamsFile;
 use crate::config::worker::WorkerConf;
@@ -23,6 +23,9 @@ const LIMITS_SHIPPED: &str = include_str!("../../conf/limits.toml");
 const KEYS_SHIPPED: &str = include_str!("../../conf/keys.toml");
 const UPSTREAMS_SHIPPED: &str = include_str!("../../conf/upstreams.toml");
 const WORKER_SHIPPED: &str = include_str!("../../conf/worker.toml");
+
+/// Paths whose routes are the gateway's own, now or in a later version.
+const RESERVED_PATHS: [&str; 3] = ["/jobs", "/events", "/console"];
 
 /// All settings of `conf/`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -42,6 +45,7 @@ pub struct Conf {
     pub memory: MemoryConf,
     pub audit: AuditConf,
     pub metrics: MetricsConf,
+    pub events: EventsConf,
     // The settings of the other files, `http` and `auth` may change while the process runs.
     #[serde(rename = "key")]
     pub keys: Vec<KeyConf>,
@@ -98,6 +102,7 @@ impl Conf {
             memory: s.memory,
             audit: s.audit,
             metrics: s.metrics,
+            events: s.events,
             keys: k.key,
             upstreams: u.upstream,
             limits: l.limit,
@@ -121,6 +126,24 @@ impl Conf {
         .chain(unreadable)
         .collect();
         if problems.is_empty() { Ok(conf) } else { Err(ConfigError(problems)) }
+    }
+
+    /// Upstreams of which routes of the gateway take a part. `routes`: the patterns of those.
+    pub fn shadowed_upstreams(&self, routes: impl Iterator<Item = &'static str> + Clone) -> Vec<String> {
+        let is_below = |path: &str, prefix: &str| {
+            path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let warning = |upstream: &UpstreamConf| {
+            let prefix = upstream.prefix.strip_prefix("/api").filter(|rest| rest.starts_with('/'));
+            let prefix = prefix.unwrap_or(&upstream.prefix);
+            let reserved = RESERVED_PATHS.into_iter().find(|path| is_below(prefix, path));
+            let route = routes.clone().find(|route| is_below(route, prefix)).or(reserved)?;
+            Some(format!(
+                "upstream {}: {route} and what the gateway serves below it do not reach {}; choose another prefix",
+                upstream.name, upstream.prefix,
+            ))
+        };
+        self.upstreams.iter().filter_map(warning).collect()
     }
 
     /// Whether a limit names an upstream.
@@ -187,6 +210,29 @@ mod tests {
             (Identity::Key, &["/run".into(), "/upload".into()][..])
         );
         assert_eq!((conf.waits.sync_default_s, conf.waits.status_max_s), (290, 60));
+    }
+
+    #[test]
+    fn upstreams_that_routes_shadow_are_reported() {
+        let routes = ["/functions", "/functions/:id", "/worker/heartbeat", "/events"];
+        for (prefix, route) in [
+            ("/web", None),
+            ("/eventsource", None),
+            ("/worker", Some("/worker/heartbeat")),
+            ("/worker/files", None),
+            ("/events/archive", Some("/events")),
+            ("/api/jobs", Some("/jobs")),
+            ("/console", Some("/console")),
+        ] {
+            let text = format!(
+                "[[upstream]]\nname = \"u\"\nprefix = {prefix:?}\nscope = \"none\"\naddresses = [\"a:1\"]"
+            );
+            let upstreams = ConfText { name: "upstreams.toml".into(), text: Ok(Some(text)) };
+            let conf = Conf::of(&ConfTexts { upstreams, ..ConfTexts::none() }).unwrap();
+            let found = conf.shadowed_upstreams(routes.into_iter());
+            assert_eq!(found.len(), usize::from(route.is_some()), "{prefix}: {found:?}");
+            assert!(found.iter().zip(route).all(|(text, route)| text.contains(&format!(": {route} "))));
+        }
     }
 
     #[test]

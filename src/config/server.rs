@@ -24,6 +24,7 @@ pub struct ServerFile {
     pub memory: MemoryConf,
     pub audit: AuditConf,
     pub metrics: MetricsConf,
+    pub events: EventsConf,
 }
 
 /// `[listen]`: the plain listener and the threads.
@@ -205,6 +206,19 @@ pub struct MetricsConf {
     pub function_labels_max: usize,
 }
 
+/// `[events]`: the watchers of events.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct EventsConf {
+    /// Maximum number of clients that watch events on this node. 0: none may.
+    pub watchers_max: usize,
+    /// Longest silence of their streams, in seconds.
+    pub heartbeat_s: u64,
+}
+
+/// Upper bound of `events.watchers_max`. Each may keep a MiB waiting.
+pub const WATCHERS_MOST: u64 = 10_000;
+
 /// Upper bound of `listen.threads`.
 pub const THREADS_MAX: u64 = 1024;
 
@@ -248,6 +262,8 @@ impl ServerFile {
             within("start.deadline_s", self.start.deadline_s, 1..=SECONDS_MAX),
             within("shutdown.lame_duck_ms", self.shutdown.lame_duck_ms, 0..=SECONDS_MAX * 1000),
             within("shutdown.drain_timeout_s", self.shutdown.drain_timeout_s, 0..=SECONDS_MAX),
+            within("events.watchers_max", self.events.watchers_max as u64, 0..=WATCHERS_MOST),
+            within("events.heartbeat_s", self.events.heartbeat_s, 1..=SECONDS_MAX),
             within("fleet.lease_s", self.fleet.lease_s, 1..=SECONDS_MAX),
             within("dead_letter.every_s", self.dead_letter.every_s, 1..=SECONDS_MAX),
             within("memory.jobs_in_flight_max", self.memory.jobs_in_flight_max as u64, 1..=ENTRIES_MAX),

@@ -10,6 +10,7 @@ use super::shedder::Shedder;
 use crate::ambient;
 use crate::backend::{BackendError, JournalState, Membership, Results};
 use crate::config::{Live, OverloadConf};
+use crate::events::{EventBus, FleetEvent};
 use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, now_ms};
 use crate::node_lease::NodeLease;
 use rand::Rng;
@@ -38,6 +39,7 @@ pub struct DispatcherParts {
     pub lease: Arc<NodeLease>,
     pub membership: Option<Arc<dyn Membership>>,
     pub overload: Live<OverloadConf>,
+    pub events: EventBus,
 }
 
 /// A job that is being sent, and the waiter for its result.
@@ -229,7 +231,12 @@ impl Dispatcher {
     /// Sends a job that was never sent before.
     fn send_first(&self, job: Job) -> Result<Sending, SubmitError> {
         let id = job.id;
-        self.hand_over(job, None).inspect_err(|_| self.0.in_flight.remove(id))
+        let watched = self.0.events.is_watched().then(|| job.function.clone());
+        let sending = self.hand_over(job, None).inspect_err(|_| self.0.in_flight.remove(id))?;
+        if let Some(function) = watched {
+            self.0.events.report(|| FleetEvent::JobAccepted { id, function });
+        }
+        Ok(sending)
     }
 
     /// Passes a job to the batcher. A job that is rejected stays in the table.

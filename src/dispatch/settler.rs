@@ -5,6 +5,7 @@ use super::in_flight::{FirstResult, InFlight, SettleOutcome};
 use super::schedule::{self, LookupSchedule};
 use crate::audit::{Audit, KeyedResult, RowsStored};
 use crate::backend::{BackendError, JournalEntry, Results, STORED_MAX, SubscriptionState};
+use crate::events::{EventBus, FleetEvent};
 use crate::metrics::Metrics;
 use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommendation, now_ms};
 use crate::node_lease::NodeLease;
@@ -31,6 +32,7 @@ pub struct Settler {
     results: Arc<dyn Results>,
     audit: Audit,
     lease: Arc<NodeLease>,
+    events: EventBus,
     metrics: Arc<Metrics>,
     /// Late results that were published, and are not stored yet.
     heard_late: Mutex<VecDeque<(JobId, Bytes)>>,
@@ -45,10 +47,11 @@ impl Settler {
         results: Arc<dyn Results>,
         audit: Audit,
         lease: Arc<NodeLease>,
+        events: EventBus,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (heard_late, resubscribed) = (Mutex::default(), AtomicBool::new(false));
-        Self { in_flight, schedule, results, audit, lease, metrics, heard_late, resubscribed }
+        Self { in_flight, schedule, results, audit, lease, events, metrics, heard_late, resubscribed }
     }
 
     #[cfg(test)]
@@ -126,7 +129,9 @@ impl Settler {
             SettleOutcome::Late(function) => {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
+                let ended = self.ended(id, &row);
                 if self.audit.record_late(id, row, exit_code, recommendation).is_ok() {
+                    self.report(ended);
                     self.in_flight.forget(id);
                     self.metrics.results.with_label_values(&["late"]).inc();
                 } else {
@@ -148,7 +153,9 @@ impl Settler {
         kept: Option<Box<KeyedResult>>,
         is_shared: bool,
     ) -> bool {
+        let ended = self.ended(id, &row);
         if self.audit.record(id, row, exit_code, recommendation, kept, is_shared).is_ok() {
+            self.report(ended);
             return true;
         }
         // The log table does not keep up. The stored result outlives that, so a later look-up settles the
@@ -156,6 +163,17 @@ impl Settler {
         self.in_flight.unsettle(id);
         self.metrics.results.with_label_values(&["deferred"]).inc();
         false
+    }
+
+    /// The event of the end of a job, if anybody watches.
+    fn ended(&self, id: JobId, row: &Execution) -> Option<FleetEvent> {
+        self.events.is_watched().then(|| FleetEvent::job_ended(id, row))
+    }
+
+    fn report(&self, event: Option<FleetEvent>) {
+        if let Some(event) = event {
+            self.events.report(|| event);
+        }
     }
 
     /// Ends a job as LOST whose deadline has passed without a result. A look-up stays scheduled, because the

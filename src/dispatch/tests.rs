@@ -4,6 +4,7 @@ use super::*;
 use crate::audit;
 use crate::backend::{BackendError, JournalEntry, LogQuery, ResultEvent, Results, embedded};
 use crate::config::Conf;
+use crate::events::EventBus;
 use crate::fleet::Adopter;
 use crate::model::{FunctionId, Job, JobId, Outcome, UnixMs, now_ms};
 use async_trait::async_trait;
@@ -65,6 +66,7 @@ impl Fixture {
             backend: &backend,
             audit,
             lease: Arc::clone(&lease),
+            events: EventBus::default(),
             metrics: Arc::clone(&metrics),
         });
         let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();

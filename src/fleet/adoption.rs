@@ -19,6 +19,7 @@ use crate::backend::{
 };
 use crate::config::FleetConf;
 use crate::dispatch::NodeJobs;
+use crate::events::{EventBus, FleetEvent, LeaveReason};
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, JobId, NodeId, now_ms};
 use crate::node_lease::NodeLease;
@@ -51,6 +52,7 @@ pub struct Adopter {
     jobs: NodeJobs,
     ledger: Arc<Ledger>,
     metrics: Arc<Metrics>,
+    events: EventBus,
     /// Start of the current uninterrupted period in which this node holds its lease.
     standing_since: Option<Instant>,
     /// The adoptions of this node at the last renewal.
@@ -90,6 +92,7 @@ impl Adopter {
             jobs,
             ledger,
             metrics,
+            events: EventBus::default(),
             standing_since: None,
             adoptions: None,
             adopted: BTreeMap::new(),
@@ -99,6 +102,11 @@ impl Adopter {
             strangers: HashSet::new(),
             lost: BTreeMap::new(),
         }
+    }
+
+    /// Reports adopted nodes to `events`.
+    pub fn reporting_to(self, events: EventBus) -> Self {
+        Self { events, ..self }
     }
 
     /// Renews the lease, and resumes the jobs that an earlier process of this node has left. Returns their
@@ -320,6 +328,7 @@ impl Adopter {
                 self.adopted.remove(&node);
                 self.to_give_back.extend(self.jobs.ids_of_node(node));
                 tracing::info!(adopted = %node, "Adopted node is back; it tracks its jobs itself again");
+                self.events.report(|| FleetEvent::NodeJoined { node });
             }
         }
         let jobs = std::mem::take(&mut self.to_give_back);
@@ -381,6 +390,7 @@ impl Adopter {
         if self.adopted.insert(node, Instant::now()).is_none() {
             tracing::warn!(adopted = %node, jobs, sums, "Node adopted: its lease has lapsed");
             self.metrics.jobs.adopted_nodes.inc();
+            self.events.report(|| FleetEvent::NodeLeft { node, reason: LeaveReason::Adopted });
         }
         if entries.is_empty() && sums == 0 && store.dismiss(node).await? {
             self.adopted.remove(&node);

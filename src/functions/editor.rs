@@ -14,6 +14,7 @@ use crate::backend::{
     Backend, BackendError, CodeList, CodeStore, FunctionStore, FunctionWrite, FunctionWriteOutcome,
 };
 use crate::backoff::Backoff;
+use crate::events::{EventBus, FleetEvent};
 use crate::model::{
     ConfigAction, ConfigRecord, Function, FunctionCounters, FunctionId, Handler, RetiredCode, Runtime,
     UnixMs, now_ms, rfc3339_ms,
@@ -49,6 +50,7 @@ pub struct Editor {
     /// The retention of the queue.
     retention: Duration,
     turns: Arc<Turns>,
+    events: EventBus,
 }
 
 /// Code that was uploaded and validated.
@@ -102,7 +104,13 @@ impl Editor {
             cache,
             retention: backend.queue.traits().retention,
             turns: Arc::new(Turns(std::array::from_fn(|_| Mutex::const_new(())))),
+            events: EventBus::default(),
         }
+    }
+
+    /// Reports changes to `events`.
+    pub fn reporting_to(self, events: EventBus) -> Self {
+        Self { events, ..self }
     }
 
     pub async fn create<E>(&self, by: &str, new: NewFunction<'_>) -> Result<Function, EditError<E>> {
@@ -238,6 +246,12 @@ impl Editor {
         match &written {
             Err(error) if error.is_transient() => self.cache.may_change(&id).await,
             _ => self.cache.changed(&id).await,
+        }
+        if written == Ok(FunctionWriteOutcome::Done) {
+            self.events.report(|| match after {
+                Some(after) => FleetEvent::FunctionChanged { function: id, version: after.version },
+                None => FleetEvent::FunctionDeleted { function: id },
+            });
         }
         written.map_err(|e| EditError::Backend("the function table", e))
     }

@@ -87,7 +87,12 @@ impl ApiKeys {
 
     /// Whether the key is still configured and valid, and still has the scope.
     pub fn still_opens(&self, pass: &AuthorizedKey) -> bool {
-        self.find_hash(&pass.hash, now_ms).is_ok_and(|caller| caller.may(pass.scope))
+        self.caller_of(pass).is_some()
+    }
+
+    /// The caller that the key identifies now, if it is still valid and has the scope.
+    pub fn caller_of(&self, pass: &AuthorizedKey) -> Option<Arc<Caller>> {
+        self.find_hash(&pass.hash, now_ms).ok().filter(|caller| caller.may(pass.scope))
     }
 
     fn find(

@@ -16,7 +16,7 @@ type CorsFields = Vec<(HeaderName, HeaderValue)>;
 const METHODS: &str = "GET, HEAD, POST, PUT, DELETE";
 const SENT: &str = "content-type, x-api-key, x-async, prefer, idempotency-key, if-match, if-none-match, \
     x-request-id, traceparent, tracestate, x-runtime, x-memory-mb, x-function-name, \
-    x-handler";
+    x-handler, last-event-id";
 const READ: &str = "x-request-id, location, retry-after, etag, link, x-ratelimit-limit, \
     x-ratelimit-remaining, ratelimit, ratelimit-policy";
 /// How long a browser may cache the response to a preflight request, in seconds.

@@ -5,8 +5,8 @@ use super::process::{Inbox, Process};
 use super::world::{Service, world};
 use crate::ambient::replaced::ProcessNumber;
 use crate::backend::{
-    BackendError, ChangeEvent, ChangeFeed, ResultEvent, Results, SubscriptionState, WorkerRecord,
-    WorkerRegistry,
+    BackendError, ChangeEvent, ChangeFeed, HeartbeatOutcome, ResultEvent, Results, SubscriptionState,
+    WorkerRecord, WorkerRegistry,
 };
 use crate::model::JobId;
 use async_trait::async_trait;
@@ -125,8 +125,8 @@ pub struct WorkerList;
 
 #[async_trait]
 impl WorkerRegistry for WorkerList {
-    async fn put(&self, _: &str, _: &str) -> Result<bool, BackendError> {
-        Ok(true)
+    async fn put(&self, _: &str, _: &str) -> Result<HeartbeatOutcome, BackendError> {
+        Ok(HeartbeatOutcome::Stored { before: None })
     }
 
     async fn all(&self) -> Result<Vec<WorkerRecord>, BackendError> {

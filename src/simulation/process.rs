@@ -295,6 +295,7 @@ async fn serve(process: ProcessNumber, machine: usize, conf: Arc<Conf>) -> Resul
         code_list: Arc::new(Code),
         workers: Arc::new(WorkerList),
         changes: Some(Arc::new(Changes(process))),
+        events: None,
         limits: Some(Arc::new(RedisLimits::new(commands))),
     };
     let lifecycle = Lifecycle::default();

@@ -152,6 +152,8 @@ impl Table<'_> {
             (apply, self.call("POST", "/functions/absent/auto-tuner/apply"), 404, "no_such_function"),
             ("/logs", self.call("GET", "/logs"), 200, ""),
             ("/logs", none("GET", "/logs"), 401, "unauthorized"),
+            ("/events", self.call("GET", "/events?type=job"), 400, "invalid_request"),
+            ("/events", none("GET", "/events"), 401, "unauthorized"),
         ]
     }
 
@@ -216,6 +218,8 @@ async fn every_described_answer_is_produced(setup: Setup) {
     }
     // With `metrics_need_key`; see `keys`.
     seen.extend([401, 403].map(|status| ("/metrics".to_owned(), "get".to_owned(), status)));
+    // Its answer does not end; see `events`.
+    seen.insert(("/events".into(), "get".into(), 200));
     // The workers here recommend nothing; see `changes`.
     seen.insert(("/functions/{id}/auto-tuner/apply".into(), "post".into(), 200));
     let described = statuses_of(&gateway.get("/openapi.json").await.expect(200).json());

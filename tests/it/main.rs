@@ -94,6 +94,8 @@ mod edge;
 #[cfg(test)]
 mod edge_clients;
 #[cfg(test)]
+mod events;
+#[cfg(test)]
 mod failover;
 #[cfg(test)]
 mod families;

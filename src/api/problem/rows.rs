@@ -125,6 +125,8 @@ pub const TOO_MANY_UPLOADS: Row<'static> =
     row(503, "overloaded", "Too many uploads are in progress. Retry later.");
 pub const TOO_MANY_WORKERS: Row<'static> =
     row(503, "overloaded", "The maximum number of workers is already registered.");
+pub const TOO_MANY_WATCHERS: Row<'static> =
+    row(503, "overloaded", "The maximum number of clients watches events on this node. Retry later.");
 pub const BACKEND_UNAVAILABLE: Row<'static> =
     row(503, "backend_unavailable", "A part of the platform does not answer. Retry later.");
 

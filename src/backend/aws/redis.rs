@@ -2,13 +2,15 @@
 //!
 //! * [`connection`] — the connection for commands; [`subscriber`] — a connection for subscriptions; [`beats`]
 //!   — the proof that a subscription receives publications
-//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`] — the ports
+//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`], [`events`] — the
+//!   ports
 //! * [`publisher`], [`lone_status`] — the ports of a worker
 //! * [`probe`] — the start checks of Redis
 
 pub mod beats;
 pub mod changes;
 pub mod connection;
+pub mod events;
 pub mod journal;
 pub mod limits;
 pub mod lone_status;

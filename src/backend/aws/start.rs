@@ -9,6 +9,7 @@ use super::json_call::CredentialCache;
 use super::redis::beats::Beats;
 use super::redis::changes::RedisChanges;
 use super::redis::connection::{self, CommandConnection, RedisUrl};
+use super::redis::events::RedisEvents;
 use super::redis::journal::RedisJournal;
 use super::redis::limits::RedisLimits;
 use super::redis::membership::RedisMembership;
@@ -115,6 +116,7 @@ impl AwsConnection {
             claims: Arc::new(aws.claims),
             workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
             changes: Some(Arc::new(changes)),
+            events: Some(Arc::new(RedisEvents::new(Arc::clone(&commands)))),
             limits: Some(Arc::new(RedisLimits::new(commands))),
         }
     }

@@ -3,19 +3,25 @@
 //!
 //! The heartbeats are kept in memory. A restart loses them, but they would soon expire in any case.
 
-use crate::backend::{BackendError, WORKER_TTL, WORKERS_MAX, WorkerActivity, WorkerRecord, WorkerRegistry};
+use crate::backend::{
+    BackendError, HeartbeatOutcome, SILENCE_FORGOTTEN, WORKER_TTL, WORKERS_MAX, WorkerActivity, WorkerRecord,
+    WorkerRegistry,
+};
 use crate::model::{UnixMs, now_ms};
 use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::time::Instant;
 
 pub(super) struct LocalWorkers {
     /// The last heartbeat of each worker, by worker id.
     seen: Mutex<HashMap<String, LastHeartbeat>>,
     own: Arc<WorkerActivity>,
+    /// When silent workers were last looked for.
+    silent_at: Mutex<Option<Instant>>,
 }
 
 /// The last heartbeat of a worker, and its time by the monotonic and by the wall clock.
@@ -25,10 +31,16 @@ struct LastHeartbeat {
     at: UnixMs,
 }
 
+impl LastHeartbeat {
+    fn record(&self) -> WorkerRecord {
+        WorkerRecord { state: self.state.clone(), age: self.since.elapsed(), at: self.at }
+    }
+}
+
 impl LocalWorkers {
     /// `own`: the state of the local worker.
     pub(super) fn new(own: Arc<WorkerActivity>) -> Self {
-        Self { seen: Mutex::default(), own }
+        Self { seen: Mutex::default(), own, silent_at: Mutex::default() }
     }
 
     /// The workers whose heartbeats have not expired.
@@ -41,25 +53,32 @@ impl LocalWorkers {
 
 #[async_trait]
 impl WorkerRegistry for LocalWorkers {
-    async fn put(&self, worker_id: &str, state: &str) -> Result<bool, BackendError> {
+    async fn put(&self, worker_id: &str, state: &str) -> Result<HeartbeatOutcome, BackendError> {
         let mut known = self.known();
         if known.len() >= WORKERS_MAX && !known.contains_key(worker_id) {
-            return Ok(false);
+            return Ok(HeartbeatOutcome::TooMany);
         }
+        let before = known.get(worker_id).map(LastHeartbeat::record);
         let state = Bytes::copy_from_slice(state.as_bytes());
         known.insert(worker_id.to_owned(), LastHeartbeat { state, since: Instant::now(), at: now_ms() });
-        Ok(true)
+        Ok(HeartbeatOutcome::Stored { before })
+    }
+
+    async fn newly_silent(&self, silence: Duration) -> Result<Vec<Bytes>, BackendError> {
+        let now = Instant::now();
+        let last = self.silent_at.lock().replace(now);
+        let Some(last) = last.filter(|last| now - *last < SILENCE_FORGOTTEN) else { return Ok(Vec::new()) };
+        let is_new = |said: &&LastHeartbeat| {
+            let silent_at = said.since + silence;
+            silent_at > last && silent_at <= now
+        };
+        Ok(self.known().values().filter(is_new).map(|said| said.state.clone()).collect())
     }
 
     async fn all(&self) -> Result<Vec<WorkerRecord>, BackendError> {
         let known = self.known();
         let by_id: BTreeMap<_, _> = known.iter().collect();
-        let seen = |said: &LastHeartbeat| WorkerRecord {
-            state: said.state.clone(),
-            age: said.since.elapsed(),
-            at: said.at,
-        };
-        Ok(by_id.into_values().map(seen).collect())
+        Ok(by_id.into_values().map(LastHeartbeat::record).collect())
     }
 
     async fn lone_status(&self) -> Result<Option<Bytes>, BackendError> {
@@ -71,7 +90,6 @@ impl WorkerRegistry for LocalWorkers {
 mod tests {
     use super::*;
     use serde_json::{Value, json};
-    use std::time::Duration;
     use tokio::time::advance;
 
     fn seen(state: &str, age_s: u64) -> (String, Duration) {
@@ -85,17 +103,41 @@ mod tests {
         all.iter().map(|seen| (text(&seen.state), seen.age)).collect()
     }
 
+    fn is_new(outcome: Result<HeartbeatOutcome, BackendError>) -> bool {
+        outcome == Ok(HeartbeatOutcome::Stored { before: None })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_worker_is_reported_once() {
+        let workers = LocalWorkers::new(Arc::default());
+        let silence = Duration::from_secs(30);
+        let silent = async || workers.newly_silent(silence).await.unwrap();
+        assert!(is_new(workers.put("a", "a").await));
+        assert_eq!(silent().await, [""; 0]);
+        advance(Duration::from_secs(20)).await;
+        assert!(is_new(workers.put("b", "b").await));
+        assert_eq!(silent().await, [""; 0]);
+        advance(Duration::from_secs(20)).await;
+        assert_eq!(silent().await, ["a"]);
+        assert_eq!(silent().await, [""; 0]);
+        advance(SILENCE_FORGOTTEN).await;
+        assert_eq!(silent().await, [""; 0], "nobody has looked for too long");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn workers_expire_without_heartbeats() {
         let workers = LocalWorkers::new(Arc::default());
         assert_eq!(all(&workers).await, []);
-        assert_eq!(workers.put("b", "1").await, Ok(true));
+        assert!(is_new(workers.put("b", "1").await));
         advance(Duration::from_secs(200)).await;
-        assert_eq!(workers.put("a", "2").await, Ok(true));
-        assert_eq!(workers.put("c", "3").await, Ok(true));
+        assert!(is_new(workers.put("a", "2").await));
+        assert!(is_new(workers.put("c", "3").await));
         assert_eq!(all(&workers).await, [seen("2", 0), seen("1", 200), seen("3", 0)]);
         advance(Duration::from_secs(99)).await;
-        assert_eq!(workers.put("c", "4").await, Ok(true));
+        let Ok(HeartbeatOutcome::Stored { before: Some(before) }) = workers.put("c", "4").await else {
+            panic!("a heartbeat before")
+        };
+        assert_eq!((&before.state[..], before.age), (&b"3"[..], Duration::from_secs(99)));
         assert_eq!(all(&workers).await, [seen("2", 99), seen("1", 299), seen("4", 0)]);
         advance(Duration::from_secs(1)).await;
         assert_eq!(all(&workers).await, [seen("2", 100), seen("4", 1)]);
@@ -105,14 +147,14 @@ mod tests {
     async fn the_number_of_workers_is_bounded() {
         let workers = LocalWorkers::new(Arc::default());
         for n in 0..WORKERS_MAX {
-            assert_eq!(workers.put(&n.to_string(), "{}").await, Ok(true));
+            assert!(is_new(workers.put(&n.to_string(), "{}").await));
         }
-        assert_eq!(workers.put("one more", "{}").await, Ok(false));
+        assert_eq!(workers.put("one more", "{}").await, Ok(HeartbeatOutcome::TooMany));
         advance(WORKER_TTL / 2).await;
-        assert_eq!(workers.put("7", "still there").await, Ok(true));
+        assert!(workers.put("7", "still there").await.is_ok());
         assert_eq!(workers.all().await.unwrap().len(), WORKERS_MAX);
         advance(WORKER_TTL / 2).await;
-        assert_eq!(workers.put("one more", "{}").await, Ok(true));
+        assert!(is_new(workers.put("one more", "{}").await));
         assert_eq!(workers.all().await.unwrap().len(), 2);
     }
 

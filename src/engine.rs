@@ -48,6 +48,7 @@ pub struct Engine {
     pub editor: Editor,
     pub limiter: RateLimiter,
     pub tail: RecentEvents,
+    pub lease: Arc<NodeLease>,
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
     pub overload: Live<OverloadConf>,
@@ -95,7 +96,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         node,
         &conf.fleet,
         backend.membership.clone(),
-        lease,
+        Arc::clone(&lease),
         dispatch.node_jobs.clone(),
         Arc::clone(&audit_loops.ledger),
         Arc::clone(&metrics),
@@ -126,7 +127,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         sweeper,
         audit: audit_loops,
     };
-    Ok((Engine { runs, dispatcher, functions, editor, limiter, tail, waits, batch, overload }, loops))
+    Ok((Engine { runs, dispatcher, functions, editor, limiter, tail, lease, waits, batch, overload }, loops))
 }
 
 impl EngineLoops {

@@ -126,6 +126,8 @@ mod observe;
 #[cfg(test)]
 mod overload;
 #[cfg(test)]
+mod overview;
+#[cfg(test)]
 mod pages;
 #[cfg(test)]
 mod protocol;

@@ -2,7 +2,8 @@
 //!
 //! * [`connection`] — the connection for commands; [`subscriber`] — a connection for subscriptions; [`beats`]
 //!   — the proof that a subscription receives publications
-//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`] — the ports
+//! * [`registry`] — members that report at intervals
+//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`], [`summaries`] — the ports
 //! * [`publisher`], [`lone_status`] — the ports of a worker
 //! * [`probe`] — the start checks of Redis
 
@@ -15,8 +16,10 @@ pub mod lone_status;
 pub mod membership;
 pub mod probe;
 pub mod publisher;
+mod registry;
 pub mod results;
 #[cfg(test)]
 pub mod simulated;
 mod subscriber;
+pub mod summaries;
 pub mod workers;

@@ -1,14 +1,11 @@
-//! Registers workers in Redis: a hash with their last heartbeats and a sorted set with the times, both in one
-//! slot. All times are those of Redis, so node clocks need not agree.
-//!
-//! One key per worker with its own expiry was rejected: listing them would require a scan of all keys.
+//! Registers workers in Redis.
 
 use super::connection::CommandConnection;
+use super::registry::{RegistryBounds, ReportRegistry, ReportRow};
 use crate::backend::{BackendError, WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry};
-use crate::model::UnixMs;
 use async_trait::async_trait;
 use bytes::Bytes;
-use redis::{Script, cmd};
+use redis::cmd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,40 +13,30 @@ const STATES_KEY: &str = "workers:{fleet}";
 const SEEN_KEY: &str = "workers:seen:{fleet}";
 /// Written by a worker that sends no heartbeats.
 pub const LONE_STATUS_KEY: &str = "system:status";
-/// Expiry of both keys, longer than any worker is listed. The keys of a fleet that is gone expire.
-const KEYS_EXPIRE: Duration = WORKER_TTL.saturating_add(Duration::from_secs(60));
+const BOUNDS: RegistryBounds =
+    RegistryBounds { listed: WORKER_TTL, kept: WORKER_TTL, members_max: WORKERS_MAX };
 
 pub struct RedisWorkers {
     commands: Arc<CommandConnection>,
-    put: Script,
-    all: Script,
+    workers: ReportRegistry,
 }
 
 impl RedisWorkers {
     pub fn new(commands: Arc<CommandConnection>) -> Self {
-        let put = Script::new(include_str!("workers_put.lua"));
-        let all = Script::new(include_str!("workers_all.lua"));
-        Self { commands, put, all }
+        let keys = (STATES_KEY.to_owned(), SEEN_KEY.to_owned());
+        let workers = ReportRegistry::new(Arc::clone(&commands), keys.0, keys.1, BOUNDS);
+        Self { commands, workers }
     }
 }
 
 #[async_trait]
 impl WorkerRegistry for RedisWorkers {
     async fn put(&self, worker_id: &str, state: &str) -> Result<bool, BackendError> {
-        let mut call = self.put.key(STATES_KEY);
-        call.key(SEEN_KEY).arg(worker_id).arg(state);
-        call.arg(ms(WORKER_TTL)).arg(WORKERS_MAX).arg(ms(KEYS_EXPIRE));
-        let call = &call;
-        self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
+        self.workers.put(worker_id, state.as_bytes()).await
     }
 
     async fn all(&self) -> Result<Vec<WorkerRecord>, BackendError> {
-        let mut call = self.all.key(STATES_KEY);
-        call.key(SEEN_KEY).arg(ms(WORKER_TTL));
-        let call = &call;
-        let answer: Vec<HeartbeatRow> =
-            self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
-        Ok(by_id(answer))
+        Ok(self.workers.all().await?.into_iter().map(record).collect())
     }
 
     async fn lone_status(&self) -> Result<Option<Bytes>, BackendError> {
@@ -57,36 +44,6 @@ impl WorkerRegistry for RedisWorkers {
     }
 }
 
-/// Id, state, age in milliseconds, time of the heartbeat in Unix milliseconds.
-type HeartbeatRow = (Bytes, Bytes, u64, UnixMs);
-
-fn by_id(mut heard: Vec<HeartbeatRow>) -> Vec<WorkerRecord> {
-    heard.sort_by(|(a, ..), (b, ..)| a.cmp(b));
-    let seen = |(_, state, age, at)| WorkerRecord { state, age: Duration::from_millis(age), at };
-    heard.into_iter().map(seen).collect()
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn workers_are_listed_by_id() {
-        let seen = |state: &'static str, age| WorkerRecord {
-            state: Bytes::from_static(state.as_bytes()),
-            age: Duration::from_millis(age),
-            at: 100 - age,
-        };
-        let heard = vec![
-            ("w2".into(), "b".into(), 7, 93),
-            ("w10".into(), "c".into(), 0, 100),
-            ("w1".into(), "a".into(), 9, 91),
-        ];
-        assert_eq!(by_id(heard), [seen("a", 9), seen("c", 0), seen("b", 7)]);
-        assert!(ms(KEYS_EXPIRE) > ms(WORKER_TTL));
-    }
+fn record((_, state, age, at): ReportRow) -> WorkerRecord {
+    WorkerRecord { state, age: Duration::from_millis(age), at }
 }

@@ -74,7 +74,7 @@ impl Built {
         let worker = connected.extra_loop.is_some().then(|| metrics.add_worker()).transpose()?;
         let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let limiter = engine.limiter.clone();
-        let (overview, summaries) = overview(&engine, connected, lifecycle, &metrics);
+        let (overview, summaries) = overview_of(&engine, connected, lifecycle, &metrics);
         let api = api(settings, engine, overview, connected, lifecycle, &metrics)?;
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
         let door = ListenerParts { gateway, edge, http2: conf.http2.clone(), metrics };
@@ -82,7 +82,7 @@ impl Built {
     }
 }
 
-fn overview(
+fn overview_of(
     engine: &Engine,
     connected: &ConnectedBackend,
     lifecycle: &Lifecycle,

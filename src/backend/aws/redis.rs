@@ -3,7 +3,8 @@
 //! * [`connection`] — the connection for commands; [`subscriber`] — a connection for subscriptions; [`beats`]
 //!   — the proof that a subscription receives publications
 //! * [`registry`] — members that report at intervals
-//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`], [`summaries`] — the ports
+//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`], [`summaries`] — the
+//!   ports
 //! * [`publisher`], [`lone_status`] — the ports of a worker
 //! * [`probe`] — the start checks of Redis
 

@@ -16,11 +16,13 @@ mod models;
 mod number;
 mod object;
 mod openapi;
+mod overview;
 mod parameters;
 mod precondition;
 mod prefer;
 mod problem;
 mod query;
+mod queue_depth;
 mod reply;
 mod routes;
 mod run;
@@ -45,6 +47,7 @@ use crate::functions::Editor;
 use crate::lifecycle::Lifecycle;
 use crate::metrics::Metrics;
 use crate::model::now_ms;
+use crate::overview::Overview;
 use crate::runs::Runs;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -60,6 +63,7 @@ pub struct ApiParts<'a> {
     pub tail: RecentEvents,
     pub events: EventBus,
     pub catalogue: Catalogue,
+    pub overview: Overview,
     pub lifecycle: Lifecycle,
     pub metrics: Arc<Metrics>,
     /// The directory for uploads until they are validated and stored.
@@ -81,6 +85,7 @@ pub struct Api {
     models: models::Models,
     workers: workers::Workers,
     system: system::System,
+    overview: overview::OverviewRoute,
     queue: QueueTraits,
     tail: RecentEvents,
 }
@@ -92,6 +97,9 @@ impl Api {
         let cursors = cursor::Cursors::new(parts.api_key);
         let uploads = Arc::new(upload::UploadSpool::new(parts.spool_dir));
         let run = run::RunRoute::new(parts.runs);
+        let depth = Arc::new(queue_depth::QueueDepth::new(Arc::clone(&backend.queue)));
+        let health = Health::new(backend, Arc::clone(&depth), Arc::clone(&metrics));
+        let workers = workers::Workers::new(Arc::clone(&backend.workers), tail.clone(), events.clone());
         Self {
             run,
             status: status::StatusRoute::new(waits, dispatcher, lifecycle.clone()),
@@ -114,10 +122,11 @@ impl Api {
                 tail.clone(),
             ),
             logs: logs::Logs::new(Arc::clone(&backend.executions), tail.clone(), cursors),
-            events: events::EventRoute::new(events.clone(), lifecycle.clone()),
+            events: events::EventRoute::new(events, lifecycle.clone()),
             models: models::Models::new(parts.catalogue),
-            workers: workers::Workers::new(Arc::clone(&backend.workers), tail.clone(), events),
-            system: system::System::new(Health::new(backend, Arc::clone(&metrics)), lifecycle, metrics),
+            overview: overview::OverviewRoute::new(parts.overview, depth, workers.clone()),
+            workers,
+            system: system::System::new(health, lifecycle, metrics),
             queue,
             tail,
         }
@@ -166,6 +175,7 @@ impl Api {
             Endpoint::Heartbeat => self.workers.heartbeat(call).await,
             Endpoint::Workers => self.workers.list().await,
             Endpoint::SystemStatus => self.workers.system_status().await,
+            Endpoint::Overview => self.overview.get().await,
             Endpoint::OpenApi => Ok(openapi::document()),
             Endpoint::Health => Ok(self.system.health().await),
             Endpoint::Livez => Ok(self.system.livez()),

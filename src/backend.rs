@@ -4,9 +4,9 @@
 //! object-safe and small. Only `boot` chooses the backend; no other room knows which one runs.
 //!
 //! In the order in which a job meets them: [`functions`], [`limits`], [`claims`], [`queue`], [`journal`],
-//! [`results`], [`dead_letters`], [`executions`]. Beside them: [`membership`] of nodes, the registry of
-//! [`workers`], announcements of [`changes`], the stream of [`events`], [`error`], and [`empty_dir`] for local
-//! files.
+//! [`results`], [`dead_letters`], [`executions`]. Beside them: [`membership`] of nodes and their
+//! [`summaries`], the registry of [`workers`], announcements of [`changes`], the stream of [`events`],
+//! [`error`], and [`empty_dir`] for local files.
 
 mod activity;
 #[cfg(feature = "aws")]
@@ -27,6 +27,7 @@ mod membership;
 mod ports;
 mod queue;
 mod results;
+mod summaries;
 mod work;
 mod workers;
 
@@ -51,6 +52,7 @@ pub use membership::{
 pub use ports::Backend;
 pub use queue::{BATCH_JOBS_MAX, JobQueue, QueueTraits, SendError};
 pub use results::{ResultEvent, Results, STORED_MAX, SubscriptionState};
+pub use summaries::{NodeSummaries, SUMMARIES_MAX, SUMMARY_BYTES_MAX, SUMMARY_LISTED, StoredSummary};
 pub use work::{
     CodeSource, FetchError, JobSource, JobSourceTraits, OutputStore, Receipt, ReceivedJob, is_request_id,
 };

@@ -18,6 +18,7 @@ mod given_up;
 mod in_flight;
 mod journal;
 mod node_jobs;
+mod oldest;
 mod recent;
 mod result_loops;
 mod schedule;
@@ -32,6 +33,7 @@ pub use dead_letters::DeadLetterReader;
 pub use dispatcher::{Dispatcher, JobState, Pending, PendingJob, Submitted};
 pub use in_flight::{Permits, Waiter};
 pub use node_jobs::NodeJobs;
+pub use oldest::OldestJob;
 pub use result_loops::{Lookups, Pump};
 
 use crate::audit::{Audit, RowsStored};

@@ -50,6 +50,7 @@ pub struct Engine {
     pub limiter: RateLimiter,
     pub tail: RecentEvents,
     pub events: EventBus,
+    pub lease: Arc<NodeLease>,
     pub waits: Live<WaitsConf>,
     pub batch: Live<BatchConf>,
     pub overload: Live<OverloadConf>,
@@ -100,7 +101,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         node,
         &conf.fleet,
         backend.membership.clone(),
-        lease,
+        Arc::clone(&lease),
         dispatch.node_jobs.clone(),
         Arc::clone(&audit_loops.ledger),
         Arc::clone(&metrics),
@@ -133,7 +134,9 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         audit: audit_loops,
         events: event_loop,
     };
-    Ok((Engine { runs, dispatcher, functions, editor, limiter, tail, events, waits, batch, overload }, loops))
+    let parts =
+        Engine { runs, dispatcher, functions, editor, limiter, tail, events, lease, waits, batch, overload };
+    Ok((parts, loops))
 }
 
 impl EngineLoops {

@@ -8,6 +8,7 @@
 //! * [`gateway`] — the Pingora side: the filters around the API
 //! * [`api`] — the route table, the handlers, and errors as clients see them
 //! * [`worker`] — runs the functions: of a fleet, or of `dev`
+//! * [`overview`] — what all nodes do now, and did in the last hour
 //! * [`runs`] — the use case of a run: admit, look up, claim, submit, wait
 //! * [`dispatch`] — the life of a job: submitted, waited for, settled
 //! * [`functions`] — functions: cached, changed, their old code deleted
@@ -52,6 +53,7 @@ pub mod log;
 pub mod metrics;
 pub mod model;
 pub mod node_lease;
+pub mod overview;
 pub mod runs;
 #[cfg(test)]
 mod simulation;

@@ -13,7 +13,7 @@
 //!
 //! In reading order: [`who`] identifies the holder of a count; [`limit`], [`lease`], [`leaser`] and [`store`]
 //! are the shared count; [`local`] is the count of this process; [`state`] belongs to one request.
-//! [`failures`] is independent: it limits failed authentications.
+//! [`near`] remembers who is close to a limit. [`failures`] is independent: it limits failed authentications.
 
 mod count;
 mod failures;
@@ -21,6 +21,7 @@ mod lease;
 mod leaser;
 mod limit;
 mod local;
+mod near;
 mod plan;
 #[cfg(test)]
 mod simulation;
@@ -30,6 +31,7 @@ mod who;
 
 pub use failures::{AuthFailureLimit, TooManyFailures};
 pub use leaser::Leaser;
+pub use near::{NEAR_LIMITS_MAX, NearLimit};
 pub use state::{RateLimitState, Rejection, seconds_up};
 pub use who::block_of;
 
@@ -42,6 +44,7 @@ use count::{DecisionCounters, LimitDecision, Source, Step};
 use lease::{Micros, Verdict};
 use leaser::{DUE_MAX, DueCall, Swept};
 use limit::{Limit, OnEmpty, TakeOutcome};
+use near::NearLimits;
 use plan::{Plan, Plans};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -59,6 +62,7 @@ struct LimiterState {
     due: mpsc::Sender<DueCall>,
     swept: Swept,
     counters: DecisionCounters,
+    near: NearLimits,
 }
 
 impl RateLimiter {
@@ -76,7 +80,8 @@ impl RateLimiter {
         let swept = Swept::default();
         let leaser = Leaser { due: dues, store: Arc::clone(&store), limits: Arc::clone(&swept) };
         let plans = ArcSwap::from_pointee(Plans::new(conf, keys, None));
-        let limiter = Self(Arc::new(LimiterState { plans, store, due, swept, counters }));
+        let near = NearLimits::default();
+        let limiter = Self(Arc::new(LimiterState { plans, store, due, swept, counters, near }));
         limiter.0.have_swept();
         (limiter, leaser)
     }
@@ -87,6 +92,11 @@ impl RateLimiter {
         let plans = Plans::new(conf, keys, Some(&self.0.plans.load()));
         self.0.plans.store(Arc::new(plans));
         self.0.have_swept();
+    }
+
+    /// The identities that were close to a limit in the last minute, the closest first.
+    pub fn near_limits(&self) -> Vec<NearLimit> {
+        self.0.near.highest()
     }
 
     /// Counts a request against the limits of `route` that need no body, and stores the decisions in
@@ -147,6 +157,7 @@ impl LimiterState {
                 continue;
             }
             let Some(said) = self.take(limit, &who).await else { return self.refuse_unasked(plan, step) };
+            self.near.note(limit, &who, &said, || self.store.nodes());
             self.note(n, &said, step);
             if !said.decision.allowed {
                 return self.refuse(plan, step);
@@ -158,6 +169,10 @@ impl LimiterState {
         }
         let Some(all) = self.take_exact(plan, step).await else { return self.refuse_unasked(plan, step) };
         for (n, said) in &all {
+            let who = step.exact.iter().find(|(of, _)| of == n);
+            if let (Some((_, who)), Some(limit)) = (who, plan.limits.get(*n)) {
+                self.near.note(limit, who, said, || self.store.nodes());
+            }
             self.note(*n, said, step);
         }
         if all.iter().all(|(_, said)| said.decision.allowed) { Ok(()) } else { self.refuse(plan, step) }

@@ -17,6 +17,7 @@
 //! * [`functions`]: the cache and code archives
 //! * [`health`], which holds the subscriptions and the log, and [`conf`]
 //! * [`worker`]: the worker of `dev`, and the process of `worker`
+//! * [`load`] and [`latency`]: what the overview of the fleet takes, and `/metrics` does not show
 //! * [`register`]: makes and registers one metric
 //! * [`exposition`]: the text of all of them, compressed for clients that accept it
 
@@ -29,7 +30,9 @@ mod exposition;
 mod functions;
 mod health;
 mod jobs;
+mod latency;
 mod limiter;
+mod load;
 mod queue;
 mod register;
 mod requests;
@@ -44,6 +47,8 @@ pub use exposition::{accepts_gzip, gzip};
 pub use functions::CacheMetrics;
 pub use health::SubscriptionMetrics;
 pub use jobs::JobMetrics;
+pub use latency::LatencyHistogram;
+pub use load::{LoadRecorder, LoadSample};
 pub use worker::{
     CodeMetrics, GiveBackReason, HeldJobMetrics, RunMetrics, RunStop, StartKind, WarmEnd, WarmMetrics,
     WorkerMetrics, WorkerProcessMetrics,
@@ -107,6 +112,8 @@ pub struct Metrics {
     pub health: IntGaugeVec,
     /// Set when the metrics are read.
     pub log_lines_dropped: IntGauge,
+    /// Taken by the overview of the fleet.
+    pub load: LoadRecorder,
     /// Those of the worker in this process, if there is one.
     worker: OnceLock<Arc<WorkerMetrics>>,
 }
@@ -152,6 +159,7 @@ impl Metrics {
             subscriptions: SubscriptionMetrics::new(r)?,
             health: health::healthy(r)?,
             log_lines_dropped: health::log_lines_dropped(r)?,
+            load: LoadRecorder::default(),
             worker: OnceLock::new(),
             registry,
         };
@@ -185,6 +193,7 @@ impl Metrics {
     /// Counts a request. `route` is the pattern of its route.
     pub fn observe_http(&self, method: &str, route: &str, status: u16, took: Duration) {
         self.http.observe(method, route, status, took);
+        self.load.request(status, took);
     }
 
     /// Counts a finished execution.

@@ -39,6 +39,7 @@ use infra_controller::limiter::RateLimiter;
 use infra_controller::metrics::Metrics;
 use infra_controller::model::{Function, FunctionCounters, Quota};
 use infra_controller::node_lease::NodeLease;
+use infra_controller::overview::{self, OverviewParts};
 use infra_controller::runs::{RunParts, Runs};
 
 /// Most jobs that wait for the worker, and most results that wait to be read.
@@ -276,6 +277,17 @@ impl Fixture {
             tail: tail.clone(),
             metrics: Arc::clone(&metrics),
         });
+        // The loop is dropped: no summary is written here.
+        let (overview, _) = overview::new(OverviewParts {
+            node,
+            summaries: Arc::clone(&backend.summaries),
+            is_fleet: false,
+            lease: NodeLease::of_fleet(false),
+            oldest: dispatcher.oldest_job(),
+            limiter: limiter.clone(),
+            lifecycle: lifecycle.clone(),
+            metrics: Arc::clone(&metrics),
+        });
         let api = Api::new(ApiParts {
             waits,
             backend: &backend,
@@ -285,6 +297,7 @@ impl Fixture {
             tail,
             events: EventBus::default(),
             catalogue: Catalogue::new(None).expect("a catalogue without a node"),
+            overview,
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             spool_dir: dir.path().join("spool"),

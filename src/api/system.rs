@@ -1,9 +1,10 @@
 //! `/`, `/health`, `/livez`, `/readyz` and `/metrics`: the state of this node and of its backends.
 
 use super::problem::ApiError;
+use super::queue_depth::{QueueDepth, timed};
 use super::reply::Reply;
 use super::routes;
-use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, JobQueue, Results};
+use crate::backend::{Backend, BackendError, ExecutionStore, FunctionStore, Results};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::log;
 use crate::metrics::{self, Metrics};
@@ -16,8 +17,6 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Deadline of a single check.
-const CHECK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a report is reused. Anyone may request it without a key, and that must not load the backends.
 const REPORT_KEPT: Duration = Duration::from_secs(1);
 
@@ -83,7 +82,7 @@ pub fn index() -> Reply {
 
 /// Checks every backend, at most once per [`REPORT_KEPT`] for all clients together.
 pub struct Health {
-    queue: Arc<dyn JobQueue>,
+    depth: Arc<QueueDepth>,
     results: Arc<dyn Results>,
     functions: Arc<dyn FunctionStore>,
     executions: Arc<dyn ExecutionStore>,
@@ -100,9 +99,9 @@ struct Report {
 }
 
 impl Health {
-    pub fn new(backend: &Backend, metrics: Arc<Metrics>) -> Self {
+    pub fn new(backend: &Backend, depth: Arc<QueueDepth>, metrics: Arc<Metrics>) -> Self {
         Self {
-            queue: Arc::clone(&backend.queue),
+            depth,
             results: Arc::clone(&backend.results),
             functions: Arc::clone(&backend.functions),
             executions: Arc::clone(&backend.executions),
@@ -127,7 +126,7 @@ impl Health {
 
     async fn ask(&self) -> Report {
         let (queue, results, functions, executions) = tokio::join!(
-            timed(self.queue.depth()),
+            self.depth.get(),
             timed(self.results.ping()),
             timed(self.functions.probe()),
             timed(self.executions.probe()),
@@ -203,9 +202,4 @@ impl Health {
         let word = if is_full { "ERROR" } else { "DEGRADED" };
         (rows > 0 || is_full).then(|| json!({ "status": word, "rows": rows }))
     }
-}
-
-async fn timed<T>(check: impl Future<Output = Result<T, BackendError>>) -> Result<T, BackendError> {
-    let timeout = BackendError::Unavailable(format!("no answer within {CHECK_TIMEOUT:?}"));
-    tokio::time::timeout(CHECK_TIMEOUT, check).await.unwrap_or(Err(timeout))
 }

@@ -30,6 +30,7 @@ const JOBS_MAX: u64 = 1_000_000;
 const UPTIME_S_MAX: f64 = 1e10;
 
 /// The handlers of workers.
+#[derive(Clone)]
 pub struct Workers {
     registry: Arc<dyn WorkerRegistry>,
     tail: RecentEvents,
@@ -98,15 +99,32 @@ impl Workers {
     /// Sums over the healthy workers, or the status of a lone worker, or `offline`.
     pub async fn system_status(&self) -> Result<Reply, ApiError> {
         let workers = self.workers().await?;
+        Ok(Reply::value(StatusCode::OK, &self.status_of(&workers).await?))
+    }
+
+    /// The same in the form of the overview, and the number of all known workers.
+    pub async fn in_short(&self) -> Result<Value, ApiError> {
+        let workers = self.workers().await?;
+        let mut status = self.status_of(&workers).await?;
+        let healthy = status.get("worker_count").and_then(Value::as_u64).unwrap_or(0);
+        let mut part = |name: &str| status.get_mut(name).map(Value::take);
+        Ok(json!({
+            "status": part("status"),
+            "total": healthy.max(workers.len() as u64),
+            "healthy": healthy,
+            "activeJobs": part("active_jobs"),
+            "pools": part("pools"),
+        }))
+    }
+
+    async fn status_of(&self, workers: &[KnownWorker]) -> Result<Value, ApiError> {
         let healthy: Vec<&KnownWorker> = workers.iter().filter(|worker| worker.is_healthy()).collect();
-        let status = if healthy.is_empty() {
-            let lone = self.registry.lone_status().await;
-            let lone = lone.map_err(|e| ApiError::backend("the worker registry", &e))?;
-            lone.and_then(|json| lone_status(&json)).unwrap_or_else(offline)
-        } else {
-            summed(&healthy)
-        };
-        Ok(Reply::value(StatusCode::OK, &status))
+        if !healthy.is_empty() {
+            return Ok(summed(&healthy));
+        }
+        let lone = self.registry.lone_status().await;
+        let lone = lone.map_err(|e| ApiError::backend("the worker registry", &e))?;
+        Ok(lone.and_then(|json| lone_status(&json)).unwrap_or_else(offline))
     }
 
     async fn workers(&self) -> Result<Vec<KnownWorker>, ApiError> {

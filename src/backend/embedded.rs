@@ -26,6 +26,7 @@ pub(crate) mod scratch;
 mod seed;
 mod start_problem;
 mod store;
+mod summaries;
 mod workers;
 
 use super::StartProblem;
@@ -47,6 +48,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use store::{SqliteClaims, SqliteCodeList, SqliteExecutions, SqliteFunctions};
+use summaries::LocalSummaries;
 use workers::LocalWorkers;
 
 /// Bucket name in the messages of jobs. It has no meaning, because the code is in the directory.
@@ -112,6 +114,7 @@ fn try_open(dir: &Path, has_node: bool) -> Result<Embedded, OpenError> {
         claims: Arc::new(SqliteClaims(database.clone())),
         code_list: Arc::new(SqliteCodeList(database)),
         workers: Arc::new(LocalWorkers::new(activity.clone())),
+        summaries: Arc::new(LocalSummaries::default()),
         changes: None,
         events: Some(Arc::new(LocalEvents::default())),
         limits: None,

@@ -12,6 +12,7 @@ use crate::backend::JobQueue;
 use crate::backend::Journal;
 use crate::backend::LimitStore;
 use crate::backend::Membership;
+use crate::backend::NodeSummaries;
 use crate::backend::Results;
 use crate::backend::WorkerRegistry;
 use std::sync::Arc;
@@ -32,6 +33,7 @@ pub struct Backend {
     pub code: Arc<dyn CodeStore>,
     pub code_list: Arc<dyn CodeList>,
     pub workers: Arc<dyn WorkerRegistry>,
+    pub summaries: Arc<dyn NodeSummaries>,
     /// `None`: the process is alone.
     pub changes: Option<Arc<dyn ChangeFeed>>,
     /// `None`: nobody can watch events.

@@ -11,6 +11,7 @@ use crate::engine::{self, Engine, EngineLoops, EngineParts};
 use crate::gateway::{Gateway, GatewaySettings, HealthLoop, certificate_ends};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, WorkerMetrics};
+use crate::overview::{self, Overview, OverviewParts, SummaryLoop};
 use anyhow::{Context, anyhow};
 use std::sync::Arc;
 
@@ -32,6 +33,7 @@ pub struct Background {
     pub engine: EngineLoops,
     pub reload: Reload,
     pub tending: HealthLoop,
+    pub summaries: SummaryLoop,
     /// For the loop of the backend, if there is one.
     pub worker: Option<Arc<WorkerMetrics>>,
 }
@@ -77,16 +79,36 @@ impl Built {
         let worker = connected.extra_loop.is_some().then(|| metrics.add_worker()).transpose()?;
         let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let limiter = engine.limiter.clone();
-        let api = api(settings, engine, connected, lifecycle, &metrics)?;
+        let (overview, summaries) = overview_of(&engine, connected, lifecycle, &metrics);
+        let api = api(settings, engine, overview, connected, lifecycle, &metrics)?;
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
         let door = ListenerParts { gateway, edge, http2: conf.http2.clone(), metrics };
-        Ok(Self { door, background: Background { engine: loops, reload, tending, worker } })
+        Ok(Self { door, background: Background { engine: loops, reload, tending, summaries, worker } })
     }
+}
+
+fn overview_of(
+    engine: &Engine,
+    connected: &ConnectedBackend,
+    lifecycle: &Lifecycle,
+    metrics: &Arc<Metrics>,
+) -> (Overview, SummaryLoop) {
+    overview::new(OverviewParts {
+        node: connected.node,
+        summaries: Arc::clone(&connected.backend.summaries),
+        is_fleet: connected.backend.membership.is_some(),
+        lease: Arc::clone(&engine.lease),
+        oldest: engine.dispatcher.oldest_job(),
+        limiter: engine.limiter.clone(),
+        lifecycle: lifecycle.clone(),
+        metrics: Arc::clone(metrics),
+    })
 }
 
 fn api(
     settings: &NodeSettings,
     engine: Engine,
+    overview: Overview,
     connected: &ConnectedBackend,
     lifecycle: &Lifecycle,
     metrics: &Arc<Metrics>,
@@ -101,6 +123,7 @@ fn api(
         tail,
         events,
         catalogue: Catalogue::new(settings.ai_node.as_ref())?,
+        overview,
         lifecycle: lifecycle.clone(),
         metrics: Arc::clone(metrics),
         spool_dir: connected.spool_dir.clone(),

@@ -326,11 +326,12 @@ struct Loops {
 
 impl Loops {
     fn start(background: Background, disk: StateDirMonitor, extra: Option<BackendLoop>) -> Self {
-        let Background { engine, reload, tending, worker } = background;
+        let Background { engine, reload, tending, summaries, worker } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
         endless.spawn(reload.run());
         endless.spawn(tending.run());
+        endless.spawn(summaries.run());
         endless.spawn(disk.run());
         let engine = engine.start();
         let extra = extra.zip(worker).map(|(run, metrics)| spawn(run(extra_stopped, metrics)));

@@ -4,6 +4,7 @@ use super::batcher::{Batcher, Resend, Sending, SubmitError};
 use super::caps::{CapKey, ConcurrencyCaps, TooManyJobs};
 use super::in_flight::{EnteredAgain, InFlight, JoinOutcome, Permits, Waiter};
 use super::journal::NodeJournal;
+use super::oldest::OldestJob;
 use super::schedule::{self, LookupSchedule};
 use super::settler::Settler;
 use super::shedder::Shedder;
@@ -115,6 +116,11 @@ impl Dispatcher {
 
     pub fn new(parts: DispatcherParts) -> Self {
         Self(Arc::new(parts))
+    }
+
+    /// Finds the oldest job of this node.
+    pub fn oldest_job(&self) -> OldestJob {
+        OldestJob::new(Arc::clone(&self.0.in_flight))
     }
 
     /// Returns a new id for a job accepted now.

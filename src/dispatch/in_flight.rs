@@ -16,7 +16,7 @@ use crate::backend::JournalEntry;
 use crate::dispatch::given_up::LostJobs;
 use crate::dispatch::recent::{RecentResults, SHARDS};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, UnixMs, now_ms};
+use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
@@ -487,14 +487,6 @@ impl InFlight {
         self.metrics.jobs.unaccounted.set(unaccounted);
     }
 
-    /// Sets the metric for the age of the oldest job without a result. Reads the whole table.
-    pub fn note_oldest(&self) {
-        let unsettled = self.jobs.iter().filter(|entry| !entry.settled);
-        let oldest = unsettled.map(|entry| entry.key().accepted_at()).min();
-        let age_ms = oldest.map_or(0, |accepted_at| now_ms().saturating_sub(accepted_at));
-        self.metrics.jobs.oldest.set(i64::try_from(age_ms / 1000).unwrap_or(i64::MAX));
-    }
-
     /// The number of jobs. `DashMap::len` would lock every shard.
     fn len(&self) -> i64 {
         i64::try_from(self.len.load(Ordering::Relaxed)).unwrap_or(i64::MAX)
@@ -650,26 +642,6 @@ mod tests {
         assert_eq!(waiter.outcome().await, None);
         assert!(matches!(table.join(job(1).id), JoinOutcome::Unknown));
         assert_eq!(table.metrics.jobs.in_flight.get(), 0);
-    }
-
-    #[test]
-    fn the_oldest_job_without_a_result_has_its_age() {
-        let table = table(10, 1000);
-        let age = || {
-            table.note_oldest();
-            table.metrics.jobs.oldest.get()
-        };
-        assert_eq!(age(), 0);
-        let accepted = |seconds_ago: u64, n| {
-            let id = JobId::new(NodeId(1), now_ms() - seconds_ago * 1000, n);
-            table.enter(&Job { id, ..job(n) }, Permits::new()).unwrap();
-            id
-        };
-        let oldest = accepted(3600, 1);
-        accepted(60, 2);
-        assert!((3600..3660).contains(&age()), "{}", age());
-        table.settle(oldest, outcome("a"));
-        assert!((60..3600).contains(&age()), "{}", age());
     }
 
     #[test]

@@ -11,8 +11,6 @@ use tokio::time::{MissedTickBehavior, interval};
 
 /// Interval at which due look-ups are done.
 const LOOKUP_TICK: Duration = Duration::from_millis(100);
-/// Ticks between two searches for the oldest job. Each reads the whole table.
-const OLDEST_EVERY: u64 = 50;
 
 /// Receives the published results of this node's jobs. It must not pause, because unread publications
 /// accumulate in memory.
@@ -57,11 +55,8 @@ impl Lookups {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The jobs that were in flight at the last (re)subscription and have not been looked up since.
         let mut missed: Vec<JobId> = Vec::new();
-        for n in 0_u64.. {
+        loop {
             tick.tick().await;
-            if n.is_multiple_of(OLDEST_EVERY) {
-                self.in_flight.note_oldest();
-            }
             self.in_flight.forget_old();
             self.in_flight.reckon();
             self.journal.clear().await;

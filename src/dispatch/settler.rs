@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// Maximum number of calls for stored results in flight.
 const LOOKUP_CALLS_MAX: usize = 4;
@@ -122,8 +123,11 @@ impl Settler {
                 let row = Execution::ended(id, function, ending);
                 log_execution(id, &row);
                 let is_shared = is_shared || !self.lease.holds();
+                let is_success = row.status.is_success();
                 if self.record(id, row, exit_code, recommendation, kept, is_shared) {
                     self.metrics.results_settled.inc();
+                    let took = Duration::from_millis(now_ms().saturating_sub(id.accepted_at()));
+                    self.metrics.load.run(took, is_success);
                 }
             }
             SettleOutcome::Late(function) => {

@@ -2,7 +2,7 @@
 //! drained, upgraded, and cut off from their disks.
 
 use super::network::{Link, detach};
-use super::ports::{Changes, SimulatedResults, WorkerList};
+use super::ports::{Changes, NoSummaries, SimulatedResults, WorkerList};
 use super::queue::{DeadLetterQueue, SqsStandIn};
 use super::tables::{ClaimItems, Code, Executions, Functions};
 use super::world::{World, set_clock, trace, world};
@@ -294,6 +294,7 @@ async fn serve(process: ProcessNumber, machine: usize, conf: Arc<Conf>) -> Resul
         code: Arc::new(Code),
         code_list: Arc::new(Code),
         workers: Arc::new(WorkerList),
+        summaries: Arc::new(NoSummaries),
         changes: Some(Arc::new(Changes(process))),
         events: None,
         limits: Some(Arc::new(RedisLimits::new(commands))),

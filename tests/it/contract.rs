@@ -173,7 +173,7 @@ impl Table<'_> {
             ),
             ("/worker/heartbeat", self.gateway.anonymous("POST", "/worker/heartbeat"), 401, "unauthorized"),
         ];
-        for scoped in ["/workers", "/worker/status", "/system/status", "/models"] {
+        for scoped in ["/workers", "/worker/status", "/system/status", "/system/overview", "/models"] {
             cases.push((scoped, self.call("GET", scoped), 200, ""));
             cases.push((scoped, none(scoped), 401, "unauthorized"));
         }
@@ -347,6 +347,7 @@ async fn other_methods_are_405_and_head_matches_get(setup: Setup) {
         ("/workers", "GET, HEAD"),
         ("/worker/status", "GET, HEAD"),
         ("/system/status", "GET, HEAD"),
+        ("/system/overview", "GET, HEAD"),
         ("/openapi.json", "GET, HEAD"),
     ] {
         for method in ["PATCH", "OPTIONS", "TRACE", "PROPFIND", "GET", "HEAD", "POST", "PUT", "DELETE"] {

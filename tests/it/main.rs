@@ -130,6 +130,8 @@ mod observe;
 #[cfg(test)]
 mod overload;
 #[cfg(test)]
+mod overview;
+#[cfg(test)]
 mod pages;
 #[cfg(test)]
 mod protocol;

@@ -2,8 +2,9 @@
 //!
 //! * [`connection`] — the connection for commands; [`subscriber`] — a connection for subscriptions; [`beats`]
 //!   — the proof that a subscription receives publications
-//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`], [`events`] — the
-//!   ports
+//! * [`registry`] — members that report at intervals
+//! * [`results`], [`changes`], [`journal`], [`membership`], [`limits`], [`workers`], [`summaries`],
+//!   [`events`] — the ports
 //! * [`publisher`], [`lone_status`] — the ports of a worker
 //! * [`probe`] — the start checks of Redis
 
@@ -17,8 +18,10 @@ pub mod lone_status;
 pub mod membership;
 pub mod probe;
 pub mod publisher;
+mod registry;
 pub mod results;
 #[cfg(test)]
 pub mod simulated;
 mod subscriber;
+pub mod summaries;
 pub mod workers;

@@ -15,6 +15,7 @@ use super::redis::limits::RedisLimits;
 use super::redis::membership::RedisMembership;
 use super::redis::probe::{RedisProbe, RedisProblem};
 use super::redis::results::RedisResults;
+use super::redis::summaries::RedisSummaries;
 use super::redis::workers::RedisWorkers;
 use super::s3::CodeBucket;
 use super::settings::AwsSettings;
@@ -115,6 +116,7 @@ impl AwsConnection {
             code_list: Arc::new(aws.code_list),
             claims: Arc::new(aws.claims),
             workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
+            summaries: Arc::new(RedisSummaries::new(Arc::clone(&commands), &settings.logs_table)),
             changes: Some(Arc::new(changes)),
             events: Some(Arc::new(RedisEvents::new(Arc::clone(&commands)))),
             limits: Some(Arc::new(RedisLimits::new(commands))),

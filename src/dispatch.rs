@@ -40,6 +40,7 @@ use crate::config::{BatchConf, DeadLetterConf, Live, MemoryConf, OverloadConf};
 use crate::metrics::Metrics;
 use crate::model::NodeId;
 use crate::node_lease::NodeLease;
+use crate::traces::Traces;
 use batcher::BatchLoop;
 use caps::ConcurrencyCaps;
 use dispatcher::DispatcherParts;
@@ -73,12 +74,14 @@ pub struct DispatchParts<'a> {
     pub audit: Audit,
     /// The lease of this node. Without it no jobs are admitted.
     pub lease: Arc<NodeLease>,
+    pub traces: Traces,
     pub metrics: Arc<Metrics>,
 }
 
 /// Builds the dispatcher of a node and its loops. Starts nothing.
 pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
-    let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, metrics } = parts;
+    let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, .. } = parts;
+    let DispatchParts { traces, metrics, .. } = parts;
     let shedder = Arc::new(Shedder::new(overload.clone(), Arc::clone(&metrics)));
     let in_flight =
         Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
@@ -90,6 +93,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&journal),
         Arc::clone(&in_flight),
         Arc::clone(&shedder),
+        traces.clone(),
         Arc::clone(&metrics),
     );
     let dead_letters = DeadLetterReader::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
@@ -99,6 +103,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&backend.results),
         audit,
         Arc::clone(&lease),
+        traces,
         Arc::clone(&metrics),
     ));
     let loops = DispatchLoops {

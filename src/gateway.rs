@@ -16,6 +16,7 @@
 //! - [`respond`], [`rate_limit`] and [`cors`] — responses of the gateway itself and their header fields
 //! - [`upstream`] and [`timed_body`] — requests forwarded to upstreams
 //! - [`settings`] — the settings that may change while the process runs
+//! - [`trace`] — the span of a request, if it is recorded
 //! - [`descriptors`] — the connection limit that the limit of open files allows
 
 mod api_key;
@@ -32,6 +33,7 @@ mod respond;
 mod settings;
 mod timed_body;
 mod tls;
+mod trace;
 mod upstream;
 
 pub use guard::{Accepted, GuardState, ListenerApp};
@@ -44,6 +46,7 @@ use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::Scope;
+use crate::traces::Traces;
 use api_key::X_API_KEY;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -61,6 +64,7 @@ use respond::{CLIENT_GONE, is_http2};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use trace::{RequestOutcome, TracedRequest};
 use upstream::forward::ForwardedRequest;
 use upstream::origin::RequestSource;
 use upstream::pool::Upstream;
@@ -73,6 +77,7 @@ pub struct Gateway {
     edge: GatewaySettings,
     limiter: RateLimiter,
     lifecycle: Lifecycle,
+    traces: Traces,
     metrics: Arc<Metrics>,
 }
 
@@ -89,6 +94,8 @@ pub struct RequestContext {
     status: u16,
     /// Whether the connection closes after the response.
     is_last: bool,
+    /// `None`: the request is not recorded.
+    trace: Option<Box<TracedRequest>>,
     _counted: RequestGuard,
 }
 
@@ -108,9 +115,53 @@ impl Gateway {
         edge: GatewaySettings,
         limiter: RateLimiter,
         lifecycle: Lifecycle,
+        traces: Traces,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { api, edge, limiter, lifecycle, metrics }
+        Self { api, edge, limiter, lifecycle, traces, metrics }
+    }
+
+    /// Answers a request, unless an upstream does. Returns whether it was answered.
+    async fn serve(
+        &self,
+        session: &mut Session,
+        ctx: &mut RequestContext,
+        id: RequestId,
+    ) -> pingora::Result<bool> {
+        let request = session.req_header();
+        ctx.cors = cors::fields(&self.edge.http.get(), &request.headers);
+        let refusal = refusal_of_head(request).map(|error| self.refused(session, error, &id));
+        if let Some(reply) = refusal.or_else(|| self.preflight(session.req_header(), ctx)) {
+            self.keep_alive(session);
+            self.finish(session, ctx, reply, id).await;
+            return Ok(true);
+        }
+        let (answer, counted) = match self.answer(session, ctx, &id).await {
+            Ok(answer) => answer,
+            Err(NotAnswered::Forwarded) => {
+                self.keep_alive(session);
+                return Ok(false);
+            }
+            Err(NotAnswered::ClientDisconnected) => {
+                session.set_keepalive(None);
+                return Ok(true);
+            }
+        };
+        self.keep_alive(session);
+        if ctx.is_last {
+            session.set_keepalive(None);
+        }
+        let mut reply = answer.unwrap_or_else(|error| self.refused(session, error, &id));
+        rate_limit::add_fields(&counted, &mut reply.headers);
+        debug_assert!(
+            ctx.found.is_none_or(|route| route.statuses().any(|status| status == reply.status.as_u16())),
+            "{} {} has the response status {}, which the route table does not list",
+            session.req_header().method,
+            ctx.route,
+            reply.status,
+        );
+        self.finish(session, ctx, reply, id).await;
+        Ok(true)
     }
 
     /// Runs the filters in order, then the handler.
@@ -197,6 +248,7 @@ impl Gateway {
             body: Bytes::new(),
             caller,
             counted: RateLimitState::default(),
+            trace: ctx.trace.as_ref().map(|traced| traced.shared()),
         };
         if route.takes == BodyMode::Whole {
             let timeout = Duration::from_secs(self.edge.http.get().body_timeout_s);
@@ -260,8 +312,7 @@ impl Gateway {
             let http = self.edge.http.get();
             peer.is_some_and(|peer| client::is_trusted(peer.to_canonical(), &http.trusted_proxies))
         };
-        let has_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
-        let origin = RequestSource { peer, is_peer_trusted, has_tls };
+        let origin = RequestSource { peer, is_peer_trusted, has_tls: has_tls(session) };
         let passage =
             ForwardedRequest::new(upstream, origin, id.value().clone(), pass, session.req_header())?;
         // Over HTTP/1.1 this timeout bounds each read. The total deadline is checked as each piece arrives.
@@ -349,6 +400,7 @@ impl ProxyHttp for Gateway {
             found: None,
             status: CLIENT_GONE,
             is_last: false,
+            trace: None,
             _counted: self.lifecycle.request(),
         }
     }
@@ -360,41 +412,13 @@ impl ProxyHttp for Gateway {
         session.set_close_on_response_before_downstream_finish(false);
         self.set_timeouts(session);
         adapt_to_version(session);
-        let request = session.req_header();
-        let id = RequestId::of(&request.headers);
-        ctx.cors = cors::fields(&self.edge.http.get(), &request.headers);
-        let refusal = refusal_of_head(request).map(|error| self.refused(session, error, &id));
-        if let Some(reply) = refusal.or_else(|| self.preflight(session.req_header(), ctx)) {
-            self.keep_alive(session);
-            self.finish(session, ctx, reply, id).await;
-            return Ok(true);
+        let fields = &session.req_header().headers;
+        let id = RequestId::of(fields);
+        ctx.trace = TracedRequest::begin(&self.traces, fields, &id);
+        match ctx.trace.as_ref().map(|traced| traced.log_context()) {
+            None => self.serve(session, ctx, id).await,
+            Some(context) => Box::pin(context.scope(self.serve(session, ctx, id))).await,
         }
-        let (answer, counted) = match self.answer(session, ctx, &id).await {
-            Ok(answer) => answer,
-            Err(NotAnswered::Forwarded) => {
-                self.keep_alive(session);
-                return Ok(false);
-            }
-            Err(NotAnswered::ClientDisconnected) => {
-                session.set_keepalive(None);
-                return Ok(true);
-            }
-        };
-        self.keep_alive(session);
-        if ctx.is_last {
-            session.set_keepalive(None);
-        }
-        let mut reply = answer.unwrap_or_else(|error| self.refused(session, error, &id));
-        rate_limit::add_fields(&counted, &mut reply.headers);
-        debug_assert!(
-            ctx.found.is_none_or(|route| route.statuses().any(|status| status == reply.status.as_u16())),
-            "{} {} has the response status {}, which the route table does not list",
-            session.req_header().method,
-            ctx.route,
-            reply.status,
-        );
-        self.finish(session, ctx, reply, id).await;
-        Ok(true)
     }
 
     async fn upstream_peer(
@@ -440,7 +464,10 @@ impl ProxyHttp for Gateway {
         ctx: &mut RequestContext,
     ) -> pingora::Result<()> {
         let pseudonym = &self.edge.pseudonym;
-        ctx.passage.as_ref().map_or(Ok(()), |passage| passage.adapt(request, session.req_header(), pseudonym))
+        if let Some(passage) = &ctx.passage {
+            passage.adapt(request, session.req_header(), pseudonym)?;
+        }
+        ctx.trace.as_ref().map_or(Ok(()), |traced| traced.name_to_upstream(request))
     }
 
     async fn response_filter(
@@ -521,12 +548,18 @@ impl ProxyHttp for Gateway {
         match upstream::forward::failure(error, bytes_max) {
             Some(refusal) if !is_answered => {
                 let upstream = ctx.passage.as_ref().map_or("", |passage| passage.upstream.conf.name.as_str());
-                tracing::warn!(
-                    upstream,
-                    code = refusal.code(),
-                    kind = error.etype().as_str(),
-                    "Forwarded request failed; the client receives the problem that `code` names"
-                );
+                let warn = || {
+                    tracing::warn!(
+                        upstream,
+                        code = refusal.code(),
+                        kind = error.etype().as_str(),
+                        "Forwarded request failed; the client receives the problem that `code` names"
+                    );
+                };
+                match &ctx.trace {
+                    Some(traced) => traced.log_context().run(warn),
+                    None => warn(),
+                }
                 let reply = self.refused(session, refusal, &id);
                 self.finish(session, ctx, reply, id).await;
                 if !is_http2(session) {
@@ -545,9 +578,15 @@ impl ProxyHttp for Gateway {
         // Clients may send any method name. Only these become labels, which bounds the number of series.
         let method = session.req_header().method.as_str();
         let known = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
-        let method = if known.contains(&method) { method } else { "other" };
+        let is_known_method = known.contains(&method);
+        let method = if is_known_method { method } else { "other" };
         let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
         self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
+        if let Some(traced) = &ctx.trace {
+            let (route, has_tls) = (Some(route).filter(|route| *route != NO_ROUTE), has_tls(session));
+            let outcome = RequestOutcome { is_known_method, route, status: ctx.status, has_tls };
+            traced.end(&self.traces, session.req_header(), &outcome);
+        }
         if !is_http2(session) && !session.is_body_done() {
             // Pingora would drop the connection. Unread bytes would then reset it, and the client might lose
             // the response.
@@ -584,6 +623,10 @@ fn wants_upgrade(request: &RequestHeader) -> bool {
 fn refusal_of_head(request: &RequestHeader) -> Option<ApiError> {
     let malformed = (request.version == Version::HTTP_2).then(|| refused_over_http2(request)).flatten();
     malformed.or_else(|| fields::repeated(&request.headers).map(ApiError::RepeatedField))
+}
+
+fn has_tls(session: &Session) -> bool {
+    session.digest().is_some_and(|digest| digest.ssl_digest.is_some())
 }
 
 /// The address at the other end of the connection, which may be a proxy.

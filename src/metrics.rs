@@ -16,6 +16,7 @@
 //! * [`audit`]: the execution log
 //! * [`functions`]: the cache and code archives
 //! * [`health`], which holds the subscriptions and the log, and [`conf`]
+//! * [`traces`]: spans that are exported
 //! * [`worker`]: the worker of `dev`, and the process of `worker`
 //! * [`register`]: makes and registers one metric
 
@@ -31,6 +32,7 @@ mod queue;
 mod register;
 mod requests;
 mod results;
+mod traces;
 mod worker;
 
 pub use audit::{AuditMetrics, DiskMetrics};
@@ -39,6 +41,7 @@ pub use edge::EdgeMetrics;
 pub use functions::CacheMetrics;
 pub use health::SubscriptionMetrics;
 pub use jobs::JobMetrics;
+pub use traces::TraceMetrics;
 pub use worker::{
     CodeMetrics, GiveBackReason, HeldJobMetrics, RunMetrics, RunStop, StartKind, WarmEnd, WarmMetrics,
     WorkerMetrics, WorkerProcessMetrics,
@@ -95,6 +98,7 @@ pub struct Metrics {
     pub conf: ConfMetrics,
     pub cache: CacheMetrics,
     pub subscriptions: SubscriptionMetrics,
+    pub traces: TraceMetrics,
     /// By `check`. As old as the last request for `/health`.
     pub health: IntGaugeVec,
     /// Set when the metrics are read.
@@ -140,6 +144,7 @@ impl Metrics {
             conf: ConfMetrics::new(r)?,
             cache: CacheMetrics::new(r)?,
             subscriptions: SubscriptionMetrics::new(r)?,
+            traces: TraceMetrics::new(r)?,
             health: health::healthy(r)?,
             log_lines_dropped: health::log_lines_dropped(r)?,
             worker: OnceLock::new(),

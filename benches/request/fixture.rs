@@ -39,6 +39,7 @@ use infra_controller::metrics::Metrics;
 use infra_controller::model::{Function, FunctionCounters, Quota};
 use infra_controller::node_lease::NodeLease;
 use infra_controller::runs::{RunParts, Runs};
+use infra_controller::traces::Traces;
 
 /// Most jobs that wait for the worker, and most results that wait to be read.
 const WAITING_MAX: usize = 1024;
@@ -247,6 +248,7 @@ impl Fixture {
             backend: &backend,
             audit,
             lease: NodeLease::of_fleet(false),
+            traces: Traces::default(),
             metrics: Arc::clone(&metrics),
         });
         let mut loops = JoinSet::new();
@@ -272,6 +274,7 @@ impl Fixture {
             limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             tail: tail.clone(),
+            traces: Traces::default(),
             metrics: Arc::clone(&metrics),
         });
         let api = Api::new(ApiParts {
@@ -287,7 +290,8 @@ impl Fixture {
             spool_dir: dir.path().join("spool"),
             api_key: &api_key,
         });
-        let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle, Arc::clone(&metrics));
+        let gateway =
+            Gateway::new(api, edge.clone(), limiter, lifecycle, Traces::default(), Arc::clone(&metrics));
         let proxy = pingora::proxy::http_proxy(&Arc::default(), gateway);
         let guarded = Arc::new(GuardState::new(proxy, edge, &conf.http2, metrics));
         let (guard, stop) = (Arc::new(guarded.plain()), watch::Sender::new(false));
@@ -301,6 +305,7 @@ impl Fixture {
             idempotency_key: None,
             deadline: now_ms() + 1_000_000,
             message: Bytes::from_static(b"{}"),
+            trace: None,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Builds all parts of a node: the engine, and the HTTP edge around it. No constructor starts a task:
 //! [`super::node`] runs the loops afterwards.
 
-use super::plan::{ConnectedBackend, NodeSettings};
+use super::plan::{ConnectedBackend, NodeSettings, TracePlan};
 use super::reload::{Reload, ReloadTargets};
 use super::signals::ReloadSignals;
 use crate::api::{Api, ApiParts};
@@ -11,6 +11,8 @@ use crate::engine::{self, Engine, EngineLoops, EngineParts};
 use crate::gateway::{Gateway, GatewaySettings, HealthLoop};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, WorkerMetrics};
+use crate::model::NodeId;
+use crate::traces::{self, ExportLoop, TraceParts, Traces};
 use anyhow::{Context, anyhow};
 use std::sync::Arc;
 
@@ -34,6 +36,9 @@ pub struct Background {
     pub tending: HealthLoop,
     /// For the loop of the backend, if there is one.
     pub worker: Option<Arc<WorkerMetrics>>,
+    pub traces: Traces,
+    /// `None`: no spans are exported.
+    pub export: Option<ExportLoop>,
 }
 
 impl Built {
@@ -45,6 +50,7 @@ impl Built {
     ) -> anyhow::Result<Self> {
         let conf = &settings.conf;
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
+        let (traces, export) = traces_of(settings, connected.node, &metrics)?;
         let parts = EngineParts {
             node: connected.node,
             conf,
@@ -52,6 +58,7 @@ impl Built {
             bucket: connected.bucket.clone(),
             spill_dir: connected.spill_dir.as_deref(),
             lifecycle,
+            traces: traces.clone(),
             metrics: Arc::clone(&metrics),
         };
         let (engine, loops) = engine::new(parts).context("the spill directory cannot be opened")?;
@@ -73,10 +80,32 @@ impl Built {
         let tending = HealthLoop { upstreams: edge.upstreams.clone(), metrics: Arc::clone(&metrics) };
         let limiter = engine.limiter.clone();
         let api = api(settings, engine, connected, lifecycle, &metrics)?;
-        let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
+        let (of_gateway, lifecycle) = (Arc::clone(&metrics), lifecycle.clone());
+        let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle, traces.clone(), of_gateway);
         let door = ListenerParts { gateway, edge, http2: conf.http2.clone(), metrics };
-        Ok(Self { door, background: Background { engine: loops, reload, tending, worker } })
+        let background = Background { engine: loops, reload, tending, worker, traces, export };
+        Ok(Self { door, background })
     }
+}
+
+fn traces_of(
+    settings: &NodeSettings,
+    node: NodeId,
+    metrics: &Metrics,
+) -> anyhow::Result<(Traces, Option<ExportLoop>)> {
+    let Some(TracePlan { export, destination }) = &settings.traces else {
+        return Ok((Traces::default(), None));
+    };
+    let parts = TraceParts {
+        export,
+        conf: settings.conf.traces,
+        destination: destination.clone(),
+        service: "infra-controller",
+        instance: node.to_string(),
+        metrics: metrics.traces.clone(),
+    };
+    let (traces, export) = traces::new(parts).map_err(|e| anyhow!("spans cannot be exported: {e}"))?;
+    Ok((traces, Some(export)))
 }
 
 fn api(

@@ -1,14 +1,17 @@
 //! The `dev` command: the whole platform in one process, with the embedded backend and a local worker.
 
-use super::plan::{BackendLoop, ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, refuse};
+use super::plan::{
+    BackendLoop, ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, TracePlan, explain, refuse,
+};
 use super::{ConfSource, isolation, node};
 use crate::backend::embedded::{self, LocalWork};
 use crate::backend::{BackendError, StartProblem, make_empty_dir};
 use crate::config::{
-    AiNode, ConfFiles, ConfigError, FileReader, Live, RunEnv, SandboxMode, Secret, WorkerConf,
+    AiNode, ConfFiles, ConfigError, FileReader, Live, RunEnv, SandboxMode, Secret, TraceExport, WorkerConf,
     api_key_problem, master_key_warning, rate_limit_from_process, text, unreadable_variables,
 };
 use crate::gateway::Pseudonym;
+use crate::traces::Destination;
 use crate::worker::{Worker, WorkerParts, on_path};
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -75,6 +78,13 @@ pub fn dev(args: DevArgs) -> Exit {
         }
         Err(problem) => return refuse(&problem),
     };
+    let traces = match TraceExport::from_process() {
+        Ok((export, of_traces)) => {
+            warnings.extend(of_traces);
+            export.map(|export| TracePlan { export, destination: Destination::embedded() })
+        }
+        Err(problem) => return refuse(&problem),
+    };
     let banner = format!(
         "\nInfra Controller is ready: {{url}}\n  API key: {shown}\n  data:    {}\n  stop:    Ctrl-C\n",
         args.data_dir.display(),
@@ -93,6 +103,7 @@ pub fn dev(args: DevArgs) -> Exit {
         api_key,
         pseudonym: Pseudonym::of(&rand::random::<[u8; 16]>()),
         ai_node,
+        traces,
         worker: Some(worker),
         listen_beside,
         banner: Some(banner),
@@ -122,7 +133,7 @@ async fn open(
     let sandbox = sandbox.map_err(|problem| vec![problem])?;
     // Runs end with the process: their jobs are on its disk, and run again after the next start.
     let (worker_id, drain) = ("local".to_owned(), Duration::ZERO);
-    let run: BackendLoop = Box::new(move |stop, metrics| {
+    let run: BackendLoop = Box::new(move |stop, metrics, traces| {
         isolation::report(sandbox.status(), &metrics);
         let (code_dir, outputs) = (runs_dir.with_file_name(CODE_CACHE), None);
         let parts = WorkerParts {
@@ -136,6 +147,7 @@ async fn open(
             code_dir,
             worker_id,
             ai_endpoint,
+            traces,
             metrics,
             drain,
         };

@@ -110,6 +110,7 @@ impl NodeJobs {
             results,
             audit,
             Arc::clone(lease),
+            crate::traces::Traces::default(),
             Arc::clone(metrics),
         );
         let settler = Arc::new(settler);

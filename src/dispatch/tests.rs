@@ -65,6 +65,7 @@ impl Fixture {
             backend: &backend,
             audit,
             lease: Arc::clone(&lease),
+            traces: Traces::default(),
             metrics: Arc::clone(&metrics),
         });
         let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();
@@ -123,6 +124,7 @@ fn job(node: NodeId, n: u64, deadline: UnixMs) -> Job {
         deadline,
         idempotency_key: None,
         message: "{}".into(),
+        trace: None,
     }
 }
 

@@ -66,6 +66,7 @@ pub(crate) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
         idempotency_key: None,
         deadline: now_ms() + 600_000,
         message: Bytes::from(message.to_owned()),
+        trace: None,
     }
 }
 

@@ -127,6 +127,7 @@ fn fixture_of(
         Arc::clone(&leaves),
         Arc::clone(&in_flight),
         shedder,
+        Traces::default(),
         metrics,
     );
     (Fixture { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
@@ -141,6 +142,7 @@ impl Fixture {
             idempotency_key: None,
             deadline: n,
             message: vec![b' '; bytes].into(),
+            trace: None,
         };
         self.in_flight.enter(&job, Permits::new()).unwrap();
         self.batcher.send(job, None).unwrap()
@@ -256,6 +258,7 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
                 deadline: 0,
                 idempotency_key: Some(Box::new(IdempotencyKey::of("a", "b"))),
                 message: "{}".into(),
+                trace: None,
             };
             match resend {
                 None => fixture.in_flight.enter(&job, Permits::new()).unwrap(),
@@ -386,6 +389,7 @@ async fn a_job_that_enters_again_does_not_leave() {
         idempotency_key: None,
         deadline: 0,
         message: "{}".into(),
+        trace: None,
     };
     fixture.leaves.enter(&[job]).await.unwrap();
     fixture.leaves.clear().await;
@@ -466,6 +470,7 @@ async fn a_full_queue_rejects_jobs_immediately() {
         idempotency_key: None,
         deadline: 0,
         message: "{}".into(),
+        trace: None,
     };
     assert_eq!(fixture.batcher.send(job, None).err(), Some(SubmitError::Overloaded));
     let sent = Arc::clone(&fixture.queue);

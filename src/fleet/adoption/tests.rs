@@ -400,7 +400,7 @@ impl Fixture {
     async fn accept(&self, n: u64, deadline: u64) -> JobId {
         let id = JobId::new(self.members.node, 1000, n);
         let function = FunctionId::parse("f").unwrap();
-        let job = Job { id, function, deadline, idempotency_key: None, message: "{}".into() };
+        let job = Job { id, function, deadline, idempotency_key: None, message: "{}".into(), trace: None };
         self.members.jobs.enter(&job);
         self.store.enter(&[job]).await.unwrap();
         id
@@ -545,7 +545,7 @@ async fn a_job_of_an_unlisted_dead_node_ends() {
     let store = Arc::clone(&fixture.store);
     let id = JobId::new(NODE, 1000, 1);
     let function = FunctionId::parse("f").unwrap();
-    let job = Job { id, function, deadline: LATER, idempotency_key: None, message: "{}".into() };
+    let job = Job { id, function, deadline: LATER, idempotency_key: None, message: "{}".into(), trace: None };
     store.enter(&[job]).await.unwrap();
     fixture.members.adopt(store.as_ref(), NODE).await.unwrap();
     fixture.members.adopted.clear();
@@ -574,7 +574,14 @@ async fn a_job_with_a_waiter_is_given_back_later() {
     let function = FunctionId::parse("f").unwrap();
     let job = |n| {
         let id = JobId::new(NODE, 1000, n);
-        Job { id, function: function.clone(), deadline: LATER, idempotency_key: None, message: "{}".into() }
+        Job {
+            id,
+            function: function.clone(),
+            deadline: LATER,
+            idempotency_key: None,
+            message: "{}".into(),
+            trace: None,
+        }
     };
     store.enter(&[job(1), job(2)]).await.unwrap();
     fixture.members.adopt(store.as_ref(), NODE).await.unwrap();

@@ -313,6 +313,7 @@ mod tests {
             idempotency_key: None,
             deadline: 0,
             message: message.into(),
+            trace: None,
         };
         let jobs = [job(1, "{\"a\":\"\\n\u{1F600}\"}"), job(2, "{}")];
         for fifo in [false, true] {

@@ -241,6 +241,7 @@ async fn the_journal_and_the_membership_run_on_it() {
         deadline: 17,
         idempotency_key: None,
         message: bytes::Bytes::new(),
+        trace: None,
     };
     journal.enter(from_ref(&job)).await.unwrap();
     let entries = journal.entries(node).await.unwrap();

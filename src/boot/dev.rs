@@ -71,18 +71,8 @@ pub fn dev(args: DevArgs) -> Exit {
     }
     warnings.extend(master_key_warning(api_key.reveal()));
     warnings.extend(source.warnings());
-    let ai_node = match AiNode::from_process() {
-        Ok((ai_node, of_ai_node)) => {
-            warnings.extend(of_ai_node);
-            ai_node
-        }
-        Err(problem) => return refuse(&problem),
-    };
-    let traces = match TraceExport::from_process() {
-        Ok((export, of_traces)) => {
-            warnings.extend(of_traces);
-            export.map(|export| TracePlan { export, destination: Destination::embedded() })
-        }
+    let (ai_node, traces) = match addresses(&mut warnings) {
+        Ok(addresses) => addresses,
         Err(problem) => return refuse(&problem),
     };
     let banner = format!(
@@ -109,6 +99,14 @@ pub fn dev(args: DevArgs) -> Exit {
         banner: Some(banner),
     };
     node::run(NodePlan { settings, connect })
+}
+
+/// The model catalogue and the collector of spans, if the environment names them.
+fn addresses(warnings: &mut Vec<String>) -> Result<(Option<AiNode>, Option<TracePlan>), ConfigError> {
+    let (ai_node, of_ai_node) = AiNode::from_process()?;
+    let (export, of_traces) = TraceExport::from_process()?;
+    warnings.extend(of_ai_node.into_iter().chain(of_traces));
+    Ok((ai_node, export.map(|export| TracePlan { export, destination: Destination::embedded() })))
 }
 
 /// What the worker of this process needs beside its jobs.

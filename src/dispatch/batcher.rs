@@ -373,8 +373,8 @@ impl BatchSender {
         };
         self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
         if let Some(span) = span {
-            self.traces
-                .end_send(span, results.iter().find_map(|result| Some(error_type(result.as_ref().err()?))));
+            let error = results.iter().find_map(|result| result.as_ref().err());
+            self.traces.end_send(span, error.map(SendError::kind));
         }
         // A rejected job counts as an answer of the queue.
         if results.iter().any(|result| matches!(result, Ok(()) | Err(SendError::Refused(_)))) {
@@ -477,15 +477,6 @@ impl BatchSender {
         // A job with an idempotency key is removed when its key is released; until then a repeat may resend
         // it.
         let _ = pending.done.send(Err(reply));
-    }
-}
-
-/// The kind of an error, as spans name it.
-fn error_type(error: &SendError) -> &'static str {
-    match error {
-        SendError::Refused(_) => "refused",
-        SendError::NotSent(_) => "not_sent",
-        SendError::Unknown(_) => "unknown",
     }
 }
 

@@ -19,6 +19,7 @@ mod reader;
 mod renewal;
 mod secret;
 mod server;
+mod trace_env;
 mod upstreams;
 mod worker;
 mod worker_env;
@@ -41,8 +42,9 @@ pub use renewal::ConfReload;
 pub use secret::Secret;
 pub use server::{
     AuditConf, AuthConf, ClientCertificates, DeadLetterConf, EventsConf, FleetConf, Http2Conf, HttpConf,
-    ListenConf, MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf,
+    ListenConf, MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf, TracesConf,
 };
+pub use trace_env::{SAMPLING_RANGE, TraceExport, TraceSampling};
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};
 pub use worker::{
     CapacityConf, CodeConf, JobsConf, ListenerConf, Network, OutputConf, SandboxConf, SandboxMode, WarmConf,

@@ -43,6 +43,7 @@ use crate::events::EventBus;
 use crate::metrics::Metrics;
 use crate::model::NodeId;
 use crate::node_lease::NodeLease;
+use crate::traces::Traces;
 use batcher::BatchLoop;
 use caps::ConcurrencyCaps;
 use dispatcher::DispatcherParts;
@@ -77,13 +78,14 @@ pub struct DispatchParts<'a> {
     /// The lease of this node. Without it no jobs are admitted.
     pub lease: Arc<NodeLease>,
     pub events: EventBus,
+    pub traces: Traces,
     pub metrics: Arc<Metrics>,
 }
 
 /// Builds the dispatcher of a node and its loops. Starts nothing.
 pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
-    let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, events, metrics } =
-        parts;
+    let DispatchParts { node, memory, dead_letter, batch, overload, backend, audit, lease, .. } = parts;
+    let DispatchParts { events, traces, metrics, .. } = parts;
     let shedder = Arc::new(Shedder::new(overload.clone(), Arc::clone(&metrics)));
     let in_flight =
         Arc::new(InFlight::new(memory.jobs_in_flight_max, memory.settled_bytes_max, Arc::clone(&metrics)));
@@ -95,6 +97,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&journal),
         Arc::clone(&in_flight),
         Arc::clone(&shedder),
+        traces.clone(),
         Arc::clone(&metrics),
     );
     let dead_letters = DeadLetterReader::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
@@ -105,6 +108,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         audit,
         Arc::clone(&lease),
         events.clone(),
+        traces,
         Arc::clone(&metrics),
     ));
     let loops = DispatchLoops {

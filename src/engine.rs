@@ -18,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::model::NodeId;
 use crate::node_lease::NodeLease;
 use crate::runs::{RunParts, Runs};
+use crate::traces::Traces;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -38,6 +39,7 @@ pub struct EngineParts<'a> {
     /// Directory for rows that wait for the log table. `None`: they wait in memory.
     pub spill_dir: Option<&'a Path>,
     pub lifecycle: &'a Lifecycle,
+    pub traces: Traces,
     pub metrics: Arc<Metrics>,
 }
 
@@ -75,7 +77,7 @@ pub struct EngineLoops {
 /// # Errors
 /// The spill directory cannot be opened.
 pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
-    let EngineParts { node, conf, backend, bucket, spill_dir, lifecycle, metrics } = parts;
+    let EngineParts { node, conf, backend, bucket, spill_dir, lifecycle, traces, metrics } = parts;
     let spill = spill_dir.map(|dir| SpillDirs::open(dir, &conf.audit, &metrics)).transpose()?;
     let lease = NodeLease::of_fleet(backend.membership.is_some());
     let stores = Stores::of(backend, node);
@@ -95,6 +97,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         audit,
         lease: Arc::clone(&lease),
         events: events.clone(),
+        traces: traces.clone(),
         metrics: Arc::clone(&metrics),
     });
     let adopter = Adopter::new(
@@ -120,6 +123,7 @@ pub fn new(parts: EngineParts<'_>) -> io::Result<(Engine, EngineLoops)> {
         limiter: limiter.clone(),
         lifecycle: lifecycle.clone(),
         tail: tail.clone(),
+        traces,
         metrics: Arc::clone(&metrics),
     });
     let sweeper = Sweeper::new(backend, metrics);

@@ -17,6 +17,7 @@
 //! - [`streaming`] — bodies that are produced while they are sent
 //! - [`upstream`] and [`timed_body`] — requests forwarded to upstreams
 //! - [`settings`] — the settings that may change while the process runs
+//! - [`trace`] — the span of a request, if it is recorded
 //! - [`descriptors`] — the connection limit that the limit of open files allows
 
 mod api_key;
@@ -34,6 +35,7 @@ mod settings;
 mod streaming;
 mod timed_body;
 mod tls;
+mod trace;
 mod upstream;
 
 pub use guard::{Accepted, GuardState, ListenerApp};
@@ -49,6 +51,7 @@ use crate::lifecycle::{Lifecycle, Phase, RequestGuard};
 use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::{self, Metrics};
 use crate::model::Scope;
+use crate::traces::Traces;
 use api_key::X_API_KEY;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -67,6 +70,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use streaming::StreamEnd;
+use trace::{RequestOutcome, TracedRequest};
 use upstream::forward::ForwardedRequest;
 use upstream::origin::RequestSource;
 use upstream::pool::Upstream;
@@ -79,6 +83,7 @@ pub struct Gateway {
     edge: GatewaySettings,
     limiter: RateLimiter,
     lifecycle: Lifecycle,
+    traces: Traces,
     metrics: Arc<Metrics>,
 }
 
@@ -97,6 +102,8 @@ pub struct RequestContext {
     is_last: bool,
     /// Counts the request as in flight.
     counted: Option<RequestGuard>,
+    /// `None`: the request is not recorded.
+    trace: Option<Box<TracedRequest>>,
 }
 
 /// A response of the gateway itself, and the rate-limit state for its header fields.
@@ -115,9 +122,53 @@ impl Gateway {
         edge: GatewaySettings,
         limiter: RateLimiter,
         lifecycle: Lifecycle,
+        traces: Traces,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { api, edge, limiter, lifecycle, metrics }
+        Self { api, edge, limiter, lifecycle, traces, metrics }
+    }
+
+    /// Answers a request, unless an upstream does. Returns whether it was answered.
+    async fn serve(
+        &self,
+        session: &mut Session,
+        ctx: &mut RequestContext,
+        id: RequestId,
+    ) -> pingora::Result<bool> {
+        let request = session.req_header();
+        ctx.cors = cors::fields(&self.edge.http.get(), &request.headers);
+        let refusal = refusal_of_head(request).map(|error| self.refused(session, error, &id));
+        if let Some(reply) = refusal.or_else(|| self.preflight(session.req_header(), ctx)) {
+            self.keep_alive(session);
+            self.finish(session, ctx, reply, id).await;
+            return Ok(true);
+        }
+        let (answer, counted) = match self.answer(session, ctx, &id).await {
+            Ok(answer) => answer,
+            Err(NotAnswered::Forwarded) => {
+                self.keep_alive(session);
+                return Ok(false);
+            }
+            Err(NotAnswered::ClientDisconnected) => {
+                session.set_keepalive(None);
+                return Ok(true);
+            }
+        };
+        self.keep_alive(session);
+        if ctx.is_last {
+            session.set_keepalive(None);
+        }
+        let mut reply = answer.unwrap_or_else(|error| self.refused(session, error, &id));
+        rate_limit::add_fields(&counted, &mut reply.headers);
+        debug_assert!(
+            ctx.found.is_none_or(|route| route.statuses().any(|status| status == reply.status.as_u16())),
+            "{} {} has the response status {}, which the route table does not list",
+            session.req_header().method,
+            ctx.route,
+            reply.status,
+        );
+        self.finish(session, ctx, reply, id).await;
+        Ok(true)
     }
 
     /// Runs the filters in order, then the handler.
@@ -206,6 +257,7 @@ impl Gateway {
             counted: RateLimitState::default(),
             accepts_gzip: route.endpoint == Endpoint::Metrics
                 && metrics::accepts_gzip(header.headers.get_all(ACCEPT_ENCODING)),
+            trace: ctx.trace.as_ref().map(|traced| traced.shared()),
         };
         if route.takes == BodyMode::Whole {
             let timeout = Duration::from_secs(self.edge.http.get().body_timeout_s);
@@ -269,8 +321,7 @@ impl Gateway {
             let http = self.edge.http.get();
             peer.is_some_and(|peer| client::is_trusted(peer.to_canonical(), &http.trusted_proxies))
         };
-        let has_tls = session.digest().is_some_and(|digest| digest.ssl_digest.is_some());
-        let origin = RequestSource { peer, is_peer_trusted, has_tls };
+        let origin = RequestSource { peer, is_peer_trusted, has_tls: has_tls(session) };
         let passage =
             ForwardedRequest::new(upstream, origin, id.value().clone(), pass, session.req_header())?;
         // Over HTTP/1.1 this timeout bounds each read. The total deadline is checked as each piece arrives.
@@ -380,6 +431,7 @@ impl ProxyHttp for Gateway {
             status: CLIENT_GONE,
             is_last: false,
             counted: Some(self.lifecycle.request()),
+            trace: None,
         }
     }
 
@@ -390,41 +442,13 @@ impl ProxyHttp for Gateway {
         session.set_close_on_response_before_downstream_finish(false);
         self.set_timeouts(session);
         adapt_to_version(session);
-        let request = session.req_header();
-        let id = RequestId::of(&request.headers);
-        ctx.cors = cors::fields(&self.edge.http.get(), &request.headers);
-        let refusal = refusal_of_head(request).map(|error| self.refused(session, error, &id));
-        if let Some(reply) = refusal.or_else(|| self.preflight(session.req_header(), ctx)) {
-            self.keep_alive(session);
-            self.finish(session, ctx, reply, id).await;
-            return Ok(true);
+        let fields = &session.req_header().headers;
+        let id = RequestId::of(fields);
+        ctx.trace = TracedRequest::begin(&self.traces, fields, &id);
+        match ctx.trace.as_ref().map(|traced| traced.log_context()) {
+            None => self.serve(session, ctx, id).await,
+            Some(context) => Box::pin(context.scope(self.serve(session, ctx, id))).await,
         }
-        let (answer, counted) = match self.answer(session, ctx, &id).await {
-            Ok(answer) => answer,
-            Err(NotAnswered::Forwarded) => {
-                self.keep_alive(session);
-                return Ok(false);
-            }
-            Err(NotAnswered::ClientDisconnected) => {
-                session.set_keepalive(None);
-                return Ok(true);
-            }
-        };
-        self.keep_alive(session);
-        if ctx.is_last {
-            session.set_keepalive(None);
-        }
-        let mut reply = answer.unwrap_or_else(|error| self.refused(session, error, &id));
-        rate_limit::add_fields(&counted, &mut reply.headers);
-        debug_assert!(
-            ctx.found.is_none_or(|route| route.statuses().any(|status| status == reply.status.as_u16())),
-            "{} {} has the response status {}, which the route table does not list",
-            session.req_header().method,
-            ctx.route,
-            reply.status,
-        );
-        self.finish(session, ctx, reply, id).await;
-        Ok(true)
     }
 
     async fn upstream_peer(
@@ -470,7 +494,10 @@ impl ProxyHttp for Gateway {
         ctx: &mut RequestContext,
     ) -> pingora::Result<()> {
         let pseudonym = &self.edge.pseudonym;
-        ctx.passage.as_ref().map_or(Ok(()), |passage| passage.adapt(request, session.req_header(), pseudonym))
+        if let Some(passage) = &ctx.passage {
+            passage.adapt(request, session.req_header(), pseudonym)?;
+        }
+        ctx.trace.as_ref().map_or(Ok(()), |traced| traced.name_to_upstream(request))
     }
 
     async fn response_filter(
@@ -551,12 +578,18 @@ impl ProxyHttp for Gateway {
         match upstream::forward::failure(error, bytes_max) {
             Some(refusal) if !is_answered => {
                 let upstream = ctx.passage.as_ref().map_or("", |passage| passage.upstream.conf.name.as_str());
-                tracing::warn!(
-                    upstream,
-                    code = refusal.code(),
-                    kind = error.etype().as_str(),
-                    "Forwarded request failed; the client receives the problem that `code` names"
-                );
+                let warn = || {
+                    tracing::warn!(
+                        upstream,
+                        code = refusal.code(),
+                        kind = error.etype().as_str(),
+                        "Forwarded request failed; the client receives the problem that `code` names"
+                    );
+                };
+                match &ctx.trace {
+                    Some(traced) => traced.log_context().run(warn),
+                    None => warn(),
+                }
                 let reply = self.refused(session, refusal, &id);
                 self.finish(session, ctx, reply, id).await;
                 if !is_http2(session) {
@@ -575,9 +608,15 @@ impl ProxyHttp for Gateway {
         // Clients may send any method name. Only these become labels, which bounds the number of series.
         let method = session.req_header().method.as_str();
         let known = ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"];
-        let method = if known.contains(&method) { method } else { "other" };
+        let is_known_method = known.contains(&method);
+        let method = if is_known_method { method } else { "other" };
         let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
         self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
+        if let Some(traced) = &ctx.trace {
+            let (route, has_tls) = (Some(route).filter(|route| *route != NO_ROUTE), has_tls(session));
+            let outcome = RequestOutcome { is_known_method, route, status: ctx.status, has_tls };
+            traced.end(&self.traces, session.req_header(), &outcome);
+        }
         if !is_http2(session) && !session.is_body_done() {
             // Pingora would drop the connection. Unread bytes would then reset it, and the client might lose
             // the response.
@@ -614,6 +653,10 @@ fn wants_upgrade(request: &RequestHeader) -> bool {
 fn refusal_of_head(request: &RequestHeader) -> Option<ApiError> {
     let malformed = (request.version == Version::HTTP_2).then(|| refused_over_http2(request)).flatten();
     malformed.or_else(|| fields::repeated(&request.headers).map(ApiError::RepeatedField))
+}
+
+fn has_tls(session: &Session) -> bool {
+    session.digest().is_some_and(|digest| digest.ssl_digest.is_some())
 }
 
 /// The address at the other end of the connection, which may be a proxy.

@@ -21,7 +21,7 @@
 //! Used by many of them:
 //!
 //! * [`config`] — one parse of the environment and of `conf/`
-//! * [`metrics`] — every metric; [`log`] — log lines
+//! * [`metrics`] — every metric; [`log`] — log lines; [`traces`] — spans, exported to a collector
 //! * [`lifecycle`] — the phases from start to exit; [`node_lease`] — how long this node may admit jobs
 //! * [`ambient`] — clock, random numbers, tasks; [`backoff`] — the pauses of retries
 //! * [`availability`] — when to try what is down
@@ -57,4 +57,5 @@ pub mod overview;
 pub mod runs;
 #[cfg(test)]
 mod simulation;
+pub mod traces;
 pub mod worker;

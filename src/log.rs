@@ -4,8 +4,10 @@
 //! tools expect `level` and `msg` at the top level. `tracing-appender` was rejected because it makes one
 //! system call per line. Here lines are buffered, and one thread writes them in batches ([`lines`]).
 
+mod context;
 mod lines;
 
+pub use context::{LogContext, within_trace};
 pub use lines::{LinesGuard, finish, lines_dropped};
 
 use crate::model::{Rfc3339Ms, now_ms};
@@ -72,6 +74,7 @@ where
         let mut others = LogFields { out: out.by_ref(), wants_message: false, written: Ok(()) };
         event.record(&mut others);
         others.written?;
+        context::write_fields(&mut out)?;
         out.write_str("}\n")
     }
 }

@@ -16,6 +16,7 @@
 //! * [`audit`]: the execution log; [`events`] and their watchers
 //! * [`functions`]: the cache and code archives
 //! * [`health`], which holds the subscriptions and the log, and [`conf`]
+//! * [`traces`]: spans that are exported
 //! * [`worker`]: the worker of `dev`, and the process of `worker`
 //! * [`load`] and [`latency`]: what the overview of the fleet takes, and `/metrics` does not show
 //! * [`register`]: makes and registers one metric
@@ -37,6 +38,7 @@ mod queue;
 mod register;
 mod requests;
 mod results;
+mod traces;
 mod worker;
 
 pub use audit::{AuditMetrics, DiskMetrics};
@@ -49,6 +51,7 @@ pub use health::SubscriptionMetrics;
 pub use jobs::JobMetrics;
 pub use latency::LatencyHistogram;
 pub use load::{LoadRecorder, LoadSample};
+pub use traces::TraceMetrics;
 pub use worker::{
     CodeMetrics, GiveBackReason, HeldJobMetrics, RunMetrics, RunStop, StartKind, WarmEnd, WarmMetrics,
     WorkerMetrics, WorkerProcessMetrics,
@@ -108,6 +111,7 @@ pub struct Metrics {
     pub conf: ConfMetrics,
     pub cache: CacheMetrics,
     pub subscriptions: SubscriptionMetrics,
+    pub traces: TraceMetrics,
     /// By `check`. As old as the last request for `/health`.
     pub health: IntGaugeVec,
     /// Set when the metrics are read.
@@ -157,6 +161,7 @@ impl Metrics {
             conf: ConfMetrics::new(r)?,
             cache: CacheMetrics::new(r)?,
             subscriptions: SubscriptionMetrics::new(r)?,
+            traces: TraceMetrics::new(r)?,
             health: health::healthy(r)?,
             log_lines_dropped: health::log_lines_dropped(r)?,
             load: LoadRecorder::default(),

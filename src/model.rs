@@ -23,6 +23,7 @@ mod scope;
 mod sums;
 mod text;
 mod time;
+mod trace;
 
 pub use caller::{AllowedFunctions, Caller};
 pub use change::{ConfigAction, ConfigRecord, RetiredCode};
@@ -41,3 +42,4 @@ pub use runtime::Runtime;
 pub use scope::Scope;
 pub use sums::Sums;
 pub use time::{Rfc3339Ms, UnixMs, now_ms, parse_rfc3339_ms, rfc3339_ms};
+pub use trace::{JobTrace, RequestTrace, TRACESTATE_BYTES_MAX, TraceContext, tracestate};

@@ -27,8 +27,9 @@ use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::{
     BodyHash, Caller, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, Outcome,
-    RunRequest, UnixMs, now_ms,
+    RequestTrace, RunRequest, TraceContext, UnixMs, now_ms,
 };
+use crate::traces::Traces;
 use idempotency::{AttemptWatcher, ClaimOutcome, Idempotency, KnownState};
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,8 +52,12 @@ pub struct RunOrder<'a> {
     pub caller: Option<&'a Caller>,
     /// The rate-limit state of the request so far.
     pub counted: &'a RateLimitState,
-    /// A valid W3C `traceparent` of the client.
-    pub traceparent: Option<&'a str>,
+    /// The span of the client, if it named one.
+    pub traceparent: Option<TraceContext>,
+    /// The client's `tracestate`, if it is valid.
+    pub tracestate: Option<&'a str>,
+    /// The span of the request. `None`: it is not recorded.
+    pub request_trace: Option<&'a RequestTrace>,
     /// Return once the queue has confirmed the job.
     pub is_async: bool,
     /// How long to wait for the result, in seconds. `None`: the configured default.
@@ -95,6 +100,7 @@ pub struct RunParts<'a> {
     pub limiter: RateLimiter,
     pub lifecycle: Lifecycle,
     pub tail: RecentEvents,
+    pub traces: Traces,
     pub metrics: Arc<Metrics>,
 }
 
@@ -110,12 +116,13 @@ pub struct Runs {
     retention: Duration,
     waits: Live<WaitsConf>,
     tail: RecentEvents,
+    traces: Traces,
 }
 
 impl Runs {
     pub fn new(parts: RunParts<'_>) -> Self {
-        let RunParts { backend, waits, batch, dispatcher, functions, limiter, lifecycle, tail, metrics } =
-            parts;
+        let RunParts { backend, waits, batch, dispatcher, functions, limiter, lifecycle, .. } = parts;
+        let RunParts { tail, traces, metrics, .. } = parts;
         let idempotency = Idempotency::new(backend, dispatcher.clone(), batch, lifecycle.clone(), metrics);
         let queue = backend.queue.traits();
         Self {
@@ -128,6 +135,7 @@ impl Runs {
             retention: queue.retention,
             waits,
             tail,
+            traces,
         }
     }
 
@@ -307,9 +315,12 @@ impl Runs {
     ) -> Result<Job, RunError> {
         let lifetime = u64::try_from(self.job_lifetime().as_millis()).unwrap_or(u64::MAX);
         let deadline = since.saturating_add(lifetime);
-        let RunOrder { request, traceparent, .. } = *order;
-        let mut job = JobDraft { id, template, deadline, request, traceparent }.build();
-        job.is_promised = order.is_async || self.wait(order) < UNPROMISED_WAIT_MIN;
+        let RunOrder { request, tracestate, .. } = *order;
+        let trace = self.traces.of_job(order.request_trace, order.traceparent, tracestate);
+        let traceparent = trace.as_ref().map_or(order.traceparent, |trace| Some(trace.context));
+        let job = JobDraft { id, template, deadline, request, traceparent, tracestate }.build();
+        let is_promised = order.is_async || self.wait(order) < UNPROMISED_WAIT_MIN;
+        let job = Job { trace, is_promised, ..job };
         let bytes_max = self.message_bytes_max;
         (job.message.len() <= bytes_max).then_some(job).ok_or(RunError::MessageTooLarge { bytes_max })
     }

@@ -60,6 +60,7 @@ use crate::ambient;
 use crate::backend::{CodeSource, JobSource, OutputStore, WorkerActivity};
 use crate::config::{Live, WorkerConf};
 use crate::metrics::WorkerMetrics;
+use crate::traces::Traces;
 use admission::{AdmissionQueue, BUSY_A_CORE_MAX, MemoryBudget, PASSING_MAX, RUNS_MAX, STALL};
 use code_cache::CodeCache;
 use function_runner::{FETCH_MAX, FunctionRunner};
@@ -99,6 +100,7 @@ pub struct WorkerParts {
     pub worker_id: String,
     /// Address of the models, for functions.
     pub ai_endpoint: Option<String>,
+    pub traces: Traces,
     pub metrics: Arc<WorkerMetrics>,
     /// How long the last runs may go on after a stop.
     pub drain: Duration,
@@ -175,7 +177,7 @@ impl Worker {
     async fn assemble(self) -> io::Result<WorkerLoop> {
         let Self { parts, memory_mb, busy_max, stall, passing_max, fetch_max } = self;
         let WorkerParts { jobs, code, outputs, sandbox, activity, settings, metrics, .. } = parts;
-        let WorkerParts { runs_dir, code_dir, worker_id, ai_endpoint, .. } = parts;
+        let WorkerParts { runs_dir, code_dir, worker_id, ai_endpoint, traces, .. } = parts;
         let capacity = capacity(&settings.get(), memory_mb, busy_max);
         let (cache_bytes, of_cache) = (settings.get().code.cache_mb << 20, Arc::clone(&metrics));
         let runtimes = Arc::new(Runtimes::find().await);
@@ -209,7 +211,7 @@ impl Worker {
             ai_endpoint,
             fetch_max,
         };
-        let runner = Arc::new(Runner { jobs, functions, activity, metrics, worker_id });
+        let runner = Arc::new(Runner { jobs, functions, activity, traces, metrics, worker_id });
         let line = AdmissionQueue::new(stall, passing_max);
         let scheduler = Scheduler::new(runner, capacity, budget, line);
         Ok(WorkerLoop { scheduler, pool, refill, starter })

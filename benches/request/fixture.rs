@@ -41,6 +41,7 @@ use infra_controller::model::{Function, FunctionCounters, Quota};
 use infra_controller::node_lease::NodeLease;
 use infra_controller::overview::{self, OverviewParts};
 use infra_controller::runs::{RunParts, Runs};
+use infra_controller::traces::Traces;
 
 /// Most jobs that wait for the worker, and most results that wait to be read.
 const WAITING_MAX: usize = 1024;
@@ -250,6 +251,7 @@ impl Fixture {
             audit,
             lease: NodeLease::of_fleet(false),
             events: EventBus::default(),
+            traces: Traces::default(),
             metrics: Arc::clone(&metrics),
         });
         let mut loops = JoinSet::new();
@@ -275,6 +277,7 @@ impl Fixture {
             limiter: limiter.clone(),
             lifecycle: lifecycle.clone(),
             tail: tail.clone(),
+            traces: Traces::default(),
             metrics: Arc::clone(&metrics),
         });
         // The loop is dropped: no summary is written here.
@@ -303,7 +306,8 @@ impl Fixture {
             spool_dir: dir.path().join("spool"),
             api_key: &api_key,
         });
-        let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle, Arc::clone(&metrics));
+        let gateway =
+            Gateway::new(api, edge.clone(), limiter, lifecycle, Traces::default(), Arc::clone(&metrics));
         let proxy = pingora::proxy::http_proxy(&Arc::default(), gateway);
         let guarded = Arc::new(GuardState::new(proxy, edge, &conf.http2, metrics));
         let (guard, stop) = (Arc::new(guarded.plain()), watch::Sender::new(false));
@@ -318,6 +322,7 @@ impl Fixture {
             is_promised: true,
             deadline: now_ms() + 1_000_000,
             message: Bytes::from_static(b"{}"),
+            trace: None,
         }
     }
 

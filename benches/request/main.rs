@@ -55,7 +55,15 @@ fn parse_and_build(criterion: &mut Criterion) {
         b.iter(|| {
             let request = RunRequest::parse(black_box(RUN_REQUEST.as_bytes())).expect("it is well formed");
             let (id, deadline) = (id(), 1_795_305_600_123);
-            JobDraft { id, template: &template, deadline, request: &request, traceparent: None }.build()
+            JobDraft {
+                id,
+                template: &template,
+                deadline,
+                request: &request,
+                traceparent: None,
+                tracestate: None,
+            }
+            .build()
         });
     });
 }

@@ -2,10 +2,11 @@
 
 use super::problem::ApiError;
 use crate::limiter::RateLimitState;
-use crate::model::{Caller, FunctionId};
+use crate::model::{Caller, FunctionId, RequestTrace, TraceContext, tracestate};
 use bytes::{Bytes, BytesMut};
 use http::header::HeaderValue;
 use http::{HeaderMap, Uri};
+use std::borrow::Cow;
 use std::sync::Arc;
 
 /// The parts of a request that handlers use.
@@ -24,6 +25,8 @@ pub struct Call {
     /// Whether the response may be compressed. Only set for `/metrics`: other requests need not read the
     /// field.
     pub accepts_gzip: bool,
+    /// `None`: the request is not recorded.
+    pub trace: Option<RequestTrace>,
 }
 
 impl Call {
@@ -71,6 +74,7 @@ pub struct CallHeaders {
     pub x_async: Option<HeaderValue>,
     pub content_type: Option<HeaderValue>,
     pub traceparent: Option<HeaderValue>,
+    pub tracestate: Vec<HeaderValue>,
     pub idempotency_key: Option<HeaderValue>,
     pub if_match: Vec<HeaderValue>,
     pub if_none_match: Vec<HeaderValue>,
@@ -91,6 +95,10 @@ impl CallHeaders {
             let place = match name.as_str() {
                 "prefer" => {
                     found.prefer.push(value.clone());
+                    continue;
+                }
+                "tracestate" => {
+                    found.tracestate.push(value.clone());
                     continue;
                 }
                 "if-match" => {
@@ -120,6 +128,17 @@ impl CallHeaders {
             *place = Some(value.clone());
         }
         found
+    }
+
+    /// The client's span, if it sent a valid `traceparent`.
+    pub fn client_span(&self) -> Option<TraceContext> {
+        self.traceparent.as_ref()?.to_str().ok().and_then(TraceContext::parse)
+    }
+
+    /// The client's `tracestate`, if it is valid. Without a valid `traceparent` it has no meaning.
+    pub fn client_state(&self) -> Option<Cow<'_, str>> {
+        self.client_span()?;
+        tracestate(self.tracestate.iter().map(|value| value.to_str().unwrap_or_default()))
     }
 
     /// Whether `Content-Type` is JSON. A missing field counts as JSON, because parsing shows whether it is.
@@ -152,6 +171,29 @@ pub fn function_id(call: &Call) -> Result<FunctionId, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_trace_needs_one_valid_traceparent() {
+        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        for (parents, states, span, state) in [
+            (&[good][..], &["a=1", "b=2"][..], Some(good), Some("a=1,b=2")),
+            (&[good], &[], Some(good), None),
+            (&[good], &["?"], Some(good), None),
+            (&[good, good], &["a=1"], None, None),
+            (&["00-x"], &["a=1"], None, None),
+            (&[], &["a=1"], None, None),
+        ] {
+            let mut map = HeaderMap::new();
+            for (name, values) in [("traceparent", parents), ("tracestate", states)] {
+                for value in values {
+                    map.append(name, HeaderValue::from_str(value).unwrap());
+                }
+            }
+            let headers = CallHeaders::of(&map);
+            let found = headers.client_span().map(|span| span.to_string());
+            assert_eq!((found.as_deref(), headers.client_state().as_deref()), (span, state), "{parents:?}");
+        }
+    }
 
     #[test]
     fn content_types() {

@@ -37,13 +37,16 @@ impl RunRoute {
         self.runs.admit()?;
         let request = RunRequest::parse(&call.body).map_err(|e| ApiError::invalid(e.to_string()))?;
         let prefer = Prefer::of(&headers.prefer);
+        let tracestate = headers.client_state();
         let order = RunOrder {
             request: &request,
             body: &call.body,
             idempotency_key: idempotency_key(headers),
             caller: call.caller.as_deref(),
             counted: &call.counted,
-            traceparent: traceparent(headers),
+            traceparent: headers.client_span(),
+            tracestate: tracestate.as_deref(),
+            request_trace: call.trace.as_ref(),
             is_async: prefer.respond_async || is_true(headers.x_async.as_ref()),
             wait_s: prefer.wait_s,
         };
@@ -104,42 +107,9 @@ fn idempotency_key(headers: &CallHeaders) -> Result<Option<&str>, InvalidKey> {
     Ok(Some(key))
 }
 
-/// The client's `traceparent`, if it is valid.
-fn traceparent(headers: &CallHeaders) -> Option<&str> {
-    headers.traceparent.as_ref().and_then(|value| value.to_str().ok()).filter(|text| is_traceparent(text))
-}
-
-/// W3C Trace Context, version 00: `00-<32 hex>-<16 hex>-<2 hex>`, neither id all zeros.
-fn is_traceparent(text: &str) -> bool {
-    let hex = |part: &str, len: usize| {
-        part.len() == len && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-    };
-    let parts: Vec<&str> = text.split('-').collect();
-    let [version, trace, span, flags] = parts[..] else { return false };
-    let some = |part: &str| part.bytes().any(|b| b != b'0');
-    version == "00" && hex(trace, 32) && hex(span, 16) && hex(flags, 2) && some(trace) && some(span)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn traceparents() {
-        let good = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        assert!(is_traceparent(good));
-        for bad in [
-            "",
-            "00",
-            &good.to_uppercase(),
-            &good.replace("00-0a", "ff-0a"),
-            &format!("{good}-x"),
-            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
-            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
-        ] {
-            assert!(!is_traceparent(bad), "{bad}");
-        }
-    }
 
     #[test]
     fn keys_may_be_quoted_or_bare() {

@@ -26,6 +26,17 @@ pub enum SendError {
     Unknown(String),
 }
 
+impl SendError {
+    /// The kind of the error, as spans name it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Refused(_) => "refused",
+            Self::NotSent(_) => "not_sent",
+            Self::Unknown(_) => "unknown",
+        }
+    }
+}
+
 /// The properties of a queue. They are read once, at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueTraits {

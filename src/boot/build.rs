@@ -1,7 +1,7 @@
 //! Builds all parts of a node: the engine, and the HTTP edge around it. No constructor starts a task:
 //! [`super::node`] runs the loops afterwards.
 
-use super::plan::{ConnectedBackend, NodeSettings};
+use super::plan::{ConnectedBackend, NodeSettings, TracePlan};
 use super::reload::{Reload, ReloadTargets};
 use super::signals::ReloadSignals;
 use crate::api::{Api, ApiParts};
@@ -11,7 +11,9 @@ use crate::engine::{self, Engine, EngineLoops, EngineParts};
 use crate::gateway::{Gateway, GatewaySettings, HealthLoop, certificate_ends};
 use crate::lifecycle::Lifecycle;
 use crate::metrics::{Metrics, WorkerMetrics};
+use crate::model::NodeId;
 use crate::overview::{self, Overview, OverviewParts, SummaryLoop};
+use crate::traces::{self, ExportLoop, TraceParts, Traces};
 use anyhow::{Context, anyhow};
 use std::sync::Arc;
 
@@ -36,6 +38,9 @@ pub struct Background {
     pub summaries: SummaryLoop,
     /// For the loop of the backend, if there is one.
     pub worker: Option<Arc<WorkerMetrics>>,
+    pub traces: Traces,
+    /// `None`: no spans are exported.
+    pub export: Option<ExportLoop>,
 }
 
 impl Built {
@@ -47,6 +52,7 @@ impl Built {
     ) -> anyhow::Result<Self> {
         let conf = &settings.conf;
         let metrics = Arc::new(Metrics::new(conf.metrics.function_labels_max)?);
+        let (traces, export) = traces_of(settings, connected.node, &metrics)?;
         let parts = EngineParts {
             node: connected.node,
             conf,
@@ -54,6 +60,7 @@ impl Built {
             bucket: connected.bucket.clone(),
             spill_dir: connected.spill_dir.as_deref(),
             lifecycle,
+            traces: traces.clone(),
             metrics: Arc::clone(&metrics),
         };
         let (engine, loops) = engine::new(parts).context("the spill directory cannot be opened")?;
@@ -81,9 +88,11 @@ impl Built {
         let limiter = engine.limiter.clone();
         let (overview, summaries) = overview_of(&engine, connected, lifecycle, &metrics);
         let api = api(settings, engine, overview, connected, lifecycle, &metrics)?;
-        let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle.clone(), Arc::clone(&metrics));
+        let (of_gateway, lifecycle) = (Arc::clone(&metrics), lifecycle.clone());
+        let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle, traces.clone(), of_gateway);
         let door = ListenerParts { gateway, edge, http2: conf.http2.clone(), metrics };
-        Ok(Self { door, background: Background { engine: loops, reload, tending, summaries, worker } })
+        let background = Background { engine: loops, reload, tending, summaries, worker, traces, export };
+        Ok(Self { door, background })
     }
 }
 
@@ -103,6 +112,26 @@ fn overview_of(
         lifecycle: lifecycle.clone(),
         metrics: Arc::clone(metrics),
     })
+}
+
+fn traces_of(
+    settings: &NodeSettings,
+    node: NodeId,
+    metrics: &Metrics,
+) -> anyhow::Result<(Traces, Option<ExportLoop>)> {
+    let Some(TracePlan { export, destination }) = &settings.traces else {
+        return Ok((Traces::default(), None));
+    };
+    let parts = TraceParts {
+        export,
+        conf: settings.conf.traces,
+        destination: destination.clone(),
+        service: "infra-controller",
+        instance: node.to_string(),
+        metrics: metrics.traces.clone(),
+    };
+    let (traces, export) = traces::new(parts).map_err(|e| anyhow!("spans cannot be exported: {e}"))?;
+    Ok((traces, Some(export)))
 }
 
 fn api(

@@ -1,14 +1,17 @@
 //! The `dev` command: the whole platform in one process, with the embedded backend and a local worker.
 
-use super::plan::{BackendLoop, ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, explain, refuse};
+use super::plan::{
+    BackendLoop, ConnectedBackend, Exit, NodePlan, NodeSettings, SPOOL, TracePlan, explain, refuse,
+};
 use super::{ConfSource, isolation, node};
 use crate::backend::embedded::{self, LocalWork};
 use crate::backend::{BackendError, StartProblem, make_empty_dir};
 use crate::config::{
-    AiNode, ConfFiles, ConfigError, FileReader, Live, RunEnv, SandboxMode, Secret, WorkerConf,
+    AiNode, ConfFiles, ConfigError, FileReader, Live, RunEnv, SandboxMode, Secret, TraceExport, WorkerConf,
     api_key_problem, master_key_warning, rate_limit_from_process, text, unreadable_variables,
 };
 use crate::gateway::Pseudonym;
+use crate::traces::Destination;
 use crate::worker::{Worker, WorkerParts, on_path};
 use std::fs;
 use std::io::{self, IsTerminal, Write};
@@ -68,11 +71,8 @@ pub fn dev(args: DevArgs) -> Exit {
     }
     warnings.extend(master_key_warning(api_key.reveal()));
     warnings.extend(source.warnings());
-    let ai_node = match AiNode::from_process() {
-        Ok((ai_node, of_ai_node)) => {
-            warnings.extend(of_ai_node);
-            ai_node
-        }
+    let (ai_node, traces) = match addresses(&mut warnings) {
+        Ok(addresses) => addresses,
         Err(problem) => return refuse(&problem),
     };
     let banner = format!(
@@ -93,11 +93,20 @@ pub fn dev(args: DevArgs) -> Exit {
         api_key,
         pseudonym: Pseudonym::of(&rand::random::<[u8; 16]>()),
         ai_node,
+        traces,
         worker: Some(worker),
         listen_beside,
         banner: Some(banner),
     };
     node::run(NodePlan { settings, connect })
+}
+
+/// The model catalogue and the collector of spans, if the environment names them.
+fn addresses(warnings: &mut Vec<String>) -> Result<(Option<AiNode>, Option<TracePlan>), ConfigError> {
+    let (ai_node, of_ai_node) = AiNode::from_process()?;
+    let (export, of_traces) = TraceExport::from_process()?;
+    warnings.extend(of_ai_node.into_iter().chain(of_traces));
+    Ok((ai_node, export.map(|export| TracePlan { export, destination: Destination::embedded() })))
 }
 
 /// What the worker of this process needs beside its jobs.
@@ -122,7 +131,7 @@ async fn open(
     let sandbox = sandbox.map_err(|problem| vec![problem])?;
     // Runs end with the process: their jobs are on its disk, and run again after the next start.
     let (worker_id, drain) = ("local".to_owned(), Duration::ZERO);
-    let run: BackendLoop = Box::new(move |stop, metrics| {
+    let run: BackendLoop = Box::new(move |stop, metrics, traces| {
         isolation::report(sandbox.status(), &metrics);
         let (code_dir, outputs) = (runs_dir.with_file_name(CODE_CACHE), None);
         let parts = WorkerParts {
@@ -136,6 +145,7 @@ async fn open(
             code_dir,
             worker_id,
             ai_endpoint,
+            traces,
             metrics,
             drain,
         };

@@ -322,20 +322,24 @@ struct Loops {
     endless: JoinSet<()>,
     stop_extra: watch::Sender<bool>,
     extra: Option<JoinHandle<()>>,
+    stop_export: watch::Sender<bool>,
+    export: Option<JoinHandle<()>>,
 }
 
 impl Loops {
     fn start(background: Background, disk: StateDirMonitor, extra: Option<BackendLoop>) -> Self {
-        let Background { engine, reload, tending, summaries, worker } = background;
+        let Background { engine, reload, tending, summaries, worker, traces, export } = background;
         let (stop_extra, extra_stopped) = watch::channel(false);
+        let (stop_export, export_stopped) = watch::channel(false);
         let mut endless = JoinSet::new();
         endless.spawn(reload.run());
         endless.spawn(tending.run());
         endless.spawn(summaries.run());
         endless.spawn(disk.run());
         let engine = engine.start();
-        let extra = extra.zip(worker).map(|(run, metrics)| spawn(run(extra_stopped, metrics)));
-        Self { engine, endless, stop_extra, extra }
+        let extra = extra.zip(worker).map(|(run, metrics)| spawn(run(extra_stopped, metrics, traces)));
+        let export = export.map(|export| spawn(export.run(turned(export_stopped))));
+        Self { engine, endless, stop_extra, extra, stop_export, export }
     }
 
     /// Resolves when a loop has ended that should not end. It has panicked.
@@ -360,9 +364,19 @@ impl Loops {
             let _ = extra.await;
         }
         self.engine.stop().await;
+        // After everything that records spans. It has a deadline of its own.
+        self.stop_export.send_replace(true);
+        if let Some(export) = self.export.take() {
+            let _ = export.await;
+        }
         // Last, because the task that waits for a second signal is one of them.
         self.endless.shutdown().await;
     }
+}
+
+async fn turned(mut watch: watch::Receiver<bool>) {
+    // A dropped sender means that the node is gone.
+    let _ = watch.wait_for(|stop| *stop).await;
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one place where the loops of a node are started")]

@@ -2,10 +2,11 @@
 
 use super::reload::ConfSource;
 use crate::backend::{Backend, StartProblem};
-use crate::config::{AiNode, Conf, ConfTexts, ConfigError, Live, Secret, WorkerConf};
+use crate::config::{AiNode, Conf, ConfTexts, ConfigError, Live, Secret, TraceExport, WorkerConf};
 use crate::gateway::Pseudonym;
 use crate::metrics::WorkerMetrics;
 use crate::model::NodeId;
+use crate::traces::{Destination, Traces};
 use std::future::Future;
 use std::net::Ipv6Addr;
 use std::path::PathBuf;
@@ -40,7 +41,8 @@ impl Exit {
 
 /// The worker of the backend, as a background loop. It ends some time after the watch turns true.
 pub type BackendLoop = Box<
-    dyn FnOnce(watch::Receiver<bool>, Arc<WorkerMetrics>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send,
+    dyn FnOnce(watch::Receiver<bool>, Arc<WorkerMetrics>, Traces) -> Pin<Box<dyn Future<Output = ()> + Send>>
+        + Send,
 >;
 
 /// A connected backend, and the identity of this node in it.
@@ -98,12 +100,21 @@ pub struct NodeSettings {
     pub pseudonym: Pseudonym,
     /// Address of the model catalogue. `None`: there is no catalogue.
     pub ai_node: Option<AiNode>,
+    /// Where spans are exported. `None`: nowhere.
+    pub traces: Option<TracePlan>,
     /// The settings of the worker in this process, if there is one. A reload replaces them.
     pub worker: Option<Live<WorkerConf>>,
     /// Second listen address, besides `conf.listen.address`. Ignored if this machine does not have it.
     pub listen_beside: Option<Ipv6Addr>,
     /// Printed to standard error once the port is bound. `{url}` is replaced by the URL of the server.
     pub banner: Option<String>,
+}
+
+/// The settings of traces.
+pub struct TracePlan {
+    pub export: TraceExport,
+    /// The queue of the jobs.
+    pub destination: Destination,
 }
 
 /// Subdirectory of a node's directory for uploads in progress.

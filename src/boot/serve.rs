@@ -1,14 +1,15 @@
 //! The commands `serve` and `check`, on the fleet backend.
 
 use super::node_id::{NodeIdChoice, NodeIdError};
-use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, explain, refuse};
+use super::plan::{ConnectedBackend, Exit, NodePlan, NodeSettings, SPILL, SPOOL, TracePlan, explain, refuse};
 use super::state_dir::StateDir;
 use super::{ConfSource, node};
 use crate::api;
 use crate::backend::{BackendError, StartProblem, aws, make_empty_dir};
-use crate::config::{Conf, ConfFiles, ConfTexts, ConfigError, Env, master_key_warning};
+use crate::config::{Conf, ConfFiles, ConfTexts, ConfigError, Env, TraceExport, master_key_warning};
 use crate::gateway::Pseudonym;
 use crate::model::{NodeId, ProcessToken};
+use crate::traces::Destination;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,9 +27,11 @@ const NODES_TRIED_MAX: usize = 16;
 /// Runs a node of the fleet.
 pub fn serve(args: &ServeArgs) -> Exit {
     match loaded_settings(args) {
-        Ok(LoadedSettings { env, source, texts, conf }) => {
+        Ok(LoadedSettings { env, source, texts, conf, traces }) => {
             let (port, api_key, ai_node) = (env.port, env.api_key.clone(), Some(env.ai_node.clone()));
             let warnings = own_warnings(&env, &source, &conf);
+            let destination = Destination::sqs(&env.queue_url);
+            let traces = traces.map(|export| TracePlan { export, destination });
             let start = Duration::from_secs(conf.start.deadline_s);
             let lease = Duration::from_secs(conf.fleet.lease_s);
             let (meet_in, is_upgrade) = (Some(env.state_dir.clone()), args.upgrade);
@@ -43,6 +46,7 @@ pub fn serve(args: &ServeArgs) -> Exit {
                 // One queue, one fleet.
                 pseudonym: Pseudonym::of(env.queue_url.as_bytes()),
                 ai_node,
+                traces,
                 worker: None,
                 listen_beside: None,
                 banner: None,
@@ -106,6 +110,8 @@ struct LoadedSettings {
     source: ConfSource,
     texts: ConfTexts,
     conf: Conf,
+    /// `None`: no spans are exported.
+    traces: Option<TraceExport>,
 }
 
 /// Reads the environment and `conf/`. The error lists the problems of both.
@@ -116,7 +122,11 @@ fn loaded_settings(args: &ServeArgs) -> Result<LoadedSettings, ConfigError> {
     let (dir, files) = (args.conf.clone(), ConfFiles::Gateway);
     let source = ConfSource { dir, files, a_minute, listen: None, master_key_bytes, output_bytes_max: None };
     match (env, source.load()) {
-        (Ok(env), Ok((texts, conf))) => Ok(LoadedSettings { env, source, texts, conf }),
+        (Ok(mut env), Ok((texts, conf))) => {
+            let (traces, warnings) = TraceExport::from_process()?;
+            env.warnings.extend(warnings);
+            Ok(LoadedSettings { env, source, texts, conf, traces })
+        }
         (Err(e), Ok(_)) | (Ok(_), Err(e)) => Err(e),
         (Err(ConfigError(mut one)), Err(ConfigError(two))) => {
             one.extend(two);

@@ -11,9 +11,12 @@ use super::sockets::bound_to;
 use super::worker_dir::WorkerDir;
 use super::{ConfSource, isolation, notify, process};
 use crate::backend::{BackendError, StartProblem, WorkerActivity, aws};
-use crate::config::{Conf, ConfFiles, ConfTexts, ConfigError, Live, SandboxMode, WorkerEnv};
+use crate::config::{
+    Conf, ConfFiles, ConfTexts, ConfigError, Live, SandboxMode, TraceExport, TracesConf, WorkerEnv,
+};
 use crate::metrics::WorkerProcessMetrics;
 use crate::model::ProcessToken;
+use crate::traces::{self, Destination, ExportLoop, TraceParts, Traces};
 use crate::worker::{
     GatewayTarget, HeartbeatTarget, Heartbeats, Sandbox, Worker, WorkerHealth, WorkerListener, WorkerParts,
 };
@@ -72,6 +75,8 @@ struct WorkerPlan {
     conf: Conf,
     /// Where heartbeats go. `None`: to Redis.
     gateway: Option<GatewayTarget>,
+    /// Where spans are exported. `None`: nowhere.
+    traces: Option<TraceExport>,
 }
 
 impl WorkerPlan {
@@ -83,7 +88,7 @@ impl WorkerPlan {
         // Nothing else of the gateway's settings applies.
         let (a_minute, listen, master_key_bytes) = (None, None, 0);
         let source = ConfSource { dir, files, a_minute, listen, master_key_bytes, output_bytes_max };
-        let (env, (texts, conf)) = match (env, source.load()) {
+        let (mut env, (texts, conf)) = match (env, source.load()) {
             (Ok(env), Ok(loaded)) => (env, loaded),
             (Err(e), Ok(_)) | (Ok(_), Err(e)) => return Err(e),
             (Err(ConfigError(mut one)), Err(ConfigError(two))) => {
@@ -93,7 +98,9 @@ impl WorkerPlan {
         };
         let gateway = env.controller.as_ref().map(GatewayTarget::new).transpose();
         let gateway = gateway.map_err(|e| ConfigError(vec![format!("CONTROLLER_URL {e}")]))?;
-        Ok(Self { env, source, texts, conf, gateway })
+        let (traces, warnings) = TraceExport::from_process()?;
+        env.warnings.extend(warnings);
+        Ok(Self { env, source, texts, conf, gateway, traces })
     }
 }
 
@@ -127,7 +134,11 @@ async fn live(settings: WorkerPlan, dir: WorkerDir) -> Exit {
     }
     let port = started.socket.local_addr().map_or(0, |at| at.port());
     let worker_id = worker_id(settings.env.worker_id.clone(), dir.number);
-    let mut loops = WorkerLoops::start(settings, started, hangups, &metrics, (&worker_id, &dir));
+    let traces = match traces_of(&settings, &worker_id, &metrics) {
+        Ok(traces) => traces,
+        Err(e) => return internal("spans cannot be exported", &e),
+    };
+    let mut loops = WorkerLoops::start(settings, started, hangups, &metrics, (&worker_id, &dir), traces);
     let activity = Arc::clone(&loops.activity);
     let announce = async || -> Infallible {
         activity.begun().await;
@@ -157,7 +168,10 @@ struct WorkerLoops {
     work: JoinSet<()>,
     /// They never end by themselves.
     endless: JoinSet<()>,
+    /// The export of spans.
+    export: JoinSet<()>,
     stop: watch::Sender<bool>,
+    stop_export: watch::Sender<bool>,
 }
 
 impl WorkerLoops {
@@ -167,13 +181,18 @@ impl WorkerLoops {
         hangups: ReloadSignals,
         metrics: &Arc<WorkerProcessMetrics>,
         (worker_id, dir): (&str, &WorkerDir),
+        (traces, export): (Traces, Option<ExportLoop>),
     ) -> Self {
-        let WorkerPlan { env, source, texts, conf, gateway } = settings;
+        let WorkerPlan { env, source, texts, conf, gateway, .. } = settings;
         let StartedWorker { connection, sandbox, socket } = started;
         let report = isolation::report(sandbox.status(), &metrics.worker);
         let (activity, store) = (Arc::new(WorkerActivity::default()), connection.lone_status);
         let (stop, stopped) = watch::channel(false);
-        let (mut work, mut endless) = (JoinSet::new(), JoinSet::new());
+        let (stop_export, export_stopped) = watch::channel(false);
+        let (mut work, mut endless, mut exports) = (JoinSet::new(), JoinSet::new(), JoinSet::new());
+        if let Some(export) = export {
+            exports.spawn(export.run(turned(export_stopped)));
+        }
 
         let live = Live::new(conf.worker.clone());
         let (drain, target) = (Duration::from_secs(conf.worker.jobs.drain_s), live.clone());
@@ -202,11 +221,12 @@ impl WorkerLoops {
             code_dir: dir.code.clone(),
             worker_id: worker_id.to_owned(),
             ai_endpoint: env.run.ai_endpoint,
+            traces,
             metrics: Arc::clone(&metrics.worker),
             drain,
         };
         work.spawn(Worker::new(parts).run(stopped));
-        Self { activity, work, endless, stop }
+        Self { activity, work, endless, export: exports, stop, stop_export }
     }
 
     /// Resolves when a loop has ended that should not end. It has panicked.
@@ -222,9 +242,35 @@ impl WorkerLoops {
         self.stop.send_replace(true);
         // Bounded by `jobs.drain_s`, and by the deadline for giving jobs back.
         while self.work.join_next().await.is_some() {}
+        // After everything that records spans. It has a deadline of its own.
+        self.stop_export.send_replace(true);
+        while self.export.join_next().await.is_some() {}
         // Last: the task that waits for a second signal is one of them.
         self.endless.shutdown().await;
     }
+}
+
+fn traces_of(
+    settings: &WorkerPlan,
+    worker_id: &str,
+    metrics: &WorkerProcessMetrics,
+) -> Result<(Traces, Option<ExportLoop>), String> {
+    let Some(export) = &settings.traces else { return Ok((Traces::default(), None)) };
+    let parts = TraceParts {
+        export,
+        // They concern the jobs of a gateway.
+        conf: TracesConf::default(),
+        destination: Destination::sqs(&settings.env.queue_url),
+        service: "infra-worker",
+        instance: worker_id.to_owned(),
+        metrics: metrics.traces.clone(),
+    };
+    traces::new(parts).map(|(traces, export)| (traces, Some(export)))
+}
+
+async fn turned(mut watch: watch::Receiver<bool>) {
+    // A dropped sender means that the process ends.
+    let _ = watch.wait_for(|stop| *stop).await;
 }
 
 fn internal(what: &str, error: &dyn std::fmt::Display) -> Exit {

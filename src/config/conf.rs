@@ -12,7 +12,7 @@ use crate::config::limits::{BatchConf, CacheConf, Identity, LimitConf, LimitsFil
 use crate::config::merge::{collect, merged};
 use crate::config::server::{
     AuditConf, AuthConf, DeadLetterConf, EventsConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf,
-    MetricsConf, ServerFile, ShutdownConf, StartConf, TlsConf,
+    MetricsConf, ServerFile, ShutdownConf, StartConf, TlsConf, TracesConf,
 };
 use crate::config::upstreams::UpstreamsFile;
 use crate::config::worker::WorkerConf;
@@ -46,6 +46,7 @@ pub struct Conf {
     pub audit: AuditConf,
     pub metrics: MetricsConf,
     pub events: EventsConf,
+    pub traces: TracesConf,
     // The settings of the other files, `http` and `auth` may change while the process runs.
     #[serde(rename = "key")]
     pub keys: Vec<KeyConf>,
@@ -103,6 +104,7 @@ impl Conf {
             audit: s.audit,
             metrics: s.metrics,
             events: s.events,
+            traces: s.traces,
             keys: k.key,
             upstreams: u.upstream,
             limits: l.limit,

@@ -143,7 +143,7 @@ pub fn master_key_warning(key: &str) -> Option<String> {
 }
 
 /// The variables that this program reads, in addition to those of the AWS SDK.
-const NAMES: [&str; 23] = [
+const NAMES: [&str; 41] = [
     "AI_ENDPOINT",
     "AI_NODE_TIMEOUT",
     "AI_NODE_URL",
@@ -153,6 +153,24 @@ const NAMES: [&str; 23] = [
     "INFRA_API_KEY",
     "LOGS_TABLE_NAME",
     "MAX_OUTPUT_SIZE",
+    "OTEL_BSP_EXPORT_TIMEOUT",
+    "OTEL_BSP_MAX_EXPORT_BATCH_SIZE",
+    "OTEL_BSP_MAX_QUEUE_SIZE",
+    "OTEL_BSP_SCHEDULE_DELAY",
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_PROTOCOL",
+    "OTEL_EXPORTER_OTLP_TIMEOUT",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+    "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT",
+    "OTEL_RESOURCE_ATTRIBUTES",
+    "OTEL_SDK_DISABLED",
+    "OTEL_SERVICE_NAME",
+    "OTEL_TRACES_EXPORTER",
+    "OTEL_TRACES_SAMPLER",
+    "OTEL_TRACES_SAMPLER_ARG",
     "PORT",
     "RATE_LIMIT",
     "REDIS_HOST",
@@ -247,7 +265,7 @@ pub(super) struct Reader<'a> {
     vars: &'a HashMap<String, String>,
     pub(super) missing: Vec<&'static str>,
     pub(super) problems: Vec<String>,
-    warnings: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 impl<'a> Reader<'a> {

@@ -25,6 +25,7 @@ pub struct ServerFile {
     pub audit: AuditConf,
     pub metrics: MetricsConf,
     pub events: EventsConf,
+    pub traces: TracesConf,
 }
 
 /// `[listen]`: the plain listener and the threads.
@@ -219,6 +220,17 @@ pub struct EventsConf {
 /// Upper bound of `events.watchers_max`. Each may keep a MiB waiting.
 pub const WATCHERS_MOST: u64 = 10_000;
 
+/// `[traces]`: jobs that are traced only because of how they ended. Without effect unless `OTEL_*` variables
+/// name a collector.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TracesConf {
+    /// Jobs that do not end as SUCCESS.
+    pub failed: bool,
+    /// Jobs whose result arrives this long after their acceptance or later, in ms. 0: none.
+    pub slow_ms: u64,
+}
+
 /// Upper bound of `listen.threads`.
 pub const THREADS_MAX: u64 = 1024;
 
@@ -271,6 +283,7 @@ impl ServerFile {
             within("audit.aside_after_s", self.audit.aside_after_s, 0..=SECONDS_MAX),
             // The largest row that the log table accepts must fit.
             within("memory.audit_bytes_max", self.memory.audit_bytes_max as u64, (1 << 20)..=u64::MAX),
+            within("traces.slow_ms", self.traces.slow_ms, 0..=SECONDS_MAX * 1000),
             within("auth.failures_a_minute", self.auth.failures_a_minute.into(), 1..=u64::MAX),
             within("auth.failures_burst", self.auth.failures_burst.into(), 1..=u64::MAX),
         ]

@@ -18,8 +18,10 @@ use super::shedder::Shedder;
 use crate::backend::{BATCH_JOBS_MAX, BackendError, JobQueue, SendError};
 use crate::backoff::Backoff;
 use crate::config::{BatchConf, Live};
+use crate::log::within_trace;
 use crate::metrics::Metrics;
 use crate::model::{FunctionId, Job, UnixMs, now_ms};
+use crate::traces::Traces;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -64,6 +66,7 @@ pub struct Batcher {
     /// Jobs that wait to be sent or retried.
     waiting: Arc<AtomicUsize>,
     breaker: Arc<Breaker>,
+    traces: Traces,
 }
 
 struct PendingSend {
@@ -99,6 +102,7 @@ impl Batcher {
         if !self.breaker.admits() {
             return Err(SubmitError::Unavailable);
         }
+        let traced = job.trace.is_some().then(|| job.clone());
         let (done, result) = oneshot::channel();
         let conf = self.conf.get();
         let give_up = Instant::now() + send_time(&job, resend, conf.send_deadline_ms);
@@ -123,6 +127,9 @@ impl Batcher {
                 mpsc::error::TrySendError::Closed(_) => SubmitError::Stopping,
             }
         })?;
+        if let Some(job) = traced {
+            self.traces.created(&job);
+        }
         Ok(result)
     }
 }
@@ -151,6 +158,7 @@ struct BatchSender {
     in_flight: Arc<InFlight>,
     breaker: Arc<Breaker>,
     shedder: Arc<Shedder>,
+    traces: Traces,
     metrics: Arc<Metrics>,
 }
 
@@ -161,14 +169,16 @@ pub fn new(
     journal: Arc<NodeJournal>,
     in_flight: Arc<InFlight>,
     shedder: Arc<Shedder>,
+    traces: Traces,
     metrics: Arc<Metrics>,
 ) -> (Batcher, BatchLoop) {
     let (sender, receiver) = mpsc::channel(BatchConf::QUEUE_JOBS_MAX);
     let counted = Arc::<AtomicUsize>::default();
     let breaker = Arc::new(Breaker::new(Arc::clone(&metrics)));
     let (waiting, before) = (Arc::clone(&counted), Arc::clone(&breaker));
-    let handle = Batcher { sender, conf: conf.clone(), waiting, breaker: before };
-    let sender = Arc::new(BatchSender { queue, journal, in_flight, breaker, shedder, metrics });
+    let of_handle = traces.clone();
+    let handle = Batcher { sender, conf: conf.clone(), waiting, breaker: before, traces: of_handle };
+    let sender = Arc::new(BatchSender { queue, journal, in_flight, breaker, shedder, traces, metrics });
     let batch_loop = BatchLoop {
         conf,
         receiver,
@@ -355,12 +365,17 @@ impl BatchSender {
         }
         let jobs: Vec<Job> = batch.iter().map(|pending| pending.job.clone()).collect();
         self.metrics.batch_jobs.observe(jobs.len() as f64);
+        let span = self.traces.begin_send(&jobs);
         let started = Instant::now();
         let results = match self.enter(&mut batch).await {
             Ok(()) => self.queue.send_batch(&jobs).await,
             Err(e) => vec![Err(SendError::NotSent(format!("journal: {e}"))); jobs.len()],
         };
         self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
+        if let Some(span) = span {
+            let error = results.iter().find_map(|result| result.as_ref().err());
+            self.traces.end_send(span, error.map(SendError::kind));
+        }
         // A rejected job counts as an answer of the queue.
         if results.iter().any(|result| matches!(result, Ok(()) | Err(SendError::Refused(_)))) {
             self.breaker.succeeded();
@@ -441,13 +456,15 @@ impl BatchSender {
             (false, false) => ("not_sent", SubmitError::Unavailable),
         };
         self.metrics.sends.with_label_values(&[outcome]).inc();
-        tracing::warn!(
-            requestId = %pending.job.id,
-            functionId = %pending.job.function,
-            attempts = pending.attempts,
-            error = %error,
-            "Sending a job to the queue failed"
-        );
+        within_trace(pending.job.trace.as_ref(), || {
+            tracing::warn!(
+                requestId = %pending.job.id,
+                functionId = %pending.job.function,
+                attempts = pending.attempts,
+                error = %error,
+                "Sending a job to the queue failed"
+            );
+        });
         if is_kept {
             // The job stays in flight until its result or its deadline ends it.
             self.in_flight.note_send(pending.job.id, false);

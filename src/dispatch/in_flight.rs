@@ -16,7 +16,7 @@ use crate::backend::JournalEntry;
 use crate::dispatch::given_up::LostJobs;
 use crate::dispatch::recent::{RecentResults, SHARDS};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job, JobId, NodeId, Outcome, UnixMs};
+use crate::model::{FunctionId, Job, JobId, JobTrace, NodeId, Outcome, UnixMs};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
@@ -65,6 +65,7 @@ pub struct FirstResult {
     pub kept: Option<Box<KeyedResult>>,
     /// Another node may end the job too.
     pub is_shared: bool,
+    pub trace: Option<Arc<JobTrace>>,
 }
 
 /// The outcome of [`InFlight::settle`].
@@ -335,7 +336,8 @@ impl InFlight {
                 self.recent.keep(id, outcome);
                 entry.settled = true;
                 let (function, is_shared) = (entry.function.clone(), entry.is_shared(id));
-                (FirstResult { function, kept, is_shared }, told.map(|outcome| (outcome, waiters)))
+                let trace = entry.trace();
+                (FirstResult { function, kept, is_shared, trace }, told.map(|outcome| (outcome, waiters)))
             }
         };
         if let Some((outcome, waiters)) = told {
@@ -566,6 +568,7 @@ mod tests {
             idempotency_key: None,
             is_promised: true,
             message: "{}".into(),
+            trace: None,
         }
     }
 
@@ -579,7 +582,12 @@ mod tests {
         let mut waiter = table.enter_waiting(&job(1), Permits::new()).unwrap();
         assert_eq!(
             table.settle(job(1).id, outcome("a")),
-            SettleOutcome::First(FirstResult { function: job(1).function, kept: None, is_shared: false })
+            SettleOutcome::First(FirstResult {
+                function: job(1).function,
+                kept: None,
+                is_shared: false,
+                trace: None
+            })
         );
         assert_eq!(table.settle(job(1).id, outcome("b")), SettleOutcome::Repeated);
         assert_eq!(table.settle(job(2).id, outcome("b")), SettleOutcome::UnknownJob);

@@ -111,6 +111,7 @@ impl NodeJobs {
             audit,
             Arc::clone(lease),
             crate::events::EventBus::default(),
+            crate::traces::Traces::default(),
             Arc::clone(metrics),
         );
         let settler = Arc::new(settler);

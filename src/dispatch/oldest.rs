@@ -67,7 +67,9 @@ mod tests {
             function: FunctionId::parse("f").unwrap(),
             deadline: UnixMs::MAX,
             idempotency_key: None,
+            is_promised: true,
             message: "{}".into(),
+            trace: None,
         }
     }
 

@@ -3,12 +3,17 @@
 
 use super::in_flight::{FirstResult, InFlight, SettleOutcome};
 use super::schedule::{self, LookupSchedule};
+use crate::ambient;
 use crate::audit::{Audit, KeyedResult, RowsStored};
 use crate::backend::{BackendError, JournalEntry, Results, STORED_MAX, SubscriptionState};
 use crate::events::{EventBus, FleetEvent};
+use crate::log::within_trace;
 use crate::metrics::Metrics;
-use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommendation, now_ms};
+use crate::model::{
+    Execution, ExecutionEnd, FunctionId, JobId, JobTrace, Outcome, Recommendation, Status, now_ms,
+};
 use crate::node_lease::NodeLease;
+use crate::traces::{JobLife, Traces};
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
@@ -34,6 +39,7 @@ pub struct Settler {
     audit: Audit,
     lease: Arc<NodeLease>,
     events: EventBus,
+    traces: Traces,
     metrics: Arc<Metrics>,
     /// Late results that were published, and are not stored yet.
     heard_late: Mutex<VecDeque<(JobId, Bytes)>>,
@@ -49,10 +55,11 @@ impl Settler {
         audit: Audit,
         lease: Arc<NodeLease>,
         events: EventBus,
+        traces: Traces,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (heard_late, resubscribed) = (Mutex::default(), AtomicBool::new(false));
-        Self { in_flight, schedule, results, audit, lease, events, metrics, heard_late, resubscribed }
+        Self { in_flight, schedule, results, audit, lease, events, traces, metrics, heard_late, resubscribed }
     }
 
     #[cfg(test)]
@@ -119,15 +126,17 @@ impl Settler {
         match self.in_flight.settle(id, outcome) {
             SettleOutcome::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
             SettleOutcome::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
-            SettleOutcome::First(FirstResult { function, kept, is_shared }) => {
+            SettleOutcome::First(FirstResult { function, kept, is_shared, trace }) => {
                 let row = Execution::ended(id, function, ending);
-                log_execution(id, &row);
+                within_trace(trace.as_ref(), || log_execution(id, &row));
+                let end = self.followed(&row);
                 let is_shared = is_shared || !self.lease.holds();
                 let is_success = row.status.is_success();
                 if self.record(id, row, exit_code, recommendation, kept, is_shared) {
                     self.metrics.results_settled.inc();
                     let took = Duration::from_millis(now_ms().saturating_sub(id.accepted_at()));
                     self.metrics.load.run(took, is_success);
+                    self.trace(id, end, trace.as_deref());
                 }
             }
             SettleOutcome::Late(function) => {
@@ -144,6 +153,21 @@ impl Settler {
                     self.metrics.results.with_label_values(&["deferred"]).inc();
                 }
             }
+        }
+    }
+
+    /// What [`Self::trace`] needs of a row. `None`: no end of a job is traced.
+    fn followed(&self, row: &Execution) -> Option<(FunctionId, Status)> {
+        self.traces.follows_jobs().then(|| (row.function.clone(), row.status.clone()))
+    }
+
+    /// Records the spans of a job that was not traced from its start, if its end asks for it. Called after
+    /// its row was queued: without room for the row, the job is settled again.
+    fn trace(&self, id: JobId, end: Option<(FunctionId, Status)>, trace: Option<&JobTrace>) {
+        if let Some((function, status)) = &end {
+            let (status, is_success) = (status.as_str(), status.is_success());
+            let heard = ambient::unix_time();
+            self.traces.job_ended(&JobLife { id, function, trace, status, is_success, heard });
         }
     }
 
@@ -187,17 +211,22 @@ impl Settler {
         let lost = Outcome::lost(is_unconfirmed);
         // LOST is not stored with the idempotency key. A repeated request reads the row instead, which may
         // show a late result.
-        if let SettleOutcome::First(FirstResult { function, .. }) = self.in_flight.settle(id, lost) {
-            tracing::warn!(
-                requestId = %id,
-                functionId = %function,
-                unconfirmed = is_unconfirmed,
-                "Job lost: no result by its deadline"
-            );
+        if let SettleOutcome::First(FirstResult { function, trace, .. }) = self.in_flight.settle(id, lost) {
+            within_trace(trace.as_ref(), || {
+                tracing::warn!(
+                    requestId = %id,
+                    functionId = %function,
+                    unconfirmed = is_unconfirmed,
+                    "Job lost: no result by its deadline"
+                );
+            });
             // Before the row can be written, so that a snapshot of all jobs finds the job here or in the
             // table.
             self.in_flight.remember(id, function.clone());
-            if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None, None, true) {
+            let row = Execution::lost(id, function, is_unconfirmed);
+            let end = self.followed(&row);
+            if self.record(id, row, None, None, None, true) {
+                self.trace(id, end, trace.as_deref());
                 self.metrics.results.with_label_values(&["lost"]).inc();
             } else {
                 self.in_flight.forget(id);

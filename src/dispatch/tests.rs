@@ -67,6 +67,7 @@ impl Fixture {
             audit,
             lease: Arc::clone(&lease),
             events: EventBus::default(),
+            traces: Traces::default(),
             metrics: Arc::clone(&metrics),
         });
         let left: Vec<Job> = before.iter().map(|(n, deadline)| job(node, *n, *deadline)).collect();
@@ -126,6 +127,7 @@ fn job(node: NodeId, n: u64, deadline: UnixMs) -> Job {
         idempotency_key: None,
         is_promised: true,
         message: "{}".into(),
+        trace: None,
     }
 }
 

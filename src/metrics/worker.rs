@@ -8,6 +8,7 @@
 use super::conf::ConfMetrics;
 use super::health::log_lines_dropped;
 use super::register::{OTHER, counter, counter_by, counter_vec, gauge, gauge_vec, histogram, histogram_vec};
+use super::traces::TraceMetrics;
 use crate::model::Runtime;
 use prometheus::{
     Encoder, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
@@ -332,6 +333,7 @@ pub struct WorkerProcessMetrics {
     registry: Registry,
     pub worker: Arc<WorkerMetrics>,
     pub conf: ConfMetrics,
+    pub traces: TraceMetrics,
     /// Set when the metrics are read.
     pub log_lines_dropped: IntGauge,
 }
@@ -345,10 +347,10 @@ impl WorkerProcessMetrics {
         let registry = Registry::new();
         let r = &registry;
         let (worker, conf) = (Arc::new(WorkerMetrics::new(r)?), ConfMetrics::new(r)?);
-        let log_lines_dropped = log_lines_dropped(r)?;
+        let (traces, log_lines_dropped) = (TraceMetrics::new(r)?, log_lines_dropped(r)?);
         #[cfg(target_os = "linux")]
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
-        Ok(Self { registry, worker, conf, log_lines_dropped })
+        Ok(Self { registry, worker, conf, traces, log_lines_dropped })
     }
 
     /// All metrics in the Prometheus text format.

@@ -4,6 +4,7 @@
 //! look-up: a node subscribes to the prefix of its own ids, and any node can compute the key of a row.
 
 use super::time::UnixMs;
+use super::trace::TraceContext;
 use std::fmt;
 use uuid::Uuid;
 
@@ -132,15 +133,10 @@ impl JobId {
         (high << (Self::LOW_BITS + 12)) | (middle << Self::LOW_BITS) | low
     }
 
-    /// A W3C `traceparent` that starts a new trace. The trace id is the job id.
-    pub(super) fn traceparent(&self) -> [u8; 55] {
-        let span = (self.0.as_u128() as u64) | 1; // a span id of zeros is invalid
-        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
-        self.0.as_simple().encode_lower(&mut text[3..35]);
-        for (n, digit) in text[36..52].iter_mut().enumerate() {
-            *digit = b"0123456789abcdef"[(span >> (60 - 4 * n)) as usize & 15];
-        }
-        text
+    /// A span that starts a new trace, which is not recorded. The trace id is the job id.
+    pub fn trace(&self) -> TraceContext {
+        // A span id of zeros is invalid.
+        TraceContext::new(self.0.as_u128(), (self.0.as_u128() as u64) | 1, false)
     }
 }
 

@@ -7,7 +7,9 @@ use super::ids::JobId;
 use super::time::{Rfc3339Ms, UnixMs};
 use super::{Function, FunctionId, IdempotencyKey};
 use crate::model::run_request::RunRequest;
+use crate::model::trace::{JobTrace, TraceContext};
 use bytes::Bytes;
+use std::sync::Arc;
 
 /// The time limit of a run, in milliseconds. It is part of the message, and the worker enforces it.
 pub const TIMEOUT_MS_DEFAULT: u64 = 300_000;
@@ -26,6 +28,8 @@ pub struct Job {
     pub is_promised: bool,
     /// The queue message: JSON in UTF-8, without characters that SQS rejects.
     pub message: Bytes,
+    /// `None`, if neither its spans are recorded nor its end decides about that.
+    pub trace: Option<Arc<JobTrace>>,
 }
 
 /// The part of the message that all jobs of a function share, written once.
@@ -72,7 +76,14 @@ impl JobTemplate {
         let body = format!("{{\"functionId\":\"{}\"}}", self.function);
         let request = RunRequest::parse(body.as_bytes()).unwrap();
         let id = JobId::new(super::ids::NodeId(1), 0, 0);
-        let draft = JobDraft { id, template: self, deadline: 0, request: &request, traceparent: None };
+        let draft = JobDraft {
+            id,
+            template: self,
+            deadline: 0,
+            request: &request,
+            traceparent: None,
+            tracestate: None,
+        };
         serde_json::from_slice(&draft.build().message).unwrap()
     }
 }
@@ -87,15 +98,15 @@ pub struct JobDraft<'a> {
     pub template: &'a JobTemplate,
     pub deadline: UnixMs,
     pub request: &'a RunRequest<'a>,
-    /// The `traceparent` of the client, if it sent a valid one: hexadecimal digits and hyphens. `None`: the
-    /// job starts a new trace.
-    pub traceparent: Option<&'a str>,
+    /// The span that the message names. `None`: the job starts a new trace.
+    pub traceparent: Option<TraceContext>,
+    /// The `tracestate` of the client, if it sent a valid one.
+    pub tracestate: Option<&'a str>,
 }
 
 impl JobDraft<'_> {
     /// Writes the message. `input` is copied byte for byte.
     pub fn build(&self) -> Job {
-        let own_trace = self.id.traceparent();
         let JobTemplate { function, text, input_at, times_at, .. } = self.template;
         let mut m = Vec::with_capacity(self.request.input.len() + text.len() + 256);
         m.extend_from_slice(b"{\"requestId\":\"");
@@ -111,8 +122,14 @@ impl JobDraft<'_> {
         m.extend_from_slice(b"\",\"deadline\":\"");
         m.extend_from_slice(Rfc3339Ms::of(self.deadline).as_str().as_bytes());
         m.extend_from_slice(&text.as_bytes()[*times_at..]);
-        m.extend_from_slice(self.traceparent.map_or(&own_trace[..], str::as_bytes));
-        m.extend_from_slice(b"\"}");
+        m.extend_from_slice(&self.traceparent.unwrap_or_else(|| self.id.trace()).text());
+        m.push(b'"');
+        if let Some(state) = self.tracestate {
+            m.extend_from_slice(b",\"tracestate\":");
+            // It may contain quotes and backslashes.
+            let _ = serde_json::to_writer(&mut m, state);
+        }
+        m.push(b'}');
         Job {
             id: self.id,
             function: function.clone(),
@@ -120,6 +137,7 @@ impl JobDraft<'_> {
             idempotency_key: None,
             is_promised: true,
             message: escape_noncharacters(m).into(),
+            trace: None,
         }
     }
 }
@@ -181,14 +199,21 @@ mod tests {
         let request = RunRequest::parse(body.as_bytes()).expect(body);
         let id = JobId::new(NodeId(1), AT, 2);
         let template = &JobTemplate::of(function, "b");
-        let draft = JobDraft { id, template, deadline: AT + 1000, request: &request, traceparent: None };
+        let draft = JobDraft {
+            id,
+            template,
+            deadline: AT + 1000,
+            request: &request,
+            traceparent: None,
+            tracestate: None,
+        };
         String::from_utf8(draft.build().message.to_vec()).unwrap()
     }
 
     #[test]
     fn the_message_has_the_format_that_workers_read() {
         let id = JobId::new(NodeId(1), AT, 2);
-        let trace = String::from_utf8(id.traceparent().to_vec()).unwrap();
+        let trace = id.trace();
         let expected = format!(
             "{{\"requestId\":\"{id}\",\"functionId\":\"f.1\",\"runtime\":\"python\",\"memoryMb\":256,\
              \"s3Bucket\":\"b\",\"s3Key\":\"functions/\\\"x\\\".zip\",\"timeoutMs\":300000,\
@@ -197,6 +222,17 @@ mod tests {
              \"configVersion\":7,\"traceparent\":\"{trace}\"}}"
         );
         assert_eq!(message(r#"{"functionId":"f.1","inputData":{"a": [1, 2]},"other":[]}"#), expected);
+    }
+
+    #[test]
+    fn a_message_passes_the_trace_of_its_client_on() {
+        let request = RunRequest::parse(br#"{"functionId":"f.1"}"#).unwrap();
+        let (id, template) = (JobId::new(NodeId(1), AT, 2), &JobTemplate::of(&function(), "b"));
+        let text = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let (traceparent, tracestate) = (TraceContext::parse(text), Some(r#"a="\,b=1"#));
+        let draft = JobDraft { id, template, deadline: AT, request: &request, traceparent, tracestate };
+        let message: serde_json::Value = serde_json::from_slice(&draft.build().message).unwrap();
+        assert_eq!((&message["traceparent"], &message["tracestate"]), (&text.into(), &r#"a="\,b=1"#.into()));
     }
 
     #[test]
@@ -255,8 +291,14 @@ mod tests {
         crate::fuzz::run("run_request", |input| {
             let Ok(request) = RunRequest::parse(input) else { return };
             let id = JobId::new(NodeId(1), AT, 2);
-            let draft =
-                JobDraft { id, template: &template, deadline: AT, request: &request, traceparent: None };
+            let draft = JobDraft {
+                id,
+                template: &template,
+                deadline: AT,
+                request: &request,
+                traceparent: None,
+                tracestate: None,
+            };
             let message = draft.build().message;
             let text = std::str::from_utf8(&message).expect("a message is UTF-8");
             serde_json::from_str::<&RawValue>(text).expect("a message is JSON");

@@ -187,6 +187,8 @@ async fn handle(node: &LiveNode, number: usize, request: &Request, wait_s: u64) 
         caller: None,
         counted: &counted,
         traceparent: None,
+        tracestate: None,
+        request_trace: None,
         is_async: request.is_async,
         wait_s: Some(wait_s),
     };

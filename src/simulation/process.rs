@@ -20,6 +20,7 @@ use crate::engine::{self, Engine, EngineParts, RunningEngine};
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::metrics::Metrics;
 use crate::model::{JobId, NodeId, ProcessToken};
+use crate::traces::Traces;
 use rand::Rng;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -308,6 +309,7 @@ async fn serve(process: ProcessNumber, machine: usize, conf: Arc<Conf>) -> Resul
         bucket: "code".into(),
         spill_dir: Some(&dir.join("spill")),
         lifecycle: &lifecycle,
+        traces: Traces::default(),
         metrics: Arc::clone(&metrics),
     };
     let (engine, mut loops) = engine::new(parts).map_err(|e| e.to_string())?;

@@ -1,7 +1,7 @@
 //! The members of a queue message that the worker reads, and the environment that they define.
 
 use super::runtime::ProcessEnv;
-use crate::model::{Runtime, TIMEOUT_MS_DEFAULT};
+use crate::model::{Runtime, TIMEOUT_MS_DEFAULT, TraceContext, tracestate};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
@@ -57,6 +57,40 @@ pub(super) struct Message<'a> {
     /// `None`: script mode.
     #[serde(borrow, default)]
     handler: Option<Cow<'a, str>>,
+    /// Kept as text: a message whose trace has another form runs all the same.
+    #[serde(borrow, default)]
+    traceparent: Option<&'a RawValue>,
+}
+
+/// The trace that a message names: its span, and its `tracestate`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct MessageTrace {
+    pub(super) context: Option<TraceContext>,
+    pub(super) state: Option<Box<str>>,
+}
+
+impl MessageTrace {
+    /// Reads two members of a message. What is not valid counts as missing.
+    pub(super) fn of(message: &[u8]) -> Self {
+        #[derive(Deserialize)]
+        struct TraceMembers<'a> {
+            #[serde(borrow, default)]
+            traceparent: Option<&'a RawValue>,
+            #[serde(borrow, default)]
+            tracestate: Option<&'a RawValue>,
+        }
+        let Ok(members) = serde_json::from_slice::<TraceMembers<'_>>(message) else { return Self::default() };
+        let context = members.traceparent.and_then(context_of);
+        let text = members.tracestate.filter(|_| context.is_some());
+        let text: Option<String> = text.and_then(|text| serde_json::from_str(text.get()).ok());
+        let state = text.as_deref().and_then(|text| Some(tracestate([text])?.into()));
+        Self { context, state }
+    }
+}
+
+fn context_of(member: &RawValue) -> Option<TraceContext> {
+    // A valid one has no escapes.
+    TraceContext::parse(member.get().strip_prefix('"')?.strip_suffix('"')?)
 }
 
 fn python() -> Cow<'static, str> {
@@ -128,6 +162,11 @@ impl<'a> Message<'a> {
     /// The handler. `None`: script mode.
     pub(super) fn handler(&self) -> Option<&str> {
         self.handler.as_deref().filter(|handler| !handler.is_empty())
+    }
+
+    /// The span that the message names, if it is valid.
+    pub(super) fn trace(&self) -> Option<TraceContext> {
+        self.traceparent.and_then(context_of)
     }
 
     /// Whether the input is too long for a variable and is passed in a file.
@@ -266,6 +305,25 @@ mod tests {
         assert_eq!((by_file.get("PAYLOAD"), by_file["PAYLOAD_FILE"].as_str()), (None, "/f/in"));
         let handler = message.handler_environment(run(&paths), &[]).unwrap();
         assert!(["PAYLOAD", "REQUEST_ID", "MODEL_ID"].iter().all(|name| !handler.contains_key(*name)));
+    }
+
+    #[test]
+    fn a_trace_that_is_not_valid_counts_as_missing() {
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        for (traceparent, state, is_valid, expected) in [
+            (json!(parent), json!("a=\"1\\"), true, Some("a=\"1\\")),
+            (json!(parent), json!("a"), true, None),
+            (json!(parent), json!(5), true, None),
+            (json!("x"), json!("a=1"), false, None),
+            (json!(7), json!(null), false, None),
+            (json!(null), json!(null), false, None),
+        ] {
+            let text = json!({ "s3Key": "k", "traceparent": traceparent, "tracestate": state }).to_string();
+            let trace = MessageTrace::of(text.as_bytes());
+            assert_eq!((trace.context.is_some(), trace.state.as_deref()), (is_valid, expected), "{text}");
+            assert_eq!(Message::parse(text.as_bytes()).unwrap().trace(), trace.context);
+        }
+        assert_eq!(MessageTrace::of(b"x"), MessageTrace::default());
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! The result of a run as JSON: the members that the workers of a fleet write, and `startedAt`, `coldStart`
-//! and `data`.
+//! The result of a run as JSON: the members that the workers of a fleet write, and `startedAt`, `coldStart`,
+//! `traceparent` and `data`.
 
 use super::advice::{Advice, RunFigures};
 use super::monitor::StopReason;
 use super::outputs::StoredOutputs;
 use super::run_end::RunEnd;
 use crate::backend::ReceivedJob;
-use crate::model::rfc3339_ms;
+use crate::model::{TraceContext, rfc3339_ms};
 use bytes::Bytes;
 use serde::Serialize;
 use serde_json::value::RawValue;
@@ -40,6 +40,8 @@ pub(super) struct RunResult<'a> {
     llm_token_count: Option<u64>,
     started_at: Option<String>,
     cold_start: Option<bool>,
+    /// The span of the run, or the one that the message names.
+    traceparent: Option<String>,
     /// The value of a handler. It stands in `stdout` too, for readers that do not know this member.
     data: Option<Box<RawValue>>,
 }
@@ -76,6 +78,7 @@ impl<'a> RunResult<'a> {
             llm_token_count: None,
             started_at: None,
             cold_start: None,
+            traceparent: None,
             data: None,
         }
     }
@@ -108,6 +111,10 @@ impl<'a> RunResult<'a> {
             data: run.value,
             ..Self::failed(job, worker_id, Some(memory_mb), run.stderr)
         }
+    }
+
+    pub(super) fn with_trace(self, context: Option<TraceContext>) -> Self {
+        Self { traceparent: context.map(|context| context.to_string()), ..self }
     }
 
     pub(super) fn to_json(&self) -> Bytes {

@@ -73,6 +73,16 @@ impl RunEnd {
     pub(super) fn is_success(&self) -> bool {
         self.exit_code == 0
     }
+
+    /// `error.type` of its span. `None`: it has succeeded.
+    pub(super) fn error_type(&self) -> Option<&'static str> {
+        match self.stopped {
+            Some(StopReason::Time) => Some("timeout"),
+            Some(StopReason::Memory(_)) => Some("out_of_memory"),
+            Some(StopReason::Tasks) => Some("too_many_tasks"),
+            None => (!self.is_success()).then_some("exit_code"),
+        }
+    }
 }
 
 impl StopReason {

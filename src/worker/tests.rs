@@ -79,6 +79,7 @@ impl Settings {
             runs_dir,
             worker_id: "local".to_owned(),
             ai_endpoint: None,
+            traces: crate::traces::Traces::default(),
             metrics: Arc::clone(&metrics.worker),
             drain: self.drain,
         };

@@ -7,6 +7,7 @@
 pub mod aws;
 pub mod aws_proxy;
 pub mod client;
+pub mod collector;
 pub mod conf_lines;
 pub mod description;
 pub mod gateway;

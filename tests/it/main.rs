@@ -162,6 +162,8 @@ mod tidy;
 #[cfg(test)]
 mod tls;
 #[cfg(test)]
+mod traces;
+#[cfg(test)]
 mod upgrade;
 #[cfg(test)]
 mod upstreams;

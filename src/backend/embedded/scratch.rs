@@ -67,6 +67,7 @@ pub(crate) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
         is_promised: true,
         deadline: now_ms() + 600_000,
         message: Bytes::from(message.to_owned()),
+        trace: None,
     }
 }
 

@@ -127,6 +127,7 @@ fn fixture_of(
         Arc::clone(&leaves),
         Arc::clone(&in_flight),
         shedder,
+        Traces::default(),
         metrics,
     );
     (Fixture { batcher, queue, journal, leaves, in_flight }, batch_loop.run(std::future::pending()))
@@ -142,6 +143,7 @@ impl Fixture {
             is_promised: true,
             deadline: n,
             message: vec![b' '; bytes].into(),
+            trace: None,
         };
         self.in_flight.enter(&job, Permits::new()).unwrap();
         self.batcher.send(job, None).unwrap()
@@ -258,6 +260,7 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
                 idempotency_key: Some(Box::new(IdempotencyKey::of("a", "b"))),
                 is_promised: true,
                 message: "{}".into(),
+                trace: None,
             };
             match resend {
                 None => fixture.in_flight.enter(&job, Permits::new()).unwrap(),
@@ -389,6 +392,7 @@ async fn a_job_that_enters_again_does_not_leave() {
         is_promised: true,
         deadline: 0,
         message: "{}".into(),
+        trace: None,
     };
     fixture.leaves.enter(&[job]).await.unwrap();
     fixture.leaves.clear().await;
@@ -470,6 +474,7 @@ async fn a_full_queue_rejects_jobs_immediately() {
         is_promised: true,
         deadline: 0,
         message: "{}".into(),
+        trace: None,
     };
     assert_eq!(fixture.batcher.send(job, None).err(), Some(SubmitError::Overloaded));
     let sent = Arc::clone(&fixture.queue);

@@ -3,8 +3,9 @@
 use crate::audit::KeyedResult;
 use crate::backend::STORED_RESULT_BYTES_MAX;
 use crate::dispatch::caps::Permit;
-use crate::model::{FunctionId, IdempotencyKey, Job, JobId, Outcome, UnixMs, now_ms};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, JobTrace, Outcome, UnixMs, now_ms};
 use smallvec::SmallVec;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 
@@ -42,6 +43,7 @@ pub struct InFlightJob {
 pub struct OptionalParts {
     pub idempotency_key: Option<IdempotencyKey>,
     pub held: Permits,
+    pub trace: Option<Arc<JobTrace>>,
 }
 
 /// The slots that a job holds under the caps of its function and its API key.
@@ -49,7 +51,12 @@ pub type Permits = SmallVec<[Permit; 2]>;
 
 impl InFlightJob {
     pub fn of(job: &Job, held: Permits, waiters: Vec<oneshot::Sender<Outcome>>) -> Self {
-        Self::new(job.function.clone(), job.deadline, job.idempotency_key.as_deref().copied(), held, waiters)
+        let key = job.idempotency_key.as_deref().copied();
+        let mut entry = Self::new(job.function.clone(), job.deadline, key, held, waiters);
+        if job.trace.is_some() {
+            entry.more.get_or_insert_default().trace.clone_from(&job.trace);
+        }
+        entry
     }
 
     pub fn new(
@@ -60,7 +67,7 @@ impl InFlightJob {
         waiters: Vec<oneshot::Sender<Outcome>>,
     ) -> Self {
         let has_more = idempotency_key.is_some() || !held.is_empty();
-        let more = has_more.then(|| Box::new(OptionalParts { idempotency_key, held }));
+        let more = has_more.then(|| Box::new(OptionalParts { idempotency_key, held, trace: None }));
         Self {
             function,
             deadline,
@@ -81,6 +88,10 @@ impl InFlightJob {
         let may_be_resent =
             || self.idempotency_key().is_some() && !self.claimed_sent && age(id) >= RESENT_AFTER;
         self.shared || may_be_resent()
+    }
+
+    pub fn trace(&self) -> Option<Arc<JobTrace>> {
+        self.more.as_ref().and_then(|more| more.trace.clone())
     }
 
     pub fn idempotency_key(&self) -> Option<IdempotencyKey> {

@@ -314,6 +314,7 @@ mod tests {
             is_promised: true,
             deadline: 0,
             message: message.into(),
+            trace: None,
         };
         let jobs = [job(1, "{\"a\":\"\\n\u{1F600}\"}"), job(2, "{}")];
         for fifo in [false, true] {

@@ -242,6 +242,7 @@ async fn the_journal_and_the_membership_run_on_it() {
         idempotency_key: None,
         is_promised: true,
         message: bytes::Bytes::new(),
+        trace: None,
     };
     journal.enter(from_ref(&job)).await.unwrap();
     let entries = journal.entries(node).await.unwrap();

@@ -1,0 +1,357 @@
+//! Traces: spans of requests, messages and runs, exported with OpenTelemetry.
+//!
+//! Off unless `OTEL_*` variables name a collector. Then each function here is one branch.
+//!
+//! Spans are recorded by hand, as finished [`SpanData`](opentelemetry_sdk::trace::SpanData).
+//! `tracing-opentelemetry` was rejected: each `tracing` span costs an allocation and calls of the subscriber,
+//! also in a process that exports nothing. So was the tracer of the SDK. The id of a span must be known
+//! before the span begins, because the message of its job contains it, and a job that failed gets its spans
+//! at its end. The batch processor of the SDK was rejected as well: it does not count what it drops, and its
+//! thread has no Tokio runtime for the HTTP client. The types, the encoding and the retries are those of the
+//! OpenTelemetry crates.
+//!
+//! Names follow the semantic conventions for HTTP, messaging and FaaS, version 1.42.
+//!
+//! * [`request`] — the SERVER span of a request
+//! * [`message`] — the spans of a job: `create`, `send`, and `process` in a worker
+//! * [`life`] — the spans of a job that was not traced from its start, but failed or was slow
+//! * [`sampler`] — which traces are recorded; [`destination`] — the queue, as spans name it
+//! * [`recorder`] — the queue of finished spans; [`export`] — the loop that sends them, over [`collector`]
+
+mod collector;
+mod destination;
+mod export;
+mod life;
+mod message;
+mod recorder;
+mod request;
+mod sampler;
+
+pub use destination::Destination;
+pub use export::ExportLoop;
+pub use life::JobLife;
+pub use message::{ProcessEnd, ProcessSpan, SendSpan};
+pub use request::{RequestEnd, RequestSpan};
+
+use crate::ambient;
+use crate::config::{TraceExport, TraceSampling, TracesConf};
+use crate::metrics::TraceMetrics;
+use crate::model::{Job, JobTrace, RequestTrace, TraceContext};
+use recorder::{Recorder, new_span_id};
+use std::sync::Arc;
+
+/// What traces are built from.
+pub struct TraceParts<'a> {
+    pub export: &'a TraceExport,
+    pub conf: TracesConf,
+    pub destination: Destination,
+    /// The default of `service.name`.
+    pub service: &'static str,
+    /// `service.instance.id`.
+    pub instance: String,
+    pub metrics: TraceMetrics,
+}
+
+/// The handle that records spans. Cheap to clone. The default records nothing.
+#[derive(Clone, Default)]
+pub struct Traces(Option<Arc<Tracing>>);
+
+struct Tracing {
+    sampling: TraceSampling,
+    conf: TracesConf,
+    destination: Destination,
+    recorder: Recorder,
+}
+
+/// Builds the handle and the loop that exports. Starts nothing.
+///
+/// # Errors
+/// Why the collector cannot be used.
+pub fn new(parts: TraceParts<'_>) -> Result<(Traces, ExportLoop), String> {
+    let TraceParts { export, conf, destination, service, instance, metrics } = parts;
+    let (recorder, export_loop) = export::new(export, service, instance, metrics)?;
+    let tracing = Tracing { sampling: export.sampling, conf, destination, recorder };
+    Ok((Traces(Some(Arc::new(tracing))), export_loop))
+}
+
+impl Traces {
+    /// Begins the span of a request. `caller`: the span that its `traceparent` names, if it is valid. `None`:
+    /// the request is not recorded.
+    pub fn begin_request(&self, caller: impl FnOnce() -> Option<TraceContext>) -> Option<RequestSpan> {
+        let tracing = self.0.as_deref()?;
+        let parent = caller();
+        let context = sampler::recorded(tracing.sampling, parent)?;
+        Some(RequestSpan { context, parent, state: None, began: ambient::unix_time() })
+    }
+
+    pub fn end_request(&self, span: &RequestSpan, end: &RequestEnd<'_>) {
+        if let Some(tracing) = &self.0 {
+            tracing.recorder.record(request::finished(span, end));
+        }
+    }
+
+    /// The trace of a new job. `client`: what its client sent. `None`: the message passes that on unchanged,
+    /// and the job needs no trace.
+    pub fn of_job(
+        &self,
+        request: Option<&RequestTrace>,
+        client: Option<TraceContext>,
+        state: Option<&str>,
+    ) -> Option<Arc<JobTrace>> {
+        let tracing = self.0.as_deref()?;
+        let is_recorded = request.is_some();
+        let context = match request {
+            Some(request) => request.context.recorded_child(new_span_id()),
+            // Its end decides, and then its spans belong to the trace of the client.
+            None => client.filter(|_| life::is_wanted(tracing.conf))?,
+        };
+        Some(Arc::new(JobTrace {
+            context,
+            is_recorded,
+            parent: request.map(|request| request.context.span_id()),
+            state: state.map(Box::from),
+            began: ambient::unix_time(),
+            request_id: request.map(|request| Arc::clone(&request.request_id)),
+        }))
+    }
+
+    /// Records that a message was created and handed over to be sent.
+    pub fn created(&self, job: &Job) {
+        if let (Some(tracing), Some(trace)) = (&self.0, job.trace.as_deref().filter(|of| of.is_recorded)) {
+            tracing.recorder.record(message::created(job, trace, &tracing.destination));
+        }
+    }
+
+    /// Begins the span of a batch. `None`: none of its jobs is recorded.
+    pub fn begin_send(&self, jobs: &[Job]) -> Option<SendSpan> {
+        self.0.as_ref().and_then(|_| SendSpan::begin(jobs))
+    }
+
+    /// `error`: why at least one job of the batch was not confirmed.
+    pub fn end_send(&self, span: SendSpan, error: Option<&'static str>) {
+        if let Some(tracing) = &self.0 {
+            tracing.recorder.record(span.finished(error, &tracing.destination));
+        }
+    }
+
+    /// Whether [`Self::job_ended`] has an effect.
+    pub fn follows_jobs(&self) -> bool {
+        self.0.as_ref().is_some_and(|tracing| life::is_wanted(tracing.conf))
+    }
+
+    /// Records the spans of a job that was not recorded from its start, if it failed or was slow.
+    pub fn job_ended(&self, ended: &JobLife<'_>) {
+        if let Some(tracing) = self.0.as_ref().filter(|tracing| ended.is_traced_by(tracing.conf)) {
+            for span in ended.spans(&tracing.destination) {
+                tracing.recorder.record(span);
+            }
+        }
+    }
+
+    /// Begins the span of a run. `message`: the span that the message names, and its `tracestate`. `None`:
+    /// the run is not recorded.
+    pub fn begin_process(
+        &self,
+        message: impl FnOnce() -> (Option<TraceContext>, Option<Box<str>>),
+    ) -> Option<ProcessSpan> {
+        let tracing = self.0.as_deref()?;
+        let (parent, state) = message();
+        let context = sampler::recorded(tracing.sampling, parent)?;
+        Some(ProcessSpan { context, parent, state, began: ambient::unix_time() })
+    }
+
+    pub fn end_process(&self, span: &ProcessSpan, end: &ProcessEnd<'_>) {
+        if let Some(tracing) = &self.0 {
+            tracing.recorder.record(message::processed(span, end, &tracing.destination));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::SAMPLING_RANGE;
+    use crate::metrics::Metrics;
+    use crate::model::{FunctionId, JobId, NodeId, now_ms};
+    use opentelemetry::trace::{SpanId, SpanKind, Status};
+    use opentelemetry_sdk::trace::SpanData;
+    use std::time::Duration;
+    use tokio::sync::mpsc;
+
+    const CALLER: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    fn traces(conf: TracesConf, spans_max: usize) -> (Traces, mpsc::Receiver<SpanData>, TraceMetrics) {
+        let (sender, receiver) = mpsc::channel(spans_max);
+        let metrics = Metrics::new(1).unwrap().traces;
+        let sampling = TraceSampling { follows_parent: true, threshold: SAMPLING_RANGE };
+        let destination = Destination::sqs("https://sqs.eu-west-1.amazonaws.com/1/jobs");
+        let recorder = Recorder::new(sender, metrics.clone());
+        (Traces(Some(Arc::new(Tracing { sampling, conf, destination, recorder }))), receiver, metrics)
+    }
+
+    fn job(n: u64, trace: Option<Arc<JobTrace>>) -> Job {
+        Job {
+            id: JobId::new(NodeId(1), now_ms(), n),
+            function: FunctionId::parse("f").unwrap(),
+            deadline: 0,
+            idempotency_key: None,
+            is_promised: true,
+            message: "{}".into(),
+            trace,
+        }
+    }
+
+    fn end() -> RequestEnd<'static> {
+        RequestEnd {
+            method: "POST",
+            is_known_method: true,
+            route: Some("/run"),
+            path: "/api/run",
+            has_tls: false,
+            version: "1.1",
+            authority: Some("gateway:8080"),
+            user_agent: None,
+            status: Some(200),
+            request_id: "r-1",
+        }
+    }
+
+    fn attribute(span: &SpanData, name: &str) -> Option<String> {
+        let found = span.attributes.iter().find(|attribute| attribute.key.as_str() == name);
+        found.map(|attribute| attribute.value.to_string())
+    }
+
+    #[tokio::test]
+    async fn the_spans_of_a_run_are_one_tree() {
+        let (traces, mut receiver, _) = traces(TracesConf::default(), 16);
+        let caller = TraceContext::parse(CALLER);
+        let request = traces.begin_request(|| caller).unwrap();
+        let shared = RequestTrace { context: request.context, request_id: "r-1".into() };
+        let trace = traces.of_job(Some(&shared), caller, Some("a=1"));
+        let jobs = [job(1, None), job(2, trace.clone()), job(3, traces.of_job(Some(&shared), None, None))];
+        traces.created(&jobs[1]);
+        let send = traces.begin_send(&jobs).unwrap();
+        traces.end_send(send, None);
+        let message = trace.as_ref().map(|trace| trace.context);
+        let process = traces.begin_process(|| (message, Some("a=1".into()))).unwrap();
+        traces.end_process(
+            &process,
+            &ProcessEnd {
+                request_id: "j",
+                function: "f",
+                version: 3,
+                memory_mb: 128,
+                worker_id: "w",
+                is_cold: Some(true),
+                error: Some("timeout"),
+            },
+        );
+        traces.end_request(&request, &end());
+        let spans: Vec<SpanData> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
+        let [create, send, process, server] = &spans[..] else { panic!("{spans:#?}") };
+        for (span, name, kind, parent) in [
+            (server, "POST /run", SpanKind::Server, SpanId::from(caller.unwrap().span_id())),
+            (create, "create jobs", SpanKind::Producer, server.span_context.span_id()),
+            (send, "send jobs", SpanKind::Client, server.span_context.span_id()),
+            (process, "process jobs", SpanKind::Consumer, create.span_context.span_id()),
+        ] {
+            assert_eq!((&*span.name, &span.span_kind, span.parent_span_id), (name, &kind, parent));
+            assert_eq!(span.span_context.trace_id().to_string(), CALLER[3..35]);
+            assert!(span.span_context.is_sampled() && span.end_time >= span.start_time);
+        }
+        let linked: Vec<SpanId> = send.links.iter().map(|link| link.span_context.span_id()).collect();
+        let third = jobs[2].trace.as_ref().unwrap().context.span_id();
+        assert_eq!(linked, [create.span_context.span_id(), SpanId::from(third)]);
+        assert_eq!(process.links[0].span_context.span_id(), create.span_context.span_id());
+        assert_eq!(process.span_context.trace_state().header(), "a=1");
+        for (span, name, value) in [
+            (server, "http.request.method", "POST"),
+            (server, "http.route", "/run"),
+            (server, "url.path", "/api/run"),
+            (server, "server.port", "8080"),
+            (server, "http.response.status_code", "200"),
+            (create, "messaging.system", "aws_sqs"),
+            (create, "messaging.destination.name", "jobs"),
+            (create, "messaging.operation.type", "create"),
+            (create, "faas.invoked_name", "f"),
+            (send, "messaging.batch.message_count", "3"),
+            (send, "server.address", "sqs.eu-west-1.amazonaws.com"),
+            (process, "faas.coldstart", "true"),
+            (process, "faas.max_memory", "134217728"),
+            (process, "error.type", "timeout"),
+        ] {
+            assert_eq!(attribute(span, name).as_deref(), Some(value), "{name}");
+        }
+        assert!(matches!(process.status, Status::Error { .. }) && server.status == Status::Unset);
+    }
+
+    #[tokio::test]
+    async fn a_trace_that_is_not_sampled_is_not_recorded() {
+        let (on, mut receiver, _) = traces(TracesConf::default(), 16);
+        let caller = TraceContext::parse(&CALLER.replace("-01", "-00"));
+        for traces in [&on, &Traces::default()] {
+            assert!(traces.begin_request(|| caller).is_none() && !traces.follows_jobs());
+            assert!(traces.begin_process(|| (caller, None)).is_none());
+            assert_eq!(traces.of_job(None, caller, Some("a=1")), None);
+            traces.created(&job(1, None));
+            assert!(traces.begin_send(&[job(1, None)]).is_none());
+        }
+        assert!(receiver.try_recv().is_err());
+    }
+
+    #[tokio::test]
+    async fn failed_and_slow_jobs_are_traced_at_their_end() {
+        let slow = TracesConf { failed: false, slow_ms: 1000 };
+        let failed = TracesConf { failed: true, slow_ms: 0 };
+        for (conf, is_success, after_ms, expected) in [
+            (slow, true, 999, 0),
+            (slow, true, 1000, 2),
+            (slow, false, 1, 0),
+            (failed, false, 1, 2),
+            (failed, true, 5000, 0),
+        ] {
+            let (traces, mut receiver, _) = traces(conf, 16);
+            assert!(traces.follows_jobs());
+            let caller = TraceContext::parse(&CALLER.replace("-01", "-00"));
+            for trace in [None, traces.of_job(None, caller, None)] {
+                let ended = job(7, trace.clone());
+                let status = if is_success { "SUCCESS" } else { "FAILED" };
+                let heard = Duration::from_millis(ended.id.accepted_at() + after_ms);
+                let (function, trace) = (&ended.function, trace.as_deref());
+                traces.job_ended(&JobLife { id: ended.id, function, trace, status, is_success, heard });
+                let spans: Vec<SpanData> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
+                assert_eq!(spans.len(), expected, "{conf:?} {status} {after_ms}");
+                let [whole, create] = &spans[..] else { continue };
+                let id = trace.map_or_else(|| ended.id.trace(), |trace| trace.context);
+                for span in [whole, create] {
+                    assert_eq!(span.span_context.trace_id(), id.trace_id().into());
+                    assert!(span.span_context.is_sampled());
+                }
+                assert_eq!(create.parent_span_id, whole.span_context.span_id());
+                match trace {
+                    Some(_) => assert_eq!(whole.parent_span_id, id.span_id().into()),
+                    None => assert_eq!(create.span_context.span_id(), id.span_id().into()),
+                }
+                assert_eq!(matches!(whole.status, Status::Error { .. }), !is_success);
+            }
+            let request = traces.begin_request(|| None).unwrap();
+            let shared = RequestTrace { context: request.context, request_id: "r".into() };
+            let ended = job(8, traces.of_job(Some(&shared), None, None));
+            let (function, trace) = (&ended.function, ended.trace.as_deref());
+            let heard = Duration::from_secs(u64::from(u32::MAX));
+            traces.job_ended(&JobLife { id: ended.id, function, trace, status: "LOST", is_success, heard });
+            assert!(receiver.try_recv().is_err(), "it is recorded already");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_queue_drops_and_counts() {
+        let (traces, mut receiver, metrics) = traces(TracesConf::default(), 1);
+        let request = traces.begin_request(|| None).unwrap();
+        for _ in 0..3 {
+            traces.end_request(&request, &end());
+        }
+        assert_eq!(metrics.dropped.get(), 2);
+        assert!(receiver.try_recv().is_ok());
+    }
+}

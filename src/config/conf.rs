@@ -141,7 +141,8 @@ impl Conf {
             let reserved = RESERVED_PATHS.into_iter().find(|path| is_below(prefix, path));
             let route = routes.clone().find(|route| is_below(route, prefix)).or(reserved)?;
             Some(format!(
-                "upstream {}: {route} and what the gateway serves below it do not reach {}; choose another prefix",
+                "upstream {}: {route} and what the gateway serves below it do not reach {}; choose another \
+                 prefix",
                 upstream.name, upstream.prefix,
             ))
         };

@@ -23,8 +23,9 @@ pub struct Job {
     pub deadline: UnixMs,
     /// The key of its request. Boxed, because few jobs have one.
     pub idempotency_key: Option<Box<IdempotencyKey>>,
-    /// Somebody may learn that the job exists before it has ended: its client is answered early, or sends the
-    /// request again with its key. If not, a power failure may take the job with the connection of its client.
+    /// Somebody may learn that the job exists before it has ended: its client is answered early, or sends
+    /// the request again with its key. If not, a power failure may take the job with the connection of its
+    /// client.
     pub is_promised: bool,
     /// The queue message: JSON in UTF-8, without characters that SQS rejects.
     pub message: Bytes,

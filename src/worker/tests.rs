@@ -276,7 +276,7 @@ async fn a_result_has_exactly_the_members_of_the_protocol() {
     let mut expected: Vec<_> = "requestId, functionId, workerId, status, exitCode, stdout, stderr, \
         durationMs, handlerDurationMs, peakMemoryBytes, allocatedMemoryMb, optimizationTip, \
         estimatedSavings, recommendedMemoryMb, cpuUsage, networkRx, networkTx, diskRead, diskWrite, \
-        outputFiles, llm_token_count, startedAt, coldStart, data"
+        outputFiles, llm_token_count, startedAt, coldStart, traceparent, data"
         .split(", ")
         .collect();
     expected.sort_unstable();

@@ -20,15 +20,15 @@ pub const ARROWS: [(&str, &str); 29] = [
     ),
     (
         "engine",
-        "runs fleet dispatch functions limiter events audit lifecycle traces config metrics node_lease backend \
-         ambient model",
+        "runs fleet dispatch functions limiter events audit lifecycle traces config metrics node_lease \
+         backend ambient model",
     ),
     ("fleet", "dispatch events audit config metrics node_lease backend ambient model"),
     ("gateway", "api limiter lifecycle log traces config metrics model"),
     (
         "api",
-        "overview runs dispatch functions limiter catalogue events audit lifecycle log config metrics backend \
-         code_archive model",
+        "overview runs dispatch functions limiter catalogue events audit lifecycle log config metrics \
+         backend code_archive model",
     ),
     ("worker", "log traces config metrics backend backoff code_archive https ambient model"),
     ("catalogue", "config https"),

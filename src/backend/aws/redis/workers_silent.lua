@@ -1,8 +1,8 @@
 -- Lists the workers that have become silent since the last call of any node. Each silent worker falls into
 -- the time between two calls once, so one node gets it.
 --
--- KEYS: as in registry_put.lua, and the place of the last call. ARGV: the silence in ms, how long the place is
--- remembered in ms. Answer: the states of the workers. The first call gets none.
+-- KEYS: as in registry_put.lua, and the place of the last call. ARGV: the silence in ms, how long the place
+-- is remembered in ms. Answer: the states of the workers. The first call gets none.
 local states, seen, place = KEYS[1], KEYS[2], KEYS[3]
 local time = redis.call('TIME')
 local till = time[1] * 1000 + math.floor(time[2] / 1000) - tonumber(ARGV[1])

@@ -213,7 +213,7 @@ impl DatabaseWriter {
         };
         self.flush_at = flushed.is_err().then(|| Instant::now() + FLUSH_RETRIED_AFTER);
         if let Err(e) = flushed {
-            tracing::warn!(error = %e, "Last writes of the database not flushed to the disk; retrying in 1 s");
+            tracing::warn!(error = %e, "Last writes of the database not flushed; retrying in 1 s");
         }
     }
 

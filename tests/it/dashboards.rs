@@ -116,7 +116,7 @@ fn conf(service: &Upstream) -> Conf {
                  key = \"key.pem\"\n"
             .to_owned(),
         limits: limit_lines("reads", "key", "/functions/:id", one_an_hour),
-        upstreams: upstream_lines("models", &[service.addr()], "scope = \"none\"\n"),
+        upstreams: upstream_lines("ai", &[service.addr()], "scope = \"none\"\n"),
         files: vec![
             ("certificate.pem".to_owned(), identity.certificate),
             ("key.pem".to_owned(), identity.key),
@@ -133,7 +133,7 @@ async fn light_load(gateway: &Gateway) {
     gateway.run(HELLO, &json!(2)).header("idempotency-key", "one-of-the-dashboards").send().await;
     gateway.run(&failing, &json!(3)).send().await;
     gateway.get(&format!("/functions/{HELLO}")).await;
-    gateway.upstream_request("GET", "/models/x").send().await;
+    gateway.upstream_request("GET", "/ai/x").send().await;
     gateway.anonymous("GET", "/health").send().await;
     pause(LOAD_EVERY).await;
 }

@@ -17,6 +17,7 @@ mod dispatcher;
 mod given_up;
 mod in_flight;
 mod journal;
+mod lives;
 mod node_jobs;
 mod recent;
 mod result_loops;
@@ -31,6 +32,7 @@ pub use caps::TooManyJobs;
 pub use dead_letters::DeadLetterReader;
 pub use dispatcher::{Dispatcher, JobState, Pending, PendingJob, Submitted};
 pub use in_flight::{Permits, Waiter};
+pub use lives::KnownLife;
 pub use node_jobs::NodeJobs;
 pub use result_loops::{Lookups, Pump};
 
@@ -45,6 +47,7 @@ use caps::ConcurrencyCaps;
 use dispatcher::DispatcherParts;
 use in_flight::InFlight;
 use journal::NodeJournal;
+use lives::JobLives;
 use schedule::LookupSchedule;
 use settler::Settler;
 use shedder::Shedder;
@@ -109,6 +112,13 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         dead_letters,
         rows: Arc::clone(&settler) as Arc<dyn RowsStored>,
     };
+    let lives = JobLives::new(
+        node,
+        Arc::clone(&in_flight),
+        Arc::clone(&journal),
+        Arc::clone(&backend.results),
+        Arc::clone(&settler),
+    );
     let dispatcher = Dispatcher::new(DispatcherParts {
         node,
         batcher,
@@ -122,6 +132,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         lease,
         membership: backend.membership.clone(),
         overload,
+        lives,
     });
     (dispatcher, loops)
 }

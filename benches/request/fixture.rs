@@ -296,6 +296,7 @@ impl Fixture {
 
     pub fn job(&self) -> Job {
         Job {
+            progress: None,
             id: self.dispatcher.new_id(),
             function: FunctionId::parse("bench").expect("a function id"),
             idempotency_key: None,

@@ -6,7 +6,7 @@ use super::schedule::{self, LookupSchedule};
 use crate::audit::{Audit, KeyedResult, RowsStored};
 use crate::backend::{BackendError, JournalEntry, Results, STORED_MAX, SubscriptionState};
 use crate::metrics::Metrics;
-use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommendation, now_ms};
+use crate::model::{Execution, ExecutionEnd, FunctionId, JobId, Outcome, Recommendation, RowLife, now_ms};
 use crate::node_lease::NodeLease;
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -67,7 +67,7 @@ impl Settler {
 
     /// Keeps looking up the result of a job that ended as LOST.
     pub fn remember(&self, id: JobId, function: FunctionId) {
-        self.in_flight.remember(id, function);
+        self.in_flight.remember(id, function, RowLife::default());
         self.schedule.plan(id, schedule::LAST);
     }
 
@@ -115,16 +115,16 @@ impl Settler {
         match self.in_flight.settle(id, outcome) {
             SettleOutcome::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
             SettleOutcome::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
-            SettleOutcome::First(FirstResult { function, kept, is_shared }) => {
-                let row = Execution::ended(id, function, ending);
+            SettleOutcome::First(FirstResult { function, kept, is_shared, heard_at, life }) => {
+                let row = Execution::ended(id, function, ending).with_life(heard_at, life);
                 log_execution(id, &row);
                 let is_shared = is_shared || !self.lease.holds();
                 if self.record(id, row, exit_code, recommendation, kept, is_shared) {
                     self.metrics.results_settled.inc();
                 }
             }
-            SettleOutcome::Late(function) => {
-                let row = Execution::ended(id, function, ending);
+            SettleOutcome::Late(function, life) => {
+                let row = Execution::ended(id, function, ending).with_life(None, life);
                 log_execution(id, &row);
                 if self.audit.record_late(id, row, exit_code, recommendation).is_ok() {
                     self.in_flight.forget(id);
@@ -165,7 +165,8 @@ impl Settler {
         let lost = Outcome::lost(is_unconfirmed);
         // LOST is not stored with the idempotency key. A repeated request reads the row instead, which may
         // show a late result.
-        if let SettleOutcome::First(FirstResult { function, .. }) = self.in_flight.settle(id, lost) {
+        let settled = self.in_flight.settle(id, lost);
+        if let SettleOutcome::First(FirstResult { function, heard_at, life, .. }) = settled {
             tracing::warn!(
                 requestId = %id,
                 functionId = %function,
@@ -174,8 +175,9 @@ impl Settler {
             );
             // Before the row can be written, so that a snapshot of all jobs finds the job here or in the
             // table.
-            self.in_flight.remember(id, function.clone());
-            if self.record(id, Execution::lost(id, function, is_unconfirmed), None, None, None, true) {
+            self.in_flight.remember(id, function.clone(), life.clone());
+            let row = Execution::lost(id, function, is_unconfirmed).with_life(heard_at, life);
+            if self.record(id, row, None, None, None, true) {
                 self.metrics.results.with_label_values(&["lost"]).inc();
             } else {
                 self.in_flight.forget(id);

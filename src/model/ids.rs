@@ -132,6 +132,11 @@ impl JobId {
         (high << (Self::LOW_BITS + 12)) | (middle << Self::LOW_BITS) | low
     }
 
+    /// The id of the trace that the job starts, if its client has none: the id of the job.
+    pub(super) fn trace_id(&self) -> String {
+        self.0.as_simple().to_string()
+    }
+
     /// A W3C `traceparent` that starts a new trace. The trace id is the job id.
     pub(super) fn traceparent(&self) -> [u8; 55] {
         let span = (self.0.as_u128() as u64) | 1; // a span id of zeros is invalid

@@ -96,6 +96,10 @@ impl Journal for SqliteJournal {
         Ok(read.await?.is_some())
     }
 
+    async fn entry(&self, id: JobId) -> Result<Option<JournalEntry>, BackendError> {
+        Ok(self.between(*id.as_bytes(), *id.as_bytes()).await?.pop())
+    }
+
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
         let (first, last) = (key(node, 0), key(node, u8::MAX));
         let read = self.0.read(move |c| {

@@ -136,6 +136,7 @@ impl Fixture {
     fn send(&self, n: u64, function: &str, bytes: usize) -> oneshot::Receiver<Result<(), SubmitError>> {
         let function = FunctionId::parse(function).unwrap();
         let job = Job {
+            progress: None,
             id: JobId::new(NodeId(1), 1, n),
             function,
             idempotency_key: None,
@@ -252,6 +253,7 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
         let work = async {
             let id = JobId::new(NodeId(2), now_ms(), 7);
             let job = Job {
+                progress: None,
                 id,
                 function: FunctionId::parse("f").unwrap(),
                 deadline: 0,
@@ -290,7 +292,7 @@ async fn a_job_that_is_lost_during_its_send_has_an_unknown_result() {
             let sending = fixture.send(7, "f", 1);
             tokio::time::sleep(Duration::from_millis(lost_after_ms)).await;
             fixture.in_flight.settle(id, Outcome::lost(true));
-            fixture.in_flight.remember(id, FunctionId::parse("f").unwrap());
+            fixture.in_flight.remember(id, FunctionId::parse("f").unwrap(), RowLife::default());
             assert_eq!(sending.await.unwrap(), Err(SubmitError::Unknown));
             drop(fixture);
         };
@@ -383,6 +385,7 @@ async fn a_job_that_enters_again_does_not_leave() {
     fixture.leaves.leave(jobs, Instant::now());
     assert!(fixture.leaves.keep(jobs[0]) && !fixture.leaves.keep(jobs[0]));
     let job = Job {
+        progress: None,
         id: jobs[1],
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,
@@ -464,6 +467,7 @@ async fn a_full_queue_rejects_jobs_immediately() {
         drop(fixture.send(n, "f", 1));
     }
     let job = Job {
+        progress: None,
         id: JobId::new(NodeId(1), 1, 200),
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,

@@ -579,6 +579,7 @@ async fn a_job_with_a_waiter_is_given_back_later() {
     let job = |n| {
         let id = JobId::new(NODE, 1000, n);
         Job {
+            progress: None,
             id,
             function: function.clone(),
             deadline: LATER,

@@ -66,7 +66,10 @@ impl JobLives {
             // the job is pending as far as this node knows.
             self.settler.look_up(&[id]).await;
         }
-        if let Some(known) = self.here(id) {
+        if let Some((mut known, lacks_result)) = self.here(id) {
+            if lacks_result {
+                known.outcome = self.settler.stored(id).await?.map(Outcome::new);
+            }
             return Ok(Some(known));
         }
         if let Some(known) = self.stored(id).await? {
@@ -90,25 +93,29 @@ impl JobLives {
         Ok(found.and_then(|payload| KnownLife::of_result(Outcome::new(payload))))
     }
 
-    /// What this node has in memory.
-    fn here(&self, id: JobId) -> Option<KnownLife> {
+    /// What this node has in memory, and whether the job has a result that only the store has.
+    fn here(&self, id: JobId) -> Option<(KnownLife, bool)> {
         let recent = self.in_flight.recent(id);
         let Some(entry) = self.in_flight.entry_life(id) else {
             let recent = recent?;
             // The substitute for a result names no function.
-            return match self.in_flight.lost_function(id).filter(|_| recent.is_lost()) {
+            let known = match self.in_flight.lost_function(id).filter(|_| recent.is_lost()) {
                 Some(function) => Some(KnownLife { outcome: Some(recent), ..KnownLife::new(function) }),
                 None => KnownLife::of_result(recent),
             };
+            return known.map(|known| (known, false));
         };
         let adopter = (id.node() != self.node).then_some(self.node);
-        Some(KnownLife {
-            outcome: recent.filter(|_| entry.is_settled),
+        let outcome = recent.filter(|_| entry.is_settled);
+        let lacks_result = entry.is_settled && outcome.is_none();
+        let known = KnownLife {
+            outcome,
             deadline: Some(entry.deadline),
             is_unconfirmed: entry.is_unconfirmed,
             life: RowLife { ended_by: adopter, ..entry.life },
             ..KnownLife::new(entry.function)
-        })
+        };
+        Some((known, lacks_result))
     }
 
     async fn stored(&self, id: JobId) -> Result<Option<KnownLife>, BackendError> {

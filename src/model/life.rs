@@ -124,6 +124,25 @@ pub struct RowLife {
 }
 
 impl RowLife {
+    /// A life of which all is known, for tests.
+    #[cfg(test)]
+    pub fn sample() -> Self {
+        let at = 1_795_305_600_123;
+        Self {
+            sent_at: Some(at + 1),
+            confirmed_at: Some(at + 2),
+            started_at: Some(at - 1),
+            written_at: Some(at + 4),
+            worker_id: Some("worker \"1\"".into()),
+            ended_by: Some(NodeId(0xab)),
+            key_name: Some("billing".into()),
+            config_version: Some(7),
+            allocated_mb: Some(256),
+            trace_id: Some("0af7651916cd43dd8448eb211c80319c".into()),
+            exit_code: Some(-3),
+        }
+    }
+
     /// What the worker reported.
     pub(super) fn of(fields: &ResultFields<'_>) -> Self {
         Self {

@@ -10,6 +10,7 @@ mod cursor;
 mod fields;
 mod form;
 mod functions;
+mod jobs;
 mod logs;
 mod models;
 mod number;
@@ -61,6 +62,8 @@ pub struct ApiParts<'a> {
     pub metrics: Arc<Metrics>,
     /// The directory for uploads until they are validated and stored.
     pub spool_dir: PathBuf,
+    /// The price of one second with one GB of memory, if it is configured.
+    pub gb_second: Option<f64>,
     /// The key that signs cursors is derived from it.
     pub api_key: &'a Secret,
 }
@@ -69,6 +72,7 @@ pub struct ApiParts<'a> {
 pub struct Api {
     run: run::RunRoute,
     status: status::StatusRoute,
+    jobs: jobs::Jobs,
     functions: functions::FunctionRoutes,
     upload: upload::UploadRoute,
     change: change::ChangeRoute,
@@ -88,9 +92,11 @@ impl Api {
         let cursors = cursor::Cursors::new(parts.api_key);
         let uploads = Arc::new(upload::UploadSpool::new(parts.spool_dir));
         let run = run::RunRoute::new(parts.runs);
+        let jobs = jobs::Jobs::new(dispatcher.clone(), Arc::clone(&backend.executions), parts.gb_second);
         Self {
             run,
             status: status::StatusRoute::new(waits, dispatcher, lifecycle.clone()),
+            jobs,
             functions: functions::FunctionRoutes::new(
                 Arc::clone(&backend.functions),
                 parts.editor.clone(),
@@ -147,6 +153,7 @@ impl Api {
             Endpoint::Index => Ok(system::index()),
             Endpoint::Status => self.status.get(call).await,
             Endpoint::StatusWithoutId => Err(ApiError::invalid("the path names no job id: /status/<jobId>")),
+            Endpoint::Job => self.jobs.get(call).await,
             Endpoint::Functions => self.functions.list(call).await,
             Endpoint::Function => self.functions.get(call).await,
             Endpoint::DeleteFunction => self.functions.delete(call).await,

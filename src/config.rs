@@ -40,8 +40,8 @@ pub use reader::{CHANGES, FILE_BYTES_MAX, FileError, FileReader, text};
 pub use renewal::ConfReload;
 pub use secret::Secret;
 pub use server::{
-    AuditConf, AuthConf, ClientCertificates, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf,
-    MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf,
+    AuditConf, AuthConf, ClientCertificates, CostConf, DeadLetterConf, FleetConf, Http2Conf, HttpConf,
+    ListenConf, MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf,
 };
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};
 pub use worker::{

@@ -26,8 +26,8 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::{
-    BodyHash, Caller, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, Outcome,
-    RunRequest, UnixMs, now_ms,
+    BodyHash, Caller, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobOrigin, JobProgress,
+    JobTemplate, Outcome, RunRequest, UnixMs, now_ms,
 };
 use idempotency::{AttemptWatcher, ClaimOutcome, Idempotency, KnownState};
 use std::sync::Arc;
@@ -66,6 +66,16 @@ impl RunOrder<'_> {
 
     fn may_run(&self, function: &FunctionId) -> bool {
         self.caller.is_none_or(|caller| caller.may_run(function))
+    }
+
+    /// The part of the life of its job that is known now.
+    fn origin(&self, template: &JobTemplate) -> JobOrigin {
+        JobOrigin {
+            key_name: self.caller.map(|caller| Arc::clone(&caller.name)),
+            config_version: template.version,
+            memory_mb: template.memory_mb,
+            trace_id: self.traceparent.and_then(|text| text.split('-').nth(1)).map(Into::into),
+        }
     }
 
     fn key(&self) -> Result<Option<IdempotencyKey>, RunError> {
@@ -212,7 +222,11 @@ impl Runs {
                 self.log(order, template, id, now_ms());
                 // The journal, and the node that has the job in its table, use the original deadline.
                 let since = if resend.is_journaled { id.accepted_at() } else { resend.since };
-                let job = keyed(self.job(order, template, id, since)?);
+                let mut job = keyed(self.job(order, template, id, since)?);
+                // The clocks of two nodes differ.
+                let now = now_ms().max(id.accepted_at());
+                job.progress =
+                    Some(Arc::new(JobProgress::new(order.origin(template), now, resend.maybe_sent)));
                 let submitted = self.dispatcher.submit_again(job, resend, !order.is_async).await;
                 let (sending, waiter) = match submitted {
                     Ok((sending, waiter)) => (Ok(sending), waiter),
@@ -310,6 +324,8 @@ impl Runs {
         let RunOrder { request, traceparent, .. } = *order;
         let mut job = JobDraft { id, template, deadline, request, traceparent }.build();
         job.is_promised = order.is_async || self.wait(order) < UNPROMISED_WAIT_MIN;
+        let progress = JobProgress::new(order.origin(template), id.accepted_at(), false);
+        job.progress = Some(Arc::new(progress));
         let bytes_max = self.message_bytes_max;
         (job.message.len() <= bytes_max).then_some(job).ok_or(RunError::MessageTooLarge { bytes_max })
     }

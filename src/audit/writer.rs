@@ -22,7 +22,7 @@ use crate::availability::Availability;
 use crate::backend::BackendError;
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, NodeId};
+use crate::model::{Execution, JobId, NodeId, now_ms};
 use crate::node_lease::NodeLease;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, MutexGuard};

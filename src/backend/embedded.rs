@@ -174,7 +174,7 @@ mod tests {
         drop(open(scratch.path(), true).unwrap());
         let file = scratch.path().join("infra.sqlite");
         let connection = Connection::open(&file).unwrap();
-        connection.pragma_update(None, "user_version", 8).unwrap();
+        connection.pragma_update(None, "user_version", 9).unwrap();
         drop(connection);
         let newer = open(scratch.path(), true).err().unwrap();
         assert!(newer.error.to_string().contains("schema 8, this one knows 7"), "{newer:?}");

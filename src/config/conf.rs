@@ -11,8 +11,8 @@ use crate::config::keys::KeysFile;
 use crate::config::limits::{BatchConf, CacheConf, Identity, LimitConf, LimitsFile, OverloadConf, WaitsConf};
 use crate::config::merge::{collect, merged};
 use crate::config::server::{
-    AuditConf, AuthConf, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf, MetricsConf,
-    ServerFile, ShutdownConf, StartConf, TlsConf,
+    AuditConf, AuthConf, CostConf, DeadLetterConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf,
+    MetricsConf, ServerFile, ShutdownConf, StartConf, TlsConf,
 };
 use crate::config::upstreams::UpstreamsFile;
 use crate::config::worker::WorkerConf;
@@ -42,6 +42,7 @@ pub struct Conf {
     pub memory: MemoryConf,
     pub audit: AuditConf,
     pub metrics: MetricsConf,
+    pub cost: CostConf,
     // The settings of the other files, `http` and `auth` may change while the process runs.
     #[serde(rename = "key")]
     pub keys: Vec<KeyConf>,
@@ -98,6 +99,7 @@ impl Conf {
             memory: s.memory,
             audit: s.audit,
             metrics: s.metrics,
+            cost: s.cost,
             keys: k.key,
             upstreams: u.upstream,
             limits: l.limit,

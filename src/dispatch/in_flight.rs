@@ -638,7 +638,10 @@ mod tests {
         assert!(matches!(table.settle(job(1).id, outcome("lost")), SettleOutcome::First(..)));
         table.remember(job(1).id, job(1).function, RowLife::default());
         // Its LOST row may be queued or written.
-        assert_eq!(table.settle(job(1).id, outcome("a")), SettleOutcome::Late(job(1).function, RowLife::default()));
+        assert_eq!(
+            table.settle(job(1).id, outcome("a")),
+            SettleOutcome::Late(job(1).function, RowLife::default())
+        );
         assert_eq!(table.settle(job(1).id, outcome("b")), SettleOutcome::Repeated);
         // The row of the late result could not be queued.
         table.unsettle_late(job(1).id);

@@ -203,7 +203,10 @@ mod tests {
         }
         let life = progress.life();
         assert_eq!((life.sent_at, life.confirmed_at), (Some(BEGAN), Some(BEGAN + 10)));
-        assert_eq!((life.config_version, life.allocated_mb, progress.now()), (Some(7), Some(128), BEGAN + 10));
+        assert_eq!(
+            (life.config_version, life.allocated_mb, progress.now()),
+            (Some(7), Some(128), BEGAN + 10)
+        );
     }
 
     #[tokio::test(start_paused = true)]

@@ -3,9 +3,7 @@
 use crate::audit::KeyedResult;
 use crate::backend::STORED_RESULT_BYTES_MAX;
 use crate::dispatch::caps::Permit;
-use crate::model::{
-    FunctionId, IdempotencyKey, Job, JobId, JobProgress, Outcome, RowLife, UnixMs, now_ms,
-};
+use crate::model::{FunctionId, IdempotencyKey, Job, JobId, JobProgress, Outcome, RowLife, UnixMs, now_ms};
 use smallvec::SmallVec;
 use std::sync::Arc;
 use std::time::Duration;

@@ -4,9 +4,7 @@ use super::probe::probe;
 use crate::backend::embedded::database::error::integer;
 use crate::backend::embedded::database::{Database, unsigned};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
-use crate::model::{
-    Execution, FunctionId, JobId, NodeId, RowId, RowKey, RowLife, Status, UnixMs, now_ms,
-};
+use crate::model::{Execution, FunctionId, JobId, NodeId, RowId, RowKey, RowLife, Status, UnixMs, now_ms};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 

@@ -2,7 +2,7 @@ use super::*;
 use crate::backend::{EndOutcome, EndedJob, Journal, JournalEntry, QueueTraits};
 use crate::config::Conf;
 use crate::dispatch::Permits;
-use crate::model::{IdempotencyKey, JobId, NodeId, Outcome};
+use crate::model::{IdempotencyKey, JobId, JobOrigin, JobProgress, NodeId, Outcome, RowLife};
 use crate::node_lease::NodeLease;
 use async_trait::async_trait;
 use parking_lot::Mutex;

@@ -402,8 +402,15 @@ impl Fixture {
     async fn accept(&self, n: u64, deadline: u64) -> JobId {
         let id = JobId::new(self.members.node, 1000, n);
         let function = FunctionId::parse("f").unwrap();
-        let job =
-            Job { id, function, deadline, idempotency_key: None, is_promised: true, message: "{}".into() };
+        let job = Job {
+            id,
+            function,
+            deadline,
+            progress: None,
+            idempotency_key: None,
+            is_promised: true,
+            message: "{}".into(),
+        };
         self.members.jobs.enter(&job);
         self.store.enter(&[job]).await.unwrap();
         id
@@ -548,8 +555,15 @@ async fn a_job_of_an_unlisted_dead_node_ends() {
     let store = Arc::clone(&fixture.store);
     let id = JobId::new(NODE, 1000, 1);
     let function = FunctionId::parse("f").unwrap();
-    let job =
-        Job { id, function, deadline: LATER, idempotency_key: None, is_promised: true, message: "{}".into() };
+    let job = Job {
+        id,
+        function,
+        deadline: LATER,
+        progress: None,
+        idempotency_key: None,
+        is_promised: true,
+        message: "{}".into(),
+    };
     store.enter(&[job]).await.unwrap();
     fixture.members.adopt(store.as_ref(), NODE).await.unwrap();
     fixture.members.adopted.clear();

@@ -85,7 +85,7 @@ fn execution(function: FunctionId, row: &Row<'_>) -> rusqlite::Result<Execution>
 }
 
 fn life(row: &Row<'_>) -> rusqlite::Result<RowLife> {
-    let number = |column: &str| Ok(row.get::<_, Option<i64>>(column)?.map(unsigned));
+    let number = |column: &str| row.get::<_, Option<i64>>(column).map(|number| number.map(unsigned));
     let text = |column: &str| row.get::<_, Option<String>>(column);
     Ok(RowLife {
         sent_at: number("sent_at_ms")?,

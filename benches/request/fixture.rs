@@ -285,6 +285,7 @@ impl Fixture {
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             spool_dir: dir.path().join("spool"),
+            gb_second: None,
             api_key: &api_key,
         });
         let gateway = Gateway::new(api, edge.clone(), limiter, lifecycle, Arc::clone(&metrics));

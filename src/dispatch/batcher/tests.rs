@@ -481,3 +481,27 @@ async fn a_full_queue_rejects_jobs_immediately() {
     run.await;
     assert_eq!(sent.sizes().iter().sum::<usize>(), 100, "queued jobs are sent although no caller waits");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_job_knows_when_it_was_sent_and_confirmed() {
+    let (fixture, run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let work = async {
+        let progress = Arc::new(JobProgress::new(JobOrigin::default(), 1000, false));
+        let id = JobId::new(NodeId(1), 1000, 1);
+        let job = Job {
+            progress: Some(Arc::clone(&progress)),
+            id,
+            function: FunctionId::parse("f").unwrap(),
+            idempotency_key: None,
+            is_promised: true,
+            deadline: 1,
+            message: "{}".into(),
+        };
+        fixture.in_flight.enter(&job, Permits::new()).unwrap();
+        fixture.batcher.send(job, None).unwrap().await.unwrap().unwrap();
+        let life = fixture.in_flight.entry_life(id).unwrap().life;
+        assert_eq!((life.sent_at, life.confirmed_at), (Some(1000), Some(1008)), "the queue takes 8 ms");
+        drop(fixture);
+    };
+    tokio::join!(run, work);
+}

@@ -11,6 +11,7 @@ mod events;
 mod fields;
 mod form;
 mod functions;
+mod jobs;
 mod logs;
 mod models;
 mod number;
@@ -68,6 +69,8 @@ pub struct ApiParts<'a> {
     pub metrics: Arc<Metrics>,
     /// The directory for uploads until they are validated and stored.
     pub spool_dir: PathBuf,
+    /// The price of one second with one GB of memory, if it is configured.
+    pub gb_second: Option<f64>,
     /// The key that signs cursors is derived from it.
     pub api_key: &'a Secret,
 }
@@ -76,6 +79,7 @@ pub struct ApiParts<'a> {
 pub struct Api {
     run: run::RunRoute,
     status: status::StatusRoute,
+    jobs: jobs::Jobs,
     functions: functions::FunctionRoutes,
     upload: upload::UploadRoute,
     change: change::ChangeRoute,
@@ -100,9 +104,11 @@ impl Api {
         let depth = Arc::new(queue_depth::QueueDepth::new(Arc::clone(&backend.queue)));
         let health = Health::new(backend, Arc::clone(&depth), Arc::clone(&metrics));
         let workers = workers::Workers::new(Arc::clone(&backend.workers), tail.clone(), events.clone());
+        let jobs = jobs::Jobs::new(dispatcher.clone(), Arc::clone(&backend.executions), parts.gb_second);
         Self {
             run,
             status: status::StatusRoute::new(waits, dispatcher, lifecycle.clone()),
+            jobs,
             functions: functions::FunctionRoutes::new(
                 Arc::clone(&backend.functions),
                 parts.editor.clone(),
@@ -161,6 +167,7 @@ impl Api {
             Endpoint::Index => Ok(system::index()),
             Endpoint::Status => self.status.get(call).await,
             Endpoint::StatusWithoutId => Err(ApiError::invalid("the path names no job id: /status/<jobId>")),
+            Endpoint::Job => self.jobs.get(call).await,
             Endpoint::Functions => self.functions.list(call).await,
             Endpoint::Function => self.functions.get(call).await,
             Endpoint::DeleteFunction => self.functions.delete(call).await,

@@ -26,7 +26,7 @@ pub use tail::{Event, EventEntry, Executed, RecentEvents};
 
 use crate::config::MemoryConf;
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, Recommendation, now_ms};
+use crate::model::{Execution, JobId, NodeId, Recommendation, now_ms};
 use crate::node_lease::NodeLease;
 use record::Record;
 use std::sync::Arc;
@@ -44,12 +44,13 @@ pub struct Audit {
     metrics: Arc<Metrics>,
     tail: RecentEvents,
     ledger: Arc<Ledger>,
+    /// This node.
+    node: NodeId,
 }
 
 impl Audit {
     /// Queues a row, with the recommendation of the execution and the result to be stored with its
-    /// idempotency key, and counts it. The exit code appears only in the recent events, because rows have no
-    /// such field. `is_shared`: another node may end the job too.
+    /// idempotency key, and counts it. `is_shared`: another node may end the job too.
     ///
     /// # Errors
     /// The queue is full. The caller must retry later.
@@ -111,6 +112,8 @@ impl Audit {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             QueueFull
         })?;
+        record.row.life.exit_code = exit_code;
+        record.row.life.ended_by = (record.id.node() != self.node).then_some(self.node);
         self.metrics.observe_execution(&record.row);
         let row = &record.row;
         self.tail.note_execution(row.completed_at.unwrap_or_else(now_ms), || Executed {
@@ -158,6 +161,7 @@ pub fn new(
     let disk = disk.map(Arc::new);
     let ledger = Ledger::new(stores.clone(), disk.clone(), Arc::clone(&metrics), ledger::WAITING_MAX);
     let ledger = Arc::new(ledger);
+    let node = stores.node;
     let audit = Audit {
         sender,
         bytes: Arc::clone(&bytes),
@@ -165,6 +169,7 @@ pub fn new(
         metrics: Arc::clone(&metrics),
         tail: RecentEvents::default(),
         ledger: Arc::clone(&ledger),
+        node,
     };
     let writer = RowWriter::new(stores, disk.clone(), Arc::clone(&ledger), lease, Arc::clone(&metrics));
     let flusher = Flusher { receiver, bytes, writer: Arc::new(writer), metrics, ledger: Arc::clone(&ledger) };

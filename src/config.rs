@@ -41,8 +41,8 @@ pub use reader::{CHANGES, FILE_BYTES_MAX, FileError, FileReader, text};
 pub use renewal::ConfReload;
 pub use secret::Secret;
 pub use server::{
-    AuditConf, AuthConf, ClientCertificates, DeadLetterConf, EventsConf, FleetConf, Http2Conf, HttpConf,
-    ListenConf, MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf, TracesConf,
+    AuditConf, AuthConf, ClientCertificates, CostConf, DeadLetterConf, EventsConf, FleetConf, Http2Conf,
+    HttpConf, ListenConf, MemoryConf, MetricsConf, ShutdownConf, StartConf, TlsConf, TracesConf,
 };
 pub use trace_env::{SAMPLING_RANGE, TraceExport, TraceSampling};
 pub use upstreams::{HealthConf, UpstreamConf, UpstreamTlsConf};

@@ -17,6 +17,7 @@ mod dispatcher;
 mod given_up;
 mod in_flight;
 mod journal;
+mod lives;
 mod node_jobs;
 mod oldest;
 mod recent;
@@ -32,6 +33,7 @@ pub use caps::TooManyJobs;
 pub use dead_letters::DeadLetterReader;
 pub use dispatcher::{Dispatcher, JobState, Pending, PendingJob, Submitted};
 pub use in_flight::{Permits, Waiter};
+pub use lives::KnownLife;
 pub use node_jobs::NodeJobs;
 pub use oldest::OldestJob;
 pub use result_loops::{Lookups, Pump};
@@ -49,8 +51,9 @@ use caps::ConcurrencyCaps;
 use dispatcher::DispatcherParts;
 use in_flight::InFlight;
 use journal::NodeJournal;
+use lives::JobLives;
 use schedule::LookupSchedule;
-use settler::Settler;
+use settler::{Settler, SettlerParts};
 use shedder::Shedder;
 use std::sync::Arc;
 
@@ -101,16 +104,16 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         Arc::clone(&metrics),
     );
     let dead_letters = DeadLetterReader::new(dead_letter, backend.dead_letters.clone(), Arc::clone(&metrics));
-    let settler = Arc::new(Settler::new(
-        Arc::clone(&in_flight),
-        Arc::clone(&schedule),
-        Arc::clone(&backend.results),
+    let settler = Arc::new(Settler::new(SettlerParts {
+        in_flight: Arc::clone(&in_flight),
+        schedule: Arc::clone(&schedule),
+        results: Arc::clone(&backend.results),
         audit,
-        Arc::clone(&lease),
-        events.clone(),
+        lease: Arc::clone(&lease),
+        events: events.clone(),
         traces,
-        Arc::clone(&metrics),
-    ));
+        metrics: Arc::clone(&metrics),
+    }));
     let loops = DispatchLoops {
         batches,
         pump: Pump::new(Arc::clone(&settler), Arc::clone(&backend.results)),
@@ -119,6 +122,13 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         dead_letters,
         rows: Arc::clone(&settler) as Arc<dyn RowsStored>,
     };
+    let lives = JobLives::new(
+        node,
+        Arc::clone(&in_flight),
+        Arc::clone(&journal),
+        Arc::clone(&backend.results),
+        Arc::clone(&settler),
+    );
     let dispatcher = Dispatcher::new(DispatcherParts {
         node,
         batcher,
@@ -133,6 +143,7 @@ pub fn new(parts: DispatchParts<'_>) -> (Dispatcher, DispatchLoops) {
         membership: backend.membership.clone(),
         overload,
         events,
+        lives,
     });
     (dispatcher, loops)
 }

@@ -243,7 +243,8 @@ impl Gateway {
         let mut caller = None;
         if let Some(scope) = self.scope_of(route) {
             let client = || self.client_of(session);
-            let known = self.edge.keys.check(header.headers.get(X_API_KEY), scope, client)?;
+            let presented = header.headers.get(X_API_KEY);
+            let known = self.edge.keys.check_either(presented, scope, route.or_scope, client)?;
             self.limiter.check(route.pattern, Some(&known.name), client, counted).await?;
             caller = Some(known);
         }

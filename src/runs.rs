@@ -26,8 +26,8 @@ use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::{RateLimitState, RateLimiter};
 use crate::metrics::Metrics;
 use crate::model::{
-    BodyHash, Caller, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobTemplate, Outcome,
-    RequestTrace, RunRequest, TraceContext, UnixMs, now_ms,
+    BodyHash, Caller, Execution, FunctionId, IdempotencyKey, Job, JobDraft, JobId, JobOrigin, JobProgress,
+    JobTemplate, JobTrace, Outcome, RequestTrace, RunRequest, TraceContext, UnixMs, now_ms,
 };
 use crate::traces::Traces;
 use idempotency::{AttemptWatcher, ClaimOutcome, Idempotency, KnownState};
@@ -71,6 +71,17 @@ impl RunOrder<'_> {
 
     fn may_run(&self, function: &FunctionId) -> bool {
         self.caller.is_none_or(|caller| caller.may_run(function))
+    }
+
+    /// The part of the life of its job that is known now.
+    fn origin(&self, template: &JobTemplate, trace: Option<&JobTrace>) -> JobOrigin {
+        let named = trace.map(|trace| trace.context).or(self.traceparent);
+        JobOrigin {
+            key_name: self.caller.map(|caller| Arc::clone(&caller.name)),
+            config_version: template.version,
+            memory_mb: template.memory_mb,
+            trace_id: named.map(|span| format!("{:032x}", span.trace_id()).into()),
+        }
     }
 
     fn key(&self) -> Result<Option<IdempotencyKey>, RunError> {
@@ -220,7 +231,11 @@ impl Runs {
                 self.log(order, template, id, now_ms());
                 // The journal, and the node that has the job in its table, use the original deadline.
                 let since = if resend.is_journaled { id.accepted_at() } else { resend.since };
-                let job = keyed(self.job(order, template, id, since)?);
+                let mut job = keyed(self.job(order, template, id, since)?);
+                // The clocks of two nodes differ.
+                let now = now_ms().max(id.accepted_at());
+                let origin = order.origin(template, job.trace.as_deref());
+                job.progress = Some(Arc::new(JobProgress::new(origin, now, resend.maybe_sent)));
                 let submitted = self.dispatcher.submit_again(job, resend, !order.is_async).await;
                 let (sending, waiter) = match submitted {
                     Ok((sending, waiter)) => (Ok(sending), waiter),
@@ -320,7 +335,9 @@ impl Runs {
         let traceparent = trace.as_ref().map_or(order.traceparent, |trace| Some(trace.context));
         let job = JobDraft { id, template, deadline, request, traceparent, tracestate }.build();
         let is_promised = order.is_async || self.wait(order) < UNPROMISED_WAIT_MIN;
-        let job = Job { trace, is_promised, ..job };
+        let origin = order.origin(template, trace.as_deref());
+        let progress = Some(Arc::new(JobProgress::new(origin, id.accepted_at(), false)));
+        let job = Job { trace, is_promised, progress, ..job };
         let bytes_max = self.message_bytes_max;
         (job.message.len() <= bytes_max).then_some(job).ok_or(RunError::MessageTooLarge { bytes_max })
     }

@@ -194,6 +194,7 @@ mod tests {
             id: JobId::new(NodeId(1), now_ms(), n),
             function: FunctionId::parse("f").unwrap(),
             deadline: 0,
+            progress: None,
             idempotency_key: None,
             is_promised: true,
             message: "{}".into(),
@@ -318,10 +319,22 @@ mod tests {
                 let status = if is_success { "SUCCESS" } else { "FAILED" };
                 let heard = Duration::from_millis(ended.id.accepted_at() + after_ms);
                 let (function, trace) = (&ended.function, trace.as_deref());
-                traces.job_ended(&JobLife { id: ended.id, function, trace, status, is_success, heard });
+                let accepted = Duration::from_millis(ended.id.accepted_at());
+                let sent = trace.is_some().then_some(accepted + Duration::from_millis(1));
+                let confirmed = sent.map(|sent| sent + Duration::from_millis(2));
+                let id = ended.id;
+                let life = JobLife { id, function, trace, status, is_success, sent, confirmed, heard };
+                traces.job_ended(&life);
                 let spans: Vec<SpanData> = std::iter::from_fn(|| receiver.try_recv().ok()).collect();
+                let expected = expected + usize::from(expected > 0 && sent.is_some());
                 assert_eq!(spans.len(), expected, "{conf:?} {status} {after_ms}");
-                let [whole, create] = &spans[..] else { continue };
+                let [whole, create, send @ ..] = &spans[..] else { continue };
+                if let [send] = send {
+                    assert_eq!(send.parent_span_id, whole.span_context.span_id());
+                    assert_eq!(send.links[0].span_context.span_id(), create.span_context.span_id());
+                    let took = send.end_time.duration_since(send.start_time).unwrap();
+                    assert_eq!(took, Duration::from_millis(2));
+                }
                 let id = trace.map_or_else(|| ended.id.trace(), |trace| trace.context);
                 for span in [whole, create] {
                     assert_eq!(span.span_context.trace_id(), id.trace_id().into());
@@ -339,7 +352,8 @@ mod tests {
             let ended = job(8, traces.of_job(Some(&shared), None, None));
             let (function, trace) = (&ended.function, ended.trace.as_deref());
             let heard = Duration::from_secs(u64::from(u32::MAX));
-            traces.job_ended(&JobLife { id: ended.id, function, trace, status: "LOST", is_success, heard });
+            let (id, status, sent, confirmed) = (ended.id, "LOST", None, None);
+            traces.job_ended(&JobLife { id, function, trace, status, is_success, sent, confirmed, heard });
             assert!(receiver.try_recv().is_err(), "it is recorded already");
         }
     }

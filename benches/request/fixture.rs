@@ -304,6 +304,7 @@ impl Fixture {
             lifecycle: lifecycle.clone(),
             metrics: Arc::clone(&metrics),
             spool_dir: dir.path().join("spool"),
+            gb_second: None,
             api_key: &api_key,
         });
         let gateway =
@@ -316,6 +317,7 @@ impl Fixture {
 
     pub fn job(&self) -> Job {
         Job {
+            progress: None,
             id: self.dispatcher.new_id(),
             function: FunctionId::parse("bench").expect("a function id"),
             idempotency_key: None,

@@ -106,6 +106,8 @@ pub enum ApiError {
     /// The idempotency key belongs to a request with another body.
     IdempotencyKeyReused,
     NoSuchJob,
+    /// Nothing is known of the job without its function.
+    FunctionNeeded,
     NoSuchLog,
     TooManyJobs(TooManyJobs),
     /// The queue is slow, and this job was shed. `retry_after_s` is at least 1.
@@ -186,6 +188,7 @@ impl ApiError {
             Self::NoSuchRoute => rows::NO_SUCH_ROUTE,
             Self::NoSuchFunction => rows::NO_SUCH_FUNCTION,
             Self::NoSuchJob => rows::NO_SUCH_JOB,
+            Self::FunctionNeeded => rows::FUNCTION_NEEDED,
             Self::NoSuchLog => rows::NO_SUCH_LOG,
             Self::MethodNotAllowed { allow } => rows::METHOD_NOT_ALLOWED.with(allow),
             Self::BadCursor => rows::BAD_CURSOR,
@@ -332,7 +335,8 @@ mod tests {
                 Unauthorized, KeyNotValidNow, Forbidden { scope: Scope::Run }, FunctionForbidden,
                 RateLimited { retry_after_s: 1 }, TooManyFailures { retry_after_s: 1, burst: 1 },
                 TooManyJobs(TooManyJobs::OfKey { max: 1 }), LimiterUnavailable,
-                NoSuchRoute, NoSuchFunction, NoSuchJob, NoSuchLog, MethodNotAllowed { allow: String::new() },
+                NoSuchRoute, NoSuchFunction, NoSuchJob, FunctionNeeded, NoSuchLog,
+                MethodNotAllowed { allow: String::new() },
                 BadCursor, NoRecommendation, PreconditionFailed, Contended,
                 IdempotencyKeyReused, Shed { retry_after_s: 1 }, TooManyUploads, TooManyWorkers,
                 TooManyWatchers,

@@ -11,6 +11,7 @@ pub enum Endpoint {
     Run,
     Status,
     StatusWithoutId,
+    Job,
     Upload,
     Functions,
     Function,
@@ -54,6 +55,8 @@ pub struct Route {
     pub endpoint: Endpoint,
     /// `None`: no key is required.
     pub scope: Option<Scope>,
+    /// Another scope that is sufficient.
+    pub or_scope: Option<Scope>,
     pub takes: BodyMode,
     /// The statuses of the handler; see [`Route::statuses`].
     answers: &'static [u16],
@@ -79,7 +82,8 @@ const fn get(
     scope: Option<Scope>,
     answers: &'static [u16],
 ) -> Route {
-    Route { pattern, method: Method::GET, endpoint, scope, takes: BodyMode::Nothing, answers }
+    let (method, takes) = (Method::GET, BodyMode::Nothing);
+    Route { pattern, method, endpoint, scope, or_scope: None, takes, answers }
 }
 
 const fn post(
@@ -89,13 +93,22 @@ const fn post(
     takes: BodyMode,
     answers: &'static [u16],
 ) -> Route {
-    Route { pattern, method: Method::POST, endpoint, scope: Some(scope), takes, answers }
+    Route { pattern, method: Method::POST, endpoint, scope: Some(scope), or_scope: None, takes, answers }
 }
 
 static TABLE: &[Route] = &[
     post("/run", Endpoint::Run, Scope::Run, BodyMode::Whole, &[200, 202, 404, 422]),
     get("/status/:jobId", Endpoint::Status, Some(Scope::Run), &[200, 400, 404]),
     get("/status", Endpoint::StatusWithoutId, Some(Scope::Run), &[400]),
+    Route {
+        pattern: "/jobs/:id",
+        method: Method::GET,
+        endpoint: Endpoint::Job,
+        scope: Some(Scope::Read),
+        or_scope: Some(Scope::Run),
+        takes: BodyMode::Nothing,
+        answers: &[200, 400, 404],
+    },
     post("/upload", Endpoint::Upload, Scope::Write, BodyMode::Stream, &[200]),
     get("/functions", Endpoint::Functions, Some(Scope::Read), &[200, 400]),
     get("/functions/:id", Endpoint::Function, Some(Scope::Read), &[200, 304, 400, 404]),
@@ -104,6 +117,7 @@ static TABLE: &[Route] = &[
         method: Method::PUT,
         endpoint: Endpoint::ChangeFunction,
         scope: Some(Scope::Write),
+        or_scope: None,
         takes: BodyMode::Stream,
         answers: &[200, 404, 412],
     },
@@ -112,6 +126,7 @@ static TABLE: &[Route] = &[
         method: Method::DELETE,
         endpoint: Endpoint::DeleteFunction,
         scope: Some(Scope::Write),
+        or_scope: None,
         takes: BodyMode::Nothing,
         answers: &[200, 400, 404, 412],
     },

@@ -22,7 +22,7 @@ use crate::availability::Availability;
 use crate::backend::BackendError;
 use crate::backoff::Backoff;
 use crate::metrics::Metrics;
-use crate::model::{Execution, JobId, NodeId};
+use crate::model::{Execution, JobId, NodeId, now_ms};
 use crate::node_lease::NodeLease;
 use futures_util::stream::{self, StreamExt};
 use parking_lot::{Mutex, MutexGuard};
@@ -231,6 +231,11 @@ impl RowWriter {
     /// only if it is the first. Otherwise the batch gets the row that is in the table, because that one
     /// counts.
     async fn put_rows(&self, batch: &mut Batch) -> Vec<Result<(), BackendError>> {
+        let now = now_ms();
+        for row in &mut batch.rows {
+            // The clock may have been set back.
+            row.life.written_at = Some(row.completed_at.map_or(now, |heard| now.max(heard)));
+        }
         let executions = &self.stores.executions;
         let is_shared: Vec<bool> = (0..batch.ids.len()).map(|n| self.is_shared(batch, n)).collect();
         if !is_shared.contains(&true) {

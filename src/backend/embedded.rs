@@ -180,10 +180,10 @@ mod tests {
         drop(open(scratch.path(), true).unwrap());
         let file = scratch.path().join("infra.sqlite");
         let connection = Connection::open(&file).unwrap();
-        connection.pragma_update(None, "user_version", 8).unwrap();
+        connection.pragma_update(None, "user_version", 9).unwrap();
         drop(connection);
         let newer = open(scratch.path(), true).err().unwrap();
-        assert!(newer.error.to_string().contains("schema 8, this one knows 7"), "{newer:?}");
+        assert!(newer.error.to_string().contains("schema 9, this one knows 8"), "{newer:?}");
 
         std::fs::write(&file, "x".repeat(8192)).unwrap();
         let garbage = open(scratch.path(), true).err().unwrap();

@@ -185,6 +185,11 @@ pub trait Journal: Send + Sync {
         Ok(if self.contains(id).await? { JournalState::Held } else { JournalState::Absent })
     }
 
+    /// The entry of a job in the journal of the node that its id names.
+    async fn entry(&self, id: JobId) -> Result<Option<JournalEntry>, BackendError> {
+        Ok(self.entries(id.node()).await?.into_iter().find(|entry| entry.id == id))
+    }
+
     /// Records the start of this process as `node`. Jobs that were accepted before are
     /// [`JournalState::Orphaned`].
     async fn started(&self, _node: NodeId) -> Result<(), BackendError> {

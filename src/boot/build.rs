@@ -156,6 +156,7 @@ fn api(
         lifecycle: lifecycle.clone(),
         metrics: Arc::clone(metrics),
         spool_dir: connected.spool_dir.clone(),
+        gb_second: settings.conf.cost.gb_second,
         api_key: &settings.api_key,
     }))
 }

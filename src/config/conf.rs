@@ -11,8 +11,8 @@ use crate::config::keys::KeysFile;
 use crate::config::limits::{BatchConf, CacheConf, Identity, LimitConf, LimitsFile, OverloadConf, WaitsConf};
 use crate::config::merge::{collect, merged};
 use crate::config::server::{
-    AuditConf, AuthConf, DeadLetterConf, EventsConf, FleetConf, Http2Conf, HttpConf, ListenConf, MemoryConf,
-    MetricsConf, ServerFile, ShutdownConf, StartConf, TlsConf, TracesConf,
+    AuditConf, AuthConf, CostConf, DeadLetterConf, EventsConf, FleetConf, Http2Conf, HttpConf, ListenConf,
+    MemoryConf, MetricsConf, ServerFile, ShutdownConf, StartConf, TlsConf, TracesConf,
 };
 use crate::config::upstreams::UpstreamsFile;
 use crate::config::worker::WorkerConf;
@@ -47,6 +47,7 @@ pub struct Conf {
     pub metrics: MetricsConf,
     pub events: EventsConf,
     pub traces: TracesConf,
+    pub cost: CostConf,
     // The settings of the other files, `http` and `auth` may change while the process runs.
     #[serde(rename = "key")]
     pub keys: Vec<KeyConf>,
@@ -105,6 +106,7 @@ impl Conf {
             metrics: s.metrics,
             events: s.events,
             traces: s.traces,
+            cost: s.cost,
             keys: k.key,
             upstreams: u.upstream,
             limits: l.limit,

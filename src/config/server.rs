@@ -26,6 +26,8 @@ pub struct ServerFile {
     pub metrics: MetricsConf,
     pub events: EventsConf,
     pub traces: TracesConf,
+    #[serde(default)]
+    pub cost: CostConf,
 }
 
 /// `[listen]`: the plain listener and the threads.
@@ -165,6 +167,23 @@ pub struct FleetConf {
     pub lease_s: u64,
 }
 
+/// `[cost]`: the price of runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct CostConf {
+    /// The price of one second with one GB of memory. `None`: no cost is shown.
+    pub gb_second: Option<f64>,
+}
+
+impl CostConf {
+    /// A price that is not a number would not be JSON.
+    fn problem(self) -> Option<(String, String)> {
+        let is_price = self.gb_second.is_none_or(|price| (0.0..=PRICE_MOST).contains(&price));
+        let problem = format!("must be a number from 0 to {PRICE_MOST}");
+        (!is_price).then(|| ("cost.gb_second".to_owned(), problem))
+    }
+}
+
 /// `[dead_letter]`: the dead-letter queue.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -246,6 +265,9 @@ pub const HEADER_FIELDS_MOST: u64 = 256;
 /// Upper bound of `http2.streams_max`.
 pub const STREAMS_MOST: u64 = 10_000;
 
+/// Highest price of a GB second.
+const PRICE_MOST: f64 = 1e9;
+
 impl ServerFile {
     /// Returns (path, problem) of each value out of bounds.
     pub fn problems(&self) -> Vec<(String, String)> {
@@ -286,6 +308,7 @@ impl ServerFile {
             within("traces.slow_ms", self.traces.slow_ms, 0..=SECONDS_MAX * 1000),
             within("auth.failures_a_minute", self.auth.failures_a_minute.into(), 1..=u64::MAX),
             within("auth.failures_burst", self.auth.failures_burst.into(), 1..=u64::MAX),
+            self.cost.problem(),
         ]
         .into_iter()
         .flatten()

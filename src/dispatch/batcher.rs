@@ -368,7 +368,7 @@ impl BatchSender {
         let span = self.traces.begin_send(&jobs);
         let started = Instant::now();
         let results = match self.enter(&mut batch).await {
-            Ok(()) => self.queue.send_batch(&jobs).await,
+            Ok(()) => self.send_now(&jobs).await,
             Err(e) => vec![Err(SendError::NotSent(format!("journal: {e}"))); jobs.len()],
         };
         self.metrics.send_seconds.observe(started.elapsed().as_secs_f64());
@@ -388,6 +388,20 @@ impl BatchSender {
             batch.into_iter().zip(results).filter_map(|(pending, result)| self.after_try(pending, result));
         tried.again.extend(again);
         tried
+    }
+
+    /// Sends a batch, and records when.
+    async fn send_now(&self, jobs: &[Job]) -> Vec<Result<(), SendError>> {
+        let sent = Instant::now();
+        jobs.iter().filter_map(|job| job.progress.as_ref()).for_each(|progress| progress.note_sent(sent));
+        let results = self.queue.send_batch(jobs).await;
+        let answered = Instant::now();
+        for (job, _) in jobs.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
+            if let Some(progress) = &job.progress {
+                progress.note_confirmed(answered);
+            }
+        }
+        results
     }
 
     /// Enters those jobs in the journal that are not in it yet.

@@ -4,6 +4,7 @@ use super::batcher::{Batcher, Resend, Sending, SubmitError};
 use super::caps::{CapKey, ConcurrencyCaps, TooManyJobs};
 use super::in_flight::{EnteredAgain, InFlight, JoinOutcome, Permits, Waiter};
 use super::journal::NodeJournal;
+use super::lives::JobLives;
 use super::oldest::OldestJob;
 use super::schedule::{self, LookupSchedule};
 use super::settler::Settler;
@@ -41,6 +42,7 @@ pub struct DispatcherParts {
     pub membership: Option<Arc<dyn Membership>>,
     pub overload: Live<OverloadConf>,
     pub events: EventBus,
+    pub lives: JobLives,
 }
 
 /// A job that is being sent, and the waiter for its result.
@@ -181,7 +183,7 @@ impl Dispatcher {
     /// Sends a job again under its existing id. `waits`: whether to register a waiter.
     pub async fn submit_again(
         &self,
-        job: Job,
+        mut job: Job,
         mut resend: Resend,
         waits: bool,
     ) -> Result<(Sending, Option<Waiter>), SubmitError> {
@@ -209,7 +211,8 @@ impl Dispatcher {
             }
             SubmitError::Overloaded
         })?;
-        let EnteredAgain { is_new, waiter } = entered;
+        let EnteredAgain { is_new, waiter, progress } = entered;
+        job.progress = progress;
         let id = job.id;
         let sending = self.hand_over(job, Some(resend)).inspect_err(|_| {
             match (resend.maybe_sent, is_new) {
@@ -372,6 +375,11 @@ impl Dispatcher {
         // The job may have ended between the reads of the stored result and of the journal.
         let stored = settler.stored(id).await?;
         Ok(stored.map_or(JobState::Unknown, |payload| JobState::Done(Outcome::new(payload))))
+    }
+
+    /// What is known of the lives of jobs.
+    pub fn lives(&self) -> &JobLives {
+        &self.0.lives
     }
 
     /// The stored result for a request id that is not a [`JobId`].

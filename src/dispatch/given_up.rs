@@ -4,7 +4,7 @@
 //! is full, further jobs are not remembered, and their late results are ignored.
 
 use crate::backend::{GIVEN_UP_KEPT, GIVEN_UP_MAX};
-use crate::model::{FunctionId, JobId};
+use crate::model::{FunctionId, JobId, RowLife};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
@@ -22,17 +22,19 @@ pub struct LostJobs {
 pub struct LostJob {
     pub function: FunctionId,
     pub since: Instant,
+    /// What its LOST row tells.
+    pub life: RowLife,
     /// A late result has arrived, and its row is not queued yet.
     pub settled: bool,
 }
 
 impl LostJobs {
-    pub fn insert(&self, id: JobId, function: FunctionId) {
+    pub fn insert(&self, id: JobId, function: FunctionId, life: RowLife) {
         if self.len.load(Ordering::Relaxed) >= GIVEN_UP_MAX {
             return;
         }
         if let MapEntry::Vacant(place) = self.jobs.entry(id) {
-            place.insert(LostJob { function, since: Instant::now(), settled: false });
+            place.insert(LostJob { function, since: Instant::now(), life, settled: false });
             self.len.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -44,13 +46,13 @@ impl LostJobs {
     }
 
     /// Accepts the first late result of a job. `None`: the job is not remembered, or has one already.
-    pub fn settle(&self, id: JobId) -> Option<FunctionId> {
+    pub fn settle(&self, id: JobId) -> Option<(FunctionId, RowLife)> {
         if self.len.load(Ordering::Relaxed) == 0 {
             return None;
         }
         let mut job = self.jobs.get_mut(&id).filter(|job| !job.settled)?;
         job.settled = true;
-        Some(job.function.clone())
+        Some((job.function.clone(), job.life.clone()))
     }
 
     pub fn unsettle(&self, id: JobId) {

@@ -7,20 +7,21 @@
 //! A DashMap guard locks a shard, so none is held across an await.
 
 mod entry;
+mod settled;
 
 pub use entry::Permits;
+pub use settled::{FirstResult, SettleOutcome};
 
 use crate::ambient;
-use crate::audit::KeyedResult;
 use crate::backend::JournalEntry;
 use crate::dispatch::given_up::LostJobs;
 use crate::dispatch::recent::{RecentResults, SHARDS};
 use crate::metrics::Metrics;
-use crate::model::{FunctionId, Job, JobId, JobTrace, NodeId, Outcome, UnixMs};
+use crate::model::{FunctionId, Job, JobId, JobProgress, NodeId, Outcome, RowLife, UnixMs};
 use ahash::RandomState;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
-use entry::InFlightJob;
+use entry::{EntryLife, InFlightJob};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::oneshot;
@@ -56,29 +57,8 @@ pub struct EnteredAgain {
     /// The job was not in the table.
     pub is_new: bool,
     pub waiter: Option<Waiter>,
-}
-
-/// The first result of a job.
-#[derive(Debug, PartialEq, Eq)]
-pub struct FirstResult {
-    pub function: FunctionId,
-    pub kept: Option<Box<KeyedResult>>,
-    /// Another node may end the job too.
-    pub is_shared: bool,
-    pub trace: Option<Arc<JobTrace>>,
-}
-
-/// The outcome of [`InFlight::settle`].
-#[derive(Debug, PartialEq, Eq)]
-pub enum SettleOutcome {
-    /// The first result of the job. The caller must record a row.
-    First(FirstResult),
-    /// The first result of a job that ended as LOST. The caller must replace its row.
-    Late(FunctionId),
-    /// The job has a result already.
-    Repeated,
-    /// The job is not on this node, or its row is written.
-    UnknownJob,
+    /// The progress that the job has now.
+    pub progress: Option<Arc<JobProgress>>,
 }
 
 /// The table of accepted jobs. Also holds recent results and lost jobs.
@@ -157,10 +137,13 @@ impl InFlight {
     pub fn enter_again(self: &Arc<Self>, job: &Job, waits: bool) -> Result<EnteredAgain, TableFull> {
         let (sender, receiver) = oneshot::channel();
         let waiters = if waits { vec![sender] } else { Vec::new() };
+        let mut progress = job.progress.clone();
         let is_new = match self.jobs.entry(job.id) {
             MapEntry::Occupied(mut place) => {
                 let entry = place.get_mut();
                 (entry.resending, entry.unsent, entry.shared) = (true, false, true);
+                entry.progress = entry.progress.take().or(progress);
+                progress = entry.progress.clone();
                 // Without room the sender is dropped, so the waiter gets `None` immediately.
                 let room = WAITERS_PER_JOB_MAX.saturating_sub(entry.waiters.len());
                 entry.waiters.extend(waiters.into_iter().take(if entry.settled { 0 } else { room }));
@@ -177,7 +160,7 @@ impl InFlight {
         if is_new {
             self.count_one_more();
         }
-        Ok(EnteredAgain { is_new, waiter: waits.then(|| self.waiter(job.id, receiver)) })
+        Ok(EnteredAgain { is_new, waiter: waits.then(|| self.waiter(job.id, receiver)), progress })
     }
 
     /// Records that the send of a job has definitely failed. Until its idempotency key is released, a repeat
@@ -335,9 +318,11 @@ impl InFlight {
                 // Before the waiters are answered, so that a `/status` after the response finds the result.
                 self.recent.keep(id, outcome);
                 entry.settled = true;
-                let (function, is_shared) = (entry.function.clone(), entry.is_shared(id));
+                let (function, is_shared, life) = (entry.function.clone(), entry.is_shared(id), entry.life());
+                let heard_at = entry.progress.as_ref().map(|progress| progress.now());
                 let trace = entry.trace();
-                (FirstResult { function, kept, is_shared, trace }, told.map(|outcome| (outcome, waiters)))
+                let first = FirstResult { function, kept, is_shared, heard_at, life, trace };
+                (first, told.map(|outcome| (outcome, waiters)))
             }
         };
         if let Some((outcome, waiters)) = told {
@@ -350,14 +335,14 @@ impl InFlight {
     }
 
     fn settle_late(&self, id: JobId, outcome: Outcome) -> Option<SettleOutcome> {
-        let function = self.given_up.settle(id)?;
+        let (function, life) = self.given_up.settle(id)?;
         self.recent.keep(id, outcome);
-        Some(SettleOutcome::Late(function))
+        Some(SettleOutcome::Late(function, life))
     }
 
     /// Remembers a job that ended as LOST, for a late result.
-    pub fn remember(&self, id: JobId, function: FunctionId) {
-        self.given_up.insert(id, function);
+    pub fn remember(&self, id: JobId, function: FunctionId, life: RowLife) {
+        self.given_up.insert(id, function, life);
     }
 
     /// Forgets a lost job: the row of its late result is queued, or its LOST row could not be queued.
@@ -429,6 +414,21 @@ impl InFlight {
         let entry = self.jobs.get(&id).filter(|entry| !entry.settled)?;
         let waited_for = !entry.waiters.is_empty();
         Some(Awaited { deadline: entry.deadline, waited_for, is_unsent: entry.unsent })
+    }
+
+    /// What the table knows of a job.
+    pub fn entry_life(&self, id: JobId) -> Option<EntryLife> {
+        self.jobs.get(&id).map(|entry| entry.entry_life())
+    }
+
+    /// The recent result of a job.
+    pub fn recent(&self, id: JobId) -> Option<Outcome> {
+        self.recent.get(id)
+    }
+
+    /// The function of a job that ended as LOST, if the job is remembered.
+    pub fn lost_function(&self, id: JobId) -> Option<FunctionId> {
+        self.given_up.jobs.get(&id).map(|job| job.function.clone())
     }
 
     /// Whether the job is in the table, with or without a result.
@@ -562,6 +562,7 @@ mod tests {
     fn job(n: u64) -> Job {
         let id = JobId::new(NodeId(1), 1000, n);
         Job {
+            progress: None,
             id,
             function: FunctionId::parse("f").unwrap(),
             deadline: 2000,
@@ -586,7 +587,9 @@ mod tests {
                 function: job(1).function,
                 kept: None,
                 is_shared: false,
-                trace: None
+                trace: None,
+                heard_at: None,
+                life: RowLife::default(),
             })
         );
         assert_eq!(table.settle(job(1).id, outcome("b")), SettleOutcome::Repeated);
@@ -628,9 +631,12 @@ mod tests {
         let table = table(10, 1000);
         table.enter(&job(1), Permits::new()).unwrap();
         assert!(matches!(table.settle(job(1).id, outcome("lost")), SettleOutcome::First(..)));
-        table.remember(job(1).id, job(1).function);
+        table.remember(job(1).id, job(1).function, RowLife::default());
         // Its LOST row may be queued or written.
-        assert_eq!(table.settle(job(1).id, outcome("a")), SettleOutcome::Late(job(1).function));
+        assert_eq!(
+            table.settle(job(1).id, outcome("a")),
+            SettleOutcome::Late(job(1).function, RowLife::default())
+        );
         assert_eq!(table.settle(job(1).id, outcome("b")), SettleOutcome::Repeated);
         // The row of the late result could not be queued.
         table.unsettle_late(job(1).id);

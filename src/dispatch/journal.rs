@@ -118,6 +118,11 @@ impl NodeJournal {
         self.store.standing(id).await
     }
 
+    /// The entry of a job in the journal of the node that its id names.
+    pub async fn entry(&self, id: JobId) -> Result<Option<JournalEntry>, BackendError> {
+        self.store.entry(id).await
+    }
+
     /// Records that an earlier process left what the journal of `node` holds now.
     pub async fn started(&self, node: NodeId) -> Result<(), BackendError> {
         self.store.started(node).await

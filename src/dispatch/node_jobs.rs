@@ -104,16 +104,16 @@ impl NodeJobs {
     ) -> (Self, super::Lookups, Arc<dyn crate::audit::RowsStored>) {
         let in_flight = Arc::new(InFlight::new(1000, 1 << 20, Arc::clone(metrics)));
         let journal = Arc::new(NodeJournal::new(journal, Arc::clone(lease)));
-        let settler = Settler::new(
-            Arc::clone(&in_flight),
-            Arc::default(),
+        let settler = Settler::new(super::settler::SettlerParts {
+            in_flight: Arc::clone(&in_flight),
+            schedule: Arc::default(),
             results,
             audit,
-            Arc::clone(lease),
-            crate::events::EventBus::default(),
-            crate::traces::Traces::default(),
-            Arc::clone(metrics),
-        );
+            lease: Arc::clone(lease),
+            events: crate::events::EventBus::default(),
+            traces: crate::traces::Traces::default(),
+            metrics: Arc::clone(metrics),
+        });
         let settler = Arc::new(settler);
         let lookups = super::Lookups::new(Arc::clone(&settler), Arc::clone(&in_flight), Arc::clone(&journal));
         (Self::new(Arc::clone(&settler), in_flight, journal), lookups, settler)

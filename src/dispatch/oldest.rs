@@ -66,6 +66,7 @@ mod tests {
             id: JobId::new(NodeId(1), at, at),
             function: FunctionId::parse("f").unwrap(),
             deadline: UnixMs::MAX,
+            progress: None,
             idempotency_key: None,
             is_promised: true,
             message: "{}".into(),

@@ -10,7 +10,7 @@ use crate::events::{EventBus, FleetEvent};
 use crate::log::within_trace;
 use crate::metrics::Metrics;
 use crate::model::{
-    Execution, ExecutionEnd, FunctionId, JobId, JobTrace, Outcome, Recommendation, Status, now_ms,
+    Execution, ExecutionEnd, FunctionId, JobId, JobTrace, Outcome, Recommendation, RowLife, Status, now_ms,
 };
 use crate::node_lease::NodeLease;
 use crate::traces::{JobLife, Traces};
@@ -47,17 +47,29 @@ pub struct Settler {
     resubscribed: AtomicBool,
 }
 
+/// The parts of a [`Settler`].
+pub struct SettlerParts {
+    pub in_flight: Arc<InFlight>,
+    pub schedule: Arc<LookupSchedule>,
+    pub results: Arc<dyn Results>,
+    pub audit: Audit,
+    pub lease: Arc<NodeLease>,
+    pub events: EventBus,
+    pub traces: Traces,
+    pub metrics: Arc<Metrics>,
+}
+
+/// What [`Settler::trace`] needs of a row.
+struct FollowedEnd {
+    function: FunctionId,
+    status: Status,
+    sent: Option<Duration>,
+    confirmed: Option<Duration>,
+}
+
 impl Settler {
-    pub fn new(
-        in_flight: Arc<InFlight>,
-        schedule: Arc<LookupSchedule>,
-        results: Arc<dyn Results>,
-        audit: Audit,
-        lease: Arc<NodeLease>,
-        events: EventBus,
-        traces: Traces,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub fn new(parts: SettlerParts) -> Self {
+        let SettlerParts { in_flight, schedule, results, audit, lease, events, traces, metrics } = parts;
         let (heard_late, resubscribed) = (Mutex::default(), AtomicBool::new(false));
         Self { in_flight, schedule, results, audit, lease, events, traces, metrics, heard_late, resubscribed }
     }
@@ -78,7 +90,7 @@ impl Settler {
 
     /// Keeps looking up the result of a job that ended as LOST.
     pub fn remember(&self, id: JobId, function: FunctionId) {
-        self.in_flight.remember(id, function);
+        self.in_flight.remember(id, function, RowLife::default());
         self.schedule.plan(id, schedule::LAST);
     }
 
@@ -126,8 +138,8 @@ impl Settler {
         match self.in_flight.settle(id, outcome) {
             SettleOutcome::Repeated => self.metrics.results.with_label_values(&["repeated"]).inc(),
             SettleOutcome::UnknownJob => self.metrics.results.with_label_values(&["unknown_job"]).inc(),
-            SettleOutcome::First(FirstResult { function, kept, is_shared, trace }) => {
-                let row = Execution::ended(id, function, ending);
+            SettleOutcome::First(FirstResult { function, kept, is_shared, heard_at, life, trace }) => {
+                let row = Execution::ended(id, function, ending).with_life(heard_at, life);
                 within_trace(trace.as_ref(), || log_execution(id, &row));
                 let end = self.followed(&row);
                 let is_shared = is_shared || !self.lease.holds();
@@ -139,8 +151,8 @@ impl Settler {
                     self.trace(id, end, trace.as_deref());
                 }
             }
-            SettleOutcome::Late(function) => {
-                let row = Execution::ended(id, function, ending);
+            SettleOutcome::Late(function, life) => {
+                let row = Execution::ended(id, function, ending).with_life(None, life);
                 log_execution(id, &row);
                 let ended = self.ended(id, &row);
                 if self.audit.record_late(id, row, exit_code, recommendation).is_ok() {
@@ -156,18 +168,24 @@ impl Settler {
         }
     }
 
-    /// What [`Self::trace`] needs of a row. `None`: no end of a job is traced.
-    fn followed(&self, row: &Execution) -> Option<(FunctionId, Status)> {
-        self.traces.follows_jobs().then(|| (row.function.clone(), row.status.clone()))
+    /// `None`: no end of a job is traced.
+    fn followed(&self, row: &Execution) -> Option<FollowedEnd> {
+        self.traces.follows_jobs().then(|| FollowedEnd {
+            function: row.function.clone(),
+            status: row.status.clone(),
+            sent: row.life.sent_at.map(Duration::from_millis),
+            confirmed: row.life.confirmed_at.map(Duration::from_millis),
+        })
     }
 
     /// Records the spans of a job that was not traced from its start, if its end asks for it. Called after
     /// its row was queued: without room for the row, the job is settled again.
-    fn trace(&self, id: JobId, end: Option<(FunctionId, Status)>, trace: Option<&JobTrace>) {
-        if let Some((function, status)) = &end {
+    fn trace(&self, id: JobId, end: Option<FollowedEnd>, trace: Option<&JobTrace>) {
+        if let Some(FollowedEnd { function, status, sent, confirmed }) = &end {
             let (status, is_success) = (status.as_str(), status.is_success());
-            let heard = ambient::unix_time();
-            self.traces.job_ended(&JobLife { id, function, trace, status, is_success, heard });
+            let (sent, confirmed, heard) = (*sent, *confirmed, ambient::unix_time());
+            let life = JobLife { id, function, trace, status, is_success, sent, confirmed, heard };
+            self.traces.job_ended(&life);
         }
     }
 
@@ -211,7 +229,8 @@ impl Settler {
         let lost = Outcome::lost(is_unconfirmed);
         // LOST is not stored with the idempotency key. A repeated request reads the row instead, which may
         // show a late result.
-        if let SettleOutcome::First(FirstResult { function, trace, .. }) = self.in_flight.settle(id, lost) {
+        let settled = self.in_flight.settle(id, lost);
+        if let SettleOutcome::First(FirstResult { function, heard_at, life, trace, .. }) = settled {
             within_trace(trace.as_ref(), || {
                 tracing::warn!(
                     requestId = %id,
@@ -222,8 +241,8 @@ impl Settler {
             });
             // Before the row can be written, so that a snapshot of all jobs finds the job here or in the
             // table.
-            self.in_flight.remember(id, function.clone());
-            let row = Execution::lost(id, function, is_unconfirmed);
+            self.in_flight.remember(id, function.clone(), life.clone());
+            let row = Execution::lost(id, function, is_unconfirmed).with_life(heard_at, life);
             let end = self.followed(&row);
             if self.record(id, row, None, None, None, true) {
                 self.trace(id, end, trace.as_deref());

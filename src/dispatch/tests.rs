@@ -121,6 +121,7 @@ async fn eventually<T>(look: impl AsyncFn() -> Option<T>) -> T {
 fn job(node: NodeId, n: u64, deadline: UnixMs) -> Job {
     let id = JobId::new(node, now_ms(), n);
     Job {
+        progress: None,
         id,
         function: FunctionId::parse("hello").unwrap(),
         deadline,

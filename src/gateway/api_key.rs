@@ -80,6 +80,20 @@ impl ApiKeys {
         }
     }
 
+    /// The same for a route for which another scope is sufficient too. `Forbidden` names the first one.
+    pub fn check_either(
+        &self,
+        presented: Option<&HeaderValue>,
+        scope: Scope,
+        or_scope: Option<Scope>,
+        client: impl FnOnce() -> Option<IpAddr>,
+    ) -> Result<Arc<Caller>, ApiError> {
+        let checked = self.check(presented, scope, client);
+        let (Err(ApiError::Forbidden { .. }), Some(other)) = (&checked, or_scope) else { return checked };
+        // The key is known, so no failure is counted.
+        self.check(presented, other, || None).or(checked)
+    }
+
     /// Remembers an accepted key for `still_opens`.
     pub fn pass(&self, presented: &HeaderValue, scope: Scope) -> AuthorizedKey {
         AuthorizedKey { hash: Sha256::digest(presented.as_bytes()).into(), scope }

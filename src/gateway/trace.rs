@@ -7,6 +7,7 @@ use crate::log::LogContext;
 use crate::model::{RequestTrace, TraceContext};
 use crate::traces::{RequestEnd, RequestSpan, Traces};
 use http::header::{HOST, HeaderName, HeaderValue, USER_AGENT};
+use http::uri::Authority;
 use http::{HeaderMap, Version};
 use pingora::http::RequestHeader;
 use std::sync::Arc;
@@ -65,7 +66,7 @@ impl TracedRequest {
             path: request.uri.path(),
             has_tls: outcome.has_tls,
             version: version(request.version),
-            authority: request.uri.authority().map(|of| of.as_str()).or_else(|| field(HOST)),
+            authority: request.uri.authority().map(Authority::as_str).or_else(|| field(HOST)),
             user_agent: field(USER_AGENT),
             status: (outcome.status != CLIENT_GONE).then_some(outcome.status),
             request_id: &self.request_id,

@@ -4,7 +4,7 @@
 //! `stderr` is empty; `status` is that of the result, or SUCCESS if the exit code is 0, or ERROR.
 
 use super::time::{Rfc3339Ms, UnixMs, digits, now_ms, rfc3339_ms};
-use super::{FunctionId, JobId, ResultFields};
+use super::{FunctionId, JobId, ResultFields, RowLife};
 use crate::model::text::cut;
 use std::borrow::Cow;
 use std::fmt;
@@ -172,6 +172,7 @@ pub struct Execution {
     pub completed_at: Option<UnixMs>,
     /// When the row may be deleted, in Unix seconds; `None`: never.
     pub expires_at_s: Option<u64>,
+    pub life: RowLife,
 }
 
 /// The part of a row that is known only when the job ends.
@@ -182,6 +183,7 @@ pub struct ExecutionEnd {
     cold_start: Option<bool>,
     memory_mb: u64,
     message: String,
+    life: RowLife,
 }
 
 impl ExecutionEnd {
@@ -200,6 +202,7 @@ impl ExecutionEnd {
             cold_start: fields.cold_start,
             memory_mb: memory_mb(fields.peak_memory_bytes.unwrap_or(0.0)),
             message: cut_with_note(message),
+            life: RowLife::of(fields),
         }
     }
 
@@ -213,7 +216,16 @@ impl ExecutionEnd {
         };
         let message = message.to_owned();
         let status = Status::new(Status::LOST);
-        Self { status, duration_ms: 0.0, handler_duration_ms: None, cold_start: None, memory_mb: 0, message }
+        let life = RowLife::default();
+        Self {
+            status,
+            duration_ms: 0.0,
+            handler_duration_ms: None,
+            cold_start: None,
+            memory_mb: 0,
+            message,
+            life,
+        }
     }
 }
 
@@ -233,17 +245,33 @@ impl Execution {
     pub fn ended(id: JobId, function: FunctionId, ending: ExecutionEnd) -> Self {
         let now = now_ms();
         Self {
+            completed_at: Some(now),
+            expires_at_s: Some(now / 1000 + LOG_TTL_S),
+            ..Self::unwritten(RowId::Job(id), function, ending)
+        }
+    }
+
+    /// The row of a job that has ended at a time that is not known.
+    pub fn unwritten(id: RowId, function: FunctionId, ending: ExecutionEnd) -> Self {
+        Self {
             function,
-            id: RowId::Job(id),
+            id,
             status: ending.status,
             duration_ms: ending.duration_ms,
             handler_duration_ms: ending.handler_duration_ms,
             cold_start: ending.cold_start,
             memory_mb: ending.memory_mb,
             message: ending.message,
-            completed_at: Some(now),
-            expires_at_s: Some(now / 1000 + LOG_TTL_S),
+            completed_at: None,
+            expires_at_s: None,
+            life: ending.life,
         }
+    }
+
+    /// Adds what the node that ended the job knows of its life. `heard_at`: when the result arrived.
+    #[must_use]
+    pub fn with_life(self, heard_at: Option<UnixMs>, life: RowLife) -> Self {
+        Self { completed_at: heard_at.or(self.completed_at), life: self.life.or(life), ..self }
     }
 
     /// Whether the job ended without a result. Such a row never replaces another row, and any result replaces

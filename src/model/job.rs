@@ -5,7 +5,7 @@
 
 use super::ids::JobId;
 use super::time::{Rfc3339Ms, UnixMs};
-use super::{Function, FunctionId, IdempotencyKey};
+use super::{Function, FunctionId, IdempotencyKey, JobProgress};
 use crate::model::run_request::RunRequest;
 use crate::model::trace::{JobTrace, TraceContext};
 use bytes::Bytes;
@@ -21,6 +21,8 @@ pub struct Job {
     pub function: FunctionId,
     /// If no result has arrived by then, the job ends as LOST.
     pub deadline: UnixMs,
+    /// `None`: an earlier process or another node accepted it.
+    pub progress: Option<Arc<JobProgress>>,
     /// The key of its request. Boxed, because few jobs have one.
     pub idempotency_key: Option<Box<IdempotencyKey>>,
     /// Somebody may learn that the job exists before it has ended: its client is answered early, or sends
@@ -42,6 +44,10 @@ pub struct JobTemplate {
     pub function: FunctionId,
     /// Maximum number of jobs in flight on all nodes together; 0: no cap.
     pub max_concurrency: usize,
+    /// In MiB.
+    pub memory_mb: u64,
+    /// The version of the configuration.
+    pub version: u64,
     text: Box<str>,
     /// The positions in `text` at which the input and the times are inserted.
     input_at: usize,
@@ -68,7 +74,9 @@ impl JobTemplate {
         }
         text.push_str(",\"traceparent\":\"");
         let max_concurrency = usize::try_from(f.max_concurrency).unwrap_or(usize::MAX);
-        Self { function: f.id.clone(), max_concurrency, text: text.into(), input_at, times_at }
+        let (memory_mb, version) = (f.memory_mb, f.version);
+        let function = f.id.clone();
+        Self { function, max_concurrency, memory_mb, version, text: text.into(), input_at, times_at }
     }
 
     /// The message of an arbitrary job, for tests.
@@ -135,6 +143,7 @@ impl JobDraft<'_> {
             id: self.id,
             function: function.clone(),
             deadline: self.deadline,
+            progress: None,
             idempotency_key: None,
             is_promised: true,
             message: escape_noncharacters(m).into(),

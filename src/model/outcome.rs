@@ -17,7 +17,7 @@ use std::fmt;
 const DURATION_MS_MAX: f64 = 1e10;
 /// Maximum plausible memory, in bytes: 2^50.
 const MEMORY_BYTES_MAX: f64 = (1_u64 << 50) as f64;
-/// Maximum plausible recommendation, in MiB.
+/// Maximum plausible memory or recommendation, in MiB.
 const MEMORY_MB_MAX: f64 = 1e6;
 /// Maximum length of a member that may be a string or a number, in bytes of JSON. A longer one is ignored.
 const SCALAR_BYTES_MAX: usize = 256;
@@ -104,6 +104,8 @@ impl Outcome {
 /// The members of a result that the gateway reads. `None`: absent, null, of another type or not plausible.
 #[derive(Debug, Default, PartialEq)]
 pub struct ResultFields<'a> {
+    pub function_id: Option<Cow<'a, str>>,
+    pub worker_id: Option<Cow<'a, str>>,
     pub status: Option<Cow<'a, str>>,
     pub exit_code: Option<i64>,
     pub stdout: Option<Cow<'a, str>>,
@@ -111,7 +113,9 @@ pub struct ResultFields<'a> {
     pub duration_ms: Option<f64>,
     pub handler_duration_ms: Option<f64>,
     pub cold_start: Option<bool>,
+    pub started_at: Option<Cow<'a, str>>,
     pub peak_memory_bytes: Option<f64>,
+    pub allocated_memory_mb: Option<f64>,
     pub recommended_memory_mb: Option<f64>,
     pub optimization_tip: Option<Cow<'a, str>>,
     /// A JSON string or number, as JSON text.
@@ -144,6 +148,9 @@ impl<'de> Deserialize<'de> for ResultFields<'de> {
 impl<'a> ResultFields<'a> {
     fn take(&mut self, key: &str, value: &'a RawValue) {
         match key {
+            "functionId" => self.function_id = text(value),
+            "workerId" => self.worker_id = text(value).filter(|id| !id.is_empty()),
+            "startedAt" => self.started_at = text(value),
             "status" => self.status = text(value).filter(|status| !status.is_empty()),
             // Some workers write whole numbers as 0.0.
             "exitCode" => {
@@ -161,6 +168,7 @@ impl<'a> ResultFields<'a> {
             "peakMemoryBytes" | "peak_memory_bytes" => {
                 self.peak_memory_bytes = number(value, MEMORY_BYTES_MAX).or(self.peak_memory_bytes);
             }
+            "allocatedMemoryMb" => self.allocated_memory_mb = number(value, MEMORY_MB_MAX),
             "recommendedMemoryMb" => self.recommended_memory_mb = number(value, MEMORY_MB_MAX),
             "optimizationTip" => self.optimization_tip = text(value),
             "estimatedSavings" => self.estimated_savings = scalar(value),

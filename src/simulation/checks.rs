@@ -93,6 +93,7 @@ pub fn check() {
     world(|world| {
         let mut violations = Vec::new();
         rows(world, &mut violations);
+        lives(world, &mut violations);
         counters(world, &mut violations);
         requests(world, &mut violations);
         processes(world, &mut violations);
@@ -157,6 +158,36 @@ fn rows(world: &mut World, violations: &mut Vec<String>) {
             && !row.message.starts_with("unconfirmed")
         {
             violations.push(format!("request {number} was denied, and its job {id} has a row"));
+        }
+    }
+}
+
+/// The life in each row is in order, and complete where one process knows all of it. The steps are counted by
+/// a monotonic clock, so this holds although the clocks of nodes drift and step. The times of workers are by
+/// other clocks.
+fn lives(world: &World, violations: &mut Vec<String>) {
+    let truth = &world.truth;
+    for row in world.tables.executions.values() {
+        let id = JobId::parse(&row.id.request_id()).expect("every row is that of a job");
+        let life = &row.life;
+        let steps = [Some(id.accepted_at()), life.sent_at, life.confirmed_at];
+        if !steps.iter().flatten().is_sorted() {
+            violations.push(format!("the steps of {id} are not in order: {steps:?}"));
+        }
+        let ended = [row.completed_at, life.written_at];
+        if ended.contains(&None) || ended[0] > ended[1] {
+            violations
+                .push(format!("the row of {id} was written at {:?}, heard at {:?}", ended[1], ended[0]));
+        }
+        // A job with a key may be sent again by a process that does not know its first send.
+        let request = truth.attempted.get(&id).map(|number| &truth.requests[*number as usize]);
+        let has_one_process =
+            life.config_version.is_some() && request.is_some_and(|request| request.key.is_none());
+        if has_one_process && !row.is_lost() && life.sent_at.is_none() {
+            violations.push(format!("the row of {id} does not tell when it was sent"));
+        }
+        if life.ended_by == Some(id.node()) {
+            violations.push(format!("the row of {id} names its own node as the adopter"));
         }
     }
 }

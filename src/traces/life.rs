@@ -4,12 +4,12 @@
 //! that is not recorded. The trace is that of the message, so log lines and spans of others fit to it.
 
 use super::destination::Destination;
-use super::message::{CREATE, name_of};
-use super::recorder::{FinishedSpan, new_span_id, text};
+use super::message::{CREATE, SEND, name_of};
+use super::recorder::{FinishedSpan, new_span_id, span_context, text};
 use crate::config::TracesConf;
-use crate::model::{FunctionId, JobId, JobTrace};
+use crate::model::{FunctionId, JobId, JobTrace, TraceContext};
 use opentelemetry::KeyValue;
-use opentelemetry::trace::SpanKind;
+use opentelemetry::trace::{Link, SpanKind};
 use std::borrow::Cow;
 use std::time::Duration;
 
@@ -20,7 +20,11 @@ pub struct JobLife<'a> {
     pub trace: Option<&'a JobTrace>,
     pub status: &'a str,
     pub is_success: bool,
-    /// When the result arrived, or the job was given up, since the Unix epoch.
+    /// When the job was first sent, since the Unix epoch. `None`: not known.
+    pub sent: Option<Duration>,
+    /// When the queue last confirmed it. `None`: not known.
+    pub confirmed: Option<Duration>,
+    /// When the result arrived, or the job was given up.
     pub heard: Duration,
 }
 
@@ -41,11 +45,12 @@ impl<'a> JobLife<'a> {
         self.trace.is_none_or(|trace| !trace.is_recorded) && (conf.failed && !self.is_success || is_slow)
     }
 
-    /// A span of the whole life, and below it the creation of the message.
+    /// A span of the whole life, and below it the creation of the message and, if it is known, its send: from
+    /// the first attempt to the confirmation.
     ///
     /// Without a trace of the client, the message names a trace whose id is that of the job, and the span
     /// `create` has the id in the message. With one, the message names the span of the client.
-    pub(super) fn spans(&self, to: &Destination) -> [FinishedSpan<'a>; 2] {
+    pub(super) fn spans(&self, to: &Destination) -> Vec<FinishedSpan<'a>> {
         let (whole, message) = match self.trace {
             Some(trace) => (trace.context.recorded_child(new_span_id()), new_span_id()),
             None => (self.id.trace().recorded_child(new_span_id()), self.id.trace().span_id()),
@@ -84,6 +89,32 @@ impl<'a> JobLife<'a> {
             links: Vec::new(),
             error: None,
         };
-        [life, create]
+        let sent = self.sent.map(|began| self.send_span(&life, create.context, began, to));
+        [life, create].into_iter().chain(sent).collect()
+    }
+
+    /// `created`: the span `create`.
+    fn send_span(
+        &self,
+        whole: &FinishedSpan<'a>,
+        created: TraceContext,
+        began: Duration,
+        to: &Destination,
+    ) -> FinishedSpan<'a> {
+        let mut attributes = to.attributes(SEND);
+        attributes.extend(to.server_attributes());
+        FinishedSpan {
+            context: whole.context.recorded_child(new_span_id()),
+            parent: Some(whole.context.span_id()),
+            has_remote_parent: false,
+            state: whole.state,
+            kind: SpanKind::Client,
+            name: name_of(SEND, to),
+            began,
+            ended: self.confirmed.unwrap_or(self.heard).max(began),
+            attributes,
+            links: vec![Link::with_context(span_context(created, whole.state, false))],
+            error: self.confirmed.is_none().then_some(Cow::Borrowed("unconfirmed")),
+        }
     }
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(super) const CREATE: &str = "create";
-const SEND: &str = "send";
+pub(super) const SEND: &str = "send";
 const PROCESS: &str = "process";
 
 pub(super) fn name_of(operation: &str, destination: &Destination) -> Cow<'static, str> {

@@ -46,6 +46,8 @@ impl Table<'_> {
         let good = json!({ "functionId": HELLO, "inputData": { "behave": "echo" } }).to_string();
         let huge = format!("{{\"functionId\":\"{HELLO}\",\"inputData\":\"{}\"}}", "x".repeat(1 << 20));
         let huger = format!("{{\"functionId\":\"{HELLO}\",\"inputData\":{}}}", "1".repeat(10 << 20));
+        let absent = "00000000-0000-8000-8000-000000000000";
+        let twice = format!("/jobs/{}?functionId=a&functionId=a", self.job);
         vec![
             ("/run", run(&good), 200, ""),
             ("/run", run(&good).header("x-async", "true"), 202, ""),
@@ -83,6 +85,10 @@ impl Table<'_> {
             ),
             ("/status/{jobId}", self.call("GET", "/status/no-job"), 404, "no_such_job"),
             ("/status/{jobId}", self.gateway.anonymous("GET", "/status/x"), 401, "unauthorized"),
+            ("/jobs/{id}", self.call("GET", &format!("/jobs/{}", self.job)), 200, ""),
+            ("/jobs/{id}", self.call("GET", "/jobs/no-job"), 404, "no_such_job"),
+            ("/jobs/{id}", self.call("GET", &format!("/jobs/{absent}")), 404, "function_needed"),
+            ("/jobs/{id}", self.call("GET", &twice), 400, "invalid_request"),
         ]
     }
 

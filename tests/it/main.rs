@@ -116,6 +116,8 @@ mod harness;
 #[cfg(test)]
 mod idempotency;
 #[cfg(test)]
+mod jobs;
+#[cfg(test)]
 mod journal;
 #[cfg(test)]
 mod keys;

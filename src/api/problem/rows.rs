@@ -104,6 +104,11 @@ pub const NO_SUCH_ROUTE: Row<'static> = row(404, "no_such_route", "No route has 
 pub const NO_SUCH_FUNCTION: Row<'static> = row(404, "no_such_function", "Function not found");
 pub const NO_SUCH_JOB: Row<'static> =
     row(404, "no_such_job", "The job does not exist, or its result has expired.");
+pub const FUNCTION_NEEDED: Row<'static> = row(
+    404,
+    "function_needed",
+    "No running job and no stored result has this id. Add ?functionId= to look for its record.",
+);
 pub const NO_SUCH_LOG: Row<'static> =
     row(404, "no_such_log", "The execution does not exist, or its record has expired.");
 pub const METHOD_NOT_ALLOWED: Row<'static> = row(405, "method_not_allowed", "This path supports {}.");

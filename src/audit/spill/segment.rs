@@ -2,7 +2,9 @@
 //! JSON.
 
 use crate::audit::{KeyedResult, Record};
-use crate::model::{Execution, FunctionId, IdempotencyKey, JobId, Recommendation, RowId, Status, UnixMs};
+use crate::model::{
+    Execution, FunctionId, IdempotencyKey, JobId, NodeId, Recommendation, RowId, RowLife, Status, UnixMs,
+};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fs::File;
@@ -64,6 +66,57 @@ struct RowJson<'a> {
     is_shared: bool,
     #[serde(default)]
     cold_start: Option<bool>,
+    #[serde(default)]
+    life: StoredLife<'a>,
+}
+
+/// The JSON form of what a row tells of the life of its job. A row on the disk is not written yet.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct StoredLife<'a> {
+    sent_at: Option<UnixMs>,
+    confirmed_at: Option<UnixMs>,
+    started_at: Option<UnixMs>,
+    worker_id: Option<Cow<'a, str>>,
+    ended_by: Option<Cow<'a, str>>,
+    key_name: Option<Cow<'a, str>>,
+    config_version: Option<u64>,
+    allocated_mb: Option<u64>,
+    trace_id: Option<Cow<'a, str>>,
+    exit_code: Option<i64>,
+}
+
+impl<'a> StoredLife<'a> {
+    fn of(life: &'a RowLife) -> Self {
+        Self {
+            sent_at: life.sent_at,
+            confirmed_at: life.confirmed_at,
+            started_at: life.started_at,
+            worker_id: life.worker_id.as_deref().map(Cow::Borrowed),
+            ended_by: life.ended_by.map(|node| node.to_string().into()),
+            key_name: life.key_name.as_deref().map(Cow::Borrowed),
+            config_version: life.config_version,
+            allocated_mb: life.allocated_mb,
+            trace_id: life.trace_id.as_deref().map(Cow::Borrowed),
+            exit_code: life.exit_code,
+        }
+    }
+
+    fn into_life(self) -> RowLife {
+        RowLife {
+            sent_at: self.sent_at,
+            confirmed_at: self.confirmed_at,
+            started_at: self.started_at,
+            written_at: None,
+            worker_id: self.worker_id.map(|id| id.into_owned().into()),
+            ended_by: self.ended_by.as_deref().and_then(NodeId::parse),
+            key_name: self.key_name.as_deref().map(Into::into),
+            config_version: self.config_version,
+            allocated_mb: self.allocated_mb,
+            trace_id: self.trace_id.as_deref().map(Into::into),
+            exit_code: self.exit_code,
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -96,6 +149,7 @@ impl<'a> RowJson<'a> {
             is_late: record.is_late,
             is_shared: record.is_shared,
             cold_start: row.cold_start,
+            life: StoredLife::of(&row.life),
         }
     }
 
@@ -125,6 +179,7 @@ impl<'a> RowJson<'a> {
             message: self.message.into_owned(),
             completed_at: self.completed_at,
             expires_at_s: self.expires_at_s,
+            life: self.life.into_life(),
         };
         Some(Record {
             id,

@@ -33,7 +33,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Most cached prepared statements of a connection. This backend has fewer statements.
 const STATEMENTS_MAX: usize = 64;
 /// The migrations from an empty file to the current tables. `PRAGMA user_version` counts those applied.
-const SCHEMA_STEPS: [&str; 7] = [
+const SCHEMA_STEPS: [&str; 8] = [
     include_str!("schema.sql"),
     include_str!("schema_2.sql"),
     include_str!("schema_3.sql"),
@@ -41,6 +41,7 @@ const SCHEMA_STEPS: [&str; 7] = [
     include_str!("schema_5.sql"),
     include_str!("schema_6.sql"),
     include_str!("schema_7.sql"),
+    include_str!("schema_8.sql"),
 ];
 pub(super) const SCHEMA_VERSION: usize = SCHEMA_STEPS.len();
 

@@ -96,8 +96,18 @@ impl Journal for SqliteJournal {
         Ok(read.await?.is_some())
     }
 
+    async fn entry(&self, id: JobId) -> Result<Option<JournalEntry>, BackendError> {
+        Ok(self.between(*id.as_bytes(), *id.as_bytes()).await?.pop())
+    }
+
     async fn entries(&self, node: NodeId) -> Result<Vec<JournalEntry>, BackendError> {
-        let (first, last) = (key(node, 0), key(node, u8::MAX));
+        self.between(key(node, 0), key(node, u8::MAX)).await
+    }
+}
+
+impl SqliteJournal {
+    /// The entries whose ids are between these bounds, inclusive.
+    async fn between(&self, first: [u8; 16], last: [u8; 16]) -> Result<Vec<JournalEntry>, BackendError> {
         let read = self.0.read(move |c| {
             let mut select = c.prepare_cached(
                 "SELECT id, function_id, deadline_ms, idempotency_key FROM inflight

@@ -61,6 +61,7 @@ pub(crate) fn job(random: u64, message: &str) -> Job {
 
 pub(crate) fn job_of(node: NodeId, random: u64, message: &str) -> Job {
     Job {
+        progress: None,
         id: JobId::new(node, now_ms(), random),
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,

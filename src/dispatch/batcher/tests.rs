@@ -2,7 +2,7 @@ use super::*;
 use crate::backend::{EndOutcome, EndedJob, Journal, JournalEntry, QueueTraits};
 use crate::config::Conf;
 use crate::dispatch::Permits;
-use crate::model::{IdempotencyKey, JobId, NodeId, Outcome};
+use crate::model::{IdempotencyKey, JobId, JobOrigin, JobProgress, NodeId, Outcome, RowLife};
 use crate::node_lease::NodeLease;
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -137,6 +137,7 @@ impl Fixture {
     fn send(&self, n: u64, function: &str, bytes: usize) -> oneshot::Receiver<Result<(), SubmitError>> {
         let function = FunctionId::parse(function).unwrap();
         let job = Job {
+            progress: None,
             id: JobId::new(NodeId(1), 1, n),
             function,
             idempotency_key: None,
@@ -254,6 +255,7 @@ async fn a_keyed_job_is_kept_until_its_key_is_released() {
         let work = async {
             let id = JobId::new(NodeId(2), now_ms(), 7);
             let job = Job {
+                progress: None,
                 id,
                 function: FunctionId::parse("f").unwrap(),
                 deadline: 0,
@@ -293,7 +295,7 @@ async fn a_job_that_is_lost_during_its_send_has_an_unknown_result() {
             let sending = fixture.send(7, "f", 1);
             tokio::time::sleep(Duration::from_millis(lost_after_ms)).await;
             fixture.in_flight.settle(id, Outcome::lost(true));
-            fixture.in_flight.remember(id, FunctionId::parse("f").unwrap());
+            fixture.in_flight.remember(id, FunctionId::parse("f").unwrap(), RowLife::default());
             assert_eq!(sending.await.unwrap(), Err(SubmitError::Unknown));
             drop(fixture);
         };
@@ -386,6 +388,7 @@ async fn a_job_that_enters_again_does_not_leave() {
     fixture.leaves.leave(jobs, Instant::now());
     assert!(fixture.leaves.keep(jobs[0]) && !fixture.leaves.keep(jobs[0]));
     let job = Job {
+        progress: None,
         id: jobs[1],
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,
@@ -468,6 +471,7 @@ async fn a_full_queue_rejects_jobs_immediately() {
         drop(fixture.send(n, "f", 1));
     }
     let job = Job {
+        progress: None,
         id: JobId::new(NodeId(1), 1, 200),
         function: FunctionId::parse("f").unwrap(),
         idempotency_key: None,
@@ -481,4 +485,29 @@ async fn a_full_queue_rejects_jobs_immediately() {
     drop(fixture);
     run.await;
     assert_eq!(sent.sizes().iter().sum::<usize>(), 100, "queued jobs are sent although no caller waits");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_knows_when_it_was_sent_and_confirmed() {
+    let (fixture, run) = fixture(ScriptedQueue::new(false, &[]), SetJournal::default());
+    let work = async {
+        let progress = Arc::new(JobProgress::new(JobOrigin::default(), 1000, false));
+        let id = JobId::new(NodeId(1), 1000, 1);
+        let job = Job {
+            progress: Some(Arc::clone(&progress)),
+            id,
+            function: FunctionId::parse("f").unwrap(),
+            idempotency_key: None,
+            is_promised: true,
+            deadline: 1,
+            message: "{}".into(),
+            trace: None,
+        };
+        fixture.in_flight.enter(&job, Permits::new()).unwrap();
+        fixture.batcher.send(job, None).unwrap().await.unwrap().unwrap();
+        let life = fixture.in_flight.entry_life(id).unwrap().life;
+        assert_eq!((life.sent_at, life.confirmed_at), (Some(1000), Some(1008)), "the queue takes 8 ms");
+        drop(fixture);
+    };
+    tokio::join!(run, work);
 }

@@ -406,6 +406,7 @@ impl Fixture {
             id,
             function,
             deadline,
+            progress: None,
             idempotency_key: None,
             is_promised: true,
             message: "{}".into(),
@@ -559,6 +560,7 @@ async fn a_job_of_an_unlisted_dead_node_ends() {
         id,
         function,
         deadline: LATER,
+        progress: None,
         idempotency_key: None,
         is_promised: true,
         message: "{}".into(),
@@ -593,6 +595,7 @@ async fn a_job_with_a_waiter_is_given_back_later() {
     let job = |n| {
         let id = JobId::new(NODE, 1000, n);
         Job {
+            progress: None,
             id,
             function: function.clone(),
             deadline: LATER,

@@ -6,11 +6,12 @@ use crate::availability::Availability;
 use crate::backend::BackendError;
 use crate::backend::aws::client::RETRIES;
 use crate::backend::aws::json_call::JsonClient;
-use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey};
+use crate::model::{Execution, JobId, Rfc3339Ms, RowId, RowKey, RowLife};
 use futures_util::StreamExt;
 use serde::Deserialize;
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::io::Write as _;
 use std::time::Duration;
 
 const BATCH_WRITE: &str = "DynamoDB_20120810.BatchWriteItem";
@@ -173,7 +174,7 @@ fn batch(table: &str, rows: &[&Execution]) -> Vec<u8> {
 
 /// Approximate size of a row in the request, in bytes.
 fn row_bytes(row: &Execution) -> usize {
-    row.message.len() + row.message.len() / 8 + 512
+    row.message.len() + row.message.len() / 8 + 1024
 }
 
 /// The attributes of the log table.
@@ -213,11 +214,46 @@ fn put_item(body: &mut Vec<u8>, row: &Execution) {
     if let Some(at) = row.expires_at_s {
         number("expiresAt", &at.to_string());
     }
+    put_life(body, &row.life);
     if let Some(is_cold) = row.cold_start {
         put_name(body, "coldStart", "BOOL");
         body.extend_from_slice(if is_cold { b"true" } else { b"false" });
     }
     body.extend_from_slice(b"}}");
+}
+
+/// The attributes that tell the life of the job. Those that are not known are absent.
+fn put_life(body: &mut Vec<u8>, life: &RowLife) {
+    let times = [
+        ("sentAt", life.sent_at),
+        ("confirmedAt", life.confirmed_at),
+        ("startedAt", life.started_at),
+        ("writtenAt", life.written_at),
+    ];
+    for (name, at) in times.into_iter().filter_map(|(name, at)| Some((name, at?))) {
+        put_name(body, name, "S");
+        put_text(body, Rfc3339Ms::of(at).as_str());
+    }
+    let ended_by = life.ended_by.map(|node| node.to_string());
+    let texts = [
+        ("workerId", life.worker_id.as_deref()),
+        ("endedBy", ended_by.as_deref()),
+        ("keyName", life.key_name.as_deref()),
+        ("traceId", life.trace_id.as_deref()),
+    ];
+    for (name, text) in texts.into_iter().filter_map(|(name, text)| Some((name, text?))) {
+        put_name(body, name, "S");
+        put_text(body, text);
+    }
+    let numbers = [
+        ("configVersion", life.config_version.map(i128::from)),
+        ("allocatedMb", life.allocated_mb.map(i128::from)),
+        ("exitCode", life.exit_code.map(i128::from)),
+    ];
+    for (name, number) in numbers.into_iter().filter_map(|(name, number)| Some((name, number?))) {
+        put_name(body, name, "N");
+        let _ = write!(body, "\"{number}\""); // writing to memory cannot fail
+    }
 }
 
 /// Closes the previous attribute and opens the next one.
@@ -292,6 +328,7 @@ mod tests {
             .map(|said| Execution::of(id, function.clone(), &Outcome::new((*said).into()).fields()))
             .collect();
         rows.push(Execution::lost(id, function, false));
+        rows[0].life = RowLife::sample();
         rows
     }
 

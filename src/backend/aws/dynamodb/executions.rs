@@ -6,7 +6,9 @@ use crate::backend::aws::error::class;
 use crate::backend::aws::json_call::{CredentialCache, JsonClient, RouteRecorder};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
 use crate::https::HttpsClient;
-use crate::model::{Execution, FunctionId, JobId, RowId, RowKey, Status, now_ms, parse_rfc3339_ms};
+use crate::model::{
+    Execution, FunctionId, JobId, NodeId, RowId, RowKey, RowLife, Status, now_ms, parse_rfc3339_ms,
+};
 use async_trait::async_trait;
 use aws_sdk_dynamodb::Client;
 use aws_sdk_dynamodb::operation::query::builders::QueryFluentBuilder;
@@ -205,6 +207,7 @@ impl Range {
 pub fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
     let item = Item::new(raw);
     let text = |name| item.text(name).unwrap_or_default();
+    let life = life_of(&item);
     Execution {
         function: function.clone(),
         id: RowId::stored(text("timestamp"), text("requestId")),
@@ -216,6 +219,24 @@ pub fn from_item(function: &FunctionId, raw: RawItem) -> Execution {
         message: text("message"),
         completed_at: item.text("completedAt").and_then(|at| parse_rfc3339_ms(&at)),
         expires_at_s: item.whole("expiresAt"),
+        life,
+    }
+}
+
+fn life_of(item: &Item) -> RowLife {
+    let time = |name| item.text(name).and_then(|at| parse_rfc3339_ms(&at));
+    RowLife {
+        sent_at: time("sentAt"),
+        confirmed_at: time("confirmedAt"),
+        started_at: time("startedAt"),
+        written_at: time("writtenAt"),
+        worker_id: item.text("workerId").map(String::into_boxed_str),
+        ended_by: item.text("endedBy").as_deref().and_then(NodeId::parse),
+        key_name: item.text("keyName").map(Into::into),
+        config_version: item.whole("configVersion"),
+        allocated_mb: item.whole("allocatedMb"),
+        trace_id: item.text("traceId").map(Into::into),
+        exit_code: item.float("exitCode").map(|code| code as i64),
     }
 }
 

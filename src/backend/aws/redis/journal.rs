@@ -235,6 +235,13 @@ impl Journal for RedisJournal {
         })
     }
 
+    async fn entry(&self, id: JobId) -> Result<Option<JournalEntry>, BackendError> {
+        let field = id.to_string();
+        let value: Option<Vec<u8>> =
+            self.commands.query(cmd("HGET").arg(key(INFLIGHT, id.node())).arg(&field)).await?;
+        Ok(value.and_then(|value| entry(field.as_bytes(), &value)))
+    }
+
     async fn started(&self, node: NodeId) -> Result<(), BackendError> {
         let mut command = cmd("SET");
         command.arg(key(WHOLE, node)).arg(now_ms()).arg("XX").arg("EX").arg(WHOLE_KEPT_S);

@@ -308,6 +308,7 @@ mod tests {
     #[test]
     fn a_batch_is_serialized_for_sqs() {
         let job = |n: u64, message: &'static str| Job {
+            progress: None,
             id: JobId::new(NodeId(1), 0, n),
             function: FunctionId::parse("f").unwrap(),
             idempotency_key: None,

@@ -4,7 +4,7 @@ use super::probe::probe;
 use crate::backend::embedded::database::error::integer;
 use crate::backend::embedded::database::{Database, unsigned};
 use crate::backend::{BackendError, ExecutionStore, LogPage, LogQuery, ROWS_MAX};
-use crate::model::{Execution, FunctionId, JobId, RowId, RowKey, Status, UnixMs, now_ms};
+use crate::model::{Execution, FunctionId, JobId, NodeId, RowId, RowKey, RowLife, Status, UnixMs, now_ms};
 use async_trait::async_trait;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
@@ -16,15 +16,24 @@ pub(in crate::backend::embedded) struct SqliteExecutions(pub(in crate::backend::
 fn put_execution(connection: &Connection, row: &Execution) -> rusqlite::Result<()> {
     let mut insert = connection.prepare_cached(
         "INSERT INTO executions (function_id, key, request_id, foreign_id, status, duration_ms,
-             handler_duration_ms, cold_start, memory_mb, message, completed_at_ms, expires_at_s)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)
+             handler_duration_ms, cold_start, memory_mb, message, completed_at_ms, expires_at_s,
+             sent_at_ms, confirmed_at_ms, started_at_ms, written_at_ms, worker_id, ended_by, key_name,
+             config_version, allocated_mb, trace_id, exit_code)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?14, ?15, ?16, ?17, ?18, ?19, ?20, ?21,
+             ?22, ?23, ?24)
          ON CONFLICT (function_id, key) DO UPDATE SET
              request_id = excluded.request_id, foreign_id = excluded.foreign_id, status = excluded.status,
              duration_ms = excluded.duration_ms, handler_duration_ms = excluded.handler_duration_ms,
              cold_start = excluded.cold_start, memory_mb = excluded.memory_mb, message = excluded.message,
-             completed_at_ms = excluded.completed_at_ms, expires_at_s = excluded.expires_at_s
+             completed_at_ms = excluded.completed_at_ms, expires_at_s = excluded.expires_at_s,
+             sent_at_ms = excluded.sent_at_ms, confirmed_at_ms = excluded.confirmed_at_ms,
+             started_at_ms = excluded.started_at_ms, written_at_ms = excluded.written_at_ms,
+             worker_id = excluded.worker_id, ended_by = excluded.ended_by, key_name = excluded.key_name,
+             config_version = excluded.config_version, allocated_mb = excluded.allocated_mb,
+             trace_id = excluded.trace_id, exit_code = excluded.exit_code
          WHERE excluded.status <> ?13",
     )?;
+    let life = &row.life;
     insert.execute(params![
         row.function.as_str(),
         row.id.key(),
@@ -39,6 +48,17 @@ fn put_execution(connection: &Connection, row: &Execution) -> rusqlite::Result<(
         row.completed_at.map(integer),
         row.expires_at_s.map(integer),
         Status::LOST,
+        life.sent_at.map(integer),
+        life.confirmed_at.map(integer),
+        life.started_at.map(integer),
+        life.written_at.map(integer),
+        life.worker_id.as_deref(),
+        life.ended_by.map(|node| node.to_string()),
+        life.key_name.as_deref(),
+        life.config_version.map(integer),
+        life.allocated_mb.map(integer),
+        life.trace_id.as_deref(),
+        life.exit_code,
     ])?;
     Ok(())
 }
@@ -60,6 +80,25 @@ fn execution(function: FunctionId, row: &Row<'_>) -> rusqlite::Result<Execution>
         message: row.get("message")?,
         completed_at: row.get::<_, Option<i64>>("completed_at_ms")?.map(unsigned),
         expires_at_s: row.get::<_, Option<i64>>("expires_at_s")?.map(unsigned),
+        life: life(row)?,
+    })
+}
+
+fn life(row: &Row<'_>) -> rusqlite::Result<RowLife> {
+    let number = |column: &str| row.get::<_, Option<i64>>(column).map(|number| number.map(unsigned));
+    let text = |column: &str| row.get::<_, Option<String>>(column);
+    Ok(RowLife {
+        sent_at: number("sent_at_ms")?,
+        confirmed_at: number("confirmed_at_ms")?,
+        started_at: number("started_at_ms")?,
+        written_at: number("written_at_ms")?,
+        worker_id: text("worker_id")?.map(String::into_boxed_str),
+        ended_by: text("ended_by")?.as_deref().and_then(NodeId::parse),
+        key_name: text("key_name")?.map(Into::into),
+        config_version: number("config_version")?,
+        allocated_mb: number("allocated_mb")?,
+        trace_id: text("trace_id")?.map(Into::into),
+        exit_code: row.get("exit_code")?,
     })
 }
 
@@ -197,6 +236,7 @@ mod tests {
         let log = SqliteExecutions(scratch.database());
         let mut first = row(AT, 1, "SUCCESS");
         (first.handler_duration_ms, first.cold_start) = (Some(0.5), Some(false));
+        first.life = RowLife::sample();
         let old = old_row("2024-01-02T03:04:05.678Z", "67e55044-10b1-426f-9247-bb680e5fe0c8");
         put(&log, &[first.clone(), old.clone()]).await;
         put(&log, &[first.clone()]).await;

@@ -236,6 +236,7 @@ async fn the_journal_and_the_membership_run_on_it() {
     let (node, function) = (NodeId(0xab), FunctionId::parse("f").unwrap());
     let id = JobId::new(node, 5, 6);
     let job = Job {
+        progress: None,
         id,
         function: function.clone(),
         deadline: 17,

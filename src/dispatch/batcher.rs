@@ -11,6 +11,8 @@
 //! has definitely failed leaves the journal again. The loop does this and not the caller, because the caller
 //! may be gone by then.
 
+mod steps;
+
 use super::breaker::Breaker;
 use super::in_flight::{InFlight, SendEvidence};
 use super::journal::NodeJournal;
@@ -392,15 +394,9 @@ impl BatchSender {
 
     /// Sends a batch, and records when.
     async fn send_now(&self, jobs: &[Job]) -> Vec<Result<(), SendError>> {
-        let sent = Instant::now();
-        jobs.iter().filter_map(|job| job.progress.as_ref()).for_each(|progress| progress.note_sent(sent));
+        steps::note_sent(jobs);
         let results = self.queue.send_batch(jobs).await;
-        let answered = Instant::now();
-        for (job, _) in jobs.iter().zip(&results).filter(|(_, result)| result.is_ok()) {
-            if let Some(progress) = &job.progress {
-                progress.note_confirmed(answered);
-            }
-        }
+        steps::note_answered(jobs, &results);
         results
     }
 

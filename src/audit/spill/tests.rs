@@ -1,5 +1,5 @@
 use super::*;
-use crate::model::{Execution, NodeId};
+use crate::model::{Execution, NodeId, RowLife};
 
 pub(super) fn record(n: u64) -> Record {
     let id = JobId::new(NodeId(1), 1000, n);
@@ -70,6 +70,19 @@ fn a_row_keeps_how_it_is_to_be_written() {
     let replay = spill.next(10).unwrap().unwrap();
     let read: Vec<_> = replay.records.iter().map(|record| (record.is_late, record.is_shared)).collect();
     assert_eq!(read, kinds);
+}
+
+#[test]
+fn a_row_keeps_the_life_of_its_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let spill = open(dir.path(), 1 << 20);
+    let life = RowLife { written_at: None, ..RowLife::sample() };
+    let mut with_life = record(1);
+    with_life.row.life = life.clone();
+    spill.append(&[with_life, record(2)]).unwrap();
+    let replay = spill.next(10).unwrap().unwrap();
+    let read: Vec<_> = replay.records.iter().map(|record| record.row.life.clone()).collect();
+    assert_eq!(read, [life, RowLife::default()]);
 }
 
 #[test]

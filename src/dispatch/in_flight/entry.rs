@@ -18,8 +18,8 @@ fn age(id: JobId) -> Duration {
     Duration::from_millis(now_ms().saturating_sub(id.accepted_at()))
 }
 
-/// One accepted job. It takes 72 bytes with its key, and its progress about 112, because a million jobs may be
-/// in flight.
+/// One accepted job. It takes 72 bytes with its key, and its progress about 112, because a million jobs may
+/// be in flight.
 pub struct InFlightJob {
     pub function: FunctionId,
     pub deadline: UnixMs,

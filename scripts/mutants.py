@@ -32,10 +32,10 @@ MUTANTS = [
     ),
     (
         "a job enters the journal after its send",
-        "src/dispatch/batcher.rs",
+        "src/dispatch/batcher/sender.rs",
         "        let results = match self.enter(&mut batch).await {\n"
-        "            Ok(()) => self.queue.send_batch(&jobs).await,",
-        "        let sent = self.queue.send_batch(&jobs).await;\n"
+        "            Ok(()) => self.send_now(&jobs).await,",
+        "        let sent = self.send_now(&jobs).await;\n"
         "        let results = match self.enter(&mut batch).await {\n"
         "            Ok(()) => sent,",
     ),

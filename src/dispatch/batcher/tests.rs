@@ -1,5 +1,5 @@
 use super::*;
-use crate::backend::{EndOutcome, EndedJob, Journal, JournalEntry, QueueTraits};
+use crate::backend::{BackendError, EndOutcome, EndedJob, Journal, JournalEntry, QueueTraits};
 use crate::config::Conf;
 use crate::dispatch::Permits;
 use crate::model::{IdempotencyKey, JobId, JobOrigin, JobProgress, NodeId, Outcome, RowLife};

@@ -71,8 +71,8 @@ MUTANTS = [
     (
         "jobs are admitted without the lease",
         "src/dispatch/journal.rs",
-        "        if !self.lease.holds() {",
-        "        if false {",
+        "        if !self.lease.holds() {\n            return Err(BackendError::Unavailable(",
+        "        if false {\n            return Err(BackendError::Unavailable(",
     ),
     (
         "the claim of a failed send is not released",
@@ -120,8 +120,8 @@ MUTANTS = [
     (
         "late results are ignored",
         "src/dispatch/in_flight.rs",
-        "        let function = self.given_up.settle(id)?;",
-        "        let function = self.given_up.settle(id).filter(|_| false)?;",
+        "        let (function, life) = self.given_up.settle(id)?;",
+        "        let (function, life) = self.given_up.settle(id).filter(|_| false)?;",
     ),
     (
         "results are not looked up",
@@ -131,7 +131,7 @@ MUTANTS = [
     ),
     (
         "a send without an answer counts as not sent",
-        "src/dispatch/batcher.rs",
+        "src/dispatch/batcher/sender.rs",
         "        pending.maybe_sent |= matches!(error, SendError::Unknown(_));",
         "        pending.maybe_sent |= false;",
     ),
@@ -163,8 +163,9 @@ MUTANTS = [
     (
         "dead nodes are not adopted",
         "src/fleet/adoption.rs",
-        "                self.adopt(store, node).await?;\n            } else {",
-        "                self.to_give_back.clear();\n            } else {",
+        "                    self.to_give_back.retain(|id| id.node() != node);\n"
+        "                    self.adopt(store, node).await?;",
+        "                    self.to_give_back.retain(|id| id.node() != node);",
     ),
     (
         "a dead node leaves the list with its jobs",

@@ -89,6 +89,7 @@ impl Table<'_> {
             ("/jobs/{id}", self.call("GET", "/jobs/no-job"), 404, "no_such_job"),
             ("/jobs/{id}", self.call("GET", &format!("/jobs/{absent}")), 404, "function_needed"),
             ("/jobs/{id}", self.call("GET", &twice), 400, "invalid_request"),
+            ("/jobs/{id}", self.gateway.anonymous("GET", "/jobs/x"), 401, "unauthorized"),
         ]
     }
 

@@ -1,5 +1,6 @@
 //! Strict parsing of the query of a URL. Invalid UTF-8 is an error. [`Query`] rejects repeated parameters,
-//! and ignores unknown ones. [`lists`] is for filters: parameters may be repeated, and unknown ones are errors.
+//! and ignores unknown ones. [`lists`] is for filters: parameters may be repeated, and unknown ones are
+//! errors.
 
 use super::problem::ApiError;
 use http::Uri;

@@ -233,6 +233,7 @@ impl RowWriter {
     async fn put_rows(&self, batch: &mut Batch) -> Vec<Result<(), BackendError>> {
         let now = now_ms();
         for row in &mut batch.rows {
+            row.life.complete();
             // The clock may have been set back.
             row.life.written_at = Some(row.completed_at.map_or(now, |heard| now.max(heard)));
         }

@@ -190,6 +190,11 @@ pub trait Journal: Send + Sync {
         Ok(self.entries(id.node()).await?.into_iter().find(|entry| entry.id == id))
     }
 
+    /// The node that has adopted the jobs of `node`.
+    async fn adopter(&self, _node: NodeId) -> Result<Option<NodeId>, BackendError> {
+        Ok(None)
+    }
+
     /// Records the start of this process as `node`. Jobs that were accepted before are
     /// [`JournalState::Orphaned`].
     async fn started(&self, _node: NodeId) -> Result<(), BackendError> {

@@ -123,6 +123,11 @@ impl NodeJournal {
         self.store.entry(id).await
     }
 
+    /// The node that has adopted the jobs of `node`.
+    pub async fn adopter(&self, node: NodeId) -> Result<Option<NodeId>, BackendError> {
+        self.store.adopter(node).await
+    }
+
     /// Records that an earlier process left what the journal of `node` holds now.
     pub async fn started(&self, node: NodeId) -> Result<(), BackendError> {
         self.store.started(node).await

@@ -81,7 +81,8 @@ impl JobLives {
         };
         let is_unconfirmed = self.journal.standing(id).await? == JournalState::Orphaned;
         let deadline = Some(entry.deadline);
-        Ok(Some(KnownLife { deadline, is_unconfirmed, ..KnownLife::new(entry.function) }))
+        let life = RowLife { ended_by: self.journal.adopter(id.node()).await?, ..RowLife::default() };
+        Ok(Some(KnownLife { deadline, is_unconfirmed, life, ..KnownLife::new(entry.function) }))
     }
 
     /// The same for a job of the old controller, of which only the result is kept.

@@ -57,6 +57,15 @@ impl StepTime {
     }
 }
 
+/// Each job has its own.
+impl PartialEq for JobProgress {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self, other)
+    }
+}
+
+impl Eq for JobProgress {}
+
 impl JobProgress {
     /// `began`: the time now, by the clock of this node. `maybe_sent_before`: an earlier process or another
     /// node may have sent the job, so its first send is not known.
@@ -85,10 +94,11 @@ impl JobProgress {
     }
 
     /// What is known now.
-    pub fn life(&self) -> RowLife {
+    pub fn life(self: &Arc<Self>) -> RowLife {
         RowLife {
             sent_at: self.sent.after(self.began),
             confirmed_at: self.confirmed.after(self.began),
+            progress: Some(Arc::clone(self)),
             key_name: self.origin.key_name.clone(),
             config_version: Some(self.origin.config_version),
             allocated_mb: Some(self.origin.memory_mb),
@@ -121,9 +131,23 @@ pub struct RowLife {
     /// The trace id of the client.
     pub trace_id: Option<Arc<str>>,
     pub exit_code: Option<i64>,
+    /// The steps of a job whose row is not written yet: the queue may confirm it after its result.
+    pub progress: Option<Arc<JobProgress>>,
 }
 
 impl RowLife {
+    /// When the queue last confirmed the job, as far as is known now.
+    pub fn confirmed_at(&self) -> Option<UnixMs> {
+        let now = self.progress.as_ref().and_then(|progress| progress.confirmed.after(progress.began));
+        now.or(self.confirmed_at)
+    }
+
+    /// Takes over the steps that were reached since. Called before the row is written.
+    pub fn complete(&mut self) {
+        self.confirmed_at = self.confirmed_at();
+        self.progress = None;
+    }
+
     /// A life of which all is known, for tests.
     #[cfg(test)]
     pub fn sample() -> Self {
@@ -140,6 +164,7 @@ impl RowLife {
             allocated_mb: Some(256),
             trace_id: Some("0af7651916cd43dd8448eb211c80319c".into()),
             exit_code: Some(-3),
+            progress: None,
         }
     }
 
@@ -169,6 +194,7 @@ impl RowLife {
             allocated_mb: self.allocated_mb.or(other.allocated_mb),
             trace_id: self.trace_id.or(other.trace_id),
             exit_code: self.exit_code.or(other.exit_code),
+            progress: self.progress.or(other.progress),
         }
     }
 
@@ -186,9 +212,21 @@ mod tests {
 
     const BEGAN: UnixMs = 1_795_305_600_123;
 
-    fn progress(maybe_sent_before: bool) -> JobProgress {
+    fn progress(maybe_sent_before: bool) -> Arc<JobProgress> {
         let origin = JobOrigin { config_version: 7, memory_mb: 128, ..JobOrigin::default() };
-        JobProgress::new(origin, BEGAN, maybe_sent_before)
+        Arc::new(JobProgress::new(origin, BEGAN, maybe_sent_before))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_confirmation_after_the_result_is_not_lost() {
+        let progress = progress(false);
+        progress.note_sent(Instant::now());
+        let mut life = progress.life();
+        tokio::time::advance(Duration::from_millis(5)).await;
+        assert_eq!(life.confirmed_at, None);
+        progress.note_confirmed(Instant::now());
+        life.complete();
+        assert_eq!((life.confirmed_at, life.progress), (Some(BEGAN + 5), None));
     }
 
     #[tokio::test(start_paused = true)]

@@ -90,7 +90,7 @@ impl<'a> StoredLife<'a> {
     fn of(life: &'a RowLife) -> Self {
         Self {
             sent_at: life.sent_at,
-            confirmed_at: life.confirmed_at,
+            confirmed_at: life.confirmed_at(),
             started_at: life.started_at,
             worker_id: life.worker_id.as_deref().map(Cow::Borrowed),
             ended_by: life.ended_by.map(|node| node.to_string().into()),
@@ -115,6 +115,7 @@ impl<'a> StoredLife<'a> {
             allocated_mb: self.allocated_mb,
             trace_id: self.trace_id.as_deref().map(Into::into),
             exit_code: self.exit_code,
+            progress: None,
         }
     }
 }

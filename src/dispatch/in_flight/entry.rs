@@ -114,7 +114,7 @@ impl InFlightJob {
 
     /// What is known of the steps of the job.
     pub fn life(&self) -> RowLife {
-        self.progress.as_ref().map(|progress| progress.life()).unwrap_or_default()
+        self.progress.as_ref().map(JobProgress::life).unwrap_or_default()
     }
 
     /// A copy of what is known of the job.

@@ -237,6 +237,7 @@ fn life_of(item: &Item) -> RowLife {
         allocated_mb: item.whole("allocatedMb"),
         trace_id: item.text("traceId").map(Into::into),
         exit_code: item.float("exitCode").map(|code| code as i64),
+        progress: None,
     }
 }
 

@@ -242,6 +242,11 @@ impl Journal for RedisJournal {
         Ok(value.and_then(|value| entry(field.as_bytes(), &value)))
     }
 
+    async fn adopter(&self, node: NodeId) -> Result<Option<NodeId>, BackendError> {
+        let value: Option<Vec<u8>> = self.commands.query(cmd("GET").arg(key(ADOPTED, node))).await?;
+        Ok(value.and_then(|value| NodeId::parse(std::str::from_utf8(&value).ok()?)))
+    }
+
     async fn started(&self, node: NodeId) -> Result<(), BackendError> {
         let mut command = cmd("SET");
         command.arg(key(WHOLE, node)).arg(now_ms()).arg("XX").arg("EX").arg(WHOLE_KEPT_S);

@@ -99,6 +99,7 @@ fn life(row: &Row<'_>) -> rusqlite::Result<RowLife> {
         allocated_mb: number("allocated_mb")?,
         trace_id: text("trace_id")?.map(Into::into),
         exit_code: row.get("exit_code")?,
+        progress: None,
     })
 }
 

@@ -100,6 +100,8 @@ pub struct RequestContext {
     status: u16,
     /// Whether the connection closes after the response.
     is_last: bool,
+    /// When the body of a stream began. Its life is no response time.
+    streamed_at: Option<Instant>,
     /// Counts the request as in flight.
     counted: Option<RequestGuard>,
     /// `None`: the request is not recorded.
@@ -256,6 +258,7 @@ impl Gateway {
             body: Bytes::new(),
             caller,
             counted: RateLimitState::default(),
+            is_head: header.method == Method::HEAD,
             accepts_gzip: route.endpoint == Endpoint::Metrics
                 && metrics::accepts_gzip(header.headers.get_all(ACCEPT_ENCODING)),
             trace: ctx.trace.as_ref().map(|traced| traced.shared()),
@@ -384,6 +387,7 @@ impl Gateway {
     }
 
     async fn stream(&self, session: &mut Session, ctx: &mut RequestContext, stream: ReplyStream) {
+        ctx.streamed_at = Some(Instant::now());
         let scope = ctx.found.and_then(|route| self.scope_of(route));
         let presented = session.req_header().headers.get(X_API_KEY);
         let pass = scope.zip(presented).map(|(scope, key)| self.edge.keys.pass(key, scope));
@@ -431,6 +435,7 @@ impl ProxyHttp for Gateway {
             found: None,
             status: CLIENT_GONE,
             is_last: false,
+            streamed_at: None,
             counted: Some(self.lifecycle.request()),
             trace: None,
         }
@@ -612,7 +617,8 @@ impl ProxyHttp for Gateway {
         let is_known_method = known.contains(&method);
         let method = if is_known_method { method } else { "other" };
         let route = ctx.passage.as_ref().map_or(ctx.route, |passage| &passage.upstream.pattern);
-        self.metrics.observe_http(method, route, ctx.status, ctx.started.elapsed());
+        let took = ctx.streamed_at.unwrap_or_else(Instant::now) - ctx.started;
+        self.metrics.observe_http(method, route, ctx.status, took);
         if let Some(traced) = &ctx.trace {
             let (route, has_tls) = (Some(route).filter(|route| *route != NO_ROUTE), has_tls(session));
             let outcome = RequestOutcome { is_known_method, route, status: ctx.status, has_tls };

@@ -22,6 +22,8 @@ pub struct Call {
     pub caller: Option<Arc<Caller>>,
     /// The rate-limit state of the request so far.
     pub counted: RateLimitState,
+    /// Whether the client wants no body.
+    pub is_head: bool,
     /// Whether the response may be compressed. Only set for `/metrics`: other requests need not read the
     /// field.
     pub accepts_gzip: bool,

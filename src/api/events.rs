@@ -39,6 +39,10 @@ impl EventRoute {
         if self.lifecycle.phase() >= Phase::Draining {
             return Err(ApiError::NotReady);
         }
+        if call.is_head {
+            // It needs no place, and the nodes need not publish for it.
+            return Ok(reply(ReplyStream::new(futures_util::stream::empty())));
+        }
         let last = call.headers.last_event_id.as_ref().map(HeaderValue::as_bytes);
         let watcher = self.events.watch(filter, last.filter(|id| !id.is_empty())).await;
         let watcher = watcher.map_err(|error| match error {
@@ -49,9 +53,12 @@ impl EventRoute {
             let piece = watcher.next().await?;
             Some((piece, watcher))
         });
-        let reply = Reply::stream(EVENT_STREAM, ReplyStream::new(pieces));
-        Ok(reply.with(X_ACCEL_BUFFERING, HeaderValue::from_static("no")))
+        Ok(reply(ReplyStream::new(pieces)))
     }
+}
+
+fn reply(stream: ReplyStream) -> Reply {
+    Reply::stream(EVENT_STREAM, stream).with(X_ACCEL_BUFFERING, HeaderValue::from_static("no"))
 }
 
 fn filter_of(call: &Call) -> Result<EventFilter, ApiError> {

@@ -46,6 +46,11 @@ impl Jobs {
             None => None,
         };
         let known = self.known(&id).await?;
+        // A worker may name any function in its result. The key of the row is proof.
+        let is_wrong = |known: &KnownLife| {
+            known.outcome.is_some() && named.as_ref().is_some_and(|named| *named != known.function)
+        };
+        let known = known.filter(|known| !is_wrong(known));
         let of_known = known.as_ref().map(|known| known.function.clone());
         let is_other = of_known.as_ref().zip(named.as_ref()).is_some_and(|(known, named)| known != named);
         let function = of_known.or(named).filter(|_| !is_other).ok_or_else(unknown)?;

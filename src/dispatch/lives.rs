@@ -68,7 +68,9 @@ impl JobLives {
         }
         if let Some((mut known, lacks_result)) = self.here(id) {
             if lacks_result {
-                known.outcome = self.settler.stored(id).await?.map(Outcome::new);
+                // Only LOST has no stored result.
+                let stored = self.settler.stored(id).await?;
+                known.outcome = Some(stored.map_or_else(|| Outcome::lost(false), Outcome::new));
             }
             return Ok(Some(known));
         }

@@ -6,15 +6,19 @@
 
 use super::filter::EventFilter;
 use super::queue::PieceQueue;
-use super::record::{EventRecord, joined, resync};
+use super::record::{EventRecord, joined, place, resync};
 use crate::backend::{EventId, EventSpan};
 use crate::metrics::EventMetrics;
+use crate::model::UnixMs;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use std::sync::Arc;
 
 /// After every event: a watcher that has not started.
 const PAUSED: EventId = EventId::new(u64::MAX, u64::MAX);
+
+/// How often a watcher is told where the stream is, if none of the events are for it.
+const TOLD_EVERY_MS: UnixMs = 2000;
 
 pub struct WatcherHub {
     state: Mutex<HubState>,
@@ -38,6 +42,8 @@ struct HubEntry {
     filter: Arc<EventFilter>,
     /// The watcher gets the events after this one.
     after: EventId,
+    /// The time of the last id that it was told, in Unix milliseconds.
+    told_ms: UnixMs,
     queue: Arc<PieceQueue>,
 }
 
@@ -88,6 +94,7 @@ impl WatcherHub {
             number,
             filter: Arc::clone(&filter),
             after: PAUSED,
+            told_ms: 0,
             queue: Arc::clone(&queue),
         });
         self.count(&state);
@@ -116,7 +123,7 @@ impl WatcherHub {
         // What the reader has passed does not come from here any more.
         let (after_here, till) = (after.max(position), position);
         if let Some(watcher) = state.watchers.iter_mut().find(|watcher| watcher.number == number) {
-            watcher.after = after_here;
+            (watcher.after, watcher.told_ms) = (after_here, after_here.ms);
         }
         WatchStart { after, till, is_resync }
     }
@@ -145,9 +152,17 @@ impl WatcherHub {
             piece
         };
         let before = state.watchers.len();
-        state.watchers.retain(|watcher| {
-            let piece = piece_of(watcher);
-            piece.is_empty() || watcher.queue.push(piece)
+        state.watchers.retain_mut(|watcher| {
+            let mut piece = piece_of(watcher);
+            if piece.is_empty() {
+                // Without an id of its own, its next connection would find that the last one is too old.
+                if to <= watcher.after || to.ms.saturating_sub(watcher.told_ms) < TOLD_EVERY_MS {
+                    return true;
+                }
+                piece = place(to);
+            }
+            watcher.told_ms = to.ms;
+            watcher.queue.push(piece)
         });
         self.settle_slow(&mut state, before);
     }

@@ -69,6 +69,11 @@ pub fn greeting(id: EventId) -> Bytes {
     format!("retry: {RETRY_MS}\nid: {id}\n\n").into()
 }
 
+/// Says where the stream is. Like the greeting, it has no data.
+pub fn place(id: EventId) -> Bytes {
+    format!("id: {id}\n\n").into()
+}
+
 /// Says that events before `id` may be missing.
 pub fn resync(id: EventId) -> Bytes {
     message(id, RESYNC, "{\"type\":\"resync\"}")

@@ -20,6 +20,8 @@ pub struct Watcher {
     first: VecDeque<Bytes>,
     /// The events that it reads itself: after the one, up to the other.
     replay: Option<(EventId, EventId)>,
+    /// How long the mark of watchers lasts.
+    lasts: Duration,
     /// Longest silence.
     heartbeat: Duration,
 }
@@ -32,7 +34,8 @@ impl Watcher {
         place: HubPlace,
         heartbeat: Duration,
     ) -> Self {
-        Self { hub, stream, place, first: VecDeque::new(), replay: None, heartbeat }
+        let (first, lasts) = (VecDeque::new(), Duration::ZERO);
+        Self { hub, stream, place, first, replay: None, lasts, heartbeat }
     }
 
     /// Starts it. `last`: the event after which it continues; an error is an id that cannot be parsed.
@@ -44,6 +47,7 @@ impl Watcher {
         lasts: Duration,
         last: Option<Result<EventId, ()>>,
     ) -> Result<(), BackendError> {
+        self.lasts = lasts;
         let span = self.stream.watch(lasts).await?;
         let WatchStart { after, till, is_resync } = self.hub.start(self.place.number, span, last);
         self.first.push_back(greeting(after));
@@ -63,6 +67,12 @@ impl Watcher {
         while let Some((after, till)) = self.replay {
             let read = self.stream.after(after, REPLAYED_MAX).await;
             let read = read.inspect_err(|e| tracing::debug!(error = %e, "Events not replayed")).ok()?;
+            // What is read slowly may be dropped from the stream meanwhile. The next connection is told.
+            let span = self.stream.watch(self.lasts).await;
+            let span = span.inspect_err(|e| tracing::debug!(error = %e, "Events not replayed")).ok()?;
+            if span.from > after {
+                return None;
+            }
             let reached = read.last().map_or(till, |event| event.id);
             self.replay = (reached < till).then_some((reached, till));
             let events: Vec<EventRecord> =

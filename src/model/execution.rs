@@ -268,10 +268,11 @@ impl Execution {
         }
     }
 
-    /// Adds what the node that ended the job knows of its life. `heard_at`: when the result arrived.
+    /// Adds what the node that ended the job knows of its life. `heard_at`: when the result arrived, by the
+    /// clock of its steps, which stands still while the machine is suspended.
     #[must_use]
     pub fn with_life(self, heard_at: Option<UnixMs>, life: RowLife) -> Self {
-        Self { completed_at: heard_at.or(self.completed_at), life: self.life.or(life), ..self }
+        Self { completed_at: heard_at.max(self.completed_at), life: self.life.or(life), ..self }
     }
 
     /// Whether the job ended without a result. Such a row never replaces another row, and any result replaces

@@ -33,11 +33,14 @@ impl TraceContext {
         Self { trace_id, span_id, flags: u8::from(is_sampled) }
     }
 
-    /// Parses a `traceparent` of version 00: `00-<32 hex>-<16 hex>-<2 hex>`, neither id all zeros.
+    /// Parses a `traceparent`: `00-<32 hex>-<16 hex>-<2 hex>`, neither id all zeros. Of a higher version the
+    /// part that version 00 has is used (W3C Trace Context, section 3.2.4).
     pub fn parse(text: &str) -> Option<Self> {
-        let bytes = text.as_bytes();
+        let (bytes, rest) = text.as_bytes().split_at_checked(Self::TEXT_BYTES)?;
         let is_at = |at: usize| bytes[at] == b'-';
-        if bytes.len() != Self::TEXT_BYTES || !(is_at(2) && is_at(35) && is_at(52)) || &bytes[..2] != b"00" {
+        let version = hex(&bytes[..2]).filter(|version| *version != 0xff)?;
+        let may_follow = rest.is_empty() || version > 0 && rest[0] == b'-';
+        if !(is_at(2) && is_at(35) && is_at(52) && may_follow) {
             return None;
         }
         let trace_id = hex(&bytes[3..35])?;
@@ -180,9 +183,13 @@ mod tests {
         }
         let child = TraceContext::parse(&good.replace("-01", "-02")).unwrap().recorded_child(1);
         assert_eq!(child.to_string(), "00-0af7651916cd43dd8448eb211c80319c-0000000000000001-03");
+        for later in [good.replace("00-0a", "01-0a"), good.replace("00-0a", "fe-0a") + "-x"] {
+            assert_eq!(TraceContext::parse(&later), Some(read), "{later}");
+        }
         for bad in [
             "",
             "00",
+            &(good.replace("00-0a", "01-0a") + "x"),
             &good.to_uppercase(),
             &good.replace("00-0a", "ff-0a"),
             &good.replace('-', "_"),

@@ -22,7 +22,9 @@ impl Destination {
         let port = if scheme == "http" { 80 } else { 443 };
         let name = path.rsplit('/').next().unwrap_or_default().to_owned();
         let server = Some(host_and_port(authority, port));
-        Self { system: "aws_sqs", name, server, url: Some(url.to_owned()) }
+        // A password in it is not for the collector.
+        let host = authority.rsplit('@').next().unwrap_or(authority);
+        Self { system: "aws_sqs", name, server, url: Some(format!("{scheme}://{host}/{path}")) }
     }
 
     /// The queue of `dev`, in its own process. The conventions know no such system.

@@ -68,8 +68,9 @@ impl Recorder {
 
     /// Queues a span. If the queue is full, the span is dropped and counted: nothing waits for a collector.
     pub fn record(&self, span: FinishedSpan<'_>) {
-        if self.sender.try_send(span.into_data(self.scope.clone())).is_err() {
-            self.metrics.dropped.inc();
+        match self.sender.try_reserve() {
+            Ok(place) => place.send(span.into_data(self.scope.clone())),
+            Err(_) => self.metrics.dropped.inc(),
         }
     }
 }

@@ -332,13 +332,14 @@ async fn a_frozen_watcher_is_dropped_while_another_goes_on() {
     gateway.wait_for_metric(WATCHERS, 2.0).await;
     // Events of another node, large enough to fill the buffers of the kernel soon.
     let redis = &platform.fleet().redis;
+    let stream = format!("events:{{{}}}", platform.fleet().cloud.logs_table);
     let padding = "x".repeat(60_000);
     let dropped = "infra_event_watchers_dropped_total{reason=\"slow\"}";
     for n in 0.. {
         assert!(n < 500, "the frozen watcher is not dropped");
         let body = format!(r#"{{"type":"job.accepted","functionId":"f-{n}","padding":"{padding}"}}"#);
         for _ in 0..4 {
-            redis.command(&[b"XADD", b"events:{fleet}", b"*", b"e", body.as_bytes()]).await;
+            redis.command(&[b"XADD", stream.as_bytes(), b"*", b"e", body.as_bytes()]).await;
         }
         healthy.until(&format!("\"f-{n}\"")).await;
         healthy.text.clear();

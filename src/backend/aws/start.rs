@@ -118,7 +118,7 @@ impl AwsConnection {
             workers: Arc::new(RedisWorkers::new(Arc::clone(&commands))),
             summaries: Arc::new(RedisSummaries::new(Arc::clone(&commands), &settings.logs_table)),
             changes: Some(Arc::new(changes)),
-            events: Some(Arc::new(RedisEvents::new(Arc::clone(&commands)))),
+            events: Some(Arc::new(RedisEvents::new(Arc::clone(&commands), &settings.logs_table))),
             limits: Some(Arc::new(RedisLimits::new(commands))),
         }
     }

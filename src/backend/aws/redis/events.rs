@@ -12,8 +12,6 @@ use redis::{Script, cmd, pipe};
 use std::sync::Arc;
 use std::time::Duration;
 
-const STREAM_KEY: &str = "events:{fleet}";
-const WATCHED_KEY: &str = "events:watched:{fleet}";
 /// The field of an entry that holds the event.
 const BODY: &str = "e";
 /// Events that the stream keeps, or up to one node of its tree more: exact trimming costs more.
@@ -23,12 +21,20 @@ const STREAM_EXPIRES: Duration = Duration::from_secs(3600);
 
 pub struct RedisEvents {
     commands: Arc<CommandConnection>,
+    stream_key: String,
+    watched_key: String,
     watch: Script,
 }
 
 impl RedisEvents {
-    pub fn new(commands: Arc<CommandConnection>) -> Self {
-        Self { commands, watch: Script::new(include_str!("events_watch.lua")) }
+    /// The keys have the table name in them, so that fleets that share Redis but no tables stay separate.
+    pub fn new(commands: Arc<CommandConnection>, logs_table: &str) -> Self {
+        Self {
+            commands,
+            stream_key: format!("events:{{{logs_table}}}"),
+            watched_key: format!("events:watched:{{{logs_table}}}"),
+            watch: Script::new(include_str!("events_watch.lua")),
+        }
     }
 }
 
@@ -41,24 +47,24 @@ impl EventStream for RedisEvents {
     async fn append(&self, bodies: &[Bytes]) -> Result<(), BackendError> {
         let mut calls = pipe();
         for body in bodies {
-            let add = calls.cmd("XADD").arg(STREAM_KEY).arg("MAXLEN").arg("~").arg(EVENTS_KEPT);
+            let add = calls.cmd("XADD").arg(&self.stream_key).arg("MAXLEN").arg("~").arg(EVENTS_KEPT);
             add.arg("*").arg(BODY).arg(&body[..]).ignore();
         }
-        calls.cmd("PEXPIRE").arg(STREAM_KEY).arg(ms(STREAM_EXPIRES)).ignore();
+        calls.cmd("PEXPIRE").arg(&self.stream_key).arg(ms(STREAM_EXPIRES)).ignore();
         let calls = &calls;
         self.commands.run(async |mut connection| calls.query_async(&mut connection).await).await
     }
 
     async fn after(&self, id: EventId, max: usize) -> Result<Vec<StreamedEvent>, BackendError> {
         let mut range = cmd("XRANGE");
-        range.arg(STREAM_KEY).arg(format!("({id}")).arg("+").arg("COUNT").arg(max);
+        range.arg(&self.stream_key).arg(format!("({id}")).arg("+").arg("COUNT").arg(max);
         let entries: Vec<StreamEntry> = self.commands.query(&range).await?;
         Ok(entries.into_iter().filter_map(streamed).collect())
     }
 
     async fn watch(&self, lasts: Duration) -> Result<EventSpan, BackendError> {
-        let mut call = self.watch.key(WATCHED_KEY);
-        call.key(STREAM_KEY).arg(ms(lasts)).arg(EVENTS_KEPT).arg(ms(STREAM_EXPIRES));
+        let mut call = self.watch.key(&self.watched_key);
+        call.key(&self.stream_key).arg(ms(lasts)).arg(EVENTS_KEPT).arg(ms(STREAM_EXPIRES));
         let call = &call;
         let answer: [String; 3] =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
@@ -66,7 +72,7 @@ impl EventStream for RedisEvents {
     }
 
     async fn is_watched(&self) -> Result<bool, BackendError> {
-        self.commands.query(cmd("EXISTS").arg(WATCHED_KEY)).await
+        self.commands.query(cmd("EXISTS").arg(&self.watched_key)).await
     }
 }
 

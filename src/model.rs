@@ -43,5 +43,5 @@ pub use run_request::{RunRequest, RunRequestError};
 pub use runtime::Runtime;
 pub use scope::Scope;
 pub use sums::Sums;
-pub use time::{Rfc3339Ms, UnixMs, now_ms, parse_rfc3339_ms, rfc3339_ms};
+pub use time::{Rfc3339Ms, UnixMs, millis, now_ms, parse_rfc3339_ms, rfc3339_ms};
 pub use trace::{JobTrace, RequestTrace, TRACESTATE_BYTES_MAX, TraceContext, tracestate};

@@ -611,8 +611,8 @@ impl Membership for Fleet {
     }
 }
 
-/// A late result of a job of another node is written only after the fleet was told about it. If that call
-/// fails, neither the log table nor the row is at fault.
+/// A late result of a job of another node is written only after [`Membership::entrust`]. If that call fails,
+/// neither the log table nor the row is at fault.
 #[tokio::test(start_paused = true)]
 async fn a_late_result_waits_for_the_fleet_and_no_other_row_does() {
     let dir = tempfile::tempdir().unwrap();

@@ -18,7 +18,7 @@ const LOOKED_EVERY: Duration = Duration::from_secs(1);
 /// How often silent workers are looked for while somebody watches.
 const WORKERS_EVERY: Duration = Duration::from_secs(5);
 /// Events per read, and reads in a row. A reader that does not keep up is overtaken in the end, and its
-/// watchers are told.
+/// watchers get `resync`.
 const READ_MAX: usize = 1000;
 const READS_MAX: usize = 4;
 /// Time to publish the last events at a stop.
@@ -103,7 +103,7 @@ async fn look(state: &BusState) {
     match state.stream.watch(WATCHED_FOR).await {
         Ok(span) => {
             if state.hub.check(span) {
-                tracing::info!("Events are missing in the stream; the watchers of this node are told");
+                tracing::info!("Events are missing in the stream; the watchers of this node get `resync`");
             }
         }
         Err(e) => tracing::debug!(error = %e, "Mark of the watchers of events not renewed; retrying"),

@@ -17,8 +17,8 @@ use std::sync::Arc;
 /// After every event: a watcher that has not started.
 const PAUSED: EventId = EventId::new(u64::MAX, u64::MAX);
 
-/// How often a watcher is told where the stream is, if none of the events are for it.
-const TOLD_EVERY_MS: UnixMs = 2000;
+/// How often a watcher gets the current id of the stream, if no event passes its filter.
+const ID_EVERY_MS: UnixMs = 2000;
 
 pub struct WatcherHub {
     state: Mutex<HubState>,
@@ -42,8 +42,8 @@ struct HubEntry {
     filter: Arc<EventFilter>,
     /// The watcher gets the events after this one.
     after: EventId,
-    /// The time of the last id that it was told, in Unix milliseconds.
-    told_ms: UnixMs,
+    /// The time of the last id that was sent to it, in Unix milliseconds.
+    last_id_ms: UnixMs,
     queue: Arc<PieceQueue>,
 }
 
@@ -94,7 +94,7 @@ impl WatcherHub {
             number,
             filter: Arc::clone(&filter),
             after: PAUSED,
-            told_ms: 0,
+            last_id_ms: 0,
             queue: Arc::clone(&queue),
         });
         self.count(&state);
@@ -123,7 +123,7 @@ impl WatcherHub {
         // What the reader has passed does not come from here any more.
         let (after_here, till) = (after.max(position), position);
         if let Some(watcher) = state.watchers.iter_mut().find(|watcher| watcher.number == number) {
-            (watcher.after, watcher.told_ms) = (after_here, after_here.ms);
+            (watcher.after, watcher.last_id_ms) = (after_here, after_here.ms);
         }
         WatchStart { after, till, is_resync }
     }
@@ -156,12 +156,12 @@ impl WatcherHub {
             let mut piece = piece_of(watcher);
             if piece.is_empty() {
                 // Without an id of its own, its next connection would find that the last one is too old.
-                if to <= watcher.after || to.ms.saturating_sub(watcher.told_ms) < TOLD_EVERY_MS {
+                if to <= watcher.after || to.ms.saturating_sub(watcher.last_id_ms) < ID_EVERY_MS {
                     return true;
                 }
                 piece = place(to);
             }
-            watcher.told_ms = to.ms;
+            watcher.last_id_ms = to.ms;
             watcher.queue.push(piece)
         });
         self.settle_slow(&mut state, before);

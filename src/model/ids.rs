@@ -138,11 +138,6 @@ impl JobId {
         // A span id of zeros is invalid.
         TraceContext::new(self.0.as_u128(), (self.0.as_u128() as u64) | 1, false)
     }
-
-    /// The id of the trace that the job starts, if its client has none: the id of the job.
-    pub(super) fn trace_id(&self) -> String {
-        self.0.as_simple().to_string()
-    }
 }
 
 impl fmt::Display for JobId {

@@ -201,7 +201,7 @@ impl RowLife {
     /// The id of the trace that the message of the job named. If the origin of the job is known and its
     /// client sent none, that is the id of the job.
     pub fn trace_id(&self, id: JobId) -> Option<String> {
-        let own = || self.config_version.map(|_| id.trace_id());
+        let own = || self.config_version.map(|_| format!("{:032x}", id.trace().trace_id()));
         self.trace_id.as_deref().map(str::to_owned).or_else(own)
     }
 }

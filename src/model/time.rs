@@ -1,6 +1,7 @@
 //! Points in time, as numbers and as text.
 
 use crate::ambient;
+use std::time::Duration;
 use time::OffsetDateTime;
 
 /// A point in time, in milliseconds since the Unix epoch. The unit of ids, deadlines and rows.
@@ -57,6 +58,11 @@ pub fn digits(place: &mut [u8], mut number: u64) {
 pub fn parse_rfc3339_ms(text: &str) -> Option<UnixMs> {
     let at = OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok()?;
     Some(u64::try_from(at.unix_timestamp_nanos().div_euclid(1_000_000)).unwrap_or(0))
+}
+
+/// A duration in milliseconds.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -7,10 +7,9 @@ use crate::dispatch::OldestJob;
 use crate::lifecycle::{Lifecycle, Phase};
 use crate::limiter::{NearLimit, RateLimiter};
 use crate::metrics::{LoadSample, Metrics};
-use crate::model::{UnixMs, now_ms};
+use crate::model::{UnixMs, millis, now_ms};
 use crate::node_lease::NodeLease;
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::time::Instant;
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -135,8 +134,4 @@ fn name_of(phase: Phase) -> &'static str {
 /// A gauge is never negative, except for a moment while two threads change it.
 fn count(gauge: i64) -> u64 {
     u64::try_from(gauge).unwrap_or(0)
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

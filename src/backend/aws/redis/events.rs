@@ -6,6 +6,7 @@
 
 use super::connection::CommandConnection;
 use crate::backend::{BackendError, EventId, EventSpan, EventStream, StreamedEvent};
+use crate::model::millis;
 use async_trait::async_trait;
 use bytes::Bytes;
 use redis::{Script, cmd, pipe};
@@ -50,7 +51,7 @@ impl EventStream for RedisEvents {
             let add = calls.cmd("XADD").arg(&self.stream_key).arg("MAXLEN").arg("~").arg(EVENTS_KEPT);
             add.arg("*").arg(BODY).arg(&body[..]).ignore();
         }
-        calls.cmd("PEXPIRE").arg(&self.stream_key).arg(ms(STREAM_EXPIRES)).ignore();
+        calls.cmd("PEXPIRE").arg(&self.stream_key).arg(millis(STREAM_EXPIRES)).ignore();
         let calls = &calls;
         self.commands.run(async |mut connection| calls.query_async(&mut connection).await).await
     }
@@ -64,7 +65,7 @@ impl EventStream for RedisEvents {
 
     async fn watch(&self, lasts: Duration) -> Result<EventSpan, BackendError> {
         let mut call = self.watch.key(&self.watched_key);
-        call.key(&self.stream_key).arg(ms(lasts)).arg(EVENTS_KEPT).arg(ms(STREAM_EXPIRES));
+        call.key(&self.stream_key).arg(millis(lasts)).arg(EVENTS_KEPT).arg(millis(STREAM_EXPIRES));
         let call = &call;
         let answer: [String; 3] =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
@@ -90,10 +91,6 @@ fn span([since, oldest, newest]: &[String; 3]) -> Result<EventSpan, BackendError
     let from = EventId::parse(oldest).map_or(since, |oldest| oldest.max(since));
     let to = EventId::parse(newest).map_or(from, |newest| newest.max(from));
     Ok(EventSpan { since, from, to })
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

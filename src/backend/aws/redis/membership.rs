@@ -25,7 +25,7 @@ use crate::backend::{
     AdoptOutcome, BackendError, FleetState, GIVEN_UP_KEPT, JournalEntry, JournalPart, LeaseHolder,
     LeaseOutcome, LeaseRenewal, Membership, Predecessor,
 };
-use crate::model::{NodeId, ProcessToken, UnixMs};
+use crate::model::{NodeId, ProcessToken, UnixMs, millis};
 use async_trait::async_trait;
 use redis::{Script, cmd};
 use std::sync::Arc;
@@ -325,8 +325,4 @@ impl Membership for RedisMembership {
         let call = &call;
         self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

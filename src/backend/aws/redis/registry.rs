@@ -5,7 +5,7 @@
 
 use super::connection::CommandConnection;
 use crate::backend::BackendError;
-use crate::model::UnixMs;
+use crate::model::{UnixMs, millis};
 use bytes::Bytes;
 use redis::Script;
 use std::sync::Arc;
@@ -69,7 +69,7 @@ impl ReportRegistry {
         let RegistryBounds { kept, members_max, .. } = self.bounds;
         let mut call = self.put.key(&self.reports_key);
         call.key(&self.seen_key).arg(id).arg(report);
-        call.arg(ms(kept)).arg(members_max).arg(ms(kept + EXPIRY_SLACK)).arg(u8::from(wants_before));
+        call.arg(millis(kept)).arg(members_max).arg(millis(kept + EXPIRY_SLACK)).arg(u8::from(wants_before));
         let call = &call;
         let answer: StoredRow =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
@@ -79,7 +79,7 @@ impl ReportRegistry {
     /// The listed members, sorted by id.
     pub async fn all(&self) -> Result<Vec<ReportRow>, BackendError> {
         let mut call = self.all.key(&self.reports_key);
-        call.key(&self.seen_key).arg(ms(self.bounds.listed));
+        call.key(&self.seen_key).arg(millis(self.bounds.listed));
         let call = &call;
         let mut rows: Vec<ReportRow> =
             self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await?;
@@ -93,10 +93,6 @@ fn put_outcome((is_stored, report, age, at): StoredRow) -> PutOutcome {
         return PutOutcome::Full;
     }
     PutOutcome::Stored { before: u64::try_from(age).ok().map(|age| (report, age, at)) }
-}
-
-fn ms(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use super::registry::{PutOutcome, RegistryBounds, ReportRegistry};
 use crate::backend::{
     BackendError, HeartbeatOutcome, SILENCE_FORGOTTEN, WORKER_TTL, WORKERS_MAX, WorkerRecord, WorkerRegistry,
 };
-use crate::model::UnixMs;
+use crate::model::{UnixMs, millis};
 use async_trait::async_trait;
 use bytes::Bytes;
 use redis::{Script, cmd};
@@ -47,9 +47,8 @@ impl WorkerRegistry for RedisWorkers {
     }
 
     async fn newly_silent(&self, silence: Duration) -> Result<Vec<Bytes>, BackendError> {
-        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let mut call = self.silent.key(STATES_KEY);
-        call.key(SEEN_KEY).key(SILENT_KEY).arg(ms(silence)).arg(ms(SILENCE_FORGOTTEN));
+        call.key(SEEN_KEY).key(SILENT_KEY).arg(millis(silence)).arg(millis(SILENCE_FORGOTTEN));
         let call = &call;
         self.commands.run(async |mut connection| call.invoke_async(&mut connection).await).await
     }
